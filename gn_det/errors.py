@@ -1,0 +1,30 @@
+"""The one exception type for a user's mistakes.
+
+The command line prints a :class:`UserError` as one line and exits with status 2, without a stack trace. Everything
+else that escapes is a defect of gn_det and keeps its trace.
+"""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake in what the user gave us (path, key, annotation, weights ...).
+
+    The message is one line that names the file, key or id and says what to do.
+    """
+
+
+class ConfigError(UserError):
+    """A configuration key or value that is unknown, contradictory or not implemented by the embedded engine."""
+
+
+class DataError(UserError):
+    """A dataset, image or annotation that cannot be used."""
+
+
+class WeightsError(UserError):
+    """A weights file that cannot be read, or that does not fit the configured model."""
+
+
+class TrainingError(UserError):
+    """A run that had to stop (non-finite loss, disk full ...); the last good checkpoint is kept."""

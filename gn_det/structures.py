@@ -1,0 +1,151 @@
+"""Ground truth and detections as they travel between data, model and evaluation.
+
+Shape letters: N objects or detections of one image; H, W image rows and columns; S side of a mask crop in pixels.
+Boxes are ``float32`` absolute pixel coordinates ``(x0, y0, x1, y1)`` in continuous coordinates (pixel i covers
+[i, i + 1)), as in Detectron2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict, Union
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.ops import roi_align
+
+#: One object's mask: polygons as flat float64 arrays ``x0, y0, x1, y1, ...`` in pixels, or a (H, W) bool bitmap.
+InstanceMask = Union[list[np.ndarray], np.ndarray]
+
+
+def rasterize_polygons(polygons: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
+    """Union of polygons as a (height, width) bool bitmap, rasterised by the COCO mask API."""
+    from pycocotools import mask as coco_mask
+
+    if len(polygons) == 0:
+        return np.zeros((height, width), dtype=bool)
+    rles = coco_mask.frPyObjects([p.tolist() for p in polygons], height, width)
+    return coco_mask.decode(coco_mask.merge(rles)).astype(bool)
+
+
+def rasterize_polygons_within_box(polygons: Sequence[np.ndarray], box: np.ndarray, size: int) -> np.ndarray:
+    """Mask target of one object: its polygons, moved and scaled from ``box`` to a (size, size) bool grid.
+
+    Follows Detectron2's polygon mask targets: box sides below 0.1 px count as 0.1 px.
+    """
+    x0, y0, x1, y1 = (float(v) for v in box)
+    ratio_w = size / max(x1 - x0, 0.1)
+    ratio_h = size / max(y1 - y0, 0.1)
+    moved = []
+    for polygon in polygons:
+        p = np.array(polygon, dtype=np.float64)
+        p[0::2] = (p[0::2] - x0) * ratio_w
+        p[1::2] = (p[1::2] - y0) * ratio_h
+        moved.append(p)
+    return rasterize_polygons(moved, size, size)
+
+
+class Masks:
+    """The ground-truth masks of one image's N objects; polygons and bitmaps may be mixed."""
+
+    def __init__(self, masks: Sequence[InstanceMask]) -> None:
+        self.masks: list[InstanceMask] = list(masks)
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    def __getitem__(self, index: Tensor | np.ndarray | slice | Sequence[int]) -> Masks:
+        """Select objects by a bool mask (N,), integer indices or a slice; always returns :class:`Masks`."""
+        if isinstance(index, slice):
+            return Masks(self.masks[index])
+        idx = np.asarray(index.cpu() if isinstance(index, Tensor) else index)
+        if idx.dtype == bool:
+            idx = np.flatnonzero(idx)
+        return Masks([self.masks[int(i)] for i in idx])
+
+    def crop_and_resize(self, boxes: Tensor, size: int) -> Tensor:
+        """Mask targets: each mask cut by its own box and resized.
+
+        Args:
+            boxes: (N, 4) float32, one box per mask, any device.
+            size: side S of the target grid.
+
+        Returns:
+            (N, S, S) bool on the device of ``boxes``. Polygons are rasterised inside the box; bitmaps are cropped
+            with aligned RoIAlign (one sample grid per bin, adaptive) and thresholded at 0.5, as Detectron2 does.
+        """
+        if len(boxes) != len(self.masks):
+            raise ValueError(f"{len(boxes)} boxes for {len(self.masks)} masks")
+        out = torch.zeros((len(self.masks), size, size), dtype=torch.bool)
+        cpu_boxes = boxes.detach().to("cpu", torch.float32)
+        for i, mask in enumerate(self.masks):
+            if isinstance(mask, list):
+                out[i] = torch.from_numpy(rasterize_polygons_within_box(mask, cpu_boxes[i].numpy(), size))
+            else:
+                grid = torch.as_tensor(mask, dtype=torch.float32)[None, None]
+                crop = roi_align(grid, [cpu_boxes[i : i + 1]], (size, size), 1.0, 0, aligned=True)
+                out[i] = crop[0, 0] >= 0.5
+        return out.to(boxes.device)
+
+
+@dataclass
+class Targets:
+    """Ground truth of one image at network resolution.
+
+    Attributes:
+        image_size: (H, W) of the resized image, before padding.
+        boxes: (N, 4) float32 XYXY.
+        classes: (N,) int64, contiguous class indices in [0, num_classes).
+        masks: N masks, or None where masks are not trained.
+    """
+
+    image_size: tuple[int, int]
+    boxes: Tensor
+    classes: Tensor
+    masks: Masks | None = None
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def to(self, device: torch.device | str) -> Targets:
+        """Copy with tensors on ``device``; masks stay in host memory."""
+        return Targets(self.image_size, self.boxes.to(device), self.classes.to(device), self.masks)
+
+
+@dataclass
+class Detections:
+    """Detections of one image, sorted by descending score per class-wise NMS order, at ``image_size``.
+
+    Attributes:
+        image_size: (H, W) that boxes and masks refer to (the original image after post-processing).
+        boxes: (N, 4) float32 XYXY.
+        scores: (N,) float32 in [0, 1].
+        classes: (N,) int64 contiguous class indices.
+        masks: (N, H, W) bool, or None without a mask head.
+    """
+
+    image_size: tuple[int, int]
+    boxes: Tensor
+    scores: Tensor
+    classes: Tensor
+    masks: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+
+class Sample(TypedDict, total=False):
+    """One element of a batch, the counterpart of Detectron2's dataset dict after the mapper.
+
+    Keys: ``image`` (C, H, W) uint8 in ``INPUT.FORMAT`` order at network resolution; ``height``, ``width`` original
+    size in pixels; ``image_id`` COCO id; ``file_name``; ``targets`` only for training.
+    """
+
+    image: Tensor
+    height: int
+    width: int
+    image_id: Any
+    file_name: str
+    targets: Targets
