@@ -1,0 +1,185 @@
+"""COCO average precision of boxes and masks, with Detectron2's metric names and derivation.
+
+``faster-coco-eval`` matches and accumulates; its numbers equal pycocotools' (tests compare them to the last digit).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gn_det.errors import DataError
+from gn_det.evaluation import diagnose
+from gn_det.evaluation.ground_truth import GroundTruth, load_ground_truth
+from gn_det.evaluation.results import detections_to_coco, merge_results, write_results
+from gn_det.evaluation.tables import METRICS
+
+__all__ = ["EvalResult", "detections_to_coco", "evaluate_coco", "load_ground_truth", "merge_results"]
+
+log = logging.getLogger(__name__)
+
+#: Area ranges of APs, APm, APl in px².
+AREA_RANGES = {"small": [0, 32**2], "medium": [32**2, 96**2], "large": [96**2, 1e10]}
+
+
+class EvalResult(dict[str, dict[str, float]]):
+    """``{"bbox": {"AP": percent, ...}, "segm": {...}}`` with the sentences that explain it.
+
+    Attributes:
+        reasons: why an AP is 0 or undefined, empty when there is nothing to explain.
+        warnings: what was repaired in the ground truth.
+    """
+
+    reasons: list[str]
+    warnings: list[str]
+
+
+def evaluate_coco(
+    ground_truth: str | os.PathLike[str] | Mapping[str, Any] | GroundTruth,
+    results: Sequence[dict[str, Any]],
+    class_names: Sequence[str] | None = None,
+    category_ids: Sequence[int] | None = None,
+    *,
+    iou_types: Sequence[str] = ("bbox", "segm"),
+    output_dir: str | os.PathLike[str] | None = None,
+    max_dets: int | None = None,
+) -> EvalResult:
+    """Average precision of ``results`` on a COCO json.
+
+    Args:
+        ground_truth: path of the COCO json, its content, or a loaded :class:`GroundTruth`.
+        results: entries of COCO's result format (:func:`detections_to_coco`), not changed.
+        class_names: names for the per-category AP, as Detectron2's ``thing_classes``; None takes those of the json.
+            With a single class no per-category AP is given, as in Detectron2.
+        category_ids: json category id of each name; None takes the ids of the json in ascending order.
+        iou_types: ``"bbox"`` and/or ``"segm"``; masks are left out when no result carries one.
+        output_dir: folder for ``coco_instances_results.json``; None writes nothing.
+        max_dets: detections per image that count, 100 when None. ``TEST.DETECTIONS_PER_IMAGE`` does not change it in
+            Detectron2 either, unless its evaluator is told to.
+
+    Returns:
+        Percentages in the order AP, AP50, AP75, APs, APm, APl, AP-<name> ...; nan where undefined. Empty when the
+        json has no ``annotations`` (a test set).
+
+    Raises:
+        DataError: the json is unusable, or a result names an image that it does not have.
+    """
+    gt = load_ground_truth(ground_truth)
+    for sentence in gt.warnings:
+        log.warning(sentence)
+    _check_results(gt, results)
+    out = EvalResult()
+    out.reasons, out.warnings = [], list(gt.warnings)
+    if output_dir is not None:
+        log.info("Results written to %s", write_results(results, output_dir))
+    if not gt.has_annotations:
+        out.reasons.append(f"{gt.source} has no annotations: results are written but no AP can be computed.")
+        return out
+    names, ids = _names_and_ids(gt, class_names, category_ids)
+    for task in _tasks(iou_types, results):
+        if len(results) == 0:
+            out[task] = {metric: math.nan for metric in METRICS}
+        else:
+            out[task] = _derive(_precision(gt, results, task, max_dets), gt, names, ids)
+    out.reasons.extend(diagnose.explain(out, gt, results, ids))
+    for sentence in out.reasons:
+        log.warning(sentence)
+    return out
+
+
+def _tasks(iou_types: Sequence[str], results: Sequence[Mapping[str, Any]]) -> list[str]:
+    unknown = set(iou_types) - {"bbox", "segm"}
+    if unknown:
+        raise ValueError(f"iou_types: {sorted(unknown)} not in ('bbox', 'segm')")
+    tasks = sorted(set(iou_types))
+    if results and "segm" in tasks:
+        with_mask = sum("segmentation" in r for r in results)
+        if with_mask == 0:
+            tasks.remove("segm")
+        elif with_mask < len(results):
+            bad = next(r for r in results if "segmentation" not in r)
+            raise DataError(f"results: the one on image {bad['image_id']!r} has no segmentation while others have one")
+    return tasks
+
+
+def _names_and_ids(
+    gt: GroundTruth, class_names: Sequence[str] | None, category_ids: Sequence[int] | None
+) -> tuple[list[str], list[int]]:
+    ids = gt.category_ids if category_ids is None else [int(i) for i in category_ids]
+    if class_names is None:
+        known = {c["id"]: str(c["name"]) for c in gt.categories}
+        return [known.get(i, str(i)) for i in ids], ids
+    if len(class_names) != len(ids):
+        raise DataError(
+            f"{gt.source}: {len(class_names)} class names for {len(ids)} category ids; "
+            "evaluate with the json (or checkpoint) that the model was trained with"
+        )
+    return list(class_names), ids
+
+
+def _check_results(gt: GroundTruth, results: Sequence[Mapping[str, Any]]) -> None:
+    known = set(gt.image_ids)
+    unknown = {r["image_id"] for r in results} - known
+    if unknown:
+        raise DataError(
+            f"{gt.source}: {len(unknown)} image id(s) of the results are not in this json, e.g. "
+            f"{next(iter(unknown))!r} (it has e.g. {next(iter(known))!r}); evaluate on the json that was predicted on"
+        )
+
+
+def _precision(gt: GroundTruth, results: Sequence[dict[str, Any]], task: str, max_dets: int | None) -> np.ndarray:
+    """Precision (IoU threshold 10, recall 101, category, area range 4, max dets 3); -1 where undefined."""
+    from faster_coco_eval import COCO, COCOeval_faster
+
+    keys = ("image_id", "category_id", "score", "segmentation" if task == "segm" else "bbox")
+    # Shallow copies: loading and evaluating write ids, areas and run-length objects into the entries. With masks the
+    # box is left out, because COCO would take the size class of a detection from it.
+    entries = [{k: r[k] for k in keys} for r in results]
+    annotations = [dict(a) for a in gt.annotations if task == "bbox" or "segmentation" in a]
+    number = {image_id: image_id for image_id in gt.image_ids}
+    if not all(type(i) is int for i in number):
+        number = {image_id: n for n, image_id in enumerate(sorted(number, key=lambda i: (str(type(i)), i)), 1)}
+        for entry in (*entries, *annotations):
+            entry["image_id"] = number[entry["image_id"]]
+    images = [{"id": number[i["id"]], "height": i.get("height"), "width": i.get("width")} for i in gt.images]
+    api = COCO({"images": images, "categories": gt.categories, "annotations": annotations}, print_function=_silent)
+    evaluator = COCOeval_faster(
+        api, api.loadRes(entries), task, ranges=AREA_RANGES, print_function=_silent, extra_calc=False
+    )
+    evaluator.params.maxDets = [1, 10, 100 if max_dets is None else int(max_dets)]
+    evaluator.evaluate()
+    evaluator.accumulate()
+    return np.asarray(evaluator.eval["precision"])
+
+
+def _silent(*_: object) -> None:
+    """The evaluator reports through a print function; its progress lines add nothing to ours."""
+
+
+def _mean(values: np.ndarray) -> float:
+    """Mean of the defined entries in percent, nan without any."""
+    defined = values[values > -1]
+    return float(np.mean(defined) * 100) if defined.size else math.nan
+
+
+def _derive(precision: np.ndarray, gt: GroundTruth, names: Sequence[str], ids: Sequence[int]) -> dict[str, float]:
+    at = precision[..., -1]  # the largest max dets
+    metrics = {
+        "AP": _mean(at[:, :, :, 0]),
+        "AP50": _mean(at[0, :, :, 0]),
+        "AP75": _mean(at[5, :, :, 0]),
+        "APs": _mean(at[:, :, :, 1]),
+        "APm": _mean(at[:, :, :, 2]),
+        "APl": _mean(at[:, :, :, 3]),
+    }
+    if len(names) > 1:
+        row = {category_id: k for k, category_id in enumerate(gt.category_ids)}
+        for name, category_id in zip(names, ids):
+            known = category_id in row
+            metrics[f"AP-{name}"] = _mean(at[:, :, row[category_id], 0]) if known else math.nan
+    return metrics

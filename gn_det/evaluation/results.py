@@ -1,0 +1,140 @@
+"""From :class:`Detections` to entries of COCO's result format, and their file."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gn_det.errors import DataError, UserError
+from gn_det.structures import Detections
+
+#: Name of the results file, as Detectron2 writes it.
+RESULTS_FILE = "coco_instances_results.json"
+
+
+def detections_to_coco(image_id: Any, det: Detections, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+    """One result entry per detection.
+
+    Args:
+        image_id: id of the image in the COCO json.
+        det: detections at the size of the original image.
+        category_ids: json category id of each contiguous class index.
+
+    Returns:
+        ``{"image_id", "category_id", "bbox": XYWH, "score"}`` and, with masks, ``"segmentation"``: compressed RLE
+        whose counts are text.
+
+    Raises:
+        DataError: a class index has no category id.
+    """
+    n = len(det)
+    if n == 0:
+        return []
+    boxes = det.boxes.detach().to("cpu", torch.float32).clone()
+    boxes[:, 2:] -= boxes[:, :2]
+    scores = det.scores.detach().cpu().tolist()
+    classes = det.classes.detach().cpu().tolist()
+    if max(classes) >= len(category_ids) or min(classes) < 0:
+        raise DataError(
+            f"image {image_id!r}: the model predicts class index {max(classes)} but the data set has "
+            f"{len(category_ids)} categories; set MODEL.ROI_HEADS.NUM_CLASSES {len(category_ids)} or use its own json"
+        )
+    results: list[dict[str, Any]] = [
+        {"image_id": image_id, "category_id": int(category_ids[c]), "bbox": box, "score": score}
+        for c, box, score in zip(classes, boxes.tolist(), scores)
+    ]
+    if det.masks is not None:
+        for result, rle in zip(results, encode_masks(det.masks)):
+            result["segmentation"] = rle
+    return results
+
+
+def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
+    """Compressed RLE of (N, H, W) bool masks: ``{"size": [H, W], "counts": text}``.
+
+    RLE runs down columns, so the masks are transposed where they are (on a GPU that is nearly free) and handed over
+    as one Fortran-ordered block instead of N copies.
+    """
+    from pycocotools import mask as coco_mask
+
+    n = len(masks)
+    if n == 0:
+        return []
+    columns = masks.detach().transpose(1, 2).contiguous().cpu().numpy()
+    block = columns.view(np.uint8) if columns.dtype == np.bool_ else columns.astype(np.uint8)
+    rles = coco_mask.encode(block.transpose(2, 1, 0))
+    return [{"size": [int(v) for v in r["size"]], "counts": r["counts"].decode("utf-8")} for r in rles]
+
+
+def merge_results(parts: Iterable[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Results of several ranks in rank order; an image seen by two ranks (padding of the last batch) counts once."""
+    owner: dict[Any, int] = {}
+    merged: list[dict[str, Any]] = []
+    for rank, part in enumerate(parts):
+        merged.extend(r for r in part if owner.setdefault(r["image_id"], rank) == rank)
+    return merged
+
+
+def gather_results(results: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
+    """All ranks' results merged on rank 0, None on the others; without torch.distributed just ``results``."""
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return results
+    parts: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(parts, results)
+    return merge_results(parts) if distributed.get_rank() == 0 else None
+
+
+def write_results(results: Sequence[dict[str, Any]], output_dir: str | os.PathLike[str]) -> str:
+    """Write ``coco_instances_results.json`` atomically; returns its path.
+
+    Raises:
+        UserError: the folder cannot be written (no permission, disk full); an old file stays as it was.
+    """
+    path = os.path.join(os.fspath(output_dir), RESULTS_FILE)
+    write_json_atomic(path, list(results))
+    return path
+
+
+def write_json_atomic(path: str, data: Any) -> None:
+    """Write ``data`` as json beside ``path`` and rename, so that readers see the old file or the whole new one."""
+    write_bytes_atomic(path, json.dumps(data, ensure_ascii=False).encode("utf-8"))
+
+
+def write_bytes_atomic(path: str, data: bytes) -> None:
+    """Write ``data`` beside ``path``, sync and rename.
+
+    Raises:
+        UserError: the folder cannot be made or written; nothing is left behind.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    temporary = None
+    try:
+        os.makedirs(folder, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=".tmp-", dir=folder)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); free space or choose another folder") from None
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
