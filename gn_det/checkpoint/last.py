@@ -1,0 +1,106 @@
+"""Which checkpoint of an output folder is the latest, and which old ones can go.
+
+Detectron2's convention: a text file ``last_checkpoint`` holds the base name of the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from pathlib import Path
+
+from gn_det.checkpoint.io import StrPath, atomic_write, read_checkpoint
+from gn_det.errors import WeightsError
+
+LAST = "last_checkpoint"
+_NUMBERED = re.compile(r"model_(\d+)\.pth$")
+_STALE_SECONDS = 3600.0
+
+logger = logging.getLogger(__name__)
+
+
+def write_last(folder: StrPath, name: str) -> None:
+    """Record that ``folder/name`` is the newest checkpoint (atomic; raises TrainingError as save_checkpoint does)."""
+    atomic_write(Path(folder) / LAST, lambda file: file.write(Path(name).name.encode()))
+
+
+def read_last(folder: StrPath) -> Path | None:
+    """The newest readable checkpoint of ``folder``, or None when it has none at all.
+
+    It is the one ``last_checkpoint`` names; when that file is missing or what it names cannot be read, the readable
+    ``*.pth`` with the highest iteration, with a warning.
+
+    Raises:
+        WeightsError: there are checkpoints, but none can be read.
+    """
+    folder = Path(folder)
+    marker = folder / LAST
+    name = ""
+    if marker.is_file():
+        name = marker.read_text(encoding="utf-8", errors="replace").strip()
+    if name and "\0" not in name:
+        try:
+            read_checkpoint(folder / name, mmap=True)
+            return folder / name
+        except WeightsError as error:
+            problem = f"{marker} names a checkpoint that cannot be used ({error})"
+    else:
+        problem = f"{marker} is missing or empty"
+    files = sorted(folder.glob("*.pth"))
+    if not files:
+        if name:
+            raise WeightsError(f"{problem}; no other checkpoint is there: start without --resume")
+        return None
+    newest = _newest_readable(files)
+    if newest is None:
+        raise WeightsError(f"{folder}: none of its {len(files)} checkpoints can be read; start without --resume")
+    logger.warning("%s; going on from %s instead", problem, newest)
+    return newest
+
+
+def _newest_readable(files: list[Path]) -> Path | None:
+    best: tuple[int, float] | None = None
+    newest = None
+    for file in files:
+        try:
+            iteration = read_checkpoint(file, mmap=True).get("iteration")
+            changed = file.stat().st_mtime
+        except (WeightsError, OSError) as error:
+            logger.warning("skipped: %s", error)
+            continue
+        rank = (iteration if isinstance(iteration, int) else -1, changed)
+        if best is None or rank > best:
+            best, newest = rank, file
+    return newest
+
+
+def prune(folder: StrPath, keep: int) -> list[Path]:
+    """Delete all but the ``keep`` newest ``model_<iteration>.pth`` of ``folder``; returns what was deleted.
+
+    ``model_best.pth``, ``model_final.pth`` and the file ``last_checkpoint`` names always stay; ``keep <= 0`` keeps all.
+    Temporary files that a killed run left behind more than an hour ago go too. A file that cannot be deleted is
+    reported as a warning: a run does not stop for it.
+    """
+    folder = Path(folder)
+    doomed = [f for f in folder.glob(".*.tmp-*") if time.time() - _changed(f) > _STALE_SECONDS]
+    if keep > 0:
+        marker = folder / LAST
+        last = marker.read_text(encoding="utf-8", errors="replace").strip() if marker.is_file() else ""
+        numbered = [(int(m.group(1)), f) for f in folder.glob("model_*.pth") if (m := _NUMBERED.match(f.name))]
+        doomed += [f for _, f in sorted(numbered)[:-keep] if f.name != last]
+    deleted = []
+    for file in doomed:
+        try:
+            file.unlink()
+            deleted.append(file)
+        except OSError as error:
+            logger.warning("cannot delete the old checkpoint %s: %s", file, error)
+    return deleted
+
+
+def _changed(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except OSError:  # deleted meanwhile: not stale, not ours to touch
+        return time.time()

@@ -1,0 +1,55 @@
+"""The ``gn_det`` block of a checkpoint: what predict, evaluation and fine-tuning must know beyond the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gn_det
+
+KEY = "gn_det"
+
+
+def build_meta(cfg: Any, class_names: Sequence[str], category_ids: Sequence[int], **extra: Any) -> dict[str, Any]:
+    """The metadata block, of plain values alone.
+
+    Args:
+        cfg: the resolved configuration (``dump()`` gives its YAML text).
+        class_names: one name per class, in the model's order.
+        category_ids: the json category id of each class, in the same order.
+        extra: further plain values, such as ``iteration`` (int) and ``best_metric`` (float or None).
+    """
+    if len(class_names) != len(category_ids):
+        raise ValueError(f"{len(class_names)} class names but {len(category_ids)} category ids")
+    return {
+        "version": gn_det.__version__,
+        "class_names": [str(name) for name in class_names],
+        "category_ids": [int(number) for number in category_ids],
+        "config": cfg.dump(),
+        **extra,
+    }
+
+
+def read_meta(payload: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The metadata block of a checkpoint, or None when the file is not gn_det's.
+
+    Missing or ill-typed entries come back empty, so that callers can rely on ``version`` (str), ``class_names``
+    (tuple of str), ``category_ids`` (tuple of int), ``config`` (YAML text, "" when unknown), ``iteration`` (int or
+    None) and ``best_metric`` (float or None).
+    """
+    block = payload.get(KEY)
+    if not isinstance(block, dict):
+        return None
+    names, ids = block.get("class_names"), block.get("category_ids")
+    good_names = isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names)
+    good_ids = isinstance(ids, (list, tuple)) and all(isinstance(i, int) for i in ids)
+    iteration, best, config = block.get("iteration"), block.get("best_metric"), block.get("config")
+    return {
+        **block,
+        "version": str(block.get("version", "")),
+        "class_names": tuple(names) if good_names and names is not None else (),
+        "category_ids": tuple(ids) if good_ids and ids is not None else (),
+        "config": config if isinstance(config, str) else "",
+        "iteration": iteration if isinstance(iteration, int) else None,
+        "best_metric": float(best) if isinstance(best, (int, float)) else None,
+    }
