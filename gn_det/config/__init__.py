@@ -1,1 +1,8 @@
+"""Configuration: Detectron2's YAML, keys and defaults, checked strictly."""
 
+from __future__ import annotations
+
+from gn_det.config.defaults import get_cfg
+from gn_det.config.load import load_config, shipped_configs
+
+__all__ = ["get_cfg", "load_config", "shipped_configs"]

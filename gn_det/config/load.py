@@ -1,0 +1,279 @@
+"""Finding, reading and overriding configs, with every mistake named.
+
+A config is a Detectron2 YAML file (``_BASE_`` inheritance by fvcore). Unknown keys, duplicate keys and wrong types are
+errors that name file and key; :mod:`gn_det.config.check` then refuses what the embedded engine does not implement.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from fvcore.common.config import BASE_KEY
+from fvcore.common.config import CfgNode as CN
+
+from gn_det.config.check import check_config
+from gn_det.config.defaults import get_cfg
+from gn_det.errors import ConfigError
+
+
+def _configs_dir() -> Path:
+    """Folder of the shipped configs: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def shipped_configs() -> list[str]:
+    """Names of the experiments that ship with gn_det (the ``Base-*.yaml`` files are their building blocks)."""
+    return sorted(p.name for p in _configs_dir().glob("*.yaml") if not p.name.startswith("Base-"))
+
+
+def shipped_config(name: str) -> Path:
+    """Path of a shipped config by its bare name, with or without ``.yaml``.
+
+    Raises:
+        ConfigError: there is none; the message lists the nearest names.
+    """
+    wanted = name if name.endswith((".yaml", ".yml")) else f"{name}.yaml"
+    path = _configs_dir() / wanted
+    if path.is_file() and path.parent == _configs_dir():
+        return path
+    names = shipped_configs()
+    near = difflib.get_close_matches(wanted, names, n=3) or names
+    raise ConfigError(f"config '{name}' is neither a file nor a shipped config; did you mean {', '.join(near)}?")
+
+
+def resolve_config(name_or_path: str) -> Path:
+    """A path as given where a file is there, otherwise the shipped config of that name."""
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise ConfigError(f"config '{name_or_path}' is a folder; name a .yaml file")
+    if len(path.parts) > 1 and path.parts[0] != "configs":
+        raise ConfigError(f"config '{name_or_path}' does not exist")
+    return shipped_config(path.name)
+
+
+#: Keys that scaling to another batch rewrites, unless they were given on the command line.
+_SCHEDULE_KEYS = (
+    "SOLVER.BASE_LR",
+    "SOLVER.MAX_ITER",
+    "SOLVER.STEPS",
+    "SOLVER.WARMUP_ITERS",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "SOLVER.IMS_PER_BATCH",
+    "TEST.EVAL_PERIOD",
+)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """A safe loader to which a key that stands twice is an error (plain YAML silently keeps the last)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            key = str(key_node.value)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"config file {path} cannot be read: {e}") from None
+    try:
+        loaded = yaml.load(text, Loader=_StrictLoader)
+    except yaml.MarkedYAMLError as e:
+        mark = e.problem_mark
+        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"config file {path}{where}: {e.problem or 'not valid YAML'}") from None
+    except yaml.YAMLError as e:
+        raise ConfigError(f"config file {path} is not valid YAML: {' '.join(str(e).split())}") from None
+    if loaded is None:
+        raise ConfigError(f"config file {path} is empty")
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"config file {path} must hold keys and values, not a {type(loaded).__name__}")
+    return loaded
+
+
+def known_keys(cfg: CN) -> list[str]:
+    """All dotted leaf keys of a config."""
+    return [key for key, _ in _leaves(cfg)]
+
+
+def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in node.items():
+        dotted = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{dotted}.")
+        else:
+            yield dotted, value
+
+
+def _lookup(cfg: CN, dotted: str) -> Any:
+    node: Any = cfg
+    for part in dotted.split("."):
+        if not isinstance(node, Mapping) or part not in node:
+            raise KeyError(dotted)
+        node = node[part]
+    return node
+
+
+def _unknown_key(dotted: str, cfg: CN, source: str) -> ConfigError:
+    """The error for an unknown key, with the nearest known one: by full name, else by its last part."""
+    keys = known_keys(cfg)
+    last = dotted.rpartition(".")[2].upper()
+    near = [k for k in keys if k.rpartition(".")[2] == last]
+    near = near or difflib.get_close_matches(dotted.upper(), keys, n=1, cutoff=0.75)
+    if not near:
+        tails = sorted({k.rpartition(".")[2] for k in keys})
+        close = difflib.get_close_matches(last, tails, n=1)
+        near = [k for k in keys if close and k.rpartition(".")[2] == close[0]]
+    hint = f"did you mean {' or '.join(near[:3])}?" if near else "see gn_det/config/defaults.py for all keys"
+    return ConfigError(f"{source}: unknown key {dotted}; {hint}")
+
+
+def _check_keys(loaded: Mapping[str, Any], cfg: CN, source: str, prefix: str = "") -> None:
+    for name, value in loaded.items():
+        if name == BASE_KEY:
+            continue
+        dotted = f"{prefix}{name}"
+        try:
+            known = _lookup(cfg, dotted)
+        except KeyError:
+            raise _unknown_key(dotted, cfg, source) from None
+        if isinstance(known, Mapping) != isinstance(value, Mapping):
+            kind = "a section with keys of its own" if isinstance(known, Mapping) else "a single value"
+            raise ConfigError(f"{source}: {dotted} is {kind}, got {value!r}")
+        if isinstance(value, Mapping):
+            _check_keys(value, cfg, source, f"{dotted}.")
+
+
+def _check_files(path: Path, cfg: CN, chain: tuple[Path, ...] = ()) -> None:
+    """Check keys of a config file and of all its bases, so that an error names the file that holds the key."""
+    path = path.resolve()
+    if path in chain:
+        raise ConfigError(f"config file {path}: {BASE_KEY} leads back to the file itself")
+    loaded = _read_yaml(path)
+    bases = loaded.get(BASE_KEY, [])
+    for base in [bases] if isinstance(bases, str) else bases:
+        base_path = path.parent / Path(str(base)).expanduser()
+        if not base_path.is_file():
+            raise ConfigError(f"config file {path}: {BASE_KEY} '{base}' does not exist (looked for {base_path})")
+        _check_files(base_path, cfg, (*chain, path))
+    _check_keys(loaded, cfg, str(path))
+
+
+def _typed(value: Any, default: Any) -> Any:
+    """``value`` as the type of ``default``; text is read as Python, whole numbers pass for floats.
+
+    Raises:
+        TypeError: the value cannot stand for a value of that type.
+    """
+    if isinstance(default, str):
+        if isinstance(value, (dict, list, tuple)) or value is None:
+            raise TypeError
+        return str(value)
+    if isinstance(value, str):
+        words = {"true": True, "false": False, "none": None}
+        try:
+            value = words[value.lower()] if value.lower() in words else ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            if not isinstance(default, (tuple, list)):
+                raise TypeError from None
+    if default is None:
+        return value
+    if isinstance(default, (tuple, list)):
+        return type(default)(value if isinstance(value, (tuple, list)) else (value,))
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not type(default):
+        raise TypeError
+    return value
+
+
+def _set(cfg: CN, dotted: str, value: Any, source: str) -> None:
+    section, _, name = dotted.rpartition(".")
+    node = _lookup(cfg, section) if section else cfg
+    try:
+        node[name] = _typed(value, node[name])
+    except TypeError:
+        kind = "None or a number" if node[name] is None else type(node[name]).__name__
+        raise ConfigError(f"{source}: {dotted} must be of type {kind} (such as {node[name]!r}), got {value!r}") from None
+
+
+def merge_file(cfg: CN, path: Path) -> None:
+    """Merge a config file with its bases into ``cfg``; see :func:`load_config` for the errors."""
+    _check_files(path, cfg)
+    for dotted, value in _leaves(CN.load_yaml_with_base(str(path))):
+        _set(cfg, dotted, value, str(path))
+
+
+def merge_overrides(cfg: CN, overrides: Sequence[str]) -> None:
+    """Merge ``KEY VALUE`` pairs and ``KEY=VALUE`` words; keys of the schedule are then taken literally."""
+    for dotted, text in _pairs(overrides):
+        try:
+            known = _lookup(cfg, dotted)
+        except KeyError:
+            raise _unknown_key(dotted, cfg, "command line") from None
+        if isinstance(known, Mapping):
+            raise ConfigError(f"command line: {dotted} is a section, name one of its keys ({', '.join(known)})")
+        _set(cfg, dotted, text, "command line")
+        if dotted in _SCHEDULE_KEYS and dotted not in cfg.SOLVER.NO_RESCALE:
+            cfg.SOLVER.NO_RESCALE = (*cfg.SOLVER.NO_RESCALE, dotted)
+
+
+def _pairs(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    it = iter(words)
+    for word in it:
+        if word.startswith("-"):
+            raise ConfigError(f"command line: unknown option {word}; see --help (config keys are written KEY VALUE)")
+        key, equals, value = word.partition("=")
+        if not equals:
+            try:
+                value = next(it)
+            except StopIteration:
+                raise ConfigError(f"command line: key {word} has no value; write {word} VALUE") from None
+        yield key, value
+
+
+def load_config(name_or_path: str, overrides: Sequence[str] = (), *, check: bool = True) -> CN:
+    """Read a config by path or shipped name, apply overrides, check it.
+
+    Args:
+        name_or_path: a file, or the bare name of a shipped config (``gn_fpn_long.yaml``).
+        overrides: ``["SOLVER.BASE_LR", "0.01", "SEED=1"]``.
+        check: refuse what the embedded engine does not implement.
+
+    Raises:
+        ConfigError: missing file, invalid YAML, unknown or duplicate key, wrong type, unsupported value.
+    """
+    cfg = get_cfg()
+    merge_file(cfg, resolve_config(name_or_path))
+    merge_overrides(cfg, overrides)
+    if check:
+        check_config(cfg)
+    return cfg
+
+
+def parse_config(text: str, source: str) -> CN:
+    """A config from its YAML text, such as the one stored in a checkpoint; unknown keys are an error."""
+    cfg = get_cfg()
+    loaded = yaml.load(text, Loader=_StrictLoader)
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{source}: the stored config is not readable")
+    _check_keys(loaded, cfg, source)
+    for dotted, value in _leaves(loaded):
+        _set(cfg, dotted, value, source)
+    return cfg

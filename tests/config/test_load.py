@@ -1,0 +1,134 @@
+"""Configs load as Detectron2's do, and every mistake is one line that names file, key and what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gn_det import config_file
+from gn_det.config import get_cfg, load_config, shipped_configs
+from gn_det.config.load import known_keys, merge_overrides, parse_config
+from gn_det.errors import ConfigError
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_every_shipped_config_loads_and_sets_norm_decay_explicitly(name: str) -> None:
+    cfg = load_config(name)
+    assert cfg.SOLVER.WEIGHT_DECAY_NORM == 0.0
+    text = Path(config_file(name)).read_text()
+    assert "WEIGHT_DECAY_NORM: 0.0" in text
+    assert "AP" in text and "Launch:" in text
+
+
+def test_name_with_or_without_suffix_and_path_are_the_same(tmp_path: Path) -> None:
+    by_name = load_config("gn_fpn_long.yaml")
+    assert by_name == load_config("gn_fpn_long") == load_config(config_file("gn_fpn_long.yaml"))
+    assert by_name.SOLVER.MAX_ITER == 270000 and tuple(by_name.SOLVER.STEPS) == (210000, 250000)
+
+
+def test_base_and_overrides_win_in_order(tmp_path: Path) -> None:
+    write(tmp_path / "a.yaml", "SOLVER: {BASE_LR: 0.5, MAX_ITER: 7}\n")
+    write(tmp_path / "b.yaml", "_BASE_: a.yaml\nSOLVER: {MAX_ITER: 8}\n")
+    cfg = load_config(str(tmp_path / "b.yaml"), ["SOLVER.GAMMA", "0.3", "SEED=5"])
+    assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER, cfg.SOLVER.GAMMA, cfg.SEED) == (0.5, 8, 0.3, 5)
+
+
+def test_types_follow_the_default() -> None:
+    cfg = get_cfg()
+    merge_overrides(
+        cfg,
+        ["SOLVER.BASE_LR", "1", "SOLVER.STEPS", "[5, 6]", "OUTPUT_DIR", "2024", "MODEL.MASK_ON", "true"]
+        + ["DATASETS.TRAIN", "shapes_train", "SOLVER.WEIGHT_DECAY_BIAS", "0.5", "SOLVER.GAMMA", "1e-1"],
+    )
+    assert cfg.SOLVER.BASE_LR == 1.0 and isinstance(cfg.SOLVER.BASE_LR, float)
+    assert cfg.SOLVER.STEPS == (5, 6) and cfg.OUTPUT_DIR == "2024" and cfg.MODEL.MASK_ON is True
+    assert cfg.DATASETS.TRAIN == ("shapes_train",) and cfg.SOLVER.WEIGHT_DECAY_BIAS == 0.5 and cfg.SOLVER.GAMMA == 0.1
+    assert "SOLVER.BASE_LR" in cfg.SOLVER.NO_RESCALE and "SOLVER.GAMMA" not in cfg.SOLVER.NO_RESCALE
+
+
+def test_dump_round_trips() -> None:
+    cfg = load_config("quickstart", ["SEED", "9", "SOLVER.WEIGHT_DECAY_BIAS", "0.5"])
+    assert parse_config(cfg.dump(), "checkpoint").dump() == cfg.dump()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["SOLVER.BASELR", "1"], "unknown key SOLVER.BASELR; did you mean SOLVER.BASE_LR"),
+        (["BASE_LR", "1"], "did you mean SOLVER.BASE_LR"),
+        (["MODEL_DEVICE", "cpu"], "did you mean MODEL.DEVICE"),
+        (["SOLVER.BASE_LR"], "has no value"),
+        (["SOLVER.BASE_LR", "fast"], "must be of type float"),
+        (["SOLVER.MAX_ITER", "1.5"], "must be of type int"),
+        (["MODEL.MASK_ON", "1"], "must be of type bool"),
+        (["SOLVER.STEPS", "(5,3)"], "increasing"),
+        (["SOLVER.BASE_LR", "-1"], "must be > 0"),
+        (["SOLVER.BASE_LR", "1e999"], "finite"),
+        (["SOLVER", "1"], "is a section"),
+        (["--frobnicate"], "unknown option --frobnicate"),
+        (["MODEL.RESNETS.NORM", "BatchNorm"], "'FrozenBN'"),
+        (["MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "giou"], "not implemented by the embedded engine"),
+        (["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True"], "not implemented by the embedded engine"),
+        (["MODEL.KEYPOINT_ON", "True"], "MODEL.KEYPOINT_ON"),
+        (["MODEL.RETINANET.NORM", "GN"], "MODEL.RETINANET.NORM"),
+        (["MODEL.ROI_HEADS.NAME", "CascadeROIHeads"], "CascadeROIHeads"),
+        (["MODEL.ROI_HEADS.NAME", "Res5ROIHeads"], "does not go with"),
+        (["MODEL.RPN.IN_FEATURES", "['p2','p9']"], "'p9' is not made"),
+        (["MODEL.RESNETS.DEPTH", "18"], "RES2_OUT_CHANNELS must be 64"),
+        (["DATASETS.TRAIN_JSON", "a.json"], "DATASETS.TRAIN_IMAGES is missing (flag --train-images)"),
+        (["SOLVER.ACCUMULATE", "3"], "multiple of SOLVER.ACCUMULATE"),
+        (["INPUT.FORMAT", "L"], "INPUT.FORMAT"),
+    ],
+)
+def test_mistakes_on_the_command_line(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as e:
+        load_config("gn_fpn", overrides)
+    assert message in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ("- 1\n- 2\n", "must hold keys and values"),
+        ("SOLVER: {BASE_LR: 1\n", "line"),
+        ("SOLVER: {BASE_LR: 1.0}\nSOLVER: {MAX_ITER: 3}\n", "'SOLVER' stands twice"),
+        ("_BASE_: nowhere.yaml\n", "'nowhere.yaml' does not exist"),
+        ("_BASE_: c.yaml\n", "leads back"),
+        ("SOLVER: 3\n", "SOLVER is a section"),
+        ("SEED: {A: 1}\n", "SEED is a single value"),
+        ("SOLVER: {BASE_LR: [1]}\n", "SOLVER.BASE_LR must be of type float"),
+        ("MODEL: {ROI_BOX_HEAD: {NROM: GN}}\n", "unknown key MODEL.ROI_BOX_HEAD.NROM; did you mean"),
+        ("MODEL: !!python/object/apply:os.system ['true']\n", "could not determine a constructor"),
+    ],
+)
+def test_mistakes_in_a_file_name_the_file(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path / "c.yaml", text)
+    with pytest.raises(ConfigError) as e:
+        load_config(str(path))
+    assert message in str(e.value) and str(path) in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_mistake_in_a_base_names_the_base(tmp_path: Path) -> None:
+    base = write(tmp_path / "base.yaml", "SOLVRE: {BASE_LR: 0.5}\n")
+    write(tmp_path / "c.yaml", "_BASE_: base.yaml\n")
+    with pytest.raises(ConfigError, match=r"base\.yaml"):
+        load_config(str(tmp_path / "c.yaml"))
+    assert base.exists()
+
+
+@pytest.mark.parametrize("name", ["gnfpn.yaml", "/nowhere/gn.yaml", "."])
+def test_missing_config(name: str) -> None:
+    with pytest.raises(ConfigError):
+        load_config(name)
+
+
+def test_every_key_is_known_once() -> None:
+    keys = known_keys(get_cfg())
+    assert len(keys) == len(set(keys)) > 200
