@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict, Union
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 #: One object's mask: polygons as flat float64 arrays ``x0, y0, x1, y1, ...`` in pixels, or a (H, W) bool bitmap.
-InstanceMask = Union[list[np.ndarray], np.ndarray]
+InstanceMask = list[np.ndarray] | np.ndarray
 
 
 def rasterize_polygons(polygons: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:

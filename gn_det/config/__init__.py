@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from gn_det.config.defaults import get_cfg
-from gn_det.config.load import load_config, shipped_configs
+from gn_det.config.load import dump_config, load_config, parse_config, shipped_configs
 
-__all__ = ["get_cfg", "load_config", "shipped_configs"]
+__all__ = ["dump_config", "get_cfg", "load_config", "parse_config", "shipped_configs"]

@@ -222,7 +222,9 @@ def _check_data(cfg: CN) -> None:
         json_file, images = data[f"{split}_JSON"], data[f"{split}_IMAGES"]
         if bool(json_file) != bool(images):
             missing = f"DATASETS.{split}_{'IMAGES' if json_file else 'JSON'}"
-            raise ConfigError(f"{missing} is missing (flag --{missing[9:].lower().replace('_', '-')}); set both or none")
+            raise ConfigError(
+                f"{missing} is missing (flag --{missing[9:].lower().replace('_', '-')}); set both or none"
+            )
     solver = cfg.SOLVER
     if solver.IMS_PER_BATCH % solver.ACCUMULATE:
         raise ConfigError(

@@ -210,7 +210,9 @@ def _set(cfg: CN, dotted: str, value: Any, source: str) -> None:
         node[name] = _typed(value, node[name])
     except TypeError:
         kind = "None or a number" if node[name] is None else type(node[name]).__name__
-        raise ConfigError(f"{source}: {dotted} must be of type {kind} (such as {node[name]!r}), got {value!r}") from None
+        raise ConfigError(
+            f"{source}: {dotted} must be of type {kind} (such as {node[name]!r}), got {value!r}"
+        ) from None
 
 
 def merge_file(cfg: CN, path: Path) -> None:
@@ -265,6 +267,24 @@ def load_config(name_or_path: str, overrides: Sequence[str] = (), *, check: bool
     if check:
         check_config(cfg)
     return cfg
+
+
+class _PlainDumper(yaml.SafeDumper):
+    """No ``&id001`` anchors for values that happen to be the same Python object."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def dump_config(cfg: CN) -> str:
+    """All keys as YAML text that :func:`parse_config` and Detectron2 read back."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: plain(v) for name, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    return yaml.dump(plain(cfg), Dumper=_PlainDumper, sort_keys=False, allow_unicode=True)
 
 
 def parse_config(text: str, source: str) -> CN:
