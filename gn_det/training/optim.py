@@ -1,0 +1,181 @@
+"""SGD and its parameter groups, as Detectron2's ``get_default_optimizer_params`` forms them.
+
+A parameter belongs to a norm layer when its *module* is one of :data:`NORM_MODULES` (never by name), so a
+:class:`torch.nn.GroupNorm` subclass is found and gets ``SOLVER.WEIGHT_DECAY_NORM``. A parameter *named* ``bias`` then
+takes ``SOLVER.WEIGHT_DECAY_BIAS`` and ``SOLVER.BIAS_LR_FACTOR`` where they are set, the beta of a norm layer included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import nn
+
+from gn_det.errors import ConfigError
+
+#: Module classes whose parameters count as gamma and beta.
+NORM_MODULES: tuple[type[nn.Module], ...] = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.GroupNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+    nn.LayerNorm,
+    nn.LocalResponseNorm,
+)
+
+CLIP_TYPES = ("value", "norm", "full_model")
+
+
+@dataclass(frozen=True)
+class GroupRow:
+    """One line of the optimizer table.
+
+    Attributes:
+        kind: ``"gamma/beta"``, ``"bias"`` or ``"weight"``.
+        lr: learning rate before the schedule's multiplier; None when frozen.
+        weight_decay: L2 factor; None when frozen.
+        tensors: number of parameter tensors.
+        elements: number of scalars in them.
+    """
+
+    kind: str
+    lr: float | None
+    weight_decay: float | None
+    tensors: int
+    elements: int
+
+    @property
+    def frozen(self) -> bool:
+        return self.lr is None
+
+
+def _own_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    """(module, parameter name, parameter), each parameter once, in module order."""
+    seen: set[nn.Parameter] = set()
+    for module in model.modules():
+        for name, param in module.named_parameters(recurse=False):
+            if param not in seen:
+                seen.add(param)
+                yield module, name, param
+
+
+def _hyperparameters(cfg: CfgNode, module: nn.Module, name: str) -> dict[str, float]:
+    """What a parameter's group says explicitly; a missing weight decay is the optimizer's default."""
+    solver = cfg.SOLVER
+    explicit = {"lr": float(solver.BASE_LR)}
+    if isinstance(module, NORM_MODULES) and solver.WEIGHT_DECAY_NORM is not None:
+        explicit["weight_decay"] = float(solver.WEIGHT_DECAY_NORM)
+    if name == "bias":
+        if solver.BIAS_LR_FACTOR is not None and solver.BIAS_LR_FACTOR != 1.0:
+            explicit["lr"] = float(solver.BASE_LR) * float(solver.BIAS_LR_FACTOR)
+        if solver.WEIGHT_DECAY_BIAS is not None:
+            explicit["weight_decay"] = float(solver.WEIGHT_DECAY_BIAS)
+    return explicit
+
+
+def optimizer_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
+    """Parameter groups for :class:`torch.optim.SGD`, in Detectron2's order.
+
+    Args:
+        cfg: reads ``SOLVER.BASE_LR``, ``WEIGHT_DECAY_NORM``, ``WEIGHT_DECAY_BIAS`` and ``BIAS_LR_FACTOR``.
+        model: only parameters that require a gradient are taken.
+
+    Returns:
+        One dict for each distinct set of hyperparameters, with ``params`` in module order; the same order as
+        Detectron2's, so that a momentum buffer has the same index in both.
+    """
+    merged: dict[tuple[tuple[str, float], ...], list[nn.Parameter]] = {}
+    for module, name, param in _own_parameters(model):
+        if param.requires_grad:
+            merged.setdefault(tuple(_hyperparameters(cfg, module, name).items()), []).append(param)
+    return [{**dict(key), "params": params} for key, params in merged.items()]
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
+    """SGD over :func:`optimizer_groups`.
+
+    Raises:
+        ConfigError: every parameter is frozen, or the clipping type is unknown.
+    """
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    if clip.ENABLED and clip.CLIP_TYPE not in CLIP_TYPES:
+        raise ConfigError(f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is '{clip.CLIP_TYPE}'; use one of {', '.join(CLIP_TYPES)}")
+    groups = optimizer_groups(cfg, model)
+    if not groups:
+        raise ConfigError("every parameter of the model is frozen; lower MODEL.BACKBONE.FREEZE_AT")
+    return torch.optim.SGD(
+        groups,
+        lr=cfg.SOLVER.BASE_LR,
+        momentum=cfg.SOLVER.MOMENTUM,
+        nesterov=cfg.SOLVER.NESTEROV,
+        weight_decay=cfg.SOLVER.WEIGHT_DECAY,
+        foreach=True,
+    )
+
+
+def clip_gradients(cfg: CfgNode, parameters: Iterable[nn.Parameter]) -> None:
+    """Clip gradients in place as ``SOLVER.CLIP_GRADIENTS`` says; does nothing when it is off.
+
+    ``value`` and ``norm`` treat every parameter tensor alone, as Detectron2 does; ``full_model`` clips the norm over
+    all of them together.
+    """
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    if not clip.ENABLED:
+        return
+    if clip.CLIP_TYPE == "full_model":
+        nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, clip.NORM_TYPE)
+        return
+    for param in parameters:
+        if param.grad is None:
+            continue
+        if clip.CLIP_TYPE == "value":
+            nn.utils.clip_grad_value_(param, clip.CLIP_VALUE)
+        else:
+            nn.utils.clip_grad_norm_(param, clip.CLIP_VALUE, clip.NORM_TYPE)
+
+
+def group_rows(cfg: CfgNode, model: nn.Module) -> list[GroupRow]:
+    """Count parameter tensors by kind and hyperparameters; frozen ones apart (they are in no optimizer group)."""
+    counts: dict[tuple[str, float | None, float | None], tuple[int, int]] = {}
+    for module, name, param in _own_parameters(model):
+        kind = "gamma/beta" if isinstance(module, NORM_MODULES) else "bias" if name == "bias" else "weight"
+        lr: float | None = None
+        decay: float | None = None
+        if param.requires_grad:
+            explicit = _hyperparameters(cfg, module, name)
+            lr, decay = explicit["lr"], explicit.get("weight_decay", float(cfg.SOLVER.WEIGHT_DECAY))
+        tensors, elements = counts.get((kind, lr, decay), (0, 0))
+        counts[kind, lr, decay] = (tensors + 1, elements + param.numel())
+    order = {"gamma/beta": 0, "bias": 1, "weight": 2}
+    keys = sorted(counts, key=lambda k: (k[1] is None, order[k[0]], -(k[2] or 0.0)))
+    return [GroupRow(*key, *counts[key]) for key in keys]
+
+
+def format_groups(rows: Iterable[GroupRow]) -> str:
+    """The optimizer table as text, ending in one sentence on gamma and beta."""
+    rows = list(rows)
+    lines = ["Optimizer groups", f"  {'kind':<12}{'tensors':>8}{'parameters':>13}{'lr':>10}{'weight decay':>14}"]
+    for row in rows:
+        lr = "frozen" if row.lr is None else f"{row.lr:g}"
+        decay = "-" if row.weight_decay is None else f"{row.weight_decay:g}"
+        lines.append(f"  {row.kind:<12}{row.tensors:>8}{row.elements:>13,}{lr:>10}{decay:>14}")
+    lines.append(f"  {_norm_sentence(rows)}")
+    return "\n".join(lines)
+
+
+def _norm_sentence(rows: list[GroupRow]) -> str:
+    norm = [r for r in rows if r.kind == "gamma/beta"]
+    total = sum(r.tensors for r in norm)
+    if not total:
+        return "The model has no trainable or frozen gamma and beta tensors (norm layers without parameters, or none)."
+    parts = [f"{r.tensors} trained with weight decay {r.weight_decay:g}" for r in norm if r.weight_decay is not None]
+    parts += [f"{r.tensors} frozen by MODEL.BACKBONE.FREEZE_AT" for r in norm if r.frozen]
+    return f"{total} gamma/beta tensors: {', '.join(parts)}."

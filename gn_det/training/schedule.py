@@ -1,0 +1,275 @@
+"""Learning rate at every iteration, and the rules that adapt a schedule to batch, GPUs and epochs.
+
+The multiplier of the learning rate is Detectron2's: a multi-step, cosine or fixed-gamma curve over the whole run,
+whose first ``WARMUP_ITERS`` iterations are replaced by a ramp that ends where the curve is at that point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+import torch
+from fvcore.common.config import CfgNode
+from fvcore.common.param_scheduler import (
+    CompositeParamScheduler,
+    ConstantParamScheduler,
+    CosineParamScheduler,
+    LinearParamScheduler,
+    MultiStepParamScheduler,
+    ParamScheduler,
+    StepWithFixedGammaParamScheduler,
+)
+from torch.optim.lr_scheduler import LambdaLR
+
+from gn_det.errors import ConfigError
+
+SCHEDULES = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
+
+
+def _main_curve(cfg: CfgNode) -> ParamScheduler:
+    """The curve without warm-up, a function of progress in [0, 1] that starts at 1."""
+    solver = cfg.SOLVER
+    name = solver.LR_SCHEDULER_NAME
+    if name == "WarmupMultiStepLR":
+        steps = [s for s in solver.STEPS if s <= solver.MAX_ITER]
+        if any(a >= b for a, b in zip(steps, steps[1:])):
+            raise ConfigError(f"SOLVER.STEPS {tuple(solver.STEPS)} must increase")
+        values = [solver.GAMMA**k for k in range(len(steps) + 1)]
+        return MultiStepParamScheduler(values=values, milestones=steps, num_updates=solver.MAX_ITER)
+    if name == "WarmupCosineLR":
+        end = solver.BASE_LR_END / solver.BASE_LR
+        if not 0.0 <= end <= 1.0:
+            raise ConfigError(f"SOLVER.BASE_LR_END {solver.BASE_LR_END:g} must lie between 0 and SOLVER.BASE_LR")
+        return CosineParamScheduler(1, end)
+    if name == "WarmupStepWithFixedGammaLR":
+        return StepWithFixedGammaParamScheduler(
+            base_value=1.0, gamma=solver.GAMMA, num_decays=solver.NUM_DECAYS, num_updates=solver.MAX_ITER
+        )
+    raise ConfigError(f"SOLVER.LR_SCHEDULER_NAME is '{name}'; use one of {', '.join(SCHEDULES)}")
+
+
+def lr_multiplier(cfg: CfgNode) -> Callable[[int], float]:
+    """Factor on every group's learning rate as a function of the 0-based iteration, defined on [0, MAX_ITER].
+
+    Raises:
+        ConfigError: a key of the schedule is out of range.
+    """
+    solver = cfg.SOLVER
+    max_iter = int(solver.MAX_ITER)
+    if max_iter < 1:
+        raise ConfigError(f"SOLVER.MAX_ITER is {max_iter}; it must be at least 1")
+    if solver.BASE_LR <= 0:
+        raise ConfigError(f"SOLVER.BASE_LR is {solver.BASE_LR:g}; it must be above 0")
+    curve = _main_curve(cfg)
+    length = min(solver.WARMUP_ITERS / max_iter, 1.0)
+    start = solver.WARMUP_FACTOR * curve(0.0)
+    ramp: ParamScheduler
+    if solver.WARMUP_METHOD == "linear":
+        ramp = LinearParamScheduler(start, curve(0.0) if solver.RESCALE_INTERVAL else curve(length))
+    elif solver.WARMUP_METHOD == "constant":
+        ramp = ConstantParamScheduler(start)
+    else:
+        raise ConfigError(f"SOLVER.WARMUP_METHOD is '{solver.WARMUP_METHOD}'; use linear or constant")
+    whole = CompositeParamScheduler(
+        [ramp, curve],
+        lengths=[length, 1 - length],
+        interval_scaling=["rescaled", "rescaled" if solver.RESCALE_INTERVAL else "fixed"],
+    )
+    # After the last iteration the scheduler is stepped once more; the fixed-gamma curve has no value there.
+    return lambda iteration: whole(min(iteration, max_iter - 1) / max_iter)
+
+
+def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LambdaLR:
+    """Scheduler to be stepped once an iteration; at iteration i each group has ``lr * lr_multiplier(cfg)(i)``."""
+    return LambdaLR(optimizer, lr_multiplier(cfg))
+
+
+def set_iteration(scheduler: LambdaLR, iteration: int) -> None:
+    """Move a scheduler to ``iteration`` and write the learning rates that belong there into its optimizer."""
+    scheduler.last_epoch = iteration
+    scheduler._step_count = iteration + 1
+    for group, base, factor in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas):
+        group["lr"] = base * factor(iteration)
+    scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
+
+
+def _scaled(iterations: int, scale: float) -> int:
+    return int(round(iterations / scale))
+
+
+def _scale_iterations(cfg: CfgNode, scale: float, literal: Collection[str] = (), *, warmup: bool = True) -> None:
+    """Divide everything counted in iterations by ``scale`` but the keys in ``literal``; a period that is on stays on."""
+    solver = cfg.SOLVER
+    for node, section, key in (
+        (solver, "SOLVER", "MAX_ITER"),
+        (cfg.TEST, "TEST", "EVAL_PERIOD"),
+        (solver, "SOLVER", "CHECKPOINT_PERIOD"),
+    ):
+        value = getattr(node, key)
+        if value > 0 and f"{section}.{key}" not in literal:
+            setattr(node, key, max(_scaled(value, scale), 1))
+    if warmup and "SOLVER.WARMUP_ITERS" not in literal:
+        solver.WARMUP_ITERS = _scaled(solver.WARMUP_ITERS, scale)
+    if "SOLVER.STEPS" not in literal:
+        solver.STEPS = tuple(_scaled(s, scale) for s in solver.STEPS)
+
+
+def _for_world_size(cfg: CfgNode, world_size: int) -> list[str]:
+    """Detectron2's ``auto_scale_workers``: batch and lr follow the number of GPUs, iterations go the other way."""
+    solver = cfg.SOLVER
+    reference = solver.REFERENCE_WORLD_SIZE
+    if reference <= 0 or reference == world_size:
+        return []
+    if solver.IMS_PER_BATCH % reference:
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} is not a multiple of SOLVER.REFERENCE_WORLD_SIZE {reference}"
+        )
+    scale = world_size / reference
+    before = (solver.IMS_PER_BATCH, solver.BASE_LR, solver.MAX_ITER)
+    solver.IMS_PER_BATCH = int(round(solver.IMS_PER_BATCH * scale))
+    solver.BASE_LR = solver.BASE_LR * scale
+    _scale_iterations(cfg, scale)
+    solver.REFERENCE_WORLD_SIZE = world_size
+    if solver.REFERENCE_BATCH > 0:  # both rules on: batch and lr have moved together, so must the reference
+        solver.REFERENCE_BATCH = int(round(solver.REFERENCE_BATCH * scale))
+    return [
+        f"Written for {reference} GPUs, running on {world_size} (SOLVER.REFERENCE_WORLD_SIZE): "
+        f"batch {before[0]} -> {solver.IMS_PER_BATCH}, learning rate {before[1]:g} -> {solver.BASE_LR:g}, "
+        f"{before[2]} -> {solver.MAX_ITER} iterations, {_rest(cfg)}."
+    ]
+
+
+def _rest(cfg: CfgNode) -> str:
+    solver = cfg.SOLVER
+    return f"steps {tuple(solver.STEPS)}, warm-up {solver.WARMUP_ITERS} iterations"
+
+
+def _for_batch(cfg: CfgNode, literal: Collection[str]) -> list[str]:
+    """Linear scaling from the batch that the schedule was written for."""
+    solver = cfg.SOLVER
+    reference, batch = solver.REFERENCE_BATCH, solver.IMS_PER_BATCH
+    if reference <= 0 or reference == batch:
+        return []
+    scale = batch / reference
+    before = (solver.BASE_LR, solver.MAX_ITER)
+    if "SOLVER.BASE_LR" in literal:
+        rate = f"learning rate {solver.BASE_LR:g} as given"
+    else:
+        solver.BASE_LR = solver.BASE_LR * scale
+        solver.BASE_LR_END = solver.BASE_LR_END * scale
+        rate = f"learning rate scaled linearly {before[0]:g} -> {solver.BASE_LR:g}"
+    _scale_iterations(cfg, scale, literal)
+    if "SOLVER.MAX_ITER" in literal:
+        length = f"{solver.MAX_ITER} iterations as given"
+    else:
+        length = f"{before[1]} -> {solver.MAX_ITER} iterations (the same epochs)"
+    solver.REFERENCE_BATCH = batch
+    return [
+        f"Written for a batch of {reference}, running with {batch} (SOLVER.REFERENCE_BATCH, 0 turns this off): "
+        f"{rate}, {length}, {_rest(cfg)}."
+    ]
+
+
+def _for_epochs(cfg: CfgNode, images: int, literal: Collection[str]) -> list[str]:
+    """MAX_ITER from epochs; steps and periods keep their proportion, a warm-up is cut to a tenth of a short run."""
+    solver = cfg.SOLVER
+    if solver.EPOCHS <= 0:
+        return []
+    if images <= 0:
+        raise ConfigError(f"SOLVER.EPOCHS {solver.EPOCHS:g} needs a training set; set SOLVER.MAX_ITER instead")
+    iterations = max(int(round(solver.EPOCHS * images / solver.IMS_PER_BATCH)), 1)
+    before = solver.MAX_ITER
+    if iterations == before:
+        return []
+    _scale_iterations(cfg, before / iterations, literal, warmup=False)
+    solver.MAX_ITER = iterations
+    if "SOLVER.WARMUP_ITERS" not in literal and iterations < before:
+        solver.WARMUP_ITERS = min(solver.WARMUP_ITERS, iterations // 10)
+    return [
+        f"SOLVER.EPOCHS {solver.EPOCHS:g} over {images} images in batches of {solver.IMS_PER_BATCH}: "
+        f"{before} -> {iterations} iterations, {_rest(cfg)}."
+    ]
+
+
+def scale_schedule(cfg: CfgNode, world_size: int, images: int) -> tuple[CfgNode, list[str]]:
+    """Adapt a schedule to the number of GPUs, the batch and the wanted epochs, in this order.
+
+    Args:
+        cfg: not changed. Keys named in ``SOLVER.NO_RESCALE`` (those typed on the command line) are taken as they are
+            by the batch and epoch rules; the GPU rule is Detectron2's and scales everything.
+        world_size: number of processes, one GPU each.
+        images: training images in an epoch; only used with ``SOLVER.EPOCHS``.
+
+    Returns:
+        A config of its own (frozen if ``cfg`` was) and one plain sentence for every adjustment made. Applying it again
+        to the result changes nothing.
+
+    Raises:
+        ConfigError: the batch cannot be divided as asked, or epochs are asked for without a training set.
+    """
+    frozen = cfg.is_frozen()
+    cfg = cfg.clone()
+    cfg.defrost()
+    literal = tuple(cfg.SOLVER.NO_RESCALE)
+    sentences = _for_world_size(cfg, world_size) + _for_batch(cfg, literal) + _for_epochs(cfg, images, literal)
+    solver = cfg.SOLVER
+    late = [s for s in solver.STEPS if s > solver.MAX_ITER]
+    if late and solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
+        sentences.append(f"SOLVER.STEPS {tuple(late)} lie beyond the last iteration {solver.MAX_ITER} and are ignored.")
+    if solver.WARMUP_ITERS >= solver.MAX_ITER:
+        sentences.append(
+            f"The warm-up of {solver.WARMUP_ITERS} iterations fills the whole run of {solver.MAX_ITER}: the learning "
+            "rate never reaches SOLVER.BASE_LR; lower SOLVER.WARMUP_ITERS."
+        )
+    images_per_rank(cfg, world_size)
+    if frozen:
+        cfg.freeze()
+    return cfg, sentences
+
+
+def images_per_rank(cfg: CfgNode, world_size: int) -> int:
+    """Images of one micro-batch on one GPU: ``IMS_PER_BATCH / (world_size * ACCUMULATE)``.
+
+    Raises:
+        ConfigError: it is not a whole number of at least 1.
+    """
+    batch, accumulate = int(cfg.SOLVER.IMS_PER_BATCH), int(cfg.SOLVER.ACCUMULATE)
+    if accumulate < 1:
+        raise ConfigError(f"SOLVER.ACCUMULATE is {accumulate}; it must be at least 1")
+    parts = world_size * accumulate
+    if batch < parts or batch % parts:
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH {batch} cannot be shared by {world_size} GPU(s) x SOLVER.ACCUMULATE {accumulate}; "
+            f"use a multiple of {parts}, such as {max(round(batch / parts), 1) * parts}"
+        )
+    return batch // parts
+
+
+def format_schedule(cfg: CfgNode, images: int, world_size: int = 1) -> str:
+    """The schedule in iterations and epochs, as text of a few lines.
+
+    Args:
+        cfg: after :func:`scale_schedule`.
+        images: training images in an epoch; 0 when unknown, then epochs are left out.
+        world_size: number of GPUs.
+    """
+    solver = cfg.SOLVER
+
+    def both(iterations: int) -> str:
+        if images <= 0:
+            return f"{iterations}"
+        return f"{iterations} ({iterations * solver.IMS_PER_BATCH / images:.2f} epochs)"
+
+    steps = [both(s) for s in solver.STEPS if s <= solver.MAX_ITER] if "Cosine" not in solver.LR_SCHEDULER_NAME else []
+    batch = f"batch {solver.IMS_PER_BATCH} = {images_per_rank(cfg, world_size)} images x {world_size} GPU(s)"
+    if solver.ACCUMULATE > 1:
+        batch += f" x {solver.ACCUMULATE} accumulated micro-batches"
+    lines = [
+        f"Schedule: {solver.LR_SCHEDULER_NAME}, {both(solver.MAX_ITER)} iterations, {batch}",
+        f"  learning rate {solver.BASE_LR:g}, warm-up {solver.WARMUP_METHOD} over {both(solver.WARMUP_ITERS)}",
+    ]
+    if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
+        lines.append(f"  x {solver.GAMMA:g} at {', '.join(steps) if steps else 'no iteration'}")
+    period = cfg.TEST.EVAL_PERIOD
+    lines.append(f"  evaluation {'every ' + both(period) + ' and ' if period > 0 else ''}at the end")
+    return "\n".join(lines)

@@ -1,0 +1,105 @@
+"""Optimizer groups, learning rates and clipping are Detectron2's, compared with the installed package."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("detectron2.solver", reason="compares with an installed Detectron2")
+
+import torch
+from detectron2.config import get_cfg as d2_get_cfg
+from detectron2.engine import DefaultTrainer
+from detectron2.solver import build_lr_scheduler as d2_scheduler
+from detectron2.solver import build_optimizer as d2_optimizer
+from torch import nn
+
+from gn_det.config import get_cfg
+from gn_det.training.optim import build_optimizer, clip_gradients
+from gn_det.training.schedule import build_lr_scheduler, scale_schedule
+from training.cases import SCHEDULES, Tiny
+
+pytestmark = pytest.mark.detectron2
+
+
+def both(overrides: list) -> tuple:
+    ours, theirs = get_cfg(), d2_get_cfg()
+    for cfg in (ours, theirs):
+        cfg.merge_from_list(overrides)
+    return ours, theirs
+
+
+def step(opt, sched) -> None:
+    for group in opt.param_groups:
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+    opt.step()
+    sched.step()
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_lr_equal_at_every_iteration(name: str) -> None:
+    ours, theirs = both(SCHEDULES[name])
+    model_a, model_b = Tiny(), Tiny()
+    opt_a, opt_b = build_optimizer(ours, model_a), d2_optimizer(theirs, model_b)
+    sched_a, sched_b = build_lr_scheduler(ours, opt_a), d2_scheduler(theirs, opt_b)
+    for iteration in range(ours.SOLVER.MAX_ITER):
+        lrs = [g["lr"] for g in opt_a.param_groups]
+        assert lrs == [g["lr"] for g in opt_b.param_groups], iteration
+        if iteration + 1 < ours.SOLVER.MAX_ITER:  # Detectron2's fixed-gamma curve fails one step after the end
+            step(opt_a, sched_a)
+            step(opt_b, sched_b)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["SOLVER.WEIGHT_DECAY_NORM", 0.01],
+        ["SOLVER.WEIGHT_DECAY_BIAS", 0.0, "SOLVER.BIAS_LR_FACTOR", 2.0],
+        ["SOLVER.NESTEROV", True],
+    ],
+)
+def test_groups_equal_in_order_and_values(overrides: list) -> None:
+    ours, theirs = both(overrides)
+    model = Tiny()
+    opt_a, opt_b = build_optimizer(ours, model), d2_optimizer(theirs, model)
+    assert len(opt_a.param_groups) == len(opt_b.param_groups)
+    for a, b in zip(opt_a.param_groups, opt_b.param_groups):
+        assert [id(p) for p in a["params"]] == [id(p) for p in b["params"]]
+        assert {k: v for k, v in a.items() if k != "params"} == {k: v for k, v in b.items() if k != "params"}
+
+
+@pytest.mark.parametrize("kind", ["value", "norm"])
+def test_clipped_steps_give_equal_weights(kind: str) -> None:
+    ours, theirs = both(
+        ["SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", kind,
+         "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 0.3]
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model_a, model_b = Tiny(), Tiny()
+    model_b.load_state_dict(model_a.state_dict())
+    opt_a, opt_b = build_optimizer(ours, model_a), d2_optimizer(theirs, model_b)
+    x = torch.randn(2, 3, 8, 8) * 10
+    for _ in range(3):
+        for model, opt in ((model_a, opt_a), (model_b, opt_b)):
+            opt.zero_grad()
+            nn.functional.mse_loss(model.features(x), torch.zeros(2, 8)).backward()
+        clip_gradients(ours, model_a.parameters())
+        opt_a.step()
+        opt_b.step()
+    for a, b in zip(model_a.parameters(), model_b.parameters()):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("reference", "world"), [(8, 1), (8, 16), (2, 3)])
+def test_auto_scale_workers(reference: int, world: int) -> None:
+    ours, theirs = both(
+        ["SOLVER.REFERENCE_WORLD_SIZE", reference, "SOLVER.STEPS", (210000, 250000), "SOLVER.MAX_ITER", 270000,
+         "SOLVER.BASE_LR", 0.02, "TEST.EVAL_PERIOD", 5000, "SOLVER.IMS_PER_BATCH", 48]
+    )  # fmt: skip
+    scaled, sentences = scale_schedule(ours, world, 0)
+    expected = DefaultTrainer.auto_scale_workers(theirs, world)
+    assert len(sentences) == 1
+    for key in ("IMS_PER_BATCH", "BASE_LR", "MAX_ITER", "WARMUP_ITERS", "STEPS", "CHECKPOINT_PERIOD"):
+        assert scaled.SOLVER[key] == expected.SOLVER[key], key
+    assert scaled.TEST.EVAL_PERIOD == expected.TEST.EVAL_PERIOD
