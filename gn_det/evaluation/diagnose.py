@@ -1,11 +1,31 @@
-"""Why an AP is 0 or undefined, in plain sentences."""
+"""Why an AP is 0 or undefined, in plain sentences.
+
+COCO's evaluators answer -1 or nan without a word; the causes are few and can be told apart from the ground truth and
+the results alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from gn_det.evaluation.ground_truth import GroundTruth
+
+_SIZES = {
+    "APs": ("below 32²", 0.0, 32.0**2),
+    "APm": ("from 32² to 96²", 32.0**2, 96.0**2),
+    "APl": ("above 96²", 96.0**2, 1e10),
+}
+
+#: Below this AP (percent) the boxes themselves are looked at.
+_LOW = 1.0
+#: So many images are looked at, which is enough for a verdict and quick on a big set.
+_SAMPLE = 200
 
 
 def explain(
@@ -14,5 +34,185 @@ def explain(
     results: Sequence[Mapping[str, Any]],
     category_ids: Sequence[int],
 ) -> list[str]:
-    """Sentences, most likely cause first; empty when every number is defined and above zero."""
+    """Sentences, most likely cause first; empty when every overall number is defined and none is 0.
+
+    Args:
+        metrics: ``{"bbox": {"AP": percent, ...}, ...}``; nan where COCO says -1.
+        gt: the ground truth evaluated on.
+        results: entries of COCO's result format.
+        category_ids: json category ids of the classes the model knows.
+    """
+    reasons: list[str] = []
+    objects = [a for a in gt.annotations if not a["iscrowd"]]
+    if len(gt.images) == 1:
+        reasons.append(f"{gt.source} has a single image: an AP on it says next to nothing; hold out more images.")
+    if not objects:
+        crowd = " that is not a crowd" if gt.annotations else ""
+        return [*reasons, f"AP is undefined (-1, nan): {gt.source} has no ground-truth object{crowd}."]
+    if not results:
+        return [*reasons, _no_results(gt)]
+    reasons += _category_mismatch(gt, objects, results, category_ids)
+    reasons += _coverage(objects, results)
+    reasons += _undefined(metrics, gt, objects)
+    low = [f"{t} AP {m['AP']:.3g}" for t, m in metrics.items() if "AP" in m and m["AP"] < _LOW]
+    if low:
+        causes = _bad_boxes(objects, results)
+        if not causes and not reasons:
+            causes = [_untrained(gt, objects, results)]
+        reasons += [f"{', '.join(low)}: {c}" for c in causes]
+    scores = {r["score"] for r in results}
+    if len(scores) == 1 and len(results) > 1:
+        reasons.append(
+            f"All {len(results)} detections have the same score {next(iter(scores)):.4g}, so their order is arbitrary; "
+            "AP needs a score that ranks them."
+        )
+    return reasons
+
+
+def _no_results(gt: GroundTruth) -> str:
+    return (
+        f"AP is undefined (nan): the model gave no detection at all on the {len(gt.images)} images of {gt.source}; "
+        "train longer, check that MODEL.WEIGHTS was loaded, or lower MODEL.ROI_HEADS.SCORE_THRESH_TEST."
+    )
+
+
+def _some(values: Iterable[Any], limit: int = 5) -> str:
+    shown = list(values)
+    return ", ".join(str(v) for v in shown[:limit]) + (f", ... ({len(shown)} in all)" if len(shown) > limit else "")
+
+
+def _category_mismatch(
+    gt: GroundTruth,
+    objects: Sequence[Mapping[str, Any]],
+    results: Sequence[Mapping[str, Any]],
+    category_ids: Sequence[int],
+) -> list[str]:
+    out = []
+    known = set(gt.category_ids)
+    strange = Counter(r["category_id"] for r in results if r["category_id"] not in known)
+    if strange:
+        out.append(
+            f"{sum(strange.values())} of {len(results)} detections carry category ids that {gt.source} does not have "
+            f"({_some(sorted(strange))}; it has {_some(gt.category_ids)}) and do not count: the model's classes come "
+            "from another json."
+        )
+    unlearned = sorted({a["category_id"] for a in objects} - set(category_ids))
+    if unlearned:
+        names = {c["id"]: c["name"] for c in gt.categories}
+        out.append(
+            f"{gt.source} has objects of categories that the model does not know and that count as missed: "
+            f"{_some(names[i] for i in unlearned)}."
+        )
+    return out
+
+
+def _coverage(objects: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]]) -> list[str]:
+    with_objects = {a["image_id"] for a in objects}
+    with_results = {r["image_id"] for r in results}
+    if with_objects & with_results:
+        return []
+    return [
+        f"AP is 0: the {len(with_results)} images with detections and the {len(with_objects)} images with objects have "
+        "none in common; image ids of predictions and json probably do not match."
+    ]
+
+
+def _undefined(
+    metrics: Mapping[str, Mapping[str, float]], gt: GroundTruth, objects: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """One sentence for every size range and for the categories without ground truth."""
+    out = []
+    if "segm" in metrics and not any("segmentation" in a for a in objects):
+        out.append(f"segm AP is undefined (-1, nan): no object of {gt.source} has a usable segmentation.")
+    for name, (text, low, high) in _SIZES.items():
+        tasks = [t for t, m in metrics.items() if math.isnan(m.get(name, 0.0)) and not math.isnan(m["AP"])]
+        if tasks and not any(low <= a["area"] <= high for a in objects):
+            out.append(f"{name} is undefined (-1, nan): {gt.source} has no object with an area {text} px.")
+    present = {a["category_id"] for a in objects}
+    absent = [c["name"] for c in gt.categories if c["id"] not in present]
+    if absent:
+        out.append(
+            f"{len(absent)} of {len(gt.categories)} categories have no object in {gt.source}; their AP is undefined "
+            f"(-1, nan) and left out of the mean: {_some(absent)}."
+        )
+    return out
+
+
+@dataclass
+class _Fit:
+    """Share of the looked-at objects that a detection meets with IoU >= 0.5."""
+
+    same_class: float
+    any_class: float
+    detections_as_corners: float  # any class, the detection's four numbers read as x0, y0, x1, y1
+    truth_as_corners: float  # any class, the object's four numbers read so
+    best: float  # highest IoU with a detection of the same class
+
+
+def _fit(objects: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]]) -> _Fit:
+    found: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
+    for r in results:
+        found[r["image_id"]].append(r)
+    truth: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
+    for a in objects:
+        truth[a["image_id"]].append(a)
+    best: list[np.ndarray] = []
+    for image_id in list(truth)[:_SAMPLE]:
+        here = truth[image_id]
+        if image_id not in found:
+            best.append(np.zeros((4, len(here))))
+            continue
+        det = np.array([r["bbox"] for r in found[image_id]], dtype=np.float64)
+        own = np.array([a["bbox"] for a in here], dtype=np.float64)
+        same = np.array([[a["category_id"] == r["category_id"] for r in found[image_id]] for a in here])
+        iou = _iou(_corners(own), _corners(det))
+        ious = (iou * same, iou, _iou(_corners(own), det), _iou(own, _corners(det)))
+        best.append(np.stack([v.max(1) for v in ious]))
+    all_best = np.concatenate(best, axis=1)
+    return _Fit(*(float(v) for v in (all_best >= 0.5).mean(1)), best=float(all_best[0].max()))
+
+
+def _corners(xywh: np.ndarray) -> np.ndarray:
+    return np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
+
+
+def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(M, N) IoU of XYXY boxes, 0 for empty ones."""
+    low = np.maximum(a[:, None, :2], b[None, :, :2])
+    high = np.minimum(a[:, None, 2:], b[None, :, 2:])
+    inter = np.clip(high - low, 0, None).prod(-1)
+    area_a = np.clip(a[:, 2:] - a[:, :2], 0, None).prod(-1)
+    area_b = np.clip(b[:, 2:] - b[:, :2], 0, None).prod(-1)
+    union = area_a[:, None] + area_b[None] - inter
+    return np.divide(inter, union, out=np.zeros_like(inter), where=union > 0)
+
+
+def _bad_boxes(objects: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is wrong with boxes or classes, where one can tell."""
+    if any("bbox" not in r for r in results):
+        return []
+    for what, entries in (("the ground-truth boxes", objects), ("the detected boxes", results)):
+        if max(max(e["bbox"]) for e in entries) <= 1.5:
+            return [f"{what} are all within 0..1.5 and look normalised; COCO wants pixels."]
+    fit = _fit(objects, results)
+    convention = "fit when read as [x0, y0, x1, y1]; COCO wants [x, y, width, height]."
+    if fit.detections_as_corners > max(0.3, 2 * fit.any_class):
+        return [f"the detected boxes {convention}"]
+    if fit.truth_as_corners > max(0.3, 2 * fit.any_class):
+        return [f"the ground-truth boxes {convention}"]
+    if fit.any_class > max(0.3, 3 * fit.same_class):
+        return [
+            f"{fit.any_class:.0%} of the objects are met by a box (IoU >= 0.5) but only {fit.same_class:.0%} with "
+            "their own class: class order or category ids of model and json do not match."
+        ]
     return []
+
+
+def _untrained(gt: GroundTruth, objects: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]]) -> str:
+    best = float(max(r["score"] for r in results))
+    sentence = f"{len(results)} detections (best score {best:.2f}) on {len(objects)} objects of {gt.source} "
+    if all("bbox" in r for r in results):
+        sentence += f"overlap an object of their class by IoU {_fit(objects, results).best:.2f} at best; "
+    else:
+        sentence += "hardly meet them; "
+    return sentence + "train longer, or check learning rate, weights and input format (INPUT.FORMAT, PIXEL_MEAN)."

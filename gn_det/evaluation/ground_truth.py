@@ -165,7 +165,7 @@ def _check_annotation(ann: Mapping[str, Any], size: tuple[Any, Any], repairs: _R
     bbox = ann.get("bbox")
     if not _is_box(bbox):
         if segmentation is None:
-            repairs.add("annotations are ignored because they have neither a usable bbox nor segmentation", ann.get("id"))
+            repairs.add("annotations are ignored because they have no usable bbox or segmentation", ann.get("id"))
             return None
         repairs.add("annotations have no usable bbox; it is taken from the segmentation", ann.get("id"))
         bbox = _rle_of(segmentation, size)[1]
@@ -209,8 +209,8 @@ def _check_segmentation(segmentation: Any, size: tuple[Any, Any], ann_id: Any, r
         repairs.add("annotations have polygon pieces of fewer than 3 points, which are left out", ann_id)
     for piece in pieces:
         try:
-            # min and max of a list with NaN are unreliable; abs(sum) is finite only if every vertex is.
-            sane = math.isfinite(sum(piece)) and -MAX_COORDINATE < min(piece) and max(piece) < MAX_COORDINATE
+            # min and max miss a NaN, the sum does not.
+            sane = math.isfinite(sum(piece)) and max(max(piece), -min(piece)) < MAX_COORDINATE
         except TypeError:
             sane = False
         if not sane:

@@ -128,7 +128,8 @@ def write_bytes_atomic(path: str, data: bytes) -> None:
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); free space or choose another folder") from None
+        why = error.strerror or error
+        raise UserError(f"{path}: cannot be written ({why}); free space or choose another folder") from None
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)

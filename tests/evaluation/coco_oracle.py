@@ -94,9 +94,14 @@ def _result(
 
 
 def oracle(
-    data: dict[str, Any], results: list[dict[str, Any]], task: str, max_dets: int = 100
+    data: dict[str, Any], results: list[dict[str, Any]], task: str, max_dets: int = 100, *, exact: bool = True
 ) -> dict[str, float]:
-    """Percentages from pycocotools, named as Detectron2 names them."""
+    """Percentages from pycocotools, named as Detectron2 names them.
+
+    Args:
+        exact: pycocotools divides by ``tp + fp + 2.2e-16``, which is felt only where tp + fp = 1 (0.9999999999999998
+            instead of 1); Detectron2's and our compiled evaluators divide by tp + fp. True takes that out.
+    """
     results = copy.deepcopy(results)
     if task == "segm":
         for r in results:
@@ -110,6 +115,8 @@ def oracle(
         evaluator.evaluate()
         evaluator.accumulate()
     p = evaluator.eval["precision"][..., -1]
+    if exact:
+        p[p == 1 / (1 + np.spacing(1))] = 1.0
 
     def percent(values: np.ndarray) -> float:
         values = values[values > -1]

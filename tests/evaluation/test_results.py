@@ -1,0 +1,95 @@
+"""Detections become COCO results; results of ranks merge; the loop reports progress."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as coco_mask
+from torch import nn
+
+from gn_det.errors import DataError, UserError
+from gn_det.evaluation.inference import run_inference
+from gn_det.evaluation.results import detections_to_coco, encode_masks, merge_results, write_json_atomic
+from gn_det.evaluation.tables import format_results
+from gn_det.structures import Detections
+
+
+def detections(n: int, *, masks: bool = True, size: tuple[int, int] = (7, 9)) -> Detections:
+    corners = torch.rand(n, 2) * 3
+    boxes = torch.cat([corners, corners + 1 + torch.rand(n, 2)], 1)
+    bitmaps = torch.rand(n, *size) > 0.5 if masks else None
+    return Detections(size, boxes, torch.rand(n), torch.arange(n) % 3, bitmaps)
+
+
+def test_one_entry_per_detection() -> None:
+    """XYWH, json category ids, masks that decode to the same pixels."""
+    det = detections(4)
+    out = detections_to_coco(77, det, (5, 8, 13))
+    assert [r["category_id"] for r in out] == [5, 8, 13, 5]
+    assert {r["image_id"] for r in out} == {77}
+    for r, box, score, mask in zip(out, det.boxes, det.scores, det.masks):
+        x, y, w, h = r["bbox"]
+        assert torch.allclose(torch.tensor([x, y, x + w, y + h]), box, atol=1e-6)
+        assert r["score"] == score.item() and isinstance(r["segmentation"]["counts"], str)
+        assert np.array_equal(coco_mask.decode(r["segmentation"]).astype(bool), mask.numpy())
+
+
+def test_no_detections_and_no_masks() -> None:
+    assert detections_to_coco(1, detections(0), (1,)) == []
+    assert "segmentation" not in detections_to_coco(1, detections(2, masks=False), (1, 2))[0]
+    assert encode_masks(torch.zeros(0, 4, 5, dtype=torch.bool)) == []
+
+
+def test_more_classes_than_categories_is_explained() -> None:
+    with pytest.raises(DataError, match=r"NUM_CLASSES 2"):
+        detections_to_coco(1, detections(3), (1, 2))
+
+
+def test_ranks_merge_without_doubles() -> None:
+    a, b, c = ({"image_id": i, "score": s} for i, s in ((1, 0.1), (1, 0.2), (2, 0.3)))
+    assert merge_results([[a, b], [c, dict(a)], [dict(c)]]) == [a, b, c]
+
+
+def test_inference_puts_the_model_in_eval_mode_and_reports() -> None:
+    """An image that the sampler repeats counts once; train mode comes back."""
+
+    class Model(nn.Module):
+        def forward(self, samples):
+            assert not self.training and torch.is_inference_mode_enabled()
+            return [detections(2) for _ in samples]
+
+    model, seen = Model().train(), []
+    batches = [[{"image_id": 1}, {"image_id": 2}], [{"image_id": 3}, {"image_id": 1}]]
+    out = run_inference(model, batches, (1, 2, 3), on_progress=seen.append)
+    assert [r["image_id"] for r in out] == [1, 1, 2, 2, 3, 3]
+    assert model.training
+    assert [(p.images, p.total) for p in seen] == [(2, 4), (4, 4)] and seen[-1].eta_seconds == 0
+
+
+def test_atomic_write(tmp_path) -> None:
+    """An unwritable folder is the user's error, and leaves the old file and nothing else."""
+    path = tmp_path / "x.json"
+    write_json_atomic(str(path), {"ä": 1})
+    assert path.read_text(encoding="utf-8") == '{"ä": 1}'
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_json_atomic(str(tmp_path / "file" / "x.json"), 1)
+    with pytest.raises(TypeError):
+        write_json_atomic(str(path), object())
+    assert sorted(os.listdir(tmp_path)) == ["file", "x.json"] and path.read_text(encoding="utf-8") == '{"ä": 1}'
+
+
+def test_tables() -> None:
+    metrics = {"AP": 12.34567, "AP50": 50.0, "AP75": 0.0, "APs": math.nan, "APm": 1.0, "APl": 2.0}
+    text = format_results({"bbox": metrics | {"AP-cat": 1.5, "AP-dog": math.nan}})
+    assert re.search(r"\|\s+AP\s+\|\s+AP50\s+\|", text) and re.search(r"\| 12\.346 \| 50\.000 \|", text)
+    assert "| category   | AP    | category   | AP   |" in text
+    assert text.endswith(
+        "copypaste: Task: bbox\ncopypaste: AP,AP50,AP75,APs,APm,APl\n"
+        "copypaste: 12.3457,50.0000,0.0000,nan,1.0000,2.0000"
+    )
