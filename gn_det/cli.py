@@ -1,0 +1,241 @@
+"""The command line: ``gn-det train | eval | predict | quickstart | configs``.
+
+Only argparse is imported at the top; each command imports what it needs, so ``--help`` answers at once. A
+:class:`~gn_det.errors.UserError` ends as one line on stderr and exit status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from gn_det import __version__
+from gn_det.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from fvcore.common.config import CfgNode
+
+Command = Callable[[argparse.Namespace], int]
+
+_OVERRIDES = "config keys after the flags, as in SOLVER.BASE_LR 0.01 or SEED=1; they win over the file"
+
+
+def _add_config(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    parser.add_argument(
+        "--config",
+        "--config-file",
+        metavar="FILE",
+        required=required,
+        help="a YAML file or the name of a shipped config (gn-det configs lists them)",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help=_OVERRIDES)
+
+
+def _add_data(parser: argparse.ArgumentParser, splits: Sequence[str]) -> None:
+    group = parser.add_argument_group("own data in COCO format")
+    for split in splits:
+        group.add_argument(f"--{split}-json", metavar="FILE", help=f"{split} annotations (DATASETS.{split.upper()}_JSON)")
+        group.add_argument(f"--{split}-images", metavar="DIR", help=f"folder of the {split} images")
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", metavar="DIR", help="OUTPUT_DIR")
+    parser.add_argument("--device", metavar="NAME", help="MODEL.DEVICE: auto, cpu, cuda, cuda:1")
+
+
+def _train_parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description="Fine-tune, train from scratch, or evaluate.")
+    _add_config(parser, required=True)
+    _add_data(parser, ("train", "val"))
+    _add_common(parser)
+    parser.add_argument("--weights", metavar="FILE", help="MODEL.WEIGHTS: initial weights, path or URI")
+    parser.add_argument("--epochs", type=float, metavar="N", help="train N passes over the data (SOLVER.EPOCHS)")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
+    parser.add_argument("--overwrite", action="store_true", help="start anew where OUTPUT_DIR holds an earlier run")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, train nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print all that is resolved; needs no data or weights")
+    group = parser.add_argument_group("several GPUs or machines (or launch with torchrun)")
+    group.add_argument("--num-gpus", type=int, default=1, metavar="N", help="GPUs on this machine")
+    group.add_argument("--num-machines", type=int, default=1, metavar="N")
+    group.add_argument("--machine-rank", type=int, default=0, metavar="R")
+    group.add_argument("--dist-url", default="auto", metavar="URL", help="tcp://host:port of machine 0")
+    return parser
+
+
+def _eval_parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description="Evaluate a checkpoint: COCO box and mask AP.")
+    _add_config(parser, required=False)
+    _add_data(parser, ("val",))
+    _add_common(parser)
+    parser.add_argument("--weights", metavar="FILE", required=True, help="checkpoint; its own config serves without --config")
+    return parser
+
+
+def _predict_parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description="Detect and draw on images.")
+    parser.add_argument("inputs", nargs="+", metavar="IMAGE", help="images, folders or globs")
+    parser.add_argument("--weights", metavar="FILE", required=True, help="checkpoint of gn-det train")
+    parser.add_argument("--output", metavar="DIR", required=True, help="folder for drawings and predictions.json")
+    parser.add_argument("--threshold", type=float, default=0.5, metavar="P", help="lowest score shown (default 0.5)")
+    parser.add_argument("--classes", metavar="A,B", help="only these classes, by name, separated by commas")
+    parser.add_argument("--config", "--config-file", metavar="FILE", help="default: the config in the checkpoint")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1")
+    return parser
+
+
+def _quickstart_parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog, description="Train a small GN Mask R-CNN on generated shapes, evaluate it, draw what it sees."
+    )
+    parser.add_argument("--output", default="output/quickstart", metavar="DIR")
+    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help=_OVERRIDES)
+    return parser
+
+
+def _configs_parser(prog: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=prog, description="List the shipped configs and what each reproduces.")
+
+
+def config_from_args(args: argparse.Namespace) -> CfgNode:
+    """The config named by ``--config`` with flags and overrides applied; flags win over the YAML, keys over flags."""
+    from gn_det.config import load_config
+    from gn_det.config.check import check_config
+    from gn_det.config.load import merge_overrides
+
+    cfg = load_config(args.config, check=False)
+    merge_overrides(cfg, [word for pair in _flag_keys(args) for word in pair])
+    merge_overrides(cfg, args.overrides)
+    check_config(cfg)
+    return cfg
+
+
+def _flag_keys(args: argparse.Namespace) -> list[tuple[str, str]]:
+    keys = {
+        "train_json": "DATASETS.TRAIN_JSON",
+        "train_images": "DATASETS.TRAIN_IMAGES",
+        "val_json": "DATASETS.VAL_JSON",
+        "val_images": "DATASETS.VAL_IMAGES",
+        "weights": "MODEL.WEIGHTS",
+        "output": "OUTPUT_DIR",
+        "device": "MODEL.DEVICE",
+        "epochs": "SOLVER.EPOCHS",
+    }
+    return [(key, str(getattr(args, flag))) for flag, key in keys.items() if getattr(args, flag, None) is not None]
+
+
+def _train(args: argparse.Namespace) -> int:
+    cfg = config_from_args(args)
+    from gn_det.training import engine
+
+    if args.dry_run:
+        engine.dry_run(cfg, num_gpus=args.num_gpus, num_machines=args.num_machines)
+    elif args.eval_only:
+        engine.evaluate(cfg)
+    else:
+        engine.train(
+            cfg,
+            resume=args.resume,
+            overwrite=args.overwrite,
+            num_gpus=args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+        )
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from gn_det.training import engine
+
+    if args.config is None:
+        from gn_det.checkpoint.meta import config_of_checkpoint
+        from gn_det.config.check import check_config
+        from gn_det.config.load import merge_overrides
+
+        cfg = config_of_checkpoint(args.weights)
+        merge_overrides(cfg, [word for pair in _flag_keys(args) for word in pair])
+        merge_overrides(cfg, args.overrides)
+        check_config(cfg)
+    else:
+        cfg = config_from_args(args)
+    engine.evaluate(cfg)
+    return 0
+
+
+def _predict(args: argparse.Namespace) -> int:
+    if not 0 <= args.threshold <= 1:
+        raise ConfigError(f"--threshold {args.threshold} must lie between 0 and 1")
+    from gn_det.predict import predict
+
+    classes = None if args.classes is None else [name.strip() for name in args.classes.split(",") if name.strip()]
+    predict(
+        args.weights,
+        args.inputs,
+        args.output,
+        threshold=args.threshold,
+        classes=classes,
+        config=args.config,
+        device=args.device,
+    )
+    return 0
+
+
+def _quickstart(args: argparse.Namespace) -> int:
+    from gn_det.quickstart import quickstart
+
+    quickstart(args.output, args.overrides)
+    return 0
+
+
+def _configs(args: argparse.Namespace) -> int:
+    from gn_det.config.load import shipped_config, shipped_configs
+
+    for name in shipped_configs():
+        comment = [line[2:].strip() for line in shipped_config(name).read_text(encoding="utf-8").splitlines()[:2]]
+        print(f"{name:28s} {' '.join(comment)}")
+    return 0
+
+
+_COMMANDS: dict[str, tuple[str, Callable[[str], argparse.ArgumentParser], Command]] = {
+    "train": ("fine-tune, train from scratch or evaluate", _train_parser, _train),
+    "eval": ("COCO AP of a checkpoint", _eval_parser, _eval),
+    "predict": ("detect and draw on images", _predict_parser, _predict),
+    "quickstart": ("train on generated shapes and show the result", _quickstart_parser, _quickstart),
+    "configs": ("list the shipped configs", _configs_parser, _configs),
+}
+
+
+def _usage() -> str:
+    lines = [f"gn-det {__version__}: fine-tune Mask R-CNN with Group Normalization", "", "usage: gn-det COMMAND ..."]
+    lines += ["", "commands (gn-det COMMAND --help tells more):"]
+    return "\n".join(lines + [f"  {name:12s}{what}" for name, (what, _, _) in _COMMANDS.items()])
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run a command; returns the exit status: 0 done, 2 a user's mistake, 130 interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"gn_det {__version__}")
+        return 0
+    if argv[0] not in _COMMANDS:
+        print(f"gn-det: error: unknown command '{argv[0]}'; commands are {', '.join(_COMMANDS)}", file=sys.stderr)
+        return 2
+    _, make_parser, run = _COMMANDS[argv[0]]
+    args = make_parser(prog or f"gn-det {argv[0]}").parse_intermixed_args(argv[1:])
+    try:
+        return run(args)
+    except UserError as e:
+        print(f"gn-det: error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("gn-det: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
