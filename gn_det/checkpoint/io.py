@@ -7,6 +7,7 @@ both read it.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import pickle
@@ -61,8 +62,8 @@ def check_payload(value: Any, where: str = "payload") -> None:
         return
     if type(value) not in _CONTAINERS:
         raise TypeError(
-            f"{where} is a {type(value).__module__}.{type(value).__qualname__}; a checkpoint holds only tensors, dicts, "
-            "lists, tuples, strings, numbers, booleans and None, so that it loads with weights_only=True"
+            f"{where} is a {type(value).__module__}.{type(value).__qualname__}; a checkpoint holds only tensors, "
+            "dicts, lists, tuples, strings, numbers, booleans and None, so that it loads with weights_only=True"
         )
     if isinstance(value, dict):
         for key, item in value.items():
@@ -137,19 +138,14 @@ def _sync_folder(folder: Path) -> None:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
         return
-    try:
+    with contextlib.suppress(OSError):
         os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
+    os.close(descriptor)
 
 
 def _remove(path: Path) -> None:
-    try:
+    with contextlib.suppress(OSError):
         path.unlink(missing_ok=True)
-    except OSError:
-        pass
 
 
 # ----------------------------------------------------------------------------------------------------------- reading

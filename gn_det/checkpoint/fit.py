@@ -1,0 +1,120 @@
+"""Whether weights suit the configuration beyond names and shapes: depth, style, norm, groups, preprocessing.
+
+Every mismatch here would load without a word and train or predict badly, so each is an error that names the keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gn_det.checkpoint.arch import Architecture
+from gn_det.checkpoint.source import Weights
+from gn_det.checkpoint.sources import lookup
+from gn_det.errors import WeightsError
+
+_STYLE_KEYS = {"FPN": "build_resnet_fpn_backbone", "C4": "build_resnet_backbone"}
+# Norm of the weights -> values of MODEL.RESNETS.NORM that compute the same function with them.
+_SUITS = {
+    "GN": ("GN",),
+    "LN": ("LN",),
+    "IN": ("IN",),
+    "affine": ("GN", "LN", "IN"),
+    "BN": ("BN", "SyncBN", "FrozenBN"),
+    "affine BN": ("FrozenBN",),
+    "": ("",),
+}
+_NORM_NAMES = {"affine": "GN, LN or IN", "affine BN": "BN folded into scale and shift", "": "no norm"}
+# Relative to 0-255 units: rounding of published constants, nothing more.
+_TOLERANCE = 0.01
+
+
+def check_architecture(source: str, found: Architecture, wanted: Architecture) -> None:
+    """Depth and style (FPN or C4) of the file against the model's; unknown on either side passes."""
+    if found.blocks and wanted.blocks and (found.blocks, found.bottleneck) != (wanted.blocks, wanted.bottleneck):
+        advice = f"set MODEL.RESNETS.DEPTH {found.depth}" if found.depth else "take weights of that depth"
+        raise WeightsError(
+            f"{source}: holds {found.resnet}, but the config describes {wanted.resnet} (MODEL.RESNETS.DEPTH): "
+            f"{advice}, or set MODEL.WEIGHTS to weights of the configured depth"
+        )
+    if found.style and wanted.style and found.style != wanted.style:
+        raise WeightsError(
+            f"{source}: holds a {found.style} detector, but the config describes a {wanted.style} one: set "
+            f"MODEL.BACKBONE.NAME {_STYLE_KEYS[found.style]} (and its heads), or take weights of a {wanted.style} model"
+        )
+
+
+def check_norm(source: str, weights: Weights, found: Architecture, cfg: Any, allow_partial: bool) -> list[str]:
+    """Norm and groups of the bottom-up network.
+
+    Returns:
+        With ``allow_partial``, sentences about norms that must not be loaded; otherwise an empty list.
+
+    Raises:
+        WeightsError: the config's norm computes something else with these weights.
+    """
+    wanted = lookup(cfg, "MODEL.RESNETS.NORM")
+    if not found.blocks or wanted is None:
+        return []
+    norm = weights.norm or found.norm
+    name = _NORM_NAMES.get(norm, norm)
+    suits = _SUITS.get(norm, ())
+    if wanted not in suits:
+        if allow_partial:
+            return [f"these weights are {name}, MODEL.RESNETS.NORM is {wanted!r}: the backbone's norms are not loaded"]
+        either = " or ".join(repr(s) for s in suits)
+        raise WeightsError(
+            f"{source}: these weights are {name}, but the config says {wanted!r}: set MODEL.RESNETS.NORM {either}, or "
+            f"take weights trained with {wanted or 'no norm'} (scale and shift do not carry over)"
+        )
+    groups = (lookup(cfg, "MODEL.GN.NUM_GROUPS"), lookup(cfg, "MODEL.GN.CHANNELS_PER_GROUP") or 0)
+    if wanted == "GN" and weights.groups and groups[0] is not None and not _same_groups(weights.groups, groups):
+        number, per_group = weights.groups
+        raise WeightsError(
+            f"{source}: these weights were trained with {_groups(weights.groups)}, the config says {_groups(groups)}: "
+            f"set MODEL.GN.NUM_GROUPS {number} MODEL.GN.CHANNELS_PER_GROUP {per_group}"
+        )
+    return []
+
+
+def _same_groups(a: tuple[int, int], b: tuple[int, int]) -> bool:
+    return a[1] == b[1] and (a[1] > 0 or a[0] == b[0])
+
+
+def _groups(groups: tuple[int, int]) -> str:
+    return f"{groups[1]} channels per group" if groups[1] else f"{groups[0]} groups"
+
+
+def check_preprocessing(source: str, weights: Weights, cfg: Any) -> None:
+    """Channel order, mean, std and the position of the stride against the config's.
+
+    Raises:
+        WeightsError: they contradict each other; all keys to set are named.
+    """
+    needs = weights.preprocessing
+    if needs is None:
+        return
+    wrong = []
+    for key, need in (
+        ("INPUT.FORMAT", needs.format),
+        ("MODEL.PIXEL_MEAN", needs.pixel_mean),
+        ("MODEL.PIXEL_STD", needs.pixel_std),
+        ("MODEL.RESNETS.STRIDE_IN_1X1", needs.stride_in_1x1),
+    ):
+        have = lookup(cfg, key)
+        if need is None or have is None or _agree(need, have):
+            continue
+        wrong.append((key, have, need))
+    if wrong:
+        have = ", ".join(f"{key} is {_show(value)}" for key, value, _ in wrong)
+        sets = " ".join(f"{key} {_show(value)}" for key, _, value in wrong)
+        raise WeightsError(f"{source}: {have}, but these weights ({weights.kind}) need: {sets}")
+
+
+def _agree(need: Any, have: Any) -> bool:
+    if isinstance(need, tuple):
+        return len(need) == len(have) and all(abs(a - b) <= _TOLERANCE for a, b in zip(need, have))
+    return need == have
+
+
+def _show(value: Any) -> str:
+    return "[" + ",".join(f"{v:g}" for v in value) + "]" if isinstance(value, (tuple, list)) else str(value)

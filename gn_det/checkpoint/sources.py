@@ -1,0 +1,208 @@
+"""Recognise a weights file by its content and translate it: one row of :data:`FORMATS` per outside world.
+
+To add a source: a module with its name table and ``translate``, and one row here. A row whose ``translate`` is None is
+a format that we know but do not read; ``advice`` then says what to do.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from gn_det.checkpoint import caffe2
+from gn_det.checkpoint.io import StrPath, read_checkpoint, read_head
+from gn_det.checkpoint.meta import read_meta
+from gn_det.checkpoint.pickles import read_pickle
+from gn_det.checkpoint.source import Preprocessing, Weights
+from gn_det.errors import WeightsError
+
+State = dict[str, torch.Tensor]
+
+# torch.save writes an archive, or (before 1.6) this magic number as a first pickle.
+_TORCH = (b"PK\x03\x04", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.")
+
+
+@dataclass(frozen=True)
+class Format:
+    """One outside world: how its tensor names look, and how they become ours."""
+
+    name: str
+    recognises: Callable[[Collection[str]], bool]
+    translate: Callable[[State], Weights] | None
+    advice: str = ""
+
+
+def read_weights(path: StrPath) -> Weights:
+    """Read any known weights file; nothing in it is executed.
+
+    Raises:
+        WeightsError: unreadable, unsafe, of an unknown layout, or of a known layout that is not read yet.
+    """
+    payload = read_any(path)
+    meta = read_meta(payload)
+    state = _tensors(path, _state_of(path, payload))
+    layout = next(f for f in FORMATS if f.recognises(state))
+    if layout.translate is None:
+        raise WeightsError(f"{path}: holds weights of {layout.name}; {layout.advice}")
+    weights = layout.translate(state)
+    if meta is not None:
+        weights.kind = f"gn_det {meta['version']}".strip()
+        weights.meta = meta
+        weights.config = _parse_config(meta["config"])
+        _tell_from_config(weights)
+    elif payload.get("__author__") and weights.kind == _DETECTRON2:
+        weights.kind = f"{_DETECTRON2}, by {str(payload['__author__'])[:60]!r}"
+    return weights
+
+
+def read_any(path: StrPath) -> dict[str, Any]:
+    """The top-level dict of a torch archive or a pickle, told apart by the first bytes, not by the name.
+
+    Raises:
+        WeightsError: see :func:`read_checkpoint` and :func:`read_pickle`.
+    """
+    head = read_head(path)
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 27:
+        raise WeightsError(f"{path}: is a safetensors file, which is not read yet; give a .pth or .pkl file")
+    is_pickle = head[:1] == b"\x80" or str(path).endswith(".pkl")
+    if is_pickle and not head.startswith(_TORCH) and not head.lstrip().startswith((b"<", b"version https")):
+        return read_pickle(path)
+    return read_checkpoint(path, mmap=True)
+
+
+def _state_of(path: StrPath, payload: Mapping[str, Any]) -> Mapping[Any, Any]:
+    """The dict of tensors inside the wrappings in use: Detectron2/ours, Detectron, Lightning/mmdetection, none."""
+    for key in ("model", "blobs", "state_dict"):
+        if isinstance(payload.get(key), Mapping):
+            return payload[key]
+    if not payload or not any(isinstance(v, (torch.Tensor, np.ndarray)) for v in payload.values()):
+        keys = ", ".join(str(k)[:30] for k in list(payload)[:5]) or "nothing"
+        raise WeightsError(f"{path}: holds no weights (its entries: {keys}); give a file with a 'model' state dict")
+    return payload
+
+
+def _tensors(path: StrPath, state: Mapping[Any, Any]) -> State:
+    """Tensors by name, without the prefixes of DistributedDataParallel and torch.compile."""
+    tensors: State = {}
+    for name, value in state.items():
+        if isinstance(value, np.ndarray):
+            value = _from_numpy(value)
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            if isinstance(name, str) and caffe2.is_ignored(name):
+                continue
+            raise WeightsError(f"{path}: entry {str(name)[:60]!r} is a {type(value).__name__}, not a tensor")
+        tensors[name] = value
+    for prefix in ("module.", "_orig_mod."):
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            tensors = {name[len(prefix) :]: value for name, value in tensors.items()}
+    return tensors
+
+
+def _from_numpy(array: np.ndarray) -> torch.Tensor:
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "not writable": the tensor is only copied from
+        return torch.from_numpy(array if array.flags.c_contiguous else array.copy())
+
+
+# -------------------------------------------------------------------------------------------------- Detectron2 and ours
+
+_DETECTRON2 = "Detectron2 checkpoint"
+# Old constants, BN counters and the ImageNet classifier: in files, but no weights of a detector.
+_D2_IGNORED = re.compile(
+    r"(?:.*\.)?(?:pixel_mean|pixel_std)$|.*cell_anchors|(?:stem\.)?(?:fc|linear)\.(?:weight|bias)$"
+)
+
+
+def _is_detectron2(names: Collection[str]) -> bool:
+    return any(re.match(r"(?:backbone\.(?:bottom_up\.)?)?(?:stem\.conv1|res[2-5]\.\d+)\.", name) for name in names)
+
+
+def _from_detectron2(state: State) -> Weights:
+    mean, std = state.get("pixel_mean"), state.get("pixel_std")
+    preprocessing = None
+    if mean is not None and std is not None and mean.numel() == std.numel() == 3:
+        preprocessing = Preprocessing(
+            pixel_mean=tuple(float(v) for v in mean.flatten()), pixel_std=tuple(float(v) for v in std.flatten())
+        )
+    ignored = tuple(name for name in state if _D2_IGNORED.match(name))
+    kept = {name: value for name, value in state.items() if name not in set(ignored)}
+    return Weights(kept, _DETECTRON2, ignored=ignored, preprocessing=preprocessing)
+
+
+def _from_caffe2(state: State) -> Weights:
+    ignored = tuple(name for name in state if caffe2.is_ignored(name))
+    kept = {caffe2.map_name(name) or name: value for name, value in state.items() if not caffe2.is_ignored(name)}
+    norm = caffe2.norm_kind(state)
+    preprocessing = caffe2.preprocessing_of({name: tuple(value.shape) for name, value in state.items()})
+    groups = (32, 0) if norm == "GN" else None
+    return Weights(kept, "Caffe2 ImageNet backbone", norm, groups, ignored, preprocessing)
+
+
+def _matches(pattern: str) -> Callable[[Collection[str]], bool]:
+    compiled = re.compile(pattern)
+    return lambda names: any(compiled.match(name) for name in names)
+
+
+# First row that recognises the names wins; the last takes everything, so that the error can name the tensors.
+FORMATS: tuple[Format, ...] = (
+    Format(
+        "a Caffe2 / Detectron detector",
+        caffe2.looks_like_detector,
+        None,
+        "those are not read yet (their class order differs); use Detectron2's or our own checkpoint of the model",
+    ),
+    Format("a Caffe2 / Detectron ImageNet backbone", caffe2.looks_like_backbone, _from_caffe2),
+    Format(
+        "torchvision, timm or mmdetection",
+        _matches(r"(?:backbone\.(?:body\.)?)?layer[1-4]\.\d+\."),
+        None,
+        "those are not read yet (other names and preprocessing); use catalog://ImageNetPretrained/FAIR/R-50-GN",
+    ),
+    Format("Detectron2", _is_detectron2, _from_detectron2),
+    Format("an unknown model", lambda names: True, lambda state: Weights(state, "state dict of another model")),
+)
+
+
+# ------------------------------------------------------------------------------------- what our own checkpoints tell us
+
+
+def _parse_config(text: str) -> dict[str, Any] | None:
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
+    return config if isinstance(config, dict) else None
+
+
+def lookup(config: Any, dotted: str) -> Any:
+    """``config["A"]["B"]`` for "A.B", or None where the path ends early."""
+    for key in dotted.split("."):
+        if not isinstance(config, Mapping) or key not in config:
+            return None
+        config = config[key]
+    return config
+
+
+def _tell_from_config(weights: Weights) -> None:
+    config = weights.config
+    norm = lookup(config, "MODEL.RESNETS.NORM")
+    if norm in ("GN", "LN", "IN"):
+        weights.norm = norm
+    if norm == "GN" and lookup(config, "MODEL.GN.NUM_GROUPS") is not None:
+        weights.groups = (lookup(config, "MODEL.GN.NUM_GROUPS"), lookup(config, "MODEL.GN.CHANNELS_PER_GROUP") or 0)
+    mean, std = lookup(config, "MODEL.PIXEL_MEAN"), lookup(config, "MODEL.PIXEL_STD")
+    weights.preprocessing = Preprocessing(
+        format=lookup(config, "INPUT.FORMAT"),
+        pixel_mean=tuple(mean) if isinstance(mean, (list, tuple)) else None,
+        pixel_std=tuple(std) if isinstance(std, (list, tuple)) else None,
+        stride_in_1x1=lookup(config, "MODEL.RESNETS.STRIDE_IN_1X1"),
+    )

@@ -1,0 +1,240 @@
+"""Put published or own weights into a model, and say what became of every tensor.
+
+Nothing is half loaded: everything is checked first (architecture, norm, preprocessing, names, shapes, finite numbers),
+and only then copied.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from gn_det.checkpoint.arch import Architecture, architecture_of
+from gn_det.checkpoint.catalog import local_path
+from gn_det.checkpoint.fit import check_architecture, check_norm, check_preprocessing
+from gn_det.checkpoint.io import StrPath
+from gn_det.checkpoint.report import BOTTOM_UP, PARTS, LoadReport, PartReport, Shape, format_report, part_of, shorten
+from gn_det.checkpoint.source import Weights
+from gn_det.checkpoint.sources import lookup, read_weights
+from gn_det.errors import WeightsError
+
+__all__ = ["LoadReport", "format_report", "load_weights"]
+
+Placed = dict[str, torch.Tensor]
+
+# The layers whose first dimension is the number of classes.
+_PREDICTORS = re.compile(
+    r"roi_heads\.(?:box_predictor\.(?:cls_score|bbox_pred)|mask_head\.predictor)\.(?:weight|bias)$"
+)
+_BARE = re.compile(r"(?:stem|res[2-5])\.")
+_BARE_PREFIXES = ("backbone.bottom_up.", "backbone.", "roi_heads.")  # FPN, C4, C4's res5
+# Which keys decide the shapes of a part: what to look at when they differ.
+_KEYS = {
+    "stem": "MODEL.RESNETS.STEM_OUT_CHANNELS",
+    "res": "MODEL.RESNETS.{DEPTH,NUM_GROUPS,WIDTH_PER_GROUP,RES2_OUT_CHANNELS}",
+    "fpn": "MODEL.FPN.{NORM,OUT_CHANNELS,IN_FEATURES}",
+    "rpn": "MODEL.ANCHOR_GENERATOR.{SIZES,ASPECT_RATIOS} and MODEL.RPN.CONV_DIMS",
+    "box head": "MODEL.ROI_BOX_HEAD.{NORM,NUM_CONV,CONV_DIM,NUM_FC,FC_DIM,POOLER_RESOLUTION}",
+    "mask head": "MODEL.ROI_MASK_HEAD.{NORM,NUM_CONV,CONV_DIM}",
+    "other": "MODEL.META_ARCHITECTURE and MODEL.BACKBONE.NAME",
+}
+
+
+def load_weights(
+    model: nn.Module,
+    path_or_uri: StrPath,
+    cfg: Any,
+    *,
+    allow_partial: bool = False,
+    require_all: bool = False,
+) -> LoadReport:
+    """Load weights into ``model``; on an error the model is left as it was.
+
+    Args:
+        model: its state dict has Detectron2's names (``backbone.``, ``proposal_generator.``, ``roi_heads.``).
+        path_or_uri: local path, ``https://``, ``detectron2://`` or ``catalog://``.
+        cfg: the resolved configuration the model was built from.
+        allow_partial: load what fits and report the rest, instead of refusing a part that fits only partly.
+        require_all: also refuse missing or re-initialised heads: for evaluation and prediction, where an
+            untrained layer would only produce noise.
+
+    Raises:
+        WeightsError: unreadable or unsafe file; another architecture, norm or preprocessing than the config's (the
+            keys to set are named); a backbone with an unmatched tensor, or a head that fits only partly.
+    """
+    source = os.fspath(path_or_uri)
+    weights = read_weights(local_path(path_or_uri))
+    parameters = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+    in_model = {name: tuple(value.shape) for name, value in parameters.items()}
+    in_file = {name: tuple(value.shape) for name, value in weights.state.items()}
+    found = architecture_of(in_file)
+    if not any(part_of(name) != "other" for name in in_file):
+        raise WeightsError(
+            f"{source}: {weights.kind}, not of this architecture: it has {shorten(in_file)}; the configured model has "
+            f"{shorten(in_model)} (MODEL.WEIGHTS)"
+        )
+    check_architecture(source, found, architecture_of(in_model))
+    notes = check_norm(source, weights, found, cfg, allow_partial)
+    check_preprocessing(source, weights, cfg)
+
+    placed = _place(weights, in_model, skip_norms=bool(notes))
+    report = _sort(source, weights, found, placed, in_file, in_model)
+    report.notes = (*notes, *_class_notes(weights, cfg, report))
+    if not allow_partial:
+        _refuse_partial(report)
+    if require_all:
+        _refuse_untrained(report, cfg, in_file)
+    _refuse_frozen(report, model)
+    good = {name: placed[name] for name in report.loaded}
+    _refuse_non_finite(source, good)
+    model.load_state_dict(good, strict=False)
+    return report
+
+
+def _place(weights: Weights, in_model: Mapping[str, Shape], skip_norms: bool) -> Placed:
+    """Tensors by the model's names (or their own, where the model has no such name)."""
+    placed: Placed = {}
+    for name, value in weights.state.items():
+        target = name
+        if name not in in_model and _BARE.match(name):
+            target = next((p + name for p in _BARE_PREFIXES if p + name in in_model), name)
+        if skip_norms and ".norm." in target and part_of(target) in (*BOTTOM_UP, "res5 head"):
+            continue
+        placed[target] = value
+    if weights.norm == "affine BN":
+        # Scale and shift alone: identity statistics, as Detectron2 leaves them (variance 1, so off by BN's epsilon).
+        for name in [n for n in placed if n.endswith(".norm.weight")]:
+            stem = name[: -len("weight")]
+            for statistic, fill in (("running_mean", torch.zeros), ("running_var", torch.ones)):
+                if stem + statistic in in_model:
+                    placed.setdefault(stem + statistic, fill(in_model[stem + statistic]))
+    return placed
+
+
+def _sort(
+    source: str,
+    weights: Weights,
+    found: Architecture,
+    placed: Placed,
+    in_file: Mapping[str, Shape],
+    in_model: Mapping[str, Shape],
+) -> LoadReport:
+    """Every name of the model and of the file into its part and pile."""
+    parts: dict[str, PartReport] = {}
+    ignored = list(weights.ignored)
+    model_parts = {part_of(name) for name in in_model}
+
+    def part(name: str) -> PartReport:
+        return parts.setdefault(part_of(name), PartReport())
+
+    for name, shape in in_model.items():
+        value = placed.get(name)
+        if value is None:
+            if not name.endswith("num_batches_tracked"):
+                part(name).missing.append(name)
+        elif tuple(value.shape) == shape:
+            part(name).loaded.append(name)
+        elif _PREDICTORS.match(name) and tuple(value.shape[1:]) == shape[1:] and value.dim() == len(shape):
+            part(name).reinitialised.append((name, tuple(value.shape), shape))
+        else:
+            part(name).shape_differs.append((name, tuple(value.shape), shape))
+    for name in placed:
+        if name in in_model:
+            continue
+        bare_and_unused = not found.style and part_of(name) in BOTTOM_UP and part_of(name) not in model_parts
+        if name.endswith("num_batches_tracked") or bare_and_unused:
+            ignored.append(name)
+        else:
+            part(name).unexpected.append(name)
+    kind = weights.kind if not found.depth else ", ".join(filter(None, (weights.kind, found.resnet, weights.norm)))
+    ordered = {name: parts[name] for name in PARTS if name in parts}
+    return LoadReport(source, kind, ordered, tuple(ignored), (), weights.meta)
+
+
+def _class_notes(weights: Weights, cfg: Any, report: LoadReport) -> list[str]:
+    names = tuple(lookup(cfg, "MODEL.CLASS_NAMES") or ())
+    theirs = weights.meta["class_names"] if weights.meta else ()
+    if names and theirs and names != theirs and not report.reinitialised and "box head" in report.parts:
+        return [f"as many classes as the file, but other names ({shorten(theirs)}): its predictors are kept"]
+    return []
+
+
+# ----------------------------------------------------------------------------------------------------------- refusals
+
+
+def _refuse_partial(report: LoadReport) -> None:
+    """A part must fit wholly or be wholly absent from the file; the bottom-up network must be there."""
+    whole = any(name.startswith(("backbone.", "roi_heads.", "proposal_generator.")) for name in report.loaded)
+    problems, keys = [], []
+    for name, part in report.parts.items():
+        if part.clean:
+            continue
+        in_model = bool(part.loaded or part.missing or part.shape_differs or part.reinitialised)
+        in_file = bool(part.loaded or part.unexpected or part.shape_differs or part.reinitialised)
+        needed = name in BOTTOM_UP or name == "res5 head"
+        if name == "other":
+            # Another task's head (keypoints, panoptic) does no harm; a stray tensor of a bare backbone or of the
+            # backbone's is one that no table explains.
+            part_is_fine = not part.missing and whole and not any(n.startswith("backbone.") for n in part.unexpected)
+        else:
+            part_is_fine = not needed and not (in_model and in_file)
+        if part_is_fine:
+            continue
+        problems.append(f"{name}: {_describe(part)}")
+        keys.append(_KEYS["res" if name.startswith("res") else name])
+    if problems:
+        more = f" (and {len(problems) - 3} more parts)" if len(problems) > 3 else ""
+        raise WeightsError(
+            f"{report.source} ({report.kind}) does not fit the configured model: {'; '.join(problems[:3])}{more}; "
+            f"compare {', '.join(dict.fromkeys(keys[:3]))} with what the weights were trained with"
+        )
+
+
+def _describe(part: PartReport) -> str:
+    found = []
+    if part.shape_differs:
+        name, theirs, ours = part.shape_differs[0]
+        found.append(f"{len(part.shape_differs)} of other shape ({name} is {theirs} in the file, {ours} in the model)")
+    if part.missing:
+        found.append(f"{len(part.missing)} not in the file ({shorten(part.missing, 2)})")
+    if part.unexpected:
+        found.append(f"{len(part.unexpected)} not in the model ({shorten(part.unexpected, 2)})")
+    return ", ".join(found)
+
+
+def _refuse_untrained(report: LoadReport, cfg: Any, in_file: Mapping[str, Shape]) -> None:
+    if report.reinitialised:
+        rows = in_file.get("roi_heads.box_predictor.cls_score.weight", (0,))[0]
+        wanted = lookup(cfg, "MODEL.ROI_HEADS.NUM_CLASSES")
+        raise WeightsError(
+            f"{report.source}: was trained with {rows - 1} classes, but MODEL.ROI_HEADS.NUM_CLASSES is {wanted}: set "
+            f"it to {rows - 1}, or train first"
+        )
+    untrained = [f"{name} ({shorten(p.missing, 1)})" for name, p in report.parts.items() if p.missing]
+    if untrained:
+        raise WeightsError(
+            f"{report.source} ({report.kind}): has no weights for {', '.join(untrained)}: evaluate and predict with a "
+            "trained detector, not with a backbone (MODEL.WEIGHTS)"
+        )
+
+
+def _refuse_frozen(report: LoadReport, model: nn.Module) -> None:
+    """Layers that are frozen and were not loaded would stay random for ever."""
+    lost = {*report.missing, *report.shape_differs}
+    frozen = [name for name, p in model.named_parameters() if name in lost and not p.requires_grad]
+    if frozen:
+        raise WeightsError(
+            f"{report.source}: gives no weights for {shorten(frozen)}, which are frozen and would stay random: set "
+            "MODEL.BACKBONE.FREEZE_AT 0"
+        )
+
+
+def _refuse_non_finite(source: str, state: Placed) -> None:
+    for name, value in state.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value.sum(dtype=torch.float64))):
+            raise WeightsError(f"{source}: {name} holds NaN or infinity; take an earlier checkpoint")
