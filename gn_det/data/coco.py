@@ -1,0 +1,308 @@
+"""COCO-format json to :class:`CocoDataset`: read, checked, compact.
+
+Structure that makes the file as a whole ambiguous (no categories, repeated image ids ...) is refused at once. Single bad
+annotations and images are listed and dropped, up to ``DATALOADER.MAX_BAD`` of them; more than that is a sign of a
+systematic mistake and refused, too. What can be repaired without guessing (no ``area``, no ``iscrowd``, ids that are
+missing, 0 or repeated) is repaired in memory and noted in the summary.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gn_det.data.catalog import DatasetSource, prepare
+from gn_det.data.checks import Defect, check_box, check_segmentation, is_number
+from gn_det.data.coco_file import CocoFile, read_coco_file
+from gn_det.data.image import image_size
+from gn_det.data.records import Annotation, Record, RecordList
+from gn_det.errors import DataError
+
+#: How many messages a refusal quotes; all of them are in the log.
+_QUOTED = 3
+_HEADER_THREADS = 8
+
+
+@dataclass
+class CocoDataset:
+    """A checked dataset. Records are sorted by image id, category indices are contiguous in order of json ids.
+
+    Attributes:
+        name, json_file, image_root: where it came from.
+        records: one :class:`Record` an image, bboxes XYWH as in the json, crowds included (``iscrowd`` 1).
+        class_names: names by contiguous index.
+        category_ids: json category id by contiguous index.
+        sizes: (N, 2) int64 width and height of every image.
+        object_counts: (N,) objects that are no crowd, of every image.
+        class_counts: (num_classes,) objects that are no crowd.
+        bad: one line for every image and annotation that was dropped.
+        notes: one line for every kind of repair.
+    """
+
+    name: str
+    json_file: str
+    image_root: str
+    records: RecordList
+    class_names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    sizes: np.ndarray
+    object_counts: np.ndarray
+    class_counts: np.ndarray
+    crowds: int = 0
+    without_mask: int = 0
+    first_without_mask: str = ""
+    bad: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def summary(self) -> str:
+        """What was read, in a few lines for the log."""
+        empty = int((self.object_counts == 0).sum())
+        lines = [
+            f"{self.name}: {len(self)} images, {int(self.object_counts.sum())} objects of {self.num_classes} classes, "
+            f"{self.crowds} crowd regions, {empty} images without objects, {len(self.bad)} bad entries dropped "
+            f"({self.records.nbytes / 2**20:.1f} MiB in memory)"
+        ]
+        missing = [name for name, count in zip(self.class_names, self.class_counts) if count == 0]
+        if missing and self.object_counts.any():
+            lines.append(f"{self.name}: no object of {_some(missing, 5)}")
+        lines += [f"{self.name}: {note}" for note in self.notes]
+        lines += [f"{self.name}: dropped {entry}" for entry in self.bad]
+        return "\n".join(lines)
+
+    def ground_truth(self) -> dict[str, Any]:
+        """The dataset as a COCO dict for evaluation: json category ids, ids renumbered from 1, area and iscrowd set.
+
+        Equal to the file for a file without defects, apart from the annotation ids.
+        """
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        for record in self.records:
+            images.append({k: record[k] for k in ("file_name", "height", "width")} | {"id": record["image_id"]})  # type: ignore[literal-required]
+            for a in record["annotations"]:
+                entry: dict[str, Any] = {
+                    "id": len(annotations) + 1,
+                    "image_id": record["image_id"],
+                    "category_id": self.category_ids[a["category_id"]],
+                    "bbox": a["bbox"],
+                    "area": a["area"],
+                    "iscrowd": a["iscrowd"],
+                }
+                segmentation = a.get("segmentation")
+                if isinstance(segmentation, dict):
+                    entry["segmentation"] = segmentation | {"counts": segmentation["counts"].decode("ascii")}
+                elif segmentation is not None:
+                    entry["segmentation"] = [p.tolist() for p in segmentation]
+                annotations.append(entry)
+        categories = [{"id": i, "name": n} for i, n in zip(self.category_ids, self.class_names)]
+        return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def load_coco(
+    source: DatasetSource, *, max_bad: int, need_images: bool = True, need_annotations: bool = True
+) -> CocoDataset:
+    """Read and check one dataset; the generated ``shapes`` sets are made first where they are absent.
+
+    Args:
+        source: from :func:`gn_det.data.catalog.datasets_for` or :func:`resolve`.
+        max_bad: how many bad images and annotations together may be dropped (DATALOADER.MAX_BAD).
+        need_images: check that every image exists and has the size that the json says (headers only).
+        need_annotations: refuse a json without ``annotations`` (a test set without ground truth has none).
+
+    Raises:
+        DataError: one line that names the file, the id or key, and says what to do.
+    """
+    prepare(source)
+    content = read_coco_file(source, need_annotations=need_annotations)
+    bad = list(content.bad)
+    if need_images:
+        unusable = _check_images(content, source)
+        bad += unusable.values()
+        if content.images and len(unusable) == len(content.images):
+            raise DataError(
+                f"{source.json_file}: none of its {len(content.images)} images can be used from {source.image_root} "
+                f"(first: {next(iter(unusable.values()))}): check {source.origin or 'the image folder'}"
+            )
+        content.images = [image for image in content.images if image["id"] not in unusable]
+    builder = _Builder(content, source)
+    records = RecordList(builder.records())
+    bad += builder.bad
+    refuse_if_too_many(bad, max_bad, source.json_file)
+    return CocoDataset(
+        name=source.name,
+        json_file=source.json_file,
+        image_root=source.image_root,
+        records=records,
+        class_names=content.class_names,
+        category_ids=content.category_ids,
+        sizes=np.array([(i["width"], i["height"]) for i in content.images], dtype=np.int64).reshape(-1, 2),
+        object_counts=np.array(builder.object_counts, dtype=np.int64),
+        class_counts=builder.class_counts,
+        crowds=builder.crowds,
+        without_mask=builder.without_mask,
+        first_without_mask=builder.first_without_mask,
+        bad=bad,
+        notes=content.notes + builder.notes(),
+    )
+
+
+def refuse_if_too_many(bad: Sequence[str], max_bad: int, where: str) -> None:
+    """Raise DataError when more than ``max_bad`` entries are bad, quoting the first few."""
+    if len(bad) > max_bad:
+        quoted = "; ".join(bad[:_QUOTED])
+        more = f"; and {len(bad) - _QUOTED} more" if len(bad) > _QUOTED else ""
+        raise DataError(
+            f"{where}: {len(bad)} bad images or annotations, DATALOADER.MAX_BAD allows {max_bad}: {quoted}{more}. Fix "
+            f"them, or raise DATALOADER.MAX_BAD to drop them"
+        )
+
+
+def check_num_classes(num_classes: int, dataset: CocoDataset) -> int:
+    """The number of classes to build: ``num_classes`` if it fits the json, or the json's own number where it is 0.
+
+    Raises:
+        DataError: MODEL.ROI_HEADS.NUM_CLASSES differs from the categories of the json.
+    """
+    if num_classes in (0, dataset.num_classes):
+        return dataset.num_classes
+    raise DataError(
+        f"MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}, but {dataset.json_file} has {dataset.num_classes} categories "
+        f"({_some(dataset.class_names, 5)}): set it to {dataset.num_classes}, or to 0 to take it from the json"
+    )
+
+
+def check_same_classes(datasets: Sequence[CocoDataset]) -> None:
+    """Raise DataError unless all datasets have the same class names in the same order."""
+    for other in datasets[1:]:
+        first = datasets[0]
+        if other.class_names == first.class_names:
+            continue
+        for i in range(max(first.num_classes, other.num_classes)):
+            a, b = (d.class_names[i] if i < d.num_classes else "nothing" for d in (first, other))
+            if a != b:
+                raise DataError(
+                    f"{first.json_file} and {other.json_file} have different categories: class {i} (in order of category "
+                    f"ids) is {a!r} in the first and {b!r} in the second; give both the same categories"
+                )
+
+
+class _Builder:
+    """Turns json entries into records one by one, counting on the way."""
+
+    def __init__(self, content: CocoFile, source: DatasetSource) -> None:
+        self.content = content
+        self.root = source.image_root
+        self.index_of = {category: i for i, category in enumerate(content.category_ids)}
+        self.bad: list[str] = []
+        self.object_counts: list[int] = []
+        self.class_counts = np.zeros(len(content.category_ids), dtype=np.int64)
+        self.crowds = self.without_mask = 0
+        self.first_without_mask = ""
+        self.repairs: Counter[str] = Counter()
+
+    def records(self) -> Iterable[Record]:
+        for image in self.content.images:
+            annotations = []
+            for raw in self.content.annotations_of.get(image["id"], ()):
+                try:
+                    annotations.append(self._annotation(raw, image["height"], image["width"]))
+                except Defect as defect:
+                    self.bad.append(f"annotation {raw.get('id')} of {image['file_name']}: {defect}")
+            objects = [a["category_id"] for a in annotations if not a["iscrowd"]]
+            self.object_counts.append(len(objects))
+            np.add.at(self.class_counts, objects, 1)
+            yield Record(
+                file_name=os.path.join(self.root, image["file_name"]),
+                height=image["height"],
+                width=image["width"],
+                image_id=image["id"],
+                annotations=annotations,
+            )
+
+    def _annotation(self, raw: dict[str, Any], height: int, width: int) -> Annotation:
+        category = raw.get("category_id")
+        if not isinstance(category, int) or category not in self.index_of:
+            known = _some([str(c) for c in self.content.category_ids], 5)
+            raise Defect(f"category_id {category!r} is not in the json's categories ({known})")
+        if raw.get("ignore"):
+            raise Defect("'ignore' is not part of COCO's instances format: mark regions to ignore with iscrowd 1")
+        iscrowd = raw.get("iscrowd")
+        if iscrowd is None:
+            self.repairs["annotations have no iscrowd: taken as 0"] += 1
+        elif iscrowd not in (0, 1):
+            raise Defect(f"iscrowd {iscrowd!r} is not 0 or 1")
+        bbox = check_box(raw.get("bbox"), height, width)
+        segmentation, left_out = check_segmentation(raw.get("segmentation"), height, width)
+        if left_out:
+            self.repairs["polygon pieces have fewer than 3 points or an odd number of coordinates: left out"] += left_out
+        area = raw.get("area")
+        if not is_number(area) or area < 0:
+            self.repairs["annotations have no usable area: computed from mask or box"] += 1
+            area = _area(segmentation, bbox, height, width)
+        iscrowd = int(iscrowd or 0)
+        annotation = Annotation(id=raw["id"], bbox=bbox, category_id=self.index_of[category], iscrowd=iscrowd, area=area)
+        if segmentation is not None:
+            annotation["segmentation"] = segmentation
+        elif not iscrowd:
+            self.without_mask += 1
+            self.first_without_mask = self.first_without_mask or f"annotation {raw['id']}"
+        self.crowds += iscrowd
+        return annotation
+
+    def notes(self) -> list[str]:
+        return [f"{count} {what}" for what, count in self.repairs.items()]
+
+
+def _area(segmentation: Any, bbox: Sequence[float], height: int, width: int) -> float:
+    from pycocotools import mask as coco_mask
+
+    if segmentation is None:
+        return float(bbox[2] * bbox[3])
+    if isinstance(segmentation, dict):
+        return float(coco_mask.area(segmentation))
+    rles = coco_mask.frPyObjects([p.tolist() for p in segmentation], height, width)
+    return float(coco_mask.area(coco_mask.merge(rles)))
+
+
+def _check_images(content: CocoFile, source: DatasetSource) -> dict[Any, str]:
+    """Messages of images that are missing, no images, or of another size than the json says, by image id."""
+    root = Path(source.image_root)
+    if not root.is_dir():
+        what = "is not a folder" if root.exists() else "does not exist"
+        raise DataError(f"{root}: the image folder of {source.json_file} {what}: check {source.origin or 'the path'}")
+
+    def look(image: dict[str, Any]) -> str:
+        path = os.path.join(source.image_root, image["file_name"])
+        try:
+            width, height = image_size(path)
+        except DataError as error:
+            return f"image {image['id']}: {error}"
+        if (width, height) == (image["width"], image["height"]):
+            return ""
+        turned = (height, width) == (image["width"], image["height"])
+        hint = "the sides are swapped (EXIF orientation is applied when reading); " if turned else ""
+        return (
+            f"image {image['id']}: {path} is {width}x{height} pixels, the json says {image['width']}x{image['height']}: "
+            f"{hint}correct width and height and the annotations"
+        )
+
+    with ThreadPoolExecutor(_HEADER_THREADS) as pool:
+        messages = pool.map(look, content.images, chunksize=64)
+        return {image["id"]: text for image, text in zip(content.images, messages) if text}
+
+
+def _some(names: Sequence[str], count: int) -> str:
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

@@ -1,0 +1,313 @@
+"""Loaders: endless training batches and one pass over a test set.
+
+Batch k of training, augmentation included, depends on (seed, k) and the files alone: not on the number of workers, not
+on where the run was resumed. An image that cannot be decoded is replaced by the next one of its aspect group, logged
+once, and counted against ``DATALOADER.MAX_BAD``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from gn_det.data.coco import CocoDataset, check_same_classes, refuse_if_too_many
+from gn_det.data.mapper import TestMapper, TrainMapper
+from gn_det.data.records import Record
+from gn_det.data.samplers import (
+    Draw,
+    augmentation_state,
+    batch_stream,
+    inference_shard,
+    repeat_factors,
+    repeat_stream,
+    shuffled_stream,
+    subset_stream,
+)
+from gn_det.data.transport import pack_samples, shared_memory_fits, unpack_samples
+from gn_det.errors import ConfigError, DataError
+from gn_det.structures import Sample
+
+logger = logging.getLogger(__name__)
+
+#: Seconds to wait for one batch. Storage that takes longer than this hangs.
+TIMEOUT = 600
+
+#: What a worker returns: samples (possibly packed for transport) and the images it could not use, as (file, why).
+_Loaded = tuple[Any, list[tuple[str, str]]]
+
+
+class TrainLoader:
+    """Iterable over endless batches ``list[Sample]``; made by :func:`build_train_loader`.
+
+    Attributes:
+        num_images: images that are drawn from, after FILTER_EMPTY_ANNOTATIONS.
+        num_empty: images without objects, and whether they were ``kept`` or left out.
+        skipped: file name to reason of images that turned out to be unreadable so far.
+    """
+
+    def __init__(
+        self, data: _TrainData, batches: Callable[[], Iterable[list[Draw]]], workers: int, *, empty: int, kept: bool
+    ) -> None:
+        self.num_images = len(data.where)
+        self.num_empty, self.kept = empty, kept
+        self.skipped: dict[str, str] = {}
+        self._data, self._batches, self._workers = data, batches, workers
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        for samples, failures in _run(self._data, self._batches(), self._workers):
+            _note_failures(failures, self.skipped, self._data.max_bad, self._data.known_bad)
+            yield unpack_samples(samples)
+
+    def summary(self) -> str:
+        """How many images are drawn from, for the log."""
+        fate = "kept" if self.kept else "left out"
+        key = "DATALOADER.FILTER_EMPTY_ANNOTATIONS"
+        return f"training draws from {self.num_images} images; {self.num_empty} images without objects {fate} ({key})"
+
+
+class TestLoader:
+    """Iterable over the batches of one pass ``list[Sample]``; made by :func:`build_test_loader`."""
+
+    __test__ = False  # not a test case, whatever its name
+
+    def __init__(self, data: _TestData, batches: list[list[int]], workers: int) -> None:
+        self.skipped: dict[str, str] = {}
+        self.num_images = sum(map(len, batches))
+        self._data, self._batches, self._workers = data, batches, workers
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        for samples, failures in _run(self._data, self._batches, self._workers):
+            _note_failures(failures, self.skipped, self._data.max_bad, self._data.known_bad)
+            loaded = unpack_samples(samples)
+            if loaded:
+                yield loaded
+
+
+def build_train_loader(
+    cfg: Any,
+    datasets: Sequence[CocoDataset],
+    *,
+    images_per_rank: int,
+    start_batch: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int,
+    num_workers: int | None = None,
+) -> TrainLoader:
+    """Endless training batches of ``images_per_rank`` samples, from batch ``start_batch`` on.
+
+    Args:
+        cfg: INPUT, DATALOADER and MODEL.MASK_ON are read.
+        datasets: from :func:`gn_det.data.coco.load_coco`; more than one are concatenated.
+        seed: non-negative; the same on every rank.
+        num_workers: processes; default DATALOADER.NUM_WORKERS, at most the cores that this process may use.
+
+    Raises:
+        DataError: no image with objects, different classes, or no masks where MODEL.MASK_ON needs them.
+    """
+    if seed < 0:
+        raise ValueError(f"the loader needs a non-negative seed, got {seed}: draw one and store it with the checkpoint")
+    check_same_classes(datasets)
+    if cfg.MODEL.MASK_ON:
+        for dataset in datasets:
+            _need_masks(dataset)
+    where = np.array([(d, i) for d, data in enumerate(datasets) for i in range(len(data))], np.int64).reshape(-1, 2)
+    has_objects = np.concatenate([d.object_counts > 0 for d in datasets] or [np.zeros(0, dtype=bool)])
+    if not has_objects.any():
+        names = ", ".join(d.json_file for d in datasets) or "DATASETS.TRAIN"
+        raise DataError(f"{names}: no image has an object to learn from (crowds do not count): check the annotations")
+    keep = has_objects if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS else np.ones_like(has_objects)
+    sizes = np.concatenate([d.sizes for d in datasets])[keep]
+    data = _TrainData(datasets, where[keep], sizes, TrainMapper(cfg), seed, int(cfg.DATALOADER.MAX_BAD))
+    workers = _workers(cfg, num_workers)
+    data.shared_memory = shared_memory_fits(workers, images_per_rank * 3 * max(data.mapper.sizes) * data.mapper.max_size)
+    grouping = sizes if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
+
+    def batches() -> Iterator[list[Draw]]:
+        stream = _index_stream(cfg, data, seed)
+        all_batches = batch_stream(stream, images_per_rank, rank=rank, world_size=world_size, sizes=grouping)
+        return itertools.islice(all_batches, start_batch, None)
+
+    empty = int((~has_objects).sum())
+    return TrainLoader(data, batches, workers, empty=empty, kept=not cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+
+
+def build_test_loader(
+    cfg: Any,
+    dataset: CocoDataset,
+    rank: int = 0,
+    world_size: int = 1,
+    *,
+    batch_size: int = 1,
+    num_workers: int | None = None,
+) -> TestLoader:
+    """All images of ``dataset`` once (this rank's contiguous share), in order, without ground truth."""
+    shard = inference_shard(len(dataset), rank, world_size)
+    batches = [list(shard[i : i + batch_size]) for i in range(0, len(shard), batch_size)]
+    data = _TestData(dataset, TestMapper(cfg), int(cfg.DATALOADER.MAX_BAD))
+    workers = _workers(cfg, num_workers)
+    data.shared_memory = shared_memory_fits(workers, batch_size * 3 * max(data.mapper.size, 800) * data.mapper.max_size)
+    return TestLoader(data, batches, workers)
+
+
+class _TrainData(Dataset[_Loaded]):
+    """Maps the draws of one batch to samples, in a worker process or in the main one."""
+
+    def __init__(
+        self,
+        datasets: Sequence[CocoDataset],
+        where: np.ndarray,
+        sizes: np.ndarray,
+        mapper: TrainMapper,
+        seed: int,
+        max_bad: int,
+    ) -> None:
+        self.records = [d.records for d in datasets]
+        self.known_bad = [entry for d in datasets for entry in d.bad]
+        self.where, self.wide = where, sizes[:, 0] > sizes[:, 1]
+        self.mapper, self.seed, self.max_bad = mapper, seed, max_bad
+        self.shared_memory = True
+        self._unreadable: dict[int, tuple[str, str]] = {}
+
+    def record(self, index: int) -> Record:
+        dataset, i = self.where[index]
+        return self.records[dataset][i]
+
+    def __getitem__(self, batch: list[Draw]) -> _Loaded:
+        samples: list[Sample] = []
+        failures: list[tuple[str, str]] = []
+        for index, position in batch:
+            sample = self._readable(index, position, failures)
+            if sample is not None:
+                samples.append(sample)
+        return _packed(samples, self.shared_memory), failures
+
+    def _readable(self, index: int, position: int, failures: list[tuple[str, str]]) -> Sample | None:
+        """The sample of ``index``, or of the next readable image of the same aspect group.
+
+        Gives up after more failures than MAX_BAD allows, since the main process refuses to go on then anyway.
+        """
+        same_group = np.flatnonzero(self.wide == self.wide[index])
+        start = int(np.searchsorted(same_group, index))
+        for step in range(min(len(same_group), self.max_bad + 1)):
+            candidate = int(same_group[(start + step) % len(same_group)])
+            if candidate not in self._unreadable:
+                record = self.record(candidate)
+                try:
+                    return self.mapper(record, augmentation_state(self.seed, position))
+                except DataError as error:
+                    self._unreadable[candidate] = (record["file_name"], str(error))
+            failures.append(self._unreadable[candidate])
+        return None
+
+
+class _TestData(Dataset[_Loaded]):
+    """Maps the indices of one batch to samples without ground truth."""
+
+    def __init__(self, dataset: CocoDataset, mapper: TestMapper, max_bad: int) -> None:
+        self.records, self.known_bad = dataset.records, dataset.bad
+        self.mapper, self.max_bad = mapper, max_bad
+        self.shared_memory = True
+
+    def __getitem__(self, batch: list[int]) -> _Loaded:
+        samples, failures = [], []
+        for index in batch:
+            record = self.records[index]
+            try:
+                samples.append(self.mapper(record))
+            except DataError as error:
+                failures.append((record["file_name"], str(error)))
+        return _packed(samples, self.shared_memory), failures
+
+
+def _index_stream(cfg: Any, data: _TrainData, seed: int) -> Iterator[int]:
+    name = cfg.DATALOADER.SAMPLER_TRAIN
+    size = len(data.where)
+    if name == "TrainingSampler":
+        return shuffled_stream(size, seed)
+    if name == "RepeatFactorTrainingSampler":
+        classes = [[a["category_id"] for a in data.record(i)["annotations"]] for i in range(size)]
+        root = cfg.DATALOADER.REPEAT_SQRT
+        return repeat_stream(repeat_factors(classes, cfg.DATALOADER.REPEAT_THRESHOLD, square_root=root), seed)
+    if name == "RandomSubsetTrainingSampler":
+        return subset_stream(size, float(cfg.DATALOADER.get("RANDOM_SUBSET_RATIO", 1.0)), seed)
+    raise ConfigError(
+        f"DATALOADER.SAMPLER_TRAIN {name!r} is not implemented: use TrainingSampler, RepeatFactorTrainingSampler or "
+        f"RandomSubsetTrainingSampler"
+    )
+
+
+def _need_masks(dataset: CocoDataset) -> None:
+    if dataset.without_mask:
+        raise DataError(
+            f"{dataset.json_file}: {dataset.without_mask} objects have no segmentation (first: "
+            f"{dataset.first_without_mask}): add masks, or train boxes only with MODEL.MASK_ON False"
+        )
+
+
+def _workers(cfg: Any, num_workers: int | None) -> int:
+    wanted = int(cfg.DATALOADER.NUM_WORKERS) if num_workers is None else num_workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(wanted, cores)) if num_workers is None else max(0, wanted)
+
+
+def _packed(samples: list[Sample], shared_memory: bool) -> Any:
+    return samples if get_worker_info() is None else pack_samples(samples, shared_memory)
+
+
+def _note_failures(
+    failures: list[tuple[str, str]], skipped: dict[str, str], max_bad: int, known_bad: Sequence[str]
+) -> None:
+    for name, why in failures:
+        if name not in skipped:
+            skipped[name] = why
+            logger.warning("skipped: %s", why)
+    if failures:
+        refuse_if_too_many([*skipped.values(), *known_bad], max_bad, "data loader")
+
+
+def _run(data: Dataset[_Loaded], batches: Iterable[Any], workers: int) -> Iterator[_Loaded]:
+    """Drive the workers; a worker's death or hang becomes one line that says what to do."""
+    loader = DataLoader(
+        data,
+        sampler=batches,  # type: ignore[arg-type]
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_unchanged,
+        timeout=TIMEOUT if workers else 0,
+        worker_init_fn=_start_worker,
+    )
+    try:
+        yield from loader
+    except RuntimeError as error:
+        text = str(error)
+        if "timed out" in text:
+            raise DataError(
+                f"no batch arrived within {TIMEOUT} s: the image storage hangs or the workers are stuck; check the disk, "
+                f"or set DATALOADER.NUM_WORKERS 0 to see where"
+            ) from error
+        if "DataLoader worker" in text and ("killed" in text or "exited unexpectedly" in text):
+            raise DataError(
+                "a data loading process was killed, most likely for lack of memory or of shared memory (/dev/shm): lower "
+                "DATALOADER.NUM_WORKERS, or give the machine or container more"
+            ) from error
+        raise
+
+
+def _unchanged(loaded: _Loaded) -> _Loaded:
+    return loaded
+
+
+def _start_worker(worker: int) -> None:
+    # Ctrl-C reaches the whole process group; the main process alone answers it and ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

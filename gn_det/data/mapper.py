@@ -1,0 +1,203 @@
+"""A record becomes a :class:`Sample`: read, crop, resize, flip, and ground truth moved along.
+
+Equal to Detectron2's ``DatasetMapper`` on the same record and the same random numbers: image tensor, boxes, classes and
+masks. Beyond it, one image may mix polygon and RLE objects whatever ``INPUT.MASK_FORMAT`` says.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, Union
+
+import numpy as np
+import torch
+
+from gn_det.data.image import check_format, read_image
+from gn_det.data.records import Annotation, Record
+from gn_det.data.transforms import (
+    CROP_TYPES,
+    Resize,
+    Transform,
+    apply_to_box,
+    draw_crop,
+    draw_flip,
+    draw_resize,
+    resized_shape,
+)
+from gn_det.errors import ConfigError, DataError
+from gn_det.structures import InstanceMask, Masks, Sample, Targets, rasterize_polygons
+
+#: Boxes with a side at or below this many pixels are no ground truth.
+_MIN_SIDE = 1e-5
+
+
+class TrainMapper:
+    """Training samples with random crop, resize and flip drawn from an explicit random state."""
+
+    def __init__(self, cfg: Any) -> None:
+        size, crop = cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.CROP
+        self.sizes: tuple[int, ...] = (size, size) if isinstance(size, int) else tuple(size)
+        self.style = cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
+        self.max_size = cfg.INPUT.MAX_SIZE_TRAIN
+        self.flip = cfg.INPUT.RANDOM_FLIP
+        self.image_format = check_format(cfg.INPUT.FORMAT)
+        self.mask_format = cfg.INPUT.MASK_FORMAT
+        self.masks_on = bool(cfg.MODEL.MASK_ON)
+        self.crop: tuple[str, Sequence[float]] | None = (crop.TYPE, crop.SIZE) if crop.ENABLED else None
+        _check_choice("INPUT.MIN_SIZE_TRAIN_SAMPLING", self.style, ("choice", "range"))
+        _check_choice("INPUT.RANDOM_FLIP", self.flip, ("horizontal", "vertical", "none"))
+        _check_choice("INPUT.MASK_FORMAT", self.mask_format, ("polygon", "bitmask"))
+        if self.crop:
+            _check_choice("INPUT.CROP.TYPE", self.crop[0], CROP_TYPES)
+        if not self.sizes or (self.style == "range" and len(self.sizes) != 2):
+            raise ConfigError(f"INPUT.MIN_SIZE_TRAIN {size} needs {'(low, high)' if self.sizes else 'a size'}")
+
+    def __call__(self, record: Record, rng: np.random.RandomState) -> Sample:
+        """Map one record; the result is a pure function of the record, its image file and the state of ``rng``.
+
+        Raises:
+            DataError: the image is missing, truncated, or not of the size that the record says.
+        """
+        pixels = _read_checked(record, self.image_format)
+        transforms: list[Transform] = []
+        if self.crop:
+            transforms.append(draw_crop(_shape(pixels), *self.crop, rng))
+            pixels = transforms[-1].image(pixels)
+        resize = draw_resize(_shape(pixels), self.sizes, self.max_size, self.style, rng)
+        if resize is not None:
+            transforms.append(resize)
+            pixels = resize.image(pixels)
+        flip = draw_flip(_shape(pixels), self.flip, rng) if self.flip != "none" else None
+        if flip is not None:
+            transforms.append(flip)
+            pixels = flip.image(pixels)
+        sample = _sample(record, pixels)
+        sample["targets"] = self.targets(record["annotations"], transforms, _shape(pixels))
+        return sample
+
+    def targets(
+        self, annotations: Sequence[Annotation], transforms: Sequence[Transform], shape: tuple[int, int]
+    ) -> Targets:
+        """Ground truth of the objects that are no crowd and keep some area, at network resolution ``shape``."""
+        objects = [a for a in annotations if not a.get("iscrowd", 0)]
+        boxes = torch.from_numpy(
+            np.array([_moved_box(a["bbox"], transforms, shape) for a in objects], dtype=np.float32).reshape(-1, 4)
+        )
+        classes = torch.tensor([a["category_id"] for a in objects], dtype=torch.int64)
+        masks = None
+        if self.masks_on:
+            masks = Masks([_moved_mask(a, transforms, shape, self.mask_format) for a in objects])
+            if self.crop:
+                # A crop leaves part of an object: its tight box is known from its mask only.
+                boxes = torch.from_numpy(np.array([_mask_box(m) for m in masks.masks], np.float32).reshape(-1, 4))
+        keep = (boxes[:, 2] - boxes[:, 0] > _MIN_SIDE) & (boxes[:, 3] - boxes[:, 1] > _MIN_SIDE)
+        if masks is not None:
+            keep &= torch.tensor([_has_pixels(m) for m in masks.masks], dtype=torch.bool)
+        return Targets(shape, boxes[keep], classes[keep], None if masks is None else masks[keep])
+
+
+class TestMapper:
+    """Inference samples: resized to MIN_SIZE_TEST, nothing random, no ground truth."""
+
+    __test__ = False  # not a test case, whatever its name
+
+    def __init__(self, cfg: Any) -> None:
+        size = cfg.INPUT.MIN_SIZE_TEST
+        self.size = int(size if isinstance(size, int) else size[0])
+        self.max_size = cfg.INPUT.MAX_SIZE_TEST
+        self.image_format = check_format(cfg.INPUT.FORMAT)
+
+    def __call__(self, record: Union[Record, str, os.PathLike[str]]) -> Sample:
+        """Map a record, or an image given by its path (then ``image_id`` is the path).
+
+        Raises:
+            DataError: the image is missing, truncated, or not of the size that the record says.
+        """
+        if isinstance(record, (str, os.PathLike)):
+            record = Record(file_name=os.fspath(record), image_id=os.fspath(record))
+        pixels = _read_checked(record, self.image_format)
+        record.setdefault("height", pixels.shape[0])
+        record.setdefault("width", pixels.shape[1])
+        if self.size:
+            height, width = _shape(pixels)
+            pixels = Resize(height, width, *resized_shape(height, width, self.size, self.max_size)).image(pixels)
+        return _sample(record, pixels)
+
+
+def _check_choice(key: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{key} {value!r} is not known: use one of {', '.join(choices)}")
+
+
+def _read_checked(record: Record, image_format: str) -> np.ndarray:
+    pixels = read_image(record["file_name"], image_format)
+    expected = (record.get("height", pixels.shape[0]), record.get("width", pixels.shape[1]))
+    if _shape(pixels) != expected:
+        raise DataError(
+            f"{record['file_name']}: is {pixels.shape[1]}x{pixels.shape[0]} pixels, the json says "
+            f"{expected[1]}x{expected[0]}: correct width and height and the annotations"
+        )
+    return pixels
+
+
+def _shape(pixels: np.ndarray) -> tuple[int, int]:
+    return int(pixels.shape[0]), int(pixels.shape[1])
+
+
+def _sample(record: Record, pixels: np.ndarray) -> Sample:
+    return Sample(
+        image=torch.as_tensor(np.array(pixels.transpose(2, 0, 1), order="C")),
+        height=record["height"],
+        width=record["width"],
+        image_id=record["image_id"],
+        file_name=record["file_name"],
+    )
+
+
+def _moved_box(bbox: Sequence[float], transforms: Sequence[Transform], shape: tuple[int, int]) -> np.ndarray:
+    # XYWH is added up in float32, whole numbers in int64, as Detectron2's box mode conversion does.
+    box = torch.tensor(list(bbox))
+    box[2:] += box[:2]
+    corners = np.array(box.tolist())
+    moved = apply_to_box(transforms, corners).clip(min=0)
+    return np.minimum(moved, [shape[1], shape[0], shape[1], shape[0]])
+
+
+def _moved_mask(
+    annotation: Annotation, transforms: Sequence[Transform], shape: tuple[int, int], mask_format: str
+) -> InstanceMask:
+    segmentation = annotation.get("segmentation")
+    if segmentation is None:
+        raise DataError(
+            f"annotation {annotation.get('id')} has no segmentation: add it, or train boxes only with MODEL.MASK_ON False"
+        )
+    if isinstance(segmentation, dict):
+        from pycocotools import mask as coco_mask
+
+        bitmap = coco_mask.decode(segmentation)
+        for transform in transforms:
+            bitmap = transform.mask(bitmap)
+        return np.ascontiguousarray(bitmap).astype(bool)
+    polygons = [np.asarray(p).reshape(-1, 2) for p in segmentation]
+    for transform in transforms:
+        polygons = transform.polygons(polygons)
+    flat = [p.reshape(-1).astype(np.float64) for p in polygons]
+    return flat if mask_format == "polygon" else rasterize_polygons(flat, *shape)
+
+
+def _has_pixels(mask: InstanceMask) -> bool:
+    return len(mask) > 0 if isinstance(mask, list) else bool(mask.any())
+
+
+def _mask_box(mask: InstanceMask) -> np.ndarray:
+    """Tight XYXY float32 box of a mask; without area where the mask is empty."""
+    if isinstance(mask, list):
+        if not mask:
+            return np.zeros(4, dtype=np.float32)
+        points = np.concatenate(mask).reshape(-1, 2).astype(np.float32)
+        return np.concatenate([points.min(axis=0), np.maximum(points.max(axis=0), 0)])
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if len(rows) == 0:
+        return np.zeros(4, dtype=np.float32)
+    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], dtype=np.float32)

@@ -1,0 +1,144 @@
+"""The generated ``shapes`` set: five kinds of objects on textured backgrounds, in COCO format.
+
+It serves the quickstart and the tests, so it has what real data has: several sizes, overlap with masks that stop where
+another object begins, polygons and RLE, category ids with gaps, portrait and landscape images. Every image is a pure
+function of (seed, split, number).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from gn_det.data.catalog import DatasetSource
+from gn_det.data.checks import encode_counts
+from gn_det.data.shapes_draw import CLASSES, Drawn, draw_scene
+from gn_det.errors import DataError
+
+#: Raise it when the drawing changes: sets of another version are made anew.
+VERSION = 1
+#: Images by split, where :func:`make_shapes` is not told otherwise.
+NUM_IMAGES = {"train": 600, "val": 100}
+#: json category ids have gaps, as COCO's do, so that the mapping to contiguous indices is always exercised.
+CATEGORY_IDS = (1, 2, 4, 7, 8)
+
+
+def make_shapes(
+    root: str | os.PathLike[str], split: str, num_images: int | None = None, seed: int = 0
+) -> DatasetSource:
+    """Generate one split below ``root`` unless the same one is there already.
+
+    Args:
+        root: folder of the set; gets ``<split>/instances.json`` and ``<split>/images/``.
+        split: any name; another split has other images.
+        num_images: default 600 for ``train``, 100 otherwise.
+        seed: of the whole set.
+
+    Raises:
+        DataError: the folder cannot be written. Nothing half-made stays behind.
+    """
+    root = Path(root)
+    count = NUM_IMAGES.get(split, 100) if num_images is None else num_images
+    stamp = {"description": "gn_det shapes", "version": VERSION, "split": split, "images": count, "seed": seed}
+    place = root / split
+    source = DatasetSource(f"shapes_{split}", str(place / "instances.json"), str(place / "images"), "shapes")
+    if _stamp_of(place) == stamp:
+        return source
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f".{split}-", dir=root))
+        try:
+            _write_split(building, split, count, seed, stamp)
+            _put_in_place(building, place, stamp)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+    except OSError as error:
+        raise DataError(
+            f"{root}: the shapes set cannot be written ({error.strerror or error}): free the disk or its permissions, or "
+            f"set DETECTRON2_DATASETS to a folder that can be written"
+        ) from error
+    return source
+
+
+def _stamp_of(place: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((place / "stamp.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _put_in_place(building: Path, place: Path, stamp: dict[str, Any]) -> None:
+    """Swap the finished folder in; where another process was faster with the same set, keep that one."""
+    building.chmod(0o755)
+    if place.exists():
+        old = Path(tempfile.mkdtemp(prefix=".old-", dir=place.parent))
+        try:
+            place.rename(old / "set")
+            building.rename(place)
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
+        return
+    try:
+        building.rename(place)
+    except OSError:
+        if _stamp_of(place) != stamp:
+            raise
+
+
+def _write_split(folder: Path, split: str, count: int, seed: int, stamp: dict[str, Any]) -> None:
+    (folder / "images").mkdir()
+    split_number = int.from_bytes(split.encode(), "big") % (2**63)
+
+    def one(number: int) -> tuple[dict[str, Any], list[Drawn]]:
+        rng = np.random.default_rng([seed, split_number, number])
+        pixels, objects = draw_scene(rng)
+        name = f"{number + 1:06d}.jpg"
+        Image.fromarray(pixels).save(folder / "images" / name, quality=92)
+        height, width = pixels.shape[:2]
+        return {"id": number + 1, "file_name": name, "height": height, "width": width}, objects
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        scenes = list(pool.map(one, range(count)))
+    annotations: list[dict[str, Any]] = []
+    for image, objects in scenes:
+        annotations += [_annotation(len(annotations) + 1 + i, image["id"], o) for i, o in enumerate(objects)]
+    content = {
+        "info": stamp,
+        "images": [image for image, _ in scenes],
+        "annotations": annotations,
+        "categories": [{"id": i, "name": n, "supercategory": "shape"} for i, n in zip(CATEGORY_IDS, CLASSES)],
+    }
+    (folder / "instances.json").write_text(json.dumps(content))
+    (folder / "stamp.json").write_text(json.dumps(stamp))
+
+
+def _annotation(number: int, image_id: int, drawn: Drawn) -> dict[str, Any]:
+    """Whole objects as polygons; rings and objects that others cover as RLE, compressed for every other one."""
+    mask = drawn.visible
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    x0, y0, x1, y1 = (float(v) for v in (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
+    segmentation: Any
+    if drawn.outline is not None:
+        segmentation = [[round(float(v), 2) for v in drawn.outline.reshape(-1)]]
+    else:
+        column_major = mask.T.reshape(-1)
+        changes = np.flatnonzero(np.diff(np.concatenate([[False], column_major])))
+        runs = np.diff(np.concatenate([[0], changes, [column_major.size]])).tolist()
+        segmentation = {"size": list(mask.shape), "counts": encode_counts(runs).decode() if number % 2 else runs}
+    return {
+        "id": number,
+        "image_id": image_id,
+        "category_id": CATEGORY_IDS[drawn.category],
+        "bbox": [x0, y0, x1 - x0, y1 - y0],
+        "area": int(mask.sum()),
+        "iscrowd": 0,
+        "segmentation": segmentation,
+    }

@@ -1,0 +1,177 @@
+"""Drawing one scene of the ``shapes`` set with numpy and PIL."""
+
+from __future__ import annotations
+
+import colorsys
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+CLASSES = ("circle", "square", "triangle", "star", "ring")
+
+#: Objects are drawn this many times larger and scaled down, for smooth edges.
+_FINE = 4
+#: An object of which less than this part stays visible is not placed.
+_LEAST_VISIBLE = 0.55
+_IMAGE_SIZES = ((160, 160), (160, 200), (200, 160), (160, 184), (176, 160))
+
+
+@dataclass
+class Drawn:
+    """One object: class index, visible pixels (H, W) bool, outline (P, 2) where it is whole and has no hole."""
+
+    category: int
+    visible: np.ndarray
+    outline: np.ndarray | None
+
+
+def draw_scene(rng: np.random.Generator) -> tuple[np.ndarray, list[Drawn]]:
+    """A picture (H, W, 3) uint8 RGB and its objects, back to front."""
+    height, width = _IMAGE_SIZES[rng.integers(len(_IMAGE_SIZES))]
+    canvas, tone = _background(rng, height, width)
+    objects: list[Drawn] = []
+    areas: list[int] = []
+    wanted = int(rng.integers(2, 7))
+    for _ in range(4 * wanted):
+        if len(objects) == wanted:
+            break
+        category = int(rng.integers(len(CLASSES)))
+        outline, hole = _random_outline(rng, category, height, width)
+        cover = _coverage(outline, hole, height, width)
+        mask = cover >= 0.5
+        if not _leaves_others_visible(mask, objects, areas):
+            continue
+        for other in objects:
+            if (other.visible & mask).any():
+                other.visible &= ~mask
+                other.outline = None
+        _paint(rng, canvas, cover, outline, tone)
+        inside = (outline >= 0).all() and (outline[:, 0] <= width).all() and (outline[:, 1] <= height).all()
+        objects.append(Drawn(category, mask, outline if hole is None and inside else None))
+        areas.append(int(mask.sum()))
+    noise = rng.normal(0, 3.0, canvas.shape)
+    return np.clip(canvas + noise, 0, 255).astype(np.uint8), objects
+
+
+def _leaves_others_visible(mask: np.ndarray, objects: list[Drawn], areas: list[int]) -> bool:
+    if mask.sum() < 120:
+        return False
+    return all((o.visible & ~mask).sum() >= _LEAST_VISIBLE * area for o, area in zip(objects, areas))
+
+
+def _random_outline(
+    rng: np.random.Generator, category: int, height: int, width: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Corners (P, 2) in pixels, and those of the hole for a ring."""
+    # Sizes are drawn evenly on a log scale: as many small objects as large ones.
+    radius = float(np.exp(rng.uniform(np.log(10), np.log(0.27 * min(height, width)))))
+    centre = np.array([rng.uniform(0.7 * radius, width - 0.7 * radius), rng.uniform(0.7 * radius, height - 0.7 * radius)])
+    turn = rng.uniform(0, 2 * np.pi)
+    name = CLASSES[category]
+    hole = None
+    if name in ("circle", "ring"):
+        unit = _on_circle(48, 0.0)
+        hole = centre + radius * rng.uniform(0.45, 0.6) * unit if name == "ring" else None
+    elif name == "square":
+        unit = _on_circle(4, turn) * 1.15
+    elif name == "triangle":
+        unit = _on_circle(3, turn) * 1.25
+    else:
+        unit = _on_circle(10, turn) * 1.2
+        unit[1::2] *= 0.45
+    return centre + radius * unit, hole
+
+
+def _on_circle(corners: int, turn: float) -> np.ndarray:
+    angles = turn + 2 * np.pi * np.arange(corners) / corners
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1)
+
+
+def _coverage(outline: np.ndarray, hole: np.ndarray | None, height: int, width: int) -> np.ndarray:
+    """(height, width) float32: how much of each pixel the shape covers."""
+    x0, y0 = np.maximum(np.floor(outline.min(axis=0)).astype(int) - 1, 0)
+    x1, y1 = np.minimum(np.ceil(outline.max(axis=0)).astype(int) + 1, [width, height])
+    patch = Image.new("L", ((x1 - x0) * _FINE, (y1 - y0) * _FINE))
+    pen = ImageDraw.Draw(patch)
+    pen.polygon([tuple(p) for p in ((outline - [x0, y0]) * _FINE - 0.5).tolist()], fill=255)
+    if hole is not None:
+        pen.polygon([tuple(p) for p in ((hole - [x0, y0]) * _FINE - 0.5).tolist()], fill=0)
+    fine = np.asarray(patch, dtype=np.float32).reshape(y1 - y0, _FINE, x1 - x0, _FINE)
+    cover = np.zeros((height, width), dtype=np.float32)
+    cover[y0:y1, x0:x1] = fine.mean(axis=(1, 3)) / 255
+    return cover
+
+
+def _smooth_noise(rng: np.random.Generator, height: int, width: int, cells: int) -> np.ndarray:
+    """(height, width) float32 in about [-1, 1]: random values on a coarse grid, interpolated."""
+    coarse = rng.uniform(-1, 1, (cells, cells)).astype(np.float32)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def _background(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarray, float]:
+    """A muted texture (H, W, 3) float32, and its lightness in [0, 1]."""
+    lightness = float(rng.choice([rng.uniform(0.18, 0.36), rng.uniform(0.62, 0.84)]))
+    hue = rng.uniform()
+    base = np.array(colorsys.hls_to_rgb(hue, lightness, rng.uniform(0.08, 0.3)), dtype=np.float32) * 255
+    second = np.array(colorsys.hls_to_rgb((hue + rng.uniform(0.05, 0.2)) % 1, lightness, 0.25), np.float32) * 255
+    blend = 0.5 + 0.5 * _smooth_noise(rng, height, width, 4)
+    canvas = base + (second - base) * blend[..., None]
+    grain = sum(_smooth_noise(rng, height, width, cells) * weight for cells, weight in ((12, 9.0), (40, 7.0), (110, 6.0)))
+    rows, columns = np.mgrid[0:height, 0:width].astype(np.float32)
+    kind = rng.integers(4)
+    angle = rng.uniform(0, np.pi)
+    along = columns * np.cos(angle) + rows * np.sin(angle)
+    across = -columns * np.sin(angle) + rows * np.cos(angle)
+    period = rng.uniform(7, 18)
+    if kind == 0:  # planks or stripes
+        grain = grain + 9 * np.sign(np.sin(2 * np.pi * along / period))
+    elif kind == 1:  # woven cloth
+        grain = grain + 7 * np.sin(2 * np.pi * along / period) * np.sin(2 * np.pi * across / period)
+    elif kind == 2:  # wood-like waves
+        grain = grain + 9 * np.sin(2 * np.pi * along / period + 3 * _smooth_noise(rng, height, width, 5))
+    return (canvas + np.asarray(grain)[..., None]).astype(np.float32), lightness
+
+
+def _paint(
+    rng: np.random.Generator, canvas: np.ndarray, cover: np.ndarray, outline: np.ndarray, background: float
+) -> None:
+    """Lay one object over ``canvas`` in place: soft shadow, shaded and patterned fill, darker rim."""
+    height, width = cover.shape
+    low = np.maximum(np.floor(outline.min(axis=0)).astype(int) - 6, 0)
+    high = np.minimum(np.ceil(outline.max(axis=0)).astype(int) + 8, [width, height])
+    window = (slice(low[1], high[1]), slice(low[0], high[0]))
+    alpha, under = cover[window], canvas[window]
+    shadow = np.roll(_blur(alpha, 2), (2, 2), axis=(0, 1))
+    under *= 1 - 0.45 * shadow[..., None]
+    # Light objects on dark ground and dark ones on light ground are told apart at any hue.
+    lightness = rng.uniform(0.5, 0.7) if background < 0.5 else rng.uniform(0.3, 0.5)
+    hue = rng.uniform()
+    colour = np.array(colorsys.hls_to_rgb(hue, lightness, rng.uniform(0.65, 0.95)), dtype=np.float32) * 255
+    rows, columns = np.mgrid[low[1] : high[1], low[0] : high[0]].astype(np.float32)
+    centre, extent = outline.mean(axis=0), max(float(np.ptp(outline)), 1.0)
+    light = 1 - 0.45 * ((columns - centre[0]) + (rows - centre[1])) / extent
+    fill = colour * np.clip(light, 0.7, 1.3)[..., None]
+    kind = rng.integers(5)
+    angle, period = rng.uniform(0, np.pi), rng.uniform(5, 9)
+    along = columns * np.cos(angle) + rows * np.sin(angle)
+    across = -columns * np.sin(angle) + rows * np.cos(angle)
+    if kind == 0:
+        fill *= (1 - 0.16 * (np.sin(2 * np.pi * along / period) > 0.2))[..., None]
+    elif kind == 1:
+        dots = np.sin(2 * np.pi * along / period) * np.sin(2 * np.pi * across / period) > 0.35
+        fill *= (1 + 0.22 * dots)[..., None]
+    rim = np.clip(alpha - _blur((alpha >= 0.5).astype(np.float32), 1), 0, 1) * 1.6
+    fill = np.clip(fill * (1 - 0.6 * np.clip(rim, 0, 1))[..., None], 0, 255)
+    under += (fill - under) * alpha[..., None]
+
+
+def _blur(values: np.ndarray, radius: int) -> np.ndarray:
+    """Box blur applied twice, zero outside."""
+    out = values.astype(np.float32)
+    for _ in range(2):
+        for axis in (0, 1):
+            padded = np.pad(out, [(radius, radius) if a == axis else (0, 0) for a in (0, 1)])
+            out = sum(np.roll(padded, s, axis) for s in range(-radius, radius + 1)) / (2 * radius + 1)
+            out = np.take(out, range(radius, radius + values.shape[axis]), axis)
+    return out
