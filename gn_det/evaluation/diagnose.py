@@ -169,7 +169,8 @@ def _fit(objects: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, An
         ious = (iou * same, iou, _iou(_corners(own), det), _iou(own, _corners(det)))
         best.append(np.stack([v.max(1) for v in ious]))
     all_best = np.concatenate(best, axis=1)
-    return _Fit(*(float(v) for v in (all_best >= 0.5).mean(1)), best=float(all_best[0].max()))
+    shares = (all_best >= 0.5).mean(1)
+    return _Fit(float(shares[0]), float(shares[1]), float(shares[2]), float(shares[3]), float(all_best[0].max()))
 
 
 def _corners(xywh: np.ndarray) -> np.ndarray:
