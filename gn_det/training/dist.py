@@ -1,0 +1,260 @@
+"""Ranks, small collectives, and how processes are started: by torchrun, or by us."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from gn_det.errors import ConfigError, UserError
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT = timedelta(minutes=30)
+_GRACE_SECONDS = 15.0
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather_rows(row: Tensor) -> list[list[float]]:
+    """Every rank's vector (n,), in rank order, on every rank; one device synchronisation."""
+    if world_size() == 1:
+        return [row.tolist()]
+    rows = [torch.empty_like(row) for _ in range(world_size())]
+    dist.all_gather(rows, row)
+    return [list(map(float, r)) for r in torch.stack(rows).tolist()]
+
+
+_objects: Any = None
+
+
+def _object_group() -> Any:
+    """A gloo group: python objects travel through host memory, whatever the gradients use."""
+    global _objects
+    if _objects is None:
+        _objects = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    return _objects
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's picklable object, in rank order, on rank 0; an empty list elsewhere."""
+    if world_size() == 1:
+        return [value]
+    out: list[Any] | None = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, out, dst=0, group=_object_group())
+    return out or []
+
+
+def broadcast(value: Any) -> Any:
+    """Rank 0's object on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=_object_group())
+    return box[0]
+
+
+def resolve_device(name: str) -> str:
+    """``MODEL.DEVICE`` as "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        ConfigError: a GPU is asked for and there is none, or the name is unknown.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return name
+    kind, _, index = name.partition(":")
+    if kind != "cuda" or (index and not index.isdigit()):
+        raise ConfigError(f"MODEL.DEVICE is '{name}'; use auto, cpu, cuda or cuda:N")
+    if not torch.cuda.is_available():
+        raise ConfigError(f"MODEL.DEVICE is '{name}' but torch finds no GPU; set MODEL.DEVICE cpu or auto")
+    if index and int(index) >= torch.cuda.device_count():
+        raise ConfigError(f"MODEL.DEVICE is '{name}' but torch finds {torch.cuda.device_count()} GPU(s), from cuda:0")
+    return name
+
+
+def under_torchrun() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ and "LOCAL_RANK" in os.environ
+
+
+def start_group(device: str, init_method: str = "env://") -> None:
+    """Join the process group that RANK and WORLD_SIZE describe; nothing for a single process."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 or dist.is_initialized():
+        return
+    if device.startswith("cuda"):
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(
+        "nccl" if device.startswith("cuda") else "gloo",
+        init_method=init_method,
+        rank=int(os.environ["RANK"]),
+        world_size=size,
+        timeout=TIMEOUT,
+    )
+
+
+def stop_group() -> None:
+    global _objects
+    _objects = None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def launch(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    *,
+    device: str,
+    num_gpus: int = 1,
+    num_machines: int = 1,
+    machine_rank: int = 0,
+    dist_url: str = "auto",
+) -> Any:
+    """Call ``function(*args)`` in ``num_gpus * num_machines`` processes and return rank 0's result.
+
+    Under torchrun the processes are there already and the counts are torchrun's. On CPU, ``num_gpus`` counts processes.
+
+    Raises:
+        ConfigError: counts, rank or url make no sense on this machine.
+        UserError: whatever one of the processes raised.
+    """
+    if under_torchrun():
+        start_group(device)
+        try:
+            return function(*args)
+        finally:
+            stop_group()
+    _check_counts(device, num_gpus, num_machines, machine_rank, dist_url)
+    if num_gpus * num_machines == 1:
+        return function(*args)
+    if dist_url == "auto":
+        dist_url = f"tcp://127.0.0.1:{_free_port()}"
+    with tempfile.TemporaryDirectory(prefix="gn_det-") as box:
+        plan = (device, num_gpus, num_machines, machine_rank, dist_url, box)
+        _spawn(function, args, plan, num_gpus)
+        result = Path(box) / "result-0"
+        return pickle.loads(result.read_bytes()) if result.is_file() else None
+
+
+def _check_counts(device: str, num_gpus: int, num_machines: int, machine_rank: int, dist_url: str) -> None:
+    if num_gpus < 1 or num_machines < 1:
+        raise ConfigError(f"--num-gpus {num_gpus} --num-machines {num_machines}: both must be at least 1")
+    if not 0 <= machine_rank < num_machines:
+        raise ConfigError(f"--machine-rank {machine_rank} must lie between 0 and {num_machines - 1}")
+    if device.startswith("cuda") and num_gpus > torch.cuda.device_count():
+        raise ConfigError(f"--num-gpus {num_gpus}: torch finds {torch.cuda.device_count()} GPU(s) on this machine")
+    if ":" in device and num_gpus > 1:
+        raise ConfigError(f"MODEL.DEVICE {device} names one GPU; use MODEL.DEVICE cuda with --num-gpus {num_gpus}")
+    if num_machines > 1 and dist_url == "auto":
+        raise ConfigError("--num-machines > 1 needs --dist-url tcp://ADDRESS_OF_MACHINE_0:PORT, the same on all machines")
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _spawn(function: Callable[..., Any], args: tuple[Any, ...], plan: tuple[Any, ...], count: int) -> None:
+    context = mp.get_context("spawn")
+    workers = [context.Process(target=_worker, args=(i, function, args, plan)) for i in range(count)]
+    for worker in workers:
+        worker.start()
+    received: list[int] = []
+
+    def forward(number: int, _frame: Any) -> None:
+        """A Ctrl-C reaches the workers by itself; other signals reach only us."""
+        received.append(number)
+        for worker in workers:
+            if worker.pid and worker.is_alive() and number != signal.SIGINT:
+                os.kill(worker.pid, number)
+
+    old = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)} if _in_main_thread() else {}
+    try:
+        _wait(workers)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+        for worker in workers:
+            if worker.is_alive():
+                worker.kill()
+    _raise_first_error(Path(plan[-1]), workers)
+
+
+def _in_main_thread() -> bool:
+    import threading
+
+    return threading.current_thread() is threading.main_thread()
+
+
+def _wait(workers: list[Any]) -> None:
+    """Until all are done, or one failed and the others had time to notice."""
+    failed_at: float | None = None
+    while any(w.is_alive() for w in workers):
+        for worker in workers:
+            worker.join(0.1)
+        if failed_at is None and any(w.exitcode not in (None, 0) for w in workers):
+            failed_at = time.monotonic()
+        if failed_at is not None and time.monotonic() - failed_at > _GRACE_SECONDS:
+            return
+
+
+def _raise_first_error(box: Path, workers: list[Any]) -> None:
+    errors = [pickle.loads(f.read_bytes()) for f in sorted(box.glob("error-*"))]
+    for error in errors:  # a user's mistake explains the others, which only lost their partner
+        if isinstance(error, UserError):
+            raise error
+    for error in errors:
+        raise RuntimeError(f"a training process failed:\n{error}")
+    for i, worker in enumerate(workers):
+        if worker.exitcode != 0:
+            raise RuntimeError(f"training process {i} ended with exit code {worker.exitcode} (killed for memory?)")
+
+
+def _worker(index: int, function: Callable[..., Any], args: tuple[Any, ...], plan: tuple[Any, ...]) -> None:
+    device, num_gpus, num_machines, machine_rank, dist_url, box = plan
+    number = machine_rank * num_gpus + index
+    os.environ.update(
+        RANK=str(number),
+        LOCAL_RANK=str(index),
+        WORLD_SIZE=str(num_gpus * num_machines),
+        LOCAL_WORLD_SIZE=str(num_gpus),
+    )
+    address, _, port = dist_url.removeprefix("tcp://").partition(":")
+    os.environ.setdefault("MASTER_ADDR", address)
+    os.environ.setdefault("MASTER_PORT", port or "29500")
+    if device == "cpu":
+        torch.set_num_threads(max(torch.get_num_threads() // num_gpus, 1))
+    try:
+        start_group(device, dist_url)
+        result = function(*args)
+        if index == 0:
+            (Path(box) / "result-0").write_bytes(pickle.dumps(result))
+        stop_group()
+    except BaseException as error:
+        content = error if isinstance(error, UserError) else traceback.format_exc()
+        (Path(box) / f"error-{index}").write_bytes(pickle.dumps(content))
+        sys.stdout.flush()
+        os._exit(1)  # no clean shutdown: partners may be waiting in a collective

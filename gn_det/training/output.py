@@ -1,0 +1,110 @@
+"""The folder a run writes to: checked before work starts, and never silently overwritten."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import tempfile
+from pathlib import Path
+
+from gn_det.checkpoint.last import LAST
+from gn_det.errors import TrainingError
+
+METRICS = "metrics.json"
+BEST = "model_best.pth"
+FINAL = "model_final.pth"
+_OURS = re.compile(r"model_(\d{7}|best|final)\.pth$")
+
+logger = logging.getLogger(__name__)
+
+
+def check_writable(folder: str | os.PathLike[str]) -> Path:
+    """Make the folder and try to write in it.
+
+    Raises:
+        TrainingError: it cannot be made or written.
+    """
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as probe:
+            probe.write(b"0")
+            probe.flush()
+    except OSError as error:
+        raise TrainingError(
+            f"OUTPUT_DIR {path}: cannot be written ({error.strerror or error}); set OUTPUT_DIR to another folder"
+        ) from None
+    return path
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of an earlier run in ``folder``."""
+    return sorted(f for f in folder.glob("model_*.pth") if _OURS.match(f.name))
+
+
+def refuse_old_run(folder: Path, *, overwrite: bool) -> None:
+    """Stop before anything of an earlier run could be lost.
+
+    Raises:
+        TrainingError: there are checkpoints and ``overwrite`` is False.
+    """
+    found = checkpoints(folder)
+    if found and not overwrite:
+        raise TrainingError(
+            f"OUTPUT_DIR {folder} holds {len(found)} checkpoint(s) of an earlier run (such as {found[0].name}): go on "
+            "with it by --resume, replace it by --overwrite, or set OUTPUT_DIR to a new folder"
+        )
+
+
+def start_afresh(folder: Path, *, keep: str = "") -> None:
+    """Put an earlier run out of the way: metrics.json is moved aside, checkpoints are deleted.
+
+    Args:
+        folder: OUTPUT_DIR, after :func:`refuse_old_run`.
+        keep: MODEL.WEIGHTS; a file of that path is not deleted.
+    """
+    metrics = folder / METRICS
+    if metrics.exists() and metrics.stat().st_size:
+        number = 1
+        while (folder / f"{METRICS}.{number}").exists():
+            number += 1
+        metrics.rename(folder / f"{METRICS}.{number}")
+        logger.info("%s of an earlier run moved to %s.%d.", metrics, METRICS, number)
+    for file in [*checkpoints(folder), folder / LAST]:
+        if file.exists() and not (keep and os.path.exists(keep) and os.path.samefile(file, keep)):
+            file.unlink()
+            logger.info("%s of the earlier run deleted (--overwrite).", file)
+
+
+def numbered(iteration: int) -> str:
+    """Detectron2's file name for the checkpoint after the 0-based ``iteration``."""
+    return f"model_{iteration:07d}.pth"
+
+
+def trim_metrics(folder: Path, iteration: int) -> None:
+    """Drop the lines of metrics.json that lie beyond ``iteration``, which a resumed run writes again.
+
+    Without this a run that died 15 iterations after its checkpoint would leave those iterations in the file twice.
+    """
+    import json
+
+    path = folder / METRICS
+    if not path.is_file():
+        return
+    kept, dropped = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+            # the last evaluation of a finished run stands one beyond its last iteration
+            later = record["iteration"] > iteration + ("total_loss" not in record)
+        except (ValueError, KeyError, TypeError):  # a line cut short by a crash
+            later = True
+        dropped += later
+        if not later:
+            kept.append(line)
+    if dropped:
+        temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, path)
+        logger.info("%d line(s) of %s after iteration %d dropped; they are written again.", dropped, path, iteration)

@@ -1,0 +1,218 @@
+"""What makes a run resumable: counters, random streams, and the checkpoint payload that holds them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from gn_det.checkpoint.meta import build_meta, read_meta
+from gn_det.errors import TrainingError, WeightsError
+from gn_det.training.schedule import set_iteration
+
+
+@dataclass
+class RunState:
+    """Counters of a run; all of them survive an interruption.
+
+    Attributes:
+        seed: seed of the data stream and of initialisation.
+        iteration: last finished iteration, 0-based; -1 before the first.
+        images_seen: training images consumed by finished iterations, over all GPUs.
+        best: best value of the metric that chooses model_best.pth; None before the first.
+        best_iteration: iteration of that evaluation, -1 before the first.
+        stale: evaluations since the best one.
+        evaluated_at: iteration after which the model was last evaluated, -1 if never.
+        results: metrics of the last evaluation, flat.
+    """
+
+    seed: int
+    iteration: int = -1
+    images_seen: int = 0
+    best: float | None = None
+    best_iteration: int = -1
+    stale: int = 0
+    evaluated_at: int = -1
+    results: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelMeta:
+    """What a checkpoint says about its classes and configuration."""
+
+    cfg: CfgNode
+    class_names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+
+
+_COUNTERS = ("seed", "images_seen", "best_iteration", "stale", "evaluated_at", "results")
+
+
+def capture_rng() -> dict[str, Any]:
+    """States of python's, numpy's and torch's generators of this process, as tensors and plain values."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss),
+                  float(cached)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None,
+    }  # fmt: skip
+
+
+def restore_rng(state: Mapping[str, Any]) -> None:
+    """Inverse of :func:`capture_rng`; a GPU state is skipped where there is no GPU."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if state.get("cuda") is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch (all devices) of this process."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def weights_are_finite(model: nn.Module) -> bool:
+    """True when no parameter or buffer holds nan or inf (one device synchronisation)."""
+    floating = [t for t in model.state_dict().values() if isinstance(t, Tensor) and t.is_floating_point()]
+    return not floating or bool(torch.stack([torch.isfinite(t).all() for t in floating]).all())
+
+
+def build_payload(
+    model: nn.Module,
+    state: RunState,
+    meta: ModelMeta,
+    *,
+    optimizer: Optimizer | None = None,
+    scheduler: LambdaLR | None = None,
+    scaler: Mapping[str, Any] | None = None,
+    rng: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    """Content of a checkpoint file; without an optimizer only weights and metadata (``model_best.pth``).
+
+    Raises:
+        TrainingError: the weights hold nan or inf; an older checkpoint is worth more than this one.
+    """
+    if not weights_are_finite(model):
+        raise TrainingError(
+            f"the weights hold nan or inf after iteration {state.iteration}, so no checkpoint is written (an older one "
+            "is kept); lower SOLVER.BASE_LR or set SOLVER.CLIP_GRADIENTS.ENABLED True"
+        )
+    extra = {name: getattr(state, name) for name in _COUNTERS}
+    payload: dict[str, Any] = {
+        "model": model.state_dict(),
+        "iteration": state.iteration,
+        "gn_det": build_meta(
+            meta.cfg, meta.class_names, meta.category_ids, iteration=state.iteration, best_metric=state.best, **extra
+        ),
+    }
+    if optimizer is not None and scheduler is not None:
+        payload["optimizer"] = optimizer.state_dict()
+        payload["scheduler"] = {"base_lrs": list(scheduler.base_lrs), "last_epoch": int(scheduler.last_epoch)}
+        payload["grad_scaler"] = dict(scaler) if scaler else None
+        payload["rng"] = list(rng)
+    return payload
+
+
+def restore_state(payload: Mapping[str, Any], default: RunState) -> RunState:
+    """Counters of a checkpoint; those it does not have (another tool's file) stay as in ``default``."""
+    iteration = payload.get("iteration", -1)
+    block = read_meta(payload) or {}
+    state = RunState(seed=default.seed, iteration=int(iteration), best=block.get("best_metric"))
+    for name in _COUNTERS:
+        if name in block:
+            setattr(state, name, block[name])
+    return state
+
+
+def restore_weights(payload: Mapping[str, Any], model: nn.Module, source: str) -> None:
+    """Load the weights strictly.
+
+    Raises:
+        WeightsError: names or shapes differ from the configured model.
+    """
+    weights = payload.get("model")
+    if not isinstance(weights, Mapping):
+        raise WeightsError(f"{source}: holds no 'model' entry; it is not a checkpoint of a run")
+    own = model.state_dict()
+    differing = [k for k in own if k not in weights or weights[k].shape != own[k].shape]
+    differing += [k for k in weights if k not in own]
+    if differing:
+        raise WeightsError(
+            f"{source}: {len(differing)} tensors differ from the configured model (first: {differing[0]}); resume with "
+            "the configuration that the run was started with, or start a new one with MODEL.WEIGHTS"
+        )
+    model.load_state_dict(dict(weights))
+
+
+def restore_optimizer(
+    payload: Mapping[str, Any], optimizer: Optimizer, scheduler: LambdaLR, iteration: int, source: str
+) -> bool:
+    """Momentum from the checkpoint, hyperparameters from the current configuration.
+
+    Args:
+        iteration: number of finished iterations, where the schedule goes on.
+
+    Returns:
+        False when the checkpoint holds no optimizer (``model_best.pth``, another tool's file): momentum starts at zero.
+
+    Raises:
+        WeightsError: the optimizer's groups do not match (another FREEZE_AT or other weight decay keys).
+    """
+    saved = payload.get("optimizer")
+    if saved is not None:
+        current = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        try:
+            optimizer.load_state_dict(saved)
+        except (ValueError, KeyError) as error:
+            raise WeightsError(
+                f"{source}: its optimizer state does not fit ({error}); resume with the MODEL.BACKBONE.FREEZE_AT and "
+                "weight decay keys of the run, or start a new one with MODEL.WEIGHTS"
+            ) from None
+        for group, own in zip(optimizer.param_groups, current):
+            group.update(own)
+    set_iteration(scheduler, iteration)
+    return saved is not None
+
+
+#: Keys that may differ between a run and its continuation without being worth a word.
+_SILENT = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "MODEL.WEIGHTS", "MODEL.DEVICE", "MODEL.CLASS_NAMES", "SEED",
+           "SOLVER.NO_RESCALE", "SOLVER.CHECKPOINT_KEEP")  # fmt: skip
+
+
+def changed_keys(payload: Mapping[str, Any], cfg: CfgNode) -> list[str]:
+    """``KEY old -> new`` for every key in which the checkpoint's configuration differs from ``cfg``."""
+    import yaml
+
+    block = read_meta(payload)
+    try:
+        old = _flat(yaml.safe_load(block["config"]) or {}) if block else {}
+        new = _flat(yaml.safe_load(cfg.dump()))
+    except yaml.YAMLError:
+        return []
+    return [f"{k} {old[k]} -> {v}" for k, v in new.items() if k in old and old[k] != v and k not in _SILENT]
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in node.items():
+        if isinstance(value, Mapping):
+            out.update(_flat(value, f"{prefix}{name}."))
+        else:
+            out[prefix + name] = value
+    return out
