@@ -1,0 +1,250 @@
+"""From a configuration to a model: the one place where config keys become keyword arguments.
+
+The order in which parts are built is Detectron2's, so that the same ``torch.manual_seed`` gives the same weights.
+Values that a config alone can be checked for are refused by :mod:`gn_det.config.check`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gn_det.errors import ConfigError
+from gn_det.modeling.anchors import AnchorGenerator
+from gn_det.modeling.boxes import BoxCoder
+from gn_det.modeling.fpn import FPN
+from gn_det.modeling.heads import BoxHead, BoxPredictor, MaskHead
+from gn_det.modeling.layers import FeatureSpec
+from gn_det.modeling.mask_rcnn import MaskRCNN
+from gn_det.modeling.matcher import Matcher
+from gn_det.modeling.poolers import RoIPooler
+from gn_det.modeling.resnet import ResNet, make_bottleneck_stage
+from gn_det.modeling.roi_heads import Res5RoIHeads, RoIHeads, RoISampler, StandardRoIHeads
+from gn_det.modeling.rpn import RPN, RPNHead
+from gn_det.norm import GroupRule
+
+#: A configuration node: attribute access to keys.
+Cfg = Any
+
+
+def group_rule(cfg: Cfg) -> GroupRule:
+    """The rule for groups from MODEL.GN; Detectron2's fixed 32 where a config has no such section."""
+    gn = cfg.MODEL.get("GN", None)
+    if gn is None:
+        return GroupRule()
+    return GroupRule(gn.NUM_GROUPS, gn.CHANNELS_PER_GROUP, gn.EPS)
+
+
+def build_model(cfg: Cfg) -> MaskRCNN:
+    """Build the detector on the CPU, in training mode, with fresh weights.
+
+    Raises:
+        ConfigError: a value that no model can be built from; the message names key or layer.
+    """
+    backbone = build_backbone(cfg)
+    return MaskRCNN(
+        backbone=backbone,
+        proposal_generator=build_rpn(cfg, backbone.feature_specs),
+        roi_heads=build_roi_heads(cfg, backbone.feature_specs),
+        pixel_mean=[float(v) for v in cfg.MODEL.PIXEL_MEAN],
+        pixel_std=[float(v) for v in cfg.MODEL.PIXEL_STD],
+    )
+
+
+def build_backbone(cfg: Cfg) -> FPN | ResNet:
+    """ResNet, or FPN on it; ``feature_specs`` of the result name its features."""
+    name = cfg.MODEL.BACKBONE.NAME
+    if name not in ("build_resnet_backbone", "build_resnet_fpn_backbone"):
+        raise ConfigError(
+            f"MODEL.BACKBONE.NAME {name!r} is not implemented by the embedded engine; "
+            "use build_resnet_backbone or build_resnet_fpn_backbone"
+        )
+    fpn = name == "build_resnet_fpn_backbone"
+    resnets = cfg.MODEL.RESNETS
+    bottom_up = ResNet(
+        depth=resnets.DEPTH,
+        out_features=resnets.OUT_FEATURES,
+        stem_channels=resnets.STEM_OUT_CHANNELS,
+        res2_channels=resnets.RES2_OUT_CHANNELS,
+        num_groups=resnets.NUM_GROUPS,
+        width_per_group=resnets.WIDTH_PER_GROUP,
+        stride_in_1x1=resnets.STRIDE_IN_1X1,
+        res5_dilation=resnets.RES5_DILATION,
+        norm=resnets.NORM,
+        groups=group_rule(cfg),
+        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+        layer="backbone.bottom_up" if fpn else "backbone",
+    )
+    if not fpn:
+        return bottom_up
+    return FPN(
+        bottom_up,
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+        groups=group_rule(cfg),
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )
+
+
+def _select(specs: dict[str, FeatureSpec], names: list[str], key: str) -> list[FeatureSpec]:
+    for name in names:
+        if name not in specs:
+            raise ConfigError(f"{key}: the backbone makes no feature {name!r}; it makes {', '.join(specs)}")
+    selected = [specs[name] for name in names]
+    if not selected or len({s.channels for s in selected}) != 1:
+        raise ConfigError(f"{key} {list(names)}: needs one or more features with the same number of channels")
+    return selected
+
+
+def _coder(weights: Any) -> BoxCoder:
+    wx, wy, ww, wh = (float(w) for w in weights)
+    return BoxCoder((wx, wy, ww, wh))
+
+
+def build_rpn(cfg: Cfg, specs: dict[str, FeatureSpec]) -> RPN:
+    """RPN on the backbone features described by ``specs``."""
+    rpn, anchors = cfg.MODEL.RPN, cfg.MODEL.ANCHOR_GENERATOR
+    levels = _select(specs, rpn.IN_FEATURES, "MODEL.RPN.IN_FEATURES")
+    generator = AnchorGenerator(
+        sizes=anchors.SIZES,
+        aspect_ratios=anchors.ASPECT_RATIOS,
+        strides=[s.stride for s in levels],
+        offset=anchors.OFFSET,
+    )
+    return RPN(
+        head=RPNHead(levels[0].channels, generator.num_anchors, conv_dims=rpn.CONV_DIMS),
+        anchor_generator=generator,
+        matcher=Matcher(rpn.IOU_THRESHOLDS, rpn.IOU_LABELS, allow_low_quality_matches=True),
+        coder=_coder(rpn.BBOX_REG_WEIGHTS),
+        in_features=rpn.IN_FEATURES,
+        batch_size_per_image=rpn.BATCH_SIZE_PER_IMAGE,
+        positive_fraction=rpn.POSITIVE_FRACTION,
+        pre_nms_topk=(rpn.PRE_NMS_TOPK_TRAIN, rpn.PRE_NMS_TOPK_TEST),
+        post_nms_topk=(rpn.POST_NMS_TOPK_TRAIN, rpn.POST_NMS_TOPK_TEST),
+        nms_thresh=rpn.NMS_THRESH,
+        min_box_size=cfg.MODEL.PROPOSAL_GENERATOR.MIN_SIZE,
+        boundary_thresh=rpn.BOUNDARY_THRESH,
+        loss_weight_cls=rpn.LOSS_WEIGHT,
+        loss_weight_loc=rpn.BBOX_REG_LOSS_WEIGHT * rpn.LOSS_WEIGHT,
+        smooth_l1_beta=rpn.SMOOTH_L1_BETA,
+    )
+
+
+def build_roi_heads(cfg: Cfg, specs: dict[str, FeatureSpec]) -> RoIHeads:
+    """Standard heads or the shared res5 head, on the backbone features described by ``specs``."""
+    heads = cfg.MODEL.ROI_HEADS
+    if heads.NUM_CLASSES < 1:
+        raise ConfigError(
+            f"MODEL.ROI_HEADS.NUM_CLASSES {heads.NUM_CLASSES}: set the number of classes, or name training data "
+            "whose json tells it"
+        )
+    sampler = RoISampler(
+        matcher=Matcher(heads.IOU_THRESHOLDS, heads.IOU_LABELS),
+        num_classes=heads.NUM_CLASSES,
+        batch_size_per_image=heads.BATCH_SIZE_PER_IMAGE,
+        positive_fraction=heads.POSITIVE_FRACTION,
+        append_gt=heads.PROPOSAL_APPEND_GT,
+    )
+    levels = _select(specs, heads.IN_FEATURES, "MODEL.ROI_HEADS.IN_FEATURES")
+    if heads.NAME == "Res5ROIHeads":
+        return _build_res5_heads(cfg, sampler, levels)
+    if heads.NAME == "StandardROIHeads":
+        return _build_standard_heads(cfg, sampler, levels)
+    raise ConfigError(
+        f"MODEL.ROI_HEADS.NAME {heads.NAME!r} is not implemented by the embedded engine; "
+        "use StandardROIHeads or Res5ROIHeads"
+    )
+
+
+def _pooler(node: Cfg, levels: list[FeatureSpec]) -> RoIPooler:
+    if node.POOLER_TYPE not in ("ROIAlignV2", "ROIAlign"):
+        raise ConfigError(f"POOLER_TYPE {node.POOLER_TYPE!r} is not implemented by the embedded engine; use ROIAlignV2")
+    return RoIPooler(
+        node.POOLER_RESOLUTION,
+        strides=[s.stride for s in levels],
+        sampling_ratio=node.POOLER_SAMPLING_RATIO,
+        aligned=node.POOLER_TYPE == "ROIAlignV2",
+    )
+
+
+def _box_predictor(cfg: Cfg, input_size: int) -> BoxPredictor:
+    heads, box = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
+    return BoxPredictor(
+        input_size,
+        heads.NUM_CLASSES,
+        coder=_coder(box.BBOX_REG_WEIGHTS),
+        score_thresh=heads.SCORE_THRESH_TEST,
+        nms_thresh=heads.NMS_THRESH_TEST,
+        topk=cfg.TEST.DETECTIONS_PER_IMAGE,
+        loss_weight_box=box.BBOX_REG_LOSS_WEIGHT,
+        smooth_l1_beta=box.SMOOTH_L1_BETA,
+    )
+
+
+def _mask_head(cfg: Cfg, in_channels: int) -> MaskHead | None:
+    if not cfg.MODEL.MASK_ON:
+        return None
+    mask = cfg.MODEL.ROI_MASK_HEAD
+    return MaskHead(
+        in_channels,
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES,
+        conv_dims=[mask.CONV_DIM] * (mask.NUM_CONV + 1),
+        norm=mask.NORM,
+        groups=group_rule(cfg),
+    )
+
+
+def _build_standard_heads(cfg: Cfg, sampler: RoISampler, levels: list[FeatureSpec]) -> StandardRoIHeads:
+    box, mask = cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_MASK_HEAD
+    if box.NUM_FC < 1:
+        raise ConfigError(f"MODEL.ROI_BOX_HEAD.NUM_FC {box.NUM_FC}: StandardROIHeads needs at least 1 (2fc, 4conv1fc)")
+    channels = levels[0].channels
+    box_head = BoxHead(
+        channels,
+        box.POOLER_RESOLUTION,
+        conv_dims=[box.CONV_DIM] * box.NUM_CONV,
+        fc_dims=[box.FC_DIM] * box.NUM_FC,
+        norm=box.NORM,
+        groups=group_rule(cfg),
+    )
+    return StandardRoIHeads(
+        sampler=sampler,
+        in_features=cfg.MODEL.ROI_HEADS.IN_FEATURES,
+        box_pooler=_pooler(box, levels),
+        box_head=box_head,
+        box_predictor=_box_predictor(cfg, box_head.output_size),
+        mask_pooler=_pooler(mask, levels) if cfg.MODEL.MASK_ON else None,
+        mask_head=_mask_head(cfg, channels),
+    )
+
+
+def _build_res5_heads(cfg: Cfg, sampler: RoISampler, levels: list[FeatureSpec]) -> Res5RoIHeads:
+    if len(levels) != 1:
+        raise ConfigError("MODEL.ROI_HEADS.IN_FEATURES: Res5ROIHeads pools exactly one feature (C4: ['res4'])")
+    resnets = cfg.MODEL.RESNETS
+    out_channels = resnets.RES2_OUT_CHANNELS * 8
+    if levels[0].channels * 2 != out_channels:
+        raise ConfigError(
+            f"MODEL.ROI_HEADS.IN_FEATURES: Res5ROIHeads takes {out_channels // 2} channels (res4), "
+            f"got {levels[0].channels}"
+        )
+    res5 = make_bottleneck_stage(
+        3,
+        in_channels=out_channels // 2,
+        out_channels=out_channels,
+        bottleneck_channels=resnets.NUM_GROUPS * resnets.WIDTH_PER_GROUP * 8,
+        first_stride=2,
+        num_groups=resnets.NUM_GROUPS,
+        stride_in_1x1=resnets.STRIDE_IN_1X1,
+        norm=resnets.NORM,
+        groups=group_rule(cfg),
+        layer="roi_heads.res5",
+    )
+    return Res5RoIHeads(
+        sampler=sampler,
+        in_features=cfg.MODEL.ROI_HEADS.IN_FEATURES,
+        pooler=_pooler(cfg.MODEL.ROI_BOX_HEAD, levels),
+        res5=res5,
+        box_predictor=_box_predictor(cfg, out_channels),
+        mask_head=_mask_head(cfg, out_channels),
+    )

@@ -1,0 +1,101 @@
+"""Feature Pyramid Network (Lin et al. 2017) on a bottom-up network, norm after every convolution, no ReLU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gn_det.errors import ConfigError
+from gn_det.modeling.layers import ConvNorm, FeatureSpec, fill_xavier
+from gn_det.modeling.resnet import ResNet
+from gn_det.norm import GroupRule, NormSpec
+
+
+class FPN(nn.Module):
+    """Pyramid levels p<k> of stride 2^k from the bottom-up features, and one more by subsampling the last.
+
+    Args:
+        bottom_up: network with ``feature_specs``.
+        in_features: its features from fine to coarse, strides doubling.
+        out_channels: channels of every level.
+        norm, groups: norm of lateral and output convolutions; without norm they have biases.
+        fuse_type: "sum" or "avg" of the lateral and the top-down feature.
+        layer: full name, for messages.
+    """
+
+    def __init__(
+        self,
+        bottom_up: ResNet,
+        *,
+        in_features: Sequence[str],
+        out_channels: int,
+        norm: NormSpec = "",
+        groups: GroupRule | None = None,
+        fuse_type: str = "sum",
+        layer: str = "backbone",
+    ) -> None:
+        super().__init__()
+        if fuse_type not in ("sum", "avg"):
+            raise ConfigError(f"MODEL.FPN.FUSE_TYPE {fuse_type!r}: use 'sum' or 'avg'")
+        missing = [f for f in in_features if f not in bottom_up.feature_specs]
+        if missing or not in_features:
+            made = ", ".join(bottom_up.feature_specs)
+            raise ConfigError(f"MODEL.FPN.IN_FEATURES {list(in_features)}: MODEL.RESNETS.OUT_FEATURES makes {made}")
+        strides = [bottom_up.feature_specs[f].stride for f in in_features]
+        if any(b != 2 * a for a, b in pairwise(strides)):
+            raise ConfigError(f"MODEL.FPN.IN_FEATURES {list(in_features)}: strides {strides} must double each time")
+        self.in_features = tuple(in_features)
+        self.average = fuse_type == "avg"
+        self.levels = [int(math.log2(s)) for s in strides]
+        bias = norm is None or norm == ""
+        for feature, level in zip(in_features, self.levels):
+            lateral = ConvNorm(
+                bottom_up.feature_specs[feature].channels,
+                out_channels,
+                kernel_size=1,
+                bias=bias,
+                norm=norm,
+                groups=groups,
+                layer=f"{layer}.fpn_lateral{level}",
+            )
+            output = ConvNorm(
+                out_channels,
+                out_channels,
+                kernel_size=3,
+                padding=1,
+                bias=bias,
+                norm=norm,
+                groups=groups,
+                layer=f"{layer}.fpn_output{level}",
+            )
+            fill_xavier(lateral)
+            fill_xavier(output)
+            self.add_module(f"fpn_lateral{level}", lateral)
+            self.add_module(f"fpn_output{level}", output)
+        # Registered last, as in Detectron2: the order of parameters is that of its optimizer states.
+        self.bottom_up = bottom_up
+        self.size_divisibility = strides[-1]
+        top = self.levels[-1] + 1
+        self.feature_specs = {f"p{k}": FeatureSpec(out_channels, 2**k) for k in [*self.levels, top]}
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """(N, 3, H, W), H and W multiples of ``size_divisibility``, to {"p2": ..., ...}, fine to coarse."""
+        features = self.bottom_up(x)
+        outputs: list[Tensor] = []
+        merged: Tensor | None = None
+        for feature, level in zip(reversed(self.in_features), reversed(self.levels)):
+            lateral = getattr(self, f"fpn_lateral{level}")(features[feature])
+            if merged is not None:
+                # In place: no norm or convolution needs its own output for the backward pass.
+                lateral += F.interpolate(merged, scale_factor=2.0, mode="nearest")
+                if self.average:
+                    lateral /= 2
+            merged = lateral
+            outputs.append(getattr(self, f"fpn_output{level}")(merged))
+        outputs.reverse()
+        outputs.append(F.max_pool2d(outputs[-1], kernel_size=1, stride=2))
+        return dict(zip(self.feature_specs, outputs))

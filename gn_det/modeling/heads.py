@@ -1,0 +1,272 @@
+"""Box head, box predictor and mask head.
+
+Shape letters: P RoIs of all images (may be 0), C channels, S side of the pooled grid, K foreground classes; class K is
+background.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import batched_nms
+
+from gn_det.modeling import boxes as box_ops
+from gn_det.modeling.boxes import BoxCoder
+from gn_det.modeling.layers import ConvNorm, fill_msra, fill_normal, fill_xavier
+from gn_det.modeling.metrics import Metrics
+from gn_det.norm import GroupRule, NormSpec
+from gn_det.structures import Detections
+
+
+class BoxHead(nn.Module):
+    """3x3 convolutions with norm and ReLU, then fully connected layers with ReLU ("2fc", "4conv1fc").
+
+    Args:
+        in_channels, resolution: C and S of the pooled features.
+        conv_dims: output channels of the convolutions.
+        fc_dims: output sizes of the fully connected layers, at least one.
+        norm, groups: norm of the convolutions; without norm they have biases.
+        layer: full name, for messages.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        resolution: int,
+        *,
+        conv_dims: Sequence[int] = (),
+        fc_dims: Sequence[int] = (1024, 1024),
+        norm: NormSpec = "",
+        groups: GroupRule | None = None,
+        layer: str = "roi_heads.box_head",
+    ) -> None:
+        super().__init__()
+        self.convs: list[str] = []
+        self.fcs: list[str] = []
+        channels = in_channels
+        for k, dim in enumerate(conv_dims, start=1):
+            name = f"conv{k}"
+            conv = ConvNorm(
+                channels,
+                dim,
+                kernel_size=3,
+                padding=1,
+                bias=not norm,
+                norm=norm,
+                groups=groups,
+                relu=True,
+                layer=f"{layer}.{name}",
+            )
+            self.add_module(name, conv)
+            self.convs.append(name)
+            channels = dim
+        size = channels * resolution * resolution
+        for k, dim in enumerate(fc_dims, start=1):
+            name = f"fc{k}"
+            self.add_module(name, nn.Linear(size, dim))
+            self.fcs.append(name)
+            size = dim
+        for name in self.convs:
+            fill_msra(getattr(self, name))
+        for name in self.fcs:
+            fill_xavier(getattr(self, name))
+        #: length of the output vector
+        self.output_size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(P, C, S, S) to (P, output_size)."""
+        for name in self.convs:
+            x = getattr(self, name)(x)
+        x = torch.flatten(x, 1)
+        for name in self.fcs:
+            x = F.relu_(getattr(self, name)(x))
+        return x
+
+
+class BoxPredictor(nn.Module):
+    """Class scores and class-wise box deltas of RoIs, their losses, and detections from them.
+
+    Args:
+        input_size: length of the RoI vectors.
+        num_classes: K.
+        coder: deltas to boxes.
+        score_thresh, nms_thresh, topk: detections need a score above the first, survive class-wise NMS at the
+            second, and at most ``topk`` per image are kept (all of them if negative).
+        loss_weight_box: factor of loss_box_reg.
+        smooth_l1_beta: 0 for plain L1.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        num_classes: int,
+        *,
+        coder: BoxCoder,
+        score_thresh: float = 0.05,
+        nms_thresh: float = 0.5,
+        topk: int = 100,
+        loss_weight_box: float = 1.0,
+        smooth_l1_beta: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.cls_score = nn.Linear(input_size, num_classes + 1)
+        self.bbox_pred = nn.Linear(input_size, num_classes * 4)
+        fill_normal(self.cls_score, 0.01)
+        fill_normal(self.bbox_pred, 0.001)
+        self.coder = coder
+        self.score_thresh = score_thresh
+        self.nms_thresh = nms_thresh
+        self.topk = topk
+        self.loss_weight_box = loss_weight_box
+        self.smooth_l1_beta = smooth_l1_beta
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(P, input_size) to logits (P, K + 1) and deltas (P, K * 4)."""
+        return self.cls_score(x), self.bbox_pred(x)
+
+    def losses(
+        self, logits: Tensor, deltas: Tensor, boxes: Tensor, gt_boxes: Tensor, classes: Tensor, metrics: Metrics
+    ) -> dict[str, Tensor]:
+        """Cross entropy over all P RoIs, and smooth L1 of the foreground divided by P.
+
+        Args:
+            logits, deltas: from :meth:`forward`.
+            boxes, gt_boxes: (P, 4) RoIs and their ground truth (meaningless for background).
+            classes: (P,) in [0, K].
+            metrics: receives accuracies.
+        """
+        _put_accuracies(logits, classes, metrics)
+        foreground = (classes < self.num_classes).nonzero().squeeze(1)
+        predicted = deltas.view(-1, self.num_classes, 4)[foreground, classes[foreground]]
+        wanted = self.coder.encode(boxes[foreground], gt_boxes[foreground])
+        num = classes.numel()
+        loss_cls = F.cross_entropy(logits, classes) if num else logits.sum() * 0.0
+        loss_box = box_ops.smooth_l1_sum(predicted, wanted, self.smooth_l1_beta) / max(num, 1)
+        return {"loss_cls": loss_cls, "loss_box_reg": loss_box * self.loss_weight_box}
+
+    def detect(
+        self,
+        logits: Tensor,
+        deltas: Tensor,
+        boxes: Sequence[Tensor],
+        image_sizes: Sequence[tuple[int, int]],
+    ) -> list[Detections]:
+        """Detections of each image at network resolution, without masks, best first."""
+        counts = [len(b) for b in boxes]
+        decoded = self.coder.decode(deltas, torch.cat(list(boxes))).split(counts)
+        scores = F.softmax(logits.float(), dim=-1).split(counts)
+        return [self._detect_image(b, s, size) for b, s, size in zip(decoded, scores, image_sizes)]
+
+    def _detect_image(self, boxes: Tensor, scores: Tensor, image_size: tuple[int, int]) -> Detections:
+        finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores).all(dim=1)
+        if not finite.all():
+            boxes, scores = boxes[finite], scores[finite]
+        scores = scores[:, :-1]
+        roi, cls = (scores > self.score_thresh).nonzero(as_tuple=True)
+        scores = scores[roi, cls]
+        boxes = box_ops.clip(boxes.view(-1, self.num_classes, 4)[roi, cls], image_size)
+        keep = batched_nms(boxes, scores, cls, self.nms_thresh)
+        if self.topk >= 0:
+            keep = keep[: self.topk]
+        return Detections(image_size, boxes[keep], scores[keep], cls[keep])
+
+
+def _put_accuracies(logits: Tensor, classes: Tensor, metrics: Metrics) -> None:
+    if classes.numel() == 0:
+        return
+    with torch.no_grad():
+        predicted = logits.argmax(dim=1)
+        background = logits.shape[1] - 1
+        foreground = classes < background
+        right = predicted == classes
+        count = foreground.sum()  # 0 / 0 = nan: not defined this time
+        metrics.put("fast_rcnn/cls_accuracy", right.float().mean())
+        metrics.put("fast_rcnn/fg_cls_accuracy", (right & foreground).sum() / count)
+        metrics.put("fast_rcnn/false_negative", ((predicted == background) & foreground).sum() / count)
+
+
+class MaskHead(nn.Module):
+    """3x3 convolutions with norm and ReLU, a 2x2 deconvolution with ReLU, one mask per class.
+
+    Args:
+        in_channels: C of the pooled features.
+        num_classes: K.
+        conv_dims: output channels of the convolutions, and last of the deconvolution.
+        norm, groups: norm of the convolutions; without norm they have biases.
+        layer: full name, for messages.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        *,
+        conv_dims: Sequence[int] = (256, 256, 256, 256, 256),
+        norm: NormSpec = "",
+        groups: GroupRule | None = None,
+        layer: str = "roi_heads.mask_head",
+    ) -> None:
+        super().__init__()
+        self.convs: list[str] = []
+        channels = in_channels
+        for k, dim in enumerate(conv_dims[:-1], start=1):
+            name = f"mask_fcn{k}"
+            conv = ConvNorm(
+                channels,
+                dim,
+                kernel_size=3,
+                padding=1,
+                bias=not norm,
+                norm=norm,
+                groups=groups,
+                relu=True,
+                layer=f"{layer}.{name}",
+            )
+            self.add_module(name, conv)
+            self.convs.append(name)
+            channels = dim
+        self.deconv = nn.ConvTranspose2d(channels, conv_dims[-1], kernel_size=2, stride=2)
+        self.predictor = nn.Conv2d(conv_dims[-1], num_classes, kernel_size=1)
+        for name in self.convs:
+            fill_msra(getattr(self, name))
+        fill_msra(self.deconv)
+        fill_normal(self.predictor, 0.001)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(P, C, S, S) to logits (P, K, 2 * S, 2 * S)."""
+        for name in self.convs:
+            x = getattr(self, name)(x)
+        return self.predictor(F.relu_(self.deconv(x)))
+
+
+def mask_loss(logits: Tensor, classes: Tensor, targets: Tensor, metrics: Metrics) -> Tensor:
+    """Binary cross entropy of each foreground RoI's mask of its own class.
+
+    Args:
+        logits: (P, K, S, S) of the foreground RoIs.
+        classes: (P,) in [0, K).
+        targets: (P, S, S) bool.
+        metrics: receives accuracies.
+
+    Returns:
+        Mean over all pixels; 0, with gradients, where P is 0.
+    """
+    if logits.shape[0] == 0:
+        return logits.sum() * 0
+    own = logits[torch.arange(len(logits), device=logits.device), classes]
+    with torch.no_grad():
+        wrong = (own > 0) != targets
+        num_true = targets.sum()
+        metrics.put("mask_rcnn/accuracy", 1 - wrong.float().mean())
+        metrics.put("mask_rcnn/false_positive", (wrong & ~targets).sum() / (targets.numel() - num_true).clamp(min=1))
+        metrics.put("mask_rcnn/false_negative", (wrong & targets).sum() / num_true.clamp(min=1))
+    return F.binary_cross_entropy_with_logits(own, targets.to(torch.float32))
+
+
+def mask_probabilities(logits: Tensor, classes: Tensor) -> Tensor:
+    """(P, K, S, S) logits and (P,) predicted classes to float32 (P, S, S) probabilities of those classes' masks."""
+    return logits[torch.arange(len(logits), device=logits.device), classes].float().sigmoid()

@@ -1,0 +1,95 @@
+"""RoIAlign over a feature pyramid.
+
+Shape letters: P boxes of all images, C channels, S side of the pooled grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import roi_align
+
+from gn_det.errors import ConfigError
+from gn_det.modeling import boxes as box_ops
+
+
+class _Reorder(torch.autograd.Function):
+    """``x[order]`` for a permutation; the backward is the inverse gather instead of a scattered sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grads[0].index_select(0, inverse), None, None
+
+
+class RoIPooler(nn.Module):
+    """Cuts (S, S) features of boxes from the level that fits their size: floor(4 + log2(sqrt(area) / 224)).
+
+    Args:
+        output_size: S.
+        strides: of the levels, fine to coarse, doubling powers of two.
+        sampling_ratio: samples per bin and direction; 0 takes as many as the bin has cells.
+        aligned: shift by half a pixel (ROIAlignV2).
+    """
+
+    def __init__(
+        self, output_size: int, *, strides: Sequence[int], sampling_ratio: int = 0, aligned: bool = True
+    ) -> None:
+        super().__init__()
+        levels = [math.log2(s) for s in strides]
+        if any(not k.is_integer() for k in levels) or any(b != a + 1 for a, b in pairwise(levels)):
+            raise ConfigError(f"MODEL.ROI_HEADS.IN_FEATURES: strides {list(strides)} are not doubling powers of two")
+        self.output_size = output_size
+        self.scales = [1.0 / s for s in strides]
+        self.min_level, self.max_level = int(levels[0]), int(levels[-1])
+        self.sampling_ratio = sampling_ratio
+        self.aligned = aligned
+
+    def forward(self, features: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
+        """Pool the boxes of each image.
+
+        Args:
+            features: per level (B, C, H, W).
+            boxes: per image (Pi, 4) float32; any may be empty.
+
+        Returns:
+            (P, C, S, S), boxes in the order of the images.
+        """
+        index = torch.cat([b.new_full((len(b), 1), i) for i, b in enumerate(boxes)])
+        all_boxes = torch.cat(list(boxes))
+        rois = torch.cat([index, all_boxes], dim=1)
+        if len(features) == 1:
+            return self._pool(features[0], rois, self.scales[0])
+        levels = self._levels(all_boxes)
+        counts = torch.bincount(levels, minlength=len(features)).tolist()
+        used = [k for k, count in enumerate(counts) if count]
+        if len(used) <= 1:
+            k = used[0] if used else 0
+            return self._pool(features[k], rois, self.scales[k])
+        by_level = levels.argsort(stable=True)
+        back = torch.empty_like(by_level)
+        back[by_level] = torch.arange(len(by_level), device=by_level.device)
+        parts = rois[by_level].split(counts)
+        pooled = torch.cat([self._pool(features[k], parts[k], self.scales[k]) for k in used])
+        return _Reorder.apply(pooled, back, by_level)
+
+    def _levels(self, boxes: Tensor) -> Tensor:
+        size = torch.sqrt(box_ops.area(boxes))
+        level = torch.floor(4 + torch.log2(size / 224 + 1e-8))
+        return level.clamp(min=self.min_level, max=self.max_level).to(torch.int64) - self.min_level
+
+    def _pool(self, feature: Tensor, rois: Tensor, scale: float) -> Tensor:
+        if feature.dtype != rois.dtype and not torch.is_autocast_enabled(feature.device.type):
+            rois = rois.to(feature.dtype)  # under autocast roi_align computes in float32 by itself
+        size = (self.output_size, self.output_size)
+        return roi_align(feature, rois, size, scale, self.sampling_ratio, self.aligned)

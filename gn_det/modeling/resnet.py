@@ -1,0 +1,391 @@
+"""ResNet (He et al. 2016) and ResNeXt (Xie et al. 2017) bottom-up networks.
+
+Names, strides, fills and the order of construction are Detectron2's, so that the same seed gives the same weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gn_det.errors import ConfigError
+from gn_det.modeling.layers import ConvNorm, FeatureSpec, fill_msra
+from gn_det.norm import GroupRule, NormSpec, freeze_batch_norm
+
+#: Residual blocks in res2 .. res5.
+BLOCKS_PER_STAGE: dict[int, tuple[int, int, int, int]] = {
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def freeze(module: ModuleT) -> ModuleT:
+    """Stop training ``module``: no parameter needs a gradient, and BatchNorm becomes FrozenBN.
+
+    GN has no running statistics: frozen GN keeps normalizing with the statistics of each input.
+    """
+    for p in module.parameters():
+        p.requires_grad = False
+    freeze_batch_norm(module)
+    return module
+
+
+class BasicStem(nn.Module):
+    """7x7 convolution of stride 2, norm, ReLU, 3x3 max pooling of stride 2."""
+
+    stride = 4
+
+    def __init__(
+        self,
+        *,
+        in_channels: int = 3,
+        out_channels: int = 64,
+        norm: NormSpec = "BN",
+        groups: GroupRule | None = None,
+        layer: str = "stem",
+    ) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.conv1 = ConvNorm(
+            in_channels,
+            out_channels,
+            kernel_size=7,
+            stride=2,
+            padding=3,
+            norm=norm,
+            groups=groups,
+            relu=True,
+            layer=f"{layer}.conv1",
+        )
+        fill_msra(self.conv1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) to (N, out_channels, ceil(H / 4), ceil(W / 4))."""
+        return F.max_pool2d(self.conv1(x), kernel_size=3, stride=2, padding=1)
+
+
+class ResidualBlock(nn.Module):
+    """Shared end of the residual blocks: add the shortcut, then ReLU."""
+
+    shortcut: ConvNorm | None
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.stride = stride
+
+    def _make_shortcut(self, norm: NormSpec, groups: GroupRule | None, layer: str) -> ConvNorm | None:
+        if self.in_channels == self.out_channels:
+            return None
+        return ConvNorm(
+            self.in_channels,
+            self.out_channels,
+            kernel_size=1,
+            stride=self.stride,
+            norm=norm,
+            groups=groups,
+            layer=f"{layer}.shortcut",
+        )
+
+    def residual(self, x: Tensor) -> Tensor:
+        """The branch that is added to the shortcut."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride))."""
+        out = self.residual(x)
+        out += x if self.shortcut is None else self.shortcut(x)
+        return F.relu_(out)
+
+
+class BasicBlock(ResidualBlock):
+    """Two 3x3 convolutions: the block of ResNet-18 and ResNet-34."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: int = 1,
+        norm: NormSpec = "BN",
+        groups: GroupRule | None = None,
+        layer: str = "",
+    ) -> None:
+        super().__init__(in_channels, out_channels, stride)
+        self.shortcut = self._make_shortcut(norm, groups, layer)
+        self.conv1 = ConvNorm(
+            in_channels,
+            out_channels,
+            kernel_size=3,
+            stride=stride,
+            padding=1,
+            norm=norm,
+            groups=groups,
+            relu=True,
+            layer=f"{layer}.conv1",
+        )
+        self.conv2 = ConvNorm(
+            out_channels, out_channels, kernel_size=3, padding=1, norm=norm, groups=groups, layer=f"{layer}.conv2"
+        )
+        for conv in (self.conv1, self.conv2, self.shortcut):
+            if conv is not None:
+                fill_msra(conv)
+
+    def residual(self, x: Tensor) -> Tensor:
+        return self.conv2(self.conv1(x))
+
+
+class BottleneckBlock(ResidualBlock):
+    """1x1, 3x3, 1x1 convolutions: the block of ResNet-50 and deeper, and of ResNeXt.
+
+    Args:
+        in_channels, out_channels: ends of the block.
+        bottleneck_channels: channels of the 3x3 convolution.
+        stride: of the block.
+        num_groups: groups of the 3x3 convolution (ResNeXt).
+        stride_in_1x1: put the stride into the first 1x1 (MSRA) instead of the 3x3 (Torch, Detectron's GN weights).
+        dilation: of the 3x3 convolution.
+        norm, groups, layer: see :class:`gn_det.modeling.layers.ConvNorm`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        bottleneck_channels: int,
+        stride: int = 1,
+        num_groups: int = 1,
+        stride_in_1x1: bool = False,
+        dilation: int = 1,
+        norm: NormSpec = "BN",
+        groups: GroupRule | None = None,
+        layer: str = "",
+    ) -> None:
+        super().__init__(in_channels, out_channels, stride)
+        self.shortcut = self._make_shortcut(norm, groups, layer)
+        stride_1x1, stride_3x3 = (stride, 1) if stride_in_1x1 else (1, stride)
+        width = bottleneck_channels
+        self.conv1 = ConvNorm(
+            in_channels,
+            width,
+            kernel_size=1,
+            stride=stride_1x1,
+            norm=norm,
+            groups=groups,
+            relu=True,
+            layer=f"{layer}.conv1",
+        )
+        self.conv2 = ConvNorm(
+            width,
+            width,
+            kernel_size=3,
+            stride=stride_3x3,
+            padding=dilation,
+            dilation=dilation,
+            conv_groups=num_groups,
+            norm=norm,
+            groups=groups,
+            relu=True,
+            layer=f"{layer}.conv2",
+        )
+        self.conv3 = ConvNorm(width, out_channels, kernel_size=1, norm=norm, groups=groups, layer=f"{layer}.conv3")
+        for conv in (self.conv1, self.conv2, self.conv3, self.shortcut):
+            if conv is not None:
+                fill_msra(conv)
+
+    def residual(self, x: Tensor) -> Tensor:
+        return self.conv3(self.conv2(self.conv1(x)))
+
+
+def make_bottleneck_stage(
+    num_blocks: int,
+    *,
+    in_channels: int,
+    out_channels: int,
+    bottleneck_channels: int,
+    first_stride: int,
+    num_groups: int = 1,
+    stride_in_1x1: bool = False,
+    dilation: int = 1,
+    norm: NormSpec = "BN",
+    groups: GroupRule | None = None,
+    layer: str = "",
+) -> nn.Sequential:
+    """Bottleneck blocks of one resolution; only the first one strides."""
+    blocks = []
+    for k in range(num_blocks):
+        blocks.append(
+            BottleneckBlock(
+                in_channels if k == 0 else out_channels,
+                out_channels,
+                bottleneck_channels=bottleneck_channels,
+                stride=first_stride if k == 0 else 1,
+                num_groups=num_groups,
+                stride_in_1x1=stride_in_1x1,
+                dilation=dilation,
+                norm=norm,
+                groups=groups,
+                layer=f"{layer}.{k}",
+            )
+        )
+    return nn.Sequential(*blocks)
+
+
+def make_basic_stage(
+    num_blocks: int,
+    *,
+    in_channels: int,
+    out_channels: int,
+    first_stride: int,
+    norm: NormSpec = "BN",
+    groups: GroupRule | None = None,
+    layer: str = "",
+) -> nn.Sequential:
+    """Basic blocks of one resolution; only the first one strides."""
+    blocks = []
+    for k in range(num_blocks):
+        blocks.append(
+            BasicBlock(
+                in_channels if k == 0 else out_channels,
+                out_channels,
+                stride=first_stride if k == 0 else 1,
+                norm=norm,
+                groups=groups,
+                layer=f"{layer}.{k}",
+            )
+        )
+    return nn.Sequential(*blocks)
+
+
+class ResNet(nn.Module):
+    """Stem and stages res2 .. res5; those after the last wanted feature are left out (C4 ends at res4).
+
+    Args:
+        depth: 18, 34, 50, 101 or 152.
+        out_features: any of "stem", "res2" .. "res5".
+        stem_channels: channels of the stem.
+        res2_channels: output channels of res2, doubled at each later stage; 64 for depths 18 and 34.
+        num_groups, width_per_group: ResNeXt cardinality and width; 1 and 64 give ResNet.
+        stride_in_1x1: see :class:`BottleneckBlock`.
+        res5_dilation: 2 keeps the resolution of res4 in res5 (DC5).
+        norm, groups: see :func:`gn_det.norm.get_norm`.
+        freeze_at: 0 trains everything, 1 freezes the stem, 2 the stem and res2, ...
+        layer: full name, for messages.
+    """
+
+    size_divisibility = 0
+
+    def __init__(
+        self,
+        *,
+        depth: int = 50,
+        out_features: Sequence[str] = ("res2", "res3", "res4", "res5"),
+        in_channels: int = 3,
+        stem_channels: int = 64,
+        res2_channels: int = 256,
+        num_groups: int = 1,
+        width_per_group: int = 64,
+        stride_in_1x1: bool = False,
+        res5_dilation: int = 1,
+        norm: NormSpec = "BN",
+        groups: GroupRule | None = None,
+        freeze_at: int = 0,
+        layer: str = "backbone",
+    ) -> None:
+        super().__init__()
+        _check_resnet(depth, out_features, res2_channels, num_groups, res5_dilation)
+        self.out_features = tuple(out_features)
+        self.stem = BasicStem(
+            in_channels=in_channels, out_channels=stem_channels, norm=norm, groups=groups, layer=f"{layer}.stem"
+        )
+        specs = {"stem": FeatureSpec(stem_channels, self.stem.stride)}
+        wanted = max(["stem", "res2", "res3", "res4", "res5"].index(f) for f in out_features)
+        in_channels, out_channels, width = stem_channels, res2_channels, num_groups * width_per_group
+        stride = self.stem.stride
+        self.stage_names = tuple(f"res{k}" for k in range(2, 2 + wanted))
+        for k, num_blocks in zip(range(2, 6), BLOCKS_PER_STAGE[depth]):
+            dilation = res5_dilation if k == 5 else 1
+            first_stride = 1 if k == 2 or dilation == 2 else 2
+            name = f"res{k}"
+            if depth < 50:
+                stage = make_basic_stage(
+                    num_blocks,
+                    in_channels=in_channels,
+                    out_channels=out_channels,
+                    first_stride=first_stride,
+                    norm=norm,
+                    groups=groups,
+                    layer=f"{layer}.{name}",
+                )
+            else:
+                stage = make_bottleneck_stage(
+                    num_blocks,
+                    in_channels=in_channels,
+                    out_channels=out_channels,
+                    bottleneck_channels=width,
+                    first_stride=first_stride,
+                    num_groups=num_groups,
+                    stride_in_1x1=stride_in_1x1,
+                    dilation=dilation,
+                    norm=norm,
+                    groups=groups,
+                    layer=f"{layer}.{name}",
+                )
+            if name in self.stage_names:
+                # Unwanted stages are made and dropped: Detectron2 draws their weights too, and the same seed
+                # must give the same weights to what is built after them.
+                self.add_module(name, stage)
+                stride *= first_stride
+                specs[name] = FeatureSpec(out_channels, stride)
+            in_channels, out_channels, width = out_channels, out_channels * 2, width * 2
+        self.feature_specs = {name: specs[name] for name in self.out_features}
+        self._freeze(freeze_at)
+
+    def _freeze(self, freeze_at: int) -> None:
+        if freeze_at >= 1:
+            freeze(self.stem)
+        for k, name in enumerate(self.stage_names, start=2):
+            if freeze_at >= k:
+                freeze(getattr(self, name))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """(N, 3, H, W) normalized images to {name: (N, channels, H / stride, W / stride)}, sizes rounded up."""
+        features = {}
+        x = self.stem(x)
+        if "stem" in self.feature_specs:
+            features["stem"] = x
+        for name in self.stage_names:
+            x = getattr(self, name)(x)
+            if name in self.feature_specs:
+                features[name] = x
+        return features
+
+
+def _check_resnet(
+    depth: int, out_features: Sequence[str], res2_channels: int, num_groups: int, res5_dilation: int
+) -> None:
+    if depth not in BLOCKS_PER_STAGE:
+        raise ConfigError(f"MODEL.RESNETS.DEPTH {depth}: use one of {', '.join(map(str, BLOCKS_PER_STAGE))}")
+    known = ["stem", "res2", "res3", "res4", "res5"]
+    if not out_features or any(f not in known for f in out_features):
+        raise ConfigError(f"MODEL.RESNETS.OUT_FEATURES {list(out_features)}: use one or more of {', '.join(known)}")
+    if res5_dilation not in (1, 2):
+        raise ConfigError(f"MODEL.RESNETS.RES5_DILATION {res5_dilation}: use 1 or 2")
+    if depth < 50:
+        for key, value, wanted in (
+            ("RES2_OUT_CHANNELS", res2_channels, 64),
+            ("NUM_GROUPS", num_groups, 1),
+            ("RES5_DILATION", res5_dilation, 1),
+        ):
+            if value != wanted:
+                raise ConfigError(f"MODEL.RESNETS.{key} {value}: ResNet-{depth} needs {wanted}")

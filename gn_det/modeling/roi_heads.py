@@ -1,0 +1,245 @@
+"""RoI heads: sample proposals in training, cut their features, predict classes, boxes and masks.
+
+Shape letters: B images, P RoIs of all images, C channels, S side of a pooled grid, K foreground classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gn_det.modeling import boxes as box_ops
+from gn_det.modeling.heads import BoxHead, BoxPredictor, MaskHead, mask_loss, mask_probabilities
+from gn_det.modeling.matcher import IGNORE, Matcher, sample_labels
+from gn_det.modeling.metrics import Metrics
+from gn_det.modeling.poolers import RoIPooler
+from gn_det.modeling.rpn import Proposals
+from gn_det.structures import Detections, Masks, Targets
+
+
+@dataclass(frozen=True)
+class RoISampler:
+    """Chooses the RoIs that train the heads.
+
+    Attributes:
+        matcher: labels proposals by IoU.
+        num_classes: K, also the label of background.
+        batch_size_per_image, positive_fraction: RoIs per image and quota of foreground.
+        append_gt: the ground-truth boxes are proposals too.
+    """
+
+    matcher: Matcher
+    num_classes: int
+    batch_size_per_image: int = 512
+    positive_fraction: float = 0.25
+    append_gt: bool = True
+
+    @torch.no_grad()
+    def sample(self, proposals: Proposals, target: Targets) -> SampledRoIs:
+        """The RoIs of one image, foreground first."""
+        boxes = torch.cat([proposals.boxes, target.boxes]) if self.append_gt else proposals.boxes
+        matches, labels = self.matcher(box_ops.pairwise_iou(target.boxes, boxes))
+        if len(target):
+            classes = target.classes[matches]
+            classes[labels == 0] = self.num_classes
+            classes[labels == -1] = IGNORE
+        else:
+            classes = torch.full_like(matches, self.num_classes)
+        foreground, background = sample_labels(
+            classes, self.batch_size_per_image, self.positive_fraction, self.num_classes
+        )
+        picked = torch.cat([foreground, background])
+        matched = matches[picked]
+        # Without objects there is no ground truth to point to; a box stands in, no loss reads it.
+        gt_boxes = target.boxes[matched] if len(target) else boxes[picked]
+        masks = target.masks[matched[: len(foreground)]] if target.masks is not None and len(target) else Masks([])
+        return SampledRoIs(boxes[picked], classes[picked], gt_boxes, masks, len(foreground))
+
+
+@dataclass
+class SampledRoIs:
+    """Training RoIs of one image: the first ``num_foreground`` of P rows are objects, the rest background.
+
+    ``boxes`` and ``gt_boxes`` (P, 4), ``classes`` (P,) in [0, K]; ``masks`` those of the foreground only.
+    """
+
+    boxes: Tensor
+    classes: Tensor
+    gt_boxes: Tensor
+    masks: Masks
+    num_foreground: int
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+
+class RoIHeads(nn.Module):
+    """What standard and res5 heads share: sampling, losses of the box predictor, mask targets.
+
+    Args:
+        sampler: chooses training RoIs.
+        in_features: names of the levels that are pooled.
+    """
+
+    box_predictor: BoxPredictor
+    mask_head: MaskHead | None
+
+    def __init__(self, *, sampler: RoISampler, in_features: Sequence[str]) -> None:
+        super().__init__()
+        self.sampler = sampler
+        self.in_features = tuple(in_features)
+
+    def forward(
+        self,
+        features: dict[str, Tensor],
+        proposals: Sequence[Proposals],
+        targets: Sequence[Targets] | None = None,
+        metrics: Metrics | None = None,
+    ) -> tuple[list[Detections], dict[str, Tensor]]:
+        """Losses in training (no detections), detections otherwise (no losses).
+
+        Detections are at network resolution, ``masks`` (N, 2 S, 2 S) float probabilities within the boxes.
+        """
+        levels = [features[name] for name in self.in_features]
+        if not self.training:
+            return self.detect(levels, proposals), {}
+        if targets is None:
+            raise ValueError("training needs targets")
+        metrics = metrics or Metrics()
+        sampled = [self.sampler.sample(p, t) for p, t in zip(proposals, targets)]
+        num_foreground = sum(s.num_foreground for s in sampled)
+        metrics.put("roi_head/num_fg_samples", num_foreground / len(sampled))
+        metrics.put("roi_head/num_bg_samples", (sum(map(len, sampled)) - num_foreground) / len(sampled))
+        return [], self.train_losses(levels, sampled, metrics)
+
+    def detect(self, levels: Sequence[Tensor], proposals: Sequence[Proposals]) -> list[Detections]:
+        raise NotImplementedError
+
+    def train_losses(
+        self, levels: Sequence[Tensor], sampled: Sequence[SampledRoIs], metrics: Metrics
+    ) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def _box_losses(self, roi_vectors: Tensor, sampled: Sequence[SampledRoIs], metrics: Metrics) -> dict[str, Tensor]:
+        logits, deltas = self.box_predictor(roi_vectors)
+        return self.box_predictor.losses(
+            logits,
+            deltas,
+            torch.cat([s.boxes for s in sampled]),
+            torch.cat([s.gt_boxes for s in sampled]),
+            torch.cat([s.classes for s in sampled]),
+            metrics,
+        )
+
+    def _mask_loss(self, logits: Tensor, sampled: Sequence[SampledRoIs], metrics: Metrics) -> Tensor:
+        classes = torch.cat([s.classes[: s.num_foreground] for s in sampled])
+        targets = torch.cat([s.masks.crop_and_resize(s.boxes[: s.num_foreground], logits.shape[-1]) for s in sampled])
+        return mask_loss(logits, classes, targets, metrics)
+
+    @staticmethod
+    def _attach_masks(logits: Tensor, detections: Sequence[Detections]) -> None:
+        probabilities = mask_probabilities(logits, torch.cat([d.classes for d in detections]))
+        for d, p in zip(detections, probabilities.split([len(d) for d in detections])):
+            d.masks = p
+
+
+class StandardRoIHeads(RoIHeads):
+    """Box head and mask head, each with its own pooling (FPN).
+
+    Args:
+        box_pooler, box_head, box_predictor: the box branch.
+        mask_pooler, mask_head: the mask branch, None without masks.
+        sampler, in_features: see :class:`RoIHeads`.
+    """
+
+    def __init__(
+        self,
+        *,
+        sampler: RoISampler,
+        in_features: Sequence[str],
+        box_pooler: RoIPooler,
+        box_head: BoxHead,
+        box_predictor: BoxPredictor,
+        mask_pooler: RoIPooler | None = None,
+        mask_head: MaskHead | None = None,
+    ) -> None:
+        super().__init__(sampler=sampler, in_features=in_features)
+        self.box_pooler = box_pooler
+        self.box_head = box_head
+        self.box_predictor = box_predictor
+        self.mask_pooler = mask_pooler
+        self.mask_head = mask_head
+
+    def detect(self, levels: Sequence[Tensor], proposals: Sequence[Proposals]) -> list[Detections]:
+        """Masks are predicted for the final boxes only."""
+        boxes = [p.boxes for p in proposals]
+        logits, deltas = self.box_predictor(self.box_head(self.box_pooler(levels, boxes)))
+        detections = self.box_predictor.detect(logits, deltas, boxes, [p.image_size for p in proposals])
+        if self.mask_head is not None and self.mask_pooler is not None:
+            pooled = self.mask_pooler(levels, [d.boxes for d in detections])
+            self._attach_masks(self.mask_head(pooled), detections)
+        return detections
+
+    def train_losses(
+        self, levels: Sequence[Tensor], sampled: Sequence[SampledRoIs], metrics: Metrics
+    ) -> dict[str, Tensor]:
+        """loss_cls, loss_box_reg, and loss_mask over the foreground RoIs."""
+        pooled = self.box_pooler(levels, [s.boxes for s in sampled])
+        losses = self._box_losses(self.box_head(pooled), sampled, metrics)
+        if self.mask_head is not None and self.mask_pooler is not None:
+            pooled = self.mask_pooler(levels, [s.boxes[: s.num_foreground] for s in sampled])
+            losses["loss_mask"] = self._mask_loss(self.mask_head(pooled), sampled, metrics)
+        return losses
+
+
+class Res5RoIHeads(RoIHeads):
+    """C4: res5 runs on the pooled features and serves both branches; boxes from its mean, masks from its map.
+
+    Args:
+        pooler, res5: make the shared features.
+        box_predictor: on their mean.
+        mask_head: on the features of the foreground RoIs, None without masks.
+        sampler, in_features: see :class:`RoIHeads`; exactly one level.
+    """
+
+    def __init__(
+        self,
+        *,
+        sampler: RoISampler,
+        in_features: Sequence[str],
+        pooler: RoIPooler,
+        res5: nn.Sequential,
+        box_predictor: BoxPredictor,
+        mask_head: MaskHead | None = None,
+    ) -> None:
+        super().__init__(sampler=sampler, in_features=in_features)
+        self.pooler = pooler
+        self.res5 = res5
+        self.box_predictor = box_predictor
+        self.mask_head = mask_head
+
+    def detect(self, levels: Sequence[Tensor], proposals: Sequence[Proposals]) -> list[Detections]:
+        """Masks are predicted for the final boxes only, on features cut again at these boxes."""
+        boxes = [p.boxes for p in proposals]
+        shared = self.res5(self.pooler(levels, boxes))
+        logits, deltas = self.box_predictor(shared.mean(dim=(2, 3)))
+        detections = self.box_predictor.detect(logits, deltas, boxes, [p.image_size for p in proposals])
+        if self.mask_head is not None:
+            shared = self.res5(self.pooler(levels, [d.boxes for d in detections]))
+            self._attach_masks(self.mask_head(shared), detections)
+        return detections
+
+    def train_losses(
+        self, levels: Sequence[Tensor], sampled: Sequence[SampledRoIs], metrics: Metrics
+    ) -> dict[str, Tensor]:
+        """loss_cls, loss_box_reg, and loss_mask over the foreground rows of the shared features."""
+        shared = self.res5(self.pooler(levels, [s.boxes for s in sampled]))
+        losses = self._box_losses(shared.mean(dim=(2, 3)), sampled, metrics)
+        if self.mask_head is not None:
+            # Foreground comes first in each image, so slices do.
+            parts = [x[: s.num_foreground] for x, s in zip(shared.split([len(s) for s in sampled]), sampled)]
+            losses["loss_mask"] = self._mask_loss(self.mask_head(torch.cat(parts)), sampled, metrics)
+        return losses

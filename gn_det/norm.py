@@ -1,0 +1,194 @@
+"""Normalization layers by name, and the rule that decides the number of groups.
+
+GN is Group Normalization of Wu and He (ECCV 2018): channels are split into groups, mean and variance are taken over
+(channels of a group, H, W) of each sample. LN (one group) and IN (one channel per group) are its two ends, with the
+same per-channel gamma and beta.
+
+Shape letters: N samples (images or RoIs), C channels, H, W rows and columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gn_det.errors import ConfigError
+
+NORM_NAMES = ("GN", "LN", "IN", "BN", "SyncBN", "FrozenBN", "")
+
+#: A norm is chosen by name, by a callable that gets the number of channels, or left out with None or "".
+NormSpec = str | Callable[[int], nn.Module] | None
+
+
+@dataclass(frozen=True)
+class GroupRule:
+    """How many groups a GN layer of C channels gets.
+
+    Attributes:
+        num_groups: groups of every layer, used while ``channels_per_group`` is 0.
+        channels_per_group: if positive, a layer of C channels gets C / channels_per_group groups instead.
+        eps: added to the variance; LN and IN use it too.
+    """
+
+    num_groups: int = 32
+    channels_per_group: int = 0
+    eps: float = 1e-5
+
+    def groups(self, num_channels: int, layer: str = "") -> int:
+        """Number of groups for ``num_channels`` channels.
+
+        Raises:
+            ConfigError: the groups would differ in size; names the layer and the counts that work there.
+        """
+        by_channels = self.channels_per_group > 0
+        divisor = self.channels_per_group if by_channels else self.num_groups
+        if divisor > 0 and num_channels % divisor == 0:
+            return num_channels // divisor if by_channels else divisor
+        key = "CHANNELS_PER_GROUP" if by_channels else "NUM_GROUPS"
+        works = ", ".join(str(d) for d in range(1, num_channels + 1) if num_channels % d == 0)
+        what = f"groups of {divisor} channels" if by_channels else f"{divisor} groups"
+        raise ConfigError(
+            f"{layer or 'GN layer'}: {what} do not divide its {num_channels} channels; "
+            f"set MODEL.GN.{key} to one of {works}"
+        )
+
+
+class GroupNorm(nn.GroupNorm):
+    """``nn.GroupNorm`` that knows which of GN, LN, IN it stands for, and takes inputs of 0 samples.
+
+    It stays a subclass of ``nn.GroupNorm`` because weight-decay rules (Detectron2's WEIGHT_DECAY_NORM and ours) find
+    gamma and beta by module class.
+
+    Args:
+        num_groups: groups; must divide ``num_channels``.
+        num_channels: C.
+        eps: added to the variance.
+        kind: "GN", "LN" or "IN"; only shown (census, repr).
+    """
+
+    def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5, *, kind: str = "GN") -> None:
+        super().__init__(num_groups, num_channels, eps=eps, affine=True)
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize ``x`` (N, C, ...); N may be 0, and gamma and beta then get zero gradients."""
+        if x.shape[0] == 0:
+            # Not every backend launches on an empty batch; the product keeps gamma and beta in the graph (DDP).
+            return x + (self.weight.sum() + self.bias.sum()).to(x.dtype)
+        return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_groups}, {self.num_channels}, eps={self.eps}, kind={self.kind}"
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """BatchNorm as a fixed affine map: statistics, gamma and beta are buffers, never trained.
+
+    Buffer names and defaults are Detectron2's: ``weight`` 1, ``bias`` 0, ``running_mean`` 0,
+    ``running_var`` 1 - eps, so that a fresh layer is the identity. ``num_batches_tracked`` exists only in a layer
+    converted from BatchNorm.
+
+    Args:
+        num_features: C.
+        eps: added to the variance.
+    """
+
+    _version = 3
+    num_batches_tracked: Tensor | None
+
+    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.eps = eps
+        self.register_buffer("weight", torch.ones(num_features))
+        self.register_buffer("bias", torch.zeros(num_features))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features) - eps)
+        self.register_buffer("num_batches_tracked", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to the same shape and dtype."""
+        if not x.requires_grad:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        # batch_norm's backward would keep x and compute gradients of gamma and beta; this form needs neither.
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale.view(1, -1, 1, 1).to(x.dtype) + shift.view(1, -1, 1, 1).to(x.dtype)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *args: Any) -> None:
+        version = local_metadata.get("version", None)
+        if version is None or version < 2:
+            # Caffe2 weights carry gamma and beta with the statistics folded in.
+            state_dict.setdefault(prefix + "running_mean", torch.zeros_like(self.running_mean))
+            state_dict.setdefault(prefix + "running_var", torch.ones_like(self.running_var))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}"
+
+    @classmethod
+    def from_batch_norm(cls, bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> FrozenBatchNorm2d:
+        """A frozen layer with the statistics, gamma and beta of ``bn``."""
+        frozen = cls(bn.num_features, bn.eps)
+        if bn.affine:
+            frozen.weight = bn.weight.detach().clone()
+            frozen.bias = bn.bias.detach().clone()
+        frozen.running_mean = bn.running_mean
+        frozen.running_var = bn.running_var
+        frozen.num_batches_tracked = bn.num_batches_tracked
+        return frozen
+
+
+def freeze_batch_norm(module: nn.Module) -> nn.Module:
+    """Replace every BatchNorm below ``module`` in place by :class:`FrozenBatchNorm2d`; GN, LN and IN stay.
+
+    Returns ``module``, or the replacement when it is itself a BatchNorm.
+    """
+    if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+        return FrozenBatchNorm2d.from_batch_norm(module)
+    for name, child in module.named_children():
+        replacement = freeze_batch_norm(child)
+        if replacement is not child:
+            module.add_module(name, replacement)
+    return module
+
+
+def get_norm(
+    norm: NormSpec, num_channels: int, *, layer: str = "", groups: GroupRule | None = None
+) -> nn.Module | None:
+    """Build a norm layer.
+
+    Args:
+        norm: one of :data:`NORM_NAMES`, a callable ``num_channels -> module``, or None for no norm.
+        num_channels: C.
+        layer: full name of the layer, for messages.
+        groups: rule for the groups of GN, and the eps of GN, LN and IN.
+
+    Raises:
+        ConfigError: unknown name, or groups that do not divide C.
+    """
+    if norm is None or norm == "":
+        return None
+    if not isinstance(norm, str):
+        return norm(num_channels)
+    rule = groups if groups is not None else GroupRule()
+    if norm == "GN":
+        return GroupNorm(rule.groups(num_channels, layer), num_channels, rule.eps)
+    if norm == "LN":
+        return GroupNorm(1, num_channels, rule.eps, kind="LN")
+    if norm == "IN":
+        return GroupNorm(num_channels, num_channels, rule.eps, kind="IN")
+    simple: dict[str, Callable[[int], nn.Module]] = {
+        "BN": nn.BatchNorm2d,
+        "SyncBN": nn.SyncBatchNorm,
+        "FrozenBN": FrozenBatchNorm2d,
+    }
+    if norm not in simple:
+        known = ", ".join(repr(name) for name in NORM_NAMES)
+        raise ConfigError(f"{layer or 'norm'}: unknown norm {norm!r}; use one of {known}")
+    return simple[norm](num_channels)
