@@ -6,7 +6,7 @@ import colorsys
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 CLASSES = ("circle", "square", "triangle", "star", "ring")
 
@@ -50,7 +50,7 @@ def draw_scene(rng: np.random.Generator) -> tuple[np.ndarray, list[Drawn]]:
         inside = (outline >= 0).all() and (outline[:, 0] <= width).all() and (outline[:, 1] <= height).all()
         objects.append(Drawn(category, mask, outline if hole is None and inside else None))
         areas.append(int(mask.sum()))
-    noise = rng.normal(0, 3.0, canvas.shape)
+    noise = 3 * rng.standard_normal(canvas.shape, dtype=np.float32)
     return np.clip(canvas + noise, 0, 255).astype(np.uint8), objects
 
 
@@ -118,7 +118,7 @@ def _background(rng: np.random.Generator, height: int, width: int) -> tuple[np.n
     blend = 0.5 + 0.5 * _smooth_noise(rng, height, width, 4)
     canvas = base + (second - base) * blend[..., None]
     grain = sum(_smooth_noise(rng, height, width, cells) * weight for cells, weight in ((12, 9.0), (40, 7.0), (110, 6.0)))
-    rows, columns = np.mgrid[0:height, 0:width].astype(np.float32)
+    rows, columns = np.ogrid[0:height, 0:width]
     kind = rng.integers(4)
     angle = rng.uniform(0, np.pi)
     along = columns * np.cos(angle) + rows * np.sin(angle)
@@ -142,7 +142,7 @@ def _paint(
     high = np.minimum(np.ceil(outline.max(axis=0)).astype(int) + 8, [width, height])
     window = (slice(low[1], high[1]), slice(low[0], high[0]))
     alpha, under = cover[window], canvas[window]
-    shadow = np.roll(_blur(alpha, 2), (2, 2), axis=(0, 1))
+    shadow = _blur(alpha, 2, shift=2)
     under *= 1 - 0.45 * shadow[..., None]
     # Light objects on dark ground and dark ones on light ground are told apart at any hue.
     lightness = rng.uniform(0.5, 0.7) if background < 0.5 else rng.uniform(0.3, 0.5)
@@ -166,12 +166,10 @@ def _paint(
     under += (fill - under) * alpha[..., None]
 
 
-def _blur(values: np.ndarray, radius: int) -> np.ndarray:
-    """Box blur applied twice, zero outside."""
-    out = values.astype(np.float32)
-    for _ in range(2):
-        for axis in (0, 1):
-            padded = np.pad(out, [(radius, radius) if a == axis else (0, 0) for a in (0, 1)])
-            out = sum(np.roll(padded, s, axis) for s in range(-radius, radius + 1)) / (2 * radius + 1)
-            out = np.take(out, range(radius, radius + values.shape[axis]), axis)
+def _blur(values: np.ndarray, radius: int, shift: int = 0) -> np.ndarray:
+    """Soft copy of values in [0, 1], moved right and down by ``shift`` pixels."""
+    image = Image.fromarray((values * 255).astype(np.uint8)).filter(ImageFilter.BoxBlur(radius))
+    out = np.zeros(values.shape, dtype=np.float32)
+    height, width = values.shape
+    out[shift:, shift:] = np.asarray(image, dtype=np.float32)[: height - shift, : width - shift] / 255
     return out
