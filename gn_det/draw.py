@@ -66,7 +66,7 @@ def draw_detections(
         image_rgb: (H, W, 3) uint8 RGB.
         detections: at the size of the image; no threshold is applied.
         class_names: name of each class index; an index beyond them is shown as a number.
-        min_size: a smaller image is scaled up to about this longer side, by a whole factor, so that labels stay legible.
+        min_size: a smaller image is scaled up to about this longer side by a whole factor, to keep labels legible.
         show_scores: add the score in percent to the label.
 
     Returns:

@@ -1,0 +1,269 @@
+"""Detect on images of any name, draw what was found, and write it as one COCO-style json."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from gn_det.draw import draw_detections
+from gn_det.errors import ConfigError, DataError, UserError, WeightsError
+from gn_det.evaluation.results import detections_to_coco, write_bytes_atomic, write_json_atomic
+from gn_det.inputs import collect_images, output_names
+from gn_det.structures import Detections
+
+#: Name of the json beside the drawings.
+PREDICTIONS_FILE = "predictions.json"
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A model with what is needed to name what it finds.
+
+    Attributes:
+        detect: path of an image -> detections at its (upright) original size; raises DataError on a bad file.
+        class_names: name of each class index.
+        category_ids: json category id of each class index.
+    """
+
+    detect: Callable[[Path], Detections]
+    class_names: Sequence[str]
+    category_ids: Sequence[int]
+
+
+def predict(
+    weights: str | os.PathLike[str],
+    inputs: Sequence[str | os.PathLike[str]] | str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    threshold: float = 0.5,
+    classes: Sequence[str] | None = None,
+    config: str | None = None,
+    device: str = "auto",
+    predictor: Predictor | None = None,
+    report: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Detect on every image, write a drawing each and ``predictions.json`` into ``output``.
+
+    Args:
+        weights: checkpoint of gn_det (config and classes come from it), or other weights with ``config``.
+        inputs: images, folders (searched with subfolders) and globs.
+        output: folder, made if absent.
+        threshold: lowest score kept, in [0, 1].
+        classes: only these class names; None keeps all.
+        config: path or shipped name; None takes the config stored in the checkpoint.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` ...
+        predictor: takes the place of ``weights`` and ``config`` (quickstart, tests).
+        report: receives one line per image, and the notes.
+
+    Returns:
+        The content of ``predictions.json``: ``images`` (``id``, ``file_name``, ``height``, ``width``, ``drawing``),
+        ``categories``, ``annotations`` (COCO, with ``score`` and ``category_name``; RLE masks).
+
+    Raises:
+        UserError: nothing to do, unknown class or unusable weights; or, after all other images are done and written,
+            images that could not be read, named with their reasons.
+    """
+    if not 0 <= threshold <= 1:
+        raise ConfigError(f"threshold {threshold} must lie between 0 and 1")
+    given = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
+    folder = Path(output).expanduser()
+    paths, notes = collect_images(given, exclude=folder)
+    for note in notes:
+        report(f"note: {note}")
+    names = output_names(paths)
+    _check_writable(folder)
+    _check_not_overwritten(folder, paths, names)
+    predictor = predictor or load_predictor(weights, config=config, device=device)
+    wanted = _class_indices(classes, predictor.class_names)
+    document = _Document(predictor)
+    failed: list[str] = []
+    for number, (path, name) in enumerate(zip(paths, names), 1):
+        started = time.perf_counter()
+        try:
+            det = _select(predictor.detect(path), threshold, wanted)
+            drawing = draw_detections(_read_rgb(path), det, predictor.class_names)
+        except DataError as error:
+            failed.append(str(error))
+            report(f"[{number}/{len(paths)}] {path}: skipped, {error}")
+            continue
+        _write_png(folder / name, drawing)
+        document.add(path, name, det)
+        seconds = time.perf_counter() - started
+        report(f"[{number}/{len(paths)}] {path}: {_summary(det, predictor.class_names)} ({seconds:.2f} s)")
+    write_json_atomic(os.fspath(folder / PREDICTIONS_FILE), document.content)
+    report(f"{len(document.content['images'])} drawings and {PREDICTIONS_FILE} are in {folder}")
+    if failed:
+        shown = "; ".join(failed[:3]) + ("; ..." if len(failed) > 3 else "")
+        raise DataError(f"{len(failed)} of {len(paths)} images could not be read, the others are done: {shown}")
+    return document.content
+
+
+def load_predictor(weights: str | os.PathLike[str], *, config: str | None = None, device: str = "auto") -> Predictor:
+    """Build the model that a checkpoint describes and load it.
+
+    Raises:
+        WeightsError: unreadable file, no stored config and none given, or weights that do not fill the model.
+        ConfigError: unusable config or device.
+    """
+    from gn_det.checkpoint.catalog import local_path
+    from gn_det.checkpoint.meta import read_meta
+    from gn_det.checkpoint.sources import read_any
+    from gn_det.checkpoint.weights import load_weights
+    from gn_det.config import load_config, parse_config
+    from gn_det.data.mapper import TestMapper
+    from gn_det.modeling.build import build_model
+
+    meta = read_meta(read_any(local_path(weights))) or {}
+    if config is not None:
+        cfg = load_config(config)
+    elif meta.get("config"):
+        cfg = parse_config(meta["config"], os.fspath(weights))
+    else:
+        raise WeightsError(
+            f"{os.fspath(weights)}: no config is stored in this file; name the one it was trained with by --config"
+        )
+    names, ids = _classes_of(meta, cfg)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(names)
+    target = _device(device)
+    model = build_model(cfg).eval()
+    load_weights(model, weights, cfg, require_all=True)
+    model.to(target)
+    mapper = TestMapper(cfg)
+
+    @torch.inference_mode()
+    def detect(path: Path) -> Detections:
+        return model([mapper(path)])[0]
+
+    return Predictor(detect, names, ids)
+
+
+def _classes_of(meta: dict[str, Any], cfg: Any) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Names and ids: from the checkpoint, else from the config, else numbers."""
+    names, ids = tuple(meta.get("class_names") or ()), tuple(meta.get("category_ids") or ())
+    if not names:
+        names = tuple(cfg.MODEL.CLASS_NAMES)
+    if not names:
+        count = int(cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+        if count < 1:
+            raise ConfigError("MODEL.ROI_HEADS.NUM_CLASSES is 0 and the checkpoint stores no classes; set it")
+        names = tuple(f"class {i}" for i in range(count))
+    return names, ids if len(ids) == len(names) else tuple(range(1, len(names) + 1))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device '{name}' is not known; use auto, cpu, cuda or cuda:N") from None
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device '{name}': this machine has {torch.cuda.device_count()} CUDA devices; use auto or cpu"
+        )
+    return target
+
+
+def _check_writable(folder: Path) -> None:
+    """Make the folder before the model runs, so that an hour's work is not lost to a typo."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another output folder") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: is not writable; choose another output folder")
+
+
+def _check_not_overwritten(folder: Path, paths: Sequence[Path], names: Sequence[str]) -> None:
+    images = {path.resolve() for path in paths}
+    for name in names:
+        if (folder / name).resolve() in images:
+            raise ConfigError(
+                f"output folder {folder}: the drawing {name} would overwrite an input; choose another folder"
+            )
+
+
+def _class_indices(classes: Sequence[str] | None, names: Sequence[str]) -> set[int] | None:
+    if classes is None:
+        return None
+    lower = {name.lower(): i for i, name in enumerate(names)}
+    wanted = set()
+    for name in classes:
+        index = names.index(name) if name in names else lower.get(name.lower())
+        if index is None:
+            near = difflib.get_close_matches(name.lower(), lower, n=1)
+            hint = f"did you mean '{names[lower[near[0]]]}'?" if near else f"the model knows {', '.join(names[:10])}"
+            raise ConfigError(f"class '{name}' is not one of the model's {len(names)} classes; {hint}")
+        wanted.add(index)
+    if not wanted:
+        raise ConfigError("the list of classes is empty; name at least one, or leave it out for all")
+    return wanted
+
+
+def _select(det: Detections, threshold: float, wanted: set[int] | None) -> Detections:
+    """Detections on the CPU with enough score and of the wanted classes, best first."""
+    keep = det.scores >= threshold
+    if wanted is not None:
+        keep &= torch.isin(det.classes, torch.tensor(sorted(wanted), device=det.classes.device))
+    index = torch.nonzero(keep).flatten()
+    index = index[det.scores[index].argsort(descending=True, stable=True)]
+    masks = None if det.masks is None else det.masks[index].cpu()
+    return Detections(det.image_size, det.boxes[index].cpu(), det.scores[index].cpu(), det.classes[index].cpu(), masks)
+
+
+def _read_rgb(path: Path) -> np.ndarray:
+    from gn_det.data.image import read_image
+
+    return read_image(path, "RGB")
+
+
+def _write_png(path: Path, picture: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="PNG", compress_level=3)
+    write_bytes_atomic(os.fspath(path), buffer.getvalue())
+
+
+def _summary(det: Detections, names: Sequence[str]) -> str:
+    """``3 objects: 2 dog, 1 cat``."""
+    counts: dict[str, int] = {}
+    for index in det.classes.tolist():
+        counts[names[index]] = counts.get(names[index], 0) + 1
+    parts = [f"{n} {name}" for name, n in sorted(counts.items(), key=lambda c: -c[1])]
+    shown = ", ".join(parts[:5]) + (", ..." if len(parts) > 5 else "")
+    return f"{len(det)} object{'' if len(det) == 1 else 's'}" + (f": {shown}" if shown else "")
+
+
+class _Document:
+    """The json under construction."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        self.ids = list(predictor.category_ids)
+        self.names = dict(zip(self.ids, predictor.class_names))
+        categories = [{"id": i, "name": name} for i, name in self.names.items()]
+        self.content: dict[str, Any] = {"images": [], "categories": categories, "annotations": []}
+
+    def add(self, path: Path, drawing: str, det: Detections) -> None:
+        image_id = len(self.content["images"]) + 1
+        height, width = det.image_size
+        self.content["images"].append(
+            {"id": image_id, "file_name": path.as_posix(), "height": height, "width": width, "drawing": drawing}
+        )
+        for result in detections_to_coco(image_id, det, self.ids):
+            area = result["bbox"][2] * result["bbox"][3]
+            if "segmentation" in result:
+                from pycocotools import mask as coco_mask
+
+                area = float(coco_mask.area(result["segmentation"]))
+            extra = {"category_name": self.names[result["category_id"]], "area": area, "iscrowd": 0}
+            number = len(self.content["annotations"]) + 1
+            self.content["annotations"].append({"id": number, **result, **extra})

@@ -1,0 +1,133 @@
+"""predict: any input, any name, one bad file does not cost the others, the json says what was found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from gn_det.errors import ConfigError, DataError, UserError
+from gn_det.inputs import collect_images, output_names
+from gn_det.predict import Predictor, predict
+from gn_det.structures import Detections
+
+NAMES = ("Kreis", "日本", "square")
+
+
+def detect(path: Path) -> Detections:
+    """Three objects wherever the file is an image, the second one below a threshold of 0.5."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            width, height = image.size
+    except OSError:
+        raise DataError(f"{path}: truncated") from None
+    masks = torch.zeros(3, height, width, dtype=torch.bool)
+    masks[:, 4:10, 5:20] = True
+    boxes = torch.tensor([[5.0, 4, 20, 10]]).repeat(3, 1)
+    return Detections((height, width), boxes, torch.tensor([0.6, 0.3, 0.9]), torch.tensor([0, 1, 2]), masks)
+
+
+PREDICTOR = Predictor(detect, NAMES, (7, 8, 19))
+
+
+def run(inputs, output: Path, **kwargs):
+    lines: list[str] = []
+    result = predict("unused.pth", inputs, output, predictor=PREDICTOR, report=lines.append, **kwargs)
+    return result, lines
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "фото ä"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("é 1.png", "x.jpg", "sub/x.png", "a[1].png"):
+        Image.fromarray(np.full((40, 60, 3), 90, np.uint8)).save(folder / name)
+    (folder / "notes.txt").write_text("no image")
+    (folder / ".hidden.png").write_bytes(b"")
+    return folder
+
+
+def test_folder_with_any_names(photos: Path, tmp_path: Path) -> None:
+    result, lines = run([photos], tmp_path / "out")
+    drawings = {i["drawing"] for i in result["images"]}
+    assert drawings == {"é 1.png", "x.png", "a[1].png", "x-2.png"}  # sub/x.png and x.jpg do not overwrite each other
+    assert {p.name for p in (tmp_path / "out").iterdir()} == drawings | {"predictions.json"}
+    assert any("notes.txt" in line for line in lines) and not any(".hidden" in line for line in lines)
+    picture = np.array(Image.open(tmp_path / "out" / "é 1.png"))
+    assert picture.std() > 0  # something was drawn
+
+
+def test_json_is_coco(photos: Path, tmp_path: Path) -> None:
+    """Two detections pass 0.5; ids, box, RLE and area agree with each other."""
+    run(photos / "x.jpg", tmp_path / "out")
+    data = json.loads((tmp_path / "out" / "predictions.json").read_text(encoding="utf-8"))
+    assert data["categories"] == [{"id": i, "name": n} for i, n in zip((7, 8, 19), NAMES)]
+    assert [(a["category_id"], a["category_name"]) for a in data["annotations"]] == [(19, "square"), (7, "Kreis")]
+    assert [a["id"] for a in data["annotations"]] == [1, 2]
+    ann = data["annotations"][0]
+    assert ann["bbox"] == [5, 4, 15, 6] and ann["area"] == 90 and ann["iscrowd"] == 0
+    assert coco_mask.decode(ann["segmentation"]).shape == (40, 60)
+    assert data["images"][0] | {"file_name": ""} == {
+        "id": 1, "file_name": "", "height": 40, "width": 60, "drawing": "x.png"
+    }  # fmt: skip
+
+
+def test_threshold_and_classes(photos: Path, tmp_path: Path) -> None:
+    image = photos / "x.jpg"
+    found = lambda **k: [a["category_id"] for a in run(image, tmp_path / "out", **k)[0]["annotations"]]  # noqa: E731
+    assert found(threshold=0.0) == [19, 7, 8]
+    assert found(threshold=0.8) == [19]
+    assert found(classes=["kreis"]) == [7]
+    assert found(threshold=0.95) == []
+    with pytest.raises(ConfigError, match="did you mean 'square'"):
+        run(image, tmp_path / "out", classes=["sqare"])
+    with pytest.raises(ConfigError, match="between 0 and 1"):
+        run(image, tmp_path / "out", threshold=50)
+
+
+def test_corrupt_image_is_named_and_the_others_go_on(photos: Path, tmp_path: Path) -> None:
+    (photos / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n but not really")
+    with pytest.raises(DataError, match=r"1 of 5 images could not be read.*broken\.png"):
+        run([photos], tmp_path / "out")
+    data = json.loads((tmp_path / "out" / "predictions.json").read_text(encoding="utf-8"))
+    assert len(data["images"]) == 4 and [i["id"] for i in data["images"]] == [1, 2, 3, 4]
+
+
+def test_inputs(photos: Path) -> None:
+    """Globs; names that look like globs; the same image named twice counts once."""
+    paths, _ = collect_images([photos / "*.png", photos / "é 1.png"])
+    assert sorted(p.name for p in paths) == ["a[1].png", "é 1.png"]
+    assert [p.name for p in collect_images([photos / "a[1].png"])[0]] == ["a[1].png"]
+    assert len(collect_images([f"{photos}/**/*"])[0]) == 4
+    with pytest.raises(DataError, match="no such image"):
+        collect_images([photos / "missing.png"])
+    with pytest.raises(DataError, match="matches"):
+        collect_images([photos / "*.webp"])
+    (photos / "empty").mkdir()
+    with pytest.raises(DataError, match="no image in"):
+        collect_images([photos / "empty"])
+
+
+def test_output_names_never_collide() -> None:
+    names = output_names([Path(p) for p in ("a/x.jpg", "b/x.jpg", "b/X.png", "c/x-2.png")])
+    assert len({n.casefold() for n in names}) == 4 and names[:2] == ["x.png", "x-2.png"]
+
+
+def test_unwritable_output(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file"):
+        run([photos], tmp_path / "file")
+
+
+def test_drawings_are_no_inputs_of_the_next_run_and_inputs_are_never_overwritten(photos: Path) -> None:
+    for _ in range(2):
+        result, _ = run([photos], photos / "drawn")
+        assert len(result["images"]) == 4
+    with pytest.raises(ConfigError, match="overwrite an input"):
+        run([photos], photos)
