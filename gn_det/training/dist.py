@@ -168,7 +168,7 @@ def _check_counts(device: str, num_gpus: int, num_machines: int, machine_rank: i
     if ":" in device and num_gpus > 1:
         raise ConfigError(f"MODEL.DEVICE {device} names one GPU; use MODEL.DEVICE cuda with --num-gpus {num_gpus}")
     if num_machines > 1 and dist_url == "auto":
-        raise ConfigError("--num-machines > 1 needs --dist-url tcp://ADDRESS_OF_MACHINE_0:PORT, the same on all machines")
+        raise ConfigError("--num-machines > 1 needs --dist-url tcp://ADDRESS_OF_MACHINE_0:PORT, equal on all machines")
 
 
 def _free_port() -> int:

@@ -13,7 +13,7 @@ import statistics
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 WINDOW = 20
 
@@ -82,7 +82,7 @@ class JsonWriter:
     """One JSON object a line, appended. A value that is not a finite number is written as ``null`` (valid JSON)."""
 
     def __init__(self, path: str) -> None:
-        self._file = open(path, "a", encoding="utf-8")
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
         self._written = -1
 
     def write(self, log: EventLog) -> None:
@@ -103,7 +103,7 @@ class TensorBoardWriter:
     def __init__(self, folder: str) -> None:
         self._folder = folder
         self._written = -1
-        self._writer = None
+        self._writer: Any = None
 
     def write(self, log: EventLog) -> None:
         if self._writer is None:

@@ -100,7 +100,8 @@ def fit(
     scheduler = build_lr_scheduler(cfg, optimizer)
     start = state.iteration + 1
     if resume is not None:
-        _say_resumed(resume, state, cfg, restore_optimizer(resume.payload, optimizer, scheduler, start, str(resume.path)))
+        had_optimizer = restore_optimizer(resume.payload, optimizer, scheduler, start, os.fspath(resume.path))
+        _say_resumed(resume, state, cfg, had_optimizer)
     module = DetectionModule(cfg, model, optimizer, scheduler)
     module.first_iteration = start
     module.last_good = os.fspath(resume.path) if resume is not None else ""

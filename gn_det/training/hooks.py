@@ -60,7 +60,9 @@ class Batches(Iterable[Any]):
 class Recorder(pl.Callback):
     """Losses, lr and times of every iteration into the event log, the progress line and the files."""
 
-    def __init__(self, cfg: CfgNode, log: EventLog, writers: list[EventWriter], start: int, *, terminal: bool | None) -> None:
+    def __init__(
+        self, cfg: CfgNode, log: EventLog, writers: list[EventWriter], start: int, *, terminal: bool | None
+    ) -> None:
         # not "self.log": Lightning puts a method of that name on every callback
         self.events, self.writers, self.start = log, writers, start
         self.total, self.accumulate = int(cfg.SOLVER.MAX_ITER), int(cfg.SOLVER.ACCUMULATE)
@@ -77,8 +79,7 @@ class Recorder(pl.Callback):
         if (batch_idx + 1) % self.accumulate:
             return
         module.finish_iteration()
-        pop = getattr(module.model, "pop_metrics", dict)
-        metrics = pop()
+        metrics: dict[str, float] = getattr(module.model, "pop_metrics", dict)()
         if dist.rank() == 0:
             self.record(module, metrics, self.start + (batch_idx + 1) // self.accumulate - 1)
 
@@ -133,7 +134,7 @@ class Keeper(pl.Callback):
         self._signal = 0
         self._old_handlers: dict[int, Any] = {}
 
-    # ------------------------------------------------------------------------------------------------------- start, end
+    # ------------------------------------------------------------ start, end
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         self._install_signals(module)
@@ -153,7 +154,7 @@ class Keeper(pl.Callback):
         self._old_handlers = {}
         self.recorder.close()
 
-    # --------------------------------------------------------------------------------------------------- every iteration
+    # ------------------------------------------------------------ every iteration
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if (batch_idx + 1) % int(self.cfg.SOLVER.ACCUMULATE):
@@ -190,14 +191,14 @@ class Keeper(pl.Callback):
 
     def _say_early_stop(self) -> None:
         logger.info(
-            "Stopped early: %d evaluations without a better %s than %.4f (iteration %d); TEST.PATIENCE 0 turns this off.",
+            "Stopped early: %d evaluations without a better %s than %.4f (iteration %d); TEST.PATIENCE 0 never stops.",
             self.state.stale,
             metric_name(self.cfg),
             self.state.best if self.state.best is not None else math.nan,
             self.state.best_iteration,
         )
 
-    # -------------------------------------------------------------------------------------------------------- evaluation
+    # ------------------------------------------------------------ evaluation
 
     def run_evaluation(self, trainer: Any, module: Any) -> None:
         """Evaluate on all ranks; the training's random streams come out untouched."""
@@ -228,23 +229,21 @@ class Keeper(pl.Callback):
         if value is None and state.results:
             value = next((v for k, v in state.results.items() if k.endswith(f"/{name}")), None)
             if value is None:
-                logger.warning("TEST.BEST_METRIC %s is not among the results (%s ...).", name, next(iter(state.results)))
+                logger.warning("TEST.BEST_METRIC %s is not among the results (%s ...).", name, min(state.results))
         if value is None or not math.isfinite(value):
             state.stale += 1
             logger.info("%s is undefined; %s is not written for iteration %d.", name, BEST, state.iteration)
             return
         if state.best is not None and value <= state.best:
             state.stale += 1
-            logger.info(
-                "%s %.4f; the best stays %.4f (iteration %d).", name, value, state.best, state.best_iteration
-            )
+            logger.info("%s %.4f; the best stays %.4f (iteration %d).", name, value, state.best, state.best_iteration)
             return
         state.best, state.best_iteration, state.stale = float(value), state.iteration, 0
         if dist.rank() == 0:
             save_checkpoint(self.folder / BEST, build_payload(module.model, state, self.meta))
         logger.info("%s %.4f is the best so far: %s written.", name, value, self.folder / BEST)
 
-    # ------------------------------------------------------------------------------------------------------- checkpoints
+    # ------------------------------------------------------------ checkpoints
 
     def save(self, trainer: Any, module: Any, name: str, *, collective: bool = True) -> None:
         """Write ``name`` and make it the one to resume from."""
@@ -273,7 +272,7 @@ class Keeper(pl.Callback):
             raise problem
         module.last_good = os.fspath(self.folder / name)
 
-    # ----------------------------------------------------------------------------------------------------------- signals
+    # ------------------------------------------------------------ signals
 
     def _install_signals(self, module: Any) -> None:
         def request(number: int, frame: Any) -> None:

@@ -87,7 +87,7 @@ class DetectionModule(pl.LightningModule):
             values = ", ".join(f"{n} = {v:g}" for n, v in losses.items())
             told.append(f"{values}{where}, images {', '.join(str(i) for i in ids)}")
         iteration = self.first_iteration + self.global_step
-        kept = f"the last good checkpoint is {self.last_good}" if self.last_good else "no checkpoint had been written yet"
+        kept = f"the last good checkpoint is {self.last_good}" if self.last_good else "no checkpoint was written yet"
         raise TrainingError(
             f"loss is not finite at iteration {iteration}: {'; '.join(told)}; the weights were not updated, {kept}: "
             "look at the objects of these images, lower SOLVER.BASE_LR or set SOLVER.CLIP_GRADIENTS.ENABLED True"

@@ -6,6 +6,7 @@ whose first ``WARMUP_ITERS`` iterations are replaced by a ramp that ends where t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection
 
 import torch
@@ -32,7 +33,7 @@ def _main_curve(cfg: CfgNode) -> ParamScheduler:
     name = solver.LR_SCHEDULER_NAME
     if name == "WarmupMultiStepLR":
         steps = [s for s in solver.STEPS if s <= solver.MAX_ITER]
-        if any(a >= b for a, b in zip(steps, steps[1:])):
+        if any(a >= b for a, b in itertools.pairwise(steps)):
             raise ConfigError(f"SOLVER.STEPS {tuple(solver.STEPS)} must increase")
         values = [solver.GAMMA**k for k in range(len(steps) + 1)]
         return MultiStepParamScheduler(values=values, milestones=steps, num_updates=solver.MAX_ITER)
@@ -94,11 +95,16 @@ def set_iteration(scheduler: LambdaLR, iteration: int) -> None:
 
 
 def _scaled(iterations: int, scale: float) -> int:
-    return int(round(iterations / scale))
+    return round(iterations / scale)
 
 
-def _scale_iterations(cfg: CfgNode, scale: float, literal: Collection[str] = (), *, warmup: bool = True) -> None:
-    """Divide everything counted in iterations by ``scale`` but the keys in ``literal``; a period that is on stays on."""
+def _scale_iterations(cfg: CfgNode, scale: float, literal: Collection[str], *, warmup: bool = True) -> None:
+    """Divide everything counted in iterations by ``scale`` but the keys in ``literal``; a period that is on stays on.
+
+    A MAX_ITER typed by the user is the length she wants: then nothing counted in iterations is scaled.
+    """
+    if "SOLVER.MAX_ITER" in literal:
+        return
     solver = cfg.SOLVER
     for node, section, key in (
         (solver, "SOLVER", "MAX_ITER"),
@@ -114,11 +120,14 @@ def _scale_iterations(cfg: CfgNode, scale: float, literal: Collection[str] = (),
         solver.STEPS = tuple(_scaled(s, scale) for s in solver.STEPS)
 
 
-def _for_world_size(cfg: CfgNode, world_size: int) -> list[str]:
+def _for_world_size(cfg: CfgNode, world_size: int, literal: Collection[str]) -> list[str]:
     """Detectron2's ``auto_scale_workers``: batch and lr follow the number of GPUs, iterations go the other way."""
     solver = cfg.SOLVER
     reference = solver.REFERENCE_WORLD_SIZE
     if reference <= 0 or reference == world_size:
+        return []
+    solver.REFERENCE_WORLD_SIZE = world_size
+    if "SOLVER.IMS_PER_BATCH" in literal:  # the batch is as typed: SOLVER.REFERENCE_BATCH decides what follows from it
         return []
     if solver.IMS_PER_BATCH % reference:
         raise ConfigError(
@@ -126,17 +135,28 @@ def _for_world_size(cfg: CfgNode, world_size: int) -> list[str]:
         )
     scale = world_size / reference
     before = (solver.IMS_PER_BATCH, solver.BASE_LR, solver.MAX_ITER)
-    solver.IMS_PER_BATCH = int(round(solver.IMS_PER_BATCH * scale))
-    solver.BASE_LR = solver.BASE_LR * scale
-    _scale_iterations(cfg, scale)
-    solver.REFERENCE_WORLD_SIZE = world_size
+    solver.IMS_PER_BATCH = round(solver.IMS_PER_BATCH * scale)
+    if "SOLVER.BASE_LR" not in literal:
+        solver.BASE_LR = solver.BASE_LR * scale
+    _scale_iterations(cfg, scale, literal)
     if solver.REFERENCE_BATCH > 0:  # both rules on: batch and lr have moved together, so must the reference
-        solver.REFERENCE_BATCH = int(round(solver.REFERENCE_BATCH * scale))
+        solver.REFERENCE_BATCH = round(solver.REFERENCE_BATCH * scale)
     return [
-        f"Written for {reference} GPUs, running on {world_size} (SOLVER.REFERENCE_WORLD_SIZE): "
-        f"batch {before[0]} -> {solver.IMS_PER_BATCH}, learning rate {before[1]:g} -> {solver.BASE_LR:g}, "
-        f"{before[2]} -> {solver.MAX_ITER} iterations, {_rest(cfg)}."
+        f"Written for {reference} GPUs, running on {world_size} (SOLVER.REFERENCE_WORLD_SIZE, 0 turns this off): "
+        f"batch {before[0]} -> {solver.IMS_PER_BATCH}, {_told(cfg, before[1], before[2], literal)}."
     ]
+
+
+def _told(cfg: CfgNode, lr: float, iterations: int, literal: Collection[str]) -> str:
+    """What became of learning rate and iterations, in words."""
+    solver = cfg.SOLVER
+    if "SOLVER.BASE_LR" in literal:
+        rate = f"learning rate {solver.BASE_LR:g} as given"
+    else:
+        rate = f"learning rate scaled linearly {lr:g} -> {solver.BASE_LR:g}"
+    if "SOLVER.MAX_ITER" in literal:
+        return f"{rate}, {solver.MAX_ITER} iterations as given"
+    return f"{rate}, {iterations} -> {solver.MAX_ITER} iterations (the same epochs), {_rest(cfg)}"
 
 
 def _rest(cfg: CfgNode) -> str:
@@ -152,21 +172,14 @@ def _for_batch(cfg: CfgNode, literal: Collection[str]) -> list[str]:
         return []
     scale = batch / reference
     before = (solver.BASE_LR, solver.MAX_ITER)
-    if "SOLVER.BASE_LR" in literal:
-        rate = f"learning rate {solver.BASE_LR:g} as given"
-    else:
+    if "SOLVER.BASE_LR" not in literal:
         solver.BASE_LR = solver.BASE_LR * scale
         solver.BASE_LR_END = solver.BASE_LR_END * scale
-        rate = f"learning rate scaled linearly {before[0]:g} -> {solver.BASE_LR:g}"
     _scale_iterations(cfg, scale, literal)
-    if "SOLVER.MAX_ITER" in literal:
-        length = f"{solver.MAX_ITER} iterations as given"
-    else:
-        length = f"{before[1]} -> {solver.MAX_ITER} iterations (the same epochs)"
     solver.REFERENCE_BATCH = batch
     return [
         f"Written for a batch of {reference}, running with {batch} (SOLVER.REFERENCE_BATCH, 0 turns this off): "
-        f"{rate}, {length}, {_rest(cfg)}."
+        f"{_told(cfg, *before, literal)}."
     ]
 
 
@@ -177,11 +190,11 @@ def _for_epochs(cfg: CfgNode, images: int, literal: Collection[str]) -> list[str
         return []
     if images <= 0:
         raise ConfigError(f"SOLVER.EPOCHS {solver.EPOCHS:g} needs a training set; set SOLVER.MAX_ITER instead")
-    iterations = max(int(round(solver.EPOCHS * images / solver.IMS_PER_BATCH)), 1)
+    iterations = max(round(solver.EPOCHS * images / solver.IMS_PER_BATCH), 1)
     before = solver.MAX_ITER
     if iterations == before:
         return []
-    _scale_iterations(cfg, before / iterations, literal, warmup=False)
+    _scale_iterations(cfg, before / iterations, set(literal) - {"SOLVER.MAX_ITER"}, warmup=False)
     solver.MAX_ITER = iterations
     if "SOLVER.WARMUP_ITERS" not in literal and iterations < before:
         solver.WARMUP_ITERS = min(solver.WARMUP_ITERS, iterations // 10)
@@ -196,7 +209,7 @@ def scale_schedule(cfg: CfgNode, world_size: int, images: int) -> tuple[CfgNode,
 
     Args:
         cfg: not changed. Keys named in ``SOLVER.NO_RESCALE`` (those typed on the command line) are taken as they are
-            by the batch and epoch rules; the GPU rule is Detectron2's and scales everything.
+            by all rules; without such keys the GPU rule is Detectron2's.
         world_size: number of processes, one GPU each.
         images: training images in an epoch; only used with ``SOLVER.EPOCHS``.
 
@@ -211,11 +224,18 @@ def scale_schedule(cfg: CfgNode, world_size: int, images: int) -> tuple[CfgNode,
     cfg = cfg.clone()
     cfg.defrost()
     literal = tuple(cfg.SOLVER.NO_RESCALE)
-    sentences = _for_world_size(cfg, world_size) + _for_batch(cfg, literal) + _for_epochs(cfg, images, literal)
+    sentences = _for_world_size(cfg, world_size, literal) + _for_batch(cfg, literal) + _for_epochs(cfg, images, literal)
     solver = cfg.SOLVER
     late = [s for s in solver.STEPS if s > solver.MAX_ITER]
     if late and solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
-        sentences.append(f"SOLVER.STEPS {tuple(late)} lie beyond the last iteration {solver.MAX_ITER} and are ignored.")
+        hint = ""
+        if len(late) == len(solver.STEPS):
+            last = solver.STEPS[-1] * 1.1
+            kept = ", ".join(str(round(s / last * solver.MAX_ITER)) for s in solver.STEPS)
+            hint = f': the learning rate never drops; SOLVER.STEPS "({kept},)" would lower it in time'
+        sentences.append(
+            f"SOLVER.STEPS {tuple(late)} lie beyond the last iteration {solver.MAX_ITER} and are ignored{hint}."
+        )
     if solver.WARMUP_ITERS >= solver.MAX_ITER:
         sentences.append(
             f"The warm-up of {solver.WARMUP_ITERS} iterations fills the whole run of {solver.MAX_ITER}: the learning "

@@ -12,11 +12,11 @@ from detectron2.engine import DefaultTrainer
 from detectron2.solver import build_lr_scheduler as d2_scheduler
 from detectron2.solver import build_optimizer as d2_optimizer
 from torch import nn
+from training.cases import SCHEDULES, Tiny
 
 from gn_det.config import get_cfg
 from gn_det.training.optim import build_optimizer, clip_gradients
 from gn_det.training.schedule import build_lr_scheduler, scale_schedule
-from training.cases import SCHEDULES, Tiny
 
 pytestmark = pytest.mark.detectron2
 

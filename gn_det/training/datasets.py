@@ -1,0 +1,172 @@
+"""Training and test sets of a run, their classes, and how many images there are (or would be)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fvcore.common.config import CfgNode
+
+from gn_det.data.catalog import DatasetSource, datasets_for
+from gn_det.data.coco import CocoDataset, check_num_classes, check_same_classes, load_coco
+from gn_det.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+#: Images of the builtin sets, for schedules in epochs where the files are absent.
+ASSUMED_IMAGES = {
+    "coco_2014_train": 82783,
+    "coco_2014_val": 40504,
+    "coco_2014_minival": 5000,
+    "coco_2014_valminusminival": 35504,
+    "coco_2017_train": 118287,
+    "coco_2017_val": 5000,
+    "coco_2017_val_100": 100,
+    "shapes_train": 600,
+    "shapes_val": 100,
+}
+#: Classes of the builtin sets, by the beginning of their name.
+ASSUMED_CLASSES = {"coco_": 80, "shapes_": 5}
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run learns from and is measured on.
+
+    Attributes:
+        train: training sets, all with the same classes; empty for evaluation.
+        test: test sets.
+        class_names: one name per class in the model's order.
+        category_ids: json category ids in the same order (of the first set).
+        images: images in an epoch.
+    """
+
+    train: tuple[CocoDataset, ...]
+    test: tuple[CocoDataset, ...]
+    class_names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    images: int
+
+
+def load_run_data(cfg: CfgNode) -> RunData:
+    """Read and check all sets of a training run, and say what they hold.
+
+    Raises:
+        ConfigError: no training set is named.
+        DataError: as :func:`gn_det.data.coco.load_coco`; or classes that differ between sets or from NUM_CLASSES.
+    """
+    sources = datasets_for(cfg, "train")
+    if not sources:
+        raise ConfigError("DATASETS.TRAIN is empty; name a training set, or give --train-json and --train-images")
+    train = tuple(_load(cfg, source) for source in sources)
+    check_same_classes(train)
+    for dataset in train:
+        check_num_classes(int(cfg.MODEL.ROI_HEADS.NUM_CLASSES), dataset)
+    test = load_test_sets(cfg, train[0].class_names)
+    images = 0
+    for dataset in train:
+        kept = (dataset.object_counts > 0).sum() if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS else len(dataset)
+        images += int(kept)
+    if not test:
+        logger.info("No test set is named (DATASETS.TEST, --val-json): nothing is evaluated, no model_best.pth.")
+    elif min(len(t) for t in test) < 20:
+        logger.warning("%s has only %d images: its AP says little.", test[0].name, min(len(t) for t in test))
+    return RunData(train, test, train[0].class_names, train[0].category_ids, images)
+
+
+def load_test_sets(cfg: CfgNode, class_names: Sequence[str] | None) -> tuple[CocoDataset, ...]:
+    """Test sets; their classes must be ``class_names`` (any order of ids), where given.
+
+    Raises:
+        DataError: a set cannot be used, or its classes differ.
+    """
+    test = tuple(_load(cfg, source, need_annotations=False) for source in datasets_for(cfg, "test"))
+    for dataset in test if class_names is not None else ():
+        test_category_ids(dataset, class_names or ())
+    return test
+
+
+def _load(cfg: CfgNode, source: DatasetSource, need_annotations: bool = True) -> CocoDataset:
+    dataset = load_coco(source, max_bad=int(cfg.DATALOADER.MAX_BAD), need_annotations=need_annotations)
+    logger.info(dataset.summary())
+    return dataset
+
+
+def test_category_ids(dataset: CocoDataset, class_names: Sequence[str]) -> tuple[int, ...]:
+    """The json category id that ``dataset`` gives to each of the model's classes, found by name.
+
+    Raises:
+        DataError: the set lacks a class or has one more.
+    """
+    own = dict(zip(dataset.class_names, dataset.category_ids))
+    missing = [n for n in class_names if n not in own]
+    extra = [n for n in own if n not in set(class_names)]
+    if missing or extra:
+        what = f"lacks {missing[0]!r}" if missing else f"has {extra[0]!r}, which the model does not know"
+        raise DataError(
+            f"{dataset.json_file}: its categories differ from the {len(class_names)} classes of the model: it {what}; "
+            "give training and test json the same categories (one without objects does no harm)"
+        )
+    return tuple(own[n] for n in class_names)
+
+
+test_category_ids.__test__ = False  # type: ignore[attr-defined]  # not a test case, whatever its name
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes without loading: for ``--dry-run``, where the files may be absent.
+
+    Attributes:
+        images: training images in an epoch, 0 when unknown.
+        classes: number of classes, 0 when unknown.
+        class_names: as far as known.
+        lines: one sentence a set.
+    """
+
+    images: int
+    classes: int
+    class_names: tuple[str, ...]
+    lines: tuple[str, ...]
+
+
+def estimate_sizes(cfg: CfgNode) -> Sizes:
+    """Count what is there and assume the published sizes of builtin sets that are not; never raises for absent data."""
+    images, classes = 0, 0
+    names: tuple[str, ...] = ()
+    lines = []
+    for split in ("train", "test"):
+        for source in datasets_for(cfg, split):
+            count, found, line = _size_of(cfg, source, split)
+            lines.append(line)
+            if split == "train":
+                images += count
+            if found and not classes:
+                names, classes = found, len(found)
+    if not classes:
+        builtin = [s.name for s in [*datasets_for(cfg, "train"), *datasets_for(cfg, "test")]]
+        classes = next((c for prefix, c in ASSUMED_CLASSES.items() if any(n.startswith(prefix) for n in builtin)), 0)
+    return Sizes(images, classes, names, tuple(lines))
+
+
+def _size_of(cfg: CfgNode, source: DatasetSource, split: str) -> tuple[int, tuple[str, ...], str]:
+    if not os.path.isfile(source.json_file):
+        count = ASSUMED_IMAGES.get(source.name, 0)
+        if not count:
+            return 0, (), f"{split}: {source.name} is not there ({source.json_file}); its size is not known"
+        return count, (), f"{split}: {count} images assumed for {source.name} ({source.json_file} is not there)"
+    try:
+        with open(source.json_file, encoding="utf-8") as f:
+            content = json.load(f)
+        total = len(content["images"])
+        crowd_free = {a["image_id"] for a in content.get("annotations", []) if not a.get("iscrowd")}
+        names = tuple(c["name"] for c in sorted(content["categories"], key=lambda c: c["id"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return 0, (), f"{split}: {source.json_file} cannot be counted ({type(error).__name__}: {error})"
+    drop = split == "train" and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    count = len(crowd_free) if drop else total
+    without = f", {total - count} without objects left out" if drop and count != total else ""
+    return count, names, f"{split}: {count} images{without}, {len(names)} classes in {source.name} ({source.json_file})"

@@ -1,0 +1,58 @@
+"""Where a run's sentences go: standard output, and ``log.txt`` in OUTPUT_DIR."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+LOG_FILE = "log.txt"
+
+
+class _Console(logging.StreamHandler):
+    """Writes around a tqdm line, if one is there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm = sys.modules.get("tqdm")
+        if tqdm is None or not sys.stderr.isatty():
+            self.stream = sys.stdout  # looked up now: it may have been redirected
+            super().emit(record)
+        else:
+            tqdm.tqdm.write(self.format(record), file=sys.stdout)
+
+
+@contextmanager
+def run_log(folder: str | os.PathLike[str] | None, *, rank: int = 0, times: bool = True) -> Iterator[None]:
+    """Show gn_det's log on standard output, and append it to ``folder/log.txt``, as long as the context lasts.
+
+    Args:
+        folder: OUTPUT_DIR; None writes no file.
+        rank: processes other than 0 show warnings only and write no file.
+        times: begin lines with date and time.
+    """
+    package = logging.getLogger("gn_det")
+    old_level, old_propagate = package.level, package.propagate
+    handlers: list[logging.Handler] = []
+    formatter = logging.Formatter("[%(asctime)s] %(message)s" if times else "%(message)s", "%m/%d %H:%M:%S")
+    if not package.handlers:
+        console = _Console(sys.stdout)
+        console.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+        handlers.append(console)
+        # libraries install handlers on the root logger behind our back; pytest's are wanted
+        package.propagate = "pytest" in sys.modules
+    if folder is not None and rank == 0:
+        handlers.append(logging.FileHandler(os.path.join(folder, LOG_FILE), encoding="utf-8"))
+    for handler in handlers:
+        handler.setFormatter(formatter)
+        package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            package.removeHandler(handler)
+            handler.close()
+        package.setLevel(old_level)
+        package.propagate = old_propagate
