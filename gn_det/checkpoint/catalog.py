@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from gn_det.checkpoint.io import StrPath
+from gn_det.checkpoint.source import Preprocessing
 from gn_det.errors import WeightsError
 
 _C2 = "https://dl.fbaipublicfiles.com/detectron"
@@ -30,6 +31,14 @@ CATALOG = {
     "ImageNetPretrained/FAIR/X-101-32x8d": f"{_C2}/ImageNetPretrained/20171220/X-101-32x8d.pkl",
     "ImageNetPretrained/FAIR/X-101-64x4d": f"{_C2}/ImageNetPretrained/FBResNeXt/X-101-64x4d.pkl",
 }
+
+# Backbones whose file does not tell what they were trained with, by their published place.
+_PUBLISHED = (
+    (
+        re.compile(r"ImageNetPretrained/torchvision/"),
+        Preprocessing("RGB", (123.675, 116.280, 103.530), (58.395, 57.120, 57.375), stride_in_1x1=False),
+    ),
+)
 
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
 _TIMEOUT = 30.0  # seconds without a byte; iopath sets none, and a silent network would hang for ever
@@ -58,6 +67,11 @@ def resolve_url(uri: str) -> str | None:
     raise WeightsError(
         f"{uri}: scheme {scheme}:// is not known; MODEL.WEIGHTS takes a local path, https://, detectron2:// or catalog://"
     )
+
+
+def published_preprocessing(uri: str) -> Preprocessing | None:
+    """What a published backbone expects, told by its URI or its path in the cache; None when unknown."""
+    return next((needs for pattern, needs in _PUBLISHED if pattern.search(uri)), None)
 
 
 def cache_path(url: str) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 
 from gn_det.checkpoint.arch import Architecture
 from gn_det.checkpoint.source import Weights
-from gn_det.checkpoint.sources import lookup
+from gn_det.checkpoint.sources import NORM_KEYS, lookup
 from gn_det.errors import WeightsError
 
 _STYLE_KEYS = {"FPN": "build_resnet_fpn_backbone", "C4": "build_resnet_backbone"}
@@ -66,14 +66,26 @@ def check_norm(source: str, weights: Weights, found: Architecture, cfg: Any, all
             f"{source}: these weights are {name}, but the config says {wanted!r}: set MODEL.RESNETS.NORM {either}, or "
             f"take weights trained with {wanted or 'no norm'} (scale and shift do not carry over)"
         )
+    check_head_norms(source, weights, cfg)
     groups = (lookup(cfg, "MODEL.GN.NUM_GROUPS"), lookup(cfg, "MODEL.GN.CHANNELS_PER_GROUP") or 0)
-    if wanted == "GN" and weights.groups and groups[0] is not None and not _same_groups(weights.groups, groups):
+    has_gn = any(lookup(cfg, key) == "GN" for key in NORM_KEYS)
+    if has_gn and weights.groups and groups[0] is not None and not _same_groups(weights.groups, groups):
         number, per_group = weights.groups
         raise WeightsError(
             f"{source}: these weights were trained with {_groups(weights.groups)}, the config says {_groups(groups)}: "
             f"set MODEL.GN.NUM_GROUPS {number} MODEL.GN.CHANNELS_PER_GROUP {per_group}"
         )
     return []
+
+
+def check_head_norms(source: str, weights: Weights, cfg: Any) -> None:
+    """GN, LN and IN have the same tensors and compute different things: compare the keys where the file tells them."""
+    for key in NORM_KEYS:
+        theirs, ours = lookup(weights.config, key), lookup(cfg, key)
+        if theirs != ours and {theirs, ours} <= {"GN", "LN", "IN"}:
+            raise WeightsError(
+                f"{source}: was trained with {key} {theirs!r}, but the config says {ours!r}: set {key} {theirs}"
+            )
 
 
 def _same_groups(a: tuple[int, int], b: tuple[int, int]) -> bool:

@@ -12,6 +12,7 @@ import errno
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -172,8 +173,10 @@ def read_checkpoint(path: StrPath, *, mmap: bool = False) -> dict[str, Any]:
     if is_zip:
         _check_archive(path)
     try:
-        # Only archives can be mapped; files of torch < 1.6 are one stream of pickles.
-        loaded = torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=mmap and is_zip)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on pickle protocols and torch's own storage classes: nothing to act on
+            # Only archives can be mapped; files of torch < 1.6 are one stream of pickles.
+            loaded = torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=mmap and is_zip)
     except Exception as error:  # whatever the bytes of a foreign file provoke in the reader is the file's fault
         raise WeightsError(_read_failure(path, error)) from error
     if not isinstance(loaded, dict):

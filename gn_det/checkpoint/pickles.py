@@ -147,6 +147,9 @@ def _constructors() -> dict[tuple[str, str], Callable[..., Any]]:
             raise _Refused("holds bytes in an unknown encoding")
         return text.encode("latin1")
 
+    def empty_bytes() -> bytes:  # how protocols < 3 write an empty array's contents; a size is not admitted
+        return b""
+
     def ordered(items: Any = ()) -> Any:
         return OrderedDict(items)
 
@@ -154,6 +157,8 @@ def _constructors() -> dict[tuple[str, str], Callable[..., Any]]:
         ("numpy", "ndarray"): ndarray,
         ("numpy", "dtype"): dtype,
         ("_codecs", "encode"): encode,
+        ("builtins", "bytes"): empty_bytes,
+        ("__builtin__", "bytes"): empty_bytes,
         ("collections", "OrderedDict"): ordered,
     }
     for core in ("numpy.core", "numpy._core"):

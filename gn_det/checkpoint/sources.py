@@ -23,6 +23,8 @@ from gn_det.checkpoint.pickles import read_pickle
 from gn_det.checkpoint.source import Preprocessing, Weights
 from gn_det.errors import WeightsError
 
+NORM_KEYS = ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM", "MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_MASK_HEAD.NORM")
+
 State = dict[str, torch.Tensor]
 
 # torch.save writes an archive, or (before 1.6) this magic number as a first pickle.
@@ -197,7 +199,8 @@ def _tell_from_config(weights: Weights) -> None:
     norm = lookup(config, "MODEL.RESNETS.NORM")
     if norm in ("GN", "LN", "IN"):
         weights.norm = norm
-    if norm == "GN" and lookup(config, "MODEL.GN.NUM_GROUPS") is not None:
+    has_gn = any(lookup(config, key) == "GN" for key in NORM_KEYS)
+    if has_gn and lookup(config, "MODEL.GN.NUM_GROUPS") is not None:
         weights.groups = (lookup(config, "MODEL.GN.NUM_GROUPS"), lookup(config, "MODEL.GN.CHANNELS_PER_GROUP") or 0)
     mean, std = lookup(config, "MODEL.PIXEL_MEAN"), lookup(config, "MODEL.PIXEL_STD")
     weights.preprocessing = Preprocessing(

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from gn_det.checkpoint.arch import Architecture, architecture_of
-from gn_det.checkpoint.catalog import local_path
+from gn_det.checkpoint.catalog import local_path, published_preprocessing
 from gn_det.checkpoint.fit import check_architecture, check_norm, check_preprocessing
 from gn_det.checkpoint.io import StrPath
 from gn_det.checkpoint.report import BOTTOM_UP, PARTS, LoadReport, PartReport, Shape, format_report, part_of, shorten
@@ -31,6 +31,7 @@ Placed = dict[str, torch.Tensor]
 _PREDICTORS = re.compile(
     r"roi_heads\.(?:box_predictor\.(?:cls_score|bbox_pred)|mask_head\.predictor)\.(?:weight|bias)$"
 )
+_MASKS = "mask_head.predictor"
 _BARE = re.compile(r"(?:stem|res[2-5])\.")
 _BARE_PREFIXES = ("backbone.bottom_up.", "backbone.", "roi_heads.")  # FPN, C4, C4's res5
 # Which keys decide the shapes of a part: what to look at when they differ.
@@ -69,6 +70,7 @@ def load_weights(
     """
     source = os.fspath(path_or_uri)
     weights = read_weights(local_path(path_or_uri))
+    weights.preprocessing = weights.preprocessing or published_preprocessing(source)
     parameters = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     in_model = {name: tuple(value.shape) for name, value in parameters.items()}
     in_file = {name: tuple(value.shape) for name, value in weights.state.items()}
@@ -86,7 +88,7 @@ def load_weights(
     report = _sort(source, weights, found, placed, in_file, in_model)
     report.notes = (*notes, *_class_notes(weights, cfg, report))
     if not allow_partial:
-        _refuse_partial(report)
+        _refuse_partial(report, whole=bool(found.style))
     if require_all:
         _refuse_untrained(report, cfg, in_file)
     _refuse_frozen(report, model)
@@ -167,9 +169,11 @@ def _class_notes(weights: Weights, cfg: Any, report: LoadReport) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------- refusals
 
 
-def _refuse_partial(report: LoadReport) -> None:
-    """A part must fit wholly or be wholly absent from the file; the bottom-up network must be there."""
-    whole = any(name.startswith(("backbone.", "roi_heads.", "proposal_generator.")) for name in report.loaded)
+def _refuse_partial(report: LoadReport, whole: bool) -> None:
+    """A part must fit wholly or be wholly absent from the file; the bottom-up network must be there.
+
+    ``whole``: the file holds a detector, not a bare backbone.
+    """
     problems, keys = [], []
     for name, part in report.parts.items():
         if part.clean:
@@ -209,11 +213,12 @@ def _describe(part: PartReport) -> str:
 
 def _refuse_untrained(report: LoadReport, cfg: Any, in_file: Mapping[str, Shape]) -> None:
     if report.reinitialised:
-        rows = in_file.get("roi_heads.box_predictor.cls_score.weight", (0,))[0]
+        boxes, masks = (in_file.get(f"roi_heads.{p}.weight", (0,))[0] for p in ("box_predictor.cls_score", _MASKS))
+        classes = boxes - 1 if boxes else masks
         wanted = lookup(cfg, "MODEL.ROI_HEADS.NUM_CLASSES")
         raise WeightsError(
-            f"{report.source}: was trained with {rows - 1} classes, but MODEL.ROI_HEADS.NUM_CLASSES is {wanted}: set "
-            f"it to {rows - 1}, or train first"
+            f"{report.source}: was trained with {classes} classes, but MODEL.ROI_HEADS.NUM_CLASSES is {wanted}: set "
+            f"it to {classes}, or train first"
         )
     untrained = [f"{name} ({shorten(p.missing, 1)})" for name, p in report.parts.items() if p.missing]
     if untrained:

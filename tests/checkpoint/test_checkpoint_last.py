@@ -1,0 +1,103 @@
+"""Which checkpoint a resumed run goes on from, and which are deleted."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from gn_det.checkpoint.io import save_checkpoint
+from gn_det.checkpoint.last import prune, read_last, write_last
+from gn_det.checkpoint.meta import build_meta, read_meta
+from gn_det.config import get_cfg
+from gn_det.errors import WeightsError
+
+
+def save(folder: Path, iteration: int, name: str = "") -> Path:
+    path = folder / (name or f"model_{iteration:07d}.pth")
+    save_checkpoint(path, {"model": {"w": torch.ones(2)}, "iteration": iteration})
+    return path
+
+
+def test_detectron2s_format(tmp_path: Path) -> None:
+    path = save(tmp_path, 9)
+    write_last(tmp_path, str(path))
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000009.pth"
+    assert read_last(tmp_path) == path
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    assert read_last(tmp_path) is None
+    assert read_last(tmp_path / "absent") is None
+    write_last(tmp_path, "model_1.pth")
+    with pytest.raises(WeightsError, match="without --resume"):
+        read_last(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "no marker", "empty marker"])
+def test_falls_back_to_the_newest_readable_with_a_warning(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    older, newest = save(tmp_path, 100), save(tmp_path, 200)
+    write_last(tmp_path, newest.name)
+    expected = older
+    if damage == "gone":
+        newest.unlink()
+    elif damage == "cut":
+        newest.write_bytes(newest.read_bytes()[:200])
+    else:
+        (tmp_path / "last_checkpoint").write_text("") if damage == "empty marker" else (
+            tmp_path / "last_checkpoint"
+        ).unlink()
+        # The highest iteration counts, not the latest change on disk.
+        os.utime(newest, (1, 1))
+        expected = newest
+    with caplog.at_level(logging.WARNING):
+        assert read_last(tmp_path) == expected
+    assert str(expected) in caplog.text
+    for file in tmp_path.glob("*.pth"):
+        file.write_bytes(b"x")
+    with pytest.raises(WeightsError, match="none of its"):
+        read_last(tmp_path)
+
+
+def test_prune_keeps_the_last_ones_and_what_has_a_name(tmp_path: Path) -> None:
+    for iteration in (1, 2, 3, 10, 20):
+        save(tmp_path, iteration)
+    save(tmp_path, 1, "model_best.pth")
+    save(tmp_path, 20, "model_final.pth")
+    write_last(tmp_path, "model_0000002.pth")
+    stale, fresh = tmp_path / ".model_0000001.pth.tmp-1", tmp_path / ".model_0000001.pth.tmp-2"
+    stale.touch()
+    fresh.touch()
+    os.utime(stale, (time.time() - 9999,) * 2)
+    deleted = {f.name for f in prune(tmp_path, 2)}
+    assert deleted == {"model_0000001.pth", "model_0000003.pth", stale.name}
+    assert prune(tmp_path, 0) == [] and fresh.exists()
+
+
+def test_meta_round_trip(tmp_path: Path) -> None:
+    cfg = get_cfg()
+    meta = build_meta(cfg, ["a", "b"], [3, 90], iteration=5, best_metric=None)
+    save_checkpoint(tmp_path / "m.pth", {"model": {}, "gn_det": meta})
+    read = read_meta(torch.load(tmp_path / "m.pth", weights_only=True))
+    assert read is not None
+    assert read["class_names"] == ("a", "b") and read["category_ids"] == (3, 90)
+    assert read["iteration"] == 5 and read["best_metric"] is None
+    again = get_cfg()
+    again.merge_from_other_cfg(type(cfg).load_cfg(read["config"]))
+    assert yaml.safe_load(again.dump()) == yaml.safe_load(cfg.dump())
+    with pytest.raises(ValueError, match="2 class names but 1"):
+        build_meta(cfg, ["a", "b"], [1])
+
+
+def test_meta_of_foreign_files() -> None:
+    assert read_meta({"model": {}}) is None and read_meta({"gn_det": 3}) is None
+    read = read_meta({"gn_det": {"class_names": [1], "category_ids": "x", "config": 5, "best_metric": "y"}})
+    assert read is not None
+    assert (read["class_names"], read["category_ids"], read["config"], read["best_metric"]) == ((), (), "", None)
