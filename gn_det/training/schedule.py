@@ -277,19 +277,19 @@ def format_schedule(cfg: CfgNode, images: int, world_size: int = 1) -> str:
 
     def both(iterations: int) -> str:
         if images <= 0:
-            return f"{iterations}"
-        return f"{iterations} ({iterations * solver.IMS_PER_BATCH / images:.2f} epochs)"
+            return f"{iterations} iterations"
+        return f"{iterations} iterations ({iterations * solver.IMS_PER_BATCH / images:.2f} epochs)"
 
     steps = [both(s) for s in solver.STEPS if s <= solver.MAX_ITER] if "Cosine" not in solver.LR_SCHEDULER_NAME else []
     batch = f"batch {solver.IMS_PER_BATCH} = {images_per_rank(cfg, world_size)} images x {world_size} GPU(s)"
     if solver.ACCUMULATE > 1:
         batch += f" x {solver.ACCUMULATE} accumulated micro-batches"
     lines = [
-        f"Schedule: {solver.LR_SCHEDULER_NAME}, {both(solver.MAX_ITER)} iterations, {batch}",
-        f"  learning rate {solver.BASE_LR:g}, warm-up {solver.WARMUP_METHOD} over {both(solver.WARMUP_ITERS)}",
+        f"Schedule: {solver.LR_SCHEDULER_NAME}, {both(solver.MAX_ITER)}, {batch}",
+        f"  learning rate {solver.BASE_LR:g}, {solver.WARMUP_METHOD} warm-up over {both(solver.WARMUP_ITERS)}",
     ]
     if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
-        lines.append(f"  x {solver.GAMMA:g} at {', '.join(steps) if steps else 'no iteration'}")
+        lines.append(f"  times {solver.GAMMA:g} after {', '.join(steps) if steps else 'no iteration: constant'}")
     period = cfg.TEST.EVAL_PERIOD
     lines.append(f"  evaluation {'every ' + both(period) + ' and ' if period > 0 else ''}at the end")
     return "\n".join(lines)

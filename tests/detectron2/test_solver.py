@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("detectron2.solver", reason="compares with an installed Detectron2")
@@ -19,6 +23,8 @@ from gn_det.training.optim import build_optimizer, clip_gradients
 from gn_det.training.schedule import build_lr_scheduler, scale_schedule
 
 pytestmark = pytest.mark.detectron2
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "solver.json"
 
 
 def both(overrides: list) -> tuple:
@@ -103,3 +109,42 @@ def test_auto_scale_workers(reference: int, world: int) -> None:
     for key in ("IMS_PER_BATCH", "BASE_LR", "MAX_ITER", "WARMUP_ITERS", "STEPS", "CHECKPOINT_PERIOD"):
         assert scaled.SOLVER[key] == expected.SOLVER[key], key
     assert scaled.TEST.EVAL_PERIOD == expected.TEST.EVAL_PERIOD
+
+
+def recorded_rates() -> dict[str, list[float]]:
+    """Detectron2's learning rate of the first group before every iteration, for each schedule."""
+    out = {}
+    for name, overrides in SCHEDULES.items():
+        cfg = d2_get_cfg()
+        cfg.merge_from_list(overrides)
+        opt = d2_optimizer(cfg, Tiny())
+        sched = d2_scheduler(cfg, opt)
+        rates = []
+        for iteration in range(cfg.SOLVER.MAX_ITER):
+            rates.append(opt.param_groups[0]["lr"])
+            if iteration + 1 < cfg.SOLVER.MAX_ITER:
+                step(opt, sched)
+        out[name] = rates
+    return out
+
+
+def test_golden_file_is_what_detectron2_says() -> None:
+    """tests/golden/solver.json serves machines without Detectron2; ``GN_DET_RECORD=1`` writes it anew."""
+    rates = recorded_rates()
+    if os.environ.get("GN_DET_RECORD"):
+        GOLDEN.write_text(json.dumps(rates, indent=None, separators=(",", ":")) + "\n")
+    assert json.loads(GOLDEN.read_text()) == rates
+
+
+def test_detection_checkpointer_loads_our_file(tmp_path: Path) -> None:
+    """{"model": ...} written by a run loads by Detectron2's own class without renaming, tensor for tensor."""
+    from detectron2.checkpoint import DetectionCheckpointer
+    from training.cases import run
+
+    run(tmp_path, max_iter=3)
+    model = Tiny()
+    rest = DetectionCheckpointer(model, save_to_disk=False).load(str(tmp_path / "model_final.pth"))
+    written = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    assert rest["iteration"] == 2
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, written["model"][name]), name

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from gn_det.config import get_cfg
 
 #: Overrides by name; small enough to compare every iteration.
 SCHEDULES: dict[str, list[Any]] = {
@@ -72,3 +76,73 @@ class Tiny(nn.Module):
 
     def pop_metrics(self) -> dict[str, float]:
         return {"roi_head/num_fg_samples": 1.0}
+
+
+def tiny_cfg(folder: Path, overrides: list[Any] | None = None, *, max_iter: int = 12) -> Any:
+    """A config for :class:`Tiny` on the CPU, 4 images a step."""
+    cfg = get_cfg()
+    cfg.OUTPUT_DIR = str(folder)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.SOLVER.MAX_ITER = max_iter
+    cfg.SOLVER.STEPS = (8,)
+    cfg.SOLVER.WARMUP_ITERS = 3
+    cfg.SOLVER.BASE_LR = 0.05
+    cfg.SOLVER.IMS_PER_BATCH = 4
+    cfg.SOLVER.CHECKPOINT_PERIOD = 5
+    cfg.merge_from_list(overrides or [])
+    return cfg
+
+
+def batch(seed: int, number: int, images: int, rank: int = 0, world: int = 1) -> list[dict[str, Any]]:
+    """Samples of global batch ``number`` that belong to ``rank``; image i depends on (seed, its position) alone."""
+    out = []
+    for i in range(images):
+        position = (number * world + rank) * images + i
+        g = torch.Generator().manual_seed(seed * 1_000_003 + position)
+        image = torch.randint(0, 256, (3, 6, 6), generator=g, dtype=torch.uint8)
+        out.append({"image": image, "image_id": position})
+    return out
+
+
+def loader_factory(images: int, rank: int = 0, world: int = 1) -> Callable[[int, int], Iterator[Any]]:
+    def make(start_batch: int, seed: int) -> Iterator[Any]:
+        number = start_batch
+        while True:
+            yield batch(seed, number, images, rank, world)
+            number += 1
+
+    return make
+
+
+def run(
+    folder: Path,
+    overrides: list[Any] | None = None,
+    *,
+    max_iter: int = 12,
+    model: nn.Module | None = None,
+    evaluate: Any = None,
+    resume: bool = False,
+    make_loader: Any = None,
+    seed: int = 7,
+) -> dict[str, float]:
+    """:func:`gn_det.training.fit.fit` on the stand-ins; returns its results."""
+    from gn_det.training.fit import find_resume, fit
+    from gn_det.training.state import ModelMeta, seed_everything
+
+    cfg = tiny_cfg(folder, overrides, max_iter=max_iter)
+    folder.mkdir(parents=True, exist_ok=True)
+    point = find_resume(cfg) if resume else None
+    seed_everything(seed)
+    model = Tiny() if model is None else model
+    if resume:
+        torch.manual_seed(12345)  # whatever happened before must not matter
+    return fit(
+        cfg,
+        model=model,
+        make_loader=make_loader or loader_factory(cfg.SOLVER.IMS_PER_BATCH // cfg.SOLVER.ACCUMULATE),
+        meta=ModelMeta(cfg, ("thing",), (1,)),
+        seed=seed,
+        evaluate=evaluate,
+        resume=point,
+        terminal=False,
+    )

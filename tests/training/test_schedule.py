@@ -1,0 +1,126 @@
+"""Learning rates equal the numbers recorded from Detectron2; scaling rules; epochs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training.cases import SCHEDULES, Tiny
+
+from gn_det.config import get_cfg
+from gn_det.errors import ConfigError
+from gn_det.training.optim import build_optimizer
+from gn_det.training.schedule import (
+    build_lr_scheduler,
+    format_schedule,
+    images_per_rank,
+    lr_multiplier,
+    scale_schedule,
+    set_iteration,
+)
+
+GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "solver.json").read_text())
+
+
+def cfg_of(overrides: list[Any]) -> Any:
+    cfg = get_cfg()
+    cfg.merge_from_list(overrides)
+    return cfg
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_recorded_rates_of_detectron2(name: str) -> None:
+    """Equal to the last bit, before every iteration."""
+    cfg = cfg_of(SCHEDULES[name])
+    multiplier = lr_multiplier(cfg)
+    rates = [cfg.SOLVER.BASE_LR * multiplier(i) for i in range(cfg.SOLVER.MAX_ITER)]
+    assert rates == GOLDEN[name]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_jumping_to_an_iteration_equals_stepping_there(name: str) -> None:
+    cfg = cfg_of(SCHEDULES[name])
+    stepped = build_optimizer(cfg, Tiny())
+    scheduler = build_lr_scheduler(cfg, stepped)
+    for iteration in range(cfg.SOLVER.MAX_ITER + 1):
+        jumped = build_optimizer(cfg, Tiny())
+        other = build_lr_scheduler(cfg, jumped)
+        set_iteration(other, iteration)
+        assert [g["lr"] for g in jumped.param_groups] == [g["lr"] for g in stepped.param_groups]
+        stepped.step()
+        scheduler.step()
+
+
+def test_scaling_by_world_size_is_linear_and_idempotent() -> None:
+    cfg = cfg_of(["SOLVER.BASE_LR", 0.02, "SOLVER.MAX_ITER", 90000, "SOLVER.STEPS", (60000, 80000),
+                  "SOLVER.REFERENCE_WORLD_SIZE", 8, "SOLVER.REFERENCE_BATCH", 16, "TEST.EVAL_PERIOD", 5000])  # fmt: skip
+    scaled, sentences = scale_schedule(cfg, 1, 0)
+    assert (scaled.SOLVER.IMS_PER_BATCH, scaled.SOLVER.BASE_LR, scaled.SOLVER.MAX_ITER) == (2, 0.0025, 720000)
+    assert scaled.SOLVER.STEPS == (480000, 640000)
+    assert (scaled.SOLVER.WARMUP_ITERS, scaled.TEST.EVAL_PERIOD) == (8000, 40000)
+    assert len(sentences) == 1 and "0.02 -> 0.0025" in sentences[0]
+    again, nothing = scale_schedule(scaled, 1, 0)
+    assert again == scaled and nothing == []
+    assert cfg.SOLVER.MAX_ITER == 90000  # the given config is not changed
+
+
+def test_typed_batch_goes_by_the_reference_batch() -> None:
+    cfg = cfg_of(["SOLVER.BASE_LR", 0.02, "SOLVER.MAX_ITER", 90000, "SOLVER.STEPS", (60000, 80000),
+                  "SOLVER.REFERENCE_WORLD_SIZE", 8, "SOLVER.REFERENCE_BATCH", 16,
+                  "SOLVER.IMS_PER_BATCH", 4, "SOLVER.NO_RESCALE", ("SOLVER.IMS_PER_BATCH",)])  # fmt: skip
+    scaled, sentences = scale_schedule(cfg, 1, 0)
+    assert (scaled.SOLVER.IMS_PER_BATCH, scaled.SOLVER.BASE_LR, scaled.SOLVER.MAX_ITER) == (4, 0.005, 360000)
+    assert len(sentences) == 1
+
+
+def test_typed_length_and_rate_are_taken_literally() -> None:
+    cfg = cfg_of(["SOLVER.BASE_LR", 0.01, "SOLVER.MAX_ITER", 2000, "SOLVER.STEPS", (60000, 80000),
+                  "SOLVER.REFERENCE_WORLD_SIZE", 8,
+                  "SOLVER.NO_RESCALE", ("SOLVER.MAX_ITER", "SOLVER.BASE_LR")])  # fmt: skip
+    scaled, sentences = scale_schedule(cfg, 1, 0)
+    assert (scaled.SOLVER.BASE_LR, scaled.SOLVER.MAX_ITER, scaled.SOLVER.WARMUP_ITERS) == (0.01, 2000, 1000)
+    assert any("as given" in s for s in sentences)
+    assert any("never drops" in s for s in sentences)  # both steps lie beyond the end
+
+
+def test_epochs_set_the_length_and_keep_proportions() -> None:
+    cfg = cfg_of(["SOLVER.EPOCHS", 12.0, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 9000,
+                  "SOLVER.STEPS", (6000, 8000), "TEST.EVAL_PERIOD", 900])  # fmt: skip
+    scaled, sentences = scale_schedule(cfg, 1, 300)
+    assert (scaled.SOLVER.MAX_ITER, scaled.SOLVER.STEPS, scaled.TEST.EVAL_PERIOD) == (900, (600, 800), 90)
+    assert scaled.SOLVER.WARMUP_ITERS == 90  # a tenth of a run that became short
+    assert "12 over 300 images" in sentences[0]
+    assert "900 iterations (12.00 epochs)" in format_schedule(scaled, 300)
+    with pytest.raises(ConfigError, match="training set"):
+        scale_schedule(cfg, 1, 0)
+
+
+def test_batch_must_be_divisible() -> None:
+    cfg = cfg_of(["SOLVER.IMS_PER_BATCH", 6, "SOLVER.ACCUMULATE", 2])
+    assert images_per_rank(cfg, 3) == 1
+    with pytest.raises(ConfigError, match="multiple of 4"):
+        images_per_rank(cfg, 2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "word"),
+    [
+        (["SOLVER.STEPS", (20, 10)], "STEPS"),
+        (["SOLVER.WARMUP_METHOD", "exp"], "WARMUP_METHOD"),
+        (["SOLVER.LR_SCHEDULER_NAME", "OneCycle"], "LR_SCHEDULER_NAME"),
+        (["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SOLVER.BASE_LR_END", 1.0], "BASE_LR_END"),
+        (["SOLVER.MAX_ITER", 0], "MAX_ITER"),
+    ],
+)
+def test_bad_schedule_names_its_key(overrides: list[Any], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        lr_multiplier(cfg_of(overrides))
+
+
+def test_scheduler_is_a_torch_scheduler() -> None:
+    cfg = cfg_of(SCHEDULES["multistep"])
+    scheduler = build_lr_scheduler(cfg, build_optimizer(cfg, Tiny()))
+    assert isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler)
