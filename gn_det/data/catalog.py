@@ -89,7 +89,7 @@ def datasets_for(cfg: Any, split: str) -> list[DatasetSource]:
         images = _user(images) if images else str(Path(json_file).parent)
         return [DatasetSource(Path(json_file).stem, json_file, images, f"DATASETS.{json_key} / {image_key}")]
     if images:
-        raise ConfigError(f"DATASETS.{image_key} is set without DATASETS.{json_key}: give the COCO json of these images")
+        raise ConfigError(f"DATASETS.{image_key} is set without DATASETS.{json_key}: give the json of these images")
     names = data[names_key]
     names = (names,) if isinstance(names, str) else tuple(names)
     return [resolve(name, f"DATASETS.{names_key}") for name in names if name]

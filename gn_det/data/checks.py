@@ -62,7 +62,7 @@ def check_segmentation(segmentation: Any, height: int, width: int) -> tuple[Segm
         return _check_rle(segmentation, height, width), 0
     if isinstance(segmentation, list):
         return _check_polygons(segmentation, height, width)
-    raise Defect(f"segmentation is {type(segmentation).__name__}: give a list of polygons or an RLE with size and counts")
+    raise Defect(f"segmentation is a {type(segmentation).__name__}: give a list of polygons or an RLE (size, counts)")
 
 
 def _check_polygons(pieces: list[Any], height: int, width: int) -> tuple[list[np.ndarray], int]:
@@ -77,7 +77,9 @@ def _check_polygons(pieces: list[Any], height: int, width: int) -> tuple[list[np
         except (ValueError, OverflowError):
             points = np.asarray(None)
         if len(piece) and (points.ndim != 1 or points.dtype.kind not in "iuf"):
-            raise Defect("segmentation has polygon coordinates that are not numbers (a polygon is [x0, y0, x1, y1, ...])")
+            raise Defect(
+                "segmentation has polygon coordinates that are not numbers: a polygon is [x0, y0, x1, y1, ...]"
+            )
         if len(piece) % 2:
             odd += 1
         elif len(piece) < 6:
@@ -131,7 +133,7 @@ def _check_rle(rle: dict[str, Any], height: int, width: int) -> dict[str, Any]:
 
 
 def _runs_from_list(counts: list[Any]) -> np.ndarray:
-    if not all(isinstance(c, int) and not isinstance(c, bool) or (is_number(c) and c == int(c)) for c in counts):
+    if not all(is_number(c) and c == int(c) for c in counts):
         raise Defect("RLE counts are not whole numbers: encode the mask again")
     if any(abs(c) > 2**40 for c in counts):
         raise Defect("RLE counts are larger than any image: encode the mask again")

@@ -1,7 +1,7 @@
 """COCO-format json to :class:`CocoDataset`: read, checked, compact.
 
-Structure that makes the file as a whole ambiguous (no categories, repeated image ids ...) is refused at once. Single bad
-annotations and images are listed and dropped, up to ``DATALOADER.MAX_BAD`` of them; more than that is a sign of a
+Structure that makes the file as a whole ambiguous (no categories, repeated image ids ...) is refused at once. Single
+bad annotations and images are listed and dropped, up to ``DATALOADER.MAX_BAD`` of them; more than that is a sign of a
 systematic mistake and refused, too. What can be repaired without guessing (no ``area``, no ``iscrowd``, ids that are
 missing, 0 or repeated) is repaired in memory and noted in the summary.
 """
@@ -28,6 +28,8 @@ from gn_det.errors import DataError
 #: How many messages a refusal quotes; all of them are in the log.
 _QUOTED = 3
 _HEADER_THREADS = 8
+#: Objects without a mask that are listed one by one; box-only sets have no others.
+_LISTED = 1000
 
 
 @dataclass
@@ -42,6 +44,9 @@ class CocoDataset:
         sizes: (N, 2) int64 width and height of every image.
         object_counts: (N,) objects that are no crowd, of every image.
         class_counts: (num_classes,) objects that are no crowd.
+        crowds: number of crowd regions.
+        without_mask: objects without segmentation, which only box training can use.
+        maskless: one line for each of these (the first 1000).
         bad: one line for every image and annotation that was dropped.
         notes: one line for every kind of repair.
     """
@@ -57,7 +62,7 @@ class CocoDataset:
     class_counts: np.ndarray
     crowds: int = 0
     without_mask: int = 0
-    first_without_mask: str = ""
+    maskless: list[str] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -91,7 +96,9 @@ class CocoDataset:
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
         for record in self.records:
-            images.append({k: record[k] for k in ("file_name", "height", "width")} | {"id": record["image_id"]})  # type: ignore[literal-required]
+            name = os.path.relpath(record["file_name"], self.image_root)
+            size = {"height": record["height"], "width": record["width"]}
+            images.append({"id": record["image_id"], "file_name": name, **size})
             for a in record["annotations"]:
                 entry: dict[str, Any] = {
                     "id": len(annotations) + 1,
@@ -153,19 +160,20 @@ def load_coco(
         class_counts=builder.class_counts,
         crowds=builder.crowds,
         without_mask=builder.without_mask,
-        first_without_mask=builder.first_without_mask,
+        maskless=builder.maskless,
         bad=bad,
         notes=content.notes + builder.notes(),
     )
 
 
-def refuse_if_too_many(bad: Sequence[str], max_bad: int, where: str) -> None:
-    """Raise DataError when more than ``max_bad`` entries are bad, quoting the first few."""
-    if len(bad) > max_bad:
+def refuse_if_too_many(bad: Sequence[str], max_bad: int, where: str, *, total: int | None = None) -> None:
+    """Raise DataError when more than ``max_bad`` entries (``total`` of them) are bad, quoting the first few."""
+    count = len(bad) if total is None else total
+    if count > max_bad:
         quoted = "; ".join(bad[:_QUOTED])
-        more = f"; and {len(bad) - _QUOTED} more" if len(bad) > _QUOTED else ""
+        more = f"; and {count - _QUOTED} more" if count > _QUOTED else ""
         raise DataError(
-            f"{where}: {len(bad)} bad images or annotations, DATALOADER.MAX_BAD allows {max_bad}: {quoted}{more}. Fix "
+            f"{where}: {count} bad images or annotations, DATALOADER.MAX_BAD allows {max_bad}: {quoted}{more}. Fix "
             f"them, or raise DATALOADER.MAX_BAD to drop them"
         )
 
@@ -194,8 +202,8 @@ def check_same_classes(datasets: Sequence[CocoDataset]) -> None:
             a, b = (d.class_names[i] if i < d.num_classes else "nothing" for d in (first, other))
             if a != b:
                 raise DataError(
-                    f"{first.json_file} and {other.json_file} have different categories: class {i} (in order of category "
-                    f"ids) is {a!r} in the first and {b!r} in the second; give both the same categories"
+                    f"{first.json_file} and {other.json_file} have different categories: class {i} (by id) is "
+                    f"{a!r} in the first and {b!r} in the second; give both the same categories"
                 )
 
 
@@ -210,7 +218,7 @@ class _Builder:
         self.object_counts: list[int] = []
         self.class_counts = np.zeros(len(content.category_ids), dtype=np.int64)
         self.crowds = self.without_mask = 0
-        self.first_without_mask = ""
+        self.maskless: list[str] = []
         self.repairs: Counter[str] = Counter()
 
     def records(self) -> Iterable[Record]:
@@ -247,18 +255,21 @@ class _Builder:
         bbox = check_box(raw.get("bbox"), height, width)
         segmentation, left_out = check_segmentation(raw.get("segmentation"), height, width)
         if left_out:
-            self.repairs["polygon pieces have fewer than 3 points or an odd number of coordinates: left out"] += left_out
-        area = raw.get("area")
+            what = "polygon pieces have fewer than 3 points or an odd number of coordinates: left out"
+            self.repairs[what] += left_out
+        area: Any = raw.get("area")
         if not is_number(area) or area < 0:
             self.repairs["annotations have no usable area: computed from mask or box"] += 1
             area = _area(segmentation, bbox, height, width)
         iscrowd = int(iscrowd or 0)
-        annotation = Annotation(id=raw["id"], bbox=bbox, category_id=self.index_of[category], iscrowd=iscrowd, area=area)
+        index = self.index_of[category]
+        annotation = Annotation(id=raw["id"], bbox=bbox, category_id=index, iscrowd=iscrowd, area=area)
         if segmentation is not None:
             annotation["segmentation"] = segmentation
         elif not iscrowd:
             self.without_mask += 1
-            self.first_without_mask = self.first_without_mask or f"annotation {raw['id']}"
+            if len(self.maskless) < _LISTED:
+                self.maskless.append(f"annotation {raw['id']} of image {raw['image_id']} has no segmentation: add it")
         self.crowds += iscrowd
         return annotation
 
@@ -295,8 +306,8 @@ def _check_images(content: CocoFile, source: DatasetSource) -> dict[Any, str]:
         turned = (height, width) == (image["width"], image["height"])
         hint = "the sides are swapped (EXIF orientation is applied when reading); " if turned else ""
         return (
-            f"image {image['id']}: {path} is {width}x{height} pixels, the json says {image['width']}x{image['height']}: "
-            f"{hint}correct width and height and the annotations"
+            f"image {image['id']}: {path} is {width}x{height} pixels, the json says "
+            f"{image['width']}x{image['height']}: {hint}correct width and height and the annotations"
         )
 
     with ThreadPoolExecutor(_HEADER_THREADS) as pool:

@@ -73,7 +73,7 @@ def _parse(source: DatasetSource) -> dict[str, Any]:
 
 def _categories(entries: Any, path: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
     if not isinstance(entries, list) or not entries:
-        raise DataError(f"{path}: no 'categories': add one entry {{\"id\": 1, \"name\": ...}} for each class")
+        raise DataError(f'{path}: no \'categories\': add one entry {{"id": 1, "name": ...}} for each class')
     for entry in entries:
         ok = isinstance(entry, dict) and isinstance(entry.get("id"), int) and isinstance(entry.get("name"), str)
         if not ok or isinstance(entry["id"], bool):
@@ -103,7 +103,7 @@ def _images(entries: Any, path: str, bad: list[str]) -> tuple[list[dict[str, Any
         name = entry.get("file_name")
         if not isinstance(name, str) or not name:
             bad.append(f"image {number}: 'file_name' is missing: add it")
-        elif not all(is_number(entry.get(k)) and entry[k] >= 1 and entry[k] == int(entry[k]) for k in ("width", "height")):
+        elif not (_is_pixel_count(entry.get("width")) and _is_pixel_count(entry.get("height"))):
             bad.append(
                 f"image {number} ({name}): width {entry.get('width')!r} and height {entry.get('height')!r} must be "
                 f"positive pixel counts: add them"
@@ -114,6 +114,10 @@ def _images(entries: Any, path: str, bad: list[str]) -> tuple[list[dict[str, Any
     # Text ids are rare but legal; numbers first keeps the order defined where both occur.
     good.sort(key=lambda i: (isinstance(i["id"], str), i["id"]))
     return good, set(images) - {i["id"] for i in good}
+
+
+def _is_pixel_count(value: Any) -> bool:
+    return is_number(value) and value >= 1 and value == int(value)
 
 
 def _group_annotations(entries: Any, path: str, content: CocoFile, dropped: set[Any]) -> None:
@@ -134,7 +138,8 @@ def _group_annotations(entries: Any, path: str, content: CocoFile, dropped: set[
         if not isinstance(image, (int, str)) or image not in known:
             # Annotations of an image that is itself listed as bad would only repeat that message.
             if not isinstance(image, (int, str)) or image not in dropped:
-                content.bad.append(f"annotation {number}: image_id {image!r} is not in 'images': add the image or remove it")
+                what = "is not in 'images': add the image, or remove the annotation"
+                content.bad.append(f"annotation {number}: image_id {image!r} {what}")
             continue
         problem = ""
         if type(number) is not int:

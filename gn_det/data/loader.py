@@ -120,7 +120,7 @@ def build_train_loader(
     check_same_classes(datasets)
     if cfg.MODEL.MASK_ON:
         for dataset in datasets:
-            _need_masks(dataset)
+            _leave_out_maskless(dataset, int(cfg.DATALOADER.MAX_BAD))
     where = np.array([(d, i) for d, data in enumerate(datasets) for i in range(len(data))], np.int64).reshape(-1, 2)
     has_objects = np.concatenate([d.object_counts > 0 for d in datasets] or [np.zeros(0, dtype=bool)])
     if not has_objects.any():
@@ -130,7 +130,8 @@ def build_train_loader(
     sizes = np.concatenate([d.sizes for d in datasets])[keep]
     data = _TrainData(datasets, where[keep], sizes, TrainMapper(cfg), seed, int(cfg.DATALOADER.MAX_BAD))
     workers = _workers(cfg, num_workers)
-    data.shared_memory = shared_memory_fits(workers, images_per_rank * 3 * max(data.mapper.sizes) * data.mapper.max_size)
+    image_bytes = 3 * max(data.mapper.sizes) * data.mapper.max_size
+    data.shared_memory = shared_memory_fits(workers, images_per_rank * image_bytes)
     grouping = sizes if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
 
     def batches() -> Iterator[list[Draw]]:
@@ -247,12 +248,23 @@ def _index_stream(cfg: Any, data: _TrainData, seed: int) -> Iterator[int]:
     )
 
 
-def _need_masks(dataset: CocoDataset) -> None:
-    if dataset.without_mask:
+def _leave_out_maskless(dataset: CocoDataset, max_bad: int) -> None:
+    """Objects without a mask count as bad where masks are trained; a few are left out, many refused."""
+    if dataset.without_mask == 0:
+        return
+    if dataset.without_mask == int(dataset.object_counts.sum()):
         raise DataError(
-            f"{dataset.json_file}: {dataset.without_mask} objects have no segmentation (first: "
-            f"{dataset.first_without_mask}): add masks, or train boxes only with MODEL.MASK_ON False"
+            f"{dataset.json_file}: none of its {dataset.without_mask} objects has a segmentation: add masks, or train "
+            f"boxes only with MODEL.MASK_ON False"
         )
+    refuse_if_too_many(
+        [*dataset.maskless, *dataset.bad],
+        max_bad,
+        f"{dataset.json_file} with MODEL.MASK_ON True",
+        total=dataset.without_mask + len(dataset.bad),
+    )
+    for line in dataset.maskless:
+        logger.warning("%s: left out %s", dataset.name, line)
 
 
 def _workers(cfg: Any, num_workers: int | None) -> int:
@@ -273,14 +285,14 @@ def _note_failures(
             skipped[name] = why
             logger.warning("skipped: %s", why)
     if failures:
-        refuse_if_too_many([*skipped.values(), *known_bad], max_bad, "data loader")
+        refuse_if_too_many([*skipped.values(), *known_bad], max_bad, "reading images")
 
 
 def _run(data: Dataset[_Loaded], batches: Iterable[Any], workers: int) -> Iterator[_Loaded]:
     """Drive the workers; a worker's death or hang becomes one line that says what to do."""
     loader = DataLoader(
         data,
-        sampler=batches,  # type: ignore[arg-type]
+        sampler=batches,
         batch_size=None,
         num_workers=workers,
         collate_fn=_unchanged,
@@ -293,13 +305,13 @@ def _run(data: Dataset[_Loaded], batches: Iterable[Any], workers: int) -> Iterat
         text = str(error)
         if "timed out" in text:
             raise DataError(
-                f"no batch arrived within {TIMEOUT} s: the image storage hangs or the workers are stuck; check the disk, "
-                f"or set DATALOADER.NUM_WORKERS 0 to see where"
+                f"no batch arrived within {TIMEOUT} s: the image storage hangs or the workers are stuck; check the "
+                f"disk, or set DATALOADER.NUM_WORKERS 0 to see where"
             ) from error
         if "DataLoader worker" in text and ("killed" in text or "exited unexpectedly" in text):
             raise DataError(
-                "a data loading process was killed, most likely for lack of memory or of shared memory (/dev/shm): lower "
-                "DATALOADER.NUM_WORKERS, or give the machine or container more"
+                "a data loading process was killed, most likely for lack of memory or of shared memory (/dev/shm): "
+                "lower DATALOADER.NUM_WORKERS, or give the machine or container more"
             ) from error
         raise
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,8 +79,11 @@ class TrainMapper:
     def targets(
         self, annotations: Sequence[Annotation], transforms: Sequence[Transform], shape: tuple[int, int]
     ) -> Targets:
-        """Ground truth of the objects that are no crowd and keep some area, at network resolution ``shape``."""
-        objects = [a for a in annotations if not a.get("iscrowd", 0)]
+        """Ground truth of the objects that are no crowd and keep some area, at network resolution ``shape``.
+
+        Where masks are trained, objects without one are left out (the loader has counted them against MAX_BAD).
+        """
+        objects = [a for a in annotations if not a.get("iscrowd", 0) and ("segmentation" in a or not self.masks_on)]
         boxes = torch.from_numpy(
             np.array([_moved_box(a["bbox"], transforms, shape) for a in objects], dtype=np.float32).reshape(-1, 4)
         )
@@ -108,7 +111,7 @@ class TestMapper:
         self.max_size = cfg.INPUT.MAX_SIZE_TEST
         self.image_format = check_format(cfg.INPUT.FORMAT)
 
-    def __call__(self, record: Union[Record, str, os.PathLike[str]]) -> Sample:
+    def __call__(self, record: Record | str | os.PathLike[str]) -> Sample:
         """Map a record, or an image given by its path (then ``image_id`` is the path).
 
         Raises:
@@ -167,11 +170,7 @@ def _moved_box(bbox: Sequence[float], transforms: Sequence[Transform], shape: tu
 def _moved_mask(
     annotation: Annotation, transforms: Sequence[Transform], shape: tuple[int, int], mask_format: str
 ) -> InstanceMask:
-    segmentation = annotation.get("segmentation")
-    if segmentation is None:
-        raise DataError(
-            f"annotation {annotation.get('id')} has no segmentation: add it, or train boxes only with MODEL.MASK_ON False"
-        )
+    segmentation = annotation["segmentation"]
     if isinstance(segmentation, dict):
         from pycocotools import mask as coco_mask
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypedDict, Union
+from typing import Any, TypeAlias, TypedDict
 
 import numpy as np
 import torch
 
 #: Polygons as flat arrays x0, y0, x1, y1 ... (float64; int64 where the json has only integers), or compressed RLE.
-Segmentation = Union[list[np.ndarray], dict[str, Any]]
+Segmentation: TypeAlias = "list[np.ndarray] | dict[str, Any]"
 
 
 class Annotation(TypedDict, total=False):

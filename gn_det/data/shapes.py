@@ -62,8 +62,8 @@ def make_shapes(
             shutil.rmtree(building, ignore_errors=True)
     except OSError as error:
         raise DataError(
-            f"{root}: the shapes set cannot be written ({error.strerror or error}): free the disk or its permissions, or "
-            f"set DETECTRON2_DATASETS to a folder that can be written"
+            f"{root}: the shapes set cannot be written ({error.strerror or error}): make room or give the permission, "
+            f"or set DETECTRON2_DATASETS to a folder that can be written"
         ) from error
     return source
 

@@ -66,7 +66,8 @@ def _random_outline(
     """Corners (P, 2) in pixels, and those of the hole for a ring."""
     # Sizes are drawn evenly on a log scale: as many small objects as large ones.
     radius = float(np.exp(rng.uniform(np.log(10), np.log(0.27 * min(height, width)))))
-    centre = np.array([rng.uniform(0.7 * radius, width - 0.7 * radius), rng.uniform(0.7 * radius, height - 0.7 * radius)])
+    border = 0.7 * radius
+    centre = np.array([rng.uniform(border, width - border), rng.uniform(border, height - border)])
     turn = rng.uniform(0, 2 * np.pi)
     name = CLASSES[category]
     hole = None
@@ -117,7 +118,8 @@ def _background(rng: np.random.Generator, height: int, width: int) -> tuple[np.n
     second = np.array(colorsys.hls_to_rgb((hue + rng.uniform(0.05, 0.2)) % 1, lightness, 0.25), np.float32) * 255
     blend = 0.5 + 0.5 * _smooth_noise(rng, height, width, 4)
     canvas = base + (second - base) * blend[..., None]
-    grain = sum(_smooth_noise(rng, height, width, cells) * weight for cells, weight in ((12, 9.0), (40, 7.0), (110, 6.0)))
+    octaves = ((12, 9.0), (40, 7.0), (110, 6.0))
+    grain = np.sum([_smooth_noise(rng, height, width, cells) * weight for cells, weight in octaves], axis=0)
     rows, columns = np.ogrid[0:height, 0:width]
     kind = rng.integers(4)
     angle = rng.uniform(0, np.pi)
@@ -130,7 +132,7 @@ def _background(rng: np.random.Generator, height: int, width: int) -> tuple[np.n
         grain = grain + 7 * np.sin(2 * np.pi * along / period) * np.sin(2 * np.pi * across / period)
     elif kind == 2:  # wood-like waves
         grain = grain + 9 * np.sin(2 * np.pi * along / period + 3 * _smooth_noise(rng, height, width, 5))
-    return (canvas + np.asarray(grain)[..., None]).astype(np.float32), lightness
+    return (canvas + grain[..., None]).astype(np.float32), lightness
 
 
 def _paint(

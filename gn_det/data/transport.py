@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ _IN_FLIGHT = 3
 class PackedSamples:
     """One batch: ``pixels`` holds all images end to end; ``shapes`` and ``rest`` have one entry a sample."""
 
-    pixels: Union[Tensor, np.ndarray]
+    pixels: Tensor | np.ndarray
     shapes: list[tuple[int, ...]]
     rest: list[dict[str, Any]]
     targets: list[tuple[Any, ...] | None]

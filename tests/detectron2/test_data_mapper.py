@@ -37,8 +37,9 @@ def _make_dataset(folder: Path, *, kind: str, whole_numbers: bool = False) -> Da
             centre = rng.uniform(8, [width - 8, height - 8])
             angles = np.sort(rng.uniform(0, 2 * np.pi, int(rng.integers(3, 12))))
             points = centre + rng.uniform(4, 22) * np.stack([np.cos(angles), np.sin(angles)], 1)
-            points = points.round(0 if whole_numbers else 2)
-            pieces = [points.reshape(-1).tolist(), (points / 2 + 3).round(0 if whole_numbers else 2).reshape(-1).tolist()]
+            digits = 0 if whole_numbers else 2
+            points = points.round(digits)
+            pieces = [points.reshape(-1).tolist(), (points / 2 + 3).round(digits).reshape(-1).tolist()]
             if whole_numbers:
                 pieces = [[int(v) for v in p] for p in pieces]
             low = np.clip(points.min(0), 0, None)

@@ -29,7 +29,8 @@ def test_repeat_stream_is_repeat_factor_sampler() -> None:
     from detectron2.data.samplers import RepeatFactorTrainingSampler as Sampler
 
     rng = np.random.default_rng(1)
-    classes = [rng.choice(6, size=int(rng.integers(0, 4)), p=[0.5, 0.3, 0.1, 0.05, 0.03, 0.02]).tolist() for _ in range(40)]
+    often = [0.5, 0.3, 0.1, 0.05, 0.03, 0.02]
+    classes = [rng.choice(6, size=int(rng.integers(0, 4)), p=often).tolist() for _ in range(40)]
     records = [{"annotations": [{"category_id": c} for c in of_image]} for of_image in classes]
     for root in (True, False):
         want = Sampler.repeat_factors_from_category_frequency(records, 0.3, sqrt=root)

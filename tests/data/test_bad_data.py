@@ -1,0 +1,205 @@
+"""Each mistake is named in one line: file, id or key, and what to do. Few bad entries are dropped, many refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from own_coco import Change, write
+from PIL import Image
+
+from gn_det.data.catalog import DatasetSource
+from gn_det.data.coco import load_coco
+from gn_det.errors import DataError
+
+
+def _first(**values: Any) -> Change:
+    return lambda c: c["annotations"][0].update(values)
+
+
+def _second(**values: Any) -> Change:
+    return lambda c: c["annotations"][1].update(values)
+
+
+def _rle(size: list[int], counts: Any) -> Change:
+    return _second(segmentation={"size": size, "counts": counts})
+
+
+BAD_ANNOTATIONS: dict[str, tuple[Change, str]] = {
+    "missing image": (_first(image_id=99), "annotation 11: image_id 99 is not in 'images'"),
+    "image id of a wrong type": (_first(image_id=[5]), "annotation 11: image_id [5] is not in 'images'"),
+    "missing category": (_first(category_id=3), "category_id 3 is not in the json's categories (2, 9)"),
+    "no category": (_first(category_id=None), "category_id None"),
+    "zero width": (_first(bbox=[2, 3, 0, 8]), "bbox [2, 3, 0, 8] has no area"),
+    "negative height": (_first(bbox=[2, 3, 5, -8]), "has no area"),
+    "outside": (_first(bbox=[41, 3, 5, 8]), "lies outside the 40x30 image"),
+    "left of the image": (_first(bbox=[-9, 3, 9, 8]), "lies outside the 40x30 image"),
+    "three numbers": (_first(bbox=[2, 3, 5]), "is not [x, y, width, height]"),
+    "no box": (_first(bbox=None), "bbox None is not"),
+    "nan box": (_first(bbox=[2, 3, math.nan, 4]), "not finite"),
+    "text box": (_first(bbox=["2", 3, 4, 4]), "not finite"),
+    "nan vertex": (_first(segmentation=[[2, 3, math.nan, 3, 12, 11]]), "NaN or infinite vertex"),
+    "infinite vertex": (_first(segmentation=[[2, 3, math.inf, 3, 12, 11]]), "NaN or infinite vertex"),
+    "huge vertex": (_first(segmentation=[[2, 3, 1e7, 3, 12, 11]]), "vertex at (1e+07, 3), far outside the 40x30 image"),
+    "huge integer": (_first(segmentation=[[2, 3, 10**30, 3, 12, 11]]), "segmentation has"),
+    "two points": (_first(segmentation=[[2, 3, 12, 3]]), "no usable polygon (fewer than 3 points)"),
+    "odd length": (_first(segmentation=[[2, 3, 12, 3, 12, 11, 5]]), "odd number of coordinates"),
+    "flat polygon": (_first(segmentation=[2, 3, 12, 3, 12, 11]), "flat list of numbers"),
+    "text polygon": (_first(segmentation=[["2", "3", "4", "5", "6", "7"]]), "not numbers"),
+    "nested polygon": (_first(segmentation=[[[2, 3], [4, 5], [6, 7]]]), "not numbers"),
+    "ragged polygon": (_first(segmentation=[[[2, 3], 4, 5, 6, 7, 8]]), "not numbers"),
+    "text segmentation": (_first(segmentation="abc"), "segmentation is a str"),
+    "iscrowd 2": (_first(iscrowd=2), "iscrowd 2 is not 0 or 1"),
+    "ignore": (_first(ignore=1), "mark regions to ignore with iscrowd 1"),
+    "swapped size": (_rle([40, 30], [1200]), "(it looks like [width, height]: swap it)"),
+    "wrong size": (_rle([20, 20], [0, 400]), "RLE size [20, 20] is not the image's [height, width] [30, 40]"),
+    "size is no pair": (_rle([1], [0, 400]), "is not [height, width]"),
+    "counts too short": (_rle([30, 40], [0, 30]), "RLE counts cover 30 pixels, the image has 1200"),
+    "counts too long": (_rle([30, 40], [0, 1201]), "RLE counts cover 1201 pixels"),
+    "negative counts": (_rle([30, 40], [1300, -100]), "negative"),
+    "fractions": (_rle([30, 40], [599.5, 600.5]), "not whole numbers"),
+    "enormous counts": (_rle([30, 40], [2**62, 2**62, 2**62]), "larger than any image"),
+    "empty mask": (_rle([30, 40], [1200]), "no foreground pixel"),
+    "cut string": (_rle([30, 40], "oP"), "cut off"),
+    "strange string": (_rle([30, 40], "0é"), "characters that the format does not have"),
+    "long number": (_rle([30, 40], "o" * 30 + "0"), "larger than any image"),
+    "counts of a wrong type": (_rle([30, 40], 7), "RLE counts are int"),
+    "no counts": (_second(segmentation={"size": [30, 40]}), "without size or counts"),
+    "copied annotation": (lambda c: c["annotations"].append(dict(c["annotations"][0])), "annotation 11 appears twice"),
+    "not an object": (lambda c: c["annotations"].append("x"), "is not an object"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ANNOTATIONS)
+def test_bad_annotation(tmp_path: Path, case: str) -> None:
+    """Dropped and listed with MAX_BAD 1, refused with 0; the other objects are untouched."""
+    change, message = BAD_ANNOTATIONS[case]
+    source = write(tmp_path, change)
+    data = load_coco(source, max_bad=1)
+    assert len(data.bad) == 1 and message in data.bad[0]
+    added = case in ("copied annotation", "not an object")
+    assert data.object_counts.sum() == (3 if added else 2)
+    assert message in data.summary()
+    with pytest.raises(DataError) as refused:
+        load_coco(source, max_bad=0)
+    text = str(refused.value)
+    assert "\n" not in text and message in text and "own.json" in text and "DATALOADER.MAX_BAD" in text
+
+
+BAD_FILES: dict[str, tuple[Change, str]] = {
+    "no categories": (lambda c: c.pop("categories"), "no 'categories'"),
+    "empty categories": (lambda c: c.update(categories=[]), "no 'categories'"),
+    "category without name": (lambda c: c["categories"][0].pop("name"), "needs an integer 'id' and a text 'name'"),
+    "category twice": (lambda c: c["categories"][0].update(id=2), "category id 2 appears more than once"),
+    "no images": (lambda c: c.pop("images"), "no 'images'"),
+    "empty images": (lambda c: c.update(images=[]), "no 'images'"),
+    "image without id": (lambda c: c["images"][1].pop("id"), "entry 1 of 'images' has no 'id'"),
+    "image twice": (lambda c: c["images"][0].update(id=6), "image id 6 appears more than once (im 8é.png, im 6é.png)"),
+    "annotations is no list": (lambda c: c.update(annotations={}), "'annotations' is a dict"),
+    "misspelt key": (lambda c: c.update(annotation=c.pop("annotations")), "'annotations' is missing"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_structure_is_refused(tmp_path: Path, case: str) -> None:
+    change, message = BAD_FILES[case]
+    with pytest.raises(DataError) as refused:
+        load_coco(write(tmp_path, change), max_bad=1000)
+    text = str(refused.value)
+    assert message in text and "own.json" in text and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the file is empty"),
+        (b'{"images": [', "not a json file (Expecting value in line 1"),
+        (b"[]", "COCO *results*"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+        (b"null", "holds a NoneType"),
+    ],
+)
+def test_not_a_coco_json(tmp_path: Path, content: bytes, message: str) -> None:
+    source = write(tmp_path)
+    Path(source.json_file).write_bytes(content)
+    with pytest.raises(DataError) as refused:
+        load_coco(source, max_bad=10)
+    assert message in str(refused.value) and "own.json" in str(refused.value)
+
+
+def test_wrong_paths_name_the_key(tmp_path: Path) -> None:
+    source = write(tmp_path)
+    gone = DatasetSource("own", str(tmp_path / "gone.json"), source.image_root, source.origin)
+    with pytest.raises(DataError, match=r"gone.json: .* not found: check DATASETS.TRAIN_JSON"):
+        load_coco(gone, max_bad=0)
+    with pytest.raises(DataError, match="is a folder"):
+        load_coco(DatasetSource("own", str(tmp_path), source.image_root), max_bad=0)
+    elsewhere = DatasetSource("own", source.json_file, str(tmp_path / "elsewhere"), source.origin)
+    with pytest.raises(DataError, match=r"elsewhere: the image folder of .* does not exist: check DATASETS.TRAIN_JSON"):
+        load_coco(elsewhere, max_bad=100)
+    (tmp_path / "empty").mkdir()
+    empty = DatasetSource("own", source.json_file, str(tmp_path / "empty"), source.origin)
+    with pytest.raises(DataError, match="none of its 4 images can be used"):
+        load_coco(empty, max_bad=100)
+
+
+def test_bad_images_are_dropped_with_their_objects(tmp_path: Path) -> None:
+    """Missing, empty, not an image, other size, swapped by EXIF: header checks only, one line each."""
+    source = write(tmp_path)
+    (tmp_path / "im 5é.png").unlink()
+    (tmp_path / "im 6é.png").write_bytes(b"")
+    (tmp_path / "im 7é.png").write_bytes(b"GIF89 but not really")
+    data = load_coco(source, max_bad=3)
+    assert [r["image_id"] for r in data.records] == [8] and len(data.sizes) == len(data.object_counts) == 1
+    assert "image 5: " in data.bad[0] and "image not found" in data.bad[0]
+    assert "0 bytes" in data.bad[1] and "not an image that Pillow knows" in data.bad[2]
+    with pytest.raises(DataError, match=r"3 bad images or annotations, DATALOADER.MAX_BAD allows 2"):
+        load_coco(source, max_bad=2)
+    assert len(load_coco(source, max_bad=0, need_images=False).records) == 4
+
+
+def test_image_of_another_size(tmp_path: Path) -> None:
+    source = write(tmp_path)
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(tmp_path / "im 5é.png", exif=exif)
+    Image.fromarray(np.zeros((31, 40, 3), np.uint8)).save(tmp_path / "im 6é.png")
+    data = load_coco(source, max_bad=2)
+    assert "is 30x40 pixels, the json says 40x30: the sides are swapped (EXIF" in data.bad[0]
+    assert "is 40x31 pixels, the json says 40x30: correct width" in data.bad[1]
+
+
+def test_image_entries_without_size_or_name(tmp_path: Path) -> None:
+    def change(content: dict) -> None:
+        content["images"][2].pop("width")  # image 5, which has two objects
+        content["images"][1].pop("file_name")
+
+    data = load_coco(write(tmp_path, change), max_bad=2)
+    assert len(data.bad) == 2  # their annotations are not listed once more
+    assert "width None" in data.bad[1] and "'file_name' is missing" in data.bad[0]
+
+
+def test_refusal_quotes_a_few_of_many(tmp_path: Path) -> None:
+    def change(content: dict) -> None:
+        content["annotations"] = [dict(content["annotations"][0], id=i, bbox=[0, 0, 0, 0]) for i in range(1, 101)]
+
+    with pytest.raises(DataError) as refused:
+        load_coco(write(tmp_path, change), max_bad=10)
+    text = str(refused.value)
+    assert "100 bad" in text and "and 97 more" in text and len(text) < 900
+
+
+def test_nan_in_json_does_not_reach_the_mask_api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """json accepts NaN; the mask API would take the process down with it."""
+    from pycocotools import mask as coco_mask
+
+    monkeypatch.setattr(coco_mask, "frPyObjects", lambda *_: pytest.fail("the mask API was called"))
+    source = write(tmp_path, _first(segmentation=[[2, 3, math.nan, 3, 12, 11]]))
+    content = json.loads(Path(source.json_file).read_text())
+    del content["annotations"][0]["area"]
+    Path(source.json_file).write_text(json.dumps(content))
+    assert len(load_coco(source, max_bad=1).bad) == 1

@@ -1,0 +1,77 @@
+"""Pictures of every mode arrive as upright uint8 arrays; unreadable ones raise one line with their name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gn_det.data.image import image_size, read_image
+from gn_det.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def rgb() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "RGB", "CMYK"])
+def test_modes(tmp_path: Path, rgb: Image.Image, mode: str) -> None:
+    path = tmp_path / ("a.tiff" if mode == "CMYK" else "a.png")
+    rgb.convert(mode).save(path)
+    want = np.asarray(rgb.convert(mode).convert("RGB"))
+    assert np.array_equal(read_image(path, "RGB"), want)
+    assert np.array_equal(read_image(path, "BGR"), want[:, :, ::-1])
+    assert read_image(path, "L").shape == (5, 7, 1)
+    assert image_size(path) == (7, 5)
+
+
+def test_sixteen_bit_gray(tmp_path: Path) -> None:
+    """As Detectron2 (Pillow's conversion): values above 255 become white."""
+    Image.fromarray(np.array([[0, 100, 300, 65535]], dtype=np.uint16)).save(tmp_path / "a.png")
+    pixels = read_image(tmp_path / "a.png", "BGR")
+    assert pixels.shape == (1, 4, 3) and pixels.dtype == np.uint8
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(tmp_path: Path, orientation: int) -> None:
+    """The array is what a viewer shows, and the header check knows its size without decoding."""
+    from PIL import ImageOps
+
+    picture = Image.fromarray(np.arange(35, dtype=np.uint8).reshape(5, 7))
+    exif = Image.Exif()
+    exif[274] = orientation
+    for name in ("a.png", "a.jpg", "a.webp"):
+        picture.convert("RGB").save(tmp_path / name, exif=exif)
+        with Image.open(tmp_path / name) as opened:
+            want = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
+        got = read_image(tmp_path / name, "RGB")
+        assert np.array_equal(got, want), name
+        assert image_size(tmp_path / name) == (got.shape[1], got.shape[0]), name
+
+
+def test_unreadable_files_are_named(tmp_path: Path, rgb: Image.Image) -> None:
+    rgb.resize((64, 64)).save(tmp_path / "cut.jpg")
+    data = (tmp_path / "cut.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
+    (tmp_path / "text.jpg").write_text("hello")
+    (tmp_path / "empty.jpg").touch()
+    for name, reason in {
+        "cut.jpg": "truncated",
+        "text.jpg": "not an image",
+        "empty.jpg": "0 bytes",
+        "gone.jpg": "not found",
+        ".": "is a folder",
+    }.items():
+        with pytest.raises(DataError) as error:
+            read_image(tmp_path / name)
+        text = str(error.value)
+        assert reason in text and str(tmp_path) in text and "\n" not in text
+    assert image_size(tmp_path / "cut.jpg") == (64, 64)  # the header is whole
+
+
+def test_format_is_checked(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"INPUT.FORMAT 'YUV-BT.601' is not implemented"):
+        read_image(tmp_path / "a.png", "YUV-BT.601")

@@ -1,0 +1,202 @@
+"""Batch k depends on (seed, k) alone; unreadable images are replaced, counted, and refused beyond MAX_BAD."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from own_coco import write
+
+from gn_det.config import get_cfg
+from gn_det.data import loader as loader_module
+from gn_det.data.catalog import DatasetSource
+from gn_det.data.coco import CocoDataset, load_coco
+from gn_det.data.loader import build_test_loader, build_train_loader
+from gn_det.data.shapes import make_shapes
+from gn_det.data.transport import pack_samples, unpack_samples
+from gn_det.errors import ConfigError, DataError
+from gn_det.structures import Sample
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> DatasetSource:
+    return make_shapes(tmp_path_factory.mktemp("shapes"), "train", 14)
+
+
+@pytest.fixture
+def shapes(source: DatasetSource) -> CocoDataset:
+    return load_coco(source, max_bad=0)
+
+
+def _cfg(**dataloader: Any):
+    cfg = get_cfg()
+    cfg.INPUT.MIN_SIZE_TRAIN = (40, 50, 60)
+    cfg.INPUT.MIN_SIZE_TEST = 40
+    cfg.MODEL.MASK_ON = True
+    for key, value in dataloader.items():
+        cfg.DATALOADER[key] = value
+    return cfg
+
+
+def _same(a: Sample, b: Sample) -> bool:
+    masks = zip(a["targets"].masks.masks, b["targets"].masks.masks)
+    return (
+        a["image_id"] == b["image_id"]
+        and torch.equal(a["image"], b["image"])
+        and torch.equal(a["targets"].boxes, b["targets"].boxes)
+        and torch.equal(a["targets"].classes, b["targets"].classes)
+        and all(np.array_equal(m, n) for x, y in masks for m, n in zip(x, y))
+    )
+
+
+def _batches(cfg: Any, data: CocoDataset, count: int, **more: Any) -> list[list[Sample]]:
+    loader = build_train_loader(cfg, [data], **{"images_per_rank": 3, "seed": 5, "num_workers": 0} | more)
+    return list(itertools.islice(loader, count))
+
+
+@pytest.mark.parametrize(("workers", "start", "memory"), [(0, 4, True), (1, 0, True), (2, 3, True), (2, 0, False)])
+def test_batch_is_a_function_of_seed_and_number(
+    shapes: CocoDataset, monkeypatch: pytest.MonkeyPatch, workers: int, start: int, memory: bool
+) -> None:
+    """Any number of workers, any resume point, any transport: the same tensors."""
+    monkeypatch.setattr(loader_module, "shared_memory_fits", lambda *_: memory)
+    want = _batches(_cfg(), shapes, 8)[start:]
+    got = _batches(_cfg(), shapes, 8 - start, num_workers=workers, start_batch=start)
+    assert len(got) == len(want)
+    for a, b in zip(got, want):
+        assert len(a) == len(b) == 3 and all(map(_same, a, b))
+    other = _batches(_cfg(), shapes, 8 - start, seed=6, start_batch=start)
+    assert not all(_same(x, y) for a, b in zip(got, other) for x, y in zip(a, b))
+
+
+def test_one_image_is_augmented_anew_each_time(shapes: CocoDataset) -> None:
+    seen: dict[int, set[tuple]] = {}
+    for sample in itertools.chain(*_batches(_cfg(), shapes, 60)):
+        seen.setdefault(sample["image_id"], set()).add((*sample["image"].shape, int(sample["image"][0, 0, :15].sum())))
+    assert len(seen) == 14 and all(len(v) > 2 for v in seen.values())
+
+
+def test_aspect_groups_and_ranks(shapes: CocoDataset) -> None:
+    for batch in _batches(_cfg(), shapes, 20):
+        assert len({s["width"] > s["height"] for s in batch}) == 1
+    mixed = _batches(_cfg(ASPECT_RATIO_GROUPING=False), shapes, 20)
+    assert any(len({s["width"] > s["height"] for s in batch}) == 2 for batch in mixed)
+    whole = [s["image_id"] for s in itertools.chain(*mixed)]
+    parts = [
+        [
+            s["image_id"]
+            for b in _batches(_cfg(ASPECT_RATIO_GROUPING=False), shapes, 10, rank=r, world_size=2)
+            for s in b
+        ]
+        for r in (0, 1)
+    ]
+    assert [i for pair in zip(*parts) for i in pair] == whole  # ranks share one stream, nothing twice
+    assert sorted(whole[:14]) == list(range(1, 15))  # an epoch shows every image once
+
+
+@pytest.mark.parametrize("sampler", ["RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler"])
+def test_other_samplers(shapes: CocoDataset, sampler: str) -> None:
+    cfg = _cfg(SAMPLER_TRAIN=sampler, REPEAT_THRESHOLD=0.9)
+    first, second = _batches(cfg, shapes, 6), _batches(cfg, shapes, 6)
+    assert all(_same(x, y) for a, b in zip(first, second) for x, y in zip(a, b))
+    with pytest.raises(ConfigError, match="SAMPLER_TRAIN 'Other' is not implemented"):
+        _batches(_cfg(SAMPLER_TRAIN="Other"), shapes, 1)
+
+
+def test_images_without_objects(tmp_path: Path) -> None:
+    data = load_coco(write(tmp_path), max_bad=0)
+    loader = build_train_loader(_cfg(), [data], images_per_rank=2, seed=0, num_workers=0)
+    assert loader.num_images == 2 and "2 images without objects left out" in loader.summary()
+    cfg = _cfg(FILTER_EMPTY_ANNOTATIONS=False)
+    loader = build_train_loader(cfg, [data], images_per_rank=4, seed=0, num_workers=0)
+    batch = next(iter(loader))
+    assert loader.num_images == 4 and "2 images without objects kept" in loader.summary()
+    assert sorted(len(s["targets"]) for s in batch) == [0, 0, 1, 2]
+    none = load_coco(write(tmp_path, lambda c: c.update(annotations=[])), max_bad=0)
+    with pytest.raises(DataError, match="no image has an object to learn from"):
+        build_train_loader(cfg, [none], images_per_rank=1, seed=0)
+
+
+def test_objects_without_mask(tmp_path: Path) -> None:
+    data = load_coco(write(tmp_path, lambda c: c["annotations"][0].pop("segmentation")), max_bad=0)
+    with pytest.raises(DataError, match=r"MASK_ON True: 1 bad .* annotation 11 of image 5 has no segmentation"):
+        build_train_loader(_cfg(MAX_BAD=0), [data], images_per_rank=1, seed=0)
+    samples = _batches(_cfg(MAX_BAD=1), data, 4)
+    assert {len(s["targets"]) for s in itertools.chain(*samples)} == {1}
+    boxes_only = load_coco(write(tmp_path, lambda c: [a.pop("segmentation") for a in c["annotations"]]), max_bad=0)
+    with pytest.raises(DataError, match="none of its 3 objects has a segmentation"):
+        build_train_loader(_cfg(MAX_BAD=100), [boxes_only], images_per_rank=1, seed=0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_truncated_image_is_replaced(tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture) -> None:
+    """The header was fine when the run started; the pixels are not. Same replacement with any number of workers."""
+    source = make_shapes(tmp_path, "train", 9)
+    data = load_coco(source, max_bad=0)
+    cut = Path(data.records[4]["file_name"])
+    before = _batches(_cfg(), data, 6)
+    cut.write_bytes(cut.read_bytes()[:2000])
+    with caplog.at_level(logging.WARNING):
+        after = _batches(_cfg(), data, 6, num_workers=workers)
+    assert sum(cut.name in m for m in caplog.messages) == 1  # named once, not every time
+    for a, b in zip(before, after):
+        for x, y in zip(a, b):
+            assert y["image_id"] != 5 and (_same(x, y) or x["image_id"] == 5)
+            assert (y["width"] > y["height"]) == (x["width"] > x["height"])
+    with pytest.raises(DataError, match=r"1 bad .*MAX_BAD allows 0: .*000005.jpg: image cannot be read .*truncated"):
+        _batches(_cfg(MAX_BAD=0), data, 6, num_workers=workers)
+    loader = build_test_loader(_cfg(), data, num_workers=workers)
+    assert [s["image_id"] for batch in loader for s in batch] == [1, 2, 3, 4, 6, 7, 8, 9]
+    assert list(loader.skipped) == [str(cut)]
+    with pytest.raises(DataError, match="MAX_BAD allows 0"):
+        list(build_test_loader(_cfg(MAX_BAD=0), data, num_workers=workers))
+
+
+def test_test_loader_covers_everything_once(shapes: CocoDataset) -> None:
+    ids: list[int] = []
+    for rank in range(3):
+        loader = build_test_loader(_cfg(), shapes, rank, 3, batch_size=2, num_workers=0)
+        batches = list(loader)
+        assert len(batches) == len(loader)
+        ids += [s["image_id"] for batch in batches for s in batch]
+    assert ids == list(range(1, 15))
+
+
+def test_transport_keeps_samples(shapes: CocoDataset, tmp_path: Path) -> None:
+    mixed = load_coco(write(tmp_path), max_bad=0)
+    samples = _batches(_cfg(FILTER_EMPTY_ANNOTATIONS=False), mixed, 4)[0]
+    for shared in (True, False):
+        for a, b in zip(samples, unpack_samples(pack_samples(samples, shared))):
+            assert _same(a, b) and a.keys() == b.keys()
+            assert b["targets"].image_size == a["targets"].image_size
+    assert unpack_samples(pack_samples([])) == []
+
+
+def test_killed_worker_is_one_line(shapes: CocoDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the system does when memory runs out: SIGKILL."""
+    monkeypatch.setattr(
+        loader_module, "augmentation_state", lambda *_: os.kill(os.getpid(), signal.SIGKILL), raising=True
+    )
+    with pytest.raises(DataError, match=r"process was killed, .*DATALOADER.NUM_WORKERS"):
+        _batches(_cfg(), shapes, 1, num_workers=1)
+
+
+def test_hanging_worker_is_one_line(shapes: CocoDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    import time
+
+    monkeypatch.setattr(loader_module, "TIMEOUT", 1)
+    monkeypatch.setattr(loader_module, "augmentation_state", lambda *_: time.sleep(4))
+    with pytest.raises(DataError, match="no batch arrived within 1 s"):
+        _batches(_cfg(), shapes, 1, num_workers=1)
+
+
+def test_negative_seed_is_refused(shapes: CocoDataset) -> None:
+    with pytest.raises(ValueError, match="non-negative seed"):
+        _batches(_cfg(), shapes, 1, seed=-1)

@@ -1,0 +1,68 @@
+"""Streams are known in advance: equal epochs, no dependence on when or where they are read."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from gn_det.data.samplers import (
+    augmentation_state,
+    batch_stream,
+    inference_shard,
+    repeat_factors,
+    repeat_stream,
+    shuffled_stream,
+    subset_stream,
+)
+
+
+def _take(stream, count: int) -> list:
+    return list(itertools.islice(stream, count))
+
+
+def test_every_epoch_is_a_permutation() -> None:
+    stream = _take(shuffled_stream(7, 3), 70)
+    epochs = [stream[i : i + 7] for i in range(0, 70, 7)]
+    assert all(sorted(e) == list(range(7)) for e in epochs)
+    assert len({tuple(e) for e in epochs}) == 10
+    assert stream == _take(shuffled_stream(7, 3), 70) != _take(shuffled_stream(7, 4), 70)
+    assert _take(shuffled_stream(3, 0, shuffle=False), 7) == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_groups_never_mix_and_nothing_is_lost() -> None:
+    sizes = np.array([[2, 1], [1, 2], [1, 1], [3, 1], [1, 4]])
+    batches = _take(batch_stream(shuffled_stream(5, 0), 2, sizes=sizes), 50)
+    for batch in batches:
+        assert len({bool(sizes[i][0] > sizes[i][1]) for i, _ in batch}) == 1
+    positions = sorted(p for batch in batches for _, p in batch)
+    assert len(set(positions)) == 100 and positions[-1] <= 102  # at most one image a group is waiting
+
+
+def test_repeat_factors_follow_the_paper() -> None:
+    """f(c) = 0.75 and 0.25, t = 0.5: r = max(1, sqrt(t / f))."""
+    factors = repeat_factors([[0], [0, 0], [0, 1], []], 0.5)
+    assert factors.tolist() == pytest.approx([1, 1, 2**0.5, 1])
+    assert repeat_factors([[0], [0], [0, 1], []], 0.5, square_root=False)[2] == 2
+
+
+def test_repeated_images_occur_in_proportion() -> None:
+    stream = _take(repeat_stream(torch.tensor([1.0, 2.5, 1.0]), 0), 9000)
+    assert np.bincount(stream) / 2000 == pytest.approx([1, 2.5, 1], rel=0.05)
+
+
+def test_subset() -> None:
+    assert len(set(_take(subset_stream(100, 0.1, 3), 500))) == 10
+
+
+def test_shards_cover_once() -> None:
+    for total, world in itertools.product(range(0, 9), range(1, 5)):
+        assert [i for r in range(world) for i in inference_shard(total, r, world)] == list(range(total))
+
+
+def test_augmentation_depends_on_seed_and_position() -> None:
+    draws = {(s, p): augmentation_state(s, p).randint(2**31) for s in range(3) for p in range(200)}
+    assert len(set(draws.values())) == len(draws)
+    assert augmentation_state(1, 7).randint(2**31) == draws[1, 7]
