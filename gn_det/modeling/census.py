@@ -1,0 +1,118 @@
+"""Norm census: which norm sits where, with how many groups, and what of it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from gn_det.norm import FrozenBatchNorm2d, GroupNorm
+
+#: (stage, prefixes of module names), in the order of the table; the first match wins.
+_STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("stem", ("backbone.stem", "backbone.bottom_up.stem")),
+    ("res2", ("backbone.res2", "backbone.bottom_up.res2")),
+    ("res3", ("backbone.res3", "backbone.bottom_up.res3")),
+    ("res4", ("backbone.res4", "backbone.bottom_up.res4")),
+    ("res5", ("backbone.res5", "backbone.bottom_up.res5")),
+    ("fpn", ("backbone.fpn_",)),
+    ("rpn", ("proposal_generator",)),
+    ("res5 head", ("roi_heads.res5",)),
+    ("box head", ("roi_heads.box_head",)),
+    ("mask head", ("roi_heads.mask_head",)),
+)
+_BACKBONE = ("stem", "res2", "res3", "res4", "res5")
+
+
+@dataclass(frozen=True)
+class CensusRow:
+    """Norm layers of one kind in one stage.
+
+    Attributes:
+        stage: "stem", "res2" .. "res5", "fpn", "rpn", "res5 head", "box head" or "mask head".
+        norm: "GN", "LN", "IN", "BN", "SyncBN", "FrozenBN", another class's name, or "none".
+        layers: number of norm layers.
+        groups: numbers of groups that occur, increasing; empty where the norm has none.
+        trainable: gamma and beta tensors that train.
+        frozen: gamma and beta tensors that do not (buffers of FrozenBN included).
+    """
+
+    stage: str
+    norm: str
+    layers: int
+    groups: tuple[int, ...] = ()
+    trainable: int = 0
+    frozen: int = 0
+
+
+def norm_name(module: nn.Module) -> str | None:
+    """The name under which a config asks for ``module``; its class name if it looks like a norm; None if not."""
+    if isinstance(module, GroupNorm):
+        return module.kind
+    if isinstance(module, nn.GroupNorm):
+        return "GN"
+    if isinstance(module, nn.SyncBatchNorm):
+        return "SyncBN"
+    if isinstance(module, nn.BatchNorm2d):
+        return "BN"
+    if isinstance(module, FrozenBatchNorm2d):
+        return "FrozenBN"
+    name = type(module).__name__
+    return name if name.endswith("Norm") and name != "ConvNorm" else None
+
+
+def norm_census(model: nn.Module) -> list[CensusRow]:
+    """Rows per stage and kind of norm, in the order of the forward pass; stages that exist without norm say "none"."""
+    found: dict[tuple[str, str], list[nn.Module]] = {}
+    stages: set[str] = set()
+    for name, module in model.named_modules():
+        stage = next((s for s, prefixes in _STAGES if name.startswith(prefixes)), None)
+        if stage is None:
+            continue
+        stages.add(stage)
+        kind = norm_name(module)
+        if kind is not None:
+            found.setdefault((stage, kind), []).append(module)
+    rows = []
+    for stage, _ in _STAGES:
+        kinds = [kind for s, kind in found if s == stage]
+        rows += [_row(stage, kind, found[stage, kind]) for kind in kinds]
+        if stage in stages and not kinds:
+            rows.append(CensusRow(stage, "none", 0))
+    return rows
+
+
+def _row(stage: str, kind: str, modules: Sequence[nn.Module]) -> CensusRow:
+    trainable = frozen = 0
+    for module in modules:
+        for name in ("weight", "bias"):
+            tensor = getattr(module, name, None)
+            if tensor is not None:
+                trainable += bool(tensor.requires_grad)
+                frozen += not tensor.requires_grad
+    groups = {m.num_groups for m in modules if isinstance(m, nn.GroupNorm)}
+    return CensusRow(stage, kind, len(modules), tuple(sorted(groups)), trainable, frozen)
+
+
+def format_census(rows: Sequence[CensusRow]) -> str:
+    """The rows as a table, and a last line with the sums per part."""
+    lines = [f"{'stage':<10} {'norm':<9} {'layers':>6}  {'groups':<12} gamma/beta tensors"]
+    for row in rows:
+        groups = ", ".join(map(str, row.groups)) or "-"
+        state = [f"{n} {what}" for n, what in ((row.trainable, "trainable"), (row.frozen, "frozen")) if n]
+        lines.append(f"{row.stage:<10} {row.norm:<9} {row.layers:>6}  {groups:<12} {', '.join(state) or '-'}")
+    parts: dict[str, dict[str, int]] = {}
+    for row in rows:
+        if row.layers:
+            kinds = parts.setdefault("backbone" if row.stage in _BACKBONE else row.stage, {})
+            kinds[row.norm] = kinds.get(row.norm, 0) + row.layers
+    sums = [f"{n} {kind} in {part}" for part, kinds in parts.items() for kind, n in kinds.items()]
+    trainable, frozen = sum(r.trainable for r in rows), sum(r.frozen for r in rows)
+    total = f"{trainable + frozen} gamma/beta tensors: {trainable} trainable, {frozen} frozen"
+    as_frozen_bn = sum(r.frozen for r in rows if r.norm == "FrozenBN")
+    reasons = ((as_frozen_bn, "as FrozenBN"), (frozen - as_frozen_bn, "by MODEL.BACKBONE.FREEZE_AT"))
+    if frozen:
+        total += f" ({', '.join(f'{n} {why}' for n, why in reasons if n)})"
+    lines.append(f"total: {' + '.join(sums) or 'no norm layers'}; {total}")
+    return "\n".join(lines)
