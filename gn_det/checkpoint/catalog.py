@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from urllib.parse import urlparse
 
-from gn_det.checkpoint.io import StrPath
+from gn_det.checkpoint.io import StrPath, one_line
 from gn_det.checkpoint.source import Preprocessing
 from gn_det.errors import WeightsError
 
@@ -111,7 +111,7 @@ def _download(uri: str, url: str, cached: Path) -> Path:
         with _timeout(_TIMEOUT):
             return Path(manager.get_local_path(url))
     except Exception as error:  # urllib, ssl, http, portalocker and OSError have no common base
-        reason = " ".join(str(getattr(error, "reason", "") or error or type(error).__name__).split())[:120]
+        reason = one_line(getattr(error, "reason", "") or str(error) or type(error).__name__)
         raise WeightsError(
             f"{uri}: cannot download {url} ({reason}); place the file at {cached}, or set MODEL.WEIGHTS to a local path"
         ) from error

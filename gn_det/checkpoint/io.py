@@ -212,7 +212,7 @@ def _check_archive(path: StrPath) -> None:
         size = os.path.getsize(path)
     except Exception as error:  # zipfile raises many types on damaged archives
         raise WeightsError(
-            f"{path}: is truncated or damaged ({_one_line(error)}); copy, download or train it again"
+            f"{path}: is truncated or damaged ({one_line(error)}); copy, download or train it again"
         ) from None
     if any(r.compress_type != zipfile.ZIP_STORED for r in records) or sum(r.file_size for r in records) > size:
         raise WeightsError(f"{path}: is not a checkpoint written by torch.save (it unpacks to more than its size)")
@@ -223,14 +223,16 @@ def _read_failure(path: StrPath, error: Exception) -> str:
     foreign = re.search(r"(?:GLOBAL|unsupported class) ([\w.]+)", text)
     if foreign and isinstance(error, pickle.UnpicklingError):
         return (
-            f"{path}: holds {foreign.group(1)}, which is not loaded because it could run code; "
+            f"{path}: holds {one_line(foreign.group(1))}, which is not loaded because it could run code; "
             "save the weights alone, as in torch.save({'model': model.state_dict()}, path)"
         )
     if "TorchScript" in text:
         return f"{path}: is a TorchScript program, not a checkpoint; save its state_dict() with torch.save"
-    return f"{path}: is not a checkpoint or is damaged ({_one_line(error)}); copy, download or train it again"
+    return f"{path}: is not a checkpoint or is damaged ({one_line(error)}); copy, download or train it again"
 
 
-def _one_line(error: Exception, limit: int = 120) -> str:
-    text = " ".join((str(error) or type(error).__name__).split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+def one_line(text: object, limit: int = 120) -> str:
+    """Text from a foreign file or library, fit for a message: one line, no control characters, of bounded length."""
+    words = str(text) or type(text).__name__
+    line = " ".join("".join(c if c.isprintable() or c.isspace() else "?" for c in words[: 4 * limit]).split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"

@@ -3,31 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gn_det
+from gn_det.checkpoint.io import StrPath
+from gn_det.errors import WeightsError
+
+if TYPE_CHECKING:
+    from fvcore.common.config import CfgNode
 
 KEY = "gn_det"
 
 
-def build_meta(cfg: Any, class_names: Sequence[str], category_ids: Sequence[int], **extra: Any) -> dict[str, Any]:
+def build_meta(cfg: CfgNode, class_names: Sequence[str], category_ids: Sequence[int], **extra: Any) -> dict[str, Any]:
     """The metadata block, of plain values alone.
 
     Args:
-        cfg: the resolved configuration (``dump()`` gives its YAML text).
+        cfg: the resolved configuration; stored as the YAML text of all its keys.
         class_names: one name per class, in the model's order.
         category_ids: the json category id of each class, in the same order.
         extra: further plain values, such as ``iteration`` (int) and ``best_metric`` (float or None).
     """
+    from gn_det.config import dump_config
+
     if len(class_names) != len(category_ids):
         raise ValueError(f"{len(class_names)} class names but {len(category_ids)} category ids")
     return {
         "version": gn_det.__version__,
         "class_names": [str(name) for name in class_names],
         "category_ids": [int(number) for number in category_ids],
-        "config": cfg.dump(),
+        "config": dump_config(cfg),
         **extra,
     }
+
+
+def config_of_checkpoint(path_or_uri: StrPath) -> CfgNode:
+    """The configuration stored in one of our checkpoints, checked as a config file is.
+
+    Raises:
+        WeightsError: unreadable file, or one that stores no configuration.
+        ConfigError: the stored configuration has keys that this version does not know.
+    """
+    from gn_det.checkpoint.catalog import local_path
+    from gn_det.checkpoint.sources import read_any
+    from gn_det.config import parse_config
+
+    meta = read_meta(read_any(local_path(path_or_uri)))
+    if meta is None or not meta["config"]:
+        raise WeightsError(f"{path_or_uri}: stores no config (not written by gn_det); name one with --config")
+    return parse_config(meta["config"], str(path_or_uri))
 
 
 def read_meta(payload: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
-from gn_det.checkpoint.io import StrPath, read_head
+from gn_det.checkpoint.io import StrPath, one_line, read_head
 from gn_det.errors import WeightsError
 
 _DTYPE = re.compile(r"[<>|=]?(?:b1|[iu][1248]|f[248])$")
@@ -37,8 +37,9 @@ def read_pickle(path: StrPath) -> dict[str, Any]:
     except _Refused as error:
         raise WeightsError(f"{path}: {error}") from None
     except Exception as error:  # whatever damaged bytes provoke in the interpreter of opcodes is the file's fault
-        reason = " ".join((str(error) or type(error).__name__).split())[:120]
-        raise WeightsError(f"{path}: is not a pickle of weights or is damaged ({reason}); download it again") from None
+        raise WeightsError(
+            f"{path}: is not a pickle of weights or is damaged ({one_line(error)}); download it again"
+        ) from None
     if not isinstance(loaded, dict):
         raise WeightsError(f"{path}: holds a {type(loaded).__name__}, not a dict of weights")
     return loaded
@@ -73,7 +74,7 @@ class _Dtype:
 
     def __init__(self, code: str) -> None:
         if not isinstance(code, str) or not _DTYPE.match(code):
-            raise _Refused(f"holds an array of dtype {str(code)[:40]!r}; only plain numbers are read")
+            raise _Refused(f"holds an array of dtype {one_line(code, 40)!r}; only plain numbers are read")
         self.code = code.lstrip("<>|=")
         self.order = code[0] if code[0] in "<>|=" else "="
 
@@ -95,7 +96,7 @@ def _bytes(value: Any) -> bytes:
 
 def _array(shape: Any, dtype: Any, order: str, data: Any) -> np.ndarray:
     if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape) or len(shape) > 32:
-        raise _Refused(f"holds an array of shape {str(shape)[:60]}")
+        raise _Refused(f"holds an array of shape {one_line(shape, 60)}")
     if not isinstance(dtype, _Dtype):
         raise _Refused("holds an array without a plain dtype")
     raw = _bytes(data)
@@ -197,8 +198,8 @@ class _Unpickler(_Base):
             return self._allowed[module, name]
         except KeyError:
             raise _Refused(
-                f"holds {module}.{name}, which is not loaded because it could run code; only numpy arrays, dicts, "
-                "lists and plain values are read from a pickle"
+                f"holds {one_line(module, 60)}.{one_line(name, 60)}, which is not loaded because it could run "
+                "code; only numpy arrays, dicts, lists and plain values are read from a pickle"
             ) from None
 
     def persistent_load(self, pid: Any) -> Any:

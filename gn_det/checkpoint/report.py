@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from gn_det.checkpoint.io import one_line
+
 Shape = tuple[int, ...]
 
 PARTS = (
@@ -107,7 +109,7 @@ class LoadReport:
 
 def format_report(report: LoadReport) -> str:
     """The report as a table of one line per part, with what is not simply loaded spelled out."""
-    head = f"Weights: {report.source} ({report.kind})"
+    head = f"Weights: {report.source} ({one_line(report.kind)})"
     rows: list[tuple[str, ...]] = [("part", "loaded", "missing", "unexpected", "shape", "note")]
     for part in PARTS:
         p = report.parts.get(part)
@@ -147,5 +149,5 @@ def _note(p: PartReport) -> str:
 def shorten(names: Iterable[str], limit: int = 3) -> str:
     """``a, b, c and 5 more``."""
     names = list(names)
-    shown = ", ".join(names[:limit])
+    shown = ", ".join(one_line(name) for name in names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

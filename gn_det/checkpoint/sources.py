@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from gn_det.checkpoint import caffe2
-from gn_det.checkpoint.io import StrPath, read_checkpoint, read_head
+from gn_det.checkpoint.io import StrPath, one_line, read_checkpoint, read_head
 from gn_det.checkpoint.meta import read_meta
 from gn_det.checkpoint.pickles import read_pickle
 from gn_det.checkpoint.source import Preprocessing, Weights
@@ -55,12 +55,12 @@ def read_weights(path: StrPath) -> Weights:
         raise WeightsError(f"{path}: holds weights of {layout.name}; {layout.advice}")
     weights = layout.translate(state)
     if meta is not None:
-        weights.kind = f"gn_det {meta['version']}".strip()
+        weights.kind = one_line(f"gn_det {meta['version']}", 40)
         weights.meta = meta
         weights.config = _parse_config(meta["config"])
         _tell_from_config(weights)
     elif payload.get("__author__") and weights.kind == _DETECTRON2:
-        weights.kind = f"{_DETECTRON2}, by {str(payload['__author__'])[:60]!r}"
+        weights.kind = f"{_DETECTRON2}, by {one_line(payload['__author__'], 60)!r}"
     return weights
 
 
@@ -85,7 +85,7 @@ def _state_of(path: StrPath, payload: Mapping[str, Any]) -> Mapping[Any, Any]:
         if isinstance(payload.get(key), Mapping):
             return payload[key]
     if not payload or not any(isinstance(v, (torch.Tensor, np.ndarray)) for v in payload.values()):
-        keys = ", ".join(str(k)[:30] for k in list(payload)[:5]) or "nothing"
+        keys = ", ".join(one_line(k, 30) for k in list(payload)[:5]) or "nothing"
         raise WeightsError(f"{path}: holds no weights (its entries: {keys}); give a file with a 'model' state dict")
     return payload
 
@@ -99,7 +99,7 @@ def _tensors(path: StrPath, state: Mapping[Any, Any]) -> State:
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             if isinstance(name, str) and caffe2.is_ignored(name):
                 continue
-            raise WeightsError(f"{path}: entry {str(name)[:60]!r} is a {type(value).__name__}, not a tensor")
+            raise WeightsError(f"{path}: entry {one_line(name, 60)!r} is a {type(value).__name__}, not a tensor")
         tensors[name] = value
     for prefix in ("module.", "_orig_mod."):
         if tensors and all(name.startswith(prefix) for name in tensors):
@@ -180,7 +180,7 @@ FORMATS: tuple[Format, ...] = (
 def _parse_config(text: str) -> dict[str, Any] | None:
     try:
         config = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return None
     return config if isinstance(config, dict) else None
 
@@ -200,12 +200,18 @@ def _tell_from_config(weights: Weights) -> None:
     if norm in ("GN", "LN", "IN"):
         weights.norm = norm
     has_gn = any(lookup(config, key) == "GN" for key in NORM_KEYS)
-    if has_gn and lookup(config, "MODEL.GN.NUM_GROUPS") is not None:
-        weights.groups = (lookup(config, "MODEL.GN.NUM_GROUPS"), lookup(config, "MODEL.GN.CHANNELS_PER_GROUP") or 0)
-    mean, std = lookup(config, "MODEL.PIXEL_MEAN"), lookup(config, "MODEL.PIXEL_STD")
+    groups, per_group = lookup(config, "MODEL.GN.NUM_GROUPS"), lookup(config, "MODEL.GN.CHANNELS_PER_GROUP") or 0
+    if has_gn and isinstance(groups, int) and isinstance(per_group, int):
+        weights.groups = (groups, per_group)
+    layout, stride = lookup(config, "INPUT.FORMAT"), lookup(config, "MODEL.RESNETS.STRIDE_IN_1X1")
     weights.preprocessing = Preprocessing(
-        format=lookup(config, "INPUT.FORMAT"),
-        pixel_mean=tuple(mean) if isinstance(mean, (list, tuple)) else None,
-        pixel_std=tuple(std) if isinstance(std, (list, tuple)) else None,
-        stride_in_1x1=lookup(config, "MODEL.RESNETS.STRIDE_IN_1X1"),
+        format=layout if isinstance(layout, str) else None,
+        pixel_mean=_numbers(lookup(config, "MODEL.PIXEL_MEAN")),
+        pixel_std=_numbers(lookup(config, "MODEL.PIXEL_STD")),
+        stride_in_1x1=stride if isinstance(stride, bool) else None,
     )
+
+
+def _numbers(value: Any) -> tuple[float, ...] | None:
+    good = isinstance(value, (list, tuple)) and all(isinstance(v, (int, float)) for v in value)
+    return tuple(float(v) for v in value) if good else None

@@ -13,7 +13,7 @@ import yaml
 
 from gn_det.checkpoint.io import save_checkpoint
 from gn_det.checkpoint.last import prune, read_last, write_last
-from gn_det.checkpoint.meta import build_meta, read_meta
+from gn_det.checkpoint.meta import build_meta, config_of_checkpoint, read_meta
 from gn_det.config import get_cfg
 from gn_det.errors import WeightsError
 
@@ -94,6 +94,16 @@ def test_meta_round_trip(tmp_path: Path) -> None:
     assert yaml.safe_load(again.dump()) == yaml.safe_load(cfg.dump())
     with pytest.raises(ValueError, match="2 class names but 1"):
         build_meta(cfg, ["a", "b"], [1])
+
+
+def test_config_of_a_checkpoint(tmp_path: Path) -> None:
+    cfg = get_cfg()
+    cfg.MODEL.GN.NUM_GROUPS = 16
+    save_checkpoint(tmp_path / "m.pth", {"model": {}, "gn_det": build_meta(cfg, [], [])})
+    assert config_of_checkpoint(tmp_path / "m.pth").MODEL.GN.NUM_GROUPS == 16
+    save_checkpoint(tmp_path / "d2.pth", {"model": {}})
+    with pytest.raises(WeightsError, match="stores no config"):
+        config_of_checkpoint(tmp_path / "d2.pth")
 
 
 def test_meta_of_foreign_files() -> None:

@@ -376,6 +376,21 @@ def test_own_checkpoints_bring_their_config(tmp_path: Path) -> None:
     assert "other names (a, b, c)" in format_report(load_weights(model, path, renamed))
 
 
+def test_a_spoilt_config_in_the_file_tells_nothing(tmp_path: Path) -> None:
+    shapes = detector_shapes()
+    for number, text in enumerate(
+        (
+            "[1",
+            "a: {b",
+            "MODEL: 3",
+            "MODEL: {PIXEL_MEAN: [a, b], GN: {NUM_GROUPS: x}, FPN: {NORM: [1]}}",
+            "x: 2001-99-99",
+        )
+    ):
+        path = saved(tmp_path / f"{number}.pth", shapes, gn_det={"config": text, "version": 3})
+        load_weights(module(shapes), path, config(MODEL__FPN__NORM="GN"))
+
+
 def test_another_model_altogether(tmp_path: Path) -> None:
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "linear.pth")
     message = refused(module(detector_shapes()), tmp_path / "linear.pth", config())
