@@ -87,7 +87,9 @@ def datasets_for(cfg: Any, split: str) -> list[DatasetSource]:
     if json_file:
         json_file = _user(json_file)
         images = _user(images) if images else str(Path(json_file).parent)
-        return [DatasetSource(Path(json_file).stem, json_file, images, f"DATASETS.{json_key} / {image_key}")]
+        flag = "train" if split == "train" else "val"
+        origin = f"--{flag}-json and --{flag}-images (DATASETS.{json_key}, {image_key})"
+        return [DatasetSource(Path(json_file).stem, json_file, images, origin)]
     if images:
         raise ConfigError(f"DATASETS.{image_key} is set without DATASETS.{json_key}: give the json of these images")
     names = data[names_key]

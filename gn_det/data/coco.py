@@ -8,8 +8,9 @@ missing, 0 or repeated) is repaired in memory and noted in the summary.
 
 from __future__ import annotations
 
+import logging
 import os
-from collections import Counter
+import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,14 +21,18 @@ import numpy as np
 
 from gn_det.data.catalog import DatasetSource, prepare
 from gn_det.data.checks import Defect, check_box, check_segmentation, is_number
-from gn_det.data.coco_file import CocoFile, read_coco_file
+from gn_det.data.coco_file import CocoFile, Repairs, read_coco_file
 from gn_det.data.image import image_size
 from gn_det.data.records import Annotation, Record, RecordList
 from gn_det.errors import DataError
 
+logger = logging.getLogger(__name__)
+
 #: How many messages a refusal quotes; all of them are in the log.
 _QUOTED = 3
 _HEADER_THREADS = 8
+#: From so many images on, the log says that they are being looked at: it takes a while.
+_MANY_IMAGES = 20_000
 #: Objects without a mask that are listed one by one; box-only sets have no others.
 _LISTED = 1000
 
@@ -162,7 +167,7 @@ def load_coco(
         without_mask=builder.without_mask,
         maskless=builder.maskless,
         bad=bad,
-        notes=content.notes + builder.notes(),
+        notes=content.notes + builder.repairs.notes(),
     )
 
 
@@ -219,7 +224,7 @@ class _Builder:
         self.class_counts = np.zeros(len(content.category_ids), dtype=np.int64)
         self.crowds = self.without_mask = 0
         self.maskless: list[str] = []
-        self.repairs: Counter[str] = Counter()
+        self.repairs = Repairs()
 
     def records(self) -> Iterable[Record]:
         for image in self.content.images:
@@ -249,17 +254,18 @@ class _Builder:
             raise Defect("'ignore' is not part of COCO's instances format: mark regions to ignore with iscrowd 1")
         iscrowd = raw.get("iscrowd")
         if iscrowd is None:
-            self.repairs["annotations have no iscrowd: taken as 0"] += 1
+            self.repairs.add("annotations have no iscrowd: taken as 0", f"annotation {raw['id']}")
         elif iscrowd not in (0, 1):
             raise Defect(f"iscrowd {iscrowd!r} is not 0 or 1")
         bbox = check_box(raw.get("bbox"), height, width)
         segmentation, left_out = check_segmentation(raw.get("segmentation"), height, width)
         if left_out:
             what = "polygon pieces have fewer than 3 points or an odd number of coordinates: left out"
-            self.repairs[what] += left_out
+            self.repairs.add(what, f"annotation {raw['id']}", left_out)
         area: Any = raw.get("area")
         if not is_number(area) or area < 0:
-            self.repairs["annotations have no usable area: computed from mask or box"] += 1
+            what = "annotations have no usable area: computed from mask or box"
+            self.repairs.add(what, f"annotation {raw['id']}")
             area = _area(segmentation, bbox, height, width)
         iscrowd = int(iscrowd or 0)
         index = self.index_of[category]
@@ -272,9 +278,6 @@ class _Builder:
                 self.maskless.append(f"annotation {raw['id']} of image {raw['image_id']} has no segmentation: add it")
         self.crowds += iscrowd
         return annotation
-
-    def notes(self) -> list[str]:
-        return [f"{count} {what}" for what, count in self.repairs.items()]
 
 
 def _area(segmentation: Any, bbox: Sequence[float], height: int, width: int) -> float:
@@ -300,7 +303,9 @@ def _check_images(content: CocoFile, source: DatasetSource) -> dict[Any, str]:
         try:
             width, height = image_size(path)
         except DataError as error:
-            return f"image {image['id']}: {error}"
+            beside = os.path.join(source.image_root, os.path.basename(image["file_name"]))
+            hint = f"; there is {beside}: correct file_name" if beside != path and os.path.exists(beside) else ""
+            return f"image {image['id']}: {error}{hint}"
         if (width, height) == (image["width"], image["height"]):
             return ""
         turned = (height, width) == (image["width"], image["height"])
@@ -310,8 +315,12 @@ def _check_images(content: CocoFile, source: DatasetSource) -> dict[Any, str]:
             f"{image['width']}x{image['height']}: {hint}correct width and height and the annotations"
         )
 
-    with ThreadPoolExecutor(_HEADER_THREADS) as pool:
-        messages = pool.map(look, content.images, chunksize=64)
+    if len(content.images) > _MANY_IMAGES:
+        logger.info("%s: checking the headers of %d images", source.name, len(content.images))
+    with warnings.catch_warnings(), ThreadPoolExecutor(_HEADER_THREADS) as pool:
+        # Pillow warns of odd metadata and very large pictures; neither is a mistake of the dataset.
+        warnings.simplefilter("ignore")
+        messages = pool.map(look, content.images)
         return {image["id"]: text for image, text in zip(content.images, messages) if text}
 
 

@@ -13,6 +13,22 @@ from gn_det.data.checks import is_number
 from gn_det.errors import DataError
 
 
+class Repairs:
+    """Counts what was repaired, by kind, with the first place of each."""
+
+    def __init__(self) -> None:
+        self._count: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
+
+    def add(self, what: str, where: str, count: int = 1) -> None:
+        self._count[what] += count
+        self._first.setdefault(what, where)
+
+    def notes(self) -> list[str]:
+        """One line a kind."""
+        return [f"{count} {what} (first: {self._first[what]})" for what, count in self._count.items()]
+
+
 @dataclass
 class CocoFile:
     """Raw entries, whose structure was checked: images sorted by id, annotations grouped by image."""
@@ -82,6 +98,10 @@ def _categories(entries: Any, path: str) -> tuple[tuple[int, ...], tuple[str, ..
     if repeated:
         raise DataError(f"{path}: category id {repeated[0]} appears more than once: give every category its own id")
     ordered = sorted(entries, key=lambda e: e["id"])
+    names = Counter(e["name"] for e in entries)
+    for name in (n for n, count in names.items() if count > 1):
+        ids = ", ".join(str(e["id"]) for e in ordered if e["name"] == name)
+        raise DataError(f"{path}: category name {name!r} is used by ids {ids}: give every category its own name")
     return tuple(e["id"] for e in ordered), tuple(e["name"] for e in ordered)
 
 
@@ -128,7 +148,7 @@ def _group_annotations(entries: Any, path: str, content: CocoFile, dropped: set[
     known = {image["id"] for image in content.images}
     seen: dict[Any, dict[str, Any]] = {}
     largest = max((e["id"] for e in entries if isinstance(e, dict) and type(e.get("id")) is int), default=0)
-    renumbered: Counter[str] = Counter()
+    repairs = Repairs()
     for position, entry in enumerate(entries):
         if not isinstance(entry, dict):
             content.bad.append(f"entry {position} of 'annotations' is not an object: {str(entry)[:40]!r}")
@@ -148,18 +168,16 @@ def _group_annotations(entries: Any, path: str, content: CocoFile, dropped: set[
             problem = "have id 0 or below (COCO's evaluation counts these as missed)"
         elif number in seen:
             if entry == seen[number]:
-                content.bad.append(f"annotation {number} appears twice: remove the copy")
+                repairs.add("annotations are exact copies of another one: left out", f"annotation {number}")
                 continue
             problem = "repeat another annotation's id"
         if problem:
-            renumbered[problem] += 1
+            what = f"annotations {problem}: renumbered in memory, renumber the file for other COCO tools"
+            repairs.add(what, f"annotation {number} of image {image}")
             largest += 1
             entry = {**entry, "id": largest}
         else:
             seen[number] = entry
         groups[image].append(entry)
     content.annotations_of = dict(groups)
-    content.notes += [
-        f"{count} annotations {what}: renumbered in memory, renumber the file for other COCO tools"
-        for what, count in renumbered.items()
-    ]
+    content.notes += repairs.notes()

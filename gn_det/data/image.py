@@ -8,7 +8,6 @@ image nearly white, because its conversion clips instead of scaling.
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -72,13 +71,11 @@ def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
         DataError: the file is missing, unreadable or not an image.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                width, height = image.size
-                # PNG's getexif() decodes all pixels to look for a trailing chunk; its header is enough here.
-                known = image.format != "PNG" or "exif" in image.info
-                return (height, width) if known and _orientation(image) in _SWAPS_SIDES else (width, height)
+        with Image.open(path) as image:
+            width, height = image.size
+            # PNG's getexif() decodes all pixels to look for a trailing chunk; its header is enough here.
+            known = image.format != "PNG" or "exif" in image.info
+            return (height, width) if known and _orientation(image) in _SWAPS_SIDES else (width, height)
     except Exception as error:
         raise DataError(_why_unreadable(path, error)) from error
 

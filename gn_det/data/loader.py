@@ -198,10 +198,7 @@ class _TrainData(Dataset[_Loaded]):
 
         Gives up after more failures than MAX_BAD allows, since the main process refuses to go on then anyway.
         """
-        same_group = np.flatnonzero(self.wide == self.wide[index])
-        start = int(np.searchsorted(same_group, index))
-        for step in range(min(len(same_group), self.max_bad + 1)):
-            candidate = int(same_group[(start + step) % len(same_group)])
+        for candidate in self._candidates(index):
             if candidate not in self._unreadable:
                 record = self.record(candidate)
                 try:
@@ -210,6 +207,13 @@ class _TrainData(Dataset[_Loaded]):
                     self._unreadable[candidate] = (record["file_name"], str(error))
             failures.append(self._unreadable[candidate])
         return None
+
+    def _candidates(self, index: int) -> Iterator[int]:
+        yield index
+        same_group = np.flatnonzero(self.wide == self.wide[index])
+        start = int(np.searchsorted(same_group, index))
+        for step in range(1, min(len(same_group), self.max_bad + 1)):
+            yield int(same_group[(start + step) % len(same_group)])
 
 
 class _TestData(Dataset[_Loaded]):

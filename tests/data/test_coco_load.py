@@ -64,14 +64,24 @@ def test_repairs_are_noted(tmp_path: Path) -> None:
         third["id"] = fourth["id"]
         first["segmentation"].append([1.0, 2.0, 3.0, 4.0])
         content["images"][0]["width"] = 40.0
+        content["annotations"].append(dict(second, id=15))
+        content["annotations"].append(dict(second, id=15))
 
     data = load_coco(write(tmp_path, change), max_bad=0)
     annotations = [a for r in data.records for a in r["annotations"]]
-    assert len({a["id"] for a in annotations}) == 4 and all(a["id"] > 0 for a in annotations)
+    assert len({a["id"] for a in annotations}) == len(annotations) == 5 and all(a["id"] > 0 for a in annotations)
     assert annotations[0]["area"] == 80.0 and annotations[0]["iscrowd"] == 0
     assert len(annotations[0]["segmentation"]) == 1
     text = data.summary()
-    for part in ("no iscrowd", "no usable area", "id 0 or below", "repeat another", "fewer than 3 points"):
+    for part in (
+        "no iscrowd",
+        "no usable area",
+        "id 0 or below",
+        "repeat another",
+        "exact copies",
+        "first: annotation 0 of image 5",
+        "fewer than 3 points",
+    ):
         assert part in text, part
 
 
