@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from gn_det.errors import ConfigError, DataError, UserError
+from gn_det.errors import ConfigError, DataError, UserError, WeightsError
 from gn_det.inputs import collect_images, output_names
 from gn_det.predict import Predictor, predict
 from gn_det.structures import Detections
@@ -131,3 +131,32 @@ def test_drawings_are_no_inputs_of_the_next_run_and_inputs_are_never_overwritten
         assert len(result["images"]) == 4
     with pytest.raises(ConfigError, match="overwrite an input"):
         run([photos], photos)
+
+
+def test_a_checkpoint_brings_its_config_and_classes(photos: Path, tmp_path: Path) -> None:
+    """Model, classes and ids come from the file alone; weights that leave a layer untrained are refused."""
+    from gn_det.checkpoint.io import save_checkpoint
+    from gn_det.checkpoint.meta import build_meta
+    from gn_det.config import load_config
+    from gn_det.modeling.build import build_model
+
+    tiny = ["MODEL.ROI_HEADS.NUM_CLASSES", "3", "MODEL.FPN.OUT_CHANNELS", "32", "INPUT.MIN_SIZE_TEST", "64"]
+    cfg = load_config("quickstart.yaml", [*tiny, "TEST.DETECTIONS_PER_IMAGE", "5"])
+    state = build_model(cfg).state_dict()
+    meta = build_meta(cfg, NAMES, (7, 8, 19))
+    file = tmp_path / "w.pth"
+    save_checkpoint(file, {"model": state, "iteration": 1, "gn_det": meta})
+    lines: list[str] = []
+    result = predict(file, photos / "x.jpg", tmp_path / "out", threshold=0.0, device="cpu", report=lines.append)
+    assert result["categories"][1] == {"id": 8, "name": "日本"}
+    assert 0 < len(result["annotations"]) <= 5 and "segmentation" in result["annotations"][0]
+
+    save_checkpoint(file, {"model": state})
+    with pytest.raises(WeightsError, match="--config"):
+        predict(file, photos / "x.jpg", tmp_path / "out", device="cpu", report=lines.append)
+    del state["roi_heads.box_predictor.cls_score.weight"]
+    save_checkpoint(file, {"model": state, "gn_det": meta})
+    with pytest.raises(WeightsError, match="cls_score"):
+        predict(file, photos / "x.jpg", tmp_path / "out", device="cpu", report=lines.append)
+    with pytest.raises(ConfigError, match="device"):
+        predict(file, photos / "x.jpg", tmp_path / "out", device="cuda:77", report=lines.append)

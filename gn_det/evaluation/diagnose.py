@@ -109,8 +109,14 @@ def _category_mismatch(
 def _coverage(objects: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]]) -> list[str]:
     with_objects = {a["image_id"] for a in objects}
     with_results = {r["image_id"] for r in results}
-    if with_objects & with_results:
+    common = len(with_objects & with_results)
+    if common > len(with_objects) / 2:
         return []
+    if common:
+        return [
+            f"Only {common} of the {len(with_objects)} images with objects have any detection, so that most objects "
+            "count as missed: predict on the whole set, or train longer."
+        ]
     return [
         f"AP is 0: the {len(with_results)} images with detections and the {len(with_objects)} images with objects have "
         "none in common; image ids of predictions and json probably do not match."

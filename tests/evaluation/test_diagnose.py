@@ -78,6 +78,11 @@ def test_ids_that_do_not_match() -> None:
     assert "have none in common" in reasons(half, [r for r in results if r["image_id"] > 2])
 
 
+def test_most_images_without_detections() -> None:
+    data, results = perfect()
+    assert "Only 1 of the 4 images" in reasons(data, [r for r in results if r["image_id"] == 3])
+
+
 def test_swapped_classes() -> None:
     data, results = perfect()
     swapped = [r | {"category_id": 3 - r["category_id"]} for r in results]

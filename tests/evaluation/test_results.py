@@ -45,6 +45,21 @@ def test_no_detections_and_no_masks() -> None:
     assert encode_masks(torch.zeros(0, 4, 5, dtype=torch.bool)) == []
 
 
+def test_encoding_is_pycocotools_own() -> None:
+    """Text for text: noise, empty, full, one pixel in each corner, a column, a single-row and single-column image."""
+    cases = [torch.rand(9, 13) > 0.5, torch.zeros(9, 13), torch.ones(9, 13), torch.zeros(9, 13), torch.ones(1, 5)]
+    cases += [torch.ones(5, 1), torch.rand(1, 7) > 0.5, torch.rand(300, 200) > 0.999]
+    cases[3][:, 4] = 1
+    for y, x in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
+        corner = torch.zeros(9, 13)
+        corner[y, x] = 1
+        cases.append(corner)
+    for case in cases:
+        bitmap = case.bool()
+        expected = coco_mask.encode(np.asfortranarray(bitmap.numpy().astype(np.uint8)))
+        assert encode_masks(bitmap[None]) == [{"size": list(bitmap.shape), "counts": expected["counts"].decode()}]
+
+
 def test_more_classes_than_categories_is_explained() -> None:
     with pytest.raises(DataError, match=r"NUM_CLASSES 2"):
         detections_to_coco(1, detections(3), (1, 2))
