@@ -191,7 +191,7 @@ def _spawn(function: Callable[..., Any], args: tuple[Any, ...], plan: tuple[Any,
             if worker.pid and worker.is_alive() and number != signal.SIGINT:
                 os.kill(worker.pid, number)
 
-    old = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)} if _in_main_thread() else {}
+    old = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)} if in_main_thread() else {}
     try:
         _wait(workers)
     finally:
@@ -203,7 +203,7 @@ def _spawn(function: Callable[..., Any], args: tuple[Any, ...], plan: tuple[Any,
     _raise_first_error(Path(plan[-1]), workers)
 
 
-def _in_main_thread() -> bool:
+def in_main_thread() -> bool:
     import threading
 
     return threading.current_thread() is threading.main_thread()

@@ -124,7 +124,6 @@ def _run(cfg: CfgNode, device: str, module: DetectionModule, keeper: Keeper, mak
     if missed and keeper.evaluation_due(state.iteration + 1, left <= 0):
         logger.info("The evaluation due after iteration %d did not finish; it runs now.", state.iteration)
         keeper.run_evaluation(None, module)
-        keeper.recorder.write()
     if left <= 0:
         logger.info(
             "Nothing left to train: iteration %d is done and SOLVER.MAX_ITER is %d; raise SOLVER.MAX_ITER to go on.",

@@ -132,7 +132,9 @@ class Keeper(pl.Callback):
         self._resumed_rng, self._scaler_state = resumed_rng, scaler_state
         self._batches = int(cfg.SOLVER.IMS_PER_BATCH)
         self._signal = 0
-        self._old_handlers: dict[int, Any] = {}
+        # before Lightning puts its own in place: ours replace those while training, these come back afterwards
+        main = dist.in_main_thread()
+        self._old_handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)} if main else {}
 
     # ------------------------------------------------------------ start, end
 
@@ -220,6 +222,7 @@ class Keeper(pl.Callback):
         # Detectron2 writes the last evaluation under MAX_ITER, one beyond the last iteration.
         at = state.iteration + (state.iteration + 1 >= int(self.cfg.SOLVER.MAX_ITER))
         self.recorder.events.put_all(results, at, smooth=False)
+        self.recorder.write()  # now: the log keeps only the latest evaluation
         self._judge(module)
 
     def _judge(self, module: Any) -> None:
@@ -284,9 +287,8 @@ class Keeper(pl.Callback):
             if dist.rank() == 0:
                 logger.info("%s received; stopping after this iteration.", signal.Signals(number).name)
 
-        if dist._in_main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._old_handlers[number] = signal.signal(number, request)
+        for number in self._old_handlers:
+            signal.signal(number, request)
 
     def _interrupt(self, trainer: Any, module: Any, *, collective: bool = True) -> None:
         name = numbered(self.state.iteration)

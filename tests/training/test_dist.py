@@ -1,0 +1,88 @@
+"""Two processes on the CPU (gloo) train as one process does; failures and counts are told in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training.cases import Tiny, loader_factory, run
+
+from gn_det.errors import ConfigError, TrainingError
+from gn_det.training import dist
+
+
+class Plain(Tiny):
+    """Nothing random and no batch statistics, so that only the arithmetic of the mean is left."""
+
+    def __init__(self, poison: int = -1) -> None:
+        super().__init__()
+        self.poison = poison
+
+    def forward(self, samples: list[Any]) -> Any:
+        x = torch.stack([s["image"] for s in samples]).float() / 255
+        y = self.ln(self.fc(self.gn(self.conv(x)).relu().mean((2, 3))))
+        bad = any(s["image_id"] == self.poison for s in samples)
+        return {"loss_cls": y.pow(2).mean() * (float("nan") if bad else 1.0), "loss_box_reg": (y - 1).abs().mean()}
+
+
+def train_rank(folder: Path, poison: int, overrides: list[Any], resume: bool = False) -> dict[str, float]:
+    torch.set_num_threads(1)
+    world = dist.world_size()
+    torch.manual_seed(7)
+    model = Plain(poison)
+    evaluate = lambda model, on_progress: {"bbox/AP": float(sum(dist.broadcast(dist.gather_objects(dist.rank() + 1))))}  # noqa: E731
+    loader = loader_factory(4 // world // (2 if world == 1 else 1), dist.rank(), world)
+    return run(folder, overrides, model=model, make_loader=loader, evaluate=evaluate, resume=resume)
+
+
+def final(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "model_final.pth", weights_only=True)
+
+
+def test_two_processes_equal_accumulation(tmp_path: Path) -> None:
+    """DDP's mean over two ranks is the mean over two micro-batches; stopped and resumed it stays so."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    train_rank(one, -1, ["SOLVER.ACCUMULATE", 2])
+    half = ["SOLVER.CHECKPOINT_PERIOD", 5]
+    with pytest.raises(TrainingError, match="on GPU 1"):
+        dist.launch(train_rank, (two, 27, half), device="cpu", num_gpus=2)  # image 27: rank 1 of iteration 6
+    assert final_iteration(two / "model_0000004.pth") == 4
+    results = dist.launch(train_rank, (two, -1, half, True), device="cpu", num_gpus=2)
+    assert results == {"bbox/AP": 3.0}  # 1 + 2: both ranks took part and got the sum
+    a, b = final(one)["model"], final(two)["model"]
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6)
+    assert len(final(two)["rng"]) == 2
+
+
+def final_iteration(path: Path) -> int:
+    return torch.load(path, weights_only=True)["iteration"]
+
+
+def mistake() -> None:
+    raise ConfigError(f"wrong on {dist.rank()}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ({"num_gpus": 0}, "num-gpus"),
+        ({"num_machines": 2}, "dist-url"),
+        ({"num_machines": 2, "machine_rank": 2}, "machine-rank"),
+    ],
+)
+def test_impossible_counts(arguments: dict[str, Any], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        dist.launch(mistake, (), device="cpu", **arguments)
+
+
+def test_device_names() -> None:
+    assert dist.resolve_device("cpu") == "cpu"
+    with pytest.raises(ConfigError, match=r"MODEL\.DEVICE"):
+        dist.resolve_device("gpu")
+    if not torch.cuda.is_available():
+        assert dist.resolve_device("auto") == "cpu"
+        with pytest.raises(ConfigError, match="no GPU"):
+            dist.resolve_device("cuda")

@@ -1,0 +1,123 @@
+"""The engine on real parts: dry run without data, training and evaluation of a tiny detector on shapes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gn_det.config import load_config
+from gn_det.errors import ConfigError, DataError, TrainingError, WeightsError
+from gn_det.training import engine
+
+SMALL = [
+    "MODEL.DEVICE", "cpu", "MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_BOX_HEAD.NUM_CONV", "1",
+    "MODEL.ROI_BOX_HEAD.CONV_DIM", "32", "MODEL.ROI_BOX_HEAD.FC_DIM", "32", "MODEL.ROI_MASK_HEAD.CONV_DIM", "32",
+    "MODEL.ROI_MASK_HEAD.NUM_CONV", "1", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16", "MODEL.RPN.PRE_NMS_TOPK_TRAIN",
+    "50", "MODEL.RPN.POST_NMS_TOPK_TRAIN", "30", "MODEL.RPN.PRE_NMS_TOPK_TEST", "30", "MODEL.RPN.POST_NMS_TOPK_TEST",
+    "10", "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64", "INPUT.MAX_SIZE_TRAIN", "96",
+    "INPUT.MAX_SIZE_TEST", "96", "DATALOADER.NUM_WORKERS", "0", "SOLVER.IMS_PER_BATCH", "2", "TEST.EVAL_PERIOD", "0",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    from gn_det.data.shapes import make_shapes
+
+    root = tmp_path_factory.mktemp("shapes")
+    keys = []
+    for split, short in (("train", "TRAIN"), ("val", "VAL")):
+        source = make_shapes(root, split, num_images=8)
+        keys += [f"DATASETS.{short}_JSON", source.json_file, f"DATASETS.{short}_IMAGES", source.image_root]
+    return keys
+
+
+def small(shapes: list[str], folder: Path, *more: str) -> Any:
+    return load_config("quickstart.yaml", [*SMALL, *shapes, "OUTPUT_DIR", str(folder), *more])
+
+
+def test_dry_run_of_the_papers_long_schedule(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither data nor weights are there; the schedule is shown as written and as it would run here."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "nowhere"))
+    monkeypatch.chdir(tmp_path)
+    engine.dry_run(load_config("gn_fpn_long.yaml"))
+    text = capsys.readouterr().out
+    assert "270000 iterations" in text and "epochs" in text
+    assert "118287 images assumed for coco_2017_train" in text
+    assert "138 gamma/beta tensors: 108 trained with weight decay 0, 30 frozen" in text or "138 gamma/beta" in text
+    assert "running on 1" in text and "0.02 -> 0.0025" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train_resume_evaluate(shapes: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run of 4 iterations equals one of 2 that is resumed with MAX_ITER 4, to the bit, on the real model and data."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    constant = ["SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR", "SOLVER.WARMUP_ITERS", "0"]
+    engine.train(small(shapes, whole, "SOLVER.MAX_ITER", "4", *constant))
+    engine.train(small(shapes, cut, "SOLVER.MAX_ITER", "2", *constant))
+    results = engine.train(small(shapes, cut, "SOLVER.MAX_ITER", "4", *constant), resume=True)
+    a, b = (torch.load(f / "model_final.pth", weights_only=True) for f in (whole, cut))
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    assert a["gn_det"]["class_names"] == ["circle", "square", "triangle", "star", "ring"]
+    assert {"bbox/AP", "segm/AP", "segm/AP-circle"} <= results.keys()
+    last = json.loads((whole / "metrics.json").read_text().splitlines()[-1])
+    assert "bbox/AP" in last and "segm/AP" in last
+    for name in ("config.yaml", "log.txt", "last_checkpoint", "inference/coco_instances_results.json"):
+        assert (whole / name).is_file()
+    text = capsys.readouterr().out
+    assert "Seed 1." in text and "gamma/beta" in text and "copypaste" in text
+    again = engine.evaluate(small(shapes, tmp_path / "eval", "MODEL.WEIGHTS", str(whole / "model_final.pth")))
+    for name, value in results.items():
+        assert again[name] == value or value != value
+    with pytest.raises(TrainingError, match="--overwrite"):
+        engine.train(small(shapes, whole, "SOLVER.MAX_ITER", "4"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "error", "word"),
+    [
+        (["MODEL.BACKBONE.FREEZE_AT", "2"], ConfigError, "FREEZE_AT 0"),
+        (["MODEL.ROI_HEADS.NUM_CLASSES", "3"], DataError, "NUM_CLASSES"),
+        (
+            ["SOLVER.ACCUMULATE", "2", "SOLVER.IMS_PER_BATCH", "2", "MODEL.WEIGHTS", "gone.pth"],
+            WeightsError,
+            "gone.pth",
+        ),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_replaced(
+    shapes: list[str], tmp_path: Path, keys: list[str], error: type, word: str
+) -> None:
+    (tmp_path / "metrics.json").write_text("{}\n")
+    with pytest.raises(error, match=word) as caught:
+        engine.train(small(shapes, tmp_path, *keys))
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "metrics.json").read_text() == "{}\n"
+
+
+def test_evaluation_needs_weights(shapes: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"MODEL\.WEIGHTS"):
+        engine.evaluate(small(shapes, tmp_path))
+
+
+def test_test_set_with_other_classes_is_refused(shapes: list[str], tmp_path: Path) -> None:
+    path = Path(shapes[shapes.index("DATASETS.VAL_JSON") + 1])
+    content = json.loads(path.read_text())
+    content["categories"][0]["name"] = "blob"
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(content))
+    keys = list(shapes)
+    keys[keys.index("DATASETS.VAL_JSON") + 1] = str(other)
+    with pytest.raises(DataError, match="'circle'"):
+        engine.train(small(keys, tmp_path / "out"))
+
+
+def test_expected_results_are_verified(shapes: list[str], tmp_path: Path) -> None:
+    cfg = small(shapes, tmp_path, "SOLVER.MAX_ITER", "1", "TEST.EXPECTED_RESULTS", '[["bbox", "AP", 99.0, 0.5]]')
+    with pytest.raises(TrainingError, match=r"bbox/AP is .* expected 99\.0"):
+        engine.train(cfg)
