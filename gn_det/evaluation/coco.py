@@ -23,9 +23,6 @@ __all__ = ["EvalResult", "detections_to_coco", "evaluate_coco", "load_ground_tru
 
 log = logging.getLogger(__name__)
 
-#: Area ranges of APs, APm, APl in px².
-AREA_RANGES = {"small": [0, 32**2], "medium": [32**2, 96**2], "large": [96**2, 1e10]}
-
 
 class EvalResult(dict[str, dict[str, float]]):
     """``{"bbox": {"AP": percent, ...}, "segm": {...}}`` with the sentences that explain it.
@@ -149,7 +146,7 @@ def _precision(gt: GroundTruth, results: Sequence[dict[str, Any]], task: str, ma
         COCO({"images": images, "categories": gt.categories, "annotations": a}, print_function=_silent)
         for a in (annotations, entries)
     )
-    evaluator = COCOeval_faster(truth, found, task, ranges=AREA_RANGES, print_function=_silent, extra_calc=False)
+    evaluator = COCOeval_faster(truth, found, task, print_function=_silent, extra_calc=False)
     evaluator.params.maxDets = [1, 10, 100 if max_dets is None else int(max_dets)]
     evaluator.evaluate()
     evaluator.accumulate()
