@@ -119,7 +119,11 @@ def check_preprocessing(source: str, weights: Weights, cfg: Any) -> None:
     if wrong:
         have = ", ".join(f"{key} is {_show(value)}" for key, value, _ in wrong)
         sets = " ".join(f"{key} {_show(value)}" for key, _, value in wrong)
-        raise WeightsError(f"{source}: {have}, but these weights ({weights.kind}) need: {sets}")
+        raise WeightsError(f"{source}: {have}, but these weights ({_kind(weights)}) need: {sets}")
+
+
+def _kind(weights: Weights) -> str:
+    return ", ".join(filter(None, (weights.kind, weights.norm)))
 
 
 def _agree(need: Any, have: Any) -> bool:

@@ -136,7 +136,8 @@ def _note(p: PartReport) -> str:
     elif p.missing:
         notes.append(f"initialised: {shorten(p.missing)}")
     if p.reinitialised:
-        notes.append("re-initialised, expected (classes differ): " + shorten([n for n, _, _ in p.reinitialised]))
+        names = shorten(n.removeprefix("roi_heads.") for n, _, _ in p.reinitialised)
+        notes.append(f"re-initialised, expected (classes differ): {names}")
     if p.shape_differs:
         notes.append(
             "not loaded: " + "; ".join(f"{n} {a} in the file, {b} in the model" for n, a, b in p.shape_differs[:2])
@@ -147,7 +148,14 @@ def _note(p: PartReport) -> str:
 
 
 def shorten(names: Iterable[str], limit: int = 3) -> str:
-    """``a, b, c and 5 more``."""
-    names = list(names)
-    shown = ", ".join(one_line(name) for name in names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+    """``conv1.{weight,bias}, conv2.weight and 5 more``: tensors of one module together, the rest counted."""
+    leaves: dict[str, list[str]] = {}
+    for name in map(one_line, names):
+        module, dot, leaf = name.rpartition(".")
+        leaves.setdefault(module + dot or name, []).append(leaf if dot else "")
+    shown = [
+        module + (found[0] if len(found) == 1 else "{" + ",".join(found) + "}")
+        for module, found in list(leaves.items())[:limit]
+    ]
+    rest = sum(len(found) for found in list(leaves.values())[limit:])
+    return ", ".join(shown) + (f" and {rest} more" if rest else "")
