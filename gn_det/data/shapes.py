@@ -78,6 +78,8 @@ def _stamp_of(place: Path) -> dict[str, Any] | None:
 def _put_in_place(building: Path, place: Path, stamp: dict[str, Any]) -> None:
     """Swap the finished folder in; where another process was faster with the same set, keep that one."""
     building.chmod(0o755)
+    if _stamp_of(place) == stamp:
+        return
     if place.exists():
         old = Path(tempfile.mkdtemp(prefix=".old-", dir=place.parent))
         try:
