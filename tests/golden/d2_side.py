@@ -10,9 +10,8 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
-from torch import Tensor, nn
-
 from golden.model_cases import Scene, configure
+from torch import Tensor, nn
 
 
 def build_detectron2(case: str, **changes: Any) -> nn.Module:
