@@ -290,9 +290,12 @@ def dump_config(cfg: CN) -> str:
 def parse_config(text: str, source: str) -> CN:
     """A config from its YAML text, such as the one stored in a checkpoint; unknown keys are an error."""
     cfg = get_cfg()
-    loaded = yaml.load(text, Loader=_StrictLoader)
+    try:
+        loaded = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError:
+        loaded = None
     if not isinstance(loaded, dict):
-        raise ConfigError(f"{source}: the stored config is not readable")
+        raise ConfigError(f"{source}: the stored config is not readable; name one with --config")
     _check_keys(loaded, cfg, source)
     for dotted, value in _leaves(loaded):
         _set(cfg, dotted, value, source)

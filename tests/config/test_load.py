@@ -133,3 +133,9 @@ def test_missing_config(name: str) -> None:
 def test_every_key_is_known_once() -> None:
     keys = known_keys(get_cfg())
     assert len(keys) == len(set(keys)) > 200
+
+
+@pytest.mark.parametrize("text", ["", "a: [", "- 1", "SOLVER: {NOPE: 1}"])
+def test_a_damaged_stored_config_is_named(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"model\.pth"):
+        parse_config(text, "model.pth")

@@ -1,0 +1,117 @@
+"""The first thing a newcomer runs: train on generated shapes, evaluate, and show what was learnt."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gn_det.data.coco import CocoDataset, load_coco
+from gn_det.data.image import read_image
+from gn_det.errors import TrainingError
+from gn_det.structures import Detections, rasterize_polygons
+
+#: Held-out images in the picture of predictions.
+SHOWN = 6
+
+
+def quickstart(output: str, overrides: Sequence[str] = ()) -> dict[str, float]:
+    """Train ``quickstart.yaml``, evaluate it, and draw curves and predictions into ``output``.
+
+    Args:
+        output: folder for everything; an earlier quickstart in it is replaced.
+        overrides: config keys, as on the command line.
+
+    Returns:
+        The final metrics, such as ``bbox/AP`` and ``segm/AP`` in percent.
+    """
+    from gn_det.config import load_config
+    from gn_det.curves import draw_curves
+    from gn_det.data.catalog import datasets_for
+    from gn_det.training import engine
+
+    folder = Path(output)
+    cfg = load_config("quickstart.yaml", ["OUTPUT_DIR", output, *overrides])
+    started = time.perf_counter()
+    results = engine.train(cfg, overwrite=True)
+    minutes = (time.perf_counter() - started) / 60
+    weights = folder / "model_best.pth"
+    if not weights.is_file():
+        raise TrainingError(f"{weights} was not written: no evaluation gave an AP; train longer (SOLVER.MAX_ITER)")
+    draw_curves(folder / "metrics.json", folder / "curves.png")
+    held_out = load_coco(datasets_for(cfg, "test")[0], max_bad=cfg.DATALOADER.MAX_BAD)
+    picture = folder / "predictions.png"
+    draw_comparison(held_out, weights, picture)
+    print(
+        f"\nIn {minutes:.1f} minutes: box AP {results.get('bbox/AP', float('nan')):.1f}, "
+        f"mask AP {results.get('segm/AP', float('nan')):.1f} on {len(held_out)} held-out images.\n"
+        f"  {picture}   truth and predictions\n"
+        f"  {folder / 'curves.png'}   losses, AP and learning rate\n"
+        f"  {weights}   the model: gn-det predict --weights {weights} IMAGE ... --output drawn/\n"
+        "Next, your own data in COCO format:\n"
+        "  gn-det train --config gn_fpn.yaml --train-json a.json --train-images imgs/ --val-json b.json "
+        "--val-images imgs/ --epochs 12"
+    )
+    return results
+
+
+def draw_comparison(dataset: CocoDataset, weights: Path, picture: Path) -> None:
+    """Draw the ground truth of some images above what the model of ``weights`` finds in them, as one PNG."""
+    import io
+
+    from PIL import Image
+
+    from gn_det.draw import draw_detections, draw_grid
+    from gn_det.evaluation.results import write_bytes_atomic
+    from gn_det.predict import load_predictor
+
+    predictor = load_predictor(weights)
+    truths, found = [], []
+    for index in _spread(len(dataset)):
+        record = dataset.records[index]
+        pixels = read_image(record["file_name"], "RGB")
+        truths.append(draw_detections(pixels, _truth(dataset, index), dataset.class_names, show_scores=False))
+        detections = predictor.detect(Path(record["file_name"]))
+        keep = detections.scores >= 0.5
+        masks = None if detections.masks is None else detections.masks[keep]
+        shown = Detections(
+            detections.image_size, detections.boxes[keep], detections.scores[keep], detections.classes[keep], masks
+        )
+        found.append(draw_detections(pixels, shown, dataset.class_names))
+    titles = ["truth"] * len(truths) + ["GN Mask R-CNN"] * len(found)
+    buffer = io.BytesIO()
+    Image.fromarray(draw_grid(truths + found, titles, columns=max(len(truths), 1))).save(buffer, "PNG")
+    write_bytes_atomic(str(picture), buffer.getvalue())
+
+
+def _spread(count: int) -> list[int]:
+    """At most ``SHOWN`` indices spread over ``count``."""
+    return sorted({round(i) for i in np.linspace(0, count - 1, min(SHOWN, count))}) if count else []
+
+
+def _truth(dataset: CocoDataset, index: int) -> Detections:
+    """The annotations of one image as detections of score 1."""
+    from pycocotools import mask as coco_mask
+
+    record = dataset.records[index]
+    height, width = record["height"], record["width"]
+    boxes, classes, masks = [], [], []
+    for annotation in record["annotations"]:
+        segmentation = annotation.get("segmentation")
+        x, y, w, h = annotation["bbox"]
+        boxes.append([x, y, x + w, y + h])
+        classes.append(annotation["category_id"])
+        if isinstance(segmentation, dict):
+            masks.append(coco_mask.decode(segmentation).astype(bool))
+        else:
+            masks.append(rasterize_polygons(segmentation or [], height, width))
+    return Detections(
+        (height, width),
+        torch.as_tensor(np.array(boxes, dtype=np.float32).reshape(-1, 4)),
+        torch.ones(len(boxes)),
+        torch.as_tensor(classes, dtype=torch.int64),
+        torch.from_numpy(np.array(masks, dtype=bool).reshape(-1, height, width)),
+    )

@@ -1,0 +1,113 @@
+"""Train, resume, evaluate and predict through the command line, on a generated set and a toy model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from gn_det.checkpoint.io import read_checkpoint
+from gn_det.cli import main
+from gn_det.data.shapes import make_shapes
+from gn_det.predict import PREDICTIONS_FILE
+
+TOY = [
+    *("MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_BOX_HEAD.CONV_DIM", "32", "MODEL.ROI_BOX_HEAD.FC_DIM", "32"),
+    *("MODEL.ROI_MASK_HEAD.CONV_DIM", "32", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16"),
+    *("INPUT.MIN_SIZE_TRAIN", "96", "INPUT.MIN_SIZE_TEST", "96", "SOLVER.IMS_PER_BATCH", "2"),
+    *("DATALOADER.NUM_WORKERS", "0", "SOLVER.WARMUP_ITERS", "1", "SOLVER.CHECKPOINT_PERIOD", "2"),
+    *("MODEL.DEVICE", "cpu", "SEED", "3", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"),
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("shapes")
+    make_shapes(root, "train", 8)
+    make_shapes(root, "val", 4)
+    return root
+
+
+def flags(data: Path, output: Path) -> list[str]:
+    words = ["--config", "quickstart.yaml", "--output", str(output)]
+    for split in ("train", "val"):
+        words += [f"--{split}-json", str(data / split / "instances.json")]
+        words += [f"--{split}-images", str(data / split / "images")]
+    return words
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("run")
+    assert main(["train", *flags(data, output), *TOY, "SOLVER.MAX_ITER", "4", "TEST.EVAL_PERIOD", "2"]) == 0
+    return output
+
+
+def test_a_run_leaves_what_the_readme_names(trained: Path) -> None:
+    names = {p.name for p in trained.iterdir()}
+    assert {"model_best.pth", "model_final.pth", "last_checkpoint", "metrics.json"} <= names
+    last = json.loads((trained / "metrics.json").read_text().splitlines()[-1])
+    assert {"iteration", "bbox/AP", "segm/AP", "bbox/AP50", "segm/APs"} <= set(last)
+
+
+def test_checkpoint_is_plain_data_and_carries_the_classes(trained: Path) -> None:
+    payload = torch.load(trained / "model_final.pth", weights_only=True)
+    assert set(payload) >= {"model", "gn_det"}
+    assert len(payload["gn_det"]["class_names"]) == payload["model"]["roi_heads.box_predictor.cls_score.bias"].numel() - 1
+    assert "backbone.bottom_up.stem.conv1.norm.weight" in payload["model"]
+
+
+def test_eval_gives_the_ap_of_the_run(trained: Path, data: Path, tmp_path: Path) -> None:
+    val = ["--val-json", str(data / "val" / "instances.json"), "--val-images", str(data / "val" / "images")]
+    assert main(["eval", "--weights", str(trained / "model_final.pth"), "--output", str(tmp_path / "eval"), *val]) == 0
+    results = json.loads((tmp_path / "eval" / "coco_instances_results.json").read_text())
+    again = json.loads((trained / "coco_instances_results.json").read_text())
+    assert results == again and len(results) > 0
+
+
+def test_resume_after_a_longer_max_iter_goes_on(trained: Path, data: Path) -> None:
+    """Without --resume a finished run is not overwritten; with it, training goes on from the last iteration."""
+    before = read_checkpoint(trained / "model_final.pth")["iteration"]
+    longer = [*flags(data, trained), *TOY, "SOLVER.MAX_ITER", "6"]
+    assert main(["train", *longer]) == 2
+    assert main(["train", *longer, "--resume"]) == 0
+    assert read_checkpoint(trained / "model_final.pth")["iteration"] == before + 2
+
+
+def test_predict_draws_and_writes_json(trained: Path, data: Path, tmp_path: Path) -> None:
+    weights, images = str(trained / "model_best.pth"), str(data / "val" / "images")
+    words = ["predict", "--weights", weights, images, "--output", str(tmp_path / "drawn"), "--threshold", "0.0"]
+    assert main(words) == 0
+    document = json.loads((tmp_path / "drawn" / PREDICTIONS_FILE).read_text())
+    assert len(document["images"]) == 4 and document["annotations"]
+    assert len(list((tmp_path / "drawn").glob("*.png"))) == 4
+
+
+def test_weights_of_another_architecture_are_refused(
+    trained: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", *flags(data, tmp_path / "other"), *TOY, "MODEL.WEIGHTS", str(trained / "model_best.pth")]
+    assert main([*words, "MODEL.RESNETS.DEPTH", "34"]) == 2
+    assert "MODEL.RESNETS.DEPTH" in capsys.readouterr().err
+
+
+def test_wrong_number_of_classes_is_refused_before_training(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *flags(data, tmp_path / "run"), *TOY, "MODEL.ROI_HEADS.NUM_CLASSES", "3"]) == 2
+    assert "NUM_CLASSES" in capsys.readouterr().err
+
+
+def test_dry_run_needs_neither_data_nor_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """53 backbone + 8 FPN + 4 box + 4 mask GN layers, all gamma and beta without weight decay, 270000 iterations."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "nothing"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--config", "gn_fpn_long.yaml", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    for word in ("53", "138", "270000", "weight decay 0", "FREEZE_AT"):
+        assert word in out, word
+    assert list(tmp_path.iterdir()) == []
