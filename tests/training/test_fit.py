@@ -88,11 +88,9 @@ def test_interrupted_and_resumed_run_is_bit_identical(tmp_path: Path) -> None:
         assert torch.equal(slot["momentum_buffer"], b["optimizer"]["state"][index]["momentum_buffer"])
     assert torch.equal(a["rng"][0]["torch"], b["rng"][0]["torch"])
     assert a["scheduler"] == b["scheduler"] and a["gn_det"]["best_metric"] == b["gn_det"]["best_metric"]
-    evaluations = [
-        [(e["iteration"], e["bbox/AP"]) for e in lines(f) if "bbox/AP" in e] for f in (tmp_path / "whole", cut)
-    ]
-    assert evaluations[0] == evaluations[1]
-    assert [iteration for iteration, _ in evaluations[0]] == [3, 7, 12]
+    found = [[(e["iteration"], e["bbox/AP"]) for e in lines(f) if "bbox/AP" in e] for f in (tmp_path / "whole", cut)]
+    assert found[0] == found[1]
+    assert [iteration for iteration, _ in found[0]] == [3, 7, 12]
 
 
 def test_killed_run_resumes_from_its_last_checkpoint(tmp_path: Path) -> None:

@@ -56,7 +56,8 @@ def test_jumping_to_an_iteration_equals_stepping_there(name: str) -> None:
 
 def test_scaling_by_world_size_is_linear_and_idempotent() -> None:
     cfg = cfg_of(["SOLVER.BASE_LR", 0.02, "SOLVER.MAX_ITER", 90000, "SOLVER.STEPS", (60000, 80000),
-                  "SOLVER.REFERENCE_WORLD_SIZE", 8, "SOLVER.REFERENCE_BATCH", 16, "TEST.EVAL_PERIOD", 5000])  # fmt: skip
+                  "SOLVER.REFERENCE_WORLD_SIZE", 8, "SOLVER.REFERENCE_BATCH", 16,
+                  "TEST.EVAL_PERIOD", 5000])  # fmt: skip
     scaled, sentences = scale_schedule(cfg, 1, 0)
     assert (scaled.SOLVER.IMS_PER_BATCH, scaled.SOLVER.BASE_LR, scaled.SOLVER.MAX_ITER) == (2, 0.0025, 720000)
     assert scaled.SOLVER.STEPS == (480000, 640000)
