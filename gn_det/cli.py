@@ -36,7 +36,8 @@ def _add_config(parser: argparse.ArgumentParser, *, required: bool) -> None:
 def _add_data(parser: argparse.ArgumentParser, splits: Sequence[str]) -> None:
     group = parser.add_argument_group("own data in COCO format")
     for split in splits:
-        group.add_argument(f"--{split}-json", metavar="FILE", help=f"{split} annotations (DATASETS.{split.upper()}_JSON)")
+        key = f"DATASETS.{split.upper()}_JSON"
+        group.add_argument(f"--{split}-json", metavar="FILE", help=f"{split} annotations ({key})")
         group.add_argument(f"--{split}-images", metavar="DIR", help=f"folder of the {split} images")
 
 
@@ -69,7 +70,7 @@ def _eval_parser(prog: str) -> argparse.ArgumentParser:
     _add_config(parser, required=False)
     _add_data(parser, ("val",))
     _add_common(parser)
-    parser.add_argument("--weights", metavar="FILE", required=True, help="checkpoint; its own config serves without --config")
+    parser.add_argument("--weights", metavar="FILE", required=True, help="checkpoint; brings its config along")
     return parser
 
 

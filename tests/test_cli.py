@@ -33,7 +33,7 @@ def test_config_file_is_an_alias() -> None:
         (["train", "--config", "gn_fpn", "SOLVER.BASELR", "1"], "did you mean SOLVER.BASE_LR"),
         (["train", "--config", "gn_fpn", "--train-json", "a.json"], "DATASETS.TRAIN_IMAGES is missing"),
         (["predict", "--weights", "w", "--output", "o", "--threshold", "2", "a.jpg"], "between 0 and 1"),
-        (["predict", "--weights", "nowhere.pth", "--output", "o", "a.jpg"], "nowhere.pth"),
+        (["predict", "--weights", "nowhere.pth", "--output", "o", "a.jpg"], "a.jpg: no such image"),
         (["eval", "--weights", "nowhere.pth"], "nowhere.pth"),
         (["trian"], "unknown command 'trian'"),
     ],

@@ -55,15 +55,16 @@ def test_a_run_leaves_what_the_readme_names(trained: Path) -> None:
 def test_checkpoint_is_plain_data_and_carries_the_classes(trained: Path) -> None:
     payload = torch.load(trained / "model_final.pth", weights_only=True)
     assert set(payload) >= {"model", "gn_det"}
-    assert len(payload["gn_det"]["class_names"]) == payload["model"]["roi_heads.box_predictor.cls_score.bias"].numel() - 1
+    scores = payload["model"]["roi_heads.box_predictor.cls_score.bias"]
+    assert len(payload["gn_det"]["class_names"]) == scores.numel() - 1
     assert "backbone.bottom_up.stem.conv1.norm.weight" in payload["model"]
 
 
 def test_eval_gives_the_ap_of_the_run(trained: Path, data: Path, tmp_path: Path) -> None:
     val = ["--val-json", str(data / "val" / "instances.json"), "--val-images", str(data / "val" / "images")]
     assert main(["eval", "--weights", str(trained / "model_final.pth"), "--output", str(tmp_path / "eval"), *val]) == 0
-    results = json.loads((tmp_path / "eval" / "coco_instances_results.json").read_text())
-    again = json.loads((trained / "coco_instances_results.json").read_text())
+    results = json.loads((tmp_path / "eval" / "inference" / "coco_instances_results.json").read_text())
+    again = json.loads((trained / "inference" / "coco_instances_results.json").read_text())
     assert results == again and len(results) > 0
 
 

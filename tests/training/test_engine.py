@@ -125,3 +125,25 @@ def test_expected_results_are_verified(shapes: list[str], tmp_path: Path) -> Non
     for results in ({"bbox/AP": 39.4}, {"bbox/AP": float("nan")}, {}):
         with pytest.raises(TrainingError, match=r"bbox/AP is .* expected 40\.0"):
             verify_expected(cfg, results)
+
+
+@pytest.mark.parametrize(
+    ("keys", "word"),
+    [(["TEST.BEST_METRIC", "AP"], "segm/ with AP"), (["TEST.PATIENCE", "3", "TEST.EVAL_PERIOD", "0"], "EVAL_PERIOD")],
+)
+def test_metric_that_never_comes_is_refused(shapes: list[str], tmp_path: Path, keys: list[str], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        engine.train(small(shapes, tmp_path, *keys))
+
+
+def test_log_file_has_what_the_screen_does_not_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import logging
+
+    from gn_det.training.log import FILE_ONLY, run_log
+
+    with run_log(tmp_path):
+        logging.getLogger("gn_det.x").info("seen")
+        logging.getLogger("gn_det.x").info("kept", extra=FILE_ONLY)
+    text = capsys.readouterr().out
+    assert "seen" in text and "kept" not in text
+    assert "kept" in (tmp_path / "log.txt").read_text()
