@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from gn_det.checkpoint.io import atomic_write, read_checkpoint
 from gn_det.checkpoint.meta import read_meta
 from gn_det.errors import ConfigError, WeightsError
 from gn_det.training import dist
-from gn_det.training.log import run_log
+from gn_det.training.log import FILE_ONLY, run_log
 from gn_det.training.optim import format_groups, group_rows
 from gn_det.training.output import check_writable, refuse_old_run, start_afresh
 from gn_det.training.schedule import format_schedule, images_per_rank, lr_multiplier, scale_schedule
@@ -103,6 +104,7 @@ def dry_run(cfg: CfgNode, *, num_gpus: int = 1, num_machines: int = 1) -> None:
         logger.info("Resolved configuration\n%s", _indent(cfg.dump()))
         for line in sizes.lines:
             logger.info(line)
+        check_metric(cfg)
         check_freeze(cfg, strict=False)
         model = build_model(cfg)
         describe_model(cfg, model)
@@ -148,6 +150,7 @@ def _train(cfg: CfgNode, resume: bool) -> dict[str, float]:
 
     rank, world = dist.rank(), dist.world_size()
     _say_environment(cfg)
+    check_metric(cfg)
     point = find_resume(cfg) if resume else None
     if point is None:
         check_freeze(cfg)
@@ -283,6 +286,21 @@ def check_freeze(cfg: CfgNode, *, strict: bool = True) -> None:
     logger.warning(message)
 
 
+def check_metric(cfg: CfgNode) -> None:
+    """Refuse a metric for model_best.pth that no evaluation gives, before hours are spent.
+
+    Raises:
+        ConfigError: TEST.BEST_METRIC is not such as "segm/AP", or TEST.PATIENCE is set without TEST.EVAL_PERIOD.
+    """
+    name = str(cfg.TEST.BEST_METRIC)
+    if not re.search(r"(^|/)(bbox|segm)/AP(50|75|s|m|l|-.+)?$", name):
+        raise ConfigError(
+            f"TEST.BEST_METRIC is '{name}'; use bbox/ or segm/ with AP, AP50, AP75, APs, APm, APl or AP-class"
+        )
+    if cfg.TEST.PATIENCE > 0 and cfg.TEST.EVAL_PERIOD <= 0:
+        raise ConfigError(f"TEST.PATIENCE {cfg.TEST.PATIENCE} counts evaluations; set TEST.EVAL_PERIOD too")
+
+
 def describe_model(cfg: CfgNode, model: nn.Module) -> None:
     """Print the norm census and the optimizer groups."""
     from gn_det.modeling.census import format_census, norm_census
@@ -319,7 +337,4 @@ def _say_environment(cfg: CfgNode) -> None:
 
 def _note_in_file(error: Exception) -> None:
     """Why a run ended, into log.txt alone: the command line shows it by itself."""
-    record = logger.makeRecord(logger.name, logging.ERROR, __file__, 0, f"stopped: {error}", (), None)
-    for handler in logging.getLogger("gn_det").handlers:
-        if isinstance(handler, logging.FileHandler):
-            handler.emit(record)
+    logger.error("stopped: %s", error, extra=FILE_ONLY)

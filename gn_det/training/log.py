@@ -10,11 +10,16 @@ from contextlib import contextmanager
 
 LOG_FILE = "log.txt"
 
+#: ``extra=FILE_ONLY`` keeps a record off the screen.
+FILE_ONLY = {"file_only": True}
+
 
 class _Console(logging.StreamHandler):
     """Writes around a tqdm line, if one is there."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "file_only", False):
+            return
         tqdm = sys.modules.get("tqdm")
         if tqdm is None or not sys.stderr.isatty():
             self.stream = sys.stdout  # looked up now: it may have been redirected

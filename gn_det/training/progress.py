@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import datetime
 import logging
+import os
 import sys
 import time
 
 import torch
 
 from gn_det.training.events import EventLog
+from gn_det.training.log import FILE_ONLY
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +48,14 @@ def progress_line(log: EventLog, iteration: int) -> str:
 
 
 class Progress:
-    """A tqdm line when standard error is a terminal; otherwise one log line every ``period`` iterations."""
+    """A tqdm line on a terminal; one log line every ``period`` iterations in log.txt, and on screen without a terminal."""
 
     def __init__(self, start: int, total: int, *, period: int = 20, terminal: bool | None = None) -> None:
         self._period = period
         self._total = total
         self._bar = None
         self._since = 0.0
-        if sys.stderr.isatty() if terminal is None else terminal:
+        if _is_terminal() if terminal is None else terminal:
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, initial=start, dynamic_ncols=True, unit="it", mininterval=0.5, desc="train")
@@ -66,12 +68,20 @@ class Progress:
                 self._bar.set_postfix_str(_short(log), refresh=False)
                 self._since = now
             self._bar.update(1)
-        elif (iteration + 1) % self._period == 0 or iteration + 1 == self._total:
-            logger.info(progress_line(log, iteration))
+        if (iteration + 1) % self._period == 0 or iteration + 1 == self._total:
+            logger.info(progress_line(log, iteration), extra=None if self._bar is None else FILE_ONLY)
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def _is_terminal() -> bool:
+    """A terminal with a size: those of CI services claim to be one, but have 0 lines."""
+    try:
+        return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).lines > 0
+    except (OSError, ValueError):
+        return False
 
 
 def _short(log: EventLog) -> str:

@@ -113,20 +113,35 @@ def build_payload(
             f"the weights hold nan or inf after iteration {state.iteration}, so no checkpoint is written (an older one "
             "is kept); lower SOLVER.BASE_LR or set SOLVER.CLIP_GRADIENTS.ENABLED True"
         )
+    weights = model.state_dict()  # an OrderedDict of its own, whose version metadata is worth keeping
+    for name in weights:
+        weights[name] = _on_cpu(weights[name])
     extra = {name: getattr(state, name) for name in _COUNTERS}
     payload: dict[str, Any] = {
-        "model": model.state_dict(),
+        "model": weights,
         "iteration": state.iteration,
         "gn_det": build_meta(
             meta.cfg, meta.class_names, meta.category_ids, iteration=state.iteration, best_metric=state.best, **extra
         ),
     }
     if optimizer is not None and scheduler is not None:
-        payload["optimizer"] = optimizer.state_dict()
+        payload["optimizer"] = _on_cpu(optimizer.state_dict())
         payload["scheduler"] = {"base_lrs": list(scheduler.base_lrs), "last_epoch": int(scheduler.last_epoch)}
         payload["grad_scaler"] = dict(scaler) if scaler else None
         payload["rng"] = list(rng)
     return payload
+
+
+def _on_cpu(value: Any) -> Any:
+    """A copy with tensors in host memory, so that a file written on a GPU loads anywhere.
+
+    Never in place: an optimizer's state dict shares its inner dicts with the optimizer.
+    """
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: _on_cpu(item) for key, item in value.items()}
+    return value
 
 
 def restore_state(payload: Mapping[str, Any], default: RunState) -> RunState:
