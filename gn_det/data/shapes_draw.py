@@ -13,7 +13,7 @@ CLASSES = ("circle", "square", "triangle", "star", "ring")
 #: Objects are drawn this many times larger and scaled down, for smooth edges.
 _FINE = 4
 #: An object of which less than this part stays visible is not placed.
-_LEAST_VISIBLE = 0.55
+_LEAST_VISIBLE = 0.65
 _IMAGE_SIZES = ((160, 160), (160, 200), (200, 160), (160, 184), (176, 160))
 
 
@@ -32,7 +32,7 @@ def draw_scene(rng: np.random.Generator) -> tuple[np.ndarray, list[Drawn]]:
     canvas, tone = _background(rng, height, width)
     objects: list[Drawn] = []
     areas: list[int] = []
-    wanted = int(rng.integers(2, 7))
+    wanted = int(rng.integers(2, 6))
     for _ in range(4 * wanted):
         if len(objects) == wanted:
             break
@@ -65,11 +65,12 @@ def _random_outline(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Corners (P, 2) in pixels, and those of the hole for a ring."""
     # Sizes are drawn evenly on a log scale: as many small objects as large ones.
-    radius = float(np.exp(rng.uniform(np.log(10), np.log(0.27 * min(height, width)))))
+    radius = float(np.exp(rng.uniform(np.log(13), np.log(0.3 * min(height, width)))))
     border = 0.7 * radius
     centre = np.array([rng.uniform(border, width - border), rng.uniform(border, height - border)])
-    turn = rng.uniform(0, 2 * np.pi)
     name = CLASSES[category]
+    # Tilted, not upside down: the few hundred iterations of the quickstart are for detecting, not for invariances.
+    turn = rng.uniform(-0.35, 0.35) + (np.pi / 4 if name == "square" else -np.pi / 2)
     hole = None
     if name in ("circle", "ring"):
         unit = _on_circle(48, 0.0)
