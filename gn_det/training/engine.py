@@ -98,7 +98,7 @@ def dry_run(cfg: CfgNode, *, num_gpus: int = 1, num_machines: int = 1) -> None:
     with run_log(None, times=False):
         sizes = estimate_sizes(cfg)
         world = int(os.environ["WORLD_SIZE"]) if dist.under_torchrun() else num_gpus * num_machines
-        written = _written_schedule(cfg, sizes.images)
+        written = format_schedule(cfg, sizes.images)
         cfg, sentences = scale_schedule(cfg, world, sizes.images)
         cfg = with_classes(cfg, sizes.classes or int(cfg.MODEL.ROI_HEADS.NUM_CLASSES), sizes.class_names)
         logger.info("Resolved configuration\n%s", _indent(cfg.dump()))
@@ -108,21 +108,14 @@ def dry_run(cfg: CfgNode, *, num_gpus: int = 1, num_machines: int = 1) -> None:
         check_freeze(cfg, strict=False)
         model = build_model(cfg)
         describe_model(cfg, model)
-        logger.info("As written\n%s", _indent(written))
+        if sentences:
+            logger.info("As configured\n%s", _indent(written))
         for sentence in sentences:
             logger.info(sentence)
         logger.info("As it would run here\n%s", _indent(format_schedule(cfg, sizes.images, world)))
         lr_multiplier(cfg)
         weights = cfg.MODEL.WEIGHTS or "none (from scratch)"
         logger.info("Weights: %s\nOutput: %s\nDry run: nothing was trained or written.", weights, cfg.OUTPUT_DIR)
-
-
-def _written_schedule(cfg: CfgNode, images: int) -> str:
-    """The schedule before any scaling, whatever batch fits this machine."""
-    plain = cfg.clone()
-    plain.defrost()
-    plain.SOLVER.ACCUMULATE = 1
-    return format_schedule(plain, images, max(int(plain.SOLVER.REFERENCE_WORLD_SIZE), 1))
 
 
 def _indent(text: str) -> str:
@@ -295,7 +288,7 @@ def check_metric(cfg: CfgNode) -> None:
     name = str(cfg.TEST.BEST_METRIC)
     if not re.search(r"(^|/)(bbox|segm)/AP(50|75|s|m|l|-.+)?$", name):
         raise ConfigError(
-            f"TEST.BEST_METRIC is '{name}'; use bbox/ or segm/ with AP, AP50, AP75, APs, APm, APl or AP-class"
+            f"TEST.BEST_METRIC is '{name}'; use bbox/ or segm/ with AP, AP50, AP75, APs, APm, APl or AP-NAME"
         )
     if cfg.TEST.PATIENCE > 0 and cfg.TEST.EVAL_PERIOD <= 0:
         raise ConfigError(f"TEST.PATIENCE {cfg.TEST.PATIENCE} counts evaluations; set TEST.EVAL_PERIOD too")

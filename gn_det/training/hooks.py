@@ -99,8 +99,14 @@ class Recorder(pl.Callback):
             self._progress.update(log, iteration)
 
     def write(self) -> None:
-        for writer in self.writers:
-            writer.write(self.events)
+        try:
+            for writer in self.writers:
+                writer.write(self.events)
+        except OSError as error:
+            raise TrainingError(
+                f"metrics cannot be written to OUTPUT_DIR ({error.strerror or error}): free space on that disk, then go "
+                "on with --resume"
+            ) from error
 
     def rest(self) -> None:
         """Start timing the next iteration here: what came before (evaluation, checkpoints) is not counted."""

@@ -48,7 +48,7 @@ def progress_line(log: EventLog, iteration: int) -> str:
 
 
 class Progress:
-    """A tqdm line on a terminal; one log line every ``period`` iterations in log.txt, and on screen without a terminal."""
+    """A tqdm line on a terminal; one log line every ``period`` iterations in log.txt, elsewhere on screen too."""
 
     def __init__(self, start: int, total: int, *, period: int = 20, terminal: bool | None = None) -> None:
         self._period = period

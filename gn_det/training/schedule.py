@@ -231,8 +231,8 @@ def scale_schedule(cfg: CfgNode, world_size: int, images: int) -> tuple[CfgNode,
         hint = ""
         if len(late) == len(solver.STEPS):
             last = solver.STEPS[-1] * 1.1
-            kept = ", ".join(str(round(s / last * solver.MAX_ITER)) for s in solver.STEPS)
-            hint = f': the learning rate never drops; SOLVER.STEPS "({kept},)" would lower it in time'
+            kept = tuple(round(s / last * solver.MAX_ITER) for s in solver.STEPS)
+            hint = f': the learning rate never drops; SOLVER.STEPS "{kept}" would lower it in time'
         sentences.append(
             f"SOLVER.STEPS {tuple(late)} lie beyond the last iteration {solver.MAX_ITER} and are ignored{hint}."
         )
@@ -265,13 +265,13 @@ def images_per_rank(cfg: CfgNode, world_size: int) -> int:
     return batch // parts
 
 
-def format_schedule(cfg: CfgNode, images: int, world_size: int = 1) -> str:
+def format_schedule(cfg: CfgNode, images: int, world_size: int = 0) -> str:
     """The schedule in iterations and epochs, as text of a few lines.
 
     Args:
         cfg: after :func:`scale_schedule`.
         images: training images in an epoch; 0 when unknown, then epochs are left out.
-        world_size: number of GPUs.
+        world_size: number of GPUs; 0 when it is not settled (the schedule as configured).
     """
     solver = cfg.SOLVER
 
@@ -281,8 +281,10 @@ def format_schedule(cfg: CfgNode, images: int, world_size: int = 1) -> str:
         return f"{iterations} iterations ({iterations * solver.IMS_PER_BATCH / images:.2f} epochs)"
 
     steps = [both(s) for s in solver.STEPS if s <= solver.MAX_ITER] if "Cosine" not in solver.LR_SCHEDULER_NAME else []
-    batch = f"batch {solver.IMS_PER_BATCH} = {images_per_rank(cfg, world_size)} images x {world_size} GPU(s)"
-    if solver.ACCUMULATE > 1:
+    batch = f"batch {solver.IMS_PER_BATCH}"
+    if world_size:
+        batch += f" = {images_per_rank(cfg, world_size)} images x {world_size} GPU(s)"
+    if world_size and solver.ACCUMULATE > 1:
         batch += f" x {solver.ACCUMULATE} accumulated micro-batches"
     lines = [
         f"Schedule: {solver.LR_SCHEDULER_NAME}, {both(solver.MAX_ITER)}, {batch}",
