@@ -104,7 +104,7 @@ class Recorder(pl.Callback):
                 writer.write(self.events)
         except OSError as error:
             raise TrainingError(
-                f"metrics cannot be written to OUTPUT_DIR ({error.strerror or error}): free space on that disk, then go "
+                f"metrics cannot be written to OUTPUT_DIR ({error.strerror or error}): free space there, then go "
                 "on with --resume"
             ) from error
 
