@@ -1,0 +1,261 @@
+"""Embedded engine against Detectron2: same config, same weights, same images, interleaved in one process on the CPU.
+
+Prints the ratio of times (embedded / Detectron2; below 1 the embedded engine is faster) for inference and for a
+training step, with its spread over pairs, and the peak memory of each engine in a process of its own.
+
+    python benchmarks/engine.py --config gn_fpn.yaml --repeats 15 --image-size 480x640
+    python benchmarks/engine.py --quick
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+TARGET = 1.0
+ENGINES = ("embedded", "detectron2")
+RESULTS = Path(__file__).parent / "results"
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--config", default="gn_fpn.yaml", help="shipped name or path")
+    parser.add_argument("--repeats", type=int, default=15, help="pairs measured, after one that is not")
+    parser.add_argument("--image-size", default="480x640", help="HEIGHTxWIDTH of the network input")
+    parser.add_argument("--batch", type=int, default=2, help="images per training step; inference takes 1")
+    parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 keeps torch's choice")
+    parser.add_argument("--quick", action="store_true", help="small images, few RoIs, 3 pairs: checks that it runs")
+    parser.add_argument(
+        "--output", default="", help="json file; default benchmarks/results/engine_<config>_<size>.json"
+    )
+    parser.add_argument("overrides", nargs="*", help="KEY VALUE pairs, such as MODEL.RPN.POST_NMS_TOPK_TEST 200")
+    parser.add_argument("--memory-of", choices=ENGINES, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.repeats, args.image_size, args.batch = 3, "160x224", 1
+        args.overrides += ["MODEL.RPN.POST_NMS_TOPK_TEST", "50", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "32"]
+    return args
+
+
+def load_cfg(config: str, overrides: list[str]) -> Any:
+    """The embedded engine's cfg on the CPU, without weights."""
+    from gn_det.config import load_config
+
+    cfg = load_config(config, ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", *overrides])
+    if cfg.MODEL.ROI_HEADS.NUM_CLASSES == 0:
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = 80
+    return cfg
+
+
+def detectron2_cfg(cfg: Any) -> Any:
+    """Detectron2's cfg with every value of ours that it knows."""
+    from detectron2.config import get_cfg
+
+    theirs = get_cfg()
+
+    def copy(source: Mapping[str, Any], target: Any) -> None:
+        for key, value in source.items():
+            if isinstance(value, Mapping):
+                if key in target:
+                    copy(value, target[key])
+            elif key in target:
+                target[key] = value
+
+    copy(cfg, theirs)
+    return theirs
+
+
+def build(engine: str, cfg: Any) -> torch.nn.Module:
+    """A model with the same weights in both engines (same seed, same order of construction)."""
+    torch.manual_seed(0)
+    if engine == "embedded":
+        from gn_det.modeling import build_model
+
+        model: torch.nn.Module = build_model(cfg)
+    else:
+        from detectron2.modeling import build_model as build_detectron2
+
+        model = build_detectron2(detectron2_cfg(cfg))
+    # Fresh scores are all alike; spread them, so that NMS and the mask head have their usual work.
+    with torch.no_grad():
+        model.roi_heads.box_predictor.cls_score.weight *= 30
+        model.roi_heads.box_predictor.bbox_pred.weight *= 30
+    return model
+
+
+def make_batch(engine: str, size: tuple[int, int], batch: int, num_classes: int) -> list[dict[str, Any]]:
+    """Random images with 8 polygons each, in the engine's own types."""
+    rng = np.random.RandomState(0)
+    height, width = size
+    samples = []
+    for _ in range(batch):
+        image = torch.from_numpy(rng.randint(0, 256, (3, height, width)).astype(np.uint8))
+        corner = rng.uniform(0, 0.6, (8, 2)) * [width, height]
+        far = corner + rng.uniform(0.08, 0.4, (8, 2)) * [width, height]
+        boxes = torch.from_numpy(np.concatenate([corner, far], axis=1).astype(np.float32))
+        classes = torch.from_numpy(rng.randint(0, num_classes, 8)).long()
+        polygons = [
+            [np.array([x0, y0, x1, y0, x1, y1, (x0 + x1) / 2, y1])] for x0, y0, x1, y1 in boxes.double().tolist()
+        ]
+        sample: dict[str, Any] = {"image": image, "height": height, "width": width}
+        if engine == "embedded":
+            from gn_det.structures import Masks, Targets
+
+            sample["targets"] = Targets(size, boxes, classes, Masks(polygons))
+        else:
+            from detectron2.structures import Boxes, Instances, PolygonMasks
+
+            instances = Instances(size)
+            instances.gt_boxes, instances.gt_classes = Boxes(boxes), classes
+            instances.gt_masks = PolygonMasks(polygons)
+            sample["instances"] = instances
+        samples.append(sample)
+    return samples
+
+
+def make_steps(engine: str, cfg: Any, size: tuple[int, int], batch: int) -> dict[str, Callable[[], Any]]:
+    """Functions that run one inference and one training step (forward, backward, SGD)."""
+    model = build(engine, cfg)
+    samples = make_batch(engine, size, batch, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+    # The learning rate is 0: the weights stay equal in both engines, however many steps are measured.
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0, momentum=0.9)
+
+    def infer() -> Any:
+        model.eval()
+        with torch.no_grad():
+            return model(samples[:1])
+
+    def train() -> dict[str, float]:
+        model.train()
+        torch.manual_seed(1)
+        if engine == "embedded":
+            losses = model(samples)
+        else:
+            from detectron2.utils.events import EventStorage
+
+            with EventStorage():
+                losses = model(samples)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+        if engine == "embedded":
+            model.pop_metrics()
+        return {name: float(v.detach()) for name, v in losses.items()}
+
+    return {"inference": infer, "training step": train}
+
+
+def measure_pairs(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -> tuple[list[float], list[float]]:
+    """Seconds of each function, run alternately and in alternating order."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for k in range(repeats + 1):
+        for which in (0, 1) if k % 2 else (1, 0):
+            start = time.perf_counter()
+            (first, second)[which]()
+            if k:
+                times[which].append(time.perf_counter() - start)
+    return times
+
+
+def summarize(ours: list[float], theirs: list[float]) -> dict[str, float]:
+    """Medians in seconds, and quantiles of the pairwise ratio."""
+    low, middle, high = np.quantile(np.array(ours) / np.array(theirs), [0.2, 0.5, 0.8])
+    return {
+        "embedded_s": round(float(np.median(ours)), 4),
+        "detectron2_s": round(float(np.median(theirs)), 4),
+        "ratio": round(float(middle), 4),
+        "ratio_p20": round(float(low), 4),
+        "ratio_p80": round(float(high), 4),
+    }
+
+
+def peak_memory(engine: str, args: argparse.Namespace) -> float:
+    """Peak resident MB of a fresh process that does one inference and two training steps."""
+    command = [sys.executable, __file__, "--memory-of", engine, "--config", args.config]
+    command += ["--image-size", args.image_size, "--batch", str(args.batch), "--threads", str(args.threads)]
+    command += args.overrides
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(done.stdout.strip().splitlines()[-1])
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine."""
+    import torchvision
+
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [
+            x.split(":", 1)[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x
+        ]
+        cpu = names[0] if names else cpu
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "detectron2": __import__("detectron2").__version__,
+        "device": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print, write json; 0 whether or not the target is met, 2 without Detectron2."""
+    args = parse(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    height, width = (int(v) for v in args.image_size.lower().split("x"))
+    try:
+        import detectron2.modeling  # noqa: F401
+    except ImportError:
+        print("Detectron2 is not installed: there is nothing to compare with (the embedded engine works without it)")
+        return 2
+    cfg = load_cfg(args.config, args.overrides)
+    if args.memory_of:
+        steps = make_steps(args.memory_of, cfg, (height, width), args.batch)
+        for name in ("inference", "training step", "training step"):
+            steps[name]()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2))
+        return 0
+    results: dict[str, Any] = {"config": Path(args.config).name, "image_size": [height, width], "batch": args.batch}
+    results |= {"overrides": args.overrides, "repeats": args.repeats, "target": TARGET, "environment": environment()}
+    both = [make_steps(engine, cfg, (height, width), args.batch) for engine in ENGINES]
+    for name in both[0]:
+        results[name] = row = summarize(*measure_pairs(both[0][name], both[1][name], args.repeats))
+        verdict = "meets" if row["ratio"] <= TARGET else "misses"
+        print(
+            f"{name}: embedded {row['embedded_s']:.3f} s, Detectron2 {row['detectron2_s']:.3f} s, "
+            f"ratio {row['ratio']:.3f} (p20 {row['ratio_p20']:.3f}, p80 {row['ratio_p80']:.3f}); "
+            f"{verdict} the target <= {TARGET}",
+            flush=True,
+        )
+    ours, theirs = (steps["inference"]()[0] for steps in both)
+    results["detections"] = [len(ours), len(theirs["instances"])]
+    results["losses_equal"] = both[0]["training step"]() == both[1]["training step"]()
+    print(f"detections {results['detections']}, losses equal: {results['losses_equal']}")
+    results["peak_memory_mb"] = {engine: round(peak_memory(engine, args)) for engine in ENGINES}
+    print(", ".join(f"peak memory of {e}: {mb} MB" for e, mb in results["peak_memory_mb"].items()))
+    output = Path(args.output or RESULTS / f"engine_{Path(args.config).stem}_{height}x{width}.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(results, indent=2) + "\n")
+    print(f"written to {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
