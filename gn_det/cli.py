@@ -215,7 +215,7 @@ def _usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run a command; returns the exit status: 0 done, 2 a user's mistake, 130 interrupted."""
+    """Run a command; returns the exit status: 0 done, 2 a user's mistake, 130 or 143 interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
@@ -232,7 +232,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         return run(args)
     except UserError as e:
         print(f"gn-det: error: {e}", file=sys.stderr)
-        return 2
+        # An interrupted run says so to the shell: 130 for Ctrl-C, 143 for SIGTERM.
+        return int(getattr(e, "exit_code", 2))
     except KeyboardInterrupt:
         print("gn-det: interrupted", file=sys.stderr)
         return 130

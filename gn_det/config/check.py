@@ -13,7 +13,7 @@ from gn_det.errors import ConfigError
 NORMS = ("", "GN", "LN", "IN", "BN", "SyncBN", "FrozenBN")
 
 #: Sections of other models: any value that differs from the default is refused.
-_OTHER_MODELS = (
+OTHER_MODELS = (
     "MODEL.ROI_BOX_CASCADE_HEAD",
     "MODEL.ROI_KEYPOINT_HEAD",
     "MODEL.SEM_SEG_HEAD",
@@ -150,7 +150,7 @@ def check_config(cfg: CN) -> None:
         if not any(_same(value, a) for a in allowed):
             known = " or ".join(repr(a) for a in allowed)
             raise ConfigError(f"{key} = {value!r} is not implemented by the embedded engine; it knows {known}")
-    for section in _OTHER_MODELS:
+    for section in OTHER_MODELS:
         _check_unchanged(section, _get(cfg, section), _get(_defaults(), section))
     for key, (what, holds) in _RANGES.items():
         value = _get(cfg, key)

@@ -16,7 +16,7 @@ import yaml
 from fvcore.common.config import BASE_KEY
 from fvcore.common.config import CfgNode as CN
 
-from gn_det.config.check import check_config
+from gn_det.config.check import OTHER_MODELS, check_config
 from gn_det.config.defaults import get_cfg
 from gn_det.errors import ConfigError
 
@@ -276,15 +276,23 @@ class _PlainDumper(yaml.SafeDumper):
         return True
 
 
-def dump_config(cfg: CN) -> str:
-    """All keys as YAML text that :func:`parse_config` and Detectron2 read back."""
+def dump_config(cfg: CN, *, implemented_only: bool = False) -> str:
+    """YAML text that :func:`parse_config` and Detectron2 read back.
 
-    def plain(value: Any) -> Any:
+    Args:
+        cfg: any config.
+        implemented_only: leave out the sections of models that the embedded engine does not have.
+    """
+
+    def plain(value: Any, dotted: str) -> Any:
         if isinstance(value, Mapping):
-            return {name: plain(v) for name, v in value.items()}
-        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+            inner = {name: plain(v, f"{dotted}.{name}".lstrip(".")) for name, v in value.items()}
+            return {name: v for name, v in inner.items() if v != {}}
+        if implemented_only and dotted.startswith(OTHER_MODELS):
+            return {}
+        return [plain(v, "") for v in value] if isinstance(value, (list, tuple)) else value
 
-    return yaml.dump(plain(cfg), Dumper=_PlainDumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(plain(cfg, ""), Dumper=_PlainDumper, sort_keys=False, allow_unicode=True, default_flow_style=None)
 
 
 def parse_config(text: str, source: str) -> CN:

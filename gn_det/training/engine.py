@@ -21,6 +21,7 @@ from torch import nn
 import gn_det
 from gn_det.checkpoint.io import atomic_write, read_checkpoint
 from gn_det.checkpoint.meta import read_meta
+from gn_det.config import dump_config
 from gn_det.errors import ConfigError, WeightsError
 from gn_det.training import dist
 from gn_det.training.log import FILE_ONLY, run_log
@@ -101,7 +102,7 @@ def dry_run(cfg: CfgNode, *, num_gpus: int = 1, num_machines: int = 1) -> None:
         written = format_schedule(cfg, sizes.images)
         cfg, sentences = scale_schedule(cfg, world, sizes.images)
         cfg = with_classes(cfg, sizes.classes or int(cfg.MODEL.ROI_HEADS.NUM_CLASSES), sizes.class_names)
-        logger.info("Resolved configuration\n%s", _indent(cfg.dump()))
+        logger.info("Resolved configuration\n%s", _indent(dump_config(cfg, implemented_only=True)))
         for line in sizes.lines:
             logger.info(line)
         check_metric(cfg)
@@ -167,7 +168,7 @@ def _train(cfg: CfgNode, resume: bool) -> dict[str, float]:
     if rank == 0:
         if point is None:
             start_afresh(Path(cfg.OUTPUT_DIR), keep=cfg.MODEL.WEIGHTS)
-        atomic_write(Path(cfg.OUTPUT_DIR) / "config.yaml", lambda f: f.write(cfg.dump().encode()))
+        atomic_write(Path(cfg.OUTPUT_DIR) / "config.yaml", lambda f: f.write(dump_config(cfg).encode()))
 
     def make_loader(start_batch: int, loader_seed: int) -> Any:
         loader = build_train_loader(

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from gn_det.checkpoint.meta import build_meta, read_meta
+from gn_det.config import dump_config
 from gn_det.errors import TrainingError, WeightsError
 from gn_det.training.schedule import set_iteration
 
@@ -217,7 +218,7 @@ def changed_keys(payload: Mapping[str, Any], cfg: CfgNode) -> list[str]:
     block = read_meta(payload)
     try:
         old = _flat(yaml.safe_load(block["config"]) or {}) if block else {}
-        new = _flat(yaml.safe_load(cfg.dump()))
+        new = _flat(yaml.safe_load(dump_config(cfg)))
     except yaml.YAMLError:
         return []
     return [f"{k} {old[k]} -> {v}" for k, v in new.items() if k in old and old[k] != v and k not in _SILENT]
