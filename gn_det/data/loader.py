@@ -306,18 +306,32 @@ def _run(data: Dataset[_Loaded], batches: Iterable[Any], workers: int) -> Iterat
     try:
         yield from loader
     except RuntimeError as error:
-        text = str(error)
-        if "timed out" in text:
-            raise DataError(
-                f"no batch arrived within {TIMEOUT} s: the image storage hangs or the workers are stuck; check the "
-                f"disk, or set DATALOADER.NUM_WORKERS 0 to see where"
-            ) from error
-        if "DataLoader worker" in text and ("killed" in text or "exited unexpectedly" in text):
-            raise DataError(
-                "a data loading process was killed, most likely for lack of memory or of shared memory (/dev/shm): "
-                "lower DATALOADER.NUM_WORKERS, or give the machine or container more"
-            ) from error
-        raise
+        failure = worker_failure(error)
+        if failure is None:
+            raise
+        raise failure from error
+
+
+def worker_failure(error: RuntimeError) -> DataError | None:
+    """The death or hang of a worker process as one line; None for any other error.
+
+    torch reports a dead worker from a signal handler, so the error can come up anywhere in the main process, such as
+    in the middle of a training step; whoever runs the steps should ask here.
+    """
+    text = str(error)
+    if not text.startswith("DataLoader"):
+        return None
+    if "timed out" in text:
+        return DataError(
+            f"no batch arrived within {TIMEOUT} s: the image storage hangs or the workers are stuck; check the disk, "
+            f"or set DATALOADER.NUM_WORKERS 0 to see where"
+        )
+    if "killed" in text or "exited unexpectedly" in text:
+        return DataError(
+            "a data loading process was killed, most likely for lack of memory or of shared memory (/dev/shm): lower "
+            "DATALOADER.NUM_WORKERS, or give the machine or container more"
+        )
+    return None
 
 
 def _unchanged(loaded: _Loaded) -> _Loaded:

@@ -127,11 +127,16 @@ def _indent(text: str) -> str:
 
 
 def _train_rank(cfg: CfgNode, resume: bool) -> dict[str, float]:
+    from gn_det.data.loader import worker_failure
+
     with run_log(cfg.OUTPUT_DIR, rank=dist.rank()):
         try:
             return _train(cfg, resume)
         except Exception as error:
-            _note_in_file(error)
+            failure = worker_failure(error) if isinstance(error, RuntimeError) else None
+            _note_in_file(failure or error)
+            if failure is not None:
+                raise failure from error
             raise
 
 

@@ -200,3 +200,11 @@ def test_hanging_worker_is_one_line(shapes: CocoDataset, monkeypatch: pytest.Mon
 def test_negative_seed_is_refused(shapes: CocoDataset) -> None:
     with pytest.raises(ValueError, match="non-negative seed"):
         _batches(_cfg(), shapes, 1, seed=-1)
+
+
+def test_other_errors_are_not_taken_for_a_dead_worker() -> None:
+    assert loader_module.worker_failure(RuntimeError("CUDA error: out of memory")) is None
+    assert (
+        loader_module.worker_failure(RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed. "))
+        is not None
+    )
