@@ -192,6 +192,14 @@ def peak_memory(engine: str, args: argparse.Namespace) -> float:
     return float(done.stdout.strip().splitlines()[-1])
 
 
+def own_peak_mb() -> float:
+    """Peak resident MB of this process."""
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss of a child starts at the peak of its parent
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024)
+
+
 def environment() -> dict[str, Any]:
     """Versions and machine."""
     import torchvision
@@ -230,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
         steps = make_steps(args.memory_of, cfg, (height, width), args.batch)
         for name in ("inference", "training step", "training step"):
             steps[name]()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2))
+        print(own_peak_mb())
         return 0
     results: dict[str, Any] = {"config": Path(args.config).name, "image_size": [height, width], "batch": args.batch}
     results |= {"overrides": args.overrides, "repeats": args.repeats, "target": TARGET, "environment": environment()}

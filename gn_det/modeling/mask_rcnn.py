@@ -76,6 +76,12 @@ class MaskRCNN(nn.Module):
         missing = [s.get("file_name", i) for i, s in enumerate(batch) if "targets" not in s]
         if missing:
             raise ValueError(f"training needs targets; samples without: {missing}")
+        if self.roi_heads.mask_head is not None:
+            missing = [
+                s.get("file_name", i) for i, s in enumerate(batch) if len(s["targets"]) and s["targets"].masks is None
+            ]
+            if missing:
+                raise ValueError(f"MODEL.MASK_ON needs targets with masks; samples without: {missing}")
         targets: list[Targets] = [s["targets"].to(self.device) for s in batch]
         images, sizes = self.preprocess(batch)
         features = self.backbone(images)

@@ -126,7 +126,7 @@ def test_many_detections() -> None:
         MODEL__ROI_HEADS__SCORE_THRESH_TEST=0.0,
         MODEL__ROI_HEADS__NMS_THRESH_TEST=0.95,
         MODEL__RPN__POST_NMS_TOPK_TEST=150,
-        MODEL__ROI_MASK_HEAD__POOLER_RESOLUTION=3,
+        MODEL__MASK_ON=False,
         TEST__DETECTIONS_PER_IMAGE=-1,
     )
     assert min(assert_same_detections(pair, BATCHES["tiny_odd"]())) > 2000
@@ -141,7 +141,9 @@ def test_no_detections() -> None:
 def test_min_size_drops_every_proposal() -> None:
     """MIN_SIZE larger than the image: 0 RoIs reach the heads at inference, ground truth alone in training."""
     for case in ("gn_fpn", "bn_c4"):
-        pair = make_pair(case, MODEL__PROPOSAL_GENERATOR__MIN_SIZE=500)
+        pair = make_pair(case)  # calibrated with proposals
+        for model in pair:
+            model.proposal_generator.min_box_size = 500.0
         assert assert_same_detections(pair, BATCHES["tiny_odd"]()) == [0]
         assert_same_training(pair, BATCHES["two_sizes"]())
         assert_same_training(pair, BATCHES["all_empty"]())  # 0 RoIs in training

@@ -1,0 +1,231 @@
+"""The whole model: names, freezing, empty inputs, autocast, errors, census."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from golden.model_cases import BATCHES, configure, flatten, make_scene, to_sample
+from torch import Tensor, nn
+
+from gn_det.config import get_cfg, load_config, shipped_configs
+from gn_det.errors import ConfigError
+from gn_det.modeling import MaskRCNN, build_model
+from gn_det.modeling.census import CensusRow, format_census, norm_census
+from gn_det.norm import FrozenBatchNorm2d
+
+
+def tiny(case: str = "gn_fpn", **changes: Any) -> MaskRCNN:
+    torch.manual_seed(0)
+    return build_model(configure(get_cfg(), case, **changes))
+
+
+def losses_of(model: MaskRCNN, batch: str) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    losses = model.train()(flatten(BATCHES[batch]()))
+    assert isinstance(losses, dict)
+    return losses
+
+
+@pytest.mark.parametrize("case", ["gn_fpn", "gn_c4"])
+@pytest.mark.parametrize("batch", ["one_empty", "all_empty"])
+def test_images_without_objects(case: str, batch: str) -> None:
+    """All losses are finite, and every trainable parameter gets a gradient (DDP would hang otherwise)."""
+    model = tiny(case)
+    losses = losses_of(model, batch)
+    assert all(torch.isfinite(v) for v in losses.values())
+    sum(losses.values()).backward()
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    if batch == "all_empty":
+        assert losses["loss_mask"] == 0 and losses["loss_box_reg"] == 0 and losses["loss_rpn_loc"] == 0
+
+
+@pytest.mark.parametrize("case", ["gn_fpn", "gn_c4", "bn_fpn"])
+def test_no_rois(case: str) -> None:
+    """No proposal survives: detections are empty with the right shapes, training still has gradients."""
+    model = tiny(case)
+    model.proposal_generator.min_box_size = 1e6
+    found = model.eval()(flatten(BATCHES["two_sizes"]()))
+    for d, scene in zip(found, BATCHES["two_sizes"]()):
+        assert len(d) == 0 and d.boxes.shape == (0, 4) and d.masks.shape == (0, *scene.output)
+    losses = losses_of(model, "all_empty")
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(v) for v in losses.values())
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize("size", [(33, 70), (31, 31), (65, 64)])
+def test_odd_sizes(size: tuple[int, int]) -> None:
+    """Boxes and masks refer to the wanted output size; images are padded to a multiple of 32 with zeros."""
+    model = tiny(MODEL__ROI_HEADS__SCORE_THRESH_TEST=0.0)
+    sample = to_sample(make_scene(3, *size, 2))
+    images, sizes = model.preprocess([sample])
+    assert sizes == [size] and images.shape[2] % 32 == 0 and images.shape[3] % 32 == 0
+    assert not images[:, :, size[0] :].any() and not images[:, :, :, size[1] :].any()
+    mean = model.pixel_mean
+    torch.testing.assert_close(images[0, :, : size[0], : size[1]], sample["image"] - mean, rtol=0, atol=0)
+    (found,) = model.eval()([sample])
+    height, width = sample["height"], sample["width"]
+    assert found.image_size == (height, width) and found.masks.shape == (len(found), height, width)
+    assert found.masks.dtype == torch.bool and len(found) > 0
+    assert found.boxes.min() >= 0 and (found.boxes[:, 2] <= width).all() and (found.boxes[:, 3] <= height).all()
+    assert (found.scores[:-1] >= found.scores[1:]).all()
+
+
+def test_without_masks() -> None:
+    model = tiny("bn_c4_boxes")
+    assert "loss_mask" not in losses_of(model, "tiny_odd")
+    assert model.eval()(flatten(BATCHES["tiny_odd"]()))[0].masks is None
+
+
+def test_metrics_are_averaged_and_forgotten() -> None:
+    model = tiny()
+    losses_of(model, "tiny_odd")
+    once = model.pop_metrics()
+    losses_of(model, "tiny_odd")
+    losses_of(model, "tiny_odd")
+    assert model.pop_metrics() == pytest.approx(once)
+    assert model.pop_metrics() == {}
+    assert {"rpn/num_pos_anchors", "roi_head/num_fg_samples", "fast_rcnn/cls_accuracy"} <= set(once)
+
+
+def test_autocast_decodes_in_float32() -> None:
+    """bf16 features, float32 boxes and scores: they move by less than bf16's 8 bits of a coordinate would."""
+    model = tiny().eval()
+    seen: list[torch.dtype] = []
+    model.roi_heads.box_predictor.bbox_pred.register_forward_hook(lambda _m, _i, out: seen.append(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        proposals, found = model.detect_raw(flatten(BATCHES["two_sizes"]()))
+        losses = losses_of(model, "two_sizes")
+        sum(losses.values()).backward()
+    assert seen[0] == torch.bfloat16
+    assert all(p.boxes.dtype == torch.float32 for p in proposals)
+    assert all(d.boxes.dtype == d.scores.dtype == torch.float32 for d in found)
+    assert all(torch.isfinite(v) and v.dtype == torch.float32 for v in losses.values())
+    # Not on bf16's grid: a coordinate near 100 there has steps of 0.5.
+    boxes = torch.cat([p.boxes for p in proposals])
+    assert (boxes != boxes.bfloat16().float()).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("freeze_at", [0, 1, 2, 3])
+@pytest.mark.parametrize("case", ["gn_fpn", "r18"])
+def test_freeze_at(case: str, freeze_at: int) -> None:
+    """Frozen stages have no trainable tensor, BatchNorm there becomes FrozenBN, GN keeps normalizing."""
+    model = tiny(case, MODEL__BACKBONE__FREEZE_AT=freeze_at)
+    stages = ["stem", "res2", "res3", "res4", "res5"]
+    for k, stage in enumerate(stages, start=1):
+        module = getattr(model.backbone.bottom_up, stage)
+        trains = any(p.requires_grad for p in module.parameters())
+        assert trains == (k > freeze_at), stage
+        norms = [m for n, m in module.named_modules() if n.endswith("norm")]
+        if case == "r18":
+            assert {type(m) for m in norms} == {FrozenBatchNorm2d if k <= freeze_at else nn.BatchNorm2d}
+        else:
+            assert all(isinstance(m, nn.GroupNorm) for m in norms)
+
+
+@pytest.mark.parametrize("norm", ["GN", "LN", "IN", "BN", "SyncBN", "FrozenBN", ""])
+def test_every_norm_in_every_part(norm: str) -> None:
+    """Each part takes each norm by its own key; biases exist exactly where there is no norm."""
+    model = tiny(
+        MODEL__RESNETS__NORM=norm,
+        MODEL__FPN__NORM=norm,
+        MODEL__ROI_BOX_HEAD__NORM=norm,
+        MODEL__ROI_MASK_HEAD__NORM=norm,
+    )
+    state = model.state_dict()
+    for conv in ("backbone.fpn_lateral3", "roi_heads.box_head.conv1", "roi_heads.mask_head.mask_fcn2"):
+        assert (f"{conv}.bias" in state) == (norm == "")
+        assert (f"{conv}.norm.weight" in state) == (norm != "")
+    assert "backbone.bottom_up.stem.conv1.bias" not in state
+    rows = {r.stage: r for r in norm_census(model)}
+    assert {rows[s].norm for s in ("stem", "res4", "fpn", "box head", "mask head") if s in rows} <= {
+        norm or "none",
+        "FrozenBN",  # BatchNorm frozen by FREEZE_AT
+    }
+    assert rows["rpn"].norm == "none"
+
+
+def test_groups_by_channels() -> None:
+    model = tiny(MODEL__GN__CHANNELS_PER_GROUP=16, MODEL__GN__EPS=1e-3)
+    norm = model.backbone.bottom_up.res4[0].conv3.norm
+    assert norm.num_groups == norm.num_channels // 16 and norm.eps == 1e-3
+
+
+@pytest.mark.parametrize(
+    "changes, parts",
+    [
+        ({"MODEL__GN__NUM_GROUPS": 24}, ["backbone.bottom_up.stem.conv1", "32 channels", "1, 2, 4, 8, 16, 32"]),
+        ({"MODEL__RESNETS__NORM": "BN", "MODEL__FPN__OUT_CHANNELS": 48}, ["backbone.fpn_lateral2", "48 channels"]),
+        ({"MODEL__ROI_BOX_HEAD__CONV_DIM": 40}, ["roi_heads.box_head.conv1"]),
+        ({"MODEL__ROI_MASK_HEAD__CONV_DIM": 40}, ["roi_heads.mask_head.mask_fcn1"]),
+        ({"MODEL__ROI_HEADS__NUM_CLASSES": 0}, ["MODEL.ROI_HEADS.NUM_CLASSES"]),
+        ({"MODEL__RPN__IN_FEATURES": ["p2", "p9"]}, ["MODEL.RPN.IN_FEATURES", "p9"]),
+        ({"MODEL__FPN__IN_FEATURES": ["res2", "res4"]}, ["MODEL.FPN.IN_FEATURES"]),
+        ({"MODEL__ANCHOR_GENERATOR__SIZES": [[32], [64]]}, ["MODEL.ANCHOR_GENERATOR.SIZES"]),
+        ({"MODEL__RPN__IOU_LABELS": [0, 1]}, ["IOU_LABELS"]),
+        ({"MODEL__ROI_HEADS__NAME": "CascadeROIHeads"}, ["MODEL.ROI_HEADS.NAME", "CascadeROIHeads"]),
+        ({"MODEL__BACKBONE__NAME": "build_swin"}, ["MODEL.BACKBONE.NAME", "build_swin"]),
+        ({"MODEL__RESNETS__DEPTH": 51}, ["MODEL.RESNETS.DEPTH"]),
+    ],
+)
+def test_what_cannot_be_built_is_refused(changes: dict[str, Any], parts: list[str]) -> None:
+    """One line that names layer or key."""
+    with pytest.raises(ConfigError) as error:
+        tiny(**changes)
+    assert all(part in str(error.value) for part in parts), str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_divergence_stops_training() -> None:
+    model = tiny()
+    nn.init.constant_(model.proposal_generator.rpn_head.anchor_deltas.bias, float("nan"))
+    with pytest.raises(FloatingPointError):
+        losses_of(model, "tiny_odd")
+
+
+def test_training_needs_targets_and_masks() -> None:
+    model = tiny().train()
+    sample = to_sample(make_scene(1, 64, 64, 2))
+    sample["targets"].masks = None
+    with pytest.raises(ValueError, match="masks"):
+        model([sample])
+    del sample["targets"]
+    with pytest.raises(ValueError, match="targets"):
+        model([sample])
+
+
+def test_training_leaves_targets_alone() -> None:
+    """Samples may be used again (several epochs from memory)."""
+    sample = to_sample(make_scene(1, 64, 64, 3))
+    classes, boxes = sample["targets"].classes.clone(), sample["targets"].boxes.clone()
+    tiny().train()([sample])
+    assert torch.equal(sample["targets"].classes, classes) and torch.equal(sample["targets"].boxes, boxes)
+
+
+def test_census_of_the_long_schedule() -> None:
+    """53 + 8 + 4 + 4 GN layers of 32 groups, 138 gamma and beta tensors, those of stem and res2 frozen."""
+    rows = norm_census(build_model(load_config("gn_fpn_long.yaml", ["MODEL.ROI_HEADS.NUM_CLASSES", "80"])))
+    gn = [r for r in rows if r.norm == "GN"]
+    assert {r.stage: r.layers for r in gn} == {
+        **{"stem": 1, "res2": 10, "res3": 13, "res4": 19, "res5": 10},
+        **{"fpn": 8, "box head": 4, "mask head": 4},
+    }
+    assert all(r.groups == (32,) for r in gn)
+    assert sum(r.trainable + r.frozen for r in gn) == 138 and sum(r.frozen for r in gn) == 22
+    assert CensusRow("rpn", "none", 0) in rows
+    text = format_census(rows)
+    assert "53 GN in backbone + 8 GN in fpn + 4 GN in box head + 4 GN in mask head" in text
+    assert "138 gamma/beta tensors: 116 trainable, 22 frozen (22 by MODEL.BACKBONE.FREEZE_AT)" in text
+
+
+def test_every_shipped_config_builds_without_hidden_state() -> None:
+    """On the meta device: every config gives a model, and no tensor was made outside of it."""
+    for name in shipped_configs():
+        cfg = load_config(name, [])
+        if cfg.MODEL.ROI_HEADS.NUM_CLASSES == 0:
+            cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
+        with torch.device("meta"):
+            model = build_model(cfg)
+        assert all(t.is_meta for t in model.state_dict().values()), name

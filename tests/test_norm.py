@@ -1,0 +1,123 @@
+"""Norm layers: what each name means, the rule for groups, empty batches, frozen BatchNorm."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from gn_det.errors import ConfigError
+from gn_det.norm import FrozenBatchNorm2d, GroupNorm, GroupRule, freeze_batch_norm, get_norm
+
+
+def by_definition(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    """GN written out: mean and variance over the channels of a group and all positions, per sample."""
+    n, c, h, w = x.shape
+    grouped = x.reshape(n, groups, -1)
+    mean = grouped.mean(dim=2, keepdim=True)
+    variance = grouped.var(dim=2, unbiased=False, keepdim=True)
+    normal = ((grouped - mean) / torch.sqrt(variance + eps)).view(n, c, h, w)
+    return normal * weight.view(1, c, 1, 1) + bias.view(1, c, 1, 1)
+
+
+@pytest.mark.parametrize("name, groups", [("GN", 4), ("LN", 1), ("IN", 12)])
+def test_equals_definition(name: str, groups: int) -> None:
+    """Output and every gradient; LN is one group, IN one channel a group."""
+    torch.manual_seed(0)
+    norm = get_norm(name, 12, groups=GroupRule(num_groups=4, eps=1e-3)).double()
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = (3 + 2 * torch.randn(2, 12, 5, 7, dtype=torch.float64)).requires_grad_()
+    inputs = (x, norm.weight, norm.bias)
+    out, expected = norm(x), by_definition(x, groups, norm.weight, norm.bias, 1e-3)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    seed = torch.randn_like(out)
+    for a, b in zip(torch.autograd.grad(out, inputs, seed), torch.autograd.grad(expected, inputs, seed)):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_low_precision_and_channels_last(dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    norm = get_norm("GN", 64).to(dtype)
+    x = torch.randn(2, 64, 6, 5, dtype=dtype)
+    expected = by_definition(x.double(), 32, norm.weight.double(), norm.bias.double(), 1e-5)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        out = norm(x.to(memory_format=layout))
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["GN", "LN", "IN", "BN", "FrozenBN"])
+def test_no_samples(name: str) -> None:
+    """0 RoIs: the shape is kept, and parameters get zero gradients, not none (DDP waits for them)."""
+    norm = get_norm(name, 32)
+    x = torch.zeros(0, 32, 7, 7, requires_grad=True)
+    out = norm(x)
+    assert out.shape == x.shape
+    out.sum().backward()
+    assert x.grad is not None
+    for p in norm.parameters():
+        assert p.grad is not None and not p.grad.any()
+
+
+def test_weight_decay_rules_find_gamma_by_class() -> None:
+    for name in ("GN", "LN", "IN"):
+        assert isinstance(get_norm(name, 32), nn.GroupNorm)
+
+
+def test_group_rule() -> None:
+    assert GroupRule().groups(256) == 32
+    assert GroupRule(channels_per_group=16).groups(256) == 16
+    assert GroupRule(num_groups=7, channels_per_group=8).groups(64) == 8
+
+
+@pytest.mark.parametrize("rule, key", [(GroupRule(), "NUM_GROUPS"), (GroupRule(channels_per_group=32), "CHANNELS_PER")])
+def test_groups_that_do_not_divide(rule: GroupRule, key: str) -> None:
+    """The message names the layer, its channels, the key and the counts that work."""
+    with pytest.raises(ConfigError) as error:
+        get_norm("GN", 40, layer="backbone.stem.conv1", groups=rule)
+    text = str(error.value)
+    for part in ("backbone.stem.conv1", "40 channels", key, "1, 2, 4, 5, 8, 10, 20, 40"):
+        assert part in text
+    assert "\n" not in text
+
+
+def test_none_callable_and_unknown() -> None:
+    assert get_norm("", 8) is None
+    assert get_norm(None, 8) is None
+    made = get_norm(lambda channels: GroupNorm(2, channels), 8)
+    assert isinstance(made, GroupNorm) and made.num_groups == 2
+    with pytest.raises(ConfigError, match=r"box_head\.conv1: unknown norm 'XN'"):
+        get_norm("XN", 8, layer="box_head.conv1")
+
+
+def test_frozen_bn_is_bn_in_evaluation() -> None:
+    """Converted layer = BatchNorm with fixed statistics, with and without gradients; nothing in it trains."""
+    torch.manual_seed(0)
+    bn = nn.BatchNorm2d(6, eps=1e-3)
+    for tensor in (bn.weight, bn.bias, bn.running_mean):
+        nn.init.normal_(tensor)
+    nn.init.uniform_(bn.running_var, 0.5, 2)
+    holder = freeze_batch_norm(nn.Sequential(nn.Conv2d(6, 6, 1), bn))
+    frozen = holder[1]
+    assert isinstance(frozen, FrozenBatchNorm2d) and not list(frozen.parameters())
+    x = torch.randn(2, 6, 4, 4)
+    expected = bn.eval()(x)
+    torch.testing.assert_close(frozen(x), expected)
+    torch.testing.assert_close(frozen(x.requires_grad_()), expected)
+    assert "num_batches_tracked" in frozen.state_dict()
+
+
+def test_fresh_frozen_bn_is_the_identity_and_reads_caffe2_weights() -> None:
+    """Caffe2 files have gamma and beta only."""
+    frozen = FrozenBatchNorm2d(5)
+    x = torch.randn(2, 5, 3, 3)
+    torch.testing.assert_close(frozen(x), x)
+    frozen.load_state_dict({"weight": torch.full((5,), 2.0), "bias": torch.ones(5)})
+    torch.testing.assert_close(frozen(x), 2 * x + 1, rtol=1e-4, atol=1e-4)
+
+
+def test_freezing_keeps_group_norm() -> None:
+    norm = freeze_batch_norm(nn.Sequential(GroupNorm(2, 4)))[0]
+    assert isinstance(norm, GroupNorm)
