@@ -1,7 +1,7 @@
 """Every configuration key, its default and what it does.
 
 Names and defaults are Detectron2's, so its YAML files load unchanged; the keys that only gn_det has stand in
-:func:`_add_gn_det` (they are the ones that the Detectron2 plugin adds too). Three defaults differ on purpose:
+:func:`add_gn_keys` (the Detectron2 plugin adds the same ones). Three defaults differ on purpose:
 ``MODEL.DEVICE`` is ``"auto"``, ``MODEL.ROI_HEADS.NUM_CLASSES`` is 0 (= taken from the data set) and
 ``DATALOADER.NUM_WORKERS`` is capped by the number of cores at run time.
 """
@@ -36,25 +36,25 @@ def get_cfg() -> CN:
     _add_data(cfg)
     _add_solver(cfg)
     _add_test(cfg)
-    _add_gn_det(cfg)
+    add_gn_keys(cfg)
+    # "cuda", "cuda:1", "cpu", or "auto": a GPU if there is one.
+    cfg.MODEL.DEVICE = "auto"
+    # 0: the number of categories in the training json.
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 0
     return cfg
 
 
-def _add_gn_det(cfg: CN) -> None:
-    """Keys that Detectron2 does not have."""
-    cfg.MODEL.GN = CN()
+def add_gn_keys(cfg: CN) -> None:
+    """Add the keys that Detectron2 does not have to a config that has all of Detectron2's."""
+    cfg.MODEL.GN = type(cfg)()
     # Groups of every GN layer (the paper's default, Table 3).
     cfg.MODEL.GN.NUM_GROUPS = 32
     # > 0: fixed channels per group instead (groups = channels // CHANNELS_PER_GROUP), the paper's other division.
     cfg.MODEL.GN.CHANNELS_PER_GROUP = 0
     # Added to the variance.
     cfg.MODEL.GN.EPS = 1e-5
-    # "cuda", "cuda:1", "cpu", or "auto": a GPU if there is one.
-    cfg.MODEL.DEVICE = "auto"
     # Filled at run time from the data set, stored in checkpoints, used at predict.
     cfg.MODEL.CLASS_NAMES = ()
-    # 0: the number of categories in the training json.
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 0
     # Own data in COCO format; both set: they take the place of DATASETS.TRAIN / DATASETS.TEST.
     cfg.DATASETS.TRAIN_JSON = ""
     cfg.DATASETS.TRAIN_IMAGES = ""

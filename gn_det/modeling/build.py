@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from gn_det.errors import ConfigError
 from gn_det.modeling.anchors import AnchorGenerator
 from gn_det.modeling.boxes import BoxCoder
@@ -58,32 +60,38 @@ def build_backbone(cfg: Cfg) -> FPN | ResNet:
             f"MODEL.BACKBONE.NAME {name!r} is not implemented by the embedded engine; "
             "use build_resnet_backbone or build_resnet_fpn_backbone"
         )
-    fpn = name == "build_resnet_fpn_backbone"
+    if name == "build_resnet_backbone":
+        return ResNet(**resnet_arguments(cfg), layer="backbone")
+    return FPN(ResNet(**resnet_arguments(cfg), layer="backbone.bottom_up"), **fpn_arguments(cfg))
+
+
+def resnet_arguments(cfg: Cfg) -> dict[str, Any]:
+    """Keyword arguments of :class:`ResNet`."""
     resnets = cfg.MODEL.RESNETS
-    bottom_up = ResNet(
-        depth=resnets.DEPTH,
-        out_features=resnets.OUT_FEATURES,
-        stem_channels=resnets.STEM_OUT_CHANNELS,
-        res2_channels=resnets.RES2_OUT_CHANNELS,
-        num_groups=resnets.NUM_GROUPS,
-        width_per_group=resnets.WIDTH_PER_GROUP,
-        stride_in_1x1=resnets.STRIDE_IN_1X1,
-        res5_dilation=resnets.RES5_DILATION,
-        norm=resnets.NORM,
-        groups=group_rule(cfg),
-        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
-        layer="backbone.bottom_up" if fpn else "backbone",
-    )
-    if not fpn:
-        return bottom_up
-    return FPN(
-        bottom_up,
-        in_features=cfg.MODEL.FPN.IN_FEATURES,
-        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
-        norm=cfg.MODEL.FPN.NORM,
-        groups=group_rule(cfg),
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-    )
+    return {
+        "depth": resnets.DEPTH,
+        "out_features": resnets.OUT_FEATURES,
+        "stem_channels": resnets.STEM_OUT_CHANNELS,
+        "res2_channels": resnets.RES2_OUT_CHANNELS,
+        "num_groups": resnets.NUM_GROUPS,
+        "width_per_group": resnets.WIDTH_PER_GROUP,
+        "stride_in_1x1": resnets.STRIDE_IN_1X1,
+        "res5_dilation": resnets.RES5_DILATION,
+        "norm": resnets.NORM,
+        "groups": group_rule(cfg),
+        "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
+    }
+
+
+def fpn_arguments(cfg: Cfg) -> dict[str, Any]:
+    """Keyword arguments of :class:`FPN`, without the bottom-up network."""
+    return {
+        "in_features": cfg.MODEL.FPN.IN_FEATURES,
+        "out_channels": cfg.MODEL.FPN.OUT_CHANNELS,
+        "norm": cfg.MODEL.FPN.NORM,
+        "groups": group_rule(cfg),
+        "fuse_type": cfg.MODEL.FPN.FUSE_TYPE,
+    }
 
 
 def _select(specs: dict[str, FeatureSpec], names: list[str], key: str) -> list[FeatureSpec]:
@@ -221,14 +229,27 @@ def _build_standard_heads(cfg: Cfg, sampler: RoISampler, levels: list[FeatureSpe
 def _build_res5_heads(cfg: Cfg, sampler: RoISampler, levels: list[FeatureSpec]) -> Res5RoIHeads:
     if len(levels) != 1:
         raise ConfigError("MODEL.ROI_HEADS.IN_FEATURES: Res5ROIHeads pools exactly one feature (C4: ['res4'])")
-    resnets = cfg.MODEL.RESNETS
-    out_channels = resnets.RES2_OUT_CHANNELS * 8
+    res5, out_channels = build_res5(cfg)
     if levels[0].channels * 2 != out_channels:
         raise ConfigError(
             f"MODEL.ROI_HEADS.IN_FEATURES: Res5ROIHeads takes {out_channels // 2} channels (res4), "
             f"got {levels[0].channels}"
         )
-    res5 = make_bottleneck_stage(
+    return Res5RoIHeads(
+        sampler=sampler,
+        in_features=cfg.MODEL.ROI_HEADS.IN_FEATURES,
+        pooler=_pooler(cfg.MODEL.ROI_BOX_HEAD, levels),
+        res5=res5,
+        box_predictor=_box_predictor(cfg, out_channels),
+        mask_head=_mask_head(cfg, out_channels),
+    )
+
+
+def build_res5(cfg: Cfg) -> tuple[nn.Sequential, int]:
+    """The stage that C4's heads share, and its output channels."""
+    resnets = cfg.MODEL.RESNETS
+    out_channels = resnets.RES2_OUT_CHANNELS * 8
+    stage = make_bottleneck_stage(
         3,
         in_channels=out_channels // 2,
         out_channels=out_channels,
@@ -240,11 +261,4 @@ def _build_res5_heads(cfg: Cfg, sampler: RoISampler, levels: list[FeatureSpec]) 
         groups=group_rule(cfg),
         layer="roi_heads.res5",
     )
-    return Res5RoIHeads(
-        sampler=sampler,
-        in_features=cfg.MODEL.ROI_HEADS.IN_FEATURES,
-        pooler=_pooler(cfg.MODEL.ROI_BOX_HEAD, levels),
-        res5=res5,
-        box_predictor=_box_predictor(cfg, out_channels),
-        mask_head=_mask_head(cfg, out_channels),
-    )
+    return stage, out_channels

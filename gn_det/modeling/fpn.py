@@ -84,7 +84,12 @@ class FPN(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(N, 3, H, W), H and W multiples of ``size_divisibility``, to {"p2": ..., ...}, fine to coarse."""
-        features = self.bottom_up(x)
+        outputs = self.pyramid(self.bottom_up(x))
+        outputs.append(F.max_pool2d(outputs[-1], kernel_size=1, stride=2))
+        return dict(zip(self.feature_specs, outputs))
+
+    def pyramid(self, features: dict[str, Tensor]) -> list[Tensor]:
+        """The levels that have a bottom-up feature of their own, fine to coarse."""
         outputs: list[Tensor] = []
         merged: Tensor | None = None
         for feature, level in zip(reversed(self.in_features), reversed(self.levels)):
@@ -97,5 +102,4 @@ class FPN(nn.Module):
             merged = lateral
             outputs.append(getattr(self, f"fpn_output{level}")(merged))
         outputs.reverse()
-        outputs.append(F.max_pool2d(outputs[-1], kernel_size=1, stride=2))
-        return dict(zip(self.feature_specs, outputs))
+        return outputs
