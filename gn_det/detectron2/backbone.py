@@ -1,0 +1,138 @@
+"""gn_det's ResNet and FPN as Detectron2 backbones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from torch import Tensor, nn
+
+from gn_det.errors import ConfigError
+from gn_det.modeling.build import fpn_arguments, resnet_arguments
+from gn_det.modeling.fpn import FPN
+from gn_det.modeling.layers import FeatureSpec
+from gn_det.modeling.resnet import ResNet
+from gn_det.norm import GroupRule, NormSpec
+
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
+
+
+def _shapes(specs: dict[str, FeatureSpec]) -> dict[str, ShapeSpec]:
+    return {name: ShapeSpec(channels=spec.channels, stride=spec.stride) for name, spec in specs.items()}
+
+
+class GNResNet(ResNet, Backbone):
+    """:class:`gn_det.modeling.resnet.ResNet` under Detectron2's backbone contract; the same keyword arguments.
+
+    Parameter names, strides and initial weights (from the same seed) are those of Detectron2's ResNet.
+    """
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride by feature name."""
+        return _shapes(self.feature_specs)
+
+
+class GNFPN(FPN, Backbone):
+    """:class:`gn_det.modeling.fpn.FPN` under Detectron2's backbone contract.
+
+    Args:
+        bottom_up: network with ``feature_specs``, such as :class:`GNResNet`.
+        in_features: its features from fine to coarse, strides doubling.
+        out_channels: channels of every level.
+        norm, groups: norm of lateral and output convolutions; without norm they have biases.
+        top_block: makes the levels above the last, in Detectron2's manner (``num_levels``, ``in_feature``, called with
+            that feature): ``LastLevelMaxPool`` for R-CNN, ``LastLevelP6P7`` for RetinaNet; None for no such level.
+        fuse_type: "sum" or "avg" of the lateral and the top-down feature.
+        square_pad: if positive, images are padded to squares of this side.
+        layer: full name, for messages.
+    """
+
+    #: Set for each instance; here it takes the place of Backbone's property.
+    size_divisibility: int = 0
+
+    def __init__(
+        self,
+        bottom_up: ResNet,
+        *,
+        in_features: Sequence[str],
+        out_channels: int,
+        norm: NormSpec = "GN",
+        groups: GroupRule | None = None,
+        top_block: nn.Module | None = None,
+        fuse_type: str = "sum",
+        square_pad: int = 0,
+        layer: str = "backbone",
+    ) -> None:
+        super().__init__(
+            bottom_up,
+            in_features=in_features,
+            out_channels=out_channels,
+            norm=norm,
+            groups=groups,
+            fuse_type=fuse_type,
+            layer=layer,
+        )
+        self.square_pad = square_pad
+        self.top_block = top_block
+        # Detectron2 registers the bottom-up network after the top block: the order of its optimizer states.
+        del self.bottom_up
+        self.bottom_up = bottom_up
+        top = self.levels[-1]
+        levels = [*self.levels, *range(top + 1, top + 1 + (top_block.num_levels if top_block is not None else 0))]
+        self.feature_specs = {f"p{k}": FeatureSpec(out_channels, 2**k) for k in levels}
+
+    @property
+    def padding_constraints(self) -> dict[str, int]:
+        """Side of the square that images are padded to; 0 for none."""
+        return {"square_size": self.square_pad}
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride by level name, fine to coarse."""
+        return _shapes(self.feature_specs)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """(N, 3, H, W), H and W multiples of ``size_divisibility``, to {"p2": ..., ...}, fine to coarse."""
+        features = self.bottom_up(x)
+        outputs = self.pyramid(features)
+        if self.top_block is not None:
+            source = self.top_block.in_feature
+            below = features[source] if source in features else outputs[self.levels.index(int(source[1:]))]
+            outputs.extend(self.top_block(below))
+        return dict(zip(self.feature_specs, outputs))
+
+
+def _resnet(cfg: CfgNode, input_shape: ShapeSpec, layer: str) -> GNResNet:
+    if any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE):
+        raise ConfigError(
+            "MODEL.RESNETS.DEFORM_ON_PER_STAGE: gn_det's ResNet has no deformable convolutions; Detectron2's has, and "
+            "is taken where no norm is LN or IN and MODEL.GN keeps its defaults"
+        )
+    return GNResNet(in_channels=input_shape.channels, **resnet_arguments(cfg), layer=layer)
+
+
+def _fpn(cfg: CfgNode, bottom_up: GNResNet, top_block: nn.Module) -> GNFPN:
+    return GNFPN(bottom_up, top_block=top_block, **fpn_arguments(cfg))
+
+
+@BACKBONE_REGISTRY.register()
+def build_gn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> GNResNet:
+    """ResNet of MODEL.RESNETS with the norms of MODEL.GN."""
+    return _resnet(cfg, input_shape, "backbone")
+
+
+@BACKBONE_REGISTRY.register()
+def build_gn_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> GNFPN:
+    """FPN of MODEL.FPN on that ResNet, p6 by subsampling."""
+    return _fpn(cfg, _resnet(cfg, input_shape, "backbone.bottom_up"), LastLevelMaxPool())
+
+
+@BACKBONE_REGISTRY.register()
+def build_gn_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> GNFPN:
+    """FPN on that ResNet, p6 and p7 by convolutions on res5."""
+    bottom_up = _resnet(cfg, input_shape, "backbone.bottom_up")
+    channels = bottom_up.output_shape()["res5"].channels
+    return _fpn(cfg, bottom_up, LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS))

@@ -1,0 +1,160 @@
+"""gn_det's keys in a Detectron2 config, and the values that are only known when a model is built."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from gn_det.config.defaults import add_gn_keys
+from gn_det.detectron2.datasets import register_named, register_own, take_mixed_masks
+from gn_det.errors import ConfigError
+from gn_det.modeling.build import group_rule
+from gn_det.norm import GroupRule
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from detectron2.config import CfgNode
+
+logger = logging.getLogger(__name__)
+
+#: Norm names that gn_det builds: Detectron2 has no "IN", means something else by "LN" and fixes GN's groups.
+GROUP_NORMS = ("GN", "LN", "IN")
+
+#: Detectron2's own default, which gn_det replaces by 0 (= taken from the training set).
+_THEIR_NUM_CLASSES = 80
+
+#: Keys of gn_det's trainer, with the values at which they change nothing.
+_TRAINER_KEYS = (
+    ("SOLVER", "ACCUMULATE", 1),
+    ("SOLVER", "EPOCHS", 0.0),
+    ("TEST", "PATIENCE", 0),
+)
+
+
+def add_gn_config(cfg: CfgNode) -> None:
+    """Add gn_det's keys to ``cfg`` in place, so that it merges gn_det's configs; call it before merging.
+
+    A config with these keys builds gn_det's modules wherever a norm is GN, LN or IN (see :mod:`gn_det.detectron2`).
+    Two of Detectron2's defaults change with it, where they still stand: ``MODEL.ROI_HEADS.NUM_CLASSES`` becomes 0, the
+    number of classes of the training set; ``MODEL.DEVICE`` becomes ``"cpu"`` on a machine without a GPU.
+
+    Args:
+        cfg: from ``detectron2.config.get_cfg()``. A config that has the keys already is left as it is.
+    """
+    if has_gn_keys(cfg):
+        return
+    with _thawed(cfg):
+        add_gn_keys(cfg)
+        if cfg.MODEL.ROI_HEADS.NUM_CLASSES == _THEIR_NUM_CLASSES:
+            cfg.MODEL.ROI_HEADS.NUM_CLASSES = 0
+        if cfg.MODEL.DEVICE == "cuda":
+            cfg.MODEL.DEVICE = _device()
+
+
+def has_gn_keys(cfg: CfgNode) -> bool:
+    """Whether ``cfg`` went through :func:`add_gn_config`."""
+    return "GN" in cfg.MODEL
+
+
+def prepare_config(cfg: CfgNode) -> None:
+    """Replace, in place, what the outside world decides; done whenever a model is built from a config.
+
+    ``MODEL.DEVICE`` "auto" becomes a device. ``DATASETS.TRAIN_JSON`` / ``VAL_JSON`` and ``json@images`` names are
+    registered in Detectron2's catalogs, and the former become ``DATASETS.TRAIN`` / ``TEST``.
+    ``MODEL.ROI_HEADS.NUM_CLASSES`` 0 becomes the number of ``MODEL.CLASS_NAMES``, or else of the classes of the first
+    training set. Training on the generated shapes takes masks as bitmaps. Call it yourself only to read these values,
+    or to use the datasets, before a model is built.
+
+    Raises:
+        ConfigError: the number of classes cannot be told.
+        DataError: the training json, which is needed for it, cannot be used.
+    """
+    if not has_gn_keys(cfg):
+        return
+    with _thawed(cfg):
+        if cfg.MODEL.DEVICE == "auto":
+            cfg.MODEL.DEVICE = _device()
+        register_own(cfg)
+        register_named(cfg)
+        take_mixed_masks(cfg)
+        if cfg.MODEL.ROI_HEADS.NUM_CLASSES == 0 and cfg.MODEL.META_ARCHITECTURE not in _WITHOUT_ROI_HEADS:
+            cfg.MODEL.ROI_HEADS.NUM_CLASSES = _count_classes(cfg)
+    _mention_what_is_not_read(cfg)
+
+
+_WITHOUT_ROI_HEADS = ("RetinaNet", "FCOS", "ProposalNetwork", "SemanticSegmentor")
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _count_classes(cfg: CfgNode) -> int:
+    if cfg.MODEL.CLASS_NAMES:
+        return len(cfg.MODEL.CLASS_NAMES)
+    if not cfg.DATASETS.TRAIN:
+        raise ConfigError(
+            "MODEL.ROI_HEADS.NUM_CLASSES is 0 and DATASETS.TRAIN names no set to take it from: set one of them"
+        )
+    name = cfg.DATASETS.TRAIN[0]
+    if MetadataCatalog.get(name).get("thing_classes") is None:
+        if name not in DatasetCatalog:
+            raise ConfigError(
+                f"MODEL.ROI_HEADS.NUM_CLASSES is 0 and dataset {name!r} is not in Detectron2's DatasetCatalog: set the "
+                "number, or register the set"
+            )
+        DatasetCatalog.get(name)  # most sets learn their classes when they are read
+    classes = MetadataCatalog.get(name).get("thing_classes")
+    if not classes:
+        raise ConfigError(
+            f"MODEL.ROI_HEADS.NUM_CLASSES is 0 and the metadata of dataset {name!r} has no thing_classes: "
+            "set the number, or thing_classes"
+        )
+    logger.info("MODEL.ROI_HEADS.NUM_CLASSES: %d, the classes of %s.", len(classes), name)
+    return len(classes)
+
+
+_mentioned: set[str] = set()
+
+
+def _mention_what_is_not_read(cfg: CfgNode) -> None:
+    """Warn, once each, of keys that neither Detectron2's trainer nor its own GN layers read."""
+    texts = [
+        f"{section}.{key} is {cfg[section][key]!r}: Detectron2's trainer does not read this key, "
+        "gn_det's embedded engine does."
+        for section, key, idle in _TRAINER_KEYS
+        if cfg[section][key] != idle
+    ]
+    solver = cfg.SOLVER
+    if not solver.REFERENCE_WORLD_SIZE and solver.REFERENCE_BATCH not in (0, solver.IMS_PER_BATCH):
+        texts.append(
+            f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH} and the schedule was written for SOLVER.REFERENCE_BATCH "
+            f"{solver.REFERENCE_BATCH}: Detectron2's trainer scales by REFERENCE_WORLD_SIZE only; set BASE_LR, "
+            "MAX_ITER and STEPS yourself."
+        )
+    others = {"RetinaNet": ("RETINANET",), "PanopticFPN": ("SEM_SEG_HEAD",), "SemanticSegmentor": ("SEM_SEG_HEAD",)}
+    for section in others.get(cfg.MODEL.META_ARCHITECTURE, ()):
+        norm = cfg.MODEL[section].NORM
+        if norm == "LN" or (norm == "GN" and group_rule(cfg) != GroupRule()):
+            what = "32 groups" if norm == "GN" else "its own LN, over channels alone"
+            texts.append(f"MODEL.{section}.NORM {norm}: this head is Detectron2's and keeps {what}.")
+    for text in texts:
+        if text not in _mentioned:
+            _mentioned.add(text)
+            logger.warning(text)
+
+
+@contextmanager
+def _thawed(cfg: CfgNode) -> Iterator[None]:
+    frozen = cfg.is_frozen()
+    cfg.defrost()
+    try:
+        yield
+    finally:
+        if frozen:
+            cfg.freeze()

@@ -1,0 +1,129 @@
+"""gn_det's datasets in Detectron2's catalogs: the generated shapes, own COCO-format data, ``json@images`` names.
+
+They are read by gn_det's loader: the same checks, repairs and messages as in the embedded engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
+
+from gn_det.data.catalog import GENERATED, DatasetSource, resolve
+from gn_det.data.coco import CocoDataset, load_coco
+from gn_det.data.shapes import CATEGORY_IDS
+from gn_det.data.shapes_draw import CLASSES
+from gn_det.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
+
+logger = logging.getLogger(__name__)
+
+
+class _Source:
+    """What the catalog calls to get the records of one dataset.
+
+    ``max_bad`` and ``polygons_only`` (the mapper will refuse RLE) are those of the last config that names the set.
+    """
+
+    def __init__(self, name: str, source: DatasetSource) -> None:
+        self.name, self.source = name, source
+        self.max_bad, self.polygons_only = 0, False
+
+    def __call__(self) -> list[dict[str, Any]]:
+        dataset = _load(self.source, self.max_bad)
+        _describe(self.name, self.source, dataset.class_names, dataset.category_ids)
+        records = [_record(record) for record in dataset.records]
+        if self.polygons_only:
+            self._refuse_rle(records)
+        return records
+
+    def _refuse_rle(self, records: list[dict[str, Any]]) -> None:
+        for record in records:
+            for a in record["annotations"]:
+                # Detectron2 leaves crowds out before it looks at masks.
+                if isinstance(a.get("segmentation"), dict) and not a["iscrowd"]:
+                    raise DataError(
+                        f"{self.source.json_file}: annotation {a['id']} has an RLE mask, which Detectron2's mapper "
+                        "takes only as a bitmap: set INPUT.MASK_FORMAT bitmask"
+                    )
+
+
+def register_shapes() -> None:
+    """Register ``shapes_train`` and ``shapes_val``; they are drawn when they are first read."""
+    for name in GENERATED:
+        if name not in DatasetCatalog:
+            source = resolve(name)
+            DatasetCatalog.register(name, _Source(name, source))
+            _describe(name, source, CLASSES, CATEGORY_IDS)
+
+
+def register_own(cfg: CfgNode) -> None:
+    """Register DATASETS.TRAIN_JSON and VAL_JSON; in ``cfg`` they take the place of DATASETS.TRAIN and TEST."""
+    for split, key in (("VAL", "TEST"), ("TRAIN", "TRAIN")):
+        json_file, images = (os.path.expanduser(cfg.DATASETS[f"{split}_{part}"]) for part in ("JSON", "IMAGES"))
+        if not json_file and not images:
+            continue
+        if not json_file:
+            raise ConfigError(f"DATASETS.{split}_IMAGES is set without DATASETS.{split}_JSON: give the json, too")
+        images = images or os.path.dirname(json_file) or "."
+        name = f"{json_file}@{images}"
+        origin = f"DATASETS.{split}_JSON and {split}_IMAGES"
+        _register(name, DatasetSource(os.path.basename(json_file), json_file, images, origin), cfg, key)
+        cfg.DATASETS[key] = (name,)
+
+
+def register_named(cfg: CfgNode) -> None:
+    """Register the ``path/to.json@path/to/images`` names of DATASETS.TRAIN and TEST; others are the user's affair."""
+    for key in ("TEST", "TRAIN"):
+        for name in cfg.DATASETS[key]:
+            if ".json@" in name:
+                _register(name, resolve(name, f"DATASETS.{key}"), cfg, key)
+
+
+def take_mixed_masks(cfg: CfgNode) -> None:
+    """The shapes have polygons and RLE, which Detectron2's mapper takes only as bitmaps: set INPUT.MASK_FORMAT so."""
+    if cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon" and any(n in GENERATED for n in cfg.DATASETS.TRAIN):
+        logger.info("INPUT.MASK_FORMAT: bitmask, because the shapes have polygons and RLE.")
+        cfg.INPUT.MASK_FORMAT = "bitmask"
+
+
+def _register(name: str, source: DatasetSource, cfg: CfgNode, key: str) -> None:
+    if name not in DatasetCatalog:
+        DatasetCatalog.register(name, _Source(name, source))
+        MetadataCatalog.get(name).set(json_file=source.json_file, image_root=source.image_root, evaluator_type="coco")
+    entry = DatasetCatalog[name]
+    if isinstance(entry, _Source):  # else the user registered this very name, and reads it in another way
+        entry.max_bad = cfg.DATALOADER.MAX_BAD
+        entry.polygons_only = key == "TRAIN" and cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon"
+
+
+@lru_cache(maxsize=8)
+def _load(source: DatasetSource, max_bad: int) -> CocoDataset:
+    """Read once: Detectron2 asks for the records again for every loader it builds."""
+    dataset = load_coco(source, max_bad=max_bad, need_annotations=False)
+    logger.info(dataset.summary())
+    return dataset
+
+
+def _describe(name: str, source: DatasetSource, class_names: Any, category_ids: Any) -> None:
+    MetadataCatalog.get(name).set(
+        json_file=source.json_file,
+        image_root=source.image_root,
+        evaluator_type="coco",
+        thing_classes=list(class_names),
+        thing_dataset_id_to_contiguous_id={category: index for index, category in enumerate(category_ids)},
+    )
+
+
+def _record(record: Any) -> dict[str, Any]:
+    for annotation in record["annotations"]:
+        annotation["bbox_mode"] = BoxMode.XYWH_ABS
+        if isinstance(annotation.get("segmentation"), list):
+            annotation["segmentation"] = [polygon.tolist() for polygon in annotation["segmentation"]]
+    return dict(record)

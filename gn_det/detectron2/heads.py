@@ -1,0 +1,131 @@
+"""gn_det's box head, mask head and res5 stage in Detectron2's RoI heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.roi_heads import (
+    ROI_BOX_HEAD_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    ROI_MASK_HEAD_REGISTRY,
+    BaseMaskRCNNHead,
+    Res5ROIHeads,
+)
+from torch import nn
+
+from gn_det.errors import ConfigError
+from gn_det.modeling.build import build_res5, group_rule
+from gn_det.modeling.heads import BoxHead, MaskHead
+from gn_det.norm import GroupRule, NormSpec
+
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
+
+
+@ROI_BOX_HEAD_REGISTRY.register()
+class GNFastRCNNConvFCHead(BoxHead):
+    """3x3 convolutions with norm and ReLU, then fully connected layers with ReLU ("4conv1fc").
+
+    Args:
+        input_shape: channels and square size of the pooled features.
+        conv_dims: output channels of the convolutions.
+        fc_dims: output sizes of the fully connected layers.
+        conv_norm, groups: norm of the convolutions; without norm they have biases.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        input_shape: ShapeSpec,
+        *,
+        conv_dims: Sequence[int],
+        fc_dims: Sequence[int],
+        conv_norm: NormSpec = "GN",
+        groups: GroupRule | None = None,
+    ) -> None:
+        if input_shape.height != input_shape.width:
+            raise ConfigError(f"box head: takes square RoI features, got {input_shape.height}x{input_shape.width}")
+        super().__init__(
+            input_shape.channels,
+            input_shape.height,
+            conv_dims=conv_dims,
+            fc_dims=fc_dims,
+            norm=conv_norm,
+            groups=groups,
+        )
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+        head = cfg.MODEL.ROI_BOX_HEAD
+        return {
+            "input_shape": input_shape,
+            "conv_dims": [head.CONV_DIM] * head.NUM_CONV,
+            "fc_dims": [head.FC_DIM] * head.NUM_FC,
+            "conv_norm": head.NORM,
+            "groups": group_rule(cfg),
+        }
+
+    @property
+    def output_shape(self) -> ShapeSpec:
+        """The length of the RoI vectors, as channels."""
+        return ShapeSpec(channels=self.output_size)
+
+
+@ROI_MASK_HEAD_REGISTRY.register()
+class GNMaskRCNNConvUpsampleHead(MaskHead, BaseMaskRCNNHead):
+    """3x3 convolutions with norm and ReLU, a 2x2 deconvolution, one mask per class; Detectron2's loss and inference.
+
+    Args:
+        input_shape: its channels are those of the pooled features.
+        num_classes: masks per RoI; 1 for class-agnostic ones.
+        conv_dims: output channels of the convolutions, and last of the deconvolution.
+        conv_norm, groups: norm of the convolutions; without norm they have biases.
+        loss_weight, vis_period: see Detectron2's BaseMaskRCNNHead.
+    """
+
+    forward = BaseMaskRCNNHead.forward
+    layers = MaskHead.forward
+
+    @configurable
+    def __init__(
+        self,
+        input_shape: ShapeSpec,
+        *,
+        num_classes: int,
+        conv_dims: Sequence[int],
+        conv_norm: NormSpec = "GN",
+        groups: GroupRule | None = None,
+        loss_weight: float = 1.0,
+        vis_period: int = 0,
+    ) -> None:
+        super().__init__(input_shape.channels, num_classes, conv_dims=conv_dims, norm=conv_norm, groups=groups)
+        self.loss_weight = loss_weight
+        self.vis_period = vis_period
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+        head = cfg.MODEL.ROI_MASK_HEAD
+        return {
+            "input_shape": input_shape,
+            "num_classes": 1 if head.CLS_AGNOSTIC_MASK else cfg.MODEL.ROI_HEADS.NUM_CLASSES,
+            "conv_dims": [head.CONV_DIM] * (head.NUM_CONV + 1),
+            "conv_norm": head.NORM,
+            "groups": group_rule(cfg),
+            "vis_period": cfg.VIS_PERIOD,
+        }
+
+
+@ROI_HEADS_REGISTRY.register()
+class GNRes5ROIHeads(Res5ROIHeads):
+    """Detectron2's C4 heads on gn_det's res5, with the norms of MODEL.GN.
+
+    Without a config it takes the same keyword arguments; ``res5`` is then, for instance,
+    :func:`gn_det.modeling.resnet.make_bottleneck_stage`.
+    """
+
+    @classmethod
+    def _build_res5_block(cls, cfg: CfgNode) -> tuple[nn.Sequential, int]:
+        return build_res5(cfg)
