@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from gn_det import __version__
 from gn_det.errors import ConfigError, UserError
@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 Command = Callable[[argparse.Namespace], int]
 
 _OVERRIDES = "config keys after the flags, as in SOLVER.BASE_LR 0.01 or SEED=1; they win over the file"
+
+
+class _Parser(argparse.ArgumentParser):
+    """A mistake in the flags is one line, like any other mistake; the usage is what --help is for."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
 def _add_config(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -47,7 +54,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def _train_parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description="Fine-tune, train from scratch, or evaluate.")
+    parser = _Parser(prog=prog, description="Fine-tune, train from scratch, or evaluate.")
     _add_config(parser, required=True)
     _add_data(parser, ("train", "val"))
     _add_common(parser)
@@ -66,7 +73,7 @@ def _train_parser(prog: str) -> argparse.ArgumentParser:
 
 
 def _eval_parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description="Evaluate a checkpoint: COCO box and mask AP.")
+    parser = _Parser(prog=prog, description="Evaluate a checkpoint: COCO box and mask AP.")
     _add_config(parser, required=False)
     _add_data(parser, ("val",))
     _add_common(parser)
@@ -75,7 +82,7 @@ def _eval_parser(prog: str) -> argparse.ArgumentParser:
 
 
 def _predict_parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description="Detect and draw on images.")
+    parser = _Parser(prog=prog, description="Detect and draw on images.")
     parser.add_argument("inputs", nargs="+", metavar="IMAGE", help="images, folders or globs")
     parser.add_argument("--weights", metavar="FILE", required=True, help="checkpoint of gn-det train")
     parser.add_argument("--output", metavar="DIR", required=True, help="folder for drawings and predictions.json")
@@ -87,7 +94,7 @@ def _predict_parser(prog: str) -> argparse.ArgumentParser:
 
 
 def _quickstart_parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=prog, description="Train a small GN Mask R-CNN on generated shapes, evaluate it, draw what it sees."
     )
     parser.add_argument("--output", default="output/quickstart", metavar="DIR")
@@ -96,7 +103,7 @@ def _quickstart_parser(prog: str) -> argparse.ArgumentParser:
 
 
 def _configs_parser(prog: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(prog=prog, description="List the shipped configs and what each reproduces.")
+    return _Parser(prog=prog, description="List the shipped configs and what each reproduces.")
 
 
 def config_from_args(args: argparse.Namespace) -> CfgNode:
@@ -107,6 +114,8 @@ def config_from_args(args: argparse.Namespace) -> CfgNode:
 
     cfg = load_config(args.config, check=False)
     merge_overrides(cfg, [word for pair in _flag_keys(args) for word in pair])
+    if getattr(args, "train_json", None) and not args.val_json:
+        cfg.DATASETS.TEST = ()  # the config's own test set belongs to its own training set
     merge_overrides(cfg, args.overrides)
     check_config(cfg)
     return cfg

@@ -36,6 +36,12 @@ def test_config_file_is_an_alias() -> None:
         (["predict", "--weights", "nowhere.pth", "--output", "o", "a.jpg"], "a.jpg: no such image"),
         (["eval", "--weights", "nowhere.pth"], "nowhere.pth"),
         (["trian"], "unknown command 'trian'"),
+        (
+            ["train", "--config", "quickstart", "MODEL.DEVICE", "cpu", "SOLVER.ACCUMULATE", "4", "--num-gpus", "3"],
+            "of 12",
+        ),
+        (["train", "--config", "quickstart", "MODEL.DEVICE", "cpu", "SOLVER.AMP.ENABLED=1"], "SOLVER.AMP.ENABLED must"),
+        (["train", "--config", "quickstart", "TEST.BEST_METRIC", "AP"], "TEST.BEST_METRIC is 'AP'"),
     ],
 )
 def test_mistakes(
@@ -46,6 +52,21 @@ def test_mistakes(
     err = capsys.readouterr().err
     assert message in err and err.startswith("gn-det: error: ") and err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [["--lr", "1"], ["--num-gpus", "x"], []])
+def test_mistaken_flags_are_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["train", *words])
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and err.count("\n") == 1 and "error: " in err and "train --help" in err
+
+
+def test_own_training_set_alone_leaves_the_configs_test_set_out() -> None:
+    own = ["--config", "gn_fpn", "--train-json", "a.json", "--train-images", "imgs"]
+    assert tuple(parse(own).DATASETS.TEST) == ()
+    assert parse([*own, "DATASETS.TEST", "b.json@imgs"]).DATASETS.TEST == ("b.json@imgs",)
+    assert parse(["--config", "gn_fpn"]).DATASETS.TEST == ("coco_2017_val",)
 
 
 def test_no_command_and_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,6 +29,7 @@ _PLAIN = (str, int, float, bool, type(None))
 _CONTAINERS = (dict, OrderedDict, list, tuple)
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
 _ZIP_MAGIC = b"PK\x03\x04"
+_PICKLE_MAGIC = b"\x80"  # of files of torch < 1.6
 # What people hand over by mistake, recognised by the first bytes, and what to tell them.
 _NOT_WEIGHTS = (
     (b"<", "a web page or XML, probably a failed download; download it again"),
@@ -172,6 +173,8 @@ def read_checkpoint(path: StrPath, *, mmap: bool = False) -> dict[str, Any]:
             raise WeightsError(f"{path}: not a checkpoint but {what}")
     if is_zip:
         _check_archive(path)
+    elif not head.startswith(_PICKLE_MAGIC):
+        raise WeightsError(f"{path}: not a checkpoint: torch.save did not write it; copy or download it again")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on pickle protocols and torch's own storage classes: nothing to act on
@@ -228,7 +231,9 @@ def _read_failure(path: StrPath, error: Exception) -> str:
         )
     if "TorchScript" in text:
         return f"{path}: is a TorchScript program, not a checkpoint; save its state_dict() with torch.save"
-    return f"{path}: is not a checkpoint or is damaged ({one_line(error)}); copy, download or train it again"
+    # torch's own advice (load it without weights_only) is what nobody should follow here.
+    reason = type(error).__name__ if "weights_only" in text else one_line(error)
+    return f"{path}: is not a checkpoint or is damaged ({reason}); copy, download or train it again"
 
 
 def one_line(text: object, limit: int = 120) -> str:

@@ -82,7 +82,7 @@ def read_any(path: StrPath) -> dict[str, Any]:
 def _state_of(path: StrPath, payload: Mapping[str, Any]) -> Mapping[Any, Any]:
     """The dict of tensors inside the wrappings in use: Detectron2/ours, Detectron, Lightning/mmdetection, none."""
     for key in ("model", "blobs", "state_dict"):
-        if isinstance(payload.get(key), Mapping):
+        if isinstance(payload.get(key), Mapping) and payload[key]:
             return payload[key]
     if not payload or not any(isinstance(v, (torch.Tensor, np.ndarray)) for v in payload.values()):
         keys = ", ".join(one_line(k, 30) for k in list(payload)[:5]) or "nothing"

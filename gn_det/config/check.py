@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -83,6 +84,9 @@ _POSITIVE = ("> 0", lambda v: v > 0)
 _NOT_NEGATIVE = (">= 0", lambda v: v >= 0)
 _FRACTION = ("between 0 and 1", lambda v: 0 <= v <= 1)
 
+_INCREASING = ("increasing numbers > 0", lambda v: all(a < b for a, b in itertools.pairwise((0, *v))))
+_FOUR = ("4 numbers > 0", lambda v: len(v) == 4 and all(w > 0 for w in v))
+
 #: Keys with a range.
 _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "MODEL.BACKBONE.FREEZE_AT": ("0 to 5", lambda v: 0 <= v <= 5),
@@ -91,6 +95,28 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "MODEL.GN.CHANNELS_PER_GROUP": _NOT_NEGATIVE,
     "MODEL.GN.EPS": _POSITIVE,
     "MODEL.PIXEL_STD": ("> 0", lambda v: all(s > 0 for s in v)),
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": _POSITIVE,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": _POSITIVE,
+    "MODEL.RESNETS.NUM_GROUPS": _POSITIVE,
+    "MODEL.RESNETS.WIDTH_PER_GROUP": _POSITIVE,
+    "MODEL.RPN.IOU_THRESHOLDS": _INCREASING,
+    "MODEL.RPN.BBOX_REG_WEIGHTS": _FOUR,
+    "MODEL.RPN.PRE_NMS_TOPK_TRAIN": _POSITIVE,
+    "MODEL.RPN.PRE_NMS_TOPK_TEST": _POSITIVE,
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN": _POSITIVE,
+    "MODEL.RPN.POST_NMS_TOPK_TEST": _POSITIVE,
+    "MODEL.ROI_HEADS.IOU_THRESHOLDS": _INCREASING,
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": _FOUR,
+    "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": _POSITIVE,
+    "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": _NOT_NEGATIVE,
+    "MODEL.ROI_BOX_HEAD.NUM_CONV": _NOT_NEGATIVE,
+    "MODEL.ROI_BOX_HEAD.CONV_DIM": _POSITIVE,
+    "MODEL.ROI_BOX_HEAD.NUM_FC": _NOT_NEGATIVE,
+    "MODEL.ROI_BOX_HEAD.FC_DIM": _POSITIVE,
+    "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION": _POSITIVE,
+    "MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO": _NOT_NEGATIVE,
+    "MODEL.ROI_MASK_HEAD.NUM_CONV": _NOT_NEGATIVE,
+    "MODEL.ROI_MASK_HEAD.CONV_DIM": _POSITIVE,
     "MODEL.RPN.BATCH_SIZE_PER_IMAGE": _POSITIVE,
     "MODEL.RPN.POSITIVE_FRACTION": _FRACTION,
     "MODEL.RPN.NMS_THRESH": _FRACTION,
@@ -122,6 +148,10 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "TEST.EVAL_PERIOD": _NOT_NEGATIVE,
     "TEST.PATIENCE": _NOT_NEGATIVE,
     "TEST.DETECTIONS_PER_IMAGE": _POSITIVE,
+    "TEST.EXPECTED_RESULTS": (
+        "a list of [task, metric, value, tolerance]",
+        lambda v: all(isinstance(row, (list, tuple)) and len(row) == 4 for row in v),
+    ),
 }
 
 

@@ -195,12 +195,24 @@ def _typed(value: Any, default: Any) -> Any:
     if default is None:
         return value
     if isinstance(default, (tuple, list)):
-        return type(default)(value if isinstance(value, (tuple, list)) else (value,))
+        items = type(default)(value if isinstance(value, (tuple, list)) else (value,))
+        if default and not all(_same_kind(item, default[0]) for item in items):
+            raise TypeError
+        return items
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not type(default):
         raise TypeError
     return value
+
+
+def _same_kind(item: Any, example: Any) -> bool:
+    """Whether an element of a list is of the kind of the default's first one: number, text, bool or list of such."""
+    if isinstance(example, (tuple, list)):
+        return isinstance(item, (tuple, list)) and all(_same_kind(i, example[0]) for i in item if example)
+    if isinstance(example, (int, float)) and not isinstance(example, bool):
+        return isinstance(item, (int, float)) and not isinstance(item, bool)
+    return isinstance(item, type(example))
 
 
 def _set(cfg: CN, dotted: str, value: Any, source: str) -> None:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import difflib
 import os
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +72,7 @@ def resolve(name: str, origin: str = "DATASETS.TRAIN/TEST") -> DatasetSource:
     near = difflib.get_close_matches(name, BUILTIN, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ConfigError(
-        f"{origin}: unknown dataset {name!r}; {hint}Known are {', '.join(BUILTIN)}; own data is given as "
+        f"{origin}: unknown dataset {name!r}; {hint}known are {', '.join(BUILTIN)}; own data is given as "
         f"path/to.json@path/to/images or by DATASETS.TRAIN_JSON and TRAIN_IMAGES (VAL_JSON, VAL_IMAGES)"
     )
 
@@ -78,8 +80,28 @@ def resolve(name: str, origin: str = "DATASETS.TRAIN/TEST") -> DatasetSource:
 def datasets_for(cfg: Any, split: str) -> list[DatasetSource]:
     """Sources of ``split`` ("train" or "test"): TRAIN_JSON / VAL_JSON where given, else DATASETS.TRAIN / TEST.
 
-    Where the image folder is left empty, images are looked for beside the json.
+    Where the image folder is left empty, images are looked for beside the json. Files of the same name are told apart
+    by their folders (``train_instances``, ``val_instances``): logs, metrics and result folders go by the name.
     """
+    everywhere = {source.json_file: source for s in ("train", "test") for source in _sources(cfg, s)}
+    names = _distinct_names(list(everywhere.values()))
+    return [replace(source, name=names[source.json_file]) for source in _sources(cfg, split)]
+
+
+def _distinct_names(sources: Sequence[DatasetSource]) -> dict[str, str]:
+    """json file -> name, with as many parent folders in front as it takes to be unique (none, mostly)."""
+    names = {source.json_file: source.name for source in sources}
+    deepest = max((len(Path(s.json_file).parts) for s in sources), default=0)
+    for depth in range(1, deepest):
+        shared = [name for name, count in Counter(names.values()).items() if count > 1]
+        for source in sources:
+            if names[source.json_file] in shared:
+                folders = Path(source.json_file).parts[:-1]
+                names[source.json_file] = "_".join((*(f for f in folders[-depth:] if f != "/"), source.name))
+    return names
+
+
+def _sources(cfg: Any, split: str) -> list[DatasetSource]:
     keys = {"train": ("TRAIN_JSON", "TRAIN_IMAGES", "TRAIN"), "test": ("VAL_JSON", "VAL_IMAGES", "TEST")}
     json_key, image_key, names_key = keys[split]
     data = cfg.DATASETS
@@ -94,7 +116,7 @@ def datasets_for(cfg: Any, split: str) -> list[DatasetSource]:
         raise ConfigError(f"DATASETS.{image_key} is set without DATASETS.{json_key}: give the json of these images")
     names = data[names_key]
     names = (names,) if isinstance(names, str) else tuple(names)
-    return [resolve(name, f"DATASETS.{names_key}") for name in names if name]
+    return [resolve(str(name), f"DATASETS.{names_key}") for name in names if name]
 
 
 def prepare(source: DatasetSource) -> None:

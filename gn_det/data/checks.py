@@ -7,8 +7,9 @@ return the cleaned value, or raise :class:`Defect` with what is wrong and what t
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,15 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def as_other_type(value: Any, known: Container[Any]) -> str:
+    """What to do about an id that is known as another type (``"1"`` or ``1.0`` for ``1``); empty where it is not."""
+    others: list[Any] = [str(value)]
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        others.append(int(value))
+    same = next((other for other in others if type(other) is not type(value) and other in known), None)
+    return "" if same is None else f"there is {same!r}, write all ids as the same type"
+
+
 def check_box(bbox: Any, height: int, width: int) -> list[float]:
     """The XYWH box as written, if some of it covers the image.
 
@@ -43,6 +53,12 @@ def check_box(bbox: Any, height: int, width: int) -> list[float]:
         raise Defect(f"bbox {_short(bbox)} has no area (COCO boxes are [x, y, width, height]): fix or remove it")
     if min(x + w, width) - max(x, 0) <= 0 or min(y + h, height) - max(y, 0) <= 0:
         raise Defect(f"bbox {_short(bbox)} lies outside the {width}x{height} image: fix or remove it")
+    far_x, far_y = _FAR_OUTSIDE * width, _FAR_OUTSIDE * height
+    if min(x + far_x, y + far_y) < 0 or x + w > width + far_x or y + h > height + far_y:
+        raise Defect(
+            f"bbox {_short(bbox)} reaches far outside the {width}x{height} image: coordinates are pixels; fix or "
+            "remove it"
+        )
     return list(bbox)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from gn_det.data.catalog import DatasetSource, prepare
-from gn_det.data.checks import Defect, check_box, check_segmentation, is_number
+from gn_det.data.checks import Defect, as_other_type, check_box, check_segmentation, is_number
 from gn_det.data.coco_file import CocoFile, Repairs, read_coco_file
 from gn_det.data.image import image_size
 from gn_det.data.records import Annotation, Record, RecordList
@@ -249,7 +249,8 @@ class _Builder:
         category = raw.get("category_id")
         if not isinstance(category, int) or category not in self.index_of:
             known = _some([str(c) for c in self.content.category_ids], 5)
-            raise Defect(f"category_id {category!r} is not in the json's categories ({known})")
+            what = as_other_type(category, self.index_of)
+            raise Defect(f"category_id {category!r} is not in the json's categories ({known}){what and ': ' + what}")
         if raw.get("ignore"):
             raise Defect("'ignore' is not part of COCO's instances format: mark regions to ignore with iscrowd 1")
         iscrowd = raw.get("iscrowd")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gn_det.data.catalog import DatasetSource
-from gn_det.data.checks import is_number
+from gn_det.data.checks import as_other_type, is_number
 from gn_det.errors import DataError
 
 
@@ -63,7 +63,10 @@ def _parse(source: DatasetSource) -> dict[str, Any]:
     path = Path(source.json_file)
     where = f"check {source.origin}" if source.origin else "check the path"
     if source.origin == "DETECTRON2_DATASETS":
-        where = "put the dataset there, or set the environment variable DETECTRON2_DATASETS to its parent folder"
+        where = (
+            "put the dataset there, set the environment variable DETECTRON2_DATASETS to its parent folder, or give "
+            "your own data (--train-json, --train-images, --val-json, --val-images)"
+        )
     if not path.exists():
         raise DataError(f"{path}: annotation file of dataset {source.name!r} not found: {where}")
     if path.is_dir():
@@ -158,8 +161,8 @@ def _group_annotations(entries: Any, path: str, content: CocoFile, dropped: set[
         if not isinstance(image, (int, str)) or image not in known:
             # Annotations of an image that is itself listed as bad would only repeat that message.
             if not isinstance(image, (int, str)) or image not in dropped:
-                what = "is not in 'images': add the image, or remove the annotation"
-                content.bad.append(f"annotation {number}: image_id {image!r} {what}")
+                what = as_other_type(image, known) or "add the image, or remove the annotation"
+                content.bad.append(f"annotation {number}: image_id {image!r} is not in 'images': {what}")
             continue
         problem = ""
         if type(number) is not int:

@@ -28,6 +28,8 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+#: Last bytes of whole files, by PIL's name of the format.
+_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 _SWAPS_SIDES = frozenset({5, 6, 7, 8})
 
 
@@ -65,19 +67,33 @@ def read_image(path: str | os.PathLike[str], image_format: str = "BGR") -> np.nd
 
 
 def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """(width, height) in pixels after EXIF orientation, from the header alone (no pixel is decoded).
+    """(width, height) in pixels after EXIF orientation, from the header alone.
+
+    No pixel is decoded, unless the last bytes are not those that a whole JPEG or PNG ends with: a download that broke
+    off is found here, not hours later.
 
     Raises:
-        DataError: the file is missing, unreadable or not an image.
+        DataError: the file is missing, unreadable, not an image or truncated.
     """
     try:
         with Image.open(path) as image:
             width, height = image.size
             # PNG's getexif() decodes all pixels to look for a trailing chunk; its header is enough here.
             known = image.format != "PNG" or "exif" in image.info
-            return (height, width) if known and _orientation(image) in _SWAPS_SIDES else (width, height)
+            turned = known and _orientation(image) in _SWAPS_SIDES
+            end = _ENDS.get(image.format or "")
+        if end is not None and not _ends_with(path, end):
+            with Image.open(path) as image:
+                image.load()
+        return (height, width) if turned else (width, height)
     except Exception as error:
         raise DataError(_why_unreadable(path, error)) from error
+
+
+def _ends_with(path: str | os.PathLike[str], end: bytes) -> bool:
+    with open(path, "rb") as file:
+        file.seek(max(os.path.getsize(path) - len(end), 0))
+        return file.read() == end
 
 
 def _orientation(image: Image.Image) -> int | None:

@@ -63,7 +63,13 @@ class TrainLoader:
     def __iter__(self) -> Iterator[list[Sample]]:
         for samples, failures in _run(self._data, self._batches(), self._workers):
             _note_failures(failures, self.skipped, self._data.max_bad, self._data.known_bad)
-            yield unpack_samples(samples)
+            loaded = unpack_samples(samples)
+            if not loaded:
+                why = next(iter(self.skipped.values()))
+                raise DataError(
+                    f"none of the {self.num_images} training images can be read (such as {why}): replace them"
+                )
+            yield loaded
 
     def summary(self) -> str:
         """How many images are drawn from, for the log."""
@@ -93,6 +99,29 @@ class TestLoader:
                 yield loaded
 
 
+def check_trainable(cfg: Any, datasets: Sequence[CocoDataset]) -> np.ndarray:
+    """Whether the sets can be learnt from as ``cfg`` says, before a model is built or a file written.
+
+    Returns:
+        (N,) bool, for the images of all sets one after the other: has objects.
+
+    Raises:
+        DataError: no image with objects, different classes, or no masks where MODEL.MASK_ON needs them.
+    """
+    check_same_classes(datasets)
+    for dataset in datasets if cfg.MODEL.MASK_ON else ():
+        _refuse_maskless(dataset, int(cfg.DATALOADER.MAX_BAD))
+    has_objects = np.concatenate([d.object_counts > 0 for d in datasets] or [np.zeros(0, dtype=bool)])
+    if not has_objects.any():
+        names = ", ".join(d.json_file for d in datasets) or "DATASETS.TRAIN"
+        dropped = [entry for d in datasets for entry in d.bad]
+        why = f"; {len(dropped)} bad entries were dropped, such as {dropped[0]}" if dropped else ""
+        raise DataError(
+            f"{names}: no image has an object to learn from (crowds do not count): check the annotations{why}"
+        )
+    return has_objects
+
+
 def build_train_loader(
     cfg: Any,
     datasets: Sequence[CocoDataset],
@@ -117,15 +146,11 @@ def build_train_loader(
     """
     if seed < 0:
         raise ValueError(f"the loader needs a non-negative seed, got {seed}: draw one and store it with the checkpoint")
-    check_same_classes(datasets)
-    if cfg.MODEL.MASK_ON:
-        for dataset in datasets:
-            _leave_out_maskless(dataset, int(cfg.DATALOADER.MAX_BAD))
+    has_objects = check_trainable(cfg, datasets)
+    for dataset in datasets if cfg.MODEL.MASK_ON else ():
+        for line in dataset.maskless:
+            logger.info("%s: left out %s", dataset.name, line)
     where = np.array([(d, i) for d, data in enumerate(datasets) for i in range(len(data))], np.int64).reshape(-1, 2)
-    has_objects = np.concatenate([d.object_counts > 0 for d in datasets] or [np.zeros(0, dtype=bool)])
-    if not has_objects.any():
-        names = ", ".join(d.json_file for d in datasets) or "DATASETS.TRAIN"
-        raise DataError(f"{names}: no image has an object to learn from (crowds do not count): check the annotations")
     keep = has_objects if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS else np.ones_like(has_objects)
     sizes = np.concatenate([d.sizes for d in datasets])[keep]
     data = _TrainData(datasets, where[keep], sizes, TrainMapper(cfg), seed, int(cfg.DATALOADER.MAX_BAD))
@@ -194,7 +219,7 @@ class _TrainData(Dataset[_Loaded]):
         return _packed(samples, self.shared_memory), failures
 
     def _readable(self, index: int, position: int, failures: list[tuple[str, str]]) -> Sample | None:
-        """The sample of ``index``, or of the next readable image of the same aspect group.
+        """The sample of ``index``, or of the next readable image, if possible of the same aspect group.
 
         Gives up after more failures than MAX_BAD allows, since the main process refuses to go on then anyway.
         """
@@ -209,11 +234,11 @@ class _TrainData(Dataset[_Loaded]):
         return None
 
     def _candidates(self, index: int) -> Iterator[int]:
-        yield index
+        """``index`` and the images after it, those of its aspect group first; one more than may be bad."""
         same_group = np.flatnonzero(self.wide == self.wide[index])
-        start = int(np.searchsorted(same_group, index))
-        for step in range(1, min(len(same_group), self.max_bad + 1)):
-            yield int(same_group[(start + step) % len(same_group)])
+        same_group = np.roll(same_group, -int(np.searchsorted(same_group, index)))
+        order = np.concatenate([same_group, np.flatnonzero(self.wide != self.wide[index])])
+        yield from order[: self.max_bad + 1].tolist()
 
 
 class _TestData(Dataset[_Loaded]):
@@ -252,7 +277,7 @@ def _index_stream(cfg: Any, data: _TrainData, seed: int) -> Iterator[int]:
     )
 
 
-def _leave_out_maskless(dataset: CocoDataset, max_bad: int) -> None:
+def _refuse_maskless(dataset: CocoDataset, max_bad: int) -> None:
     """Objects without a mask count as bad where masks are trained; a few are left out, many refused."""
     if dataset.without_mask == 0:
         return
@@ -267,8 +292,6 @@ def _leave_out_maskless(dataset: CocoDataset, max_bad: int) -> None:
         f"{dataset.json_file} with MODEL.MASK_ON True",
         total=dataset.without_mask + len(dataset.bad),
     )
-    for line in dataset.maskless:
-        logger.warning("%s: left out %s", dataset.name, line)
 
 
 def _workers(cfg: Any, num_workers: int | None) -> int:

@@ -154,7 +154,10 @@ class Crop:
 
 
 def resized_shape(height: int, width: int, short_side: int, max_size: int) -> tuple[int, int]:
-    """(height, width) after scaling the shorter side to ``short_side``, the longer one at most ``max_size``."""
+    """(height, width) after scaling the shorter side to ``short_side``, the longer one at most ``max_size``.
+
+    No side becomes 0, as Detectron2 would have it for images much longer than ``max_size`` is wide.
+    """
     scale = short_side * 1.0 / min(height, width)
     if height < width:
         new_h, new_w = short_side * 1.0, scale * width
@@ -163,7 +166,7 @@ def resized_shape(height: int, width: int, short_side: int, max_size: int) -> tu
     if max(new_h, new_w) > max_size:
         scale = max_size * 1.0 / max(new_h, new_w)
         new_h, new_w = new_h * scale, new_w * scale
-    return int(new_h + 0.5), int(new_w + 0.5)
+    return max(int(new_h + 0.5), 1), max(int(new_w + 0.5), 1)
 
 
 def draw_resize(

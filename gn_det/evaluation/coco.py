@@ -137,7 +137,8 @@ def _precision(gt: GroundTruth, results: Sequence[dict[str, Any]], task: str, ma
     annotations = [dict(a) for a in gt.annotations if task == "bbox" or "segmentation" in a]
     entries = _boxes(results) if task == "bbox" else _masks(results, annotations)
     number = {image_id: image_id for image_id in gt.image_ids}
-    if not all(type(i) is int for i in number):
+    # The evaluator keeps ids as doubles: text, and numbers beyond their precision, are counted through instead.
+    if not all(type(i) is int and abs(i) < 2**53 for i in number):
         number = {image_id: n for n, image_id in enumerate(sorted(number, key=lambda i: (str(type(i)), i)), 1)}
         for entry in (*entries, *annotations):
             entry["image_id"] = number[entry["image_id"]]

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from fvcore.common.config import CfgNode
 
 from gn_det.data.catalog import DatasetSource, datasets_for
-from gn_det.data.coco import CocoDataset, check_num_classes, check_same_classes, load_coco
+from gn_det.data.coco import CocoDataset, check_num_classes, load_coco
+from gn_det.data.loader import check_trainable
 from gn_det.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ ASSUMED_IMAGES = {
 }
 #: Classes of the builtin sets, by the beginning of their name.
 ASSUMED_CLASSES = {"coco_": 80, "shapes_": 5}
+#: Test sets below this many images are remarked upon.
+_FEW = 20
 
 
 @dataclass(frozen=True)
@@ -62,18 +65,18 @@ def load_run_data(cfg: CfgNode) -> RunData:
     if not sources:
         raise ConfigError("DATASETS.TRAIN is empty; name a training set, or give --train-json and --train-images")
     train = tuple(_load(cfg, source) for source in sources)
-    check_same_classes(train)
+    has_objects = check_trainable(cfg, train)
     for dataset in train:
         check_num_classes(int(cfg.MODEL.ROI_HEADS.NUM_CLASSES), dataset)
     test = load_test_sets(cfg, train[0].class_names)
-    images = 0
-    for dataset in train:
-        kept = (dataset.object_counts > 0).sum() if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS else len(dataset)
-        images += int(kept)
+    images = int(has_objects.sum()) if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS else len(has_objects)
     if not test:
         logger.info("No test set is named (DATASETS.TEST, --val-json): nothing is evaluated, no model_best.pth.")
-    elif min(len(t) for t in test) < 20:
-        logger.warning("%s has only %d images: its AP says little.", test[0].name, min(len(t) for t in test))
+    for dataset in test:
+        if not dataset.object_counts.any():
+            logger.info("%s has no object: it gives no AP, and nothing to choose model_best.pth by.", dataset.name)
+        elif len(dataset) < _FEW:
+            logger.info("%s has only %d image(s): its AP says little.", dataset.name, len(dataset))
     return RunData(train, test, train[0].class_names, train[0].category_ids, images)
 
 

@@ -179,6 +179,8 @@ def _free_port() -> int:
 
 def _spawn(function: Callable[..., Any], args: tuple[Any, ...], plan: tuple[Any, ...], count: int) -> None:
     context = mp.get_context("spawn")
+    # Without this a process whose partner stopped prints C++ frames around the one line that says why.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     workers = [context.Process(target=_worker, args=(i, function, args, plan)) for i in range(count)]
     for worker in workers:
         worker.start()

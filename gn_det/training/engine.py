@@ -26,7 +26,7 @@ from gn_det.errors import ConfigError, WeightsError
 from gn_det.training import dist
 from gn_det.training.log import FILE_ONLY, run_log
 from gn_det.training.optim import format_groups, group_rows
-from gn_det.training.output import check_writable, refuse_old_run, start_afresh
+from gn_det.training.output import check_space, check_writable, refuse_old_run, start_afresh
 from gn_det.training.schedule import format_schedule, images_per_rank, lr_multiplier, scale_schedule
 from gn_det.training.state import ModelMeta, seed_everything
 
@@ -61,6 +61,7 @@ def train(
         UserError: configuration, data, weights or folder cannot be used; a non-finite loss; an interruption.
     """
     device = dist.resolve_device(cfg.MODEL.DEVICE)
+    check_run(cfg, device, num_gpus * num_machines)
     folder = check_writable(cfg.OUTPUT_DIR)
     if not resume:
         refuse_old_run(folder, overwrite=overwrite)
@@ -149,7 +150,6 @@ def _train(cfg: CfgNode, resume: bool) -> dict[str, float]:
 
     rank, world = dist.rank(), dist.world_size()
     _say_environment(cfg)
-    check_metric(cfg)
     point = find_resume(cfg) if resume else None
     if point is None:
         check_freeze(cfg)
@@ -171,6 +171,7 @@ def _train(cfg: CfgNode, resume: bool) -> dict[str, float]:
     if point is None:
         _load_initial(cfg, model)
     if rank == 0:
+        check_space(Path(cfg.OUTPUT_DIR), model, replaced=point is None)
         if point is None:
             start_afresh(Path(cfg.OUTPUT_DIR), keep=cfg.MODEL.WEIGHTS)
         atomic_write(Path(cfg.OUTPUT_DIR) / "config.yaml", lambda f: f.write(dump_config(cfg).encode()))
@@ -285,6 +286,20 @@ def check_freeze(cfg: CfgNode, *, strict: bool = True) -> None:
     logger.warning(message)
 
 
+def check_run(cfg: CfgNode, device: str, world_size: int) -> None:
+    """Refuse what no run on these devices can do, before a process is started or a file is written.
+
+    Raises:
+        ConfigError: the batch cannot be shared, or fp16 without a GPU; or see :func:`check_metric`.
+    """
+    check_metric(cfg)
+    world = int(os.environ["WORLD_SIZE"]) if dist.under_torchrun() else world_size
+    if world > 0:
+        scale_schedule(cfg, world, images=1)
+    if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "fp16" and not device.startswith("cuda"):
+        raise ConfigError("SOLVER.AMP.DTYPE fp16 needs a GPU; use bf16 or SOLVER.AMP.ENABLED False")
+
+
 def check_metric(cfg: CfgNode) -> None:
     """Refuse a metric for model_best.pth that no evaluation gives, before hours are spent.
 
@@ -304,7 +319,7 @@ def describe_model(cfg: CfgNode, model: nn.Module) -> None:
     """Print the norm census and the optimizer groups."""
     from gn_det.modeling.census import format_census, norm_census
 
-    logger.info(format_census(norm_census(model)))
+    logger.info("Norm layers\n%s", _indent(format_census(norm_census(model))))
     logger.info(format_groups(group_rows(cfg, model)))
 
 

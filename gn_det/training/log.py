@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 LOG_FILE = "log.txt"
 
@@ -26,6 +26,18 @@ class _Console(logging.StreamHandler):
             super().emit(record)
         else:
             tqdm.tqdm.write(self.format(record), file=sys.stdout)
+
+
+class _File(logging.FileHandler):
+    """A full disk costs lines of the log; that it is full is told by what needs it: metrics and checkpoints."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
 
 
 @contextmanager
@@ -48,7 +60,7 @@ def run_log(folder: str | os.PathLike[str] | None, *, rank: int = 0, times: bool
         # libraries install handlers on the root logger behind our back; pytest's are wanted
         package.propagate = "pytest" in sys.modules
     if folder is not None and rank == 0:
-        handlers.append(logging.FileHandler(os.path.join(folder, LOG_FILE), encoding="utf-8"))
+        handlers.append(_File(os.path.join(folder, LOG_FILE), encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(formatter)
         package.addHandler(handler)

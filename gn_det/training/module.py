@@ -59,7 +59,11 @@ class DetectionModule(pl.LightningModule):
         return batch  # the model moves what it needs
 
     def training_step(self, batch: list[Any], batch_idx: int) -> Tensor:
-        losses = self.model(batch)
+        try:
+            losses = self.model(batch)
+        except FloatingPointError as error:  # proposals cannot be made of such predictions: there is no loss to look at
+            ids = ", ".join(str(s.get("image_id")) for s in batch)
+            raise self._not_finite(f"loss_rpn_cls, loss_rpn_loc, images {ids} ({error})") from None
         self._current = ({k: v.detach() for k, v in losses.items()}, [s.get("image_id") for s in batch])
         return torch.stack([v.float() for v in losses.values()]).sum()
 
@@ -86,10 +90,13 @@ class DetectionModule(pl.LightningModule):
             where = f" on GPU {rank}" if len(rows) > 1 else ""
             values = ", ".join(f"{n} = {v:g}" for n, v in losses.items())
             told.append(f"{values}{where}, images {', '.join(str(i) for i in ids)}")
+        raise self._not_finite("; ".join(told))
+
+    def _not_finite(self, what: str) -> TrainingError:
         iteration = self.first_iteration + self.global_step
         kept = f"the last good checkpoint is {self.last_good}" if self.last_good else "no checkpoint was written yet"
-        raise TrainingError(
-            f"loss is not finite at iteration {iteration}: {'; '.join(told)}; the weights were not updated, {kept}: "
+        return TrainingError(
+            f"loss is not finite at iteration {iteration}: {what}; the weights were not updated, {kept}: "
             "look at the objects of these images, lower SOLVER.BASE_LR or set SOLVER.CLIP_GRADIENTS.ENABLED True"
         )
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 import tempfile
 from pathlib import Path
+
+from torch import nn
 
 from gn_det.checkpoint.last import LAST
 from gn_det.errors import TrainingError
@@ -75,6 +78,29 @@ def start_afresh(folder: Path, *, keep: str = "") -> None:
         if file.exists() and not (keep and os.path.exists(keep) and os.path.samefile(file, keep)):
             file.unlink()
             logger.info("%s of the earlier run deleted (--overwrite).", file)
+
+
+def check_space(folder: Path, model: nn.Module, *, replaced: bool) -> None:
+    """Refuse to train for hours towards a checkpoint that cannot be written.
+
+    Args:
+        folder: OUTPUT_DIR.
+        model: what will be trained; a checkpoint holds its tensors, and momentum for those that are trained.
+        replaced: the checkpoints of an earlier run are about to be deleted.
+
+    Raises:
+        TrainingError: not even one checkpoint fits.
+    """
+    tensors = [*model.parameters(), *model.buffers(), *(p for p in model.parameters() if p.requires_grad)]
+    needed = sum(t.numel() * t.element_size() for t in tensors)
+    free = shutil.disk_usage(folder).free
+    if replaced:
+        free += sum(file.stat().st_size for file in checkpoints(folder))
+    if free < needed:
+        raise TrainingError(
+            f"OUTPUT_DIR {folder}: {free / 2**20:.0f} MiB are free, a checkpoint takes {needed / 2**20:.0f}: free "
+            "space on that disk, or set OUTPUT_DIR elsewhere"
+        )
 
 
 def numbered(iteration: int) -> str:

@@ -293,5 +293,8 @@ def format_schedule(cfg: CfgNode, images: int, world_size: int = 0) -> str:
     if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
         lines.append(f"  times {solver.GAMMA:g} after {', '.join(steps) if steps else 'no iteration: constant'}")
     period = cfg.TEST.EVAL_PERIOD
-    lines.append(f"  evaluation {'every ' + both(period) + ' and ' if period > 0 else ''}at the end")
+    if cfg.DATASETS.TEST or cfg.DATASETS.VAL_JSON:
+        lines.append(f"  evaluation {'every ' + both(period) + ' and ' if period > 0 else ''}at the end")
+    else:
+        lines.append("  no evaluation: no test set")
     return "\n".join(lines)

@@ -139,3 +139,22 @@ def test_every_key_is_known_once() -> None:
 def test_a_damaged_stored_config_is_named(text: str) -> None:
     with pytest.raises(ConfigError, match=r"model\.pth"):
         parse_config(text, "model.pth")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "word"),
+    [
+        ("MODEL.ANCHOR_GENERATOR.SIZES", "big", "must be of type list"),
+        ("MODEL.ANCHOR_GENERATOR.SIZES", "[32, 64]", "must be of type list"),
+        ("SOLVER.STEPS", "('a',)", "must be of type tuple"),
+        ("MODEL.RPN.BBOX_REG_WEIGHTS", "(1, 1)", "must be 4 numbers > 0"),
+        ("MODEL.RPN.IOU_THRESHOLDS", "[0.7, 0.3]", "must be increasing"),
+        ("MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", "0", "must be > 0"),
+        ("MODEL.ROI_MASK_HEAD.NUM_CONV", "-1", "must be >= 0"),
+        ("MODEL.RPN.POST_NMS_TOPK_TRAIN", "0", "must be > 0"),
+        ("TEST.EXPECTED_RESULTS", "[['bbox', 'AP']]", "must be a list of"),
+    ],
+)
+def test_values_that_no_model_can_have(key: str, value: str, word: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key}.*{word}"):
+        load_config("gn_fpn", [key, value])

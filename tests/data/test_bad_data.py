@@ -32,6 +32,13 @@ def _rle(size: list[int], counts: Any) -> Change:
 BAD_ANNOTATIONS: dict[str, tuple[Change, str]] = {
     "missing image": (_first(image_id=99), "annotation 11: image_id 99 is not in 'images'"),
     "image id of a wrong type": (_first(image_id=[5]), "annotation 11: image_id [5] is not in 'images'"),
+    "image id as text": (
+        _first(image_id="5"),
+        "image_id '5' is not in 'images': there is 5, write all ids as the same",
+    ),
+    "category id as text": (_first(category_id="9"), "(2, 9): there is 9, write all ids as the same type"),
+    "category id as float": (_first(category_id=9.0), "category_id 9.0"),
+    "far outside": (_first(bbox=[0, 0, 1e308, 5]), "reaches far outside the 40x30 image"),
     "missing category": (_first(category_id=3), "category_id 3 is not in the json's categories (2, 9)"),
     "no category": (_first(category_id=None), "category_id None"),
     "zero width": (_first(bbox=[2, 3, 0, 8]), "bbox [2, 3, 0, 8] has no area"),

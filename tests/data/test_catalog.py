@@ -47,6 +47,17 @@ def test_flags_take_the_place_of_names() -> None:
         datasets_for(cfg, "test")
 
 
+def test_files_of_one_name_are_told_apart() -> None:
+    """By as many folders as it takes, over both splits; metrics and result folders would collide otherwise."""
+    cfg = get_cfg()
+    cfg.DATASETS.TRAIN_JSON, cfg.DATASETS.TRAIN_IMAGES = "d/train/instances.json", "d"
+    cfg.DATASETS.TEST = ("d/val/instances.json@d", "e/val/instances.json@e", "f/other.json@f")
+    assert [s.name for s in datasets_for(cfg, "train")] == ["train_instances"]
+    assert [s.name for s in datasets_for(cfg, "test")] == ["d_val_instances", "e_val_instances", "other"]
+    cfg.DATASETS.VAL_JSON, cfg.DATASETS.VAL_IMAGES = "d/train/instances.json", "d"  # the same file is the same set
+    assert [s.name for s in datasets_for(cfg, "test")] == ["instances"]
+
+
 def test_shapes_are_generated_on_first_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     monkeypatch.setattr("gn_det.data.shapes.NUM_IMAGES", {"val": 2})

@@ -69,7 +69,21 @@ def test_unreadable_files_are_named(tmp_path: Path, rgb: Image.Image) -> None:
             read_image(tmp_path / name)
         text = str(error.value)
         assert reason in text and str(tmp_path) in text and "\n" not in text
-    assert image_size(tmp_path / "cut.jpg") == (64, 64)  # the header is whole
+        with pytest.raises(DataError, match=reason):
+            image_size(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+def test_size_decodes_only_files_that_end_oddly(tmp_path: Path, rgb: Image.Image, name: str) -> None:
+    """Bytes after the end do no harm; a file that broke off is found although its header is whole."""
+    path = tmp_path / name
+    rgb.save(path)
+    size, data = image_size(path), path.read_bytes()
+    path.write_bytes(data + b"trailing")
+    assert image_size(path) == size == rgb.size
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(DataError, match="(?i)truncated"):
+        image_size(path)
 
 
 def test_format_is_checked(tmp_path: Path) -> None:

@@ -159,6 +159,23 @@ def test_truncated_image_is_replaced(tmp_path: Path, workers: int, caplog: pytes
         list(build_test_loader(_cfg(MAX_BAD=0), data, num_workers=workers))
 
 
+def test_all_images_unreadable_is_refused(tmp_path: Path) -> None:
+    """Even where MAX_BAD would allow to lose them all; a broken aspect group is replaced from the other one."""
+    data = load_coco(make_shapes(tmp_path, "train", 5), max_bad=0)
+    names = [Path(r["file_name"]) for r in data.records]
+    wide = data.sizes[:, 0] > data.sizes[:, 1]
+    assert wide.any() and not wide.all()
+    for name, broken in zip(names, wide):
+        if broken:
+            name.write_bytes(name.read_bytes()[:2000])
+    batches = _batches(_cfg(), data, 4, num_workers=0)
+    assert all(batch and not any(wide[s["image_id"] - 1] for s in batch) for batch in batches)
+    for name in names:
+        name.write_bytes(name.read_bytes()[:2000])
+    with pytest.raises(DataError, match=r"none of the 5 training images can be read .*truncated"):
+        _batches(_cfg(), data, 1, num_workers=0)
+
+
 def test_test_loader_covers_everything_once(shapes: CocoDataset) -> None:
     ids: list[int] = []
     for rank in range(3):

@@ -28,6 +28,7 @@ from gn_det.errors import ConfigError
     ("height", "width", "side", "limit", "want"),
     [
         (480, 640, 800, 1333, (800, 1067)),
+        (2, 3000, 800, 1333, (1, 1333)),  # 0 rows in Detectron2, which fails on it
         (640, 480, 800, 1333, (1067, 800)),
         (500, 1500, 800, 1333, (444, 1333)),
         (33, 70, 800, 1333, (628, 1333)),

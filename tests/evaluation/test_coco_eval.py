@@ -41,6 +41,20 @@ def test_more_than_100_detections_in_an_image() -> None:
             same(ours[task], oracle(data, results, task, max_dets))
 
 
+def test_ids_beyond_the_precision_of_doubles() -> None:
+    """Ids made from hashes or text evaluate like small ones."""
+    data, results = random_set(3)
+    plain = evaluate_coco(data, results)
+    for make in (lambda i: i + 2**60, lambda i: i + 10**30, lambda i: f"img {i:03d}"):
+        other, found = copy.deepcopy((data, results))
+        for image in other["images"]:
+            image["id"] = make(image["id"])
+        for entry in (*other["annotations"], *found):
+            entry["image_id"] = make(entry["image_id"])
+        for task, metrics in evaluate_coco(other, found).items():
+            same(metrics, plain[task])
+
+
 def test_boxes_alone_without_masks() -> None:
     data, results = random_set(1)
     for r in results:

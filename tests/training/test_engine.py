@@ -147,3 +147,34 @@ def test_log_file_has_what_the_screen_does_not_show(tmp_path: Path, capsys: pyte
     text = capsys.readouterr().out
     assert "seen" in text and "kept" not in text
     assert "kept" in (tmp_path / "log.txt").read_text()
+
+
+def test_full_disk_is_found_before_training(
+    shapes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No file of the run is written, an earlier one is kept."""
+    import shutil
+    from types import SimpleNamespace
+
+    old = tmp_path / "model_final.pth"
+    old.write_bytes(b"0" * 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=5 * 2**20))
+    with pytest.raises(TrainingError, match=r"5 MiB are free, a checkpoint takes \d\d"):
+        engine.train(small(shapes, tmp_path), overwrite=True)
+    assert old.is_file() and {p.name for p in tmp_path.iterdir()} == {"model_final.pth", "log.txt"}
+    assert "iter:" not in capsys.readouterr().out
+
+
+def test_log_on_a_full_disk_is_silent(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The lines are lost; logging's own stack traces would hide the message that says why the run stopped."""
+    import logging
+
+    from gn_det.training.log import run_log
+
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("needs /dev/full")
+    (tmp_path / "log.txt").symlink_to(full)
+    with run_log(tmp_path):
+        logging.getLogger("gn_det.test").info("a line")
+    assert "Traceback" not in capfd.readouterr().err

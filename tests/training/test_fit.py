@@ -156,6 +156,17 @@ def test_non_finite_loss_stops_before_the_step(tmp_path: Path, accumulate: int) 
     assert torch.load(tmp_path / "model_0000004.pth", weights_only=True)["iteration"] == 4
 
 
+def test_diverged_proposals_name_the_images(tmp_path: Path) -> None:
+    """The model cannot make proposals of nan predictions: no loss to look at, the same message."""
+
+    class Diverged(Tiny):
+        def forward(self, samples: list[Any]) -> Any:
+            raise FloatingPointError("RPN predictions hold inf or nan")
+
+    with pytest.raises(TrainingError, match=r"not finite at iteration 0: loss_rpn_cls.* images \d+.*SOLVER.BASE_LR"):
+        run(tmp_path, [], model=Diverged())
+
+
 def test_weights_gone_bad_are_not_saved(tmp_path: Path) -> None:
     class Bad(Tiny):
         def forward(self, samples: list[Any]) -> Any:
