@@ -10,6 +10,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import Tensor, nn
 
+from gn_det.detectron2.scripting import ScriptableFPN, ScriptableResNet
 from gn_det.errors import ConfigError
 from gn_det.modeling.build import fpn_arguments, resnet_arguments
 from gn_det.modeling.fpn import FPN
@@ -34,6 +35,9 @@ class GNResNet(ResNet, Backbone):
     def output_shape(self) -> dict[str, ShapeSpec]:
         """Channels and stride by feature name."""
         return _shapes(self.feature_specs)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return ScriptableResNet(self)
 
 
 class GNFPN(FPN, Backbone):
@@ -93,6 +97,9 @@ class GNFPN(FPN, Backbone):
     def output_shape(self) -> dict[str, ShapeSpec]:
         """Channels and stride by level name, fine to coarse."""
         return _shapes(self.feature_specs)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return ScriptableFPN(self)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(N, 3, H, W), H and W multiples of ``size_divisibility``, to {"p2": ..., ...}, fine to coarse."""

@@ -16,6 +16,7 @@ from detectron2.modeling.roi_heads import (
 )
 from torch import nn
 
+from gn_det.detectron2.scripting import ScriptableMaskHead, scriptable_box_head
 from gn_det.errors import ConfigError
 from gn_det.modeling.build import build_res5, group_rule
 from gn_det.modeling.heads import BoxHead, MaskHead
@@ -73,6 +74,9 @@ class GNFastRCNNConvFCHead(BoxHead):
         """The length of the RoI vectors, as channels."""
         return ShapeSpec(channels=self.output_size)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        return scriptable_box_head(self)
+
 
 @ROI_MASK_HEAD_REGISTRY.register()
 class GNMaskRCNNConvUpsampleHead(MaskHead, BaseMaskRCNNHead):
@@ -116,6 +120,9 @@ class GNMaskRCNNConvUpsampleHead(MaskHead, BaseMaskRCNNHead):
             "groups": group_rule(cfg),
             "vis_period": cfg.VIS_PERIOD,
         }
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return ScriptableMaskHead(self)
 
 
 @ROI_HEADS_REGISTRY.register()

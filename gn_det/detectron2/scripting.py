@@ -1,0 +1,112 @@
+"""TorchScript forms of gn_det's modules.
+
+``torch.jit.script`` asks a module for ``__prepare_scriptable__`` and compiles what that returns instead. The modules
+themselves look their layers up by name, which TorchScript cannot; here the same layers stand in lists. As with
+Detectron2's own backbones, a scripted model therefore has other parameter names than the model.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from detectron2.modeling.roi_heads import BaseMaskRCNNHead
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gn_det.modeling.heads import BoxHead, MaskHead
+from gn_det.modeling.resnet import ResNet
+
+if TYPE_CHECKING:
+    from gn_det.detectron2.backbone import GNFPN
+
+
+class ScriptableResNet(nn.Module):
+    """Inference of :class:`gn_det.modeling.resnet.ResNet`."""
+
+    def __init__(self, resnet: ResNet) -> None:
+        super().__init__()
+        self.size_divisibility: int = 0
+        # 0: no square; TorchScript cannot tell the type of an empty dict.
+        self.padding_constraints: dict[str, int] = {"square_size": 0}
+        self.stem = resnet.stem
+        self.stages = nn.ModuleList([getattr(resnet, name) for name in resnet.stage_names])
+        self.names: list[str] = list(resnet.stage_names)
+        self.wanted: list[str] = list(resnet.feature_specs)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        features: dict[str, Tensor] = {}
+        x = self.stem(x)
+        if "stem" in self.wanted:
+            features["stem"] = x
+        for i, stage in enumerate(self.stages):
+            x = stage(x)
+            if self.names[i] in self.wanted:
+                features[self.names[i]] = x
+        return features
+
+
+class ScriptableFPN(nn.Module):
+    """Inference of :class:`gn_det.detectron2.backbone.GNFPN`."""
+
+    def __init__(self, fpn: GNFPN) -> None:
+        super().__init__()
+        self.size_divisibility: int = fpn.size_divisibility
+        self.padding_constraints: dict[str, int] = {"square_size": fpn.square_pad}
+        self.average = fpn.average
+        self.bottom_up = fpn.bottom_up
+        coarse_first = list(reversed(fpn.levels))
+        self.laterals = nn.ModuleList([getattr(fpn, f"fpn_lateral{level}") for level in coarse_first])
+        self.outputs = nn.ModuleList([getattr(fpn, f"fpn_output{level}") for level in coarse_first])
+        self.inputs: list[str] = list(reversed(fpn.in_features))
+        self.names: list[str] = list(fpn.feature_specs)
+        self.top_block = fpn.top_block
+        source = "" if self.top_block is None else str(self.top_block.in_feature)
+        self.from_bottom_up = source in fpn.bottom_up.feature_specs
+        self.source = source
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        features = self.bottom_up(x)
+        coarse = features[self.inputs[0]]
+        levels: list[Tensor] = []
+        merged = coarse  # replaced before it is read
+        for i, (lateral, output) in enumerate(zip(self.laterals, self.outputs)):
+            own = lateral(features[self.inputs[i]])
+            if i > 0:
+                own = own + F.interpolate(merged, scale_factor=2.0, mode="nearest")
+                if self.average:
+                    own = own / 2
+            merged = own
+            levels.insert(0, output(merged))
+        if self.top_block is not None:
+            if self.from_bottom_up:
+                levels.extend(self.top_block(features[self.source]))
+            else:
+                levels.extend(self.top_block(levels[self.names.index(self.source)]))
+        named: dict[str, Tensor] = {}
+        for i, level in enumerate(levels):
+            named[self.names[i]] = level
+        return named
+
+
+def scriptable_box_head(head: BoxHead) -> nn.Sequential:
+    """Inference of a box head."""
+    layers: list[nn.Module] = [getattr(head, name) for name in head.convs]
+    layers.append(nn.Flatten())
+    for name in head.fcs:
+        layers += [getattr(head, name), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+class ScriptableMaskHead(BaseMaskRCNNHead):
+    """Inference of a mask head; ``training`` is compiled as a constant, so that its branch is left out."""
+
+    __constants__ = ["training"]  # noqa: RUF012 - the form that TorchScript reads
+
+    def __init__(self, head: MaskHead) -> None:
+        super().__init__()
+        convs = [getattr(head, name) for name in head.convs]
+        self.stack = nn.Sequential(*convs, head.deconv, nn.ReLU(), head.predictor)
+        self.train(head.training)
+
+    def layers(self, x: Tensor) -> Tensor:
+        return self.stack(x)
