@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("detectron2", reason="compares with an installed Detectron2")
+pytest.importorskip("detectron2.config", reason="compares with an installed Detectron2")
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg as detectron2_cfg

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("detectron2", reason="compares with an installed Detectron2")
+pytest.importorskip("detectron2.config", reason="compares with an installed Detectron2")
 pytestmark = pytest.mark.detectron2
 
 from detectron2.data import MetadataCatalog  # noqa: E402

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-pytest.importorskip("detectron2", reason="compares with an installed Detectron2")
+pytest.importorskip("detectron2.config", reason="compares with an installed Detectron2")
 
 from gn_det.config import get_cfg
 from gn_det.data.catalog import DatasetSource

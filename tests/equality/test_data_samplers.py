@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("detectron2", reason="compares with an installed Detectron2")
+pytest.importorskip("detectron2.config", reason="compares with an installed Detectron2")
 
 from gn_det.data.samplers import batch_stream, inference_shard, repeat_factors, repeat_stream, shuffled_stream
 
