@@ -47,7 +47,6 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "MODEL.ANCHOR_GENERATOR.ANGLES": ([[-90, 0, 90]],),
     "MODEL.RPN.HEAD_NAME": ("StandardRPNHead",),
     "MODEL.RPN.BBOX_REG_LOSS_TYPE": ("smooth_l1",),
-    "MODEL.RPN.CONV_DIMS": ([-1],),
     "MODEL.ROI_HEADS.NAME": ("StandardROIHeads", "Res5ROIHeads"),
     "MODEL.ROI_BOX_HEAD.NAME": ("", "FastRCNNConvFCHead"),
     "MODEL.ROI_BOX_HEAD.NORM": NORMS,
@@ -236,10 +235,10 @@ def _check_model(cfg: CN) -> None:
                 )
     if fpn and list(model.FPN.IN_FEATURES) != list(resnets.OUT_FEATURES):
         raise ConfigError("MODEL.FPN.IN_FEATURES and MODEL.RESNETS.OUT_FEATURES must name the same features")
-    if fpn == (model.ROI_HEADS.NAME == "Res5ROIHeads"):
+    if fpn and model.ROI_HEADS.NAME == "Res5ROIHeads":
         raise ConfigError(
             f"MODEL.ROI_HEADS.NAME {model.ROI_HEADS.NAME} does not go with MODEL.BACKBONE.NAME {model.BACKBONE.NAME}; "
-            "FPN takes StandardROIHeads, C4 takes Res5ROIHeads"
+            "FPN takes StandardROIHeads"
         )
     for name in ("PIXEL_MEAN", "PIXEL_STD"):
         if len(model[name]) != 3:
