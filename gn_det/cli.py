@@ -1,4 +1,4 @@
-"""The command line: ``gn-det train | eval | predict | quickstart | configs``.
+"""The command line: ``gn-det train | eval | predict | quickstart | configs | doctor``.
 
 Only argparse is imported at the top; each command imports what it needs, so ``--help`` answers at once. A
 :class:`~gn_det.errors.UserError` ends as one line on stderr and exit status 2.
@@ -106,6 +106,10 @@ def _configs_parser(prog: str) -> argparse.ArgumentParser:
     return _Parser(prog=prog, description="List the shipped configs and what each reproduces.")
 
 
+def _doctor_parser(prog: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=prog, description="Versions, GPUs, engines; what is broken, and the fix.")
+
+
 def config_from_args(args: argparse.Namespace) -> CfgNode:
     """The config named by ``--config`` with flags and overrides applied; flags win over the YAML, keys over flags."""
     from gn_det.config import load_config
@@ -208,12 +212,19 @@ def _configs(args: argparse.Namespace) -> int:
     return 0
 
 
+def _doctor(args: argparse.Namespace) -> int:
+    from gn_det.doctor import doctor
+
+    return doctor()
+
+
 _COMMANDS: dict[str, tuple[str, Callable[[str], argparse.ArgumentParser], Command]] = {
     "train": ("fine-tune, train from scratch or evaluate", _train_parser, _train),
     "eval": ("COCO AP of a checkpoint", _eval_parser, _eval),
     "predict": ("detect and draw on images", _predict_parser, _predict),
     "quickstart": ("train on generated shapes and show the result", _quickstart_parser, _quickstart),
     "configs": ("list the shipped configs", _configs_parser, _configs),
+    "doctor": ("what is installed, what works, and the fix for what does not", _doctor_parser, _doctor),
 }
 
 
