@@ -87,23 +87,31 @@ def predict(
     wanted = _class_indices(classes, predictor.class_names)
     document = _Document(predictor)
     failed: list[str] = []
+    best = 0.0
     for number, (path, name) in enumerate(zip(paths, names), 1):
         started = time.perf_counter()
         try:
-            det = _select(predictor.detect(path), threshold, wanted)
+            everything = predictor.detect(path)
+            best = max(best, everything.scores.max().item() if len(everything) else 0.0)
+            det = _select(everything, threshold, wanted)
             drawing = draw_detections(_read_rgb(path), det, predictor.class_names)
         except DataError as error:
             failed.append(str(error))
-            report(f"[{number}/{len(paths)}] {path}: skipped, {error}")
+            report(f"[{number}/{len(paths)}] skipped: {error}")
             continue
         _write_png(folder / name, drawing)
         document.add(path, name, det)
         seconds = time.perf_counter() - started
         report(f"[{number}/{len(paths)}] {path}: {_summary(det, predictor.class_names)} ({seconds:.2f} s)")
+    shown = "; ".join(failed[:3]) + ("; ..." if len(failed) > 3 else "")
+    count = len(document.content["images"])
+    if not count:
+        raise DataError(f"no image could be read: {shown}")
     write_json_atomic(os.fspath(folder / PREDICTIONS_FILE), document.content)
-    report(f"{len(document.content['images'])} drawings and {PREDICTIONS_FILE} are in {folder}")
+    report(f"{count} drawing{'' if count == 1 else 's'} and {PREDICTIONS_FILE} are in {folder}")
+    if not document.content["annotations"]:
+        report(f"note: no object was found with a score of {threshold:g} or more; the best score was {best:.2f}")
     if failed:
-        shown = "; ".join(failed[:3]) + ("; ..." if len(failed) > 3 else "")
         raise DataError(f"{len(failed)} of {len(paths)} images could not be read, the others are done: {shown}")
     return document.content
 
@@ -167,6 +175,8 @@ def _device(name: str) -> torch.device:
         target = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"device '{name}' is not known; use auto, cpu, cuda or cuda:N") from None
+    if target.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device '{name}' is not supported; use auto, cpu, cuda or cuda:N")
     if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"device '{name}': this machine has {torch.cuda.device_count()} CUDA devices; use auto or cpu"

@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 
 from gn_det.errors import ConfigError, DataError, UserError, WeightsError
 from gn_det.inputs import collect_images, output_names
-from gn_det.predict import Predictor, predict
+from gn_det.predict import Predictor, _device, predict
 from gn_det.structures import Detections
 
 NAMES = ("Kreis", "日本", "square")
@@ -97,6 +97,24 @@ def test_corrupt_image_is_named_and_the_others_go_on(photos: Path, tmp_path: Pat
         run([photos], tmp_path / "out")
     data = json.loads((tmp_path / "out" / "predictions.json").read_text(encoding="utf-8"))
     assert len(data["images"]) == 4 and [i["id"] for i in data["images"]] == [1, 2, 3, 4]
+
+
+def test_nothing_readable_writes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("no image")
+    with pytest.raises(DataError, match=r"no image could be read: .*a\.txt"):
+        run([tmp_path / "a.txt"], tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_nothing_found_tells_the_best_score(photos: Path, tmp_path: Path) -> None:
+    _, lines = run([photos / "x.jpg"], tmp_path / "out", threshold=0.95)
+    assert lines[-1] == "note: no object was found with a score of 0.95 or more; the best score was 0.90"
+
+
+@pytest.mark.parametrize("device", ["gpu", "xla", "meta", "cuda:99"])
+def test_devices_that_are_none(device: str) -> None:
+    with pytest.raises(ConfigError, match=f"device '{device}'"):
+        _device(device)
 
 
 def test_inputs(photos: Path) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from urllib.parse import urlparse
+from urllib.request import urlopen
 
 from gn_det.checkpoint.io import StrPath, one_line
 from gn_det.checkpoint.source import Preprocessing
@@ -109,6 +110,7 @@ def _download(uri: str, url: str, cached: Path) -> Path:
     manager.register_handler(HTTPURLHandler())
     try:
         with _timeout(_TIMEOUT):
+            urlopen(url).close()  # fails without the progress bar and log that iopath shows first
             return Path(manager.get_local_path(url))
     except Exception as error:  # urllib, ssl, http, portalocker and OSError have no common base
         reason = one_line(getattr(error, "reason", "") or str(error) or type(error).__name__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from fvcore.common.config import CfgNode
 
 from gn_det.data.catalog import DatasetSource, datasets_for
 from gn_det.data.coco import CocoDataset, check_num_classes, load_coco
+from gn_det.data.coco_file import read_coco_file
 from gn_det.data.loader import check_trainable
 from gn_det.errors import ConfigError, DataError
 
@@ -137,7 +137,11 @@ class Sizes:
 
 
 def estimate_sizes(cfg: CfgNode) -> Sizes:
-    """Count what is there and assume the published sizes of builtin sets that are not; never raises for absent data."""
+    """Count what is there and assume the published sizes of builtin sets that are not.
+
+    Raises:
+        DataError: a json is there and cannot be used; absent data is no error.
+    """
     images, classes = 0, 0
     names: tuple[str, ...] = ()
     lines = []
@@ -161,14 +165,9 @@ def _size_of(cfg: CfgNode, source: DatasetSource, split: str) -> tuple[int, tupl
         if not count:
             return 0, (), f"{split}: {source.name} is not there ({source.json_file}); its size is not known"
         return count, (), f"{split}: {count} images assumed for {source.name} ({source.json_file} is not there)"
-    try:
-        with open(source.json_file, encoding="utf-8") as f:
-            content = json.load(f)
-        total = len(content["images"])
-        crowd_free = {a["image_id"] for a in content.get("annotations", []) if not a.get("iscrowd")}
-        names = tuple(c["name"] for c in sorted(content["categories"], key=lambda c: c["id"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return 0, (), f"{split}: {source.json_file} cannot be counted ({type(error).__name__}: {error})"
+    content = read_coco_file(source, need_annotations=split == "train")
+    total, names = len(content.images), content.class_names
+    crowd_free = [i for i, found in content.annotations_of.items() if not all(a.get("iscrowd") for a in found)]
     drop = split == "train" and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     count = len(crowd_free) if drop else total
     without = f", {total - count} without objects left out" if drop and count != total else ""

@@ -99,13 +99,13 @@ def dry_run(cfg: CfgNode, *, num_gpus: int = 1, num_machines: int = 1) -> None:
 
     with run_log(None, times=False):
         sizes = estimate_sizes(cfg)
+        for line in sizes.lines:
+            logger.info(line)
         world = int(os.environ["WORLD_SIZE"]) if dist.under_torchrun() else num_gpus * num_machines
         written = format_schedule(cfg, sizes.images)
         cfg, sentences = scale_schedule(cfg, world, sizes.images)
         cfg = with_classes(cfg, sizes.classes or int(cfg.MODEL.ROI_HEADS.NUM_CLASSES), sizes.class_names)
         logger.info("Resolved configuration\n%s", _indent(dump_config(cfg, implemented_only=True)))
-        for line in sizes.lines:
-            logger.info(line)
         check_metric(cfg)
         check_freeze(cfg, strict=False)
         model = build_model(cfg)

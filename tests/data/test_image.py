@@ -82,7 +82,7 @@ def test_size_decodes_only_files_that_end_oddly(tmp_path: Path, rgb: Image.Image
     path.write_bytes(data + b"trailing")
     assert image_size(path) == size == rgb.size
     path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(DataError, match="(?i)truncated"):
+    with pytest.raises(DataError, match=r"(?i)truncated"):
         image_size(path)
 
 

@@ -54,6 +54,13 @@ def test_dry_run_of_the_papers_long_schedule(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_dry_run_reads_the_json_as_the_run_would(shapes: list[str], tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(DataError, match=r"list\.json: holds a list"):
+        engine.dry_run(small(shapes, tmp_path / "out", "DATASETS.TRAIN_JSON", str(tmp_path / "list.json")))
+    assert not (tmp_path / "out").exists()
+
+
 def test_train_resume_evaluate(shapes: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run of 4 iterations equals one of 2 that is resumed with MAX_ITER 4, to the bit, on the real model and data."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
