@@ -7,8 +7,11 @@ Only argparse is imported at the top; each command imports what it needs, so ``-
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
 from gn_det import __version__
@@ -234,6 +237,24 @@ def _usage() -> str:
     return "\n".join(lines + [f"  {name:12s}{what}" for name, (what, _, _) in _COMMANDS.items()])
 
 
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM unwinds like Ctrl-C, so that no temporary file is left; training has its own way to stop."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        print("gn-det: terminated", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run a command; returns the exit status: 0 done, 2 a user's mistake, 130 or 143 interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -249,7 +270,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     _, make_parser, run = _COMMANDS[argv[0]]
     args = make_parser(prog or f"gn-det {argv[0]}").parse_intermixed_args(argv[1:])
     try:
-        return run(args)
+        with _ended_by_sigterm():
+            return run(args)
     except UserError as e:
         print(f"gn-det: error: {e}", file=sys.stderr)
         # An interrupted run says so to the shell: 130 for Ctrl-C, 143 for SIGTERM.

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ from gn_det.structures import Detections
 
 #: Name of the json beside the drawings.
 PREDICTIONS_FILE = "predictions.json"
+
+
+#: Progress is seen at once, in a pipe too.
+_say = partial(print, flush=True)
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ def predict(
     config: str | None = None,
     device: str = "auto",
     predictor: Predictor | None = None,
-    report: Callable[[str], None] = print,
+    report: Callable[[str], None] = _say,
 ) -> dict[str, Any]:
     """Detect on every image, write a drawing each and ``predictions.json`` into ``output``.
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -67,6 +70,25 @@ def test_own_training_set_alone_leaves_the_configs_test_set_out() -> None:
     assert tuple(parse(own).DATASETS.TEST) == ()
     assert parse([*own, "DATASETS.TEST", "b.json@imgs"]).DATASETS.TEST == ("b.json@imgs",)
     assert parse(["--config", "gn_fpn"]).DATASETS.TEST == ("coco_2017_val",)
+
+
+def test_sigterm_unwinds(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cleaning up happens, the shell gets 143, and the handler that was there comes back."""
+    cleaned = []
+
+    def predict(*_: object, **__: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        finally:
+            cleaned.append(True)
+
+    monkeypatch.setattr("gn_det.predict.predict", predict)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        main(["predict", "--weights", "w", "--output", str(tmp_path), "a.jpg"])
+    assert ended.value.code == 143 and cleaned and signal.getsignal(signal.SIGTERM) is before
+    assert capsys.readouterr().err == "gn-det: terminated\n"
 
 
 def test_no_command_and_version(capsys: pytest.CaptureFixture[str]) -> None:

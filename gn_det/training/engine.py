@@ -22,7 +22,7 @@ import gn_det
 from gn_det.checkpoint.io import atomic_write, read_checkpoint
 from gn_det.checkpoint.meta import read_meta
 from gn_det.config import dump_config
-from gn_det.errors import ConfigError, WeightsError
+from gn_det.errors import ConfigError, UserError, WeightsError
 from gn_det.training import dist
 from gn_det.training.log import FILE_ONLY, run_log
 from gn_det.training.optim import format_groups, group_rows
@@ -153,9 +153,15 @@ def _train(cfg: CfgNode, resume: bool) -> dict[str, float]:
     point = find_resume(cfg) if resume else None
     if point is None:
         check_freeze(cfg)
+    problem: UserError | None = None
     if rank == 0:
-        data = load_run_data(cfg)  # generated sets are made by one process
-    dist.broadcast(None)
+        try:
+            data = load_run_data(cfg)  # generated sets are made by one process
+        except UserError as error:
+            problem = error
+    problem = dist.broadcast(problem)  # the others would wait for a partner that is gone
+    if problem is not None:
+        raise problem
     if rank != 0:
         data = load_run_data(cfg)
     cfg = with_classes(cfg, len(data.class_names), data.class_names)
