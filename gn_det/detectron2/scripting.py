@@ -2,7 +2,8 @@
 
 ``torch.jit.script`` asks a module for ``__prepare_scriptable__`` and compiles what that returns instead. The modules
 themselves look their layers up by name, which TorchScript cannot; here the same layers stand in lists. As with
-Detectron2's own backbones, a scripted model therefore has other parameter names than the model.
+Detectron2's own backbones, a scripted model therefore has other parameter names than the model, and so has the model
+that was scripted, because torch puts these forms into it: script a copy of a model that is to be saved or trained on.
 """
 
 from __future__ import annotations
@@ -20,6 +21,14 @@ if TYPE_CHECKING:
     from gn_det.detectron2.backbone import GNFPN
 
 
+def _keep(form: nn.Module, module: nn.Module) -> None:
+    """Let ``form`` hold the module that it stands for, unseen by TorchScript.
+
+    torch remembers prepared modules by ``id``: were this one freed, another could get its id and be mistaken for it.
+    """
+    form.__dict__["stands_for"] = (module,)
+
+
 class ScriptableResNet(nn.Module):
     """Inference of :class:`gn_det.modeling.resnet.ResNet`."""
 
@@ -32,6 +41,7 @@ class ScriptableResNet(nn.Module):
         self.stages = nn.ModuleList([getattr(resnet, name) for name in resnet.stage_names])
         self.names: list[str] = list(resnet.stage_names)
         self.wanted: list[str] = list(resnet.feature_specs)
+        _keep(self, resnet)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         features: dict[str, Tensor] = {}
@@ -63,6 +73,7 @@ class ScriptableFPN(nn.Module):
         source = "" if self.top_block is None else str(self.top_block.in_feature)
         self.from_bottom_up = source in fpn.bottom_up.feature_specs
         self.source = source
+        _keep(self, fpn)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         features = self.bottom_up(x)
@@ -94,7 +105,9 @@ def scriptable_box_head(head: BoxHead) -> nn.Sequential:
     layers.append(nn.Flatten())
     for name in head.fcs:
         layers += [getattr(head, name), nn.ReLU()]
-    return nn.Sequential(*layers)
+    form = nn.Sequential(*layers)
+    _keep(form, head)
+    return form
 
 
 class ScriptableMaskHead(BaseMaskRCNNHead):
@@ -107,6 +120,7 @@ class ScriptableMaskHead(BaseMaskRCNNHead):
         convs = [getattr(head, name) for name in head.convs]
         self.stack = nn.Sequential(*convs, head.deconv, nn.ReLU(), head.predictor)
         self.train(head.training)
+        _keep(self, head)
 
     def layers(self, x: Tensor) -> Tensor:
         return self.stack(x)

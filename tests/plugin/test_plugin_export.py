@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -53,9 +54,12 @@ def test_scripting(case: str) -> None:
         scripting_with_instances(build_detectron2(case).eval(), FIELDS)
     except Exception as error:
         pytest.skip(f"this Detectron2 cannot script its own modules with this torch: {error}")
-    scripted = scripting_with_instances(model, FIELDS)
     with torch.no_grad():
         expected = model.inference(inputs(), do_postprocess=False)[0]
+    names = list(model.state_dict())
+    scripted = scripting_with_instances(copy.deepcopy(model), FIELDS)
+    assert list(model.state_dict()) == names
+    with torch.no_grad():
         got = scripted.inference(inputs(), do_postprocess=False)[0]
     assert len(expected) and torch.equal(got.pred_boxes.tensor, expected.pred_boxes.tensor)
     assert torch.equal(got.scores, expected.scores) and torch.equal(got.pred_masks, expected.pred_masks)
