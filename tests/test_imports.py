@@ -20,6 +20,7 @@ FORBIDDEN = {
     "data": {"modeling", "training", "evaluation", "detectron2", "cli"},
     "evaluation": {"modeling", "training", "detectron2", "cli"},
     "training": {"detectron2", "cli"},
+    "detectron2": {"training", "cli"},
 }
 
 
