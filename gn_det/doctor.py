@@ -33,6 +33,7 @@ REQUIRED = {
     "lightning": "lightning",
     "tensorboard": "tensorboard",
     "matplotlib": "matplotlib",
+    "shapely": "shapely",
     "tabulate": "tabulate",
     "tqdm": "tqdm",
 }
