@@ -13,7 +13,7 @@ CLASSES = ("circle", "square", "triangle", "star", "ring")
 #: Objects are drawn this many times larger and scaled down, for smooth edges.
 _FINE = 4
 #: An object of which less than this part stays visible is not placed.
-_LEAST_VISIBLE = 0.65
+_LEAST_VISIBLE = 0.8
 _IMAGE_SIZES = ((160, 160), (160, 200), (200, 160), (160, 184), (176, 160))
 
 
