@@ -38,7 +38,7 @@ test-slow: install
 test-detectron2: install
 	@$(BIN)/python -c 'import detectron2' || { echo "Detectron2 is not installed in $(VENV); see its installation page:"; \
 	  echo "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"; exit 1; }
-	$(BIN)/python -m pytest -m 'detectron2 and not gpu'
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'detectron2 and not gpu'
 
 lint: dev
 	$(BIN)/ruff check .
