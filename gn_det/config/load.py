@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,15 +49,59 @@ def shipped_config(name: str) -> Path:
     raise ConfigError(f"config '{name}' is neither a file nor a shipped config; did you mean {', '.join(near)}?")
 
 
+def _zoo_dir() -> Path | None:
+    """Folder of Detectron2's own YAML files where it is installed; found without importing it."""
+    try:
+        spec = importlib.util.find_spec("detectron2")
+    except (ImportError, ValueError):
+        return None
+    for root in (spec.submodule_search_locations or []) if spec else []:
+        folder = Path(root) / "model_zoo" / "configs"
+        if folder.is_dir():
+            return folder
+    return None
+
+
+def zoo_config(name: str) -> Path | None:
+    """Detectron2's own config of a name as in its model zoo (``Misc/mask_rcnn_R_50_FPN_3x_gn.yaml``), or None."""
+    folder = _zoo_dir()
+    if folder is None or Path(name).is_absolute() or ".." in Path(name).parts:
+        return None
+    wanted = folder / (name if name.endswith((".yaml", ".yml")) else f"{name}.yaml")
+    return wanted if wanted.is_file() else None
+
+
+def _no_zoo_config(name: str) -> ConfigError:
+    """The error for a name with a folder in it that is no file: near names of Detectron2's zoo, where it is there."""
+    folder = _zoo_dir()
+    names = [] if folder is None else [p.relative_to(folder).as_posix() for p in folder.glob("*/*.yaml")]
+    if name.partition("/")[0] not in {n.partition("/")[0] for n in names}:
+        missing = "" if folder else " (names of Detectron2's model zoo need Detectron2 installed)"
+        return ConfigError(f"config '{name}' does not exist{missing}")
+    near = difflib.get_close_matches(name, names, n=3)
+    hint = f"; did you mean {', '.join(near)}?" if near else ""
+    return ConfigError(f"config '{name}' is neither a file nor in Detectron2's model zoo{hint}")
+
+
 def resolve_config(name_or_path: str) -> Path:
-    """A path as given where a file is there, otherwise the shipped config of that name."""
+    """A path as given where a file is there, otherwise the config of that name.
+
+    ``gn_fpn_long.yaml`` is one of gn_det's; ``Misc/mask_rcnn_R_50_FPN_3x_gn.yaml`` is found among Detectron2's own,
+    where Detectron2 is installed.
+
+    Raises:
+        ConfigError: neither; the message lists the nearest names.
+    """
     path = Path(name_or_path).expanduser()
     if path.is_file():
         return path
     if path.is_dir():
         raise ConfigError(f"config '{name_or_path}' is a folder; name a .yaml file")
     if len(path.parts) > 1 and path.parts[0] != "configs":
-        raise ConfigError(f"config '{name_or_path}' does not exist")
+        zoo = zoo_config(name_or_path)
+        if zoo is None:
+            raise _no_zoo_config(name_or_path)
+        return zoo
     return shipped_config(path.name)
 
 
@@ -266,7 +311,7 @@ def load_config(name_or_path: str, overrides: Sequence[str] = (), *, check: bool
     """Read a config by path or shipped name, apply overrides, check it.
 
     Args:
-        name_or_path: a file, or the bare name of a shipped config (``gn_fpn_long.yaml``).
+        name_or_path: see :func:`resolve_config`.
         overrides: ``["SOLVER.BASE_LR", "0.01", "SEED=1"]``.
         check: refuse what the embedded engine does not implement.
 
