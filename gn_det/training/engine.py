@@ -1,360 +1,65 @@
-"""Train, evaluate, or only show what would be done: the three things the command line asks for.
-
-``train`` and ``evaluate`` start processes where several GPUs are asked for; what follows happens in each of them.
-"""
+"""The embedded engine: gn_det's own model, trained by Lightning."""
 
 from __future__ import annotations
 
-import logging
-import os
-import platform
-import re
-import secrets
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from fvcore.common.config import CfgNode
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-import gn_det
-from gn_det.checkpoint.io import atomic_write, read_checkpoint
-from gn_det.checkpoint.meta import read_meta
-from gn_det.config import dump_config
-from gn_det.errors import ConfigError, UserError, WeightsError
-from gn_det.training import dist
-from gn_det.training.log import FILE_ONLY, run_log
-from gn_det.training.optim import format_groups, group_rows
-from gn_det.training.output import check_space, check_writable, refuse_old_run, start_afresh
-from gn_det.training.schedule import format_schedule, images_per_rank, lr_multiplier, scale_schedule
-from gn_det.training.state import ModelMeta, seed_everything
-
-logger = logging.getLogger(__name__)
+from gn_det.run import commands
+from gn_det.run.keeper import Keeper
+from gn_det.run.optim import build_optimizer
+from gn_det.run.schedule import build_lr_scheduler
+from gn_det.structures import Detections, Sample
 
 
-def train(
-    cfg: CfgNode,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    num_gpus: int = 1,
-    num_machines: int = 1,
-    machine_rank: int = 0,
-    dist_url: str = "auto",
-) -> dict[str, float]:
-    """Train as ``cfg`` says and evaluate; everything is written to ``OUTPUT_DIR``.
+@dataclass(frozen=True)
+class EmbeddedEngine:
+    """See :class:`gn_det.run.engine.Engine`."""
 
-    Args:
-        cfg: from :func:`gn_det.config.load_config`; not changed.
-        resume: go on from the newest checkpoint of OUTPUT_DIR; where there is none, start.
-        overwrite: allow OUTPUT_DIR to hold an earlier run: its checkpoints are deleted, its metrics.json moved aside.
-        num_gpus: processes on this machine, one GPU each (on a CPU: plain processes).
-        num_machines: machines that take part; each runs this call with its own ``machine_rank``.
-        machine_rank: 0-based number of this machine.
-        dist_url: ``tcp://address-of-machine-0:port``; "auto" on one machine.
+    why: str = ""
+    name: str = "embedded"
 
-    Returns:
-        Metrics of the last evaluation: ``{"bbox/AP": ..., "segm/AP": ..., ...}`` in percent; empty without a test set.
+    def version(self) -> str:
+        import lightning
 
-    Raises:
-        UserError: configuration, data, weights or folder cannot be used; a non-finite loss; an interruption.
-    """
-    device = dist.resolve_device(cfg.MODEL.DEVICE)
-    check_run(cfg, device, num_gpus * num_machines)
-    folder = check_writable(cfg.OUTPUT_DIR)
-    if not resume:
-        refuse_old_run(folder, overwrite=overwrite)
-    return dist.launch(
-        _train_rank,
-        (cfg, resume),
-        device=device,
-        num_gpus=num_gpus,
-        num_machines=num_machines,
-        machine_rank=machine_rank,
-        dist_url=dist_url,
-    )
+        return f"Lightning {lightning.__version__}"
+
+    def build_model(self, cfg: CfgNode) -> nn.Module:
+        from gn_det.modeling.build import build_model
+
+        return build_model(cfg)
+
+    def build_optimizer(self, cfg: CfgNode, model: nn.Module) -> Optimizer:
+        return build_optimizer(cfg, model)
+
+    def build_scheduler(self, cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
+        return build_lr_scheduler(cfg, optimizer)
+
+    def detector(self, model: nn.Module) -> Callable[[list[Sample]], list[Detections]]:
+        return model
+
+    def loop(self, cfg: CfgNode, device: str, keeper: Keeper, batches: Iterable[Any]) -> None:
+        from gn_det.training.fit import loop
+
+        loop(cfg, device, keeper, batches)
 
 
-def evaluate(cfg: CfgNode, *, num_gpus: int = 1) -> dict[str, float]:
-    """Evaluate ``MODEL.WEIGHTS`` on the test sets; returns what :func:`train` returns.
-
-    Raises:
-        UserError: no weights or test set given, or they cannot be used.
-    """
-    if not cfg.MODEL.WEIGHTS:
-        raise ConfigError("MODEL.WEIGHTS is empty; give the checkpoint to evaluate (--weights output/model_best.pth)")
-    check_writable(cfg.OUTPUT_DIR)
-    return dist.launch(_evaluate_rank, (cfg,), device=dist.resolve_device(cfg.MODEL.DEVICE), num_gpus=num_gpus)
+def train(cfg: CfgNode, **kwargs: Any) -> dict[str, float]:
+    """:func:`gn_det.run.commands.train` on this engine."""
+    return commands.train(EmbeddedEngine(), cfg, **kwargs)
 
 
-def dry_run(cfg: CfgNode, *, num_gpus: int = 1, num_machines: int = 1) -> None:
-    """Print what a run would be: config, model, optimizer, schedule, data sets; needs neither data nor weights.
-
-    Raises:
-        ConfigError: the configuration contradicts itself.
-    """
-    from gn_det.modeling.build import build_model
-    from gn_det.training.datasets import estimate_sizes
-
-    with run_log(None, times=False):
-        sizes = estimate_sizes(cfg)
-        for line in sizes.lines:
-            logger.info(line)
-        world = int(os.environ["WORLD_SIZE"]) if dist.under_torchrun() else num_gpus * num_machines
-        written = format_schedule(cfg, sizes.images)
-        cfg, sentences = scale_schedule(cfg, world, sizes.images)
-        cfg = with_classes(cfg, sizes.classes or int(cfg.MODEL.ROI_HEADS.NUM_CLASSES), sizes.class_names)
-        logger.info("Resolved configuration\n%s", _indent(dump_config(cfg, implemented_only=True)))
-        check_metric(cfg)
-        check_freeze(cfg, strict=False)
-        model = build_model(cfg)
-        describe_model(cfg, model)
-        if sentences:
-            logger.info("As configured\n%s", _indent(written))
-        for sentence in sentences:
-            logger.info(sentence)
-        logger.info("As it would run here\n%s", _indent(format_schedule(cfg, sizes.images, world)))
-        lr_multiplier(cfg)
-        weights = cfg.MODEL.WEIGHTS or "none (from scratch)"
-        logger.info("Weights: %s\nOutput: %s\nDry run: nothing was trained or written.", weights, cfg.OUTPUT_DIR)
+def evaluate(cfg: CfgNode, **kwargs: Any) -> dict[str, float]:
+    """:func:`gn_det.run.commands.evaluate` on this engine."""
+    return commands.evaluate(EmbeddedEngine(), cfg, **kwargs)
 
 
-def _indent(text: str) -> str:
-    return "\n".join(f"  {line}" for line in text.rstrip().splitlines())
-
-
-# ------------------------------------------------------------ in each process
-
-
-def _train_rank(cfg: CfgNode, resume: bool) -> dict[str, float]:
-    from gn_det.data.loader import worker_failure
-
-    with run_log(cfg.OUTPUT_DIR, rank=dist.rank()):
-        try:
-            return _train(cfg, resume)
-        except Exception as error:
-            failure = worker_failure(error) if isinstance(error, RuntimeError) else None
-            _note_in_file(failure or error)
-            if failure is not None:
-                raise failure from error
-            raise
-
-
-def _train(cfg: CfgNode, resume: bool) -> dict[str, float]:
-    from gn_det.data.loader import build_train_loader
-    from gn_det.modeling.build import build_model
-    from gn_det.training.datasets import load_run_data
-    from gn_det.training.evaluator import evaluate_model, verify_expected
-    from gn_det.training.fit import find_resume, fit
-
-    rank, world = dist.rank(), dist.world_size()
-    _say_environment(cfg)
-    point = find_resume(cfg) if resume else None
-    if point is None:
-        check_freeze(cfg)
-    problem: UserError | None = None
-    if rank == 0:
-        try:
-            data = load_run_data(cfg)  # generated sets are made by one process
-        except UserError as error:
-            problem = error
-    problem = dist.broadcast(problem)  # the others would wait for a partner that is gone
-    if problem is not None:
-        raise problem
-    if rank != 0:
-        data = load_run_data(cfg)
-    cfg = with_classes(cfg, len(data.class_names), data.class_names)
-    cfg, sentences = scale_schedule(cfg, world, data.images)
-    for sentence in sentences:
-        logger.info(sentence)
-    logger.info(format_schedule(cfg, data.images, world))
-    seed = dist.broadcast(int(cfg.SEED) if cfg.SEED >= 0 else secrets.randbelow(2**31))
-    logger.info("Seed %d%s.", seed, "" if cfg.SEED >= 0 else " (drawn; SEED repeats the run)")
-    seed_everything(seed + rank)
-    model = build_model(cfg)
-    describe_model(cfg, model)
-    if point is None:
-        _load_initial(cfg, model)
-    if rank == 0:
-        check_space(Path(cfg.OUTPUT_DIR), model, replaced=point is None)
-        if point is None:
-            start_afresh(Path(cfg.OUTPUT_DIR), keep=cfg.MODEL.WEIGHTS)
-        atomic_write(Path(cfg.OUTPUT_DIR) / "config.yaml", lambda f: f.write(dump_config(cfg).encode()))
-
-    def make_loader(start_batch: int, loader_seed: int) -> Any:
-        loader = build_train_loader(
-            cfg,
-            data.train,
-            images_per_rank=images_per_rank(cfg, world),
-            start_batch=start_batch,
-            rank=rank,
-            world_size=world,
-            seed=loader_seed,
-        )
-        logger.info(loader.summary())
-        return loader
-
-    def run_evaluation(current: nn.Module, on_progress: Any) -> Mapping[str, float]:
-        return evaluate_model(cfg, current, data.test, data.class_names, on_progress)
-
-    results = fit(
-        cfg,
-        model=model,
-        make_loader=make_loader,
-        meta=ModelMeta(cfg, data.class_names, data.category_ids),
-        seed=seed,
-        evaluate=run_evaluation if data.test else None,
-        resume=point,
-    )
-    verify_expected(cfg, results)
-    logger.info("Done: %s", cfg.OUTPUT_DIR)
-    return results
-
-
-def _evaluate_rank(cfg: CfgNode) -> dict[str, float]:
-    from gn_det.checkpoint.weights import format_report, load_weights
-    from gn_det.modeling.build import build_model
-    from gn_det.training.datasets import load_test_sets
-    from gn_det.training.evaluator import evaluate_model, verify_expected
-
-    with run_log(cfg.OUTPUT_DIR, rank=dist.rank()):
-        _say_environment(cfg)
-        names = _classes_of(cfg.MODEL.WEIGHTS)
-        test = load_test_sets(cfg, names)
-        if not test:
-            raise ConfigError("DATASETS.TEST is empty; name a test set, or give --val-json and --val-images")
-        names = names or test[0].class_names
-        if cfg.MODEL.ROI_HEADS.NUM_CLASSES not in (0, len(names)):
-            raise ConfigError(
-                f"MODEL.ROI_HEADS.NUM_CLASSES is {cfg.MODEL.ROI_HEADS.NUM_CLASSES} but there are {len(names)} classes "
-                f"({', '.join(names[:5])} ...); remove the key or set it to {len(names)}"
-            )
-        cfg = with_classes(cfg, len(names), names)
-        model = build_model(cfg)
-        logger.info(format_report(load_weights(model, cfg.MODEL.WEIGHTS, cfg, require_all=True)))
-        device = dist.resolve_device(cfg.MODEL.DEVICE)
-        if device == "cuda" and dist.world_size() > 1:
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-        model.to(device).eval()
-        results = evaluate_model(cfg, model, test, names)
-        verify_expected(cfg, results)
-        return results
-
-
-def _classes_of(weights: str) -> tuple[str, ...] | None:
-    """Class names stored in a checkpoint of ours; None for other files (their loader explains what is wrong)."""
-    if not os.path.isfile(weights) or not weights.endswith(".pth"):
-        return None
-    try:
-        block = read_meta(read_checkpoint(weights, mmap=True))
-    except WeightsError:
-        return None
-    return tuple(block["class_names"]) or None if block else None
-
-
-# ------------------------------------------------------------ small parts
-
-
-def with_classes(cfg: CfgNode, count: int, names: tuple[str, ...]) -> CfgNode:
-    """``cfg`` with the number and names of classes filled in.
-
-    Raises:
-        ConfigError: the number is unknown (0).
-    """
-    if count < 1:
-        raise ConfigError("the number of classes is not known: set MODEL.ROI_HEADS.NUM_CLASSES or name a training json")
-    frozen = cfg.is_frozen()
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = count
-    cfg.MODEL.CLASS_NAMES = tuple(names)
-    if frozen:
-        cfg.freeze()
-    return cfg
-
-
-def check_freeze(cfg: CfgNode, *, strict: bool = True) -> None:
-    """Refuse (or, not strict, warn of) layers that would be frozen at random values.
-
-    Raises:
-        ConfigError: FREEZE_AT > 0 without weights.
-    """
-    at = int(cfg.MODEL.BACKBONE.FREEZE_AT)
-    if at <= 0 or cfg.MODEL.WEIGHTS:
-        return
-    message = (
-        f"MODEL.BACKBONE.FREEZE_AT is {at} but MODEL.WEIGHTS is empty: the first stages would stay frozen at random "
-        "values; set MODEL.BACKBONE.FREEZE_AT 0 to train from scratch, or give MODEL.WEIGHTS"
-    )
-    if strict:
-        raise ConfigError(message)
-    logger.warning(message)
-
-
-def check_run(cfg: CfgNode, device: str, world_size: int) -> None:
-    """Refuse what no run on these devices can do, before a process is started or a file is written.
-
-    Raises:
-        ConfigError: the batch cannot be shared, or fp16 without a GPU; or see :func:`check_metric`.
-    """
-    check_metric(cfg)
-    world = int(os.environ["WORLD_SIZE"]) if dist.under_torchrun() else world_size
-    if world > 0:
-        scale_schedule(cfg, world, images=1)
-    if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "fp16" and not device.startswith("cuda"):
-        raise ConfigError("SOLVER.AMP.DTYPE fp16 needs a GPU; use bf16 or SOLVER.AMP.ENABLED False")
-
-
-def check_metric(cfg: CfgNode) -> None:
-    """Refuse a metric for model_best.pth that no evaluation gives, before hours are spent.
-
-    Raises:
-        ConfigError: TEST.BEST_METRIC is not such as "segm/AP", or TEST.PATIENCE is set without TEST.EVAL_PERIOD.
-    """
-    name = str(cfg.TEST.BEST_METRIC)
-    if not re.search(r"(^|/)(bbox|segm)/AP(50|75|s|m|l|-.+)?$", name):
-        raise ConfigError(
-            f"TEST.BEST_METRIC is '{name}'; use bbox/ or segm/ with AP, AP50, AP75, APs, APm, APl or AP-NAME"
-        )
-    if cfg.TEST.PATIENCE > 0 and cfg.TEST.EVAL_PERIOD <= 0:
-        raise ConfigError(f"TEST.PATIENCE {cfg.TEST.PATIENCE} counts evaluations; set TEST.EVAL_PERIOD too")
-
-
-def describe_model(cfg: CfgNode, model: nn.Module) -> None:
-    """Print the norm census and the optimizer groups."""
-    from gn_det.modeling.census import format_census, norm_census
-
-    logger.info("Norm layers\n%s", _indent(format_census(norm_census(model))))
-    logger.info(format_groups(group_rows(cfg, model)))
-
-
-def _load_initial(cfg: CfgNode, model: nn.Module) -> None:
-    from gn_det.checkpoint.weights import format_report, load_weights
-
-    if cfg.MODEL.WEIGHTS:
-        logger.info(format_report(load_weights(model, cfg.MODEL.WEIGHTS, cfg)))
-    else:
-        logger.info("Training from scratch: MODEL.WEIGHTS is empty.")
-
-
-def _say_environment(cfg: CfgNode) -> None:
-    device = dist.resolve_device(cfg.MODEL.DEVICE)
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
-    amp = f", {cfg.SOLVER.AMP.DTYPE} autocast" if cfg.SOLVER.AMP.ENABLED else ""
-    logger.info(
-        "gn_det %s, torch %s, python %s; %d process(es) on %s%s",
-        gn_det.__version__,
-        torch.__version__,
-        platform.python_version(),
-        dist.world_size(),
-        name,
-        amp,
-    )
-    if cfg.FLOAT32_PRECISION:
-        torch.set_float32_matmul_precision(cfg.FLOAT32_PRECISION)
-
-
-def _note_in_file(error: Exception) -> None:
-    """Why a run ended, into log.txt alone: the command line shows it by itself."""
-    logger.error("stopped: %s", error, extra=FILE_ONLY)
+def dry_run(cfg: CfgNode, **kwargs: Any) -> None:
+    """:func:`gn_det.run.commands.dry_run` on this engine."""
+    commands.dry_run(EmbeddedEngine(), cfg, **kwargs)

@@ -19,8 +19,8 @@ from torch import nn
 from training.cases import SCHEDULES, Tiny
 
 from gn_det.config import get_cfg
-from gn_det.training.optim import build_optimizer, clip_gradients
-from gn_det.training.schedule import build_lr_scheduler, scale_schedule
+from gn_det.run.optim import build_optimizer, clip_gradients
+from gn_det.run.schedule import build_lr_scheduler, scale_schedule
 
 pytestmark = pytest.mark.detectron2
 

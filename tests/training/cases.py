@@ -125,9 +125,10 @@ def run(
     make_loader: Any = None,
     seed: int = 7,
 ) -> dict[str, float]:
-    """:func:`gn_det.training.fit.fit` on the stand-ins; returns its results."""
-    from gn_det.training.fit import find_resume, fit
-    from gn_det.training.state import ModelMeta, seed_everything
+    """:func:`gn_det.run.fit.fit` on the stand-ins; returns its results."""
+    from gn_det.run.fit import find_resume, fit
+    from gn_det.run.state import ModelMeta, seed_everything
+    from gn_det.training.engine import EmbeddedEngine
 
     cfg = tiny_cfg(folder, overrides, max_iter=max_iter)
     folder.mkdir(parents=True, exist_ok=True)
@@ -137,6 +138,7 @@ def run(
     if resume:
         torch.manual_seed(12345)  # whatever happened before must not matter
     return fit(
+        EmbeddedEngine(),
         cfg,
         model=model,
         make_loader=make_loader or loader_factory(cfg.SOLVER.IMS_PER_BATCH // cfg.SOLVER.ACCUMULATE),

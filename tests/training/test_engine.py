@@ -125,7 +125,7 @@ def test_test_set_with_other_classes_is_refused(shapes: list[str], tmp_path: Pat
 
 
 def test_expected_results_are_verified(shapes: list[str], tmp_path: Path) -> None:
-    from gn_det.training.evaluator import verify_expected
+    from gn_det.run.evaluator import verify_expected
 
     cfg = small(shapes, tmp_path, "TEST.EXPECTED_RESULTS", '[["bbox", "AP", 40.0, 0.5]]')
     verify_expected(cfg, {"bbox/AP": 40.4})
@@ -146,7 +146,7 @@ def test_metric_that_never_comes_is_refused(shapes: list[str], tmp_path: Path, k
 def test_log_file_has_what_the_screen_does_not_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import logging
 
-    from gn_det.training.log import FILE_ONLY, run_log
+    from gn_det.run.log import FILE_ONLY, run_log
 
     with run_log(tmp_path):
         logging.getLogger("gn_det.x").info("seen")
@@ -176,7 +176,7 @@ def test_log_on_a_full_disk_is_silent(tmp_path: Path, capfd: pytest.CaptureFixtu
     """The lines are lost; logging's own stack traces would hide the message that says why the run stopped."""
     import logging
 
-    from gn_det.training.log import run_log
+    from gn_det.run.log import run_log
 
     full = Path("/dev/full")
     if not full.exists():

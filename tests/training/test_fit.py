@@ -15,9 +15,9 @@ from torch import nn
 from training.cases import Tiny, batch, loader_factory, run, tiny_cfg
 
 from gn_det.errors import TrainingError
-from gn_det.training.hooks import Interrupted
-from gn_det.training.optim import build_optimizer
-from gn_det.training.schedule import lr_multiplier
+from gn_det.run.keeper import Interrupted
+from gn_det.run.optim import build_optimizer
+from gn_det.run.schedule import lr_multiplier
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -49,7 +49,7 @@ def test_weights_equal_a_plain_loop(tmp_path: Path, accumulate: int) -> None:
     """Lightning adds nothing: the same batches in a hand-written SGD loop give the same bits."""
     cfg = tiny_cfg(tmp_path, ["SOLVER.ACCUMULATE", accumulate])
     run(tmp_path, ["SOLVER.ACCUMULATE", accumulate])
-    from gn_det.training.state import seed_everything
+    from gn_det.run.state import seed_everything
 
     seed_everything(7)
     model = Tiny().train()

@@ -12,8 +12,8 @@ from training.cases import SCHEDULES, Tiny
 
 from gn_det.config import get_cfg
 from gn_det.errors import ConfigError
-from gn_det.training.optim import build_optimizer
-from gn_det.training.schedule import (
+from gn_det.run.optim import build_optimizer
+from gn_det.run.schedule import (
     build_lr_scheduler,
     format_schedule,
     images_per_rank,

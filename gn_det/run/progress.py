@@ -10,8 +10,8 @@ import time
 
 import torch
 
-from gn_det.training.events import EventLog
-from gn_det.training.log import FILE_ONLY
+from gn_det.run.events import EventLog
+from gn_det.run.log import FILE_ONLY
 
 logger = logging.getLogger(__name__)
 

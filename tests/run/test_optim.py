@@ -9,7 +9,7 @@ from training.cases import Tiny
 
 from gn_det.config import get_cfg
 from gn_det.errors import ConfigError
-from gn_det.training.optim import build_optimizer, clip_gradients, format_groups, group_rows
+from gn_det.run.optim import build_optimizer, clip_gradients, format_groups, group_rows
 
 
 def decay_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, float]:

@@ -12,12 +12,12 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LRScheduler
 
 from gn_det.checkpoint.meta import build_meta, read_meta
 from gn_det.config import dump_config
 from gn_det.errors import TrainingError, WeightsError
-from gn_det.training.schedule import set_iteration
+from gn_det.run.schedule import set_iteration
 
 
 @dataclass
@@ -100,7 +100,7 @@ def build_payload(
     meta: ModelMeta,
     *,
     optimizer: Optimizer | None = None,
-    scheduler: LambdaLR | None = None,
+    scheduler: LRScheduler | None = None,
     scaler: Mapping[str, Any] | None = None,
     rng: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
@@ -177,21 +177,33 @@ def restore_weights(payload: Mapping[str, Any], model: nn.Module, source: str) -
 
 
 def restore_optimizer(
-    payload: Mapping[str, Any], optimizer: Optimizer, scheduler: LambdaLR, iteration: int, source: str
-) -> bool:
+    payload: Mapping[str, Any],
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    iteration: int,
+    source: str,
+) -> str:
     """Momentum from the checkpoint, hyperparameters from the current configuration.
 
     Args:
+        model: its weights are restored already.
         iteration: number of finished iterations, where the schedule goes on.
 
     Returns:
-        False when the checkpoint holds no optimizer (``model_best.pth``, another tool's file): momentum starts at zero.
+        "" or, where momentum starts at zero, a sentence that says why: the checkpoint holds no optimizer
+        (``model_best.pth``, another tool's file), or its tensors come in another order.
 
     Raises:
         WeightsError: the optimizer's groups do not match (another FREEZE_AT or other weight decay keys).
     """
-    saved = payload.get("optimizer")
-    if saved is not None:
+    saved = _saved_optimizer(payload)
+    sentence = ""
+    if saved is None:
+        sentence = "It holds no optimizer state: momentum starts at zero."
+    elif list(payload["model"]) != list(model.state_dict()):
+        sentence = "Its tensors come in another order (another engine or version wrote it): momentum starts at zero."
+    else:
         current = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         try:
             optimizer.load_state_dict(saved)
@@ -203,7 +215,16 @@ def restore_optimizer(
         for group, own in zip(optimizer.param_groups, current):
             group.update(own)
     set_iteration(scheduler, iteration)
-    return saved is not None
+    return sentence
+
+
+def _saved_optimizer(payload: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The optimizer's state in our checkpoints, or in those of Detectron2's own trainer."""
+    if payload.get("optimizer") is not None:
+        return payload["optimizer"]
+    trainer = payload.get("trainer")
+    inner = trainer.get("_trainer") if isinstance(trainer, Mapping) else None
+    return inner.get("optimizer") if isinstance(inner, Mapping) else None
 
 
 #: Keys that may differ between a run and its continuation without being worth a word.

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fvcore.common.config import CfgNode
-from torch import nn
 
 from gn_det.data.coco import CocoDataset
 from gn_det.data.loader import build_test_loader
@@ -17,17 +16,21 @@ from gn_det.errors import TrainingError, UserError
 from gn_det.evaluation.coco import evaluate_coco, merge_results
 from gn_det.evaluation.inference import InferenceProgress, run_inference
 from gn_det.evaluation.tables import format_results
-from gn_det.training import dist
-from gn_det.training.datasets import test_category_ids
+from gn_det.run import dist
+from gn_det.run.datasets import test_category_ids
+from gn_det.structures import Detections, Sample
 
 logger = logging.getLogger(__name__)
+
+#: A model as a function from samples to detections at original size.
+Detector = Callable[[list[Sample]], list[Detections]]
 
 _SAY_EVERY_SECONDS = 15.0
 
 
 def evaluate_model(
     cfg: CfgNode,
-    model: nn.Module,
+    model: Detector,
     test_sets: Sequence[CocoDataset],
     class_names: Sequence[str],
     on_progress: Callable[[Any], None] | None = None,
@@ -52,7 +55,7 @@ def evaluate_model(
 
 def _evaluate_one(
     cfg: CfgNode,
-    model: nn.Module,
+    model: Detector,
     dataset: CocoDataset,
     class_names: Sequence[str],
     folder: str,

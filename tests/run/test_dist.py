@@ -10,7 +10,7 @@ import torch
 from training.cases import Tiny, loader_factory, run
 
 from gn_det.errors import ConfigError, TrainingError
-from gn_det.training import dist
+from gn_det.run import dist
 
 
 class Plain(Tiny):

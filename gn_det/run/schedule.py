@@ -7,6 +7,7 @@ whose first ``WARMUP_ITERS`` iterations are replaced by a ramp that ends where t
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Collection
 
 import torch
@@ -20,7 +21,7 @@ from fvcore.common.param_scheduler import (
     ParamScheduler,
     StepWithFixedGammaParamScheduler,
 )
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from gn_det.errors import ConfigError
 
@@ -85,12 +86,15 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Lambda
     return LambdaLR(optimizer, lr_multiplier(cfg))
 
 
-def set_iteration(scheduler: LambdaLR, iteration: int) -> None:
+def set_iteration(scheduler: LRScheduler, iteration: int) -> None:
     """Move a scheduler to ``iteration`` and write the learning rates that belong there into its optimizer."""
     scheduler.last_epoch = iteration
     scheduler._step_count = iteration + 1
-    for group, base, factor in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas):
-        group["lr"] = base * factor(iteration)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch means get_lr to be called by step() alone
+        rates = scheduler.get_lr()
+    for group, rate in zip(scheduler.optimizer.param_groups, rates):
+        group["lr"] = rate
     scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
 
 

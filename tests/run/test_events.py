@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from gn_det.errors import TrainingError
-from gn_det.training.events import EventLog, JsonWriter
-from gn_det.training.output import check_writable, refuse_old_run, start_afresh, trim_metrics
-from gn_det.training.progress import progress_line
+from gn_det.run.events import EventLog, JsonWriter
+from gn_det.run.output import check_writable, refuse_old_run, start_afresh, trim_metrics
+from gn_det.run.progress import progress_line
 
 
 def test_median_of_the_last_twenty(tmp_path: Path) -> None:

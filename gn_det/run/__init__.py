@@ -1,0 +1,1 @@
+"""A run, whichever engine trains: data, schedule, checkpoints, evaluation, processes. Needs neither engine."""
