@@ -56,9 +56,9 @@ def norm_name(module: nn.Module) -> str | None:
         return "SyncBN"
     if isinstance(module, nn.BatchNorm2d):
         return "BN"
-    if isinstance(module, FrozenBatchNorm2d):
-        return "FrozenBN"
     name = type(module).__name__
+    if isinstance(module, FrozenBatchNorm2d) or name == "FrozenBatchNorm2d":  # Detectron2's class has this name, too
+        return "FrozenBN"
     return name if name.endswith("Norm") and name != "ConvNorm" else None
 
 

@@ -130,7 +130,16 @@ def build_payload(
         payload["scheduler"] = {"base_lrs": list(scheduler.base_lrs), "last_epoch": int(scheduler.last_epoch)}
         payload["grad_scaler"] = dict(scaler) if scaler else None
         payload["rng"] = list(rng)
+        payload["trainer"] = _for_detectron2(payload)
     return payload
+
+
+def _for_detectron2(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """The same states where Detectron2's own trainer looks for them, to go on with; the file holds them once."""
+    inner = {"iteration": payload["iteration"], "optimizer": payload["optimizer"]}
+    if payload["grad_scaler"]:
+        inner["grad_scaler"] = payload["grad_scaler"]
+    return {"iteration": payload["iteration"], "hooks": {"LRScheduler": payload["scheduler"]}, "_trainer": inner}
 
 
 def _on_cpu(value: Any) -> Any:

@@ -1,0 +1,94 @@
+"""The Detectron2 engine: its model, optimizer, schedule and loop, under the same run as the embedded engine's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import detectron2
+import detectron2.modeling
+import detectron2.solver
+from detectron2.config import CfgNode, get_cfg
+
+import gn_det.detectron2  # noqa: F401  # a process that unpickles the engine needs everything registered
+from gn_det.detectron2.config import add_gn_config
+from gn_det.detectron2.loop import clipped_by_detectron2, run_loop
+from gn_det.detectron2.samples import Inputs, detector
+from gn_det.structures import Detections, Sample
+
+if TYPE_CHECKING:
+    from fvcore.common.config import CfgNode as AnyCfgNode
+    from torch import nn
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+    from gn_det.run.keeper import Keeper
+
+
+@dataclass(frozen=True)
+class Detectron2Engine:
+    """See :class:`gn_det.run.engine.Engine`."""
+
+    why: str = ""
+    name: str = "detectron2"
+
+    def version(self) -> str:
+        return f"Detectron2 {detectron2.__version__}"
+
+    def build_model(self, cfg: AnyCfgNode) -> nn.Module:
+        return detectron2.modeling.build_model(model_config(cfg))
+
+    def build_optimizer(self, cfg: AnyCfgNode, model: nn.Module) -> Optimizer:
+        return build_optimizer(cfg, model)
+
+    def build_scheduler(self, cfg: AnyCfgNode, optimizer: Optimizer) -> LRScheduler:
+        return detectron2.solver.build_lr_scheduler(to_detectron2(cfg), optimizer)
+
+    def detector(self, model: nn.Module) -> Callable[[list[Sample]], list[Detections]]:
+        return detector(model)
+
+    def loop(self, cfg: AnyCfgNode, device: str, keeper: Keeper, batches: Iterable[Any]) -> None:
+        run_loop(to_detectron2(cfg), keeper, Inputs(batches))
+
+
+def to_detectron2(cfg: AnyCfgNode) -> CfgNode:
+    """A config of gn_det as Detectron2's class, the same keys and values; an own copy, not frozen."""
+    out = get_cfg()
+    add_gn_config(out)
+    out.set_new_allowed(True)
+    _copy(cfg.clone(), out)
+    out.set_new_allowed(False)
+    return out
+
+
+def _copy(source: Any, target: Any) -> None:
+    for key, value in source.items():
+        if isinstance(value, dict) and isinstance(target.get(key), dict):
+            _copy(value, target[key])
+        else:
+            target[key] = value
+
+
+def model_config(cfg: AnyCfgNode) -> CfgNode:
+    """``cfg`` as Detectron2 builds a model from it: on the CPU, classes given, no data set or trainer to look at."""
+    out = to_detectron2(cfg)
+    out.MODEL.DEVICE = "cpu"
+    data, solver = out.DATASETS, out.SOLVER
+    data.TRAIN, data.TEST = (), ()
+    data.TRAIN_JSON = data.TRAIN_IMAGES = data.VAL_JSON = data.VAL_IMAGES = ""
+    solver.ACCUMULATE, solver.EPOCHS, solver.REFERENCE_BATCH, out.TEST.PATIENCE = 1, 0.0, 0, 0  # our loop reads them
+    classes = int(cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+    if classes:
+        out.MODEL.RETINANET.NUM_CLASSES = classes
+        if "FCOS" in out.MODEL:
+            out.MODEL.FCOS.NUM_CLASSES = classes
+    return out
+
+
+def build_optimizer(cfg: AnyCfgNode, model: nn.Module) -> Optimizer:
+    """Detectron2's optimizer; clipping that it does not know is left to :class:`gn_det.detectron2.loop.Step`."""
+    cfg = to_detectron2(cfg)
+    if not clipped_by_detectron2(cfg):
+        cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
+    return detectron2.solver.build_optimizer(cfg, model)
