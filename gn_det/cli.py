@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
-from gn_det import __version__
+from gn_det import __version__, engines
+from gn_det.engines import ENGINES
 from gn_det.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -51,8 +52,18 @@ def _add_data(parser: argparse.ArgumentParser, splits: Sequence[str]) -> None:
         group.add_argument(f"--{split}-images", metavar="DIR", help=f"folder of the {split} images")
 
 
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="auto",
+        help="auto (default) takes detectron2 where it is installed; embedded needs nothing but gn_det",
+    )
+
+
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="DIR", help="OUTPUT_DIR")
+    _add_engine(parser)
     parser.add_argument("--device", metavar="NAME", help="MODEL.DEVICE: auto, cpu, cuda, cuda:1")
 
 
@@ -101,6 +112,7 @@ def _quickstart_parser(prog: str) -> argparse.ArgumentParser:
         prog=prog, description="Train a small GN Mask R-CNN on generated shapes, evaluate it, draw what it sees."
     )
     parser.add_argument("--output", default="output/quickstart", metavar="DIR")
+    _add_engine(parser)
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help=_OVERRIDES)
     return parser
 
@@ -113,8 +125,11 @@ def _doctor_parser(prog: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(prog=prog, description="Versions, GPUs, engines; what is broken, and the fix.")
 
 
-def config_from_args(args: argparse.Namespace) -> CfgNode:
-    """The config named by ``--config`` with flags and overrides applied; flags win over the YAML, keys over flags."""
+def config_from_args(args: argparse.Namespace, engine: str = "embedded") -> CfgNode:
+    """The config named by ``--config`` with flags and overrides applied; flags win over the YAML, keys over flags.
+
+    What the engine of that name does not implement is refused.
+    """
     from gn_det.config import load_config
     from gn_det.config.check import check_config
     from gn_det.config.load import merge_overrides
@@ -124,7 +139,7 @@ def config_from_args(args: argparse.Namespace) -> CfgNode:
     if getattr(args, "train_json", None) and not args.val_json:
         cfg.DATASETS.TEST = ()  # the config's own test set belongs to its own training set
     merge_overrides(cfg, args.overrides)
-    check_config(cfg)
+    check_config(cfg, engine)
     return cfg
 
 
@@ -143,15 +158,18 @@ def _flag_keys(args: argparse.Namespace) -> list[tuple[str, str]]:
 
 
 def _train(args: argparse.Namespace) -> int:
-    cfg = config_from_args(args)
-    from gn_det.training import engine
+    choice = engines.choose(args.engine)
+    cfg = config_from_args(args, choice.name)
+    engine = engines.load(choice)
+    from gn_det.run import commands
 
     if args.dry_run:
-        engine.dry_run(cfg, num_gpus=args.num_gpus, num_machines=args.num_machines)
+        commands.dry_run(engine, cfg, num_gpus=args.num_gpus, num_machines=args.num_machines)
     elif args.eval_only:
-        engine.evaluate(cfg)
+        commands.evaluate(engine, cfg, num_gpus=args.num_gpus)
     else:
-        engine.train(
+        commands.train(
+            engine,
             cfg,
             resume=args.resume,
             overwrite=args.overwrite,
@@ -164,8 +182,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from gn_det.training import engine
-
+    choice = engines.choose(args.engine)
     if args.config is None:
         from gn_det.checkpoint.meta import config_of_checkpoint
         from gn_det.config.check import check_config
@@ -174,10 +191,13 @@ def _eval(args: argparse.Namespace) -> int:
         cfg = config_of_checkpoint(args.weights)
         merge_overrides(cfg, [word for pair in _flag_keys(args) for word in pair])
         merge_overrides(cfg, args.overrides)
-        check_config(cfg)
+        check_config(cfg, choice.name)
     else:
-        cfg = config_from_args(args)
-    engine.evaluate(cfg)
+        cfg = config_from_args(args, choice.name)
+    engine = engines.load(choice)
+    from gn_det.run import commands
+
+    commands.evaluate(engine, cfg)
     return 0
 
 
@@ -202,7 +222,7 @@ def _predict(args: argparse.Namespace) -> int:
 def _quickstart(args: argparse.Namespace) -> int:
     from gn_det.quickstart import quickstart
 
-    quickstart(args.output, args.overrides)
+    quickstart(args.output, args.overrides, engine=args.engine)
     return 0
 
 

@@ -5,7 +5,6 @@ Everything is tried in a fresh interpreter, so that a library that crashes on im
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 import re
@@ -15,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gn_det import __version__
-
-INSTALL_PAGE = "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
+from gn_det.engines import INSTALL_PAGE, fix
+from gn_det.engines import installed_version as installed
 
 #: import name -> name on the package index, of what gn_det needs
 REQUIRED = {
@@ -47,11 +46,8 @@ _TRY_GPU = (
     "print(json.dumps({'cuda': torch.version.cuda, 'gpus': [[torch.cuda.get_device_name(i), "
     "torch.cuda.get_device_properties(i).total_memory / 2**30, torch.cuda.is_bf16_supported()] for i in range(n)]}))"
 )
-_TRY_DETECTRON2 = (
-    "import detectron2, detectron2._C; from detectron2.modeling import Backbone, build_model; "
-    "import detectron2.engine; assert hasattr(Backbone, 'padding_constraints'), 'gn_det: too old'"
-)
-_TRY_PLUGIN = "import gn_det.detectron2"
+_TRY_DETECTRON2 = "from gn_det.engines import import_detectron2; import_detectron2()"
+_TRY_PLUGIN = "import gn_det.detectron2.engine"
 _TRY_ZOO = "import detectron2.model_zoo"
 
 
@@ -99,14 +95,6 @@ def try_python(code: str) -> Trial:
     if done.returncode < 0:
         last = f"the interpreter died of signal {-done.returncode}"
     return Trial(False, done.stdout, last.strip())
-
-
-def installed(distribution: str) -> str | None:
-    """Version of an installed distribution, None where it is absent."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def examine(run: Try = try_python, version_of: Callable[[str], str | None] = installed) -> list[Finding]:
@@ -166,50 +154,31 @@ def _gpus(run: Try) -> list[Finding]:
 
 def _detectron2(run: Try, version_of: Callable[[str], str | None]) -> list[Finding]:
     """Detectron2 and the plugin, and what this means for the choice of the engine."""
-    embedded = "engine of gn-det train, eval and predict: embedded"
+    engine = "engine of gn-det train, eval and quickstart"
     version = version_of("detectron2")
     trial = run(_TRY_DETECTRON2)
     if version is None and re.search(r"No module named '?detectron2'?$", trial.error):
         return [
-            Finding("note", "Detectron2 is not installed: optional, only gn_det.detectron2 needs it", INSTALL_PAGE),
-            Finding("ok", f"{embedded}, because Detectron2 is not installed"),
+            Finding("note", "Detectron2 is not installed: optional, --engine detectron2 needs it", INSTALL_PAGE),
+            Finding("ok", f"{engine}: embedded, because Detectron2 is not installed"),
         ]
     name = f"Detectron2 {version or '(no version)'}"
     if trial.ok:
         trial = run(_TRY_PLUGIN)
     if not trial.ok:
         return [
-            Finding("broken", f"{name} is installed, but cannot be used: {trial.error}", _fix(trial.error, version_of)),
-            Finding("ok", f"{embedded}; it does not need Detectron2"),
+            Finding("broken", f"{name} is installed, but cannot be used: {trial.error}", fix(trial.error, version_of)),
+            Finding("note", f"{engine}: none until then, unless --engine embedded, which does not need Detectron2"),
         ]
     findings = [Finding("ok", f"{name} and its plugin: import gn_det.detectron2")]
     if not (zoo := run(_TRY_ZOO)).ok:
         what = f"detectron2.model_zoo cannot be imported: {zoo.error}; gn_det does not need it"
-        findings.append(Finding("note", what, _fix(zoo.error, version_of)))
+        findings.append(Finding("note", what, fix(zoo.error, version_of)))
     iopath = version_of("iopath")
     if iopath and _numbers(iopath) >= (0, 1, 10):
         what = f"Detectron2 asks for iopath < 0.1.10, installed is {iopath}"
         findings.append(Finding("note", what, "pip install 'iopath>=0.1.7,<0.1.10'"))
-    return [*findings, Finding("ok", f"{embedded}; Detectron2 runs the same configs through gn_det.detectron2")]
-
-
-def _fix(error: str, version_of: Callable[[str], str | None]) -> str:
-    """The exact fix for an error on importing Detectron2."""
-    if "pkg_resources" in error:
-        return "pip install 'setuptools<81' (it has pkg_resources, which this Detectron2 still imports)"
-    if "iopath" in error:
-        return "pip install 'iopath>=0.1.7,<0.1.10'"
-    if "too old" in error or "PIL.Image" in error:
-        return f"this Detectron2 is too old: install its current source, {INSTALL_PAGE}"
-    if "libGL" in error or "libgthread" in error:
-        return "pip uninstall -y opencv-python && pip install opencv-python-headless"
-    if any(sign in error for sign in ("undefined symbol", "cannot open shared object", "_C", "signal")):
-        torch = version_of("torch")
-        return f"its compiled part does not fit torch {torch}: build Detectron2 anew with this torch, {INSTALL_PAGE}"
-    missing = re.search(r"No module named '([\w.]+)'", error)
-    if missing:
-        return f"pip install {missing.group(1).split('.')[0]}"
-    return f"install it again, {INSTALL_PAGE}"
+    return [*findings, Finding("ok", f"{engine}: detectron2, because it is installed; or --engine embedded")]
 
 
 def _numbers(version: str) -> tuple[int, ...]:

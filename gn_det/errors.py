@@ -15,7 +15,7 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """A configuration key or value that is unknown, contradictory or not implemented by the embedded engine."""
+    """A configuration key or value that is unknown, contradictory or not implemented by the engine."""
 
 
 class DataError(UserError):

@@ -18,25 +18,27 @@ from gn_det.structures import Detections, rasterize_polygons
 SHOWN = 6
 
 
-def quickstart(output: str, overrides: Sequence[str] = ()) -> dict[str, float]:
+def quickstart(output: str, overrides: Sequence[str] = (), *, engine: str = "auto") -> dict[str, float]:
     """Train ``quickstart.yaml``, evaluate it, and draw curves and predictions into ``output``.
 
     Args:
         output: folder for everything; an earlier quickstart in it is replaced.
         overrides: config keys, as on the command line.
+        engine: "auto", "embedded" or "detectron2", see :mod:`gn_det.engines`.
 
     Returns:
         The final metrics, such as ``bbox/AP`` and ``segm/AP`` in percent.
     """
+    from gn_det import engines
     from gn_det.config import load_config
     from gn_det.curves import draw_curves
     from gn_det.data.catalog import datasets_for
-    from gn_det.training import engine
+    from gn_det.run import commands
 
     folder = Path(output)
     cfg = load_config("quickstart.yaml", ["OUTPUT_DIR", output, *overrides])
     started = time.perf_counter()
-    results = engine.train(cfg, overwrite=True)
+    results = commands.train(engines.load(engines.choose(engine)), cfg, overwrite=True)
     minutes = (time.perf_counter() - started) / 60
     weights = folder / "model_best.pth"
     if not weights.is_file():

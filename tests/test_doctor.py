@@ -7,6 +7,7 @@ import pytest
 from gn_det import doctor
 from gn_det.cli import main
 from gn_det.doctor import REQUIRED, Finding, Trial, examine, try_python
+from gn_det.engines import INSTALL_PAGE
 
 VERSIONS = {d: "1.0" for d in REQUIRED.values()} | {"iopath": "0.1.9", "detectron2": "0.6", "torch": "2.9.0"}
 NO_GPU = Trial(True, '{"cuda": null, "gpus": []}\n')
@@ -30,7 +31,7 @@ def test_all_works() -> None:
     assert [f.what for f in findings if f.mark == "note"] == [
         "no GPU: training runs on the CPU, slowly (torch is built without CUDA)"
     ]
-    assert "engine of gn-det train, eval and predict: embedded" in findings[-1].what
+    assert "engine of gn-det train, eval and quickstart: detectron2, because it is installed" in findings[-1].what
 
 
 def test_without_detectron2() -> None:
@@ -38,7 +39,7 @@ def test_without_detectron2() -> None:
     versions = {k: v for k, v in VERSIONS.items() if k != "detectron2"}
     findings = report({"detectron2": "ModuleNotFoundError: No module named 'detectron2'"}, versions)
     assert "broken" not in {f.mark for f in findings}
-    assert findings[-2].fix == doctor.INSTALL_PAGE and findings[-1].what.endswith("Detectron2 is not installed")
+    assert findings[-2].fix == INSTALL_PAGE and findings[-1].what.endswith("Detectron2 is not installed")
 
 
 @pytest.mark.parametrize(
@@ -47,17 +48,17 @@ def test_without_detectron2() -> None:
         ("ImportError: /x/_C.so: undefined symbol: _ZN3c10", "build Detectron2 anew with this torch"),
         ("ImportError: libcudart.so.11.0: cannot open shared object file", "does not fit torch 2.9.0"),
         ("the interpreter died of signal 11", "build Detectron2 anew"),
-        ("AssertionError: gn_det: too old", "too old: install its current source"),
+        ("ImportError: too old: detectron2.modeling.Backbone has no", "too old: install its current source"),
         ("AttributeError: module 'PIL.Image' has no attribute 'LINEAR'", "too old"),
         ("ModuleNotFoundError: No module named 'pkg_resources'", "setuptools<81"),
         ("ModuleNotFoundError: No module named 'omegaconf'", "pip install omegaconf"),
         ("ImportError: cannot import name 'x' from 'iopath.common'", "iopath>=0.1.7,<0.1.10"),
-        ("RuntimeError: something else", doctor.INSTALL_PAGE),
+        ("RuntimeError: something else", INSTALL_PAGE),
     ],
 )
 def test_detectron2_installed_but_broken(error: str, fix: str) -> None:
     """Reported, and not passed over in silence."""
-    broken = [f for f in report({"detectron2._C": error}) if f.mark == "broken"]
+    broken = [f for f in report({"import_detectron2": error}) if f.mark == "broken"]
     assert len(broken) == 1 and error in broken[0].what and fix in broken[0].fix
 
 

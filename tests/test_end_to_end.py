@@ -31,7 +31,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flags(data: Path, output: Path) -> list[str]:
-    words = ["--config", "quickstart.yaml", "--output", str(output)]
+    words = ["--engine", "embedded", "--config", "quickstart.yaml", "--output", str(output)]
     for split in ("train", "val"):
         words += [f"--{split}-json", str(data / split / "instances.json")]
         words += [f"--{split}-images", str(data / split / "images")]
@@ -62,7 +62,7 @@ def test_checkpoint_is_plain_data_and_carries_the_classes(trained: Path) -> None
 
 def test_eval_gives_the_ap_of_the_run(trained: Path, data: Path, tmp_path: Path) -> None:
     val = ["--val-json", str(data / "val" / "instances.json"), "--val-images", str(data / "val" / "images")]
-    assert main(["eval", "--weights", str(trained / "model_final.pth"), "--output", str(tmp_path / "eval"), *val]) == 0
+    assert main(["eval", "--engine", "embedded", "--weights", str(trained / "model_final.pth"), "--output", str(tmp_path / "eval"), *val]) == 0
     results = json.loads((tmp_path / "eval" / "inference" / "coco_instances_results.json").read_text())
     again = json.loads((trained / "inference" / "coco_instances_results.json").read_text())
     assert results == again and len(results) > 0
@@ -107,7 +107,7 @@ def test_dry_run_needs_neither_data_nor_weights(
     """53 backbone + 8 FPN + 4 box + 4 mask GN layers, all gamma and beta without weight decay, 270000 iterations."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "nothing"))
     monkeypatch.chdir(tmp_path)
-    assert main(["train", "--config", "gn_fpn_long.yaml", "--dry-run"]) == 0
+    assert main(["train", "--engine", "embedded", "--config", "gn_fpn_long.yaml", "--dry-run"]) == 0
     out = capsys.readouterr().out
     for word in ("53", "138", "270000", "weight decay 0", "FREEZE_AT"):
         assert word in out, word

@@ -1,4 +1,4 @@
-"""What the embedded engine implements: everything else is refused by name, never ignored."""
+"""What each engine implements: everything else is refused by name, never ignored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from gn_det.errors import ConfigError
 
 NORMS = ("", "GN", "LN", "IN", "BN", "SyncBN", "FrozenBN")
 
-#: Sections of other models: any value that differs from the default is refused.
+#: Norms that only Detectron2 has.
+_THEIR_NORMS = ("nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
+
+#: Sections of other models: any value that differs from the default is refused by the embedded engine.
 OTHER_MODELS = (
     "MODEL.ROI_BOX_CASCADE_HEAD",
     "MODEL.ROI_KEYPOINT_HEAD",
@@ -78,6 +81,43 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "SOLVER.AMP.DTYPE": ("bf16", "fp16"),
     "TEST.KEYPOINT_OKS_SIGMAS": ([],),
 }
+
+_BOX_LOSSES = ("smooth_l1", "giou", "diou", "ciou")
+_POOLERS = ("ROIAlignV2", "ROIAlign", "ROIPool")
+
+#: Keys of which Detectron2 takes more under ``--engine detectron2``; None for any value.
+_ON_DETECTRON2: dict[str, tuple[Any, ...] | None] = {
+    "MODEL.META_ARCHITECTURE": ("GeneralizedRCNN", "RetinaNet"),
+    "MODEL.BACKBONE.NAME": (
+        "build_resnet_backbone",
+        "build_resnet_fpn_backbone",
+        "build_retinanet_resnet_fpn_backbone",
+        "build_gn_resnet_backbone",
+        "build_gn_resnet_fpn_backbone",
+        "build_gn_retinanet_resnet_fpn_backbone",
+    ),
+    "MODEL.FPN.NORM": (*NORMS, *_THEIR_NORMS),
+    "MODEL.RESNETS.NORM": (*NORMS, *_THEIR_NORMS),
+    "MODEL.RESNETS.DEFORM_ON_PER_STAGE": None,
+    "MODEL.RESNETS.DEFORM_MODULATED": (False, True),
+    "MODEL.RESNETS.DEFORM_NUM_GROUPS": None,
+    "MODEL.RPN.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
+    "MODEL.ROI_HEADS.NAME": ("StandardROIHeads", "Res5ROIHeads", "CascadeROIHeads", "GNRes5ROIHeads"),
+    "MODEL.ROI_BOX_HEAD.NAME": ("", "FastRCNNConvFCHead", "GNFastRCNNConvFCHead"),
+    "MODEL.ROI_BOX_HEAD.NORM": (*NORMS, *_THEIR_NORMS),
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
+    "MODEL.ROI_BOX_HEAD.POOLER_TYPE": _POOLERS,
+    "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": (False, True),
+    "MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES": (False, True),
+    "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": (False, True),
+    "MODEL.ROI_MASK_HEAD.NAME": ("MaskRCNNConvUpsampleHead", "GNMaskRCNNConvUpsampleHead"),
+    "MODEL.ROI_MASK_HEAD.NORM": (*NORMS, *_THEIR_NORMS),
+    "MODEL.ROI_MASK_HEAD.POOLER_TYPE": _POOLERS,
+    "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": (False, True),
+}
+
+#: Sections of other models that ``--engine detectron2`` trains.
+_SECTIONS_ON_DETECTRON2 = ("MODEL.ROI_BOX_CASCADE_HEAD", "MODEL.RETINANET")
 
 _POSITIVE = ("> 0", lambda v: v > 0)
 _NOT_NEGATIVE = (">= 0", lambda v: v >= 0)
@@ -168,19 +208,28 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def check_config(cfg: CN) -> None:
-    """Refuse values that are out of range, contradict each other, or that the embedded engine does not implement.
+def check_config(cfg: CN, engine: str = "embedded") -> None:
+    """Refuse values that are out of range, contradict each other, or that the engine does not implement.
+
+    Args:
+        cfg: merged from files and command line.
+        engine: "embedded" or "detectron2", the one that is to run.
 
     Raises:
-        ConfigError: names the key, its value and what is allowed.
+        ConfigError: names the key, its value and what is allowed, and the other engine where that one takes it.
     """
-    for key, allowed in _ONLY.items():
+    on_detectron2 = engine == "detectron2"
+    for key, known in _ONLY.items():
         value = _get(cfg, key)
-        if not any(_same(value, a) for a in allowed):
-            known = " or ".join(repr(a) for a in allowed)
-            raise ConfigError(f"{key} = {value!r} is not implemented by the embedded engine; it knows {known}")
+        there = _ON_DETECTRON2.get(key, known)
+        allowed = there if on_detectron2 else known
+        if not _is_among(value, allowed):
+            names = " or ".join(repr(a) for a in allowed or ())
+            raise _refused(key, value, on_detectron2, f"; it knows {names}", _is_among(value, there))
     for section in OTHER_MODELS:
-        _check_unchanged(section, _get(cfg, section), _get(_defaults(), section))
+        theirs = section in _SECTIONS_ON_DETECTRON2
+        if not (on_detectron2 and theirs):
+            _check_unchanged(section, _get(cfg, section), _get(_defaults(), section), on_detectron2, theirs)
     for key, (what, holds) in _RANGES.items():
         value = _get(cfg, key)
         if not holds(value):
@@ -188,6 +237,16 @@ def check_config(cfg: CN) -> None:
     _check_finite("", cfg)
     _check_model(cfg)
     _check_data(cfg)
+
+
+def _is_among(value: Any, allowed: tuple[Any, ...] | None) -> bool:
+    return allowed is None or any(_same(value, a) for a in allowed)
+
+
+def _refused(key: str, value: Any, on_detectron2: bool, known: str, on_the_other: bool) -> ConfigError:
+    engine = "detectron2" if on_detectron2 else "embedded"
+    text = f"{key} = {value!r} is not implemented by the {engine} engine{known}"
+    return ConfigError(f"{text}; --engine detectron2 runs it" if on_the_other and not on_detectron2 else text)
 
 
 def _check_finite(prefix: str, node: Any) -> None:
@@ -207,13 +266,15 @@ def _defaults() -> CN:
     return get_cfg()
 
 
-def _check_unchanged(prefix: str, node: Mapping[str, Any], default: Mapping[str, Any]) -> None:
+def _check_unchanged(
+    prefix: str, node: Mapping[str, Any], default: Mapping[str, Any], on_detectron2: bool, theirs: bool
+) -> None:
     for name, value in node.items():
         dotted = f"{prefix}.{name}"
         if isinstance(value, Mapping):
-            _check_unchanged(dotted, value, default[name])
+            _check_unchanged(dotted, value, default[name], on_detectron2, theirs)
         elif not _same(value, default[name]):
-            raise ConfigError(f"{dotted} = {value!r} is not implemented by the embedded engine; remove the key")
+            raise _refused(dotted, value, on_detectron2, "; remove the key", theirs)
 
 
 def _check_model(cfg: CN) -> None:
@@ -224,9 +285,11 @@ def _check_model(cfg: CN) -> None:
         for name, value in wants.items():
             if resnets[name] != value:
                 raise ConfigError(f"MODEL.RESNETS.{name} must be {value} for MODEL.RESNETS.DEPTH {resnets.DEPTH}")
-    fpn = model.BACKBONE.NAME == "build_resnet_fpn_backbone"
-    names = ["p2", "p3", "p4", "p5", "p6"] if fpn else ["stem", "res2", "res3", "res4", "res5"]
-    for key in ("RPN", "ROI_HEADS"):
+    fpn = "_fpn_" in model.BACKBONE.NAME
+    names = ["p2", "p3", "p4", "p5", "p6", "p7"] if fpn else ["stem", "res2", "res3", "res4", "res5"]
+    if model.BACKBONE.NAME == "build_resnet_fpn_backbone":
+        names.remove("p7")
+    for key in ("RETINANET",) if model.META_ARCHITECTURE == "RetinaNet" else ("RPN", "ROI_HEADS"):
         for feature in model[key].IN_FEATURES:
             if feature not in names:
                 raise ConfigError(
@@ -235,7 +298,7 @@ def _check_model(cfg: CN) -> None:
                 )
     if fpn and list(model.FPN.IN_FEATURES) != list(resnets.OUT_FEATURES):
         raise ConfigError("MODEL.FPN.IN_FEATURES and MODEL.RESNETS.OUT_FEATURES must name the same features")
-    if fpn and model.ROI_HEADS.NAME == "Res5ROIHeads":
+    if fpn and "Res5ROIHeads" in model.ROI_HEADS.NAME and model.META_ARCHITECTURE == "GeneralizedRCNN":
         raise ConfigError(
             f"MODEL.ROI_HEADS.NAME {model.ROI_HEADS.NAME} does not go with MODEL.BACKBONE.NAME {model.BACKBONE.NAME}; "
             "FPN takes StandardROIHeads"

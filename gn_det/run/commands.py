@@ -108,7 +108,7 @@ def dry_run(engine: Engine, cfg: CfgNode, *, num_gpus: int = 1, num_machines: in
         written = format_schedule(cfg, sizes.images)
         cfg, sentences = scale_schedule(cfg, world, sizes.images)
         cfg = with_classes(cfg, sizes.classes or int(cfg.MODEL.ROI_HEADS.NUM_CLASSES), sizes.class_names)
-        logger.info("Resolved configuration\n%s", _indent(dump_config(cfg, implemented_only=True)))
+        logger.info("Resolved configuration\n%s", _indent(dump_config(cfg, implemented_only=engine.name == "embedded")))
         check_metric(cfg)
         check_freeze(cfg, strict=False)
         model = engine.build_model(cfg)
