@@ -1,12 +1,14 @@
 """Names and URLs of published weights, downloaded once into iopath's cache.
 
-``catalog://ImageNetPretrained/FAIR/R-50-GN``, ``detectron2://...`` and ``https://...`` become a local file under
-``$FVCORE_CACHE`` (default ``~/.torch/iopath_cache``); the same cache as Detectron2's.
+``catalog://ImageNetPretrained/FAIR/R-50-GN``, ``detectron2://...``, ``timm://resnet50_gn.a1h_in1k``, ``hf://owner/name``,
+``open-mmlab://detectron/resnet50_gn`` and ``https://...`` become a local file under ``$FVCORE_CACHE`` (default
+``~/.torch/iopath_cache``); the same cache as Detectron2's.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import socket
@@ -17,7 +19,7 @@ from urllib.parse import urlparse
 from urllib.request import urlopen
 
 from gn_det.checkpoint.io import StrPath, one_line
-from gn_det.checkpoint.source import Preprocessing
+from gn_det.checkpoint.source import CAFFE, PREPROCESSINGS, TORCH, Preprocessing
 from gn_det.errors import WeightsError
 
 _C2 = "https://dl.fbaipublicfiles.com/detectron"
@@ -33,14 +35,26 @@ CATALOG = {
     "ImageNetPretrained/FAIR/X-101-64x4d": f"{_C2}/ImageNetPretrained/FBResNeXt/X-101-64x4d.pkl",
 }
 
-# Backbones whose file does not tell what they were trained with, by their published place.
-_PUBLISHED = (
-    (
-        re.compile(r"ImageNetPretrained/torchvision/"),
-        Preprocessing("RGB", (123.675, 116.280, 103.530), (58.395, 57.120, 57.375), stride_in_1x1=False),
-    ),
-)
+_MM = "https://download.openmmlab.com/pretrain/third_party"
+# mmdetection's GN backbones: Detectron's, and one trained in PyTorch.
+OPEN_MMLAB = {
+    "detectron/resnet50_gn": f"{_MM}/resnet50_gn-9186a21c.pth",
+    "detectron/resnet101_gn": f"{_MM}/resnet101_gn-cac0ab98.pth",
+    "contrib/resnet50_gn": f"{_MM}/resnet50_gn_thangvubk-ad1730dd.pth",
+}
+# timm's names without the tag of the training recipe.
+_TIMM_TAGS = {"resnet50_gn": "resnet50_gn.a1h_in1k"}
 
+# Backbones whose file does not tell what they were trained with, by their published place ...
+_PUBLISHED = (
+    (re.compile(r"ImageNetPretrained/torchvision/"), TORCH),
+    (re.compile(r"open-mmlab://detectron/resnet(?:50|101)_gn$"), CAFFE),
+    (re.compile(r"open-mmlab://contrib/resnet50_gn$"), TORCH),
+)
+# ... or by the beginning of their sha256, which their publisher puts into the file name.
+_PUBLISHED_FILES = {"9186a21c": CAFFE, "cac0ab98": CAFFE, "ad1730dd": TORCH}
+
+SCHEMES = ("https://", "detectron2://", "catalog://", "timm://", "hf://", "open-mmlab://")
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
 _TIMEOUT = 30.0  # seconds without a byte; iopath sets none, and a silent network would hang for ever
 
@@ -60,19 +74,63 @@ def resolve_url(uri: str) -> str | None:
         return uri.split("?", 1)[0]  # Detectron2 puts options such as ?matching_heuristics=True behind the name
     if scheme == "detectron2":
         return f"{_D2}/{rest.split('?', 1)[0]}"
+    if scheme in ("hf", "timm"):
+        return _hub_url(uri, rest if scheme == "hf" else f"timm/{_TIMM_TAGS.get(rest, rest)}")
+    if scheme == "open-mmlab":
+        if rest not in OPEN_MMLAB:
+            raise WeightsError(f"{uri}: open-mmlab:// knows {', '.join(OPEN_MMLAB)} (MODEL.WEIGHTS)")
+        return OPEN_MMLAB[rest]
     if scheme == "catalog":
         if rest not in CATALOG:
             near = get_close_matches(rest, CATALOG, n=1, cutoff=0.0)[0]
             raise WeightsError(f"{uri}: not in the catalog; the nearest name is catalog://{near} (MODEL.WEIGHTS)")
         return CATALOG[rest]
     raise WeightsError(
-        f"{uri}: scheme {scheme}:// is not known; MODEL.WEIGHTS takes a local path, https://, detectron2:// or catalog://"
+        f"{uri}: scheme {scheme}:// is not known; MODEL.WEIGHTS takes a local path, {', '.join(SCHEMES)}"
     )
+
+
+def _hub_url(uri: str, rest: str) -> str:
+    """``owner/name[/file]`` on Hugging Face's hub; the file is ``model.safetensors`` unless named."""
+    owner, _, name = rest.partition("/")
+    name, _, file = name.partition("/")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", f"{owner}/{name}"):
+        raise WeightsError(f"{uri}: give timm://NAME, or hf://OWNER/NAME and, behind a slash, the file (MODEL.WEIGHTS)")
+    hub = os.getenv("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    return f"{hub}/{owner}/{name}/resolve/main/{file or 'model.safetensors'}"
 
 
 def published_preprocessing(uri: str) -> Preprocessing | None:
     """What a published backbone expects, told by its URI or its path in the cache; None when unknown."""
     return next((needs for pattern, needs in _PUBLISHED if pattern.search(uri)), None)
+
+
+def published_file(path: StrPath) -> Preprocessing | None:
+    """What a published backbone expects, told by its sha256; None when unknown."""
+    return _PUBLISHED_FILES.get(sha256_of(path)[:8])
+
+
+def split_preprocessing(uri: str) -> tuple[str, Preprocessing | None]:
+    """``x.pth?preprocessing=torch`` becomes ``x.pth`` and what the user says the weights expect.
+
+    Raises:
+        WeightsError: a name that is neither of the two.
+    """
+    match = re.search(r"[?&]preprocessing=([^&]*)$", uri)
+    if not match:
+        return uri, None
+    if match[1] not in PREPROCESSINGS:
+        raise WeightsError(f"{uri}: preprocessing is one of {', '.join(PREPROCESSINGS)}")
+    return uri[: match.start()], PREPROCESSINGS[match[1]]
+
+
+def sha256_of(path: StrPath) -> str:
+    """Hex digest of a file's contents."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def cache_path(url: str) -> Path:
@@ -90,7 +148,7 @@ def local_path(path_or_uri: StrPath) -> Path:
     """
     uri = os.fspath(path_or_uri)
     if not uri.strip():
-        raise WeightsError("MODEL.WEIGHTS is empty; give a path, https://, detectron2:// or catalog://")
+        raise WeightsError(f"MODEL.WEIGHTS is empty; give a path, {', '.join(SCHEMES)}")
     url = resolve_url(uri)
     if url is None:
         return Path(re.sub("^file://", "", uri, flags=re.IGNORECASE)).expanduser()

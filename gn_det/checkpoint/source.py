@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+State = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,14 @@ class Preprocessing:
     stride_in_1x1: bool | None = None
 
 
+#: Input of Caffe's models: BGR, 0-255, mean subtracted.
+CAFFE = Preprocessing("BGR", (103.530, 116.280, 123.675), (1.0, 1.0, 1.0), stride_in_1x1=False)
+#: Input of torchvision's and timm's ImageNet models, in 0-255 units: mean (0.485, 0.456, 0.406) of 1 in RGB, and std.
+TORCH = Preprocessing("RGB", (123.675, 116.280, 103.530), (58.395, 57.120, 57.375), stride_in_1x1=False)
+#: What a user may say of a file that does not tell, as in ``MODEL.WEIGHTS r50_gn.pth?preprocessing=torch``.
+PREPROCESSINGS = {"caffe": CAFFE, "torch": TORCH}
+
+
 @dataclass
 class Weights:
     """A weights file after translation.
@@ -36,11 +46,18 @@ class Weights:
             "affine BN" (folded into scale and shift); "" = read it from the names.
         groups: GN's (NUM_GROUPS, CHANNELS_PER_GROUP) where the source tells.
         ignored: names that are known and not meant for a detector.
+        preprocessing: what the weights expect; None = unknown and unchecked.
         config: the configuration the weights were trained with, as nested dicts; None when the file has none.
         meta: the ``gn_det`` block, see :func:`gn_det.checkpoint.meta.read_meta`.
+        foldable: the stem convolution may be rewritten for the config's channel order and std: the weights come from
+            a world with another convention than Detectron2's, so a difference is no contradiction.
+        asks: the preprocessing is unknown and decides the numbers, so the user must say it.
+        aside: the ignored ImageNet classifier by Detectron2's names (``stem.fc.weight``), so that conversion keeps it.
+        notes: sentences worth showing the user.
+        class_names: of a detector, where the file tells.
     """
 
-    state: dict[str, torch.Tensor]
+    state: State
     kind: str
     norm: str = ""
     groups: tuple[int, int] | None = None
@@ -48,3 +65,8 @@ class Weights:
     preprocessing: Preprocessing | None = None
     config: dict[str, Any] | None = None
     meta: dict[str, Any] | None = None
+    foldable: bool = False
+    asks: bool = False
+    aside: State = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()

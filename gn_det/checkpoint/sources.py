@@ -6,6 +6,7 @@ a format that we know but do not read; ``advice`` then says what to do.
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Callable, Collection, Mapping
@@ -16,16 +17,16 @@ import numpy as np
 import torch
 import yaml
 
-from gn_det.checkpoint import caffe2
+from gn_det.checkpoint import caffe2, layered, mmdet
+from gn_det.checkpoint.catalog import local_path, published_file, published_preprocessing, split_preprocessing
 from gn_det.checkpoint.io import StrPath, one_line, read_checkpoint, read_head
 from gn_det.checkpoint.meta import read_meta
 from gn_det.checkpoint.pickles import read_pickle
-from gn_det.checkpoint.source import Preprocessing, Weights
+from gn_det.checkpoint.source import Preprocessing, State, Weights
+from gn_det.checkpoint.tensors import looks_like_safetensors, read_safetensors
 from gn_det.errors import WeightsError
 
 NORM_KEYS = ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM", "MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_MASK_HEAD.NORM")
-
-State = dict[str, torch.Tensor]
 
 # torch.save writes an archive, or (before 1.6) this magic number as a first pickle.
 _TORCH = (b"PK\x03\x04", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.")
@@ -37,7 +38,7 @@ class Format:
 
     name: str
     recognises: Callable[[Collection[str]], bool]
-    translate: Callable[[State], Weights] | None
+    translate: Callable[[State, Mapping[str, Any]], Weights] | None
     advice: str = ""
 
 
@@ -53,14 +54,50 @@ def read_weights(path: StrPath) -> Weights:
     layout = next(f for f in FORMATS if f.recognises(state))
     if layout.translate is None:
         raise WeightsError(f"{path}: holds weights of {layout.name}; {layout.advice}")
-    weights = layout.translate(state)
+    try:
+        weights = layout.translate(state, payload)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from None
     if meta is not None:
         weights.kind = one_line(f"gn_det {meta['version']}", 40)
         weights.meta = meta
         weights.config = _parse_config(meta["config"])
-        _tell_from_config(weights)
+        weights.class_names = meta["class_names"]
+        if weights.config is not None:
+            _tell_from_config(weights)
+        else:
+            tell_from_block(weights, meta)
     elif payload.get("__author__") and weights.kind == _DETECTRON2:
         weights.kind = f"{_DETECTRON2}, by {one_line(payload['__author__'], 60)!r}"
+    return weights
+
+
+def open_weights(path_or_uri: StrPath) -> Weights:
+    """Fetch and read a weights file, and find out what preprocessing it expects.
+
+    Args:
+        path_or_uri: local path or URI, with ``?preprocessing=caffe`` or ``?preprocessing=torch`` behind it for a file
+            that does not tell.
+
+    Raises:
+        WeightsError: see :func:`read_weights` and :func:`gn_det.checkpoint.catalog.local_path`; or a file whose
+            preprocessing nothing tells.
+    """
+    uri, said = split_preprocessing(os.fspath(path_or_uri))
+    path = local_path(uri)
+    weights = read_weights(path)
+    if said is not None:
+        weights.preprocessing, weights.foldable = said, True
+    elif weights.preprocessing is None or weights.asks:
+        known = published_preprocessing(uri) or (published_file(path) if weights.asks else None)
+        if known is not None:
+            weights.preprocessing, weights.foldable = known, True
+    if weights.asks and weights.preprocessing is None:
+        raise WeightsError(
+            f"{uri}: {weights.kind} that does not tell how its images were normalised: put ?preprocessing=caffe (BGR, "
+            "0-255, as open-mmlab://detectron/resnet50_gn) or ?preprocessing=torch (RGB, ImageNet mean and std, as "
+            "open-mmlab://contrib/resnet50_gn) behind its name"
+        )
     return weights
 
 
@@ -71,8 +108,8 @@ def read_any(path: StrPath) -> dict[str, Any]:
         WeightsError: see :func:`read_checkpoint` and :func:`read_pickle`.
     """
     head = read_head(path)
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 27:
-        raise WeightsError(f"{path}: is a safetensors file, which is not read yet; give a .pth or .pkl file")
+    if looks_like_safetensors(head):
+        return read_safetensors(path)
     is_pickle = head[:1] == b"\x80" or str(path).endswith(".pkl")
     if is_pickle and not head.startswith(_TORCH) and not head.lstrip().startswith((b"<", b"version https")):
         return read_pickle(path)
@@ -128,7 +165,7 @@ def _is_detectron2(names: Collection[str]) -> bool:
     return any(re.match(r"(?:backbone\.(?:bottom_up\.)?)?(?:stem\.conv1|res[2-5]\.\d+)\.", name) for name in names)
 
 
-def _from_detectron2(state: State) -> Weights:
+def _from_detectron2(state: State, payload: Mapping[str, Any]) -> Weights:
     mean, std = state.get("pixel_mean"), state.get("pixel_std")
     preprocessing = None
     if mean is not None and std is not None and mean.numel() == std.numel() == 3:
@@ -137,16 +174,8 @@ def _from_detectron2(state: State) -> Weights:
         )
     ignored = tuple(name for name in state if _D2_IGNORED.match(name))
     kept = {name: value for name, value in state.items() if name not in set(ignored)}
-    return Weights(kept, _DETECTRON2, ignored=ignored, preprocessing=preprocessing)
-
-
-def _from_caffe2(state: State) -> Weights:
-    ignored = tuple(name for name in state if caffe2.is_ignored(name))
-    kept = {caffe2.map_name(name) or name: value for name, value in state.items() if not caffe2.is_ignored(name)}
-    norm = caffe2.norm_kind(state)
-    preprocessing = caffe2.preprocessing_of({name: tuple(value.shape) for name, value in state.items()})
-    groups = (32, 0) if norm == "GN" else None
-    return Weights(kept, "Caffe2 ImageNet backbone", norm, groups, ignored, preprocessing)
+    aside = {n: state[n] for n in ignored if n.startswith("stem.fc.")}
+    return Weights(kept, _DETECTRON2, ignored=ignored, preprocessing=preprocessing, aside=aside)
 
 
 def _matches(pattern: str) -> Callable[[Collection[str]], bool]:
@@ -156,21 +185,18 @@ def _matches(pattern: str) -> Callable[[Collection[str]], bool]:
 
 # First row that recognises the names wins; the last takes everything, so that the error can name the tensors.
 FORMATS: tuple[Format, ...] = (
+    Format("a Caffe2 / Detectron detector", caffe2.looks_like_detector, caffe2.translate_detector),
+    Format("a Caffe2 / Detectron ImageNet backbone", caffe2.looks_like_backbone, caffe2.translate_backbone),
+    Format("an mmdetection detector", mmdet.looks_like_detector, mmdet.translate),
+    Format("a torchvision, timm or mmdetection ResNet", layered.looks_like_backbone, layered.translate),
     Format(
-        "a Caffe2 / Detectron detector",
-        caffe2.looks_like_detector,
+        "a torchvision or mmdetection model of another architecture",
+        _matches(r"(?:\w+\.)*layer[1-4]\.\d+\.conv1\."),
         None,
-        "those are not read yet (their class order differs); use Detectron2's or our own checkpoint of the model",
-    ),
-    Format("a Caffe2 / Detectron ImageNet backbone", caffe2.looks_like_backbone, _from_caffe2),
-    Format(
-        "torchvision, timm or mmdetection",
-        _matches(r"(?:backbone\.(?:body\.)?)?layer[1-4]\.\d+\."),
-        None,
-        "those are not read yet (other names and preprocessing); use catalog://ImageNetPretrained/FAIR/R-50-GN",
+        "of those, plain ResNets (a state dict with conv1, layer1 ... layer4) and mmdetection's FPN detectors are read",
     ),
     Format("Detectron2", _is_detectron2, _from_detectron2),
-    Format("an unknown model", lambda names: True, lambda state: Weights(state, "state dict of another model")),
+    Format("an unknown model", lambda names: True, lambda state, _: Weights(state, "state dict of another model")),
 )
 
 
@@ -210,6 +236,27 @@ def _tell_from_config(weights: Weights) -> None:
         pixel_std=_numbers(lookup(config, "MODEL.PIXEL_STD")),
         stride_in_1x1=stride if isinstance(stride, bool) else None,
     )
+
+
+def tell_from_block(weights: Weights, block: Mapping[str, Any]) -> None:
+    """What ``gn-det convert`` wrote down of a source that has no config of ours."""
+    about = block.get("weights")
+    if not isinstance(about, Mapping):
+        return
+    norm, groups, needs = about.get("norm"), about.get("groups"), about.get("preprocessing")
+    weights.norm = norm if norm in ("GN", "LN", "IN", "BN", "affine BN") else weights.norm
+    if isinstance(groups, (list, tuple)) and len(groups) == 2 and all(isinstance(g, int) for g in groups):
+        weights.groups = (groups[0], groups[1])
+    if isinstance(needs, Mapping):
+        order, stride = needs.get("format"), needs.get("stride_in_1x1")
+        weights.preprocessing = Preprocessing(
+            format=order if isinstance(order, str) else None,
+            pixel_mean=_numbers(needs.get("pixel_mean")),
+            pixel_std=_numbers(needs.get("pixel_std")),
+            stride_in_1x1=stride if isinstance(stride, bool) else None,
+        )
+    weights.foldable = about.get("foldable") is True
+    weights.asks = about.get("asks") is True
 
 
 def _numbers(value: Any) -> tuple[float, ...] | None:

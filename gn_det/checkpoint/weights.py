@@ -15,15 +15,15 @@ import torch
 from torch import nn
 
 from gn_det.checkpoint.arch import Architecture, architecture_of
-from gn_det.checkpoint.catalog import local_path, published_preprocessing
 from gn_det.checkpoint.fit import check_architecture, check_norm, check_preprocessing
+from gn_det.checkpoint.fold import fold, target_of
 from gn_det.checkpoint.io import StrPath
 from gn_det.checkpoint.report import BOTTOM_UP, PARTS, LoadReport, PartReport, Shape, format_report, part_of, shorten
 from gn_det.checkpoint.source import Weights
-from gn_det.checkpoint.sources import lookup, read_weights
+from gn_det.checkpoint.sources import lookup, open_weights
 from gn_det.errors import WeightsError
 
-__all__ = ["LoadReport", "format_report", "load_weights"]
+__all__ = ["LoadReport", "format_report", "load_weights", "plan_weights"]
 
 Placed = dict[str, torch.Tensor]
 
@@ -58,7 +58,7 @@ def load_weights(
 
     Args:
         model: its state dict has Detectron2's names (``backbone.``, ``proposal_generator.``, ``roi_heads.``).
-        path_or_uri: local path, ``https://``, ``detectron2://`` or ``catalog://``.
+        path_or_uri: local path, or a URI (see :mod:`gn_det.checkpoint.catalog`).
         cfg: the resolved configuration the model was built from.
         allow_partial: load what fits and report the rest, instead of refusing a part that fits only partly.
         require_all: also refuse missing or re-initialised heads: for evaluation and prediction, where an
@@ -68,9 +68,21 @@ def load_weights(
         WeightsError: unreadable or unsafe file; another architecture, norm or preprocessing than the config's (the
             keys to set are named); a backbone with an unmatched tensor, or a head that fits only partly.
     """
-    source = os.fspath(path_or_uri)
-    weights = read_weights(local_path(path_or_uri))
-    weights.preprocessing = weights.preprocessing or published_preprocessing(source)
+    report, good = plan_weights(
+        model, os.fspath(path_or_uri), open_weights(path_or_uri), cfg, allow_partial, require_all
+    )
+    model.load_state_dict(good, strict=False)
+    return report
+
+
+def plan_weights(
+    model: nn.Module, source: str, weights: Weights, cfg: Any, allow_partial: bool = False, require_all: bool = False
+) -> tuple[LoadReport, Placed]:
+    """Everything of :func:`load_weights` but the copy; ``model`` may be on the meta device.
+
+    Returns:
+        The report, and the tensors to copy by the model's names.
+    """
     parameters = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     in_model = {name: tuple(value.shape) for name, value in parameters.items()}
     in_file = {name: tuple(value.shape) for name, value in weights.state.items()}
@@ -82,11 +94,12 @@ def load_weights(
         )
     check_architecture(source, found, architecture_of(in_model))
     notes = check_norm(source, weights, found, cfg, allow_partial)
+    folded = _fold(weights, cfg)
     check_preprocessing(source, weights, cfg)
 
     placed = _place(weights, in_model, skip_norms=bool(notes))
     report = _sort(source, weights, found, placed, in_file, in_model)
-    report.notes = (*notes, *_class_notes(weights, cfg, report))
+    report.notes = (*notes, *folded, *weights.notes, *_class_notes(weights, cfg, report))
     if not allow_partial:
         _refuse_partial(report, whole=bool(found.style))
     if require_all:
@@ -94,8 +107,22 @@ def load_weights(
     _refuse_frozen(report, model)
     good = {name: placed[name] for name in report.loaded}
     _refuse_non_finite(source, good)
-    model.load_state_dict(good, strict=False)
-    return report
+    return report, good
+
+
+def _fold(weights: Weights, cfg: Any) -> list[str]:
+    """Fold the source's channel order and std into the stem where that is meant; says what was done."""
+    needs = weights.preprocessing
+    if not weights.foldable or needs is None:
+        return []
+    weights.state = dict(weights.state)
+    weights.preprocessing = fold(weights.state, needs, target_of(cfg))
+    done = []
+    if needs.format != weights.preprocessing.format:
+        done.append(f"channel order {needs.format}")
+    if needs.pixel_std and sorted(needs.pixel_std) != sorted(weights.preprocessing.pixel_std or ()):
+        done.append(f"std [{','.join(f'{v:g}' for v in needs.pixel_std)}]")
+    return [f"{' and '.join(done)} of the source folded into the stem convolution"] if done else []
 
 
 def _place(weights: Weights, in_model: Mapping[str, Shape], skip_norms: bool) -> Placed:
@@ -160,7 +187,7 @@ def _sort(
 
 def _class_notes(weights: Weights, cfg: Any, report: LoadReport) -> list[str]:
     names = tuple(lookup(cfg, "MODEL.CLASS_NAMES") or ())
-    theirs = weights.meta["class_names"] if weights.meta else ()
+    theirs = weights.class_names
     if names and theirs and names != theirs and not report.reinitialised and "box head" in report.parts:
         return [f"as many classes as the file, but other names ({shorten(theirs)}): its predictors are kept"]
     return []

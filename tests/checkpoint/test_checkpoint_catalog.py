@@ -34,6 +34,16 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("catalog://ImageNetPretrained/MSRA/R-50", f"{BASE}/detectron/ImageNetPretrained/MSRA/R-50.pkl"),
         ("detectron2://ImageNetPretrained/MSRA/R-101.pkl", f"{BASE}/detectron2/ImageNetPretrained/MSRA/R-101.pkl"),
         ("https://example.org/a/w.pth?matching_heuristics=True", "https://example.org/a/w.pth"),
+        ("timm://resnet50_gn", "https://huggingface.co/timm/resnet50_gn.a1h_in1k/resolve/main/model.safetensors"),
+        (
+            "timm://resnet50_gn.a1h_in1k",
+            "https://huggingface.co/timm/resnet50_gn.a1h_in1k/resolve/main/model.safetensors",
+        ),
+        ("hf://a/b/c/d.pth", "https://huggingface.co/a/b/resolve/main/c/d.pth"),
+        (
+            "open-mmlab://detectron/resnet50_gn",
+            "https://download.openmmlab.com/pretrain/third_party/resnet50_gn-9186a21c.pth",
+        ),
         ("weights/w.pth", None),
         ("file:///w.pth", None),
     ],
@@ -46,7 +56,9 @@ def test_urls(uri: str, url: str | None) -> None:
     ("uri", "expected"),
     [
         ("catalog://ImageNetPretrained/FAIR/R-50GN", "catalog://ImageNetPretrained/FAIR/R-50-GN"),
-        ("timm://resnet50_gn", "scheme timm://"),
+        ("zoo://resnet50_gn", "scheme zoo:// is not known"),
+        ("open-mmlab://resnet50_gn", "open-mmlab:// knows detectron/resnet50_gn"),
+        ("hf://resnet50_gn", "hf://OWNER/NAME"),
         ("", "MODEL.WEIGHTS is empty"),
     ],
 )

@@ -1,0 +1,82 @@
+"""The safetensors container: a header of names, dtypes and offsets, then the bytes. It cannot hold code.
+
+Our own files carry the ``gn_det`` block as JSON in the header's metadata; other files' metadata are kept as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from gn_det.checkpoint.io import StrPath, atomic_write, one_line
+from gn_det.errors import WeightsError
+
+# A ResNet-101 detector has some 60 kB of header; safetensors' own limit of 100 MB would become gigabytes of dicts.
+_MAX_HEADER = 8 << 20
+_META = "gn_det"
+
+
+def looks_like_safetensors(head: bytes) -> bool:
+    """Whether the first bytes are a header's length and its opening brace."""
+    return head[8:9] == b"{" and head[:4] != b"PK\x03\x04"
+
+
+def read_safetensors(path: StrPath) -> dict[str, Any]:
+    """``{"model": tensors by name, "gn_det": block}``, or ``{"state_dict": ..., "metadata": ...}`` of a foreign file.
+
+    The tensors are mapped from the file.
+
+    Raises:
+        WeightsError: truncated, damaged, or a header that claims more than the file has.
+    """
+    try:
+        from safetensors import safe_open
+    except ImportError:
+        raise WeightsError(
+            f"{path}: is a safetensors file; install the package safetensors to read it (pip install safetensors)"
+        ) from None
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        claimed = int.from_bytes(file.read(8), "little")
+    if claimed > min(_MAX_HEADER, size - 8):
+        raise WeightsError(
+            f"{path}: is a truncated or damaged safetensors file (it claims a header of {claimed} bytes, the file has "
+            f"{size}); copy or download it again"
+        )
+    try:
+        with safe_open(os.fspath(path), framework="pt", device="cpu") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except Exception as error:  # SafetensorError, and whatever the bytes of a foreign file provoke
+        raise WeightsError(
+            f"{path}: is a damaged safetensors file ({one_line(error)}); copy or download it again"
+        ) from None
+    if _META not in metadata:
+        return {"state_dict": tensors, "metadata": metadata}
+    try:
+        block = json.loads(metadata[_META])
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{path}: its gn_det metadata is damaged ({one_line(error)})") from None
+    return {"model": tensors, _META: block}
+
+
+def write_safetensors(path: StrPath, state: Mapping[str, torch.Tensor], block: Mapping[str, Any]) -> None:
+    """Write tensors and the ``gn_det`` block atomically; the same content gives the same bytes.
+
+    Raises:
+        WeightsError: safetensors is not installed.
+        TrainingError: the file cannot be written; an older one of that name is kept.
+    """
+    try:
+        from safetensors.torch import save
+    except ImportError:
+        raise WeightsError(f"{path}: install the package safetensors to write it (pip install safetensors)") from None
+    data = save(
+        {name: value.detach().contiguous().clone() for name, value in state.items()},
+        metadata={"format": "pt", _META: json.dumps(block, sort_keys=True)},
+    )
+    atomic_write(path, lambda file: file.write(data))
