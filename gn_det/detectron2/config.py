@@ -120,22 +120,34 @@ def _count_classes(cfg: CfgNode) -> int:
 
 
 _mentioned: set[str] = set()
+_read = False
+
+
+@contextmanager
+def trainer_keys_are_read() -> Iterator[None]:
+    """While a model is built for a trainer of gn_det's, there is nothing to mention."""
+    global _read
+    before, _read = _read, True
+    try:
+        yield
+    finally:
+        _read = before
 
 
 def _mention_what_is_not_read(cfg: CfgNode) -> None:
     """Warn, once each, of keys that neither Detectron2's trainer nor its own GN layers read."""
     texts = [
-        f"{section}.{key} is {cfg[section][key]!r}: Detectron2's trainer does not read this key, "
-        "gn_det's embedded engine does."
+        f"{section}.{key} is {cfg[section][key]!r}: Detectron2's DefaultTrainer does not read this key, "
+        "gn_det.detectron2.Trainer does."
         for section, key, idle in _TRAINER_KEYS
-        if cfg[section][key] != idle
+        if cfg[section][key] != idle and not _read
     ]
     solver = cfg.SOLVER
-    if not solver.REFERENCE_WORLD_SIZE and solver.REFERENCE_BATCH not in (0, solver.IMS_PER_BATCH):
+    if not _read and not solver.REFERENCE_WORLD_SIZE and solver.REFERENCE_BATCH not in (0, solver.IMS_PER_BATCH):
         texts.append(
             f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH} and the schedule was written for SOLVER.REFERENCE_BATCH "
-            f"{solver.REFERENCE_BATCH}: Detectron2's trainer scales by REFERENCE_WORLD_SIZE only; set BASE_LR, "
-            "MAX_ITER and STEPS yourself."
+            f"{solver.REFERENCE_BATCH}: Detectron2's DefaultTrainer scales by REFERENCE_WORLD_SIZE only; set BASE_LR, "
+            "MAX_ITER and STEPS yourself, or take gn_det.detectron2.Trainer."
         )
     others = {"RetinaNet": ("RETINANET",), "PanopticFPN": ("SEM_SEG_HEAD",), "SemanticSegmentor": ("SEM_SEG_HEAD",)}
     for section in others.get(cfg.MODEL.META_ARCHITECTURE, ()):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
-from gn_det.data.catalog import GENERATED, DatasetSource, resolve
+from gn_det.data.catalog import BUILTIN, GENERATED, DatasetSource, resolve
 from gn_det.data.coco import CocoDataset, load_coco
 from gn_det.data.shapes import CATEGORY_IDS
 from gn_det.data.shapes_draw import CLASSES
@@ -91,6 +91,35 @@ def take_mixed_masks(cfg: CfgNode) -> None:
     if cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon" and any(n in GENERATED for n in cfg.DATASETS.TRAIN):
         logger.info("INPUT.MASK_FORMAT: bitmask, because the shapes have polygons and RLE.")
         cfg.INPUT.MASK_FORMAT = "bitmask"
+
+
+def name_by_files(cfg: CfgNode) -> CfgNode:
+    """A copy of ``cfg`` whose sets, where only Detectron2's catalog knows them, are named ``json@images``.
+
+    Sets registered by ``register_coco_instances`` have their files in the metadata.
+
+    Raises:
+        ConfigError: a registered set has no files that gn_det could read.
+    """
+    out = cfg.clone()
+    out.defrost()
+    for key in ("TRAIN", "TEST"):
+        if not cfg.DATASETS[f"{'TRAIN' if key == 'TRAIN' else 'VAL'}_JSON"]:
+            out.DATASETS[key] = tuple(_by_files(name) for name in cfg.DATASETS[key])
+    return out
+
+
+def _by_files(name: str) -> str:
+    if name in BUILTIN or ".json@" in name or name not in DatasetCatalog:
+        return name
+    metadata = MetadataCatalog.get(name)
+    json_file, images = metadata.get("json_file"), metadata.get("image_root")
+    if not json_file or not str(json_file).endswith(".json") or images is None:
+        raise ConfigError(
+            f"dataset {name!r} is registered as a function: register it by "
+            "detectron2.data.datasets.register_coco_instances, or train it with Detectron2's DefaultTrainer"
+        )
+    return f"{json_file}@{images}"
 
 
 def _register(name: str, source: DatasetSource, cfg: CfgNode, key: str) -> None:

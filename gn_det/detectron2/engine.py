@@ -12,8 +12,8 @@ import detectron2.solver
 from detectron2.config import CfgNode, get_cfg
 
 import gn_det.detectron2  # noqa: F401  # a process that unpickles the engine needs everything registered
-from gn_det.detectron2.config import add_gn_config
-from gn_det.detectron2.loop import clipped_by_detectron2, run_loop
+from gn_det.detectron2.config import add_gn_config, trainer_keys_are_read
+from gn_det.detectron2.loop import build_optimizer, run_loop
 from gn_det.detectron2.samples import Inputs, detector
 from gn_det.structures import Detections, Sample
 
@@ -37,10 +37,11 @@ class Detectron2Engine:
         return f"Detectron2 {detectron2.__version__}"
 
     def build_model(self, cfg: AnyCfgNode) -> nn.Module:
-        return detectron2.modeling.build_model(model_config(cfg))
+        with trainer_keys_are_read():
+            return detectron2.modeling.build_model(model_config(cfg))
 
     def build_optimizer(self, cfg: AnyCfgNode, model: nn.Module) -> Optimizer:
-        return build_optimizer(cfg, model)
+        return build_optimizer(to_detectron2(cfg), model)
 
     def build_scheduler(self, cfg: AnyCfgNode, optimizer: Optimizer) -> LRScheduler:
         return detectron2.solver.build_lr_scheduler(to_detectron2(cfg), optimizer)
@@ -71,24 +72,15 @@ def _copy(source: Any, target: Any) -> None:
 
 
 def model_config(cfg: AnyCfgNode) -> CfgNode:
-    """``cfg`` as Detectron2 builds a model from it: on the CPU, classes given, no data set or trainer to look at."""
+    """``cfg`` as Detectron2 builds a model from it: on the CPU, classes given, no data set to look at."""
     out = to_detectron2(cfg)
     out.MODEL.DEVICE = "cpu"
-    data, solver = out.DATASETS, out.SOLVER
+    data = out.DATASETS
     data.TRAIN, data.TEST = (), ()
     data.TRAIN_JSON = data.TRAIN_IMAGES = data.VAL_JSON = data.VAL_IMAGES = ""
-    solver.ACCUMULATE, solver.EPOCHS, solver.REFERENCE_BATCH, out.TEST.PATIENCE = 1, 0.0, 0, 0  # our loop reads them
     classes = int(cfg.MODEL.ROI_HEADS.NUM_CLASSES)
     if classes:
         out.MODEL.RETINANET.NUM_CLASSES = classes
         if "FCOS" in out.MODEL:
             out.MODEL.FCOS.NUM_CLASSES = classes
     return out
-
-
-def build_optimizer(cfg: AnyCfgNode, model: nn.Module) -> Optimizer:
-    """Detectron2's optimizer; clipping that it does not know is left to :class:`gn_det.detectron2.loop.Step`."""
-    cfg = to_detectron2(cfg)
-    if not clipped_by_detectron2(cfg):
-        cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
-    return detectron2.solver.build_optimizer(cfg, model)

@@ -6,10 +6,11 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import detectron2.solver
 import torch
 import torch.distributed
 from detectron2.engine import HookBase, SimpleTrainer, TrainerBase, create_ddp_model
@@ -27,6 +28,7 @@ from gn_det.run.optim import clip_gradients
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
+    from torch.optim import Optimizer
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -43,7 +45,7 @@ class Step(SimpleTrainer):
         model: gives losses; wrapped already where there are several processes.
         batches: micro-batches as the model takes them.
         learner: the model's optimizer and the losses' collector.
-        on_first_batch: called when the first batch is there.
+        keeper: told when the first batch is there; may come later as an attribute.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class Step(SimpleTrainer):
         model: nn.Module,
         batches: Iterable[Any],
         learner: Learner,
-        on_first_batch: Callable[[], None] | None = None,
+        keeper: Keeper | None = None,
     ) -> None:
         super().__init__(model, batches, learner.optimizer)
         self.learner = learner
@@ -63,7 +65,7 @@ class Step(SimpleTrainer):
         self._autocast: Callable[[], Any] = nullcontext
         if cfg.SOLVER.AMP.ENABLED:
             self._autocast = lambda: torch.autocast(kind, dtype=_DTYPES[cfg.SOLVER.AMP.DTYPE])
-        self._on_first_batch = on_first_batch
+        self.keeper, self._started = keeper, False
         # Detectron2's optimizer clips by itself what Detectron2 can clip.
         self._clips = cfg.SOLVER.CLIP_GRADIENTS.ENABLED and not clipped_by_detectron2(cfg)
 
@@ -94,9 +96,9 @@ class Step(SimpleTrainer):
         start = time.perf_counter()
         batch = next(self._data_loader_iter)
         self.learner.waited += time.perf_counter() - start
-        if self._on_first_batch is not None:
-            self._on_first_batch()
-            self._on_first_batch = None
+        if self.keeper is not None and not self._started:
+            self.keeper.before_first_batch()
+            self._started = True
         return batch
 
     def _gradients_kept(self, more: bool) -> Any:
@@ -154,7 +156,7 @@ class Loop(TrainerBase):
 def run_loop(cfg: CfgNode, keeper: Keeper, batches: Iterable[Any]) -> None:
     """Train ``keeper.learner`` on Detectron2's inputs until SOLVER.MAX_ITER or until the keeper ends it."""
     learner = keeper.learner
-    step = Step(cfg, parallel(learner.model), batches, learner, keeper.before_first_batch)
+    step = Step(cfg, parallel(learner.model), batches, learner, keeper)
     loop = Loop(step)
     loop.register_hooks([LRScheduler(learner.optimizer, learner.scheduler), KeeperHook(keeper, step.grad_scaler)])
     with train_quietly():
@@ -207,6 +209,21 @@ def make_scaler(cfg: CfgNode, kind: str) -> Any:
     return torch.amp.GradScaler(kind)
 
 
-def clipped_by_detectron2(cfg: Mapping[str, Any] | CfgNode) -> bool:
+def clipped_by_detectron2(cfg: CfgNode) -> bool:
     """Whether Detectron2's optimizer knows SOLVER.CLIP_GRADIENTS.CLIP_TYPE; it has no "full_model"."""
-    return cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE in ("value", "norm")  # type: ignore[union-attr]
+    return cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE in ("value", "norm")
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
+    """Detectron2's optimizer; clipping that it does not know is left to :class:`Step`.
+
+    Raises:
+        ConfigError: every parameter is frozen.
+    """
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError("every parameter of the model is frozen; lower MODEL.BACKBONE.FREEZE_AT")
+    if not clipped_by_detectron2(cfg):
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
+    return detectron2.solver.build_optimizer(cfg, model)

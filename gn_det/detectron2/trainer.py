@@ -1,24 +1,217 @@
-"""Detectron2's default trainer, with the evaluator that it leaves open."""
+"""Detectron2's default trainer with what gn_det's runs have: the same extras from Python as on the command line."""
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from detectron2.engine import DefaultTrainer
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import DefaultTrainer, TrainerBase
+from detectron2.engine.hooks import IterationTimer, LRScheduler
 from detectron2.evaluation import COCOEvaluator
+from torch import nn
+
+from gn_det.checkpoint.io import atomic_write
+from gn_det.config import dump_config
+from gn_det.detectron2.config import has_gn_keys, trainer_keys_are_read
+from gn_det.detectron2.datasets import name_by_files
+from gn_det.detectron2.loop import KeeperHook, Step, build_optimizer, parallel, train_quietly
+from gn_det.detectron2.samples import Inputs, detector
+from gn_det.errors import ConfigError, TrainingError
+from gn_det.run import dist
+from gn_det.run.commands import check_freeze, check_metric, describe_model, load_initial
+from gn_det.run.evaluator import evaluate_model, verify_expected
+from gn_det.run.fit import Resume, find_resume, first_batch, iterations_left, make_keeper, restore_run
+from gn_det.run.learner import Learner
+from gn_det.run.log import run_log
+from gn_det.run.output import check_space, check_writable, refuse_old_run, start_afresh
+from gn_det.run.prepare import Prepared, prepare
+from gn_det.run.state import ModelMeta, RunState
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
+    from torch.optim import Optimizer
+
+    from gn_det.run.keeper import Keeper
+
+
+class _OwnBatches(Iterable[Any]):
+    """gn_det's batches as Detectron2's inputs; read from the batch on that the run has come to."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.prepared = prepared
+        self.start, self.seed = 0, prepared.seed
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(Inputs(self.prepared.make_loader(self.start, self.seed)))
 
 
 class Trainer(DefaultTrainer):
-    """``DefaultTrainer`` that evaluates DATASETS.TEST with COCO AP, every TEST.EVAL_PERIOD and at the end.
+    """``DefaultTrainer`` with the extras of ``gn-det train``; used in the same way::
 
-    Plain ``DefaultTrainer`` trains the same, but has no evaluator of its own and skips evaluation.
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=False)
+        trainer.train()
+
+    Schedules are scaled to the batch (SOLVER.REFERENCE_BATCH, EPOCHS), norm census and optimizer groups are printed,
+    DATASETS.TEST is evaluated with COCO AP, ``model_best.pth`` is kept (TEST.BEST_METRIC), TEST.PATIENCE stops early,
+    SOLVER.ACCUMULATE, AMP.DTYPE and CHECKPOINT_KEEP are read, a non-finite loss stops the run and names the images, a
+    signal saves before it ends the run, and a resumed run goes on exactly where it was.
+
+    ``build_model``, ``build_optimizer``, ``build_lr_scheduler``, ``build_train_loader``, ``build_evaluator`` and
+    ``build_hooks`` can be overridden as ever; hooks registered later run before gn_det's own. Batches come from
+    gn_det's loader unless ``build_train_loader`` is overridden; APs from its evaluation, equal to ``COCOEvaluator``'s,
+    unless ``build_evaluator`` is.
+
+    Args:
+        cfg: a config that went through :func:`gn_det.detectron2.add_gn_config`; not changed.
+        overwrite: allow OUTPUT_DIR to hold an earlier run, whose checkpoints are then deleted.
+
+    Raises:
+        UserError: configuration, data, weights or folder cannot be used.
     """
+
+    def __init__(self, cfg: CfgNode, *, overwrite: bool = False) -> None:
+        TrainerBase.__init__(self)
+        if not has_gn_keys(cfg):
+            raise ConfigError("the config lacks gn_det's keys: call gn_det.detectron2.add_gn_config(cfg) first")
+        self._overwrite = overwrite
+        self._folder = check_writable(cfg.OUTPUT_DIR)
+        check_metric(cfg)
+        with self._log(), trainer_keys_are_read():
+            self._prepared = prepare(name_by_files(cfg))
+            self.cfg = cfg = self._prepared.cfg
+            model = self.build_model(cfg)
+            describe_model(cfg, model)
+            optimizer = self.build_optimizer(cfg, model)
+            self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+            self._learner = Learner(model, optimizer, self.scheduler)
+            self._trainer = Step(cfg, parallel(model), self._batches(cfg), self._learner)
+        self._point: Resume | None = None
+        self._state = RunState(self._prepared.seed)
+        self._last_eval_results: dict[str, Any] = {}
+        proxy = weakref.proxy(self)
+        self.checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR, trainer=proxy)
+        self.start_iter, self.max_iter = 0, int(cfg.SOLVER.MAX_ITER)
+        self.register_hooks(self.build_hooks())
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Go on from the last checkpoint of OUTPUT_DIR, of either engine; without one, load MODEL.WEIGHTS.
+
+        Args:
+            resume: False starts a new run; OUTPUT_DIR must not hold an earlier one then, unless ``overwrite``.
+
+        Raises:
+            UserError: the checkpoint or the weights cannot be used, or an earlier run is in the way.
+        """
+        with self._log():
+            self._point = find_resume(self.cfg) if resume else None
+            if self._point is None:
+                self._refuse_old_run()
+                check_freeze(self.cfg)
+                load_initial(self.cfg, self._learner.model)
+            self._state = restore_run(self._point, self.cfg, self._learner, self._prepared.seed)
+            self.start_iter = self._learner.iteration
+
+    def _refuse_old_run(self) -> None:
+        try:
+            refuse_old_run(self._folder, overwrite=self._overwrite)
+        except TrainingError:
+            raise TrainingError(
+                f"OUTPUT_DIR {self._folder} holds checkpoints of an earlier run: go on with it by "
+                "resume_or_load(resume=True), replace it by Trainer(cfg, overwrite=True), or set another OUTPUT_DIR"
+            ) from None
+
+    def train(self) -> dict[str, dict[str, float]]:
+        """Train from ``start_iter`` to SOLVER.MAX_ITER.
+
+        Returns:
+            Metrics of the last evaluation, ``{"bbox": {"AP": ...}, "segm": ...}`` in percent; empty without one.
+
+        Raises:
+            UserError: a non-finite loss, a full disk, a signal (a checkpoint is written then).
+        """
+        cfg, data = self.cfg, self._prepared.data
+        with self._log():
+            if self._point is None:
+                self._refuse_old_run()
+            self._prepare_folder()
+            evaluate = self._evaluate if data.test or self._overridden("build_evaluator") else None
+            meta = ModelMeta(cfg, data.class_names, data.category_ids)
+            keeper = make_keeper(cfg, self._learner, self._state, meta, evaluate, self._point)
+            try:
+                if iterations_left(cfg, keeper) > 0:
+                    self._run(keeper)
+            finally:
+                keeper.close()
+            self._last_eval_results = _nested(self._state.results)
+            verify_expected(cfg, self._state.results)
+        return self._last_eval_results
+
+    def _run(self, keeper: Keeper) -> None:
+        batches = self._trainer.data_loader
+        if isinstance(batches, _OwnBatches):
+            batches.start, batches.seed = first_batch(self.cfg, self._state), self._state.seed
+        self._trainer.keeper = keeper
+        hook = KeeperHook(keeper, self._trainer.grad_scaler)
+        self.register_hooks([hook])
+        try:
+            with train_quietly():
+                TrainerBase.train(self, self.start_iter, self.max_iter)
+        finally:
+            self._hooks.remove(hook)
+
+    def _prepare_folder(self) -> None:
+        if dist.rank() != 0:
+            return
+        fresh = self._point is None
+        check_space(self._folder, self._learner.model, replaced=fresh)
+        if fresh:
+            start_afresh(self._folder, keep=self.cfg.MODEL.WEIGHTS)
+        text = dump_config(self.cfg).encode()
+        atomic_write(self._folder / "config.yaml", lambda file: file.write(text))
+
+    def _evaluate(self, model: nn.Module, on_progress: Any) -> Mapping[str, float]:
+        if self._overridden("build_evaluator"):
+            results = dist.broadcast(self.test(self.cfg, model))
+            return {f"{task}/{name}": float(v) for task, part in results.items() for name, v in part.items()}
+        data = self._prepared.data
+        return evaluate_model(self.cfg, detector(model), data.test, data.class_names, on_progress)
+
+    def _overridden(self, name: str) -> bool:
+        return getattr(type(self), name).__func__ is not getattr(Trainer, name).__func__
+
+    def _batches(self, cfg: CfgNode) -> Iterable[Any]:
+        own = not self._overridden("build_train_loader")
+        return _OwnBatches(self._prepared) if own else self.build_train_loader(cfg)
+
+    def _log(self) -> Any:
+        return run_log(self._folder, rank=dist.rank())
+
+    def build_hooks(self) -> list[Any]:
+        """Timer and learning rate; recording, evaluation and checkpoints follow when training starts."""
+        return [IterationTimer(), LRScheduler()]
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
+        """Detectron2's; SOLVER.CLIP_GRADIENTS.CLIP_TYPE "full_model" is left to the trainer."""
+        return build_optimizer(cfg, model)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
-        """COCO AP of boxes, and of masks where the model has them; results go to OUTPUT_DIR/inference."""
-        return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
+        """For :meth:`test`: COCO AP of boxes, and of masks where the model has them."""
+        return COCOEvaluator(dataset_name, output_dir=str(Path(cfg.OUTPUT_DIR) / "inference"))
+
+
+def _nested(results: Mapping[str, float]) -> dict[str, Any]:
+    """``{"bbox/AP": 1}`` as ``{"bbox": {"AP": 1}}``; of several sets, the sets come first."""
+    out: dict[str, Any] = {}
+    for name, value in results.items():
+        *path, last = name.split("/")
+        inner = out
+        for part in path:
+            inner = inner.setdefault(part, {})
+        inner[last] = value
+    return out

@@ -9,7 +9,6 @@ import logging
 import os
 import platform
 import re
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,15 @@ import gn_det
 from gn_det.checkpoint.io import atomic_write, read_checkpoint
 from gn_det.checkpoint.meta import read_meta
 from gn_det.config import dump_config
-from gn_det.errors import ConfigError, UserError, WeightsError
+from gn_det.errors import ConfigError, WeightsError
 from gn_det.run import dist
 from gn_det.run.engine import Engine
 from gn_det.run.log import FILE_ONLY, run_log
 from gn_det.run.optim import format_groups, group_rows
 from gn_det.run.output import check_space, check_writable, refuse_old_run, start_afresh
-from gn_det.run.schedule import format_schedule, images_per_rank, lr_multiplier, scale_schedule
-from gn_det.run.state import ModelMeta, seed_everything
+from gn_det.run.prepare import prepare, with_classes
+from gn_det.run.schedule import format_schedule, lr_multiplier, scale_schedule
+from gn_det.run.state import ModelMeta
 
 logger = logging.getLogger(__name__)
 
@@ -145,57 +145,24 @@ def _train_rank(engine: Engine, cfg: CfgNode, resume: bool) -> dict[str, float]:
 
 
 def _train(engine: Engine, cfg: CfgNode, resume: bool) -> dict[str, float]:
-    from gn_det.data.loader import build_train_loader
-    from gn_det.run.datasets import load_run_data
     from gn_det.run.evaluator import evaluate_model, verify_expected
     from gn_det.run.fit import find_resume, fit
 
-    rank, world = dist.rank(), dist.world_size()
     _say_environment(engine, cfg)
     point = find_resume(cfg) if resume else None
     if point is None:
         check_freeze(cfg)
-    problem: UserError | None = None
-    if rank == 0:
-        try:
-            data = load_run_data(cfg)  # generated sets are made by one process
-        except UserError as error:
-            problem = error
-    problem = dist.broadcast(problem)  # the others would wait for a partner that is gone
-    if problem is not None:
-        raise problem
-    if rank != 0:
-        data = load_run_data(cfg)
-    cfg = with_classes(cfg, len(data.class_names), data.class_names)
-    cfg, sentences = scale_schedule(cfg, world, data.images)
-    for sentence in sentences:
-        logger.info(sentence)
-    logger.info(format_schedule(cfg, data.images, world))
-    seed = dist.broadcast(int(cfg.SEED) if cfg.SEED >= 0 else secrets.randbelow(2**31))
-    logger.info("Seed %d%s.", seed, "" if cfg.SEED >= 0 else " (drawn; SEED repeats the run)")
-    seed_everything(seed + rank)
+    prepared = prepare(cfg)
+    cfg, data = prepared.cfg, prepared.data
     model = engine.build_model(cfg)
     describe_model(cfg, model)
     if point is None:
-        _load_initial(cfg, model)
-    if rank == 0:
+        load_initial(cfg, model)
+    if dist.rank() == 0:
         check_space(Path(cfg.OUTPUT_DIR), model, replaced=point is None)
         if point is None:
             start_afresh(Path(cfg.OUTPUT_DIR), keep=cfg.MODEL.WEIGHTS)
         atomic_write(Path(cfg.OUTPUT_DIR) / "config.yaml", lambda f: f.write(dump_config(cfg).encode()))
-
-    def make_loader(start_batch: int, loader_seed: int) -> Any:
-        loader = build_train_loader(
-            cfg,
-            data.train,
-            images_per_rank=images_per_rank(cfg, world),
-            start_batch=start_batch,
-            rank=rank,
-            world_size=world,
-            seed=loader_seed,
-        )
-        logger.info(loader.summary())
-        return loader
 
     def run_evaluation(current: nn.Module, on_progress: Any) -> Mapping[str, float]:
         return evaluate_model(cfg, engine.detector(current), data.test, data.class_names, on_progress)
@@ -204,9 +171,9 @@ def _train(engine: Engine, cfg: CfgNode, resume: bool) -> dict[str, float]:
         engine,
         cfg,
         model=model,
-        make_loader=make_loader,
+        make_loader=prepared.make_loader,
         meta=ModelMeta(cfg, data.class_names, data.category_ids),
-        seed=seed,
+        seed=prepared.seed,
         evaluate=run_evaluation if data.test else None,
         resume=point,
     )
@@ -254,24 +221,6 @@ def _classes_of(weights: str) -> tuple[str, ...] | None:
 
 
 # ------------------------------------------------------------ small parts
-
-
-def with_classes(cfg: CfgNode, count: int, names: tuple[str, ...]) -> CfgNode:
-    """``cfg`` with the number and names of classes filled in.
-
-    Raises:
-        ConfigError: the number is unknown (0).
-    """
-    if count < 1:
-        raise ConfigError("the number of classes is not known: set MODEL.ROI_HEADS.NUM_CLASSES or name a training json")
-    frozen = cfg.is_frozen()
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = count
-    cfg.MODEL.CLASS_NAMES = tuple(names)
-    if frozen:
-        cfg.freeze()
-    return cfg
 
 
 def check_freeze(cfg: CfgNode, *, strict: bool = True) -> None:
@@ -329,7 +278,12 @@ def describe_model(cfg: CfgNode, model: nn.Module) -> None:
     logger.info(format_groups(group_rows(cfg, model)))
 
 
-def _load_initial(cfg: CfgNode, model: nn.Module) -> None:
+def load_initial(cfg: CfgNode, model: nn.Module) -> None:
+    """Load MODEL.WEIGHTS, checked against the configuration, and print what came of it.
+
+    Raises:
+        WeightsError: they cannot be used.
+    """
     from gn_det.checkpoint.weights import format_report, load_weights
 
     if cfg.MODEL.WEIGHTS:

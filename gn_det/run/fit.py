@@ -88,36 +88,54 @@ def fit(
         WeightsError: the checkpoint does not fit.
     """
     device = dist.resolve_device(cfg.MODEL.DEVICE)
-    state = RunState(seed)
-    if resume is not None:
-        state = restore_state(resume.payload, state)
-        restore_weights(resume.payload, model, os.fspath(resume.path))
     model.train().to(local_device(device))
     optimizer = engine.build_optimizer(cfg, model)
-    scheduler = engine.build_scheduler(cfg, optimizer)
-    start = state.iteration + 1
-    if resume is not None:
-        momentum = restore_optimizer(resume.payload, model, optimizer, scheduler, start, os.fspath(resume.path))
-        _say_resumed(resume, state, cfg, momentum)
-    learner = Learner(model, optimizer, scheduler, iteration=start)
-    learner.last_good = os.fspath(resume.path) if resume is not None else ""
-    recorder = Recorder(cfg, EventLog(), _writers(cfg, state.iteration), start, terminal=terminal)
-    keeper = Keeper(cfg, meta, state, learner, recorder, evaluate, resume.payload if resume is not None else None)
+    learner = Learner(model, optimizer, engine.build_scheduler(cfg, optimizer))
+    state = restore_run(resume, cfg, learner, seed)
+    keeper = make_keeper(cfg, learner, state, meta, evaluate, resume, terminal=terminal)
     try:
-        _run(engine, cfg, device, keeper, make_loader)
+        left = iterations_left(cfg, keeper)
+        if left > 0:
+            loader = make_loader(first_batch(cfg, state), state.seed)
+            engine.loop(cfg, device, keeper, Batches(loader, left * int(cfg.SOLVER.ACCUMULATE), learner))
     finally:
         keeper.close()
     return state.results
 
 
-def _run(engine: Engine, cfg: CfgNode, device: str, keeper: Keeper, make_loader: LoaderFactory) -> None:
-    left = iterations_left(cfg, keeper)
-    if left <= 0:
-        return
-    state = keeper.state
-    start_batch = first_batch(cfg, state)
-    batches = Batches(make_loader(start_batch, state.seed), left * int(cfg.SOLVER.ACCUMULATE), keeper.learner)
-    engine.loop(cfg, device, keeper, batches)
+def restore_run(resume: Resume | None, cfg: CfgNode, learner: Learner, seed: int) -> RunState:
+    """Counters of the run; weights, momentum, schedule and iteration of ``resume`` are put into the learner.
+
+    Raises:
+        WeightsError: the checkpoint does not fit.
+    """
+    state = RunState(seed)
+    if resume is None:
+        return state
+    source = os.fspath(resume.path)
+    state = restore_state(resume.payload, state)
+    restore_weights(resume.payload, learner.model, source)
+    learner.iteration, learner.last_good = state.iteration + 1, source
+    momentum = restore_optimizer(
+        resume.payload, learner.model, learner.optimizer, learner.scheduler, learner.iteration, source
+    )
+    _say_resumed(resume, state, cfg, momentum)
+    return state
+
+
+def make_keeper(
+    cfg: CfgNode,
+    learner: Learner,
+    state: RunState,
+    meta: ModelMeta,
+    evaluate: Evaluator | None,
+    resume: Resume | None,
+    *,
+    terminal: bool | None = None,
+) -> Keeper:
+    """The keeper of a run from ``state`` on; opens the files of OUTPUT_DIR, so it must be closed."""
+    recorder = Recorder(cfg, EventLog(), _writers(cfg, state.iteration), learner.iteration, terminal=terminal)
+    return Keeper(cfg, meta, state, learner, recorder, evaluate, resume.payload if resume is not None else None)
 
 
 def first_batch(cfg: CfgNode, state: RunState) -> int:
