@@ -1,4 +1,4 @@
-"""The command line: ``gn-det train | eval | predict | quickstart | configs | doctor``.
+"""The command line: ``gn-det train | eval | predict | quickstart | weights | convert | configs | doctor``.
 
 Only argparse is imported at the top; each command imports what it needs, so ``--help`` answers at once. A
 :class:`~gn_det.errors.UserError` ends as one line on stderr and exit status 2.
@@ -73,6 +73,7 @@ def _train_parser(prog: str) -> argparse.ArgumentParser:
     _add_data(parser, ("train", "val"))
     _add_common(parser)
     parser.add_argument("--weights", metavar="FILE", help="MODEL.WEIGHTS: initial weights, path or URI")
+    parser.add_argument("--allow-partial", action="store_true", help="load of the weights what fits, report the rest")
     parser.add_argument("--epochs", type=float, metavar="N", help="train N passes over the data (SOLVER.EPOCHS)")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
     parser.add_argument("--overwrite", action="store_true", help="start anew where OUTPUT_DIR holds an earlier run")
@@ -114,6 +115,27 @@ def _quickstart_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--output", default="output/quickstart", metavar="DIR")
     _add_engine(parser)
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help=_OVERRIDES)
+    return parser
+
+
+def _weights_parser(prog: str) -> argparse.ArgumentParser:
+    parser = _Parser(prog=prog, description="What a weights file is, where it would load, what preprocessing it wants.")
+    parser.add_argument("weights", metavar="PATH|URI")
+    _add_config(parser, required=False)
+    return parser
+
+
+def _convert_parser(prog: str) -> argparse.ArgumentParser:
+    parser = _Parser(prog=prog, description="Write weights of any known source in another layout, bit for bit.")
+    parser.add_argument("source", metavar="IN", help="path or URI")
+    parser.add_argument("target", metavar="OUT", help=".pth or .safetensors")
+    parser.add_argument(
+        "--to",
+        default="",
+        metavar="LAYOUT",
+        help="detectron2 (default), torchvision, timm (backbone alone), safetensors",
+    )
+    parser.add_argument("--fold", action="store_true", help="fold the target's usual preprocessing into the stem")
     return parser
 
 
@@ -226,6 +248,20 @@ def _quickstart(args: argparse.Namespace) -> int:
     return 0
 
 
+def _weights(args: argparse.Namespace) -> int:
+    from gn_det.weights_cli import describe
+
+    describe(args.weights, args.config, args.overrides)
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from gn_det.weights_cli import run_convert
+
+    run_convert(args.source, args.target, args.to, args.fold)
+    return 0
+
+
 def _configs(args: argparse.Namespace) -> int:
     from gn_det.config.load import shipped_config, shipped_configs
 
@@ -246,6 +282,8 @@ _COMMANDS: dict[str, tuple[str, Callable[[str], argparse.ArgumentParser], Comman
     "eval": ("COCO AP of a checkpoint", _eval_parser, _eval),
     "predict": ("detect and draw on images", _predict_parser, _predict),
     "quickstart": ("train on generated shapes and show the result", _quickstart_parser, _quickstart),
+    "weights": ("what a weights file is and where it would load", _weights_parser, _weights),
+    "convert": ("weights into another layout, bit for bit", _convert_parser, _convert),
     "configs": ("list the shipped configs", _configs_parser, _configs),
     "doctor": ("what is installed, what works, and the fix for what does not", _doctor_parser, _doctor),
 }

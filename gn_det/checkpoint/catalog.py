@@ -13,6 +13,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from urllib.parse import urlparse
@@ -110,18 +111,38 @@ def published_file(path: StrPath) -> Preprocessing | None:
     return _PUBLISHED_FILES.get(sha256_of(path)[:8])
 
 
-def split_preprocessing(uri: str) -> tuple[str, Preprocessing | None]:
-    """``x.pth?preprocessing=torch`` becomes ``x.pth`` and what the user says the weights expect.
+@dataclass(frozen=True)
+class Options:
+    """What a user says behind a name, as in ``x.pth?preprocessing=torch&allow_partial=True``."""
+
+    preprocessing: Preprocessing | None = None
+    allow_partial: bool = False
+
+
+_OPTIONS = re.compile(r"\?((?:(?:preprocessing|allow_partial|matching_heuristics)=[^&?]*&?)+)$")
+
+
+def split_options(uri: str) -> tuple[str, Options]:
+    """The name without its options, and those. Detectron2's ``matching_heuristics`` is admitted: we always search.
 
     Raises:
-        WeightsError: a name that is neither of the two.
+        WeightsError: an unknown value.
     """
-    match = re.search(r"[?&]preprocessing=([^&]*)$", uri)
+    match = _OPTIONS.search(uri)
     if not match:
-        return uri, None
-    if match[1] not in PREPROCESSINGS:
+        return uri, Options()
+    words = dict(word.split("=", 1) for word in match[1].split("&") if word)
+    needs, partial = words.get("preprocessing"), words.get("allow_partial", "False")
+    if needs is not None and needs not in PREPROCESSINGS:
         raise WeightsError(f"{uri}: preprocessing is one of {', '.join(PREPROCESSINGS)}")
-    return uri[: match.start()], PREPROCESSINGS[match[1]]
+    if partial not in ("True", "False"):
+        raise WeightsError(f"{uri}: allow_partial is True or False")
+    return uri[: match.start()], Options(PREPROCESSINGS[needs] if needs else None, partial == "True")
+
+
+def with_option(uri: str, option: str) -> str:
+    """``x.pth`` and ``allow_partial=True`` become ``x.pth?allow_partial=True``."""
+    return f"{uri}{'&' if _OPTIONS.search(uri) else '?'}{option}" if uri else uri
 
 
 def sha256_of(path: StrPath) -> str:
@@ -146,7 +167,7 @@ def local_path(path_or_uri: StrPath) -> Path:
         WeightsError: empty string, unknown name, or no download possible; the message names the URL, and the file to
             place and where. Whether a local path exists is left to the reader.
     """
-    uri = os.fspath(path_or_uri)
+    uri, _ = split_options(os.fspath(path_or_uri))
     if not uri.strip():
         raise WeightsError(f"MODEL.WEIGHTS is empty; give a path, {', '.join(SCHEMES)}")
     url = resolve_url(uri)

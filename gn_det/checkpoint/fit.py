@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from gn_det.checkpoint.arch import Architecture
-from gn_det.checkpoint.source import Weights
+from gn_det.checkpoint.source import Weights, show
 from gn_det.checkpoint.sources import NORM_KEYS, lookup
 from gn_det.errors import WeightsError
 
@@ -23,7 +23,7 @@ _SUITS = {
     "affine BN": ("FrozenBN",),
     "": ("",),
 }
-_NORM_NAMES = {"affine": "GN, LN or IN", "affine BN": "BN folded into scale and shift", "": "no norm"}
+NORM_NAMES = {"affine": "GN, LN or IN", "affine BN": "BN folded into scale and shift", "": "no norm"}
 # Relative to 0-255 units: rounding of published constants, nothing more.
 _TOLERANCE = 0.01
 
@@ -56,7 +56,7 @@ def check_norm(source: str, weights: Weights, found: Architecture, cfg: Any, all
     if not found.blocks or wanted is None:
         return []
     norm = weights.norm or found.norm
-    name = _NORM_NAMES.get(norm, norm)
+    name = NORM_NAMES.get(norm, norm)
     suits = _SUITS.get(norm, ())
     if wanted not in suits:
         if allow_partial:
@@ -133,4 +133,4 @@ def _agree(need: Any, have: Any) -> bool:
 
 
 def _show(value: Any) -> str:
-    return "[" + ",".join(f"{v:g}" for v in value) + "]" if isinstance(value, (tuple, list)) else str(value)
+    return show(value) if isinstance(value, (tuple, list)) else str(value)

@@ -34,6 +34,11 @@ TORCH = Preprocessing("RGB", (123.675, 116.280, 103.530), (58.395, 57.120, 57.37
 PREPROCESSINGS = {"caffe": CAFFE, "torch": TORCH}
 
 
+def show(values: tuple[float, ...] | list[float]) -> str:
+    """Numbers as a config override takes them: ``[103.53,116.28,123.675]``."""
+    return "[" + ",".join(f"{v:.8g}" for v in values) + "]"
+
+
 @dataclass
 class Weights:
     """A weights file after translation.

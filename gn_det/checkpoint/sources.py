@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from gn_det.checkpoint import caffe2, layered, mmdet
-from gn_det.checkpoint.catalog import local_path, published_file, published_preprocessing, split_preprocessing
+from gn_det.checkpoint.catalog import local_path, published_file, published_preprocessing, split_options
 from gn_det.checkpoint.io import StrPath, one_line, read_checkpoint, read_head
 from gn_det.checkpoint.meta import read_meta
 from gn_det.checkpoint.pickles import read_pickle
@@ -59,7 +59,11 @@ def read_weights(path: StrPath) -> Weights:
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
     if meta is not None:
+        steps = meta.get("provenance")
+        before = steps[-1].get("kind") if isinstance(steps, list) and steps and isinstance(steps[-1], Mapping) else None
         weights.kind = one_line(f"gn_det {meta['version']}", 40)
+        if isinstance(before, str) and not meta["config"]:
+            weights.kind = f"{one_line(before.split(', converted by')[0], 60)}, converted by {weights.kind}"
         weights.meta = meta
         weights.config = _parse_config(meta["config"])
         weights.class_names = meta["class_names"]
@@ -72,27 +76,28 @@ def read_weights(path: StrPath) -> Weights:
     return weights
 
 
-def open_weights(path_or_uri: StrPath) -> Weights:
+def open_weights(path_or_uri: StrPath, *, must_know: bool = True) -> Weights:
     """Fetch and read a weights file, and find out what preprocessing it expects.
 
     Args:
         path_or_uri: local path or URI, with ``?preprocessing=caffe`` or ``?preprocessing=torch`` behind it for a file
             that does not tell.
+        must_know: refuse a file whose preprocessing nothing tells.
 
     Raises:
         WeightsError: see :func:`read_weights` and :func:`gn_det.checkpoint.catalog.local_path`; or a file whose
             preprocessing nothing tells.
     """
-    uri, said = split_preprocessing(os.fspath(path_or_uri))
+    uri, options = split_options(os.fspath(path_or_uri))
     path = local_path(uri)
     weights = read_weights(path)
-    if said is not None:
-        weights.preprocessing, weights.foldable = said, True
+    if options.preprocessing is not None:
+        weights.preprocessing, weights.foldable = options.preprocessing, True
     elif weights.preprocessing is None or weights.asks:
         known = published_preprocessing(uri) or (published_file(path) if weights.asks else None)
         if known is not None:
             weights.preprocessing, weights.foldable = known, True
-    if weights.asks and weights.preprocessing is None:
+    if must_know and weights.asks and weights.preprocessing is None:
         raise WeightsError(
             f"{uri}: {weights.kind} that does not tell how its images were normalised: put ?preprocessing=caffe (BGR, "
             "0-255, as open-mmlab://detectron/resnet50_gn) or ?preprocessing=torch (RGB, ImageNet mean and std, as "

@@ -79,4 +79,13 @@ def write_safetensors(path: StrPath, state: Mapping[str, torch.Tensor], block: M
         {name: value.detach().contiguous().clone() for name, value in state.items()},
         metadata={"format": "pt", _META: json.dumps(block, sort_keys=True)},
     )
-    atomic_write(path, lambda file: file.write(data))
+    # The library writes the metadata in the order of a hash table, another one each time.
+    begin = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:begin]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+
+    def write(file: Any) -> None:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.write(memoryview(data)[begin:])
+
+    atomic_write(path, write)

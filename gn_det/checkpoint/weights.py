@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from gn_det.checkpoint.arch import Architecture, architecture_of
+from gn_det.checkpoint.catalog import split_options
 from gn_det.checkpoint.fit import check_architecture, check_norm, check_preprocessing
 from gn_det.checkpoint.fold import fold, target_of
 from gn_det.checkpoint.io import StrPath
 from gn_det.checkpoint.report import BOTTOM_UP, PARTS, LoadReport, PartReport, Shape, format_report, part_of, shorten
-from gn_det.checkpoint.source import Weights
+from gn_det.checkpoint.source import Weights, show
 from gn_det.checkpoint.sources import lookup, open_weights
 from gn_det.errors import WeightsError
 
@@ -58,7 +59,8 @@ def load_weights(
 
     Args:
         model: its state dict has Detectron2's names (``backbone.``, ``proposal_generator.``, ``roi_heads.``).
-        path_or_uri: local path, or a URI (see :mod:`gn_det.checkpoint.catalog`).
+        path_or_uri: local path, or a URI (see :mod:`gn_det.checkpoint.catalog`), with ``?allow_partial=True`` or
+            ``?preprocessing=...`` behind it where wanted.
         cfg: the resolved configuration the model was built from.
         allow_partial: load what fits and report the rest, instead of refusing a part that fits only partly.
         require_all: also refuse missing or re-initialised heads: for evaluation and prediction, where an
@@ -68,9 +70,9 @@ def load_weights(
         WeightsError: unreadable or unsafe file; another architecture, norm or preprocessing than the config's (the
             keys to set are named); a backbone with an unmatched tensor, or a head that fits only partly.
     """
-    report, good = plan_weights(
-        model, os.fspath(path_or_uri), open_weights(path_or_uri), cfg, allow_partial, require_all
-    )
+    source, options = split_options(os.fspath(path_or_uri))
+    weights = open_weights(path_or_uri)
+    report, good = plan_weights(model, source, weights, cfg, allow_partial or options.allow_partial, require_all)
     model.load_state_dict(good, strict=False)
     return report
 
@@ -121,7 +123,7 @@ def _fold(weights: Weights, cfg: Any) -> list[str]:
     if needs.format != weights.preprocessing.format:
         done.append(f"channel order {needs.format}")
     if needs.pixel_std and sorted(needs.pixel_std) != sorted(weights.preprocessing.pixel_std or ()):
-        done.append(f"std [{','.join(f'{v:g}' for v in needs.pixel_std)}]")
+        done.append(f"std {show(needs.pixel_std)}")
     return [f"{' and '.join(done)} of the source folded into the stem convolution"] if done else []
 
 

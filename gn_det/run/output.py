@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
+from gn_det.checkpoint.catalog import split_options
 from gn_det.checkpoint.last import LAST
 from gn_det.errors import TrainingError
 
@@ -67,6 +68,7 @@ def start_afresh(folder: Path, *, keep: str = "") -> None:
         folder: OUTPUT_DIR, after :func:`refuse_old_run`.
         keep: MODEL.WEIGHTS; a file of that path is not deleted.
     """
+    keep, _ = split_options(keep)
     metrics = folder / METRICS
     if metrics.exists() and metrics.stat().st_size:
         number = 1

@@ -1,0 +1,199 @@
+"""Write weights of any known source in another layout: names and container change, no bit of a tensor does.
+
+What a reader must know travels in the ``gn_det`` block: class names, preprocessing, norm, and where the weights came
+from with the sha256 of that file. Only ``fold=True`` changes numbers: those of the stem convolution, for the usual
+preprocessing of the target.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gn_det
+from gn_det.checkpoint import layered
+from gn_det.checkpoint.arch import architecture_of
+from gn_det.checkpoint.catalog import local_path, sha256_of, split_options
+from gn_det.checkpoint.fold import STEM, fold
+from gn_det.checkpoint.io import StrPath, save_checkpoint
+from gn_det.checkpoint.report import shorten
+from gn_det.checkpoint.source import CAFFE, TORCH, Preprocessing, State, Weights, show
+from gn_det.checkpoint.sources import open_weights
+from gn_det.checkpoint.tensors import write_safetensors
+from gn_det.errors import TrainingError, WeightsError
+
+#: Layouts that can be written, and the preprocessing their users apply.
+LAYOUTS = {"detectron2": CAFFE, "safetensors": CAFFE, "torchvision": TORCH, "timm": TORCH}
+_BOTTOM_UP = re.compile(r"(?:backbone\.(?:bottom_up\.)?|roi_heads\.(?=res5\.))?((?:stem|res[2-5])\..+)$")
+_CLASSIFIER = re.compile(r"(?:stem\.)?(?:fc|pred|fc1000)[._]\w+$")  # ignored on load, kept here
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written.
+
+    Attributes:
+        path: the new file.
+        kind: what the source was.
+        tensors: how many were written.
+        left_out: names of the source that the target has no place for (heads, momentum, anchors).
+        preprocessing: what the written weights expect; None = unknown.
+    """
+
+    path: Path
+    kind: str
+    tensors: int
+    left_out: tuple[str, ...]
+    preprocessing: Preprocessing | None
+
+
+def convert(source: StrPath, target: StrPath, to: str = "", *, fold_stem: bool = False) -> Converted:
+    """Convert a weights file.
+
+    Args:
+        source: path or URI of anything that loads.
+        target: the new file, replaced atomically; ``.safetensors`` or a torch file (``.pth``, ``.pt``, ``.bin``).
+        to: one of :data:`LAYOUTS`; "" = Detectron2's names, in the container that the suffix of ``target`` says.
+        fold_stem: rewrite the stem convolution for the target's usual preprocessing.
+
+    Raises:
+        WeightsError: unreadable source; a target that cannot hold it; a file that cannot be written.
+    """
+    target = Path(target)
+    to, as_safetensors = _layout(target, to)
+    path = local_path(source)
+    if target.exists() and os.path.samefile(path, target):
+        raise WeightsError(f"{target}: would replace its own source; give another name")
+    weights = open_weights(source, must_know=fold_stem)
+    if fold_stem:
+        _fold(os.fspath(source), weights, LAYOUTS[to])
+    state = {**weights.state, **weights.aside}
+    left_out = [name for name in weights.ignored if not (weights.aside and _CLASSIFIER.match(name))]
+    if to in ("torchvision", "timm"):
+        state, heads = _as_layers(os.fspath(source), weights, state)
+        left_out += heads
+    block = _block(source, path, weights, whole=to in ("detectron2", "safetensors") and not fold_stem)
+    _write(target, state, block, to, as_safetensors)
+    return Converted(target, weights.kind, len(state), tuple(left_out), weights.preprocessing)
+
+
+def _layout(target: Path, to: str) -> tuple[str, bool]:
+    """(layout, whether the container is safetensors)."""
+    suffix = target.suffix.lower()
+    if suffix not in (".pth", ".pt", ".bin", ".safetensors"):
+        raise WeightsError(f"{target}: name the new file .pth or .safetensors")
+    if to == "safetensors" and suffix != ".safetensors":
+        raise WeightsError(f"{target}: name the new file .safetensors, or leave --to out")
+    if to not in ("", *LAYOUTS):
+        raise WeightsError(f"--to {to}: one of {', '.join(LAYOUTS)}")
+    return to or "detectron2", suffix == ".safetensors"
+
+
+def _fold(source: str, weights: Weights, usual: Preprocessing) -> None:
+    needs = weights.preprocessing
+    if needs is None:
+        raise WeightsError(f"{source}: does not tell what preprocessing it expects, so nothing can be folded")
+    weights.state = dict(weights.state)
+    now = fold(weights.state, needs, usual)
+    if now.format != usual.format or now.pixel_std != usual.pixel_std:
+        raise WeightsError(f"{source}: has no stem convolution of three channels to fold a preprocessing into")
+    mean = now.pixel_mean
+    if mean is None or usual.pixel_mean is None or any(abs(a - b) > 0.01 for a, b in zip(mean, usual.pixel_mean)):
+        raise WeightsError(
+            f"{source}: its mean {show(mean or ())} is not {show(usual.pixel_mean or ())}, and a mean cannot be folded "
+            "exactly (it would show at the border); convert without --fold and set MODEL.PIXEL_MEAN"
+        )
+    weights.preprocessing = now
+    weights.foldable = True  # a reader may fold it back
+
+
+def _as_layers(source: str, weights: Weights, state: State) -> tuple[State, list[str]]:
+    """The bottom-up network by torchvision's and timm's names, and the names that have no place there.
+
+    Raises:
+        WeightsError: no ResNet, or one that those libraries compute otherwise.
+    """
+    if weights.preprocessing is not None and weights.preprocessing.stride_in_1x1:
+        raise WeightsError(
+            f"{source}: strides in the 1x1 convolutions; torchvision and timm stride in the 3x3 and would compute "
+            "other features"
+        )
+    layers: State = {}
+    rest = []
+    for name, value in state.items():
+        match = _BOTTOM_UP.match(name)
+        theirs = layered.name_back(match.group(1)) if match else None
+        if theirs is None:
+            rest.append(name)
+        else:
+            layers[theirs] = value
+    if "conv1.weight" not in layers or not any(name.startswith("layer4.") for name in layers):
+        raise WeightsError(f"{source}: {weights.kind} has no ResNet of stem and res2 to res5 (it has {shorten(state)})")
+    if weights.norm == "affine BN":
+        for name in [n for n in layers if re.search(r"(?:bn\d|downsample\.1)\.weight$", n)]:
+            base = name.removesuffix("weight")
+            layers[base + "running_mean"] = torch.zeros_like(layers[name])
+            layers[base + "running_var"] = torch.ones_like(layers[name])
+    return layers, rest
+
+
+def _block(source: StrPath, path: Path, weights: Weights, whole: bool) -> dict[str, Any]:
+    """The ``gn_det`` block; ``whole``: the config of one of our own checkpoints still describes the file."""
+    before = dict(weights.meta or {})
+    sha = sha256_of(path)
+    provenance = {"source": _plain_source(source, path), "sha256": sha, "kind": weights.kind}
+    earlier = before.get("provenance")
+    steps = list(earlier) if isinstance(earlier, (list, tuple)) else []
+    return {
+        **before,
+        "version": gn_det.__version__,
+        "class_names": list(weights.class_names),
+        "category_ids": [int(i) for i in before.get("category_ids", ())],
+        "config": before.get("config", "") if whole else "",
+        "iteration": before.get("iteration"),
+        "best_metric": before.get("best_metric"),
+        "weights": {
+            "norm": weights.norm or ("GN" if weights.groups else ""),
+            "groups": list(weights.groups) if weights.groups else None,
+            "preprocessing": _as_dict(weights.preprocessing),
+            "foldable": weights.foldable,
+            "asks": weights.asks and weights.preprocessing is None,
+        },
+        "provenance": [*steps, provenance],
+    }
+
+
+def _plain_source(source: StrPath, path: Path) -> str:
+    """A URI as it was given; of a local file the name alone, for its folder is nobody's business."""
+    uri, _ = split_options(os.fspath(source))
+    return uri if "://" in uri else path.name
+
+
+def _as_dict(needs: Preprocessing | None) -> dict[str, Any] | None:
+    if needs is None:
+        return None
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(needs).items()}
+
+
+def _write(target: Path, state: State, block: dict[str, Any], to: str, as_safetensors: bool) -> None:
+    own = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+    try:
+        if as_safetensors:
+            write_safetensors(target, own, block)
+        elif to in ("torchvision", "timm"):
+            save_checkpoint(target, {"state_dict": own, "gn_det": block})
+        else:
+            bare = not architecture_of({name: tuple(value.shape) for name, value in own.items()}).style
+            # Detectron2 finds where bare names belong only when told to search.
+            extra = {"matching_heuristics": True} if bare and STEM[-1] in own else {}
+            save_checkpoint(
+                target, {"model": own, "__author__": f"gn_det {gn_det.__version__}", **extra, "gn_det": block}
+            )
+    except TrainingError as error:
+        reason = getattr(error.__cause__, "strerror", None) or str(error)
+        raise WeightsError(f"{target}: cannot be written ({reason}); choose another place or free space") from None
