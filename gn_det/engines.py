@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import logging
 import re
 import sys
 import warnings
@@ -100,7 +101,19 @@ def load(choice: Choice) -> Engine:
             module = importlib.import_module("gn_det.detectron2.engine")
     except Exception as error:
         raise EngineError(describe(error_line(error))) from error
+    _be_quiet()
     return module.Detectron2Engine(choice.why)
+
+
+def _be_quiet() -> None:
+    """Of what Detectron2 does to a newer torch, nothing concerns the user of a run."""
+    for message in (r"torch\.meshgrid", r".*broadcast_buffers", r".*torch\.jit\.script"):
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("torch.fx._symbolic_trace").addFilter(_no_news)
+
+
+def _no_news(record: logging.LogRecord) -> bool:
+    return "is_fx_tracing" not in str(record.msg)
 
 
 def import_detectron2() -> None:

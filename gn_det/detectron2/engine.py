@@ -15,6 +15,7 @@ import gn_det.detectron2  # noqa: F401  # a process that unpickles the engine ne
 from gn_det.detectron2.config import add_gn_config, trainer_keys_are_read
 from gn_det.detectron2.loop import build_optimizer, run_loop
 from gn_det.detectron2.samples import Inputs, detector
+from gn_det.engines import Choice, load
 from gn_det.structures import Detections, Sample
 
 if TYPE_CHECKING:
@@ -32,6 +33,10 @@ class Detectron2Engine:
 
     why: str = ""
     name: str = "detectron2"
+
+    def __reduce__(self) -> Any:
+        # another process imports Detectron2 as this one did: quietly
+        return (load, (Choice(self.name, self.why),))
 
     def version(self) -> str:
         return f"Detectron2 {detectron2.__version__}"
