@@ -1,25 +1,23 @@
 """Names and URLs of published weights, downloaded once into iopath's cache.
 
-``catalog://ImageNetPretrained/FAIR/R-50-GN``, ``detectron2://...``, ``timm://resnet50_gn.a1h_in1k``, ``hf://owner/name``,
-``open-mmlab://detectron/resnet50_gn`` and ``https://...`` become a local file under ``$FVCORE_CACHE`` (default
-``~/.torch/iopath_cache``); the same cache as Detectron2's.
+``catalog://ImageNetPretrained/FAIR/R-50-GN``, ``detectron2://...``, ``timm://resnet50_gn.a1h_in1k``,
+``hf://owner/name``, ``open-mmlab://detectron/resnet50_gn`` and ``https://...`` become a local file under
+``$FVCORE_CACHE`` (default ``~/.torch/iopath_cache``); the same cache as Detectron2's. ``$GN_DET_MIRROR`` names a server
+or folder to fetch from instead; ``https://host/x.pth#sha256=HEX`` is verified.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import re
-import socket
-from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
-from urllib.request import urlopen
 
-from gn_det.checkpoint.io import StrPath, one_line
+from gn_det.checkpoint.io import StrPath
 from gn_det.checkpoint.source import CAFFE, PREPROCESSINGS, TORCH, Preprocessing
 from gn_det.errors import WeightsError
 
@@ -57,7 +55,8 @@ _PUBLISHED_FILES = {"9186a21c": CAFFE, "cac0ab98": CAFFE, "ad1730dd": TORCH}
 
 SCHEMES = ("https://", "detectron2://", "catalog://", "timm://", "hf://", "open-mmlab://")
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
-_TIMEOUT = 30.0  # seconds without a byte; iopath sets none, and a silent network would hang for ever
+#: Environment variable: a server or folder to fetch from instead of the original hosts.
+MIRROR = "GN_DET_MIRROR"
 
 
 def resolve_url(uri: str) -> str | None:
@@ -170,39 +169,60 @@ def local_path(path_or_uri: StrPath) -> Path:
     uri, _ = split_options(os.fspath(path_or_uri))
     if not uri.strip():
         raise WeightsError(f"MODEL.WEIGHTS is empty; give a path, {', '.join(SCHEMES)}")
+    uri, _, sha256 = uri.partition("#sha256=")
     url = resolve_url(uri)
     if url is None:
         return Path(re.sub("^file://", "", uri, flags=re.IGNORECASE)).expanduser()
     cached = cache_path(url)
-    if cached.is_file():
-        return cached
-    return _download(uri, url, cached)
+    source = mirrored(url)
+    if not cached.is_file():
+        if "://" not in source:
+            cached = Path(source)
+            if not cached.is_file():
+                raise WeightsError(f"{uri}: the mirror has no file {cached} ({MIRROR})")
+        else:
+            cached = _download(uri, url, cached, source, sha256)
+    if sha256 and not (found := sha256_of(cached)).startswith(sha256.lower()):
+        raise WeightsError(f"{uri}: {cached} has sha256 {found}, not {sha256}: delete it and download it again")
+    return cached
 
 
-def _download(uri: str, url: str, cached: Path) -> Path:
+def mirrored(url: str) -> str:
+    """Where to fetch a URL: the mirror's URL or file where the environment names one, else the URL itself.
+
+    A mirror is a copy of the cache folder: the path behind the host of the original URL, on a server or on a disk.
+    """
+    mirror = os.getenv(MIRROR, "").strip()
+    if not mirror:
+        return url
+    path = urlparse(url).path.lstrip("/")
+    if re.match(r"https?://", mirror, flags=re.IGNORECASE):
+        return f"{mirror.rstrip('/')}/{path}"
+    return str(Path(re.sub("^file://", "", mirror, flags=re.IGNORECASE)).expanduser() / path)
+
+
+def _download(uri: str, url: str, cached: Path, source: str, sha256: str) -> Path:
     try:
         from iopath.common.file_io import HTTPURLHandler, PathManager
+
+        from gn_det.checkpoint.download import DownloadFailed, fetch
     except ImportError:
         raise WeightsError(f"{uri}: downloading needs the package iopath; or place {url} at {cached}") from None
+
+    class Handler(HTTPURLHandler):
+        """iopath's cache and its places, with our transfer: its own neither resumes nor verifies."""
+
+        def _get_local_path(self, path: str, force: bool = False, cache_dir: str | None = None, **kwargs: Any) -> str:
+            return str(fetch(path, cached, source=source, sha256=sha256))
+
     # Our own manager: iopath's global one is shared with whoever else registers handlers in this process.
     manager = PathManager()
-    manager.register_handler(HTTPURLHandler())
+    manager.register_handler(Handler())
     try:
-        with _timeout(_TIMEOUT):
-            urlopen(url).close()  # fails without the progress bar and log that iopath shows first
-            return Path(manager.get_local_path(url))
-    except Exception as error:  # urllib, ssl, http, portalocker and OSError have no common base
-        reason = one_line(getattr(error, "reason", "") or str(error) or type(error).__name__)
+        return Path(manager.get_local_path(url))
+    except DownloadFailed as error:
+        mirror = f" from the mirror {source}" if source != url else ""
         raise WeightsError(
-            f"{uri}: cannot download {url} ({reason}); place the file at {cached}, or set MODEL.WEIGHTS to a local path"
+            f"{uri}: cannot download {url}{mirror} ({error}); place the file at {cached}, or set MODEL.WEIGHTS to a "
+            "local path"
         ) from error
-
-
-@contextlib.contextmanager
-def _timeout(seconds: float) -> Iterator[None]:
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from gn_det.checkpoint.catalog import CATALOG, cache_path, local_path, resolve_url
+from gn_det.checkpoint import download
+from gn_det.checkpoint.catalog import CATALOG, MIRROR, cache_path, local_path, resolve_url
 from gn_det.errors import WeightsError
 
 BASE = "https://dl.fbaipublicfiles.com"
@@ -18,6 +19,8 @@ BASE = "https://dl.fbaipublicfiles.com"
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv(MIRROR, raising=False)
+    monkeypatch.setattr(download, "_WAIT", 0.01)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,234 @@
+"""Downloads against a server that breaks off: resumed, verified, and never half a file in the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gn_det.checkpoint import download
+from gn_det.checkpoint.catalog import CATALOG, MIRROR, cache_path, local_path
+from gn_det.errors import WeightsError
+
+CONTENT = bytes(range(256)) * 1200  # 300 kB
+SHA = hashlib.sha256(CONTENT).hexdigest()
+STEP = 70_000
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """What a path begins with says how the server misbehaves."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.log: list[tuple[str, str | None]] = []  # path, Range
+        self.etag = '"one"'
+        self.release = threading.Event()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        wanted = self.headers.get("Range")
+        self.server.log.append((self.path, wanted))
+        way = self.path.split("/")[1]
+        if way == "redirect":
+            self.send_response(302)
+            self.send_header("X-Linked-ETag", f'"{SHA if "good" in self.path else "0" * 64}"')
+            self.send_header("Location", "/whole/blob")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        if way == "missing" or (way == "busy" and len(self.server.log) < 3):
+            self.send_error(404 if way == "missing" else 503)
+            return
+        begin = 0
+        ranges = way in ("breaks", "changes") and wanted and self.headers.get("If-Range") == self.server.etag
+        if ranges and wanted:
+            begin = int(wanted.removeprefix("bytes=").removesuffix("-"))
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {begin}-{len(CONTENT) - 1}/{len(CONTENT)}")
+        else:
+            self.send_response(200)
+        content = CONTENT if self.server.etag == '"one"' else CONTENT[::-1]
+        body = b"" if way == "empty" else content[begin:]
+        if way != "chunkless":
+            self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", self.server.etag)
+        self.end_headers()
+        if way in ("breaks", "changes", "norange", "stuck"):
+            first = len([p for p, _ in self.server.log if p == self.path]) == 1
+            self.wfile.write(body[:STEP] if way != "norange" or first else body)
+            self.wfile.flush()
+            if way == "stuck":
+                self.server.release.wait(30)
+            if way == "changes":
+                self.server.etag = '"two"'
+        else:
+            self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(download, "_WAIT", 0.01)
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    yield server
+    server.release.set()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def cached(tmp_path: Path) -> list[str]:
+    return [f.name for f in (tmp_path / "cache").rglob("*") if f.is_file() and f.suffix != ".lock"]
+
+
+@pytest.mark.parametrize("way", ["whole", "breaks", "norange", "chunkless", "busy"])
+def test_the_file_arrives_whole(server: Server, tmp_path: Path, way: str) -> None:
+    path = local_path(f"{server.url}/{way}/w.pth")
+    assert path == tmp_path / "cache" / way / "w.pth" and path.read_bytes() == CONTENT
+    assert cached(tmp_path) == ["w.pth"]
+    ranges = [wanted for _, wanted in server.log]
+    if way == "breaks":  # each attempt brings 70 kB more, none is fetched twice
+        assert ranges == [None, "bytes=70000-", "bytes=140000-", "bytes=210000-", "bytes=280000-"]
+    elif way == "norange":
+        assert ranges == [None, "bytes=70000-"]
+    before = len(server.log)
+    assert local_path(f"{server.url}/{way}/w.pth") == path and len(server.log) == before
+
+
+def test_a_file_that_changes_between_attempts_begins_anew(server: Server) -> None:
+    """The second attempt offers the validator of the first, which no longer holds: no two versions are joined."""
+    path = local_path(f"{server.url}/changes/w.pth")
+    assert path.read_bytes() == CONTENT[::-1]
+    assert [wanted for _, wanted in server.log][:3] == [None, "bytes=70000-", "bytes=70000-"]
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("missing/w.pth", "404 Not Found"),
+        ("empty/w.pth", "the server sent an empty file"),
+        (f"whole/w.pth#sha256={'0' * 64}", f"its sha256 is {SHA}, expected {'0' * 64}"),
+        ("redirect/bad/w.pth", f"its sha256 is {SHA}, expected {'0' * 64}"),
+    ],
+)
+def test_nothing_is_left_of_a_failure(server: Server, tmp_path: Path, path: str, expected: str) -> None:
+    with pytest.raises(WeightsError) as caught:
+        local_path(f"{server.url}/{path}")
+    message = str(caught.value)
+    assert expected in message and "\n" not in message
+    assert f"place the file at {cache_path(f'{server.url}/{path}')}" in message
+    assert cached(tmp_path) == []
+
+
+def test_sha256_from_the_user_and_from_hugging_face(server: Server, tmp_path: Path) -> None:
+    assert local_path(f"{server.url}/whole/w.pth#sha256={SHA[:12]}").read_bytes() == CONTENT
+    assert local_path(f"{server.url}/redirect/good/w.pth").read_bytes() == CONTENT
+    # What lies in the cache is verified too when the user asks.
+    (tmp_path / "cache" / "whole" / "w.pth").write_bytes(b"other")
+    with pytest.raises(WeightsError, match="delete it and download it again"):
+        local_path(f"{server.url}/whole/w.pth#sha256={SHA}")
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("https://download.pytorch.org/models/resnet50-0676ba61.pth", "0676ba61"),
+        ("https://download.openmmlab.com/pretrain/third_party/resnet50_gn-9186a21c.pth", "9186a21c"),
+        ("https://example.org/run-20240101.pth", ""),
+        ("https://download.pytorch.org/models/resnet50.pth", ""),
+    ],
+)
+def test_hashes_in_names_count_where_publishers_put_them(url: str, expected: str) -> None:
+    assert download._published_hash(url) == expected
+
+
+def test_a_mirror_on_a_server(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(MIRROR, f"{server.url}/whole/")
+    path = local_path("catalog://ImageNetPretrained/FAIR/R-50-GN")
+    assert path == cache_path(CATALOG["ImageNetPretrained/FAIR/R-50-GN"]) and path.read_bytes() == CONTENT
+    assert server.log == [("/whole/detectron/ImageNetPretrained/47261647/R-50-GN.pkl", None)]
+    monkeypatch.setenv(MIRROR, f"{server.url}/missing")
+    with pytest.raises(WeightsError, match=f"from the mirror {server.url}/missing/detectron2/x.pkl"):
+        local_path("detectron2://x.pkl")
+
+
+def test_a_mirror_in_a_folder_is_a_copy_of_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv(MIRROR, str(tmp_path / "mirror"))
+    file = tmp_path / "mirror" / "timm" / "resnet50_gn.a1h_in1k" / "resolve" / "main" / "model.safetensors"
+    with pytest.raises(WeightsError, match=rf"the mirror has no file {re.escape(str(file))} \(GN_DET_MIRROR\)"):
+        local_path("timm://resnet50_gn")
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"x")
+    assert local_path("timm://resnet50_gn") == file
+
+
+def test_hub_mirror(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gn_det.checkpoint.catalog import resolve_url
+
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.example.org/")
+    assert resolve_url("hf://a/b") == "https://hub.example.org/a/b/resolve/main/model.safetensors"
+
+
+def test_two_at_once_download_once(server: Server) -> None:
+    paths: list[Path] = []
+    url = f"{server.url}/breaks/w.pth"
+    threads = [threading.Thread(target=lambda: paths.append(local_path(url))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(paths) == 4 and len(set(paths)) == 1 and paths[0].read_bytes() == CONTENT
+    assert len([wanted for _, wanted in server.log if wanted is None]) == 1
+
+
+def test_a_killed_download_leaves_nothing_that_passes_for_the_file(server: Server, tmp_path: Path) -> None:
+    url = f"{server.url}/stuck/w.pth"
+    code = f"from gn_det.checkpoint.catalog import local_path; local_path({url!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not any(f.stat().st_size == STEP for f in (tmp_path / "cache").rglob(".w.pth.part-*")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert not cache_path(url).exists() and len(cached(tmp_path)) == 1
+    server.release.set()
+    with pytest.raises(WeightsError, match="got only 70000 out of 307200"):
+        local_path(url)
+    assert cached(tmp_path) == []  # also the part of the killed process
+
+
+def test_a_folder_that_cannot_be_made_is_named(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with pytest.raises(WeightsError) as caught:
+        local_path(f"{server.url}/whole/w.pth")
+    assert "cannot download" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_no_network_fails_at_once(tmp_path: Path) -> None:
+    start = time.monotonic()
+    with pytest.raises(download.DownloadFailed, match="Connection refused"):
+        download.fetch("http://127.0.0.1:9/x.pth", tmp_path / "x.pth")
+    assert time.monotonic() - start < 5
