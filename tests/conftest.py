@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -24,3 +25,16 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(socket.socket, "connect", local_only)
     yield
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What the equality tests measured (tests/equality/table.py); nothing where none of them ran.
+
+    It stands here and not beside them because the process that prints, under xdist, reads no conftest below this one.
+    """
+    from equality.table import collect, format_table
+
+    cells = collect(r for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, ()))
+    if cells:
+        terminalreporter.section("equality with Detectron2")
+        terminalreporter.write_line(format_table(cells))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,11 @@ from PIL import Image
 
 pytest.importorskip("detectron2.config", reason="compares with an installed Detectron2")
 
-from gn_det.config import get_cfg
+from equality.table import SHIPPED
+from golden.d2_side import registered_cfg
+
+from gn_det import config_file
+from gn_det.config import get_cfg, load_config
 from gn_det.data.catalog import DatasetSource
 from gn_det.data.coco import CocoDataset, load_coco
 from gn_det.data.image import read_image
@@ -121,14 +127,18 @@ def _d2_records(data: CocoDataset) -> list[dict]:
 def test_train_samples_are_equal(
     tmp_path: Path, kind: str, mask_format: str, crop: bool, flip: str, sampling: str, whole: bool
 ) -> None:
-    from detectron2.data import DatasetMapper
-
     data = load_coco(_make_dataset(tmp_path, kind=kind, whole_numbers=whole), max_bad=0)
     cfg, d2_cfg = _cfgs(mask_format, crop=crop, flip=flip, sampling=sampling)
+    _assert_same_training_samples(cfg, d2_cfg, data)
+
+
+def _assert_same_training_samples(cfg: Any, d2_cfg: Any, data: CocoDataset, images: int = 10) -> None:
+    from detectron2.data import DatasetMapper
+
     ours, theirs = TrainMapper(cfg), DatasetMapper(d2_cfg, is_train=True)
     d2_records = _d2_records(data)
     assert [r["file_name"] for r in d2_records] == [r["file_name"] for r in data.records]
-    for seed, (record, d2_record) in enumerate(zip(data.records, d2_records)):
+    for seed, (record, d2_record) in enumerate(zip(data.records[:images], d2_records)):
         np.random.seed(seed)
         want = theirs(copy.deepcopy(d2_record))
         got = ours(record, np.random.RandomState(seed))
@@ -141,6 +151,21 @@ def test_train_samples_are_equal(
         assert torch.equal(targets.boxes, instances.gt_boxes.tensor)
         boxes = targets.boxes + torch.tensor([-1.3, 0.7, 2.1, 1.9])
         assert torch.equal(targets.masks.crop_and_resize(boxes, 28), instances.gt_masks.crop_and_resize(boxes, 28))
+
+
+@pytest.mark.parametrize("case", SHIPPED)
+def test_train_samples_of_the_shipped_configs(
+    case: str, tmp_path: Path, measured: Callable[[str, str, str, float], None]
+) -> None:
+    """At the configs' own sizes; Detectron2 reads the YAML with gn_det's keys and without."""
+    data = load_coco(_make_dataset(tmp_path, kind="polygon"), max_bad=0)
+    for side in ("own", "registered"):
+        cfg = registered_cfg()
+        cfg.merge_from_file(config_file(SHIPPED[case]))
+        if side == "own":
+            del cfg.MODEL["GN"]
+        measured(case, "mapper", side, 0.0)  # anything else fails
+        _assert_same_training_samples(load_config(SHIPPED[case]), cfg, data, images=2)
 
 
 def test_cropped_polygons_are_equal(tmp_path: Path) -> None:

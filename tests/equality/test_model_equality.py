@@ -1,5 +1,6 @@
 """Identity: with the same weights, seed and images the embedded engine and Detectron2 give the same numbers.
 
+Detectron2 stands for two models: with its own modules ("own") and with those that gn_det registers ("registered").
 float32 on the CPU: proposals, boxes, scores, classes and pasted masks differ by exactly 0; losses by at most 1e-6 and
 gradients by at most 1e-5 of their norm. Weights are calibrated (see golden/model_cases.py), so that all anchor shapes
 and many classes take part.
@@ -7,7 +8,8 @@ and many classes take part.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,38 +17,38 @@ from torch import Tensor, nn
 
 pytest.importorskip("detectron2.modeling", reason="compares with an installed Detectron2")
 
-from golden.d2_side import build_detectron2, detectron2_detections, detectron2_losses
+from detectron2.config import get_cfg as detectron2_cfg
+from detectron2.solver import build_optimizer as build_detectron2_optimizer
+from equality.pairs import Pair, make_pair
+from equality.table import FAMILIES
+from golden.d2_side import SIDES, build_detectron2, build_registered, detectron2_detections, detectron2_losses
 from golden.model_cases import (
     BATCHES,
     CASES,
     Scene,
-    calibration_batch,
     configure,
-    fill_weights,
     flatten,
-    measure_calibration,
 )
 
 from gn_det.config import get_cfg
-from gn_det.modeling import MaskRCNN, build_model
+from gn_det.modeling import build_model, poolers
+from gn_det.run.optim import build_optimizer
 
 pytestmark = pytest.mark.detectron2
-Pair = tuple[MaskRCNN, nn.Module]
+Measured = Callable[[str, str, str, float], None]
 
 
-def make_pair(case: str, **changes: Any) -> Pair:
-    """Both engines with the same calibrated weights, loaded strictly in both directions."""
-    ours, theirs = build_model(configure(get_cfg(), case, **changes)), build_detectron2(case, **changes)
-    fill_weights(ours)
-    measure_calibration(ours, calibration_batch())
-    theirs.load_state_dict(ours.state_dict(), strict=True)
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    return ours, theirs
-
-
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=[(side, case) for side in SIDES for case in CASES], ids="-".join)
 def pair(request: pytest.FixtureRequest) -> Pair:
-    return make_pair(request.param)
+    side, case = request.param
+    return make_pair(case, side)
+
+
+@pytest.fixture
+def note(request: pytest.FixtureRequest, measured: Measured) -> Callable[[str, float], None]:
+    """``measured`` for the case and side of ``pair``."""
+    side, case = request.node.callspec.params["pair"]
+    return lambda check, off: measured(case, check, side, off)
 
 
 def assert_same_detections(pair: Pair, scenes: list[Scene]) -> list[int]:
@@ -70,8 +72,16 @@ def assert_same_detections(pair: Pair, scenes: list[Scene]) -> list[int]:
     return [len(d) for d in detections]
 
 
-def assert_same_training(pair: Pair, scenes: list[Scene], seed: int = 5) -> dict[str, Tensor]:
-    """Losses, scalars and every gradient; returns our losses."""
+class TrainingOff(NamedTuple):
+    """Our losses, and how far they and the gradients are from Detectron2's."""
+
+    losses: dict[str, Tensor]
+    loss_off: float
+    grad_off: float
+
+
+def compare_training(pair: Pair, scenes: list[Scene], seed: int = 5) -> TrainingOff:
+    """One forward and backward on both sides: largest relative difference of a loss and of a gradient (by its norm)."""
     ours, theirs = pair
     expected, scalars = detectron2_losses(theirs, scenes, seed)
     ours.train()
@@ -79,28 +89,37 @@ def assert_same_training(pair: Pair, scenes: list[Scene], seed: int = 5) -> dict
     torch.manual_seed(seed)
     losses = ours(flatten(scenes))
     assert list(losses) == list(expected)
-    for name, value in losses.items():
-        assert value.item() == pytest.approx(expected[name].item(), rel=1e-6, abs=1e-9), name
     assert ours.pop_metrics() == pytest.approx(scalars, rel=1e-5, abs=1e-6)
+    loss_off = max(abs(v.item() - expected[k].item()) / max(abs(expected[k].item()), 1e-3) for k, v in losses.items())
     for model, terms in ((ours, losses), (theirs, expected)):
         model.zero_grad()
         sum(terms.values()).backward()
-    for (name, p), (other, q) in zip(ours.named_parameters(), theirs.named_parameters()):
+    grad_off = 0.0
+    for (name, p), (other, q) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         assert name == other
         assert p.requires_grad == q.requires_grad, name
         assert (p.grad is None) == (q.grad is None), name
         if p.grad is not None:
-            assert float((p.grad - q.grad).norm()) <= 1e-5 * float(q.grad.norm()) + 1e-12, name
+            grad_off = max(grad_off, float((p.grad - q.grad).norm()) / (float(q.grad.norm()) + 1e-7))
+    return TrainingOff(losses, loss_off, grad_off)
+
+
+def assert_same_training(pair: Pair, scenes: list[Scene], seed: int = 5) -> dict[str, Tensor]:
+    """Losses, scalars and every gradient; returns our losses."""
+    losses, loss_off, grad_off = compare_training(pair, scenes, seed)
+    assert loss_off <= 1e-6
+    assert grad_off <= 1e-5
     return losses
 
 
+@pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("case", CASES)
-def test_same_seed_same_initial_weights(case: str) -> None:
+def test_same_seed_same_initial_weights(case: str, side: str) -> None:
     """Names, order, shapes, what is frozen, and every drawn number."""
     torch.manual_seed(3)
     ours = build_model(configure(get_cfg(), case))
     torch.manual_seed(3)
-    theirs = build_detectron2(case)
+    theirs = SIDES[side](case)
     a, b = ours.state_dict(), theirs.state_dict()
     assert list(a) == list(b)
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -109,14 +128,80 @@ def test_same_seed_same_initial_weights(case: str) -> None:
     ]
 
 
+def test_the_sides_are_what_they_say() -> None:
+    def ours(model: nn.Module) -> set[str]:
+        return {type(m).__name__ for m in model.modules() if type(m).__module__.startswith("gn_det.detectron2")}
+
+    heads = {"GNFastRCNNConvFCHead", "GNMaskRCNNConvUpsampleHead"}
+    for case in ("gn_fpn", "bn_fpn"):
+        assert ours(build_detectron2(case)) == set()
+        assert ours(build_registered(case)) == {"GNFPN", "GNResNet", *heads}
+    assert ours(build_registered("bn_c4")) == {"GNResNet", "GNRes5ROIHeads", "GNMaskRCNNConvUpsampleHead"}
+
+
 @pytest.mark.parametrize("batch", BATCHES)
-def test_inference(pair: Pair, batch: str) -> None:
+def test_inference(pair: Pair, batch: str, note: Callable[[str, float], None]) -> None:
+    note("inference", 0.0)  # anything else fails
     assert sum(assert_same_detections(pair, BATCHES[batch]())) > 0
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-def test_training(pair: Pair, batch: str) -> None:
-    assert_same_training(pair, BATCHES[batch]())
+def test_training(pair: Pair, batch: str, note: Callable[[str, float], None]) -> None:
+    _, loss_off, grad_off = compare_training(pair, BATCHES[batch]())
+    note("losses", loss_off)
+    note("gradients", grad_off)
+    assert loss_off <= 1e-6
+    assert grad_off <= 1e-5
+
+
+#: Relative, of a loss. Detectron2 rounds the RoIs to the features' type before it pools, so that in bf16 a coordinate
+#: moves by up to 2^-8 of itself; gn_det keeps them in float32. Nothing else differs, as the test shows.
+BF16_RTOL = 3e-2
+
+
+def test_losses_under_bf16_autocast(
+    pair: Pair, note: Callable[[str, float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within BF16_RTOL; exactly 0 once gn_det's RoIs are rounded as Detectron2's are."""
+    off = bf16_losses_off(pair)
+    note("bf16", off)
+    assert off <= BF16_RTOL
+    pool = poolers.roi_align
+    monkeypatch.setattr(
+        poolers, "roi_align", lambda x, rois, *rest: pool(x, rois.to(x.dtype).float(), *rest).to(x.dtype)
+    )
+    assert bf16_losses_off(pair) == 0.0
+
+
+def bf16_losses_off(pair: Pair) -> float:
+    ours, theirs = pair
+    scenes = BATCHES["tiny_odd"]()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, _ = detectron2_losses(theirs, scenes, 5)
+        ours.train()
+        torch.manual_seed(5)
+        losses = ours(flatten(scenes))
+    ours.pop_metrics()
+    return max(abs(v.item() / expected[k].item() - 1) for k, v in losses.items() if expected[k].item() != 0)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("case", FAMILIES)
+def test_optimizer_groups(case: str, side: str, measured: Measured) -> None:
+    """The same parameters in the same groups and order, with the same lr, decay and momentum."""
+    changes = {"SOLVER__WEIGHT_DECAY_NORM": 0.0, "SOLVER__BIAS_LR_FACTOR": 2.0, "SOLVER__WEIGHT_DECAY_BIAS": 3e-5}
+    ours, theirs = build_model(configure(get_cfg(), case)), SIDES[side](case)
+    names = [{p: n for n, p in m.named_parameters()} for m in (ours, theirs)]
+    made = (
+        build_optimizer(configure(get_cfg(), case, **changes), ours),
+        build_detectron2_optimizer(configure(detectron2_cfg(), case, **changes), theirs),
+    )
+    rows = [
+        [({**g, "params": [name[p] for p in g["params"]], "foreach": None}) for g in optimizer.param_groups]
+        for optimizer, name in zip(made, names)
+    ]
+    measured(case, "groups", side, float(rows[0] != rows[1]))
+    assert rows[0] == rows[1] and len(rows[0]) >= 2
 
 
 def test_many_detections() -> None:

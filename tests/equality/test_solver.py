@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,15 @@ from detectron2.config import get_cfg as d2_get_cfg
 from detectron2.engine import DefaultTrainer
 from detectron2.solver import build_lr_scheduler as d2_scheduler
 from detectron2.solver import build_optimizer as d2_optimizer
+from equality.table import SHIPPED
+from golden.d2_side import registered_cfg
 from torch import nn
 from training.cases import SCHEDULES, Tiny
 
-from gn_det.config import get_cfg
+from gn_det import config_file
+from gn_det.config import get_cfg, load_config
 from gn_det.run.optim import build_optimizer, clip_gradients
-from gn_det.run.schedule import build_lr_scheduler, scale_schedule
+from gn_det.run.schedule import build_lr_scheduler, lr_multiplier, scale_schedule
 
 pytestmark = pytest.mark.detectron2
 
@@ -54,6 +58,22 @@ def test_lr_equal_at_every_iteration(name: str) -> None:
         if iteration + 1 < ours.SOLVER.MAX_ITER:  # Detectron2's fixed-gamma curve fails one step after the end
             step(opt_a, sched_a)
             step(opt_b, sched_b)
+
+
+@pytest.mark.parametrize("case", SHIPPED)
+def test_lr_of_the_shipped_configs(case: str, measured: Callable[[str, str, str, float], None]) -> None:
+    """Every one of the 180k to 270k iterations; Detectron2 reads the YAML with gn_det's keys and without."""
+    ours = lr_multiplier(load_config(SHIPPED[case]))
+    for side in ("own", "registered"):
+        cfg = registered_cfg()
+        cfg.merge_from_file(config_file(SHIPPED[case]))
+        if side == "own":
+            del cfg.MODEL["GN"]
+        schedule = d2_scheduler(cfg, d2_optimizer(cfg, Tiny()))
+        last = cfg.SOLVER.MAX_ITER
+        off = max(abs(ours(i) - schedule._multiplier(i / last)) for i in range(last))
+        measured(case, "lr", side, off)
+        assert off == 0.0
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
@@ -13,10 +14,41 @@ from detectron2.utils.events import EventStorage
 from golden.model_cases import Scene, configure
 from torch import Tensor, nn
 
+from gn_det.detectron2 import add_gn_config
+from gn_det.structures import rasterize_polygons
+
 
 def build_detectron2(case: str, **changes: Any) -> nn.Module:
     """Detectron2's model of a case, on the CPU, fresh weights."""
     return build_model(configure(get_cfg(), case, **changes))
+
+
+def registered_cfg() -> Any:
+    """Detectron2's config with the plugin's keys, on the CPU."""
+    cfg = get_cfg()
+    add_gn_config(cfg)
+    cfg.MODEL.DEVICE = "cpu"
+    return cfg
+
+
+def registered_names(cfg: Any) -> Any:
+    """Write out the names of gn_det's modules: they are built whatever the norm. Changes and returns ``cfg``."""
+    cfg.MODEL.BACKBONE.NAME = cfg.MODEL.BACKBONE.NAME.replace("build_resnet", "build_gn_resnet")
+    cfg.MODEL.ROI_MASK_HEAD.NAME = "GNMaskRCNNConvUpsampleHead"
+    if cfg.MODEL.ROI_HEADS.NAME == "Res5ROIHeads":
+        cfg.MODEL.ROI_HEADS.NAME = "GNRes5ROIHeads"
+    else:
+        cfg.MODEL.ROI_BOX_HEAD.NAME = "GNFastRCNNConvFCHead"
+    return cfg
+
+
+def build_registered(case: str, **changes: Any) -> nn.Module:
+    """Detectron2's model of a case on the modules that gn_det registers, on the CPU, fresh weights."""
+    return build_model(registered_names(configure(registered_cfg(), case, **changes)))
+
+
+#: The two models inside Detectron2 that the embedded engine is compared with.
+SIDES = {"own": build_detectron2, "registered": build_registered}
 
 
 def to_detectron2(scene: Scene) -> dict[str, Any]:
@@ -34,6 +66,19 @@ def to_detectron2(scene: Scene) -> dict[str, Any]:
         "width": scene.output[1],
         "instances": instances,
     }
+
+
+def sample_to_detectron2(sample: Any) -> dict[str, Any]:
+    """A training sample of gn_det's loader as Detectron2's input dict; masks as bitmaps, polygons rasterised."""
+    targets = sample["targets"]
+    height, width = targets.image_size
+    instances = Instances(targets.image_size)
+    instances.gt_boxes, instances.gt_classes = Boxes(targets.boxes.clone()), targets.classes.clone()
+    bitmaps = [rasterize_polygons(m, height, width) if isinstance(m, list) else m for m in targets.masks.masks]
+    stacked = np.stack(bitmaps) if bitmaps else np.zeros((0, height, width), dtype=bool)
+    instances.gt_masks = BitMasks(torch.from_numpy(np.ascontiguousarray(stacked)).bool())
+    kept = {key: sample[key] for key in ("image", "height", "width", "image_id")}
+    return {**kept, "instances": instances}
 
 
 def detectron2_losses(model: nn.Module, scenes: list[Scene], seed: int) -> tuple[dict[str, Tensor], dict[str, float]]:

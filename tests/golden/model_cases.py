@@ -80,6 +80,15 @@ _R18 = {
 #: name -> keys and values over Detectron2's defaults.
 CASES: dict[str, dict[str, Any]] = {
     "gn_fpn": {**_FPN, **_GN, **_GN_HEADS, "MODEL.ROI_BOX_HEAD.NUM_CONV": 4},
+    "gn_fpn_2fc": {**_FPN, **_GN, "MODEL.FPN.NORM": "GN", "MODEL.ROI_BOX_HEAD.NUM_FC": 2},
+    "gn_scratch": {
+        **_FPN,
+        **_GN,
+        **_GN_HEADS,
+        "MODEL.ROI_BOX_HEAD.NUM_CONV": 4,
+        "MODEL.BACKBONE.FREEZE_AT": 0,
+        "MODEL.PIXEL_STD": [57.375, 57.12, 58.395],
+    },
     "bn_fpn": {**_FPN, "MODEL.ROI_BOX_HEAD.NUM_FC": 2},
     "bn_fpn_4conv1fc": {**_FPN, "MODEL.ROI_BOX_HEAD.NUM_CONV": 4, "MODEL.RPN.BBOX_REG_LOSS_WEIGHT": 0.5},
     "bn_fpn_gn_head": {**_FPN, **_GN_HEADS, "MODEL.ROI_BOX_HEAD.NUM_CONV": 4, "MODEL.BACKBONE.FREEZE_AT": 0},
