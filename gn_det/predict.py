@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from gn_det.errors import ConfigError, DataError, UserError, WeightsError
 from gn_det.evaluation.results import detections_to_coco, write_bytes_atomic, write_json_atomic
 from gn_det.inputs import collect_images, output_names
 from gn_det.structures import Detections
+
+if TYPE_CHECKING:
+    from gn_det.run.engine import Engine
 
 #: Name of the json beside the drawings.
 PREDICTIONS_FILE = "predictions.json"
@@ -134,7 +137,6 @@ def load_predictor(weights: str | os.PathLike[str], *, config: str | None = None
     from gn_det.checkpoint.weights import load_weights
     from gn_det.config import load_config, parse_config
     from gn_det.data.mapper import TestMapper
-    from gn_det.modeling.build import build_model
 
     meta = read_meta(read_any(local_path(weights))) or {}
     if config is not None:
@@ -148,16 +150,40 @@ def load_predictor(weights: str | os.PathLike[str], *, config: str | None = None
     names, ids = _classes_of(meta, cfg)
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(names)
     target = _device(device)
-    model = build_model(cfg).eval()
+    engine = _engine_for(cfg, os.fspath(weights))
+    model = engine.build_model(cfg).eval()
     load_weights(model, weights, cfg, require_all=True)
     model.to(target)
-    mapper = TestMapper(cfg)
+    mapper, detector = TestMapper(cfg), engine.detector(model)
 
     @torch.inference_mode()
     def detect(path: Path) -> Detections:
-        return model([mapper(path)])[0]
+        return detector([mapper(path)])[0]
 
     return Predictor(detect, names, ids)
+
+
+def _engine_for(cfg: Any, source: str) -> Engine:
+    """The embedded engine, or Detectron2 for a model that only it has.
+
+    Raises:
+        UserError: the model needs Detectron2, and it is not installed or cannot be used.
+    """
+    from gn_det import engines
+    from gn_det.config.check import check_config
+
+    choice = engines.Choice("embedded", "")
+    try:
+        check_config(cfg)
+    except ConfigError as error:
+        if "--engine detectron2 runs it" in str(error):
+            if not engines.is_installed():
+                raise ConfigError(
+                    f"{source}: only Detectron2 has this model ({str(error).partition(' is not')[0]}), and it is not "
+                    f"installed: see {engines.INSTALL_PAGE}"
+                ) from None
+            choice = engines.Choice("detectron2", "")
+    return engines.load(choice)
 
 
 def _classes_of(meta: dict[str, Any], cfg: Any) -> tuple[tuple[str, ...], tuple[int, ...]]:

@@ -322,6 +322,9 @@ def test_models_that_only_detectron2_has(data: list[str], tmp_path: Path) -> Non
         assert main(tiny(data, tmp_path / name, "SOLVER.MAX_ITER", "3", "--resume", *keys)) == 0
         weights = str(tmp_path / name / "model_final.pth")
         assert main(["eval", "--engine", "detectron2", "--weights", weights, *data[4:], "--output", str(tmp_path)]) == 0
+        drawn = str(tmp_path / f"{name}-drawn")
+        assert main(["predict", "--weights", weights, data[7], "--output", drawn, "--threshold", "0.0"]) == 0
+        assert len(list(Path(drawn).glob("*.png"))) == 4
     with pytest.raises(UserError, match="--engine detectron2 runs it"):
         from gn_det.config import load_config
 

@@ -1,0 +1,164 @@
+"""``gn_det.detectron2.Trainer`` from Python: the extras of ``gn-det train``, and Detectron2's ways to change it."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2.config", reason="needs an installed Detectron2")
+
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
+from detectron2.data.datasets import register_coco_instances
+from detectron2.engine import HookBase
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.structures import Instances
+from plugin_cases import TINY, lines, own_data, plugin_cfg, state, tiny
+
+from gn_det.cli import main
+from gn_det.detectron2 import Trainer
+from gn_det.detectron2.samples import MixedMasks
+from gn_det.errors import ConfigError, TrainingError
+
+pytestmark = pytest.mark.detectron2
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return own_data(tmp_path_factory.mktemp("shapes"))
+
+
+def tiny_cfg(data: list[str], output: Path, *more: Any) -> CfgNode:
+    sets = ["DATASETS.TRAIN", (f"{data[1]}@{data[3]}",), "DATASETS.TEST", (f"{data[5]}@{data[7]}",)]
+    cfg = plugin_cfg("quickstart.yaml", *sets, "OUTPUT_DIR", str(output))
+    cfg.merge_from_list(TINY)
+    cfg.merge_from_list(list(more))
+    return cfg
+
+
+def test_python_and_command_line_give_the_same_run(
+    data: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Four iterations on four micro-batches each: weights, metrics and the results that are returned, to the bit."""
+    keys = ["SOLVER.MAX_ITER", "4", "TEST.EVAL_PERIOD", "2", "SOLVER.ACCUMULATE", "2", "SOLVER.IMS_PER_BATCH", "4"]
+    assert main(tiny(data, tmp_path / "cli", *keys)) == 0
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="gn_det"):
+        trainer = Trainer(tiny_cfg(data, tmp_path / "python", *keys))
+        trainer.resume_or_load(resume=False)
+        results = trainer.train()
+    for text in ("Norm layers", "Optimizer groups", "is the best so far", "Training from scratch"):
+        assert text in caplog.text, text
+    assert "does not read this key" not in caplog.text
+    a, b = (state(tmp_path / f / "model_final.pth") for f in ("cli", "python"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    timing = {"time", "data_time", "eta_seconds"}
+    ours, theirs = (
+        [{k: v for k, v in e.items() if k not in timing} for e in lines(tmp_path / f)] for f in ("cli", "python")
+    )
+    assert ours == theirs
+    assert results["segm"]["AP"] == ours[-1]["segm/AP"] == trainer._last_eval_results["segm"]["AP"]
+    assert (tmp_path / "python" / "model_best.pth").is_file() and trainer.iter == trainer.max_iter == 4
+
+    again = Trainer(tiny_cfg(data, tmp_path / "python", *keys, "SOLVER.MAX_ITER", "5"))
+    again.resume_or_load(resume=True)
+    assert again.start_iter == 4
+    again.train()
+    assert again.iter == 5 and [e["iteration"] for e in lines(tmp_path / "python")][-1] == 5
+
+
+def test_an_earlier_run_is_not_overwritten(data: list[str], tmp_path: Path) -> None:
+    (tmp_path / "model_final.pth").write_bytes(b"x")
+    trainer = Trainer(tiny_cfg(data, tmp_path, "SOLVER.MAX_ITER", "1"))
+    for start in (lambda: trainer.resume_or_load(resume=False), trainer.train):
+        with pytest.raises(TrainingError, match=r"resume=True\), replace it by Trainer\(cfg, overwrite=True\)"):
+            start()
+    cfg = tiny_cfg(data, tmp_path, "SOLVER.MAX_ITER", "1", "DATASETS.TEST", ())
+    trainer = Trainer(cfg, overwrite=True)
+    trainer.resume_or_load(resume=False)
+    assert trainer.train() == {}
+    assert len(state(tmp_path / "model_final.pth")) > 100
+
+
+class Own(Trainer):
+    """Detectron2's loader and mapper, an evaluator and a hook of the user's own."""
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        return build_detection_train_loader(cfg)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        class Counts(DatasetEvaluator):
+            def reset(self) -> None:
+                self.count = 0
+
+            def process(self, inputs: Any, outputs: Any) -> None:
+                self.count += len(outputs)
+
+            def evaluate(self) -> Any:
+                return OrderedDict(segm={"AP": float(self.count)})
+
+        return Counts()
+
+    def build_hooks(self) -> list[Any]:
+        return [*super().build_hooks(), Seen()]
+
+
+class Seen(HookBase):
+    def __init__(self) -> None:
+        self.iterations: list[int] = []
+
+    def after_step(self) -> None:
+        self.iterations.append(self.trainer.iter)
+
+
+def test_overridden_parts_are_used(data: list[str], tmp_path: Path) -> None:
+    """A set that Detectron2's catalog alone knows; metrics of the own evaluator choose the best model."""
+    name = f"own_{tmp_path.name}"
+    register_coco_instances(name, {}, data[1], data[3])
+    register_coco_instances(f"{name}_val", {}, data[5], data[7])
+    keys = ["SOLVER.MAX_ITER", "3", "INPUT.MASK_FORMAT", "bitmask"]
+    cfg = tiny_cfg(data, tmp_path, "DATASETS.TRAIN", (name,), "DATASETS.TEST", (f"{name}_val",), *keys)
+    trainer = Own(cfg)
+    trainer.resume_or_load(resume=False)
+    assert trainer.train() == {"segm": {"AP": 4.0}}
+    assert trainer._hooks[-1].iterations == [0, 1, 2]
+    assert torch.load(tmp_path / "model_best.pth", weights_only=True)["gn_det"]["best_metric"] == 4.0
+    assert {"total_loss", "loss_mask"} <= trainer.storage.histories().keys()  # for writers of the user's own
+
+
+def test_what_the_trainer_cannot_use_is_one_line(data: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="add_gn_config"):
+        Trainer(get_cfg())
+    DatasetCatalog.register("a_function", lambda: [])
+    try:
+        with pytest.raises(ConfigError, match="'a_function' is registered as a function"):
+            Trainer(tiny_cfg(data, tmp_path, "DATASETS.TRAIN", ("a_function",)))
+    finally:
+        DatasetCatalog.remove("a_function")
+        MetadataCatalog.remove("a_function")
+
+
+def test_mixed_masks_in_instances() -> None:
+    """Indexing as Detectron2 does it, moving, concatenation; targets equal those of the single masks."""
+    import numpy as np
+
+    square = [np.array([1.0, 1, 5, 1, 5, 5, 1, 5])]
+    bitmap = np.zeros((8, 8), dtype=bool)
+    bitmap[2:6, 3:7] = True
+    masks = MixedMasks([square, bitmap, []])
+    boxes = torch.tensor([[0.0, 0, 8, 8]]).repeat(3, 1)
+    instances = Instances((8, 8), gt_masks=masks).to("cpu")
+    assert len(instances) == 3 and instances.gt_masks.nonempty().tolist() == [True, True, False]
+    for index in (1, torch.tensor(1), slice(1, 2), torch.tensor([1]), torch.tensor([False, True, False])):
+        chosen = masks[index]
+        assert isinstance(chosen, MixedMasks) and len(chosen) == 1
+        assert torch.equal(chosen.crop_and_resize(boxes[:1], 4), masks.crop_and_resize(boxes, 4)[1:2])
+    assert len(Instances.cat([instances, instances[torch.tensor([2, 0])]]).gt_masks) == 5
+    assert masks.crop_and_resize(boxes, 4).any(dim=2).any(dim=1).tolist() == [True, True, False]
