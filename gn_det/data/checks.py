@@ -21,12 +21,19 @@ _FAR_OUTSIDE = 2.0
 
 
 class Defect(Exception):
-    """What is wrong with one annotation; the message says what to do."""
+    """What is wrong with one annotation; the message says what to do, ``kind`` is a key of ``problems.KINDS``."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 def is_number(value: Any) -> bool:
     """True for finite real numbers (bool is not one)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # whole numbers beyond the range of float
+        return False
 
 
 def as_other_type(value: Any, known: Container[Any]) -> str:
@@ -45,19 +52,22 @@ def check_box(bbox: Any, height: int, width: int) -> list[float]:
         Defect: not four finite numbers, no area, or wholly outside the image.
     """
     if not isinstance(bbox, (list, tuple)) or len(bbox) != 4:
-        raise Defect(f"bbox {_short(bbox)} is not [x, y, width, height]")
+        raise Defect("bbox-format", f"bbox {_short(bbox)} is not [x, y, width, height]")
     if not all(is_number(v) for v in bbox):
-        raise Defect(f"bbox {_short(bbox)} has values that are not finite numbers")
+        raise Defect("bbox-format", f"bbox {_short(bbox)} has values that are not finite numbers")
     x, y, w, h = bbox
     if w <= 0 or h <= 0:
-        raise Defect(f"bbox {_short(bbox)} has no area (COCO boxes are [x, y, width, height]): fix or remove it")
+        raise Defect(
+            "bbox-no-area", f"bbox {_short(bbox)} has no area (COCO boxes are [x, y, width, height]): fix or remove it"
+        )
     if min(x + w, width) - max(x, 0) <= 0 or min(y + h, height) - max(y, 0) <= 0:
-        raise Defect(f"bbox {_short(bbox)} lies outside the {width}x{height} image: fix or remove it")
+        raise Defect("bbox-outside", f"bbox {_short(bbox)} lies outside the {width}x{height} image: fix or remove it")
     far_x, far_y = _FAR_OUTSIDE * width, _FAR_OUTSIDE * height
     if min(x + far_x, y + far_y) < 0 or x + w > width + far_x or y + h > height + far_y:
         raise Defect(
+            "bbox-far",
             f"bbox {_short(bbox)} reaches far outside the {width}x{height} image: coordinates are pixels; fix or "
-            "remove it"
+            "remove it",
         )
     return list(bbox)
 
@@ -78,23 +88,35 @@ def check_segmentation(segmentation: Any, height: int, width: int) -> tuple[Segm
         return _check_rle(segmentation, height, width), 0
     if isinstance(segmentation, list):
         return _check_polygons(segmentation, height, width)
-    raise Defect(f"segmentation is a {type(segmentation).__name__}: give a list of polygons or an RLE (size, counts)")
+    raise Defect(
+        "segmentation-format",
+        f"segmentation is a {type(segmentation).__name__}: give a list of polygons or an RLE (size, counts)",
+    )
+
+
+def usable_pieces(pieces: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
+    """The polygon pieces that :func:`check_segmentation` keeps, as they stand in the json."""
+    return [piece for piece in pieces if len(piece) >= 6 and len(piece) % 2 == 0]
 
 
 def _check_polygons(pieces: list[Any], height: int, width: int) -> tuple[list[np.ndarray], int]:
     if all(is_number(v) for v in pieces):
-        raise Defect("segmentation is a flat list of numbers: polygons are a list of lists [[x0, y0, x1, y1, ...]]")
+        raise Defect(
+            "segmentation-format",
+            "segmentation is a flat list of numbers: polygons are a list of lists [[x0, y0, x1, y1, ...]]",
+        )
     good, odd, short = [], 0, 0
     for piece in pieces:
         if not isinstance(piece, (list, tuple)):
-            raise Defect("segmentation is not a list of polygons [[x0, y0, x1, y1, ...], ...]")
+            raise Defect("segmentation-format", "segmentation is not a list of polygons [[x0, y0, x1, y1, ...], ...]")
         try:
             points = np.asarray(piece)
         except (ValueError, OverflowError):
             points = np.asarray(None)
         if len(piece) and (points.ndim != 1 or points.dtype.kind not in "iuf"):
             raise Defect(
-                "segmentation has polygon coordinates that are not numbers: a polygon is [x0, y0, x1, y1, ...]"
+                "polygon-no-number",
+                "segmentation has polygon coordinates that are not numbers: a polygon is [x0, y0, x1, y1, ...]",
             )
         if len(piece) % 2:
             odd += 1
@@ -104,7 +126,9 @@ def _check_polygons(pieces: list[Any], height: int, width: int) -> tuple[list[np
             good.append(_check_vertices(points, height, width))
     if not good:
         what = "an odd number of coordinates" if odd and not short else "fewer than 3 points"
-        raise Defect(f"segmentation has no usable polygon ({what}): draw it again or remove the annotation")
+        raise Defect(
+            "polygon-short", f"segmentation has no usable polygon ({what}): draw it again or remove the annotation"
+        )
     return good, odd + short
 
 
@@ -115,7 +139,7 @@ def _check_vertices(points: np.ndarray, height: int, width: int) -> np.ndarray:
     if points.min() >= -_FAR_OUTSIDE * side and points.max() <= (1 + _FAR_OUTSIDE) * side:
         return points
     if not np.isfinite(points).all():
-        raise Defect("segmentation has a NaN or infinite vertex: fix or remove it")
+        raise Defect("polygon-no-number", "segmentation has a NaN or infinite vertex: fix or remove it")
     xs, ys = points[0::2], points[1::2]
     # A vertex may lie outside (tools draw past the border), but not a multiple of the image away.
     low_x, high_x = -_FAR_OUTSIDE * width, (1 + _FAR_OUTSIDE) * width
@@ -123,8 +147,9 @@ def _check_vertices(points: np.ndarray, height: int, width: int) -> np.ndarray:
     if xs.min() < low_x or xs.max() > high_x or ys.min() < low_y or ys.max() > high_y:
         worst = int(np.argmax(np.maximum(np.abs(xs - width / 2), np.abs(ys - height / 2))))
         raise Defect(
+            "polygon-far",
             f"segmentation has a vertex at ({xs[worst]:g}, {ys[worst]:g}), far outside the {width}x{height} image: "
-            f"coordinates are pixels; fix or remove it"
+            f"coordinates are pixels; fix or remove it",
         )
     return points
 
@@ -132,31 +157,34 @@ def _check_vertices(points: np.ndarray, height: int, width: int) -> np.ndarray:
 def _check_rle(rle: dict[str, Any], height: int, width: int) -> dict[str, Any]:
     size, counts = rle.get("size"), rle.get("counts")
     if size is None or counts is None:
-        raise Defect("segmentation is an RLE without size or counts: give both, or polygons")
+        raise Defect("rle-format", "segmentation is an RLE without size or counts: give both, or polygons")
     if not isinstance(size, (list, tuple)) or len(size) != 2 or not all(is_number(v) for v in size):
-        raise Defect(f"RLE size {_short(size)} is not [height, width]")
+        raise Defect("rle-size", f"RLE size {_short(size)} is not [height, width]")
     if tuple(size) != (height, width):
         swapped = " (it looks like [width, height]: swap it)" if tuple(size) == (width, height) else ""
-        raise Defect(f"RLE size {_short(size)} is not the image's [height, width] {[height, width]}{swapped}")
+        raise Defect(
+            "rle-size", f"RLE size {_short(size)} is not the image's [height, width] {[height, width]}{swapped}"
+        )
     runs = _runs_from_list(counts) if isinstance(counts, list) else decode_counts(counts)
     if len(runs) and int(runs.min()) < 0:
-        raise Defect("RLE counts are negative: the mask is damaged, encode it again")
+        raise Defect("rle-format", "RLE counts are negative: the mask is damaged, encode it again")
     total = int(runs.sum())
     if total != height * width:
         raise Defect(
+            "rle-length",
             f"RLE counts cover {total} pixels, the image has {height * width}: the mask is damaged or belongs to "
-            f"another image size, encode it again"
+            f"another image size, encode it again",
         )
     if int(runs[1::2].sum()) == 0:
-        raise Defect("RLE has no foreground pixel: remove the annotation")
+        raise Defect("rle-empty", "RLE has no foreground pixel: remove the annotation")
     return {"size": [height, width], "counts": encode_counts(runs) if isinstance(counts, list) else _as_bytes(counts)}
 
 
 def _runs_from_list(counts: list[Any]) -> np.ndarray:
     if not all(is_number(c) and c == int(c) for c in counts):
-        raise Defect("RLE counts are not whole numbers: encode the mask again")
+        raise Defect("rle-format", "RLE counts are not whole numbers: encode the mask again")
     if any(abs(c) > 2**40 for c in counts):
-        raise Defect("RLE counts are larger than any image: encode the mask again")
+        raise Defect("rle-format", "RLE counts are larger than any image: encode the mask again")
     return np.asarray(counts, dtype=np.int64)
 
 
@@ -175,21 +203,27 @@ def decode_counts(counts: Any) -> np.ndarray:
         Defect: characters outside the alphabet, or a number that is cut off.
     """
     if not isinstance(counts, (str, bytes)):
-        raise Defect(f"RLE counts are {type(counts).__name__}: give a list of run lengths or a compressed string")
+        raise Defect(
+            "rle-format", f"RLE counts are {type(counts).__name__}: give a list of run lengths or a compressed string"
+        )
     try:
         raw = np.frombuffer(_as_bytes(counts), dtype=np.uint8).astype(np.int64) - 48
     except UnicodeEncodeError:
-        raise Defect("RLE counts hold characters that the format does not have: encode the mask again") from None
+        raise Defect(
+            "rle-format", "RLE counts hold characters that the format does not have: encode the mask again"
+        ) from None
     if len(raw) == 0 or raw.min() < 0 or raw.max() > 63:
-        raise Defect("RLE counts are empty or hold characters that the format does not have: encode the mask again")
+        raise Defect(
+            "rle-format", "RLE counts are empty or hold characters that the format does not have: encode the mask again"
+        )
     last = (raw & 0x20) == 0
     if not last[-1]:
-        raise Defect("RLE counts end inside a number: the string was cut off, encode the mask again")
+        raise Defect("rle-format", "RLE counts end inside a number: the string was cut off, encode the mask again")
     ends = np.flatnonzero(last)
     starts = np.concatenate([[0], ends[:-1] + 1])
     lengths = ends - starts + 1
     if lengths.max() > 9:
-        raise Defect("RLE counts hold a number larger than any image: encode the mask again")
+        raise Defect("rle-format", "RLE counts hold a number larger than any image: encode the mask again")
     place = np.arange(len(raw)) - np.repeat(starts, lengths)
     values = np.add.reduceat((raw & 0x1F) << (5 * place), starts)
     values -= np.where(raw[ends] & 0x10, np.left_shift(np.int64(1), 5 * lengths), 0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +21,16 @@ import numpy as np
 
 from gn_det.data.catalog import DatasetSource, prepare
 from gn_det.data.checks import Defect, as_other_type, check_box, check_segmentation, is_number
-from gn_det.data.coco_file import CocoFile, Repairs, read_coco_file
-from gn_det.data.image import image_size
+from gn_det.data.coco_file import CocoFile, read_coco_file
+from gn_det.data.image import ImageError, image_size
+from gn_det.data.problems import Problems, Where, in_words
 from gn_det.data.records import Annotation, Record, RecordList
 from gn_det.errors import DataError
 
 logger = logging.getLogger(__name__)
+
+#: What every message about dropped or refused entries ends with.
+CHECK_HINT = "gn-det check lists all of them, and --fix writes a copy without them"
 
 #: How many messages a refusal quotes; all of them are in the log.
 _QUOTED = 3
@@ -91,6 +95,8 @@ class CocoDataset:
             lines.append(f"{self.name}: no object of {_some(missing, 5)}")
         lines += [f"{self.name}: {note}" for note in self.notes]
         lines += [f"{self.name}: dropped {entry}" for entry in self.bad]
+        if self.bad:
+            lines.append(f"{self.name}: {CHECK_HINT}")
         return "\n".join(lines)
 
     def ground_truth(self) -> dict[str, Any]:
@@ -138,20 +144,14 @@ def load_coco(
         DataError: one line that names the file, the id or key, and says what to do.
     """
     prepare(source)
-    content = read_coco_file(source, need_annotations=need_annotations)
-    bad = list(content.bad)
+    problems = Problems(source.json_file)
+    content = read_coco_file(source, problems, need_annotations=need_annotations)
     if need_images:
-        unusable = _check_images(content, source)
-        bad += unusable.values()
-        if content.images and len(unusable) == len(content.images):
-            raise DataError(
-                f"{source.json_file}: none of its {len(content.images)} images can be used from {source.image_root} "
-                f"(first: {next(iter(unusable.values()))}): check {source.origin or 'the image folder'}"
-            )
+        unusable = look_at_images(content.images, source, problems)
         content.images = [image for image in content.images if image["id"] not in unusable]
-    builder = _Builder(content, source)
+    builder = _Builder(content, source, problems)
     records = RecordList(builder.records())
-    bad += builder.bad
+    bad = problems.bad
     refuse_if_too_many(bad, max_bad, source.json_file)
     return CocoDataset(
         name=source.name,
@@ -167,7 +167,7 @@ def load_coco(
         without_mask=builder.without_mask,
         maskless=builder.maskless,
         bad=bad,
-        notes=content.notes + builder.repairs.notes(),
+        notes=problems.notes(),
     )
 
 
@@ -179,7 +179,7 @@ def refuse_if_too_many(bad: Sequence[str], max_bad: int, where: str, *, total: i
         more = f"; and {count - _QUOTED} more" if count > _QUOTED else ""
         raise DataError(
             f"{where}: {count} bad images or annotations, DATALOADER.MAX_BAD allows {max_bad}: {quoted}{more}. Fix "
-            f"them, or raise DATALOADER.MAX_BAD to drop them"
+            f"them ({CHECK_HINT}), or raise DATALOADER.MAX_BAD to drop them"
         )
 
 
@@ -212,28 +212,75 @@ def check_same_classes(datasets: Sequence[CocoDataset]) -> None:
                 )
 
 
+class AnnotationReader:
+    """Turns one json annotation at a time into an :class:`Annotation`, for training and for the check alike."""
+
+    def __init__(self, category_ids: Sequence[int], problems: Problems) -> None:
+        self.category_ids = category_ids
+        self.index_of = {category: i for i, category in enumerate(category_ids)}
+        self.problems = problems
+
+    def read(self, raw: dict[str, Any], image: dict[str, Any]) -> Annotation | None:
+        """The annotation with a contiguous category; None where it is dropped, which ``problems`` is told."""
+        where = Where(image["id"], image["file_name"], raw.get("id"))
+        try:
+            return self._read(raw, image["height"], image["width"], where)
+        except Defect as defect:
+            self.problems.drop(defect.kind, str(defect), where)
+            return None
+
+    def _read(self, raw: dict[str, Any], height: int, width: int, where: Where) -> Annotation:
+        category = raw.get("category_id")
+        if not isinstance(category, int) or category not in self.index_of:
+            known = _some([str(c) for c in self.category_ids], 5)
+            what = as_other_type(category, self.index_of)
+            text = f"category_id {category!r} is not in the json's categories ({known}){what and ': ' + what}"
+            raise Defect("category-unknown", text)
+        if raw.get("ignore"):
+            text = "'ignore' is not part of COCO's instances format: mark regions to ignore with iscrowd 1"
+            raise Defect("ignore", text)
+        iscrowd = raw.get("iscrowd")
+        if iscrowd is not None and iscrowd not in (0, 1):
+            raise Defect("iscrowd", f"iscrowd {iscrowd!r} is not 0 or 1")
+        bbox = check_box(raw.get("bbox"), height, width)
+        segmentation, left_out = check_segmentation(raw.get("segmentation"), height, width)
+        if iscrowd is None:
+            self.problems.repair("iscrowd-missing", "annotations have no iscrowd: taken as 0", where)
+        if left_out:
+            what = "polygon pieces have fewer than 3 points or an odd number of coordinates: left out"
+            self.problems.repair("polygon-piece", what, where, left_out)
+        area: Any = raw.get("area")
+        if not is_number(area) or area < 0:
+            what = "annotations have no usable area: computed from mask or box"
+            self.problems.repair("area-missing", what, where)
+            area = _area(segmentation, bbox, height, width)
+        index = self.index_of[category]
+        annotation = Annotation(id=raw["id"], bbox=bbox, category_id=index, iscrowd=int(iscrowd or 0), area=area)
+        if segmentation is not None:
+            annotation["segmentation"] = segmentation
+        return annotation
+
+
 class _Builder:
     """Turns json entries into records one by one, counting on the way."""
 
-    def __init__(self, content: CocoFile, source: DatasetSource) -> None:
+    def __init__(self, content: CocoFile, source: DatasetSource, problems: Problems) -> None:
         self.content = content
         self.root = source.image_root
-        self.index_of = {category: i for i, category in enumerate(content.category_ids)}
-        self.bad: list[str] = []
+        self.reader = AnnotationReader(content.category_ids, problems)
         self.object_counts: list[int] = []
         self.class_counts = np.zeros(len(content.category_ids), dtype=np.int64)
         self.crowds = self.without_mask = 0
         self.maskless: list[str] = []
-        self.repairs = Repairs()
 
     def records(self) -> Iterable[Record]:
         for image in self.content.images:
             annotations = []
             for raw in self.content.annotations_of.get(image["id"], ()):
-                try:
-                    annotations.append(self._annotation(raw, image["height"], image["width"]))
-                except Defect as defect:
-                    self.bad.append(f"annotation {raw.get('id')} of {image['file_name']}: {defect}")
+                annotation = self.reader.read(raw, image)
+                if annotation is not None:
+                    annotations.append(annotation)
+                    self._count(annotation, image)
             objects = [a["category_id"] for a in annotations if not a["iscrowd"]]
             self.object_counts.append(len(objects))
             np.add.at(self.class_counts, objects, 1)
@@ -245,40 +292,17 @@ class _Builder:
                 annotations=annotations,
             )
 
-    def _annotation(self, raw: dict[str, Any], height: int, width: int) -> Annotation:
-        category = raw.get("category_id")
-        if not isinstance(category, int) or category not in self.index_of:
-            known = _some([str(c) for c in self.content.category_ids], 5)
-            what = as_other_type(category, self.index_of)
-            raise Defect(f"category_id {category!r} is not in the json's categories ({known}){what and ': ' + what}")
-        if raw.get("ignore"):
-            raise Defect("'ignore' is not part of COCO's instances format: mark regions to ignore with iscrowd 1")
-        iscrowd = raw.get("iscrowd")
-        if iscrowd is None:
-            self.repairs.add("annotations have no iscrowd: taken as 0", f"annotation {raw['id']}")
-        elif iscrowd not in (0, 1):
-            raise Defect(f"iscrowd {iscrowd!r} is not 0 or 1")
-        bbox = check_box(raw.get("bbox"), height, width)
-        segmentation, left_out = check_segmentation(raw.get("segmentation"), height, width)
-        if left_out:
-            what = "polygon pieces have fewer than 3 points or an odd number of coordinates: left out"
-            self.repairs.add(what, f"annotation {raw['id']}", left_out)
-        area: Any = raw.get("area")
-        if not is_number(area) or area < 0:
-            what = "annotations have no usable area: computed from mask or box"
-            self.repairs.add(what, f"annotation {raw['id']}")
-            area = _area(segmentation, bbox, height, width)
-        iscrowd = int(iscrowd or 0)
-        index = self.index_of[category]
-        annotation = Annotation(id=raw["id"], bbox=bbox, category_id=index, iscrowd=iscrowd, area=area)
-        if segmentation is not None:
-            annotation["segmentation"] = segmentation
-        elif not iscrowd:
+    def _count(self, annotation: Annotation, image: dict[str, Any]) -> None:
+        self.crowds += annotation["iscrowd"]
+        if "segmentation" not in annotation and not annotation["iscrowd"]:
             self.without_mask += 1
             if len(self.maskless) < _LISTED:
-                self.maskless.append(f"annotation {raw['id']} of image {raw['image_id']} has no segmentation: add it")
-        self.crowds += iscrowd
-        return annotation
+                where = Where(image["id"], image["file_name"], annotation["id"])
+                self.maskless.append(f"{where} {NO_MASK}")
+
+
+#: What is wrong with an object without a mask, where masks are trained.
+NO_MASK = "has no segmentation: add it"
 
 
 def _area(segmentation: Any, bbox: Sequence[float], height: int, width: int) -> float:
@@ -292,37 +316,72 @@ def _area(segmentation: Any, bbox: Sequence[float], height: int, width: int) -> 
     return float(coco_mask.area(coco_mask.merge(rles)))
 
 
-def _check_images(content: CocoFile, source: DatasetSource) -> dict[Any, str]:
-    """Messages of images that are missing, no images, or of another size than the json says, by image id."""
+def look_at_images(
+    images: Sequence[dict[str, Any]],
+    source: DatasetSource,
+    problems: Problems,
+    step: Callable[[], object] | None = None,
+) -> set[Any]:
+    """Ids of images that are missing, no images, or of another size than the json says (headers only).
+
+    Args:
+        images: of :class:`CocoFile`.
+        source: where they are.
+        problems: is told of each, and refuses the set where no image can be used.
+        step: called after each image.
+    """
     root = Path(source.image_root)
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
-        raise DataError(f"{root}: the image folder of {source.json_file} {what}: check {source.origin or 'the path'}")
-
-    def look(image: dict[str, Any]) -> str:
-        path = os.path.join(source.image_root, image["file_name"])
-        try:
-            width, height = image_size(path)
-        except DataError as error:
-            beside = os.path.join(source.image_root, os.path.basename(image["file_name"]))
-            hint = f"; there is {beside}: correct file_name" if beside != path and os.path.exists(beside) else ""
-            return f"image {image['id']}: {error}{hint}"
-        if (width, height) == (image["width"], image["height"]):
-            return ""
-        turned = (height, width) == (image["width"], image["height"])
-        hint = "the sides are swapped (EXIF orientation is applied when reading); " if turned else ""
-        return (
-            f"image {image['id']}: {path} is {width}x{height} pixels, the json says "
-            f"{image['width']}x{image['height']}: {hint}correct width and height and the annotations"
+        problems.stop(
+            "image-folder",
+            f"{root}: the image folder of {source.json_file} {what}: check {source.origin or 'the path'}",
         )
-
-    if len(content.images) > _MANY_IMAGES:
-        logger.info("%s: checking the headers of %d images", source.name, len(content.images))
+    if len(images) > _MANY_IMAGES:
+        logger.info("%s: checking the headers of %d images", source.name, len(images))
+    unusable: dict[Any, str] = {}
     with warnings.catch_warnings(), ThreadPoolExecutor(_HEADER_THREADS) as pool:
         # Pillow warns of odd metadata and very large pictures; neither is a mistake of the dataset.
         warnings.simplefilter("ignore")
-        messages = pool.map(look, content.images)
-        return {image["id"]: text for image, text in zip(content.images, messages) if text}
+        for image, found in zip(images, pool.map(lambda i: _header_problem(i, source), images)):
+            if step is not None:
+                step()
+            if found is not None:
+                where = Where(image["id"], image["file_name"])
+                problems.drop(*found, where)
+                unusable.setdefault(image["id"], in_words(where, found[1]))
+    if images and len(unusable) == len(images):
+        first = next(iter(unusable.values()))
+        problems.refuse(
+            "image-folder",
+            f"none of its {len(images)} images can be used from {source.image_root} (first: {first}): check "
+            f"{source.origin or 'the image folder'}",
+        )
+    return set(unusable)
+
+
+def _header_problem(image: dict[str, Any], source: DatasetSource) -> tuple[str, str] | None:
+    """(kind, text) of what is wrong with one image file."""
+    path = os.path.join(source.image_root, image["file_name"])
+    try:
+        width, height = image_size(path)
+    except ImageError as error:
+        beside = os.path.join(source.image_root, os.path.basename(image["file_name"]))
+        hint = f"; there is {beside}: correct file_name" if beside != path and os.path.exists(beside) else ""
+        return error.kind, f"{error}{hint}"
+    if (width, height) == (image["width"], image["height"]):
+        return None
+    return "image-size", wrong_size(path, (width, height), (image["width"], image["height"]))
+
+
+def wrong_size(path: str, size: tuple[int, int], expected: tuple[int, int]) -> str:
+    """What to say where a picture of (width, height) ``size`` should have the size ``expected``."""
+    turned = size[::-1] == expected
+    hint = "the sides are swapped (EXIF orientation is applied when reading); " if turned else ""
+    return (
+        f"{path} is {size[0]}x{size[1]} pixels, the json says {expected[0]}x{expected[1]}: {hint}correct width and "
+        f"height and the annotations"
+    )
 
 
 def _some(names: Sequence[str], count: int) -> str:

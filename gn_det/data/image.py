@@ -33,6 +33,17 @@ _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 _SWAPS_SIDES = frozenset({5, 6, 7, 8})
 
 
+class ImageError(DataError):
+    """An image file that cannot be used; ``kind`` is ``image-missing`` or ``image-damaged``."""
+
+    def __init__(self, text: str, kind: str = "image-damaged") -> None:
+        super().__init__(text, kind)
+        self.text, self.kind = text, kind
+
+    def __str__(self) -> str:
+        return self.text
+
+
 def check_format(image_format: str) -> str:
     """Return ``image_format``, or raise ConfigError where it cannot be read."""
     if image_format not in FORMATS:
@@ -51,7 +62,7 @@ def read_image(path: str | os.PathLike[str], image_format: str = "BGR") -> np.nd
         (H, W, 3) uint8, or (H, W, 1) for ``"L"``, turned upright by its EXIF orientation; may be a read-only view.
 
     Raises:
-        DataError: the file is missing, unreadable, not an image or truncated.
+        ImageError: the file is missing, unreadable, not an image or truncated.
     """
     check_format(image_format)
     try:
@@ -60,7 +71,7 @@ def read_image(path: str | os.PathLike[str], image_format: str = "BGR") -> np.nd
             pixels = np.asarray(image)
     except Exception as error:
         # PIL plugins raise nearly anything on damaged files (OSError, SyntaxError, struct.error, ValueError ...).
-        raise DataError(_why_unreadable(path, error)) from error
+        raise _image_error(path, error) from error
     if image_format == "BGR":
         return pixels[:, :, ::-1]
     return pixels[:, :, None] if image_format == "L" else pixels
@@ -73,7 +84,7 @@ def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     off is found here, not hours later.
 
     Raises:
-        DataError: the file is missing, unreadable, not an image or truncated.
+        ImageError: the file is missing, unreadable, not an image or truncated.
     """
     try:
         with Image.open(path) as image:
@@ -87,7 +98,7 @@ def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
                 image.load()
         return (height, width) if turned else (width, height)
     except Exception as error:
-        raise DataError(_why_unreadable(path, error)) from error
+        raise _image_error(path, error) from error
 
 
 def _ends_with(path: str | os.PathLike[str], end: bytes) -> bool:
@@ -107,6 +118,10 @@ def _orientation(image: Image.Image) -> int | None:
 def _upright(image: Image.Image) -> Image.Image:
     turn = _TURNS.get(_orientation(image) or 1)
     return image if turn is None else image.transpose(turn)
+
+
+def _image_error(path: str | os.PathLike[str], error: Exception) -> ImageError:
+    return ImageError(_why_unreadable(path, error), "image-damaged" if os.path.exists(path) else "image-missing")
 
 
 def _why_unreadable(path: str | os.PathLike[str], error: Exception) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from gn_det.data.coco import CocoDataset, check_same_classes, refuse_if_too_many
+from gn_det.data.coco import CHECK_HINT, CocoDataset, check_same_classes, refuse_if_too_many
 from gn_det.data.mapper import TestMapper, TrainMapper
 from gn_det.data.records import Record
 from gn_det.data.samplers import (
@@ -110,12 +110,17 @@ def check_trainable(cfg: Any, datasets: Sequence[CocoDataset]) -> np.ndarray:
     """
     check_same_classes(datasets)
     for dataset in datasets if cfg.MODEL.MASK_ON else ():
-        _refuse_maskless(dataset, int(cfg.DATALOADER.MAX_BAD))
+        check_masks(dataset, int(cfg.DATALOADER.MAX_BAD))
+    return check_objects(datasets)
+
+
+def check_objects(datasets: Sequence[CocoDataset]) -> np.ndarray:
+    """(N,) bool, whether each image of all sets has objects; refuses sets without any."""
     has_objects = np.concatenate([d.object_counts > 0 for d in datasets] or [np.zeros(0, dtype=bool)])
     if not has_objects.any():
         names = ", ".join(d.json_file for d in datasets) or "DATASETS.TRAIN"
         dropped = [entry for d in datasets for entry in d.bad]
-        why = f"; {len(dropped)} bad entries were dropped, such as {dropped[0]}" if dropped else ""
+        why = f"; {len(dropped)} bad entries were dropped, such as {dropped[0]} ({CHECK_HINT})" if dropped else ""
         raise DataError(
             f"{names}: no image has an object to learn from (crowds do not count): check the annotations{why}"
         )
@@ -277,7 +282,7 @@ def _index_stream(cfg: Any, data: _TrainData, seed: int) -> Iterator[int]:
     )
 
 
-def _refuse_maskless(dataset: CocoDataset, max_bad: int) -> None:
+def check_masks(dataset: CocoDataset, max_bad: int) -> None:
     """Objects without a mask count as bad where masks are trained; a few are left out, many refused."""
     if dataset.without_mask == 0:
         return

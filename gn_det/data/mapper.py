@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from gn_det.data.image import check_format, read_image
+from gn_det.data.coco import wrong_size
+from gn_det.data.image import ImageError, check_format, read_image
 from gn_det.data.records import Annotation, Record
 from gn_det.data.transforms import (
     CROP_TYPES,
@@ -25,7 +26,7 @@ from gn_det.data.transforms import (
     draw_resize,
     resized_shape,
 )
-from gn_det.errors import ConfigError, DataError
+from gn_det.errors import ConfigError
 from gn_det.structures import InstanceMask, Masks, Sample, Targets, rasterize_polygons
 
 #: Boxes with a side at or below this many pixels are no ground truth.
@@ -59,7 +60,7 @@ class TrainMapper:
         Raises:
             DataError: the image is missing, truncated, or not of the size that the record says.
         """
-        pixels = _read_checked(record, self.image_format)
+        pixels = read_record_image(record, self.image_format)
         transforms: list[Transform] = []
         if self.crop:
             transforms.append(draw_crop(_shape(pixels), *self.crop, rng))
@@ -119,7 +120,7 @@ class TestMapper:
         """
         if isinstance(record, (str, os.PathLike)):
             record = Record(file_name=os.fspath(record), image_id=os.fspath(record))
-        pixels = _read_checked(record, self.image_format)
+        pixels = read_record_image(record, self.image_format)
         record.setdefault("height", pixels.shape[0])
         record.setdefault("width", pixels.shape[1])
         if self.size:
@@ -133,14 +134,17 @@ def _check_choice(key: str, value: Any, choices: Sequence[str]) -> None:
         raise ConfigError(f"{key} {value!r} is not known: use one of {', '.join(choices)}")
 
 
-def _read_checked(record: Record, image_format: str) -> np.ndarray:
+def read_record_image(record: Record, image_format: str) -> np.ndarray:
+    """Pixels of a record as :func:`read_image` gives them, which must have the size that the record says.
+
+    Raises:
+        ImageError: missing, damaged or of another size.
+    """
     pixels = read_image(record["file_name"], image_format)
     expected = (record.get("height", pixels.shape[0]), record.get("width", pixels.shape[1]))
     if _shape(pixels) != expected:
-        raise DataError(
-            f"{record['file_name']}: is {pixels.shape[1]}x{pixels.shape[0]} pixels, the json says "
-            f"{expected[1]}x{expected[0]}: correct width and height and the annotations"
-        )
+        text = wrong_size(record["file_name"], _shape(pixels)[::-1], expected[::-1])
+        raise ImageError(text, "image-size")
     return pixels
 
 

@@ -1,0 +1,121 @@
+"""Decoding every image of a dataset on all cores, in processes that a broken picture may take down."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import NamedTuple
+
+from gn_det.data.image import ImageError
+from gn_det.data.mapper import read_record_image
+from gn_det.data.records import Record
+
+#: Images that a process takes at once: enough that handing them over costs nothing.
+_CHUNK = 16
+
+
+class DecodeJob(NamedTuple):
+    """One file and what it should be."""
+
+    path: str
+    width: int
+    height: int
+    image_format: str
+
+
+class Decoded(NamedTuple):
+    """``kind`` is empty for a good picture; ``digest`` is the hash of the file, empty where it cannot be read."""
+
+    kind: str
+    text: str
+    digest: bytes
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def digest_of(path: str) -> bytes:
+    """Content hash of a file; empty where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            hasher = hashlib.blake2b(digest_size=16)
+            while block := file.read(1 << 20):
+                hasher.update(block)
+            return hasher.digest()
+    except (OSError, ValueError):
+        return b""
+
+
+def decode(job: DecodeJob) -> Decoded:
+    """Decode one image as training does."""
+    record = Record(file_name=job.path, width=job.width, height=job.height)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            read_record_image(record, job.image_format)
+    except ImageError as error:
+        return Decoded(error.kind, error.text, digest_of(job.path))
+    return Decoded("", "", digest_of(job.path))
+
+
+def _decode_chunk(jobs: Sequence[DecodeJob]) -> list[Decoded]:
+    return [decode(job) for job in jobs]
+
+
+def decode_all(jobs: Sequence[DecodeJob], workers: int | None = None) -> Iterator[Decoded]:
+    """Results in the order of ``jobs``. A picture that kills the decoder is one more damaged picture."""
+    workers = cores() if workers is None else workers
+    chunks = [jobs[i : i + _CHUNK] for i in range(0, len(jobs), _CHUNK)]
+    if workers <= 1 or len(chunks) <= 1:
+        # One process more all the same: what kills the decoder must not kill the check.
+        workers = 1
+    position = 0
+    while position < len(chunks):
+        with _pool(workers) as pool:
+            try:
+                for found in _in_order(pool, chunks[position:], 4 * workers):
+                    position += 1
+                    yield from found
+                continue
+            except BrokenProcessPool:
+                pass
+        # Some chunk in flight did it. The next one is done picture by picture, then all goes on as before.
+        for job in chunks[position]:
+            yield _decode_alone(job)
+        position += 1
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    # Forked processes start at once; elsewhere they import what they need.
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context(method))
+
+
+def _in_order(pool: ProcessPoolExecutor, chunks: Sequence[Sequence[DecodeJob]], ahead: int) -> Iterator[list[Decoded]]:
+    """Results chunk by chunk, no more than ``ahead`` of them waiting."""
+    waiting: list[Future[list[Decoded]]] = []
+    following = iter(chunks)
+    for chunk in following:
+        waiting.append(pool.submit(_decode_chunk, chunk))
+        if len(waiting) >= ahead:
+            break
+    while waiting:
+        yield waiting.pop(0).result()
+        for chunk in following:
+            waiting.append(pool.submit(_decode_chunk, chunk))
+            break
+
+
+def _decode_alone(job: DecodeJob) -> Decoded:
+    with _pool(1) as pool:
+        try:
+            return pool.submit(decode, job).result()
+        except BrokenProcessPool:
+            return Decoded("image-damaged", f"{job.path}: the decoder crashes on this image: replace it", b"")

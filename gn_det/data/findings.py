@@ -1,0 +1,80 @@
+"""Everything that is wrong with a dataset, written down: what ``gn-det check`` reports the reader's problems to."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, NamedTuple
+
+from gn_det.data.problems import KINDS, NOWHERE, FileProblem, Kind, Problems, Where, in_words
+
+#: Findings of one kind that are kept with place and words; beyond, they are counted.
+KEPT = 1000
+
+
+class Finding(NamedTuple):
+    """One problem in one place; ``text`` may be empty where the kind says it all."""
+
+    kind: str
+    where: Where
+    text: str
+
+    def __str__(self) -> str:
+        return in_words(self.where, self.text) if self.text else str(self.where)
+
+
+class Findings(Problems):
+    """Collects instead of refusing.
+
+    Attributes:
+        counts: how many of each kind.
+        found: the first :data:`KEPT` of each kind.
+        dropped_images: ids of images that training drops.
+        dropped_annotations: ids (new ones, where they were given) of annotations that training drops.
+        mended: id of an annotation to the kinds of repair it needs.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.counts: Counter[str] = Counter()
+        self.found: dict[str, list[Finding]] = {}
+        self.dropped_images: set[Any] = set()
+        self.dropped_annotations: set[Any] = set()
+        self.mended: dict[Any, frozenset[str]] = {}
+
+    def add(self, kind: str, text: str = "", where: Where = NOWHERE, count: int = 1) -> None:
+        """Write one finding down (``count`` of them in one place)."""
+        if kind not in KINDS:
+            raise KeyError(f"unknown kind of problem {kind!r}")
+        self.counts[kind] += count
+        kept = self.found.setdefault(kind, [])
+        if len(kept) < KEPT:
+            kept.append(Finding(kind, where, text))
+
+    def add_file_problem(self, problem: FileProblem) -> None:
+        """What ended the reading."""
+        self.add(problem.kind, problem.text)
+
+    def refuse(self, kind: str, text: str, where: Where = NOWHERE) -> None:
+        self.add(kind, text, where)
+
+    def drop(self, kind: str, text: str, where: Where = NOWHERE) -> None:
+        self.add(kind, text, where)
+        # Annotations without a known image are left out by their position, see CocoFile.left_out.
+        if where.image is not None:
+            if where.annotation is None:
+                self.dropped_images.add(where.image)
+            else:
+                self.dropped_annotations.add(where.annotation)
+
+    def repair(self, kind: str, what: str, where: Where, count: int = 1) -> None:
+        self.add(kind, "", where, count)
+        if not kind.startswith("annotation-"):
+            self.mended[where.annotation] = self.mended.get(where.annotation, frozenset()) | {kind}
+
+    def of(self, severity: str) -> list[tuple[str, Kind, int]]:
+        """(name, kind, count) of the kinds found, in the order of ``KINDS``."""
+        return [(n, k, self.counts[n]) for n, k in KINDS.items() if k.severity == severity and self.counts[n]]
+
+    def total(self, severity: str) -> int:
+        """How many findings of that severity."""
+        return sum(count for _, _, count in self.of(severity))
