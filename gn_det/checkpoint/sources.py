@@ -142,11 +142,23 @@ def _tensors(path: StrPath, state: Mapping[Any, Any]) -> State:
             if isinstance(name, str) and caffe2.is_ignored(name):
                 continue
             raise WeightsError(f"{path}: entry {one_line(name, 60)!r} is a {type(value).__name__}, not a tensor")
+        _check_plain(path, name, value)
         tensors[name] = value
     for prefix in ("module.", "_orig_mod."):
         if tensors and all(name.startswith(prefix) for name in tensors):
             tensors = {name[len(prefix) :]: value for name, value in tensors.items()}
     return tensors
+
+
+def _check_plain(path: StrPath, name: str, value: torch.Tensor) -> None:
+    """Refuse what claims more numbers than the file holds (a view with stride 0) and what is not a plain array."""
+    if value.device.type != "cpu" or value.layout != torch.strided or value.is_quantized or value.is_complex():
+        raise WeightsError(f"{path}: entry {one_line(name, 60)!r} is not a plain tensor of real numbers on the CPU")
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise WeightsError(
+            f"{path}: entry {one_line(name, 60)!r} claims the shape {one_line(tuple(value.shape), 60)}, which is more "
+            "than the file holds"
+        )
 
 
 def _from_numpy(array: np.ndarray) -> torch.Tensor:
