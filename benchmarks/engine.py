@@ -1,9 +1,12 @@
-"""Embedded engine against Detectron2: same config, same weights, same images, interleaved in one process on the CPU.
+"""gn_det against Detectron2's own modules: same config, weights and images, interleaved in one process on the CPU.
 
-Prints the ratio of times (embedded / Detectron2; below 1 the embedded engine is faster) for inference and for a
-training step, with its spread over pairs, and the peak memory of each engine in a process of its own.
+What is measured is the embedded engine, or with ``--ours registered`` Detectron2's own model class on the modules that
+gn_det registers (the YAML read after ``add_gn_config``, against the same YAML without it). Prints the ratio of times
+(gn_det / Detectron2; below 1 gn_det is faster) for inference and for a training step, with its spread over pairs, and
+the peak memory of each in a process of its own.
 
     python benchmarks/engine.py --config gn_fpn.yaml --repeats 15 --image-size 480x640
+    python benchmarks/engine.py --ours registered --config gn_fpn.yaml --repeats 15 --image-size 480x640
     python benchmarks/engine.py --quick
 """
 
@@ -26,7 +29,8 @@ import numpy as np
 import torch
 
 TARGET = 1.0
-ENGINES = ("embedded", "detectron2")
+#: What is measured against "detectron2", and the beginning of its result files' names.
+OURS = {"embedded": "engine", "registered": "plugin"}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -34,16 +38,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--config", default="gn_fpn.yaml", help="shipped name or path")
+    parser.add_argument("--ours", choices=OURS, default="embedded", help="the embedded engine, or the plugin's modules")
     parser.add_argument("--repeats", type=int, default=15, help="pairs measured, after one that is not")
     parser.add_argument("--image-size", default="480x640", help="HEIGHTxWIDTH of the network input")
     parser.add_argument("--batch", type=int, default=2, help="images per training step; inference takes 1")
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 keeps torch's choice")
     parser.add_argument("--quick", action="store_true", help="small images, few RoIs, 3 pairs: checks that it runs")
     parser.add_argument(
-        "--output", default="", help="json file; default benchmarks/results/engine_<config>_<size>.json"
+        "--output", default="", help="json file; default benchmarks/results/{engine,plugin}_<config>_<size>.json"
     )
     parser.add_argument("overrides", nargs="*", help="KEY VALUE pairs, such as MODEL.RPN.POST_NMS_TOPK_TEST 200")
-    parser.add_argument("--memory-of", choices=ENGINES, help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", choices=(*OURS, "detectron2"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.quick:
         args.repeats, args.image_size, args.batch = 3, "160x224", 1
@@ -61,11 +66,15 @@ def load_cfg(config: str, overrides: list[str]) -> Any:
     return cfg
 
 
-def detectron2_cfg(cfg: Any) -> Any:
-    """Detectron2's cfg with every value of ours that it knows."""
+def detectron2_cfg(cfg: Any, *, registered: bool = False) -> Any:
+    """Detectron2's cfg with every value of ours that it knows; with the plugin's keys, gn_det's modules are built."""
     from detectron2.config import get_cfg
 
     theirs = get_cfg()
+    if registered:
+        from gn_det.detectron2 import add_gn_config
+
+        add_gn_config(theirs)
 
     def copy(source: Mapping[str, Any], target: Any) -> None:
         for key, value in source.items():
@@ -89,7 +98,10 @@ def build(engine: str, cfg: Any) -> torch.nn.Module:
     else:
         from detectron2.modeling import build_model as build_detectron2
 
-        model = build_detectron2(detectron2_cfg(cfg))
+        model = build_detectron2(detectron2_cfg(cfg, registered=engine == "registered"))
+        ours = {type(m).__name__ for m in model.modules() if type(m).__module__.startswith("gn_det.")}
+        if bool(ours) != (engine == "registered"):
+            raise SystemExit(f"{engine}: modules of gn_det in the model are {sorted(ours)}; name a config with GN")
     # Fresh scores are all alike; spread them, so that NMS and the mask head have their usual work.
     with torch.no_grad():
         model.roi_heads.box_predictor.cls_score.weight *= 30
@@ -171,9 +183,9 @@ def measure_pairs(first: Callable[[], Any], second: Callable[[], Any], repeats: 
     return seconds
 
 
-def summarize(seconds: np.ndarray) -> dict[str, float]:
+def summarize(seconds: np.ndarray, ours: str) -> dict[str, float]:
     """Medians in seconds, and quantiles of the pairwise ratios; CPU time hardly feels other work on the machine."""
-    row = {f"{engine}_s": float(np.median(seconds[i, 0])) for i, engine in enumerate(ENGINES)}
+    row = {f"{engine}_s": float(np.median(seconds[i, 0])) for i, engine in enumerate((ours, "detectron2"))}
     for clock, name in enumerate(("ratio", "cpu_ratio")):
         pairs = seconds[0, clock] / seconds[1, clock]
         row[name], row[f"{name}_p20"], row[f"{name}_p80"] = np.quantile(pairs, [0.5, 0.2, 0.8]).tolist()
@@ -244,25 +256,27 @@ def main(argv: list[str] | None = None) -> int:
             steps[name]()
         print(own_peak_mb())
         return 0
-    results: dict[str, Any] = {"config": Path(args.config).name, "image_size": [height, width], "batch": args.batch}
+    results: dict[str, Any] = {"config": Path(args.config).name, "ours": args.ours, "image_size": [height, width]}
+    results["batch"] = args.batch
     results |= {"overrides": args.overrides, "repeats": args.repeats, "target": TARGET, "environment": environment()}
-    both = [make_steps(engine, cfg, (height, width), args.batch) for engine in ENGINES]
+    engines = (args.ours, "detectron2")
+    both = [make_steps(engine, cfg, (height, width), args.batch) for engine in engines]
     for name in both[0]:
-        results[name] = row = summarize(measure_pairs(both[0][name], both[1][name], args.repeats))
+        results[name] = row = summarize(measure_pairs(both[0][name], both[1][name], args.repeats), args.ours)
         print(
-            f"{name}: embedded {row['embedded_s']:.3f} s, Detectron2 {row['detectron2_s']:.3f} s; "
+            f"{name}: {args.ours} {row[args.ours + '_s']:.3f} s, Detectron2 {row['detectron2_s']:.3f} s; "
             f"ratio {row['ratio']:.3f} (p20 {row['ratio_p20']:.3f}, p80 {row['ratio_p80']:.3f}), "
             f"of CPU time {row['cpu_ratio']:.3f} (p20 {row['cpu_ratio_p20']:.3f}, p80 {row['cpu_ratio_p80']:.3f}); "
             f"{verdict(row)} <= {TARGET}",
             flush=True,
         )
-    ours, theirs = (steps["inference"]()[0] for steps in both)
-    results["detections"] = [len(ours), len(theirs["instances"])]
+    found = [steps["inference"]()[0] for steps in both]
+    results["detections"] = [len(d["instances"]) if isinstance(d, dict) else len(d) for d in found]
     results["losses_equal"] = both[0]["training step"]() == both[1]["training step"]()
     print(f"detections {results['detections']}, losses equal: {results['losses_equal']}")
-    results["peak_memory_mb"] = {engine: round(peak_memory(engine, args)) for engine in ENGINES}
+    results["peak_memory_mb"] = {engine: round(peak_memory(engine, args)) for engine in engines}
     print(", ".join(f"peak memory of {e}: {mb} MB" for e, mb in results["peak_memory_mb"].items()))
-    output = Path(args.output or RESULTS / f"engine_{Path(args.config).stem}_{height}x{width}.json")
+    output = Path(args.output or RESULTS / f"{OURS[args.ours]}_{Path(args.config).stem}_{height}x{width}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(results, indent=2) + "\n")
     print(f"written to {output}")
