@@ -38,7 +38,11 @@ pytestmark = pytest.mark.detectron2
 Measured = Callable[[str, str, str, float], None]
 
 
-@pytest.fixture(scope="module", params=[(side, case) for side in SIDES for case in CASES], ids="-".join)
+#: The registered modules in the seven families and in ResNeXt; Detectron2's own in every case.
+_PAIRS = [("own", case) for case in CASES] + [("registered", case) for case in (*FAMILIES, "resnext")]
+
+
+@pytest.fixture(scope="module", params=_PAIRS, ids="-".join)
 def pair(request: pytest.FixtureRequest) -> Pair:
     side, case = request.param
     return make_pair(case, side)
@@ -141,6 +145,7 @@ def test_the_sides_are_what_they_say() -> None:
 
 @pytest.mark.parametrize("batch", BATCHES)
 def test_inference(pair: Pair, batch: str, note: Callable[[str, float], None]) -> None:
+    """Odd sizes, batches of one and two, few and many objects."""
     note("inference", 0.0)  # anything else fails
     assert sum(assert_same_detections(pair, BATCHES[batch]())) > 0
 
@@ -159,12 +164,13 @@ def test_training(pair: Pair, batch: str, note: Callable[[str, float], None]) ->
 BF16_RTOL = 3e-2
 
 
-def test_losses_under_bf16_autocast(
-    pair: Pair, note: Callable[[str, float], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("case", FAMILIES)
+def test_losses_under_bf16_autocast(case: str, side: str, measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within BF16_RTOL; exactly 0 once gn_det's RoIs are rounded as Detectron2's are."""
+    pair = make_pair(case, side)
     off = bf16_losses_off(pair)
-    note("bf16", off)
+    measured(case, "bf16", side, off)
     assert off <= BF16_RTOL
     pool = poolers.roi_align
     monkeypatch.setattr(
