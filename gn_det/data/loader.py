@@ -369,3 +369,6 @@ def _unchanged(loaded: _Loaded) -> _Loaded:
 def _start_worker(worker: int) -> None:
     # Ctrl-C reaches the whole process group; the main process alone answers it and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # So may SIGTERM (timeout, batch systems): a worker that died of it would keep the main process from saving. Only
+    # the first one is passed over, so that a worker can still be ended by its parent.
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
