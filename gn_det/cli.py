@@ -1,4 +1,4 @@
-"""The command line: ``gn-det train | eval | predict | quickstart | weights | convert | configs | doctor``.
+"""The command line: ``gn-det train | eval | predict | check | quickstart | weights | convert | configs | doctor``.
 
 Only argparse is imported at the top; each command imports what it needs, so ``--help`` answers at once. A
 :class:`~gn_det.errors.UserError` ends as one line on stderr and exit status 2.
@@ -105,6 +105,26 @@ def _predict_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--classes", metavar="A,B", help="only these classes, by name, separated by commas")
     parser.add_argument("--config", "--config-file", metavar="FILE", help="default: the config in the checkpoint")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1")
+    return parser
+
+
+def _check_parser(prog: str) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=prog,
+        description="Find what is wrong with a dataset before training does: every problem, where it is, what to do.",
+        epilog="Exit status: 0 clean (notes do not count), 1 warnings only, 2 errors: training would refuse the set or "
+        "drop entries of it.",
+    )
+    _add_config(parser, required=False)
+    _add_data(parser, ("train", "val"))
+    parser.add_argument("--images", action="store_true", help="decode every image, on all cores")
+    parser.add_argument("--json", metavar="FILE", help="write the report for machines")
+    parser.add_argument("--html", metavar="FILE", help="write the report as one page with drawn samples")
+    parser.add_argument(
+        "--fix",
+        metavar="FILE",
+        help="write a copy of --train-json without what training drops, repairs made; the changes are listed beside it",
+    )
     return parser
 
 
@@ -241,6 +261,16 @@ def _predict(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check(args: argparse.Namespace) -> int:
+    if not args.train_json and not args.config:
+        raise ConfigError("give --train-json and --train-images, or a --config that names the sets to check")
+    args.config = args.config or "gn_fpn.yaml"
+    cfg = config_from_args(args)
+    from gn_det.check.command import check
+
+    return check(cfg, config=args.config, decode=args.images, json_out=args.json, html_out=args.html, fix_out=args.fix)
+
+
 def _quickstart(args: argparse.Namespace) -> int:
     from gn_det.quickstart import quickstart
 
@@ -281,6 +311,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[str], argparse.ArgumentParser], Comman
     "train": ("fine-tune, train from scratch or evaluate", _train_parser, _train),
     "eval": ("COCO AP of a checkpoint", _eval_parser, _eval),
     "predict": ("detect and draw on images", _predict_parser, _predict),
+    "check": ("what is wrong with a dataset, before training finds out", _check_parser, _check),
     "quickstart": ("train on generated shapes and show the result", _quickstart_parser, _quickstart),
     "weights": ("what a weights file is and where it would load", _weights_parser, _weights),
     "convert": ("weights into another layout, bit for bit", _convert_parser, _convert),

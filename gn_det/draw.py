@@ -11,12 +11,14 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from gn_det.curves import draw_curves
-from gn_det.structures import Detections
+from gn_det.data.records import Record
+from gn_det.structures import Detections, rasterize_polygons
 
-__all__ = ["class_color", "draw_curves", "draw_detections", "draw_grid"]
+__all__ = ["class_color", "detections_of", "draw_curves", "draw_detections", "draw_grid"]
 
 Color = tuple[int, int, int]
 Box = tuple[float, float, float, float]
@@ -50,6 +52,30 @@ def class_color(index: int) -> Color:
     hue = (0.09 + 0.61803398875 * step) % 1.0
     r, g, b = colorsys.hls_to_rgb(hue, (0.5, 0.36, 0.66)[step % 3], 0.8)
     return round(r * 255), round(g * 255), round(b * 255)
+
+
+def detections_of(record: Record) -> Detections:
+    """The annotations of one image as detections of score 1; an object without a mask has an empty one."""
+    from pycocotools import mask as coco_mask
+
+    height, width = record["height"], record["width"]
+    boxes, classes, masks = [], [], []
+    for annotation in record["annotations"]:
+        segmentation = annotation.get("segmentation")
+        x, y, w, h = annotation["bbox"]
+        boxes.append([x, y, x + w, y + h])
+        classes.append(annotation["category_id"])
+        if isinstance(segmentation, dict):
+            masks.append(coco_mask.decode(segmentation).astype(bool))
+        else:
+            masks.append(rasterize_polygons(segmentation or [], height, width))
+    return Detections(
+        (height, width),
+        torch.as_tensor(np.array(boxes, dtype=np.float32).reshape(-1, 4)),
+        torch.ones(len(boxes)),
+        torch.as_tensor(classes, dtype=torch.int64),
+        torch.from_numpy(np.array(masks, dtype=bool).reshape(-1, height, width)),
+    )
 
 
 def draw_detections(

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from gn_det.data.coco import CocoDataset, load_coco
 from gn_det.data.image import read_image
 from gn_det.errors import TrainingError
-from gn_det.structures import Detections, rasterize_polygons
+from gn_det.structures import Detections
 
 #: Held-out images in the picture of predictions.
 SHOWN = 6
@@ -66,7 +65,7 @@ def draw_comparison(dataset: CocoDataset, weights: Path, picture: Path) -> None:
 
     from PIL import Image
 
-    from gn_det.draw import draw_detections, draw_grid
+    from gn_det.draw import detections_of, draw_detections, draw_grid
     from gn_det.evaluation.results import write_bytes_atomic
     from gn_det.predict import load_predictor
 
@@ -75,7 +74,7 @@ def draw_comparison(dataset: CocoDataset, weights: Path, picture: Path) -> None:
     for index in _spread(len(dataset)):
         record = dataset.records[index]
         pixels = read_image(record["file_name"], "RGB")
-        truths.append(draw_detections(pixels, _truth(dataset, index), dataset.class_names, show_scores=False))
+        truths.append(draw_detections(pixels, detections_of(record), dataset.class_names, show_scores=False))
         detections = predictor.detect(Path(record["file_name"]))
         keep = detections.scores >= 0.5
         masks = None if detections.masks is None else detections.masks[keep]
@@ -92,28 +91,3 @@ def draw_comparison(dataset: CocoDataset, weights: Path, picture: Path) -> None:
 def _spread(count: int) -> list[int]:
     """At most ``SHOWN`` indices spread over ``count``."""
     return sorted({round(i) for i in np.linspace(0, count - 1, min(SHOWN, count))}) if count else []
-
-
-def _truth(dataset: CocoDataset, index: int) -> Detections:
-    """The annotations of one image as detections of score 1."""
-    from pycocotools import mask as coco_mask
-
-    record = dataset.records[index]
-    height, width = record["height"], record["width"]
-    boxes, classes, masks = [], [], []
-    for annotation in record["annotations"]:
-        segmentation = annotation.get("segmentation")
-        x, y, w, h = annotation["bbox"]
-        boxes.append([x, y, x + w, y + h])
-        classes.append(annotation["category_id"])
-        if isinstance(segmentation, dict):
-            masks.append(coco_mask.decode(segmentation).astype(bool))
-        else:
-            masks.append(rasterize_polygons(segmentation or [], height, width))
-    return Detections(
-        (height, width),
-        torch.as_tensor(np.array(boxes, dtype=np.float32).reshape(-1, 4)),
-        torch.ones(len(boxes)),
-        torch.as_tensor(classes, dtype=torch.int64),
-        torch.from_numpy(np.array(masks, dtype=bool).reshape(-1, height, width)),
-    )

@@ -28,8 +28,8 @@ class Findings(Problems):
     Attributes:
         counts: how many of each kind.
         found: the first :data:`KEPT` of each kind.
-        dropped_images: ids of images that training drops.
-        dropped_annotations: ids (new ones, where they were given) of annotations that training drops.
+        dropped_images: id of an image that training drops to the kind of problem.
+        dropped_annotations: the same for annotations (new ids, where they were given).
         mended: id of an annotation to the kinds of repair it needs.
     """
 
@@ -37,8 +37,8 @@ class Findings(Problems):
         super().__init__(path)
         self.counts: Counter[str] = Counter()
         self.found: dict[str, list[Finding]] = {}
-        self.dropped_images: set[Any] = set()
-        self.dropped_annotations: set[Any] = set()
+        self.dropped_images: dict[Any, str] = {}
+        self.dropped_annotations: dict[Any, str] = {}
         self.mended: dict[Any, frozenset[str]] = {}
 
     def add(self, kind: str, text: str = "", where: Where = NOWHERE, count: int = 1) -> None:
@@ -56,15 +56,17 @@ class Findings(Problems):
 
     def refuse(self, kind: str, text: str, where: Where = NOWHERE) -> None:
         self.add(kind, text, where)
+        if kind == "image-id-repeated":
+            self.dropped_images[where.image] = kind
 
     def drop(self, kind: str, text: str, where: Where = NOWHERE) -> None:
         self.add(kind, text, where)
         # Annotations without a known image are left out by their position, see CocoFile.left_out.
         if where.image is not None:
             if where.annotation is None:
-                self.dropped_images.add(where.image)
+                self.dropped_images.setdefault(where.image, kind)
             else:
-                self.dropped_annotations.add(where.annotation)
+                self.dropped_annotations.setdefault(where.annotation, kind)
 
     def repair(self, kind: str, what: str, where: Where, count: int = 1) -> None:
         self.add(kind, "", where, count)

@@ -120,8 +120,8 @@ def write_json_atomic(path: str, data: Any) -> None:
     write_bytes_atomic(path, json.dumps(data, ensure_ascii=False).encode("utf-8"))
 
 
-def write_bytes_atomic(path: str, data: bytes) -> None:
-    """Write ``data`` beside ``path``, sync and rename.
+def write_bytes_atomic(path: str, data: bytes | Iterable[bytes]) -> None:
+    """Write ``data``, whole or in pieces, beside ``path``, sync and rename.
 
     Raises:
         UserError: the folder cannot be made or written; nothing is left behind.
@@ -132,7 +132,7 @@ def write_bytes_atomic(path: str, data: bytes) -> None:
         os.makedirs(folder, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=".tmp-", dir=folder)
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())

@@ -1,0 +1,186 @@
+"""A cleaned copy of an annotation file: what training drops is left out, what it repairs is written down."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from gn_det.data.checks import usable_pieces
+from gn_det.data.coco import AnnotationReader
+from gn_det.data.problems import KINDS, Problems
+from gn_det.data.survey import Survey
+from gn_det.errors import DataError, UserError
+from gn_det.evaluation.results import write_bytes_atomic
+
+_OUT_WITH_IMAGE = "left out: its image is left out"
+
+
+def refuse_overwriting(outputs: dict[str, str | None], inputs: list[str]) -> None:
+    """Raise UserError where an output (flag to path) is one of the files that are read."""
+    for flag, path in outputs.items():
+        for source in inputs if path else ():
+            assert path is not None
+            same = os.path.realpath(path) == os.path.realpath(source)
+            if same or (os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source)):
+                raise UserError(f"{flag} {path}: this is the file that is checked; give another name")
+
+
+class Cleaner:
+    """Turns a surveyed set into its cleaned copy."""
+
+    def __init__(self, survey: Survey) -> None:
+        self.survey = survey
+        self.changes: list[str] = []
+        blocking = [k for k in survey.findings.counts if KINDS[k].blocks]
+        if blocking or survey.content is None or survey.data is None:
+            first = survey.findings.found[blocking[0]][0] if blocking else "it cannot be read"
+            raise DataError(f"--fix: {survey.source.json_file} needs a person first ({first}); nothing was written")
+        self.content, self.data = survey.content, survey.data
+        self.reader = AnnotationReader(self.content.category_ids, Problems(survey.source.json_file))
+        self.image_of = {image["id"]: image for image in survey.images}
+        self.merged = _merged_categories(self.content.category_ids, self.content.class_names)
+
+    def write(self, target: str) -> None:
+        """Write the copy and, beside it, the list of changes.
+
+        Raises:
+            DataError: no object would be left.
+            UserError: ``target`` cannot be written.
+        """
+        dataset = self.survey.dataset
+        objects = 0 if dataset is None else int(dataset.object_counts.sum())
+        if objects <= sum(kind == "no-mask" for kind in self.survey.findings.dropped_annotations.values()):
+            raise DataError(f"--fix: no object of {self.survey.source.json_file} would be left; nothing was written")
+        write_bytes_atomic(target, self._parts())
+        lines = (f"{line}\n".encode("utf-8", "backslashreplace") for line in self.changes or ["no change"])
+        write_bytes_atomic(changes_file(target), lines)
+
+    def _parts(self) -> Iterator[bytes]:
+        """The json in pieces, one entry at a time: a whole file as one text would take its size again."""
+        fixed = {"images": self._images, "annotations": self._annotations, "categories": self._categories}
+        yield b"{"
+        for number, (key, value) in enumerate(self.data.items()):
+            yield (b",\n" if number else b"\n") + _bytes(key) + b": "
+            if key not in fixed:
+                yield _bytes(value)
+                continue
+            yield b"["
+            for position, entry in enumerate(fixed[key]()):
+                yield (b",\n" if position else b"\n") + _bytes(entry)
+            yield b"\n]"
+        yield b"\n}\n"
+
+    def _images(self) -> Iterator[dict[str, Any]]:
+        seen: set[Any] = set()
+        for position, entry in enumerate(self.data["images"]):
+            if not isinstance(entry, dict) or not isinstance(entry.get("id"), (int, str)):
+                self.changes.append(f"entry {position} of 'images': left out: it has no id")
+                continue
+            number = entry["id"]
+            place = f"image {number} ({entry.get('file_name')})"
+            if number in seen:
+                self.changes.append(f"{place}: left out: the entry is listed twice")
+            elif number in self.image_of:
+                seen.add(number)
+                yield entry
+            else:
+                reason = self.survey.findings.dropped_images.get(number, "image-entry")
+                self.changes.append(f"{place}: left out: {KINDS[reason].title}")
+
+    def _categories(self) -> Iterator[dict[str, Any]]:
+        seen: set[int] = set()
+        for entry in self.data["categories"]:
+            place = f"category {entry['id']} ({entry['name']})"
+            if entry["id"] in seen:
+                self.changes.append(f"{place}: left out: it is listed twice")
+            elif entry["id"] in self.merged:
+                self.changes.append(f"{place}: merged into category {self.merged[entry['id']]} of the same name")
+            else:
+                seen.add(entry["id"])
+                yield entry
+
+    def _annotations(self) -> Iterator[dict[str, Any]]:
+        for position, entry in enumerate(self.data["annotations"]):
+            reason = self._why_left_out(position, entry)
+            if reason:
+                self.changes.append(f"{_place(position, entry)}: {reason}")
+            else:
+                yield self._mended(position, entry)
+
+    def _why_left_out(self, position: int, entry: Any) -> str:
+        """Empty where the annotation stays."""
+        findings = self.survey.findings
+        if not isinstance(entry, dict):
+            return "left out: it is no object"
+        image = entry.get("image_id")
+        known = isinstance(image, (int, str))
+        if position not in self.content.left_out:
+            kind = findings.dropped_annotations.get(self.content.new_ids.get(position, entry.get("id")))
+            if kind:
+                return f"left out: {KINDS[kind].title}"
+            return "" if image in self.image_of else _OUT_WITH_IMAGE
+        if known and image in self.image_of:
+            return "left out: the annotation is listed twice"
+        listed = known and image in findings.dropped_images
+        return _OUT_WITH_IMAGE if listed else f"left out: {KINDS['image-unknown'].title}"
+
+    def _mended(self, position: int, entry: dict[str, Any]) -> dict[str, Any]:
+        number = self.content.new_ids.get(position)
+        kinds = self.survey.findings.mended.get(entry.get("id") if number is None else number, frozenset())
+        merged = entry["category_id"] in self.merged
+        if number is None and not kinds and not merged:
+            return entry
+        what: dict[str, Any] = {}
+        if number is not None:
+            what["id"] = number
+        if merged:
+            what["category_id"] = self.merged[entry["category_id"]]
+        if kinds:
+            found = self.reader.read({**entry, **({"id": number} if number is not None else {})}, self._image(entry))
+            assert found is not None
+            if "iscrowd-missing" in kinds:
+                what["iscrowd"] = 0
+            if "area-missing" in kinds:
+                what["area"] = found["area"]
+            if "polygon-piece" in kinds:
+                what["segmentation"] = usable_pieces(entry["segmentation"])
+        told = ", ".join(_told(key, entry, value) for key, value in what.items())
+        self.changes.append(f"{_place(position, entry)}: {told}")
+        return {**entry, **what}
+
+    def _image(self, entry: dict[str, Any]) -> dict[str, Any]:
+        return self.image_of[entry["image_id"]]
+
+
+def changes_file(target: str) -> str:
+    """Where the changes of a cleaned copy are listed: ``cleaned.json`` has ``cleaned.changes.txt``."""
+    return os.path.splitext(target)[0] + ".changes.txt"
+
+
+def _merged_categories(ids: tuple[int, ...], names: tuple[str, ...]) -> dict[int, int]:
+    """Category id to the lowest id of the same name, where that is another one."""
+    lowest: dict[str, int] = {}
+    for number, name in zip(ids, names):
+        lowest.setdefault(name, number)
+    return {number: lowest[name] for number, name in zip(ids, names) if lowest[name] != number}
+
+
+def _place(position: int, entry: Any) -> str:
+    if not isinstance(entry, dict):
+        return f"entry {position} of 'annotations'"
+    return f"annotation {entry.get('id')} of image {entry.get('image_id')}"
+
+
+def _told(key: str, entry: dict[str, Any], value: Any) -> str:
+    if key == "segmentation":
+        return f"{len(entry[key]) - len(value)} of {len(entry[key])} polygon pieces left out"
+    return f"{key} {value} (was {entry[key]!r})" if key in entry else f"{key} {value} added"
+
+
+def _bytes(value: Any) -> bytes:
+    try:
+        return json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:  # half a surrogate pair is json, but no UTF-8
+        return json.dumps(value).encode("ascii")
