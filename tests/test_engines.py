@@ -140,7 +140,7 @@ def test_absent_detectron2_on_every_command(
 
 def test_description_without_metadata() -> None:
     """A checkout on the path has no version to name."""
-    assert describe("ImportError: x", lambda _: None).startswith("Detectron2 is installed, but cannot be used (ImportEr")
+    assert describe("ImportError: x", lambda _: None).startswith("Detectron2 is installed, but cannot be used")
 
 
 @pytest.mark.parametrize(
