@@ -265,7 +265,7 @@ _Loader.add_multi_constructor("tag:yaml.org,2002:python/", _plain)
 
 def _pixel_means(text: Any) -> tuple[float, float, float] | None:
     """PIXEL_MEANS of Detectron's dumped config: a nested list, or a pickled array written out as YAML."""
-    text = text.decode("latin1") if isinstance(text, bytes) else text
+    text = str(text, "latin1") if isinstance(text, (bytes, memoryview)) else text
     if not isinstance(text, str) or len(text) > 1 << 20 or "PIXEL_MEANS" not in text or text.count("*") > 1000:
         return None
     # Only the one top-level entry is parsed, with what is indented below it.

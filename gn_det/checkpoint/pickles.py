@@ -6,6 +6,7 @@ whereas the C one allocates a table of that size. A weights file has few thousan
 
 from __future__ import annotations
 
+import mmap
 import os
 import pickle
 import re
@@ -22,6 +23,7 @@ from gn_det.errors import WeightsError
 _DTYPE = re.compile(r"[<>|=]?(?:b1|[iu][1248]|f[248])$")
 # Longer Python 2 strings are array contents: kept as bytes instead of a detour through latin1 text.
 _LONG_STRING = 256
+_LONG_READ = 1 << 16  # the protocols keep what is longer out of their frames
 
 
 def read_pickle(path: StrPath) -> dict[str, Any]:
@@ -50,23 +52,26 @@ class _Refused(Exception):
 
 
 class _Bounded:
-    """A file that never promises more bytes than it has: a claimed length costs no memory."""
+    """A mapped file that never promises more bytes than it has: a claimed length costs no memory.
+
+    Long reads are views of the mapping, so that the contents of arrays are not copied here.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._left = os.fstat(file.fileno()).st_size
+        self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._view = memoryview(self._map)
 
-    def read(self, size: int) -> bytes:
-        if size < 0 or size > self._left:
+    def read(self, size: int) -> bytes | memoryview:
+        at = self._map.tell()
+        if size < 0 or size > len(self._view) - at:
             raise _Refused("is truncated or damaged (it claims more bytes than it has); download it again")
-        data = self._file.read(size)
-        self._left -= len(data)
-        return data
+        if size < _LONG_READ:
+            return self._map.read(size)
+        self._map.seek(size, os.SEEK_CUR)
+        return self._view[at : at + size]
 
     def readline(self) -> bytes:
-        data = self._file.readline()
-        self._left -= len(data)
-        return data
+        return self._map.readline()
 
 
 class _Dtype:
@@ -83,13 +88,13 @@ class _Dtype:
 
 
 def _text(value: Any) -> Any:
-    return value.decode("latin1") if isinstance(value, bytes) else value
+    return str(value, "latin1") if isinstance(value, (bytes, memoryview)) else value
 
 
-def _bytes(value: Any) -> bytes:
+def _bytes(value: Any) -> bytes | memoryview:
     if isinstance(value, str):  # Python 2's str, decoded as latin1
         return value.encode("latin1")
-    if not isinstance(value, (bytes, bytearray)):
+    if not isinstance(value, (bytes, bytearray, memoryview)):
         raise _Refused(f"holds an array whose contents are a {type(value).__name__}")
     return bytes(value) if isinstance(value, bytearray) else value
 
@@ -206,7 +211,7 @@ class _Unpickler(_Base):
         raise _Refused("holds a persistent id, which no weights file does")
 
     def _decode_string(self, value: bytes) -> Any:
-        return value if len(value) > _LONG_STRING else value.decode("latin1")
+        return value if len(value) > _LONG_STRING else str(value, "latin1")
 
     def _load_reduce(self) -> None:
         args = self.stack.pop()

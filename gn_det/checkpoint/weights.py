@@ -270,5 +270,7 @@ def _refuse_frozen(report: LoadReport, model: nn.Module) -> None:
 
 def _refuse_non_finite(source: str, state: Placed) -> None:
     for name, value in state.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value.sum(dtype=torch.float64))):
+        if not value.is_floating_point() or bool(torch.isfinite(value.sum())):
+            continue
+        if not bool(torch.isfinite(value).all()):  # the quick sum may also overflow
             raise WeightsError(f"{source}: {name} holds NaN or infinity; take an earlier checkpoint")

@@ -15,6 +15,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg as detectron2_cfg
 from detectron2.modeling import build_model as build_detectron2
 
+from gn_det.checkpoint.convert import convert
 from gn_det.checkpoint.io import save_checkpoint
 from gn_det.checkpoint.meta import build_meta
 from gn_det.checkpoint.weights import load_weights
@@ -22,6 +23,7 @@ from gn_det.config import get_cfg
 from gn_det.modeling.build import build_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoint"))
+import layouts
 from skeleton import caffe2_blobs
 
 pytestmark = pytest.mark.detectron2
@@ -153,3 +155,35 @@ def test_caffe2_backbones_become_the_same_numbers(tmp_path: Path, kind: str, sty
     # Folded BN leaves the mean at the 0 it already has.
     assert changed == {n for n in report.loaded if kind != "affine" or not n.endswith("running_mean")}
     assert len(report.loaded) == {"gn": 159, "affine": 265, "stats": 265}[kind]
+
+
+def test_converted_files_load_in_detectron2_without_renaming(tmp_path: Path) -> None:
+    """A torchvision ResNet through gn-det convert --fold: Detectron2 finds the same numbers as we do."""
+    theirs, ours, cfg = engines("FPN", "GN")
+    ours.load_state_dict(theirs.state_dict())
+    shapes = {k: tuple(v.shape) for k, v in ours.state_dict().items()}
+    arrays = layouts.arrays(layouts.layered_backbone(), shapes, "backbone.bottom_up.")
+    torch.save({name: torch.from_numpy(value) for name, value in arrays.items()}, tmp_path / "tv.pth")
+    convert(tmp_path / "tv.pth", tmp_path / "d2.pth", fold_stem=True)
+    before = {k: v.clone() for k, v in ours.state_dict().items()}
+    DetectionCheckpointer(theirs).load(str(tmp_path / "d2.pth"))
+    load_weights(ours, tmp_path / "tv.pth", cfg)
+    assert same(theirs, ours)
+    assert sum(not torch.equal(v, before[k]) for k, v in ours.state_dict().items()) == 159
+
+
+def test_caffe2_detectors_become_the_same_numbers(tmp_path: Path) -> None:
+    """projects/GN's model_final.pkl: names, class order, momentum; the mean is the one thing Detectron2 does not check."""
+    theirs, ours, cfg = engines("FPN", "GN")
+    ours.load_state_dict(theirs.state_dict())
+    shapes = {k: tuple(v.shape) for k, v in ours.state_dict().items()}
+    blobs = layouts.arrays(layouts.caffe2_detector(), shapes)
+    layouts.background_first(blobs, "bbox_pred_", "mask_fcn_logits_", ("w", "b"))
+    blobs |= {f"{name}_momentum": value for name, value in blobs.items()}
+    path = layouts.write_pickle(tmp_path / "model_final.pkl", {"blobs": blobs, "cfg": "NUM_GPUS: 8\n"})
+    before = {k: v.clone() for k, v in ours.state_dict().items()}
+    DetectionCheckpointer(theirs).load(str(path))
+    cfg.MODEL.PIXEL_MEAN = [102.9801, 115.9465, 122.7717]
+    load_weights(ours, path, cfg, require_all=True)
+    assert same(theirs, ours)
+    assert all(not torch.equal(v, before[k]) for k, v in ours.state_dict().items())
