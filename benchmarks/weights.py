@@ -108,9 +108,9 @@ def child_time(path: Path, repeats: int) -> dict[str, list[float]]:
 def child_memory(path: Path) -> dict[str, int]:
     """Peak growth in bytes, from before the model to after loading."""
     import gn_det.checkpoint.weights
-    import gn_det.modeling.build  # noqa: F401 (its import is not the weights' memory)
+    import gn_det.modeling.build
 
-    plain_reader(path)
+    plain_reader(path)  # imports what it needs; those are not the weights' memory
     before = _resident()
     model, cfg = build()
     built = _peak()

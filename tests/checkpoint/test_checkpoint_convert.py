@@ -279,3 +279,22 @@ def test_options_behind_a_name(tmp_path: Path) -> None:
         load_weights(module(shapes), f"{tmp_path}/m.pth?allow_partial=yes", config())
     save_checkpoint(tmp_path / "odd?name=1.pth", {"model": random_state(shapes)})
     load_weights(module(shapes), tmp_path / "odd?name=1.pth", config())
+
+
+def test_allow_partial_reaches_the_config() -> None:
+    from gn_det.cli import _train_parser, config_from_args
+
+    words = ["--config", "gn_fpn.yaml", "--weights", "a.pth", "--allow-partial"]
+    cfg = config_from_args(_train_parser("train").parse_intermixed_args(words))
+    assert cfg.MODEL.WEIGHTS == "a.pth?allow_partial=True"
+    scratch = config_from_args(_train_parser("train").parse_intermixed_args([*words[:2], "--weights", "", words[-1]]))
+    assert scratch.MODEL.WEIGHTS == ""
+
+
+def test_overwrite_spares_the_initial_weights_whatever_stands_behind_their_name(tmp_path: Path) -> None:
+    from gn_det.run.output import start_afresh
+
+    for name in ("model_best.pth", "model_final.pth"):
+        save_checkpoint(tmp_path / name, {"model": {"a": torch.ones(1)}})
+    start_afresh(tmp_path, keep=f"{tmp_path}/model_best.pth?allow_partial=True")
+    assert os.listdir(tmp_path) == ["model_best.pth"]

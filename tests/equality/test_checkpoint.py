@@ -173,7 +173,7 @@ def test_converted_files_load_in_detectron2_without_renaming(tmp_path: Path) -> 
 
 
 def test_caffe2_detectors_become_the_same_numbers(tmp_path: Path) -> None:
-    """projects/GN's model_final.pkl: names, class order, momentum; the mean is the one thing Detectron2 does not check."""
+    """projects/GN's model_final.pkl: names, class order, momentum (Detectron2 does not check the mean)."""
     theirs, ours, cfg = engines("FPN", "GN")
     ours.load_state_dict(theirs.state_dict())
     shapes = {k: tuple(v.shape) for k, v in ours.state_dict().items()}
