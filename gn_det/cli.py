@@ -181,6 +181,10 @@ def config_from_args(args: argparse.Namespace, engine: str = "embedded") -> CfgN
     if getattr(args, "train_json", None) and not args.val_json:
         cfg.DATASETS.TEST = ()  # the config's own test set belongs to its own training set
     merge_overrides(cfg, args.overrides)
+    if getattr(args, "allow_partial", False):
+        from gn_det.checkpoint.catalog import with_option
+
+        cfg.MODEL.WEIGHTS = with_option(cfg.MODEL.WEIGHTS, "allow_partial=True")
     check_config(cfg, engine)
     return cfg
 

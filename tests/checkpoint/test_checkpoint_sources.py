@@ -238,7 +238,7 @@ def test_the_mean_of_a_caffe2_detector(tmp_path: Path, form: str) -> None:
     mean = DETECTRON_MEAN if form == "absent" else other
     with pytest.raises(WeightsError) as caught:
         load_weights(model_of(config()), path, config())
-    assert f"need: MODEL.PIXEL_MEAN [{','.join(f'{v:g}' for v in mean)}]" in str(caught.value)
+    assert f"need: MODEL.PIXEL_MEAN [{','.join(f'{v:.8g}' for v in mean)}]" in str(caught.value)
     cfg = config(*mean_keys(mean))
     load_weights(model_of(cfg), path, cfg)
 
