@@ -25,6 +25,7 @@ REQUIRED = {
     "iopath": "iopath",
     "numpy": "numpy",
     "yaml": "pyyaml",
+    "safetensors": "safetensors",
     "PIL": "pillow",
     "pycocotools": "pycocotools",
     "faster_coco_eval": "faster-coco-eval",
