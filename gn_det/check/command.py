@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -56,8 +57,7 @@ def check(
     shown = sys.stderr.isatty()
     surveys = [survey(s, split, training, decode=decode, progress=shown) for s, split in sources]
     report = look_across(surveys, training, cfg, config)
-    text = as_text(report)
-    print(text)
+    _say(as_text(report))
     try:
         if fix_out:
             _fix(report, fix_out)
@@ -66,19 +66,30 @@ def check(
     return report.exit_code
 
 
+def _say(text: str) -> None:
+    """Print; where the reader has seen enough (head, less), go on in silence: files and exit code still count."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except UnicodeEncodeError:  # a terminal that is not UTF-8
+        encoding = sys.stdout.encoding or "ascii"
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
 def _fix(report: Report, target: str) -> None:
     cleaner = Cleaner(report.surveys[0])
     cleaner.write(target)
     report.changes = cleaner.changes
     report.not_fixed = _not_fixed(report)
-    print(f"\n{target}: cleaned copy of {report.surveys[0].source.json_file}, {len(cleaner.changes)} changes")
+    _say(f"\n{target}: cleaned copy of {report.surveys[0].source.json_file}, {len(cleaner.changes)} changes")
     for line in cleaner.changes[:_CHANGES]:
-        print(f"  {one_line(line)}")
+        _say(f"  {one_line(line)}")
     if len(cleaner.changes) > _CHANGES:
-        print(f"  ... and {len(cleaner.changes) - _CHANGES} more")
-    print(f"  all changes: {changes_file(target)}")
+        _say(f"  ... and {len(cleaner.changes) - _CHANGES} more")
+    _say(f"  all changes: {changes_file(target)}")
     for line in report.not_fixed:
-        print(f"  not mended: {one_line(line)}")
+        _say(f"  not mended: {one_line(line)}")
 
 
 def _not_fixed(report: Report) -> list[str]:
@@ -96,9 +107,9 @@ def _not_fixed(report: Report) -> list[str]:
 def _write_reports(report: Report, json_out: str | None, html_out: str | None) -> None:
     if json_out:
         write_bytes_atomic(json_out, json.dumps(as_json(report), indent=1, default=str).encode("ascii"))
-        print(f"{json_out}: this report for machines")
+        _say(f"{json_out}: this report for machines")
     if html_out:
         from gn_det.check.page import as_html
 
         write_bytes_atomic(html_out, as_html(report).encode("utf-8", "backslashreplace"))
-        print(f"{html_out}: this report with pictures")
+        _say(f"{html_out}: this report with pictures")

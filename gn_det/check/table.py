@@ -63,12 +63,13 @@ def _finding_lines(findings: Findings) -> Iterator[str]:
             continue
         yield f"  {severity.upper()}S" if severity != "note" else "  NOTES"
         for name, kind, count in kinds:
-            fix = f"; --fix: {kind.fix}" if kind.fix else ""
-            yield f"  {count:>8}  {kind.title}{fix}  [{name}]"
+            yield f"  {count:>8}  {kind.title}  [{name}]"
             quoted = findings.found[name][: _QUOTED[severity]]
             yield from (f"            {finding}" for finding in quoted)
             if count > len(quoted):
                 yield f"            ... and {count - len(quoted)} more"
+            if kind.fix:
+                yield f"            --fix: {kind.fix}"
     if not findings.counts:
         yield "  no problem found"
 

@@ -11,6 +11,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
+from PIL import Image
+
 from gn_det.data.image import ImageError
 from gn_det.data.mapper import read_record_image
 from gn_det.data.records import Record
@@ -29,7 +31,11 @@ class DecodeJob(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """``kind`` is empty for a good picture; ``digest`` is the hash of the file, empty where it cannot be read."""
+    """What became of one file.
+
+    ``kind`` is empty for a good picture, a key of ``KINDS`` otherwise; ``digest`` is the hash of the file, empty where
+    it cannot be read.
+    """
 
     kind: str
     text: str
@@ -62,7 +68,21 @@ def decode(job: DecodeJob) -> Decoded:
             read_record_image(record, job.image_format)
     except ImageError as error:
         return Decoded(error.kind, error.text, digest_of(job.path))
-    return Decoded("", "", digest_of(job.path))
+    return Decoded(*_checksum_problem(job.path), digest_of(job.path))
+
+
+def _checksum_problem(path: str) -> tuple[str, str]:
+    """Pillow decodes a PNG without looking at the checksums of its pixels."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(8) != b"\x89PNG\r\n\x1a\n":
+                return "", ""
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")
+            image.verify()
+    except Exception as error:
+        return "image-checksum", f"{path}: {error}: get this file again"
+    return "", ""
 
 
 def _decode_chunk(jobs: Sequence[DecodeJob]) -> list[Decoded]:

@@ -20,7 +20,7 @@ from gn_det.data.coco import NO_MASK, AnnotationReader, CocoDataset, look_at_ima
 from gn_det.data.coco_file import CocoFile, parse, structure
 from gn_det.data.decode import DecodeJob, decode_all
 from gn_det.data.findings import Findings
-from gn_det.data.problems import FileProblem, Where
+from gn_det.data.problems import KINDS, FileProblem, Where
 from gn_det.data.records import Annotation, RecordList
 from gn_det.data.transforms import resized_shape
 
@@ -150,9 +150,12 @@ def _look_at_images(result: Survey, training: Training, decode: bool, progress: 
         with bar(progress, len(jobs), f"{result.split}: decoding") as step:
             for image, decoded in zip(left, decode_all(jobs)):
                 step()
-                if decoded.kind:
-                    findings.drop(decoded.kind, decoded.text, Where(image["id"], image["file_name"]))
+                where = Where(image["id"], image["file_name"])
+                if decoded.kind and KINDS[decoded.kind].severity == "error":
+                    findings.drop(decoded.kind, decoded.text, where)
                     unusable.add(image["id"])
+                elif decoded.kind:
+                    findings.add(decoded.kind, decoded.text, where)
                 result.digests[image["id"]] = decoded.digest
         result.decoded = True
     return unusable
@@ -168,6 +171,8 @@ def _read_annotations(result: Survey, training: Training, unusable: set[Any], pr
     with bar(progress, len(content.images), f"{result.split}: annotations") as step:
         for image in content.images:
             step()
+            if findings.dropped_images.get(image["id"]) == "image-size":
+                continue  # which of the two sizes its annotations mean is not known
             looker = _Looker(image, training, result)
             good = [a for raw in content.annotations_of.get(image["id"], ()) if (a := reader.read(raw, image))]
             for annotation in good:

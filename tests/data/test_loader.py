@@ -126,7 +126,9 @@ def test_images_without_objects(tmp_path: Path) -> None:
 
 def test_objects_without_mask(tmp_path: Path) -> None:
     data = load_coco(write(tmp_path, lambda c: c["annotations"][0].pop("segmentation")), max_bad=0)
-    with pytest.raises(DataError, match=r"MASK_ON True: 1 bad .* annotation 11 of image 5 \(im 5é.png\) has no segmentation"):
+    with pytest.raises(
+        DataError, match=r"MASK_ON True: 1 bad .* annotation 11 of image 5 \(im 5é.png\) has no segmentation"
+    ):
         build_train_loader(_cfg(MAX_BAD=0), [data], images_per_rank=1, seed=0)
     samples = _batches(_cfg(MAX_BAD=1), data, 4)
     assert {len(s["targets"]) for s in itertools.chain(*samples)} == {1}
