@@ -68,13 +68,11 @@ def check(
 
 def _say(text: str) -> None:
     """Print; where the reader has seen enough (head, less), go on in silence: files and exit code still count."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # not every terminal writes UTF-8
     try:
-        print(text, flush=True)
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except UnicodeEncodeError:  # a terminal that is not UTF-8
-        encoding = sys.stdout.encoding or "ascii"
-        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def _fix(report: Report, target: str) -> None:

@@ -40,6 +40,7 @@ class Findings(Problems):
         self.dropped_images: dict[Any, str] = {}
         self.dropped_annotations: dict[Any, str] = {}
         self.mended: dict[Any, frozenset[str]] = {}
+        self._kind_sets: dict[frozenset[str], frozenset[str]] = {}
 
     def add(self, kind: str, text: str = "", where: Where = NOWHERE, count: int = 1) -> None:
         """Write one finding down (``count`` of them in one place)."""
@@ -71,7 +72,9 @@ class Findings(Problems):
     def repair(self, kind: str, what: str, where: Where, count: int = 1) -> None:
         self.add(kind, "", where, count)
         if not kind.startswith("annotation-"):
-            self.mended[where.annotation] = self.mended.get(where.annotation, frozenset()) | {kind}
+            kinds = self.mended.get(where.annotation, frozenset()) | {kind}
+            # One set for all annotations with the same repairs: a whole COCO may lack iscrowd.
+            self.mended[where.annotation] = self._kind_sets.setdefault(kinds, kinds)
 
     def of(self, severity: str) -> list[tuple[str, Kind, int]]:
         """(name, kind, count) of the kinds found, in the order of ``KINDS``."""
