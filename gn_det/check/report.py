@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -252,8 +251,3 @@ def _findings_as_json(findings: Findings) -> list[dict[str, Any]]:
 def _finding_as_json(finding: Finding) -> dict[str, Any]:
     where = finding.where
     return {"image_id": where.image, "file_name": where.file, "annotation_id": where.annotation, "text": finding.text}
-
-
-def severities(findings: Findings) -> Counter[str]:
-    """How many findings of each severity."""
-    return Counter({s: findings.total(s) for s in ("error", "warning", "note")})

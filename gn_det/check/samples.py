@@ -137,6 +137,8 @@ def _paint_rle(pixels: np.ndarray, raw: dict[str, Any], image: dict[str, Any]) -
         checked, _ = check_segmentation(segmentation, image["height"], image["width"])
     except Defect:
         return
+    if checked is None:
+        return
     mask = coco_mask.decode(checked).astype(bool)
     pixels[mask] = (0.45 * pixels[mask] + 0.55 * np.array(_YELLOW)).astype(np.uint8)
 

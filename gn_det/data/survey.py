@@ -156,7 +156,7 @@ def _look_at_images(result: Survey, training: Training, decode: bool, progress: 
     assert result.content is not None
     images, source, findings = result.content.images, result.source, result.findings
     try:
-        with bar(progress, len(images), f"{result.split}: image headers") as step:
+        with Bar(progress, len(images), f"{result.split}: image headers") as step:
             unusable = look_at_images(images, source, findings, step)
     except FileProblem as problem:
         findings.add_file_problem(problem)
@@ -166,7 +166,7 @@ def _look_at_images(result: Survey, training: Training, decode: bool, progress: 
     if decode:
         left = [image for image in images if image["id"] not in unusable]
         jobs = [DecodeJob(result.path(i), i["width"], i["height"], training.image_format) for i in left]
-        with bar(progress, len(jobs), f"{result.split}: decoding") as step:
+        with Bar(progress, len(jobs), f"{result.split}: decoding") as step:
             for image, decoded in zip(left, decode_all(jobs)):
                 step()
                 where = Where(image["id"], image["file_name"])
@@ -187,7 +187,7 @@ def _read_annotations(result: Survey, training: Training, unusable: set[Any], pr
     reader = AnnotationReader(content.category_ids, findings)
     object_counts: list[int] = []
     crowds = without_mask = 0
-    with bar(progress, len(content.images), f"{result.split}: annotations") as step:
+    with Bar(progress, len(content.images), f"{result.split}: annotations") as step:
         for image in content.images:
             step()
             if findings.dropped_images.get(image["id"]) == "image-size":
@@ -346,7 +346,7 @@ def _look_at_the_whole(result: Survey) -> None:
                 findings.add("class-empty", f"no object of {name!r}")
 
 
-class bar:
+class Bar:
     """A progress bar on stderr; gives a function that moves it on."""
 
     def __init__(self, shown: bool, total: int, what: str) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import copy
 import json
+import math
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -305,6 +308,34 @@ def test_training_names_the_check(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="gn-det check lists every problem"):
         load_coco(write(tmp_path, lambda c: c["images"][0].update(id=6)), max_bad=9)
     assert "gn-det check" not in load_coco(write(tmp_path), max_bad=0).summary()
+
+
+def test_random_damage_reaches_every_report_and_is_mended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """60 files with four random mutations each: no trace from any output, and what is mended loads with MAX_BAD 0."""
+    values: list[Any] = [None, -1, 0, 0.5, 1e9, math.nan, "", "\n", [], [1], {}, True, 10**400, [[1, 2, 3, 4, 5, 6]]]
+    rng = random.Random(11)
+    source = write(tmp_path)
+    original = json.loads(Path(source.json_file).read_text())
+    out = [str(tmp_path / n) for n in ("r.json", "r.html", "clean.json")]
+    outcomes = {"mended": 0, "left to a person": 0}
+    for _ in range(60):
+        content = copy.deepcopy(original)
+        for _ in range(4):
+            section = rng.choice(["annotations", "annotations", "annotations", "images", "images", "categories"])
+            entry = rng.choice(content[section])
+            entry[rng.choice([*entry, "segmentation"])] = rng.choice(values)
+        Path(source.json_file).write_text(json.dumps(content))
+        Path(out[2]).unlink(missing_ok=True)
+        code = main(words(source, None, "--json", out[0], "--html", out[1], "--fix", out[2], "MODEL.MASK_ON", "False"))
+        said = capsys.readouterr()
+        assert json.loads(Path(out[0]).read_text())["exit_code"] == code or "--fix" in said.err
+        if Path(out[2]).exists():
+            load_coco(DatasetSource("clean", out[2], source.image_root), max_bad=0)
+            outcomes["mended"] += 1
+        else:
+            assert "nothing was written" in said.err and said.err.count("\n") == 1
+            outcomes["left to a person"] += 1
+    assert min(outcomes.values()) >= 5, outcomes
 
 
 def test_help_tells_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
