@@ -6,6 +6,7 @@ Detectron2's convention: a text file ``last_checkpoint`` holds the base name of 
 from __future__ import annotations
 
 import logging
+import os
 import re
 import time
 from pathlib import Path
@@ -28,8 +29,9 @@ def write_last(folder: StrPath, name: str) -> None:
 def read_last(folder: StrPath) -> Path | None:
     """The newest readable checkpoint of ``folder``, or None when it has none at all.
 
-    It is the one ``last_checkpoint`` names; when that file is missing or what it names cannot be read, the readable
-    ``*.pth`` with the highest iteration, with a warning.
+    It is the one ``last_checkpoint`` names; when that file is missing or what it names cannot be read (checksums
+    included), the readable ``*.pth`` with the highest iteration, with a warning; one without optimizer only if there is
+    no other.
 
     Raises:
         WeightsError: there are checkpoints, but none can be read.
@@ -41,7 +43,7 @@ def read_last(folder: StrPath) -> Path | None:
         name = marker.read_text(encoding="utf-8", errors="replace").strip()
     if name and "\0" not in name:
         try:
-            read_checkpoint(folder / name, mmap=True)
+            read_checkpoint(folder / name, mmap=True, verify=True)
             return folder / name
         except WeightsError as error:
             problem = f"{marker} names a checkpoint that cannot be used ({error})"
@@ -60,16 +62,18 @@ def read_last(folder: StrPath) -> Path | None:
 
 
 def _newest_readable(files: list[Path]) -> Path | None:
-    best: tuple[int, float] | None = None
+    best: tuple[bool, int, float] | None = None
     newest = None
     for file in files:
         try:
-            iteration = read_checkpoint(file, mmap=True).get("iteration")
+            content = read_checkpoint(file, mmap=True, verify=True)
+            iteration = content.get("iteration")
             changed = file.stat().st_mtime
         except (WeightsError, OSError) as error:
             logger.warning("skipped: %s", error)
             continue
-        rank = (iteration if isinstance(iteration, int) else -1, changed)
+        # model_best.pth may be newer, but a run cannot go on from it as if nothing had happened
+        rank = ("optimizer" in content, iteration if isinstance(iteration, int) else -1, changed)
         if best is None or rank > best:
             best, newest = rank, file
     return newest
@@ -97,6 +101,37 @@ def prune(folder: StrPath, keep: int) -> list[Path]:
         except OSError as error:
             logger.warning("cannot delete the old checkpoint %s: %s", file, error)
     return deleted
+
+
+def remove_leftovers(folder: StrPath) -> list[Path]:
+    """Delete the temporary files that killed processes of this machine left in ``folder``; returns them.
+
+    A run that is killed while it writes, again and again, must not fill the disk with halves of checkpoints.
+    """
+    deleted = []
+    for file in Path(folder).glob(".*.tmp-*"):
+        number = file.name.rpartition("-")[2]
+        if number.isdigit() and not _is_alive(int(number)):
+            try:
+                file.unlink()
+                deleted.append(file)
+            except OSError as error:
+                logger.warning("cannot delete the temporary file %s: %s", file, error)
+    return deleted
+
+
+def _is_alive(process: int) -> bool:
+    if os.name == "nt":  # there is no such question there, and asking it would end the process
+        return True
+    if process == os.getpid():
+        return False  # it starts only now: an earlier process had the same number
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is there, but another user's
+        return True
+    return True
 
 
 def _changed(file: Path) -> float:

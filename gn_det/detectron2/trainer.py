@@ -14,6 +14,7 @@ from detectron2.evaluation import COCOEvaluator
 from torch import nn
 
 from gn_det.checkpoint.io import atomic_write
+from gn_det.checkpoint.last import remove_leftovers
 from gn_det.config import dump_config
 from gn_det.detectron2.config import has_gn_keys, trainer_keys_are_read
 from gn_det.detectron2.datasets import name_by_files
@@ -167,6 +168,7 @@ class Trainer(DefaultTrainer):
         if dist.rank() != 0:
             return
         fresh = self._point is None
+        remove_leftovers(self._folder)
         check_space(self._folder, self._learner.model, replaced=fresh)
         if fresh:
             start_afresh(self._folder, keep=self.cfg.MODEL.WEIGHTS)

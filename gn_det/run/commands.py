@@ -19,6 +19,7 @@ from torch import nn
 
 import gn_det
 from gn_det.checkpoint.io import atomic_write, read_checkpoint
+from gn_det.checkpoint.last import remove_leftovers
 from gn_det.checkpoint.meta import read_meta
 from gn_det.config import dump_config
 from gn_det.errors import ConfigError, WeightsError
@@ -159,6 +160,7 @@ def _train(engine: Engine, cfg: CfgNode, resume: bool) -> dict[str, float]:
     if point is None:
         load_initial(cfg, model)
     if dist.rank() == 0:
+        remove_leftovers(cfg.OUTPUT_DIR)
         check_space(Path(cfg.OUTPUT_DIR), model, replaced=point is None)
         if point is None:
             start_afresh(Path(cfg.OUTPUT_DIR), keep=cfg.MODEL.WEIGHTS)

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 WINDOW = 20
+#: Times measure the machine that a run happens to be on; a resumed run measures its own.
+_OF_THIS_MACHINE = ("time", "eta_seconds")
 
 
 @dataclass
@@ -69,9 +71,25 @@ class EventLog:
                 out.setdefault(history.iteration, {})[name] = value
         return dict(sorted(out.items()))
 
+    def dump(self) -> dict[str, Any]:
+        """What a resumed run needs in order to write the same medians: the last window of every smoothed scalar."""
+        kept = {k: h for k, h in self.histories.items() if (h.smooth or k == "lr") and k not in _OF_THIS_MACHINE}
+        return {
+            name: [h.smooth, list(h.values)[-WINDOW:], h.iteration, h.count, h.mean] for name, h in sorted(kept.items())
+        }
+
+    def restore(self, dumped: Mapping[str, Any]) -> None:
+        """Inverse of :meth:`dump`."""
+        for name, (smooth, values, iteration, count, mean) in dumped.items():
+            history = History(bool(smooth), iteration=int(iteration), count=int(count), mean=float(mean))
+            history.values.extend(values)
+            self.histories[name] = history
+
 
 class EventWriter(Protocol):
-    """Receives the event log now and then."""
+    """Receives the event log now and then; ``written`` is the last iteration that it has."""
+
+    written: int
 
     def write(self, log: EventLog) -> None: ...
 
@@ -79,17 +97,20 @@ class EventWriter(Protocol):
 
 
 class JsonWriter:
-    """One JSON object a line, appended. A value that is not a finite number is written as ``null`` (valid JSON)."""
+    """One JSON object a line, appended. A value that is not a finite number is written as ``null`` (valid JSON).
 
-    def __init__(self, path: str) -> None:
+    What lies up to iteration ``written`` is in the file already.
+    """
+
+    def __init__(self, path: str, written: int = -1) -> None:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
-        self._written = -1
+        self.written = written
 
     def write(self, log: EventLog) -> None:
-        for iteration, scalars in log.newer_than(self._written).items():
+        for iteration, scalars in log.newer_than(self.written).items():
             record = {k: (v if math.isfinite(v) else None) for k, v in scalars.items()}
             self._file.write(json.dumps({**record, "iteration": iteration}, sort_keys=True, ensure_ascii=False) + "\n")
-            self._written = iteration
+            self.written = iteration
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -100,20 +121,21 @@ class JsonWriter:
 class TensorBoardWriter:
     """TensorBoard scalars under the same names; the event file is made at the first write."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, written: int = -1) -> None:
         self._folder = folder
-        self._written = -1
+        self.written = written
+        self._purge = None if written < 0 else written + 1  # what a killed run drew beyond it is hidden
         self._writer: Any = None
 
     def write(self, log: EventLog) -> None:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(log_dir=self._folder)
-        for iteration, scalars in log.newer_than(self._written).items():
+            self._writer = SummaryWriter(log_dir=self._folder, purge_step=self._purge)
+        for iteration, scalars in log.newer_than(self.written).items():
             for name, value in scalars.items():
                 self._writer.add_scalar(name, value, iteration)
-            self._written = iteration
+            self.written = iteration
         self._writer.flush()
 
     def close(self) -> None:

@@ -134,7 +134,12 @@ def make_keeper(
     terminal: bool | None = None,
 ) -> Keeper:
     """The keeper of a run from ``state`` on; opens the files of OUTPUT_DIR, so it must be closed."""
-    recorder = Recorder(cfg, EventLog(), _writers(cfg, state.iteration), learner.iteration, terminal=terminal)
+    log, written = EventLog(), None
+    logs = resume.payload.get("logs") if resume is not None else None
+    if logs:  # a file of another tool, or an old one of ours, has none
+        log.restore(logs["scalars"])
+        written = int(logs["written"])
+    recorder = Recorder(cfg, log, _writers(cfg, state.iteration, written), learner.iteration, terminal=terminal)
     return Keeper(cfg, meta, state, learner, recorder, evaluate, resume.payload if resume is not None else None)
 
 
@@ -151,6 +156,8 @@ def iterations_left(cfg: CfgNode, keeper: Keeper) -> int:
     if missed and keeper.evaluation_due(state.iteration + 1, left <= 0):
         logger.info("The evaluation due after iteration %d did not finish; it runs now.", state.iteration)
         keeper.run_evaluation()
+    if state.iteration >= 0:
+        keeper.recorder.write_if_due(state.iteration)
     if left <= 0:
         logger.info(
             "Nothing left to train: iteration %d is done and SOLVER.MAX_ITER is %d; raise SOLVER.MAX_ITER to go on.",
@@ -165,13 +172,16 @@ def local_device(device: str) -> str:
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and dist.world_size() > 1 else device
 
 
-def _writers(cfg: CfgNode, iteration: int) -> list[EventWriter]:
+def _writers(cfg: CfgNode, iteration: int, written: int | None) -> list[EventWriter]:
+    """Of rank 0: the files go on after ``written``, or where that is not known after ``iteration``."""
     if dist.rank() != 0:
         return []
     folder = Path(cfg.OUTPUT_DIR)
     if iteration >= 0:
-        trim_metrics(folder, iteration)
-    return [JsonWriter(os.fspath(folder / METRICS)), TensorBoardWriter(os.fspath(folder))]
+        trim_metrics(folder, iteration, written)
+    # the last evaluation of a finished run stands one beyond its last iteration
+    start = min(written if written is not None else iteration, iteration)
+    return [JsonWriter(os.fspath(folder / METRICS), start), TensorBoardWriter(os.fspath(folder), start)]
 
 
 def _say_resumed(resume: Resume, state: RunState, cfg: CfgNode, momentum: str) -> None:

@@ -207,6 +207,7 @@ class Keeper:
                     scheduler=learner.scheduler,
                     scaler=learner.scaler.state_dict() if learner.scaler is not None else None,
                     rng=rng,
+                    logs=self.recorder.dump(),
                 )
                 save_checkpoint(self.folder / name, payload)
                 write_last(self.folder, name)

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from gn_det.checkpoint.catalog import split_options
+from gn_det.checkpoint.io import atomic_write
 from gn_det.checkpoint.last import LAST
 from gn_det.errors import TrainingError
 
@@ -110,10 +111,15 @@ def numbered(iteration: int) -> str:
     return f"model_{iteration:07d}.pth"
 
 
-def trim_metrics(folder: Path, iteration: int) -> None:
-    """Drop the lines of metrics.json that lie beyond ``iteration``, which a resumed run writes again.
+def trim_metrics(folder: Path, iteration: int, written: int | None = None) -> None:
+    """Drop the lines of metrics.json that a run resumed after ``iteration`` writes again.
 
     Without this a run that died 15 iterations after its checkpoint would leave those iterations in the file twice.
+
+    Args:
+        folder: OUTPUT_DIR.
+        iteration: last one of the checkpoint.
+        written: last one in the file when the checkpoint was made, where that is known.
     """
     import json
 
@@ -125,14 +131,13 @@ def trim_metrics(folder: Path, iteration: int) -> None:
         try:
             record = json.loads(line)
             # the last evaluation of a finished run stands one beyond its last iteration
-            later = record["iteration"] > iteration + ("total_loss" not in record)
+            later = record["iteration"] > (iteration + ("total_loss" not in record) if written is None else written)
         except (ValueError, KeyError, TypeError):  # a line cut short by a crash
             later = True
         dropped += later
         if not later:
             kept.append(line)
     if dropped:
-        temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        text = "".join(f"{line}\n" for line in kept)
+        atomic_write(path, lambda file: file.write(text.encode()))
         logger.info("%d line(s) of %s after iteration %d dropped; they are written again.", dropped, path, iteration)

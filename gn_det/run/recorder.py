@@ -76,6 +76,15 @@ class Recorder:
                 "on with --resume"
             ) from error
 
+    def dump(self) -> dict[str, Any]:
+        """For the checkpoint: the scalars' windows, and what the files hold already."""
+        return {"scalars": self.events.dump(), "written": max((w.written for w in self.writers), default=-1)}
+
+    def write_if_due(self, iteration: int) -> None:
+        """What a killed run did not get to: the lines due after the last iteration of its checkpoint."""
+        if (iteration + 1) % WINDOW == 0 or iteration + 1 >= self.total:
+            self.write()
+
     def rest(self) -> None:
         """Start timing the next iteration here: what came before (evaluation, checkpoints) is not counted."""
         self._mark = time.perf_counter()

@@ -103,6 +103,7 @@ def build_payload(
     scheduler: LRScheduler | None = None,
     scaler: Mapping[str, Any] | None = None,
     rng: Sequence[Mapping[str, Any]] = (),
+    logs: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Content of a checkpoint file; without an optimizer only weights and metadata (``model_best.pth``).
 
@@ -130,6 +131,7 @@ def build_payload(
         payload["scheduler"] = {"base_lrs": list(scheduler.base_lrs), "last_epoch": int(scheduler.last_epoch)}
         payload["grad_scaler"] = dict(scaler) if scaler else None
         payload["rng"] = list(rng)
+        payload["logs"] = dict(logs or {})
         payload["trainer"] = _for_detectron2(payload)
     return payload
 

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from gn_det.checkpoint.io import save_checkpoint
-from gn_det.checkpoint.last import prune, read_last, write_last
+from gn_det.checkpoint.last import prune, read_last, remove_leftovers, write_last
 from gn_det.checkpoint.meta import build_meta, config_of_checkpoint, read_meta
 from gn_det.config import get_cfg
 from gn_det.errors import WeightsError
@@ -64,6 +64,49 @@ def test_falls_back_to_the_newest_readable_with_a_warning(
         file.write_bytes(b"x")
     with pytest.raises(WeightsError, match="none of its"):
         read_last(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "zeroed", "one bit in a tensor", "page of zeros"])
+def test_a_damaged_newest_checkpoint_falls_back(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    """torch itself reads a file with a flipped bit without a word; the archive's checksums tell."""
+    paths = [tmp_path / f"model_{i:07d}.pth" for i in (1, 2)]
+    for path in paths:
+        save_checkpoint(
+            path, {"model": {"w": torch.full((3000,), 1.5)}, "iteration": int(path.stem[6:]), "optimizer": {}}
+        )
+    save_checkpoint(tmp_path / "model_best.pth", {"model": {"w": torch.ones(3)}, "iteration": 2})
+    write_last(tmp_path, paths[1].name)
+    whole = bytearray(paths[1].read_bytes())
+    middle = whole.index(torch.full((8,), 1.5).numpy().tobytes()) + 4800
+    if damage == "truncated":
+        del whole[middle:]
+    elif damage == "zeroed":
+        whole[:] = bytes(len(whole))
+    elif damage == "page of zeros":
+        whole[middle : middle + 4096] = bytes(4096)
+    else:
+        whole[middle] ^= 1
+    paths[1].write_bytes(whole)
+    if damage == "one bit in a tensor":
+        assert not torch.equal(torch.load(paths[1])["model"]["w"], torch.full((3000,), 1.5))
+    with caplog.at_level(logging.WARNING):
+        assert read_last(tmp_path) == paths[0]  # not model_best.pth, which has no momentum to go on with
+    assert paths[1].name in caplog.text and f"going on from {paths[0]}" in caplog.text
+
+
+def test_leftovers_of_killed_processes(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    dead, own, alive, other = (
+        tmp_path / f".model_0000001.pth.tmp-{n}" for n in (gone.pid, os.getpid(), os.getppid(), "x")
+    )
+    for file in (dead, own, alive, other):
+        file.touch()
+    assert set(remove_leftovers(tmp_path)) == {dead, own}
+    assert alive.exists() and other.exists()
 
 
 def test_prune_keeps_the_last_ones_and_what_has_a_name(tmp_path: Path) -> None:

@@ -264,3 +264,35 @@ def test_model_of_another_shape_cannot_be_resumed(tmp_path: Path) -> None:
     model.fc = nn.Linear(8, 9)
     with pytest.raises(TrainingError.__base__, match=r"fc\.weight"):
         run(tmp_path, max_iter=6, model=model, resume=True)
+
+
+def test_disk_full_at_a_checkpoint_keeps_the_old_one_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third checkpoint does not fit; with space again, --resume ends as the run that never noticed."""
+    import errno
+
+    from gn_det.checkpoint import io
+
+    write, written = io._ErrorKeeper.write, 0
+
+    def full(self: Any, data: Any) -> int:
+        nonlocal written
+        written += len(data)
+        if written > 2.5 * size:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, data)
+
+    run(tmp_path / "whole", ["SOLVER.CHECKPOINT_PERIOD", 3])
+    size = (tmp_path / "whole" / "model_0000005.pth").stat().st_size
+    cut = tmp_path / "cut"
+    with monkeypatch.context() as patch:
+        patch.setattr(io._ErrorKeeper, "write", full)
+        with pytest.raises(TrainingError, match=r"model_0000008.pth: .*No space left.*free space .*--resume") as told:
+            run(cut, ["SOLVER.CHECKPOINT_PERIOD", 3])
+    assert "\n" not in str(told.value)
+    assert sorted(f.name for f in cut.glob("*.pth*")) == ["model_0000002.pth", "model_0000005.pth"]
+    assert not list(cut.glob(".*"))
+    run(cut, ["SOLVER.CHECKPOINT_PERIOD", 3], resume=True)
+    assert same(weights(tmp_path / "whole" / "model_final.pth"), weights(cut / "model_final.pth"))
+    assert [e["total_loss"] for e in lines(cut)] == [e["total_loss"] for e in lines(tmp_path / "whole")]
