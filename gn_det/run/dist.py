@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import pickle
 import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from gn_det.errors import ConfigError, UserError
+from gn_det.errors import ConfigError, TrainingError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -194,48 +197,96 @@ def _spawn(function: Callable[..., Any], args: tuple[Any, ...], plan: tuple[Any,
                 os.kill(worker.pid, number)
 
     old = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)} if in_main_thread() else {}
+    ended: list[tuple[int, int]] = []
     try:
-        _wait(workers)
+        ended = _wait(workers)
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
         for worker in workers:
             if worker.is_alive():
                 worker.kill()
-    _raise_first_error(Path(plan[-1]), workers)
+    _raise_first_error(Path(plan[-1]), ended)
 
 
 def in_main_thread() -> bool:
-    import threading
-
     return threading.current_thread() is threading.main_thread()
 
 
-def _wait(workers: list[Any]) -> None:
-    """Until all are done, or one failed and the others had time to notice."""
+def _wait(workers: list[Any]) -> list[tuple[int, int]]:
+    """Until all are done, or one failed and the others had time to notice.
+
+    Returns:
+        (number, exit code) of those that failed by themselves: first those ended by a signal, then in order of time.
+    """
+    ended: list[tuple[int, int]] = []
+    seen: set[int] = set()
     failed_at: float | None = None
-    while any(w.is_alive() for w in workers):
-        for worker in workers:
-            worker.join(0.1)
-        if failed_at is None and any(w.exitcode not in (None, 0) for w in workers):
-            failed_at = time.monotonic()
+    while len(seen) < len(workers):
+        wait_for([w.sentinel for i, w in enumerate(workers) if i not in seen], timeout=0.2)
+        for index, worker in enumerate(workers):
+            if index not in seen and worker.exitcode is not None:
+                seen.add(index)
+                if worker.exitcode:
+                    ended.append((index, worker.exitcode))
+                    failed_at = failed_at or time.monotonic()
         if failed_at is not None and time.monotonic() - failed_at > _GRACE_SECONDS:
-            return
+            break
+    # a process that loses its partner fails a moment later, and at times is seen first
+    return sorted(ended, key=lambda pair: pair[1] > 0)
 
 
-def _raise_first_error(box: Path, workers: list[Any]) -> None:
-    errors = [pickle.loads(f.read_bytes()) for f in sorted(box.glob("error-*"))]
-    for error in errors:  # a user's mistake explains the others, which only lost their partner
+def _raise_first_error(box: Path, ended: list[tuple[int, int]]) -> None:
+    """The error that explains the others, which only lost their partner.
+
+    Raises:
+        UserError: a user's mistake, whoever made it; or a process was killed by the system.
+        RuntimeError: a defect, with the trace of the process that failed first.
+    """
+    files = sorted(box.glob("error-*"), key=lambda f: f.stat().st_mtime_ns)
+    errors = [(f.name.removeprefix("error-"), pickle.loads(f.read_bytes())) for f in files]
+    for _, error in errors:
         if isinstance(error, UserError):
             raise error
-    for error in errors:
-        raise RuntimeError(f"a training process failed:\n{error}")
-    for i, worker in enumerate(workers):
-        if worker.exitcode != 0:
-            raise RuntimeError(f"training process {i} ended with exit code {worker.exitcode} (killed for memory?)")
+    for index, code in ended:
+        if code < 0:
+            raise TrainingError(
+                f"training process {index} was ended by {_signal_name(-code)}, most likely for lack of memory, and the "
+                "others with it: lower SOLVER.IMS_PER_BATCH, DATALOADER.NUM_WORKERS or INPUT.MAX_SIZE_TRAIN, or give "
+                "the machine more memory, then go on with --resume"
+            )
+    for index, error in errors:
+        raise RuntimeError(f"training process {index} failed first:\n{error}")
+    for index, code in ended:
+        raise RuntimeError(f"training process {index} ended with exit code {code} and without a word")
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone, however it ended.
+
+    After a kill -9 of the parent nobody would stop the ranks: they would train on, or wait for each other for half an
+    hour, unseen, with the machine's memory.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        wait_for([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, name="gn_det-parent-watch", daemon=True).start()
 
 
 def _worker(index: int, function: Callable[..., Any], args: tuple[Any, ...], plan: tuple[Any, ...]) -> None:
+    _end_with_parent()
     device, num_gpus, num_machines, machine_rank, dist_url, box = plan
     number = machine_rank * num_gpus + index
     os.environ.update(
