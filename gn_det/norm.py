@@ -10,7 +10,7 @@ Shape letters: N samples (images or RoIs), C channels, H, W rows and columns.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gn_det.errors import ConfigError
+from gn_det.kernels import group_norm_act, takes_kernels
 
 NORM_NAMES = ("GN", "LN", "IN", "BN", "SyncBN", "FrozenBN", "")
 
@@ -27,17 +28,21 @@ NormSpec = str | Callable[[int], nn.Module] | None
 
 @dataclass(frozen=True)
 class GroupRule:
-    """How many groups a GN layer of C channels gets.
+    """How many groups a GN layer of C channels gets, and how it is computed.
 
     Attributes:
         num_groups: groups of every layer, used while ``channels_per_group`` is 0.
         channels_per_group: if positive, a layer of C channels gets C / channels_per_group groups instead.
         eps: added to the variance; LN and IN use it too.
+        fused, recompute: see :func:`gn_det.kernels.group_norm_act`. They change no result, so rules that differ only
+            here are equal.
     """
 
     num_groups: int = 32
     channels_per_group: int = 0
     eps: float = 1e-5
+    fused: str = field(default="auto", compare=False)
+    recompute: bool = field(default=False, compare=False)
 
     def groups(self, num_channels: int, layer: str = "") -> int:
         """Number of groups for ``num_channels`` channels.
@@ -69,18 +74,49 @@ class GroupNorm(nn.GroupNorm):
         num_channels: C.
         eps: added to the variance.
         kind: "GN", "LN" or "IN"; only shown (census, repr).
+        fused, recompute: see :func:`gn_det.kernels.group_norm_act`.
     """
 
-    def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5, *, kind: str = "GN") -> None:
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        *,
+        kind: str = "GN",
+        fused: str = "auto",
+        recompute: bool = False,
+    ) -> None:
         super().__init__(num_groups, num_channels, eps=eps, affine=True)
         self.kind = kind
+        self.fused = fused
+        self.recompute = recompute
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize ``x`` (N, C, ...); N may be 0, and gamma and beta then get zero gradients."""
-        if x.shape[0] == 0:
-            # Not every backend launches on an empty batch; the product keeps gamma and beta in the graph (DDP).
-            return x + (self.weight.sum() + self.bias.sum()).to(x.dtype)
-        return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """Normalize ``x`` (N, C, ...), add ``residual``, and apply a ReLU if asked to.
+
+        N may be 0; gamma and beta then get zero gradients.
+        """
+        if not torch.jit.is_scripting():
+            return group_norm_act(
+                x,
+                self.num_groups,
+                self.weight,
+                self.bias,
+                self.eps,
+                residual,
+                "relu" if relu else "none",
+                fused=self.fused,
+                recompute=self.recompute,
+            )
+        x = F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+        if residual is not None:
+            x += residual
+        return F.relu_(x) if relu else x
+
+    def takes_over(self, x: Tensor) -> bool:
+        """Whether this layer should be given the add and the ReLU that follow it."""
+        return self.recompute or takes_kernels(x, self.fused)
 
     def extra_repr(self) -> str:
         return f"{self.num_groups}, {self.num_channels}, eps={self.eps}, kind={self.kind}"
@@ -158,6 +194,21 @@ def freeze_batch_norm(module: nn.Module) -> nn.Module:
     return module
 
 
+def norm_act(norm: nn.Module | None, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+    """``relu(norm(x) + residual)``, each of the three left out where it is None or False.
+
+    ``x`` and what the norm returns may be overwritten: neither norms nor convolutions need their own output.
+    """
+    if isinstance(norm, GroupNorm) and (relu or residual is not None) and norm.takes_over(x):
+        y: Tensor = norm(x, residual, relu)
+        return y
+    if norm is not None:
+        x = norm(x)
+    if residual is not None:
+        x += residual
+    return F.relu_(x) if relu else x
+
+
 def get_norm(
     norm: NormSpec, num_channels: int, *, layer: str = "", groups: GroupRule | None = None
 ) -> nn.Module | None:
@@ -178,11 +229,15 @@ def get_norm(
         return norm(num_channels)
     rule = groups if groups is not None else GroupRule()
     if norm == "GN":
-        return GroupNorm(rule.groups(num_channels, layer), num_channels, rule.eps)
-    if norm == "LN":
-        return GroupNorm(1, num_channels, rule.eps, kind="LN")
-    if norm == "IN":
-        return GroupNorm(num_channels, num_channels, rule.eps, kind="IN")
+        number = rule.groups(num_channels, layer)
+    elif norm in ("LN", "IN"):
+        number = 1 if norm == "LN" else num_channels
+    else:
+        return _batch_norm(norm, num_channels, layer)
+    return GroupNorm(number, num_channels, rule.eps, kind=norm, fused=rule.fused, recompute=rule.recompute)
+
+
+def _batch_norm(norm: str, num_channels: int, layer: str) -> nn.Module:
     simple: dict[str, Callable[[int], nn.Module]] = {
         "BN": nn.BatchNorm2d,
         "SyncBN": nn.SyncBatchNorm,

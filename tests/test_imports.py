@@ -13,6 +13,18 @@ PACKAGE = Path(__file__).resolve().parent.parent / "gn_det"
 
 #: room -> rooms of gn_det that it must not import
 FORBIDDEN = {
+    "kernels": {
+        "norm",
+        "modeling",
+        "run",
+        "training",
+        "data",
+        "config",
+        "checkpoint",
+        "evaluation",
+        "detectron2",
+        "cli",
+    },
     "norm": {"modeling", "run", "training", "data", "config", "checkpoint", "evaluation", "detectron2", "cli"},
     "modeling": {"run", "training", "data", "evaluation", "checkpoint", "detectron2", "cli"},
     "config": {"modeling", "run", "training", "data", "evaluation", "checkpoint", "detectron2", "cli"},

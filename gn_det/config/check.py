@@ -37,6 +37,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "MODEL.KEYPOINT_ON": (False,),
     "MODEL.LOAD_PROPOSALS": (False,),
     "MODEL.BACKBONE.NAME": ("build_resnet_backbone", "build_resnet_fpn_backbone"),
+    "MODEL.GN.FUSED": ("auto", "on", "off"),
     "MODEL.FPN.NORM": NORMS,
     "MODEL.FPN.FUSE_TYPE": ("sum", "avg"),
     "MODEL.RESNETS.DEPTH": (18, 34, 50, 101, 152),

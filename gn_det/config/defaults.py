@@ -53,6 +53,12 @@ def add_gn_keys(cfg: CN) -> None:
     cfg.MODEL.GN.CHANNELS_PER_GROUP = 0
     # Added to the variance.
     cfg.MODEL.GN.EPS = 1e-5
+    # Kernels that fuse GN, add and ReLU: "on" where they can run (a GPU with Triton), "off" never, "auto" where they
+    # were measured to be better than torch's: nowhere yet. Same weights, same results within rounding. Quote "on" and
+    # "off" in YAML, where the bare words mean true and false.
+    cfg.MODEL.GN.FUSED = "auto"
+    # Keep one activation less for each GN + ReLU in training, and compute it again in the backward pass.
+    cfg.MODEL.GN.RECOMPUTE = False
     # Filled at run time from the data set, stored in checkpoints, used at predict.
     cfg.MODEL.CLASS_NAMES = ()
     # Own data in COCO format; both set: they take the place of DATASETS.TRAIN / DATASETS.TEST.

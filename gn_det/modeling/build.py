@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from gn_det.errors import ConfigError
+from gn_det.kernels.dispatch import MODES
 from gn_det.modeling.anchors import AnchorGenerator
 from gn_det.modeling.boxes import BoxCoder
 from gn_det.modeling.fpn import FPN
@@ -33,7 +34,11 @@ def group_rule(cfg: Cfg) -> GroupRule:
     gn = cfg.MODEL.get("GN", None)
     if gn is None:
         return GroupRule()
-    return GroupRule(gn.NUM_GROUPS, gn.CHANNELS_PER_GROUP, gn.EPS)
+    # Configs stored before there were these two keys lack them.
+    fused, recompute = gn.get("FUSED", "auto"), bool(gn.get("RECOMPUTE", False))
+    if fused not in MODES:
+        raise ConfigError(f"MODEL.GN.FUSED = {fused!r}: use one of {', '.join(MODES)}")
+    return GroupRule(gn.NUM_GROUPS, gn.CHANNELS_PER_GROUP, gn.EPS, fused, recompute)
 
 
 def build_model(cfg: Cfg) -> MaskRCNN:

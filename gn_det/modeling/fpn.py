@@ -93,12 +93,10 @@ class FPN(nn.Module):
         outputs: list[Tensor] = []
         merged: Tensor | None = None
         for feature, level in zip(reversed(self.in_features), reversed(self.levels)):
-            lateral = getattr(self, f"fpn_lateral{level}")(features[feature])
-            if merged is not None:
-                # In place: no norm or convolution needs its own output for the backward pass.
-                lateral += F.interpolate(merged, scale_factor=2.0, mode="nearest")
-                if self.average:
-                    lateral /= 2
+            above = None if merged is None else F.interpolate(merged, scale_factor=2.0, mode="nearest")
+            lateral = getattr(self, f"fpn_lateral{level}")(features[feature], above)
+            if above is not None and self.average:
+                lateral /= 2
             merged = lateral
             outputs.append(getattr(self, f"fpn_output{level}")(merged))
         outputs.reverse()

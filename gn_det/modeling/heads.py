@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import batched_nms
 
+from gn_det.kernels import saving
 from gn_det.modeling import boxes as box_ops
 from gn_det.modeling.boxes import BoxCoder
 from gn_det.modeling.layers import ConvNorm, fill_msra, fill_normal, fill_xavier
@@ -80,9 +81,10 @@ class BoxHead(nn.Module):
         """(P, C, S, S) to (P, output_size)."""
         for name in self.convs:
             x = getattr(self, name)(x)
-        x = torch.flatten(x, 1)
-        for name in self.fcs:
-            x = F.relu_(getattr(self, name)(x))
+        with saving(x):
+            x = torch.flatten(x, 1)
+            for name in self.fcs:
+                x = F.relu_(getattr(self, name)(x))
         return x
 
 
@@ -240,7 +242,9 @@ class MaskHead(nn.Module):
         """(P, C, S, S) to logits (P, K, 2 * S, 2 * S)."""
         for name in self.convs:
             x = getattr(self, name)(x)
-        return self.predictor(F.relu_(self.deconv(x)))
+        with saving(x):
+            x = self.deconv(x)
+        return self.predictor(F.relu_(x))
 
 
 def mask_loss(logits: Tensor, classes: Tensor, targets: Tensor, metrics: Metrics) -> Tensor:

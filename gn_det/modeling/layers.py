@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gn_det.norm import GroupRule, NormSpec, get_norm
+from gn_det.kernels import saving
+from gn_det.norm import GroupRule, NormSpec, get_norm, norm_act
 
 
 class FeatureSpec(NamedTuple):
@@ -21,7 +23,7 @@ class FeatureSpec(NamedTuple):
 
 
 class ConvNorm(nn.Conv2d):
-    """2D convolution, then an optional norm, then an optional in-place ReLU.
+    """2D convolution, then an optional norm, an optional addition and an optional ReLU.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, conv_groups, bias: the convolution.
@@ -60,11 +62,17 @@ class ConvNorm(nn.Conv2d):
         self.norm = get_norm(norm, out_channels, layer=layer, groups=groups)
         self.relu = relu
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, out_channels, H', W'); N may be 0."""
+    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        """(N, C, H, W) to (N, out_channels, H', W'); N may be 0. ``shortcut``, of that shape, is added to the norm."""
+        if not torch.jit.is_scripting():
+            with saving(x):
+                x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+            return norm_act(self.norm, x, shortcut, self.relu)
         x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
         if self.norm is not None:
             x = self.norm(x)
+        if shortcut is not None:
+            x += shortcut
         return F.relu_(x) if self.relu else x
 
 

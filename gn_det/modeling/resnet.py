@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gn_det.errors import ConfigError
+from gn_det.kernels import saving
 from gn_det.modeling.layers import ConvNorm, FeatureSpec, fill_msra
 from gn_det.norm import GroupRule, NormSpec, freeze_batch_norm
 
@@ -69,11 +71,15 @@ class BasicStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) to (N, out_channels, ceil(H / 4), ceil(W / 4))."""
-        return F.max_pool2d(self.conv1(x), kernel_size=3, stride=2, padding=1)
+        x = self.conv1(x)
+        if not torch.jit.is_scripting():
+            with saving(x):
+                return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+        return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
 
 
 class ResidualBlock(nn.Module):
-    """Shared end of the residual blocks: add the shortcut, then ReLU."""
+    """Shared by the residual blocks, whose last convolution adds the shortcut and applies the last ReLU."""
 
     shortcut: ConvNorm | None
 
@@ -95,16 +101,6 @@ class ResidualBlock(nn.Module):
             groups=groups,
             layer=f"{layer}.shortcut",
         )
-
-    def residual(self, x: Tensor) -> Tensor:
-        """The branch that is added to the shortcut."""
-        raise NotImplementedError
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride))."""
-        out = self.residual(x)
-        out += x if self.shortcut is None else self.shortcut(x)
-        return F.relu_(out)
 
 
 class BasicBlock(ResidualBlock):
@@ -134,14 +130,23 @@ class BasicBlock(ResidualBlock):
             layer=f"{layer}.conv1",
         )
         self.conv2 = ConvNorm(
-            out_channels, out_channels, kernel_size=3, padding=1, norm=norm, groups=groups, layer=f"{layer}.conv2"
+            out_channels,
+            out_channels,
+            kernel_size=3,
+            padding=1,
+            norm=norm,
+            groups=groups,
+            relu=True,
+            layer=f"{layer}.conv2",
         )
         for conv in (self.conv1, self.conv2, self.shortcut):
             if conv is not None:
                 fill_msra(conv)
 
-    def residual(self, x: Tensor) -> Tensor:
-        return self.conv2(self.conv1(x))
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride))."""
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        return self.conv2(self.conv1(x), shortcut)
 
 
 class BottleneckBlock(ResidualBlock):
@@ -198,13 +203,17 @@ class BottleneckBlock(ResidualBlock):
             relu=True,
             layer=f"{layer}.conv2",
         )
-        self.conv3 = ConvNorm(width, out_channels, kernel_size=1, norm=norm, groups=groups, layer=f"{layer}.conv3")
+        self.conv3 = ConvNorm(
+            width, out_channels, kernel_size=1, norm=norm, groups=groups, relu=True, layer=f"{layer}.conv3"
+        )
         for conv in (self.conv1, self.conv2, self.conv3, self.shortcut):
             if conv is not None:
                 fill_msra(conv)
 
-    def residual(self, x: Tensor) -> Tensor:
-        return self.conv3(self.conv2(self.conv1(x)))
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride))."""
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        return self.conv3(self.conv2(self.conv1(x)), shortcut)
 
 
 def make_bottleneck_stage(

@@ -1,0 +1,145 @@
+"""The door to fused GroupNorm: which way is taken, and the plain one."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gn_det.kernels import launch, recompute
+
+logger = logging.getLogger(__name__)
+
+ACTIVATIONS = ("relu", "none")
+MODES = ("auto", "on", "off")
+
+#: (device name, dtype) for which benchmarks/group_norm.py found the kernels to be better than torch's. It is empty
+#: because no GPU has run them yet: "auto" is the plain way everywhere.
+MEASURED_BETTER: frozenset[tuple[str, torch.dtype]] = frozenset()
+
+
+def group_norm_act(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    act: str = "relu",
+    *,
+    fused: str = "auto",
+    recompute: bool = False,
+) -> Tensor:
+    """``act(group_norm(x) + residual)``.
+
+    The plain way is ``F.group_norm``, an in-place add and an in-place ReLU. The fused way is one operator whose
+    arithmetic is fp32 and rounded once; under autocast it answers in the dtype of ``x``.
+
+    Args:
+        x: (N, C, ...), N may be 0; NCHW or channels_last, answered in the same layout by the fused way.
+        num_groups: G; divides C.
+        weight, bias: gamma and beta (C,), any floating dtype, or None (plain way).
+        eps: added to the variance.
+        residual: added before the activation, shape of ``x``.
+        act: "relu" or "none".
+        fused: "on" takes the Triton kernels wherever they can run; "off" never; "auto" where they were measured to be
+            better (:data:`MEASURED_BETTER`).
+        recompute: with a ReLU and no residual, keep x instead of the result and make it again in the backward pass;
+            for the reader see :func:`gn_det.kernels.recompute.saving`.
+
+    Raises:
+        ValueError: unknown ``act`` or ``fused``.
+    """
+    if act not in ACTIVATIONS or fused not in MODES:
+        raise ValueError(f"act={act!r}, fused={fused!r}: use one of {ACTIVATIONS} and one of {MODES}")
+    relu = act == "relu"
+    lean = recompute and relu and residual is None and not _exporting() and not torch.compiler.is_compiling()
+    if weight is not None and bias is not None:
+        if takes_kernels(x, fused) and (residual is None or residual.shape == x.shape):
+            return _fused(x, num_groups, weight, bias, eps, residual, relu, lean)
+        if lean and x.shape[0] > 0:
+            return _lean_plain(x, num_groups, weight, bias, eps)
+    return plain(x, num_groups, weight, bias, eps, residual, relu)
+
+
+def takes_kernels(x: Tensor, fused: str) -> bool:
+    """Whether :func:`group_norm_act` launches kernels for ``x``."""
+    if fused == "off" or _exporting():
+        return False
+    if fused == "auto":
+        # A name is asked for only where it could matter: this runs for every layer.
+        return bool(MEASURED_BETTER) and launch.can_launch(x) and (_name(x.device), x.dtype) in MEASURED_BETTER
+    if launch.can_launch(x):
+        return True
+    _say_plain(x.device.type, x.dtype)
+    return False
+
+
+@functools.cache
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@functools.cache
+def _say_plain(kind: str, dtype: torch.dtype) -> None:
+    why = "Triton is not installed" if kind == "cuda" and not launch.has_triton() else f"{kind} and {dtype}"
+    logger.warning("fused GroupNorm was asked for; torch's own is used (%s has no kernel).", why)
+
+
+def _exporting() -> bool:
+    """An exported graph must run where gn_det is not installed."""
+    return bool(torch.jit.is_tracing() or torch.onnx.is_in_onnx_export())
+
+
+def _fused(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    relu: bool,
+    lean: bool,
+) -> Tensor:
+    from gn_det.kernels import ops  # noqa: F401 - registers the operators
+
+    y, mean, rstd = torch.ops.gn_det.group_norm_act(x, weight, bias, residual, groups, eps, relu)
+    if lean and y.requires_grad:
+        kept = [t.detach() for t in (x, mean, rstd, weight, bias)]
+        recompute.Recipe(lambda: torch.ops.gn_det.group_norm_apply(*kept, groups, relu)).leave_on(y)
+    result: Tensor = y
+    return result
+
+
+def _lean_plain(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    def again(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return plain(x, groups, weight, bias, eps, None, True)
+
+    return recompute.keep_input(again, x, weight, bias)
+
+
+def plain(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """torch's own operations, one after the other."""
+    y = group_norm(x, num_groups, weight, bias, eps)
+    if residual is not None:
+        y += residual
+    return F.relu_(y) if relu else y
+
+
+def group_norm(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """``F.group_norm`` that takes 0 samples and avoids torch's slow path on CPUs."""
+    if x.shape[0] == 0:
+        # Not every backend launches on an empty batch; the product keeps gamma and beta in the graph (DDP).
+        return x if weight is None or bias is None else x + (weight.sum() + bias.sum()).to(x.dtype)
+    return F.group_norm(x, num_groups, weight, bias, eps)
