@@ -15,6 +15,7 @@ from torch import nn
 
 from gn_det.checkpoint.io import save_checkpoint
 from gn_det.checkpoint.last import prune, write_last
+from gn_det.checkpoint.meta import build_meta
 from gn_det.errors import TrainingError
 from gn_det.run import dist
 from gn_det.run.events import WINDOW
@@ -62,6 +63,8 @@ class Keeper:
         self.folder = Path(cfg.OUTPUT_DIR)
         resumed = resumed or {}
         self._resumed_rng, self._scaler_state = _rng_of(resumed), resumed.get("grad_scaler")
+        learner.keep_in = self.folder
+        learner.about = {"gn_det": build_meta(cfg, meta.class_names, meta.category_ids)}
         self._batch = int(cfg.SOLVER.IMS_PER_BATCH)
         self._signal = 0
         # before the loop's library puts its own in place: ours replace those while training, these come back afterwards

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from gn_det.errors import TrainingError
 from gn_det.run import dist
+from gn_det.run.nonfinite import Pass, diagnose
 
 
 class Learner:
@@ -29,6 +31,8 @@ class Learner:
         lr: learning rate used in it, of the group with most tensors (as Detectron2 reports it).
         stop_requested: set by a signal; every rank sees it in ``stop_everywhere`` at the end of the iteration.
         last_good: path of the newest checkpoint, for messages.
+        keep_in: folder for the batch of a non-finite loss; None keeps none.
+        about: further content of that file.
         waited: seconds waited for the micro-batch at hand; added by whoever waits.
     """
 
@@ -43,6 +47,9 @@ class Learner:
         self.stop_everywhere = False
         self.last_good = ""
         self.waited = 0.0
+        self.keep_in: Path | None = None
+        self.about: dict[str, Any] = {}
+        self._pass: Pass | None = None
         self._current: tuple[dict[str, Tensor], list[str]] = ({}, [])
         self._micro: list[dict[str, float]] = []
         self._waits: list[float] = []
@@ -55,11 +62,13 @@ class Learner:
         Raises:
             TrainingError: training has diverged so far that no proposals can be made.
         """
+        self._pass = Pass.about_to_run(self.model, batch)
         try:
             losses = forward(batch)
         except FloatingPointError as error:  # proposals cannot be made of such predictions: there is no loss to look at
             names = ", ".join(_image_name(s) for s in batch)
-            raise self._not_finite(f"loss_rpn_cls, loss_rpn_loc, images {names} ({error})") from None
+            what = f"loss_rpn_cls, loss_rpn_loc, images {names} ({error})"
+            raise self._not_finite(what, [self._diagnose()]) from None
         self._current = ({k: v.detach() for k, v in losses.items()}, [_image_name(s) for s in batch])
         return torch.stack([v.float() for v in losses.values()]).sum()
 
@@ -96,19 +105,28 @@ class Learner:
 
     def _stop_non_finite(self, names: list[str], rows: list[list[float]], images: list[str]) -> None:
         own = {n: v for n, v in zip(names, rows[dist.rank()]) if not abs(v) < float("inf")}
-        found = [r for r in dist.broadcast(dist.gather_objects((dist.rank(), own, images))) if r[1]]
+        row = (dist.rank(), own, images, self._diagnose() if own else "")
+        found = [r for r in dist.broadcast(dist.gather_objects(row)) if r[1]]
         told = []
-        for rank, losses, batch in found:
+        for rank, losses, batch, _ in found:
             where = f" on GPU {rank}" if len(rows) > 1 else ""
             values = ", ".join(f"{n} = {v:g}" for n, v in losses.items())
             told.append(f"{values}{where}, images {', '.join(batch)}")
-        raise self._not_finite("; ".join(told))
+        raise self._not_finite("; ".join(told), [r[-1] for r in found])
 
-    def _not_finite(self, what: str) -> TrainingError:
+    def _diagnose(self) -> str:
+        """Which layer failed, and where the batch is kept; "" where there is no folder for it."""
+        if self.keep_in is None or self._pass is None:
+            return ""
+        path = self.keep_in / f"nonfinite_{self.iteration:07d}_rank{dist.rank()}.pth"
+        return diagnose(self.model, self._pass, path, {**self.about, "iteration": self.iteration})
+
+    def _not_finite(self, what: str, origins: Sequence[str]) -> TrainingError:
         kept = f"the last good checkpoint is {self.last_good}" if self.last_good else "no checkpoint was written yet"
         return TrainingError(
             f"loss is not finite at iteration {self.iteration}: {what}; the weights were not updated, {kept}: "
             "look at the objects of these images, lower SOLVER.BASE_LR or set SOLVER.CLIP_GRADIENTS.ENABLED True"
+            + "".join(f"; {origin}" for origin in origins if origin)
         )
 
 
