@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gn_det.errors import ConfigError
-from gn_det.norm import FrozenBatchNorm2d, GroupNorm, GroupRule, freeze_batch_norm, get_norm
+from gn_det.norm import FrozenBatchNorm2d, GroupNorm, GroupRule, freeze_batch_norm, get_norm, norm_act
 
 
 def by_definition(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
@@ -121,3 +121,50 @@ def test_fresh_frozen_bn_is_the_identity_and_reads_caffe2_weights() -> None:
 def test_freezing_keeps_group_norm() -> None:
     norm = freeze_batch_norm(nn.Sequential(GroupNorm(2, 4)))[0]
     assert isinstance(norm, GroupNorm)
+
+
+def test_cpu_takes_the_faster_way_for_rois_in_low_precision() -> None:
+    """bf16, channels_last, RoI-sized: over NCHW, answered in channels_last, within a rounding of fp32."""
+    torch.manual_seed(0)
+    norm = get_norm("GN", 32, groups=GroupRule(8))
+    x = torch.randn(8, 32, 7, 7)
+    low = x.bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
+    seen = []
+    real = torch.nn.functional.group_norm
+
+    def spy(x: torch.Tensor, *args: object) -> torch.Tensor:
+        seen.append(x.is_contiguous())
+        return real(x, *args)
+
+    torch.nn.functional.group_norm = spy
+    try:
+        out = norm(low)
+    finally:
+        torch.nn.functional.group_norm = real
+    assert seen == [True] and out.dtype == torch.bfloat16
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out.float(), norm(low.detach().float()), rtol=1e-2, atol=1e-2)
+    out.sum().backward()
+    assert low.grad is not None
+
+
+@pytest.mark.parametrize("name", ["GN", "FrozenBN", ""])
+@pytest.mark.parametrize("how", [{}, {"fused": "on"}, {"recompute": True}])
+def test_norm_act(name: str, how: dict[str, object]) -> None:
+    """Norm, add and ReLU in one call have the bits of the three, whatever the switch says on a CPU."""
+    torch.manual_seed(0)
+    norm = get_norm(name, 8, groups=GroupRule(4, **how))
+    x, shortcut = torch.randn(2, 8, 5, 3), torch.randn(2, 8, 5, 3)
+    normal = x if norm is None else norm(x)
+    for residual in (None, shortcut):
+        for relu in (False, True):
+            expected = normal if residual is None else normal + residual
+            expected = expected.relu() if relu else expected
+            assert torch.equal(norm_act(norm, x.clone(), residual, relu), expected)
+
+
+def test_how_it_is_computed_is_no_part_of_the_rule_or_the_state() -> None:
+    assert GroupRule(fused="on", recompute=True) == GroupRule()
+    norms = [get_norm("GN", 8, groups=GroupRule(4, fused=f, recompute=r)) for f, r in (("auto", False), ("on", True))]
+    assert isinstance(norms[1], GroupNorm) and norms[1].fused == "on" and norms[1].recompute
+    assert list(norms[0].state_dict()) == list(norms[1].state_dict()) == ["weight", "bias"]
