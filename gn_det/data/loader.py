@@ -10,8 +10,10 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import re
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing.sharedctypes import RawArray
 from typing import Any
 
 import numpy as np
@@ -191,6 +193,43 @@ def build_test_loader(
     return TestLoader(data, batches, workers)
 
 
+class _Board:
+    """What each worker process is reading, seen by the main process: for the message when one hangs or dies.
+
+    Args:
+        workers: number of processes.
+        name_of: file name of what a worker noted.
+    """
+
+    def __init__(self, workers: int, name_of: Callable[[int], str]) -> None:
+        self._pids = RawArray("q", workers)
+        self._reading = RawArray("q", [-1] * workers)
+        self._name_of = name_of
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_pids": self._pids, "_reading": self._reading}  # the main process alone asks for names
+
+    def note(self, index: int) -> None:
+        """Called in a worker: it turns to image ``index``; -1 is none."""
+        info = get_worker_info()
+        if info is not None:
+            self._pids[info.id] = os.getpid()
+            self._reading[info.id] = index
+
+    def describe(self, pid: int | None = None) -> str:
+        """``worker 1 at a.jpg, ...``: the worker with that process id, or all that are reading; "" if none is."""
+        found = [
+            f"worker {worker} at {self._name_of(index)}"
+            for worker, index in enumerate(self._reading)
+            if index >= 0 and pid in (None, self._pids[worker])
+        ]
+        return ", ".join(found)
+
+
+#: Of the loader that was started last; torch reports a dead worker wherever the main process happens to be.
+_board: _Board | None = None
+
+
 class _TrainData(Dataset[_Loaded]):
     """Maps the draws of one batch to samples, in a worker process or in the main one."""
 
@@ -208,7 +247,11 @@ class _TrainData(Dataset[_Loaded]):
         self.where, self.wide = where, sizes[:, 0] > sizes[:, 1]
         self.mapper, self.seed, self.max_bad = mapper, seed, max_bad
         self.shared_memory = True
+        self.board: _Board | None = None
         self._unreadable: dict[int, tuple[str, str]] = {}
+
+    def name_of(self, index: int) -> str:
+        return str(self.record(index)["file_name"])
 
     def record(self, index: int) -> Record:
         dataset, i = self.where[index]
@@ -221,6 +264,7 @@ class _TrainData(Dataset[_Loaded]):
             sample = self._readable(index, position, failures)
             if sample is not None:
                 samples.append(sample)
+        _note(self.board, -1)
         return _packed(samples, self.shared_memory), failures
 
     def _readable(self, index: int, position: int, failures: list[tuple[str, str]]) -> Sample | None:
@@ -230,6 +274,7 @@ class _TrainData(Dataset[_Loaded]):
         """
         for candidate in self._candidates(index):
             if candidate not in self._unreadable:
+                _note(self.board, candidate)
                 record = self.record(candidate)
                 try:
                     return self.mapper(record, augmentation_state(self.seed, position))
@@ -253,15 +298,21 @@ class _TestData(Dataset[_Loaded]):
         self.records, self.known_bad = dataset.records, dataset.bad
         self.mapper, self.max_bad = mapper, max_bad
         self.shared_memory = True
+        self.board: _Board | None = None
+
+    def name_of(self, index: int) -> str:
+        return str(self.records[index]["file_name"])
 
     def __getitem__(self, batch: list[int]) -> _Loaded:
         samples, failures = [], []
         for index in batch:
             record = self.records[index]
+            _note(self.board, index)
             try:
                 samples.append(self.mapper(record))
             except DataError as error:
                 failures.append((record["file_name"], str(error)))
+        _note(self.board, -1)
         return _packed(samples, self.shared_memory), failures
 
 
@@ -305,6 +356,11 @@ def _workers(cfg: Any, num_workers: int | None) -> int:
     return max(0, min(wanted, cores)) if num_workers is None else max(0, wanted)
 
 
+def _note(board: _Board | None, index: int) -> None:
+    if board is not None:
+        board.note(index)
+
+
 def _packed(samples: list[Sample], shared_memory: bool) -> Any:
     return samples if get_worker_info() is None else pack_samples(samples, shared_memory)
 
@@ -320,8 +376,11 @@ def _note_failures(
         refuse_if_too_many([*skipped.values(), *known_bad], max_bad, "reading images")
 
 
-def _run(data: Dataset[_Loaded], batches: Iterable[Any], workers: int) -> Iterator[_Loaded]:
-    """Drive the workers; a worker's death or hang becomes one line that says what to do."""
+def _run(data: _TrainData | _TestData, batches: Iterable[Any], workers: int) -> Iterator[_Loaded]:
+    """Drive the workers; a worker's death or hang becomes one line that says where, and what to do."""
+    global _board
+    outer = _board
+    _board = data.board = _Board(workers, data.name_of) if workers else None
     loader = DataLoader(
         data,
         sampler=batches,
@@ -338,6 +397,8 @@ def _run(data: Dataset[_Loaded], batches: Iterable[Any], workers: int) -> Iterat
         if failure is None:
             raise
         raise failure from error
+    finally:
+        _board = outer
 
 
 def worker_failure(error: RuntimeError) -> DataError | None:
@@ -350,14 +411,18 @@ def worker_failure(error: RuntimeError) -> DataError | None:
     if not text.startswith("DataLoader"):
         return None
     if "timed out" in text:
+        where = f" ({_board.describe()})" if _board is not None and _board.describe() else ""
         return DataError(
-            f"no batch arrived within {TIMEOUT} s: the image storage hangs or the workers are stuck; check the disk, "
-            f"or set DATALOADER.NUM_WORKERS 0 to see where"
+            f"no batch arrived within {TIMEOUT} s: the image storage hangs or the workers are stuck{where}; check the "
+            f"disk, or set DATALOADER.NUM_WORKERS 0 to see where"
         )
     if "killed" in text or "exited unexpectedly" in text:
+        pid = re.search(r"pid(?:\(s\))? (\d+)", text)
+        where = _board.describe(int(pid.group(1))) if _board is not None and pid else ""
+        where = f" ({where})" if where else ""
         return DataError(
-            "a data loading process was killed, most likely for lack of memory or of shared memory (/dev/shm): lower "
-            "DATALOADER.NUM_WORKERS, or give the machine or container more"
+            f"a data loading process was killed{where}, most likely for lack of memory or of shared memory (/dev/shm): "
+            "lower DATALOADER.NUM_WORKERS, or give the machine or container more"
         )
     return None
 

@@ -22,6 +22,7 @@ from gn_det.detectron2.loop import KeeperHook, Step, build_optimizer, parallel, 
 from gn_det.detectron2.samples import Inputs, detector
 from gn_det.errors import ConfigError, TrainingError
 from gn_det.run import dist
+from gn_det.run.advice import memory_told
 from gn_det.run.commands import check_freeze, check_metric, describe_model, load_initial
 from gn_det.run.evaluator import evaluate_model, verify_expected
 from gn_det.run.fit import Resume, find_resume, first_batch, iterations_left, make_keeper, restore_run
@@ -159,7 +160,7 @@ class Trainer(DefaultTrainer):
         hook = KeeperHook(keeper, self._trainer.grad_scaler)
         self.register_hooks([hook])
         try:
-            with train_quietly():
+            with train_quietly(), memory_told(self.cfg, self._learner):
                 TrainerBase.train(self, self.start_iter, self.max_iter)
         finally:
             self._hooks.remove(hook)

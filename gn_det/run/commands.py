@@ -24,6 +24,7 @@ from gn_det.checkpoint.meta import read_meta
 from gn_det.config import dump_config
 from gn_det.errors import ConfigError, WeightsError
 from gn_det.run import dist
+from gn_det.run.advice import half_gn, short_for_scratch
 from gn_det.run.engine import Engine
 from gn_det.run.log import FILE_ONLY, run_log
 from gn_det.run.optim import format_groups, group_rows
@@ -120,6 +121,8 @@ def dry_run(engine: Engine, cfg: CfgNode, *, num_gpus: int = 1, num_machines: in
             logger.info(sentence)
         logger.info("As it would run here\n%s", _indent(format_schedule(cfg, sizes.images, world)))
         lr_multiplier(cfg)
+        if short_for_scratch(cfg, sizes.images):
+            logger.warning(short_for_scratch(cfg, sizes.images))
         weights = cfg.MODEL.WEIGHTS or "none (from scratch)"
         logger.info("Weights: %s\nOutput: %s\nDry run: nothing was trained or written.", weights, cfg.OUTPUT_DIR)
 
@@ -159,6 +162,8 @@ def _train(engine: Engine, cfg: CfgNode, resume: bool) -> dict[str, float]:
     describe_model(cfg, model)
     if point is None:
         load_initial(cfg, model)
+        if short_for_scratch(cfg, data.images):
+            logger.warning(short_for_scratch(cfg, data.images))
     if dist.rank() == 0:
         remove_leftovers(cfg.OUTPUT_DIR)
         check_space(Path(cfg.OUTPUT_DIR), model, replaced=point is None)
@@ -276,7 +281,10 @@ def describe_model(cfg: CfgNode, model: nn.Module) -> None:
     """Print the norm census and the optimizer groups."""
     from gn_det.modeling.census import format_census, norm_census
 
-    logger.info("Norm layers\n%s", _indent(format_census(norm_census(model))))
+    rows = norm_census(model)
+    logger.info("Norm layers\n%s", _indent(format_census(rows)))
+    if half_gn(rows):
+        logger.info(half_gn(rows))
     logger.info(format_groups(group_rows(cfg, model)))
 
 

@@ -244,7 +244,7 @@ def _raise_first_error(box: Path, ended: list[tuple[int, int]]) -> None:
         RuntimeError: a defect, with the trace of the process that failed first.
     """
     files = sorted(box.glob("error-*"), key=lambda f: f.stat().st_mtime_ns)
-    errors = [(f.name.removeprefix("error-"), pickle.loads(f.read_bytes())) for f in files]
+    errors = [(int(f.name.removeprefix("error-")), pickle.loads(f.read_bytes())) for f in files]
     for _, error in errors:
         if isinstance(error, UserError):
             raise error

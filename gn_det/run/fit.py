@@ -15,6 +15,7 @@ from torch import nn
 from gn_det.checkpoint.io import read_checkpoint
 from gn_det.checkpoint.last import read_last
 from gn_det.run import dist
+from gn_det.run.advice import memory_told
 from gn_det.run.engine import Engine
 from gn_det.run.events import EventLog, EventWriter, JsonWriter, TensorBoardWriter
 from gn_det.run.keeper import Evaluator, Keeper
@@ -84,7 +85,7 @@ def fit(
         Metrics of the last evaluation, such as ``{"bbox/AP": 41.2, ...}``; empty without evaluation.
 
     Raises:
-        TrainingError: non-finite loss, full disk, or a signal (:class:`gn_det.run.keeper.Interrupted`).
+        TrainingError: non-finite loss, full disk, no memory left, or a signal (:class:`gn_det.run.keeper.Interrupted`).
         WeightsError: the checkpoint does not fit.
     """
     device = dist.resolve_device(cfg.MODEL.DEVICE)
@@ -97,7 +98,8 @@ def fit(
         left = iterations_left(cfg, keeper)
         if left > 0:
             loader = make_loader(first_batch(cfg, state), state.seed)
-            engine.loop(cfg, device, keeper, Batches(loader, left * int(cfg.SOLVER.ACCUMULATE), learner))
+            with memory_told(cfg, learner):
+                engine.loop(cfg, device, keeper, Batches(loader, left * int(cfg.SOLVER.ACCUMULATE), learner))
     finally:
         keeper.close()
     return state.results
@@ -134,12 +136,11 @@ def make_keeper(
     terminal: bool | None = None,
 ) -> Keeper:
     """The keeper of a run from ``state`` on; opens the files of OUTPUT_DIR, so it must be closed."""
-    log, written = EventLog(), None
-    logs = resume.payload.get("logs") if resume is not None else None
-    if logs:  # a file of another tool, or an old one of ours, has none
-        log.restore(logs["scalars"])
-        written = int(logs["written"])
-    recorder = Recorder(cfg, log, _writers(cfg, state.iteration, written), learner.iteration, terminal=terminal)
+    logs = resume.payload.get("logs") if resume is not None else None  # a file of another tool has none
+    writers = _writers(cfg, state.iteration, int(logs["written"]) if logs else None)
+    recorder = Recorder(cfg, EventLog(), writers, learner.iteration, terminal=terminal)
+    if logs:
+        recorder.restore(logs)
     return Keeper(cfg, meta, state, learner, recorder, evaluate, resume.payload if resume is not None else None)
 
 

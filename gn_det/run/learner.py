@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from gn_det.errors import TrainingError
 from gn_det.run import dist
+from gn_det.run.advice import describe_batch
 from gn_det.run.nonfinite import Pass, diagnose
 
 
@@ -90,6 +91,10 @@ class Learner:
         self._micro.append({name: sum(r[i] for r in rows) / len(rows) for i, name in enumerate(names)})
         self._waits.append(max(r[-1] for r in rows))
         self.stop_everywhere = self.stop_everywhere or any(r[-2] > 0 for r in rows)
+
+    def describe_batch(self) -> str:
+        """The micro-batch at hand, for messages."""
+        return describe_batch(self._pass.batch if self._pass is not None else ())
 
     def note_lr(self) -> None:
         """Remember the learning rate that the optimizer is about to use."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -10,9 +11,12 @@ from fvcore.common.config import CfgNode
 
 from gn_det.errors import TrainingError
 from gn_det.run import dist
+from gn_det.run.advice import Divergence
 from gn_det.run.events import WINDOW, EventLog, EventWriter
 from gn_det.run.learner import Learner
 from gn_det.run.progress import Progress
+
+logger = logging.getLogger(__name__)
 
 _TIME_WARMUP = 3  # iterations whose time is not counted
 
@@ -40,6 +44,7 @@ class Recorder:
     ) -> None:
         self.events, self.writers, self.first = log, writers, start
         self.total = int(cfg.SOLVER.MAX_ITER)
+        self.divergence = Divergence()
         self._terminal = terminal
         self._progress: Progress | None = None
         self._mark = 0.0
@@ -63,6 +68,10 @@ class Recorder:
             log.put("time", time.perf_counter() - self._mark, iteration)
             left = self.total - iteration - 1
             log.put("eta_seconds", log.histories["time"].median(1000) * left, iteration, smooth=False)
+        if (iteration + 1) % WINDOW == 0:
+            warning = self.divergence.look(log.histories["total_loss"].median(), iteration, learner.lr)
+            if warning:
+                logger.warning(warning)
         if self._progress is not None:
             self._progress.update(log, iteration)
 
@@ -78,7 +87,13 @@ class Recorder:
 
     def dump(self) -> dict[str, Any]:
         """For the checkpoint: the scalars' windows, and what the files hold already."""
-        return {"scalars": self.events.dump(), "written": max((w.written for w in self.writers), default=-1)}
+        written = max((w.written for w in self.writers), default=-1)
+        return {"scalars": self.events.dump(), "written": written, "lowest": self.divergence.lowest}
+
+    def restore(self, dumped: Mapping[str, Any]) -> None:
+        """Inverse of :meth:`dump`; what is written is the writers' own."""
+        self.events.restore(dumped["scalars"])
+        self.divergence.lowest = dumped["lowest"]
 
     def write_if_due(self, iteration: int) -> None:
         """What a killed run did not get to: the lines due after the last iteration of its checkpoint."""

@@ -203,17 +203,29 @@ def test_killed_worker_is_one_line(shapes: CocoDataset, monkeypatch: pytest.Monk
     monkeypatch.setattr(
         loader_module, "augmentation_state", lambda *_: os.kill(os.getpid(), signal.SIGKILL), raising=True
     )
-    with pytest.raises(DataError, match=r"process was killed, .*DATALOADER.NUM_WORKERS"):
+    with pytest.raises(DataError, match=r"process was killed \(worker 0 at .*jpg\), .*DATALOADER.NUM_WORKERS"):
         _batches(_cfg(), shapes, 1, num_workers=1)
 
 
 def test_hanging_worker_is_one_line(shapes: CocoDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The image that a worker does not get beyond is named (the other may wait at it, too), none that was read."""
     import time
 
+    mapper = loader_module.TrainMapper.__call__
+
+    def hangs(self: Any, record: Any, state: Any) -> Any:
+        if record["file_name"].endswith("000005.jpg"):
+            time.sleep(4)
+        return mapper(self, record, state)
+
     monkeypatch.setattr(loader_module, "TIMEOUT", 1)
-    monkeypatch.setattr(loader_module, "augmentation_state", lambda *_: time.sleep(4))
-    with pytest.raises(DataError, match="no batch arrived within 1 s"):
-        _batches(_cfg(), shapes, 1, num_workers=1)
+    monkeypatch.setattr(loader_module.TrainMapper, "__call__", hangs)
+    told = (
+        r"no batch arrived within 1 s: .* \(worker [01] at [^ ,]*000005.jpg(, worker 1 at [^ ,]*000005.jpg)?\); check"
+    )
+    with pytest.raises(DataError, match=told):
+        _batches(_cfg(), shapes, 20, num_workers=2)
+    assert loader_module._board is None
 
 
 def test_negative_seed_is_refused(shapes: CocoDataset) -> None:
