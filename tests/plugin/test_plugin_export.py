@@ -21,7 +21,8 @@ from plugin_cases import build_plugin, plugin_cfg
 from gn_det.config import get_cfg as embedded_cfg
 from gn_det.modeling import build_model as build_embedded
 
-pytestmark = pytest.mark.detectron2
+# Tracing warns of every constant that Detectron2 turns into one on purpose.
+pytestmark = [pytest.mark.detectron2, pytest.mark.filterwarnings("ignore")]
 
 FIELDS = {
     "proposal_boxes": Boxes,
