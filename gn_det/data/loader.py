@@ -13,12 +13,12 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from multiprocessing.sharedctypes import RawArray
 from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from gn_det.data.board import Board
 from gn_det.data.coco import CHECK_HINT, CocoDataset, check_same_classes, refuse_if_too_many
 from gn_det.data.mapper import TestMapper, TrainMapper
 from gn_det.data.records import Record
@@ -193,41 +193,8 @@ def build_test_loader(
     return TestLoader(data, batches, workers)
 
 
-class _Board:
-    """What each worker process is reading, seen by the main process: for the message when one hangs or dies.
-
-    Args:
-        workers: number of processes.
-        name_of: file name of what a worker noted.
-    """
-
-    def __init__(self, workers: int, name_of: Callable[[int], str]) -> None:
-        self._pids = RawArray("q", workers)
-        self._reading = RawArray("q", [-1] * workers)
-        self._name_of = name_of
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_pids": self._pids, "_reading": self._reading}  # the main process alone asks for names
-
-    def note(self, index: int) -> None:
-        """Called in a worker: it turns to image ``index``; -1 is none."""
-        info = get_worker_info()
-        if info is not None:
-            self._pids[info.id] = os.getpid()
-            self._reading[info.id] = index
-
-    def describe(self, pid: int | None = None) -> str:
-        """``worker 1 at a.jpg, ...``: the worker with that process id, or all that are reading; "" if none is."""
-        found = [
-            f"worker {worker} at {self._name_of(index)}"
-            for worker, index in enumerate(self._reading)
-            if index >= 0 and pid in (None, self._pids[worker])
-        ]
-        return ", ".join(found)
-
-
 #: Of the loader that was started last; torch reports a dead worker wherever the main process happens to be.
-_board: _Board | None = None
+_board: Board | None = None
 
 
 class _TrainData(Dataset[_Loaded]):
@@ -247,7 +214,7 @@ class _TrainData(Dataset[_Loaded]):
         self.where, self.wide = where, sizes[:, 0] > sizes[:, 1]
         self.mapper, self.seed, self.max_bad = mapper, seed, max_bad
         self.shared_memory = True
-        self.board: _Board | None = None
+        self.board: Board | None = None
         self._unreadable: dict[int, tuple[str, str]] = {}
 
     def name_of(self, index: int) -> str:
@@ -298,7 +265,7 @@ class _TestData(Dataset[_Loaded]):
         self.records, self.known_bad = dataset.records, dataset.bad
         self.mapper, self.max_bad = mapper, max_bad
         self.shared_memory = True
-        self.board: _Board | None = None
+        self.board: Board | None = None
 
     def name_of(self, index: int) -> str:
         return str(self.records[index]["file_name"])
@@ -356,7 +323,7 @@ def _workers(cfg: Any, num_workers: int | None) -> int:
     return max(0, min(wanted, cores)) if num_workers is None else max(0, wanted)
 
 
-def _note(board: _Board | None, index: int) -> None:
+def _note(board: Board | None, index: int) -> None:
     if board is not None:
         board.note(index)
 
@@ -380,7 +347,7 @@ def _run(data: _TrainData | _TestData, batches: Iterable[Any], workers: int) -> 
     """Drive the workers; a worker's death or hang becomes one line that says where, and what to do."""
     global _board
     outer = _board
-    _board = data.board = _Board(workers, data.name_of) if workers else None
+    _board = data.board = Board(workers, data.name_of) if workers else None
     loader = DataLoader(
         data,
         sampler=batches,
