@@ -21,6 +21,12 @@ _SIZES = ["C", "G", "P", "S", "chunk", "blocks", "N", "programs"]
 
 
 @triton.jit
+def _times_16(size):
+    """``size``, a multiple of 16, in a form that tells so; tl.multiple_of has no effect on a kernel's argument."""
+    return size // 16 * 16
+
+
+@triton.jit
 def _offsets(n, c, p, C, P, LAST: tl.constexpr):
     """int64 offsets of channels ``c`` (BC,) and pixels ``p`` (BP,) of sample ``n``: (BC, BP)."""
     start = n.to(tl.int64) * C * P
@@ -68,12 +74,12 @@ def stats_kernel(
     """Grid (N * blocks, S): mean and sum of squared distances from it of each channel's slice, to slot (n, c, s)."""
     n = tl.program_id(0) // blocks
     s = tl.program_id(1)
-    chunk = tl.multiple_of(chunk, 16)
+    chunk = _times_16(chunk)
     if VEC:
         if LAST:
-            C = tl.multiple_of(C, 16)
+            C = _times_16(C)
         else:
-            P = tl.multiple_of(P, 16)
+            P = _times_16(P)
     c = (tl.program_id(0) % blocks) * BC + tl.arange(0, BC)
     end = tl.minimum(s * chunk + chunk, P)
     # Welford's update in every lane; all lanes have seen k tiles, but for the last one.
@@ -124,12 +130,12 @@ def apply_kernel(
     """
     n = tl.program_id(0) // blocks
     s = tl.program_id(1)
-    chunk = tl.multiple_of(chunk, 16)
+    chunk = _times_16(chunk)
     if VEC:
         if LAST:
-            C = tl.multiple_of(C, 16)
+            C = _times_16(C)
         else:
-            P = tl.multiple_of(P, 16)
+            P = _times_16(P)
     D = C // G
     block = tl.program_id(0) % blocks
     c = block * BC + tl.arange(0, BC)
@@ -185,12 +191,12 @@ def backward_sums_kernel(
     """
     n = tl.program_id(0) // blocks
     s = tl.program_id(1)
-    chunk = tl.multiple_of(chunk, 16)
+    chunk = _times_16(chunk)
     if VEC:
         if LAST:
-            C = tl.multiple_of(C, 16)
+            C = _times_16(C)
         else:
-            P = tl.multiple_of(P, 16)
+            P = _times_16(P)
     c = (tl.program_id(0) % blocks) * BC + tl.arange(0, BC)
     end = tl.minimum(s * chunk + chunk, P)
     group = n * G + c // (C // G)
@@ -262,12 +268,12 @@ def backward_dx_kernel(
     """Grid (N * blocks, S): dx = rstd * (gamma * g - mean(gamma * g) - x_hat * mean(gamma * g * x_hat))."""
     n = tl.program_id(0) // blocks
     s = tl.program_id(1)
-    chunk = tl.multiple_of(chunk, 16)
+    chunk = _times_16(chunk)
     if VEC:
         if LAST:
-            C = tl.multiple_of(C, 16)
+            C = _times_16(C)
         else:
-            P = tl.multiple_of(P, 16)
+            P = _times_16(P)
     c = (tl.program_id(0) % blocks) * BC + tl.arange(0, BC)
     end = tl.minimum(s * chunk + chunk, P)
     group = n * G + c // (C // G)

@@ -145,8 +145,9 @@ class BasicBlock(ResidualBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride))."""
-        shortcut = x if self.shortcut is None else self.shortcut(x)
-        return self.conv2(self.conv1(x), shortcut)
+        out = self.conv1(x)
+        # After the branch, as in Detectron2: the gradients that meet in x are added in this order's reverse.
+        return self.conv2(out, x if self.shortcut is None else self.shortcut(x))
 
 
 class BottleneckBlock(ResidualBlock):
@@ -212,8 +213,9 @@ class BottleneckBlock(ResidualBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride))."""
-        shortcut = x if self.shortcut is None else self.shortcut(x)
-        return self.conv3(self.conv2(self.conv1(x)), shortcut)
+        out = self.conv2(self.conv1(x))
+        # After the branch, as in Detectron2: the gradients that meet in x are added in this order's reverse.
+        return self.conv3(out, x if self.shortcut is None else self.shortcut(x))
 
 
 def make_bottleneck_stage(
