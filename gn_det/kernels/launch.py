@@ -61,7 +61,7 @@ class Plan:
         tile: channels x pixels.
         blocks: tiles over the channels.
         slices, chunk: pixels are cut into ``slices`` of ``chunk``, a multiple of the tile's; 1 and p if small.
-        vec: the contiguous dimension is a multiple of 16.
+        vec: the contiguous dimension is a multiple of 16 (if small: channels_last, and the groups fill the tile).
     """
 
     n: int
@@ -82,7 +82,8 @@ def plan(n: int, c: int, p: int, groups: int, last: bool) -> Plan:
     per_group = c // groups
     for bc, bp in SMALL_TILES:
         if per_group <= bc and p <= bp:
-            return Plan(n, c, p, groups, last, True, (bc, bp), -(-groups // (bc // per_group)), 1, p, False)
+            vec = last and c % 16 == 0 and bc % per_group == 0
+            return Plan(n, c, p, groups, last, True, (bc, bp), -(-groups // (bc // per_group)), 1, p, vec)
     return split(n, c, p, groups, last)
 
 
@@ -129,8 +130,8 @@ def _kernels() -> Any:
 
 
 def _tile(plan: Plan) -> dict[str, Any]:
-    tile = {"LAST": plan.last, "BC": plan.tile[0], "BP": plan.tile[1], "num_warps": 8 if plan.tile[1] == 256 else 4}
-    return tile if plan.small else tile | {"VEC": plan.vec}
+    bc, bp = plan.tile
+    return {"LAST": plan.last, "VEC": plan.vec, "BC": bc, "BP": bp, "num_warps": 4 if bc * bp <= 4096 else 8}
 
 
 def forward(

@@ -297,7 +297,8 @@ def backward_dx_kernel(
 @triton.jit(do_not_specialize=_SIZES)
 def small_forward_kernel(
     x_ptr, res_ptr, w_ptr, b_ptr, y_ptr, mean_ptr, rstd_ptr, C, G, P, blocks, eps,
-    RES: tl.constexpr, RELU: tl.constexpr, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+    RES: tl.constexpr, RELU: tl.constexpr,
+    LAST: tl.constexpr, VEC: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """Grid (N * blocks,): whole groups in one tile (BP >= P, channels per group <= BC), x read once."""
     n = tl.program_id(0) // blocks
@@ -305,9 +306,14 @@ def small_forward_kernel(
     lane = tl.arange(0, BC)
     group = lane // D
     first = (tl.program_id(0) % blocks) * (BC // D)
-    c = first * D + lane
+    if VEC:  # channels_last, and the groups fill the tile: whole vectors of channels
+        C = _times_16(C)
+        c = (tl.program_id(0) % blocks) * BC + lane
+        has = c < C
+    else:
+        c = first * D + lane
+        has = (group < BC // D) & (c < C)
     p = tl.arange(0, BP)
-    has = (group < BC // D) & (c < C)
     ok = has[:, None] & (p < P)[None, :]
     at = _offsets(n, c, p, C, P, LAST)
     x = tl.load(x_ptr + at, mask=ok, other=0.0).to(tl.float32)
@@ -334,7 +340,7 @@ def small_backward_kernel(
     dy_ptr, x_ptr, out_ptr, w_ptr, b_ptr, mean_ptr, rstd_ptr, dx_ptr, dres_ptr, sum_ptr, sum_x_ptr,
     C, G, P, blocks,
     MASK: tl.constexpr, DRES: tl.constexpr, SUMS: tl.constexpr,
-    LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+    LAST: tl.constexpr, VEC: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """Grid (N * blocks,): dx, the residual's gradient and the slots (n, c) of dgamma and dbeta; x and dy read once."""
     n = tl.program_id(0) // blocks
@@ -342,9 +348,14 @@ def small_backward_kernel(
     lane = tl.arange(0, BC)
     group = lane // D
     first = (tl.program_id(0) % blocks) * (BC // D)
-    c = first * D + lane
+    if VEC:  # channels_last, and the groups fill the tile: whole vectors of channels
+        C = _times_16(C)
+        c = (tl.program_id(0) % blocks) * BC + lane
+        has = c < C
+    else:
+        c = first * D + lane
+        has = (group < BC // D) & (c < C)
     p = tl.arange(0, BP)
-    has = (group < BC // D) & (c < C)
     ok = has[:, None] & (p < P)[None, :]
     at = _offsets(n, c, p, C, P, LAST)
     mean = tl.load(mean_ptr + n * G + first + group, mask=has, other=0.0)

@@ -6,6 +6,8 @@ Values that a config alone can be checked for are refused by :mod:`gn_det.config
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any
 
 from torch import nn
@@ -25,6 +27,8 @@ from gn_det.modeling.roi_heads import Res5RoIHeads, RoIHeads, RoISampler, Standa
 from gn_det.modeling.rpn import RPN, RPNHead
 from gn_det.norm import GroupRule
 
+logger = logging.getLogger(__name__)
+
 #: A configuration node: attribute access to keys.
 Cfg = Any
 
@@ -38,7 +42,20 @@ def group_rule(cfg: Cfg) -> GroupRule:
     fused, recompute = gn.get("FUSED", "auto"), bool(gn.get("RECOMPUTE", False))
     if fused not in MODES:
         raise ConfigError(f"MODEL.GN.FUSED = {fused!r}: use one of {', '.join(MODES)}")
+    _say(fused, str(cfg.MODEL.DEVICE))
     return GroupRule(gn.NUM_GROUPS, gn.CHANNELS_PER_GROUP, gn.EPS, fused, recompute)
+
+
+@functools.cache
+def _say(fused: str, device: str) -> None:
+    """Once: on a GPU, which kernels GN runs on."""
+    if not device.startswith("cuda"):
+        return
+    if fused == "on":
+        logger.info("GN: fused Triton kernels (MODEL.GN.FUSED on).")
+    else:
+        why = ": the fused kernels have not been timed on a GPU yet, on takes them" if fused == "auto" else ""
+        logger.info("GN: torch's own kernels (MODEL.GN.FUSED %s%s).", fused, why)
 
 
 def build_model(cfg: Cfg) -> MaskRCNN:

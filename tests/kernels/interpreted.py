@@ -91,6 +91,7 @@ def small() -> None:
     """RoI-sized: whole groups in one tile."""
     for dtype, last, res, relu in combinations():
         check((2, 12, 5, 7), 4, dtype, last, res, relu)
+    check((1, 128, 3, 3), 64, torch.float32, True, False, True)  # vectors of channels, two blocks
 
 
 @case
