@@ -135,9 +135,9 @@ def timed(function: Callable[[], Any], device: str) -> float:
 
 
 def alternate(functions: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, list[float]]:
-    """[median, p20, p80] seconds of each, in turns, after two runs that are not counted."""
+    """[median, p20, p80] seconds of each, in turns, after two runs that are not counted (none if ``repeats`` is 1)."""
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for k in range(-2, repeats):
+    for k in range(-2 if repeats > 1 else 0, repeats):
         for name, function in functions.items():
             spent = timed(function, device)
             if k >= 0:
