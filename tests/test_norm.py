@@ -168,3 +168,16 @@ def test_how_it_is_computed_is_no_part_of_the_rule_or_the_state() -> None:
     norms = [get_norm("GN", 8, groups=GroupRule(4, fused=f, recompute=r)) for f, r in (("auto", False), ("on", True))]
     assert isinstance(norms[1], GroupNorm) and norms[1].fused == "on" and norms[1].recompute
     assert list(norms[0].state_dict()) == list(norms[1].state_dict()) == ["weight", "bias"]
+
+
+def test_config_switches_reach_every_layer() -> None:
+    """MODEL.GN.FUSED and RECOMPUTE, in backbone, FPN and heads; other values are refused by name."""
+    from gn_det.config import load_config
+    from gn_det.config.check import check_config
+    from gn_det.modeling import build_model
+
+    keys = ["MODEL.ROI_HEADS.NUM_CLASSES", "3", "MODEL.GN.FUSED", "on", "MODEL.GN.RECOMPUTE", "True"]
+    norms = [m for m in build_model(load_config("quickstart", keys)).modules() if isinstance(m, GroupNorm)]
+    assert len(norms) > 20 and all(m.fused == "on" and m.recompute for m in norms)
+    with pytest.raises(ConfigError, match=r"MODEL\.GN\.FUSED = 'fast'"):
+        check_config(load_config("quickstart", ["MODEL.GN.FUSED", "fast"]))
