@@ -80,7 +80,7 @@ FORMS = ((False, False), (False, True), (True, True), (True, False))
 
 
 def combinations() -> Iterator[tuple[torch.dtype, bool, bool, bool]]:
-    """Every dtype, fp32 and bf16 in both layouts; fp32 in all forms, the others with ReLU and now and then a residual."""
+    """Every dtype; fp32 and bf16 in both layouts; fp32 in all forms, the others with ReLU, in turn with a residual."""
     for k, (dtype, last) in enumerate(itertools.product(TOLERANCE, (False, True))):
         if dtype == torch.float16 and not last:
             continue
