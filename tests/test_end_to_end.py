@@ -62,7 +62,9 @@ def test_checkpoint_is_plain_data_and_carries_the_classes(trained: Path) -> None
 
 def test_eval_gives_the_ap_of_the_run(trained: Path, data: Path, tmp_path: Path) -> None:
     val = ["--val-json", str(data / "val" / "instances.json"), "--val-images", str(data / "val" / "images")]
-    assert main(["eval", "--engine", "embedded", "--weights", str(trained / "model_final.pth"), "--output", str(tmp_path / "eval"), *val]) == 0
+    weights = str(trained / "model_final.pth")
+    command = ["eval", "--engine", "embedded", "--weights", weights, "--output", str(tmp_path / "eval"), *val]
+    assert main(command) == 0
     results = json.loads((tmp_path / "eval" / "inference" / "coco_instances_results.json").read_text())
     again = json.loads((trained / "inference" / "coco_instances_results.json").read_text())
     assert results == again and len(results) > 0
