@@ -46,7 +46,10 @@ def one_batch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_processes_equal_one_batch_of_two(one_batch: Path, tmp_path: Path) -> None:
-    """Three steps in float32: losses to 1e-5, weights to 1e-4 of the way they went; evaluation exactly."""
+    """Three steps in float32: losses to 1e-5, weights to 1e-2 of the way they went (a wrong mean is off by tenths).
+
+    Rounding grows tenfold a step (1.2e-5, 2.7e-4, 1.7e-3 measured): signs of L1 and ReLU flip. Evaluation is exact.
+    """
     shapes = make_shapes(tmp_path / "shapes", "val", 3)
     content = json.loads(Path(shapes.json_file).read_text())
     first = content["images"][0]["id"]
@@ -58,7 +61,7 @@ def test_two_processes_equal_one_batch_of_two(one_batch: Path, tmp_path: Path) -
     (tmp_path / "single.json").write_text(json.dumps(single))
     sources = [(str(tmp_path / "single.json"), shapes.image_root), (shapes.json_file, shapes.image_root)]
     found = dist.launch(equal_ranks.all_of_it, (tmp_path / "two", sources), device="cpu", num_gpus=2)
-    assert apart(one_batch, tmp_path / "two" / "equal") < 1e-4
+    assert apart(one_batch, tmp_path / "two" / "equal") < 1e-2
     assert losses(tmp_path / "two" / "equal") == pytest.approx(losses(one_batch), rel=1e-5)
     alone = equal_ranks.evaluate(tmp_path / "one", sources)
     assert [str(f) for f in found] == [str(f) for f in alone]  # nan is equal to nan
@@ -69,8 +72,12 @@ def test_two_processes_equal_one_batch_of_two(one_batch: Path, tmp_path: Path) -
 
 
 def test_accumulation_equals_the_larger_batch(one_batch: Path, tmp_path: Path) -> None:
+    """One step in float32: weights to 1e-4 of the way they went; three steps: losses to 1e-5."""
+    for name, images, accumulate in (("batch", 2, 1), ("accumulated", 1, 2)):
+        equal_ranks.train(tmp_path / name, images, accumulate, [4, 4], 1)
+    assert apart(tmp_path / "batch", tmp_path / "accumulated") < 1e-4
     equal_ranks.train(tmp_path / "two", 1, 2, [4, 4], 3)
-    assert apart(one_batch, tmp_path / "two") < 1e-4
+    assert apart(one_batch, tmp_path / "two") < 1e-2
     assert losses(tmp_path / "two") == pytest.approx(losses(one_batch), rel=1e-5)
 
 
