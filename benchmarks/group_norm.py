@@ -348,6 +348,17 @@ def _environment(device: str) -> dict[str, Any]:
     }
 
 
+def write(result: dict[str, Any], args: argparse.Namespace, name: str) -> None:
+    """``result`` as json to ``--output``; without it, a whole run on a GPU goes to RESULTS, its name in ``name``."""
+    output: Path | None = args.output
+    if output is None and args.device.startswith("cuda") and not args.quick:
+        output = RESULTS / f"{name.format(result['environment']['device'].replace(' ', '_'))}.json"
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(f"written to {output}")
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -389,13 +400,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{'met   ' if met else 'MISSED'} {text}")
     else:
         print("no GPU or --quick: no target is judged")
-    output = args.output
-    if output is None and cuda and not args.quick:
-        output = RESULTS / f"group_norm_{result['environment']['device'].replace(' ', '_')}.json"
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        print(f"written to {output}")
+    write(result, args, "group_norm_{}")
     return int(missed > 0)
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 from engine import load_cfg, make_batch
-from group_norm import RESULTS, environment, quantiles
+from group_norm import environment, quantiles, write
 
 from gn_det.modeling import build_model
 from gn_det.norm import FrozenBatchNorm2d
@@ -226,14 +225,7 @@ def main(argv: list[str] | None = None) -> int:
         print("no GPU or --quick: no target is judged")
     result = {"environment": environment(args.device), "quick": args.quick, "channels_last": args.channels_last}
     result |= {"freeze_at": args.freeze_at, "repeats": args.repeats, "rows": rows}
-    output = args.output
-    if output is None and cuda and not args.quick:
-        layout = "_channels_last" if args.channels_last else ""
-        output = RESULTS / f"train_step_{result['environment']['device'].replace(' ', '_')}{layout}.json"
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        print(f"written to {output}")
+    write(result, args, "train_step_{}_channels_last" if args.channels_last else "train_step_{}")
     return int(missed > 0)
 
 

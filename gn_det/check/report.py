@@ -14,9 +14,9 @@ from gn_det.check.sizes import SizeTable, size_table
 from gn_det.data.coco import check_num_classes, check_same_classes
 from gn_det.data.decode import digest_of
 from gn_det.data.findings import Finding, Findings
-from gn_det.data.loader import check_masks, check_objects
 from gn_det.data.problems import KINDS, Where
 from gn_det.data.survey import Survey, Training
+from gn_det.data.trainable import check_masks, check_objects
 from gn_det.errors import DataError
 
 #: Exit codes of ``gn-det check``.

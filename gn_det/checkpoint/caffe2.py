@@ -18,7 +18,7 @@ last row of ``cls_score`` and has no boxes and no masks.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ import yaml
 
 from gn_det.checkpoint.io import one_line
 from gn_det.checkpoint.report import Shape
-from gn_det.checkpoint.source import Preprocessing, State, Weights
+from gn_det.checkpoint.source import Preprocessing, Row, State, Weights, first_match
 from gn_det.errors import WeightsError
 
 _CONV = {"branch1": "shortcut", "branch2a": "conv1", "branch2b": "conv2", "branch2c": "conv3"}
@@ -44,7 +44,7 @@ _LEAF = {"w": "weight", "b": "bias", "gn_s": "norm.weight", "gn_b": "norm.bias"}
 _RPN = {"conv_rpn": "conv", "rpn_cls_logits": "objectness_logits", "rpn_bbox_pred": "anchor_deltas"}
 # THE table of the backbone: a blob name that fits none of these rows is unexpected. Tested name by name.
 _STATS = "s|b|gamma|beta|rm|running_mean|riv|running_var"
-_TABLE = (
+_TABLE: tuple[Row, ...] = (
     (re.compile(r"conv1_w$"), lambda m: "stem.conv1.weight"),
     (re.compile(r"conv1_gn_(s|b)$"), lambda m: f"stem.conv1.norm.{_NORM[m[1]]}"),
     (re.compile(rf"res_conv1_bn_({_STATS})$"), lambda m: f"stem.conv1.norm.{_NORM[m[1]]}"),
@@ -57,7 +57,7 @@ _TABLE = (
 # THE table of a detector's other blobs. FPN blobs are named after the last block of their stage; the topmost lateral
 # has no "_lateral". RPN is shared by all levels and named after the finest.
 _L = "(w|b|gn_s|gn_b)$"
-_HEADS = (
+_HEADS: tuple[Row, ...] = (
     (
         re.compile(rf"fpn_inner_res([2-5])_\d+_sum(?:_lateral)?_{_L}"),
         lambda m: f"backbone.fpn_lateral{m[1]}.{_LEAF[m[2]]}",
@@ -86,20 +86,12 @@ _RPN_RATIOS = 3  # aspect ratios per anchor size, Detectron's default
 
 def map_name(blob: str) -> str | None:
     """Detectron2's backbone-relative name of an ImageNet blob, or None when it is not part of the backbone."""
-    return _first_match(_TABLE, blob)
+    return first_match(_TABLE, blob)
 
 
 def map_head_name(blob: str) -> str | None:
     """Detectron2's name of a detector's blob outside the backbone, or None when no row of the table knows it."""
-    return _first_match(_HEADS, blob)
-
-
-def _first_match(table: Iterable[tuple[re.Pattern[str], Callable[[re.Match[str]], str]]], blob: str) -> str | None:
-    for pattern, name in table:
-        match = pattern.match(blob)
-        if match:
-            return name(match)
-    return None
+    return first_match(_HEADS, blob)
 
 
 def is_ignored(blob: str) -> bool:

@@ -21,14 +21,14 @@ its norm only by having no running statistics.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from gn_det.checkpoint.source import TORCH, State, Weights
+from gn_det.checkpoint.source import TORCH, Row, State, Weights, first_match
 
 _LEAF = r"\.(weight|bias|running_mean|running_var|num_batches_tracked)$"
 # THE table. Anchored: the backbone of a detector comes without its prefix.
-_TABLE: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], str]], ...] = (
+_TABLE: tuple[Row, ...] = (
     (re.compile(r"conv1\.weight$"), lambda m: "stem.conv1.weight"),
     (re.compile(rf"(?:bn|gn)1{_LEAF}"), lambda m: f"stem.conv1.norm.{m[1]}"),
     (
@@ -55,11 +55,7 @@ _STEM = {"stem.conv1.": "conv1.", "stem.conv1.norm.": "bn1.", "stem.fc.": "fc."}
 
 def map_name(name: str) -> str | None:
     """Detectron2's backbone-relative name, or None when no row of the table knows it."""
-    for pattern, ours in _TABLE:
-        match = pattern.match(name)
-        if match:
-            return ours(match)
-    return None
+    return first_match(_TABLE, name)
 
 
 def name_back(name: str) -> str | None:

@@ -20,12 +20,12 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from gn_det.checkpoint import layered
 from gn_det.checkpoint.caffe2 import classes_last
-from gn_det.checkpoint.source import Preprocessing, State, Weights
+from gn_det.checkpoint.source import Preprocessing, Row, State, Weights, first_match
 
 _NORMED = r"\.(?:conv\.(weight|bias)|(?:gn|bn)\.(\w+))$"
 _PLAIN = r"\.(weight|bias)$"
@@ -39,7 +39,7 @@ def _leaf(match: re.Match[str], at: int) -> str:
 
 
 # THE table, after the backbone.
-_TABLE: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], str]], ...] = (
+_TABLE: tuple[Row, ...] = (
     (
         re.compile(rf"neck\.(lateral|fpn)_convs\.([0-3]){_NORMED}"),
         lambda m: f"backbone.fpn_{'lateral' if m[1] == 'lateral' else 'output'}{int(m[2]) + 2}.{_leaf(m, 3)}",
@@ -76,11 +76,7 @@ def map_name(name: str) -> str | None:
     if name.startswith("backbone."):
         inner = layered.map_name(name.removeprefix("backbone."))
         return None if inner is None else f"backbone.bottom_up.{inner}"
-    for pattern, ours in _TABLE:
-        match = pattern.match(name)
-        if match:
-            return ours(match)
-    return None
+    return first_match(_TABLE, name)
 
 
 def looks_like_detector(names: Collection[str]) -> bool:

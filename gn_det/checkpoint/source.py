@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 State = dict[str, torch.Tensor]
+#: One row of a table of names: what a source calls a tensor, and what Detectron2 makes of the match.
+Row = tuple[re.Pattern[str], Callable[[re.Match[str]], str]]
+
+
+def first_match(table: Iterable[Row], name: str) -> str | None:
+    """Detectron2's name by the first row of ``table`` that knows ``name``; None when no row does."""
+    for pattern, ours in table:
+        match = pattern.match(name)
+        if match:
+            return ours(match)
+    return None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from fvcore.common.config import CfgNode
 from gn_det.data.catalog import DatasetSource, datasets_for
 from gn_det.data.coco import CocoDataset, check_num_classes, load_coco
 from gn_det.data.coco_file import read_coco_file
-from gn_det.data.loader import check_trainable
+from gn_det.data.trainable import check_trainable
 from gn_det.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
