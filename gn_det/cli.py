@@ -75,6 +75,12 @@ def _train_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--weights", metavar="FILE", help="MODEL.WEIGHTS: initial weights, path or URI")
     parser.add_argument("--allow-partial", action="store_true", help="load of the weights what fits, report the rest")
     parser.add_argument("--epochs", type=float, metavar="N", help="train N passes over the data (SOLVER.EPOCHS)")
+    parser.add_argument(
+        "--max-hours",
+        type=float,
+        metavar="H",
+        help="end after H hours, with an evaluated checkpoint (SOLVER.MAX_HOURS)",
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
     parser.add_argument("--overwrite", action="store_true", help="start anew where OUTPUT_DIR holds an earlier run")
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, train nothing")
@@ -199,6 +205,7 @@ def _flag_keys(args: argparse.Namespace) -> list[tuple[str, str]]:
         "output": "OUTPUT_DIR",
         "device": "MODEL.DEVICE",
         "epochs": "SOLVER.EPOCHS",
+        "max_hours": "SOLVER.MAX_HOURS",
     }
     return [(key, str(getattr(args, flag))) for flag, key in keys.items() if getattr(args, flag, None) is not None]
 

@@ -183,6 +183,8 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "SOLVER.IMS_PER_BATCH": _POSITIVE,
     "SOLVER.ACCUMULATE": _POSITIVE,
     "SOLVER.EPOCHS": _NOT_NEGATIVE,
+    "SOLVER.EMA.DECAY": ("at least 0 and below 1", lambda v: 0 <= v < 1),
+    "SOLVER.MAX_HOURS": _NOT_NEGATIVE,
     "SOLVER.REFERENCE_BATCH": _NOT_NEGATIVE,
     "SOLVER.REFERENCE_WORLD_SIZE": _NOT_NEGATIVE,
     "TEST.EVAL_PERIOD": _NOT_NEGATIVE,

@@ -79,6 +79,13 @@ def add_gn_keys(cfg: CN) -> None:
     cfg.SOLVER.NO_RESCALE = ()
     # Autocast type with SOLVER.AMP.ENABLED: "bf16" or "fp16" (with loss scaling).
     cfg.SOLVER.AMP.DTYPE = "bf16"
+    # A moving average of the weights beside them; it is what is evaluated and saved as the model. DECAY is what stays
+    # of the average at each step (less in the first steps).
+    cfg.SOLVER.EMA = type(cfg)()
+    cfg.SOLVER.EMA.ENABLED = False
+    cfg.SOLVER.EMA.DECAY = 0.999
+    # > 0: evaluate, save and end in time to be done within so many hours of this start; --resume goes on.
+    cfg.SOLVER.MAX_HOURS = 0.0
     # How many periodic checkpoints stay on disk (best and final are kept besides).
     cfg.SOLVER.CHECKPOINT_KEEP = 3
     # Stop after this many evaluations without a better TEST.BEST_METRIC; 0: never.

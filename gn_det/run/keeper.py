@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import signal
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from gn_det.checkpoint.last import prune, write_last
 from gn_det.checkpoint.meta import build_meta
 from gn_det.errors import TrainingError
 from gn_det.run import dist
+from gn_det.run.average import weight_average
+from gn_det.run.budget import TimeBudget
 from gn_det.run.events import WINDOW
 from gn_det.run.learner import Learner
 from gn_det.run.output import BEST, FINAL, numbered
@@ -66,6 +69,16 @@ class Keeper:
         learner.keep_in = self.folder
         learner.about = {"gn_det": build_meta(cfg, meta.class_names, meta.category_ids)}
         self._batch = int(cfg.SOLVER.IMS_PER_BATCH)
+        self.average = weight_average(cfg, learner.model)
+        if self.average is not None:
+            known = self.average.restore(resumed, learner.last_good)
+            start = f"goes on after {self.average.steps} steps" if known else "starts at these weights"
+            logger.info(
+                "SOLVER.EMA: evaluated and saved is the average of the weights (decay %g); it %s.",
+                self.average.decay,
+                start,
+            )
+        self.budget = TimeBudget(float(cfg.SOLVER.MAX_HOURS))
         self._signal = 0
         # before the loop's library puts its own in place: ours replace those while training, these come back afterwards
         main = dist.in_main_thread()
@@ -107,18 +120,20 @@ class Keeper:
         self.learner.finish_iteration()
         self.state.iteration += 1
         self.state.images_seen += self._batch
+        if self.average is not None:
+            self.average.update(self.learner.model)
         if dist.rank() == 0:
             self.recorder.record(self.learner, metrics, self.state.iteration)
         done, total = self.state.iteration + 1, int(self.cfg.SOLVER.MAX_ITER)
         last = done >= total
         period = int(self.cfg.SOLVER.CHECKPOINT_PERIOD)
-        saved = last or (period > 0 and done % period == 0)
-        early = False
+        early = self.learner.time_is_up_everywhere and not last
+        saved = last or early or (period > 0 and done % period == 0)
         if self.learner.stop_everywhere and not last:
             self._interrupt()
         if saved:  # before the evaluation, so that a failing one costs nothing
             self.save(FINAL if last else numbered(self.state.iteration))
-        if self.evaluation_due(done, last):
+        if self.evaluation_due(done, last or early):
             self.run_evaluation()
             patience = int(self.cfg.TEST.PATIENCE)
             if patience > 0 and self.state.stale >= patience and not last:
@@ -126,10 +141,13 @@ class Keeper:
                 self._say_early_stop()
             if saved:  # again: with what the evaluation found (best metric, patience)
                 self.save(FINAL if last else numbered(self.state.iteration))
-        if done % WINDOW == 0 or last:
+        if done % WINDOW == 0 or last or early:
             self.recorder.write()
         if self.learner.stop_everywhere and not last:
             self._interrupt()
+        if early and not last:
+            self._say_time_is_up()
+        self.learner.time_is_up = self.budget.used_up()
         self.recorder.rest()
         return early
 
@@ -146,22 +164,43 @@ class Keeper:
             self.state.best_iteration,
         )
 
+    def _say_time_is_up(self) -> None:
+        logger.info(
+            "The %g hours of SOLVER.MAX_HOURS (--max-hours) end after iteration %d of %d: %s is written%s; the same "
+            "command with --resume goes on.",
+            self.budget.hours,
+            self.state.iteration,
+            int(self.cfg.SOLVER.MAX_ITER),
+            self.folder / numbered(self.state.iteration),
+            " and evaluated" if self.evaluate is not None else "",
+        )
+
     # ------------------------------------------------------------ evaluation
 
     def run_evaluation(self) -> None:
         """Evaluate on all ranks; the training's random streams come out untouched."""
         assert self.evaluate is not None
-        rng = capture_rng()
+        rng, average = capture_rng(), self.average
+        model = self.learner.model
 
         def on_progress(_: Any) -> None:
             if self._signal:
                 restore_rng(rng)
+                if average is not None:
+                    average.put_back(model)
                 self._interrupt(collective=False)
 
-        model = self.learner.model
         was_training = model.training
         model.eval()
-        results = dict(self.evaluate(model, on_progress))
+        start = time.monotonic()
+        if average is not None:
+            average.put_in(model)
+        try:
+            results = dict(self.evaluate(model, on_progress))
+        finally:
+            if average is not None:
+                average.put_back(model)
+        self.budget.note_evaluation(time.monotonic() - start)
         model.train(was_training)
         restore_rng(rng)
         state = self.state
@@ -190,7 +229,8 @@ class Keeper:
             return
         state.best, state.best_iteration, state.stale = float(value), state.iteration, 0
         if dist.rank() == 0:
-            save_checkpoint(self.folder / BEST, build_payload(self.learner.model, state, self.meta))
+            payload = build_payload(self.learner.model, state, self.meta, average=self.average)
+            save_checkpoint(self.folder / BEST, payload)
         logger.info("%s %.4f is the best so far: %s written.", name, value, self.folder / BEST)
 
     # ------------------------------------------------------------ checkpoints
@@ -211,6 +251,7 @@ class Keeper:
                     scaler=learner.scaler.state_dict() if learner.scaler is not None else None,
                     rng=rng,
                     logs=self.recorder.dump(),
+                    average=self.average,
                 )
                 save_checkpoint(self.folder / name, payload)
                 write_last(self.folder, name)

@@ -31,6 +31,8 @@ class Learner:
         data_time: seconds waited for data in it, the slowest rank.
         lr: learning rate used in it, of the group with most tensors (as Detectron2 reports it).
         stop_requested: set by a signal; every rank sees it in ``stop_everywhere`` at the end of the iteration.
+        time_is_up: set where the hours of the run are used up; every rank sees it in ``time_is_up_everywhere`` at the
+            end of the next iteration.
         last_good: path of the newest checkpoint, for messages.
         keep_in: folder for the batch of a non-finite loss; None keeps none.
         about: further content of that file.
@@ -46,6 +48,8 @@ class Learner:
         self.lr = 0.0
         self.stop_requested = False
         self.stop_everywhere = False
+        self.time_is_up = False
+        self.time_is_up_everywhere = False
         self.last_good = ""
         self.waited = 0.0
         self.keep_in: Path | None = None
@@ -81,7 +85,7 @@ class Learner:
         """
         losses, images = self._current
         names = list(losses)
-        flags = [float(self.stop_requested), self.waited]
+        flags = [float(self.time_is_up), float(self.stop_requested), self.waited]
         self.waited = 0.0
         row = torch.stack([v.float() for v in losses.values()])
         rows = dist.gather_rows(torch.cat([row, torch.tensor(flags, device=row.device)]))
@@ -91,6 +95,7 @@ class Learner:
         self._micro.append({name: sum(r[i] for r in rows) / len(rows) for i, name in enumerate(names)})
         self._waits.append(max(r[-1] for r in rows))
         self.stop_everywhere = self.stop_everywhere or any(r[-2] > 0 for r in rows)
+        self.time_is_up_everywhere = self.time_is_up_everywhere or any(r[-3] > 0 for r in rows)
 
     def describe_batch(self) -> str:
         """The micro-batch at hand, for messages."""

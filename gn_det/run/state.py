@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from gn_det.checkpoint.meta import build_meta, read_meta
 from gn_det.config import dump_config
 from gn_det.errors import TrainingError, WeightsError
+from gn_det.run.average import WeightAverage
 from gn_det.run.schedule import set_iteration
 
 
@@ -104,8 +105,12 @@ def build_payload(
     scaler: Mapping[str, Any] | None = None,
     rng: Sequence[Mapping[str, Any]] = (),
     logs: Mapping[str, Any] | None = None,
+    average: WeightAverage | None = None,
 ) -> dict[str, Any]:
     """Content of a checkpoint file; without an optimizer only weights and metadata (``model_best.pth``).
+
+    With an ``average`` (SOLVER.EMA) that is the ``model``, which is what was evaluated; the weights that learn lie
+    beside it, for resuming.
 
     Raises:
         TrainingError: the weights hold nan or inf; an older checkpoint is worth more than this one.
@@ -115,7 +120,8 @@ def build_payload(
             f"the weights hold nan or inf after iteration {state.iteration}, so no checkpoint is written (an older one "
             "is kept); lower SOLVER.BASE_LR or set SOLVER.CLIP_GRADIENTS.ENABLED True"
         )
-    weights = model.state_dict()  # an OrderedDict of its own, whose version metadata is worth keeping
+    # an OrderedDict of its own, whose version metadata is worth keeping
+    weights = model.state_dict() if average is None else average.state(model)
     for name in weights:
         weights[name] = _on_cpu(weights[name])
     extra = {name: getattr(state, name) for name in _COUNTERS}
@@ -132,6 +138,8 @@ def build_payload(
         payload["grad_scaler"] = dict(scaler) if scaler else None
         payload["rng"] = list(rng)
         payload["logs"] = dict(logs or {})
+        if average is not None:
+            payload["ema"] = {"steps": average.steps, "learning": _on_cpu(dict(model.state_dict()))}
         payload["trainer"] = _for_detectron2(payload)
     return payload
 
@@ -173,7 +181,8 @@ def restore_weights(payload: Mapping[str, Any], model: nn.Module, source: str) -
     Raises:
         WeightsError: names or shapes differ from the configured model.
     """
-    weights = payload.get("model")
+    block = payload.get("ema")
+    weights = block.get("learning") if isinstance(block, Mapping) else payload.get("model")
     if not isinstance(weights, Mapping):
         raise WeightsError(f"{source}: holds no 'model' entry; it is not a checkpoint of a run")
     own = model.state_dict()
@@ -240,7 +249,7 @@ def _saved_optimizer(payload: Mapping[str, Any]) -> dict[str, Any] | None:
 
 #: Keys that may differ between a run and its continuation without being worth a word.
 _SILENT = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "MODEL.WEIGHTS", "MODEL.DEVICE", "MODEL.CLASS_NAMES", "SEED",
-           "SOLVER.NO_RESCALE", "SOLVER.CHECKPOINT_KEEP")  # fmt: skip
+           "SOLVER.NO_RESCALE", "SOLVER.CHECKPOINT_KEEP", "SOLVER.MAX_HOURS")  # fmt: skip
 
 
 def changed_keys(payload: Mapping[str, Any], cfg: CfgNode) -> list[str]:

@@ -274,20 +274,29 @@ def test_disk_full_at_a_checkpoint_keeps_the_old_one_and_says_so(
 
     from gn_det.checkpoint import io
 
-    write, written = io._ErrorKeeper.write, 0
+    make, written = io._ErrorKeeper.__init__, 0
 
-    def full(self: Any, data: Any) -> int:
-        nonlocal written
-        written += len(data)
-        if written > 2.5 * size:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return write(self, data)
+    class Disk:
+        """Stands where the file is, below everything that the product does about errors."""
+
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def write(self, data: Any) -> int:
+            nonlocal written
+            written += len(data)
+            if written > 2.5 * size:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return self.file.write(data)
+
+        def flush(self) -> None:
+            self.file.flush()
 
     run(tmp_path / "whole", ["SOLVER.CHECKPOINT_PERIOD", 3])
     size = (tmp_path / "whole" / "model_0000005.pth").stat().st_size
     cut = tmp_path / "cut"
     with monkeypatch.context() as patch:
-        patch.setattr(io._ErrorKeeper, "write", full)
+        patch.setattr(io._ErrorKeeper, "__init__", lambda self, file: make(self, Disk(file)))
         with pytest.raises(TrainingError, match=r"model_0000008.pth: .*No space left.*free space .*--resume") as told:
             run(cut, ["SOLVER.CHECKPOINT_PERIOD", 3])
     assert "\n" not in str(told.value)
