@@ -1,4 +1,4 @@
-"""The command line: ``gn-det train | eval | predict | check | quickstart | weights | convert | configs | doctor``.
+"""The command line: ``gn-det train | eval | predict | check | pretrain | quickstart | weights | convert | ...``.
 
 Only argparse is imported at the top; each command imports what it needs, so ``--help`` answers at once. A
 :class:`~gn_det.errors.UserError` ends as one line on stderr and exit status 2.
@@ -131,6 +131,45 @@ def _check_parser(prog: str) -> argparse.ArgumentParser:
         metavar="FILE",
         help="write a copy of --train-json without what training drops, repairs made; the changes are listed beside it",
     )
+    return parser
+
+
+def _pretrain_parser(prog: str) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=prog, description="Train a classifier by the paper's recipe: a backbone with any norm for MODEL.WEIGHTS."
+    )
+    parser.add_argument(
+        "--arch", required=True, metavar="NAME", help="resnet18|34|50|101, or resnet8|14|20 (tiny images)"
+    )
+    parser.add_argument("--norm", required=True, metavar="NAME", help="BN, LN, IN or GN")
+    parser.add_argument(
+        "--data", required=True, metavar="DIR", help="folder with train/<class>/* and val/<class>/*; or digits, shapes"
+    )
+    parser.add_argument("--output", metavar="DIR", help="default output/pretrain_ARCH_NORM")
+    parser.add_argument("--groups", type=int, metavar="N", help="GN's groups in every layer (default 32)")
+    parser.add_argument("--channels-per-group", type=int, metavar="N", help="GN's channels per group instead")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images of one process (default 32)")
+    parser.add_argument(
+        "--epochs", type=float, metavar="N", help="default 100; lr drops after 30, 60 and 90 %% of them"
+    )
+    parser.add_argument("--lr", type=float, metavar="X", help="default 0.1 for 256 images in an iteration, linear")
+    parser.add_argument("--seed", type=int, metavar="N", help="default 1")
+    parser.add_argument("--image-size", type=int, metavar="N", help="side of the crops (default 224)")
+    parser.add_argument("--images", type=int, metavar="N", help="generated training images of --data shapes")
+    parser.add_argument("--no-color", dest="color", action="store_false", default=None, help="no colour augmentation")
+    parser.add_argument(
+        "--stride-in-1x1",
+        action="store_true",
+        default=None,
+        help="bottlenecks stride in the first 1x1, as the bn_* configs have it; without, as the gn_* configs",
+    )
+    parser.add_argument("--amp", metavar="TYPE", help="autocast: bf16, fp16 or off (default)")
+    parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that read images (default 4)")
+    parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="GPUs on this machine, or use torchrun")
+    parser.add_argument("--resume", action="store_true", help="go on after the last finished epoch")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in the folder")
+    parser.add_argument("--dry-run", action="store_true", help="print data, network and recipe; train nothing")
     return parser
 
 
@@ -282,6 +321,23 @@ def _check(args: argparse.Namespace) -> int:
     return check(cfg, config=args.config, decode=args.images, json_out=args.json, html_out=args.html, fix_out=args.fix)
 
 
+def _pretrain(args: argparse.Namespace) -> int:
+    from dataclasses import fields
+
+    from gn_det import pretrain as room
+
+    given = {f.name: getattr(args, f.name, None) for f in fields(room.Settings)}
+    given["output"] = args.output or f"output/pretrain_{args.arch}_{args.norm}"
+    settings = room.Settings.from_dict({name: value for name, value in given.items() if value is not None})
+    if args.dry_run:
+        from gn_det.pretrain.command import dry_run
+
+        dry_run(settings, num_gpus=args.num_gpus)
+    else:
+        room.pretrain(settings, resume=args.resume, overwrite=args.overwrite, num_gpus=args.num_gpus)
+    return 0
+
+
 def _quickstart(args: argparse.Namespace) -> int:
     from gn_det.quickstart import quickstart
 
@@ -323,6 +379,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[str], argparse.ArgumentParser], Comman
     "eval": ("COCO AP of a checkpoint", _eval_parser, _eval),
     "predict": ("detect and draw on images", _predict_parser, _predict),
     "check": ("what is wrong with a dataset, before training finds out", _check_parser, _check),
+    "pretrain": ("a backbone with any norm, by the paper's recipe", _pretrain_parser, _pretrain),
     "quickstart": ("train on generated shapes and show the result", _quickstart_parser, _quickstart),
     "weights": ("what a weights file is and where it would load", _weights_parser, _weights),
     "convert": ("weights into another layout, bit for bit", _convert_parser, _convert),

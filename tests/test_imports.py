@@ -33,6 +33,7 @@ FORBIDDEN = {
     "evaluation": {"modeling", "run", "training", "detectron2", "cli"},
     "run": {"modeling", "training", "detectron2", "cli"},
     "training": {"detectron2", "cli"},
+    "pretrain": {"training", "detectron2", "compare", "cli"},
     "detectron2": {"training", "cli"},
 }
 

@@ -50,8 +50,21 @@ def draw_scene(rng: np.random.Generator) -> tuple[np.ndarray, list[Drawn]]:
         inside = (outline >= 0).all() and (outline[:, 0] <= width).all() and (outline[:, 1] <= height).all()
         objects.append(Drawn(category, mask, outline if hole is None and inside else None))
         areas.append(int(mask.sum()))
+    return _finish(rng, canvas), objects
+
+
+def draw_single(rng: np.random.Generator, category: int, side: int) -> np.ndarray:
+    """A square picture (side, side, 3) uint8 RGB of one object of the class; for classification."""
+    canvas, tone = _background(rng, side, side)
+    outline, hole = _random_outline(rng, category, side, side)
+    _paint(rng, canvas, _coverage(outline, hole, side, side), outline, tone)
+    return _finish(rng, canvas)
+
+
+def _finish(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
+    """Sensor noise, and back to bytes."""
     noise = 3 * rng.standard_normal(canvas.shape, dtype=np.float32)
-    return np.clip(canvas + noise, 0, 255).astype(np.uint8), objects
+    return np.clip(canvas + noise, 0, 255).astype(np.uint8)
 
 
 def _leaves_others_visible(mask: np.ndarray, objects: list[Drawn], areas: list[int]) -> bool:
@@ -65,7 +78,7 @@ def _random_outline(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Corners (P, 2) in pixels, and those of the hole for a ring."""
     # Sizes are drawn evenly on a log scale: as many small objects as large ones.
-    radius = float(np.exp(rng.uniform(np.log(13), np.log(0.3 * min(height, width)))))
+    radius = float(np.exp(rng.uniform(np.log(min(13, 0.2 * min(height, width))), np.log(0.3 * min(height, width)))))
     border = 0.7 * radius
     centre = np.array([rng.uniform(border, width - border), rng.uniform(border, height - border)])
     name = CLASSES[category]
