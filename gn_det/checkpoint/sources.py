@@ -60,10 +60,12 @@ def read_weights(path: StrPath) -> Weights:
         raise WeightsError(f"{path}: {error}") from None
     if meta is not None:
         steps = meta.get("provenance")
-        before = steps[-1].get("kind") if isinstance(steps, list) and steps and isinstance(steps[-1], Mapping) else None
+        step = steps[-1] if isinstance(steps, list) and steps and isinstance(steps[-1], Mapping) else {}
+        before = step.get("kind")
         weights.kind = one_line(f"gn_det {meta['version']}", 40)
         if isinstance(before, str) and not meta["config"]:
-            weights.kind = f"{one_line(before.split(', converted by')[0], 60)}, converted by {weights.kind}"
+            done = "trained" if step.get("trained") is True else "converted"  # by `gn-det pretrain`, or `convert`
+            weights.kind = f"{one_line(before.split(', converted by')[0], 60)}, {done} by {weights.kind}"
         weights.meta = meta
         weights.config = _parse_config(meta["config"])
         weights.class_names = meta["class_names"]

@@ -92,7 +92,15 @@ class FolderSource:
 
     def _load(self, dataset: FolderImages, batches: list[list[int]]) -> Iterator[Batch]:
         workers = min(self._settings.workers, len(batches))
-        for batch in DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate):
+        loader = DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # of worker seeds, which nothing here draws from; not the global one
+        )
+        for batch in loader:
             if isinstance(batch, ImageError):
                 raise batch
             yield batch
