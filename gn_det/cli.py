@@ -173,6 +173,29 @@ def _pretrain_parser(prog: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _compare_parser(prog: str) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=prog,
+        description="Run the rows of a suite that are missing, and report them side by side with their noise.",
+        epilog="Exit status: 0 all rows done, 1 a row failed (the others are done and reported), 2 refused before the "
+        "first run.",
+    )
+    parser.add_argument("words", nargs="*", metavar="SUITE.yaml | KEY VALUE", help="a suite, and " + _OVERRIDES)
+    parser.add_argument("--output", metavar="DIR", help="folder of runs and report (default output/compare/NAME)")
+    parser.add_argument("--rows", metavar="A,B", help="only these rows, by id, * for any text")
+    parser.add_argument("--seeds", type=int, metavar="N", help="N runs of every row, with seeds 1 to N")
+    parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="GPUs of each run on this machine")
+    parser.add_argument("--dry-run", action="store_true", help="print the rows and what is missing; run nothing")
+    parser.add_argument("--report-only", action="store_true", help="write the report of what is there; run nothing")
+    parser.add_argument(
+        "--any-version", action="store_true", help="finished runs of another version of gn_det count as done"
+    )
+    _add_engine(parser)
+    _add_data(parser, ("train", "val"))
+    parser.add_argument("--configs", nargs="+", metavar="FILE", help="rows on own data; the first is the baseline")
+    return parser
+
+
 def _quickstart_parser(prog: str) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=prog, description="Train a small GN Mask R-CNN on generated shapes, evaluate it, draw what it sees."
@@ -338,6 +361,37 @@ def _pretrain(args: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(args: argparse.Namespace) -> int:
+    from gn_det.compare.command import Request, compare
+
+    keys = ("train_json", "train_images", "val_json", "val_images")
+    # --configs takes all words up to the next flag, and the keys may stand there
+    named = list(args.configs or ())
+    cut = next((i for i, word in enumerate(named) if _is_key(word)), len(named))
+    words = named[cut:] + args.words
+    is_suite = bool(words) and not named and not _is_key(words[0])
+    request = Request(
+        suite=words[0] if is_suite else "",
+        configs=named[:cut],
+        data={key: getattr(args, key) for key in keys if getattr(args, key)},
+        overrides=words[is_suite:],
+        output=args.output or "",
+        rows=[word.strip() for word in (args.rows or "").split(",") if word.strip()],
+        seeds=args.seeds,
+        num_gpus=args.num_gpus,
+        engine=args.engine,
+        any_version=args.any_version,
+        dry_run=args.dry_run,
+        report_only=args.report_only,
+    )
+    return compare(request)
+
+
+def _is_key(word: str) -> bool:
+    """Whether a word looks like a config key (SOLVER.BASE_LR, SEED=1) rather than a file."""
+    return word.partition("=")[0].replace(".", "").replace("_", "").isupper()
+
+
 def _quickstart(args: argparse.Namespace) -> int:
     from gn_det.quickstart import quickstart
 
@@ -380,6 +434,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[str], argparse.ArgumentParser], Comman
     "predict": ("detect and draw on images", _predict_parser, _predict),
     "check": ("what is wrong with a dataset, before training finds out", _check_parser, _check),
     "pretrain": ("a backbone with any norm, by the paper's recipe", _pretrain_parser, _pretrain),
+    "compare": ("run a suite of rows and report them side by side", _compare_parser, _compare),
     "quickstart": ("train on generated shapes and show the result", _quickstart_parser, _quickstart),
     "weights": ("what a weights file is and where it would load", _weights_parser, _weights),
     "convert": ("weights into another layout, bit for bit", _convert_parser, _convert),

@@ -124,8 +124,14 @@ def predict(
     return document.content
 
 
-def load_predictor(weights: str | os.PathLike[str], *, config: str | None = None, device: str = "auto") -> Predictor:
-    """Build the model that a checkpoint describes and load it.
+def load_predictor(
+    weights: str | os.PathLike[str],
+    *,
+    config: str | None = None,
+    device: str = "auto",
+    engine: Engine | None = None,
+) -> Predictor:
+    """Build the model that a checkpoint describes and load it; ``engine`` None takes the embedded one if that has it.
 
     Raises:
         WeightsError: unreadable file, no stored config and none given, or weights that do not fill the model.
@@ -150,7 +156,7 @@ def load_predictor(weights: str | os.PathLike[str], *, config: str | None = None
     names, ids = _classes_of(meta, cfg)
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(names)
     target = _device(device)
-    engine = _engine_for(cfg, os.fspath(weights))
+    engine = engine or _engine_for(cfg, os.fspath(weights))
     model = engine.build_model(cfg).eval()
     load_weights(model, weights, cfg, require_all=True)
     model.to(target)

@@ -130,7 +130,7 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -210,7 +210,7 @@ def _check_files(path: Path, cfg: CN, chain: tuple[Path, ...] = ()) -> None:
     path = path.resolve()
     if path in chain:
         raise ConfigError(f"config file {path}: {BASE_KEY} leads back to the file itself")
-    loaded = _read_yaml(path)
+    loaded = read_yaml(path)
     bases = loaded.get(BASE_KEY, [])
     for base in [bases] if isinstance(bases, str) else bases:
         base_path = path.parent / Path(str(base)).expanduser()
@@ -279,16 +279,19 @@ def merge_file(cfg: CN, path: Path) -> None:
         _set(cfg, dotted, value, str(path))
 
 
-def merge_overrides(cfg: CN, overrides: Sequence[str]) -> None:
-    """Merge ``KEY VALUE`` pairs and ``KEY=VALUE`` words; keys of the schedule are then taken literally."""
+def merge_overrides(cfg: CN, overrides: Sequence[str], source: str = "command line") -> None:
+    """Merge ``KEY VALUE`` pairs and ``KEY=VALUE`` words; keys of the schedule are then taken literally.
+
+    ``source`` says in an error where the words come from.
+    """
     for dotted, text in _pairs(overrides):
         try:
             known = _lookup(cfg, dotted)
         except KeyError:
-            raise _unknown_key(dotted, cfg, "command line") from None
+            raise _unknown_key(dotted, cfg, source) from None
         if isinstance(known, Mapping):
-            raise ConfigError(f"command line: {dotted} is a section, name one of its keys ({', '.join(known)})")
-        _set(cfg, dotted, text, "command line")
+            raise ConfigError(f"{source}: {dotted} is a section, name one of its keys ({', '.join(known)})")
+        _set(cfg, dotted, text, source)
         if dotted in _SCHEDULE_KEYS and dotted not in cfg.SOLVER.NO_RESCALE:
             cfg.SOLVER.NO_RESCALE = (*cfg.SOLVER.NO_RESCALE, dotted)
 

@@ -1,0 +1,196 @@
+"""``gn-det compare``: from words to a plan, runs and a report."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from gn_det import engines
+from gn_det.compare.execute import Trainer
+from gn_det.compare.plan import Job, Plan, as_words, make_plan
+from gn_det.compare.report import write_report
+from gn_det.compare.results import collect
+from gn_det.compare.runner import Runner, Summary
+from gn_det.compare.store import DONE, Store
+from gn_det.compare.suite import Suite, load_suite, parse_suite
+from gn_det.errors import ConfigError
+from gn_det.run import dist
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for.
+
+    Attributes:
+        suite: path or shipped name; "" with ``configs``.
+        configs: the rows of a comparison on own data; the first is the baseline.
+        data: ``train_json`` ... ``val_images`` of own data.
+        overrides: config keys for every detection row.
+        output: folder; "" is ``output/compare/<suite>``.
+        rows: ids or patterns; empty takes all.
+        seeds: runs of every row; None as the suite says.
+        num_gpus: processes of each run.
+        engine: as ``--engine``.
+        any_version: finished runs of another version count.
+        dry_run, report_only: print the plan; write the report of what is there.
+    """
+
+    suite: str = ""
+    configs: Sequence[str] = ()
+    data: dict[str, str] | None = None
+    overrides: Sequence[str] = ()
+    output: str = ""
+    rows: Sequence[str] = ()
+    seeds: int | None = None
+    num_gpus: int = 1
+    engine: str = "auto"
+    any_version: bool = False
+    dry_run: bool = False
+    report_only: bool = False
+
+
+def compare(request: Request) -> int:
+    """Run what is missing and write the report.
+
+    Returns:
+        0, or 1 where a row failed.
+
+    Raises:
+        UserError: the suite, a row of it or the folder cannot be used; nothing was run.
+        Interrupted: asked to stop; the report holds what is done.
+    """
+    suite = find_suite(request)
+    if request.seeds is not None and request.seeds < 1:
+        raise ConfigError(f"--seeds {request.seeds} must be at least 1")
+    engine = engines.load(engines.choose(request.engine))
+
+    def planned(rows: Sequence[str]) -> Plan:
+        return make_plan(
+            suite, engine, overrides=request.overrides, only=rows, seeds=request.seeds, num_gpus=request.num_gpus
+        )
+
+    whole, plan = planned(()), planned(request.rows)
+    store = Store(request.output or Path("output") / "compare" / suite.name)
+    if request.dry_run:
+        return show(plan, store, any_version=request.any_version)
+    first_rank = not dist.under_torchrun() or os.environ["RANK"] == "0"
+    summary = Summary()
+    try:
+        if not request.report_only:
+            plan.check()
+            trainer = Trainer(engine, request.num_gpus, measuring=first_rank)
+            runner = Runner(plan, store, trainer, any_version=request.any_version, recording=first_rank)
+            summary = runner.run()
+    finally:
+        if first_rank and (request.report_only or not plan.problems):
+            results = collect(whole, store, any_settings=request.report_only)
+            write_report(results, store, datetime.now().astimezone().strftime("%Y-%m-%d"))
+    for name, reason in summary.failed.items():
+        print(f"failed: {name}: {reason}")
+    return 1 if summary.failed else 0
+
+
+def show(plan: Plan, store: Store, *, any_version: bool) -> int:
+    """Print what would be run; nothing is run or written.
+
+    Returns:
+        0, or 2 where a row is wrong (data and weights that are not there yet are told, and no mistake).
+    """
+    runner = Runner(plan, store, _nothing, any_version=any_version, recording=False)
+    for job in plan.jobs:
+        try:
+            record, _ = runner.find(job)
+            state = "done" if record.status == DONE else "goes on" if record.sessions else "to run"
+        except ConfigError:
+            raise
+        except Exception as reason:
+            state = f"to run ({reason})"
+        print(f"{job.name:40s} {state:10s} {_described(job)}".rstrip())
+    for identity, why in plan.left_out.items():
+        print(f"{identity:40s} left out   {why}")
+    for problem in plan.problems:
+        print(f"{'not there yet' if problem.absent else 'wrong'}: {problem}")
+    print("Dry run: nothing was trained or written.")
+    return 2 if any(not p.absent for p in plan.problems) else 0
+
+
+def _described(job: Job) -> str:
+    if job.cfg is not None:
+        return f"{job.row.config} {' '.join(as_words(job.row.overrides))}"
+    settings = job.settings or {}
+    return f"{settings['arch']} {settings['norm']} on {settings['data']}, batch {settings['batch_size']}"
+
+
+def _nothing(job: Any, folder: Path, weights: str) -> Any:
+    raise AssertionError("a dry run runs nothing")
+
+
+# ------------------------------------------------------------ which suite
+
+
+def find_suite(request: Request) -> Suite:
+    """The suite of a request: a file, a shipped one, or one made of configs and own data.
+
+    Raises:
+        ConfigError: neither or both, or it cannot be used.
+    """
+    if request.configs:
+        if request.suite:
+            raise ConfigError(f"give a suite ({request.suite}) or --configs, not both")
+        return own_suite(request.configs, request.data or {})
+    if request.data:
+        raise ConfigError("own data (--train-json ...) needs --configs; a suite names its data itself")
+    if not request.suite:
+        raise ConfigError(f"name a suite, or --configs; shipped suites are {', '.join(shipped_suites())}")
+    return load_suite(resolve_suite(request.suite))
+
+
+def own_suite(configs: Sequence[str], data: dict[str, str]) -> Suite:
+    """A suite of one row per config, the first being the baseline of the others."""
+    ids: list[str] = []
+    for config in configs:
+        base = re.sub(r"[^\w.+-]", "_", Path(config).stem).lstrip("._-+") or "config"
+        number = 2
+        identity = base
+        while identity in ids:
+            identity, number = f"{base}_{number}", number + 1
+        ids.append(identity)
+    rows: list[dict[str, Any]] = [
+        {"id": identity, "config": config, "baseline": ids[0], **({"data": data} if data else {})}
+        for identity, config in zip(ids, configs)
+    ]
+    content = {"name": "own", "title": "Comparison of " + ", ".join(ids), "rows": rows}
+    return parse_suite(content, "--configs")
+
+
+def shipped_suites() -> list[str]:
+    """Names of the suites that ship with gn_det."""
+    return sorted(p.name for p in _experiments().glob("*.yaml"))
+
+
+def resolve_suite(name: str) -> Path:
+    """A path where a file is there, otherwise the shipped suite of that name.
+
+    Raises:
+        ConfigError: neither.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    wanted = path.name if path.suffix in (".yaml", ".yml") else f"{path.name}.yaml"
+    shipped = _experiments() / wanted
+    if shipped.is_file() and len(path.parts) == 1 + (path.parts[0] == "experiments"):
+        return shipped
+    raise ConfigError(f"suite '{name}' is neither a file nor shipped; shipped suites are {', '.join(shipped_suites())}")
+
+
+def _experiments() -> Path:
+    """Inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    inside = package / "experiments"
+    return inside if inside.is_dir() else package.parent / "experiments"

@@ -1,0 +1,60 @@
+"""The report as Markdown: tables, findings, and where every number comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from gn_det.compare.results import Results
+from gn_det.compare.tables import Cell, View, full_view, view
+
+
+def as_markdown(results: Results, findings: Mapping[str, Sequence[str]], date: str) -> str:
+    """The page; ends with a newline."""
+    suite = results.plan.suite
+    parts = [f"# {_inline(suite.title)}", f"{date}; suite `{suite.name}`."]
+    parts += [_inline(suite.note)] if suite.note else []
+    lines = [f"- {_inline(sentence)}" for sentences in findings.values() for sentence in [" ".join(sentences)]]
+    if lines:
+        parts += ["## Findings", "\n".join(lines)]
+    for table in suite.tables:
+        parts += _table(view(results, table))
+    for table in suite.tables:
+        full = full_view(results, table)
+        parts += _table(full) if full is not None else []
+    parts += ["## Runs", _runs(results)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(shown: View) -> list[str]:
+    rule = [":--" if kind == "label" else "--:" for kind, _ in shown.head]
+    rows = [[_inline(text) for _, text in shown.head], rule, *([_cell(c) for c in row] for row in shown.body)]
+    text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    notes = list(shown.notes)
+    if shown.reference:
+        notes.append(f"Reference columns are published numbers, not measured here: {shown.reference}.")
+    return [f"## {_inline(shown.title)}", text] + (["\n".join(f"- {_inline(note)}" for note in notes)] if notes else [])
+
+
+def _cell(cell: Cell) -> str:
+    return f"**{_inline(cell.text)}**" if cell.strong else _inline(cell.text)
+
+
+def _runs(results: Results) -> str:
+    lines = ["| run | status | gn_det code | machine | day | minutes |", "| :-- | :-- | :-- | :-- | :-- | --: |"]
+    for result in results.rows:
+        for seed, record in sorted(result.records.items()):
+            last = record.sessions[-1] if record.sessions else {}
+            minutes = sum(float(s.get("seconds") or 0) for s in record.sessions) / 60
+            words = [f"{result.row.id}, seed {seed}", record.status, record.version, last.get("device", ""),
+                     last.get("day", ""), f"{minutes:.1f}"]  # fmt: skip
+            lines.append(f"| {' | '.join(_inline(str(w)) for w in words)} |")
+    remarks = [f"- {_inline(r.row.title)}: {_inline(remark)}" for r in results.rows for remark in r.remarks]
+    return "\n".join(lines) + ("\n\n" + "\n".join(remarks) if remarks else "")
+
+
+def _inline(text: str) -> str:
+    """One line, with what Markdown would take for its own escaped."""
+    text = " ".join(text.split())
+    for sign in ("\\", "|", "*", "_", "<", ">", "[", "]", "`"):
+        text = text.replace(sign, f"\\{sign}")
+    return text

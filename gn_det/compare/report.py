@@ -1,0 +1,26 @@
+"""Write the report of a comparison: results.json, report.md, report.html."""
+
+from __future__ import annotations
+
+from gn_det.compare.findings import findings
+from gn_det.compare.markdown import as_markdown
+from gn_det.compare.results import Results, as_json
+from gn_det.compare.store import Store, write_json
+from gn_det.evaluation.results import write_bytes_atomic
+
+
+def write_report(results: Results, store: Store, date: str) -> None:
+    """All three files into the folder of the store, each atomically.
+
+    Args:
+        results: of the whole suite.
+        store: where its runs lie.
+        date: of today, as text.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    sentences = findings(results)
+    write_json(store.root / "results.json", as_json(results, sentences, date))
+    write_bytes_atomic(str(store.root / "report.md"), as_markdown(results, sentences, date).encode())
+    print(f"Report: {store.root / 'report.md'}", flush=True)

@@ -1,0 +1,148 @@
+"""What a few runs tell: mean and spread over seeds, and whether a difference is larger than the noise.
+
+Student's t is computed here, so that no statistics library is needed.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+#: Level of every interval.
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean over seeds.
+
+    Attributes:
+        mean: arithmetic mean.
+        std: sample standard deviation (divided by n - 1); None with one value.
+        n: number of values.
+    """
+
+    mean: float
+    std: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A row minus its baseline.
+
+    Attributes:
+        value: difference of the means over the seeds that were compared.
+        half: half the width of the 95 % interval; None where the noise is not known.
+        n: seeds of the row and of the baseline that were compared (the number of pairs where paired).
+        paired: seed by seed, so that what a seed does to both rows cancels.
+    """
+
+    value: float
+    half: float | None
+    n: tuple[int, int]
+    paired: bool
+
+    @property
+    def beyond_noise(self) -> bool | None:
+        """Whether the interval leaves zero out; None where the noise is not known."""
+        return None if self.half is None else abs(self.value) > self.half
+
+
+def spread(values: Mapping[int, float]) -> Spread | None:
+    """Of the values by seed; None without any."""
+    if not values:
+        return None
+    numbers = list(values.values())
+    return Spread(statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else None, len(numbers))
+
+
+def difference(row: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
+    """Row minus baseline with a t-interval.
+
+    Seeds that both have are compared pair by pair (n - 1 degrees of freedom). Where fewer than two are shared but both
+    sides have two or more values, Welch's interval for unequal variances is taken. With one value on a side the noise
+    is not known.
+
+    Args:
+        row, baseline: a metric by seed.
+
+    Returns:
+        None where a side has no value.
+    """
+    shared = sorted(row.keys() & baseline.keys())
+    if len(shared) > 1 or (len(shared) == 1 and min(len(row), len(baseline)) == 1):
+        pairs = [row[seed] - baseline[seed] for seed in shared]
+        n = len(pairs)
+        half = None
+        if n > 1:
+            half = t_quantile(0.5 + LEVEL / 2, n - 1) * statistics.stdev(pairs) / math.sqrt(n)
+        return Difference(statistics.fmean(pairs), half, (n, n), True)
+    a, b = spread(row), spread(baseline)
+    if a is None or b is None:
+        return None
+    return Difference(a.mean - b.mean, _welch(a, b), (a.n, b.n), False)
+
+
+def _welch(a: Spread, b: Spread) -> float | None:
+    """Half width of Welch's interval for the difference of two means."""
+    if a.std is None or b.std is None:
+        return None
+    va, vb = a.std**2 / a.n, b.std**2 / b.n
+    if va + vb == 0:
+        return 0.0
+    freedom = (va + vb) ** 2 / (va**2 / (a.n - 1) + vb**2 / (b.n - 1))
+    return t_quantile(0.5 + LEVEL / 2, freedom) * math.sqrt(va + vb)
+
+
+def t_quantile(p: float, freedom: float) -> float:
+    """The value below which a t-distributed number lies with probability ``p`` in (0, 1); ``freedom`` > 0 degrees."""
+    if not 0 < p < 1 or freedom <= 0:
+        raise ValueError(f"no quantile of t for p {p}, {freedom} degrees of freedom")
+    if p < 0.5:
+        return -t_quantile(1 - p, freedom)
+    low, high = 0.0, 1.0
+    while t_cdf(high, freedom) < p:
+        low, high = high, 2 * high
+    while high - low > 1e-12 * high:
+        middle = (low + high) / 2
+        if middle in (low, high):
+            break
+        low, high = (middle, high) if t_cdf(middle, freedom) < p else (low, middle)
+    return (low + high) / 2
+
+
+def t_cdf(t: float, freedom: float) -> float:
+    """Probability of a t-distributed number below ``t``."""
+    tail = 0.5 * _beta_fraction(freedom / 2, 0.5, freedom / (freedom + t * t))
+    return 1 - tail if t > 0 else tail
+
+
+def _beta_fraction(a: float, b: float, x: float) -> float:
+    """The regularised incomplete beta function I_x(a, b), by its continued fraction."""
+    if x <= 0 or x >= 1:
+        return float(x >= 1)
+    if x > (a + 1) / (a + b + 2):  # the fraction converges quickly on the other side
+        return 1 - _beta_fraction(b, a, 1 - x)
+    log = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
+    tiny = 1e-300
+    c, d = 1.0, 1 / _away_from_zero(1 - (a + b) * x / (a + 1), tiny)
+    result = d
+    for m in range(1, 10_000):
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        change = 1.0
+        for term in (even, odd):
+            d = 1 / _away_from_zero(1 + term * d, tiny)
+            c = _away_from_zero(1 + term / c, tiny)
+            change = c * d
+            result *= change
+        if abs(change - 1) < 1e-15:
+            break
+    return math.exp(log) * result / a
+
+
+def _away_from_zero(value: float, tiny: float) -> float:
+    return value if abs(value) > tiny else tiny
