@@ -72,7 +72,7 @@ def decode(job: DecodeJob) -> Decoded:
 
 
 def _checksum_problem(path: str) -> tuple[str, str]:
-    """Pillow decodes a PNG without looking at the checksums of its pixels."""
+    """Pillow decodes a PNG without looking at the checksums after its pixels; those of the pixels our reader checks."""
     try:
         with open(path, "rb") as file:
             if file.read(8) != b"\x89PNG\r\n\x1a\n":

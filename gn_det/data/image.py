@@ -2,12 +2,15 @@
 
 The semantics are Detectron2's ``read_image`` (PIL decodes, orientation tag 1-8 turns, ``convert`` maps the mode), so
 that both engines feed the same pixels to the same weights. Known consequence, kept on purpose: PIL turns a 16-bit gray
-image nearly white, because its conversion clips instead of scaling.
+image nearly white, because its conversion clips instead of scaling. One thing is stricter: a
+damaged PNG may come out as other pixels from Pillow, which looks at no checksum of pixels, and black from Detectron2,
+which takes an error while it looks for the orientation for a missing one; both are refused here.
 """
 
 from __future__ import annotations
 
 import os
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -67,14 +70,30 @@ def read_image(path: str | os.PathLike[str], image_format: str = "BGR") -> np.nd
     check_format(image_format)
     try:
         with Image.open(path) as opened:
+            opened.load()  # now: PNG's getexif() would do it, and its errors do not count
             image = _upright(opened).convert("RGB" if image_format == "BGR" else image_format)
             pixels = np.asarray(image)
+            if opened.format == "PNG":
+                _check_png(path)
     except Exception as error:
         # PIL plugins raise nearly anything on damaged files (OSError, SyntaxError, struct.error, ValueError ...).
         raise _image_error(path, error) from error
     if image_format == "BGR":
         return pixels[:, :, ::-1]
     return pixels[:, :, None] if image_format == "L" else pixels
+
+
+def _check_png(path: str | os.PathLike[str]) -> None:
+    """Raise ValueError where a checksum of compressed pixels is wrong."""
+    with open(path, "rb") as file:
+        data = memoryview(file.read())
+    at = 8  # chunks: length, type, content, CRC-32 of type and content
+    while at + 12 <= len(data):
+        end = at + 8 + int.from_bytes(data[at : at + 4], "big")
+        stored = int.from_bytes(data[end : end + 4], "big")
+        if data[at + 4 : at + 8] == b"IDAT" and zlib.crc32(data[at + 4 : end]) != stored:
+            raise ValueError("the checksum of its pixels is wrong: get this file again")
+        at = end + 4
 
 
 def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -358,5 +359,17 @@ def _start_worker(worker: int) -> None:
     # Ctrl-C reaches the whole process group; the main process alone answers it and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # So may SIGTERM (timeout, batch systems): a worker that died of it would keep the main process from saving. Only
-    # the first one is passed over, so that a worker can still be ended by its parent.
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+    # the first one is passed over, so that a worker can still be ended; and none that the main process itself sends,
+    # which waits for the worker's end.
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_answer_sigterm, args=(os.getppid(),), name="gn_det-sigterm", daemon=True).start()
+    else:
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+
+
+def _answer_sigterm(parent: int) -> None:
+    for _ in range(2):
+        if signal.sigwaitinfo({signal.SIGTERM}).si_pid == parent:
+            break
+    os._exit(0)

@@ -115,7 +115,7 @@ KINDS: dict[str, Kind] = {
     "bbox-normalised": Kind("warning", "boxes in fractions of the image, not in pixels"),
     "object-twice": Kind("warning", "objects annotated twice (same image, category and box)"),
     "object-vanishes": Kind("warning", "objects below one pixel at training size"),
-    "image-checksum": Kind("warning", "PNG files with a wrong checksum: they decode, the pixels may be wrong"),
+    "image-checksum": Kind("warning", "PNG files with a wrong checksum beside the pixels: they decode"),
     "file-twice": Kind("warning", "image files used by several images"),
     "content-twice": Kind("warning", "equal pictures under different names"),
     "overlap-file": Kind("warning", "image files in both train and val"),

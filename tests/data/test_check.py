@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from own_coco import CONTENT, Change, write
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from test_bad_data import BAD_ANNOTATIONS, BAD_FILES
 
 from gn_det.cli import main
@@ -244,16 +244,22 @@ def scribble(path: Path, form: str, filler: bytes) -> None:
 
 
 def test_only_decoding_finds_damage_in_the_middle(tmp_path: Path) -> None:
-    """What does not decode is an error; what decodes with a wrong checksum, which training takes, a warning."""
+    """What does not decode, or only to other pixels, is an error; a wrong checksum beside the pixels a warning."""
     source = write(tmp_path)
     scribble(tmp_path / "im 6é.png", "JPEG", b"\xff" * 100)
     scribble(tmp_path / "im 5é.png", "PNG", b"\x00" * 20)
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Comment", "x" * 40, after_idat=True)
+    Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(tmp_path / "im 7é.png", pnginfo=text)
+    data = (tmp_path / "im 7é.png").read_bytes()
+    (tmp_path / "im 7é.png").write_bytes(data.replace(b"xxxx", b"yyyy", 1))
     assert kinds_of(source) == {}
     found = survey(source, "train", TRAINING, decode=True)
-    assert found.findings.counts["image-damaged"] == 1 and found.findings.total("error") == 1
-    assert "im 6é.png" in str(found.findings.found["image-damaged"][0])
-    assert "im 5é.png" in str(found.findings.found["image-checksum"][0]) and found.findings.total("warning") == 1
-    assert [image["id"] for image in found.images] == [5, 7, 8]
+    assert found.findings.counts["image-damaged"] == 2 and found.findings.total("error") == 2
+    damaged, scribbled = (str(f) for f in found.findings.found["image-damaged"])
+    assert "im 5é.png" in damaged and "the checksum of its pixels is wrong" in damaged and "im 6é.png" in scribbled
+    assert "im 7é.png" in str(found.findings.found["image-checksum"][0]) and found.findings.total("warning") == 1
+    assert [image["id"] for image in found.images] == [7, 8]
 
 
 def test_a_picture_that_kills_the_decoder_is_one_damaged_picture(

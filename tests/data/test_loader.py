@@ -6,6 +6,8 @@ import itertools
 import logging
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +207,24 @@ def test_killed_worker_is_one_line(shapes: CocoDataset, monkeypatch: pytest.Monk
     )
     with pytest.raises(DataError, match=r"process was killed \(worker 0 at .*jpg\), .*DATALOADER.NUM_WORKERS"):
         _batches(_cfg(), shapes, 1, num_workers=1)
+
+
+def test_a_loader_that_an_error_keeps_alive_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    """Python ends the workers before the loader is gone: that SIGTERM, unlike a batch system's, is obeyed at once."""
+    program = """
+import sys
+from gn_det.config import get_cfg
+from gn_det.data.coco import load_coco
+from gn_det.data.loader import build_train_loader
+from gn_det.data.shapes import make_shapes
+data = load_coco(make_shapes(sys.argv[1], "train", 4), max_bad=0)
+kept = iter(build_train_loader(get_cfg(), [data], images_per_rank=1, seed=1, num_workers=2))
+next(kept)
+sys.exit(3)
+"""
+    words = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(words, timeout=60, check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (3, "")
 
 
 def test_hanging_worker_is_one_line(shapes: CocoDataset, monkeypatch: pytest.MonkeyPatch) -> None:
