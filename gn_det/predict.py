@@ -101,7 +101,7 @@ def predict(
         try:
             everything = predictor.detect(path)
             best = max(best, everything.scores.max().item() if len(everything) else 0.0)
-            det = _select(everything, threshold, wanted)
+            det = select(everything, threshold, wanted)
             drawing = draw_detections(_read_rgb(path), det, predictor.class_names)
         except DataError as error:
             failed.append(str(error))
@@ -257,7 +257,7 @@ def _class_indices(classes: Sequence[str] | None, names: Sequence[str]) -> set[i
     return wanted
 
 
-def _select(det: Detections, threshold: float, wanted: set[int] | None) -> Detections:
+def select(det: Detections, threshold: float, wanted: set[int] | None) -> Detections:
     """Detections on the CPU with enough score and of the wanted classes, best first."""
     keep = det.scores >= threshold
     if wanted is not None:

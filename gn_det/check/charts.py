@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import html
 import itertools
 from collections.abc import Sequence
 
 from gn_det.check.sizes import SizeTable
+from gn_det.html import escape, svg
 
 _COLORS = ("#1f77dc", "#ff7f0e")
 _ROW, _LABEL, _WIDTH = 20, 190, 760
@@ -25,7 +25,7 @@ def class_chart(rows: Sequence[tuple[str, list[int], list[int]]], sets: Sequence
         short = name if len(name) <= 26 else name[:25] + "…"
         parts.append(
             f'<text x="{_LABEL - 8}" y="{top + step / 2}" text-anchor="end" dominant-baseline="central">'
-            f"{_escape(short)}</text>"
+            f"{escape(short)}</text>"
         )
         height = (step - 6) / len(sets)
         for k, part in enumerate(share):
@@ -33,14 +33,14 @@ def class_chart(rows: Sequence[tuple[str, list[int], list[int]]], sets: Sequence
             title = f"{name}: {objects[k]} objects in {images[k]} images of {sets[k]} ({part:.1%})"
             parts.append(
                 f'<rect x="{_LABEL}" y="{top + 3 + k * height:.1f}" width="{width:.1f}" height="{height:.1f}" '
-                f'fill="{_COLORS[k % 2]}" rx="1.5"><title>{_escape(title)}</title></rect>'
+                f'fill="{_COLORS[k % 2]}" rx="1.5"><title>{escape(title)}</title></rect>'
             )
         numbers = " / ".join(str(n) for n in objects)
         end = _LABEL + max(room * max(share) / most, 1.5) + 8
         parts.append(
             f'<text x="{end:.1f}" y="{top + step / 2}" dominant-baseline="central" class="dim">{numbers}</text>'
         )
-    return _svg(parts, len(rows) * step + 4)
+    return svg(parts, _WIDTH, len(rows) * step + 4)
 
 
 def size_chart(sizes: SizeTable) -> str:
@@ -59,7 +59,7 @@ def size_chart(sizes: SizeTable) -> str:
         share = count / max(sizes.total, 1)
         if count:
             parts.append(_text(middle, bottom - height - 8, f"{share:.0%}" if share >= 0.01 else "&lt;1%"))
-        parts.append(_text(middle, bottom + 15, _escape(label), "dim"))
+        parts.append(_text(middle, bottom + 15, escape(label), "dim"))
     parts.append(f'<line x1="{left}" y1="{bottom}" x2="{_WIDTH - left}" y2="{bottom}" stroke="#999"/>')
     for anchor in sizes.anchors:
         x = left + _position(anchor, sizes.edges) * slot
@@ -67,7 +67,7 @@ def size_chart(sizes: SizeTable) -> str:
             f'<path d="M{x:.1f} {bottom + 28} l-6 11 h12 z" fill="{_COLORS[1]}"><title>anchor {anchor:g}</title></path>'
         )
         parts.append(_text(x, bottom + 50, f"{anchor:g}", "anchor"))
-    return _svg(parts, bottom + 60)
+    return svg(parts, _WIDTH, bottom + 60)
 
 
 def _position(size: float, edges: Sequence[int]) -> float:
@@ -82,11 +82,3 @@ def _position(size: float, edges: Sequence[int]) -> float:
 
 def _text(x: float, y: float, text: str, kind: str = "") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="middle" class="{kind}">{text}</text>'
-
-
-def _svg(parts: Sequence[str], height: float) -> str:
-    return f'<svg viewBox="0 0 {_WIDTH} {height:g}" role="img">{"".join(parts)}</svg>'
-
-
-def _escape(text: str) -> str:
-    return html.escape(text)

@@ -9,11 +9,12 @@ from typing import Any
 
 from gn_det.check.fix import Cleaner, changes_file, refuse_overwriting
 from gn_det.check.report import Report, as_json, look_across
-from gn_det.check.table import as_text, one_line
+from gn_det.check.table import as_text
 from gn_det.data.catalog import datasets_for
 from gn_det.data.survey import Training, survey
 from gn_det.errors import ConfigError, UserError
 from gn_det.evaluation.results import write_bytes_atomic
+from gn_det.html import one_line
 
 #: Lines of changes that are printed; the file beside the copy has all.
 _CHANGES = 10

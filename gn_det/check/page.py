@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator, Sequence
 
 from gn_det import __version__
 from gn_det.check.charts import class_chart, size_chart
 from gn_det.check.report import Report, class_table
-from gn_det.check.samples import as_data_uri, choose_samples, draw_problem, draw_sample
-from gn_det.check.table import facts, one_line
+from gn_det.check.samples import choose_samples, draw_problem, draw_sample
+from gn_det.check.table import facts
 from gn_det.data.findings import Findings
 from gn_det.data.survey import Survey
+from gn_det.html import as_data_uri, document, escape, figure
 
 #: Places that are listed of each kind, and problems of a kind that are drawn.
 _LISTED, _DRAWN = 50, 3
@@ -46,11 +46,8 @@ def as_html(report: Report) -> str:
     """The page; pictures are read and drawn on the way."""
     sets = ", ".join(s.split for s in report.surveys)
     parts = [
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width,initial-scale=1">',
-        f"<title>gn-det check: {_text(report.surveys[0].source.json_file)}</title><style>{_STYLE}</style></head>",
-        f"<body><main><h1>gn-det check: {_text(sets)}</h1>",
-        f'<div class="verdict v{report.exit_code}">{_text(report.verdict())}</div>',
+        f"<h1>gn-det check: {escape(sets)}</h1>",
+        f'<div class="verdict v{report.exit_code}">{escape(report.verdict())}</div>',
     ]
     for survey in report.surveys:
         parts += _set_section(survey)
@@ -62,24 +59,20 @@ def as_html(report: Report) -> str:
     if report.changes is not None:
         lines = _list(report.changes[:1000])
         parts.append(f"<h2>changes in the cleaned copy: {len(report.changes)}</h2><section>{lines}</section>")
-    config = f", config {_text(report.config)}" if report.config else ""
-    parts.append(f"<footer>gn_det {__version__}{config}</footer></main></body></html>")
-    return "\n".join(parts)
-
-
-def _text(value: str) -> str:
-    return html.escape(one_line(value))
+    config = f", config {escape(report.config)}" if report.config else ""
+    parts.append(f"<footer>gn_det {__version__}{config}</footer>")
+    return document(f"gn-det check: {report.surveys[0].source.json_file}", _STYLE, parts)
 
 
 def _list(lines: Sequence[str]) -> str:
-    return "<ul>" + "".join(f"<li>{_text(line)}</li>" for line in lines) + "</ul>" if lines else ""
+    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>" if lines else ""
 
 
 def _set_section(survey: Survey) -> Iterator[str]:
-    yield f"<h2>{_text(survey.split)}</h2><section>"
-    yield f'<div class="path">{_text(survey.source.json_file)} · {_text(survey.source.image_root)}</div>'
+    yield f"<h2>{escape(survey.split)}</h2><section>"
+    yield f'<div class="path">{escape(survey.source.json_file)} · {escape(survey.source.image_root)}</div>'
     decoded = "every image was decoded" if survey.decoded else "image headers were read (--images decodes them)"
-    yield f"<p>{_text(facts(survey))}; {decoded}.</p>"
+    yield f"<p>{escape(facts(survey))}; {decoded}.</p>"
     yield from _findings(survey.findings, survey)
     yield "</section>"
 
@@ -90,10 +83,10 @@ def _findings(findings: Findings, survey: Survey | None) -> Iterator[str]:
     for severity in ("error", "warning", "note"):
         for name, kind, count in findings.of(severity):
             opened = " open" if severity == "error" else ""
-            fix = f' <span class="fix">--fix: {_text(kind.fix)}</span>' if kind.fix else ""
+            fix = f' <span class="fix">--fix: {escape(kind.fix)}</span>' if kind.fix else ""
             yield (
                 f'<details{opened}><summary><span class="tag {severity}">{severity}</span>'
-                f'<span class="count">{count}</span> {_text(kind.title)} <span class="kind">{name}</span>{fix}'
+                f'<span class="count">{count}</span> {escape(kind.title)} <span class="kind">{name}</span>{fix}'
                 "</summary>"
             )
             found = findings.found[name]
@@ -105,14 +98,10 @@ def _findings(findings: Findings, survey: Survey | None) -> Iterator[str]:
             for finding in found[:_TRIED] if survey is not None else ():
                 drawn = draw_problem(survey, finding) if survey is not None and len(figures) < _DRAWN else None
                 if drawn is not None:
-                    figures.append(_figure(as_data_uri(drawn), str(finding.where)))
+                    figures.append(figure(as_data_uri(drawn), str(finding.where)))
             if figures:
                 yield f'<div class="grid">{"".join(figures)}</div>'
             yield "</details>"
-
-
-def _figure(uri: str, caption: str) -> str:
-    return f'<figure><img src="{uri}" alt="{_text(caption)}"><figcaption>{_text(caption)}</figcaption></figure>'
 
 
 def _histograms(report: Report) -> Iterator[str]:
@@ -120,14 +109,14 @@ def _histograms(report: Report) -> Iterator[str]:
     rows = class_table(readable)
     if rows:
         key = "".join(
-            f'<span style="background:{color}"></span>{_text(s.split)}'
+            f'<span style="background:{color}"></span>{escape(s.split)}'
             for s, color in zip(readable, _key_colors(readable))
         )
         yield f'<h2>classes</h2><section><p class="key">share of the objects of each set, and how many: {key}</p>'
         yield class_chart(rows, [s.split for s in readable]) + "</section>"
     if report.sizes is not None:
         sizes = report.sizes
-        yield f"<h2>object sizes at training, against the anchors</h2><section><p>{_text(sizes.rule)}; ▲ anchors.</p>"
+        yield f"<h2>object sizes at training, against the anchors</h2><section><p>{escape(sizes.rule)}; ▲ anchors.</p>"
         yield size_chart(sizes)
         yield (
             f"<p>Centred on their best anchor, {sizes.fit[0]:.0%} of the objects reach IoU 0.7 and {sizes.fit[1]:.0%} "
@@ -145,6 +134,6 @@ def _samples(survey: Survey) -> Iterator[str]:
         drawn = draw_sample(survey, index)
         if drawn is not None:
             image = survey.images[index]
-            figures.append(_figure(as_data_uri(drawn), f"image {image['id']}: {image['file_name']}"))
+            figures.append(figure(as_data_uri(drawn), f"image {image['id']}: {image['file_name']}"))
     if figures:
-        yield f'<h2>samples of {_text(survey.split)}</h2><section><div class="grid">{"".join(figures)}</div></section>'
+        yield f'<h2>samples of {escape(survey.split)}</h2><section><div class="grid">{"".join(figures)}</div></section>'

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,13 +27,6 @@ _RED, _YELLOW, _GROUND = (230, 30, 45), (255, 210, 0), (196, 200, 206)
 _VISIBLE = ("bbox-", "polygon-", "rle-", "segmentation-", "object-", "no-mask", "category-unknown")
 #: Boxes with a side below this part of the picture get a ring around them.
 _SMALL = 0.04
-
-
-def as_data_uri(pixels: np.ndarray) -> str:
-    """(H, W, 3) uint8 RGB as a JPEG inside a URI."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=86)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def choose_samples(survey: Survey, count: int = SAMPLES) -> list[int]:

@@ -8,18 +8,13 @@ from gn_det.check.report import Report, class_table
 from gn_det.check.sizes import SizeTable
 from gn_det.data.findings import Findings
 from gn_det.data.survey import VISIBLE, Survey
+from gn_det.html import one_line
 
 #: Places that are quoted for each kind, by severity; ``--json`` lists more.
 _QUOTED = {"error": 3, "warning": 3, "note": 1}
 #: Classes that are listed; ``--html`` and ``--json`` list all.
 _CLASSES = 20
 _BAR = 30
-
-
-def one_line(text: str) -> str:
-    """The text without line breaks and without characters that no terminal can write."""
-    clean = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-    return clean.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def as_text(report: Report) -> str:

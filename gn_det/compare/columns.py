@@ -54,13 +54,12 @@ USUAL = {
         "mask_ap",
         "mask_ap50",
         "mask_ap75",
-        "parameters",
-        "s_per_iter",
-        "memory_mb",
-        "s_per_image",
     ),
-    "pretrain": ("top1_error", "parameters", "s_per_iter", "memory_mb", "s_per_image"),
+    "pretrain": ("top1_error", "train_error"),
 }
+
+#: Of the second table, on what a row takes.
+TAKES = ("parameters", "s_per_iter", "memory_mb", "s_per_image")
 
 #: Everything an evaluation tells about a detection row.
 ALL_AP = tuple(name for name in COLUMNS if name.startswith(("box_", "mask_")))

@@ -15,7 +15,7 @@ from gn_det.compare.execute import Trainer
 from gn_det.compare.plan import Job, Plan, as_words, make_plan
 from gn_det.compare.report import write_report
 from gn_det.compare.results import collect
-from gn_det.compare.runner import Runner, Summary
+from gn_det.compare.runner import NotThere, Runner, Summary
 from gn_det.compare.store import DONE, Store
 from gn_det.compare.suite import Suite, load_suite, parse_suite
 from gn_det.errors import ConfigError
@@ -74,7 +74,8 @@ def compare(request: Request) -> int:
             suite, engine, overrides=request.overrides, only=rows, seeds=request.seeds, num_gpus=request.num_gpus
         )
 
-    whole, plan = planned(()), planned(request.rows)
+    whole = planned(())
+    plan = planned(request.rows) if request.rows else whole
     store = Store(request.output or Path("output") / "compare" / suite.name)
     if request.dry_run:
         return show(plan, store, any_version=request.any_version)
@@ -106,10 +107,8 @@ def show(plan: Plan, store: Store, *, any_version: bool) -> int:
         try:
             record, _ = runner.find(job)
             state = "done" if record.status == DONE else "goes on" if record.sessions else "to run"
-        except ConfigError:
-            raise
-        except Exception as reason:
-            state = f"to run ({reason})"
+        except NotThere:
+            state = f"after {job.needs[0]}" if job.needs else ""
         print(f"{job.name:40s} {state:10s} {_described(job)}".rstrip())
     for identity, why in plan.left_out.items():
         print(f"{identity:40s} left out   {why}")

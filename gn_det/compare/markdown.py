@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from gn_det.compare.results import Results
-from gn_det.compare.tables import Cell, View, full_view, view
+from gn_det.compare.tables import Cell, View, full_view, views
 
 
 def as_markdown(results: Results, findings: Mapping[str, Sequence[str]], date: str) -> str:
@@ -17,7 +17,8 @@ def as_markdown(results: Results, findings: Mapping[str, Sequence[str]], date: s
     if lines:
         parts += ["## Findings", "\n".join(lines)]
     for table in suite.tables:
-        parts += _table(view(results, table))
+        for shown in views(results, table):
+            parts += _table(shown)
     for table in suite.tables:
         full = full_view(results, table)
         parts += _table(full) if full is not None else []

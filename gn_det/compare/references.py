@@ -13,6 +13,9 @@ import yaml
 SOURCES = ("paper", "detectron", "d2", "mmdet")
 
 
+_TEXTS = ("id", "source", "model", "where", "delta")
+
+
 @dataclass(frozen=True)
 class Reference:
     """One published row.
@@ -20,6 +23,7 @@ class Reference:
     Attributes:
         id: as suites name it.
         source: one of :data:`SOURCES`.
+        model: backbone; rows of different ones are not compared.
         where: table or section.
         values: column -> number as published.
         delta_to: id of the row that ``delta`` is measured from, where only a difference is published; else "".
@@ -28,6 +32,7 @@ class Reference:
 
     id: str
     source: str
+    model: str
     where: str
     values: Mapping[str, float]
     delta_to: str = ""
@@ -42,14 +47,14 @@ def load_references() -> tuple[dict[str, Reference], dict[str, str]]:
     for entry in [*content["coco"], *content["imagenet"]]:
         delta = dict(entry.get("delta") or {})
         to = str(delta.pop("to", ""))
-        values = {k: float(v) for k, v in entry.items() if k not in ("id", "source", "where", "delta")}
-        rows[entry["id"]] = Reference(entry["id"], entry["source"], entry["where"], values, to, delta or None)
+        values = {k: float(v) for k, v in entry.items() if k not in _TEXTS}
+        rows[entry["id"]] = Reference(*(entry[k] for k in _TEXTS[:4]), values, to, delta or None)
     return rows, dict(content["sources"])
 
 
 def published_difference(row: Reference, baseline: Reference, column: str) -> float | None:
-    """Row minus baseline where one source gives both, or gives the difference; None where it does not."""
-    if row.source != baseline.source:
+    """Row minus baseline where one source gives both for one model, or gives the difference; None where not."""
+    if (row.source, row.model) != (baseline.source, baseline.model):
         return None
     if row.delta and row.delta_to == baseline.id:
         return row.delta.get(column)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from gn_det.compare.findings import findings
 from gn_det.compare.markdown import as_markdown
+from gn_det.compare.page import as_html
 from gn_det.compare.results import Results, as_json
+from gn_det.compare.samples import draw_samples
 from gn_det.compare.store import Store, write_json
 from gn_det.evaluation.results import write_bytes_atomic
 
@@ -23,4 +25,6 @@ def write_report(results: Results, store: Store, date: str) -> None:
     sentences = findings(results)
     write_json(store.root / "results.json", as_json(results, sentences, date))
     write_bytes_atomic(str(store.root / "report.md"), as_markdown(results, sentences, date).encode())
-    print(f"Report: {store.root / 'report.md'}", flush=True)
+    html = as_html(results, sentences, draw_samples(results, store), date)
+    write_bytes_atomic(str(store.root / "report.html"), html.encode())
+    print(f"Report: {store.root / 'report.html'}, report.md, results.json", flush=True)

@@ -78,7 +78,7 @@ class Runner:
             head = f"[{number}/{len(jobs)}] {job.name}"
             try:
                 record, weights = self.find(job)
-            except _NotThere as reason:
+            except NotThere as reason:
                 summary.failed[job.name] = str(reason)
                 self.say(f"{head}: failed: {reason}")
                 continue
@@ -117,7 +117,7 @@ class Runner:
         """The record of a job, new where there is none, and its initial weights where another row makes them.
 
         Raises:
-            UserError: (private) the run that it starts from did not succeed.
+            NotThere: the run that it starts from did not succeed.
         """
         weights, sha = self.weights_of(job)
         settings_key = job.settings_key(sha)
@@ -134,7 +134,7 @@ class Runner:
         """Path ("" where the config names the weights) and sha256 of what a job starts from.
 
         Raises:
-            UserError: (private) they do not exist: the row that makes them failed.
+            NotThere: they do not exist: the row that makes them failed.
         """
         if job.needs is None:
             return "", initial_sha(job)
@@ -142,7 +142,7 @@ class Runner:
         maker = next(j for j in self.plan.jobs if (j.row.id, j.seed) == (row, seed))
         record, _ = self.find(maker)
         if record.status != DONE or not record.weights:
-            raise _NotThere(f"it starts from '{row}' (seed {seed}), which is {record.status}")
+            raise NotThere(f"it starts from '{row}' (seed {seed}), which is {record.status}")
         return str(self.store.folder_of(record) / record.weights), record.weights_sha
 
     def _run_one(self, job: Job, record: Record, weights: str) -> None:
@@ -179,7 +179,7 @@ class Runner:
             self.store.write(record)
 
 
-class _NotThere(UserError):
+class NotThere(UserError):
     """The weights of a run do not exist."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from gn_det.compare.columns import ALL_AP, COLUMNS, COST, DECIDING, METRIC, USUAL
+from gn_det.compare.columns import ALL_AP, COLUMNS, COST, DECIDING, METRIC, TAKES, USUAL
 from gn_det.compare.findings import signed
 from gn_det.compare.references import SOURCES, Reference, load_references
 from gn_det.compare.results import Place, Results, RowResult, common_place
@@ -45,8 +45,8 @@ class View:
     reference: str = ""
 
 
-def view(results: Results, table: Table) -> View:
-    """A table of a suite, filled in."""
+def view(results: Results, table: Table, *, plain: bool = False) -> View:
+    """A table of a suite, filled in; ``plain`` leaves out published numbers and the notes on rows."""
     rows = [results.row(identity) for identity in table.rows]
     if table.grid is not None:
         return _grid_view(results, table, rows, table.grid)
@@ -54,7 +54,7 @@ def view(results: Results, table: Table) -> View:
     columns = table.columns or USUAL[kind]
     place = common_place(rows)
     source = table.reference or _source_of(rows)
-    published = _published_columns(rows, source)
+    published = [] if plain else _published_columns(rows, source, columns)
     compared = [c for c in (DECIDING[kind], "mask_ap") if c in columns and any(r.row.baseline for r in rows)]
     labels = list(table.labels)
     head = [(LABEL, text) for text in labels or ["row"]]
@@ -70,8 +70,17 @@ def view(results: Results, table: Table) -> View:
             if column in compared:
                 cells.append(_difference_cell(results, result, column))
         body.append(cells + [_published_cell(_published(result, source), c) for c in published])
-    notes = _notes(rows, columns, place, bool(compared), table.note)
+    notes = _notes(rows, columns, place, bool(compared), table.note) + ([] if plain else _row_notes(rows))
     return View(table.title, head, body, notes, load_references()[1].get(source, "") if published else "")
+
+
+def views(results: Results, table: Table) -> list[View]:
+    """A table, and behind one that names no columns what its rows cost."""
+    shown = [view(results, table)]
+    if not table.columns and any(results.row(i).done for i in table.rows):
+        cost = Table(f"{table.title}: cost", table.rows, table.labels, TAKES)
+        shown.append(view(results, cost, plain=True))
+    return shown
 
 
 def full_view(results: Results, table: Table) -> View | None:
@@ -159,7 +168,8 @@ def _value(reference: Reference | None, column: str) -> float | None:
     return None if reference is None else reference.values.get(column)
 
 
-def _published_columns(rows: Sequence[RowResult], source: str) -> list[str]:
+def _published_columns(rows: Sequence[RowResult], source: str, columns: Sequence[str]) -> list[str]:
+    """The shown columns that the source has; costs are of its own machine and stand in no comparison."""
     found = [_published(r, source) for r in rows]
     return [
         c for c in COLUMNS if any(_value(f, c) is not None or (f is not None and c in (f.delta or {})) for f in found)
@@ -180,8 +190,8 @@ def _notes(
     rows: Sequence[RowResult], columns: Sequence[str], place: Place | None, compared: bool, written: str
 ) -> list[str]:
     notes = [written] if written else []
-    if any(len(r.done) > 1 for r in rows):
-        notes.append("AP: mean ± standard deviation over seeds.")
+    if any(len(r.done) > 1 for r in rows) and any(COLUMNS[c].what == METRIC for c in columns):
+        notes.append("Mean ± standard deviation over seeds.")
     if compared:
         notes.append("Δ: against the row's baseline, ± half of its 95 % interval; bold: larger than the noise; "
                      "(?): one seed, so the noise is not known.")  # fmt: skip
@@ -191,7 +201,7 @@ def _notes(
         blank = [r.row.title for r in rows if r.done and all(r.cost(c, place) is None for c in costs)]
         if blank:
             notes.append(f"No cost for {', '.join(blank)}: not measured on the same machine and day.")
-    return notes + _row_notes(rows)
+    return notes
 
 
 def _row_notes(rows: Sequence[RowResult]) -> list[str]:
