@@ -7,6 +7,7 @@ turns in one process. Ends with the targets, each met or MISSED.
 
     python benchmarks/train_step.py                     # needs a GPU; writes benchmarks/results/train_step_<gpu>.json
     python benchmarks/train_step.py --models fpn --batches 2 --dtypes bfloat16 --channels-last
+    python benchmarks/train_step.py --models fpn --batches 2 --dtypes bfloat16 --compile   # trunk and box head compiled
     python benchmarks/train_step.py --quick             # tiny, any machine: checks that it runs, times mean nothing
 """
 
@@ -57,7 +58,18 @@ def build(model: str, side: str, args: argparse.Namespace) -> tuple[nn.Module, A
     cfg = load_cfg("quickstart.yaml" if args.quick else CONFIGS[model], overrides)
     torch.manual_seed(0)
     made = build_model(cfg).to(args.device)
-    return made.to(memory_format=torch.channels_last) if args.channels_last else made, cfg
+    if args.channels_last:
+        made = made.to(memory_format=torch.channels_last)
+    if args.compile:
+        compile_parts(made)
+    return made, cfg
+
+
+def compile_parts(model: nn.Module, **options: Any) -> None:
+    """Compile what is one graph whatever the images hold: the trunk (any image size), and the box head of an FPN."""
+    model.backbone.compile(dynamic=True, fullgraph=True, **options)
+    if hasattr(model.roi_heads, "box_head"):
+        model.roi_heads.box_head.compile(dynamic=True, fullgraph=True, **options)
 
 
 def sync(device: str) -> None:
@@ -197,6 +209,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batches", default="1,2,4")
     parser.add_argument("--freeze-at", type=int, default=0, help="MODEL.BACKBONE.FREEZE_AT of both sides")
     parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="torch.compile for trunk and box head, on all sides")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="tiny model and images, 1 run: checks that it runs")
     parser.add_argument("--output", type=Path, help="json file; default benchmarks/results/train_step_<gpu>.json")
@@ -224,8 +237,8 @@ def main(argv: list[str] | None = None) -> int:
     if not cuda or args.quick:
         print("no GPU or --quick: no target is judged")
     result = {"environment": environment(args.device), "quick": args.quick, "channels_last": args.channels_last}
-    result |= {"freeze_at": args.freeze_at, "repeats": args.repeats, "rows": rows}
-    write(result, args, "train_step_{}_channels_last" if args.channels_last else "train_step_{}")
+    result |= {"compiled": args.compile, "freeze_at": args.freeze_at, "repeats": args.repeats, "rows": rows}
+    write(result, args, "train_step_{}" + "_channels_last" * args.channels_last + "_compiled" * args.compile)
     return int(missed > 0)
 
 

@@ -67,15 +67,20 @@ def group_norm_act(
 
 def takes_kernels(x: Tensor, fused: str) -> bool:
     """Whether :func:`group_norm_act` launches kernels for ``x``."""
-    if fused == "off" or _exporting():
-        return False
+    if fused == "off" or (fused == "auto" and not MEASURED_BETTER) or _exporting():
+        return False  # decided at once: this runs for every layer
+    return bool(_chosen(x.device, x.dtype, fused))
+
+
+# A constant to torch.compile: what is asked here (Triton, the device's name, a warning) would break the graph.
+@torch.compiler.assume_constant_result
+def _chosen(device: torch.device, dtype: torch.dtype, fused: str) -> bool:
+    able = launch.can_launch_on(device.type, dtype)
     if fused == "auto":
-        # A name is asked for only where it could matter: this runs for every layer.
-        return bool(MEASURED_BETTER) and launch.can_launch(x) and (_name(x.device), x.dtype) in MEASURED_BETTER
-    if launch.can_launch(x):
-        return True
-    _say_plain(x.device.type, x.dtype)
-    return False
+        return able and (_name(device), dtype) in MEASURED_BETTER
+    if not able:
+        _say_plain(device.type, dtype)
+    return able
 
 
 @functools.cache

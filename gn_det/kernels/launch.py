@@ -46,8 +46,13 @@ def has_triton() -> bool:
 
 def can_launch(x: Tensor) -> bool:
     """Whether the kernels take ``x``: a GPU (or the interpreter), Triton, a dtype of :data:`DTYPES`."""
-    on_device = x.device.type == "cuda" or (x.device.type == "cpu" and interpreted())
-    return on_device and x.dtype in DTYPES and has_triton()
+    return can_launch_on(x.device.type, x.dtype)
+
+
+def can_launch_on(kind: str, dtype: torch.dtype) -> bool:
+    """:func:`can_launch` for tensors of ``dtype`` on devices of the type ``kind``."""
+    on_device = kind == "cuda" or (kind == "cpu" and interpreted())
+    return on_device and dtype in DTYPES and has_triton()
 
 
 @dataclass(frozen=True)

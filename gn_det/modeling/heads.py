@@ -165,10 +165,8 @@ class BoxPredictor(nn.Module):
 
     def _detect_image(self, boxes: Tensor, scores: Tensor, image_size: tuple[int, int]) -> Detections:
         finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores).all(dim=1)
-        if not finite.all():
-            boxes, scores = boxes[finite], scores[finite]
         scores = scores[:, :-1]
-        roi, cls = (scores > self.score_thresh).nonzero(as_tuple=True)
+        roi, cls = ((scores > self.score_thresh) & finite[:, None]).nonzero(as_tuple=True)
         scores = scores[roi, cls]
         boxes = box_ops.clip(boxes.view(-1, self.num_classes, 4)[roi, cls], image_size)
         keep = batched_nms(boxes, scores, cls, self.nms_thresh)

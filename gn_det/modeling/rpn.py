@@ -231,13 +231,12 @@ class RPN(nn.Module):
 
     def _select(self, boxes: Tensor, scores: Tensor, levels: Tensor, image_size: tuple[int, int]) -> Proposals:
         finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores)
-        if not finite.all():
-            if self.training:
-                raise FloatingPointError("RPN predictions hold inf or nan: training has diverged")
-            boxes, scores, levels = boxes[finite], scores[finite], levels[finite]
         boxes = box_ops.clip(boxes, image_size)
-        keep = box_ops.nonempty(boxes, self.min_box_size)
-        if not keep.all():
-            boxes, scores, levels = boxes[keep], scores[keep], levels[keep]
+        good = finite & box_ops.nonempty(boxes, self.min_box_size)
+        if not good.all():  # where all are good, the host has waited for the device once
+            if self.training and not finite.all():
+                raise FloatingPointError("RPN predictions hold inf or nan: training has diverged")
+            index = good.nonzero().squeeze(1)
+            boxes, scores, levels = boxes[index], scores[index], levels[index]
         keep = batched_nms(boxes, scores, levels, self.nms_thresh)[: self.post_nms_topk[self.training]]
         return Proposals(image_size, boxes[keep], scores[keep])

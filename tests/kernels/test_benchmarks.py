@@ -63,3 +63,75 @@ def test_layers_are_the_networks(monkeypatch: pytest.MonkeyPatch) -> None:
         net(torch.zeros(1, 3, 64, 96))
     listed = [layer.shape for layer in layers if "head" not in layer.name for _ in range(layer.count)]
     assert sorted(listed) == sorted(seen)
+
+
+@pytest.mark.parametrize(("config", "levels"), [("gn_fpn.yaml", 5), ("gn_c4.yaml", 1)])
+def test_host_waits_where_it_must(config: str, levels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms, convolutions and losses wait for nothing; proposals, sampling and polygons do, so many times."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import syncs
+    from engine import load_cfg, make_steps
+
+    cfg = load_cfg(
+        config, [*syncs.SMALL, "MODEL.RESNETS.RES2_OUT_CHANNELS", "32", "MODEL.RESNETS.STEM_OUT_CHANNELS", "32"]
+    )
+    places = syncs.of_the_model(syncs.waits(make_steps("embedded", cfg, (96, 96), 2)["training step"]))
+    files: dict[str, int] = {}
+    for (_, place), count in places.items():
+        name = place.split("/")[1].split(":")[0]
+        files[name] = files.get(name, 0) + count
+    # Two images. RPN: whether all proposals are good (two more if not), NMS (torchvision's loops over levels when there
+    # are many boxes), the sample. Matcher: foreground and background of anchors and RoIs.
+    assert set(files) <= {"rpn.py", "matcher.py", "poolers.py", "heads.py", "structures.py"}
+    assert files["rpn.py"] <= 2 * (3 + 1 + 2 * levels + 2) + 1
+    assert files["matcher.py"] == 8 and files["heads.py"] == 1 and files["structures.py"] <= 2
+    assert files.get("poolers.py", 0) <= 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["gn_fpn.yaml", "gn_c4.yaml"])
+@pytest.mark.parametrize("fused", ["on", "auto"])
+def test_compiled_parts_give_the_same_losses(config: str, fused: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--compile: whole graphs without breaks, for two image sizes; same losses and gradients (1e-5).
+
+    "auto" stands for a device on which the kernels were found to be better: the fused operator is in the graph (on a
+    CPU in its plain form); "on" is a machine that has no kernels and says so.
+    """
+    import torch
+
+    from gn_det.kernels import dispatch, launch
+
+    if fused == "auto":
+        monkeypatch.setattr(dispatch, "MEASURED_BETTER", frozenset({("cpu", torch.float32)}))
+        monkeypatch.setattr(launch, "can_launch_on", lambda kind, dtype: True)
+        monkeypatch.setattr(launch, "can_launch", lambda x: False)  # the operator itself launches nothing
+
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import syncs
+    from engine import load_cfg, make_batch
+    from train_step import compile_parts
+
+    from gn_det.modeling import build_model
+
+    small = ["MODEL.RESNETS.RES2_OUT_CHANNELS", "32", "MODEL.RESNETS.STEM_OUT_CHANNELS", "32"]
+    cfg = load_cfg(config, [*syncs.SMALL, *small, "MODEL.GN.FUSED", fused])
+    torch.manual_seed(0)
+    net = build_model(cfg)
+    batches = [make_batch("embedded", size, 1, 80) for size in ((96, 96), (64, 128))]
+
+    def step(samples: list[dict[str, Any]]) -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        net.zero_grad()
+        losses = net(samples)
+        torch.stack(list(losses.values())).sum().backward()
+        gradient = net.backbone.get_parameter(
+            next(n for n, p in net.backbone.named_parameters() if p.requires_grad)
+        ).grad
+        assert gradient is not None
+        return [torch.stack(list(losses.values())).detach(), gradient.clone()]
+
+    eager = [step(b) for b in batches]
+    compile_parts(net, backend="aot_eager")
+    for samples, expected in zip(batches, eager):
+        for made, wanted in zip(step(samples), expected):
+            assert torch.allclose(made, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))

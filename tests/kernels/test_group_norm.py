@@ -175,6 +175,25 @@ def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
     return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
+@pytest.mark.parametrize("fused", ["on", "auto"])
+@pytest.mark.parametrize("able", [True, False])
+def test_the_choice_breaks_no_graph(fused: str, able: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiled model is one graph and equal, where kernels were measured to be better and where there are none."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    from gn_det.kernels import dispatch
+
+    monkeypatch.setattr(dispatch, "MEASURED_BETTER", frozenset({("cpu", torch.float32)}))
+    monkeypatch.setattr(launch, "can_launch_on", lambda kind, dtype: able)
+    monkeypatch.setattr(launch, "can_launch", lambda x: False)  # the operator itself launches nothing on a CPU
+    torch.manual_seed(0)
+    model, x = Tower(fused=fused), torch.randn(2, 8, 6, 5)
+    assert model.norm1.takes_over(x) == able
+    eager = gradients(model, x)
+    compiled = gradients(torch.compile(model, backend=aot_eager, fullgraph=True), x)
+    torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)  # torch.compile takes nn.GroupNorm apart
+
+
 @pytest.mark.usefixtures("kernels_everywhere")
 def test_compile_checkpoint_and_ddp() -> None:
     """torch.compile traces one graph for any size; activation checkpointing and DDP change nothing."""
