@@ -12,7 +12,7 @@ from gn_det.html import escape, svg
 COLORS = ("#3b82f6", "#f97316", "#22a559", "#a855f7", "#e5484d", "#0ea5b7", "#b7791f", "#ec4899", "#6b8e23", "#7c83a1")
 _DASHES = ("", "7 4", "2 3")
 _WIDTH, _HEIGHT = 560.0, 320.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 54.0, 14.0, 14.0, 46.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54.0, 22.0, 14.0, 46.0
 
 Points = Sequence[tuple[float, float]]
 

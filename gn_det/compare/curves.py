@@ -75,7 +75,7 @@ def _smooth(points: Points, key: str) -> Points:
 
 
 def mean_curve(runs: Sequence[Points]) -> Points:
-    """Mean over runs where all have a value, at the places of the first; between its points a run is a straight line."""
+    """Mean over runs where all have a value, at the places of the first; straight between points."""
     if len(runs) == 1:
         return runs[0]
     low, high = max(r[0][0] for r in runs), min(r[-1][0] for r in runs)

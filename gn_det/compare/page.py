@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import gn_det
 from gn_det.compare.curves import charts_of
 from gn_det.compare.results import Results, RowResult
-from gn_det.compare.tables import REFERENCE, Cell, View, full_view, view
+from gn_det.compare.tables import REFERENCE, Cell, View, full_view, views
 from gn_det.html import document, escape, figure, jpeg_uri
 
 _STYLE = """
@@ -19,34 +19,38 @@ _STYLE = """
 *{box-sizing:border-box}
 body{font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue","DejaVu Sans",sans-serif;
 color:var(--ink);background:var(--ground);margin:0}
-main{max-width:1180px;margin:0 auto;padding:32px 24px 60px}
+main{max-width:1240px;margin:0 auto;padding:32px 24px 60px}
 h1{font-size:30px;line-height:1.2;margin:0 0 6px;letter-spacing:-.01em}
-h2{font-size:21px;margin:44px 0 12px;letter-spacing:-.005em}h3{font-size:15px;margin:0 0 8px;color:var(--soft);font-weight:600}
+h2{font-size:21px;margin:44px 0 12px;letter-spacing:-.005em}
+h3{font-size:15px;margin:0 0 8px;color:var(--soft);font-weight:600}
 .under{color:var(--soft);margin:0 0 18px}.lead{max-width:78ch;margin:14px 0}
 section{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:18px 22px;margin:14px 0}
 .state{display:flex;flex-wrap:wrap;gap:8px 26px;padding:12px 22px}.state b{font-size:20px;margin-right:6px}
 .findings{padding:6px 22px}.findings p{margin:0;padding:12px 0;border-top:1px solid var(--line);max-width:92ch}
 .findings p:first-child{border-top:0}.against{color:var(--bad);font-weight:600}
-.wide{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:14.5px;font-variant-numeric:tabular-nums}
-th{font-weight:600;text-align:right;vertical-align:bottom;padding:6px 10px;border-bottom:2px solid var(--line);
+.wide{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:14px;font-variant-numeric:tabular-nums}
+th{font-weight:600;text-align:right;vertical-align:bottom;padding:6px 9px;border-bottom:2px solid var(--line);
 color:var(--soft);font-size:13px;line-height:1.3}
-td{text-align:right;padding:7px 10px;border-bottom:1px solid var(--line);white-space:nowrap}
+td{text-align:right;padding:7px 9px;border-bottom:1px solid var(--line);white-space:nowrap}
 tr:last-child td{border-bottom:0}th.label,td.label{text-align:left;color:var(--ink)}
 th.reference,td.reference{background:var(--refer);color:var(--refer-ink)}
 th.group{text-align:center;border-bottom:1px solid var(--line);font-size:12px;letter-spacing:.03em}
 td.difference{color:var(--soft)}td.strong{font-weight:700;color:var(--ink);background:var(--mark)}td.faint{color:var(--soft)}
 .notes{font-size:13.5px;color:var(--soft);margin:12px 0 0;padding-left:18px}.notes li{margin:3px 0}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(440px,1fr));gap:18px 30px}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,500px),1fr));gap:18px 30px}
 @media (max-width:560px){.charts{grid-template-columns:1fr}main{padding:20px 12px}section{padding:14px}}
-.chart svg{width:100%;height:auto;display:block;font-size:12.5px}.chart text{fill:var(--soft)}.chart .name{fill:var(--ink)}
+.chart svg{width:100%;height:auto;display:block;font-size:12.5px}.chart text{fill:var(--soft)}
+.chart .name{fill:var(--ink)}
 .rule{stroke:var(--line)}.axis{stroke:var(--soft)}.line{fill:none;stroke-width:2.2;stroke-linejoin:round}
 .faint{fill:none}polyline.faint{stroke-width:1;opacity:.32}.bar{stroke-width:1.4;opacity:.6}
 .legend{display:flex;flex-wrap:wrap;gap:3px 16px;font-size:13px;margin:6px 0 0 44px}
-.legend span{display:inline-flex;align-items:center;gap:6px}.chart .key{width:22px;height:8px;stroke-width:2.6;flex:none}
+.legend span{display:inline-flex;align-items:center;gap:6px}
+.chart .key{width:22px;height:8px;stroke-width:2.6;flex:none}
 .pictures{display:grid;grid-template-columns:120px repeat(var(--n),minmax(120px,1fr));gap:10px;align-items:center}
 .pictures .who{font-weight:600;font-size:14px}figure{margin:0}figure img{width:100%;border-radius:6px;display:block}
 figcaption{display:none}
-details{border-top:1px solid var(--line);padding:9px 0}details:first-of-type{border-top:0}summary{cursor:pointer;font-weight:600}
+details{border-top:1px solid var(--line);padding:9px 0}details:first-of-type{border-top:0}
+summary{cursor:pointer;font-weight:600}
 pre{font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,"DejaVu Sans Mono",monospace;overflow-x:auto;margin:8px 0;
 padding:12px;background:var(--ground);border-radius:6px}code{font:13px ui-monospace,Menlo,"DejaVu Sans Mono",monospace}
 footer{color:var(--soft);font-size:13px;margin-top:40px}
@@ -69,7 +73,8 @@ def as_html(results: Results, findings: Mapping[str, Sequence[str]], samples: Sa
     body += [f'<p class="lead">{escape(" ".join(suite.note.split()))}</p>'] if suite.note else []
     body += [_state(results), *_findings(findings)]
     for table in suite.tables:
-        body += _table(view(results, table))
+        for shown in views(results, table):
+            body += _table(shown)
         charts = charts_of(results, table)
         if charts:
             drawn = "".join(f"<div><h3>{escape(title)}</h3>{html}</div>" for title, html in charts)
@@ -172,11 +177,7 @@ def _changed(results: Results, result: RowResult) -> str:
     if base is None or not base.done or not base.done[0].config:
         return ""
     before, after = base.done[0].config.splitlines(), result.done[0].config.splitlines()
-    lines = [
-        line
-        for line in difflib.unified_diff(before, after, lineterm="", n=0)
-        if not line.startswith(("---", "+++", "@@"))
-    ]
+    lines = [x for x in difflib.unified_diff(before, after, lineterm="", n=0) if x[:2] not in ("--", "++", "@@")]
     return "\n".join(line for line in lines if not line[1:].strip().startswith(_OWN))
 
 

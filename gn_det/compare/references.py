@@ -48,7 +48,8 @@ def load_references() -> tuple[dict[str, Reference], dict[str, str]]:
         delta = dict(entry.get("delta") or {})
         to = str(delta.pop("to", ""))
         values = {k: float(v) for k, v in entry.items() if k not in _TEXTS}
-        rows[entry["id"]] = Reference(*(entry[k] for k in _TEXTS[:4]), values, to, delta or None)
+        name, source, model, where = (str(entry[k]) for k in _TEXTS[:4])
+        rows[name] = Reference(name, source, model, where, values, to, delta or None)
     return rows, dict(content["sources"])
 
 

@@ -189,7 +189,10 @@ def _expanded(written: Sequence[Any], source: str) -> Iterable[Mapping[str, Any]
                 raise SuiteError(f"{source}: row {number}: each: {name} must be a list of values")
         plain = {key: value for key, value in entry.items() if key != "each"}
         for combination in itertools.product(*each.values()):
-            yield _filled(plain, dict(zip(each, combination)))
+            values: dict[str, Any] = {}
+            for name, value in zip(each, combination):
+                values |= value if isinstance(value, Mapping) else {name: value}  # several that go together
+            yield _filled(plain, values)
 
 
 def _filled(value: Any, values: Mapping[str, Any]) -> Any:

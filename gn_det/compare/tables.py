@@ -179,7 +179,7 @@ def _published_columns(rows: Sequence[RowResult], source: str, columns: Sequence
 def _published_cell(reference: Reference | None, column: str) -> Cell:
     value = _value(reference, column)
     if value is None and reference is not None and column in (reference.delta or {}):
-        return Cell(f"about {signed((reference.delta or {})[column])} to {reference.delta_to}")
+        return Cell(f"Δ about {signed((reference.delta or {})[column])}")
     return Cell("", faint=True) if value is None else Cell(f"{value:.{COLUMNS[column].decimals}f}")
 
 
