@@ -41,6 +41,33 @@ def test_train_step(tmp_path: Path) -> None:
     assert all(0 < s < 2 for s in row["norm_share"].values())
 
 
+def test_pictures(tmp_path: Path) -> None:
+    """Drawn from results; what a CPU or --quick made is refused, and so is another benchmark's file."""
+    environment = {"device": "a GPU", "torch": "2.15", "cuda": "13.2", "date": "2026-11-21"}
+    times = {way: [2.0, 1.0, 3.0] for way in ("fused", "frozen BN", "nn.GroupNorm")}
+    norm = {"name": "stem", "count": 1, "shape": [1, 64, 8, 8], "dtype": "bfloat16", "layout": "nchw"}
+    sides = {side: [0.1, 0.1, 0.1] for side in ("bn*", "gn", "gn recompute", "gn torch")}
+    step = {"model": "fpn", "dtype": "bfloat16", "batch": 2, "train_s": sides, "inference_s": sides}
+    files = {"group_norm": norm | {"forward_us": times, "backward_us": times}}
+    files["train_step"] = step | {"peak_gb": dict.fromkeys(sides, 3.5)}
+
+    def draw(**changes: str | None) -> subprocess.CompletedProcess[str]:
+        paths = []
+        for name, row in files.items():
+            paths.append(tmp_path / f"{name}.json")
+            paths[-1].write_text(json.dumps({"environment": environment | changes, "quick": False, "rows": [row]}))
+        command = [sys.executable, str(FOLDER / "pictures.py"), *map(str, paths), "--output", str(tmp_path)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    refused = draw(cuda=None)
+    assert refused.returncode == 1 and "without a GPU" in refused.stderr and not (tmp_path / "train_step.png").exists()
+    done = draw()
+    assert done.returncode == 0, done.stderr
+    assert all((tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG" for name in files)
+    files["group_norm"] = files["train_step"]
+    assert "is not a result of benchmarks/group_norm.py" in draw().stderr
+
+
 def test_layers_are_the_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     """69 norms and the shapes of a real forward pass, on the meta device."""
     import torch
