@@ -78,8 +78,8 @@ def against_published(found: Difference, row: Reference, other: Reference, delta
     if column in row.values and column in other.values:
         numbers = f"{other.values[column]:.1f} to {row.values[column]:.1f}"
     else:
-        numbers = f"about, in {row.where}"
-    head = f"{name[0].upper()}{name[1:]} has {signed(delta)} ({numbers})"
+        numbers = row.where
+    head = f"{name[0].upper()}{name[1:]} has {signed(delta)} ({numbers}, {row.model})"
     same = (found.value > 0) == (delta > 0)
     if round(delta, 3) == 0 or (found.half is None and abs(found.value) < 0.05):
         return f"{head}."

@@ -38,6 +38,11 @@ class Reference:
     delta_to: str = ""
     delta: Mapping[str, float] | None = None
 
+    @property
+    def kind(self) -> str:
+        """Of model, whatever its depth: "C4", "FPN" or "ImageNet"."""
+        return self.model.replace("-", " ").split()[-1]
+
 
 @functools.lru_cache(maxsize=1)
 def load_references() -> tuple[dict[str, Reference], dict[str, str]]:

@@ -189,10 +189,10 @@ def _expanded(written: Sequence[Any], source: str) -> Iterable[Mapping[str, Any]
                 raise SuiteError(f"{source}: row {number}: each: {name} must be a list of values")
         plain = {key: value for key, value in entry.items() if key != "each"}
         for combination in itertools.product(*each.values()):
-            values: dict[str, Any] = {}
+            together: dict[str, Any] = {}
             for name, value in zip(each, combination):
-                values |= value if isinstance(value, Mapping) else {name: value}  # several that go together
-            yield _filled(plain, values)
+                together |= value if isinstance(value, Mapping) else {name: value}  # several that go together
+            yield _filled(plain, together)
 
 
 def _filled(value: Any, values: Mapping[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -54,7 +55,8 @@ def view(results: Results, table: Table, *, plain: bool = False) -> View:
     columns = table.columns or USUAL[kind]
     place = common_place(rows)
     source = table.reference or _source_of(rows)
-    published = [] if plain else _published_columns(rows, source, columns)
+    references = _published(rows, source)
+    published = [] if plain else _published_columns(references, columns)
     compared = [c for c in (DECIDING[kind], "mask_ap") if c in columns and any(r.row.baseline for r in rows)]
     labels = list(table.labels)
     head = [(LABEL, text) for text in labels or ["row"]]
@@ -63,13 +65,13 @@ def view(results: Results, table: Table, *, plain: bool = False) -> View:
         head += [(DIFFERENCE, f"Δ {COLUMNS[column].heading}")] if column in compared else []
     head += [(REFERENCE, f"{COLUMNS[c].heading} ({source})") for c in published]
     body = []
-    for result in rows:
+    for result, reference in zip(rows, references):
         cells = [Cell(result.row.labels.get(text, "")) for text in labels] or [Cell(result.row.title)]
         for column in columns:
             cells.append(_cell(result, column, place))
             if column in compared:
                 cells.append(_difference_cell(results, result, column))
-        body.append(cells + [_published_cell(_published(result, source), c) for c in published])
+        body.append(cells + [_published_cell(reference, c) for c in published])
     notes = _notes(rows, columns, place, bool(compared), table.note) + ([] if plain else _row_notes(rows))
     return View(table.title, head, body, notes, load_references()[1].get(source, "") if published else "")
 
@@ -78,7 +80,7 @@ def views(results: Results, table: Table) -> list[View]:
     """A table, and behind one that names no columns what its rows cost."""
     shown = [view(results, table)]
     if not table.columns and any(results.row(i).done for i in table.rows):
-        cost = Table(f"{table.title}: cost", table.rows, table.labels, TAKES)
+        cost = Table(f"{table.title.partition(' (')[0]}: cost", table.rows, table.labels, TAKES)
         shown.append(view(results, cost, plain=True))
     return shown
 
@@ -102,7 +104,7 @@ def _grid_view(results: Results, table: Table, rows: Sequence[RowResult], grid: 
     source = table.reference or _source_of(rows)
     place = common_place(rows)
     by_labels = {(r.row.labels[grid.rows], r.row.labels[grid.columns]): r for r in rows}
-    published = {k: _published(r, source) for k, r in by_labels.items()}
+    published = dict(zip(by_labels, _published(list(by_labels.values()), source)))
     shown = [a for a in across if any(_value(published.get((d, a)), grid.value) is not None for d in down)]
     head = [(LABEL, f"{grid.rows} \\ {grid.columns}")] + [(MEASURED, a) for a in across]
     head += [(REFERENCE, f"{a} ({source})") for a in shown]
@@ -159,21 +161,21 @@ def _source_of(rows: Sequence[RowResult]) -> str:
     return best if counts[best] else ""
 
 
-def _published(result: RowResult, source: str) -> Reference | None:
+def _published(rows: Sequence[RowResult], source: str) -> list[Reference | None]:
+    """What the source has for each row; of one kind of model (C4, FPN) only, that of most rows."""
     known, _ = load_references()
-    return next((known[i] for i in result.row.references if known[i].source == source), None)
+    found = [next((known[i] for i in r.row.references if known[i].source == source), None) for r in rows]
+    kinds = Counter(f.kind for f in found if f is not None)
+    return [f if f is not None and f.kind == kinds.most_common(1)[0][0] else None for f in found]
 
 
 def _value(reference: Reference | None, column: str) -> float | None:
     return None if reference is None else reference.values.get(column)
 
 
-def _published_columns(rows: Sequence[RowResult], source: str, columns: Sequence[str]) -> list[str]:
-    """The shown columns that the source has; costs are of its own machine and stand in no comparison."""
-    found = [_published(r, source) for r in rows]
-    return [
-        c for c in COLUMNS if any(_value(f, c) is not None or (f is not None and c in (f.delta or {})) for f in found)
-    ]
+def _published_columns(found: Sequence[Reference | None], columns: Sequence[str]) -> list[str]:
+    """The shown columns that are published for a row, or a difference in them."""
+    return [c for c in columns if any(f is not None and (c in f.values or c in (f.delta or {})) for f in found)]
 
 
 def _published_cell(reference: Reference | None, column: str) -> Cell:

@@ -1,0 +1,71 @@
+"""Intervals against closed forms."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import pytest
+
+from gn_det.compare.statistics import difference, spread, t_cdf, t_quantile
+
+
+@pytest.mark.parametrize("p", [0.6, 0.75, 0.9, 0.975, 0.9995])
+def test_quantiles_of_one_and_two_degrees_have_closed_forms(p: float) -> None:
+    assert t_quantile(p, 1) == pytest.approx(math.tan(math.pi * (p - 0.5)), rel=1e-9)
+    assert t_quantile(p, 2) == pytest.approx((2 * p - 1) / math.sqrt(2 * p * (1 - p)), rel=1e-9)
+    assert t_quantile(1 - p, 2) == pytest.approx(-t_quantile(p, 2), rel=1e-12)
+
+
+def test_quantiles_of_many_degrees_are_the_normal_ones() -> None:
+    normal = statistics.NormalDist()
+    # Cornish-Fisher: t = z + (z^3 + z) / (4 v) + O(1 / v^2)
+    for p in (0.8, 0.975):
+        z = normal.inv_cdf(p)
+        assert t_quantile(p, 1e4) == pytest.approx(z + (z**3 + z) / 4e4, rel=1e-7)
+
+
+@pytest.mark.parametrize(("freedom", "printed"), [(2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042)])
+def test_quantiles_of_printed_tables(freedom: int, printed: float) -> None:
+    assert t_quantile(0.975, freedom) == pytest.approx(printed, abs=5e-4)
+    assert t_cdf(t_quantile(0.975, freedom), freedom) == pytest.approx(0.975, abs=1e-10)
+
+
+def test_shared_seeds_are_paired() -> None:
+    """What a seed does to both rows cancels: here the row is always 1 above, give or take 0.1."""
+    row, base = {1: 11.0, 2: 21.1, 3: 30.9}, {1: 10.0, 2: 20.0, 3: 30.0, 4: 99.0}
+    found = difference(row, base)
+    assert found is not None and found.paired and found.n == (3, 3)
+    assert found.value == pytest.approx(1.0)
+    assert found.half == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-6)
+    assert found.beyond_noise
+
+
+def test_other_seeds_take_welchs_interval() -> None:
+    row, base = {1: 1.0, 2: 3.0}, {5: 0.0, 6: 4.0}
+    found = difference(row, base)
+    # variances 2 and 8, so (1 + 4)^2 / (1 + 16) degrees of freedom and a standard error of sqrt(5)
+    assert found is not None and not found.paired and found.n == (2, 2) and found.value == 0.0
+    assert found.half == pytest.approx(t_quantile(0.975, 25 / 17) * math.sqrt(5), rel=1e-9)
+    assert found.beyond_noise is False
+
+
+def test_one_seed_knows_no_noise() -> None:
+    found = difference({1: 2.0}, {1: 1.0})
+    assert found is not None and (found.value, found.half, found.beyond_noise, found.paired) == (1.0, None, None, True)
+    many = difference({1: 2.0, 2: 3.0}, {2: 1.0})
+    assert many is not None and many.half is None and many.value == 2.0  # of the seed that both have
+    apart = difference({1: 2.0}, {2: 1.0, 3: 2.0})
+    assert apart is not None and apart.half is None and apart.value == 0.5 and not apart.paired
+    assert difference({}, {1: 1.0}) is None and spread({}) is None
+
+
+def test_equal_runs_have_no_noise_and_no_difference() -> None:
+    found = difference({1: 5.0, 2: 6.0}, {1: 5.0, 2: 6.0})
+    assert found is not None and found.half == 0.0 and found.beyond_noise is False
+
+
+def test_spread_is_the_sample_deviation() -> None:
+    found = spread({1: 1.0, 2: 2.0, 4: 6.0})
+    assert found is not None and (found.mean, found.n) == (3.0, 3)
+    assert found.std == pytest.approx(math.sqrt((4 + 1 + 9) / 2))

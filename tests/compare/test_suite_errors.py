@@ -1,0 +1,132 @@
+"""What cannot be run is refused before anything runs: one line that names row and key, exit status 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from compare.cases import plan_of, pretrain_row
+
+from gn_det.cli import main
+from gn_det.compare.fields import SuiteError
+from gn_det.compare.suite import parse_suite
+
+ROW = {"id": "a", "config": "quickstart.yaml"}
+
+BAD: dict[str, tuple[Any, list[str]]] = {
+    "no rows": ({"title": "x"}, ["rows must be a list"]),
+    "unknown suite key": ({"rows": [ROW], "row": 1}, ["unknown key row", "rows"]),
+    "unknown row key": ({"rows": [{**ROW, "sedes": 3}]}, ["row 'a'", "unknown key sedes", "seeds"]),
+    "unknown kind": ({"rows": [{**ROW, "kind": "train"}]}, ["row 'a'", "kind", "detect or pretrain"]),
+    "bad id": ({"rows": [{"id": "../a", "config": "x"}]}, ["row '../a'", "id must be"]),
+    "two of one id": ({"rows": [ROW, ROW]}, ["row 'a'", "stands twice"]),
+    "no config": ({"rows": [{"id": "a"}]}, ["row 'a'", "config is missing"]),
+    "unknown config": ({"rows": [{**ROW, "config": "gn_fnp.yaml"}]}, ["row 'a'", "gn_fnp.yaml", "gn_fpn.yaml"]),
+    "unknown config key": ({"rows": [{**ROW, "overrides": {"SOLVER.LR": 1}}]}, ["row 'a'", "overrides", "SOLVER.LR"]),
+    "wrong value": ({"rows": [{**ROW, "overrides": {"SOLVER.BASE_LR": "x"}}]}, ["row 'a'", "SOLVER.BASE_LR"]),
+    "key of all rows": ({"rows": [ROW], "overrides": {"SOLVR.X": 1}}, ["row 'a'", "overrides of the suite", "SOLVR.X"]),
+    "no such weights": ({"rows": [{**ROW, "weights": "nowhere.pth"}]}, ["row 'a'", "weights", "nowhere.pth"]),
+    "unknown catalog name": ({"rows": [{**ROW, "weights": "catalog://R-50"}]}, ["row 'a'", "catalog://R-50"]),
+    "weights of a detection": (
+        {"rows": [ROW, {**ROW, "id": "b", "weights": "a"}]},
+        ["row 'b'", "weights", "detection row"],
+    ),
+    "missing baseline": ({"rows": [{**ROW, "baseline": "bn"}]}, ["row 'a'", "baseline", "no row 'bn'"]),
+    "baseline of another kind": (
+        {"rows": [pretrain_row("p"), {**ROW, "baseline": "p"}]},
+        ["row 'a'", "baseline", "pretrain"],
+    ),
+    "no validation set": ({"rows": [{**ROW, "overrides": {"DATASETS.TEST": "()"}}]}, ["row 'a'", "validation"]),
+    "data without validation": (
+        {"rows": [{**ROW, "data": {"train_json": "a.json", "train_images": "b"}}]},
+        ["row 'a'", "val_json", "validation"],
+    ),
+    "data that is not there": (
+        {"rows": [{**ROW, "data": {f"{s}_{k}": "no/x" for s in ("train", "val") for k in ("json", "images")}}]},
+        ["row 'a'", "no/x is not there"],
+    ),
+    "frozen at random": ({"rows": [{**ROW, "overrides": {"MODEL.BACKBONE.FREEZE_AT": 2}}]}, ["row 'a'", "FREEZE_AT"]),
+    "no such reference": ({"rows": [{**ROW, "reference": "fpn"}]}, ["row 'a'", "reference", "'fpn'"]),
+    "seeds": ({"rows": [{**ROW, "seeds": 0}]}, ["row 'a'", "seeds is 0"]),
+    "a seed twice": ({"rows": [{**ROW, "seeds": [1, 1]}]}, ["row 'a'", "seeds", "twice"]),
+    "groups that do not divide": (
+        {"rows": [pretrain_row("p", norm="GN", groups=7)]},
+        ["row 'p'", "7"],
+    ),
+    "unknown setting": ({"rows": [pretrain_row("p", batchsize=7)]}, ["row 'p'", "unknown key batchsize", "batch_size"]),
+    "bad setting": ({"rows": [pretrain_row("p", batch_size=0)]}, ["row 'p'", "batch_size"]),
+    "no such folder": ({"rows": [pretrain_row("p", data="im/", image_size=32)]}, ["row 'p'", "data", "im"]),
+    "table of no row": ({"rows": [ROW], "tables": [{"rows": ["c"]}]}, ["table 1", "rows", "'c'"]),
+    "unknown column": ({"rows": [ROW], "tables": [{"rows": ["a"], "columns": ["ap"]}]}, ["columns", "'ap'", "box_ap"]),
+    "grid without label": (
+        {"rows": [ROW], "tables": [{"rows": ["a"], "grid": {"rows": "n", "columns": "b", "value": "box_ap"}}]},
+        ["table 1", "grid", "'a' has no label 'n'"],
+    ),
+    "each": ({"rows": [{**ROW, "each": {"x": 1}}]}, ["row 1", "each", "x must be a list"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_suites(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content, words = BAD[name]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(content))
+    assert main(["compare", "s.yaml", "--engine", "embedded"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("gn-det: error: ") and err.count("\n") == 1, err
+    assert all(word in err for word in words), err
+    assert [f.name for f in tmp_path.iterdir()] == ["s.yaml"]  # nothing was run or written
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "name a suite"),
+        (["nowhere.yaml"], "small.yaml"),
+        (["small", "--configs", "gn_fpn.yaml"], "not both"),
+        (["small", "--rows", "nobody"], "no row 'nobody'"),
+        (["small", "--seeds", "0"], "--seeds 0"),
+        (["small", "--train-json", "a.json"], "--configs"),
+        (["small", "SOLVER.BASE_LRR", "1"], "SOLVER.BASE_LRR"),
+        (["--configs", "quickstart.yaml", "--train-json", "a.json", "--train-images", "i"], "val_json"),
+    ],
+)
+def test_bad_words(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", *words, "--engine", "embedded"]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_optional_rows_are_left_out_only_where_something_is_absent() -> None:
+    plan = plan_of([ROW, {**ROW, "id": "b", "weights": "R-50-LN.pth", "optional": True}])
+    assert plan.problems == () and [j.row.id for j in plan.jobs] == ["a"] and "R-50-LN.pth" in plan.left_out["b"]
+    wrong = plan_of([{**ROW, "optional": True, "overrides": {"SOLVER.BASE_LR": -1}}])
+    assert len(wrong.problems) == 1 and wrong.left_out == {}
+
+
+def test_each_writes_a_row_for_every_combination() -> None:
+    row = pretrain_row("{norm}_{batch}", norm="{norm}", batch_size="{batch}", lr="{lr}", labels={"n": "{norm}"})
+    row["each"] = {"norm": ["BN", "GN"], "b": [{"batch": 4, "lr": 0.1}, {"batch": 8, "lr": 0.2}]}
+    suite = parse_suite({"rows": [row]}, "s.yaml")
+    assert [r.id for r in suite.rows] == ["BN_4", "BN_8", "GN_4", "GN_8"]
+    assert suite.rows[3].settings["batch_size"] == 8 and suite.rows[3].settings["lr"] == 0.2
+    assert suite.rows[2].labels == {"n": "GN"}
+
+
+def test_defaults_are_of_a_kind_and_rows_win() -> None:
+    content = {
+        "defaults": {"seeds": 2, "detect": {"config": "quickstart.yaml", "overrides": {"SEED": 1, "SOLVER.GAMMA": 0.5}}},
+        "rows": [{"id": "a", "overrides": {"SOLVER.GAMMA": 0.2}}, {"id": "b", "seeds": [7]}, pretrain_row("p")],
+    }
+    rows = {r.id: r for r in parse_suite(content, "s.yaml").rows}
+    assert rows["a"].overrides == {"SEED": 1, "SOLVER.GAMMA": 0.2} and rows["a"].seeds == (1, 2)
+    assert rows["b"].seeds == (7,) and rows["p"].settings["norm"] == "BN"
+    with pytest.raises(SuiteError, match="mixes"):
+        parse_suite({**content, "tables": [{"rows": ["a", "p"]}]}, "s.yaml")
