@@ -105,6 +105,13 @@ def _rank(settings: Settings, resume: bool) -> dict[str, Any]:
         except UserError as error:
             logger.error("stopped: %s", error, extra=FILE_ONLY)
             raise
+        except torch.OutOfMemoryError:
+            raise TrainingError(
+                f"no memory left on the GPU with batch_size {settings.batch_size}: lower it, or use amp bf16"
+            ) from None
+        except (KeyboardInterrupt, SystemExit):
+            logger.info("Interrupted; --resume goes on after the last finished epoch.")
+            raise
 
 
 def _train(settings: Settings, resume: bool) -> dict[str, Any]:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import statistics
 import time
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +19,7 @@ from gn_det.pretrain.settings import Settings, lr_at
 from gn_det.pretrain.sources import Batch, Input, Source, epoch_batches
 from gn_det.run import dist
 from gn_det.run.events import EventLog
+from gn_det.run.lightning_parts import backend, process_layout, quiet_lightning
 from gn_det.run.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -65,42 +63,23 @@ class Plan:
 
 def make_fabric(settings: Settings, device: str) -> Any:
     """Lightning's hands: device, autocast, gradient exchange."""
-    with quiet():
+    with quiet_lightning():
         from lightning.fabric import Fabric
         from lightning.fabric.plugins.environments import TorchElasticEnvironment
         from lightning.fabric.strategies import DDPStrategy
 
-        kind, _, index = device.partition(":")
-        more: dict[str, Any] = {"devices": [int(index)] if index else 1}
+        accelerator, devices, nodes = process_layout(device)
+        more: dict[str, Any] = {}
         if dist.world_size() > 1:
-            local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size()))
-            more = {"devices": local, "num_nodes": dist.world_size() // local}
             more["strategy"] = DDPStrategy(
                 cluster_environment=TorchElasticEnvironment(),
-                process_group_backend="nccl" if kind == "cuda" else "gloo",
+                process_group_backend=backend(accelerator),
                 broadcast_buffers=False,
             )
         precision: Any = {"off": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[settings.amp]
-        fabric = Fabric(accelerator="gpu" if kind == "cuda" else "cpu", precision=precision, **more)
+        fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, precision=precision, **more)
         fabric.launch()
     return fabric
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Lightning's advice about choices that are ours, silenced."""
-    names = ("lightning", "lightning.fabric", "lightning.pytorch")
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [one.level for one in loggers]
-    for one in loggers:
-        one.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"lightning.*")
-            yield
-    finally:
-        for one, level in zip(loggers, levels):
-            one.setLevel(level)
 
 
 class Trainer:
@@ -125,7 +104,7 @@ class Trainer:
     ) -> None:
         self.settings, self.source, self.model, self.plan, self.fabric = settings, source, model, plan, fabric
         self.bare_optimizer = optimizer
-        with quiet():
+        with quiet_lightning():
             self.wrapped, self.optimizer = fabric.setup(model, optimizer)
         self.normalize = Normalize(source.input, fabric.device)
         self.log = EventLog()
@@ -218,7 +197,7 @@ class Trainer:
                 )
         rows = dist.gather_rows(row.clone())
         error = 100 * sum(r[0] for r in rows) / sum(r[1] for r in rows)
-        return {"val_error": error, "inference_seconds_per_image": statistics.median(times)}
+        return {"val_error": error, "inference_seconds_per_image": statistics.median(times or [math.nan])}
 
     def _wait(self) -> None:
         if self.fabric.device.type == "cuda":

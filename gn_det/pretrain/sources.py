@@ -134,9 +134,10 @@ class ArraySource:
 
 
 def load_digits(settings: Settings) -> ArraySource:
-    """scikit-learn's 1797 handwritten digits, real images of 8x8 pixels, enlarged to ``settings.side``.
+    """scikit-learn's 1797 handwritten digits: real images of 8x8 pixels, enlarged to ``settings.side``.
 
-    Every other image of a class is for validation, whatever the seed.
+    Every other image of a class is for validation, whatever the seed. They are not augmented: 8 pixels have none to
+    spare.
 
     Raises:
         ConfigError: scikit-learn is not installed.
@@ -162,7 +163,7 @@ def load_digits(settings: Settings) -> ArraySource:
         (images[train], labels[train]),
         (images[val], labels[val]),
         Input("L", (mean,), (std,)),
-        shift=settings.side // 8,
+        shift=0,
         flip=False,
         seed=settings.seed,
     )

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,6 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from gn_det.errors import ConfigError
 from gn_det.run import dist
 from gn_det.run.keeper import Keeper
+from gn_det.run.lightning_parts import backend, process_layout, quiet_lightning
 from gn_det.training.hooks import KeeperCallback
 from gn_det.training.module import DetectionModule
 
@@ -30,24 +27,20 @@ def loop(cfg: CfgNode, device: str, keeper: Keeper, batches: Iterable[Any]) -> N
 
 def build_trainer(cfg: CfgNode, device: str, callbacks: list[Any]) -> pl.Trainer:
     """Lightning's trainer with its own logging, checkpointing and progress turned off."""
-    kind, _, index = device.partition(":")
-    devices: Any = [int(index)] if index else 1
+    accelerator, devices, nodes = process_layout(device)
     strategy: Any = "auto"
-    nodes = 1
     if dist.world_size() > 1:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size()))
-        devices, nodes = local, dist.world_size() // local
         strategy = DDPStrategy(
             cluster_environment=TorchElasticEnvironment(),
-            process_group_backend="nccl" if kind == "cuda" else "gloo",
+            process_group_backend=backend(accelerator),
             broadcast_buffers=False,
         )
     return pl.Trainer(
-        accelerator="gpu" if kind == "cuda" else "cpu",
+        accelerator=accelerator,
         devices=devices,
         num_nodes=nodes,
         strategy=strategy,
-        precision=_precision(cfg, kind),
+        precision=_precision(cfg, accelerator),
         max_epochs=1,
         accumulate_grad_batches=int(cfg.SOLVER.ACCUMULATE),
         callbacks=callbacks,
@@ -63,28 +56,11 @@ def build_trainer(cfg: CfgNode, device: str, callbacks: list[Any]) -> pl.Trainer
     )
 
 
-def _precision(cfg: CfgNode, kind: str) -> Any:
+def _precision(cfg: CfgNode, accelerator: str) -> Any:
     if not cfg.SOLVER.AMP.ENABLED:
         return "32-true"
     if cfg.SOLVER.AMP.DTYPE == "bf16":
         return "bf16-mixed"
-    if kind != "cuda":
+    if accelerator != "gpu":
         raise ConfigError("SOLVER.AMP.DTYPE fp16 needs a GPU; use bf16 or SOLVER.AMP.ENABLED False")
     return "16-mixed"
-
-
-@contextmanager
-def quiet_lightning() -> Iterator[None]:
-    """Lightning's banners, tips and warnings about choices that are ours, silenced."""
-    loggers = [logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric")]
-    levels = [one.level for one in loggers]
-    for one in loggers:
-        one.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"lightning.*")
-            warnings.filterwarnings("ignore", message=r".*lr_scheduler\.step\(\).*")
-            yield
-    finally:
-        for one, level in zip(loggers, levels):
-            one.setLevel(level)
