@@ -180,7 +180,8 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "SOLVER.WARMUP_ITERS": _NOT_NEGATIVE,
     "SOLVER.CHECKPOINT_PERIOD": _POSITIVE,
     "SOLVER.CHECKPOINT_KEEP": _POSITIVE,
-    "SOLVER.IMS_PER_BATCH": _POSITIVE,
+    # far beyond any device: such a batch would be gathered for hours before the memory ends
+    "SOLVER.IMS_PER_BATCH": ("between 1 and 65536", lambda v: 1 <= v <= 65536),
     "SOLVER.ACCUMULATE": _POSITIVE,
     "SOLVER.EPOCHS": _NOT_NEGATIVE,
     "SOLVER.EMA.DECAY": ("at least 0 and below 1", lambda v: 0 <= v < 1),

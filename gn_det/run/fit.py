@@ -156,7 +156,8 @@ def iterations_left(cfg: CfgNode, keeper: Keeper) -> int:
     missed = state.iteration >= 0 and state.evaluated_at != state.iteration
     if missed and keeper.evaluation_due(state.iteration + 1, left <= 0):
         logger.info("The evaluation due after iteration %d did not finish; it runs now.", state.iteration)
-        keeper.run_evaluation()
+        if keeper.catch_up():
+            return 0
     if state.iteration >= 0:
         keeper.recorder.write_if_due(state.iteration)
     if left <= 0:

@@ -135,8 +135,7 @@ class Keeper:
             self.save(FINAL if last else numbered(self.state.iteration))
         if self.evaluation_due(done, last or early):
             self.run_evaluation()
-            patience = int(self.cfg.TEST.PATIENCE)
-            if patience > 0 and self.state.stale >= patience and not last:
+            if self._patience_is_over() and not last:
                 early = last = saved = True
                 self._say_early_stop()
             if saved:  # again: with what the evaluation found (best metric, patience)
@@ -154,6 +153,20 @@ class Keeper:
     def evaluation_due(self, done: int, last: bool) -> bool:
         period = int(self.cfg.TEST.EVAL_PERIOD)
         return self.evaluate is not None and (last or (period > 0 and done % period == 0))
+
+    def catch_up(self) -> bool:
+        """The evaluation that an interrupted run owes, and what follows from it; True where training ends with it."""
+        self.run_evaluation()
+        last = self.state.iteration + 1 >= int(self.cfg.SOLVER.MAX_ITER)
+        early = self._patience_is_over() and not last
+        self.save(FINAL if last or early else numbered(self.state.iteration))
+        if early:
+            self._say_early_stop()
+            self.recorder.write()
+        return early
+
+    def _patience_is_over(self) -> bool:
+        return 0 < int(self.cfg.TEST.PATIENCE) <= self.state.stale
 
     def _say_early_stop(self) -> None:
         logger.info(

@@ -249,7 +249,7 @@ def test_only_decoding_finds_damage_in_the_middle(tmp_path: Path) -> None:
     scribble(tmp_path / "im 6é.png", "JPEG", b"\xff" * 100)
     scribble(tmp_path / "im 5é.png", "PNG", b"\x00" * 20)
     text = PngImagePlugin.PngInfo()
-    text.add_text("Comment", "x" * 40, after_idat=True)
+    text.add(b"teSt", b"x" * 40, after_idat=True)
     Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(tmp_path / "im 7é.png", pnginfo=text)
     data = (tmp_path / "im 7é.png").read_bytes()
     (tmp_path / "im 7é.png").write_bytes(data.replace(b"xxxx", b"yyyy", 1))

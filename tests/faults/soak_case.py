@@ -108,6 +108,8 @@ def outcome(folder: Path) -> dict[str, Any]:
             return [str(value.dtype), value.flatten().tolist()]
         if isinstance(value, dict):
             return {str(k): plain(v) for k, v in value.items() if k not in ("data_time", "config")}
+        if isinstance(value, float) and value != value:
+            return "nan"  # equal to itself
         return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
     from gn_det.checkpoint.io import read_checkpoint

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -305,3 +306,34 @@ def test_disk_full_at_a_checkpoint_keeps_the_old_one_and_says_so(
     run(cut, ["SOLVER.CHECKPOINT_PERIOD", 3], resume=True)
     assert same(weights(tmp_path / "whole" / "model_final.pth"), weights(cut / "model_final.pth"))
     assert [e["total_loss"] for e in lines(cut)] == [e["total_loss"] for e in lines(tmp_path / "whole")]
+
+
+@pytest.mark.parametrize("at", [11, 7])
+def test_owed_evaluation_has_its_consequences(tmp_path: Path, at: int) -> None:
+    """Death in an evaluation, the last one or the one that patience ends with: files equal to the run left alone."""
+    values = {3: 5.0, 7: 4.0, 11: 6.0}
+
+    def evaluate(model: nn.Module, on_progress: Any, dies: bool = False) -> dict[str, float]:
+        iteration = next(i for i, w in reached.items() if torch.equal(w, model.conv.weight))
+        if dies and iteration == at:
+            raise RuntimeError("power cut")
+        return {"bbox/AP": values[iteration]}
+
+    keys = ["TEST.EVAL_PERIOD", 4, "SOLVER.CHECKPOINT_PERIOD", 4, "TEST.BEST_METRIC", "bbox/AP"]
+    keys += ["TEST.PATIENCE", 1] if at == 7 else []
+    run(tmp_path / "plain", ["SOLVER.CHECKPOINT_PERIOD", 4, "SOLVER.CHECKPOINT_KEEP", 9])
+    names = {3: "model_0000003.pth", 7: "model_0000007.pth", 11: "model_final.pth"}
+    reached = {i: weights(tmp_path / "plain" / name)["conv.weight"] for i, name in names.items()}
+    run(tmp_path / "whole", keys, evaluate=evaluate)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tmp_path / "cut", keys, evaluate=partial(evaluate, dies=True))
+    run(tmp_path / "cut", keys, evaluate=evaluate, resume=True)
+    final = [torch.load(tmp_path / f / "model_final.pth", weights_only=True) for f in ("whole", "cut")]
+    assert final[0]["iteration"] == at and final[0]["gn_det"] == final[1]["gn_det"] | {
+        "config": final[0]["gn_det"]["config"]
+    }
+    assert same(final[0]["model"], final[1]["model"])
+    measured = [
+        [(e["iteration"], e.get("bbox/AP"), e.get("total_loss")) for e in lines(tmp_path / f)] for f in ("whole", "cut")
+    ]
+    assert measured[0] == measured[1]
