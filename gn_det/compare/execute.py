@@ -128,7 +128,8 @@ class Trainer:
             if not held_out.object_counts.any():
                 raise TrainingError(f"data: {held_out.json_file} has no object, so there is no AP to compare")
             # a model that detects nothing has no precision; as a result of a comparison that is zero
-            metrics = {**metrics, "box_ap": 0.0, **({"mask_ap": 0.0} if cfg.MODEL.MASK_ON else {})}
+            tasks = ("box", "mask") if cfg.MODEL.MASK_ON else ("box",)
+            metrics = {f"{task}_ap{limit}": 0.0 for task in tasks for limit in ("", "50", "75")}
         images = [Path(r["file_name"]) for r in held_out.records[: measure.UNTIMED + measure.TIMED]]
         cost["s_per_image"] = measure.seconds_per_image(predictor.detect, images)
         return Outcome(

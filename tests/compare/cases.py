@@ -18,7 +18,9 @@ def pretrain_row(identity: str, **keys: Any) -> dict[str, Any]:
 
 
 def plan_of(rows: list[dict[str, Any]], seeds: int | None = None, **keys: Any) -> Plan:
-    return make_plan(parse_suite({"name": "case", "rows": rows, **keys}, "case.yaml"), EmbeddedEngine(), seeds=seeds)
+    """Without sample pictures: made-up weights draw none."""
+    content = {"name": "case", "rows": rows, "samples": {"images": 0}, **keys}
+    return make_plan(parse_suite(content, "case.yaml"), EmbeddedEngine(), seeds=seeds)
 
 
 class Fake:

@@ -1,0 +1,181 @@
+"""What is done is skipped, what was interrupted goes on, what fails does not stop the others."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from compare.cases import Fake, plan_of, pretrain_row
+
+from gn_det.cli import main
+from gn_det.compare import command, runner
+from gn_det.compare.command import own_suite
+from gn_det.compare.report import write_report
+from gn_det.compare.results import collect
+from gn_det.compare.runner import Runner, Summary
+from gn_det.compare.store import Store
+from gn_det.errors import TrainingError
+from gn_det.run.keeper import Interrupted
+
+ROWS = [
+    pretrain_row("pre", norm="GN", groups=4),
+    {"id": "bn", "config": "quickstart.yaml", "reference": "fpn_bn"},
+    {"id": "gn", "config": "quickstart.yaml", "weights": "pre", "baseline": "bn", "reference": "fpn_gn"},
+]
+
+
+def run(root: Path, fake: Fake, *, rows: list[dict[str, Any]] = ROWS, seeds: int = 2, **keys: Any) -> Summary:
+    return Runner(plan_of(rows, seeds), Store(root), fake, say=lambda line: None, **keys).run()
+
+
+def results(root: Path, rows: list[dict[str, Any]] = ROWS, seeds: int = 2) -> dict[str, Any]:
+    """results.json without what a clock or a machine says."""
+    write_report(collect(plan_of(rows, seeds), Store(root)), Store(root), "today")
+    content = json.loads((root / "results.json").read_text())
+    for row in content["rows"]:
+        del row["cost"]
+        for one in row["runs"]:
+            del one["sessions"], one["cost"]
+    return content
+
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def in_fork(call: Callable[[], Any]) -> int:
+    """Wait status of a child that makes the call and ends."""
+    child = os.fork()
+    if child == 0:
+        try:
+            call()
+        finally:
+            os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+def test_a_killed_suite_goes_on_to_the_same_results(tmp_path: Path) -> None:
+    """SIGKILL in the third run, then in the sixth; the rest is run once, and nothing is run twice but the killed."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    fake = Fake()
+    assert run(whole, fake) == Summary(done=6)
+    assert fake.calls == [f"{row}, seed {seed}" for seed in (1, 2) for row in ("pre", "bn", "gn")]
+    for name in ("gn, seed 1", "gn, seed 2"):
+        status = in_fork(lambda name=name: run(cut, Fake(on={name: killed})))  # type: ignore[misc]
+        assert os.WIFSIGNALED(status)
+    statuses = {r["id"]: r["status"] for r in results(cut)["rows"]}
+    assert statuses == {"pre": "done", "bn": "done", "gn": "1 of 2 seeds"}
+    after = Fake()
+    assert run(cut, after) == Summary(done=6, skipped=5)
+    assert after.calls == ["gn, seed 2"]
+    assert results(cut) == results(whole)
+
+
+def test_done_rows_are_skipped_and_more_seeds_add_runs(tmp_path: Path) -> None:
+    run(tmp_path, Fake(), seeds=1)
+    again, more = Fake(), Fake()
+    assert run(tmp_path, again, seeds=1) == Summary(done=3, skipped=3) and again.calls == []
+    run(tmp_path, more, seeds=2)
+    assert more.calls == ["pre, seed 2", "bn, seed 2", "gn, seed 2"]
+    changed = Fake()
+    rows = [ROWS[0], {**ROWS[1], "overrides": {"SOLVER.BASE_LR": 0.01}}, ROWS[2]]
+    run(tmp_path, changed, rows=rows, seeds=1)
+    assert changed.calls == ["bn, seed 1"]
+
+
+def test_other_code_runs_again_unless_told_not_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path, Fake(), seeds=1)
+    monkeypatch.setattr(runner, "code_version", lambda trainer: "another")
+    kept, anew = Fake(), Fake()
+    run(tmp_path, kept, seeds=1, any_version=True)
+    remarks = {r["id"]: r["remarks"] for r in results(tmp_path, seeds=1)["rows"]}
+    run(tmp_path, anew, seeds=1)
+    assert kept.calls == [] and len(anew.calls) == 3
+    assert all("not another" in text for texts in remarks.values() for text in texts) and all(remarks.values())
+    assert not any(r["remarks"] for r in results(tmp_path, seeds=1)["rows"])
+    assert len(list(tmp_path.glob("runs/bn/seed-1-*"))) == 2  # what was measured stays
+
+
+def test_other_weights_run_again(tmp_path: Path) -> None:
+    """The contents count: a backbone that was trained anew makes another row of what starts from it."""
+    run(tmp_path, Fake(), seeds=1)
+    fake = Fake()
+    rows = [{**ROWS[0], "epochs": 3}, *ROWS[1:]]
+    run(tmp_path, fake, rows=rows, seeds=1)
+    assert fake.calls == ["pre, seed 1"]  # the made-up weights are equal to the old ones, byte for byte
+    next(iter(sorted(tmp_path.glob("runs/pre/seed-1-*/model_final.pth")))).unlink()
+    again = Fake()
+    run(tmp_path, again, rows=rows, seeds=1)
+    run(tmp_path, again, seeds=1)
+    assert again.calls == ["pre, seed 1"]  # deleted weights are made anew, by whichever of the two settings
+
+
+def fail(error: BaseException) -> Callable[[], None]:
+    def raise_it() -> None:
+        raise error
+
+    return raise_it
+
+
+def test_a_failing_row_is_marked_and_the_others_go_on(tmp_path: Path) -> None:
+    fake = Fake(on={"bn, seed 1": fail(TrainingError("the loss is nan\nat 7")), "pre, seed 2": fail(ValueError("bug"))})
+    summary = run(tmp_path, fake)
+    assert summary.failed == {
+        "bn, seed 1": "the loss is nan at 7",
+        "pre, seed 2": "ValueError: bug",
+        "gn, seed 2": "it starts from 'pre' (seed 2), which is failed",
+    }
+    assert summary.done == 3 and "gn, seed 1" in fake.calls and "gn, seed 2" not in fake.calls
+    rows = {r["id"]: r for r in results(tmp_path)["rows"]}
+    assert rows["bn"]["status"] == "1 of 2 seeds" and rows["bn"]["reasons"] == ["seed 1: the loss is nan at 7"]
+    trace = next(tmp_path.glob("runs/pre/seed-2-*/trace.txt")).read_text()
+    assert "ValueError: bug" in trace
+    assert "failed: seed 1: the loss is nan at 7" in (tmp_path / "report.md").read_text()
+    assert run(tmp_path, Fake()) == Summary(done=6, skipped=3)  # what failed is tried again
+
+
+@pytest.mark.parametrize("error", [Interrupted("stopped by SIGTERM", 143), KeyboardInterrupt()])
+def test_being_asked_to_stop_stops_the_suite(tmp_path: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)):
+        run(tmp_path, Fake(on={"bn, seed 1": fail(error)}))
+    records = [json.loads(p.read_text())["status"] for p in tmp_path.glob("runs/*/seed-1-*/run.json")]
+    assert sorted(records) == ["done", "interrupted"]
+
+
+def test_exit_codes_and_reports_of_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = Fake(on={"bn, seed 1": fail(TrainingError("no luck"))})
+    monkeypatch.setattr(command, "Trainer", lambda *args, **kwargs: fake)
+    monkeypatch.chdir(tmp_path)
+    Path("s.yaml").write_text(yaml.safe_dump({"name": "s", "rows": ROWS, "samples": {"images": 0}}))
+    words = ["compare", "s.yaml", "--engine", "embedded"]
+    assert main([*words, "--dry-run"]) == 0
+    assert "gn, seed 1" in capsys.readouterr().out and not Path("output").exists()
+    assert main([*words, "--report-only"]) == 0 and fake.calls == []
+    assert "not run" in Path("output/compare/s/report.md").read_text()
+    assert main(words) == 1
+    assert "failed: bn, seed 1: no luck" in capsys.readouterr().out
+    assert sorted(p.name for p in Path("output/compare/s").iterdir()) == [
+        "report.html", "report.md", "results.json", "runs",
+    ]  # fmt: skip
+    fake.on = {}
+    assert main([*words, "--rows", "bn", "SOLVER.BASE_LR=0.06"]) == 0  # the same value as in the config
+    assert fake.calls == ["pre, seed 1", "bn, seed 1", "gn, seed 1", "bn, seed 1"]
+    assert main(words) == 0
+
+
+def test_rows_on_own_data() -> None:
+    """The first config is the baseline of the others; one that comes twice has a number."""
+    data = {"train_json": "a", "train_images": "b", "val_json": "c", "val_images": "d"}
+    suite = own_suite(["bn_fpn_4conv1fc.yaml", "x/gn_fpn.yaml", "gn_fpn.yaml"], data)
+    assert [r.id for r in suite.rows] == ["bn_fpn_4conv1fc", "gn_fpn", "gn_fpn_2"]
+    assert [r.baseline for r in suite.rows] == [None, "bn_fpn_4conv1fc", "bn_fpn_4conv1fc"]
+    assert all(r.data == data for r in suite.rows)
