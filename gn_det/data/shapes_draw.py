@@ -37,7 +37,7 @@ def draw_scene(rng: np.random.Generator) -> tuple[np.ndarray, list[Drawn]]:
         if len(objects) == wanted:
             break
         category = int(rng.integers(len(CLASSES)))
-        outline, hole = _random_outline(rng, category, height, width)
+        outline, hole = _random_outline(rng, category, height, width, (13, 0.3 * min(height, width)))
         cover = _coverage(outline, hole, height, width)
         mask = cover >= 0.5
         if not _leaves_others_visible(mask, objects, areas):
@@ -54,9 +54,9 @@ def draw_scene(rng: np.random.Generator) -> tuple[np.ndarray, list[Drawn]]:
 
 
 def draw_single(rng: np.random.Generator, category: int, side: int) -> np.ndarray:
-    """A square picture (side, side, 3) uint8 RGB of one object of the class; for classification."""
+    """A square picture (side, side, 3) uint8 RGB that one object of the class fills for the most part."""
     canvas, tone = _background(rng, side, side)
-    outline, hole = _random_outline(rng, category, side, side)
+    outline, hole = _random_outline(rng, category, side, side, (0.25 * side, 0.42 * side))
     _paint(rng, canvas, _coverage(outline, hole, side, side), outline, tone)
     return _finish(rng, canvas)
 
@@ -74,11 +74,11 @@ def _leaves_others_visible(mask: np.ndarray, objects: list[Drawn], areas: list[i
 
 
 def _random_outline(
-    rng: np.random.Generator, category: int, height: int, width: int
+    rng: np.random.Generator, category: int, height: int, width: int, sizes: tuple[float, float]
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Corners (P, 2) in pixels, and those of the hole for a ring."""
+    """Corners (P, 2) in pixels, and those of the hole for a ring; the radius lies between ``sizes``."""
     # Sizes are drawn evenly on a log scale: as many small objects as large ones.
-    radius = float(np.exp(rng.uniform(np.log(min(13, 0.2 * min(height, width))), np.log(0.3 * min(height, width)))))
+    radius = float(np.exp(rng.uniform(np.log(sizes[0]), np.log(sizes[1]))))
     border = 0.7 * radius
     centre = np.array([rng.uniform(border, width - border), rng.uniform(border, height - border)])
     name = CLASSES[category]
