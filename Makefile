@@ -1,11 +1,11 @@
-# make install | quickstart | test | test-detectron2 | lint | bench | wheel | clean
+# make install | quickstart | test | soak | test-detectron2 | lint | bench | wheel | clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # Two processes by default: the suite is written for two cores.
 JOBS ?= 2
 
-.PHONY: install dev quickstart test test-slow test-detectron2 lint format bench wheel clean
+.PHONY: install dev quickstart test soak test-slow test-detectron2 lint format bench wheel clean
 
 install: $(VENV)/.installed
 
@@ -33,6 +33,13 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m 'slow and not gpu and not detectron2'
+
+# About 25 minutes on two idle cores; PART="kills json" runs some parts, SIZE=0.1 a tenth of the counts. The table of all
+# parts that ran stands in output/soak/summary.txt.
+PART ?=
+SIZE ?= 1
+soak: install
+	$(BIN)/python tests/faults/soak.py --size $(SIZE) $(PART)
 
 # Needs Detectron2 in $(VENV): https://detectron2.readthedocs.io/en/latest/tutorials/install.html
 test-detectron2: install

@@ -37,8 +37,10 @@ def sample(position: int, objects: int) -> Sample:
     return Sample(image=image, height=SIDE, width=SIDE, image_id=position, targets=targets)
 
 
-def train(folder: Path, images: int, accumulate: int, counts: list[int], iterations: int) -> None:
-    """``images`` a micro-batch; image i of the stream has ``counts[i % 2]`` objects."""
+def train(
+    folder: Path, images: int, accumulate: int, counts: list[int], iterations: int, batch: int = 2, rate: float = 0.01
+) -> None:
+    """``images`` a micro-batch, ``batch`` a step; image i of the stream has ``counts[i % 2]`` objects."""
     from training.cases import run
 
     torch.set_num_threads(1)
@@ -58,8 +60,8 @@ def train(folder: Path, images: int, accumulate: int, counts: list[int], iterati
                 yield [sample(i, counts[i % 2]) for i in range(first, first + images)]
                 number += 1
 
-        keys = ["SOLVER.IMS_PER_BATCH", 2, "SOLVER.ACCUMULATE", accumulate]
-        keys += ["SOLVER.BASE_LR", 0.01, "SOLVER.WARMUP_ITERS", 0]
+        keys = ["SOLVER.IMS_PER_BATCH", batch, "SOLVER.ACCUMULATE", accumulate]
+        keys += ["SOLVER.BASE_LR", rate, "SOLVER.WARMUP_ITERS", 0]
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(model.state_dict(), folder / "start.pth")
         run(folder, keys, max_iter=iterations, model=model, make_loader=make_loader)
@@ -90,6 +92,13 @@ def evaluate(folder: Path, sources: list[tuple[str, str]]) -> list[dict[str, flo
         data = load_coco(DatasetSource(f"set{number}", json_file, images), max_bad=0, need_annotations=False)
         found.append(evaluate_model(cfg, truth_as_detections, [data], data.class_names))
     return found
+
+
+def three_of_it(folder: Path, sources: list[tuple[str, str]]) -> list[dict[str, float]]:
+    """What three processes do in one go."""
+    train(folder / "one", 1, 1, [4, 4], 1, batch=3)
+    train(folder / "equal", 1, 1, [4, 4], 3, batch=3)
+    return evaluate(folder / "eval", sources)
 
 
 def all_of_it(folder: Path, sources: list[tuple[str, str]]) -> list[dict[str, float]]:

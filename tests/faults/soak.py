@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch comes: sums of several threads have other last bits
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from faults.soak_case import Case, Failure

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import statistics
 import time
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,8 @@ def _main(words: list[str], jumps: bool = False, cores: int = 0) -> int:
         time.time = lambda: max(0.0, real() + rng.choice((-1, 1)) * 10 ** rng.uniform(0, 8.5))
     if cores:
         os.sched_getaffinity = lambda pid: set(range(cores))  # type: ignore[assignment,attr-defined]
-    return main(words)
+    with redirect_stdout(io.StringIO()):
+        return main(words)
 
 
 def clock(case: Case) -> None:

@@ -71,6 +71,61 @@ def test_two_processes_equal_one_batch_of_two(one_batch: Path, tmp_path: Path) -
         assert results[0] == results[1] and len(results[0]) == 3 * images
 
 
+def part_of(content: dict, images: int, path: Path) -> str:
+    """The first images of a set, with their annotations, as a json of their own."""
+    kept = content["images"][:images]
+    ids = {image["id"] for image in kept}
+    annotations = [a for a in content["annotations"] if a["image_id"] in ids]
+    path.write_text(json.dumps({**content, "images": kept, "annotations": annotations}))
+    return str(path)
+
+
+@pytest.mark.slow
+def test_three_processes_equal_one_batch_of_three(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Float32: weights after one step to 1e-3 of the way they went; after three, losses to 1e-4 and weights to 1e-2.
+
+    Evaluation of 1, 2 and 5 images by three processes (some have none, or more than others) is exact.
+    """
+    shapes = make_shapes(tmp_path / "shapes", "val", 5)
+    content = json.loads(Path(shapes.json_file).read_text())
+    sizes = (1, 2, 5)
+    sources = [(part_of(content, n, tmp_path / f"{n}.json"), shapes.image_root) for n in sizes]
+    for name, iterations in (("one", 1), ("equal", 3)):
+        equal_ranks.train(tmp_path / "alone" / name, 3, 1, [4, 4], iterations, batch=3)
+    found = dist.launch(equal_ranks.three_of_it, (tmp_path / "three", sources), device="cpu", num_gpus=3)
+    steps = {name: apart(tmp_path / "alone" / name, tmp_path / "three" / name) for name in ("one", "equal")}
+    ours, theirs = (losses(tmp_path / who / "equal") for who in ("three", "alone"))
+    worst = max(abs(ours[k] / theirs[k] - 1) for k in theirs)
+    with capsys.disabled():
+        print(f"\n3 processes and a batch of 3: weights {steps['one']:.1e} of their way after 1 step, "
+              f"{steps['equal']:.1e} after 3; losses {worst:.1e}")  # fmt: skip
+    assert steps["one"] < 1e-3 and steps["equal"] < 1e-2 and worst < 1e-4
+    alone = equal_ranks.evaluate(tmp_path / "one_process", sources)
+    assert [str(f) for f in found] == [str(f) for f in alone]
+    for number, images in enumerate(sizes):
+        name = f"{number}/inference/coco_instances_results.json"
+        results = [json.loads((tmp_path / who / name).read_text()) for who in ("three/eval", "one_process")]
+        assert results[0] == results[1] and len(results[0]) == 3 * images
+
+
+@pytest.mark.slow
+def test_three_processes_on_uneven_data(tmp_path: Path) -> None:
+    """The command line on 4 training and 2 test images: one process has no test image; ends, with one line an AP."""
+    from faults.soak_case import finish, train_words
+
+    words = train_words(tmp_path / "shapes", tmp_path / "run", "--num-gpus=3", "SOLVER.IMS_PER_BATCH", "3",
+                        "SOLVER.MAX_ITER", "4", "TEST.EVAL_PERIOD", "2", "DATALOADER.NUM_WORKERS", "1")  # fmt: skip
+    for split, images in (("train", 4), ("val", 2)):
+        at = words.index(f"--{split}-json") + 1
+        words[at] = part_of(json.loads(Path(words[at]).read_text()), images, tmp_path / f"{split}.json")
+    code, _ = finish(words, tmp_path / "log", seconds=400)
+    text = (tmp_path / "log").read_text()
+    assert code == 0, text[-2000:]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.json").read_text().splitlines()]
+    assert [e["iteration"] for e in lines if "bbox/AP" in e] == [1, 4]
+    assert "batch 3 = 1 images x 3 GPU(s)" in text and "detections in 2 images" in text
+
+
 def test_accumulation_equals_the_larger_batch(one_batch: Path, tmp_path: Path) -> None:
     """One step in float32: weights to 1e-4 of the way they went; three steps: losses to 1e-5."""
     for name, images, accumulate in (("batch", 2, 1), ("accumulated", 1, 2)):
