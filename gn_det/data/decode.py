@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
@@ -19,6 +19,8 @@ from gn_det.data.records import Record
 
 #: Images that a process takes at once: enough that handing them over costs nothing.
 _CHUNK = 16
+#: An image that takes longer is taken for damaged.
+SECONDS = 60.0
 
 
 class DecodeJob(NamedTuple):
@@ -90,7 +92,7 @@ def _decode_chunk(jobs: Sequence[DecodeJob]) -> list[Decoded]:
 
 
 def decode_all(jobs: Sequence[DecodeJob], workers: int | None = None) -> Iterator[Decoded]:
-    """Results in the order of ``jobs``. A picture that kills the decoder is one more damaged picture."""
+    """Results in the order of ``jobs``. A picture that kills or holds up the decoder is one more damaged picture."""
     workers = cores() if workers is None else workers
     chunks = [jobs[i : i + _CHUNK] for i in range(0, len(jobs), _CHUNK)]
     if workers <= 1 or len(chunks) <= 1:
@@ -104,8 +106,8 @@ def decode_all(jobs: Sequence[DecodeJob], workers: int | None = None) -> Iterato
                     position += 1
                     yield from found
                 continue
-            except BrokenProcessPool:
-                pass
+            except (BrokenProcessPool, TimeoutError):
+                _kill(pool)
         # Some chunk in flight did it. The next one is done picture by picture, then all goes on as before.
         for job in chunks[position]:
             yield _decode_alone(job)
@@ -127,7 +129,7 @@ def _in_order(pool: ProcessPoolExecutor, chunks: Sequence[Sequence[DecodeJob]], 
         if len(waiting) >= ahead:
             break
     while waiting:
-        yield waiting.pop(0).result()
+        yield waiting.pop(0).result(timeout=_CHUNK * SECONDS)
         for chunk in following:
             waiting.append(pool.submit(_decode_chunk, chunk))
             break
@@ -136,6 +138,16 @@ def _in_order(pool: ProcessPoolExecutor, chunks: Sequence[Sequence[DecodeJob]], 
 def _decode_alone(job: DecodeJob) -> Decoded:
     with _pool(1) as pool:
         try:
-            return pool.submit(decode, job).result()
+            return pool.submit(decode, job).result(timeout=SECONDS)
         except BrokenProcessPool:
             return Decoded("image-damaged", f"{job.path}: the decoder crashes on this image: replace it", b"")
+        except TimeoutError:
+            _kill(pool)
+            what = f"not decoded within {SECONDS:g} s: replace it, or look at the storage it lies on"
+            return Decoded("image-damaged", f"{job.path}: {what}", b"")
+
+
+def _kill(pool: ProcessPoolExecutor) -> None:
+    """End its processes at once: one that hangs would hold up everything that waits for the pool."""
+    for process in list((pool._processes or {}).values()):
+        process.kill()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from gn_det.detectron2.loop import KeeperHook, Step, build_optimizer, parallel, 
 from gn_det.detectron2.samples import Inputs, detector
 from gn_det.errors import ConfigError, TrainingError
 from gn_det.run import dist
-from gn_det.run.advice import memory_told
+from gn_det.run.advice import memory_told, short_for_scratch
 from gn_det.run.commands import check_freeze, check_metric, describe_model, load_initial
 from gn_det.run.evaluator import evaluate_model, verify_expected
 from gn_det.run.fit import Resume, find_resume, first_batch, iterations_left, make_keeper, restore_run
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from gn_det.run.keeper import Keeper
+
+
+logger = logging.getLogger(__name__)
 
 
 class _OwnBatches(Iterable[Any]):
@@ -114,6 +118,8 @@ class Trainer(DefaultTrainer):
                 self._refuse_old_run()
                 check_freeze(self.cfg)
                 load_initial(self.cfg, self._learner.model)
+                if short_for_scratch(self.cfg, self._prepared.data.images):
+                    logger.warning(short_for_scratch(self.cfg, self._prepared.data.images))
             self._state = restore_run(self._point, self.cfg, self._learner, self._prepared.seed)
             self.start_iter = self._learner.iteration
 

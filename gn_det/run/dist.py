@@ -144,11 +144,15 @@ def launch(
         UserError: whatever one of the processes raised.
     """
     if under_torchrun():
+        # Torchrun's store keeps the addresses of a group that has ended: a process that runs several things in turn
+        # holds one group around all of them.
+        outer = dist.is_initialized()
         start_group(device)
         try:
             return function(*args)
         finally:
-            stop_group()
+            if not outer:
+                stop_group()
     _check_counts(device, num_gpus, num_machines, machine_rank, dist_url)
     if num_gpus * num_machines == 1:
         return function(*args)

@@ -72,6 +72,20 @@ def test_python_and_command_line_give_the_same_run(
     assert again.iter == 5 and [e["iteration"] for e in lines(tmp_path / "python")][-1] == 5
 
 
+def test_sentences_about_norms_and_short_schedules(
+    data: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What gn-det train says, Trainer says: GN in a part only, from scratch too short, random layers frozen."""
+    own = ["DATASETS.TRAIN_JSON", data[1], "DATASETS.TRAIN_IMAGES", data[3], "SOLVER.MAX_ITER", "1"]
+    with caplog.at_level(logging.INFO, logger="gn_det"):
+        trainer = Trainer(tiny_cfg(data, tmp_path / "a", *own, "MODEL.FPN.NORM", ""))
+        trainer.resume_or_load(resume=False)
+    assert "GN is in a part of the model only (fpn: none)" in caplog.text
+    assert "MODEL.WEIGHTS is empty and the run has" in caplog.text and "published runs from scratch" in caplog.text
+    with pytest.raises(ConfigError, match=r"FREEZE_AT is 2 but MODEL.WEIGHTS is empty: the first stages would stay"):
+        Trainer(tiny_cfg(data, tmp_path / "b", *own, "MODEL.BACKBONE.FREEZE_AT", 2)).resume_or_load(resume=False)
+
+
 def test_an_earlier_run_is_not_overwritten(data: list[str], tmp_path: Path) -> None:
     (tmp_path / "model_final.pth").write_bytes(b"x")
     trainer = Trainer(tiny_cfg(data, tmp_path, "SOLVER.MAX_ITER", "1"))

@@ -1,0 +1,87 @@
+"""What the command line says, and how it ends, for runs that cannot go well."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults.soak_case import train_words
+
+from gn_det.cli import main
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("shapes")
+
+
+def words(shapes: Path, output: Path, *more: str) -> list[str]:
+    return train_words(shapes, output, "SOLVER.MAX_ITER", "1", "DATALOADER.NUM_WORKERS", "0", *more)
+
+
+def with_val(arguments: list[str], path: Path, **changes: Any) -> list[str]:
+    """The same arguments with another json for validation; a change to None leaves the key out."""
+    at = arguments.index("--val-json") + 1
+    content = {**json.loads(Path(arguments[at]).read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+    return [*arguments[:at], str(path), *arguments[at + 1 :]]
+
+
+REFUSED = {
+    "random layers frozen": (
+        ["MODEL.BACKBONE.FREEZE_AT", "2"],
+        "MODEL.BACKBONE.FREEZE_AT is 2 but MODEL.WEIGHTS is empty: the first stages would stay frozen at random values",
+    ),
+    "batch beyond any machine": (
+        ["SOLVER.IMS_PER_BATCH", "100000000000"],
+        "SOLVER.IMS_PER_BATCH = 100000000000 must be between 1 and 65536",
+    ),
+    "negative hours": (["SOLVER.MAX_HOURS", "-1"], "SOLVER.MAX_HOURS = -1.0 must be >= 0"),
+    "decay of 1": (["SOLVER.EMA.DECAY", "1.0"], "SOLVER.EMA.DECAY = 1.0 must be at least 0 and below 1"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_in_one_line(shapes: Path, tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    keys, told = REFUSED[case]
+    assert main(words(shapes, tmp_path / "run", *keys)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"gn-det: error: {told}") and err.count("\n") == 1
+
+
+def test_half_gn_and_a_schedule_too_short_for_scratch(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words(shapes, tmp_path, "MODEL.FPN.NORM="), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "GN is in a part of the model only (fpn: none); the published GN models have it everywhere" in out
+    assert "MODEL.WEIGHTS is empty and the run has 0.1 epochs; published runs from scratch have at least 36" in out
+
+
+def test_validation_sets_that_hold_nothing(shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No images: refused. No annotations: told, no best model, exit code 0; refused where AP must end the run."""
+    plain = words(shapes, tmp_path / "run")
+    assert main(with_val(plain, tmp_path / "a.json", images=[], annotations=[])) == 2
+    assert "a.json: no 'images': give a COCO instances json that lists at least one image" in capsys.readouterr().err
+    patient = [*with_val(plain, tmp_path / "b.json", annotations=[]), "TEST.PATIENCE", "3", "TEST.EVAL_PERIOD", "1"]
+    assert main(patient) == 2
+    err = capsys.readouterr().err
+    assert "b.json: has no object, so it gives no AP and TEST.PATIENCE 3 would stop the run for nothing" in err
+    assert main(with_val(plain, tmp_path / "c.json", annotations=None)) == 0
+    out = capsys.readouterr().out
+    assert "c has no object: it gives no AP, and nothing to choose model_best.pth by." in out
+    assert "segm/AP is undefined; model_best.pth is not written" in out
+    assert not (tmp_path / "run" / "model_best.pth").exists() and (tmp_path / "run" / "model_final.pth").exists()
+
+
+def test_a_validation_set_of_one_image(shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = words(shapes, tmp_path / "run")
+    content = json.loads(Path(plain[plain.index("--val-json") + 1]).read_text())
+    first = content["images"][:1]
+    own = [a for a in content["annotations"] if a["image_id"] == first[0]["id"]]
+    assert main(with_val(plain, tmp_path / "one.json", images=first, annotations=own)) == 0
+    out = capsys.readouterr().out
+    assert "one has only 1 image(s): its AP says little." in out
+    assert "one.json has a single image: an AP on it says next to nothing; hold out more images." in out
