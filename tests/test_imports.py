@@ -34,6 +34,7 @@ FORBIDDEN = {
     "run": {"modeling", "training", "detectron2", "cli"},
     "training": {"detectron2", "cli"},
     "pretrain": {"training", "detectron2", "compare", "cli"},
+    "compare": {"training", "detectron2", "cli"},
     "detectron2": {"training", "cli"},
 }
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,20 +81,24 @@ def compare(request: Request) -> int:
     if request.dry_run:
         return show(plan, store, any_version=request.any_version)
     first_rank = not dist.under_torchrun() or os.environ["RANK"] == "0"
+    say = partial(print, flush=True) if first_rank else _silent
+    trainer = Trainer(engine, request.num_gpus, measuring=first_rank)
+    runner = Runner(plan, store, trainer, any_version=request.any_version, say=say, recording=first_rank)
     summary = Summary()
+    if not request.report_only:
+        plan.check()
+        runner.fetch_weights()
     try:
         if not request.report_only:
-            plan.check()
-            trainer = Trainer(engine, request.num_gpus, measuring=first_rank)
-            runner = Runner(plan, store, trainer, any_version=request.any_version, recording=first_rank)
             summary = runner.run()
     finally:
-        if first_rank and (request.report_only or not plan.problems):
+        if first_rank:
             results = collect(whole, store, any_settings=request.report_only)
             write_report(results, store, datetime.now().astimezone().strftime("%Y-%m-%d"))
     for name, reason in summary.failed.items():
-        print(f"failed: {name}: {reason}")
-    return 1 if summary.failed else 0
+        say(f"failed: {name}: {reason}")
+    # torchrun ends all ranks when one fails, and rank 0 may still be measuring: it alone tells
+    return 1 if summary.failed and first_rank else 0
 
 
 def show(plan: Plan, store: Store, *, any_version: bool) -> int:
@@ -123,6 +128,10 @@ def _described(job: Job) -> str:
         return f"{job.row.config} {' '.join(as_words(job.row.overrides))}"
     settings = job.settings or {}
     return f"{settings['arch']} {settings['norm']} on {settings['data']}, batch {settings['batch_size']}"
+
+
+def _silent(line: str) -> None:
+    """Of the other ranks, rank 0 speaks."""
 
 
 def _nothing(job: Any, folder: Path, weights: str) -> Any:

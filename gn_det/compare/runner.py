@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -27,6 +28,7 @@ from gn_det.run.keeper import Interrupted
 logger = logging.getLogger(__name__)
 
 _say = partial(print, flush=True)
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -69,17 +71,24 @@ class Runner:
 
         Raises:
             Interrupted, KeyboardInterrupt, SystemExit: asked to stop; what ran is recorded as interrupted.
-            UserError: a record cannot be written, or initial weights cannot be fetched.
+            UserError: a record cannot be written.
         """
-        self.fetch_weights()
-        summary = Summary()
         jobs = self.plan.jobs
+        if dist.under_torchrun() and jobs:
+            dist.start_group(_device(jobs[0]))
+        try:
+            return self._run_all(jobs)
+        finally:
+            if dist.under_torchrun():
+                dist.stop_group()
+
+    def _run_all(self, jobs: Sequence[Job]) -> Summary:
+        summary = Summary()
         for number, job in enumerate(jobs, 1):
             head = f"[{number}/{len(jobs)}] {job.name}"
-            try:
-                record, weights = self.find(job)
-            except NotThere as reason:
-                summary.failed[job.name] = str(reason)
+            record, weights, reason = _of_first_rank(lambda job=job: self._decide(job))  # type: ignore[misc]
+            if record is None:
+                summary.failed[job.name] = reason
                 self.say(f"{head}: failed: {reason}")
                 continue
             if record.status == DONE:
@@ -112,6 +121,13 @@ class Runner:
                     raise type(error)(f"row '{job.row.id}': weights: {error}") from None
 
     # ------------------------------------------------------------ one run
+
+    def _decide(self, job: Job) -> tuple[Record | None, str, str]:
+        """Record and initial weights of a job; no record, and why, where the run that it starts from failed."""
+        try:
+            return *self.find(job), ""
+        except NotThere as reason:
+            return None, "", str(reason)
 
     def find(self, job: Job) -> tuple[Record, str]:
         """The record of a job, new where there is none, and its initial weights where another row makes them.
@@ -179,6 +195,11 @@ class Runner:
             self.store.write(record)
 
 
+def _of_first_rank(decide: Callable[[], _T]) -> _T:
+    """What rank 0 finds on disk, on every rank of torchrun: the others would look before it has written."""
+    return dist.broadcast(decide() if dist.rank() == 0 else None)
+
+
 class NotThere(UserError):
     """The weights of a run do not exist."""
 
@@ -225,12 +246,16 @@ def initial_sha(job: Job) -> str:
 
 def device_name(job: Job, plan: Plan) -> str:
     """The GPU, or the processor and its threads, and how many of them."""
-    wanted = str(job.cfg.MODEL.DEVICE) if job.cfg is not None else str((job.settings or {}).get("device", "auto"))
-    device = dist.resolve_device(wanted)
+    device = _device(job)
     count = f"{plan.num_gpus} x " if plan.num_gpus > 1 else ""
     if device.startswith("cuda"):
         return f"{count}{torch.cuda.get_device_name()}"
     return f"{count}{_processor()}, {torch.get_num_threads()} thread(s)"
+
+
+def _device(job: Job) -> str:
+    wanted = str(job.cfg.MODEL.DEVICE) if job.cfg is not None else str((job.settings or {}).get("device", "auto"))
+    return dist.resolve_device(wanted)
 
 
 def _processor() -> str:

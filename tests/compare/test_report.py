@@ -23,7 +23,7 @@ from gn_det.compare.tables import view, views
 
 EVIL = "<script>alert('x')</script> & \"GN\" | *bold*"
 BN = {"id": "bn", "config": "quickstart.yaml", "reference": "fpn_bn"}
-GN = {"id": "gn", "config": "quickstart.yaml", "baseline": "bn", "reference": "fpn_gn", "overrides": {"SOLVER.GAMMA": 0.2}}
+GN = {**BN, "id": "gn", "baseline": "bn", "reference": "fpn_gn", "overrides": {"SOLVER.GAMMA": 0.2}}
 
 
 def results(root: Path, rows: list[dict[str, Any]], seeds: int = 1, fake: Fake | None = None, **keys: Any) -> Results:
@@ -89,7 +89,9 @@ def test_tables_hold_means_differences_and_published_numbers(tmp_path: Path) -> 
     gn = dict(zip(head, shown.body[1]))
     assert gn["box AP"].text == "32.1 ± 0.3" and gn["Δ box AP"].text == "+2.0 ± 0.0" and gn["Δ box AP"].strong
     assert gn["box AP (paper)"].text == "40.3" and [k for k, _ in shown.head][-2:] == ["reference", "reference"]
-    assert "published" not in str(cost.head) and dict(zip([t for _, t in cost.head], cost.body[0]))["s / iteration"].text
+    assert (
+        "published" not in str(cost.head) and dict(zip([t for _, t in cost.head], cost.body[0]))["s / iteration"].text
+    )
     sentence = findings(found)["gn"]
     assert "larger than the noise, better" in sentence[0] and "+1.7" in sentence[1] and "same direction" in sentence[1]
 

@@ -122,7 +122,10 @@ def test_each_writes_a_row_for_every_combination() -> None:
 
 def test_defaults_are_of_a_kind_and_rows_win() -> None:
     content = {
-        "defaults": {"seeds": 2, "detect": {"config": "quickstart.yaml", "overrides": {"SEED": 1, "SOLVER.GAMMA": 0.5}}},
+        "defaults": {
+            "seeds": 2,
+            "detect": {"config": "quickstart.yaml", "overrides": {"SEED": 1, "SOLVER.GAMMA": 0.5}},
+        },
         "rows": [{"id": "a", "overrides": {"SOLVER.GAMMA": 0.2}}, {"id": "b", "seeds": [7]}, pretrain_row("p")],
     }
     rows = {r.id: r for r in parse_suite(content, "s.yaml").rows}
