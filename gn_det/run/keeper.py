@@ -96,9 +96,12 @@ class Keeper:
 
     def before_first_batch(self) -> None:
         """Last moment to put the random streams of a resumed run back: building loaders draws from them too."""
+        self._restore_rng()
+        self._resumed_rng = []
+
+    def _restore_rng(self) -> None:
         if dist.rank() < len(self._resumed_rng):
             restore_rng(self._resumed_rng[dist.rank()])
-        self._resumed_rng = []
 
     def close(self) -> None:
         for number, handler in self._old_handlers.items():
@@ -156,6 +159,7 @@ class Keeper:
 
     def catch_up(self) -> bool:
         """The evaluation that an interrupted run owes, and what follows from it; True where training ends with it."""
+        self._restore_rng()  # the checkpoint is written anew
         self.run_evaluation()
         last = self.state.iteration + 1 >= int(self.cfg.SOLVER.MAX_ITER)
         early = self._patience_is_over() and not last

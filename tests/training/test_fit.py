@@ -333,6 +333,7 @@ def test_owed_evaluation_has_its_consequences(tmp_path: Path, at: int) -> None:
         "config": final[0]["gn_det"]["config"]
     }
     assert same(final[0]["model"], final[1]["model"])
+    assert torch.equal(*(f["rng"][0]["torch"] for f in final)) and final[0]["scheduler"] == final[1]["scheduler"]
     measured = [
         [(e["iteration"], e.get("bbox/AP"), e.get("total_loss")) for e in lines(tmp_path / f)] for f in ("whole", "cut")
     ]
