@@ -369,7 +369,7 @@ def _compare(args: argparse.Namespace) -> int:
     named = list(args.configs or ())
     cut = next((i for i, word in enumerate(named) if _is_key(word)), len(named))
     words = named[cut:] + args.words
-    is_suite = bool(words) and not named and not _is_key(words[0])
+    is_suite = bool(words) and not _is_key(words[0])
     request = Request(
         suite=words[0] if is_suite else "",
         configs=named[:cut],
