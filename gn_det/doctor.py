@@ -29,7 +29,6 @@ REQUIRED = {
     "PIL": "pillow",
     "pycocotools": "pycocotools",
     "faster_coco_eval": "faster-coco-eval",
-    "cv2": "opencv-python-headless",
     "lightning": "lightning",
     "tensorboard": "tensorboard",
     "matplotlib": "matplotlib",
@@ -38,7 +37,8 @@ REQUIRED = {
     "tqdm": "tqdm",
 }
 
-#: Distributions that all give ``cv2``; those without "headless" need a display library.
+#: Distributions that all give ``cv2``; those without "headless" need a display library. gn_det does not use it, but
+#: parts of Detectron2 do (its visualizer, some augmentations), which does not declare it: the extra ``detectron2``.
 _OPENCV = ("opencv-python-headless", "opencv-python", "opencv-contrib-python", "opencv-contrib-python-headless")
 
 _TRY_TORCHVISION = "import torch, torchvision; torchvision.ops.nms(torch.zeros(0, 4), torch.zeros(0), 0.5)"
@@ -102,7 +102,7 @@ def examine(run: Try = try_python, version_of: Callable[[str], str | None] = ins
     """Look at everything; ``run`` and ``version_of`` are replaceable for tests."""
     findings = [Finding("ok", f"gn_det {__version__}, Python {platform.python_version()}, {platform.platform()}")]
     findings += [_package(name, distribution, run, version_of) for name, distribution in REQUIRED.items()]
-    findings += _opencv(version_of)
+    findings += _opencv(run, version_of)
     findings += _gpus(run)
     findings += _detectron2(run, version_of)
     return findings
@@ -127,13 +127,15 @@ def _package(name: str, distribution: str, run: Try, version_of: Callable[[str],
     return Finding("broken", what, f"pip install --force-reinstall {found[0]}")
 
 
-def _opencv(version_of: Callable[[str], str | None]) -> list[Finding]:
+def _opencv(run: Try, version_of: Callable[[str], str | None]) -> list[Finding]:
+    """Nothing where it is not installed."""
     several = [d for d in _OPENCV if version_of(d)]
+    findings = [_package("cv2", several[0], run, version_of)] if several else []
     if len(several) < 2:
-        return []
+        return findings
     what = f"{' and '.join(several)} are both installed: they overwrite each other's cv2"
     fix = f"pip uninstall -y {' '.join(several)} && pip install opencv-python-headless"
-    return [Finding("note", what, fix)]
+    return [*findings, Finding("note", what, fix)]
 
 
 def _gpus(run: Try) -> list[Finding]:

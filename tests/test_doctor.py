@@ -10,6 +10,7 @@ from gn_det.doctor import REQUIRED, Finding, Trial, examine, try_python
 from gn_det.engines import INSTALL_PAGE
 
 VERSIONS = {d: "1.0" for d in REQUIRED.values()} | {"iopath": "0.1.9", "detectron2": "0.6", "torch": "2.9.0"}
+VERSIONS["opencv-python-headless"] = "4.9"
 NO_GPU = Trial(True, '{"cuda": null, "gpus": []}\n')
 
 

@@ -78,6 +78,14 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    make_shapes(folder, "train", 10)
+    make_shapes(folder, "val", 6)
+    return folder
+
+
 def on_object(**values: Any) -> Callable[[World], None]:
     def plant(world: World) -> None:
         entry = world.object()
@@ -310,9 +318,9 @@ def test_all_together_are_found_and_nothing_else(clean: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("kind", ALONE)
-def test_alone(clean: Path, tmp_path: Path, kind: str) -> None:
+def test_alone(small: Path, tmp_path: Path, kind: str) -> None:
     plant, beside = ALONE[kind]
-    world = World(tmp_path / "world", clean)
+    world = World(tmp_path / "world", small)
     plant(world)
     found = world.found()
     assert found[kind] >= 1 and set(found) - beside == {kind}, found

@@ -1,0 +1,34 @@
+"""A few mutations of each kind through ``make soak``'s own code; the kills have a short version in ``test_kill``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from faults import soak, soak_images, soak_json
+from faults.soak_case import Case, Failure
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+@pytest.mark.parametrize(("part", "size"), [(soak_json, 0.01), (soak_images, 0.0125)])
+def test_mutations_end_in_one_line_or_in_the_right_values(part: object, size: float, tmp_path: Path) -> None:
+    case = Case("mutations", size, tmp_path, tmp_path)
+    part.mutations(case)  # type: ignore[attr-defined]
+    outcomes = [(what, int(count)) for what, count in case.figures if what.startswith("  ")]
+    assert sum(count for _, count in outcomes) == int(case.figures[0][1]) >= 30
+    assert any("refused in one line" in what for what, _ in outcomes)
+    assert not any("OTHER" in what for what, _ in outcomes)
+
+
+def test_a_failing_part_is_told_and_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(case: Case) -> None:
+        case.say("tried", 3)
+        raise Failure("it differs")
+
+    monkeypatch.setattr(soak_json, "mutations", fails)
+    found = soak.run_part("json", 1.0, tmp_path)
+    assert found["failed"] == "it differs" and found["figures"] == [("tried", "3")]
+    text = soak.table({"json": found})
+    assert "json: FAILED" in text and "it differs" in text and "not run: kills" in text
