@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -148,8 +149,17 @@ def _provenance(weights: Weights) -> str:
     if not isinstance(steps, (list, tuple)):
         return ""
     said = [
-        f"{one_line(step.get('source', ''), 80)} (sha256 {one_line(step.get('sha256', ''), 64)[:12]})"
+        _trained(step)
+        if step.get("trained") is True
+        else f"{one_line(step.get('source', ''), 80)} (sha256 {one_line(step.get('sha256', ''), 64)[:12]})"
         for step in steps
         if isinstance(step, dict)
     ]
     return " -> ".join(said)
+
+
+def _trained(step: dict[str, Any]) -> str:
+    """What ``gn-det pretrain`` wrote: which classifier, of which epoch, how good."""
+    error = step.get("top1_error", step.get("val_error"))
+    told = f", top-1 error {error:.2f} %" if isinstance(error, float) else ""
+    return f"{one_line(step.get('kind', ''), 80)} (epoch {one_line(step.get('epoch', '?'), 12)}{told})"

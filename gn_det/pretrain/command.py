@@ -18,11 +18,11 @@ import torch
 import gn_det
 from gn_det.checkpoint.io import atomic_write, read_checkpoint, save_checkpoint
 from gn_det.checkpoint.last import remove_leftovers
-from gn_det.errors import ConfigError, TrainingError, UserError, WeightsError
+from gn_det.errors import ConfigError, DataError, TrainingError, UserError, WeightsError
 from gn_det.pretrain.export import write_weights
 from gn_det.pretrain.loop import Plan, Progressed, Trainer, make_fabric, top1_error
 from gn_det.pretrain.network import Classifier, build_classifier, build_optimizer
-from gn_det.pretrain.settings import Settings, base_lr
+from gn_det.pretrain.settings import BUILTIN, Settings, base_lr
 from gn_det.pretrain.sources import Source, epoch_batches, open_source
 from gn_det.run import dist
 from gn_det.run.events import EventLog, TensorBoardWriter
@@ -59,6 +59,7 @@ def pretrain(settings: Settings, *, resume: bool = False, overwrite: bool = Fals
         UserError: settings, data or folder cannot be used; the training diverged.
     """
     device = _device(settings)
+    _check_early(settings)
     folder = check_writable(settings.output)
     if not resume:
         _refuse_old(folder, overwrite)
@@ -77,12 +78,24 @@ def dry_run(settings: Settings, *, num_gpus: int = 1) -> None:
         UserError: settings or data cannot be used.
     """
     device = _device(settings)
+    _check_early(settings)
     with run_log(None, times=False):
         source = open_source(settings)
         model = build_classifier(settings, len(source.class_names), len(source.input.mean))
         processes = int(os.environ["WORLD_SIZE"]) if dist.under_torchrun() else num_gpus
         _describe(settings, source, model, _plan(settings, source, processes), processes)
         logger.info("Device: %s\nOutput: %s\nDry run: nothing was trained or written.", device, settings.output)
+
+
+def _check_early(settings: Settings) -> None:
+    """Refuse what can be refused at once, before a folder is made and processes are started."""
+    if settings.data not in BUILTIN and not Path(settings.data).expanduser().is_dir():
+        raise DataError(
+            f"pretrain data {settings.data!r}: no such folder; give one with train/<class>/* and val/<class>/*, or "
+            "digits or shapes"
+        )
+    with torch.device("meta"):
+        build_classifier(settings, 2)
 
 
 def _device(settings: Settings) -> str:

@@ -64,10 +64,6 @@ class FolderSource:
 
     def __init__(self, settings: Settings) -> None:
         root = Path(settings.data).expanduser()
-        if not root.is_dir():
-            raise DataError(
-                f"pretrain data {settings.data!r}: no such folder; give one with train/ and val/, or digits or shapes"
-            )
         names, self._train = scan(root / "train")
         val_names, self._val = scan(root / "val")
         if names != val_names:

@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 
 
 def load_shapes(settings: Settings) -> ArraySource:
-    """``settings.images`` training pictures (4000) and a fifth of that for validation, BGR, of ``settings.side``.
+    """``settings.images`` training pictures (3000) and a fifth of that for validation, BGR, of ``settings.side``.
 
-    Every picture is a function of (part, number, side). Drawing takes about a millisecond a picture.
+    Every picture is a function of (part, number, side). Drawing takes milliseconds a picture.
     """
     count, side = settings.images or NUM_SHAPES, settings.side
     train, val = draw_set("train", count, side), draw_set("val", max(count // _VAL_PART, len(CLASSES)), side)

@@ -18,9 +18,9 @@ AMP = ("off", "bf16", "fp16")
 #: Data sets that need no files.
 BUILTIN = ("digits", "shapes")
 #: Side of the images a network sees, where ``image_size`` leaves it open.
-IMAGE_SIZES = {"digits": 8, "shapes": 48, "": 224}
+IMAGE_SIZES = {"digits": 8, "shapes": 32, "": 224}
 #: Generated training images of "shapes", where ``images`` leaves it open.
-NUM_SHAPES = 4000
+NUM_SHAPES = 3000
 #: The batch that the paper's learning rate of 0.1 belongs to: 8 GPUs with 32 images each.
 REFERENCE_BATCH = 256
 REFERENCE_LR = 0.1
@@ -49,8 +49,8 @@ class Settings:
         workers: processes that read images from a folder.
         amp: "off", "bf16" or "fp16" autocast.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        image_size: side of the square that the network sees; None: 224, for digits 8, for shapes 48.
-        images: generated training images of "shapes"; None: 4000.
+        image_size: side of the square that the network sees; None: 224, for digits 8, for shapes 32.
+        images: generated training images of "shapes"; None: 3000.
         color: brightness, contrast, saturation and lighting augmentation of fb.resnet.torch, on images from a folder.
         stride_in_1x1: stride in the first 1x1 of a bottleneck instead of its 3x3; what ``bn_*`` configs expect, whose
             published R-50 does it so. ResNet-18 and 34 have no such choice.

@@ -133,6 +133,7 @@ def test_bad_folders(folder: Path, spoil: Any, told: str) -> None:
 def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"pretrain data '.*nowhere': no such folder; .* or digits or shapes"):
         pretrain(settings(tmp_path / "nowhere", output=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("workers", [0, 1])

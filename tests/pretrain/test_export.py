@@ -22,6 +22,7 @@ from gn_det.pretrain.export import write_weights
 from gn_det.pretrain.loop import Normalize
 from gn_det.pretrain.network import Classifier, build_classifier
 from gn_det.pretrain.sources import Input
+from gn_det.weights_cli import describe
 
 R18 = ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
 INPUT = Input("BGR", CAFFE.pixel_mean or (), CAFFE.pixel_std or ())
@@ -133,7 +134,7 @@ def test_config_that_computes_something_else_is_refused(
     assert told in str(caught.value)
 
 
-def test_file_tells_where_it_comes_from_and_keeps_no_paths(tmp_path: Path) -> None:
+def test_file_tells_where_it_comes_from_and_keeps_no_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, path = exported(tmp_path, "resnet18", "GN")
     weights = open_weights(path)
     assert weights.kind.startswith("resnet18 GN classifier of imagenet, trained by gn_det")
@@ -142,6 +143,8 @@ def test_file_tells_where_it_comes_from_and_keeps_no_paths(tmp_path: Path) -> No
     step = read_checkpoint(path)["gn_det"]["provenance"][-1]
     assert step["top1_error"] == 24.0 and step["settings"]["batch_size"] == 32 and step["classes"] == ["a", "b", "c"]
     assert str(tmp_path) not in str(step)
+    describe(str(path))
+    assert "resnet18 GN classifier of imagenet (epoch ?, top-1 error 24.00 %)" in capsys.readouterr().out
 
 
 def test_converts_to_torchvision_with_its_classifier(tmp_path: Path) -> None:

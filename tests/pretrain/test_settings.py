@@ -110,4 +110,4 @@ def test_settings_need_no_torch() -> None:
         "print(Settings('resnet18', 'BN', 'shapes', 'out').side)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "48", done.stderr
+    assert done.stdout.strip() == "32", done.stderr
