@@ -52,8 +52,9 @@ def equal(a: Path, b: Path) -> bool:
         ["SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model"],
         ["SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "value"],
         ["INPUT.CROP.ENABLED", "True", "DATALOADER.NUM_WORKERS", "1"],
+        ["SOLVER.EMA.ENABLED", "True", "SOLVER.EMA.DECAY", "0.8"],
     ],
-    ids=["plain", "accumulate", "clip_full_model", "clip_value", "crop_in_a_worker"],
+    ids=["plain", "accumulate", "clip_full_model", "clip_value", "crop_in_a_worker", "ema"],
 )
 def test_both_engines_write_the_same_numbers(data: list[str], tmp_path: Path, more: list[str]) -> None:
     """The same seed: metrics.json line by line, AP and weights, to the last bit (float32, one thread).
@@ -156,6 +157,35 @@ def test_stopped_and_resumed_is_bit_identical(
         assert torch.equal(slot["momentum_buffer"], b["optimizer"]["state"][index]["momentum_buffer"])
     assert torch.equal(a["rng"][0]["torch"], b["rng"][0]["torch"]) and a["scheduler"] == b["scheduler"]
     assert a["gn_det"]["best_metric"] == b["gn_det"]["best_metric"]
+
+
+def test_averaged_weights_resume_on_either_engine(
+    data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the middle: averages and the weights that learn, as if uncut and to the last bit."""
+    keys = ("SOLVER.MAX_ITER", "5", "SOLVER.EMA.ENABLED", "True", "SOLVER.EMA.DECAY", "0.8")
+    assert main(tiny(data, tmp_path / "whole", *keys)) == 0
+    for second in ("detectron2", "embedded"):
+        with monkeypatch.context() as patch:
+            stop(patch, 3)
+            assert main(tiny(data, tmp_path / second, *keys)) == 143
+        assert main(tiny(data, tmp_path / second, *keys, "--resume", engine=second)) == 0
+        assert equal(tmp_path / "whole" / "model_final.pth", tmp_path / second / "model_final.pth")
+        a, b = (read_checkpoint(tmp_path / f / "model_final.pth")["ema"] for f in ("whole", second))
+        assert a["steps"] == b["steps"] == 5
+        assert all(torch.equal(v, b["learning"][k]) for k, v in a["learning"].items())
+
+
+@pytest.mark.parametrize("engine", ["detectron2", "embedded"])
+def test_hours_that_are_over_end_with_an_evaluated_checkpoint(
+    data: list[str], tmp_path: Path, engine: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = tiny(data, tmp_path, "SOLVER.MAX_ITER", "9", engine=engine)
+    assert main([*words, "--max-hours", "1e-7"]) == 0
+    assert "end after iteration 1 of 9" in capsys.readouterr().out
+    last = read_checkpoint(tmp_path / "model_0000001.pth")
+    assert last["gn_det"]["evaluated_at"] == 1 and "segm/AP" in last["gn_det"]["results"]
+    assert not (tmp_path / "model_final.pth").exists()
 
 
 def test_a_run_of_the_embedded_engine_goes_on_here(data: list[str], whole: Path, tmp_path: Path) -> None:
