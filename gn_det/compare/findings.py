@@ -18,6 +18,11 @@ def findings(results: Results) -> dict[str, list[str]]:
     return {r.row.id: of_row(results, r) for r in results.rows if r.row.baseline is not None and not r.left_out}
 
 
+def many_told(count: int) -> str:
+    """A warning for the reader of many comparisons."""
+    return f"Each interval is one of 95 %: of {count} comparisons about {count / 20:.0f} leave zero out by chance."
+
+
 def of_row(results: Results, result: RowResult) -> list[str]:
     """The sentences of one row with a baseline."""
     assert result.row.baseline is not None

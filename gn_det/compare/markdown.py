@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from gn_det.compare.findings import many_told
 from gn_det.compare.results import Results
 from gn_det.compare.tables import Cell, View, full_view, views
 
@@ -16,6 +17,7 @@ def as_markdown(results: Results, findings: Mapping[str, Sequence[str]], date: s
     lines = [f"- {_inline(sentence)}" for sentences in findings.values() for sentence in [" ".join(sentences)]]
     if lines:
         parts += ["## Findings", "\n".join(lines)]
+        parts += [many_told(len(lines))] if len(lines) > 8 else []
     for table in suite.tables:
         for shown in views(results, table):
             parts += _table(shown)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import gn_det
 from gn_det.compare.curves import charts_of
+from gn_det.compare.findings import many_told
 from gn_det.compare.results import Results, RowResult
 from gn_det.compare.tables import REFERENCE, Cell, View, full_view, views
 from gn_det.html import document, escape, figure, jpeg_uri
@@ -56,6 +57,9 @@ padding:12px;background:var(--ground);border-radius:6px}code{font:13px ui-monosp
 footer{color:var(--soft);font-size:13px;margin-top:40px}
 """
 
+#: Findings, or rows of a minor table, beyond which they are folded.
+_MANY = 8
+
 Samples = Sequence[tuple[str, Sequence[bytes]]]
 
 
@@ -100,17 +104,47 @@ def _state(results: Results) -> str:
 
 
 def _findings(findings: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """One paragraph a row; of many, those within the noise are folded away."""
     if not findings:
         return
-    lines = []
-    for sentences in findings.values():
-        marked = [f'<span class="against">{escape(s)}</span>' if "contradicts" in s else escape(s) for s in sentences]
-        lines.append(f"<p>{' '.join(marked)}</p>")
-    yield f'<h2>Findings</h2><section class="findings">{"".join(lines)}</section>'
+    quiet = [f for f in findings.values() if len(findings) > _MANY and not _speaks(f)]
+    yield '<h2>Findings</h2><section class="findings">'
+    yield from (_paragraph(f) for f in findings.values() if f not in quiet)
+    if quiet:
+        yield f"<details><summary>{len(quiet)} more that are not larger than the noise, or of one seed</summary>"
+        yield from (_paragraph(f) for f in quiet)
+        yield "</details>"
+    if len(findings) > _MANY:
+        yield f'<p class="under">{many_told(len(findings))}</p>'
+    yield "</section>"
+
+
+def _speaks(sentences: Sequence[str]) -> bool:
+    return ": larger than the noise" in sentences[0] or _contradicts(sentences[-1])
+
+
+def _contradicts(sentence: str) -> bool:
+    return "this result contradicts" in sentence
+
+
+def _paragraph(sentences: Sequence[str]) -> str:
+    marked = [f'<span class="against">{escape(s)}</span>' if _contradicts(s) else escape(s) for s in sentences]
+    return f"<p>{' '.join(marked)}</p>"
 
 
 def _table(shown: View) -> Iterator[str]:
-    yield f'<h2>{escape(shown.title)}</h2><section><div class="wide"><table>'
+    if shown.minor and len(shown.body) > _MANY:
+        yield f"<section><details><summary>{escape(shown.title)}</summary>"
+        yield from _cells(shown)
+        yield "</details></section>"
+        return
+    yield f"<h2>{escape(shown.title)}</h2><section>"
+    yield from _cells(shown)
+    yield "</section>"
+
+
+def _cells(shown: View) -> Iterator[str]:
+    yield '<div class="wide"><table>'
     published = sum(kind == REFERENCE for kind, _ in shown.head)
     if published:
         measured = len(shown.head) - published
@@ -130,7 +164,6 @@ def _table(shown: View) -> Iterator[str]:
         notes.append(f"Published numbers: {shown.reference}. Other data, model and schedule: compare directions.")
     if notes:
         yield '<ul class="notes">' + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>"
-    yield "</section>"
 
 
 def _classes(kind: str, cell: Cell) -> str:

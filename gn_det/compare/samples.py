@@ -70,7 +70,9 @@ def _truth(record: Record, result: RowResult, results: Results, store: Store, co
     for index in chosen:
         found = dataset.records[index]
         pixels = read_image(found["file_name"], "RGB")
-        pictures.append(draw_detections(pixels, detections_of(found), dataset.class_names, show_scores=False))
+        pictures.append(
+            draw_detections(pixels, detections_of(found), dataset.class_names, min_size=_SIDE, show_scores=False)
+        )
     return _keep(folder, pictures)
 
 
@@ -89,7 +91,7 @@ def _predictions(record: Record, result: RowResult, results: Results, store: Sto
     for index in chosen:
         path = Path(dataset.records[index]["file_name"])
         shown = select(predictor.detect(path), _THRESHOLD, None)
-        pictures.append(draw_detections(read_image(str(path), "RGB"), shown, predictor.class_names))
+        pictures.append(draw_detections(read_image(str(path), "RGB"), shown, predictor.class_names, min_size=_SIDE))
     return _keep(folder, pictures)
 
 

@@ -37,6 +37,7 @@ class View:
         body: rows of cells.
         notes: sentences below.
         reference: what the reference columns hold, "" without any.
+        minor: may be folded where it is long.
     """
 
     title: str
@@ -44,6 +45,7 @@ class View:
     body: list[list[Cell]]
     notes: list[str] = field(default_factory=list)
     reference: str = ""
+    minor: bool = False
 
 
 def view(results: Results, table: Table, *, plain: bool = False) -> View:
@@ -73,7 +75,7 @@ def view(results: Results, table: Table, *, plain: bool = False) -> View:
                 cells.append(_difference_cell(results, result, column))
         body.append(cells + [_published_cell(reference, c) for c in published])
     notes = _notes(rows, columns, place, bool(compared), table.note) + ([] if plain else _row_notes(rows))
-    return View(table.title, head, body, notes, load_references()[1].get(source, "") if published else "")
+    return View(table.title, head, body, notes, load_references()[1].get(source, "") if published else "", plain)
 
 
 def views(results: Results, table: Table) -> list[View]:
