@@ -93,7 +93,7 @@ def compare(request: Request) -> int:
             summary = runner.run()
     finally:
         if first_rank:
-            results = collect(whole, store, any_settings=request.report_only)
+            results = collect(whole, store, any_version=request.any_version, any_settings=request.report_only)
             write_report(results, store, datetime.now().astimezone().strftime("%Y-%m-%d"))
     for name, reason in summary.failed.items():
         say(f"failed: {name}: {reason}")

@@ -97,13 +97,14 @@ class Results:
         return difference(result.values(column), self.row(result.row.baseline).values(column))
 
 
-def collect(plan: Plan, store: Store, *, any_version: bool = True, any_settings: bool = False) -> Results:
+def collect(plan: Plan, store: Store, *, any_version: bool = False, any_settings: bool = False) -> Results:
     """The runs that count for each row.
 
     Args:
         plan: of the whole suite.
         store: where runs lie.
-        any_version: take a finished run of another gn_det version where this one has none.
+        any_version: a finished run of another gn_det version is as good as one of this; otherwise it is taken where
+            this version has no run at all, not even a failed one.
         any_settings: take the newest finished run of a row where none has the settings of the plan; for a report of
             what is there. Either is remarked.
     """
@@ -130,7 +131,8 @@ def _record_of(
     maker = known.get(job.needs) if job.needs is not None else None
     sha = maker.weights_sha if maker is not None else initial_sha(job)
     version = version_of(job, plan)
-    found = choose(records, job.settings_key(sha), version, any_version=any_version)
+    key = job.settings_key(sha)
+    found = choose(records, key, version, any_version=any_version) or choose(records, key, version, any_version=True)
     if found is not None:
         return found, f"run with gn_det code {found.version}, not {version}" if found.version != version else ""
     others = [r for r in records if r.status == DONE]

@@ -101,6 +101,9 @@ def test_other_code_runs_again_unless_told_not_to(tmp_path: Path, monkeypatch: p
     assert all("not another" in text for texts in remarks.values() for text in texts) and all(remarks.values())
     assert not any(r["remarks"] for r in results(tmp_path, seeds=1)["rows"])
     assert len(list(tmp_path.glob("runs/bn/seed-1-*"))) == 2  # what was measured stays
+    monkeypatch.setattr(runner, "code_version", lambda trainer: "a third")
+    run(tmp_path, Fake(on={"bn, seed 1": fail(TrainingError("no"))}), seeds=1)
+    assert {r["id"]: r["status"] for r in results(tmp_path, seeds=1)["rows"]}["bn"] == "failed"
 
 
 def test_other_weights_run_again(tmp_path: Path) -> None:
