@@ -74,7 +74,7 @@ def _kill(process: subprocess.Popen[bytes], folder: Path, rng: random.Random, nu
     """What the run was doing when it was killed; "" where it ended before. Even numbers aim at a file being written."""
     aim = number % 2 == 0
     skip = rng.randrange(12)
-    at = time.perf_counter() + (120 if aim else rng.uniform(0.1, length))
+    at = time.perf_counter() + (300 if aim else rng.uniform(0.1, length))
     delay = rng.uniform(0, 0.03)
     seen = ""
     while time.perf_counter() < at:
@@ -92,7 +92,7 @@ def _kill(process: subprocess.Popen[bytes], folder: Path, rng: random.Random, nu
             time.sleep(0.005)
     else:
         if aim:
-            raise Failure("no checkpoint was written within two minutes")
+            raise Failure("no checkpoint was written within five minutes")
     victim = process.pid
     children = _children(process.pid)
     if number % 3 == 1 and children:  # one of the ranks or loading processes, not the parent
