@@ -1,7 +1,4 @@
-"""What a few runs tell: mean and spread over seeds, and whether a difference is larger than the noise.
-
-Student's t is computed here, so that no statistics library is needed.
-"""
+"""What a few runs tell: mean and spread over seeds, and whether a difference is larger than the noise."""
 
 from __future__ import annotations
 
@@ -99,50 +96,6 @@ def _welch(a: Spread, b: Spread) -> float | None:
 
 def t_quantile(p: float, freedom: float) -> float:
     """The value below which a t-distributed number lies with probability ``p`` in (0, 1); ``freedom`` > 0 degrees."""
-    if not 0 < p < 1 or freedom <= 0:
-        raise ValueError(f"no quantile of t for p {p}, {freedom} degrees of freedom")
-    if p < 0.5:
-        return -t_quantile(1 - p, freedom)
-    low, high = 0.0, 1.0
-    while t_cdf(high, freedom) < p:
-        low, high = high, 2 * high
-    while high - low > 1e-12 * high:
-        middle = (low + high) / 2
-        if middle in (low, high):
-            break
-        low, high = (middle, high) if t_cdf(middle, freedom) < p else (low, middle)
-    return (low + high) / 2
+    from scipy.special import stdtrit  # on use: it takes a while to import
 
-
-def t_cdf(t: float, freedom: float) -> float:
-    """Probability of a t-distributed number below ``t``."""
-    tail = 0.5 * _beta_fraction(freedom / 2, 0.5, freedom / (freedom + t * t))
-    return 1 - tail if t > 0 else tail
-
-
-def _beta_fraction(a: float, b: float, x: float) -> float:
-    """The regularised incomplete beta function I_x(a, b), by its continued fraction."""
-    if x <= 0 or x >= 1:
-        return float(x >= 1)
-    if x > (a + 1) / (a + b + 2):  # the fraction converges quickly on the other side
-        return 1 - _beta_fraction(b, a, 1 - x)
-    log = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
-    tiny = 1e-300
-    c, d = 1.0, 1 / _away_from_zero(1 - (a + b) * x / (a + 1), tiny)
-    result = d
-    for m in range(1, 10_000):
-        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        change = 1.0
-        for term in (even, odd):
-            d = 1 / _away_from_zero(1 + term * d, tiny)
-            c = _away_from_zero(1 + term / c, tiny)
-            change = c * d
-            result *= change
-        if abs(change - 1) < 1e-15:
-            break
-    return math.exp(log) * result / a
-
-
-def _away_from_zero(value: float, tiny: float) -> float:
-    return value if abs(value) > tiny else tiny
+    return float(stdtrit(freedom, p))
