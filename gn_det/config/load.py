@@ -212,8 +212,13 @@ def _check_files(path: Path, cfg: CN, chain: tuple[Path, ...] = ()) -> None:
         raise ConfigError(f"config file {path}: {BASE_KEY} leads back to the file itself")
     loaded = read_yaml(path)
     bases = loaded.get(BASE_KEY, [])
-    for base in [bases] if isinstance(bases, str) else bases:
-        base_path = path.parent / Path(str(base)).expanduser()
+    bases = bases if isinstance(bases, list) else [bases]
+    if not all(isinstance(base, str) and base for base in bases):
+        raise ConfigError(
+            f"config file {path}: {BASE_KEY} must name a file or a list of files, got {loaded[BASE_KEY]!r}"
+        )
+    for base in bases:
+        base_path = path.parent / Path(base).expanduser()
         if not base_path.is_file():
             raise ConfigError(f"config file {path}: {BASE_KEY} '{base}' does not exist (looked for {base_path})")
         _check_files(base_path, cfg, (*chain, path))

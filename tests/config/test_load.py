@@ -158,3 +158,11 @@ def test_a_damaged_stored_config_is_named(text: str) -> None:
 def test_values_that_no_model_can_have(key: str, value: str, word: str) -> None:
     with pytest.raises(ConfigError, match=f"{key}.*{word}"):
         load_config("gn_fpn", [key, value])
+
+
+@pytest.mark.parametrize("base", ["1", "null", "{}", "[1]", "''", "[Base.yaml, 2]", "true"])
+def test_a_base_that_is_no_file_name_is_refused(tmp_path: Path, base: str) -> None:
+    (tmp_path / "Base.yaml").write_text("SEED: 1\n")
+    (tmp_path / "c.yaml").write_text(f"_BASE_: {base}\nSEED: 2\n")
+    with pytest.raises(ConfigError, match=r"c\.yaml: _BASE_ must name a file or a list of files, got "):
+        load_config(str(tmp_path / "c.yaml"))
