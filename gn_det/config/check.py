@@ -125,6 +125,7 @@ _NOT_NEGATIVE = (">= 0", lambda v: v >= 0)
 _FRACTION = ("between 0 and 1", lambda v: 0 <= v <= 1)
 
 _INCREASING = ("increasing numbers > 0", lambda v: all(a < b for a, b in itertools.pairwise((0, *v))))
+_NAMES = ("a list of names", lambda v: all(isinstance(name, str) and name for name in v))
 _FOUR = ("4 numbers > 0", lambda v: len(v) == 4 and all(w > 0 for w in v))
 
 #: Keys with a range.
@@ -169,6 +170,10 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "INPUT.MAX_SIZE_TRAIN": _POSITIVE,
     "INPUT.MIN_SIZE_TEST": _NOT_NEGATIVE,
     "INPUT.MAX_SIZE_TEST": _POSITIVE,
+    "DATASETS.TRAIN": _NAMES,
+    "DATASETS.TEST": _NAMES,
+    "MODEL.CLASS_NAMES": _NAMES,
+    "SOLVER.NO_RESCALE": _NAMES,
     "DATALOADER.NUM_WORKERS": _NOT_NEGATIVE,
     "DATALOADER.MAX_BAD": _NOT_NEGATIVE,
     "SOLVER.MAX_ITER": _POSITIVE,

@@ -166,3 +166,13 @@ def test_a_base_that_is_no_file_name_is_refused(tmp_path: Path, base: str) -> No
     (tmp_path / "c.yaml").write_text(f"_BASE_: {base}\nSEED: 2\n")
     with pytest.raises(ConfigError, match=r"c\.yaml: _BASE_ must name a file or a list of files, got "):
         load_config(str(tmp_path / "c.yaml"))
+
+
+@pytest.mark.parametrize("key", ["DATASETS.TRAIN", "DATASETS.TEST", "MODEL.CLASS_NAMES", "SOLVER.NO_RESCALE"])
+@pytest.mark.parametrize("value", ["0", "[null]", "[a, 1]", "['']"])
+def test_names_are_text(tmp_path: Path, key: str, value: str) -> None:
+    """These lists are empty by default, so that their defaults do not say what belongs in them."""
+    section, name = key.split(".")
+    (tmp_path / "c.yaml").write_text(f"{section}:\n  {name}: {value}\n")
+    with pytest.raises(ConfigError, match=rf"{section}\.{name} = .* must be a list of names"):
+        load_config(str(tmp_path / "c.yaml"))
