@@ -1,8 +1,8 @@
 """How often one training step and one inference make the host wait for the device: gn_det, and Detectron2 if installed.
 
 Each wait empties the queue of kernels, so that small kernels (norms, NMS, sampling) start late. On a CPU the operations
-that would wait are counted as they are dispatched; on a GPU torch's own sync debug mode reports real waits. Compare training
-steps: on a CPU both engines paste masks in another way than on a GPU, Detectron2 with several waits for each.
+that would wait are counted as they are dispatched; on a GPU torch's own sync debug mode reports real waits. Compare
+training steps: on a CPU both engines paste masks in another way than on a GPU, Detectron2 with several waits for each.
 
     python benchmarks/syncs.py                 # both configs, any machine; prints what waits where with --places
     python benchmarks/syncs.py --device cuda   # real waits, of gn_det only
