@@ -39,7 +39,7 @@ COLUMNS: dict[str, Column] = {
     "parameters": Column("parameters (M)", 2, SIZE, factor=1e-6),
     "s_per_iter": Column("s / iteration", 3, COST, lower_is_better=True),
     "memory_mb": Column("peak memory (MB)", 0, COST, lower_is_better=True),
-    "s_per_image": Column("inference, s / image", 3, COST, lower_is_better=True),
+    "s_per_image": Column("inference, ms / image", 2, COST, lower_is_better=True, factor=1e3),
 }
 
 #: The number that decides, by kind of row.

@@ -60,6 +60,8 @@ def view(results: Results, table: Table, *, plain: bool = False) -> View:
     references = _published(rows, source)
     published = [] if plain else _published_columns(references, columns)
     compared = [c for c in (DECIDING[kind], "mask_ap") if c in columns and any(r.row.baseline for r in rows)]
+    # What the other rows are compared with, unless its own baseline stands here too.
+    bases = {r.row.baseline for r in rows} - {r.row.id for r in rows if r.row.baseline in table.rows}
     labels = list(table.labels)
     head = [(LABEL, text) for text in labels or ["row"]]
     for column in columns:
@@ -72,7 +74,8 @@ def view(results: Results, table: Table, *, plain: bool = False) -> View:
         for column in columns:
             cells.append(_cell(result, column, place))
             if column in compared:
-                cells.append(_difference_cell(results, result, column))
+                base = result.row.id in bases
+                cells.append(Cell("", faint=True) if base else _difference_cell(results, result, column))
         body.append(cells + [_published_cell(reference, c) for c in published])
     notes = _notes(rows, columns, place, bool(compared), table.note) + ([] if plain else _row_notes(rows))
     return View(table.title, head, body, notes, load_references()[1].get(source, "") if published else "", plain)
@@ -184,7 +187,8 @@ def _published_cell(reference: Reference | None, column: str) -> Cell:
     value = _value(reference, column)
     if value is None and reference is not None and column in (reference.delta or {}):
         return Cell(f"Δ about {signed((reference.delta or {})[column])}")
-    return Cell("", faint=True) if value is None else Cell(f"{value:.{COLUMNS[column].decimals}f}")
+    what = COLUMNS[column]
+    return Cell("", faint=True) if value is None else Cell(f"{value * what.factor:.{what.decimals}f}")
 
 
 # ------------------------------------------------------------ notes

@@ -121,14 +121,16 @@ def test_losses(case: str, side: str, measured: Measured, monkeypatch: pytest.Mo
 def test_inference(case: str, side: str, measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
     """Odd sizes, a batch of two: partners for at least 1 - ALONE of both sides' detections; equal once rounded."""
     pair = make_pair(case, side)
-    for batch in ("tiny_odd", "two_sizes"):
+    # A CPU emulates bf16: the batch of two takes half a minute, so it runs for one FPN and one C4.
+    batches = ("tiny_odd", "two_sizes") if case in ("gn_fpn", "bn_c4") and side == "own" else ("tiny_odd",)
+    for batch in batches:
         pairs = detections(pair, BATCHES[batch]())
         assert all(len(a) > 10 and len(b) > 10 for a, b in pairs)
         off = max(share_alone(a, b) for a, b in pairs)
         measured(case, "bf16_inference", side, off)
         assert off <= ALONE
     round_as_detectron2(monkeypatch)
-    for batch in ("tiny_odd", "two_sizes"):
+    for batch in batches:
         for ours, theirs in detections(pair, BATCHES[batch]()):
             assert torch.equal(ours.boxes, theirs.pred_boxes.tensor)
             assert torch.equal(ours.scores, theirs.scores)
