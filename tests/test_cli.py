@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from gn_det import __version__
-from gn_det.cli import _train_parser, config_from_args, main
+from gn_det.cli import config_from_args, main
+from gn_det.flags import train_parser
 
 
 def parse(words: list[str]) -> object:
-    return config_from_args(_train_parser("x").parse_intermixed_args(words))
+    return config_from_args(train_parser("x").parse_intermixed_args(words))
 
 
 def test_flags_and_overrides_mix_in_any_order() -> None:

@@ -16,6 +16,7 @@ _NO_PART = (
     "detectron2",
     "doctor.py",
     "draw.py",
+    "flags.py",
     "html.py",
     "inputs.py",
     "predict.py",
