@@ -33,10 +33,26 @@ FORBIDDEN = {
     "evaluation": {"modeling", "run", "training", "detectron2", "cli"},
     "run": {"modeling", "training", "detectron2", "cli"},
     "training": {"detectron2", "cli"},
+    "check": {"modeling", "training", "detectron2", "pretrain", "compare", "cli"},
     "pretrain": {"training", "detectron2", "compare", "cli"},
     "compare": {"training", "detectron2", "cli"},
     "detectron2": {"training", "cli"},
 }
+
+# Nothing below a command's own room knows of it.
+for _room in (
+    "kernels",
+    "norm",
+    "modeling",
+    "config",
+    "checkpoint",
+    "data",
+    "evaluation",
+    "run",
+    "training",
+    "detectron2",
+):
+    FORBIDDEN[_room] |= {"check", "pretrain", "compare"}
 
 #: What a room may import nevertheless: the census reads any model, of either engine.
 ALLOWED = {"run": {"gn_det.modeling.census"}}
