@@ -45,7 +45,16 @@ def one_batch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_two_processes_equal_one_batch_of_two(one_batch: Path, tmp_path: Path) -> None:
+def losses_apart(a: Path, b: Path) -> float:
+    """The largest relative difference of a loss of the last logged iteration."""
+    ours, theirs = losses(a), losses(b)
+    assert ours.keys() == theirs.keys()
+    return max(abs(ours[k] / theirs[k] - 1) for k in theirs)
+
+
+def test_two_processes_equal_one_batch_of_two(
+    one_batch: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Three steps in float32: losses to 1e-5, weights to 1e-2 of the way they went (a wrong mean is off by tenths).
 
     Rounding grows tenfold a step (1.2e-5, 2.7e-4, 1.7e-3 measured): signs of L1 and ReLU flip. Evaluation is exact.
@@ -61,8 +70,10 @@ def test_two_processes_equal_one_batch_of_two(one_batch: Path, tmp_path: Path) -
     (tmp_path / "single.json").write_text(json.dumps(single))
     sources = [(str(tmp_path / "single.json"), shapes.image_root), (shapes.json_file, shapes.image_root)]
     found = dist.launch(equal_ranks.all_of_it, (tmp_path / "two", sources), device="cpu", num_gpus=2)
-    assert apart(one_batch, tmp_path / "two" / "equal") < 1e-2
-    assert losses(tmp_path / "two" / "equal") == pytest.approx(losses(one_batch), rel=1e-5)
+    off, worst = apart(one_batch, tmp_path / "two" / "equal"), losses_apart(tmp_path / "two" / "equal", one_batch)
+    with capsys.disabled():
+        print(f"\n2 processes and a batch of 2: weights {off:.1e} of their way after 3 steps; losses {worst:.1e}")
+    assert off < 1e-2 and worst < 1e-5
     alone = equal_ranks.evaluate(tmp_path / "one", sources)
     assert [str(f) for f in found] == [str(f) for f in alone]  # nan is equal to nan
     for number, images in enumerate((1, 3)):  # with one image, a process has none
@@ -94,8 +105,7 @@ def test_three_processes_equal_one_batch_of_three(tmp_path: Path, capsys: pytest
         equal_ranks.train(tmp_path / "alone" / name, 3, 1, [4, 4], iterations, batch=3)
     found = dist.launch(equal_ranks.three_of_it, (tmp_path / "three", sources), device="cpu", num_gpus=3)
     steps = {name: apart(tmp_path / "alone" / name, tmp_path / "three" / name) for name in ("one", "equal")}
-    ours, theirs = (losses(tmp_path / who / "equal") for who in ("three", "alone"))
-    worst = max(abs(ours[k] / theirs[k] - 1) for k in theirs)
+    worst = losses_apart(tmp_path / "three" / "equal", tmp_path / "alone" / "equal")
     with capsys.disabled():
         print(f"\n3 processes and a batch of 3: weights {steps['one']:.1e} of their way after 1 step, "
               f"{steps['equal']:.1e} after 3; losses {worst:.1e}")  # fmt: skip
@@ -133,7 +143,7 @@ def test_accumulation_equals_the_larger_batch(one_batch: Path, tmp_path: Path) -
     assert apart(tmp_path / "batch", tmp_path / "accumulated") < 1e-4
     equal_ranks.train(tmp_path / "two", 1, 2, [4, 4], 3)
     assert apart(one_batch, tmp_path / "two") < 1e-2
-    assert losses(tmp_path / "two") == pytest.approx(losses(one_batch), rel=1e-5)
+    assert losses_apart(tmp_path / "two", one_batch) < 1e-5
 
 
 def test_what_differs_with_unequal_numbers_of_objects(tmp_path: Path) -> None:
