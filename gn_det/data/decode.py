@@ -15,6 +15,7 @@ from PIL import Image
 
 from gn_det.data.image import ImageError
 from gn_det.data.mapper import read_record_image
+from gn_det.data.orphans import end_with_parent
 from gn_det.data.records import Record
 
 #: Images that a process takes at once: enough that handing them over costs nothing.
@@ -117,7 +118,7 @@ def decode_all(jobs: Sequence[DecodeJob], workers: int | None = None) -> Iterato
 def _pool(workers: int) -> ProcessPoolExecutor:
     # Forked processes start at once; elsewhere they import what they need.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context(method))
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context(method), initializer=end_with_parent)
 
 
 def _in_order(pool: ProcessPoolExecutor, chunks: Sequence[Sequence[DecodeJob]], ahead: int) -> Iterator[list[Decoded]]:

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import itertools
 import logging
-import multiprocessing
 import os
 import re
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -24,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from gn_det.data.board import Board
 from gn_det.data.coco import CocoDataset, refuse_if_too_many
 from gn_det.data.mapper import TestMapper, TrainMapper
+from gn_det.data.orphans import end_with_parent
 from gn_det.data.records import Record
 from gn_det.data.samplers import (
     Draw,
@@ -358,9 +357,7 @@ def _unchanged(loaded: _Loaded) -> _Loaded:
 
 
 def _start_worker(worker: int) -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None and parent.pid is not None:
-        threading.Thread(target=_end_with, args=(parent.pid,), name="gn_det-parent-watch", daemon=True).start()
+    end_with_parent()
     # Ctrl-C reaches the whole process group; the main process alone answers it and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # So may SIGTERM (timeout, batch systems): a worker that died of it would keep the main process from saving. Only
@@ -371,17 +368,6 @@ def _start_worker(worker: int) -> None:
         threading.Thread(target=_answer_sigterm, args=(os.getppid(),), name="gn_det-sigterm", daemon=True).start()
     else:
         signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
-
-
-def _end_with(parent: int) -> None:
-    """End this process soon after ``parent``.
-
-    torch's workers notice it themselves, but then wait for room in their queue, which nobody reads: with several workers
-    each keeps the others' pipes open, and all of them stay for ever, with whatever output they share.
-    """
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
 
 
 def _answer_sigterm(parent: int) -> None:

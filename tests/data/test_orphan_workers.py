@@ -1,4 +1,4 @@
-"""Loading processes end with the process that they load for, also where that one is killed."""
+"""Child processes end with the process that they work for, also where that one is killed."""
 
 from __future__ import annotations
 
@@ -31,6 +31,21 @@ time.sleep(600)
 """
 
 
+#: The same for `gn-det check --images`: stops in the middle of the images.
+CHECK = """
+import sys, time
+import multiprocessing
+from pathlib import Path
+from gn_det.data.decode import DecodeJob, decode_all
+
+jobs = [DecodeJob(str(path), 0, 0, "BGR") for path in Path(sys.argv[2]).iterdir()] * 10
+found = decode_all(jobs, workers=3)
+next(found)
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+time.sleep(600)
+"""
+
+
 def alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -41,15 +56,16 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("script", "number"), [(SCRIPT, 4), (CHECK, 3)], ids=["train", "check"])
+def test_workers_end_with_a_killed_parent(script: str, number: int, tmp_path: Path) -> None:
     """Nobody is left after at most 15 s, and whoever reads the output sees its end."""
     shapes = make_shapes(tmp_path / "shapes", "train", 12)
-    words = [sys.executable, "-c", SCRIPT, str(shapes.json_file), str(shapes.image_root)]
+    words = [sys.executable, "-c", script, str(shapes.json_file), str(shapes.image_root)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=env)
     assert process.stdout is not None
     workers = [int(word) for word in process.stdout.readline().split()]
-    assert len(workers) == 4 and all(alive(w) for w in workers)
+    assert len(workers) == number and all(alive(w) for w in workers)
     process.kill()
     end = time.monotonic() + 15
     while any(alive(w) for w in workers) and time.monotonic() < end:
