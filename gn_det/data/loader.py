@@ -357,7 +357,6 @@ def _unchanged(loaded: _Loaded) -> _Loaded:
 
 
 def _start_worker(worker: int) -> None:
-    end_with_parent()
     # Ctrl-C reaches the whole process group; the main process alone answers it and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # So may SIGTERM (timeout, batch systems): a worker that died of it would keep the main process from saving. Only
@@ -368,6 +367,7 @@ def _start_worker(worker: int) -> None:
         threading.Thread(target=_answer_sigterm, args=(os.getppid(),), name="gn_det-sigterm", daemon=True).start()
     else:
         signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+    end_with_parent()  # last: its thread inherits what is blocked, or SIGTERM would find a thread that dies of it
 
 
 def _answer_sigterm(parent: int) -> None:
