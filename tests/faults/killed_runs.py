@@ -115,26 +115,10 @@ def attempt(call: Callable[[], None], seconds: float | None = None) -> bool:
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """All that must be equal: every value of the last checkpoints, and metrics.json without its times."""
-    import torch
+    """All that must be equal, and the names of folders, too."""
+    from faults.soak_case import outcome as values
 
-    from gn_det.checkpoint.io import read_checkpoint
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return [str(value.dtype), value.flatten().tolist()]
-        if isinstance(value, dict):
-            return {str(k): plain(v) for k, v in value.items() if k not in ("data_time", "config")}
-        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-    measured = ("time", "data_time", "eta_seconds")
-    lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
-    return {
-        "files": sorted(f.name for f in folder.iterdir() if "tfevents" not in f.name),
-        "final": plain(read_checkpoint(folder / "model_final.pth")),
-        "best": plain(read_checkpoint(folder / "model_best.pth")),
-        "metrics": [{k: v for k, v in line.items() if k not in measured} for line in lines],
-    }
+    return {**values(folder), "files": sorted(f.name for f in folder.iterdir() if "tfevents" not in f.name)}
 
 
 def main(folder: Path, name: str, workers: list[int], kills: int, seed: int) -> None:

@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,3 +188,55 @@ def in_fork(call: Callable[[], Any], memory: int = 0) -> Any:
     if os.WIFSIGNALED(status):
         return f"killed by signal {os.WTERMSIG(status)}"
     return json.loads(data) if data else f"ended with code {os.WEXITSTATUS(status)}"
+
+
+def run_mutations(
+    case: Case, what: str, wanted: int, piece: int, memory: int, of_piece: Callable[[int, int], dict[str, Any]]
+) -> None:
+    """Count the outcomes of ``wanted`` mutations, ``piece`` of them in a process of their own, and show them.
+
+    Args:
+        case: requires that no outcome is another one than those that are allowed.
+        what: is mutated, for the table.
+        memory: see :func:`in_fork`.
+        of_piece: (first, count) to what :func:`watch_mutations` returns.
+    """
+    outcomes: Counter[str] = Counter()
+    slowest, others = 0.0, []
+    for start in range(0, wanted, piece):
+        found = in_fork(partial(of_piece, start, min(piece, wanted - start)), memory=memory)
+        if isinstance(found, str):
+            found = {"outcomes": {f"OTHER: the process {found}": 1}, "slowest": 0.0, "others": [f"from {start} on"]}
+        outcomes.update(found["outcomes"])
+        slowest, others = max(slowest, found["slowest"]), others + found["others"]
+    case.say(f"mutations of {what}", sum(outcomes.values()))
+    for name, count in sorted(outcomes.items()):
+        case.say(f"  {name}", count)
+    case.say("slowest", f"{slowest:.2f} s")
+    case.require(not others, f"{len(others)} mutations: {others[:3]}")
+
+
+def watch_mutations(numbers: range, seconds: float, one: Callable[[int], Callable[[], str]]) -> dict[str, Any]:
+    """Outcomes by name of the mutations ``numbers``; what hangs or raises is an OTHER.
+
+    Args:
+        seconds: that one may take.
+        one: makes a mutation, and returns what names its outcome; that call alone is timed.
+    """
+    outcomes: Counter[str] = Counter()
+    slowest, others = 0.0, []
+    for number in numbers:
+        outcome_of = one(number)
+        begun = time.perf_counter()
+        try:
+            with limit(seconds):
+                name = outcome_of()
+        except Hang:
+            name = "OTHER: hang"
+        except BaseException as error:
+            name = f"OTHER: {type(error).__name__}: {str(error)[:80]}"
+        slowest = max(slowest, time.perf_counter() - begun)
+        outcomes[name] += 1
+        if name.startswith("OTHER"):
+            others.append(f"number {number}: {name}")
+    return {"outcomes": dict(outcomes), "slowest": slowest, "others": others}

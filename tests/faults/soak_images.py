@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import io
 import random
-import time
-from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from faults.soak_case import Case, Hang, in_fork, limit
+from faults.soak_case import Case, run_mutations, watch_mutations
 
 HANG_SECONDS = 10.0
 
@@ -24,20 +23,8 @@ def mutations(case: Case) -> None:
     """Bytes of JPEG (plain, progressive, with orientation), PNG (three kinds), GIF, BMP, TIFF and WebP files."""
     wanted, piece = case.count(8000, 100), 500
     seeds = _seeds()
-    outcomes: Counter[str] = Counter()
-    slowest, others = 0.0, []
-    _piece(seeds, 0, len(seeds), case.folder)  # imports
-    for start in range(0, wanted, piece):
-        found = in_fork(partial(_piece, seeds, start, min(piece, wanted - start), case.folder), memory=2 << 30)
-        if isinstance(found, str):
-            found = {"outcomes": {f"OTHER: the process {found}": 1}, "slowest": 0.0, "others": [f"from {start} on"]}
-        outcomes.update(found["outcomes"])
-        slowest, others = max(slowest, found["slowest"]), others + found["others"]
-    case.say("mutations of image files", sum(outcomes.values()))
-    for name, count in sorted(outcomes.items()):
-        case.say(f"  {name}", count)
-    case.say("slowest", f"{slowest:.2f} s")
-    case.require(not others, f"{len(others)} mutations: {others[:3]}")
+    _piece(seeds, case.folder, 0, len(seeds))  # imports
+    run_mutations(case, "image files", wanted, piece, 2 << 30, partial(_piece, seeds, case.folder))
 
 
 def _seeds() -> dict[str, bytes]:
@@ -67,34 +54,28 @@ def _seeds() -> dict[str, bytes]:
     return out
 
 
-def _piece(seeds: dict[str, bytes], start: int, count: int, folder: Path) -> dict[str, Any]:
-    outcomes: Counter[str] = Counter()
-    slowest, others = 0.0, []
+def _piece(seeds: dict[str, bytes], folder: Path, start: int, count: int) -> dict[str, Any]:
     names = sorted(seeds)
-    for number in range(start, start + count):
+
+    def one(number: int) -> Callable[[], str]:
         name = names[number % len(names)]
         path = folder / f"{start}.{name.split()[0]}"
         path.write_bytes(seeds[name])
         truth = _pillow(path)
         path.write_bytes(_mutated(seeds[name], random.Random(number)))
-        begun = time.perf_counter()
-        try:
-            with limit(HANG_SECONDS):
-                result = _outcome(path, truth)
-        except Hang:
-            result = "OTHER: hang"
-        except BaseException as error:
-            result = f"OTHER: {type(error).__name__}: {str(error)[:80]}"
-        slowest = max(slowest, time.perf_counter() - begun)
-        kind = name.split()[0]
-        if result == "changed" and kind != "png":
-            result = "read to other pixels, the ones Pillow reads (no checksum)"
-        elif result == "changed":
-            result = "OTHER: a PNG changed in silence"
-        outcomes[f"{kind}: {result}" if not result.startswith("OTHER") else result] += 1
-        if result.startswith("OTHER"):
-            others.append(f"number {number} of {name}: {result}")
-    return {"outcomes": dict(outcomes), "slowest": slowest, "others": others}
+        return partial(_named_outcome, path, truth)
+
+    return watch_mutations(range(start, start + count), HANG_SECONDS, one)
+
+
+def _named_outcome(path: Path, truth: np.ndarray | None) -> str:
+    """With the kind of file; a PNG has checksums and must not change."""
+    kind, result = path.suffix[1:], _outcome(path, truth)
+    if result == "changed" and kind == "png":
+        return "OTHER: a PNG changed in silence"
+    if result == "changed":
+        result = "read to other pixels, the ones Pillow reads (no checksum)"
+    return result if result.startswith("OTHER") else f"{kind}: {result}"
 
 
 def _mutated(data: bytes, rng: random.Random) -> bytes:

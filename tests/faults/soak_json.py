@@ -12,15 +12,14 @@ import io
 import json
 import math
 import random
-import time
-from collections import Counter
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from faults.soak_case import Case, Hang, in_fork, limit
+from faults.soak_case import Case, run_mutations, watch_mutations
 
 VALUES: list[Any] = [
     None, -1, 0, 1, 2, 0.5, 1e9, 1e308, math.nan, math.inf, "", "x", "5", [], [1], {}, True, False, 10**400, 2**63,
@@ -37,19 +36,7 @@ def mutations(case: Case) -> None:
     for json_file, root in sets:  # once before any time is taken: the forks find everything imported
         name = _outcome(json_file, root)
         case.require(name.startswith("accepted"), f"{json_file} as it is: {name}")
-    outcomes: Counter[str] = Counter()
-    slowest, others = 0.0, []
-    for start in range(0, wanted, piece):
-        found = in_fork(partial(_piece, sets, start, min(piece, wanted - start), case.folder), memory=3 << 30)
-        if isinstance(found, str):
-            found = {"outcomes": {f"OTHER: the process {found}": 1}, "slowest": 0.0, "others": [f"from {start} on"]}
-        outcomes.update(found["outcomes"])
-        slowest, others = max(slowest, found["slowest"]), others + found["others"]
-    case.say("mutations of a json", sum(outcomes.values()))
-    for name, count in sorted(outcomes.items()):
-        case.say(f"  {name}", count)
-    case.say("slowest", f"{slowest:.2f} s")
-    case.require(not others, f"{len(others)} mutations: {others[:3]}")
+    run_mutations(case, "a json", wanted, piece, 3 << 30, partial(_piece, sets, case.folder))
 
 
 def _sets(folder: Path) -> list[tuple[str, str]]:
@@ -67,28 +54,14 @@ def _sets(folder: Path) -> list[tuple[str, str]]:
     return [(own.json_file, own.image_root), (shapes.json_file, shapes.image_root)]
 
 
-def _piece(sets: list[tuple[str, str]], start: int, count: int, folder: Path) -> dict[str, Any]:
-    outcomes: Counter[str] = Counter()
-    slowest, others = 0.0, []
-    for number in range(start, start + count):
-        rng = random.Random(number)
+def _piece(sets: list[tuple[str, str]], folder: Path, start: int, count: int) -> dict[str, Any]:
+    def one(number: int) -> Callable[[], str]:
         json_file, root = sets[number % len(sets)]
-        text = _mutated(Path(json_file).read_text(), rng)
         path = folder / f"mutated{start}.json"
-        path.write_bytes(text)
-        begun = time.perf_counter()
-        try:
-            with limit(HANG_SECONDS):
-                name = _outcome(str(path), root)
-        except Hang:
-            name = "OTHER: hang"
-        except Exception as error:
-            name = f"OTHER: {type(error).__name__}: {str(error)[:80]}"
-        slowest = max(slowest, time.perf_counter() - begun)
-        outcomes[name] += 1
-        if name.startswith("OTHER"):
-            others.append(f"number {number}: {name}")
-    return {"outcomes": dict(outcomes), "slowest": slowest, "others": others}
+        path.write_bytes(_mutated(Path(json_file).read_text(), random.Random(number)))
+        return partial(_outcome, str(path), root)
+
+    return watch_mutations(range(start, start + count), HANG_SECONDS, one)
 
 
 def _mutated(text: str, rng: random.Random) -> bytes:

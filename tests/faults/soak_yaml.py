@@ -9,15 +9,14 @@ from __future__ import annotations
 import ast
 import io
 import random
-import time
-from collections import Counter
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
-from faults.soak_case import TINY, Case, Hang, in_fork, limit
+from faults.soak_case import TINY, Case, limit, run_mutations, watch_mutations
 
 WORDS = [
     "0", "1", "-1", "2", "0.5", "1e9", "1e11", "1e400", ".nan", ".inf", "true", "False", "null", "''", "x", "[]", "[1]",
@@ -36,20 +35,7 @@ def mutations(case: Case) -> None:
     with limit(HANG_SECONDS):
         name = _outcome(case.folder / "c.yaml")
     case.require(name.startswith("accepted"), f"the config as it is: {name}")
-    outcomes: Counter[str] = Counter()
-    slowest, others = 0.0, []
-    for start in range(0, wanted, piece):
-        call = partial(_piece, original, start, min(piece, wanted - start), case.folder)
-        found = in_fork(call, memory=6 << 30)
-        if isinstance(found, str):
-            found = {"outcomes": {f"OTHER: the process {found}": 1}, "slowest": 0.0, "others": [f"from {start} on"]}
-        outcomes.update(found["outcomes"])
-        slowest, others = max(slowest, found["slowest"]), others + found["others"]
-    case.say("mutations of a YAML config", sum(outcomes.values()))
-    for name, count in sorted(outcomes.items()):
-        case.say(f"  {name}", count)
-    case.say("slowest", f"{slowest:.2f} s")
-    case.require(not others, f"{len(others)} mutations: {others[:3]}")
+    run_mutations(case, "a YAML config", wanted, piece, 6 << 30, partial(_piece, original, case.folder))
 
 
 def _original(folder: Path) -> str:
@@ -70,25 +56,13 @@ def _original(folder: Path) -> str:
     return text
 
 
-def _piece(original: str, start: int, count: int, folder: Path) -> dict[str, Any]:
-    outcomes: Counter[str] = Counter()
-    slowest, others = 0.0, []
-    for number in range(start, start + count):
+def _piece(original: str, folder: Path, start: int, count: int) -> dict[str, Any]:
+    def one(number: int) -> Callable[[], str]:
         path = folder / f"c{start}.yaml"
         path.write_bytes(_mutated(original, random.Random(number)))
-        begun = time.perf_counter()
-        try:
-            with limit(HANG_SECONDS):
-                name = _outcome(path)
-        except Hang:
-            name = "OTHER: hang"
-        except BaseException as error:
-            name = f"OTHER: {type(error).__name__}: {str(error)[:80]}"
-        slowest = max(slowest, time.perf_counter() - begun)
-        outcomes[name] += 1
-        if name.startswith("OTHER"):
-            others.append(f"number {number}: {name}")
-    return {"outcomes": dict(outcomes), "slowest": slowest, "others": others}
+        return partial(_outcome, path)
+
+    return watch_mutations(range(start, start + count), HANG_SECONDS, one)
 
 
 def _mutated(text: str, rng: random.Random) -> bytes:
