@@ -149,7 +149,8 @@ def test_file_tells_where_it_comes_from_and_keeps_no_paths(tmp_path: Path, capsy
 
 def test_converts_to_torchvision_with_its_classifier(tmp_path: Path) -> None:
     """torchvision's own ResNet-18 gives the classifier's scores on its own preprocessing, within float32 rounding."""
-    torchvision = pytest.importorskip("torchvision")
+    import torchvision
+
     classifier, path = exported(tmp_path, "resnet18", "BN")
     convert(path, tmp_path / "tv.pth", "torchvision", fold_stem=True)
     theirs = torchvision.models.resnet18(num_classes=3)
