@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from gn_det.compare.columns import COLUMNS, DECIDING
-from gn_det.compare.references import Reference, load_references, published_difference
+from gn_det.compare.references import EXPECTED, Reference, published_difference, references_of
 from gn_det.compare.results import Results, RowResult
 from gn_det.compare.statistics import Difference
 
 #: Differences of so many points of a percent count as none in print.
 _DECIMALS = 1
 
-_NAMES = {"paper": "the paper", "detectron": "Detectron", "d2": "Detectron2", "mmdet": "MMDetection"}
+_NAMES = {
+    EXPECTED: "what was expected",
+    "paper": "the paper",
+    "detectron": "Detectron",
+    "d2": "Detectron2",
+    "mmdet": "MMDetection",
+}
 
 
 def findings(results: Results) -> dict[str, list[str]]:
@@ -68,12 +74,11 @@ def signed(value: float) -> str:
 
 def reference_pair(result: RowResult, base: RowResult, column: str) -> tuple[Reference, Reference, float] | None:
     """Published rows of one source for a row and its baseline, with their difference."""
-    known, _ = load_references()
-    for mine in result.row.references:
-        for other in base.row.references:
-            delta = published_difference(known[mine], known[other], column)
+    for mine in references_of(result.row):
+        for other in references_of(base.row):
+            delta = published_difference(mine, other, column)
             if delta is not None:
-                return known[mine], known[other], delta
+                return mine, other, delta
     return None
 
 

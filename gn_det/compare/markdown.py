@@ -34,7 +34,7 @@ def _table(shown: View) -> list[str]:
     text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     notes = list(shown.notes)
     if shown.reference:
-        notes.append(f"Reference columns are published numbers, not measured here: {shown.reference}.")
+        notes.append(f"Reference columns were not measured here: {shown.reference}.")
     return [f"## {_inline(shown.title)}", text] + (["\n".join(f"- {_inline(note)}" for note in notes)] if notes else [])
 
 

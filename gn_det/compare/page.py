@@ -150,7 +150,7 @@ def _cells(shown: View) -> Iterator[str]:
         measured = len(shown.head) - published
         yield (
             f'<tr><th class="group" colspan="{measured}">measured here</th>'
-            f'<th class="group reference" colspan="{published}">published, not measured here</th></tr>'
+            f'<th class="group reference" colspan="{published}">reference, not measured here</th></tr>'
         )
     yield "<tr>" + "".join(f'<th class="{kind}">{escape(text)}</th>' for kind, text in shown.head) + "</tr>"
     for row in shown.body:
@@ -161,7 +161,7 @@ def _cells(shown: View) -> Iterator[str]:
     yield "</table></div>"
     notes = list(shown.notes)
     if shown.reference:
-        notes.append(f"Published numbers: {shown.reference}. Other data, model and schedule: compare directions.")
+        notes.append(f"Reference: {shown.reference}. Where data, model or schedule differ, compare directions.")
     if notes:
         yield '<ul class="notes">' + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>"
 

@@ -192,6 +192,7 @@ def _row_json(results: Results, result: RowResult, findings: Sequence[str]) -> d
         "cost": {c: result.cost(c, place) for c, column in COLUMNS.items() if column.what == COST},
         "findings": list(findings),
         "references": list(row.references),
+        "expected": {"source": row.expected.where, **row.expected.values} if row.expected is not None else None,
         "runs": [_run_json(record) for _, record in sorted(result.records.items())],
     }
 

@@ -23,12 +23,14 @@ from gn_det.compare.fields import (
     texts,
     whole,
 )
+from gn_det.compare.references import SOURCES, Reference
+from gn_det.compare.references import expected as expected_of
 from gn_det.config.load import read_yaml
 
 DETECT, PRETRAIN = "detect", "pretrain"
 
 _SUITE_KEYS = ("name", "title", "note", "defaults", "overrides", "rows", "tables", "samples")
-_ROW_KEYS = ("id", "kind", "title", "each", "seeds", "baseline", "labels", "reference", "note", "optional")
+_ROW_KEYS = ("id", "kind", "title", "each", "seeds", "baseline", "labels", "reference", "expected", "note", "optional")
 _DETECT_KEYS = (*_ROW_KEYS, "config", "overrides", "weights", "data")
 _DATA_KEYS = ("train_json", "train_images", "val_json", "val_images")
 _TABLE_KEYS = ("title", "rows", "labels", "columns", "reference", "note", "grid")
@@ -54,6 +56,7 @@ class Row:
         baseline: id of the row that it is compared with.
         labels: column -> text in tables; what tells the rows apart.
         references: ids of published results, see :mod:`gn_det.compare.references`.
+        expected: what the suite itself says that should come out, with its source.
         note: a sentence for the report.
         optional: left out, and said so, where its weights or data are not there.
     """
@@ -70,6 +73,7 @@ class Row:
     baseline: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
     references: tuple[str, ...] = ()
+    expected: Reference | None = None
     note: str = ""
     optional: bool = False
 
@@ -240,6 +244,7 @@ def _row(entry: Mapping[str, Any], defaults: Mapping[str, Any], source: str) -> 
         baseline=None if merged.get("baseline") in (None, "", identity) else str(merged["baseline"]),
         labels={str(k): str(v) for k, v in mapping(merged.get("labels"), f"{where}: labels").items()},
         references=texts(merged.get("reference", ()), f"{where}: reference"),
+        expected=expected_of(merged.get("expected"), identity, f"{where}: expected"),
         note=str(merged.get("note") or ""),
         optional=flag(merged.get("optional", False), f"{where}: optional"),
     )
@@ -346,8 +351,6 @@ def _grid(value: Any, rows: Sequence[Row], where: str) -> Grid | None:
 
 
 def _source(value: Any, where: str) -> str:
-    from gn_det.compare.references import SOURCES
-
     if value:
         one_of(str(value), SOURCES, where)
     return str(value or "")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from gn_det.compare.columns import ALL_AP, COLUMNS, COST, DECIDING, METRIC, TAKES, USUAL
 from gn_det.compare.findings import signed
-from gn_det.compare.references import SOURCES, Reference, load_references
+from gn_det.compare.references import SOURCES, Reference, references_of, sentence_on
 from gn_det.compare.results import Place, Results, RowResult, common_place
 from gn_det.compare.statistics import Difference, Spread
 from gn_det.compare.suite import DETECT, Grid, Table
@@ -78,7 +78,7 @@ def view(results: Results, table: Table, *, plain: bool = False) -> View:
                 cells.append(Cell("", faint=True) if base else _difference_cell(results, result, column))
         body.append(cells + [_published_cell(reference, c) for c in published])
     notes = _notes(rows, columns, place, bool(compared), table.note) + ([] if plain else _row_notes(rows))
-    return View(table.title, head, body, notes, load_references()[1].get(source, "") if published else "", plain)
+    return View(table.title, head, body, notes, sentence_on(source, references) if published else "", plain)
 
 
 def views(results: Results, table: Table) -> list[View]:
@@ -121,7 +121,7 @@ def _grid_view(results: Results, table: Table, rows: Sequence[RowResult], grid: 
             cells.append(_cell(result, grid.value, place) if result else Cell("", faint=True))
         body.append(cells + [_published_cell(published.get((d, a)), grid.value) for a in shown])
     notes = [f"{COLUMNS[grid.value].heading}; mean ± standard deviation over seeds.", *_row_notes(rows)]
-    reference = load_references()[1].get(source, "") if shown else ""
+    reference = sentence_on(source, list(published.values())) if shown else ""
     return View(table.title, head, body, notes + ([table.note] if table.note else []), reference)
 
 
@@ -160,16 +160,14 @@ def _difference_text(found: Difference) -> str:
 
 def _source_of(rows: Sequence[RowResult]) -> str:
     """The one source to show: that of most rows, so that columns never mix."""
-    known, _ = load_references()
-    counts = {s: sum(any(known[i].source == s for i in r.row.references) for r in rows) for s in SOURCES}
+    counts = {s: sum(any(f.source == s for f in references_of(r.row)) for r in rows) for s in SOURCES}
     best = max(SOURCES, key=lambda s: (counts[s], -SOURCES.index(s)))
     return best if counts[best] else ""
 
 
 def _published(rows: Sequence[RowResult], source: str) -> list[Reference | None]:
     """What the source has for each row; of one kind of model (C4, FPN) only, that of most rows."""
-    known, _ = load_references()
-    found = [next((known[i] for i in r.row.references if known[i].source == source), None) for r in rows]
+    found = [next((f for f in references_of(r.row) if f.source == source), None) for r in rows]
     kinds = Counter(f.kind for f in found if f is not None)
     return [f if f is not None and f.kind == kinds.most_common(1)[0][0] else None for f in found]
 

@@ -4,7 +4,8 @@ A config names its modules (``build_resnet_fpn_backbone``, ``FastRCNNConvFCHead`
 both engines. Leaving the choice to Detectron2's modules would ignore MODEL.GN without a word (their GN always has 32
 groups) and give "LN" another meaning. So the registry entries of these names become functions that look at the config
 first. A config without MODEL.GN, which only ``add_gn_config`` adds, gets Detectron2's own module as ever, so nothing
-else in the process is affected; so does one whose norms are not GN, LN or IN.
+else in the process is affected; so does one whose norms are not GN, LN or IN, except where Detectron2's FPN cannot run:
+its extra level is made of p5, which a pyramid without res5 does not have.
 """
 
 from __future__ import annotations
@@ -82,8 +83,10 @@ def _choose(
 
 
 def _is_ours(cfg: Any, sections: tuple[str, ...]) -> bool:
-    """Whether a norm of these sections takes gn_det's module, and that module can be had."""
+    """Whether a norm of these sections, or a pyramid without res5, takes gn_det's module, and that can be had."""
     norms = [cfg.MODEL[section].NORM for section in sections]
+    if "FPN" in sections and "res5" not in cfg.MODEL.FPN.IN_FEATURES:
+        return True
     if not any(norm in GROUP_NORMS for norm in norms):
         return False
     only_theirs = any(norm not in NORM_NAMES for norm in norms)  # nnSyncBN, naiveSyncBN ...

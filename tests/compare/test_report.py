@@ -16,7 +16,7 @@ from gn_det.compare.curves import mean_curve
 from gn_det.compare.findings import findings, signed
 from gn_det.compare.page import as_html
 from gn_det.compare.report import write_report
-from gn_det.compare.results import Results, collect, common_place
+from gn_det.compare.results import Results, as_json, collect, common_place
 from gn_det.compare.runner import Runner
 from gn_det.compare.store import Store, finite
 from gn_det.compare.tables import view, views
@@ -94,6 +94,25 @@ def test_tables_hold_means_differences_and_published_numbers(tmp_path: Path) -> 
     )
     sentence = findings(found)["gn"]
     assert "larger than the noise, better" in sentence[0] and "+1.7" in sentence[1] and "same direction" in sentence[1]
+
+
+def test_what_a_suite_expects_stands_beside_it_with_its_source(tmp_path: Path) -> None:
+    """Before the published numbers of the same rows, and compared within one source only."""
+    ours = {"source": "our note 12"}
+    bn = {**BN, "expected": {"box_ap": 30.0, "mask_ap": 28.5, **ours}}
+    gn = {**GN, "expected": {"box_ap": 33.5, **ours}}
+    found = results(tmp_path, [bn, gn], 3, Fake(values={"bn": 30.0, "gn": 32.0}))
+    shown = view(found, found.plan.suite.tables[0])
+    lines = [dict(zip([text for _, text in shown.head], line)) for line in shown.body]
+    assert [line["box AP (expected)"].text for line in lines] == ["30.0", "33.5"]
+    assert [line["mask AP (expected)"].text for line in lines] == ["28.5", ""]
+    assert not any("paper" in text for _, text in shown.head) and shown.reference == "our note 12"
+    assert "What was expected has +3.5 (30.0 to 33.5, our note 12): the same" in findings(found)["gn"][1]
+    assert as_json(found, {}, "today")["rows"][1]["expected"] == {"source": "our note 12", "box_ap": 33.5}
+    other = {**gn, "expected": {"box_ap": 33.5, "source": "another"}}
+    found = results(tmp_path / "two", [bn, other], 3, Fake(values={"bn": 30.0, "gn": 32.0}))
+    assert findings(found)["gn"][1].startswith("The paper has")
+    assert view(found, found.plan.suite.tables[0]).reference == "our note 12; another"
 
 
 def test_a_result_that_contradicts_the_paper_says_so(tmp_path: Path) -> None:

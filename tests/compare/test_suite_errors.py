@@ -49,6 +49,16 @@ BAD: dict[str, tuple[Any, list[str]]] = {
     ),
     "frozen at random": ({"rows": [{**ROW, "overrides": {"MODEL.BACKBONE.FREEZE_AT": 2}}]}, ["row 'a'", "FREEZE_AT"]),
     "no such reference": ({"rows": [{**ROW, "reference": "fpn"}]}, ["row 'a'", "reference", "'fpn'"]),
+    "expected without source": ({"rows": [{**ROW, "expected": {"box_ap": 40.3}}]}, ["row 'a'", "expected", "source"]),
+    "expected of no column": (
+        {"rows": [{**ROW, "expected": {"ap": 40.3, "source": "x"}}]},
+        ["row 'a'", "expected", "'ap'", "box_ap"],
+    ),
+    "expected is no number": (
+        {"rows": [{**ROW, "expected": {"box_ap": "40.3 AP", "source": "x"}}]},
+        ["row 'a'", "expected", "box_ap", "40.3 AP"],
+    ),
+    "nothing expected": ({"rows": [{**ROW, "expected": {"source": "x"}}]}, ["row 'a'", "expected", "no number"]),
     "seeds": ({"rows": [{**ROW, "seeds": 0}]}, ["row 'a'", "seeds is 0"]),
     "a seed twice": ({"rows": [{**ROW, "seeds": [1, 1]}]}, ["row 'a'", "seeds", "twice"]),
     "groups that do not divide": (

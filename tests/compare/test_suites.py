@@ -47,13 +47,17 @@ def test_small_needs_no_files_and_orders_pretraining_first() -> None:
     assert kinds == [(1, "pretrain")] * 3 + [(1, "detect")] * 8 + [(2, "pretrain")] * 3 + [(2, "detect")] * 8
     gn = next(job for job in plan.jobs if job.row.id == "gn" and job.seed == 2)
     assert gn.needs == ("pretrain/gn", 2)
+    written = make_plan(load_suite(resolve_suite("small")), EmbeddedEngine()).jobs
+    assert [(j.row.id, j.seed) for j in written[11:]] == [("bn", 2), ("gn", 2), ("bn", 3), ("gn", 3)]
+    assert {j.needs for j in written[11:]} == {("pretrain/bn", 1), ("pretrain/gn", 1)}
 
 
 def test_rows_of_small_differ_in_norms_heads_and_weights_alone() -> None:
     """Both sides of the comparison have the same data, batch, learning rate and schedule."""
     plan = make_plan(load_suite(resolve_suite("small")), EmbeddedEngine())
     allowed = ("MODEL.WEIGHTS", "NORM", "FREEZE_AT")
-    rows = [job.cfg for job in plan.jobs if job.cfg is not None]
+    rows = [job.cfg for job in plan.jobs if job.cfg is not None and job.seed == 1]
+    assert len(rows) == 8
 
     def flat(node: object, prefix: str = "") -> dict[str, object]:
         assert isinstance(node, dict)

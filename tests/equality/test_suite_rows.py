@@ -1,0 +1,41 @@
+"""Identity: the detection rows of small.yaml are the same models on both engines, whatever their norms.
+
+Their pyramid ends at res4, which Detectron2's own FPN cannot run: gn_det's is taken there for every norm.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2.modeling", reason="compares with an installed Detectron2")
+
+from equality.test_model_equality import assert_same_detections, assert_same_training
+from golden.model_cases import BATCHES, NUM_CLASSES
+
+from gn_det.compare.command import resolve_suite
+from gn_det.compare.plan import make_plan
+from gn_det.compare.suite import load_suite
+from gn_det.detectron2.engine import Detectron2Engine
+from gn_det.training.engine import EmbeddedEngine
+
+pytestmark = pytest.mark.detectron2
+
+SMALL = {job.row.id: job for job in make_plan(load_suite(resolve_suite("small")), EmbeddedEngine()).jobs if job.cfg}
+
+
+@pytest.mark.parametrize("row", SMALL)
+def test_a_row_of_small_gives_the_same_numbers(row: str) -> None:
+    cfg = SMALL[row].cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = NUM_CLASSES
+    pair = []
+    for engine in (EmbeddedEngine(), Detectron2Engine()):
+        torch.manual_seed(4)
+        pair.append(engine.build_model(cfg.clone()))
+    ours, theirs = (model.state_dict() for model in pair)
+    assert list(ours) == list(theirs) and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    scenes = BATCHES["two_sizes"]()
+    assert_same_training(tuple(pair), scenes)
+    assert_same_detections(tuple(pair), scenes)
