@@ -5,6 +5,8 @@ Their pyramid ends at res4, which Detectron2's own FPN cannot run: gn_det's is t
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ pytest.importorskip("detectron2.modeling", reason="compares with an installed De
 from equality.test_model_equality import assert_same_detections, assert_same_training
 from golden.model_cases import BATCHES, NUM_CLASSES
 
-from gn_det.compare.command import resolve_suite
+from gn_det.compare.command import resolve_suite, shipped_suites
 from gn_det.compare.plan import make_plan
 from gn_det.compare.suite import load_suite
 from gn_det.detectron2.engine import Detectron2Engine
@@ -39,3 +41,14 @@ def test_a_row_of_small_gives_the_same_numbers(row: str) -> None:
     scenes = BATCHES["two_sizes"]()
     assert_same_training(tuple(pair), scenes)
     assert_same_detections(tuple(pair), scenes)
+
+
+@pytest.mark.parametrize("name", shipped_suites())
+def test_every_row_of_every_suite_builds(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on the embedded engine (tests/compare/test_suites.py): only data and weights may be missing."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
+    suite = load_suite(resolve_suite(name))
+    plan = make_plan(suite, Detectron2Engine())
+    assert [str(p) for p in plan.problems if not p.absent] == []
+    assert {job.row.id for job in plan.jobs} | set(plan.left_out) == {row.id for row in suite.rows}
