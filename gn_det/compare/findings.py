@@ -55,10 +55,11 @@ def heading(column: str) -> str:
 def noise(found: Difference, column: str) -> str:
     """The rest of a sentence: interval and verdict."""
     if found.half is None:
-        one = "one seed each" if found.n == (1, 1) else f"{found.n[0]} and {found.n[1]} seed(s)"
-        return f"{one}: the noise is not known, so this may be chance."
+        return "one seed each: the noise is not known, so this may be chance."
     low, high = found.value - found.half, found.value + found.half
     how = f"{found.n[0]} paired seeds" if found.paired else f"{found.n[0]} and {found.n[1]} seeds"
+    if found.assumed:
+        how = f"{found.n[0]} and {found.n[1]} seeds, if both rows spread alike"
     interval = f"95 % interval {signed(low)} to {signed(high)} over {how}"
     if not found.beyond_noise:
         return f"{interval}: not larger than the noise."

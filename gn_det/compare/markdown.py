@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from gn_det.compare.findings import many_told
 from gn_det.compare.results import Results
-from gn_det.compare.tables import Cell, View, full_view, views
+from gn_det.compare.tables import RUN_HEAD, Cell, View, full_view, run_rows, views
 
 
 def as_markdown(results: Results, findings: Mapping[str, Sequence[str]], date: str) -> str:
@@ -43,14 +43,9 @@ def _cell(cell: Cell) -> str:
 
 
 def _runs(results: Results) -> str:
-    lines = ["| run | status | gn_det code | machine | day | minutes |", "| :-- | :-- | :-- | :-- | :-- | --: |"]
-    for result in results.rows:
-        for seed, record in sorted(result.records.items()):
-            last = record.sessions[-1] if record.sessions else {}
-            minutes = sum(float(s.get("seconds") or 0) for s in record.sessions) / 60
-            words = [f"{result.row.id}, seed {seed}", record.status, record.version, last.get("device", ""),
-                     last.get("day", ""), f"{minutes:.1f}"]  # fmt: skip
-            lines.append(f"| {' | '.join(_inline(str(w)) for w in words)} |")
+    rule = [":--"] * (len(RUN_HEAD) - 1) + ["--:"]
+    rows = [RUN_HEAD, rule, *([_inline(word) for word in words] for words in run_rows(results))]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
     remarks = [f"- {_inline(r.row.title)}: {_inline(remark)}" for r in results.rows for remark in r.remarks]
     return "\n".join(lines) + ("\n\n" + "\n".join(remarks) if remarks else "")
 

@@ -9,7 +9,7 @@ import gn_det
 from gn_det.compare.curves import charts_of
 from gn_det.compare.findings import many_told
 from gn_det.compare.results import Results, RowResult
-from gn_det.compare.tables import REFERENCE, Cell, View, full_view, views
+from gn_det.compare.tables import REFERENCE, RUN_HEAD, Cell, View, full_view, run_rows, views
 from gn_det.html import document, escape, figure, jpeg_uri
 
 _STYLE = """
@@ -216,16 +216,10 @@ def _changed(results: Results, result: RowResult) -> str:
 
 def _runs(results: Results) -> Iterator[str]:
     """Where every number comes from."""
-    names = ("run", "status", "gn_det code", "trained by", "machine", "day", "minutes")
-    head = "".join(f'<th class="label">{name}</th>' for name in names)
+    head = "".join(f'<th class="label">{name}</th>' for name in RUN_HEAD)
     yield f'<h2>Runs</h2><section><div class="wide"><table><tr>{head}</tr>'
-    for result in results.rows:
-        for seed, record in sorted(result.records.items()):
-            last = record.sessions[-1] if record.sessions else {}
-            minutes = sum(float(s.get("seconds") or 0) for s in record.sessions) / 60
-            words = (f"{result.row.id}, seed {seed}", record.status, record.version, record.software.get("engine", ""),
-                     str(last.get("device", "")), str(last.get("day", "")), f"{minutes:.1f}")  # fmt: skip
-            yield "<tr>" + "".join(f'<td class="label">{escape(word)}</td>' for word in words) + "</tr>"
+    for words in run_rows(results):
+        yield "<tr>" + "".join(f'<td class="label">{escape(word)}</td>' for word in words) + "</tr>"
     yield "</table></div>"
     remarks = [f"{r.row.title}: {remark}" for r in results.rows for remark in r.remarks]
     if remarks:

@@ -35,12 +35,14 @@ class Difference:
         half: half the width of the 95 % interval; None where the noise is not known.
         n: seeds of the row and of the baseline that were compared (the number of pairs where paired).
         paired: seed by seed, so that what a seed does to both rows cancels.
+        assumed: one side has one seed, and is taken to spread as the other does.
     """
 
     value: float
     half: float | None
     n: tuple[int, int]
     paired: bool
+    assumed: bool = False
 
     @property
     def beyond_noise(self) -> bool | None:
@@ -60,8 +62,9 @@ def difference(row: Mapping[int, float], baseline: Mapping[int, float]) -> Diffe
     """Row minus baseline with a t-interval.
 
     Seeds that both have are compared pair by pair (n - 1 degrees of freedom). Where fewer than two are shared but both
-    sides have two or more values, Welch's interval for unequal variances is taken. With one value on a side the noise
-    is not known.
+    sides have two or more values, Welch's interval for unequal variances is taken. A side with one value is taken to
+    spread as the other does: the interval for one more value of n, t(n - 1) std sqrt(1 + 1/n). With one value on both
+    sides the noise is not known.
 
     Args:
         row, baseline: a metric by seed.
@@ -70,7 +73,7 @@ def difference(row: Mapping[int, float], baseline: Mapping[int, float]) -> Diffe
         None where a side has no value.
     """
     shared = sorted(row.keys() & baseline.keys())
-    if len(shared) > 1 or (len(shared) == 1 and min(len(row), len(baseline)) == 1):
+    if len(shared) > 1 or (len(shared) == 1 and max(len(row), len(baseline)) == 1):
         pairs = [row[seed] - baseline[seed] for seed in shared]
         n = len(pairs)
         half = None
@@ -80,7 +83,15 @@ def difference(row: Mapping[int, float], baseline: Mapping[int, float]) -> Diffe
     a, b = spread(row), spread(baseline)
     if a is None or b is None:
         return None
+    if (a.n == 1) != (b.n == 1):
+        return Difference(a.mean - b.mean, _one_more(a if b.n == 1 else b), (a.n, b.n), False, assumed=True)
     return Difference(a.mean - b.mean, _welch(a, b), (a.n, b.n), False)
+
+
+def _one_more(known: Spread) -> float:
+    """Half width of the interval in which one more value lies, about the mean of ``known.n`` > 1 values."""
+    assert known.std is not None
+    return t_quantile(0.5 + LEVEL / 2, known.n - 1) * known.std * math.sqrt(1 + 1 / known.n)
 
 
 def _welch(a: Spread, b: Spread) -> float | None:

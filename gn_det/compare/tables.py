@@ -11,6 +11,7 @@ from gn_det.compare.findings import signed
 from gn_det.compare.references import SOURCES, Reference, references_of, sentence_on
 from gn_det.compare.results import Place, Results, RowResult, common_place
 from gn_det.compare.statistics import Difference, Spread
+from gn_det.compare.store import Record
 from gn_det.compare.suite import DETECT, Grid, Table
 
 #: Kinds of columns.
@@ -77,7 +78,7 @@ def view(results: Results, table: Table, *, plain: bool = False) -> View:
                 base = result.row.id in bases
                 cells.append(Cell("", faint=True) if base else _difference_cell(results, result, column))
         body.append(cells + [_published_cell(reference, c) for c in published])
-    notes = _notes(rows, columns, place, bool(compared), table.note) + ([] if plain else _row_notes(rows))
+    notes = _notes(results, rows, columns, place, compared, table.note) + ([] if plain else _row_notes(rows))
     return View(table.title, head, body, notes, sentence_on(source, references) if published else "", plain)
 
 
@@ -193,14 +194,22 @@ def _published_cell(reference: Reference | None, column: str) -> Cell:
 
 
 def _notes(
-    rows: Sequence[RowResult], columns: Sequence[str], place: Place | None, compared: bool, written: str
+    results: Results,
+    rows: Sequence[RowResult],
+    columns: Sequence[str],
+    place: Place | None,
+    compared: Sequence[str],
+    written: str,
 ) -> list[str]:
     notes = [written] if written else []
     if any(len(r.done) > 1 for r in rows) and any(COLUMNS[c].what == METRIC for c in columns):
         notes.append("Mean ± standard deviation over seeds.")
     if compared:
-        notes.append("Δ: against the row's baseline, ± half of its 95 % interval; bold: larger than the noise; "
-                     "(?): one seed, so the noise is not known.")  # fmt: skip
+        found = [d for r in rows for c in compared if (d := results.difference(r, c)) is not None]
+        text = "Δ: against the row's baseline, ± half of its 95 % interval; bold: larger than the noise"
+        text += "; (?): one seed, so the noise is not known" if any(d.half is None for d in found) else ""
+        text += "; a row of one seed is taken to spread as the other" if any(d.assumed for d in found) else ""
+        notes.append(f"{text}.")
     costs = [c for c in columns if COLUMNS[c].what == COST]
     if costs and place is not None:
         notes.append(f"Cost: measured on {place[2]}, {place[1]}.")
@@ -219,3 +228,27 @@ def _row_notes(rows: Sequence[RowResult]) -> list[str]:
         if result.row.note:
             notes.append(f"{result.row.title}: {result.row.note}")
     return notes
+
+
+# ------------------------------------------------------------ runs
+
+#: Of the table of single runs.
+RUN_HEAD = ("run", "status", "gn_det code", "trained by", "machine", "day", "minutes")
+
+
+def run_rows(results: Results) -> list[list[str]]:
+    """Where every number comes from: the columns of :data:`RUN_HEAD` for each run."""
+    rows = []
+    for result in results.rows:
+        for seed, record in sorted(result.records.items()):
+            last = record.sessions[-1] if record.sessions else {}
+            rows.append([f"{result.row.id}, seed {seed}", record.status, record.version,
+                         record.software.get("engine", ""), str(last.get("device", "")), str(last.get("day", "")),
+                         _minutes(record)])  # fmt: skip
+    return rows
+
+
+def _minutes(record: Record) -> str:
+    """Of all starts; what one took that was killed, nobody wrote down."""
+    known = [float(s["seconds"]) for s in record.sessions if s.get("seconds") is not None]
+    return f"{'> ' if len(known) < len(record.sessions) else ''}{sum(known) / 60:.1f}"

@@ -19,7 +19,7 @@ from gn_det.compare.report import write_report
 from gn_det.compare.results import Results, as_json, collect, common_place
 from gn_det.compare.runner import Runner
 from gn_det.compare.store import Store, finite
-from gn_det.compare.tables import view, views
+from gn_det.compare.tables import run_rows, view, views
 
 EVIL = "<script>alert('x')</script> & \"GN\" | *bold*"
 BN = {"id": "bn", "config": "quickstart.yaml", "reference": "fpn_bn"}
@@ -123,6 +123,24 @@ def test_a_result_that_contradicts_the_paper_says_so(tmp_path: Path) -> None:
     text = " ".join(findings(one)["gn"])
     assert "one seed each: the noise is not known" in text and "cannot be told from noise" in text
     assert "contradicts the paper" not in text
+
+
+def test_a_row_of_one_seed_is_told_with_its_assumption(tmp_path: Path) -> None:
+    rows = [{**BN, "seeds": 3}, {**GN, "seeds": 1}]
+    found = results(tmp_path, rows, None, Fake(values={"bn": 30.0, "gn": 36.0}))
+    assert "over 1 and 3 seeds, if both rows spread alike: larger than the noise, better" in findings(found)["gn"][0]
+    shown = view(found, found.plan.suite.tables[0])
+    assert any("a row of one seed is taken to spread as the other" in note for note in shown.notes)
+    assert shown.body[1][2].strong
+
+
+def test_minutes_of_a_killed_start_are_not_made_up(tmp_path: Path) -> None:
+    found = results(tmp_path, [BN], 1, Fake())
+    record = found.rows[0].records[1]
+    record.sessions = [{"seconds": 60.0}]
+    assert run_rows(found)[0][-1] == "1.0"
+    record.sessions = [{}, {"seconds": 60.0}]
+    assert run_rows(found)[0][-1] == "> 1.0"
 
 
 def test_difference_of_an_error_is_better_when_lower(tmp_path: Path) -> None:

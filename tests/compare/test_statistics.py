@@ -52,11 +52,19 @@ def test_other_seeds_take_welchs_interval() -> None:
 def test_one_seed_knows_no_noise() -> None:
     found = difference({1: 2.0}, {1: 1.0})
     assert found is not None and (found.value, found.half, found.beyond_noise, found.paired) == (1.0, None, None, True)
-    many = difference({1: 2.0, 2: 3.0}, {2: 1.0})
-    assert many is not None and many.half is None and many.value == 2.0  # of the seed that both have
-    apart = difference({1: 2.0}, {2: 1.0, 3: 2.0})
-    assert apart is not None and apart.half is None and apart.value == 0.5 and not apart.paired
     assert difference({}, {1: 1.0}) is None and spread({}) is None
+
+
+@pytest.mark.parametrize("alone", [{1: 1.0}, {9: 1.0}], ids=["shared", "other"])
+def test_a_single_seed_is_taken_to_spread_as_the_other_side(alone: dict[int, float]) -> None:
+    """The interval for one more value: t(2) = 4.3027, std 1, sqrt(1 + 1/3); the same both ways."""
+    many = {1: 4.0, 2: 5.0, 3: 6.0}
+    for found, value in ((difference(many, alone), 4.0), (difference(alone, many), -4.0)):
+        assert found is not None and found.assumed and not found.paired and found.value == value
+        assert found.half == pytest.approx(4.302653 * math.sqrt(4 / 3), rel=1e-6)
+        assert found.beyond_noise is False
+    far = difference(many, {1: -1.0})
+    assert far is not None and far.beyond_noise
 
 
 def test_equal_runs_have_no_noise_and_no_difference() -> None:
