@@ -74,9 +74,7 @@ class EventLog:
     def dump(self) -> dict[str, Any]:
         """What a resumed run needs in order to write the same medians: the last window of every smoothed scalar."""
         kept = {k: h for k, h in self.histories.items() if (h.smooth or k == "lr") and k not in _OF_THIS_MACHINE}
-        return {
-            name: [h.smooth, list(h.values)[-WINDOW:], h.iteration, h.count, h.mean] for name, h in sorted(kept.items())
-        }
+        return {name: [h.smooth, list(h.values)[-WINDOW:], h.iteration, h.count, h.mean] for name, h in kept.items()}
 
     def restore(self, dumped: Mapping[str, Any]) -> None:
         """Inverse of :meth:`dump`."""
