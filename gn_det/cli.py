@@ -162,7 +162,7 @@ def _compare(args: argparse.Namespace) -> int:
         suite=words[0] if is_suite else "",
         configs=named[:cut],
         data={key: getattr(args, key) for key in keys if getattr(args, key)},
-        overrides=words[is_suite:],
+        overrides=[*([] if args.epochs is None else ["SOLVER.EPOCHS", str(args.epochs)]), *words[is_suite:]],
         output=args.output or "",
         rows=[word.strip() for word in (args.rows or "").split(",") if word.strip()],
         seeds=args.seeds,

@@ -169,6 +169,9 @@ def compare_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--output", metavar="DIR", help="folder of runs and report (default output/compare/NAME)")
     parser.add_argument("--rows", metavar="A,B", help="only these rows, by id, * for any text")
     parser.add_argument("--seeds", type=int, metavar="N", help="N runs of every row, with seeds 1 to N")
+    parser.add_argument(
+        "--epochs", type=float, metavar="N", help="N passes over the data in every detection row (SOLVER.EPOCHS)"
+    )
     parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="GPUs of each run on this machine")
     parser.add_argument("--dry-run", action="store_true", help="print the rows and what is missing; run nothing")
     parser.add_argument("--report-only", action="store_true", help="write the report of what is there; run nothing")

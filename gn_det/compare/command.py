@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fvcore.common.config import CfgNode
+
 from gn_det import engines
 from gn_det.compare.execute import Trainer
 from gn_det.compare.plan import Job, Plan, as_words, make_plan
@@ -19,8 +21,10 @@ from gn_det.compare.results import collect
 from gn_det.compare.runner import NotThere, Runner, Summary
 from gn_det.compare.store import DONE, Store
 from gn_det.compare.suite import Suite, load_suite, parse_suite
-from gn_det.errors import ConfigError
+from gn_det.errors import ConfigError, UserError
 from gn_det.run import dist
+from gn_det.run.datasets import estimate_sizes
+from gn_det.run.schedule import scale_schedule
 
 
 @dataclass(frozen=True)
@@ -108,13 +112,14 @@ def show(plan: Plan, store: Store, *, any_version: bool) -> int:
         0, or 2 where a row is wrong (data and weights that are not there yet are told, and no mistake).
     """
     runner = Runner(plan, store, _nothing, any_version=any_version, recording=False)
+    images: dict[str, int] = {}
     for job in plan.jobs:
         try:
             record, _ = runner.find(job)
             state = "done" if record.status == DONE else "goes on" if record.sessions else "to run"
         except NotThere:
             state = f"after {job.needs[0]}" if job.needs else ""
-        print(f"{job.name:40s} {state:10s} {_described(job)}".rstrip())
+        print(f"{job.name:40s} {state:10s} {_described(job, plan.num_gpus, images)}".rstrip())
     for identity, why in plan.left_out.items():
         print(f"{identity:40s} left out   {why}")
     for problem in plan.problems:
@@ -123,11 +128,31 @@ def show(plan: Plan, store: Store, *, any_version: bool) -> int:
     return 2 if any(not p.absent for p in plan.problems) else 0
 
 
-def _described(job: Job) -> str:
+def _described(job: Job, num_gpus: int, images: dict[str, int]) -> str:
     if job.cfg is not None:
-        return f"{job.row.config} {' '.join(as_words(job.row.overrides))}"
+        words = (job.row.config, _length(job.cfg, num_gpus, images), *as_words(job.row.overrides))
+        return " ".join(word for word in words if word)
     settings = job.settings or {}
     return f"{settings['arch']} {settings['norm']} on {settings['data']}, batch {settings['batch_size']}"
+
+
+def _length(cfg: CfgNode, num_gpus: int, images: dict[str, int]) -> str:
+    """How long a detection row trains here, in brackets; "" where its data are not there to tell.
+
+    Args:
+        images: in an epoch, by data settings; filled in, because COCO's annotations take long to read.
+    """
+    world = int(os.environ["WORLD_SIZE"]) if dist.under_torchrun() else num_gpus
+    key = f"{cfg.DATASETS} {cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS}"
+    try:
+        if key not in images:
+            images[key] = estimate_sizes(cfg).images
+        solver = scale_schedule(cfg, world, images[key])[0].SOLVER
+    except UserError:
+        return ""
+    count = images[key]
+    epochs = f", {solver.MAX_ITER * solver.IMS_PER_BATCH / count:.3g} epochs" if count else ""
+    return f"({solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images{epochs})"
 
 
 def _silent(line: str) -> None:

@@ -66,6 +66,37 @@ def outcome(folder: Path) -> list[dict[str, Any]]:
     return [{**{k: row[k] for k in keep}, "curves": [r["curve"] for r in row["runs"]]} for row in rows]
 
 
+def test_dry_run_tells_how_long_each_row_trains(
+    suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """8 images one at a time: 6 iterations as the suite says, 3 epochs are 24; written for 16, shown as run here."""
+    assert main(["compare", str(suite), "--engine", "embedded", "--dry-run"]) == 0
+    assert "quickstart.yaml (6 iterations of 1 images, 0.75 epochs)" in capsys.readouterr().out
+    before = sorted(tmp_path.rglob("*"))
+    made = tmp_path / "shapes"
+    data = [
+        word
+        for split in ("train", "val")
+        for word in (f"--{split}-json", f"{made}/{split}/instances.json", f"--{split}-images", f"{made}/{split}/images")
+    ]
+    words = [
+        "--configs",
+        "gn_fpn.yaml",
+        "gn_c4.yaml",
+        "--epochs",
+        "3",
+        "MODEL.WEIGHTS",
+        "",
+        "SOLVER.IMS_PER_BATCH",
+        "1",
+    ]
+    words += ["MODEL.BACKBONE.FREEZE_AT", "0"]
+    assert main(["compare", *data, "--engine", "embedded", "--dry-run", *words]) == 0
+    out = capsys.readouterr().out
+    assert "gn_fpn.yaml (24 iterations of 1 images, 3 epochs)" in out and "gn_c4.yaml (24 iterations" in out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 def test_a_real_suite_killed_and_resumed(suite: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from gn_det.run import keeper
