@@ -220,7 +220,9 @@ def _check_files(path: Path, cfg: CN, chain: tuple[Path, ...] = ()) -> None:
     for base in bases:
         base_path = path.parent / Path(base).expanduser()
         if not base_path.is_file():
-            raise ConfigError(f"config file {path}: {BASE_KEY} '{base}' does not exist (looked for {base_path})")
+            shipped = _configs_dir() / str(base)
+            hint = f"; the shipped one is {shipped}" if shipped.is_file() else ""
+            raise ConfigError(f"config file {path}: {BASE_KEY} '{base}' does not exist (looked for {base_path}){hint}")
         _check_files(base_path, cfg, (*chain, path))
     _check_keys(loaded, cfg, str(path))
 

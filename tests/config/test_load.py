@@ -101,6 +101,7 @@ def test_mistakes_on_the_command_line(overrides: list[str], message: str) -> Non
         ("SOLVER: {BASE_LR: 1\n", "line"),
         ("SOLVER: {BASE_LR: 1.0}\nSOLVER: {MAX_ITER: 3}\n", "'SOLVER' stands twice"),
         ("_BASE_: nowhere.yaml\n", "'nowhere.yaml' does not exist"),
+        ("_BASE_: gn_fpn.yaml\n", f"the shipped one is {config_file('gn_fpn.yaml')}"),
         ("_BASE_: c.yaml\n", "leads back"),
         ("SOLVER: 3\n", "SOLVER is a section"),
         ("SEED: {A: 1}\n", "SEED is a single value"),
