@@ -119,7 +119,7 @@ def show(plan: Plan, store: Store, *, any_version: bool) -> int:
             state = "done" if record.status == DONE else "goes on" if record.sessions else "to run"
         except NotThere:
             state = f"after {job.needs[0]}" if job.needs else ""
-        print(f"{job.name:40s} {state:10s} {_described(job, plan.num_gpus, images)}".rstrip())
+        print(f"{job.name:40s} {state:10s} {_described(job, images)}".rstrip())
     for identity, why in plan.left_out.items():
         print(f"{identity:40s} left out   {why}")
     for problem in plan.problems:
@@ -128,26 +128,26 @@ def show(plan: Plan, store: Store, *, any_version: bool) -> int:
     return 2 if any(not p.absent for p in plan.problems) else 0
 
 
-def _described(job: Job, num_gpus: int, images: dict[str, int]) -> str:
+def _described(job: Job, images: dict[str, int]) -> str:
     if job.cfg is not None:
-        words = (job.row.config, _length(job.cfg, num_gpus, images), *as_words(job.row.overrides))
+        words = (job.row.config, _length(job.cfg, job.inputs["processes"], images), *as_words(job.row.overrides))
         return " ".join(word for word in words if word)
     settings = job.settings or {}
     return f"{settings['arch']} {settings['norm']} on {settings['data']}, batch {settings['batch_size']}"
 
 
-def _length(cfg: CfgNode, num_gpus: int, images: dict[str, int]) -> str:
+def _length(cfg: CfgNode, processes: int, images: dict[str, int]) -> str:
     """How long a detection row trains here, in brackets; "" where its data are not there to tell.
 
     Args:
+        processes: of the run, one GPU each.
         images: in an epoch, by data settings; filled in, because COCO's annotations take long to read.
     """
-    world = int(os.environ["WORLD_SIZE"]) if dist.under_torchrun() else num_gpus
     key = f"{cfg.DATASETS} {cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS}"
     try:
         if key not in images:
             images[key] = estimate_sizes(cfg).images
-        solver = scale_schedule(cfg, world, images[key])[0].SOLVER
+        solver = scale_schedule(cfg, processes, images[key])[0].SOLVER
     except UserError:
         return ""
     count = images[key]
