@@ -10,16 +10,12 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-
-def one_line(text: str) -> str:
-    """The text without line breaks and without characters that no terminal can write."""
-    clean = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-    return clean.encode("utf-8", "backslashreplace").decode("utf-8")
+from gn_det.text import printable
 
 
 def escape(value: str) -> str:
     """Any text on one line, harmless in HTML and in its attributes."""
-    return html.escape(one_line(value))
+    return html.escape(printable(value, keep=""))
 
 
 def as_data_uri(pixels: np.ndarray) -> str:

@@ -13,11 +13,11 @@ from gn_det.checkpoint.arch import Architecture, architecture_of
 from gn_det.checkpoint.catalog import local_path, sha256_of, split_options
 from gn_det.checkpoint.convert import convert
 from gn_det.checkpoint.fit import NORM_NAMES
-from gn_det.checkpoint.io import one_line
 from gn_det.checkpoint.report import PARTS, format_report, part_of, shorten
 from gn_det.checkpoint.source import Preprocessing, Weights, show
 from gn_det.checkpoint.sources import open_weights
 from gn_det.checkpoint.weights import plan_weights
+from gn_det.text import one_line
 
 _WHERE = {"": "a backbone: backbone.bottom_up with FPN, backbone and roi_heads.res5 without", "FPN": "an FPN detector"}
 

@@ -14,7 +14,7 @@ from gn_det.data.catalog import datasets_for
 from gn_det.data.survey import Training, survey
 from gn_det.errors import ConfigError, UserError
 from gn_det.evaluation.results import write_bytes_atomic
-from gn_det.html import one_line
+from gn_det.text import printable
 
 #: Lines of changes that are printed; the file beside the copy has all.
 _CHANGES = 10
@@ -83,12 +83,12 @@ def _fix(report: Report, target: str) -> None:
     report.not_fixed = _not_fixed(report)
     _say(f"\n{target}: cleaned copy of {report.surveys[0].source.json_file}, {len(cleaner.changes)} changes")
     for line in cleaner.changes[:_CHANGES]:
-        _say(f"  {one_line(line)}")
+        _say(f"  {printable(line, keep='')}")
     if len(cleaner.changes) > _CHANGES:
         _say(f"  ... and {len(cleaner.changes) - _CHANGES} more")
     _say(f"  all changes: {changes_file(target)}")
     for line in report.not_fixed:
-        _say(f"  not mended: {one_line(line)}")
+        _say(f"  not mended: {printable(line, keep='')}")
 
 
 def _not_fixed(report: Report) -> list[str]:

@@ -8,7 +8,7 @@ from gn_det.check.report import Report, class_table
 from gn_det.check.sizes import SizeTable
 from gn_det.data.findings import Findings
 from gn_det.data.survey import VISIBLE, Survey
-from gn_det.html import one_line
+from gn_det.text import printable
 
 #: Places that are quoted for each kind, by severity; ``--json`` lists more.
 _QUOTED = {"error": 3, "warning": 3, "note": 1}
@@ -29,7 +29,7 @@ def as_text(report: Report) -> str:
     if report.sizes is not None:
         lines += [*_size_lines(report.sizes), ""]
     lines.append(report.verdict())
-    return "\n".join(one_line(line).rstrip() for line in lines)
+    return "\n".join(printable(line, keep="").rstrip() for line in lines)
 
 
 def facts(survey: Survey) -> str:

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 import yaml
 
-from gn_det.checkpoint.io import one_line
 from gn_det.checkpoint.report import Shape
 from gn_det.checkpoint.source import Preprocessing, Row, State, Weights, first_match
 from gn_det.errors import WeightsError
+from gn_det.text import one_line
 
 _CONV = {"branch1": "shortcut", "branch2a": "conv1", "branch2b": "conv2", "branch2c": "conv3"}
 _NORM = {

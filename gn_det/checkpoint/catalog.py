@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from gn_det.checkpoint.io import StrPath
 from gn_det.checkpoint.source import CAFFE, PREPROCESSINGS, TORCH, Preprocessing
 from gn_det.errors import WeightsError
+from gn_det.files import StrPath
 
 _C2 = "https://dl.fbaipublicfiles.com/detectron"
 _D2 = "https://dl.fbaipublicfiles.com/detectron2"

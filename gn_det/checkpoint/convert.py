@@ -20,12 +20,13 @@ from gn_det.checkpoint import layered
 from gn_det.checkpoint.arch import architecture_of
 from gn_det.checkpoint.catalog import local_path, sha256_of, split_options
 from gn_det.checkpoint.fold import STEM, fold
-from gn_det.checkpoint.io import StrPath, save_checkpoint
+from gn_det.checkpoint.io import save_checkpoint
 from gn_det.checkpoint.report import shorten
 from gn_det.checkpoint.source import CAFFE, TORCH, Preprocessing, State, Weights, show
 from gn_det.checkpoint.sources import open_weights
 from gn_det.checkpoint.tensors import write_safetensors
 from gn_det.errors import TrainingError, WeightsError
+from gn_det.files import StrPath
 
 #: Layouts that can be written, and the preprocessing their users apply.
 LAYOUTS = {"detectron2": CAFFE, "safetensors": CAFFE, "torchvision": TORCH, "timm": TORCH}

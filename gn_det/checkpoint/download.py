@@ -22,7 +22,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlparse
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from gn_det.checkpoint.io import one_line
+from gn_det.text import one_line
 
 logger = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ from typing import IO, Any
 import torch
 
 from gn_det.errors import TrainingError, WeightsError
-
-StrPath = str | os.PathLike[str]
+from gn_det.files import StrPath
+from gn_det.text import one_line
 
 _PLAIN = (str, int, float, bool, type(None))
 _CONTAINERS = (dict, OrderedDict, list, tuple)
@@ -243,10 +243,3 @@ def _read_failure(path: StrPath, error: Exception) -> str:
     # torch's own advice (load it without weights_only) is what nobody should follow here.
     reason = type(error).__name__ if "weights_only" in text else one_line(error)
     return f"{path}: is not a checkpoint or is damaged ({reason}); copy, download or train it again"
-
-
-def one_line(text: object, limit: int = 120) -> str:
-    """Text from a foreign file or library, fit for a message: one line, no control characters, of bounded length."""
-    words = str(text) or type(text).__name__
-    line = " ".join("".join(c if c.isprintable() or c.isspace() else "?" for c in words[: 4 * limit]).split())
-    return line if len(line) <= limit else line[: limit - 1] + "…"

@@ -11,8 +11,9 @@ import re
 import time
 from pathlib import Path
 
-from gn_det.checkpoint.io import StrPath, atomic_write, read_checkpoint
+from gn_det.checkpoint.io import atomic_write, read_checkpoint
 from gn_det.errors import WeightsError
+from gn_det.files import StrPath
 
 LAST = "last_checkpoint"
 _NUMBERED = re.compile(r"model_(\d+)\.pth$")

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import gn_det
-from gn_det.checkpoint.io import StrPath
 from gn_det.errors import WeightsError
+from gn_det.files import StrPath
 
 if TYPE_CHECKING:
     from fvcore.common.config import CfgNode

@@ -17,8 +17,10 @@ from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
-from gn_det.checkpoint.io import StrPath, one_line, read_head
+from gn_det.checkpoint.io import read_head
 from gn_det.errors import WeightsError
+from gn_det.files import StrPath
+from gn_det.text import one_line
 
 _DTYPE = re.compile(r"[<>|=]?(?:b1|[iu][1248]|f[248])$")
 # Longer Python 2 strings are array contents: kept as bytes instead of a detour through latin1 text.

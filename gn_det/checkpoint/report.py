@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from gn_det.checkpoint.io import one_line
+from gn_det.text import one_line
 
 Shape = tuple[int, ...]
 

@@ -19,12 +19,14 @@ import yaml
 
 from gn_det.checkpoint import caffe2, layered, mmdet
 from gn_det.checkpoint.catalog import local_path, published_file, published_preprocessing, split_options
-from gn_det.checkpoint.io import StrPath, one_line, read_checkpoint, read_head
+from gn_det.checkpoint.io import read_checkpoint, read_head
 from gn_det.checkpoint.meta import read_meta
 from gn_det.checkpoint.pickles import read_pickle
 from gn_det.checkpoint.source import Preprocessing, State, Weights
 from gn_det.checkpoint.tensors import looks_like_safetensors, read_safetensors
 from gn_det.errors import WeightsError
+from gn_det.files import StrPath
+from gn_det.text import one_line
 
 NORM_KEYS = ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM", "MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_MASK_HEAD.NORM")
 

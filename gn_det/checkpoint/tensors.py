@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
-from gn_det.checkpoint.io import StrPath, atomic_write, one_line
+from gn_det.checkpoint.io import atomic_write
 from gn_det.errors import WeightsError
+from gn_det.files import StrPath
+from gn_det.text import one_line
 
 # A ResNet-101 detector has some 60 kB of header; safetensors' own limit of 100 MB would become gigabytes of dicts.
 _MAX_HEADER = 8 << 20

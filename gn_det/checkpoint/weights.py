@@ -18,11 +18,11 @@ from gn_det.checkpoint.arch import Architecture, architecture_of
 from gn_det.checkpoint.catalog import split_options
 from gn_det.checkpoint.fit import check_architecture, check_norm, check_preprocessing
 from gn_det.checkpoint.fold import fold, target_of
-from gn_det.checkpoint.io import StrPath
 from gn_det.checkpoint.report import BOTTOM_UP, PARTS, LoadReport, PartReport, Shape, format_report, part_of, shorten
 from gn_det.checkpoint.source import Weights, show
 from gn_det.checkpoint.sources import lookup, open_weights
 from gn_det.errors import WeightsError
+from gn_det.files import StrPath
 
 __all__ = ["LoadReport", "format_report", "load_weights", "plan_weights"]
 

@@ -24,6 +24,7 @@ from gn_det.compare.version import code_version
 from gn_det.errors import UserError
 from gn_det.run import dist
 from gn_det.run.keeper import Interrupted
+from gn_det.text import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -179,9 +180,9 @@ class Runner:
             self._write(record)
             raise
         except UserError as error:
-            record.status, record.reason = FAILED, one_line(str(error))
+            record.status, record.reason = FAILED, one_line(error, limit=None)
         except Exception as error:  # a defect ends one row, not the night's suite; its trace is kept
-            record.status, record.reason = FAILED, one_line(engines.error_line(error))
+            record.status, record.reason = FAILED, one_line(engines.error_line(error), limit=None)
             if self.recording:
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / "trace.txt").write_text(traceback.format_exc(), encoding="utf-8")
@@ -276,7 +277,3 @@ def _numbers(record: Record) -> str:
     shown = {"box_ap": "box AP", "mask_ap": "mask AP", "top1_error": "top-1 error"}
     parts = [f"{name} {record.metrics[key]:.2f}" for key, name in shown.items() if record.metrics.get(key) is not None]
     return ", ".join(parts)
-
-
-def one_line(text: str) -> str:
-    return " ".join(text.split())

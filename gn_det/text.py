@@ -1,0 +1,61 @@
+"""Make text from outside safe to print: no control characters, bounded length, bounded work."""
+
+from __future__ import annotations
+
+import reprlib
+
+
+class _Repr(reprlib.Repr):
+    """``repr`` whose cost does not depend on the value: nested and shared containers can have exponential text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxtuple = self.maxlist = self.maxdict = self.maxset = self.maxfrozenset = self.maxdeque = 6
+        self.maxstring = self.maxother = 200
+
+    def repr_int(self, x: int, level: int) -> str:
+        # str() of a long integer is quadratic, and refused by Python above 4,300 digits.
+        return repr(x) if x.bit_length() <= 256 else f"an integer of {x.bit_length()} bits"
+
+
+_REPR = _Repr()
+
+
+def printable(text: str, keep: str = "\n\t") -> str:
+    """Return ``text`` with every character that could control a terminal written as an escape.
+
+    Line breaks and tabs stay, unless ``keep`` says otherwise. Control characters, direction marks and undecodable bytes
+    (surrogates) become ``\\x1b``, ``\\u202e``, ``\\udcff``.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def one_line(value: object, limit: int | None = 120) -> str:
+    """Return ``value`` as one printable line of at most about ``limit`` characters, for messages and tables.
+
+    Args:
+        value: text, an exception, or any plain value; containers are abbreviated, so deeply nested or shared ones
+            cost nothing.
+        limit: longer text is cut and its full length appended, as in ``abc… (5000 characters)``; None never cuts.
+    """
+    if isinstance(value, BaseException):
+        # str(KeyError(x)) is repr(x), whatever x is
+        plain = all(isinstance(argument, (str, int, float, type(None))) for argument in value.args)
+        words = (str(value) if plain else ", ".join(map(_REPR.repr, value.args[:3]))) or type(value).__name__
+    else:
+        words = value if isinstance(value, str) else _REPR.repr(value)
+    if limit is None:
+        return printable(" ".join(words.split()))
+    # A prefix is enough to fill the line; the rest is only counted.
+    line = printable(" ".join(words[: 4 * limit].split()))
+    if len(line) <= limit and len(words) <= 4 * limit:
+        return line
+    return f"{line[:limit]}… ({len(words)} characters)"
+
+
+def shown(value: object, limit: int = 60) -> str:
+    """Return ``value`` as it would be typed (text in quotes), on one printable line; see :func:`one_line`."""
+    return one_line(value if not isinstance(value, str) else repr(value[: 4 * limit]), limit)
