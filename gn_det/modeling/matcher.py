@@ -57,10 +57,10 @@ class Matcher:
         best, matches = iou.max(dim=0)
         labels = torch.ones_like(matches, dtype=torch.int8)
         for label, low, high in zip(self.labels, self.bounds[:-1], self.bounds[1:]):
-            labels[(best >= low) & (best < high)] = label
+            labels.masked_fill_((best >= low) & (best < high), label)
         if self.allow_low_quality_matches:
             # A ground truth that no box overlaps has 0 as its best IoU, and every box that misses it ties for it.
-            labels[(iou == iou.max(dim=1, keepdim=True).values).any(dim=0)] = 1
+            labels.masked_fill_((iou == iou.max(dim=1, keepdim=True).values).any(dim=0), 1)
         return matches, labels
 
 

@@ -44,8 +44,8 @@ class RoISampler:
         matches, labels = self.matcher(box_ops.pairwise_iou(target.boxes, boxes))
         if len(target):
             classes = target.classes[matches]
-            classes[labels == 0] = self.num_classes
-            classes[labels == -1] = IGNORE
+            classes.masked_fill_(labels == 0, self.num_classes)
+            classes.masked_fill_(labels == -1, IGNORE)
         else:
             classes = torch.full_like(matches, self.num_classes)
         foreground, background = sample_labels(

@@ -158,7 +158,7 @@ class RPN(nn.Module):
         """Sampled positives and negatives of one image as sorted indices into R, and the positives' boxes (P, 4)."""
         matches, labels = self.matcher(box_ops.pairwise_iou(target.boxes, anchors))
         if self.boundary_thresh >= 0:
-            labels[~box_ops.inside(anchors, target.image_size, self.boundary_thresh)] = IGNORE
+            labels.masked_fill_(~box_ops.inside(anchors, target.image_size, self.boundary_thresh), IGNORE)
         positive, negative = sample_labels(labels, self.batch_size_per_image, self.positive_fraction, 0)
         # Losses are summed in anchor order.
         positive = positive.sort().values
