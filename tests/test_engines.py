@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -94,11 +93,11 @@ def test_embedded_runs_beside_a_broken_detectron2(tmp_path: Path) -> None:
 
 
 def test_help_is_quick_and_looks_at_nothing(tmp_path: Path) -> None:
-    """Under 2 s, and a Detectron2 that kills the interpreter is not imported."""
+    """Packages that take long to import, or kill the interpreter as a broken Detectron2 can, are not imported."""
     deadly = fake(tmp_path, __init__="import os; os._exit(3)")
-    started = time.perf_counter()
+    for name in ("torch", "torchvision", "lightning", "numpy", "scipy", "matplotlib"):
+        (deadly / f"{name}.py").write_text("import os; os._exit(4)")
     result = gn_det("train", "--help", path=deadly)
-    assert time.perf_counter() - started < 2
     assert result.returncode == 0 and "--engine {auto,embedded,detectron2}" in result.stdout
 
 

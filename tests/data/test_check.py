@@ -286,19 +286,18 @@ def test_a_picture_that_holds_up_the_decoder_is_one_damaged_picture(
 ) -> None:
     def slow(record: dict[str, Any], image_format: str) -> None:
         if "slow" in record["file_name"]:
-            time.sleep(60)
+            time.sleep(3600)
 
     monkeypatch.setattr(decode, "read_record_image", slow)
-    monkeypatch.setattr(decode, "SECONDS", 0.5)
-    monkeypatch.setattr(decode, "_CHUNK", 4)
+    monkeypatch.setattr(decode, "SECONDS", 3)
+    monkeypatch.setattr(decode, "_CHUNK", 2)
     names = [f"{'slow' if i == 5 else 'good'} {i}" for i in range(12)]
     for name in names:
         (tmp_path / name).write_text(name)
     jobs = [decode.DecodeJob(str(tmp_path / name), 1, 1, "BGR") for name in names]
-    started = time.monotonic()
     found = list(decode.decode_all(jobs, 2))
     assert [f.kind for f in found] == ["image-damaged" if "slow" in name else "" for name in names]
-    assert "slow 5: not decoded within 0.5 s: replace it" in found[5].text and time.monotonic() - started < 20
+    assert "slow 5: not decoded within 3 s: replace it" in found[5].text
 
 
 def test_wrong_folder_is_one_mistake_and_annotations_are_read_all_the_same(tmp_path: Path) -> None:

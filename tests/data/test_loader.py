@@ -235,13 +235,14 @@ def test_hanging_worker_is_one_line(shapes: CocoDataset, monkeypatch: pytest.Mon
 
     def hangs(self: Any, record: Any, state: Any) -> Any:
         if record["file_name"].endswith("000005.jpg"):
-            time.sleep(4)
+            time.sleep(3600)
         return mapper(self, record, state)
 
-    monkeypatch.setattr(loader_module, "TIMEOUT", 1)
+    monkeypatch.setattr(loader_module, "TIMEOUT", 10)
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)  # how long torch waits for its workers
     monkeypatch.setattr(loader_module.TrainMapper, "__call__", hangs)
     told = (
-        r"no batch arrived within 1 s: .* \(worker [01] at [^ ,]*000005.jpg(, worker 1 at [^ ,]*000005.jpg)?\); check"
+        r"no batch arrived within 10 s: .* \(worker [01] at [^ ,]*000005.jpg(, worker 1 at [^ ,]*000005.jpg)?\); check"
     )
     with pytest.raises(DataError, match=told):
         _batches(_cfg(), shapes, 20, num_workers=2)

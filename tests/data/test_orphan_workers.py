@@ -58,7 +58,7 @@ def alive(pid: int) -> bool:
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 @pytest.mark.parametrize(("script", "number"), [(SCRIPT, 4), (CHECK, 3)], ids=["train", "check"])
 def test_workers_end_with_a_killed_parent(script: str, number: int, tmp_path: Path) -> None:
-    """Nobody is left after at most 15 s, and whoever reads the output sees its end."""
+    """Nobody is left, and whoever reads the output sees its end."""
     shapes = make_shapes(tmp_path / "shapes", "train", 12)
     words = [sys.executable, "-c", script, str(shapes.json_file), str(shapes.image_root)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -67,7 +67,7 @@ def test_workers_end_with_a_killed_parent(script: str, number: int, tmp_path: Pa
     workers = [int(word) for word in process.stdout.readline().split()]
     assert len(workers) == number and all(alive(w) for w in workers)
     process.kill()
-    end = time.monotonic() + 15
+    end = time.monotonic() + 120
     while any(alive(w) for w in workers) and time.monotonic() < end:
         time.sleep(0.2)
     left = [w for w in workers if alive(w)]
