@@ -16,6 +16,8 @@ from compare.cases import Fake, plan_of, pretrain_row
 from gn_det.cli import main
 from gn_det.compare import command, runner
 from gn_det.compare.command import own_suite
+from gn_det.compare.execute import Outcome
+from gn_det.compare.plan import Job
 from gn_det.compare.report import write_report
 from gn_det.compare.results import collect
 from gn_det.compare.runner import Runner, Summary
@@ -118,6 +120,40 @@ def test_other_weights_run_again(tmp_path: Path) -> None:
     run(tmp_path, again, rows=rows, seeds=1)
     run(tmp_path, again, seeds=1)
     assert again.calls == ["pre, seed 1"]  # deleted weights are made anew, by whichever of the two settings
+
+
+class Retrained(Fake):
+    """Its weights have other bytes."""
+
+    def __call__(self, job: Job, folder: Path, weights: str) -> Outcome:
+        outcome = super().__call__(job, folder, weights)
+        assert outcome.weights is not None
+        outcome.weights.write_bytes(b"other " + outcome.weights.read_bytes())
+        return outcome
+
+
+def test_initial_weights_of_other_contents_are_another_run(tmp_path: Path) -> None:
+    """One path, two contents: two runs, each found again by its contents, by the runner and by the report."""
+    weights = tmp_path / "w.pth"
+    rows = [{"id": "own", "config": "quickstart.yaml", "overrides": {"MODEL.WEIGHTS": str(weights)}}]
+    for contents, status, calls in ((b"a", "not run", 1), (b"b", "not run", 1), (b"a", "done", 0), (b"b", "done", 0)):
+        weights.write_bytes(contents)
+        assert results(tmp_path, rows, 1)["rows"][0]["status"] == status
+        fake = Fake()
+        run(tmp_path, fake, rows=rows, seeds=1)
+        assert len(fake.calls) == calls, contents
+    assert len(list(tmp_path.glob("runs/own/seed-1-*"))) == 2
+
+
+def test_a_row_runs_again_when_the_row_before_it_made_other_weights(tmp_path: Path) -> None:
+    run(tmp_path, Fake(), seeds=1)
+    other, again = Retrained(), Fake()
+    rows = [{**ROWS[0], "epochs": 3}, *ROWS[1:]]
+    run(tmp_path, other, rows=rows, seeds=1)
+    assert other.calls == ["pre, seed 1", "gn, seed 1"]
+    run(tmp_path, again, rows=rows, seeds=1)
+    run(tmp_path, again, seeds=1)
+    assert again.calls == []
 
 
 def fail(error: BaseException) -> Callable[[], None]:
