@@ -1,11 +1,11 @@
-# make install | quickstart | test | soak | test-detectron2 | lint | bench | wheel | clean
+# make install | quickstart | test | test-versions | soak | test-detectron2 | lint | bench | wheel | clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # Two processes by default: the suite is written for two cores.
 JOBS ?= 2
 
-.PHONY: install dev quickstart test soak test-slow test-detectron2 lint format bench wheel clean
+.PHONY: install dev quickstart test test-versions soak test-slow test-detectron2 lint format bench wheel clean
 
 install: $(VENV)/.installed
 
@@ -30,6 +30,30 @@ quickstart: install
 
 test: install
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+# The suite with the lowest torch and torchvision that setup.cfg admits and with the newest that pip finds, one after
+# the other, each in an environment of its own beside $(VENV); a line for each at the end.
+VERSIONS := lowest newest
+RESULTS := $(VERSIONS:%=build/versions/%.txt)
+REQUIRE_lowest = $(shell sed -n 's/^ *\(torch\|torchvision\)>=\([0-9.]*\)$$/\1==\2/p' setup.cfg)
+
+test-versions:
+	@mkdir -p build/versions && rm -f build/versions/*
+	@status=0; $(MAKE) --keep-going --jobs=1 $(RESULTS) || status=1; \
+	  for v in $(VERSIONS); do cat build/versions/$$v.txt 2>/dev/null || echo "$$v: not run"; done; exit $$status
+
+# Each time with the newest of everything else: old environments of that name are brought up to date.
+build/versions/%.txt:
+	test -x $(VENV)-$*/bin/python || $(PYTHON) -m venv $(VENV)-$*
+	$(VENV)-$*/bin/python -m pip install --quiet --upgrade pip
+	PYTHONWARNINGS=ignore $(VENV)-$*/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager \
+	  $(REQUIRE_$*) --editable '.[test]'
+	{ $(VENV)-$*/bin/python -m pytest -n $(JOBS) --dist worksteal; echo $$? >build/versions/$*.status; } \
+	  | tee build/versions/$*.log
+	@$(VENV)-$*/bin/python -c 'import platform, sys, numpy, torch, torchvision; \
+	  print(f"$*: python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__},", \
+	  f"numpy {numpy.__version__}:", open(sys.argv[1]).read().split("\n")[-2].strip("= "))' build/versions/$*.log >$@
+	@exit "$$(cat build/versions/$*.status)"
 
 test-slow: install
 	$(BIN)/python -m pytest -m 'slow and not gpu and not detectron2'

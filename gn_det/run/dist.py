@@ -119,10 +119,19 @@ def start_group(device: str, init_method: str = "env://") -> None:
 
 
 def stop_group() -> None:
+    """Leave the process group; nothing where there is none.
+
+    torch 2.6 destroys a group while it holds Python's lock and waits for gloo's threads, which at times wait for that
+    lock. A backend that is dropped after its group lets go of the lock first.
+    """
     global _objects
-    _objects = None
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if not dist.is_initialized():
+        return
+    groups = [g for g in (dist.group.WORLD, _objects) if g is not None and dist.get_backend(g) == "gloo"]
+    backends = [g._get_backend(torch.device("cpu")) for g in groups]
+    groups, _objects = [], None
+    dist.destroy_process_group()
+    del backends
 
 
 def launch(

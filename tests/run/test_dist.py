@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,22 @@ def test_two_processes_equal_accumulation(tmp_path: Path) -> None:
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6)
     assert len(final(two)["rng"]) == 2
+
+
+def start_and_stop(folder: Path, times: int) -> int:
+    """Every time an object travels last, whose memory gloo's threads give back while the group is left."""
+    faulthandler.dump_traceback_later(120, exit=True)  # ends a hang, also one that holds Python's lock
+    for number in range(times):
+        dist.stop_group()
+        dist.start_group("cpu", f"file://{folder}/{number}")
+        assert dist.broadcast([number] * 50) == [number] * 50
+    faulthandler.cancel_dump_traceback_later()
+    return times
+
+
+def test_a_group_is_left_and_joined_again_and_again(tmp_path: Path) -> None:
+    """Where a thread of gloo waits for Python's lock, and who leaves keeps it, both wait for ever (torch 2.6)."""
+    assert dist.launch(start_and_stop, (tmp_path, 12), device="cpu", num_gpus=2) == 12
 
 
 def mistake() -> None:
