@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("triton.compiler", reason="Triton is not installed")
 
 SCRIPT = """
-import json, sys, triton
+import inspect, json, sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from gn_det.kernels import triton_kernels
@@ -26,7 +26,13 @@ for name, case, constants in json.loads(sys.argv[1]):
              for n in kernel.arg_names}
     kinds |= {n: "constexpr" for n in constants}
     aligned = {(k,): [["tt.divisibility", 16]] for k, n in enumerate(kernel.arg_names) if n.endswith("_ptr")}
-    source = ASTSource(fn=kernel, signature=kinds, constexprs=constants, attrs=aligned)
+    if "constexprs" in inspect.signature(ASTSource).parameters:
+        source = ASTSource(fn=kernel, signature=kinds, constexprs=constants, attrs=aligned)
+    else:  # Triton 3.2, the one of torch 2.6
+        from triton.backends.compiler import AttrsDescriptor
+        kinds = {n: kind for n, kind in kinds.items() if n not in constants}
+        hints = AttrsDescriptor.from_hints({place: 16 for (place,) in aligned})
+        source = ASTSource(fn=kernel, signature=kinds, constants=constants, attrs=hints)
     found[case] = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
 print(json.dumps(found))
 """
