@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import nn
@@ -181,3 +183,66 @@ def test_config_switches_reach_every_layer() -> None:
     assert len(norms) > 20 and all(m.fused == "on" and m.recompute for m in norms)
     with pytest.raises(ConfigError, match=r"MODEL\.GN\.FUSED = 'fast'"):
         check_config(load_config("quickstart", ["MODEL.GN.FUSED", "fast"]))
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_one_channel_a_group(channels: int) -> None:
+    """CHANNELS_PER_GROUP 1 is IN, however many channels there are."""
+    assert GroupRule(num_groups=1, channels_per_group=1).groups(channels) == channels
+
+
+def test_a_norm_knows_its_name() -> None:
+    assert [getattr(get_norm(name, 32), "kind", None) for name in ("GN", "LN", "IN")] == ["GN", "LN", "IN"]
+
+
+def test_fresh_frozen_bn_is_the_identity_with_any_eps() -> None:
+    """running_var is 1 - eps, as in Detectron2, whose files hold that value."""
+    frozen, x = FrozenBatchNorm2d(5, eps=0.25), torch.randn(2, 5, 3, 3)
+    assert torch.equal(frozen.running_var, torch.full((5,), 0.75))
+    torch.testing.assert_close(frozen(x), x)
+
+
+def test_only_old_frozen_bn_may_lack_statistics() -> None:
+    """Version 1 and files without a version have scale and shift alone; in a newer file that is a damage."""
+    scale = {"weight": torch.full((5,), 2.0), "bias": torch.ones(5)}
+    for version in (None, 1):
+        state = OrderedDict(scale)
+        state._metadata = {"": {} if version is None else {"version": version}}  # type: ignore[attr-defined]
+        frozen = FrozenBatchNorm2d(5)
+        frozen.load_state_dict(state)
+        assert torch.equal(frozen.running_var, torch.ones(5))
+    state = OrderedDict(scale)
+    state._metadata = {"": {"version": 2}}  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match="running_mean"):
+        FrozenBatchNorm2d(5).load_state_dict(state)
+
+
+def test_synchronised_bn_is_frozen_too() -> None:
+    assert isinstance(freeze_batch_norm(nn.Sequential(nn.SyncBatchNorm(4)))[0], FrozenBatchNorm2d)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_a_layer_that_takes_over_is_given_the_add_and_the_relu(relu: bool) -> None:
+    seen = []
+
+    class Recording(GroupNorm):
+        def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None, relu: bool = False) -> torch.Tensor:
+            seen.append((residual is not None, relu))
+            return super().forward(x, residual, relu)
+
+    x = torch.randn(2, 4, 3, 3)
+    norm = Recording(2, 4, recompute=True)
+    assert norm.takes_over(x) and not GroupNorm(2, 4).takes_over(x)
+    norm_act(norm, x, x.clone(), relu)
+    assert seen == [(True, relu)]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_scripted_norm_is_the_norm() -> None:
+    """TorchScript compiles a branch of its own."""
+    norm = GroupNorm(2, 4)
+    nn.init.normal_(norm.weight)
+    scripted = torch.jit.script(norm)
+    x, residual = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
+    for arguments in ((None, False), (None, True), (residual, False), (residual, True)):
+        assert torch.equal(scripted(x, *arguments), norm(x, *arguments))

@@ -166,3 +166,30 @@ def test_unusable_json(tmp_path) -> None:
         evaluate_coco(tmp_path / "broken.json", [])
     with pytest.raises(DataError, match="categories"):
         evaluate_coco({"images": [{"id": 1}], "annotations": []}, [])
+
+
+def test_some_results_without_a_mask_are_refused() -> None:
+    data, results = random_set(4)
+    del results[-1]["segmentation"]
+    with pytest.raises(DataError, match=f"image {results[-1]['image_id']!r} has no segmentation"):
+        evaluate_coco(data, results)
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "warning"),
+    [
+        ([[0, 0, 10, 0, 10, 10, 5]], "fewer than 3 points"),
+        ({"size": None, "counts": [1, 2]}, "do not add up to height x width"),
+    ],
+)
+def test_segmentations_that_do_not_fit_are_told_with_the_first_ids(segmentation: object, warning: str) -> None:
+    """An odd number of coordinates, too short a run-length text; four objects, three ids and dots."""
+    data, results = random_set(5)
+    sizes = {image["id"]: [image["height"], image["width"]] for image in data["images"]}
+    for ann in data["annotations"][:4]:
+        ann["segmentation"] = segmentation
+        if isinstance(segmentation, dict):
+            ann["segmentation"] = segmentation | {"size": sizes[ann["image_id"]]}
+    ids = ", ".join(repr(ann["id"]) for ann in data["annotations"][:3])
+    (told,) = [w for w in evaluate_coco(data, results).warnings if warning in w]
+    assert ": 4 " in told and told.endswith(f"({ids}, ...)")

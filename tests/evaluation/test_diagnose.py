@@ -119,3 +119,23 @@ def test_no_masks_in_ground_truth() -> None:
     out = evaluate_coco(data, results)
     assert out["bbox"]["AP"] > 99.9 and math.isnan(out["segm"]["AP"])
     assert "no object of ground truth has a usable segmentation" in "\n".join(out.reasons)
+
+
+def test_half_of_the_images_without_detections_is_told() -> None:
+    data, results = perfect()
+    assert "Only 2 of the 4 images" in reasons(data, [r for r in results if r["image_id"] <= 2])
+    assert "of the 4 images" not in reasons(data, [r for r in results if r["image_id"] <= 3])
+
+
+def test_box_convention_is_told_of_a_model_that_finds_a_part() -> None:
+    """Objects of 3 of 5 images are found, so that at most 60 % of them can tell."""
+    data, results = perfect(5)
+    data["annotations"] = [as_corners(a) for a in data["annotations"]]
+    assert "the ground-truth boxes fit when read as" in reasons(data, [r for r in results if r["image_id"] <= 3])
+
+
+def test_unsure_detections_of_the_wrong_class_do_not_blame_the_classes() -> None:
+    """A model that hardly trained names classes at random."""
+    data, results = perfect()
+    swapped = [r | {"category_id": 3 - r["category_id"], "score": r["score"] / 2} for r in results]
+    assert "class order" not in reasons(data, swapped) and "train longer" in reasons(data, swapped)

@@ -108,3 +108,23 @@ def test_tables() -> None:
         "copypaste: Task: bbox\ncopypaste: AP,AP50,AP75,APs,APm,APl\n"
         "copypaste: 12.3457,50.0000,0.0000,nan,1.0000,2.0000"
     )
+
+
+def test_categories_stand_three_a_row() -> None:
+    """Whatever the number of categories, each once, in order, and rows are filled up."""
+    names = [f"c{k}" for k in range(4)]
+    text = format_results({"bbox": {"AP": 1.0} | {f"AP-{name}": float(k) for k, name in enumerate(names)}})
+    rows = [re.findall(r"c\d", line) for line in text.splitlines() if re.search(r"c\d", line)]
+    assert rows == [["c0", "c1", "c2"], ["c3"]]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="modes of files")
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_files_have_the_mode_that_the_user_asks_for(mask: int, tmp_path) -> None:
+    """Not that of a temporary file, which nobody else can read."""
+    old = os.umask(mask)
+    try:
+        write_json_atomic(str(tmp_path / "x.json"), 1)
+    finally:
+        os.umask(old)
+    assert (tmp_path / "x.json").stat().st_mode & 0o777 == 0o666 & ~mask
