@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,6 +15,7 @@ from compare.cases import Fake, plan_of, pretrain_row
 from gn_det.compare.charts import number, ticks
 from gn_det.compare.curves import mean_curve
 from gn_det.compare.findings import findings, signed
+from gn_det.compare.measure import detection_metrics
 from gn_det.compare.page import as_html
 from gn_det.compare.report import write_report
 from gn_det.compare.results import Results, as_json, collect, common_place
@@ -123,6 +125,19 @@ def test_a_result_that_contradicts_the_paper_says_so(tmp_path: Path) -> None:
     text = " ".join(findings(one)["gn"])
     assert "one seed each: the noise is not known" in text and "cannot be told from noise" in text
     assert "contradicts the paper" not in text
+
+
+def test_a_loss_that_the_paper_has_too_points_the_same_way(tmp_path: Path) -> None:
+    """The rows the other way round: less on both sides."""
+    rows = [{**GN, "baseline": None}, {**BN, "baseline": "gn"}]
+    found = results(tmp_path, rows, 3, Fake(values={"bn": 30.0, "gn": 32.0}))
+    assert "−1.7" in findings(found)["bn"][1] and findings(found)["bn"][1].endswith("the same direction here.")
+
+
+def test_no_object_of_a_size_is_no_number() -> None:
+    """COCO's -1 and nan both say so."""
+    flat = {"set/bbox/AP": 40.0, "set/bbox/APs": -1.0, "set/bbox/APl": math.nan, "other/bbox/AP": 1.0}
+    assert detection_metrics(flat) == {"box_ap": 40.0, "box_ap_s": None, "box_ap_l": None}
 
 
 def test_a_row_of_one_seed_is_told_with_its_assumption(tmp_path: Path) -> None:

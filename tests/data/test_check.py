@@ -18,6 +18,7 @@ from own_coco import CONTENT, Change, write
 from PIL import Image, PngImagePlugin
 from test_bad_data import BAD_ANNOTATIONS, BAD_FILES
 
+from gn_det.check.fix import _merged_categories
 from gn_det.cli import main
 from gn_det.data import decode
 from gn_det.data.catalog import DatasetSource
@@ -411,3 +412,7 @@ def test_random_damage_never_divides_check_and_loader(tmp_path: Path) -> None:
         assert bool(errors) == refused, (section, key, entry, errors)
         outcomes["refused" if refused else "accepted"] += 1
     assert min(outcomes.values()) > 50
+
+
+def test_categories_of_one_name_become_the_one_with_the_lowest_id() -> None:
+    assert _merged_categories((1, 4, 7, 9), ("a", "b", "a", "a")) == {7: 1, 9: 1}

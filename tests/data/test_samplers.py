@@ -66,3 +66,8 @@ def test_augmentation_depends_on_seed_and_position() -> None:
     draws = {(s, p): augmentation_state(s, p).randint(2**31) for s in range(3) for p in range(200)}
     assert len(set(draws.values())) == len(draws)
     assert augmentation_state(1, 7).randint(2**31) == draws[1, 7]
+
+
+def test_a_class_counts_once_an_image() -> None:
+    """f(0) = 1/4, not 2/4: the two objects are in one image."""
+    assert repeat_factors([[0, 0], [1], [1], []], 0.5).tolist() == pytest.approx([2**0.5, 1, 1, 1])

@@ -9,7 +9,7 @@ from own_coco import write
 
 from gn_det.config import get_cfg
 from gn_det.data.coco import load_coco
-from gn_det.data.mapper import TestMapper, TrainMapper
+from gn_det.data.mapper import TestMapper, TrainMapper, _mask_box
 from gn_det.data.transforms import (
     Crop,
     HorizontalFlip,
@@ -28,7 +28,8 @@ from gn_det.errors import ConfigError
     ("height", "width", "side", "limit", "want"),
     [
         (480, 640, 800, 1333, (800, 1067)),
-        (2, 3000, 800, 1333, (1, 1333)),  # 0 rows in Detectron2, which fails on it
+        (2, 3000, 800, 1333, (1, 1333)),
+        (1, 5000, 800, 1333, (1, 1333)),  # 0 rows in Detectron2, which fails on it
         (640, 480, 800, 1333, (1067, 800)),
         (500, 1500, 800, 1333, (444, 1333)),
         (33, 70, 800, 1333, (628, 1333)),
@@ -146,3 +147,22 @@ def test_test_sample(tmp_path) -> None:
 def test_unknown_values_are_named(key: str, value: str) -> None:
     with pytest.raises(ConfigError, match=f"INPUT.{key} '{value}'"):
         TrainMapper(_cfg(**{key: value}))
+
+
+def test_both_ends_of_a_range_are_drawn_and_half_of_the_images_flipped() -> None:
+    rng = np.random.RandomState(0)
+    resizes = [draw_resize((10, 20), (5, 7), 100, "range", rng) for _ in range(200)]
+    assert {r.new_height for r in resizes if r is not None} == {5, 6, 7}
+    flips = [draw_flip((10, 20), "horizontal", rng) for _ in range(1000)]
+    assert sum(flip is not None for flip in flips) == pytest.approx(500, abs=80)  # 5 standard deviations
+
+
+def test_box_of_a_mask_holds_its_pixels() -> None:
+    """Continuous coordinates: pixel i covers [i, i + 1). The corners of a polygon are its own."""
+    bitmap = np.zeros((5, 7), dtype=bool)
+    bitmap[2, 3] = True
+    assert _mask_box(bitmap).tolist() == [3, 2, 4, 3]
+    bitmap[4, 6] = True
+    assert _mask_box(bitmap).tolist() == [3, 2, 7, 5]
+    assert _mask_box([np.array([1.5, 2.0, 4.0, 2.5, 3.0, 6.0])]).tolist() == [1.5, 2, 4, 6]
+    assert _mask_box(np.zeros((5, 7), dtype=bool)).tolist() == _mask_box([]).tolist() == [0, 0, 0, 0]

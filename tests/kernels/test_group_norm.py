@@ -295,3 +295,40 @@ def test_statistics_of_a_large_offset() -> None:
     values = x.double().reshape(1, 2, -1)
     torch.testing.assert_close(mean.double(), values.mean(2), rtol=1e-7, atol=0)
     torch.testing.assert_close(rstd.double(), (values.var(2, unbiased=False) + 1e-5).rsqrt(), rtol=1e-6, atol=0)
+
+
+def test_auto_takes_kernels_for_what_was_measured_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device and a type; another type on that device, or another device, has not been measured."""
+    from gn_det.kernels import dispatch
+
+    monkeypatch.setattr(launch, "can_launch_on", lambda kind, dtype: True)
+    x = torch.zeros(1, 4, 2, 2)
+    for measured, takes in (
+        (("cpu", torch.float32), True),
+        (("cpu", torch.bfloat16), False),
+        (("a GPU", x.dtype), False),
+    ):
+        monkeypatch.setattr(dispatch, "MEASURED_BETTER", frozenset({measured}))
+        assert dispatch.takes_kernels(x, "auto") == takes
+        assert dispatch.takes_kernels(x, "on") and not dispatch.takes_kernels(x, "off")
+
+
+@pytest.mark.usefixtures("kernels_everywhere")
+def test_a_residual_of_another_shape_is_left_to_torch() -> None:
+    """The operator takes maps of one shape; a residual that torch would broadcast gives the same sum."""
+    x, w, b, r, _ = draw((2, 4, 3, 3))
+    small = r[:, :, :1, :1]
+    assert torch.equal(group_norm_act(x, 2, w, b, 1e-5, small, fused="on"), composed(x, w, b, small, 2, True))
+
+
+@pytest.mark.parametrize(
+    ("shape", "slow"), [((8, 4, 16, 16), True), ((7, 4, 16, 16), False), ((8, 4, 16, 17), False), ((8, 4, 256), False)]
+)
+def test_the_way_over_nchw_is_for_rois(shape: tuple[int, ...], slow: bool) -> None:
+    """At least 8 maps of at most 256 pixels, in low precision, in channels_last."""
+    from gn_det.kernels.dispatch import _slow_on_cpu
+
+    x = torch.zeros(shape, dtype=torch.bfloat16)
+    last = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+    assert _slow_on_cpu(last) == slow
+    assert not _slow_on_cpu(x) and not _slow_on_cpu(last.float())
