@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -149,14 +148,14 @@ class Range(NamedTuple):
 
     def __str__(self) -> str:
         if not self.above and not self.below:
-            return f"between {self.low:.10g} and {self.high:.10g}"
-        low = f"above {self.low:.10g}" if self.above else f"at least {self.low:.10g}"
-        return f"{low} and {'below' if self.below else 'at most'} {self.high:.10g}"
+            return f"between {self.low} and {self.high}"
+        low = f"above {self.low}" if self.above else f"at least {self.low}"
+        return f"{low} and {'below' if self.below else 'at most'} {self.high}"
 
 
 _FRACTION = Range(0, 1)
-_WEIGHT = Range(0, 1e6)
-_BOX_WEIGHTS = Range(0, 1e6, above=True)
+_WEIGHT = Range(0, 10**6)
+_BOX_WEIGHTS = Range(0, 10**6, above=True)
 _CHANNELS = Range(1, 8192)
 _LAYERS = Range(0, 64)
 _CLASSES = Range(0, 100_000)
@@ -168,14 +167,14 @@ _RATE = Range(0, 1000)
 _LABELS = Range(-1, 1, whole=True)
 
 #: Of numbers that are not in :data:`RANGES`.
-_ANY = Range(-1e9, 1e9)
+_ANY = Range(-(10**9), 10**9)
 
 #: Key -> its numbers. The upper ends are far beyond any real run; they keep a slip of the keyboard from taking hours or
 #: all memory before it is noticed.
 RANGES: dict[str, Range] = {
     "SEED": Range(-(2**63), 2**63, below=True),
-    "MODEL.PIXEL_MEAN": Range(-1e6, 1e6),
-    "MODEL.PIXEL_STD": Range(0, 1e6, above=True),
+    "MODEL.PIXEL_MEAN": Range(-(10**6), 10**6),
+    "MODEL.PIXEL_STD": Range(0, 10**6, above=True),
     "MODEL.BACKBONE.FREEZE_AT": Range(0, 5),
     "MODEL.FPN.OUT_CHANNELS": _CHANNELS,
     "MODEL.GN.NUM_GROUPS": _CHANNELS,
@@ -272,7 +271,7 @@ RANGES: dict[str, Range] = {
     "SOLVER.MAX_HOURS": Range(0, 100_000),
     "SOLVER.REFERENCE_BATCH": Range(0, 65_536),
     "SOLVER.REFERENCE_WORLD_SIZE": Range(0, 65_536),
-    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": Range(0, 1e9, above=True),
+    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": Range(0, 10**9, above=True),
     "SOLVER.CLIP_GRADIENTS.NORM_TYPE": Range(0, 1000, above=True),
     "TEST.EVAL_PERIOD": _PERIOD,
     "TEST.PATIENCE": Range(0, 1_000_000),
@@ -294,8 +293,8 @@ _NO_RANGES = (
     "TEST.PRECISE_BN",
 )
 
-#: Characters of a text, and of a part of a path between slashes (bytes there).
-_MAX_TEXT, _MAX_PART = 4096, 255
+#: Characters of a text; of a path and of its parts between slashes (bytes).
+_MAX_TEXT, _MAX_PATH, _MAX_PART = 4096, 2048, 255
 _MAX_NAMES = 50_000
 
 
@@ -305,9 +304,10 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_path(value: Any) -> bool:
-    if not _is_text(value):
-        return False
-    return "://" in value or all(len(os.fsencode(part)) <= _MAX_PART for part in re.split("[/@]", value))
+    if not _is_text(value) or "://" in value:
+        return _is_text(value)
+    sizes = [len(part.encode("utf-8", "surrogatepass")) for part in re.split("[/@]", value)]
+    return sum(sizes) <= _MAX_PATH and max(sizes) <= _MAX_PART
 
 
 def _is_row(row: Any) -> bool:
@@ -317,19 +317,27 @@ def _is_row(row: Any) -> bool:
 
 _INCREASING = ("increasing numbers", lambda v: len(v) > 0 and all(a < b for a, b in itertools.pairwise(v)))
 _NAMES = ("a list of names", lambda v: len(v) <= _MAX_NAMES and all(_is_text(name) and name for name in v))
+_FEATURES = ("names of feature maps, each once", lambda v: len(v) > 0 and _NAMES[1](v) and len(set(v)) == len(v))
 _SETS = ("a list of names", lambda v: len(v) <= 1000 and all(_is_path(name) and name for name in v))
 _FOUR = ("4 numbers > 0", lambda v: len(v) == 4)
 _THREE = ("3 numbers", lambda v: len(v) == 3)
-_PLACE = (f"a path of at most {_MAX_TEXT} characters, without control characters", _is_path)
+_PLACE = (f"a path of at most {_MAX_PATH} characters, each part of at most {_MAX_PART}", _is_path)
 
 #: Keys whose values must hold together in other ways.
 _SHAPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "OUTPUT_DIR": ("the path of a folder, not empty", lambda v: _is_path(v) and v.strip()),
+    "OUTPUT_DIR": (
+        f"the path of a folder, not empty, each part of at most {_MAX_PART} characters",
+        lambda v: _is_path(v) and v.strip(),
+    ),
     "MODEL.WEIGHTS": _PLACE,
     "MODEL.CLASS_NAMES": _NAMES,
     "MODEL.PIXEL_MEAN": _THREE,
     "MODEL.PIXEL_STD": _THREE,
     "MODEL.FPN.IN_FEATURES": _NAMES,
+    "MODEL.RESNETS.OUT_FEATURES": _FEATURES,
+    "MODEL.RPN.IN_FEATURES": _FEATURES,
+    "MODEL.ROI_HEADS.IN_FEATURES": _FEATURES,
+    "MODEL.RETINANET.IN_FEATURES": _FEATURES,
     "MODEL.RPN.IOU_THRESHOLDS": _INCREASING,
     "MODEL.RPN.BBOX_REG_WEIGHTS": _FOUR,
     "MODEL.RPN.CONV_DIMS": ("numbers of channels, or -1", lambda v: len(v) > 0 and 0 not in v),
