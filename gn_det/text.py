@@ -58,4 +58,6 @@ def one_line(value: object, limit: int | None = 120) -> str:
 
 def shown(value: object, limit: int = 60) -> str:
     """Return ``value`` as it would be typed (text in quotes), on one printable line; see :func:`one_line`."""
-    return one_line(value if not isinstance(value, str) else repr(value[: 4 * limit]), limit)
+    if not isinstance(value, str) or len(value) <= 4 * limit:
+        return one_line(value if not isinstance(value, str) else repr(value), limit)
+    return f"{one_line(repr(value[:limit]), None)[:limit]}… ({len(value)} characters)"

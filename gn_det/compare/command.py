@@ -25,6 +25,7 @@ from gn_det.errors import ConfigError, UserError
 from gn_det.run import dist
 from gn_det.run.datasets import estimate_sizes
 from gn_det.run.schedule import scale_schedule
+from gn_det.text import shown
 
 
 @dataclass(frozen=True)
@@ -212,14 +213,16 @@ def resolve_suite(name: str) -> Path:
     Raises:
         ConfigError: neither.
     """
-    path = Path(name).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(name))
+    if os.path.isfile(path):
         return path
     wanted = path.name if path.suffix in (".yaml", ".yml") else f"{path.name}.yaml"
     shipped = _experiments() / wanted
-    if shipped.is_file() and len(path.parts) == 1 + (path.parts[0] == "experiments"):
+    if os.path.isfile(shipped) and len(path.parts) == 1 + (path.parts[0] == "experiments"):
         return shipped
-    raise ConfigError(f"suite '{name}' is neither a file nor shipped; shipped suites are {', '.join(shipped_suites())}")
+    raise ConfigError(
+        f"suite {shown(name)} is neither a file nor shipped; shipped suites are {', '.join(shipped_suites())}"
+    )
 
 
 def _experiments() -> Path:

@@ -18,7 +18,7 @@ from gn_det.checkpoint.catalog import cache_path, mirrored, resolve_url, sha256_
 from gn_det.compare.build import build_classifier, build_empty
 from gn_det.compare.fields import SuiteError
 from gn_det.compare.references import load_references
-from gn_det.compare.suite import DETECT, Row, Suite, matching
+from gn_det.compare.suite import DETECT, MAX_SEEDS, Row, Suite, matching
 from gn_det.config import dump_config, load_config
 from gn_det.config.check import check_config
 from gn_det.config.load import merge_overrides
@@ -26,6 +26,10 @@ from gn_det.data.catalog import GENERATED, datasets_for
 from gn_det.errors import ConfigError, UserError
 from gn_det.run import commands, dist
 from gn_det.run.engine import Engine
+from gn_det.text import one_line, shown
+
+#: Runs of a plan.
+MAX_RUNS = 2000
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +152,9 @@ def make_plan(
         SuiteError: ``only`` names no row.
     """
     wanted = _wanted(suite, only)
+    runs = sum(seeds or len(row.seeds) for row in suite.rows if row.id in wanted)
+    if runs > MAX_RUNS or (seeds or 1) > MAX_SEEDS:
+        raise SuiteError(f"{suite.source}: rows and seeds make {runs} runs; at most {MAX_RUNS} are possible")
     jobs: list[Job] = []
     problems: list[Problem] = []
     left_out: dict[str, str] = {}
@@ -180,7 +187,9 @@ def _wanted(suite: Suite, only: Sequence[str]) -> set[str]:
     for pattern in only:
         found = matching(pattern, ids)
         if not found:
-            raise SuiteError(f"{suite.source}: --rows: no row '{pattern}'; they are {', '.join(ids)}")
+            raise SuiteError(
+                f"{suite.source}: --rows: no row {shown(pattern)}; they are {one_line(', '.join(ids), 1000)}"
+            )
         wanted.update(found)
     return wanted | {str(row.weights) for row in suite.rows if row.id in wanted and row.weights in ids}
 
@@ -272,7 +281,7 @@ def _check_builds(job: Job, engine: Engine, built: set[str]) -> None:
 
 def _reference_problems(row: Row) -> list[Problem]:
     known, _ = load_references()
-    return [Problem(row.id, f"reference: no published row '{r}'") for r in row.references if r not in known]
+    return [Problem(row.id, f"reference: no published row {shown(r)}") for r in row.references if r not in known]
 
 
 def _absent(job: Job, suite: Suite) -> list[Problem]:
@@ -282,15 +291,15 @@ def _absent(job: Job, suite: Suite) -> list[Problem]:
         from gn_det.pretrain.settings import BUILTIN
 
         data = str((job.settings or {})["data"])
-        there = data in BUILTIN or Path(data).expanduser().is_dir()
+        there = data in BUILTIN or os.path.isdir(os.path.expanduser(data))
         return [] if there else [Problem(row.id, f"data: folder {data} is not there", absent=True)]
     found = []
     for split, key in (("train", "DATASETS.TRAIN"), ("test", "DATASETS.TEST")):
         for source in datasets_for(job.cfg, split):
             if source.name in GENERATED:
                 continue
-            missing = [] if Path(source.json_file).is_file() else [source.json_file]
-            missing += [] if Path(source.image_root).is_dir() else [source.image_root]
+            missing = [] if os.path.isfile(source.json_file) else [source.json_file]
+            missing += [] if os.path.isdir(source.image_root) else [source.image_root]
             found += [Problem(row.id, f"data: {path} is not there ({source.origin or key})", True) for path in missing]
     if job.needs is None:
         problem = _weights_problem(str(job.cfg.MODEL.WEIGHTS))
@@ -302,7 +311,7 @@ def _weights_problem(uri: str) -> str:
     """Why weights cannot be there, "" where they are or can be fetched."""
     plain = split_options(uri)[0]
     path = place_of(plain)
-    if not uri or path.is_file():
+    if not uri or os.path.isfile(path):
         return ""
     url = resolve_url(plain.partition("#sha256=")[0])
     if url is None:
@@ -316,7 +325,7 @@ def place_of(uri: str) -> Path:
     plain = uri.partition("#sha256=")[0]
     url = resolve_url(plain)
     if url is None:
-        return Path(re.sub("^file://", "", plain, flags=re.IGNORECASE)).expanduser()
+        return Path(os.path.expanduser(re.sub("^file://", "", plain, flags=re.IGNORECASE)))
     source = mirrored(url)
     return Path(source) if "://" not in source and not cache_path(url).is_file() else cache_path(url)
 
@@ -329,7 +338,7 @@ def _data_hashes(cfg: CfgNode) -> dict[str, str]:
     hashes = {}
     for split in ("train", "test"):
         for source in datasets_for(cfg, split):
-            if source.name not in GENERATED and Path(source.json_file).is_file():
+            if source.name not in GENERATED and os.path.isfile(source.json_file):
                 hashes[source.json_file] = file_hash(Path(source.json_file))
     return hashes
 

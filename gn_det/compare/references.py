@@ -6,16 +6,15 @@ Published ones are in ``references.yaml``; a row of a suite can say its own.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from gn_det.compare.columns import COLUMNS, SIZE
-from gn_det.compare.fields import SuiteError, mapping, one_of
+from gn_det.compare.fields import SuiteError, mapping, one_of, text
+from gn_det.config.reader import read_yaml
+from gn_det.text import shown
 
 if TYPE_CHECKING:
     from gn_det.compare.suite import Row
@@ -59,7 +58,7 @@ class Reference:
 @functools.lru_cache(maxsize=1)
 def load_references() -> tuple[dict[str, Reference], dict[str, str]]:
     """All published rows by id, and a sentence on each source."""
-    content = yaml.safe_load((Path(__file__).parent / "references.yaml").read_text(encoding="utf-8"))
+    content = read_yaml(Path(__file__).parent / "references.yaml", "file")
     rows = {}
     for entry in [*content["coco"], *content["imagenet"]]:
         delta = dict(entry.get("delta") or {})
@@ -85,12 +84,13 @@ def expected(value: Any, row: str, where: str) -> Reference | None:
     numbers = {}
     for column, number in content.items():
         one_of(column, [c for c, what in COLUMNS.items() if what.what != SIZE], where)
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
-            raise SuiteError(f"{where}: {column} is {number!r}; give a number")
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) < 1e9:  # nor NaN
+            raise SuiteError(f"{where}: {column} is {shown(number)}; give a number")
         numbers[column] = float(number)
     if not numbers:
         raise SuiteError(f"{where}: no number; give box_ap, mask_ap or another column")
-    return Reference(f"expected of {row}", EXPECTED, source.strip(), source.strip(), numbers)
+    source = text(source.strip(), f"{where}: source")
+    return Reference(f"expected of {row}", EXPECTED, source, source, numbers)
 
 
 def references_of(row: Row) -> list[Reference]:

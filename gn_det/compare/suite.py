@@ -6,6 +6,7 @@ What the keys mean stands in ``docs/compare.md``. Nothing of a config or of data
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,19 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from gn_det.compare.columns import COLUMNS
-from gn_det.compare.fields import (
-    SuiteError,
-    flag,
-    known,
-    mapping,
-    near,
-    one_of,
-    texts,
-    whole,
-)
+from gn_det.compare.fields import MAX_NOTE, SuiteError, flag, is_text, known, mapping, near, one_of, text, texts, whole
 from gn_det.compare.references import SOURCES, Reference
 from gn_det.compare.references import expected as expected_of
-from gn_det.config.load import read_yaml
+from gn_det.config.reader import read_yaml
+from gn_det.text import one_line, shown
 
 DETECT, PRETRAIN = "detect", "pretrain"
 
@@ -36,6 +29,10 @@ _DATA_KEYS = ("train_json", "train_images", "val_json", "val_images")
 _TABLE_KEYS = ("title", "rows", "labels", "columns", "reference", "note", "grid")
 _GRID_KEYS = ("rows", "columns", "value")
 _SAMPLE_KEYS = ("rows", "images")
+#: Rows of a suite, seeds of a row, tables, and values and characters that ``each`` may write.
+MAX_ROWS, MAX_SEEDS, _MAX_TABLES, _MAX_WRITTEN = 500, 1000, 100, 2_000_000
+_MAX_ID, _MAX_PART = 200, 100
+#: A name, or names with "/" between them: each is a folder below that of the results.
 _ID = re.compile(r"[A-Za-z0-9][\w.+*-]*(/[A-Za-z0-9][\w.+*-]*)*")
 
 
@@ -147,31 +144,33 @@ def load_suite(path: Path) -> Suite:
         SuiteError: the first mistake, as one line with the file, the row and the key.
         ConfigError: no valid YAML; a key that stands twice.
     """
-    return parse_suite(read_yaml(path), str(path))
+    return parse_suite(read_yaml(path, "suite"), one_line(str(path), 300))
 
 
 def parse_suite(content: Mapping[str, Any], source: str) -> Suite:
     """A suite from its YAML content; see :func:`load_suite`."""
     known(content, _SUITE_KEYS, source)
-    name = str(content.get("name") or Path(source).stem)
-    if not _ID.fullmatch(name) or "/" in name:
-        raise SuiteError(f"{source}: name '{name}' must be of letters, digits and . _ + -")
+    name = text(content.get("name"), f"{source}: name") or Path(source).stem
+    if not _is_id(name) or "/" in name:
+        raise SuiteError(f"{source}: name {shown(name)} must be of letters, digits and . _ + -, at most {_MAX_PART}")
     defaults = mapping(content.get("defaults"), f"{source}: defaults")
     known(defaults, (DETECT, PRETRAIN, "seeds"), f"{source}: defaults")
     written = content.get("rows")
     if not isinstance(written, list) or not written:
         raise SuiteError(f"{source}: rows must be a list of at least one row")
+    if len(written) > MAX_ROWS:
+        raise SuiteError(f"{source}: rows has {len(written)} rows; at most {MAX_ROWS} are possible")
     rows = tuple(_row(entry, defaults, source) for entry in _expanded(written, source))
     _check_ids(rows, source)
     samples = mapping(content.get("samples"), f"{source}: samples")
     known(samples, _SAMPLE_KEYS, f"{source}: samples")
     suite = Suite(
         name=name,
-        title=str(content.get("title") or name),
-        note=str(content.get("note") or "").strip(),
+        title=text(content.get("title"), f"{source}: title") or name,
+        note=text(content.get("note"), f"{source}: note", MAX_NOTE).strip(),
         rows=rows,
         tables=_tables(content.get("tables"), rows, source),
-        overrides=mapping(content.get("overrides"), f"{source}: overrides"),
+        overrides=_overrides(content.get("overrides"), f"{source}: overrides"),
         sample_rows=_ids(samples.get("rows", ()), rows, f"{source}: samples: rows"),
         sample_images=whole(samples.get("images", 4), f"{source}: samples: images", least=0),
         source=source,
@@ -182,46 +181,82 @@ def parse_suite(content: Mapping[str, Any], source: str) -> Suite:
 # ------------------------------------------------------------ rows
 
 
+def _is_id(name: str) -> bool:
+    return len(name) <= _MAX_ID and bool(_ID.fullmatch(name)) and max(map(len, name.split("/"))) <= _MAX_PART
+
+
 def _expanded(written: Sequence[Any], source: str) -> Iterable[Mapping[str, Any]]:
     """Every row with ``each`` once per combination of its values, ``{name}`` replaced in all its texts."""
+    budget = _Budget(source)
+    rows = 0
     for number, entry in enumerate(written, 1):
         if not isinstance(entry, Mapping):
-            raise SuiteError(f"{source}: row {number} must be keys and values, got {entry!r}")
+            raise SuiteError(f"{source}: row {number} must be keys and values, got {shown(entry)}")
         each = mapping(entry.get("each"), f"{source}: row {number}: each")
         for name, values in each.items():
             if not isinstance(values, list) or not values:
-                raise SuiteError(f"{source}: row {number}: each: {name} must be a list of values")
+                raise SuiteError(f"{source}: row {number}: each: {one_line(name)} must be a list of values")
+        rows += math.prod(len(values) for values in each.values())
+        if rows > MAX_ROWS:
+            raise SuiteError(f"{source}: row {number}: each makes more than {MAX_ROWS} rows")
         plain = {key: value for key, value in entry.items() if key != "each"}
         for combination in itertools.product(*each.values()):
             together: dict[str, Any] = {}
             for name, value in zip(each, combination):
                 together |= value if isinstance(value, Mapping) else {name: value}  # several that go together
-            yield _filled(plain, together)
+            yield _filled(plain, together, budget)
 
 
-def _filled(value: Any, values: Mapping[str, Any]) -> Any:
+class _Budget:
+    """What ``each`` may still write; a few lines could otherwise make gigabytes."""
+
+    def __init__(self, source: str):
+        self.source, self.left = source, _MAX_WRITTEN
+
+    def spend(self, amount: int) -> None:
+        self.left -= amount
+        if self.left < 0:
+            raise SuiteError(f"{self.source}: rows: each writes more than {_MAX_WRITTEN} values and characters")
+
+
+def _filled(value: Any, values: Mapping[str, Any], budget: _Budget) -> Any:
+    budget.spend(1)
     if isinstance(value, Mapping):
-        return {_filled(k, values): _filled(v, values) for k, v in value.items()}
+        return {_filled_text(k, values, budget): _filled(v, values, budget) for k, v in value.items()}
     if isinstance(value, list):
-        return [_filled(item, values) for item in value]
+        return [_filled(item, values, budget) for item in value]
     if not isinstance(value, str):
         return value
     whole = re.fullmatch(r"\{(\w+)\}", value)
     if whole and whole[1] in values:
-        return values[whole[1]]  # a number stays one
-    for name, text in values.items():
-        value = value.replace(f"{{{name}}}", str(text))
-    return value
+        return _filled(values[whole[1]], {}, budget)  # a number stays one
+    return _filled_text(value, values, budget)
+
+
+def _filled_text(written: Any, values: Mapping[str, Any], budget: _Budget) -> str:
+    filled = str(written)
+    for name, value in values.items():
+        if f"{{{name}}}" in filled:
+            if not is_text(value):
+                raise SuiteError(
+                    f"{budget.source}: rows: each: {one_line(name)} inside a text must be text or a number"
+                )
+            budget.spend(filled.count(f"{{{name}}}") * len(str(value)))
+            filled = filled.replace(f"{{{name}}}", str(value))
+    budget.spend(len(filled))
+    return filled
 
 
 def _row(entry: Mapping[str, Any], defaults: Mapping[str, Any], source: str) -> Row:
-    identity = str(entry.get("id", ""))
-    where = f"{source}: row '{identity}'"
-    if not _ID.fullmatch(identity):
-        raise SuiteError(f"{where}: id must be of letters, digits and . _ + * -, with / between parts")
-    kind = str(entry.get("kind", DETECT))
+    identity = str(entry.get("id", "")) if is_text(entry.get("id", "")) else ""
+    where = f"{source}: row {shown(identity)}"
+    if not _is_id(identity):
+        raise SuiteError(
+            f"{where}: id must be of letters, digits and . _ + * -, with / between parts of at most {_MAX_PART}"
+        )
+    kind = text(entry.get("kind", DETECT), f"{where}: kind")
     if kind not in (DETECT, PRETRAIN):
-        raise SuiteError(f"{where}: kind is '{kind}'; it is {DETECT} or {PRETRAIN}")
+        raise SuiteError(f"{where}: kind is {shown(kind)}; it is {DETECT} or {PRETRAIN}")
     common = mapping(defaults.get(kind), f"{source}: defaults: {kind}")
     merged: dict[str, Any] = {**common, **entry}
     for key in ("overrides", "labels"):
@@ -234,18 +269,20 @@ def _row(entry: Mapping[str, Any], defaults: Mapping[str, Any], source: str) -> 
     return Row(
         id=identity,
         kind=kind,
-        title=str(merged.get("title") or identity),
-        config=str(merged.get("config", "")),
-        overrides=mapping(merged.get("overrides"), f"{where}: overrides"),
-        weights=None if merged.get("weights") is None else str(merged["weights"]),
+        title=text(merged.get("title"), f"{where}: title") or identity,
+        config=text(merged.get("config"), f"{where}: config"),
+        overrides=_overrides(merged.get("overrides"), f"{where}: overrides"),
+        weights=None if merged.get("weights") is None else text(merged["weights"], f"{where}: weights", 4096),
         data=_data(merged.get("data"), where) if kind == DETECT else {},
         settings={k: v for k, v in merged.items() if k not in _ROW_KEYS} if kind == PRETRAIN else {},
         seeds=_seeds(merged.get("seeds", defaults.get("seeds", 1)), where),
-        baseline=None if merged.get("baseline") in (None, "", identity) else str(merged["baseline"]),
-        labels={str(k): str(v) for k, v in mapping(merged.get("labels"), f"{where}: labels").items()},
+        baseline=None
+        if merged.get("baseline") in (None, "", identity)
+        else text(merged["baseline"], f"{where}: baseline"),
+        labels=_labels(merged.get("labels"), f"{where}: labels"),
         references=texts(merged.get("reference", ()), f"{where}: reference"),
         expected=expected_of(merged.get("expected"), identity, f"{where}: expected"),
-        note=str(merged.get("note") or ""),
+        note=text(merged.get("note"), f"{where}: note", MAX_NOTE),
         optional=flag(merged.get("optional", False), f"{where}: optional"),
     )
 
@@ -266,18 +303,36 @@ def _data(value: Any, where: str) -> Mapping[str, str]:
         raise SuiteError(f"{where}: data: train_json and train_images are both needed")
     if data and not (data.get("val_json") and data.get("val_images")):
         raise SuiteError(f"{where}: data: val_json and val_images are missing; without validation there is no AP")
-    return {k: str(v) for k, v in data.items()}
+    return {k: text(v, f"{where}: data: {k}", 4096) for k, v in data.items()}
+
+
+def _overrides(value: Any, where: str) -> Mapping[str, Any]:
+    overrides = mapping(value, where)
+    for key, item in overrides.items():
+        if isinstance(item, Mapping):
+            raise SuiteError(f"{where}: {one_line(key)} must be a value, got keys; write SECTION.KEY: value")
+    return overrides
+
+
+def _labels(value: Any, where: str) -> Mapping[str, str]:
+    return {text(k, where): text(v, f"{where}: {one_line(k)}") for k, v in mapping(value, where).items()}
 
 
 def _seeds(value: Any, where: str) -> tuple[int, ...]:
     """3 means 1, 2, 3; a list is taken as it is."""
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_SEEDS:
         return tuple(range(1, value + 1))
-    if isinstance(value, list) and value and all(isinstance(s, int) and s >= 0 for s in value):
+    if isinstance(value, list) and 0 < len(value) <= MAX_SEEDS and all(_is_seed(seed) for seed in value):
         if len(set(value)) < len(value):
-            raise SuiteError(f"{where}: seeds {value} name one twice")
+            raise SuiteError(f"{where}: seeds {shown(value)} name one twice")
         return tuple(value)
-    raise SuiteError(f"{where}: seeds is {value!r}; give how many, or a list of whole numbers >= 0")
+    raise SuiteError(
+        f"{where}: seeds is {shown(value)}; give how many (at most {MAX_SEEDS}), or a list of whole numbers >= 0"
+    )
+
+
+def _is_seed(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _check_ids(rows: Sequence[Row], source: str) -> None:
@@ -291,7 +346,9 @@ def _check_ids(rows: Sequence[Row], source: str) -> None:
             continue
         base = next((r for r in rows if r.id == row.baseline), None)
         if base is None:
-            raise SuiteError(f"{source}: row '{row.id}': baseline: no row '{row.baseline}'{near(row.baseline, seen)}")
+            raise SuiteError(
+                f"{source}: row '{row.id}': baseline: no row {shown(row.baseline)}{near(row.baseline, seen)}"
+            )
         if base.kind != row.kind:
             raise SuiteError(f"{source}: row '{row.id}': baseline: '{base.id}' is a {base.kind} row, not {row.kind}")
 
@@ -307,6 +364,8 @@ def _tables(value: Any, rows: Sequence[Row], source: str) -> tuple[Table, ...]:
         return tuple(Table(headings[k], tuple(r.id for r in rows if r.kind == k)) for k in kinds)
     if not isinstance(value, list) or not value:
         raise SuiteError(f"{source}: tables must be a list of at least one table")
+    if len(value) > _MAX_TABLES:
+        raise SuiteError(f"{source}: tables has {len(value)} tables; at most {_MAX_TABLES} are possible")
     tables = []
     for number, entry in enumerate(value, 1):
         where = f"{source}: table {number}"
@@ -322,12 +381,12 @@ def _tables(value: Any, rows: Sequence[Row], source: str) -> tuple[Table, ...]:
             one_of(column, COLUMNS, f"{where}: columns")
         tables.append(
             Table(
-                title=str(content.get("title") or f"Table {number}"),
+                title=text(content.get("title"), f"{where}: title") or f"Table {number}",
                 rows=ids,
                 labels=texts(content.get("labels", ()), f"{where}: labels"),
                 columns=columns,
                 reference=_source(content.get("reference"), f"{where}: reference"),
-                note=str(content.get("note") or ""),
+                note=text(content.get("note"), f"{where}: note", MAX_NOTE),
                 grid=_grid(content.get("grid"), [r for r in rows if r.id in ids], where),
             )
         )
@@ -342,18 +401,20 @@ def _grid(value: Any, rows: Sequence[Row], where: str) -> Grid | None:
     for key in _GRID_KEYS:
         if key not in content:
             raise SuiteError(f"{where}: grid: {key} is missing")
-    one_of(str(content["value"]), COLUMNS, f"{where}: grid: value")
+    axes = {key: text(content[key], f"{where}: grid: {key}") for key in _GRID_KEYS}
+    one_of(axes["value"], COLUMNS, f"{where}: grid: value")
     for key in ("rows", "columns"):
         for row in rows:
-            if str(content[key]) not in row.labels:
-                raise SuiteError(f"{where}: grid: {key}: row '{row.id}' has no label '{content[key]}'")
-    return Grid(str(content["rows"]), str(content["columns"]), str(content["value"]))
+            if axes[key] not in row.labels:
+                raise SuiteError(f"{where}: grid: {key}: row '{row.id}' has no label {shown(axes[key])}")
+    return Grid(**axes)
 
 
 def _source(value: Any, where: str) -> str:
-    if value:
-        one_of(str(value), SOURCES, where)
-    return str(value or "")
+    name = text(value, where)
+    if name:
+        one_of(name, SOURCES, where)
+    return name
 
 
 def _ids(value: Any, rows: Sequence[Row], where: str) -> tuple[str, ...]:
@@ -363,7 +424,7 @@ def _ids(value: Any, rows: Sequence[Row], where: str) -> tuple[str, ...]:
     for pattern in texts(value, where):
         found = matching(pattern, known)
         if not found:
-            raise SuiteError(f"{where}: no row '{pattern}'{near(pattern, known)}")
+            raise SuiteError(f"{where}: no row {shown(pattern)}{near(pattern, known)}")
         out += [identity for identity in found if identity not in out]
     return tuple(out)
 
@@ -372,5 +433,18 @@ def matching(pattern: str, ids: Sequence[str]) -> list[str]:
     """Ids that are the pattern, or match it where it has a ``*`` that no id has."""
     if pattern in ids:
         return [pattern]
-    expression = re.compile(".*".join(re.escape(part) for part in pattern.split("*")))
-    return [identity for identity in ids if "*" in pattern and expression.fullmatch(identity)]
+    return [identity for identity in ids if "*" in pattern and _matches(pattern.split("*"), identity)]
+
+
+def _matches(parts: Sequence[str], name: str) -> bool:
+    """Whether a name has the parts of a pattern in their order, from its start to its end."""
+    first, *middle, last = parts
+    if not name.startswith(first) or not name.endswith(last) or len(name) < len(first) + len(last):
+        return False
+    at, end = len(first), len(name) - len(last)
+    for part in middle:
+        found = name.find(part, at, end)
+        if found < 0:
+            return False
+        at = found + len(part)
+    return True

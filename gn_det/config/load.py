@@ -1,25 +1,34 @@
 """Finding, reading and overriding configs, with every mistake named.
 
-A config is a Detectron2 YAML file (``_BASE_`` inheritance by fvcore). Unknown keys, duplicate keys and wrong types are
-errors that name file and key; :mod:`gn_det.config.check` then refuses what the embedded engine does not implement.
+A config is a Detectron2 YAML file with ``_BASE_`` inheritance as in fvcore. Unknown keys, duplicate keys and wrong
+types are errors that name file and key; :mod:`gn_det.config.check` then refuses what the embedded engine does not
+implement.
 """
 
 from __future__ import annotations
 
-import ast
+import copy
 import difflib
+import functools
 import importlib.util
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
 from fvcore.common.config import BASE_KEY
 from fvcore.common.config import CfgNode as CN
 
-from gn_det.config.check import OTHER_MODELS, check_config
+from gn_det.config.check import OTHER_MODELS, check_config, check_ranges
 from gn_det.config.defaults import get_cfg
+from gn_det.config.reader import MAX_BYTES, MAX_DEPTH, parse_yaml, python_value, read_yaml
 from gn_det.errors import ConfigError
+from gn_det.text import one_line, shown
+
+#: Files that a config and its bases may be.
+MAX_FILES = 100
 
 
 def _configs_dir() -> Path:
@@ -34,19 +43,31 @@ def shipped_configs() -> list[str]:
     return sorted(p.name for p in _configs_dir().glob("*.yaml") if not p.name.startswith("Base-"))
 
 
+def _by_name(folder: Path, name: str) -> Path | None:
+    """The file of a name inside ``folder``, with or without ``.yaml``; None where there is none."""
+    wanted = name if name.endswith((".yaml", ".yml")) else f"{name}.yaml"
+    if PurePath(wanted).anchor or "\\" in wanted or ".." in wanted.split("/"):
+        return None
+    return folder / wanted if os.path.isfile(folder / wanted) else None
+
+
+def _near(name: str, names: Sequence[str], n: int = 3, cutoff: float = 0.6) -> list[str]:
+    """The names that are most like one; nothing is like a very long one."""
+    return difflib.get_close_matches(name, names, n, cutoff) if len(name) <= 200 else []
+
+
 def shipped_config(name: str) -> Path:
     """Path of a shipped config by its bare name, with or without ``.yaml``.
 
     Raises:
         ConfigError: there is none; the message lists the nearest names.
     """
-    wanted = name if name.endswith((".yaml", ".yml")) else f"{name}.yaml"
-    path = _configs_dir() / wanted
-    if path.is_file() and path.parent == _configs_dir():
+    path = None if "/" in name else _by_name(_configs_dir(), name)
+    if path is not None:
         return path
     names = shipped_configs()
-    near = difflib.get_close_matches(wanted, names, n=3) or names
-    raise ConfigError(f"config '{name}' is neither a file nor a shipped config; did you mean {', '.join(near)}?")
+    near = _near(name if name.endswith((".yaml", ".yml")) else f"{name}.yaml", names) or names
+    raise ConfigError(f"config {shown(name)} is neither a file nor a shipped config; did you mean {', '.join(near)}?")
 
 
 def _zoo_dir() -> Path | None:
@@ -65,10 +86,7 @@ def _zoo_dir() -> Path | None:
 def zoo_config(name: str) -> Path | None:
     """Detectron2's own config of a name as in its model zoo (``Misc/mask_rcnn_R_50_FPN_3x_gn.yaml``), or None."""
     folder = _zoo_dir()
-    if folder is None or Path(name).is_absolute() or ".." in Path(name).parts:
-        return None
-    wanted = folder / (name if name.endswith((".yaml", ".yml")) else f"{name}.yaml")
-    return wanted if wanted.is_file() else None
+    return None if folder is None else _by_name(folder, name)
 
 
 def _no_zoo_config(name: str) -> ConfigError:
@@ -77,10 +95,10 @@ def _no_zoo_config(name: str) -> ConfigError:
     names = [] if folder is None else [p.relative_to(folder).as_posix() for p in folder.glob("*/*.yaml")]
     if name.partition("/")[0] not in {n.partition("/")[0] for n in names}:
         missing = "" if folder else " (names of Detectron2's model zoo need Detectron2 installed)"
-        return ConfigError(f"config '{name}' does not exist{missing}")
-    near = difflib.get_close_matches(name, names, n=3)
+        return ConfigError(f"config {shown(name)} does not exist{missing}")
+    near = _near(name, names)
     hint = f"; did you mean {', '.join(near)}?" if near else ""
-    return ConfigError(f"config '{name}' is neither a file nor in Detectron2's model zoo{hint}")
+    return ConfigError(f"config {shown(name)} is neither a file nor in Detectron2's model zoo{hint}")
 
 
 def resolve_config(name_or_path: str) -> Path:
@@ -92,11 +110,13 @@ def resolve_config(name_or_path: str) -> Path:
     Raises:
         ConfigError: neither; the message lists the nearest names.
     """
-    path = Path(name_or_path).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(name_or_path))
+    if os.path.isfile(path):
         return path
-    if path.is_dir():
-        raise ConfigError(f"config '{name_or_path}' is a folder; name a .yaml file")
+    if os.path.isdir(path):
+        raise ConfigError(f"config {shown(name_or_path)} is a folder; name a .yaml file")
+    if os.path.exists(path):
+        raise ConfigError(f"config {shown(name_or_path)} is a pipe or device; name a .yaml file")
     if len(path.parts) > 1 and path.parts[0] != "configs":
         zoo = zoo_config(name_or_path)
         if zoo is None:
@@ -115,41 +135,6 @@ _SCHEDULE_KEYS = (
     "SOLVER.IMS_PER_BATCH",
     "TEST.EVAL_PERIOD",
 )
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """A safe loader to which a key that stands twice is an error (plain YAML silently keeps the last)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            key = str(key_node.value)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"config file {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"config file {path} cannot be read: {e}") from None
-    try:
-        loaded = yaml.load(text, Loader=_StrictLoader)
-    except yaml.MarkedYAMLError as e:
-        mark = e.problem_mark
-        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"config file {path}{where}: {e.problem or 'not valid YAML'}") from None
-    except yaml.YAMLError as e:
-        raise ConfigError(f"config file {path} is not valid YAML: {' '.join(str(e).split())}") from None
-    if loaded is None:
-        raise ConfigError(f"config file {path} is empty")
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"config file {path} must hold keys and values, not a {type(loaded).__name__}")
-    return loaded
 
 
 def known_keys(cfg: CN) -> list[str]:
@@ -180,19 +165,17 @@ def _unknown_key(dotted: str, cfg: CN, source: str) -> ConfigError:
     keys = known_keys(cfg)
     last = dotted.rpartition(".")[2].upper()
     near = [k for k in keys if k.rpartition(".")[2] == last]
-    near = near or difflib.get_close_matches(dotted.upper(), keys, n=1, cutoff=0.75)
+    near = near or _near(dotted.upper(), keys, n=1, cutoff=0.75)
     if not near:
         tails = sorted({k.rpartition(".")[2] for k in keys})
-        close = difflib.get_close_matches(last, tails, n=1)
+        close = _near(last, tails, n=1)
         near = [k for k in keys if close and k.rpartition(".")[2] == close[0]]
     hint = f"did you mean {' or '.join(near[:3])}?" if near else "see gn_det/config/defaults.py for all keys"
-    return ConfigError(f"{source}: unknown key {dotted}; {hint}")
+    return ConfigError(f"{source}: unknown key {one_line(dotted)}; {hint}")
 
 
 def _check_keys(loaded: Mapping[str, Any], cfg: CN, source: str, prefix: str = "") -> None:
     for name, value in loaded.items():
-        if name == BASE_KEY:
-            continue
         dotted = f"{prefix}{name}"
         try:
             known = _lookup(cfg, dotted)
@@ -200,31 +183,79 @@ def _check_keys(loaded: Mapping[str, Any], cfg: CN, source: str, prefix: str = "
             raise _unknown_key(dotted, cfg, source) from None
         if isinstance(known, Mapping) != isinstance(value, Mapping):
             kind = "a section with keys of its own" if isinstance(known, Mapping) else "a single value"
-            raise ConfigError(f"{source}: {dotted} is {kind}, got {value!r}")
+            raise ConfigError(f"{source}: {dotted} is {kind}, got {shown(value)}")
         if isinstance(value, Mapping):
             _check_keys(value, cfg, source, f"{dotted}.")
 
 
-def _check_files(path: Path, cfg: CN, chain: tuple[Path, ...] = ()) -> None:
-    """Check keys of a config file and of all its bases, so that an error names the file that holds the key."""
-    path = path.resolve()
-    if path in chain:
-        raise ConfigError(f"config file {path}: {BASE_KEY} leads back to the file itself")
-    loaded = read_yaml(path)
-    bases = loaded.get(BASE_KEY, [])
-    bases = bases if isinstance(bases, list) else [bases]
+#: A file, and the folder in which its bases are looked for (another one than the file's where it is a link).
+_Place = tuple[Path, Path]
+
+
+@dataclass
+class _Files:
+    """A config file and its bases: each is read and checked once, however many files name it."""
+
+    cfg: CN
+    merged: dict[_Place, dict[str, Any]] = field(default_factory=dict)
+    left: int = MAX_BYTES
+
+    def load(self, path: Path, chain: tuple[_Place, ...] = ()) -> dict[str, Any]:
+        """Keys and values of a file over those of its bases, in fvcore's order."""
+        source = f"config file {one_line(str(path), 300)}"
+        try:
+            place = (path.resolve(), path.parent.resolve())
+            self.left -= path.stat().st_size
+        except (OSError, RuntimeError, ValueError):  # it is gone, or a name that no file can have
+            place = (path, path.parent)
+        if place in chain:
+            raise ConfigError(f"{source}: {BASE_KEY} leads back to the file itself")
+        if place in self.merged:
+            return copy.deepcopy(self.merged[place])
+        if len(self.merged) + len(chain) >= MAX_FILES or self.left < 0:
+            raise ConfigError(f"{source}: {BASE_KEY} leads to more than {MAX_FILES} files or {MAX_BYTES // 1024} kB")
+        loaded = read_yaml(path)
+        bases = _bases(loaded.pop(BASE_KEY, []), source)
+        _check_keys(loaded, self.cfg, str(path))
+        merged: dict[str, Any] = {}
+        for base in bases:
+            _merge(self.load(_base_path(path, base, source), (*chain, place)), merged)
+        _merge(loaded, merged)
+        self.merged[place] = merged
+        return copy.deepcopy(merged)
+
+
+def _bases(value: Any, source: str) -> list[str]:
+    bases = value if isinstance(value, list) else [value]
     if not all(isinstance(base, str) and base for base in bases):
-        raise ConfigError(
-            f"config file {path}: {BASE_KEY} must name a file or a list of files, got {loaded[BASE_KEY]!r}"
-        )
-    for base in bases:
-        base_path = path.parent / Path(base).expanduser()
-        if not base_path.is_file():
-            shipped = _configs_dir() / str(base)
-            hint = f"; the shipped one is {shipped}" if shipped.is_file() else ""
-            raise ConfigError(f"config file {path}: {BASE_KEY} '{base}' does not exist (looked for {base_path}){hint}")
-        _check_files(base_path, cfg, (*chain, path))
-    _check_keys(loaded, cfg, str(path))
+        raise ConfigError(f"{source}: {BASE_KEY} must name a file or a list of files, got {shown(value)}")
+    return bases
+
+
+def _base_path(path: Path, base: str, source: str) -> Path:
+    """Where a base lies: relative to the folder of the file that names it; ``~`` is the home folder."""
+    if "://" in base:
+        raise ConfigError(f"{source}: {BASE_KEY} {shown(base)} is a URL; download the file and name its path")
+    found = Path(os.path.join(path.parent, os.path.expanduser(base)))
+    if not os.path.isfile(found):
+        shipped = None if "/" in base else _by_name(_configs_dir(), base)
+        hint = f"; the shipped one is {shipped}" if shipped else ""
+        looked = one_line(str(found), 300)
+        raise ConfigError(f"{source}: {BASE_KEY} {shown(base)} does not exist (looked for {looked}){hint}")
+    return found
+
+
+def _merge(source: Mapping[str, Any], into: dict[str, Any]) -> None:
+    for name, value in source.items():
+        if isinstance(value, dict) and name in into:
+            _merge(value, into[name])
+        else:
+            into[name] = value
+
+
+@functools.lru_cache(maxsize=1)
+def _default_values() -> dict[str, Any]:
+    return dict(_leaves(get_cfg()))
 
 
 def _typed(value: Any, default: Any) -> Any:
@@ -240,22 +271,34 @@ def _typed(value: Any, default: Any) -> Any:
     if isinstance(value, str):
         words = {"true": True, "false": False, "none": None}
         try:
-            value = words[value.lower()] if value.lower() in words else ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+            value = words[value.lower()] if value.lower() in words else python_value(value)
+        except ValueError:
             if not isinstance(default, (tuple, list)):
                 raise TypeError from None
     if default is None:
-        return value
+        if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+            return value
+        raise TypeError
     if isinstance(default, (tuple, list)):
         items = type(default)(value if isinstance(value, (tuple, list)) else (value,))
-        if default and not all(_same_kind(item, default[0]) for item in items):
+        if not _is_plain(items) or (default and not all(_same_kind(item, default[0]) for item in items)):
             raise TypeError
         return items
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise TypeError from None
     if type(value) is not type(default):
         raise TypeError
     return value
+
+
+def _is_plain(value: Any, depth: int = 0) -> bool:
+    """Whether a list holds only values that a config can have."""
+    if isinstance(value, (list, tuple)):
+        return depth < MAX_DEPTH and all(_is_plain(item, depth + 1) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _same_kind(item: Any, example: Any) -> bool:
@@ -270,19 +313,19 @@ def _same_kind(item: Any, example: Any) -> bool:
 def _set(cfg: CN, dotted: str, value: Any, source: str) -> None:
     section, _, name = dotted.rpartition(".")
     node = _lookup(cfg, section) if section else cfg
+    default = _default_values().get(dotted, node[name])
     try:
-        node[name] = _typed(value, node[name])
+        node[name] = _typed(value, default)
     except TypeError:
-        kind = "None or a number" if node[name] is None else type(node[name]).__name__
+        kind = "None or a number" if default is None else type(default).__name__
         raise ConfigError(
-            f"{source}: {dotted} must be of type {kind} (such as {node[name]!r}), got {value!r}"
+            f"{source}: {dotted} must be of type {kind} (such as {default!r}), got {shown(value)}"
         ) from None
 
 
 def merge_file(cfg: CN, path: Path) -> None:
     """Merge a config file with its bases into ``cfg``; see :func:`load_config` for the errors."""
-    _check_files(path, cfg)
-    for dotted, value in _leaves(CN.load_yaml_with_base(str(path))):
+    for dotted, value in _leaves(_Files(cfg).load(path)):
         _set(cfg, dotted, value, str(path))
 
 
@@ -307,13 +350,15 @@ def _pairs(words: Sequence[str]) -> Iterator[tuple[str, str]]:
     it = iter(words)
     for word in it:
         if word.startswith("-"):
-            raise ConfigError(f"command line: unknown option {word}; see --help (config keys are written KEY VALUE)")
+            raise ConfigError(
+                f"command line: unknown option {one_line(word)}; see --help (config keys are written KEY VALUE)"
+            )
         key, equals, value = word.partition("=")
         if not equals:
             try:
                 value = next(it)
             except StopIteration:
-                raise ConfigError(f"command line: key {word} has no value; write {word} VALUE") from None
+                raise ConfigError(f"command line: key {one_line(word)} has no value; write KEY VALUE") from None
         yield key, value
 
 
@@ -366,12 +411,13 @@ def parse_config(text: str, source: str) -> CN:
     """A config from its YAML text, such as the one stored in a checkpoint; unknown keys are an error."""
     cfg = get_cfg()
     try:
-        loaded = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError:
-        loaded = None
+        loaded = parse_yaml(text, "its YAML")
+    except ConfigError as error:
+        raise ConfigError(f"{source}: the stored config is not readable ({error}); name one with --config") from None
     if not isinstance(loaded, dict):
         raise ConfigError(f"{source}: the stored config is not readable; name one with --config")
     _check_keys(loaded, cfg, source)
     for dotted, value in _leaves(loaded):
         _set(cfg, dotted, value, source)
+    check_ranges(cfg, f"{source}: ")
     return cfg

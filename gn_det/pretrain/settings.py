@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from gn_det.errors import ConfigError
+from gn_det.text import one_line, shown
 
 #: ResNets for images of ImageNet's size: their backbones are those of the detection configs.
 DEPTHS = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101}
@@ -85,25 +86,19 @@ class Settings:
         _one_of("amp", self.amp, AMP)
         for name in ("data", "output", "device"):
             value = getattr(self, name)
-            if not isinstance(value, str) or not value:
-                raise ConfigError(f"pretrain {name} is {value!r}; give a text such as {_EXAMPLES[name]!r}")
-        for name, least in (("groups", 1), ("channels_per_group", 1), ("image_size", 8), ("images", 10)):
-            if getattr(self, name) is not None:
-                _whole(name, getattr(self, name), least)
-        for name, least in (("batch_size", 1), ("seed", 0), ("workers", 0)):
-            _whole(name, getattr(self, name), least)
-        for name, low, high in (
-            ("epochs", 0.0, math.inf),
-            ("lr", 0.0, math.inf),
-            ("gamma", 0.0, 1.0),
-        ):
-            if not (name == "lr" and self.lr is None):
-                _number(name, getattr(self, name), low, high, open_low=True)
-        _number("momentum", self.momentum, 0.0, 1.0)
-        _number("weight_decay", self.weight_decay, 0.0, math.inf)
+            if not isinstance(value, str) or not value or len(value) > 4096 or not _CONTROL.isdisjoint(value):
+                raise ConfigError(f"pretrain {name} is {shown(value)}; give a text such as {_EXAMPLES[name]!r}")
+        for name, (least, most) in _WHOLE.items():
+            value = getattr(self, name)
+            if not (value is None and name in _OPTIONAL):
+                _whole(name, value, least, most)
+        for name, (low, high, above) in _NUMBERS.items():
+            value = getattr(self, name)
+            if not (value is None and name in _OPTIONAL):
+                _number(name, value, low, high, above)
         for name in ("color", "stride_in_1x1"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"pretrain {name} is {getattr(self, name)!r}; use True or False")
+                raise ConfigError(f"pretrain {name} is {shown(getattr(self, name))}; use True or False")
         self._check_together()
 
     def _check_together(self) -> None:
@@ -123,7 +118,9 @@ class Settings:
                 f"pretrain image_size is not given: {self.arch} on a folder of images needs it, such as 32"
             )
         if self.images is not None and self.data != "shapes":
-            raise ConfigError(f"pretrain images is {self.images}, but data is {self.data!r}; it is for shapes alone")
+            raise ConfigError(
+                f"pretrain images is {self.images}, but data is {shown(self.data)}; it is for shapes alone"
+            )
         if self.data == "digits" and self.arch not in SMALL:
             raise ConfigError(
                 f"pretrain arch is {self.arch}, but digits are of 8x8 pixels; use one of {', '.join(SMALL)}"
@@ -155,13 +152,34 @@ class Settings:
         known = [f.name for f in fields(cls)]
         for name in values:
             if name not in known:
-                raise ConfigError(f"pretrain {name}: no such setting; they are {', '.join(known)}")
+                raise ConfigError(f"pretrain {one_line(name)}: no such setting; they are {', '.join(known)}")
         for name in ("arch", "norm", "data", "output"):
             if name not in values:
                 raise ConfigError(f"pretrain {name} is missing")
         return cls(**values)
 
 
+#: Whole numbers and their ends.
+_WHOLE = {
+    "groups": (1, 8192),
+    "channels_per_group": (1, 8192),
+    "image_size": (8, 4096),
+    "images": (10, 1_000_000),
+    "batch_size": (1, 65_536),
+    "seed": (0, 2**63 - 1),
+    "workers": (0, 1024),
+}
+#: Numbers, their ends, and whether the lower end itself is too low.
+_NUMBERS = {
+    "epochs": (0.0, 1e6, True),
+    "lr": (0.0, 1000.0, True),
+    "gamma": (0.0, 1.0, True),
+    "momentum": (0.0, 1.0, False),
+    "weight_decay": (0.0, 1000.0, False),
+}
+#: Those that may be None.
+_OPTIONAL = ("groups", "channels_per_group", "image_size", "images", "lr")
+_CONTROL = frozenset(map(chr, [*range(32), *range(127, 160)]))
 _EXAMPLES = {"data": "imagenet/", "output": "output/pretrain", "device": "auto"}
 
 
@@ -178,28 +196,27 @@ def lr_at(settings: Settings, lr: float, iteration: int, total: int) -> float:
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"pretrain {name} is {value!r}; use one of {', '.join(allowed)}")
+    if not isinstance(value, str) or value not in allowed:
+        raise ConfigError(f"pretrain {name} is {shown(value)}; use one of {', '.join(allowed)}")
 
 
-def _whole(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"pretrain {name} is {value!r}; use a whole number of at least {least}")
+def _whole(name: str, value: Any, least: int, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ConfigError(f"pretrain {name} is {shown(value)}; use a whole number of {least} to {most}")
 
 
-def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or value > high or value < low or (open_low and value == low):
-        least = f"above {low:g}" if open_low else f"from {low:g}"
-        most = "" if math.isinf(high) else f" up to {high:g}"
-        raise ConfigError(f"pretrain {name} is {value!r}; use a number {least}{most}")
+def _number(name: str, value: Any, low: float, high: float, above: bool) -> None:
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+    if not good or (above and value == low):
+        least = f"above {low:g}" if above else f"from {low:g}"
+        raise ConfigError(f"pretrain {name} is {shown(value)}; use a number {least} up to {high:g}")
 
 
 def _steps(values: Any) -> tuple[float, ...]:
     try:
-        steps = tuple(float(v) for v in values)
-    except (TypeError, ValueError):
+        steps = tuple(float(v) for v in values) if isinstance(values, (list, tuple)) else (math.nan,)
+    except (TypeError, ValueError, OverflowError):
         steps = (math.nan,)
-    if any(not 0 < s < 1 for s in steps) or list(steps) != sorted(set(steps)):
-        raise ConfigError(f"pretrain steps is {values!r}; use rising parts of the training between 0 and 1")
+    if any(not 0 < s < 1 for s in steps) or list(steps) != sorted(set(steps)) or len(steps) > 1000:
+        raise ConfigError(f"pretrain steps is {shown(values)}; use rising parts of the training between 0 and 1")
     return steps

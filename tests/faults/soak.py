@@ -28,6 +28,7 @@ PARTS = {
     "ranks": ("soak_kills", "ranks"),
     "json": ("soak_json", "mutations"),
     "yaml": ("soak_yaml", "mutations"),
+    "structures": ("soak_structures", "structures"),
     "images": ("soak_images", "mutations"),
     "disk": ("soak_disk", "disk"),
     "clock": ("soak_rest", "clock"),

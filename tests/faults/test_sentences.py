@@ -38,7 +38,7 @@ REFUSED = {
         ["SOLVER.IMS_PER_BATCH", "100000000000"],
         "SOLVER.IMS_PER_BATCH = 100000000000 must be between 1 and 65536",
     ),
-    "negative hours": (["SOLVER.MAX_HOURS", "-1"], "SOLVER.MAX_HOURS = -1.0 must be >= 0"),
+    "negative hours": (["SOLVER.MAX_HOURS", "-1"], "SOLVER.MAX_HOURS = -1.0 must be between 0 and 100000"),
     "decay of 1": (["SOLVER.EMA.DECAY", "1.0"], "SOLVER.EMA.DECAY = 1.0 must be at least 0 and below 1"),
 }
 

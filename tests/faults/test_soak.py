@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from faults import soak, soak_images, soak_json
+from faults import soak, soak_images, soak_json, soak_structures
 from faults.soak_case import Case, Failure
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -20,6 +20,14 @@ def test_mutations_end_in_one_line_or_in_the_right_values(part: object, size: fl
     assert sum(count for _, count in outcomes) == int(case.figures[0][1]) >= 30
     assert any("refused in one line" in what for what, _ in outcomes)
     assert not any("OTHER" in what for what, _ in outcomes)
+
+
+def test_hostile_structures_end_in_one_line(tmp_path: Path) -> None:
+    case = Case("structures", 0.02, tmp_path, tmp_path)
+    soak_structures.structures(case)
+    outcomes = {what.strip(): int(count) for what, count in case.figures if what.startswith("  ")}
+    assert sum(outcomes.values()) == 200 and not any("OTHER" in what for what in outcomes)
+    assert {what.partition(":")[0] for what in outcomes} == {"config", "stored config", "bases", "overrides", "suite"}
 
 
 def test_a_failing_part_is_told_and_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
