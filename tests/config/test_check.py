@@ -1,4 +1,4 @@
-"""Limits of single keys and of keys that depend on each other: the last good value passes, the first bad one does not."""
+"""Limits of single keys, and of keys that depend on each other: the last good value passes, the first bad one fails."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_batch_is_divided_evenly() -> None:
     cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE = 6, 3
     check_config(cfg)
     cfg.SOLVER.ACCUMULATE = 4
-    with pytest.raises(ConfigError, match="must be a multiple of SOLVER.ACCUMULATE 4"):
+    with pytest.raises(ConfigError, match=r"must be a multiple of SOLVER\.ACCUMULATE 4"):
         check_config(cfg)
 
 
