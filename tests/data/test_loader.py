@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from gn_det.data.catalog import DatasetSource
 from gn_det.data.coco import CocoDataset, load_coco
 from gn_det.data.loader import build_test_loader, build_train_loader
 from gn_det.data.shapes import make_shapes
-from gn_det.data.transport import pack_samples, unpack_samples
+from gn_det.data.transport import pack_samples, shared_memory_fits, unpack_samples
 from gn_det.errors import ConfigError, DataError
 from gn_det.structures import Sample
 
@@ -260,3 +261,16 @@ def test_other_errors_are_not_taken_for_a_dead_worker() -> None:
         loader_module.worker_failure(RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed. "))
         is not None
     )
+
+
+@pytest.mark.parametrize(("each", "fits"), [(132, True), (134, False)])
+def test_shared_memory_must_hold_all_batches_in_flight(each: int, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 workers with 3 batches each, in four fifths of what is free; any size where the system has no such limit."""
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert shared_memory_fits(2, each) is fits
+
+    def missing(path: str) -> Any:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr("shutil.disk_usage", missing)
+    assert shared_memory_fits(2, 10**15)

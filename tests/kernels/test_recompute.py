@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gn_det.kernels import group_norm_act, saving
+from gn_det.kernels.recompute import Recipe, keep_input
 from gn_det.modeling.heads import BoxHead, MaskHead
 from gn_det.modeling.layers import ConvNorm
 from gn_det.modeling.resnet import ResNet
@@ -159,3 +160,45 @@ def test_activation_checkpointing() -> None:
     checkpoint(model, x, use_reentrant=False).square().sum().backward()
     usual(x).square().sum().backward()
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), usual.parameters()))
+
+
+def test_a_recipe_fits_its_y_alone() -> None:
+    """Also a y that was written into before; not a part of it, and not once somebody has changed it."""
+    y = torch.zeros(2, 3).add_(1)
+    recipe = Recipe(lambda: y)
+    recipe.leave_on(y)
+    assert recipe.fits(y) and recipe.fits(y.view(6))
+    assert not recipe.fits(y[1:]) and not recipe.fits(y.clone())
+    y.add_(1)
+    assert not recipe.fits(y)
+
+
+def test_only_gamma_and_beta_need_gradients() -> None:
+    """Behind a frozen layer x needs none, and y is left out all the same."""
+    x, w, b = torch.randn(1, 4, 3, 3), torch.ones(4, requires_grad=True), torch.zeros(4)
+    y = group_norm_act(x, 2, w, b, recompute=True)
+    assert hasattr(y, "_gn_det_recipe")
+    usual = torch.ones(4, requires_grad=True)
+    expected = torch.autograd.grad(group_norm_act(x, 2, usual, b).square().sum(), usual)[0]
+    assert torch.equal(torch.autograd.grad(y.square().sum(), w)[0], expected)
+
+
+def test_y_is_made_again_under_the_autocast_of_the_forward_pass() -> None:
+    """The backward pass usually runs outside of it."""
+    x, w, b = torch.randn(3, 4), torch.randn(4, 4, requires_grad=True), torch.zeros(4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = keep_input(lambda x, w, b: (x @ w).relu() + b.to(x.dtype), x, w, b)
+        low = keep_input(lambda x, w, b: (x @ w).relu(), x, w, b)
+    assert low.dtype == torch.bfloat16 and y.dtype == torch.float32
+    for made in (low, y):
+        again = getattr(made, "_gn_det_recipe").y()  # noqa: B009 - no attribute that a tensor is known to have
+        assert again.dtype == made.dtype and torch.equal(again, made)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit", "ignore:Converting a tensor to a Python boolean")
+def test_an_exported_graph_has_no_function_of_ours() -> None:
+    """It must run where gn_det is not installed, also where it is traced with gradients."""
+    model, x = chain(recompute=True), torch.randn(2, 8, 6, 5)
+    traced = torch.jit.trace(model, x)
+    assert "PythonOp" not in str(traced.inlined_graph) and "KeepInput" not in str(traced.inlined_graph)
+    assert torch.equal(traced(x), model(x))

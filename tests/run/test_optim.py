@@ -9,6 +9,7 @@ from training.cases import Tiny
 
 from gn_det.config import get_cfg
 from gn_det.errors import ConfigError
+from gn_det.run.learner import Learner
 from gn_det.run.optim import build_optimizer, clip_gradients, format_groups, group_rows
 
 
@@ -75,3 +76,33 @@ def test_full_model_clipping_keeps_the_direction() -> None:
     a.grad, b.grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
     clip_gradients(cfg, [a, b])
     assert torch.cat([a.grad, b.grad]).tolist() == pytest.approx([0.6, 0.0, 0.8], abs=1e-5)
+
+
+def test_a_bias_decay_of_zero_is_a_decay() -> None:
+    """0 is a value, None leaves the choice to the other rules."""
+    cfg, model = get_cfg(), Tiny()
+    cfg.SOLVER.WEIGHT_DECAY_BIAS = 0.0
+    assert decay_of(model, build_optimizer(cfg, model))["conv.bias"] == 0.0
+    cfg.SOLVER.WEIGHT_DECAY_BIAS = None
+    assert decay_of(model, build_optimizer(cfg, model))["conv.bias"] == 1e-4
+
+
+def test_the_rate_of_most_tensors_is_the_one_that_is_logged() -> None:
+    """As Detectron2 logs it, wherever that group stands."""
+    few, many = [nn.Parameter(torch.zeros(9))], [nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": few, "lr": 0.3}, {"params": many, "lr": 0.2}], lr=0.1)
+    learner = Learner(nn.Linear(1, 1), optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0))
+    learner.note_lr()
+    assert learner.lr == 0.2
+
+
+def test_waiting_for_data_adds_up_over_micro_batches() -> None:
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    learner = Learner(model, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0))
+    for waited, loss in ((0.5, 1.0), (0.25, 3.0)):
+        learner.waited = waited
+        learner.total_loss(lambda batch, loss=loss: {"loss": torch.tensor(loss)}, [{"image_id": 1}])
+        learner.check()
+    learner.finish_iteration()
+    assert learner.data_time == 0.75 and learner.losses == {"loss": 2.0}

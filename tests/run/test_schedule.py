@@ -125,3 +125,13 @@ def test_scheduler_is_a_torch_scheduler() -> None:
     cfg = cfg_of(SCHEDULES["multistep"])
     scheduler = build_lr_scheduler(cfg, build_optimizer(cfg, Tiny()))
     assert isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler)
+
+
+def test_another_batch_keeps_the_end_of_a_cosine_and_what_was_typed() -> None:
+    """BASE_LR_END keeps its proportion to BASE_LR; a typed EVAL_PERIOD stays, a CHECKPOINT_PERIOD follows."""
+    keys = ["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SOLVER.BASE_LR", 0.02, "SOLVER.BASE_LR_END", 0.002]
+    keys += ["SOLVER.REFERENCE_BATCH", 16, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 100]
+    keys += ["TEST.EVAL_PERIOD", 10, "SOLVER.CHECKPOINT_PERIOD", 20, "SOLVER.NO_RESCALE", ("TEST.EVAL_PERIOD",)]
+    cfg, _ = scale_schedule(cfg_of(keys), 1, 0)
+    assert pytest.approx(0.005) == cfg.SOLVER.BASE_LR and pytest.approx(0.0005) == cfg.SOLVER.BASE_LR_END
+    assert (cfg.SOLVER.MAX_ITER, cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD) == (400, 10, 80)

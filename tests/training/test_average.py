@@ -152,3 +152,15 @@ def test_time_for_the_last_evaluation_is_kept_back(monkeypatch: pytest.MonkeyPat
     now[0] += 1
     assert hours.used_up()
     assert not budget.TimeBudget(0.0).used_up()
+
+
+def test_the_weights_that_learn_are_put_back_once() -> None:
+    """A signal during the evaluation puts them back, and so does its end: what was learnt in between must stay."""
+    model = nn.Linear(2, 1)
+    average = WeightAverage(model, 0.5)
+    average.put_in(model)
+    average.put_back(model)
+    with torch.no_grad():
+        model.weight.fill_(7.0)
+    average.put_back(model)
+    assert torch.equal(model.weight, torch.full((1, 2), 7.0))

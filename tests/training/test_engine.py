@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from gn_det.config import load_config
 from gn_det.errors import ConfigError, DataError, TrainingError, WeightsError
 from gn_det.training import engine
+from gn_det.training.hooks import KeeperCallback
 
 SMALL = [
     "MODEL.DEVICE", "cpu", "MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_BOX_HEAD.NUM_CONV", "1",
@@ -186,3 +188,17 @@ def test_log_on_a_full_disk_is_silent(tmp_path: Path, capfd: pytest.CaptureFixtu
     with run_log(tmp_path):
         logging.getLogger("gn_det.test").info("a line")
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_the_keeper_gets_the_scaler_and_a_stop_stays_one() -> None:
+    """Lightning's gradient scaler goes into checkpoints; where Lightning itself wants to stop, the keeper's no is none."""
+    seen: list[Any] = []
+    keeper = SimpleNamespace(start=seen.append, after_iteration=lambda metrics: False)
+    callback, module = KeeperCallback(keeper, 1), SimpleNamespace(model=object())  # type: ignore[arg-type]
+    trainer: Any = SimpleNamespace(precision_plugin=SimpleNamespace(scaler="a scaler"), should_stop=False)
+    callback.on_train_start(trainer, module)
+    assert seen == ["a scaler"]
+    for asked in (False, True):
+        trainer.should_stop = asked
+        callback.on_train_batch_end(trainer, module, None, None, 0)
+        assert trainer.should_stop is asked

@@ -197,6 +197,13 @@ def test_best_is_kept_and_patience_stops(tmp_path: Path, caplog: pytest.LogCaptu
     assert "Stopped early" in caplog.text and results["bbox/AP"] != results["bbox/AP"]
 
 
+def test_an_equal_metric_is_no_better_one(tmp_path: Path) -> None:
+    """The first of equals is kept, and TEST.PATIENCE counts the others."""
+    run(tmp_path, ["TEST.EVAL_PERIOD", 4], evaluate=scripted([3.0, 3.0, 3.0]))
+    assert torch.load(tmp_path / "model_best.pth", weights_only=True)["iteration"] == 3
+    assert torch.load(tmp_path / "model_final.pth", weights_only=True)["gn_det"]["stale"] == 2
+
+
 def test_best_survives_resume(tmp_path: Path) -> None:
     """A resumed run does not overwrite model_best.pth with something worse."""
     with pytest.raises(Interrupted):

@@ -1,0 +1,109 @@
+"""Limits of single keys, and of keys that depend on each other: the last good value passes, the first bad one fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gn_det.config import get_cfg, load_config
+from gn_det.config.check import check_config
+from gn_det.config.load import merge_overrides, resolve_config
+from gn_det.errors import ConfigError
+
+
+def put(key: str, value: Any) -> Any:
+    """The defaults with one value, of whatever type, put in."""
+    cfg = get_cfg()
+    section, _, name = key.rpartition(".")
+    node = cfg
+    for part in section.split(".") if section else ():
+        node = node[part]
+    node[name] = value
+    return cfg
+
+
+@pytest.mark.parametrize(
+    ("key", "good", "bad"),
+    [
+        ("MODEL.BACKBONE.FREEZE_AT", [0, 5], [-1, 6]),
+        ("MODEL.RPN.IOU_THRESHOLDS", [[0.3, 0.7], [0.1]], [[0.0, 0.7], [0.3, 0.3], [0.7, 0.3]]),
+        ("MODEL.PIXEL_MEAN", [[1.0, 2.0, 3.0]], [[1.0, 2.0], [1.0, 2.0, 3.0, 4.0]]),
+        ("MODEL.PIXEL_STD", [[1.0, 2.0, 3.0]], [[1.0, 2.0], [1.0, 2.0, 3.0, 4.0], [1.0, 0.0, 1.0]]),
+        ("MODEL.RESNETS.DEFORM_ON_PER_STAGE", [[False] * 4], [[False] * 3, [False] * 5]),
+        ("DATASETS.PROPOSAL_FILES_TRAIN", [()], [("a",)]),
+        ("MODEL.ROI_HEADS.IN_FEATURES", [["res4"], ["stem"]], [["p2"], ["res6"]]),
+        ("SOLVER.GAMMA", [0.1], [float("nan"), float("inf")]),
+        ("SOLVER.MOMENTUM", [0.0, 0.99], [1.0, -0.1]),
+        ("SOLVER.IMS_PER_BATCH", [1, 65536], [0, 65537]),
+        ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", [0.0, 1.0], [-0.1, 1.1]),
+    ],
+)
+def test_limits(key: str, good: list[Any], bad: list[Any]) -> None:
+    for value in good:
+        check_config(put(key, value))
+    for value in bad:
+        with pytest.raises(ConfigError, match=key.rpartition(".")[2]):
+            check_config(put(key, value))
+
+
+def test_levels_that_a_pyramid_makes() -> None:
+    """p6 is Mask R-CNN's last level; p7 is RetinaNet's, of another backbone."""
+    cfg = load_config("gn_fpn.yaml")
+    cfg.MODEL.ROI_HEADS.IN_FEATURES = ["p2", "p6"]
+    check_config(cfg)
+    cfg.MODEL.ROI_HEADS.IN_FEATURES = ["p2", "p7"]
+    with pytest.raises(ConfigError, match="'p7' is not made by"):
+        check_config(cfg)
+
+
+@pytest.mark.parametrize("split", ["TRAIN", "VAL"])
+@pytest.mark.parametrize(("given", "missing"), [("JSON", "IMAGES"), ("IMAGES", "JSON")])
+def test_a_json_and_its_images_come_together(split: str, given: str, missing: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^DATASETS\.{split}_{missing} is missing"):
+        check_config(put(f"DATASETS.{split}_{given}", "a"))
+
+
+def test_a_batch_is_divided_evenly() -> None:
+    cfg = get_cfg()
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE = 6, 3
+    check_config(cfg)
+    cfg.SOLVER.ACCUMULATE = 4
+    with pytest.raises(ConfigError, match=r"must be a multiple of SOLVER\.ACCUMULATE 4"):
+        check_config(cfg)
+
+
+def test_the_other_engine_is_named_where_it_takes_the_value() -> None:
+    for key, value, named in (
+        ("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIPool", True),
+        ("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "no pooler", False),
+        ("MODEL.KEYPOINT_ON", True, False),
+    ):
+        with pytest.raises(ConfigError) as error:
+            check_config(put(key, value))
+        assert ("--engine detectron2 runs it" in str(error.value)) is named
+
+
+def test_keys_of_the_schedule_alone_are_taken_literally() -> None:
+    """Everything that scaling to another batch would rewrite."""
+    schedule = ["SOLVER.BASE_LR", "SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.WARMUP_ITERS", "SOLVER.CHECKPOINT_PERIOD",
+                "SOLVER.IMS_PER_BATCH", "TEST.EVAL_PERIOD"]  # fmt: skip
+    cfg = get_cfg()
+    merge_overrides(cfg, [word for key in [*schedule, "SEED", "SOLVER.GAMMA"] for word in (key, "1")])
+    assert list(cfg.SOLVER.NO_RESCALE) == schedule
+
+
+def test_true_is_no_number() -> None:
+    with pytest.raises(ConfigError, match="BASE_LR must be of type float"):
+        merge_overrides(get_cfg(), ["SOLVER.BASE_LR", "True"])
+
+
+def test_a_shipped_config_is_found_from_anywhere_and_nothing_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    wanted = resolve_config("gn_fpn.yaml")
+    assert resolve_config("configs/gn_fpn.yaml") == resolve_config("configs/gn_fpn") == wanted
+    with pytest.raises(ConfigError, match="neither a file nor"):
+        resolve_config("gn_fpn.yml")
