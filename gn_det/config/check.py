@@ -441,6 +441,37 @@ def check_ranges(cfg: CN, source: str = "") -> None:
             f"{source}MODEL.RESNETS.NUM_GROUPS x MODEL.RESNETS.WIDTH_PER_GROUP is {width}; at most "
             f"{_CHANNELS.high:.0f} channels are possible"
         )
+    weights = _least_weights(cfg)
+    if weights > _MAX_WEIGHTS:
+        raise ConfigError(
+            f"{source}MODEL describes about {weights} weights, and at most {_MAX_WEIGHTS} are possible; make channels, "
+            "classes or MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION smaller"
+        )
+
+
+#: Weights that a model may have; the largest published ones have 0.2 billion.
+_MAX_WEIGHTS = 2**30
+
+
+def _least_weights(cfg: CN) -> int:
+    """Weights of the large layers, roughly."""
+    model, resnets = cfg.MODEL, cfg.MODEL.RESNETS
+    fpn, classes = "_fpn_" in model.BACKBONE.NAME, max(model.ROI_HEADS.NUM_CLASSES, model.RETINANET.NUM_CLASSES)
+    width, out, weights = resnets.NUM_GROUPS * resnets.WIDTH_PER_GROUP, resnets.RES2_OUT_CHANNELS, 0
+    for stage, blocks in enumerate((3, 4, 6, 3)):
+        wide = width << stage
+        weights += blocks * (2 * wide * (out << stage) + 9 * wide * wide // resnets.NUM_GROUPS)
+    channels = model.FPN.OUT_CHANNELS if fpn else 4 * out
+    weights += 9 * channels * channels + (15 * out * channels if fpn else 0)
+    box, mask = model.ROI_BOX_HEAD, model.ROI_MASK_HEAD
+    weights += 9 * (box.NUM_CONV * box.CONV_DIM**2 + mask.NUM_CONV * mask.CONV_DIM**2)
+    if fpn:
+        flat = (box.CONV_DIM if box.NUM_CONV else channels) * box.POOLER_RESOLUTION**2
+        weights += flat * box.FC_DIM + (box.NUM_FC - 1) * box.FC_DIM**2 if box.NUM_FC else 0
+        weights += (box.FC_DIM if box.NUM_FC else flat) * 5 * classes
+    else:
+        weights += 8 * out * 5 * classes
+    return int(weights)
 
 
 def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

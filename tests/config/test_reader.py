@@ -1,0 +1,277 @@
+"""The YAML reader: SafeLoader's values for plain YAML, one line and little work for everything else."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from fvcore.common.config import CfgNode
+
+from gn_det import config_file
+from gn_det.config import load as loading
+from gn_det.config import load_config, shipped_configs
+from gn_det.config.reader import MAX_BYTES, MAX_DIGITS, MAX_NODES, arithmetic, parse_yaml, python_value
+from gn_det.errors import ConfigError
+
+PLAIN = """\
+a: 1
+b: [0x10, 0o17, 017, 1_000, -3, +4, 1:30]
+c: [1.5, 1e3, 1.e+3, .5, -.inf, 1:30.5]
+d: {yes: on, 'NO': null, "e\\tf": ~}
+e: |
+  two
+  lines
+f: &f {x: [1], y: é}
+g: *f
+h: {<<: *f, y: 2}
+i: {<<: [{z: 0}, *f, {z: 1, x: 3}]}
+"""
+
+
+def test_plain_yaml_has_safe_loaders_values() -> None:
+    text = PLAIN.replace("{yes:", "{'yes':")
+    assert repr(parse_yaml(text, "x")) == repr(yaml.safe_load(text))
+    assert parse_yaml(f"\ufeff{text}".encode(), "x") == parse_yaml(text, "x")
+    for path in (Path(config_file("gn_fpn")).parent).glob("*.yaml"):
+        assert repr(parse_yaml(path.read_bytes(), "x")) == repr(yaml.safe_load(path.read_text()))
+    assert parse_yaml("", "x") is None and parse_yaml("# only a comment", "x") is None
+    assert parse_yaml("a: 2020-01-01\nb: =", "x") == {"a": "2020-01-01", "b": "="}
+
+
+def test_what_aliases_share_is_not_shared_afterwards() -> None:
+    loaded = parse_yaml("a: &a {x: [1]}\nb: *a", "x")
+    loaded["a"]["x"].append(2)
+    assert loaded["b"] == {"x": [1]}
+
+
+def bomb(item: str, first: str) -> str:
+    return f"a0: &a0 {first}\n" + "\n".join(
+        f"a{i}: &a{i} " + item % ", ".join([f"*a{i - 1}"] * 9) for i in range(1, 40)
+    )
+
+
+HOSTILE: dict[str, tuple[str, str]] = {
+    "flow levels": ("[" * 900, "levels of nesting"),
+    "many brackets": ("[" * MAX_BYTES, "levels of nesting"),
+    "map levels": ("{a: " * 900, "levels of nesting"),
+    "dashes": ("- " * (MAX_BYTES // 2), "levels of nesting"),
+    "question marks": ("? " * (MAX_BYTES // 2), "levels of nesting"),
+    "block levels": ("\n".join(" " * i + "a:" for i in range(900)), "levels of nesting"),
+    "size": ("a" * (MAX_BYTES + 1), "larger than"),
+    "values": ("[" + "1," * (MAX_NODES + 1) + "]", f"more than {MAX_NODES} values"),
+    "alias bomb": (bomb("[%s]", "[1]"), "aliases included"),
+    "merge bomb": (bomb("{<<: [%s]}", "{x: 1}"), "aliases included"),
+    "alias to itself": ("&a [*a]", "leads back"),
+    "merge with itself": ("&a {<<: *a}", "leads back"),
+    "no such alias": ("a: *b", "undefined alias"),
+    "merge of a number": ("<<: 3", "'<<' needs"),
+    "long integer": ("a: " + "9" * 5000, "a number of 5000 characters"),
+    "long hex": ("a: 0x" + "f" * 5000, "a number of 5002 characters"),
+    "long sexagesimal": ("a: 1" + ":1" * 5000, "a number of 10001 characters"),
+    "long float": ("a: 1." + "1" * 5000, "a number of 5002 characters"),
+    "no integer": ("a: 0x_", "not a valid int"),
+    "tagged integer": ("a: !!int x", "not a valid int"),
+    "binary": ("a: !!binary aGk=", "is not allowed"),
+    "set": ("a: !!set {b}", "is not allowed"),
+    "pairs": ("a: !!pairs [b: 1]", "is not allowed"),
+    "date": ("a: !!timestamp 2020-01-01", "is not allowed"),
+    "python": ("a: !!python/object/apply:os.system ['true']", "is not allowed"),
+    "long tag": ("a: !" + "x" * 5000 + " b", "is not allowed"),
+    "duplicate": ("a: 1\na: 2", "duplicate key 'a'"),
+    "quoted duplicate": ("a: 1\n'a': 2", "duplicate key 'a'"),
+    "two merges": ("<<: {a: 1}\n<<: {a: 2}", "duplicate key '<<'"),
+    "number as key": ("1: 2", "key '1' is not text"),
+    "word as key": ("on: 2", "key 'on' is not text"),
+    "list as key": ("? [a]\n: 2", "a list or section is not text"),
+    "NUL": ("a: \0", "not valid YAML"),
+    "escaped NUL": ('a: "\\0"', "control character"),
+    "escape in a key": ('"\\e[31m": 1', "control character"),
+    "half a character": ('a: "\\ud800"', "control character"),
+    "beyond Unicode": ('a: "\\U99999999"', "not valid YAML"),
+    "two documents": ("a: 1\n---\nb: 2", "another document"),
+    "formula": ('a: !!python/object/apply:eval ["9**9**9"]', "an exponent of 387420489"),
+    "call": ("a: !!python/object/apply:eval [\"__import__('os').system('true')\"]", "only numbers"),
+    "formula without text": ("a: !!python/object/apply:eval []", "needs one text"),
+}
+
+_SCRIPT = """
+import json, resource, sys
+from gn_det.config.reader import parse_yaml
+from gn_det.errors import ConfigError
+resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+found = {}
+for name, text in json.load(sys.stdin).items():
+    try:
+        found[name] = "accepted " + repr(parse_yaml(text, "f.yaml"))[:100]
+    except ConfigError as error:
+        found[name] = str(error)
+assert "torch" not in sys.modules
+print(json.dumps(found))
+"""
+
+
+def test_hostile_texts_are_one_line_within_a_gigabyte() -> None:
+    pytest.importorskip("resource")
+    texts = json.dumps({name: text for name, (text, _) in HOSTILE.items()})
+    done = subprocess.run([sys.executable, "-c", _SCRIPT], input=texts, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = json.loads(done.stdout)
+    for name, (_, word) in HOSTILE.items():
+        assert said[name].startswith("f.yaml") and word in said[name], (name, said[name])
+        assert said[name].isprintable() and len(said[name]) < 400
+
+
+@pytest.mark.parametrize(
+    ("data", "word"),
+    [("a: é".encode("latin-1"), "is not UTF-8"), ("a: 1".encode("utf-16"), "looks like UTF-16"), (b"a: \x01", "valid")],
+)
+def test_other_encodings(tmp_path: Path, data: bytes, word: str) -> None:
+    (tmp_path / "c.yaml").write_bytes(data)
+    with pytest.raises(ConfigError, match=word):
+        load_config(str(tmp_path / "c.yaml"))
+
+
+# ------------------------------------------------------------ formulas and values
+
+FORMULAS = [
+    "[[x, x * 2**(1.0/3), x * 2**(2.0/3) ] for x in [32, 64, 128, 256, 512 ]]",  # Detectron2's Base-RetinaNet.yaml
+    "[x / 3 for x in [1, -2, 2.5]]",
+    "1 - -2 * 3 ** 2 + 7 / 2",
+    "[]",
+    " 2 ** -3",
+]
+
+
+@pytest.mark.parametrize("text", FORMULAS)
+def test_formulas_are_what_eval_gives(text: str) -> None:
+    assert repr(arithmetic(text)) == repr(eval(text.strip()))
+    assert repr(parse_yaml(f'a: !!python/object/apply:eval ["{text}"]', "x")["a"]) == repr(eval(text.strip()))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["9**9**9", "2**65", "10**20", "1e308 * 10", "1/0", "(-1)**0.5", "x", "[x for x in x]", "[x for x in [1] if x]",
+     "[[y for y in [x]] for x in [1]]", "[x for x in range(3)]", "f(1)", "'a'", "True", "1 << 9", "[1] * 9", "[*[1]]",
+     "1 if 1 else 2", "(x := 1)", "-" * 2000 + "1", "(" * 400 + "1" + ")" * 400, "", "(1,)", "[1" + ",1" * 480 + "]*1",
+     "[[" + "x," * 200 + "x] for x in [" + "1," * 200 + "1]]"],
+)  # fmt: skip
+def test_other_formulas_are_refused(text: str) -> None:
+    with pytest.raises(ValueError) as e:
+        arithmetic(text)
+    assert len(str(e.value)) < 300
+
+
+VALUES = ["1", "-1.5", "1e3", "0x10", "1_000", "'a'", '"GN"', "True", "None", "()", "[]", "(1)", "(1,)", "1, 2",
+          "[1, (2,)]", " [ 'a' , \"b\\n\" ] ", "[[32], [64, 128]]", "(1, [2, (3, 'x,y]')],)"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", VALUES)
+def test_values_are_what_literal_eval_gives(text: str) -> None:
+    assert repr(python_value(text)) == repr(ast.literal_eval(text.strip()))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "x", "(" * 200_000, "[" * 33 + "]" * 33, "()" * 50_000, "-" * 100_000 + "1", "9" * (MAX_DIGITS + 1), "1 2",
+     "[1", "1]", "(1]", "[,]", "1,,2", "[1][0]", "'a'*9", "1+1", "{}", "{1}", "b'x'", "1j", "'a", "'" * 99_999, "...",
+     "1," * (MAX_NODES + 1)],
+)  # fmt: skip
+def test_other_values_are_refused(text: str) -> None:
+    with pytest.raises(ValueError):
+        python_value(text)
+
+
+# ------------------------------------------------------------ _BASE_
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_bases_merge_as_in_fvcore(name: str) -> None:
+    path = Path(config_file(name))
+    assert repr(loading._Files(loading.get_cfg()).load(path)) == repr(CfgNode.load_yaml_with_base(str(path)))
+
+
+def test_lists_of_bases_and_links_merge_as_in_fvcore(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later bases win over earlier ones; a link's bases are looked for beside the link; ``~`` is the home folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder in ("there", "here"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.yaml").write_text(f"OUTPUT_DIR: {folder}\nSOLVER: {{GAMMA: 0.5, MAX_ITER: 3}}\n")
+    (tmp_path / "b.yaml").write_text("SOLVER: {MAX_ITER: 4, STEPS: [1, 2]}\n")
+    (tmp_path / "there" / "c.yaml").write_text("_BASE_: [a.yaml, ~/b.yaml]\nSOLVER: {STEPS: [3]}\n")
+    link = tmp_path / "here" / "c.yaml"
+    link.symlink_to(tmp_path / "there" / "c.yaml")
+    merged = loading._Files(loading.get_cfg()).load(link)
+    assert repr(merged) == repr(CfgNode.load_yaml_with_base(str(link)))
+    assert merged == {"OUTPUT_DIR": "here", "SOLVER": {"GAMMA": 0.5, "MAX_ITER": 4, "STEPS": [3]}}
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files that are read from now on."""
+    read: list[Path] = []
+    real = loading.read_yaml
+
+    def read_yaml(path: Path, *words: Any) -> dict[str, Any]:
+        read.append(path)
+        return real(path, *words)
+
+    monkeypatch.setattr(loading, "read_yaml", read_yaml)
+    return read
+
+
+def test_a_diamond_is_read_once_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """24 levels of two files, each with both files of the next level as bases: 2^24 paths."""
+    for level in range(24):
+        bases = "" if level == 23 else f"_BASE_: [a{level + 1}.yaml, b{level + 1}.yaml]\n"
+        for name in "ab":
+            (tmp_path / f"{name}{level}.yaml").write_text(f"{bases}SOLVER: {{MAX_ITER: {level + 1}}}\n")
+    read = counted(monkeypatch)
+    assert load_config(str(tmp_path / "a0.yaml")).SOLVER.MAX_ITER == 1
+    assert len(read) == len(set(read)) == 47
+
+
+@pytest.mark.parametrize("size", [0, 30_000])
+def test_endless_bases_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    for number in range(150):
+        text = f"_BASE_: {number + 1}.yaml\n#{'x' * size}\n"
+        (tmp_path / f"{number}.yaml").write_text(text)
+    read = counted(monkeypatch)
+    with pytest.raises(ConfigError, match="leads to more than 100 files or 512 kB"):
+        load_config(str(tmp_path / "0.yaml"))
+    assert len(read) <= (100 if size == 0 else 18)
+
+
+@pytest.mark.parametrize(
+    ("base", "word"),
+    [
+        ("http://host/c.yaml", "is a URL"),
+        ("s3://bucket/c.yaml", "is a URL"),
+        ("sub/c.yaml", "leads back to the file itself"),
+        ("pipe", "does not exist"),
+        ("/dev/zero", "does not exist"),
+        (".", "does not exist"),
+        ("~nobody-here/c.yaml", "does not exist"),
+        ("x" * 5000, "does not exist"),
+        ("[a.yaml, [b.yaml]]", "must name a file"),
+    ],
+)
+def test_bases_that_are_no_file(tmp_path: Path, base: str, word: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "a.yaml").write_text("SEED: 1\n")
+    (tmp_path / "sub").symlink_to(tmp_path)
+    (tmp_path / "c.yaml").write_text(f"_BASE_: {base}\n")
+    with pytest.raises(ConfigError) as e:
+        load_config(str(tmp_path / "c.yaml"))
+    assert word in str(e.value) and str(e.value).isprintable() and len(str(e.value)) < 800
+
+
+def test_a_base_inside_a_section_is_an_unknown_key(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("SOLVER: {_BASE_: c.yaml}\n")
+    with pytest.raises(ConfigError, match=r"unknown key SOLVER\._BASE_"):
+        load_config(str(tmp_path / "c.yaml"))
