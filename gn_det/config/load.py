@@ -117,6 +117,17 @@ _SCHEDULE_KEYS = (
 )
 
 
+#: What the schedules of shipped configs, and of configs built on them, are written for: GPUs and images of a batch (0:
+#: not scaled by it). This is no part of the YAML: Detectron2 would scale by it what its user sets in Python.
+_WRITTEN_FOR = {
+    "Base-RCNN-FPN.yaml": (8, 16),
+    "Base-RCNN-C4.yaml": (8, 8),
+    "bn_c4_tuned.yaml": (8, 16),
+    "gn_fpn_scratch_9x.yaml": (0, 64),
+    "quickstart.yaml": (0, 0),
+}
+
+
 class _StrictLoader(yaml.SafeLoader):
     """A safe loader to which a key that stands twice is an error (plain YAML silently keeps the last)."""
 
@@ -206,7 +217,10 @@ def _check_keys(loaded: Mapping[str, Any], cfg: CN, source: str, prefix: str = "
 
 
 def _check_files(path: Path, cfg: CN, chain: tuple[Path, ...] = ()) -> None:
-    """Check keys of a config file and of all its bases, so that an error names the file that holds the key."""
+    """Check keys of a config file and of all its bases, so that an error names the file that holds the key.
+
+    What a shipped file among them is written for is set in ``cfg``; the outermost such file decides.
+    """
     path = path.resolve()
     if path in chain:
         raise ConfigError(f"config file {path}: {BASE_KEY} leads back to the file itself")
@@ -225,6 +239,8 @@ def _check_files(path: Path, cfg: CN, chain: tuple[Path, ...] = ()) -> None:
             raise ConfigError(f"config file {path}: {BASE_KEY} '{base}' does not exist (looked for {base_path}){hint}")
         _check_files(base_path, cfg, (*chain, path))
     _check_keys(loaded, cfg, str(path))
+    if path.name in _WRITTEN_FOR and path.parent == _configs_dir().resolve():
+        cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.REFERENCE_BATCH = _WRITTEN_FOR[path.name]
 
 
 def _typed(value: Any, default: Any) -> Any:

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils import comm
 
 from gn_det.config.defaults import add_gn_keys
 from gn_det.detectron2.datasets import register_named, register_own, take_mixed_masks
 from gn_det.errors import ConfigError
 from gn_det.modeling.build import group_rule
 from gn_det.norm import GroupRule
+from gn_det.run.schedule import scale_schedule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,6 +23,12 @@ if TYPE_CHECKING:
     from detectron2.config import CfgNode
 
 logger = logging.getLogger(__name__)
+
+#: Keys of SOLVER that scaling changes.
+_SCALED = (
+    *("IMS_PER_BATCH", "BASE_LR", "BASE_LR_END", "MAX_ITER", "STEPS", "WARMUP_ITERS", "CHECKPOINT_PERIOD"),
+    *("REFERENCE_WORLD_SIZE", "REFERENCE_BATCH"),
+)
 
 #: Norm names that gn_det builds: Detectron2 has no "IN", means something else by "LN" and fixes GN's groups.
 GROUP_NORMS = ("GN", "LN", "IN")
@@ -54,6 +62,44 @@ def add_gn_config(cfg: CfgNode) -> None:
             cfg.MODEL.ROI_HEADS.NUM_CLASSES = 0
         if cfg.MODEL.DEVICE == "cuda":
             cfg.MODEL.DEVICE = _device()
+
+
+def scale_to_machine(cfg: CfgNode, num_gpus: int | None = None, *, written_for: int = 8) -> list[str]:
+    """Scale batch, learning rate and iterations, in place, from the GPUs they were written for to those of this run.
+
+    The command line does this with gn_det's configs. In Python a config is literal, as in Detectron2, until this is
+    called: ``gn_fpn.yaml`` (16 images on 8 GPUs) on one GPU becomes a batch of 2, an eighth of the learning rate and
+    eight times the iterations. A second call changes nothing.
+
+    Args:
+        cfg: a config that went through :func:`add_gn_config`.
+        num_gpus: processes of the run, one GPU each; None for those that run now.
+        written_for: GPUs that the schedule was written for, where SOLVER.REFERENCE_WORLD_SIZE does not say it; 8 in
+            gn_det's configs and in Detectron2's model zoo.
+
+    Returns:
+        What was changed, one sentence each; they are logged, too.
+
+    Raises:
+        ConfigError: the batch is not a multiple of ``written_for``, or too small for ``num_gpus``.
+    """
+    if not has_gn_keys(cfg):
+        raise ConfigError("the config lacks gn_det's keys: call gn_det.detectron2.add_gn_config(cfg) first")
+    num_gpus = comm.get_world_size() if num_gpus is None else num_gpus
+    if num_gpus < 1 or written_for < 1:
+        raise ConfigError(f"scale_to_machine: num_gpus {num_gpus} and written_for {written_for} must be at least 1")
+    scaled = cfg.clone()
+    scaled.defrost()
+    scaled.SOLVER.REFERENCE_WORLD_SIZE = cfg.SOLVER.REFERENCE_WORLD_SIZE or written_for
+    scaled.SOLVER.EPOCHS = 0.0  # counted by gn_det.detectron2.Trainer, which knows the images
+    scaled, sentences = scale_schedule(scaled, num_gpus, images=0)
+    with _thawed(cfg):
+        for key in _SCALED:
+            cfg.SOLVER[key] = scaled.SOLVER[key]
+        cfg.TEST.EVAL_PERIOD = scaled.TEST.EVAL_PERIOD
+    for sentence in sentences:
+        logger.info(sentence)
+    return sentences
 
 
 def has_gn_keys(cfg: CfgNode) -> bool:

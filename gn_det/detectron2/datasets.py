@@ -122,10 +122,23 @@ def _by_files(name: str) -> str:
     return f"{json_file}@{images}"
 
 
-def _register(name: str, source: DatasetSource, cfg: CfgNode, key: str) -> None:
+def register_files(name: str) -> None:
+    """Register one ``path/to.json@path/to/images`` name.
+
+    Raises:
+        DataError: no such name, or no such file.
+    """
+    _enter(name, resolve(name, "DATASETS"))
+
+
+def _enter(name: str, source: DatasetSource) -> None:
     if name not in DatasetCatalog:
         DatasetCatalog.register(name, _Source(name, source))
         MetadataCatalog.get(name).set(json_file=source.json_file, image_root=source.image_root, evaluator_type="coco")
+
+
+def _register(name: str, source: DatasetSource, cfg: CfgNode, key: str) -> None:
+    _enter(name, source)
     entry = DatasetCatalog[name]
     if isinstance(entry, _Source):  # else the user registered this very name, and reads it in another way
         entry.max_bad = cfg.DATALOADER.MAX_BAD

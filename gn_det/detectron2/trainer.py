@@ -61,9 +61,10 @@ class Trainer(DefaultTrainer):
         trainer.resume_or_load(resume=False)
         trainer.train()
 
-    Schedules are scaled to the batch (SOLVER.REFERENCE_BATCH, EPOCHS), norm census and optimizer groups are printed,
-    DATASETS.TEST is evaluated with COCO AP, ``model_best.pth`` is kept (TEST.BEST_METRIC), TEST.PATIENCE stops early,
-    SOLVER.ACCUMULATE, AMP.DTYPE and CHECKPOINT_KEEP are read, a non-finite loss stops the run and names the images, a
+    Batch, learning rate and iterations are taken as ``cfg`` has them (:func:`gn_det.detectron2.scale_to_machine` scales
+    them); SOLVER.EPOCHS and, where it is set, SOLVER.REFERENCE_BATCH are read. Norm census and optimizer groups are
+    printed, DATASETS.TEST is evaluated with COCO AP, ``model_best.pth`` is kept (TEST.BEST_METRIC), TEST.PATIENCE stops
+    early, SOLVER.ACCUMULATE, AMP.DTYPE and CHECKPOINT_KEEP are read, a non-finite loss stops the run and names the images, a
     signal saves before it ends the run, and a resumed run goes on exactly where it was.
 
     ``build_model``, ``build_optimizer``, ``build_lr_scheduler``, ``build_train_loader``, ``build_evaluator`` and
