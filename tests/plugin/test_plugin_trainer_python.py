@@ -199,7 +199,7 @@ def test_what_the_trainer_cannot_use_is_one_line(data: list[str], tmp_path: Path
         Trainer(get_cfg())
     DatasetCatalog.register("a_function", lambda: [])
     try:
-        with pytest.raises(ConfigError, match="'a_function' is registered as a function"):
+        with pytest.raises(ConfigError, match="dataset 'a_function' has no thing_classes: set them by"):
             Trainer(tiny_cfg(data, tmp_path, "DATASETS.TRAIN", ("a_function",)))
     finally:
         DatasetCatalog.remove("a_function")
