@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -212,8 +213,15 @@ def _mention_what_is_not_read(cfg: CfgNode) -> None:
 _NAMED = 4
 
 
+#: Models whose norms were spoken of.
+_told_of_norms: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
 def warn_of_norms(cfg: CfgNode, model: nn.Module) -> None:
     """Warn of norms that do not follow MODEL.GN, with their names: modules of Detectron2's or of the user's own."""
+    if model in _told_of_norms:
+        return
+    _told_of_norms.add(model)
     rule = group_rule(cfg)
     wanted = f"groups of {rule.channels_per_group} channels" if rule.channels_per_group else f"{rule.num_groups} groups"
     for what, names in norms_off_rule(model, rule).items():

@@ -44,17 +44,30 @@ def route_names() -> None:
     """Install the routes; a second call does nothing."""
     for registry, name, build, sections in ROUTES:
         _replace(registry, name, functools.partial(_choose, build, sections))
-    for name, _ in list(META_ARCH_REGISTRY):
-        _replace(META_ARCH_REGISTRY, name, _prepare)
+    if not isinstance(META_ARCH_REGISTRY._obj_map, _Architectures):
+        META_ARCH_REGISTRY._obj_map = _Architectures(META_ARCH_REGISTRY._obj_map)
+
+
+class _Architectures(dict[str, Any]):
+    """Entries of the registry of whole models, each routed: Detectron2's, and those that users register later."""
+
+    def __init__(self, entries: dict[str, Any]) -> None:
+        super().__init__({name: _routed(entry, _prepare) for name, entry in entries.items()})
+
+    def __setitem__(self, name: str, entry: Any) -> None:
+        super().__setitem__(name, _routed(entry, _prepare))
 
 
 def _replace(registry: Registry, name: str, wrapper: Callable[..., Any]) -> None:
-    stock = registry.get(name)
-    if hasattr(stock, "gn_det_stock"):
-        return
-    routed = _routed_class(stock, wrapper) if isinstance(stock, type) else _routed_function(stock, wrapper)
     # fvcore's Registry refuses to register a name twice and has no public way to replace one.
-    registry._obj_map[name] = routed
+    registry._obj_map[name] = _routed(registry.get(name), wrapper)
+
+
+def _routed(stock: Any, wrapper: Callable[..., Any]) -> Any:
+    """``stock`` such that calling it goes to ``wrapper``; as it is where it is routed already."""
+    if "gn_det_stock" in getattr(stock, "__dict__", ()):
+        return stock
+    return _routed_class(stock, wrapper) if isinstance(stock, type) else _routed_function(stock, wrapper)
 
 
 def _routed_function(stock: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:

@@ -21,7 +21,13 @@ from gn_det.checkpoint.io import atomic_write
 from gn_det.checkpoint.last import remove_leftovers
 from gn_det.checkpoint.meta import build_meta
 from gn_det.config import dump_config
-from gn_det.detectron2.config import check_for_trainer, has_gn_keys, prepare_config, trainer_keys_are_read
+from gn_det.detectron2.config import (
+    check_for_trainer,
+    has_gn_keys,
+    prepare_config,
+    trainer_keys_are_read,
+    warn_of_norms,
+)
 from gn_det.detectron2.datasets import name_by_files
 from gn_det.detectron2.loop import ConcludeHook, KeeperHook, Step, build_optimizer, parallel, train_quietly
 from gn_det.detectron2.samples import Inputs, detector
@@ -100,6 +106,7 @@ class Trainer(DefaultTrainer):
             self.cfg = cfg = _with_names(prepared.cfg, cfg)
             prepare_config(cfg)
             model = self.build_model(cfg)
+            warn_of_norms(cfg, model)  # an overridden build_model may go past Detectron2's registry
             #: what a run is resumed by and checkpoints store: the files of the sets instead of their names
             self._run_cfg = _with_names(cfg, prepared.cfg)
             self._prepared = dataclasses.replace(prepared, cfg=self._run_cfg)

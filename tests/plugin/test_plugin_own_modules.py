@@ -16,7 +16,7 @@ pytest.importorskip("detectron2.config", reason="needs an installed Detectron2")
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultPredictor
 from detectron2.layers import ShapeSpec, get_norm
-from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, Backbone, build_model
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, Backbone, GeneralizedRCNN, build_model
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.roi_heads import ROI_BOX_HEAD_REGISTRY, ROI_HEADS_REGISTRY, ROI_MASK_HEAD_REGISTRY
 from plugin_cases import TINY, gn_modules, own_data, plugin_cfg
@@ -169,6 +169,21 @@ def test_norms_that_ignore_the_groups_are_named(
         on_meta(plugin_cfg("gn_fpn.yaml", *retina, *levels, "MODEL.RETINANET.NORM", "LN", "MODEL.GN.NUM_GROUPS", 32))
         on_meta(plugin_cfg("gn_fpn.yaml", "MODEL.GN.NUM_GROUPS", 16))
     assert caplog.text.count("do not follow") == 1 and "have LN over channels alone" in caplog.text
+
+
+def test_an_architecture_of_the_users_own(registered: list[tuple[Any, str]], caplog: pytest.LogCaptureFixture) -> None:
+    """Registered after the import and derived from Detectron2's class: classes are settled and norms are named."""
+
+    class MyRCNN(GeneralizedRCNN):
+        pass
+
+    META_ARCH_REGISTRY.register(MyRCNN)
+    BACKBONE_REGISTRY.register(build_toy_fpn)
+    registered += [(META_ARCH_REGISTRY, "MyRCNN"), (BACKBONE_REGISTRY, "build_toy_fpn")]
+    with caplog.at_level("WARNING", logger="gn_det"):
+        model = on_meta(toy_cfg("MODEL.META_ARCHITECTURE", "MyRCNN", "MODEL.ROI_HEADS.NUM_CLASSES", 0))
+    assert type(model) is MyRCNN and model.roi_heads.num_classes == 5
+    assert caplog.text.count("do not follow MODEL.GN") == 1
 
 
 def test_retinanet_takes_the_classes_of_the_data(tmp_path: Path) -> None:
