@@ -237,6 +237,18 @@ def warn_of_norms(cfg: CfgNode, model: nn.Module) -> None:
         )
 
 
+def check_device(cfg: CfgNode, device: str) -> None:
+    """Refuse to train what Detectron2 cannot compute on a CPU.
+
+    Raises:
+        ConfigError: deformable convolutions without a GPU.
+    """
+    if any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE) and device.startswith("cpu"):
+        raise ConfigError(
+            "MODEL.RESNETS.DEFORM_ON_PER_STAGE: Detectron2's deformable convolutions need a GPU, MODEL.DEVICE is cpu"
+        )
+
+
 def check_for_trainer(cfg: CfgNode, *, own_loader: bool, own_results: bool) -> None:
     """Refuse, by name, what gn_det's loader and evaluation do not do, unless the user's own take their place.
 
@@ -244,6 +256,7 @@ def check_for_trainer(cfg: CfgNode, *, own_loader: bool, own_results: bool) -> N
         ConfigError: names the key, and what to override or to take instead.
     """
     model, loader = cfg.MODEL, cfg.DATALOADER
+    check_device(cfg, _device() if model.DEVICE == "auto" else model.DEVICE)
     instead = "or train with Detectron2's DefaultTrainer"
     if cfg.TEST.PRECISE_BN.ENABLED:
         raise ConfigError(

@@ -125,7 +125,8 @@ def _by_files(name: str, folder: str) -> str:
         return name
     metadata = MetadataCatalog.get(name)
     json_file, images = metadata.get("json_file"), metadata.get("image_root")
-    if json_file and str(json_file).endswith(".json") and images is not None:
+    in_coco_format = metadata.get("evaluator_type", "coco") == "coco"  # LVIS has a json of another kind
+    if json_file and str(json_file).endswith(".json") and images is not None and in_coco_format:
         return f"{json_file}@{images}"
     result: str | UserError = ""
     if dist.rank() == 0:
@@ -141,7 +142,12 @@ def _by_files(name: str, folder: str) -> str:
 
 def _write_json(name: str, folder: str) -> str:
     """Write what the function registered under ``name`` returns as COCO json; its ``json@images`` name."""
-    records = DatasetCatalog.get(name)
+    try:
+        records = DatasetCatalog.get(name)
+    except OSError as error:
+        raise DataError(
+            f"dataset {name!r}: its registered function cannot read its files: {one_line(error)}"
+        ) from error
     classes = MetadataCatalog.get(name).get("thing_classes")
     if not classes:
         raise ConfigError(

@@ -213,6 +213,10 @@ def test_what_a_function_returns_is_checked(tmp_path: Path) -> None:
         extra = {} if mask is None else {"segmentation": mask}
         content = to_coco("s", [{**good, "annotations": [{**box, **extra}]}], ["x"])
         assert content["annotations"][0]["area"] == area and content["annotations"][0]["bbox"] == [0, 0, 2, 2]
+    missing = f"missing_{tmp_path.name}"
+    DatasetCatalog.register(missing, lambda: open(tmp_path / "nothing"))  # noqa: SIM115
+    with pytest.raises(DataError, match=f"dataset '{missing}': its registered function cannot read its files"):
+        Trainer(plugin_cfg("quickstart.yaml", "DATASETS.TRAIN", (missing,), "OUTPUT_DIR", str(tmp_path / "out")))
     DatasetCatalog.register(f"no_classes_{tmp_path.name}", lambda: [good])
     with pytest.raises(ConfigError, match="has no thing_classes"):
         Trainer(plugin_cfg("quickstart.yaml", "DATASETS.TRAIN", (f"no_classes_{tmp_path.name}",), "OUTPUT_DIR",

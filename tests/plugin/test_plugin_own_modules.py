@@ -13,6 +13,7 @@ from torch import nn
 
 pytest.importorskip("detectron2.config", reason="needs an installed Detectron2")
 
+from detectron2 import model_zoo
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultPredictor
 from detectron2.layers import ShapeSpec, get_norm
@@ -24,6 +25,7 @@ from plugin_cases import TINY, gn_modules, own_data, plugin_cfg
 from gn_det.checkpoint.io import save_checkpoint
 from gn_det.checkpoint.meta import build_meta
 from gn_det.detectron2 import GNFPN, Trainer
+from gn_det.detectron2.config import check_for_trainer
 from gn_det.detectron2.routing import ROUTES
 from gn_det.errors import ConfigError
 
@@ -218,6 +220,7 @@ def test_retinanet_takes_the_classes_of_the_data(tmp_path: Path) -> None:
         ),
         (["MODEL.META_ARCHITECTURE", "PanopticFPN"], "MODEL.META_ARCHITECTURE PanopticFPN: gn_det's loader"),
         (["MODEL.META_ARCHITECTURE", "SemanticSegmentor"], "MODEL.META_ARCHITECTURE SemanticSegmentor"),
+        (["MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, True, True, True]], "deformable convolutions need a GPU"),
         (["TEST.PRECISE_BN.ENABLED", True], "TEST.PRECISE_BN.ENABLED True is not implemented"),
         (
             ["DATALOADER.SAMPLER_TRAIN", "Mine"],
@@ -230,6 +233,36 @@ def test_what_the_trainer_does_not_do_is_refused_by_name(keys: list[Any], text: 
     with pytest.raises(ConfigError, match=text):
         Trainer(plugin_cfg("quickstart.yaml", *keys, "OUTPUT_DIR", str(tmp_path)))
     assert list(tmp_path.iterdir()) == []
+
+
+#: Detectron2's own YAML files for boxes and masks on COCO that gn_det.detectron2.Trainer does not take, and the key.
+REFUSED = {
+    "COCO-Detection/fast_rcnn_R_50_FPN_1x.yaml": "MODEL.LOAD_PROPOSALS",
+    "COCO-Detection/rpn_R_50_C4_1x.yaml": "MODEL.META_ARCHITECTURE ProposalNetwork",
+    "COCO-Detection/rpn_R_50_FPN_1x.yaml": "MODEL.META_ARCHITECTURE ProposalNetwork",
+    "Misc/mask_rcnn_R_50_FPN_3x_syncbn.yaml": "TEST.PRECISE_BN.ENABLED",
+    "Misc/panoptic_fpn_R_101_dconv_cascade_gn_3x.yaml": "MODEL.META_ARCHITECTURE PanopticFPN",
+    "Misc/scratch_mask_rcnn_R_50_FPN_9x_syncbn.yaml": "TEST.PRECISE_BN.ENABLED",
+    "Misc/semantic_R_50_FPN_1x.yaml": "MODEL.META_ARCHITECTURE SemanticSegmentor",
+}
+ZOO = Path(model_zoo.__file__).parent / "configs"
+FOLDERS = ("COCO-Detection", "COCO-InstanceSegmentation", "Misc")
+
+
+@pytest.mark.parametrize("name", [f"{f}/{p.name}" for f in FOLDERS for p in sorted((ZOO / f).glob("*.yaml"))])
+def test_detectron2s_yaml_builds_or_is_refused_by_name(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """At full size, unchanged but for a GPU's device; all norms follow MODEL.GN."""
+    cfg = plugin_cfg()
+    cfg.merge_from_file(str(ZOO / name))
+    cfg.MODEL.DEVICE = "cuda"
+    if name in REFUSED:
+        with pytest.raises(ConfigError, match=REFUSED[name]):
+            check_for_trainer(cfg, own_loader=False, own_results=False)
+        return
+    check_for_trainer(cfg, own_loader=False, own_results=False)
+    with caplog.at_level("WARNING", logger="gn_det"):
+        on_meta(cfg)
+    assert "do not follow" not in caplog.text
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.5, "half", True, 0.5])
