@@ -137,6 +137,17 @@ _SCHEDULE_KEYS = (
 )
 
 
+#: What the schedules of shipped configs, and of configs built on them, are written for: GPUs and images of a batch (0:
+#: not scaled by it). This is no part of the YAML: Detectron2 would scale by it what its user sets in Python.
+_WRITTEN_FOR = {
+    "Base-RCNN-FPN.yaml": (8, 16),
+    "Base-RCNN-C4.yaml": (8, 8),
+    "bn_c4_tuned.yaml": (8, 16),
+    "gn_fpn_scratch_9x.yaml": (0, 64),
+    "quickstart.yaml": (0, 0),
+}
+
+
 def known_keys(cfg: CN) -> list[str]:
     """All dotted leaf keys of a config."""
     return [key for key, _ in _leaves(cfg)]
@@ -221,6 +232,9 @@ class _Files:
         for base in bases:
             _merge(self.load(_base_path(path, base, source), (*chain, place)), merged)
         _merge(loaded, merged)
+        if place[0].name in _WRITTEN_FOR and place[0].parent == _configs_dir().resolve():
+            # The outermost such file decides; what a YAML says itself is set later and wins.
+            self.cfg.SOLVER.REFERENCE_WORLD_SIZE, self.cfg.SOLVER.REFERENCE_BATCH = _WRITTEN_FOR[place[0].name]
         self.merged[place] = merged
         return copy.deepcopy(merged)
 

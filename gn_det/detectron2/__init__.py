@@ -8,6 +8,10 @@ Importing this module registers, and does nothing else::
     gn_det.detectron2.add_gn_config(cfg)
     cfg.merge_from_file(gn_det.config_file("gn_fpn_long.yaml"))
 
+What is set in ``cfg`` is taken literally, as ever in Detectron2; :func:`scale_to_machine` scales a schedule that was
+written for 8 GPUs to this machine. ``python -m gn_det.detectron2 TOOL ...`` runs a script of Detectron2's, or one like
+it, with gn_det's keys and names in place.
+
 Registered are backbones, heads (names below) and the generated datasets ``shapes_train`` and ``shapes_val``. YAML files
 keep Detectron2's module names: in a config that went through :func:`add_gn_config` they build gn_det's modules wherever
 a norm is GN, LN or IN, so that ``MODEL.GN`` is never silently ignored (see :mod:`gn_det.detectron2.routing` for how and
@@ -37,7 +41,7 @@ from gn_det.detectron2.backbone import (
     build_gn_resnet_fpn_backbone,
     build_gn_retinanet_resnet_fpn_backbone,
 )
-from gn_det.detectron2.config import add_gn_config, prepare_config
+from gn_det.detectron2.config import add_gn_config, prepare_config, scale_to_machine
 from gn_det.detectron2.datasets import register_shapes
 from gn_det.detectron2.heads import GNFastRCNNConvFCHead, GNMaskRCNNConvUpsampleHead, GNRes5ROIHeads
 from gn_det.detectron2.routing import route_names
@@ -55,6 +59,7 @@ __all__ = [
     "build_gn_resnet_fpn_backbone",
     "build_gn_retinanet_resnet_fpn_backbone",
     "prepare_config",
+    "scale_to_machine",
 ]
 
 register_shapes()

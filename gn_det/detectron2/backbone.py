@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import Tensor, nn
 
 from gn_det.detectron2.scripting import ScriptableFPN, ScriptableResNet
 from gn_det.errors import ConfigError
-from gn_det.modeling.build import fpn_arguments, resnet_arguments
+from gn_det.modeling.build import fpn_arguments, group_rule, resnet_arguments
 from gn_det.modeling.fpn import FPN
 from gn_det.modeling.layers import FeatureSpec
 from gn_det.modeling.resnet import ResNet
@@ -20,6 +20,14 @@ from gn_det.norm import GroupRule, NormSpec
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
+
+#: Norm names that only Detectron2 builds.
+THEIR_NORMS = ("nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
+
+
+def _specs(backbone: Backbone) -> dict[str, FeatureSpec]:
+    shapes = backbone.output_shape()
+    return {name: FeatureSpec(shape.channels, shape.stride) for name, shape in shapes.items()}
 
 
 def _shapes(specs: dict[str, FeatureSpec]) -> dict[str, ShapeSpec]:
@@ -44,7 +52,7 @@ class GNFPN(FPN, Backbone):
     """:class:`gn_det.modeling.fpn.FPN` under Detectron2's backbone contract.
 
     Args:
-        bottom_up: network with ``feature_specs``, such as :class:`GNResNet`.
+        bottom_up: any Detectron2 ``Backbone``, such as :class:`GNResNet`; ``output_shape()`` says what it makes.
         in_features: its features from fine to coarse, strides doubling.
         out_channels: channels of every level.
         norm, groups: norm of lateral and output convolutions; without norm they have biases.
@@ -60,7 +68,7 @@ class GNFPN(FPN, Backbone):
 
     def __init__(
         self,
-        bottom_up: ResNet,
+        bottom_up: Backbone,
         *,
         in_features: Sequence[str],
         out_channels: int,
@@ -79,6 +87,7 @@ class GNFPN(FPN, Backbone):
             groups=groups,
             fuse_type=fuse_type,
             layer=layer,
+            specs=_specs(bottom_up),
         )
         self.square_pad = square_pad
         self.top_block = top_block
@@ -112,21 +121,26 @@ class GNFPN(FPN, Backbone):
         return dict(zip(self.feature_specs, outputs))
 
 
-def _resnet(cfg: CfgNode, input_shape: ShapeSpec, layer: str) -> GNResNet:
-    if any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE):
+def _resnet(cfg: CfgNode, input_shape: ShapeSpec, layer: str) -> Backbone:
+    """gn_det's ResNet; Detectron2's where only that has the convolutions or the norm asked for."""
+    resnets = cfg.MODEL.RESNETS
+    deformable = any(resnets.DEFORM_ON_PER_STAGE)
+    if deformable and (resnets.NORM in ("LN", "IN") or (resnets.NORM == "GN" and group_rule(cfg) != GroupRule())):
         raise ConfigError(
             "MODEL.RESNETS.DEFORM_ON_PER_STAGE: gn_det's ResNet has no deformable convolutions; Detectron2's has, and "
-            "is taken where no norm is LN or IN and MODEL.GN keeps its defaults"
+            f"is taken unless MODEL.RESNETS.NORM ({resnets.NORM}) is LN or IN, or GN with a MODEL.GN of your own"
         )
+    if deformable or resnets.NORM in THEIR_NORMS:
+        return build_resnet_backbone(cfg, input_shape)
     return GNResNet(in_channels=input_shape.channels, **resnet_arguments(cfg), layer=layer)
 
 
-def _fpn(cfg: CfgNode, bottom_up: GNResNet, top_block: nn.Module) -> GNFPN:
+def _fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module) -> GNFPN:
     return GNFPN(bottom_up, top_block=top_block, **fpn_arguments(cfg))
 
 
 @BACKBONE_REGISTRY.register()
-def build_gn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> GNResNet:
+def build_gn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """ResNet of MODEL.RESNETS with the norms of MODEL.GN."""
     return _resnet(cfg, input_shape, "backbone")
 

@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import logging
+import os
+import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils import comm
 
+from gn_det.checkpoint.io import read_checkpoint
+from gn_det.checkpoint.meta import read_meta
+from gn_det.config import parse_config
 from gn_det.config.defaults import add_gn_keys
 from gn_det.detectron2.datasets import register_named, register_own, take_mixed_masks
-from gn_det.errors import ConfigError
+from gn_det.errors import ConfigError, DataError, UserError
 from gn_det.modeling.build import group_rule
-from gn_det.norm import GroupRule
+from gn_det.modeling.census import norms_off_rule
+from gn_det.run.schedule import scale_schedule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from detectron2.config import CfgNode
+    from torch import nn
 
 logger = logging.getLogger(__name__)
+
+#: Keys of SOLVER that scaling changes.
+_SCALED = (
+    *("IMS_PER_BATCH", "BASE_LR", "BASE_LR_END", "MAX_ITER", "STEPS", "WARMUP_ITERS", "CHECKPOINT_PERIOD"),
+    *("REFERENCE_WORLD_SIZE", "REFERENCE_BATCH"),
+)
 
 #: Norm names that gn_det builds: Detectron2 has no "IN", means something else by "LN" and fixes GN's groups.
 GROUP_NORMS = ("GN", "LN", "IN")
@@ -56,6 +70,44 @@ def add_gn_config(cfg: CfgNode) -> None:
             cfg.MODEL.DEVICE = _device()
 
 
+def scale_to_machine(cfg: CfgNode, num_gpus: int | None = None, *, written_for: int = 8) -> list[str]:
+    """Scale batch, learning rate and iterations, in place, from the GPUs they were written for to those of this run.
+
+    The command line does this with gn_det's configs. In Python a config is literal, as in Detectron2, until this is
+    called: ``gn_fpn.yaml`` (16 images on 8 GPUs) on one GPU becomes a batch of 2, an eighth of the learning rate and
+    eight times the iterations. A second call changes nothing.
+
+    Args:
+        cfg: a config that went through :func:`add_gn_config`.
+        num_gpus: processes of the run, one GPU each; None for those that run now.
+        written_for: GPUs that the schedule was written for, where SOLVER.REFERENCE_WORLD_SIZE does not say it; 8 in
+            gn_det's configs and in Detectron2's model zoo.
+
+    Returns:
+        What was changed, one sentence each; they are logged, too.
+
+    Raises:
+        ConfigError: the batch is not a multiple of ``written_for``, or too small for ``num_gpus``.
+    """
+    if not has_gn_keys(cfg):
+        raise ConfigError("the config lacks gn_det's keys: call gn_det.detectron2.add_gn_config(cfg) first")
+    num_gpus = comm.get_world_size() if num_gpus is None else num_gpus
+    if num_gpus < 1 or written_for < 1:
+        raise ConfigError(f"scale_to_machine: num_gpus {num_gpus} and written_for {written_for} must be at least 1")
+    scaled = cfg.clone()
+    scaled.defrost()
+    scaled.SOLVER.REFERENCE_WORLD_SIZE = cfg.SOLVER.REFERENCE_WORLD_SIZE or written_for
+    scaled.SOLVER.EPOCHS = 0.0  # counted by gn_det.detectron2.Trainer, which knows the images
+    scaled, sentences = scale_schedule(scaled, num_gpus, images=0)
+    with _thawed(cfg):
+        for key in _SCALED:
+            cfg.SOLVER[key] = scaled.SOLVER[key]
+        cfg.TEST.EVAL_PERIOD = scaled.TEST.EVAL_PERIOD
+    for sentence in sentences:
+        logger.info(sentence)
+    return sentences
+
+
 def has_gn_keys(cfg: CfgNode) -> bool:
     """Whether ``cfg`` went through :func:`add_gn_config`."""
     return "GN" in cfg.MODEL
@@ -67,8 +119,9 @@ def prepare_config(cfg: CfgNode) -> None:
     ``MODEL.DEVICE`` "auto" becomes a device. ``DATASETS.TRAIN_JSON`` / ``VAL_JSON`` and ``json@images`` names are
     registered in Detectron2's catalogs, and the former become ``DATASETS.TRAIN`` / ``TEST``.
     ``MODEL.ROI_HEADS.NUM_CLASSES`` 0 becomes the number of ``MODEL.CLASS_NAMES``, or else of the classes of the first
-    training set. Training on the generated shapes takes masks as bitmaps. Call it yourself only to read these values,
-    or to use the datasets, before a model is built.
+    training set; so does ``MODEL.RETINANET.NUM_CLASSES`` where a RetinaNet is built and it is Detectron2's 80. Training
+    on the generated shapes takes masks as bitmaps. Call it yourself only to read these values, or to use the datasets,
+    before a model is built.
 
     Raises:
         ConfigError: the number of classes cannot be told.
@@ -84,6 +137,7 @@ def prepare_config(cfg: CfgNode) -> None:
         take_mixed_masks(cfg)
         if cfg.MODEL.ROI_HEADS.NUM_CLASSES == 0 and cfg.MODEL.META_ARCHITECTURE not in _WITHOUT_ROI_HEADS:
             cfg.MODEL.ROI_HEADS.NUM_CLASSES = _count_classes(cfg)
+        _settle_own_classes(cfg)
     _mention_what_is_not_read(cfg)
 
 
@@ -149,16 +203,142 @@ def _mention_what_is_not_read(cfg: CfgNode) -> None:
             f"{solver.REFERENCE_BATCH}: Detectron2's DefaultTrainer scales by REFERENCE_WORLD_SIZE only; set BASE_LR, "
             "MAX_ITER and STEPS yourself, or take gn_det.detectron2.Trainer."
         )
-    others = {"RetinaNet": ("RETINANET",), "PanopticFPN": ("SEM_SEG_HEAD",), "SemanticSegmentor": ("SEM_SEG_HEAD",)}
-    for section in others.get(cfg.MODEL.META_ARCHITECTURE, ()):
-        norm = cfg.MODEL[section].NORM
-        if norm == "LN" or (norm == "GN" and group_rule(cfg) != GroupRule()):
-            what = "32 groups" if norm == "GN" else "its own LN, over channels alone"
-            texts.append(f"MODEL.{section}.NORM {norm}: this head is Detectron2's and keeps {what}.")
     for text in texts:
         if text not in _mentioned:
             _mentioned.add(text)
             logger.warning(text)
+
+
+#: Layers that a message names of each kind.
+_NAMED = 4
+
+
+#: Models whose norms were spoken of.
+_told_of_norms: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def warn_of_norms(cfg: CfgNode, model: nn.Module) -> None:
+    """Warn of norms that do not follow MODEL.GN, with their names: modules of Detectron2's or of the user's own."""
+    if model in _told_of_norms:
+        return
+    _told_of_norms.add(model)
+    rule = group_rule(cfg)
+    wanted = f"groups of {rule.channels_per_group} channels" if rule.channels_per_group else f"{rule.num_groups} groups"
+    for what, names in norms_off_rule(model, rule).items():
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        logger.warning(
+            "%d norm layer(s) do not follow MODEL.GN (%s, eps %g): %s%s have %s; they are not gn_det's.",
+            len(names),
+            wanted,
+            rule.eps,
+            ", ".join(names[:_NAMED]),
+            more,
+            what,
+        )
+
+
+def check_device(cfg: CfgNode, device: str) -> None:
+    """Refuse to train what Detectron2 cannot compute on a CPU.
+
+    Raises:
+        ConfigError: deformable convolutions without a GPU.
+    """
+    if any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE) and device.startswith("cpu"):
+        raise ConfigError(
+            "MODEL.RESNETS.DEFORM_ON_PER_STAGE: Detectron2's deformable convolutions need a GPU, MODEL.DEVICE is cpu"
+        )
+
+
+def check_for_trainer(cfg: CfgNode, *, own_loader: bool, own_results: bool) -> None:
+    """Refuse, by name, what gn_det's loader and evaluation do not do, unless the user's own take their place.
+
+    Raises:
+        ConfigError: names the key, and what to override or to take instead.
+    """
+    model, loader = cfg.MODEL, cfg.DATALOADER
+    check_device(cfg, _device() if model.DEVICE == "auto" else model.DEVICE)
+    instead = "or train with Detectron2's DefaultTrainer"
+    if cfg.TEST.PRECISE_BN.ENABLED:
+        raise ConfigError(
+            "TEST.PRECISE_BN.ENABLED True is not implemented by gn_det.detectron2.Trainer: set it False and add "
+            f"detectron2.engine.hooks.PreciseBN in build_hooks, {instead}"
+        )
+    overrides = f"override build_train_loader and build_evaluator, {instead}"
+    for key, refused in (("KEYPOINT_ON", "keypoints"), ("LOAD_PROPOSALS", "precomputed proposals")):
+        if model[key] and not (own_loader and own_results):
+            raise ConfigError(f"MODEL.{key} True: gn_det's loader and evaluation have no {refused}; {overrides}")
+    if model.META_ARCHITECTURE in _NO_INSTANCES and not (own_loader and own_results):
+        raise ConfigError(
+            f"MODEL.META_ARCHITECTURE {model.META_ARCHITECTURE}: gn_det's loader and evaluation are for boxes and "
+            f"masks of objects; {overrides}"
+        )
+    if own_loader:
+        return
+    if loader.SAMPLER_TRAIN not in _SAMPLERS:
+        raise ConfigError(
+            f"DATALOADER.SAMPLER_TRAIN {loader.SAMPLER_TRAIN!r}: gn_det's loader knows {', '.join(_SAMPLERS)}; "
+            "override build_train_loader for another one"
+        )
+    ratio, subset = loader.get("RANDOM_SUBSET_RATIO", 1.0), _SAMPLERS[-1] == loader.SAMPLER_TRAIN
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
+        raise ConfigError(f"DATALOADER.RANDOM_SUBSET_RATIO = {ratio!r} must be above 0 and at most 1")
+    if ratio != 1 and not subset:
+        raise ConfigError(
+            f"DATALOADER.RANDOM_SUBSET_RATIO {ratio:g} is read by DATALOADER.SAMPLER_TRAIN {_SAMPLERS[-1]} alone, and "
+            f"that is {loader.SAMPLER_TRAIN}"
+        )
+
+
+#: Architectures of Detectron2's that need other ground truth, or give something else than objects.
+_NO_INSTANCES = ("PanopticFPN", "SemanticSegmentor", "ProposalNetwork")
+_SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler")
+
+#: Sections of architectures that have a number of classes of their own.
+_OWN_CLASSES = {"RetinaNet": "RETINANET", "FCOS": "FCOS"}
+
+
+def _settle_own_classes(cfg: CfgNode) -> None:
+    """Number of classes of an architecture without RoI heads: Detectron2's default follows the data set."""
+    section = _OWN_CLASSES.get(cfg.MODEL.META_ARCHITECTURE, "")
+    if section not in cfg.MODEL:
+        return
+    node, default = cfg.MODEL[section], (0, _THEIR_NUM_CLASSES)
+    names = cfg.DATASETS.TRAIN
+    known = cfg.MODEL.CLASS_NAMES or (MetadataCatalog.get(names[0]).get("thing_classes") if names else None)
+    if not known and node.NUM_CLASSES not in default:
+        return
+    try:
+        count = len(known) if known else _count_classes(cfg)
+    except (ConfigError, DataError, OSError):  # a model to predict with, whose data set is not there
+        return
+    if count == node.NUM_CLASSES:
+        return
+    if node.NUM_CLASSES not in default:
+        raise ConfigError(
+            f"MODEL.{section}.NUM_CLASSES is {node.NUM_CLASSES}, but the training set has {count} classes: set it to "
+            f"{count}, or to 0 to take it from the data set"
+        )
+    logger.info("MODEL.%s.NUM_CLASSES: %d -> %d, the classes of the data set.", section, node.NUM_CLASSES, count)
+    node.NUM_CLASSES = count
+
+
+def mention_other_groups(cfg: CfgNode) -> None:
+    """Warn where MODEL.WEIGHTS is a checkpoint of gn_det's that was trained with another MODEL.GN."""
+    path = str(cfg.MODEL.WEIGHTS)
+    if _read or not path.endswith(".pth") or not os.path.isfile(path):
+        return
+    try:
+        meta = read_meta(read_checkpoint(path, mmap=True))
+        stored = parse_config(meta["config"], path) if meta and meta["config"] else None
+    except UserError:  # whoever loads it says what is wrong with it
+        return
+    if stored is not None and group_rule(stored) != group_rule(cfg):
+        ours, theirs = ({k: node.MODEL.GN[k] for k in _GROUP_KEYS} for node in (cfg, stored))
+        told = ", ".join(f"MODEL.GN.{k} is {ours[k]}, there {theirs[k]}" for k in _GROUP_KEYS if ours[k] != theirs[k])
+        logger.warning("MODEL.WEIGHTS %s was trained with other groups: %s; set them alike.", path, told)
+
+
+_GROUP_KEYS = ("NUM_GROUPS", "CHANNELS_PER_GROUP", "EPS")
 
 
 @contextmanager

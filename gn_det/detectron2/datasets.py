@@ -5,19 +5,28 @@ They are read by gn_det's loader: the same checks, repairs and messages as in th
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import re
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import BoxMode
+from detectron2.structures import BoxMode, PolygonMasks
+from pycocotools import mask as coco_mask
 
+from gn_det.checkpoint.io import atomic_write
 from gn_det.data.catalog import BUILTIN, GENERATED, DatasetSource, resolve
 from gn_det.data.coco import CocoDataset, load_coco
 from gn_det.data.shapes import CATEGORY_IDS
 from gn_det.data.shapes_draw import CLASSES
-from gn_det.errors import ConfigError, DataError
+from gn_det.errors import ConfigError, DataError, UserError
+from gn_det.run import dist
+from gn_det.text import one_line, shown
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -96,36 +105,144 @@ def take_mixed_masks(cfg: CfgNode) -> None:
 def name_by_files(cfg: CfgNode) -> CfgNode:
     """A copy of ``cfg`` whose sets, where only Detectron2's catalog knows them, are named ``json@images``.
 
-    Sets registered by ``register_coco_instances`` have their files in the metadata.
+    Sets registered by ``register_coco_instances`` have their files in the metadata. What a registered function returns
+    is written as COCO json below OUTPUT_DIR. All processes of the group take part.
 
     Raises:
-        ConfigError: a registered set has no files that gn_det could read.
+        ConfigError: a registered set has no ``thing_classes``.
+        DataError: what the function returns is not Detectron2's standard format.
     """
     out = cfg.clone()
     out.defrost()
     for key in ("TRAIN", "TEST"):
         if not cfg.DATASETS[f"{'TRAIN' if key == 'TRAIN' else 'VAL'}_JSON"]:
-            out.DATASETS[key] = tuple(_by_files(name) for name in cfg.DATASETS[key])
+            out.DATASETS[key] = tuple(_by_files(name, cfg.OUTPUT_DIR) for name in cfg.DATASETS[key])
     return out
 
 
-def _by_files(name: str) -> str:
+def _by_files(name: str, folder: str) -> str:
     if name in BUILTIN or ".json@" in name or name not in DatasetCatalog:
         return name
     metadata = MetadataCatalog.get(name)
     json_file, images = metadata.get("json_file"), metadata.get("image_root")
-    if not json_file or not str(json_file).endswith(".json") or images is None:
+    in_coco_format = metadata.get("evaluator_type", "coco") == "coco"  # LVIS has a json of another kind
+    if json_file and str(json_file).endswith(".json") and images is not None and in_coco_format:
+        return f"{json_file}@{images}"
+    result: str | UserError = ""
+    if dist.rank() == 0:
+        try:
+            result = _write_json(name, folder)
+        except UserError as error:  # told to all ranks, which would wait for the name otherwise
+            result = error
+    result = dist.broadcast(result)
+    if isinstance(result, UserError):
+        raise result
+    return result
+
+
+def _write_json(name: str, folder: str) -> str:
+    """Write what the function registered under ``name`` returns as COCO json; its ``json@images`` name."""
+    try:
+        records = DatasetCatalog.get(name)
+    except OSError as error:
+        raise DataError(
+            f"dataset {name!r}: its registered function cannot read its files: {one_line(error)}"
+        ) from error
+    classes = MetadataCatalog.get(name).get("thing_classes")
+    if not classes:
         raise ConfigError(
-            f"dataset {name!r} is registered as a function: register it by "
-            "detectron2.data.datasets.register_coco_instances, or train it with Detectron2's DefaultTrainer"
+            f"the metadata of dataset {name!r} has no thing_classes: set them by "
+            f"MetadataCatalog.get({name!r}).set(thing_classes=[...])"
         )
-    return f"{json_file}@{images}"
+    data = to_coco(name, records, classes)
+    files = [os.path.dirname(image["file_name"]) for image in data["images"]]
+    root = os.path.commonpath(files) if files else os.getcwd()
+    for image in data["images"]:
+        image["file_name"] = os.path.relpath(image["file_name"], root)
+    path = Path(folder).expanduser().absolute() / "datasets" / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.json"
+    atomic_write(path, lambda file: file.write(json.dumps(data).encode()))
+    logger.info("%s: the %d records of the registered function are written to %s.", name, len(records), path)
+    return f"{path}@{root}"
 
 
-def _register(name: str, source: DatasetSource, cfg: CfgNode, key: str) -> None:
+def to_coco(name: str, records: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> dict[str, Any]:
+    """Records in Detectron2's standard format as a COCO dict; category ids are the contiguous ones, areas Detectron2's.
+
+    Raises:
+        DataError: a record or an annotation lacks a key, or has a value of another type; names both.
+    """
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for position, record in enumerate(records):
+        where = f"dataset {name!r}, record {position}"
+        try:
+            number = record.get("image_id", position)
+            number = number if isinstance(number, str) else int(number)
+            image = {"id": number, "file_name": os.path.abspath(record["file_name"])}
+            images.append({**image, "height": int(record["height"]), "width": int(record["width"])})
+            for index, annotation in enumerate(record.get("annotations", ())):
+                where = f"dataset {name!r}, record {position} ({shown(str(record['file_name']))}), annotation {index}"
+                entry = _to_coco(annotation)
+                annotations.append({"id": len(annotations) + 1, "image_id": number, **entry})
+        except KeyError as error:
+            raise DataError(f"{where}: key {error} is missing; see Detectron2's standard dataset format") from None
+        except (TypeError, ValueError, AttributeError, AssertionError) as error:
+            raise DataError(
+                f"{where} is not in Detectron2's standard dataset format ({one_line(str(error))})"
+            ) from None
+    return {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": i, "name": str(class_name)} for i, class_name in enumerate(classes)],
+    }
+
+
+def _to_coco(annotation: Mapping[str, Any]) -> dict[str, Any]:
+    mode = BoxMode(annotation["bbox_mode"])
+    if mode not in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS):
+        raise ValueError(f"bbox_mode {mode.name}: use XYXY_ABS or XYWH_ABS")
+    bbox = BoxMode.convert([float(v) for v in annotation["bbox"]], mode, BoxMode.XYWH_ABS)
+    entry = {
+        "bbox": bbox,
+        "category_id": int(annotation["category_id"]),
+        "iscrowd": int(annotation.get("iscrowd", 0)),
+        "area": bbox[2] * bbox[3],
+    }
+    mask = annotation.get("segmentation")
+    if isinstance(mask, Mapping):
+        counts = mask["counts"]
+        counts = counts.decode("ascii") if isinstance(counts, bytes) else counts
+        if isinstance(counts, str):
+            entry["area"] = float(coco_mask.area({"size": list(mask["size"]), "counts": counts}))
+        else:
+            counts = [int(v) for v in counts]
+            entry["area"] = float(sum(counts[1::2]))
+        entry["segmentation"] = {"size": [int(v) for v in mask["size"]], "counts": counts}
+    elif mask is not None:
+        polygons = [np.asarray(polygon, dtype=np.float64).reshape(-1) for polygon in mask]
+        if all(len(p) >= 6 and len(p) % 2 == 0 for p in polygons):  # others the reader names
+            entry["area"] = PolygonMasks([polygons]).area()[0].item()
+        entry["segmentation"] = [p.tolist() for p in polygons]
+    return entry
+
+
+def register_files(name: str) -> None:
+    """Register one ``path/to.json@path/to/images`` name.
+
+    Raises:
+        DataError: no such name, or no such file.
+    """
+    _enter(name, resolve(name, "DATASETS"))
+
+
+def _enter(name: str, source: DatasetSource) -> None:
     if name not in DatasetCatalog:
         DatasetCatalog.register(name, _Source(name, source))
         MetadataCatalog.get(name).set(json_file=source.json_file, image_root=source.image_root, evaluator_type="coco")
+
+
+def _register(name: str, source: DatasetSource, cfg: CfgNode, key: str) -> None:
+    _enter(name, source)
     entry = DatasetCatalog[name]
     if isinstance(entry, _Source):  # else the user registered this very name, and reads it in another way
         entry.max_bad = cfg.DATALOADER.MAX_BAD

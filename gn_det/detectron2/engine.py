@@ -12,7 +12,7 @@ import detectron2.solver
 from detectron2.config import CfgNode, get_cfg
 
 import gn_det.detectron2  # noqa: F401  # a process that unpickles the engine needs everything registered
-from gn_det.detectron2.config import add_gn_config, trainer_keys_are_read
+from gn_det.detectron2.config import add_gn_config, check_device, trainer_keys_are_read
 from gn_det.detectron2.loop import build_optimizer, run_loop
 from gn_det.detectron2.samples import Inputs, detector
 from gn_det.engines import Choice, load
@@ -46,6 +46,7 @@ class Detectron2Engine:
             return detectron2.modeling.build_model(model_config(cfg))
 
     def build_optimizer(self, cfg: AnyCfgNode, model: nn.Module) -> Optimizer:
+        check_device(cfg, next(model.parameters()).device.type)
         return build_optimizer(to_detectron2(cfg), model)
 
     def build_scheduler(self, cfg: AnyCfgNode, optimizer: Optimizer) -> LRScheduler:

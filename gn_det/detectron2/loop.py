@@ -107,22 +107,56 @@ class Step(SimpleTrainer):
 
 
 class KeeperHook(HookBase):
-    """Tells the keeper what the loop does; must come after the hook that steps the learning rate."""
+    """Tells the keeper what the loop does; must come after the hook that steps the learning rate.
 
-    def __init__(self, keeper: Keeper, scaler: Any = None) -> None:
-        self.keeper, self.scaler = keeper, scaler
+    Losses and the results of an evaluation are then in Detectron2's storage, for hooks between this one and
+    :class:`ConcludeHook`.
+
+    Args:
+        alone: there is no :class:`ConcludeHook`; this one does its work, too.
+    """
+
+    def __init__(self, *, alone: bool = False) -> None:
+        self.alone = alone
+        self.keeper: Keeper | None = None
+        self.scaler: Any = None
+        self.ended = False
+        #: names that the storage got up to here in this iteration
+        self.known: set[str] = set()
 
     def before_train(self) -> None:
+        assert self.keeper is not None
         self.keeper.start(self.scaler)
 
     def after_step(self) -> None:
+        assert self.keeper is not None
         storage: EventStorage = get_event_storage()
         metrics = scalars_of(storage, storage.iter)
         metrics.pop("lr", None)  # the learner's own, read before the optimizer stepped
-        ended = self.keeper.after_iteration(metrics)
-        learner = self.keeper.learner
+        self.ended = self.keeper.after_iteration(metrics) if self.alone else self.keeper.finish_iteration(metrics)
+        learner, state = self.keeper.learner, self.keeper.state
         storage.put_scalars(total_loss=sum(learner.losses.values()), data_time=learner.data_time, **learner.losses)
-        if ended:
+        if state.evaluated_at == state.iteration:
+            storage.put_scalars(smoothing_hint=False, **state.results)
+        self.known = set(scalars_of(storage, storage.iter))
+        if self.alone and self.ended:
+            raise Ended
+
+
+class ConcludeHook(HookBase):
+    """Records what hooks after :class:`KeeperHook` put into the storage, and ends the training where that says so."""
+
+    def __init__(self, first: KeeperHook) -> None:
+        self.first = first
+
+    def after_step(self) -> None:
+        assert self.first.keeper is not None
+        storage: EventStorage = get_event_storage()
+        found = scalars_of(storage, storage.iter)
+        self.first.keeper.conclude_iteration(
+            self.first.ended, {k: v for k, v in found.items() if k not in self.first.known}
+        )
+        if self.first.ended:
             raise Ended
 
 
@@ -158,7 +192,9 @@ def run_loop(cfg: CfgNode, keeper: Keeper, batches: Iterable[Any]) -> None:
     learner = keeper.learner
     step = Step(cfg, parallel(learner.model), batches, learner, keeper)
     loop = Loop(step)
-    loop.register_hooks([LRScheduler(learner.optimizer, learner.scheduler), KeeperHook(keeper, step.grad_scaler)])
+    hook = KeeperHook(alone=True)
+    hook.keeper, hook.scaler = keeper, step.grad_scaler
+    loop.register_hooks([LRScheduler(learner.optimizer, learner.scheduler), hook])
     with train_quietly():
         loop.train(learner.iteration, int(cfg.SOLVER.MAX_ITER))
 

@@ -2,10 +2,10 @@
 
 A config names its modules (``build_resnet_fpn_backbone``, ``FastRCNNConvFCHead`` ...), and the same YAML must run on
 both engines. Leaving the choice to Detectron2's modules would ignore MODEL.GN without a word (their GN always has 32
-groups) and give "LN" another meaning. So the registry entries of these names become functions that look at the config
-first. A config without MODEL.GN, which only ``add_gn_config`` adds, gets Detectron2's own module as ever, so nothing
-else in the process is affected; so does one whose norms are not GN, LN or IN, except where Detectron2's FPN cannot run:
-its extra level is made of p5, which a pyramid without res5 does not have.
+groups) and give "LN" another meaning. So the registry entries of these names look at the config first; an entry that
+is a class stays one, so that it can be subclassed. A config without MODEL.GN, which only ``add_gn_config`` adds, gets
+Detectron2's own module as ever, so nothing else in the process is affected; so does one whose norms are not GN, LN or
+IN, except where Detectron2's FPN cannot run: its extra level is made of p5, which a pyramid without res5 does not have.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from typing import Any
 
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from detectron2.modeling.roi_heads import ROI_BOX_HEAD_REGISTRY, ROI_HEADS_REGISTRY, ROI_MASK_HEAD_REGISTRY
+from fvcore.common.config import CfgNode
 from fvcore.common.registry import Registry
 
 from gn_det.detectron2 import backbone, heads
-from gn_det.detectron2.config import GROUP_NORMS, has_gn_keys, prepare_config
+from gn_det.detectron2.config import GROUP_NORMS, has_gn_keys, mention_other_groups, prepare_config, warn_of_norms
 from gn_det.modeling.build import group_rule
-from gn_det.norm import NORM_NAMES, GroupRule
+from gn_det.norm import GroupRule
 
 #: registry, Detectron2's name, what gn_det builds for it, the sections whose NORM decides
 ROUTES: tuple[tuple[Registry, str, Callable[..., Any], tuple[str, ...]], ...] = (
@@ -43,43 +44,81 @@ def route_names() -> None:
     """Install the routes; a second call does nothing."""
     for registry, name, build, sections in ROUTES:
         _replace(registry, name, functools.partial(_choose, build, sections))
-    for name, _ in list(META_ARCH_REGISTRY):
-        _replace(META_ARCH_REGISTRY, name, _prepare)
+    if not isinstance(META_ARCH_REGISTRY._obj_map, _Architectures):
+        META_ARCH_REGISTRY._obj_map = _Architectures(META_ARCH_REGISTRY._obj_map)
+
+
+class _Architectures(dict[str, Any]):
+    """Entries of the registry of whole models, each routed: Detectron2's, and those that users register later."""
+
+    def __init__(self, entries: dict[str, Any]) -> None:
+        super().__init__({name: _routed(entry, _prepare) for name, entry in entries.items()})
+
+    def __setitem__(self, name: str, entry: Any) -> None:
+        super().__setitem__(name, _routed(entry, _prepare))
 
 
 def _replace(registry: Registry, name: str, wrapper: Callable[..., Any]) -> None:
-    stock = registry.get(name)
-    if hasattr(stock, "gn_det_stock"):
-        return
+    # fvcore's Registry refuses to register a name twice and has no public way to replace one.
+    registry._obj_map[name] = _routed(registry.get(name), wrapper)
 
-    @functools.wraps(stock, updated=())
-    def routed(cfg: Any, *args: Any, **kwargs: Any) -> Any:
-        return wrapper(stock, cfg, *args, **kwargs)
+
+def _routed(stock: Any, wrapper: Callable[..., Any]) -> Any:
+    """``stock`` such that calling it goes to ``wrapper``; as it is where it is routed already."""
+    if "gn_det_stock" in getattr(stock, "__dict__", ()):
+        return stock
+    return _routed_class(stock, wrapper) if isinstance(stock, type) else _routed_function(stock, wrapper)
+
+
+def _routed_function(stock: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(stock)
+    def routed(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(stock, *args, **kwargs)
 
     routed.gn_det_stock = stock  # type: ignore[attr-defined]
-    # fvcore's Registry refuses to register a name twice and has no public way to replace one.
-    registry._obj_map[name] = routed
+    return routed
 
 
-def _prepare(stock: Callable[..., Any], cfg: Any, *args: Any, **kwargs: Any) -> Any:
-    """A whole model: first settle what the config leaves open."""
+def _routed_class(stock: type, wrapper: Callable[..., Any]) -> type:
+    """A subclass whose call goes to ``wrapper``; classes derived from it are built as if derived from ``stock``."""
+
+    def new(cls: type, *args: Any, **kwargs: Any) -> Any:
+        # What wrapper gives is no instance of ``routed``: Python then calls no __init__.
+        return wrapper(stock, *args, **kwargs) if cls is routed else object.__new__(cls)
+
+    names = ("__module__", "__qualname__", "__doc__")
+    body = {"__new__": new, "gn_det_stock": stock} | {name: getattr(stock, name) for name in names}
+    routed = type(stock)(stock.__name__, (stock,), body)
+    return routed
+
+
+def _prepare(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A whole model: first settle what the config leaves open; then name what does not follow MODEL.GN."""
+    cfg = _config_in(args, kwargs)
+    if cfg is None:
+        return stock(*args, **kwargs)
     prepare_config(cfg)
-    return stock(cfg, *args, **kwargs)
+    mention_other_groups(cfg)
+    model = stock(*args, **kwargs)
+    warn_of_norms(cfg, model)
+    return model
 
 
 def _choose(
-    ours: Callable[..., Any],
-    sections: tuple[str, ...],
-    stock: Callable[..., Any],
-    cfg: Any,
-    *args: Any,
-    **kwargs: Any,
+    ours: Callable[..., Any], sections: tuple[str, ...], stock: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    if not has_gn_keys(cfg):
-        return stock(cfg, *args, **kwargs)
+    cfg = _config_in(args, kwargs)
+    if cfg is None:
+        return stock(*args, **kwargs)
     prepare_config(cfg)
     build = ours if _is_ours(cfg, sections) else stock
-    return build(cfg, *args, **kwargs)
+    return build(*args, **kwargs)
+
+
+def _config_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The config with gn_det's keys that a module is built from; None for another, or for keyword arguments alone."""
+    cfg = kwargs.get("cfg", args[0] if args else None)
+    return cfg if isinstance(cfg, CfgNode) and has_gn_keys(cfg) else None
 
 
 def _is_ours(cfg: Any, sections: tuple[str, ...]) -> bool:
@@ -89,7 +128,7 @@ def _is_ours(cfg: Any, sections: tuple[str, ...]) -> bool:
         return True
     if not any(norm in GROUP_NORMS for norm in norms):
         return False
-    only_theirs = any(norm not in NORM_NAMES for norm in norms)  # nnSyncBN, naiveSyncBN ...
+    only_theirs = any(norm in backbone.THEIR_NORMS for norm in norms)
     if "RESNETS" in sections:
         only_theirs = only_theirs or any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE)
     same_there = group_rule(cfg) == GroupRule() and not {"LN", "IN"} & set(norms)

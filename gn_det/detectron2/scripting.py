@@ -71,7 +71,7 @@ class ScriptableFPN(nn.Module):
         self.names: list[str] = list(fpn.feature_specs)
         self.top_block = fpn.top_block
         source = "" if self.top_block is None else str(self.top_block.in_feature)
-        self.from_bottom_up = source in fpn.bottom_up.feature_specs
+        self.from_bottom_up = source in fpn.bottom_up.output_shape()
         self.source = source
         _keep(self, fpn)
 

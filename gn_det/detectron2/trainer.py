@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import logging
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,14 +14,22 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import DefaultTrainer, TrainerBase
 from detectron2.engine.hooks import IterationTimer, LRScheduler
 from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation.testing import flatten_results_dict
 from torch import nn
 
 from gn_det.checkpoint.io import atomic_write
 from gn_det.checkpoint.last import remove_leftovers
+from gn_det.checkpoint.meta import build_meta
 from gn_det.config import dump_config
-from gn_det.detectron2.config import has_gn_keys, trainer_keys_are_read
+from gn_det.detectron2.config import (
+    check_for_trainer,
+    has_gn_keys,
+    prepare_config,
+    trainer_keys_are_read,
+    warn_of_norms,
+)
 from gn_det.detectron2.datasets import name_by_files
-from gn_det.detectron2.loop import KeeperHook, Step, build_optimizer, parallel, train_quietly
+from gn_det.detectron2.loop import ConcludeHook, KeeperHook, Step, build_optimizer, parallel, train_quietly
 from gn_det.detectron2.samples import Inputs, detector
 from gn_det.errors import ConfigError, TrainingError
 from gn_det.run import dist
@@ -61,15 +71,18 @@ class Trainer(DefaultTrainer):
         trainer.resume_or_load(resume=False)
         trainer.train()
 
-    Schedules are scaled to the batch (SOLVER.REFERENCE_BATCH, EPOCHS), norm census and optimizer groups are printed,
-    DATASETS.TEST is evaluated with COCO AP, ``model_best.pth`` is kept (TEST.BEST_METRIC), TEST.PATIENCE stops early,
-    SOLVER.ACCUMULATE, AMP.DTYPE and CHECKPOINT_KEEP are read, a non-finite loss stops the run and names the images, a
-    signal saves before it ends the run, and a resumed run goes on exactly where it was.
+    Batch, learning rate and iterations are taken as ``cfg`` has them (:func:`gn_det.detectron2.scale_to_machine` scales
+    them); SOLVER.EPOCHS and, where it is set, SOLVER.REFERENCE_BATCH are read. Norm census and optimizer groups are
+    printed, DATASETS.TEST is evaluated with COCO AP, ``model_best.pth`` is kept (TEST.BEST_METRIC), TEST.PATIENCE stops
+    early, SOLVER.ACCUMULATE, AMP.DTYPE and CHECKPOINT_KEEP are read, a non-finite loss stops the run and names the
+    images, a signal saves before it ends the run, and a resumed run goes on exactly where it was.
 
     ``build_model``, ``build_optimizer``, ``build_lr_scheduler``, ``build_train_loader``, ``build_evaluator`` and
-    ``build_hooks`` can be overridden as ever; hooks registered later run before gn_det's own. Batches come from
-    gn_det's loader unless ``build_train_loader`` is overridden; APs from its evaluation, equal to ``COCOEvaluator``'s,
-    unless ``build_evaluator`` is.
+    ``build_hooks`` can be overridden as ever; they get the names of data sets as ``cfg`` has them. Hooks of your own
+    run after the evaluation, whose results are in ``trainer.storage`` (``"segm/AP"``), and before the log is written.
+    Batches come from gn_det's loader unless ``build_train_loader`` is overridden; APs from its evaluation, equal to
+    ``COCOEvaluator``'s, unless ``build_evaluator``, ``build_test_loader`` or ``test`` is. A data set that is registered
+    as a function is written to ``OUTPUT_DIR/datasets`` as COCO json and read from there.
 
     Args:
         cfg: a config that went through :func:`gn_det.detectron2.add_gn_config`; not changed.
@@ -85,11 +98,18 @@ class Trainer(DefaultTrainer):
             raise ConfigError("the config lacks gn_det's keys: call gn_det.detectron2.add_gn_config(cfg) first")
         self._overwrite = overwrite
         self._folder = check_writable(cfg.OUTPUT_DIR)
-        check_metric(cfg)
+        check_for_trainer(cfg, own_loader=self._overridden("build_train_loader"), own_results=self._own_results())
+        if not self._own_results():  # else the names are those of the user's evaluator
+            check_metric(cfg)
         with self._log(), trainer_keys_are_read():
-            self._prepared = prepare(name_by_files(cfg))
-            self.cfg = cfg = self._prepared.cfg
+            prepared = prepare(name_by_files(cfg))
+            self.cfg = cfg = _with_names(prepared.cfg, cfg)
+            prepare_config(cfg)
             model = self.build_model(cfg)
+            warn_of_norms(cfg, model)  # an overridden build_model may go past Detectron2's registry
+            #: what a run is resumed by and checkpoints store: the files of the sets instead of their names
+            self._run_cfg = _with_names(cfg, prepared.cfg)
+            self._prepared = dataclasses.replace(prepared, cfg=self._run_cfg)
             describe_model(cfg, model)
             optimizer = self.build_optimizer(cfg, model)
             self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -99,7 +119,9 @@ class Trainer(DefaultTrainer):
         self._state = RunState(self._prepared.seed)
         self._last_eval_results: dict[str, Any] = {}
         proxy = weakref.proxy(self)
-        self.checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR, trainer=proxy)
+        self._meta = ModelMeta(self._run_cfg, prepared.data.class_names, prepared.data.category_ids)
+        self.checkpointer = _Checkpointer(self._meta, model, cfg.OUTPUT_DIR, trainer=proxy)
+        self._hook = KeeperHook()
         self.start_iter, self.max_iter = 0, int(cfg.SOLVER.MAX_ITER)
         self.register_hooks(self.build_hooks())
 
@@ -113,14 +135,15 @@ class Trainer(DefaultTrainer):
             UserError: the checkpoint or the weights cannot be used, or an earlier run is in the way.
         """
         with self._log():
-            self._point = find_resume(self.cfg) if resume else None
+            cfg = self._run_cfg
+            self._point = find_resume(cfg) if resume else None
             if self._point is None:
                 self._refuse_old_run()
-                check_freeze(self.cfg)
-                load_initial(self.cfg, self._learner.model)
-                if short_for_scratch(self.cfg, self._prepared.data.images):
-                    logger.warning(short_for_scratch(self.cfg, self._prepared.data.images))
-            self._state = restore_run(self._point, self.cfg, self._learner, self._prepared.seed)
+                check_freeze(cfg)
+                load_initial(cfg, self._learner.model)
+                if short_for_scratch(cfg, self._prepared.data.images):
+                    logger.warning(short_for_scratch(cfg, self._prepared.data.images))
+            self._state = restore_run(self._point, cfg, self._learner, self._prepared.seed)
             self.start_iter = self._learner.iteration
 
     def _refuse_old_run(self) -> None:
@@ -141,14 +164,13 @@ class Trainer(DefaultTrainer):
         Raises:
             UserError: a non-finite loss, a full disk, a signal (a checkpoint is written then).
         """
-        cfg, data = self.cfg, self._prepared.data
+        cfg = self._run_cfg
         with self._log():
             if self._point is None:
                 self._refuse_old_run()
             self._prepare_folder()
-            evaluate = self._evaluate if data.test or self._overridden("build_evaluator") else None
-            meta = ModelMeta(cfg, data.class_names, data.category_ids)
-            keeper = make_keeper(cfg, self._learner, self._state, meta, evaluate, self._point)
+            evaluate = self._evaluate if self._prepared.data.test or self._own_results() else None
+            keeper = make_keeper(cfg, self._learner, self._state, self._meta, evaluate, self._point)
             try:
                 if iterations_left(cfg, keeper) > 0:
                     self._run(keeper)
@@ -161,15 +183,22 @@ class Trainer(DefaultTrainer):
     def _run(self, keeper: Keeper) -> None:
         batches = self._trainer.data_loader
         if isinstance(batches, _OwnBatches):
-            batches.start, batches.seed = first_batch(self.cfg, self._state), self._state.seed
+            batches.start, batches.seed = first_batch(self._run_cfg, self._state), self._state.seed
         self._trainer.keeper = keeper
-        hook = KeeperHook(keeper, self._trainer.grad_scaler)
-        self.register_hooks([hook])
+        self._hook.keeper, self._hook.scaler = keeper, self._trainer.grad_scaler
+        hooks = list(self._hooks)
+        if (
+            self._hook not in hooks
+        ):  # an overridden build_hooks without gn_det's: after the last that moves the schedule
+            place = max((i for i, hook in enumerate(hooks, start=1) if isinstance(hook, LRScheduler)), default=0)
+            self.register_hooks([self._hook])
+            self._hooks: list[Any] = [*hooks[:place], self._hook, *hooks[place:]]
+        self.register_hooks([ConcludeHook(self._hook)])
         try:
-            with train_quietly(), memory_told(self.cfg, self._learner):
+            with train_quietly(), memory_told(self._run_cfg, self._learner):
                 TrainerBase.train(self, self.start_iter, self.max_iter)
         finally:
-            self._hooks.remove(hook)
+            self._hooks = hooks
 
     def _prepare_folder(self) -> None:
         if dist.rank() != 0:
@@ -179,18 +208,22 @@ class Trainer(DefaultTrainer):
         check_space(self._folder, self._learner.model, replaced=fresh)
         if fresh:
             start_afresh(self._folder, keep=self.cfg.MODEL.WEIGHTS)
-        text = dump_config(self.cfg).encode()
+        text = dump_config(self._run_cfg).encode()
         atomic_write(self._folder / "config.yaml", lambda file: file.write(text))
 
     def _evaluate(self, model: nn.Module, on_progress: Any) -> Mapping[str, float]:
-        if self._overridden("build_evaluator"):
+        if self._own_results():
             results = dist.broadcast(self.test(self.cfg, model))
-            return {f"{task}/{name}": float(v) for task, part in results.items() for name, v in part.items()}
+            return {name: float(value) for name, value in flatten_results_dict(results).items()}
         data = self._prepared.data
-        return evaluate_model(self.cfg, detector(model), data.test, data.class_names, on_progress)
+        return evaluate_model(self._run_cfg, detector(model), data.test, data.class_names, on_progress)
+
+    def _own_results(self) -> bool:
+        """Whether Detectron2's way of evaluating was changed, so that it must be taken."""
+        return any(self._overridden(name) for name in ("build_evaluator", "build_test_loader", "test"))
 
     def _overridden(self, name: str) -> bool:
-        return getattr(type(self), name).__func__ is not getattr(Trainer, name).__func__
+        return inspect.getattr_static(type(self), name) is not inspect.getattr_static(Trainer, name)
 
     def _batches(self, cfg: CfgNode) -> Iterable[Any]:
         own = not self._overridden("build_train_loader")
@@ -200,8 +233,8 @@ class Trainer(DefaultTrainer):
         return run_log(self._folder, rank=dist.rank())
 
     def build_hooks(self) -> list[Any]:
-        """Timer and learning rate; recording, evaluation and checkpoints follow when training starts."""
-        return [IterationTimer(), LRScheduler()]
+        """Timer, learning rate, and evaluation with checkpoints; the log is written after hooks that are added."""
+        return [IterationTimer(), LRScheduler(), self._hook]
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
@@ -212,6 +245,29 @@ class Trainer(DefaultTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
         """For :meth:`test`: COCO AP of boxes, and of masks where the model has them."""
         return COCOEvaluator(dataset_name, output_dir=str(Path(cfg.OUTPUT_DIR) / "inference"))
+
+
+class _Checkpointer(DetectionCheckpointer):
+    """For hooks of the user's: what they save can be predicted with, and is not what a run resumes from."""
+
+    def __init__(self, meta: ModelMeta, model: nn.Module, save_dir: str, **others: Any) -> None:
+        super().__init__(model, save_dir, **others)
+        self._meta = build_meta(meta.cfg, meta.class_names, meta.category_ids)
+
+    def save(self, name: str, **others: Any) -> None:
+        """Detectron2's, with gn_det's block of class names and configuration."""
+        super().save(name, **{"gn_det": self._meta, **others})
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Nothing: the trainer's own checkpoints are the ones to resume from."""
+
+
+def _with_names(cfg: CfgNode, other: CfgNode) -> CfgNode:
+    """A copy of ``cfg`` with the data sets of ``other``."""
+    out = cfg.clone()
+    out.defrost()
+    out.DATASETS = other.DATASETS.clone()
+    return out
 
 
 def _nested(results: Mapping[str, float]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from gn_det.norm import FrozenBatchNorm2d, GroupNorm
+from gn_det.norm import FrozenBatchNorm2d, GroupNorm, GroupRule
 
 #: (stage, prefixes of module names), in the order of the table; the first match wins.
 _STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -81,6 +81,29 @@ def norm_census(model: nn.Module) -> list[CensusRow]:
         if stage in stages and not kinds:
             rows.append(CensusRow(stage, "none", 0))
     return rows
+
+
+def norms_off_rule(model: nn.Module, rule: GroupRule) -> dict[str, list[str]]:
+    """Names of group norms whose groups or eps are not those of ``rule``, by what they have instead.
+
+    Detectron2's own "LN", over channels alone, counts among them; LN, IN and other norms of gn_det do not.
+    """
+    found: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        what = ""
+        if isinstance(module, nn.GroupNorm) and norm_name(module) == "GN":
+            groups, channels = module.num_groups, module.num_channels
+            divisor = rule.channels_per_group or rule.num_groups
+            wanted = channels // divisor if rule.channels_per_group else divisor
+            if channels % divisor or groups != wanted:
+                what = f"{groups} groups"
+            elif module.eps != rule.eps:
+                what = f"eps {module.eps:g}"
+        elif type(module).__name__ == "LayerNorm" and type(module).__module__.startswith("detectron2."):
+            what = "LN over channels alone"
+        if what:
+            found.setdefault(what, []).append(name)
+    return found
 
 
 def _row(stage: str, kind: str, modules: Sequence[nn.Module]) -> CensusRow:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,17 +20,18 @@ class FPN(nn.Module):
     """Pyramid levels p<k> of stride 2^k from the bottom-up features, and one more by subsampling the last.
 
     Args:
-        bottom_up: network with ``feature_specs``.
+        bottom_up: network with ``feature_specs``, unless ``specs`` gives them.
         in_features: its features from fine to coarse, strides doubling.
         out_channels: channels of every level.
         norm, groups: norm of lateral and output convolutions; without norm they have biases.
         fuse_type: "sum" or "avg" of the lateral and the top-down feature.
         layer: full name, for messages.
+        specs: channels and stride of what ``bottom_up`` makes, by name.
     """
 
     def __init__(
         self,
-        bottom_up: ResNet,
+        bottom_up: nn.Module,
         *,
         in_features: Sequence[str],
         out_channels: int,
@@ -37,15 +39,18 @@ class FPN(nn.Module):
         groups: GroupRule | None = None,
         fuse_type: str = "sum",
         layer: str = "backbone",
+        specs: Mapping[str, FeatureSpec] | None = None,
     ) -> None:
         super().__init__()
+        specs = cast("Mapping[str, FeatureSpec]", bottom_up.feature_specs) if specs is None else specs
         if fuse_type not in ("sum", "avg"):
             raise ConfigError(f"MODEL.FPN.FUSE_TYPE {fuse_type!r}: use 'sum' or 'avg'")
-        missing = [f for f in in_features if f not in bottom_up.feature_specs]
+        missing = [f for f in in_features if f not in specs]
         if missing or not in_features:
-            made = ", ".join(bottom_up.feature_specs)
-            raise ConfigError(f"MODEL.FPN.IN_FEATURES {list(in_features)}: MODEL.RESNETS.OUT_FEATURES makes {made}")
-        strides = [bottom_up.feature_specs[f].stride for f in in_features]
+            made = ", ".join(specs)
+            maker = "MODEL.RESNETS.OUT_FEATURES" if isinstance(bottom_up, ResNet) else type(bottom_up).__name__
+            raise ConfigError(f"MODEL.FPN.IN_FEATURES {list(in_features)}: {maker} makes {made}")
+        strides = [specs[f].stride for f in in_features]
         if any(b != 2 * a for a, b in pairwise(strides)):
             raise ConfigError(f"MODEL.FPN.IN_FEATURES {list(in_features)}: strides {strides} must double each time")
         self.in_features = tuple(in_features)
@@ -54,7 +59,7 @@ class FPN(nn.Module):
         bias = norm is None or norm == ""
         for feature, level in zip(in_features, self.levels):
             lateral = ConvNorm(
-                bottom_up.feature_specs[feature].channels,
+                specs[feature].channels,
                 out_channels,
                 kernel_size=1,
                 bias=bias,

@@ -120,6 +120,12 @@ class Keeper:
         Raises:
             Interrupted: a signal came; a checkpoint is written.
         """
+        early = self.finish_iteration(metrics)
+        self.conclude_iteration(early)
+        return early
+
+    def finish_iteration(self, metrics: Mapping[str, float]) -> bool:
+        """The first half of :meth:`after_iteration`: all but writing the log; True where training should end early."""
         self.learner.finish_iteration()
         self.state.iteration += 1
         self.state.images_seen += self._batch
@@ -143,6 +149,14 @@ class Keeper:
                 self._say_early_stop()
             if saved:  # again: with what the evaluation found (best metric, patience)
                 self.save(FINAL if last else numbered(self.state.iteration))
+        return early
+
+    def conclude_iteration(self, early: bool, metrics: Mapping[str, float] | None = None) -> None:
+        """The second half: ``metrics`` came after the first one."""
+        done, total = self.state.iteration + 1, int(self.cfg.SOLVER.MAX_ITER)
+        last = done >= total or (early and self._patience_is_over())
+        if metrics and dist.rank() == 0:
+            self.recorder.events.put_all(metrics, self.state.iteration)
         if done % WINDOW == 0 or last or early:
             self.recorder.write()
         if self.learner.stop_everywhere and not last:
@@ -151,7 +165,6 @@ class Keeper:
             self._say_time_is_up()
         self.learner.time_is_up = self.budget.used_up()
         self.recorder.rest()
-        return early
 
     def evaluation_due(self, done: int, last: bool) -> bool:
         period = int(self.cfg.TEST.EVAL_PERIOD)

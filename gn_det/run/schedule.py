@@ -136,6 +136,7 @@ def _for_world_size(cfg: CfgNode, world_size: int, literal: Collection[str]) -> 
     if solver.IMS_PER_BATCH % reference:
         raise ConfigError(
             f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} is not a multiple of SOLVER.REFERENCE_WORLD_SIZE {reference}"
+            ": set SOLVER.REFERENCE_WORLD_SIZE 0 to take batch, learning rate and iterations as they are"
         )
     scale = world_size / reference
     before = (solver.IMS_PER_BATCH, solver.BASE_LR, solver.MAX_ITER)

@@ -28,7 +28,7 @@ def put(key: str, value: Any) -> Any:
     ("key", "good", "bad"),
     [
         ("MODEL.BACKBONE.FREEZE_AT", [0, 5], [-1, 6]),
-        ("MODEL.RPN.IOU_THRESHOLDS", [[0.3, 0.7], [0.1]], [[0.0, 0.7], [0.3, 0.3], [0.7, 0.3]]),
+        ("MODEL.RPN.IOU_THRESHOLDS", [[0.3, 0.7], [0.1, 0.2]], [[0.0, 0.7], [0.3, 0.3], [0.7, 0.3]]),
         ("MODEL.PIXEL_MEAN", [[1.0, 2.0, 3.0]], [[1.0, 2.0], [1.0, 2.0, 3.0, 4.0]]),
         ("MODEL.PIXEL_STD", [[1.0, 2.0, 3.0]], [[1.0, 2.0], [1.0, 2.0, 3.0, 4.0], [1.0, 0.0, 1.0]]),
         ("MODEL.RESNETS.DEFORM_ON_PER_STAGE", [[False] * 4], [[False] * 3, [False] * 5]),

@@ -101,10 +101,15 @@ def test_groups_come_from_the_config(pairs: tuple[Any, ...], groups: set[int]) -
     assert not any(isinstance(m, torch.nn.LayerNorm) or type(m).__name__ == "LayerNorm" for m in model.modules())
 
 
-def test_deformable_convolutions_stay_detectron2s() -> None:
-    """Only Detectron2 has them: its GN where that is the same, otherwise one line."""
+def test_deformable_convolutions_stay_detectron2s(caplog: pytest.LogCaptureFixture) -> None:
+    """Only Detectron2 has them: its GN where that is the same, its trunk with other norms, otherwise one line."""
     deform = ("MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, True, True, True])
     assert "GNResNet" not in gn_modules(on_meta(plugin_cfg("gn_fpn.yaml", *deform)))
+    frozen = ("MODEL.RESNETS.NORM", "FrozenBN", "MODEL.GN.NUM_GROUPS", 16)
+    model = on_meta(plugin_cfg("gn_fpn.yaml", *deform, *frozen))
+    assert gn_modules(model) == ALL - {"GNResNet"} and "DeformConv" in str(model.backbone.bottom_up)
+    assert {m.num_groups for m in model.modules() if isinstance(m, torch.nn.GroupNorm)} == {16}
+    assert "do not follow MODEL.GN" not in caplog.text
     with pytest.raises(ConfigError, match="DEFORM_ON_PER_STAGE"):
         on_meta(plugin_cfg("gn_fpn.yaml", *deform, "MODEL.GN.NUM_GROUPS", 16))
 
@@ -112,8 +117,10 @@ def test_deformable_convolutions_stay_detectron2s() -> None:
 def test_other_norms_of_detectron2_stay_its_own() -> None:
     model = on_meta(plugin_cfg("bn_fpn.yaml", "MODEL.RESNETS.NORM", "naiveSyncBN"))
     assert any(type(m).__name__ == "NaiveSyncBatchNorm" for m in model.modules())
-    with pytest.raises(ConfigError, match="unknown norm 'naiveSyncBN'"):
-        on_meta(plugin_cfg("bn_fpn.yaml", "MODEL.RESNETS.NORM", "naiveSyncBN", "MODEL.FPN.NORM", "LN"))
+    model = on_meta(plugin_cfg("bn_fpn.yaml", "MODEL.RESNETS.NORM", "naiveSyncBN", "MODEL.FPN.NORM", "LN"))
+    assert "GNFPN" in gn_modules(model) and "GNResNet" not in gn_modules(model)
+    with pytest.raises(ConfigError, match="unknown norm 'naive'"):
+        on_meta(plugin_cfg("bn_fpn.yaml", "MODEL.RESNETS.NORM", "naive", "MODEL.FPN.NORM", "LN"))
 
 
 def test_registered_names_can_be_written_out() -> None:

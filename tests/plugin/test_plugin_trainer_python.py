@@ -15,13 +15,13 @@ pytest.importorskip("detectron2.config", reason="needs an installed Detectron2")
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
 from detectron2.data.datasets import register_coco_instances
-from detectron2.engine import HookBase
+from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import Instances
 from plugin_cases import TINY, lines, own_data, plugin_cfg, state, tiny
 
 from gn_det.cli import main
-from gn_det.detectron2 import Trainer
+from gn_det.detectron2 import Trainer, scale_to_machine
 from gn_det.detectron2.samples import MixedMasks
 from gn_det.errors import ConfigError, TrainingError
 
@@ -70,6 +70,53 @@ def test_python_and_command_line_give_the_same_run(
     assert again.start_iter == 4
     again.train()
     assert again.iter == 5 and [e["iteration"] for e in lines(tmp_path / "python")][-1] == 5
+
+
+@pytest.mark.parametrize("trainer_class", [DefaultTrainer, Trainer])
+def test_what_is_set_in_python_is_literal(trainer_class: type[DefaultTrainer], data: list[str], tmp_path: Path) -> None:
+    """300 iterations of 2 images at lr 0.00025, on a config that was written for 16 images on 8 GPUs."""
+    cfg = plugin_cfg("gn_fpn.yaml")
+    sets = ["DATASETS.TRAIN", (f"{data[1]}@{data[3]}",), "DATASETS.TEST", ()]
+    small = [*TINY, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.RESNETS.WIDTH_PER_GROUP", 32, "MODEL.WEIGHTS", ""]
+    cfg.merge_from_list([*sets, *small, "OUTPUT_DIR", str(tmp_path), "INPUT.MASK_FORMAT", "bitmask"])
+    cfg.SOLVER.IMS_PER_BATCH = 2
+    cfg.SOLVER.BASE_LR = 0.00025
+    cfg.SOLVER.MAX_ITER = 300
+    trainer = trainer_class(cfg)
+    solver = trainer.cfg.SOLVER
+    assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.MAX_ITER, trainer.max_iter) == (2, 0.00025, 300, 300)
+    assert {group["initial_lr"] for group in trainer._trainer.optimizer.param_groups} == {0.00025}
+    assert len(next(iter(trainer._trainer.data_loader))) == 2
+
+
+def test_scaling_is_one_explicit_call(caplog: pytest.LogCaptureFixture) -> None:
+    """The same numbers as on the command line (README); a second call changes nothing; 8 GPUs change nothing."""
+    from gn_det.config import load_config
+    from gn_det.run.schedule import scale_schedule
+
+    cfg = plugin_cfg("gn_fpn.yaml")
+    assert scale_to_machine(cfg, 8) == [] and (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR) == (16, 0.02)
+    cfg = plugin_cfg("gn_fpn.yaml", "TEST.EVAL_PERIOD", 10000)
+    cfg.freeze()
+    with caplog.at_level(logging.INFO, logger="gn_det"):
+        (sentence,) = scale_to_machine(cfg)
+    assert "batch 16 -> 2, learning rate scaled linearly 0.02 -> 0.0025, 180000 -> 1440000" in sentence
+    assert sentence in caplog.text and cfg.is_frozen()
+    assert scale_to_machine(cfg) == []
+    there = scale_schedule(load_config("gn_fpn.yaml"), 1, 0)[0]
+    keys = (
+        "IMS_PER_BATCH",
+        "BASE_LR",
+        "MAX_ITER",
+        "STEPS",
+        "WARMUP_ITERS",
+        "CHECKPOINT_PERIOD",
+        "REFERENCE_WORLD_SIZE",
+    )
+    assert [cfg.SOLVER[k] for k in keys] == [there.SOLVER[k] for k in keys]
+    assert cfg.TEST.EVAL_PERIOD == there.TEST.EVAL_PERIOD == 80000
+    with pytest.raises(ConfigError, match=r"IMS_PER_BATCH 2 is not a multiple of SOLVER.REFERENCE_WORLD_SIZE 8"):
+        scale_to_machine(plugin_cfg("gn_fpn.yaml", "SOLVER.IMS_PER_BATCH", 2))
 
 
 def test_sentences_about_norms_and_short_schedules(
@@ -152,7 +199,7 @@ def test_what_the_trainer_cannot_use_is_one_line(data: list[str], tmp_path: Path
         Trainer(get_cfg())
     DatasetCatalog.register("a_function", lambda: [])
     try:
-        with pytest.raises(ConfigError, match="'a_function' is registered as a function"):
+        with pytest.raises(ConfigError, match="dataset 'a_function' has no thing_classes: set them by"):
             Trainer(tiny_cfg(data, tmp_path, "DATASETS.TRAIN", ("a_function",)))
     finally:
         DatasetCatalog.remove("a_function")

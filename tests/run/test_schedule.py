@@ -10,7 +10,8 @@ import pytest
 import torch
 from training.cases import SCHEDULES, Tiny
 
-from gn_det.config import get_cfg
+from gn_det import config_file
+from gn_det.config import get_cfg, load_config
 from gn_det.errors import ConfigError
 from gn_det.run.optim import build_optimizer
 from gn_det.run.schedule import (
@@ -75,6 +76,40 @@ def test_typed_batch_goes_by_the_reference_batch() -> None:
     scaled, sentences = scale_schedule(cfg, 1, 0)
     assert (scaled.SOLVER.IMS_PER_BATCH, scaled.SOLVER.BASE_LR, scaled.SOLVER.MAX_ITER) == (4, 0.005, 360000)
     assert len(sentences) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "expected"),
+    [
+        ("gn_fpn.yaml", 1, (2, 0.0025, 1440000)),
+        ("gn_fpn.yaml", 4, (8, 0.01, 360000)),
+        ("gn_fpn.yaml", 8, (16, 0.02, 180000)),
+        ("gn_c4.yaml", 1, (1, 0.00125, 2880000)),
+        ("gn_c4.yaml", 8, (8, 0.01, 360000)),
+        ("bn_c4_tuned.yaml", 1, (2, 0.0025, 1440000)),
+        ("gn_fpn_scratch_9x.yaml", 1, (64, 0.08, 202500)),
+        ("quickstart.yaml", 1, (4, 0.06, 390)),
+    ],
+)
+def test_shipped_configs_on_the_command_line(
+    name: str, gpus: int, expected: tuple[int, float, int], tmp_path: Path
+) -> None:
+    """Batch, lr and iterations; a config built on a shipped one is scaled alike."""
+    own = tmp_path / "own.yaml"
+    own.write_text(f"_BASE_: {config_file(name)}\nSEED: 1\n")
+    for path in (name, str(own)):
+        solver = scale_schedule(load_config(path), gpus, 0)[0].SOLVER
+        assert expected == (solver.IMS_PER_BATCH, solver.BASE_LR, solver.MAX_ITER)
+    own.write_text(f"_BASE_: {config_file(name)}\nSOLVER: {{REFERENCE_WORLD_SIZE: 0, REFERENCE_BATCH: 0}}\n")
+    written = load_config(name).SOLVER
+    solver = scale_schedule(load_config(str(own)), gpus, 0)[0].SOLVER
+    keys = ("IMS_PER_BATCH", "BASE_LR", "MAX_ITER")
+    assert [solver[k] for k in keys] == [written[k] for k in keys]
+
+
+def test_typed_batch_of_a_shipped_config_scales_the_rate() -> None:
+    solver = scale_schedule(load_config("gn_c4.yaml", ["SOLVER.IMS_PER_BATCH", "4"]), 1, 0)[0].SOLVER
+    assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.MAX_ITER) == (4, 0.005, 720000)
 
 
 def test_typed_length_and_rate_are_taken_literally() -> None:

@@ -1,0 +1,6 @@
+"""``python -m gn_det.detectron2 TOOL [ARGUMENTS]``; see :mod:`gn_det.detectron2.tools`."""
+
+import runpy
+
+# As a module of another name: processes that a tool starts import what was the main module, but never a __main__.py.
+runpy.run_module("gn_det.detectron2.tools", run_name="__main__", alter_sys=True)
