@@ -19,11 +19,12 @@ import yaml
 
 from gn_det.checkpoint import caffe2, layered, mmdet
 from gn_det.checkpoint.catalog import local_path, published_file, published_preprocessing, split_options
-from gn_det.checkpoint.io import read_checkpoint, read_head
+from gn_det.checkpoint.heads import known_mistake, looks_like_safetensors, read_head
+from gn_det.checkpoint.io import check_tensors, read_checkpoint
 from gn_det.checkpoint.meta import read_meta
 from gn_det.checkpoint.pickles import read_pickle
 from gn_det.checkpoint.source import Preprocessing, State, Weights
-from gn_det.checkpoint.tensors import looks_like_safetensors, read_safetensors
+from gn_det.checkpoint.tensors import read_safetensors
 from gn_det.errors import WeightsError
 from gn_det.files import StrPath
 from gn_det.text import one_line
@@ -120,7 +121,7 @@ def read_any(path: StrPath) -> dict[str, Any]:
     if looks_like_safetensors(head):
         return read_safetensors(path)
     is_pickle = head[:1] == b"\x80" or str(path).endswith(".pkl")
-    if is_pickle and not head.startswith(_TORCH) and not head.lstrip().startswith((b"<", b"version https")):
+    if is_pickle and not head.startswith(_TORCH) and not known_mistake(head):
         return read_pickle(path)
     return read_checkpoint(path, mmap=True)
 
@@ -146,23 +147,12 @@ def _tensors(path: StrPath, state: Mapping[Any, Any]) -> State:
             if isinstance(name, str) and caffe2.is_ignored(name):
                 continue
             raise WeightsError(f"{path}: entry {one_line(name, 60)!r} is a {type(value).__name__}, not a tensor")
-        _check_plain(path, name, value)
         tensors[name] = value
+    check_tensors(path, tensors)
     for prefix in ("module.", "_orig_mod."):
         if tensors and all(name.startswith(prefix) for name in tensors):
             tensors = {name[len(prefix) :]: value for name, value in tensors.items()}
     return tensors
-
-
-def _check_plain(path: StrPath, name: str, value: torch.Tensor) -> None:
-    """Refuse what claims more numbers than the file holds (a view with stride 0) and what is not a plain array."""
-    if value.device.type != "cpu" or value.layout != torch.strided or value.is_quantized or value.is_complex():
-        raise WeightsError(f"{path}: entry {one_line(name, 60)!r} is not a plain tensor of real numbers on the CPU")
-    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        raise WeightsError(
-            f"{path}: entry {one_line(name, 60)!r} claims the shape {one_line(tuple(value.shape), 60)}, which is more "
-            "than the file holds"
-        )
 
 
 def _from_numpy(array: np.ndarray) -> torch.Tensor:

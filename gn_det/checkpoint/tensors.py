@@ -22,11 +22,6 @@ _MAX_HEADER = 8 << 20
 _META = "gn_det"
 
 
-def looks_like_safetensors(head: bytes) -> bool:
-    """Whether the first bytes are a header's length and its opening brace."""
-    return head[8:9] == b"{" and head[:4] != b"PK\x03\x04"
-
-
 def read_safetensors(path: StrPath) -> dict[str, Any]:
     """``{"model": tensors by name, "gn_det": block}``, or ``{"state_dict": ..., "metadata": ...}`` of a foreign file.
 
