@@ -14,6 +14,7 @@ from gn_det.checkpoint.catalog import CATALOG, MIRROR, cache_path, local_path, r
 from gn_det.errors import WeightsError
 
 BASE = "https://dl.fbaipublicfiles.com"
+WEIGHTS = b"\x80\x02}q\x00N." * 1000
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +102,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         type(self).requests += 1
-        content = b"weights" * 1000
+        content = WEIGHTS
         self.send_response(404 if "missing" in self.path else 200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -125,7 +126,7 @@ def server() -> Iterator[str]:
 
 def test_download_once(server: str) -> None:
     path = local_path(f"{server}/a/w.pkl?matching_heuristics=True")
-    assert path.read_bytes() == b"weights" * 1000
+    assert path.read_bytes() == WEIGHTS
     requests = _Handler.requests
     assert path == cache_path(f"{server}/a/w.pkl") == local_path(f"{server}/a/w.pkl")
     assert _Handler.requests == requests

@@ -19,7 +19,8 @@ from gn_det.checkpoint import download
 from gn_det.checkpoint.catalog import CATALOG, MIRROR, cache_path, local_path
 from gn_det.errors import WeightsError
 
-CONTENT = bytes(range(256)) * 1200  # 300 kB
+CONTENT = (b"PK\x03\x04" + bytes(range(4, 256))) * 1200  # 300 kB that begin as an archive of torch.save
+CHANGED = CONTENT[:4] + CONTENT[4:][::-1]
 SHA = hashlib.sha256(CONTENT).hexdigest()
 STEP = 70_000
 
@@ -63,7 +64,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {begin}-{len(CONTENT) - 1}/{len(CONTENT)}")
         else:
             self.send_response(200)
-        content = CONTENT if self.server.etag == '"one"' else CONTENT[::-1]
+        content = CONTENT if self.server.etag == '"one"' else CHANGED
         body = b"" if way == "empty" else content[begin:]
         if way != "chunkless":
             self.send_header("Content-Length", str(len(body)))
@@ -119,7 +120,7 @@ def test_the_file_arrives_whole(server: Server, tmp_path: Path, way: str) -> Non
 def test_a_file_that_changes_between_attempts_begins_anew(server: Server) -> None:
     """The second attempt offers the validator of the first, which no longer holds: no two versions are joined."""
     path = local_path(f"{server.url}/changes/w.pth")
-    assert path.read_bytes() == CONTENT[::-1]
+    assert path.read_bytes() == CHANGED
     assert [wanted for _, wanted in server.log][:3] == [None, "bytes=70000-", "bytes=70000-"]
 
 

@@ -144,9 +144,8 @@ def test_a_config_of_references_in_a_checkpoint(tmp_path: Path) -> None:
     text = "MODEL:\n" + "\n".join(lines)
     path = tmp_path / "x.pth"
     path.write_bytes(fuzz.torch_bytes({"model": STATE, "gn_det": {"version": "1", "config": text}}))
-    start = time.perf_counter()
-    assert open_weights(path).preprocessing is not None
-    assert time.perf_counter() - start < 3
+    with pytest.raises(WeightsError, match=r"the config it stores cannot be used: it uses references"):
+        open_weights(path)
 
 
 # ---------------------------------------------------------------------------------------------------------- mutations
