@@ -59,7 +59,7 @@ def read_archive(path: StrPath, *, map_tensors: bool) -> Any:
             begin, length = records[f"{root}/data/{key}"]
             if length < size:
                 raise Refused(f"is damaged: a tensor claims {one_line(size)} bytes, its record has {length}")
-            if map_tensors and begin % itemsize == 0:
+            if size and map_tensors and begin % itemsize == 0:
                 return torch.frombuffer(mapped, dtype=torch.uint8, count=size, offset=begin)
             return _read(file, torch.empty(size, dtype=torch.uint8), begin)
 
@@ -215,7 +215,7 @@ def _machine(
         if not 0 <= nbytes <= size:
             raise Refused(f"is damaged: a tensor claims {one_line(nbytes)} bytes, the file has {size}")
         if key not in known:
-            found = content(key, nbytes, dtype.itemsize) if nbytes else torch.empty(0, dtype=torch.uint8)
+            found = content(key, nbytes, dtype.itemsize)
             if swapped and nbytes:
                 found = found.clone()
                 found.untyped_storage().byteswap(dtype)
