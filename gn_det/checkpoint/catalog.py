@@ -16,7 +16,6 @@ import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urlparse
 
 from gn_det.checkpoint.source import CAFFE, PREPROCESSINGS, TORCH, Preprocessing
@@ -83,7 +82,8 @@ def resolve_url(uri: str) -> str | None:
             "(MODEL.WEIGHTS)"
         )
     if scheme in ("http", "https"):
-        return uri.split("?", 1)[0]  # Detectron2 puts options such as ?matching_heuristics=True behind the name
+        # Detectron2 puts options such as ?matching_heuristics=True behind the name.
+        return f"{scheme}://{rest.split('?', 1)[0]}"
     if scheme == "detectron2":
         return f"{_D2}/{rest.split('?', 1)[0]}"
     if scheme in ("hf", "timm"):
@@ -285,23 +285,11 @@ def mirrored(url: str) -> str:
 
 def _download(uri: str, url: str, cached: Path, source: str, sha256: str) -> Path:
     try:
-        from iopath.common.file_io import HTTPURLHandler, PathManager
-
         from gn_det.checkpoint.download import DownloadFailed, fetch
+
+        return fetch(url, cached, source=source, sha256=sha256)
     except ImportError:
         raise WeightsError(f"{uri}: downloading needs the package iopath; or place {url} at {cached}") from None
-
-    class Handler(HTTPURLHandler):
-        """iopath's cache and its places, with our transfer: its own neither resumes nor verifies."""
-
-        def _get_local_path(self, path: str, force: bool = False, cache_dir: str | None = None, **kwargs: Any) -> str:
-            return str(fetch(path, cached, source=source, sha256=sha256))
-
-    # Our own manager: iopath's global one is shared with whoever else registers handlers in this process.
-    manager = PathManager()
-    manager.register_handler(Handler())
-    try:
-        return Path(manager.get_local_path(url))
     except DownloadFailed as error:
         mirror = f" from the mirror {source}" if source != url else ""
         raise WeightsError(

@@ -29,6 +29,8 @@ PARTS = {
     "json": ("soak_json", "mutations"),
     "yaml": ("soak_yaml", "mutations"),
     "images": ("soak_images", "mutations"),
+    "weights": ("soak_weights", "structures"),
+    "urls": ("soak_weights", "urls"),
     "disk": ("soak_disk", "disk"),
     "clock": ("soak_rest", "clock"),
     "workers": ("soak_rest", "workers"),
