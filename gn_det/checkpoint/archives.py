@@ -24,7 +24,7 @@ from gn_det.text import one_line
 
 _ABOUT = "save the weights alone, as in torch.save({'model': model.state_dict()}, path)"
 _NOT_PLAIN = "which is not a plain tensor of real numbers on the CPU"
-_MAX_DIRECTORY = 8 << 20  # bytes; a checkpoint has some 100 bytes for each tensor
+_MAX_DIRECTORY = 4 << 20  # bytes; a checkpoint has some 100 bytes for each tensor
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 #: The types a tensor of weights may have.
 DTYPES = {
@@ -207,8 +207,8 @@ def _machine(
     known: dict[str, tuple[torch.Tensor, torch.dtype]] = {}
 
     def storages(pid: Any) -> _Storage:
-        plain = type(pid) is tuple and len(pid) in (5, 6) and isinstance(pid[1], _Kind)
-        if not plain or pid[0] != "storage" or type(pid[2]) is not str or type(pid[4]) is not int or pid[5:] > (None,):
+        plain = type(pid) is tuple and len(pid) in (5, 6) and isinstance(pid[1], _Kind) and pid[5:] in ((), (None,))
+        if not plain or pid[0] != "storage" or type(pid[2]) is not str or type(pid[4]) is not int:
             raise Refused("is damaged: it refers to a storage in a way that torch.save does not")
         dtype, key, numel = pid[1].dtype, pid[2], pid[4]
         nbytes = numel * dtype.itemsize

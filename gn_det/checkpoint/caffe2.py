@@ -219,7 +219,7 @@ def _anchors_by_size(state: State) -> None:
         for leaf in ("weight", "bias"):
             name = f"proposal_generator.rpn_head.{layer}.{leaf}"
             value = state.get(name)
-            if value is None or not value.dim() or value.shape[0] % (per_anchor * _RPN_RATIOS):
+            if value is None or not value.dim() or not value.numel() or value.shape[0] % (per_anchor * _RPN_RATIOS):
                 continue
             blocks = value.reshape(_RPN_RATIOS, -1, per_anchor, *value.shape[1:])
             state[name] = blocks.transpose(0, 1).reshape(value.shape)

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from fvcore.common.config import CfgNode
 
 KEY = "gn_det"
-_LISTS = ("class_names", "category_ids")
 # LVIS has 1,203 classes.
 _MAX_CLASSES = 20_000
 _MAX_NAME = 1000
@@ -24,6 +23,7 @@ _MAX_NAME = 1000
 _MAX_YAML = 200_000
 _MAX_LEVELS = 32
 _MAX_DIGITS = 1000
+_MAX_TEXT = 8 << 20  # characters of the whole block
 
 
 def build_meta(cfg: CfgNode, class_names: Sequence[str], category_ids: Sequence[int], **extra: Any) -> dict[str, Any]:
@@ -113,28 +113,64 @@ def read_meta(payload: Mapping[str, Any], source: StrPath = "") -> dict[str, Any
         source: that file, for the message.
 
     Raises:
-        WeightsError: more or longer class names than any data set has.
+        WeightsError: a block of more than plain values, or with more text than any needs.
     """
     block = payload.get(KEY)
     if not isinstance(block, dict):
         return None
-    names, ids = (list(value) if isinstance(value := block.get(key), (list, tuple)) else [] for key in _LISTS)
-    if not all(isinstance(name, str) for name in names):
-        names = []
-    if not all(type(i) is int for i in ids):
-        ids = []
+    try:
+        _check_plain(block)
+        names = names_of_classes(block.get("class_names"))
+    except WeightsError as error:
+        raise WeightsError(f"{one_line(str(source), 400)}: {error}" if source else str(error)) from None
+    ids = block.get("category_ids")
+    good_ids = isinstance(ids, (list, tuple)) and all(type(i) is int for i in ids)
     iteration, best, config = block.get("iteration"), block.get("best_metric"), block.get("config")
-    if len(names) > _MAX_CLASSES or any(len(name) > _MAX_NAME for name in names):
-        raise WeightsError(
-            f"{one_line(str(source), 400)}{': ' if source else ''}has {len(names)} class names, the longest of "
-            f"{max(map(len, names))} characters; at most {_MAX_CLASSES} of {_MAX_NAME} are read"
-        )
     return {
         **block,
         "version": one_line(block.get("version", ""), 40),
-        "class_names": tuple(names),
-        "category_ids": tuple(ids),
+        "class_names": names,
+        "category_ids": tuple(ids) if good_ids and ids is not None else (),
         "config": config if isinstance(config, str) else "",
         "iteration": iteration if type(iteration) is int else None,
         "best_metric": float(best) if isinstance(best, (int, float)) else None,
     }
+
+
+def names_of_classes(value: Any) -> tuple[str, ...]:
+    """Class names as a file gives them; () where they are no list of texts.
+
+    Raises:
+        WeightsError: more or longer ones than any data set has.
+    """
+    if not isinstance(value, (list, tuple)) or not all(isinstance(name, str) for name in value):
+        return ()
+    longest = max(map(len, value), default=0)
+    if len(value) > _MAX_CLASSES or longest > _MAX_NAME:
+        raise WeightsError(
+            f"has {len(value)} class names, the longest of {longest} characters; at most {_MAX_CLASSES} of "
+            f"{_MAX_NAME} characters are read"
+        )
+    return tuple(value)
+
+
+def _check_plain(block: dict[Any, Any]) -> None:
+    """Refuse what cannot be written as JSON again, and text that stands in many places at once.
+
+    Raises:
+        WeightsError: such a value; the message does not name the file.
+    """
+    characters = 0
+    waiting: list[Any] = [block]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, (list, tuple)):
+            waiting += value
+        elif isinstance(value, str):
+            characters += len(value)
+            if characters > _MAX_TEXT:
+                raise WeightsError(f"its gn_det metadata have more than {_MAX_TEXT} characters of text")
+        elif not isinstance(value, (int, float, type(None))):
+            raise WeightsError(f"its gn_det metadata hold a {type(value).__name__}; only plain values belong there")

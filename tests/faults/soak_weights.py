@@ -29,6 +29,7 @@ import torch
 from faults.soak_case import Case, run_mutations, watch_mutations
 
 GIGABYTE = 1 << 30
+Items = list[tuple[bytes, bytes]]
 _NAMES = (
     "stem.conv1.weight",
     "res2.0.conv1.weight",
@@ -41,6 +42,12 @@ _NAMES = (
     "cls_score_w",
     "pixel_mean",
     "roi_heads.box_predictor.cls_score.weight",
+    "rpn_cls_logits_w",
+    "rpn_bbox_pred_b",
+    "mask_fcn_logits_w",
+    "bbox_pred_w",
+    "res2_0_branch2b_w",
+    "layer4.0.downsample.1.weight",
 )
 _TEXTS = (
     "",
@@ -211,7 +218,7 @@ class Pickle:
             return self.dict([(self.key(), self.value(depth - 1)) for _ in range(rng.randrange(4))])
         return self.tensor() if kind == 6 else self.array()
 
-    def dict(self, items: list[tuple[bytes, bytes]]) -> bytes:
+    def dict(self, items: Items) -> bytes:
         return b"}(" + b"".join(key + value for key, value in items) + b"u"
 
     def key(self) -> bytes:
@@ -516,7 +523,7 @@ def read_by_all(path: Path) -> str:
         walk,
         values,
         partial(describe, str(path)),
-        partial(run_convert, str(path), str(target), "", False),
+        partial(run_convert, str(path), str(target), "", size % 3 == 0),
         partial(read_checkpoint, path),
         partial(convert, path, target.with_name("t.pth"), "torchvision"),
     )
@@ -687,7 +694,7 @@ def _of_urls(folder: Path, first: int, count: int) -> dict[str, Any]:
         target.write_bytes(b"PK\x03\x04")
         return target
 
-    download.fetch = fetch  # type: ignore[assignment]
+    download.fetch = fetch
     os.environ["FVCORE_CACHE"] = str(cache)
     before = sorted(str(p) for p in folder.rglob("*") if not p.is_relative_to(cache))
 
