@@ -2,6 +2,7 @@
 
     python benchmarks/weights.py              # four containers, 7 repeats
     python benchmarks/weights.py --repeats 3
+    python benchmarks/weights.py --against ../other   # this checkout against another one, nothing is written
 
 *Time*: ``load_weights`` (read, recognise, check every tensor, copy) against reading the same file's tensors into memory
 with its own library (torch.load, pickle.load, safetensors); the two take turns in one process, the file is in the page
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,44 @@ def child_time(path: Path, repeats: int) -> dict[str, list[float]]:
     return seconds
 
 
+def child_against(other: Path, path: Path, repeats: int) -> dict[str, list[tuple[float, float]]]:
+    """(wall, CPU) seconds of ``load_weights`` of two checkouts, in turns in one process."""
+    calls, paths = {}, list(sys.path)
+    for name, folder in (("other", other.resolve()), ("this", Path(__file__).resolve().parents[1])):
+        for module in [m for m in sys.modules if m.split(".")[0] == "gn_det"]:
+            del sys.modules[module]
+        sys.path[:] = [str(folder), *paths]
+        import gn_det.checkpoint.weights
+
+        assert Path(gn_det.__file__).is_relative_to(folder), gn_det.__file__
+        model, cfg = build()
+        calls[name] = partial(gn_det.checkpoint.weights.load_weights, model, path, cfg, require_all=True)
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    for number in range(repeats + 1):
+        for name in sorted(calls, reverse=bool(number % 2)):
+            gc.collect()
+            wall, cpu = time.perf_counter(), time.process_time()
+            calls[name]()
+            if number:
+                seconds[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    return seconds
+
+
+def compare(other: Path, repeats: int) -> None:
+    """Print the ratios of this checkout to another one."""
+    with tempfile.TemporaryDirectory() as name:
+        make_files(Path(name))
+        for title, file in FILES.items():
+            found = run_child(str(other), Path(name) / file, repeats)
+            for index, what in enumerate(("wall", "CPU")):
+                this, before = ([times[index] for times in found[who]] for who in ("this", "other"))
+                ratios = [a / b for a, b in zip(this, before)]
+                print(
+                    f"{title:22s} {what:4s} {statistics.median(this):.3f} s against {statistics.median(before):.3f} s, "
+                    f"median ratio {statistics.median(ratios):.3f} (each {min(ratios):.2f} to {max(ratios):.2f})"
+                )
+
+
 def child_memory(path: Path) -> dict[str, int]:
     """Peak growth in bytes, from before the model to after loading."""
     import gn_det.checkpoint.weights
@@ -166,11 +206,20 @@ def measure(repeats: int) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument(
+        "--against", type=Path, metavar="FOLDER", help="another checkout, to be measured beside this one"
+    )
     parser.add_argument("--child", nargs=2, metavar=("WHAT", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         what, path = args.child[0], Path(args.child[1])
-        print(json.dumps(child_time(path, args.repeats) if what == "time" else child_memory(path)))
+        if what in ("time", "memory"):
+            print(json.dumps(child_time(path, args.repeats) if what == "time" else child_memory(path)))
+        else:
+            print(json.dumps(child_against(Path(what), path, args.repeats)))
+        return 0
+    if args.against:
+        compare(args.against.resolve(), args.repeats)
         return 0
     rows = measure(args.repeats)
     met = {

@@ -51,10 +51,10 @@ def describe(path_or_uri: str, config: str | None = None, overrides: Sequence[st
         ("not used", shorten(weights.ignored) if weights.ignored else ""),
         ("provenance", _provenance(weights)),
     ]
-    print(path_or_uri)
+    print(one_line(path_or_uri, 400))
     for name, value in rows:
         if value:
-            print(f"  {name:14s}{value}")
+            print(f"  {name:14s}{one_line(value, 1000)}")
     if config is not None:
         print(_fits(path_or_uri, config, overrides))
 
@@ -62,7 +62,7 @@ def describe(path_or_uri: str, config: str | None = None, overrides: Sequence[st
 def run_convert(source: str, target: str, to: str, fold: bool) -> None:
     """Convert, and say what was written."""
     done = convert(source, target, to, fold_stem=fold)
-    print(f"{done.path}: {done.tensors} tensors of {source} ({one_line(done.kind)})")
+    print(f"{one_line(str(done.path), 400)}: {done.tensors} tensors of {one_line(source, 400)} ({one_line(done.kind)})")
     if done.left_out:
         print(f"  left out: {shorten(done.left_out)}")
     if done.preprocessing is not None:
@@ -81,7 +81,7 @@ def _fits(path_or_uri: str, config: str, overrides: Sequence[str]) -> str:
     with torch.device("meta"):  # names and shapes, no memory
         model = build_model(cfg)
     report, _ = plan_weights(model, source, weights, cfg, options.allow_partial)
-    return f"with {config}:\n{format_report(report)}"
+    return f"with {one_line(config, 400)}:\n{format_report(report)}"
 
 
 def _tensors(weights: Weights) -> str:
@@ -102,7 +102,7 @@ def _num_classes(weights: Weights) -> int:
 
 def _classes(weights: Weights) -> str:
     number = _num_classes(weights)
-    names = f": {shorten(weights.class_names, 5)}" if weights.class_names else ""
+    names = f": {one_line(shorten(weights.class_names, 5), 400)}" if weights.class_names else ""
     return f"{number}{names}" if number else ""
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from gn_det.checkpoint.report import Shape
 
-_BLOCK = re.compile(r"(?:backbone\.(?:bottom_up\.)?|roi_heads\.)?res([2-5])\.(\d+)\.(.+)$")
+_BLOCK = re.compile(r"(?:backbone\.(?:bottom_up\.)?|roi_heads\.)?res([2-5])\.(\d{1,3})\.(.+)$")
 # Blocks of res2, res3, res4 (res5 does not discriminate), bottleneck or basic -> MODEL.RESNETS.DEPTH
 _DEPTHS = {
     ((2, 2, 2), False): 18,

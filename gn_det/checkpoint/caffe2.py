@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import yaml
 
+from gn_det.checkpoint.meta import stored_yaml
 from gn_det.checkpoint.report import Shape
 from gn_det.checkpoint.source import Preprocessing, Row, State, Weights, first_match
 from gn_det.errors import WeightsError
@@ -218,7 +219,7 @@ def _anchors_by_size(state: State) -> None:
         for leaf in ("weight", "bias"):
             name = f"proposal_generator.rpn_head.{layer}.{leaf}"
             value = state.get(name)
-            if value is None or not value.dim() or value.shape[0] % (per_anchor * _RPN_RATIOS):
+            if value is None or not value.dim() or not value.numel() or value.shape[0] % (per_anchor * _RPN_RATIOS):
                 continue
             blocks = value.reshape(_RPN_RATIOS, -1, per_anchor, *value.shape[1:])
             state[name] = blocks.transpose(0, 1).reshape(value.shape)
@@ -258,14 +259,14 @@ _Loader.add_multi_constructor("tag:yaml.org,2002:python/", _plain)
 def _pixel_means(text: Any) -> tuple[float, float, float] | None:
     """PIXEL_MEANS of Detectron's dumped config: a nested list, or a pickled array written out as YAML."""
     text = str(text, "latin1") if isinstance(text, (bytes, memoryview)) else text
-    if not isinstance(text, str) or len(text) > 1 << 20 or "PIXEL_MEANS" not in text or text.count("*") > 1000:
+    if not isinstance(text, str) or len(text) > 1 << 20 or "PIXEL_MEANS" not in text:
         return None
     # Only the one top-level entry is parsed, with what is indented below it.
     match = re.search(r"^PIXEL_MEANS:.*(?:\n[ \t-].*)*", text, flags=re.MULTILINE)
     if not match:
         return None
     try:
-        value = yaml.load(match.group(0), Loader=_Loader)["PIXEL_MEANS"]  # a SafeLoader: see _Loader
+        value = stored_yaml(match.group(0), _Loader)["PIXEL_MEANS"]  # a SafeLoader: see _Loader
     except Exception as error:
         raise WeightsError(f"the file's cfg has an unreadable PIXEL_MEANS ({one_line(error)})") from None
     numbers = _numbers_in(value, depth=0)

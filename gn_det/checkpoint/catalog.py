@@ -4,6 +4,8 @@
 ``hf://owner/name``, ``open-mmlab://detectron/resnet50_gn`` and ``https://...`` become a local file under
 ``$FVCORE_CACHE`` (default ``~/.torch/iopath_cache``); the same cache as Detectron2's. ``$GN_DET_MIRROR`` names a server
 or folder to fetch from instead; ``https://host/x.pth#sha256=HEX`` is verified.
+
+A URI comes from a config, which may come from anyone: whatever it spells, its file lies inside the cache or the mirror.
 """
 
 from __future__ import annotations
@@ -14,12 +16,12 @@ import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlparse
+from urllib.parse import unquote, urlparse
 
 from gn_det.checkpoint.source import CAFFE, PREPROCESSINGS, TORCH, Preprocessing
 from gn_det.errors import WeightsError
-from gn_det.files import StrPath
+from gn_det.files import StrPath, inside, open_regular
+from gn_det.text import one_line
 
 _C2 = "https://dl.fbaipublicfiles.com/detectron"
 _D2 = "https://dl.fbaipublicfiles.com/detectron2"
@@ -55,6 +57,10 @@ _PUBLISHED_FILES = {"9186a21c": CAFFE, "cac0ab98": CAFFE, "ad1730dd": TORCH}
 
 SCHEMES = ("https://", "detectron2://", "catalog://", "timm://", "hf://", "open-mmlab://")
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
+_MAX_URI = 2000
+# Of one part of a path, in bytes: file systems take 255, and a download adds its own ending.
+_MAX_PART = 200
+_SHA256 = re.compile(r"#sha256=([^#]*)$", re.IGNORECASE)
 #: Environment variable: a server or folder to fetch from instead of the original hosts.
 MIRROR = "GN_DET_MIRROR"
 
@@ -70,23 +76,32 @@ def resolve_url(uri: str) -> str | None:
     rest = uri[match.end() :] if match else uri
     if scheme == "file":
         return None
+    if len(uri) > _MAX_URI or not uri.isprintable() or " " in uri:
+        raise WeightsError(
+            f"{one_line(uri)}: is not a URL: it has a space, a control character or more than {_MAX_URI} characters "
+            "(MODEL.WEIGHTS)"
+        )
     if scheme in ("http", "https"):
-        return uri.split("?", 1)[0]  # Detectron2 puts options such as ?matching_heuristics=True behind the name
+        # Detectron2 puts options such as ?matching_heuristics=True behind the name.
+        return f"{scheme}://{rest.split('?', 1)[0]}"
     if scheme == "detectron2":
         return f"{_D2}/{rest.split('?', 1)[0]}"
     if scheme in ("hf", "timm"):
         return _hub_url(uri, rest if scheme == "hf" else f"timm/{_TIMM_TAGS.get(rest, rest)}")
     if scheme == "open-mmlab":
         if rest not in OPEN_MMLAB:
-            raise WeightsError(f"{uri}: open-mmlab:// knows {', '.join(OPEN_MMLAB)} (MODEL.WEIGHTS)")
+            raise WeightsError(f"{one_line(uri, 200)}: open-mmlab:// knows {', '.join(OPEN_MMLAB)} (MODEL.WEIGHTS)")
         return OPEN_MMLAB[rest]
     if scheme == "catalog":
         if rest not in CATALOG:
             near = get_close_matches(rest, CATALOG, n=1, cutoff=0.0)[0]
-            raise WeightsError(f"{uri}: not in the catalog; the nearest name is catalog://{near} (MODEL.WEIGHTS)")
+            raise WeightsError(
+                f"{one_line(uri, 200)}: not in the catalog; the nearest name is catalog://{near} (MODEL.WEIGHTS)"
+            )
         return CATALOG[rest]
     raise WeightsError(
-        f"{uri}: scheme {scheme}:// is not known; MODEL.WEIGHTS takes a local path, {', '.join(SCHEMES)}"
+        f"{one_line(uri, 200)}: scheme {one_line(scheme, 40)}:// is not known; MODEL.WEIGHTS takes a local path, "
+        f"{', '.join(SCHEMES)}"
     )
 
 
@@ -95,7 +110,9 @@ def _hub_url(uri: str, rest: str) -> str:
     owner, _, name = rest.partition("/")
     name, _, file = name.partition("/")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", f"{owner}/{name}"):
-        raise WeightsError(f"{uri}: give timm://NAME, or hf://OWNER/NAME and, behind a slash, the file (MODEL.WEIGHTS)")
+        raise WeightsError(
+            f"{one_line(uri, 200)}: give timm://NAME, or hf://OWNER/NAME and, behind a slash, the file (MODEL.WEIGHTS)"
+        )
     hub = os.getenv("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     return f"{hub}/{owner}/{name}/resolve/main/{file or 'model.safetensors'}"
 
@@ -133,9 +150,10 @@ def split_options(uri: str) -> tuple[str, Options]:
     words = dict(word.split("=", 1) for word in match[1].split("&") if word)
     needs, partial = words.get("preprocessing"), words.get("allow_partial", "False")
     if needs is not None and needs not in PREPROCESSINGS:
-        raise WeightsError(f"{uri}: preprocessing is one of {', '.join(PREPROCESSINGS)}")
-    if partial not in ("True", "False"):
-        raise WeightsError(f"{uri}: allow_partial is True or False")
+        raise WeightsError(f"{one_line(uri, 400)}: preprocessing is one of {', '.join(PREPROCESSINGS)}")
+    for name, value in (("allow_partial", partial), ("matching_heuristics", words.get("matching_heuristics", "True"))):
+        if value not in ("True", "False"):
+            raise WeightsError(f"{one_line(uri, 400)}: {name} is True or False")
     return uri[: match.start()], Options(PREPROCESSINGS[needs] if needs else None, partial == "True")
 
 
@@ -147,43 +165,105 @@ def with_option(uri: str, option: str) -> str:
 def sha256_of(path: StrPath) -> str:
     """Hex digest of a file's contents."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
 
 
 def cache_path(url: str) -> Path:
-    """Where the file of an https URL lies, or would lie, in the cache (nothing is created)."""
-    cache = os.path.expanduser(os.getenv("FVCORE_CACHE", "~/.torch/iopath_cache"))
-    return Path(cache) / urlparse(url).path.lstrip("/")
+    """Where the file of an https URL lies, or would lie, in the cache (nothing is created).
+
+    Raises:
+        WeightsError: the URL's path leads out of the cache folder, or cannot name a file in it.
+    """
+    return _placed(os.path.expanduser(os.getenv("FVCORE_CACHE", "~/.torch/iopath_cache")), url, "FVCORE_CACHE")
+
+
+def _placed(folder: StrPath, url: str, variable: str) -> Path:
+    """The file of a URL in ``folder``: the path behind the host, as iopath's cache has it.
+
+    Servers and file systems differ in what they decode, so every form of the path must be a plain one.
+    """
+    try:
+        written = re.sub("/+", "/", urlparse(url).path).removeprefix("/")
+        form = written
+        for _ in range(4):
+            inside(folder, form)
+            if (decoded := unquote(form, errors="surrogateescape")) == form:
+                break
+            form = decoded
+        else:
+            raise ValueError("the name is encoded many times over")
+        if any(len(part.encode("utf-8", "surrogateescape")) > _MAX_PART for part in written.split("/")):
+            raise ValueError(f"a part of the name is longer than {_MAX_PART} bytes")
+        return inside(folder, written)
+    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+        raise WeightsError(
+            f"{one_line(url, 400)}: names no file inside the folder {one_line(str(folder), 200)} ({one_line(error)}; "
+            f"{variable} sets the folder); give another URL or a local path (MODEL.WEIGHTS)"
+        ) from None
+
+
+def split_digest(uri: str) -> tuple[str, str]:
+    """The URI without ``#sha256=HEX``, and the digest (or its beginning) in lower case; "" where there is none.
+
+    Raises:
+        WeightsError: another fragment behind a URL, or a digest that is none.
+    """
+    match = _SHA256.search(uri)
+    rest = uri[: match.start()] if match else uri
+    if match and not re.fullmatch(r"[0-9a-fA-F]{8,64}", match[1]):
+        raise WeightsError(f"{one_line(uri, 400)}: behind #sha256= stand 8 to 64 hexadecimal digits (MODEL.WEIGHTS)")
+    if "#" in rest and _SCHEME.match(rest):
+        raise WeightsError(
+            f"{one_line(uri, 400)}: #{one_line(rest.partition('#')[2], 60)} is not known; behind a URL may stand "
+            "#sha256=HEX (MODEL.WEIGHTS)"
+        )
+    return rest, match[1].lower() if match else ""
 
 
 def local_path(path_or_uri: StrPath) -> Path:
     """A local file for a path or URI; downloads (to a temporary file, then renamed) when the cache lacks it.
 
     Raises:
-        WeightsError: empty string, unknown name, or no download possible; the message names the URL, and the file to
-            place and where. Whether a local path exists is left to the reader.
+        WeightsError: empty string, unknown name, a place outside the cache, or no download possible; the message names
+            the URL, and the file to place and where. Whether a local path exists is left to the reader.
     """
     uri, _ = split_options(os.fspath(path_or_uri))
     if not uri.strip():
         raise WeightsError(f"MODEL.WEIGHTS is empty; give a path, {', '.join(SCHEMES)}")
-    uri, _, sha256 = uri.partition("#sha256=")
+    uri, sha256 = split_digest(uri)
     url = resolve_url(uri)
+    shown = one_line(uri, 400)
     if url is None:
-        return Path(re.sub("^file://", "", uri, flags=re.IGNORECASE)).expanduser()
-    cached = cache_path(url)
-    source = mirrored(url)
-    if not cached.is_file():
-        if "://" not in source:
-            cached = Path(source)
-            if not cached.is_file():
-                raise WeightsError(f"{uri}: the mirror has no file {cached} ({MIRROR})")
-        else:
-            cached = _download(uri, url, cached, source, sha256)
-    if sha256 and not (found := sha256_of(cached)).startswith(sha256.lower()):
-        raise WeightsError(f"{uri}: {cached} has sha256 {found}, not {sha256}: delete it and download it again")
+        try:
+            cached = Path(re.sub("^file://", "", uri, flags=re.IGNORECASE)).expanduser()
+        except RuntimeError as error:  # ~ of a user who does not exist
+            raise WeightsError(f"{shown}: {one_line(error)} (MODEL.WEIGHTS)") from None
+        if not sha256:
+            return cached
+    else:
+        cached = cache_path(url)
+        source = mirrored(url)
+        if cached.is_dir():
+            raise WeightsError(f"{shown}: {cached} is a folder; give the URL of a file (MODEL.WEIGHTS)")
+        if not cached.is_file():
+            if "://" not in source:
+                cached = Path(source)
+                if not cached.is_file():
+                    raise WeightsError(f"{shown}: the mirror has no file {cached} ({MIRROR})")
+            else:
+                cached = _download(shown, url, cached, source, sha256)
+    if sha256:
+        try:
+            found = sha256_of(cached)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", "") or error
+            raise WeightsError(f"{shown}: cannot be read ({one_line(reason)}) (MODEL.WEIGHTS)") from None
+        if not found.startswith(sha256):
+            advice = "delete it and download it again" if url else "it is another file, or damaged"
+            raise WeightsError(f"{shown}: {cached} has sha256 {found}, not {sha256}: {advice}")
     return cached
 
 
@@ -191,35 +271,25 @@ def mirrored(url: str) -> str:
     """Where to fetch a URL: the mirror's URL or file where the environment names one, else the URL itself.
 
     A mirror is a copy of the cache folder: the path behind the host of the original URL, on a server or on a disk.
+
+    Raises:
+        WeightsError: the URL's path leads out of the mirror's folder.
     """
     mirror = os.getenv(MIRROR, "").strip()
     if not mirror:
         return url
-    path = urlparse(url).path.lstrip("/")
     if re.match(r"https?://", mirror, flags=re.IGNORECASE):
-        return f"{mirror.rstrip('/')}/{path}"
-    return str(Path(re.sub("^file://", "", mirror, flags=re.IGNORECASE)).expanduser() / path)
+        return f"{mirror.rstrip('/')}/{urlparse(url).path.lstrip('/')}"
+    return str(_placed(Path(re.sub("^file://", "", mirror, flags=re.IGNORECASE)).expanduser(), url, MIRROR))
 
 
 def _download(uri: str, url: str, cached: Path, source: str, sha256: str) -> Path:
     try:
-        from iopath.common.file_io import HTTPURLHandler, PathManager
-
         from gn_det.checkpoint.download import DownloadFailed, fetch
+
+        return fetch(url, cached, source=source, sha256=sha256)
     except ImportError:
         raise WeightsError(f"{uri}: downloading needs the package iopath; or place {url} at {cached}") from None
-
-    class Handler(HTTPURLHandler):
-        """iopath's cache and its places, with our transfer: its own neither resumes nor verifies."""
-
-        def _get_local_path(self, path: str, force: bool = False, cache_dir: str | None = None, **kwargs: Any) -> str:
-            return str(fetch(path, cached, source=source, sha256=sha256))
-
-    # Our own manager: iopath's global one is shared with whoever else registers handlers in this process.
-    manager = PathManager()
-    manager.register_handler(Handler())
-    try:
-        return Path(manager.get_local_path(url))
     except DownloadFailed as error:
         mirror = f" from the mirror {source}" if source != url else ""
         raise WeightsError(

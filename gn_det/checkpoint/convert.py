@@ -20,13 +20,15 @@ from gn_det.checkpoint import layered
 from gn_det.checkpoint.arch import architecture_of
 from gn_det.checkpoint.catalog import local_path, sha256_of, split_options
 from gn_det.checkpoint.fold import STEM, fold
+from gn_det.checkpoint.heads import read_head
 from gn_det.checkpoint.io import save_checkpoint
 from gn_det.checkpoint.report import shorten
 from gn_det.checkpoint.source import CAFFE, TORCH, Preprocessing, State, Weights, show
 from gn_det.checkpoint.sources import open_weights
 from gn_det.checkpoint.tensors import write_safetensors
 from gn_det.errors import TrainingError, WeightsError
-from gn_det.files import StrPath
+from gn_det.files import StrPath, check_regular
+from gn_det.text import one_line
 
 #: Layouts that can be written, and the preprocessing their users apply.
 LAYOUTS = {"detectron2": CAFFE, "safetensors": CAFFE, "torchvision": TORCH, "timm": TORCH}
@@ -68,6 +70,7 @@ def convert(source: StrPath, target: StrPath, to: str = "", *, fold_stem: bool =
     target = Path(target)
     to, as_safetensors = _layout(target, to)
     path = local_path(source)
+    read_head(path)
     if target.exists() and os.path.samefile(path, target):
         raise WeightsError(f"{target}: would replace its own source; give another name")
     weights = open_weights(source, must_know=fold_stem)
@@ -85,6 +88,13 @@ def convert(source: StrPath, target: StrPath, to: str = "", *, fold_stem: bool =
 
 def _layout(target: Path, to: str) -> tuple[str, bool]:
     """(layout, whether the container is safetensors)."""
+    try:
+        check_regular(target)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        reason = one_line(getattr(error, "strerror", "") or error)
+        raise WeightsError(f"{one_line(str(target), 400)}: cannot be written ({reason}); give another name") from None
     suffix = target.suffix.lower()
     if suffix not in (".pth", ".pt", ".bin", ".safetensors"):
         raise WeightsError(f"{target}: name the new file .pth or .safetensors")
@@ -154,7 +164,7 @@ def _block(source: StrPath, path: Path, weights: Weights, whole: bool) -> dict[s
         **before,
         "version": gn_det.__version__,
         "class_names": list(weights.class_names),
-        "category_ids": [int(i) for i in before.get("category_ids", ())],
+        "category_ids": list(before.get("category_ids", ())),
         "config": before.get("config", "") if whole else "",
         "iteration": before.get("iteration"),
         "best_metric": before.get("best_metric"),

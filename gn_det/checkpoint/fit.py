@@ -11,6 +11,7 @@ from gn_det.checkpoint.arch import Architecture
 from gn_det.checkpoint.source import Weights, show
 from gn_det.checkpoint.sources import NORM_KEYS, lookup
 from gn_det.errors import WeightsError
+from gn_det.text import one_line
 
 _STYLE_KEYS = {"FPN": "build_resnet_fpn_backbone", "C4": "build_resnet_backbone"}
 # Norm of the weights -> values of MODEL.RESNETS.NORM that compute the same function with them.
@@ -133,4 +134,4 @@ def _agree(need: Any, have: Any) -> bool:
 
 
 def _show(value: Any) -> str:
-    return show(value) if isinstance(value, (tuple, list)) else str(value)
+    return show(value) if isinstance(value, (tuple, list)) else one_line(value)

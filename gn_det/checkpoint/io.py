@@ -10,10 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import pickle
-import re
-import warnings
-import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +17,9 @@ from typing import IO, Any
 
 import torch
 
+from gn_det.checkpoint.archives import DTYPES, check_view, read_archive, read_legacy, wrong_record
+from gn_det.checkpoint.heads import PICKLE, ZIP, known_mistake, read_head
+from gn_det.checkpoint.pickles import Refused
 from gn_det.errors import TrainingError, WeightsError
 from gn_det.files import StrPath
 from gn_det.text import one_line
@@ -28,16 +27,8 @@ from gn_det.text import one_line
 _PLAIN = (str, int, float, bool, type(None))
 _CONTAINERS = (dict, OrderedDict, list, tuple)
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
-_ZIP_MAGIC = b"PK\x03\x04"
-_PICKLE_MAGIC = b"\x80"  # of files of torch < 1.6
-# What people hand over by mistake, recognised by the first bytes, and what to tell them.
-_NOT_WEIGHTS = (
-    (b"<", "a web page or XML, probably a failed download; download it again"),
-    (b"version https://git-lfs", "a Git LFS pointer, not the file itself; run `git lfs pull`"),
-    (b"\x89PNG", "a picture"),
-    (b"\xff\xd8\xff", "a picture"),
-    (b"\x1f\x8b", "a gzip archive; unpack it first"),
-)
+# Tied weights stand under two names, seldom more; what is read may be this many times the file.
+_SHARED = 4
 
 
 # ----------------------------------------------------------------------------------------------------------- writing
@@ -154,7 +145,7 @@ def _remove(path: Path) -> None:
 
 
 def read_checkpoint(path: StrPath, *, mmap: bool = False, verify: bool = False) -> dict[str, Any]:
-    """Read a ``torch.save`` file on the CPU with ``weights_only=True``; nothing in it is executed.
+    """Read a ``torch.save`` file on the CPU; nothing in it is executed, and nothing it claims is believed.
 
     Args:
         path: a local file (see :func:`gn_det.checkpoint.catalog.local_path` for URIs).
@@ -163,83 +154,64 @@ def read_checkpoint(path: StrPath, *, mmap: bool = False, verify: bool = False) 
             Reads the file once more (about 1 s a GB).
 
     Returns:
-        The saved dict; a dict of another layout is returned as it is.
+        The saved dict; a dict of another layout is returned as it is. It holds dense tensors of real numbers, and plain
+        values in at most :data:`gn_det.checkpoint.pickles.MAX_PLACES` places and ``MAX_DEPTH`` levels.
 
     Raises:
         WeightsError: the file is missing, empty, truncated, not a checkpoint, or holds more than tensors and values.
     """
     head = read_head(path)
-    is_zip = head.startswith(_ZIP_MAGIC)
-    for magic, what in _NOT_WEIGHTS:
-        if head.lstrip().startswith(magic):
-            raise WeightsError(f"{path}: not a checkpoint but {what}")
-    if is_zip:
-        _check_archive(path, verify=verify)
-    elif not head.startswith(_PICKLE_MAGIC):
-        raise WeightsError(f"{path}: not a checkpoint: torch.save did not write it; copy or download it again")
+    where = one_line(str(path), 400)
+    if mistake := known_mistake(head):
+        raise WeightsError(f"{where}: not a checkpoint but {mistake}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on pickle protocols and torch's own storage classes: nothing to act on
-            # Only archives can be mapped; files of torch < 1.6 are one stream of pickles.
-            loaded = torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=mmap and is_zip)
+        if head.startswith(ZIP):
+            if verify and (broken := wrong_record(path)):
+                raise Refused(
+                    f"is damaged (checksum of {one_line(broken, 100)} is wrong); copy, download or train it again"
+                )
+            loaded = read_archive(path, map_tensors=mmap)
+        elif head.startswith(PICKLE):
+            loaded = read_legacy(path)
+        else:
+            raise Refused("is not a checkpoint: torch.save did not write it; copy or download it again")
+    except Refused as error:
+        raise WeightsError(f"{where}: {error}") from None
     except Exception as error:  # whatever the bytes of a foreign file provoke in the reader is the file's fault
-        raise WeightsError(_read_failure(path, error)) from error
+        raise WeightsError(
+            f"{where}: is not a checkpoint or is damaged ({one_line(error)}); copy or download it again"
+        ) from error
     if not isinstance(loaded, dict):
-        raise WeightsError(f"{path}: holds a {type(loaded).__name__}, not a dict of weights")
+        raise WeightsError(f"{where}: holds a {type(loaded).__name__}, not a dict of weights")
     return loaded
 
 
-def read_head(path: StrPath, size: int = 64) -> bytes:
-    """The first bytes of a file that must exist and hold something.
+def check_tensors(path: StrPath, tensors: Mapping[str, Any]) -> None:
+    """Refuse whatever is not a dense tensor of real numbers, or claims more than the file holds.
+
+    Args:
+        path: the file they were read from.
+        tensors: as they are to be used, by name; one that stands under several names counts each time.
 
     Raises:
-        WeightsError: no such file, a folder, unreadable, or empty.
+        WeightsError: the message names the file and the entry.
     """
-    try:
-        with open(path, "rb") as file:
-            head = file.read(size)
-    except FileNotFoundError:
-        raise WeightsError(f"{path}: no such file; give an existing checkpoint (MODEL.WEIGHTS)") from None
-    except IsADirectoryError:
-        raise WeightsError(f"{path}: is a folder; give the checkpoint file in it, such as model_best.pth") from None
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path}: cannot be read ({error})") from None
-    if not head:
-        raise WeightsError(f"{path}: is empty; copy or download it again")
-    return head
-
-
-def _check_archive(path: StrPath, *, verify: bool = False) -> None:
-    """torch stores its records uncompressed: an archive that unpacks to more than itself is damaged or a bomb."""
-    broken = None
-    try:
-        with zipfile.ZipFile(path) as archive:
-            records = archive.infolist()
-            if verify and all(r.compress_type == zipfile.ZIP_STORED for r in records):
-                broken = archive.testzip()
-        size = os.path.getsize(path)
-    except Exception as error:  # zipfile raises many types on damaged archives
-        raise WeightsError(
-            f"{path}: is truncated or damaged ({one_line(error)}); copy, download or train it again"
-        ) from None
-    if broken is not None:
-        raise WeightsError(
-            f"{path}: is damaged (checksum of {one_line(broken)} is wrong); copy, download or train it again"
-        )
-    if any(r.compress_type != zipfile.ZIP_STORED for r in records) or sum(r.file_size for r in records) > size:
-        raise WeightsError(f"{path}: is not a checkpoint written by torch.save (it unpacks to more than its size)")
-
-
-def _read_failure(path: StrPath, error: Exception) -> str:
-    text = str(error)
-    foreign = re.search(r"(?:GLOBAL|unsupported class) ([\w.]+)", text)
-    if foreign and isinstance(error, pickle.UnpicklingError):
-        return (
-            f"{path}: holds {one_line(foreign.group(1))}, which is not loaded because it could run code; "
-            "save the weights alone, as in torch.save({'model': model.state_dict()}, path)"
-        )
-    if "TorchScript" in text:
-        return f"{path}: is a TorchScript program, not a checkpoint; save its state_dict() with torch.save"
-    # torch's own advice (load it without weights_only) is what nobody should follow here.
-    reason = type(error).__name__ if "weights_only" in text else one_line(error)
-    return f"{path}: is not a checkpoint or is damaged ({reason}); copy, download or train it again"
+    where, claimed, size = one_line(str(path), 400), 0, os.path.getsize(path)
+    for name, value in tensors.items():
+        entry = f"{where}: entry {one_line(name, 60)!r}"
+        if type(value) not in _TENSORS:
+            raise WeightsError(f"{entry} is a {type(value).__name__}, not a tensor")
+        plain = value.layout == torch.strided and not value.is_nested and value.dtype in DTYPES.values()
+        if not plain or value.device.type != "cpu":
+            raise WeightsError(f"{entry} is not a plain tensor of real numbers on the CPU")
+        try:
+            items = value.untyped_storage().nbytes() // value.element_size()
+            check_view(items, value.storage_offset(), tuple(value.shape), value.stride())
+        except Refused as error:
+            raise WeightsError(f"{entry}: {error}") from None
+        claimed += value.numel() * value.element_size()
+        if claimed > _SHARED * size + 1024:
+            raise WeightsError(
+                f"{where}: its entries share their contents so often that they are more than {_SHARED} times the file; "
+                "no model does that"
+            )

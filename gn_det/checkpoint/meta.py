@@ -5,14 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 import gn_det
 from gn_det.errors import WeightsError
 from gn_det.files import StrPath
+from gn_det.text import one_line
 
 if TYPE_CHECKING:
     from fvcore.common.config import CfgNode
 
 KEY = "gn_det"
+# LVIS has 1,203 classes.
+_MAX_CLASSES = 20_000
+_MAX_NAME = 1000
+# A config of all keys has some 10 kB and 5 levels.
+_MAX_YAML = 200_000
+_MAX_LEVELS = 32
+_MAX_DIGITS = 1000
+_MAX_TEXT = 8 << 20  # characters of the whole block
 
 
 def build_meta(cfg: CfgNode, class_names: Sequence[str], category_ids: Sequence[int], **extra: Any) -> dict[str, Any]:
@@ -48,32 +59,118 @@ def config_of_checkpoint(path_or_uri: StrPath) -> CfgNode:
     from gn_det.checkpoint.sources import read_any
     from gn_det.config import parse_config
 
-    meta = read_meta(read_any(local_path(path_or_uri)))
+    meta = read_meta(read_any(local_path(path_or_uri)), path_or_uri)
     if meta is None or not meta["config"]:
         raise WeightsError(f"{path_or_uri}: stores no config (not written by gn_det); name one with --config")
     return parse_config(meta["config"], str(path_or_uri))
 
 
-def read_meta(payload: Mapping[str, Any]) -> dict[str, Any] | None:
+class Unbounded(ValueError):
+    """Text whose parsing could take for ever, or whose result could fill the memory."""
+
+
+def stored_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
+    """Parse YAML text from a weights file in bounded time: no references, bounded length, nesting and numbers.
+
+    Raises:
+        Unbounded: beyond a limit.
+        yaml.YAMLError: not YAML.
+    """
+
+    class Bounded(loader):  # type: ignore[valid-type, misc]
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise Unbounded("it uses references (*name)")
+            self.depth += 1
+            if self.depth > _MAX_LEVELS:
+                raise Unbounded(f"it is nested more than {_MAX_LEVELS} levels deep")
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            if (
+                isinstance(node, yaml.ScalarNode)
+                and len(node.value) > _MAX_DIGITS
+                and node.tag.endswith((":int", ":float"))
+            ):
+                raise Unbounded(f"it has a number of {len(node.value)} digits")
+            return node
+
+    if len(text) > _MAX_YAML:
+        raise Unbounded(f"it has {len(text)} characters, at most {_MAX_YAML} are read")
+    return yaml.load(text, Loader=Bounded)
+
+
+def read_meta(payload: Mapping[str, Any], source: StrPath = "") -> dict[str, Any] | None:
     """The metadata block of a checkpoint, or None when the file is not gn_det's.
 
     Missing or ill-typed entries come back empty, so that callers can rely on ``version`` (str), ``class_names``
     (tuple of str), ``category_ids`` (tuple of int), ``config`` (YAML text, "" when unknown), ``iteration`` (int or
     None) and ``best_metric`` (float or None).
+
+    Args:
+        payload: of a file.
+        source: that file, for the message.
+
+    Raises:
+        WeightsError: a block of more than plain values, or with more text than any needs.
     """
     block = payload.get(KEY)
     if not isinstance(block, dict):
         return None
-    names, ids = block.get("class_names"), block.get("category_ids")
-    good_names = isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names)
-    good_ids = isinstance(ids, (list, tuple)) and all(isinstance(i, int) for i in ids)
+    try:
+        _check_plain(block)
+        names = names_of_classes(block.get("class_names"))
+    except WeightsError as error:
+        raise WeightsError(f"{one_line(str(source), 400)}: {error}" if source else str(error)) from None
+    ids = block.get("category_ids")
+    good_ids = isinstance(ids, (list, tuple)) and all(type(i) is int for i in ids)
     iteration, best, config = block.get("iteration"), block.get("best_metric"), block.get("config")
     return {
         **block,
-        "version": str(block.get("version", "")),
-        "class_names": tuple(names) if good_names and names is not None else (),
+        "version": one_line(block.get("version", ""), 40),
+        "class_names": names,
         "category_ids": tuple(ids) if good_ids and ids is not None else (),
         "config": config if isinstance(config, str) else "",
-        "iteration": iteration if isinstance(iteration, int) else None,
+        "iteration": iteration if type(iteration) is int else None,
         "best_metric": float(best) if isinstance(best, (int, float)) else None,
     }
+
+
+def names_of_classes(value: Any) -> tuple[str, ...]:
+    """Class names as a file gives them; () where they are no list of texts.
+
+    Raises:
+        WeightsError: more or longer ones than any data set has.
+    """
+    if not isinstance(value, (list, tuple)) or not all(isinstance(name, str) for name in value):
+        return ()
+    longest = max(map(len, value), default=0)
+    if len(value) > _MAX_CLASSES or longest > _MAX_NAME:
+        raise WeightsError(
+            f"has {len(value)} class names, the longest of {longest} characters; at most {_MAX_CLASSES} of "
+            f"{_MAX_NAME} characters are read"
+        )
+    return tuple(value)
+
+
+def _check_plain(block: dict[Any, Any]) -> None:
+    """Refuse what cannot be written as JSON again, and text that stands in many places at once.
+
+    Raises:
+        WeightsError: such a value; the message does not name the file.
+    """
+    characters = 0
+    waiting: list[Any] = [block]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, (list, tuple)):
+            waiting += value
+        elif isinstance(value, str):
+            characters += len(value)
+            if characters > _MAX_TEXT:
+                raise WeightsError(f"its gn_det metadata have more than {_MAX_TEXT} characters of text")
+        elif not isinstance(value, (int, float, type(None))):
+            raise WeightsError(f"its gn_det metadata hold a {type(value).__name__}; only plain values belong there")

@@ -18,13 +18,13 @@ Background is the last class since version 2 and was the first before; the numbe
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from gn_det.checkpoint import layered
 from gn_det.checkpoint.caffe2 import classes_last
+from gn_det.checkpoint.meta import names_of_classes
 from gn_det.checkpoint.source import Preprocessing, Row, State, Weights, first_match
 
 _NORMED = r"\.(?:conv\.(weight|bias)|(?:gn|bn)\.(\w+))$"
@@ -110,8 +110,7 @@ def translate(state: State, payload: Mapping[str, Any]) -> Weights:
 def _class_names(meta: Mapping[str, Any]) -> tuple[str, ...]:
     dataset = meta.get("dataset_meta")
     names = dataset.get("classes", dataset.get("CLASSES")) if isinstance(dataset, Mapping) else meta.get("CLASSES")
-    good = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
-    return tuple(names) if good and names is not None else ()
+    return names_of_classes(names)
 
 
 _NORMALIZE = re.compile(r"mean\s*=\s*\[([-+0-9.eE,\s]+)\],\s*std\s*=\s*\[([-+0-9.eE,\s]+)\]")
@@ -137,9 +136,7 @@ def preprocessing_of(config: Any) -> Preprocessing | None:
 
 def _triple(text: str) -> tuple[float, float, float] | None:
     try:
-        numbers = ast.literal_eval(f"[{text}]")
-    except (ValueError, SyntaxError):
+        numbers = [float(number) for number in text.strip().removesuffix(",").split(",", 3)]
+    except ValueError:
         return None
-    if len(numbers) != 3 or not all(isinstance(n, (int, float)) for n in numbers):
-        return None
-    return (float(numbers[0]), float(numbers[1]), float(numbers[2]))
+    return (numbers[0], numbers[1], numbers[2]) if len(numbers) == 3 else None

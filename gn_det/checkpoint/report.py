@@ -109,7 +109,7 @@ class LoadReport:
 
 def format_report(report: LoadReport) -> str:
     """The report as a table of one line per part, with what is not simply loaded spelled out."""
-    head = f"Weights: {report.source} ({one_line(report.kind)})"
+    head = f"Weights: {one_line(report.source, 400)} ({one_line(report.kind)})"
     rows: list[tuple[str, ...]] = [("part", "loaded", "missing", "unexpected", "shape", "note")]
     for part in PARTS:
         p = report.parts.get(part)
@@ -140,7 +140,8 @@ def _note(p: PartReport) -> str:
         notes.append(f"re-initialised, expected (classes differ): {names}")
     if p.shape_differs:
         notes.append(
-            "not loaded: " + "; ".join(f"{n} {a} in the file, {b} in the model" for n, a, b in p.shape_differs[:2])
+            "not loaded: "
+            + "; ".join(f"{one_line(n)} {a} in the file, {b} in the model" for n, a, b in p.shape_differs[:2])
         )
     if p.unexpected:
         notes.append(f"only in the file: {shorten(p.unexpected)}")

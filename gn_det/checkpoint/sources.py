@@ -15,21 +15,22 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from gn_det.checkpoint import caffe2, layered, mmdet
 from gn_det.checkpoint.catalog import local_path, published_file, published_preprocessing, split_options
-from gn_det.checkpoint.io import read_checkpoint, read_head
-from gn_det.checkpoint.meta import read_meta
+from gn_det.checkpoint.heads import known_mistake, looks_like_safetensors, read_head
+from gn_det.checkpoint.io import check_tensors, read_checkpoint
+from gn_det.checkpoint.meta import Unbounded, read_meta, stored_yaml
 from gn_det.checkpoint.pickles import read_pickle
 from gn_det.checkpoint.source import Preprocessing, State, Weights
-from gn_det.checkpoint.tensors import looks_like_safetensors, read_safetensors
+from gn_det.checkpoint.tensors import read_safetensors
 from gn_det.errors import WeightsError
 from gn_det.files import StrPath
 from gn_det.text import one_line
 
 NORM_KEYS = ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM", "MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_MASK_HEAD.NORM")
 
+_CHANNELS = 16  # of an image, at most
 # torch.save writes an archive, or (before 1.6) this magic number as a first pickle.
 _TORCH = (b"PK\x03\x04", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.")
 
@@ -51,7 +52,7 @@ def read_weights(path: StrPath) -> Weights:
         WeightsError: unreadable, unsafe, of an unknown layout, or of a known layout that is not read yet.
     """
     payload = read_any(path)
-    meta = read_meta(payload)
+    meta = read_meta(payload, path)
     state = _tensors(path, _state_of(path, payload))
     layout = next(f for f in FORMATS if f.recognises(state))
     if layout.translate is None:
@@ -69,7 +70,7 @@ def read_weights(path: StrPath) -> Weights:
             done = "trained" if step.get("trained") is True else "converted"  # by `gn-det pretrain`, or `convert`
             weights.kind = f"{one_line(before.split(', converted by')[0], 60)}, {done} by {weights.kind}"
         weights.meta = meta
-        weights.config = _parse_config(meta["config"])
+        weights.config = _parse_config(path, meta["config"])
         weights.class_names = meta["class_names"]
         if weights.config is not None:
             _tell_from_config(weights)
@@ -120,7 +121,7 @@ def read_any(path: StrPath) -> dict[str, Any]:
     if looks_like_safetensors(head):
         return read_safetensors(path)
     is_pickle = head[:1] == b"\x80" or str(path).endswith(".pkl")
-    if is_pickle and not head.startswith(_TORCH) and not head.lstrip().startswith((b"<", b"version https")):
+    if is_pickle and not head.startswith(_TORCH) and not known_mistake(head):
         return read_pickle(path)
     return read_checkpoint(path, mmap=True)
 
@@ -146,23 +147,12 @@ def _tensors(path: StrPath, state: Mapping[Any, Any]) -> State:
             if isinstance(name, str) and caffe2.is_ignored(name):
                 continue
             raise WeightsError(f"{path}: entry {one_line(name, 60)!r} is a {type(value).__name__}, not a tensor")
-        _check_plain(path, name, value)
         tensors[name] = value
+    check_tensors(path, tensors)
     for prefix in ("module.", "_orig_mod."):
         if tensors and all(name.startswith(prefix) for name in tensors):
             tensors = {name[len(prefix) :]: value for name, value in tensors.items()}
     return tensors
-
-
-def _check_plain(path: StrPath, name: str, value: torch.Tensor) -> None:
-    """Refuse what claims more numbers than the file holds (a view with stride 0) and what is not a plain array."""
-    if value.device.type != "cpu" or value.layout != torch.strided or value.is_quantized or value.is_complex():
-        raise WeightsError(f"{path}: entry {one_line(name, 60)!r} is not a plain tensor of real numbers on the CPU")
-    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        raise WeightsError(
-            f"{path}: entry {one_line(name, 60)!r} claims the shape {one_line(tuple(value.shape), 60)}, which is more "
-            "than the file holds"
-        )
 
 
 def _from_numpy(array: np.ndarray) -> torch.Tensor:
@@ -224,10 +214,12 @@ FORMATS: tuple[Format, ...] = (
 # ------------------------------------------------------------------------------------- what our own checkpoints tell us
 
 
-def _parse_config(text: str) -> dict[str, Any] | None:
+def _parse_config(path: StrPath, text: str) -> dict[str, Any] | None:
     try:
-        config = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
+        config = stored_yaml(text)
+    except Unbounded as error:
+        raise WeightsError(f"{path}: the config it stores cannot be used: {error}") from None
+    except Exception:  # yaml raises what Python's types do, too; a config that cannot be read tells nothing
         return None
     return config if isinstance(config, dict) else None
 
@@ -248,11 +240,11 @@ def _tell_from_config(weights: Weights) -> None:
         weights.norm = norm
     has_gn = any(lookup(config, key) == "GN" for key in NORM_KEYS)
     groups, per_group = lookup(config, "MODEL.GN.NUM_GROUPS"), lookup(config, "MODEL.GN.CHANNELS_PER_GROUP") or 0
-    if has_gn and isinstance(groups, int) and isinstance(per_group, int):
+    if has_gn and type(groups) is int and type(per_group) is int:
         weights.groups = (groups, per_group)
     layout, stride = lookup(config, "INPUT.FORMAT"), lookup(config, "MODEL.RESNETS.STRIDE_IN_1X1")
     weights.preprocessing = Preprocessing(
-        format=layout if isinstance(layout, str) else None,
+        format=_order(layout),
         pixel_mean=_numbers(lookup(config, "MODEL.PIXEL_MEAN")),
         pixel_std=_numbers(lookup(config, "MODEL.PIXEL_STD")),
         stride_in_1x1=stride if isinstance(stride, bool) else None,
@@ -266,12 +258,12 @@ def tell_from_block(weights: Weights, block: Mapping[str, Any]) -> None:
         return
     norm, groups, needs = about.get("norm"), about.get("groups"), about.get("preprocessing")
     weights.norm = norm if norm in ("GN", "LN", "IN", "BN", "affine BN") else weights.norm
-    if isinstance(groups, (list, tuple)) and len(groups) == 2 and all(isinstance(g, int) for g in groups):
+    if isinstance(groups, (list, tuple)) and len(groups) == 2 and all(type(g) is int for g in groups):
         weights.groups = (groups[0], groups[1])
     if isinstance(needs, Mapping):
         order, stride = needs.get("format"), needs.get("stride_in_1x1")
         weights.preprocessing = Preprocessing(
-            format=order if isinstance(order, str) else None,
+            format=_order(order),
             pixel_mean=_numbers(needs.get("pixel_mean")),
             pixel_std=_numbers(needs.get("pixel_std")),
             stride_in_1x1=stride if isinstance(stride, bool) else None,
@@ -280,6 +272,11 @@ def tell_from_block(weights: Weights, block: Mapping[str, Any]) -> None:
     weights.asks = about.get("asks") is True
 
 
+def _order(value: Any) -> str | None:
+    """A channel order such as BGR or L; it is printed."""
+    return one_line(value, 20) if isinstance(value, str) else None
+
+
 def _numbers(value: Any) -> tuple[float, ...] | None:
-    good = isinstance(value, (list, tuple)) and all(isinstance(v, (int, float)) for v in value)
+    good = isinstance(value, (list, tuple)) and len(value) <= _CHANNELS and all(type(v) in (int, float) for v in value)
     return tuple(float(v) for v in value) if good else None

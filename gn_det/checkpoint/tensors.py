@@ -13,18 +13,14 @@ from typing import Any
 import torch
 
 from gn_det.checkpoint.io import atomic_write
+from gn_det.checkpoint.pickles import MAX_DEPTH, MAX_KEY, MAX_PLACES, MAX_TENSORS, Refused
 from gn_det.errors import WeightsError
-from gn_det.files import StrPath
+from gn_det.files import StrPath, open_regular
 from gn_det.text import one_line
 
 # A ResNet-101 detector has some 60 kB of header; safetensors' own limit of 100 MB would become gigabytes of dicts.
 _MAX_HEADER = 8 << 20
 _META = "gn_det"
-
-
-def looks_like_safetensors(head: bytes) -> bool:
-    """Whether the first bytes are a header's length and its opening brace."""
-    return head[8:9] == b"{" and head[:4] != b"PK\x03\x04"
 
 
 def read_safetensors(path: StrPath) -> dict[str, Any]:
@@ -41,8 +37,8 @@ def read_safetensors(path: StrPath) -> dict[str, Any]:
         raise WeightsError(
             f"{path}: is a safetensors file; install the package safetensors to read it (pip install safetensors)"
         ) from None
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         claimed = int.from_bytes(file.read(8), "little")
     if claimed > min(_MAX_HEADER, size - 8):
         raise WeightsError(
@@ -52,7 +48,10 @@ def read_safetensors(path: StrPath) -> dict[str, Any]:
     try:
         with safe_open(os.fspath(path), framework="pt", device="cpu") as file:
             metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            names = list(file.keys())
+            if len(names) > MAX_TENSORS or any(len(name) > MAX_KEY for name in names):
+                raise Refused(f"more than {MAX_TENSORS} tensors, or a name of more than {MAX_KEY} characters")
+            tensors = {name: file.get_tensor(name) for name in names}
     except Exception as error:  # SafetensorError, and whatever the bytes of a foreign file provoke
         raise WeightsError(
             f"{path}: is a damaged safetensors file ({one_line(error)}); copy or download it again"
@@ -60,10 +59,39 @@ def read_safetensors(path: StrPath) -> dict[str, Any]:
     if _META not in metadata:
         return {"state_dict": tensors, "metadata": metadata}
     try:
-        block = json.loads(metadata[_META])
+        block = json.loads(metadata[_META], parse_int=_integer)
+        check_levels(block)
     except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: its gn_det metadata is damaged ({one_line(error)})") from None
     return {"model": tensors, _META: block}
+
+
+def _integer(text: str) -> int:
+    if len(text) > 78:  # as pickles: 256 bits
+        raise ValueError(f"an integer of {len(text)} digits")
+    return int(text)
+
+
+def check_levels(value: Any) -> None:
+    """Check that a value of dicts and lists has few levels and places, so that others may walk through it.
+
+    Raises:
+        ValueError: it has not.
+    """
+    level, places = [value], 0
+    for _ in range(MAX_DEPTH):
+        level = [
+            item
+            for container in level
+            if isinstance(container, (dict, list))
+            for item in (container.values() if isinstance(container, dict) else container)
+        ]
+        places += len(level)
+        if not level:
+            return
+        if places > MAX_PLACES:
+            raise ValueError(f"more than {MAX_PLACES} values")
+    raise ValueError(f"more than {MAX_DEPTH} levels")
 
 
 def write_safetensors(path: StrPath, state: Mapping[str, torch.Tensor], block: Mapping[str, Any]) -> None:

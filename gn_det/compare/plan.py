@@ -14,7 +14,7 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from gn_det.checkpoint.catalog import cache_path, mirrored, resolve_url, sha256_of, split_options
+from gn_det.checkpoint.catalog import cache_path, mirrored, resolve_url, sha256_of, split_digest, split_options
 from gn_det.compare.build import build_classifier, build_empty
 from gn_det.compare.fields import SuiteError
 from gn_det.compare.references import load_references
@@ -313,7 +313,7 @@ def _weights_problem(uri: str) -> str:
     path = place_of(plain)
     if not uri or os.path.isfile(path):
         return ""
-    url = resolve_url(plain.partition("#sha256=")[0])
+    url = resolve_url(split_digest(plain)[0])
     if url is None:
         return f"{path} is not there, and no row has this id"
     source = mirrored(url)
@@ -322,7 +322,7 @@ def _weights_problem(uri: str) -> str:
 
 def place_of(uri: str) -> Path:
     """Where the file of a path or URI lies, or would lie after the download; see :func:`..catalog.local_path`."""
-    plain = uri.partition("#sha256=")[0]
+    plain, _ = split_digest(uri)
     url = resolve_url(plain)
     if url is None:
         return Path(os.path.expanduser(re.sub("^file://", "", plain, flags=re.IGNORECASE)))

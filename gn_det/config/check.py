@@ -315,7 +315,10 @@ def _is_row(row: Any) -> bool:
     return good and all(isinstance(n, (int, float)) and not isinstance(n, bool) and abs(n) < 1e9 for n in row[2:])
 
 
-_INCREASING = ("increasing numbers", lambda v: len(v) > 0 and all(a < b for a, b in itertools.pairwise(v)))
+_INCREASING = (
+    "increasing numbers > 0",
+    lambda v: len(v) > 0 and all(a < b for a, b in itertools.pairwise((0, *v))),
+)
 _NAMES = ("a list of names", lambda v: len(v) <= _MAX_NAMES and all(_is_text(name) and name for name in v))
 _FEATURES = ("names of feature maps, each once", lambda v: len(v) > 0 and _NAMES[1](v) and len(set(v)) == len(v))
 _SETS = ("a list of names", lambda v: len(v) <= 1000 and all(_is_path(name) and name for name in v))

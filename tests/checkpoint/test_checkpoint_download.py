@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,9 +20,19 @@ from gn_det.checkpoint import download
 from gn_det.checkpoint.catalog import CATALOG, MIRROR, cache_path, local_path
 from gn_det.errors import WeightsError
 
-CONTENT = bytes(range(256)) * 1200  # 300 kB
+CONTENT = (b"PK\x03\x04" + bytes(range(4, 256))) * 1200  # 300 kB that begin as an archive of torch.save
+CHANGED = CONTENT[:4] + CONTENT[4:][::-1]
 SHA = hashlib.sha256(CONTENT).hexdigest()
 STEP = 70_000
+LIES = ("etag", "no-etag", "start", "total", "no-range", "too-short", "unasked", "more")
+NO_WEIGHTS = {
+    "page": (b"<!DOCTYPE html><html>Sign in</html>", "a web page or XML"),
+    "xml": (b"\n  <?xml version='1.0'?><Error>AccessDenied</Error>", "a web page or XML"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a Git LFS pointer"),
+    "json": (b'{"error": "not found"}', "something that begins with"),
+    "gzip": (b"\x1f\x8b\x08\0\0", "a gzip archive"),
+    "text": (b"\x1b[2JToo many requests", "something that begins with"),
+}
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -52,6 +63,20 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
+        if way == "elsewhere":
+            self.send_response(302)
+            self.send_header(
+                "Location",
+                {"file": "file:///etc/passwd", "ftp": "ftp://127.0.0.1/x"}.get(
+                    self.path.split("/")[2], f"/elsewhere/loop/{len(self.server.log)}"
+                ),
+            )
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        if way in LIES:
+            self.lie(way, wanted)
+            return
         if way == "missing" or (way == "busy" and len(self.server.log) < 3):
             self.send_error(404 if way == "missing" else 503)
             return
@@ -63,8 +88,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {begin}-{len(CONTENT) - 1}/{len(CONTENT)}")
         else:
             self.send_response(200)
-        content = CONTENT if self.server.etag == '"one"' else CONTENT[::-1]
+        content = CONTENT if self.server.etag == '"one"' else CHANGED
         body = b"" if way == "empty" else content[begin:]
+        body = NO_WEIGHTS[way][0] if way in NO_WEIGHTS else body
         if way != "chunkless":
             self.send_header("Content-Length", str(len(body)))
         self.send_header("ETag", self.server.etag)
@@ -79,6 +105,41 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 self.server.etag = '"two"'
         else:
             self.wfile.write(body)
+
+    def lie(self, way: str, wanted: str | None) -> None:
+        """The first answer breaks off after STEP bytes; what is sent as the rest is not the rest."""
+        begin = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted else 0
+        last, total = len(CONTENT) - 1, len(CONTENT)
+        body, etag, part = CONTENT[begin:], self.server.etag, f"bytes {begin}-{last}/{total}"
+        if wanted and way == "etag":
+            etag, body = '"two"', CHANGED[begin:]
+        elif wanted and way == "no-etag":
+            etag, body = "", CHANGED[begin:]
+        elif wanted and way == "start":
+            part, body = f"bytes 0-{last}/{total}", CONTENT
+        elif wanted and way == "total":
+            part = f"bytes {begin}-{last}/{total + 1}"
+        elif wanted and way == "no-range":
+            part = ""
+        elif way == "unasked":
+            wanted = wanted or "bytes=0-"
+        elif wanted and way == "too-short":
+            self.send_error(416)
+            return
+        self.send_response(206 if wanted else 200)
+        for name, value in (("Content-Range", part if wanted else ""), ("ETag", etag)):
+            if value:
+                self.send_header(name, value)
+        if way == "more":
+            self.send_header("Content-Length", "100")
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(CONTENT), CONTENT))
+            return
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        first = len([p for p, _ in self.server.log if p == self.path]) == 1
+        self.wfile.write(body[:STEP] if first else body)
 
     def log_message(self, *args: object) -> None:
         pass
@@ -119,7 +180,7 @@ def test_the_file_arrives_whole(server: Server, tmp_path: Path, way: str) -> Non
 def test_a_file_that_changes_between_attempts_begins_anew(server: Server) -> None:
     """The second attempt offers the validator of the first, which no longer holds: no two versions are joined."""
     path = local_path(f"{server.url}/changes/w.pth")
-    assert path.read_bytes() == CONTENT[::-1]
+    assert path.read_bytes() == CHANGED
     assert [wanted for _, wanted in server.log][:3] == [None, "bytes=70000-", "bytes=70000-"]
 
 
@@ -232,3 +293,55 @@ def test_no_network_fails_at_once(tmp_path: Path) -> None:
     with pytest.raises(download.DownloadFailed, match="Connection refused"):
         download.fetch("http://127.0.0.1:9/x.pth", tmp_path / "x.pth")
     assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("way", sorted(NO_WEIGHTS))
+def test_what_is_not_weights_is_not_kept(server: Server, tmp_path: Path, way: str) -> None:
+    with pytest.raises(WeightsError) as caught:
+        local_path(f"{server.url}/{way}/w.pth")
+    assert f"the server sent no weights but {NO_WEIGHTS[way][1]}" in str(caught.value)
+    assert str(caught.value).isprintable() and cached(tmp_path) == []
+
+
+@pytest.mark.parametrize("way", ["etag", "no-etag", "start", "total", "no-range", "too-short"])
+def test_a_rest_that_is_not_the_rest_is_dropped(server: Server, tmp_path: Path, way: str) -> None:
+    """The download begins anew, without asking for a part; no two versions are joined."""
+    assert local_path(f"{server.url}/{way}/w.pth").read_bytes() == CONTENT
+    assert [wanted for _, wanted in server.log] == [None, "bytes=70000-", None]
+
+
+def test_a_part_that_was_not_asked_for(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="another part of the file"):
+        local_path(f"{server.url}/unasked/w.pth")
+    assert cached(tmp_path) == [] and len(server.log) <= download.ATTEMPTS
+
+
+def test_no_more_is_written_than_was_announced(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="sends more than the 100 bytes announced"):
+        local_path(f"{server.url}/more/w.pth")
+    assert cached(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [("file", r"file:///etc/passwd.* is not allowed"), ("ftp", "redirects to ftp://"), ("loop", "302")],
+)
+def test_redirects_stay_on_the_web_and_end(server: Server, tmp_path: Path, where: str, expected: str) -> None:
+    with pytest.raises(WeightsError, match=expected):
+        local_path(f"{server.url}/elsewhere/{where}/w.pth")
+    assert cached(tmp_path) == [] and len(server.log) <= 11
+
+
+def test_a_server_that_always_begins_anew_is_given_up(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each attempt brings more than the one before, so that none counts as a failure."""
+    attempts: list[int] = []
+
+    def attempt(url: str, file: Any, state: Any, bar: Any) -> None:
+        attempts.append(1)
+        state.restart(file)
+        state.total, state.have = 10**9, len(attempts)
+
+    monkeypatch.setattr(download, "_attempt", attempt)
+    with pytest.raises(WeightsError, match="attempts"):
+        local_path(f"{server.url}/whole/w.pth")
+    assert len(attempts) == 11

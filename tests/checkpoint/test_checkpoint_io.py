@@ -210,3 +210,56 @@ def test_mutated_archives_never_crash(tmp_path: Path) -> None:
             assert "\n" not in str(error)
             outcomes["refused"] += 1
     assert outcomes["read"] > 10 and outcomes["refused"] > 50, outcomes
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("mmap", [False, True])
+def test_equals_torch_load(tmp_path: Path, protocol: int, legacy: bool, mmap: bool) -> None:
+    """Every kind of tensor and value that people save: numbers, types, strides, and what shares its storage."""
+    base, conv = torch.arange(24.0), torch.nn.Conv2d(3, 4, 3)
+    shared = {"k": 1}
+    saved = {
+        "a": base[:12].view(3, 4), "b": base[12:], "transposed": base.view(4, 6).t(), "slice": base[3:9:2],
+        "channels last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last), "empty": torch.zeros(0, 3),
+        "parameter": torch.nn.Parameter(torch.ones(2)), "leaf": torch.ones(3, requires_grad=True),
+        "0-d": torch.tensor(3),
+        **{str(t): torch.ones(3, dtype=t) for t in (torch.bfloat16, torch.float16, torch.bool, torch.int8)},
+        "state": conv.state_dict(), "size": torch.Size([1, 2]), "counter": Counter({1: 2}), "type": torch.float32,
+        "plain": [2**70, -5, 1.5, None, True, b"\x00\xff", "ü", (1, (2,)), [], {}, ()], "shared": [shared, shared],
+    }  # fmt: skip
+    path = tmp_path / "x.pth"
+    torch.save(saved, path, _use_new_zipfile_serialization=not legacy, pickle_protocol=protocol)
+    content = path.read_bytes()
+    expected, read = torch.load(path, weights_only=False), read_checkpoint(path, mmap=mmap)
+    assert list(read) == list(expected)
+    for name, value in expected.items():
+        found = read[name]
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(found, value) and type(found) is type(value), name
+            for fact in ("dtype", "requires_grad", "device"):
+                assert getattr(found, fact) == getattr(value, fact), name
+            assert found.stride() == value.stride() and found.storage_offset() == value.storage_offset(), name
+        elif name != "state":
+            assert found == value, name
+    assert read["state"]._metadata == conv.state_dict()._metadata and isinstance(read["state"], OrderedDict)  # type: ignore[attr-defined]
+    assert all(torch.equal(read["state"][name], value) for name, value in conv.state_dict().items())
+    assert read["shared"][0] is read["shared"][1]
+    read["a"].zero_()  # as an optimizer does; what shares the storage changes too, the file does not
+    assert read["transposed"].flatten()[0] == 0 and path.read_bytes() == content
+
+
+@pytest.mark.parametrize("order", ["little", "big"])
+def test_byte_order(tmp_path: Path, order: str) -> None:
+    """A file of a big-endian machine: its record says so, and its numbers stand the other way round."""
+    torch.save({"w": torch.arange(5, dtype=torch.float64)}, tmp_path / "x.pth")
+    source = zipfile.ZipFile(tmp_path / "x.pth")
+    with zipfile.ZipFile(tmp_path / "y.pth", "w") as target:
+        for name in source.namelist():
+            data = source.read(name)
+            data = order.encode() if name.endswith("byteorder") else data
+            if name.endswith("data/0") and order == "big":
+                data = np.arange(5, dtype=">f8").tobytes()
+            target.writestr(name, data)
+    for mmap in (False, True):
+        assert read_checkpoint(tmp_path / "y.pth", mmap=mmap)["w"].tolist() == [0, 1, 2, 3, 4]

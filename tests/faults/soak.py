@@ -30,6 +30,8 @@ PARTS = {
     "yaml": ("soak_yaml", "mutations"),
     "structures": ("soak_structures", "structures"),
     "images": ("soak_images", "mutations"),
+    "weights": ("soak_weights", "structures"),
+    "urls": ("soak_weights", "urls"),
     "disk": ("soak_disk", "disk"),
     "clock": ("soak_rest", "clock"),
     "workers": ("soak_rest", "workers"),

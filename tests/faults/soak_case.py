@@ -203,16 +203,21 @@ def run_mutations(
     """
     outcomes: Counter[str] = Counter()
     slowest, others = 0.0, []
+    peaks: dict[str, float] = {}
     for start in range(0, wanted, piece):
         found = in_fork(partial(of_piece, start, min(piece, wanted - start)), memory=memory)
         if isinstance(found, str):
             found = {"outcomes": {f"OTHER: the process {found}": 1}, "slowest": 0.0, "others": [f"from {start} on"]}
         outcomes.update(found["outcomes"])
         slowest, others = max(slowest, found["slowest"]), others + found["others"]
+        for name, value in found.get("peaks", {}).items():
+            peaks[name] = max(peaks.get(name, 0.0), value)
     case.say(f"mutations of {what}", sum(outcomes.values()))
     for name, count in sorted(outcomes.items()):
         case.say(f"  {name}", count)
     case.say("slowest", f"{slowest:.2f} s")
+    for name, value in peaks.items():
+        case.say(name, f"{value:.2f}")
     case.require(not others, f"{len(others)} mutations: {others[:3]}")
 
 
