@@ -8,7 +8,7 @@ import os
 import platform
 import statistics
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import gn_det
 from gn_det.checkpoint.io import atomic_write, read_checkpoint, save_checkpoint
 from gn_det.checkpoint.last import remove_leftovers
 from gn_det.errors import ConfigError, DataError, TrainingError, UserError, WeightsError
+from gn_det.files import open_regular
 from gn_det.pretrain.export import write_weights
 from gn_det.pretrain.loop import Plan, Progressed, Trainer, make_fabric, top1_error
 from gn_det.pretrain.network import Classifier, build_classifier, build_optimizer
@@ -28,12 +29,15 @@ from gn_det.run import dist
 from gn_det.run.events import EventLog, TensorBoardWriter
 from gn_det.run.log import FILE_ONLY, run_log
 from gn_det.run.output import BEST, FINAL, check_writable
+from gn_det.run.payload import Unfit, check_pretraining, check_summary, refuse, restore_slots
 from gn_det.run.progress import Progress, peak_memory_mb
 from gn_det.run.state import seed_everything
+from gn_det.text import shown
 
 LAST = "last.ckpt"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
+_MOST_BYTES = 64 << 20
 #: May differ between a run and its continuation.
 _FREE = ("workers", "device", "output")
 
@@ -231,24 +235,30 @@ def _restore(path: Path, settings: Settings, model: Classifier, trainer: Trainer
     _same_settings(path, payload["settings"], settings)
     if payload.get("processes") != dist.world_size():
         raise ConfigError(
-            f"{path}: was trained by {payload.get('processes')} process(es), not {dist.world_size()}, so the batch "
-            "would change; resume with as many, or start anew with --overwrite"
+            f"{path}: was trained by {shown(payload.get('processes'))} process(es), not {dist.world_size()}, so the "
+            "batch would change; resume with as many, or start anew with --overwrite"
         )
-    model.load_state_dict(payload["model"])
-    trainer.bare_optimizer.load_state_dict(payload["optimizer"])
+    try:
+        check_pretraining(payload, model)
+        put_momentum = restore_slots(trainer.bare_optimizer, payload["optimizer"], "optimizer")
+    except Unfit as error:
+        raise refuse(str(path), error, "start anew with --overwrite") from None
+    model.load_state_dict(dict(payload["model"]))
+    put_momentum()
     if trainer.scaler is not None and payload.get("scaler"):
         trainer.scaler.load_state_dict(payload["scaler"])
-    done = Progressed(**payload["done"])
+    done = Progressed(**{f.name: payload["done"][f.name] for f in fields(Progressed)})
     logger.info("Resumed from %s: epoch %d of %d is done.", path, done.epochs, trainer.plan.epochs)
     return done
 
 
-def _same_settings(path: Path, theirs: Mapping[str, Any], settings: Settings) -> None:
+def _same_settings(path: Path, theirs: Any, settings: Settings) -> None:
+    theirs = theirs if isinstance(theirs, Mapping) else {}
     for name, value in settings.to_dict().items():
         old = list(theirs[name]) if isinstance(theirs.get(name), tuple) else theirs.get(name)
         if name not in _FREE and old != value:
             raise ConfigError(
-                f"{path}: was started with {name} {old!r}, not {value!r}; resume with the same, or start anew "
+                f"{path}: was started with {name} {shown(old)}, not {value!r}; resume with the same, or start anew "
                 "with --overwrite"
             )
 
@@ -317,10 +327,12 @@ def _finished(folder: Path, settings: Settings) -> dict[str, Any] | None:
         ConfigError: it is of other settings.
     """
     try:
-        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        with open_regular(folder / SUMMARY) as file:
+            summary = json.loads(file.read(_MOST_BYTES))
+        check_summary(summary, "")
+    except (OSError, ValueError, RecursionError):  # Unfit is a ValueError
         return None
-    _same_settings(folder / SUMMARY, summary.get("settings", {}), settings)
+    _same_settings(folder / SUMMARY, summary["settings"], settings)
     return dict(summary) if (folder / FINAL).is_file() else None
 
 

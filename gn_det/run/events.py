@@ -77,11 +77,11 @@ class EventLog:
         return {name: [h.smooth, list(h.values)[-WINDOW:], h.iteration, h.count, h.mean] for name, h in kept.items()}
 
     def restore(self, dumped: Mapping[str, Any]) -> None:
-        """Inverse of :meth:`dump`."""
+        """Inverse of :meth:`dump`, of a checked checkpoint."""
         for name, (smooth, values, iteration, count, mean) in dumped.items():
-            history = History(bool(smooth), iteration=int(iteration), count=int(count), mean=float(mean))
-            history.values.extend(values)
-            self.histories[name] = history
+            if name not in _OF_THIS_MACHINE:
+                self.histories[name] = History(smooth, iteration=iteration, count=count, mean=float(mean))
+                self.histories[name].values.extend(map(float, values))
 
 
 class EventWriter(Protocol):

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from gn_det.text import printable
+
 LOG_FILE = "log.txt"
 
 #: ``extra=FILE_ONLY`` keeps a record off the screen.
@@ -40,6 +42,13 @@ class _File(logging.FileHandler):
             super().close()
 
 
+class _Printable(logging.Formatter):
+    """Names from files (classes, keys, images) reach the terminal without control characters."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 @contextmanager
 def run_log(folder: str | os.PathLike[str] | None, *, rank: int = 0, times: bool = True) -> Iterator[None]:
     """Show gn_det's log on standard output, and append it to ``folder/log.txt``, as long as the context lasts.
@@ -52,7 +61,7 @@ def run_log(folder: str | os.PathLike[str] | None, *, rank: int = 0, times: bool
     package = logging.getLogger("gn_det")
     old_level, old_propagate = package.level, package.propagate
     handlers: list[logging.Handler] = []
-    formatter = logging.Formatter("[%(asctime)s] %(message)s" if times else "%(message)s", "%m/%d %H:%M:%S")
+    formatter = _Printable("[%(asctime)s] %(message)s" if times else "%(message)s", "%m/%d %H:%M:%S")
     if not package.handlers:
         console = _Console(sys.stdout)
         console.setLevel(logging.INFO if rank == 0 else logging.WARNING)
