@@ -486,6 +486,22 @@ def _check_together(payload: Mapping[str, Any], batch: int) -> None:
 
 # ------------------------------------------------------------ a pretraining run
 
+
+def _setting(value: Any, where: str) -> None:
+    """A plain value of a setting, or a list of numbers."""
+    if isinstance(value, (list, tuple)):
+        items(number, 0, 1000)(value, where)
+    elif isinstance(value, str):
+        text(10_000)(value, where)
+    elif value is not None and not isinstance(value, bool):
+        number(value, where)
+
+
+_SETTINGS = table(text(100), _setting, 1000)
+
+#: Of whom a checkpoint of pretraining is; checked and compared before its content.
+check_origin = record({"settings": _SETTINGS, "processes": whole(1, 10**6)})
+
 _METRICS = table(printable_text(200), number, 1000)
 
 
@@ -525,7 +541,7 @@ _CURVE_ROW = record(
 #: What is read of the ``summary.json`` of a finished pretraining run.
 check_summary = record(
     {
-        "settings": table(text(100), lambda value, where: None, 1000),
+        "settings": _SETTINGS,
         "top1_error": number,
         "curve": items(_all(_METRICS, _CURVE_ROW), 1, 10**6),
     },
