@@ -98,9 +98,10 @@ def inside(folder: StrPath, relative: str) -> Path:
     parts = relative.split("/")
     if not relative or "\0" in relative or "\\" in relative or any(part in ("", ".", "..") for part in parts):
         raise ValueError("the name is not a plain relative path")
-    base = Path(folder).resolve()
+    base = Path(os.path.realpath(folder))
     path = base.joinpath(*parts)
-    if not path.resolve().is_relative_to(base) or path.resolve() == base:
+    real = Path(os.path.realpath(path))  # not Path.resolve, which raises RuntimeError for a loop of links
+    if not real.is_relative_to(base) or real == base:
         raise ValueError("the name leads out of its folder")
     return path
 

@@ -52,7 +52,7 @@ def _readable(folder: Path, name: str) -> tuple[Path, dict[str, Any]]:
         check_regular(path)
     except (OSError, ValueError) as error:
         reason = error.strerror or error if isinstance(error, OSError) else error
-        raise WeightsError(f"{one_line(folder / name)}: cannot be used ({one_line(reason)})") from None
+        raise WeightsError(f"{one_line(os.fspath(folder / name), 300)}: cannot be used ({one_line(reason)})") from None
     return folder / name, read_checkpoint(path, mmap=True, verify=True)
 
 

@@ -81,9 +81,9 @@ def without_places(cfg: CfgNode) -> CfgNode:
 def read_meta(payload: Mapping[str, Any]) -> dict[str, Any] | None:
     """The metadata block of a checkpoint, or None when the file is not gn_det's.
 
-    Missing, ill-typed or absurdly large entries come back empty, so that callers can rely on ``version`` (str), ``class_names``
-    (tuple of str), ``category_ids`` (tuple of int), ``config`` (YAML text, "" when unknown), ``iteration`` (int or
-    None) and ``best_metric`` (float or None).
+    Missing, ill-typed or absurdly large entries come back empty, so that callers can rely on ``version`` (str),
+    ``class_names`` (tuple of str), ``category_ids`` (tuple of int), ``config`` (YAML text, "" when unknown),
+    ``iteration`` (int or None) and ``best_metric`` (float or None).
     """
     block = payload.get(KEY)
     if not isinstance(block, dict):

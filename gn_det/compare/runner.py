@@ -82,7 +82,7 @@ class Runner:
             dist.start_group(_device(jobs[0]))
         try:
             check_writable(self.store.root)
-            with alone_in(self.store.root, key="compare output"):
+            with alone_in(self.store.root, key="--output"):
                 return self._run_all(jobs)
         finally:
             if dist.under_torchrun():

@@ -117,7 +117,7 @@ def _device(settings: Settings) -> str:
 
 
 def _rank(settings: Settings, resume: bool, overwrite: bool) -> dict[str, Any]:
-    with alone_in(settings.output, key="pretrain output"), run_log(settings.output, rank=dist.rank()):
+    with alone_in(settings.output, key="--output"), run_log(settings.output, rank=dist.rank()):
         try:
             if not resume:
                 dist.on_first_rank(partial(_clear, Path(settings.output), overwrite))

@@ -57,14 +57,16 @@ class InUse(TrainingError):
 
 
 @contextmanager
-def alone_in(folder: str | os.PathLike[str], *, key: str = "OUTPUT_DIR", patience: float = PATIENCE) -> Iterator[None]:
+def alone_in(
+    folder: str | os.PathLike[str], *, key: str = "OUTPUT_DIR", patience: float | None = None
+) -> Iterator[None]:
     """Keep other runs out of ``folder``, which exists, while the context lasts; all ranks together.
 
     Rank 0 holds the lock. A file system without locks costs a warning.
 
     Args:
         key: how the user names the folder.
-        patience: seconds to wait for processes of a killed run that are about to notice it.
+        patience: seconds to wait for processes of a killed run that are about to notice it; None is PATIENCE.
 
     Raises:
         InUse: on every rank: another run writes there.
@@ -74,7 +76,7 @@ def alone_in(folder: str | os.PathLike[str], *, key: str = "OUTPUT_DIR", patienc
         problem: TrainingError | None = None
         if dist.rank() == 0:
             try:
-                stack.enter_context(lock(Path(folder) / LOCK, patience=patience))
+                stack.enter_context(lock(Path(folder) / LOCK, patience=PATIENCE if patience is None else patience))
             except Busy as error:
                 whose = f"another run ({error.holder})" if error.holder else "another run"
                 problem = InUse(

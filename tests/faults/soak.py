@@ -29,6 +29,7 @@ PARTS = {
     "json": ("soak_json", "mutations"),
     "yaml": ("soak_yaml", "mutations"),
     "images": ("soak_images", "mutations"),
+    "payloads": ("soak_payloads", "mutations"),
     "disk": ("soak_disk", "disk"),
     "clock": ("soak_rest", "clock"),
     "workers": ("soak_rest", "workers"),
