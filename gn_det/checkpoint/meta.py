@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 import gn_det
 from gn_det.errors import WeightsError
@@ -14,9 +16,14 @@ if TYPE_CHECKING:
     from fvcore.common.config import CfgNode
 
 KEY = "gn_det"
-#: A model of more classes would need gigabytes for its predictors alone.
-_MOST_CLASSES = 1 << 15
-_LONGEST_NAME = 1000
+_LISTS = ("class_names", "category_ids")
+# LVIS has 1,203 classes.
+_MAX_CLASSES = 20_000
+_MAX_NAME = 1000
+# A config of all keys has some 10 kB and 5 levels.
+_MAX_YAML = 200_000
+_MAX_LEVELS = 32
+_MAX_DIGITS = 1000
 
 
 def build_meta(cfg: CfgNode, class_names: Sequence[str], category_ids: Sequence[int], **extra: Any) -> dict[str, Any]:
@@ -54,7 +61,7 @@ def config_of_checkpoint(path_or_uri: StrPath) -> CfgNode:
     from gn_det.checkpoint.sources import read_any
     from gn_det.config import parse_config
 
-    meta = read_meta(read_any(local_path(path_or_uri)))
+    meta = read_meta(read_any(local_path(path_or_uri)), path_or_uri)
     if meta is None or not meta["config"]:
         raise WeightsError(f"{path_or_uri}: stores no config (not written by gn_det); name one with --config")
     return without_places(parse_config(meta["config"], str(path_or_uri)))
@@ -78,31 +85,76 @@ def without_places(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
-def read_meta(payload: Mapping[str, Any]) -> dict[str, Any] | None:
+class Unbounded(ValueError):
+    """Text whose parsing could take for ever, or whose result could fill the memory."""
+
+
+def stored_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
+    """Parse YAML text from a weights file in bounded time: no references, bounded length, nesting and numbers.
+
+    Raises:
+        Unbounded: beyond a limit.
+        yaml.YAMLError: not YAML.
+    """
+
+    class Bounded(loader):  # type: ignore[valid-type, misc]
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise Unbounded("it uses references (*name)")
+            self.depth += 1
+            if self.depth > _MAX_LEVELS:
+                raise Unbounded(f"it is nested more than {_MAX_LEVELS} levels deep")
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            if (
+                isinstance(node, yaml.ScalarNode)
+                and len(node.value) > _MAX_DIGITS
+                and node.tag.endswith((":int", ":float"))
+            ):
+                raise Unbounded(f"it has a number of {len(node.value)} digits")
+            return node
+
+    if len(text) > _MAX_YAML:
+        raise Unbounded(f"it has {len(text)} characters, at most {_MAX_YAML} are read")
+    return yaml.load(text, Loader=Bounded)
+
+
+def read_meta(payload: Mapping[str, Any], source: StrPath = "") -> dict[str, Any] | None:
     """The metadata block of a checkpoint, or None when the file is not gn_det's.
 
-    Missing, ill-typed or absurdly large entries come back empty, so that callers can rely on ``version`` (str),
-    ``class_names`` (tuple of str), ``category_ids`` (tuple of int), ``config`` (YAML text, "" when unknown),
-    ``iteration`` (int or None) and ``best_metric`` (float or None).
+    Missing or ill-typed entries come back empty, so that callers can rely on ``version`` (str), ``class_names``
+    (tuple of str), ``category_ids`` (tuple of int), ``config`` (YAML text, "" when unknown), ``iteration`` (int or
+    None) and ``best_metric`` (float or None).
+
+    Args:
+        payload: of a file.
+        source: that file, for the message.
+
+    Raises:
+        WeightsError: more or longer class names than any data set has.
     """
     block = payload.get(KEY)
     if not isinstance(block, dict):
         return None
-    names, ids = block.get("class_names"), block.get("category_ids")
-    good_names = _is_list_of(names, lambda n: isinstance(n, str) and len(n) <= _LONGEST_NAME)
-    good_ids = _is_list_of(ids, lambda i: isinstance(i, int) and abs(i) < 2**63)
+    names, ids = (list(value) if isinstance(value := block.get(key), (list, tuple)) else [] for key in _LISTS)
+    if not all(isinstance(name, str) for name in names):
+        names = []
+    if not all(type(i) is int for i in ids):
+        ids = []
     iteration, best, config = block.get("iteration"), block.get("best_metric"), block.get("config")
-    version = block.get("version")
+    if len(names) > _MAX_CLASSES or any(len(name) > _MAX_NAME for name in names):
+        raise WeightsError(
+            f"{one_line(str(source), 400)}{': ' if source else ''}has {len(names)} class names, the longest of "
+            f"{max(map(len, names))} characters; at most {_MAX_CLASSES} of {_MAX_NAME} are read"
+        )
     return {
         **block,
-        "version": one_line(version) if isinstance(version, str) else "",
-        "class_names": tuple(names) if good_names and names is not None else (),
-        "category_ids": tuple(ids) if good_ids and ids is not None else (),
+        "version": one_line(block.get("version", ""), 40),
+        "class_names": tuple(names),
+        "category_ids": tuple(ids),
         "config": config if isinstance(config, str) else "",
-        "iteration": iteration if isinstance(iteration, int) and abs(iteration) < 2**63 else None,
-        "best_metric": float(best) if isinstance(best, (int, float)) and abs(best) < 2**63 else None,
+        "iteration": iteration if type(iteration) is int else None,
+        "best_metric": float(best) if isinstance(best, (int, float)) and not abs(best) > 2**63 else None,
     }
-
-
-def _is_list_of(value: Any, holds: Callable[[Any], bool]) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) <= _MOST_CLASSES and all(map(holds, value))
