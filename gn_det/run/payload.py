@@ -277,7 +277,7 @@ def restore_slots(optimizer: Optimizer, saved: Any, where: str) -> Callable[[], 
         raise OtherGroups(f"{where}.param_groups hold {shown(counts)} parameters, not {shown(wanted)}")
     theirs = [key for group in groups for key in group["params"]]
     if len(set(theirs)) != len(theirs):
-        raise Unfit(f"{where}.param_groups name a parameter twice")
+        raise Unfit(f"{where}.param_groups: their params name a parameter twice")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     names = [key for group in ours for key in group["params"]]
     place = dict(zip(theirs, zip(names, parameters)))

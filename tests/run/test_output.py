@@ -206,6 +206,13 @@ def test_last_checkpoint_stays_in_its_folder(name: str, tmp_path: Path, caplog: 
     assert "going on from" in caplog.text and all(len(r.getMessage()) < 1500 for r in caplog.records)
 
 
+def test_kept_batches_are_no_checkpoints(tmp_path: Path) -> None:
+    """The file of a non-finite loss is newer than every checkpoint; a run must not go on from it."""
+    checkpoint(tmp_path / "model_0000004.pth", 4)
+    checkpoint(tmp_path / "nonfinite_0000006_rank0.pth", 6)
+    assert read_last(tmp_path) == tmp_path / "model_0000004.pth"
+
+
 @needs_posix
 def test_pipes_in_the_folder_hang_nothing(tmp_path: Path) -> None:
     for name in ("last_checkpoint", "model_0000004.pth", "metrics.json", "log.txt"):
