@@ -9,10 +9,20 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import platform
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TextIO
+
+from gn_det.text import printable
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 StrPath = str | os.PathLike[str]
 
@@ -54,6 +64,26 @@ def _require_regular(mode: int, path: StrPath) -> None:
     raise NotRegularFile(number, f"it is {kind}, not a regular file", os.fspath(path))
 
 
+def open_append(folder: StrPath, name: str) -> TextIO:
+    """Open the regular file ``folder/name`` for appending text, made where absent; it stays inside the folder.
+
+    Raises:
+        OSError: it is a pipe, device or folder, a link that leads out of the folder, or may not be written.
+    """
+    try:
+        path = inside(folder, name)
+    except ValueError as error:
+        raise OSError(errno.ELOOP, str(error), os.fspath(Path(folder) / name)) from None
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0)
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        _require_regular(os.fstat(descriptor).st_mode, path)
+        return os.fdopen(descriptor, "a", encoding="utf-8")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
 def inside(folder: StrPath, relative: str) -> Path:
     """Return ``folder/relative`` after checking that it stays inside ``folder``, links included.
 
@@ -68,34 +98,99 @@ def inside(folder: StrPath, relative: str) -> Path:
     parts = relative.split("/")
     if not relative or "\0" in relative or "\\" in relative or any(part in ("", ".", "..") for part in parts):
         raise ValueError("the name is not a plain relative path")
-    base = Path(folder).resolve()
+    base = Path(os.path.realpath(folder))
     path = base.joinpath(*parts)
-    if not path.resolve().is_relative_to(base) or path.resolve() == base:
+    real = Path(os.path.realpath(path))  # not Path.resolve, which raises RuntimeError for a loop of links
+    if not real.is_relative_to(base) or real == base:
         raise ValueError("the name leads out of its folder")
     return path
 
 
 class Busy(OSError):
-    """Another process holds the lock."""
+    """Another run holds the lock.
+
+    Attributes:
+        holder: what it wrote into the lock file about itself; "" where that cannot be read.
+    """
+
+    holder = ""
+
+
+#: Locked files of this process, by device and number: the kernel's locks tell processes apart, not parts of one.
+_held: set[tuple[int, int]] = set()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_held.clear)
 
 
 @contextlib.contextmanager
-def lock(path: StrPath) -> Iterator[None]:
+def lock(path: StrPath, *, patience: float = 0.0) -> Iterator[None]:
     """Hold an exclusive lock on the file ``path`` (made where absent) while the context lasts.
 
-    The kernel releases the lock when its process ends, however it ends, so a killed run never blocks the next one.
+    The kernel releases the lock when its process ends, however it ends, so a killed run never blocks the next one; a
+    process that it forked (a loader's worker) and that outlives it does not hold the lock.
+
+    Args:
+        patience: seconds to wait for a holder that is about to end.
 
     Raises:
         Busy: another process, or another context of this one, holds it.
-        OSError: the file cannot be made.
+        OSError: the file cannot be made, or the file system has no locks (``errno.ENOLCK``, ``ENOSYS``, ``ENOTSUP``).
     """
+    # No link is followed, nothing waits and nothing is truncated: the name lies in a folder that others may write to.
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    with contextlib.suppress(FileNotFoundError):
+        status = os.stat(path, follow_symlinks=False)
+        if (status.st_dev, status.st_ino) in _held:  # to open and close the file would release the lock
+            raise _busy(path, f"process {os.getpid()}")
+    descriptor = os.open(path, flags, 0o666)
+    with os.fdopen(descriptor, "r+b", buffering=0) as file:
+        status = os.fstat(descriptor)
+        _require_regular(status.st_mode, path)
+        deadline = time.monotonic() + patience
+        while not _try_lock(file):
+            if time.monotonic() >= deadline:
+                raise _busy(path, _holder(file))
+            time.sleep(0.05)
+        key = (status.st_dev, status.st_ino)
+        _held.add(key)
+        try:
+            with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {platform.node()}".encode())
+            yield
+        finally:
+            _held.discard(key)
+            with contextlib.suppress(OSError):
+                file.truncate(0)
+
+
+def _holder(file: BinaryIO) -> str:
+    try:
+        return printable(file.read(100).decode("utf-8", "replace"), keep="")
+    except OSError:  # Windows does not let it be read
+        return ""
+
+
+def _busy(path: StrPath, holder: str) -> Busy:
+    error = Busy(errno.EWOULDBLOCK, "in use by another process", os.fspath(path))
+    error.holder = holder
+    return error
+
+
+def _try_lock(file: BinaryIO) -> bool:
+    if fcntl is not None:
+        try:
+            # A record lock, which belongs to the process: flock's would pass on to forked workers.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return False
+            raise
+        return True
     import portalocker
 
-    # No link is followed and nothing is truncated: the name lies in a folder that others may write to.
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-    with os.fdopen(descriptor, "r+b") as file:
-        try:
-            portalocker.lock(file, portalocker.LockFlags.EXCLUSIVE | portalocker.LockFlags.NON_BLOCKING)
-        except portalocker.LockException as error:
-            raise Busy(errno.EWOULDBLOCK, "in use by another process", os.fspath(path)) from error
-        yield
+    try:
+        portalocker.lock(file, portalocker.LockFlags.EXCLUSIVE | portalocker.LockFlags.NON_BLOCKING)
+    except portalocker.LockException:
+        return False
+    return True

@@ -77,7 +77,9 @@ def atomic_write(path: StrPath, write: Any) -> None:
     temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as raw:
+        # What lies under that name is of a process that is gone, or a link that somebody put there: never followed.
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "wb", opener=_new_file) as raw:
             file = _ErrorKeeper(raw)
             try:
                 write(file)
@@ -96,6 +98,10 @@ def atomic_write(path: StrPath, write: Any) -> None:
     except BaseException:
         _remove(temporary)
         raise
+
+
+def _new_file(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 class _ErrorKeeper:

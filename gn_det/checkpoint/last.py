@@ -10,14 +10,17 @@ import os
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 from gn_det.checkpoint.io import atomic_write, read_checkpoint
 from gn_det.errors import WeightsError
-from gn_det.files import StrPath
+from gn_det.files import StrPath, check_regular, inside, open_regular
+from gn_det.text import one_line
 
 LAST = "last_checkpoint"
 _NUMBERED = re.compile(r"model_(\d+)\.pth$")
 _STALE_SECONDS = 3600.0
+_LONGEST_NAME = 255
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +28,32 @@ logger = logging.getLogger(__name__)
 def write_last(folder: StrPath, name: str) -> None:
     """Record that ``folder/name`` is the newest checkpoint (atomic; raises TrainingError as save_checkpoint does)."""
     atomic_write(Path(folder) / LAST, lambda file: file.write(Path(name).name.encode()))
+
+
+def last_name(folder: StrPath) -> str:
+    """What ``last_checkpoint`` of ``folder`` says, as untrusted as any file; "" where there is no such file."""
+    try:
+        with open_regular(inside(folder, LAST)) as file:
+            return file.read(_LONGEST_NAME + 1).decode("utf-8", "replace").strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def _readable(folder: Path, name: str) -> tuple[Path, dict[str, Any]]:
+    """A file of ``folder`` and its content, checksums included.
+
+    Raises:
+        WeightsError: it cannot be read, is not a regular file, or the name or a link leads out of the folder.
+    """
+    try:
+        if "/" in name or len(name) > _LONGEST_NAME:
+            raise ValueError("it is not the name of a file in that folder")
+        path = inside(folder, name)
+        check_regular(path)
+    except (OSError, ValueError) as error:
+        reason = error.strerror or error if isinstance(error, OSError) else error
+        raise WeightsError(f"{one_line(os.fspath(folder / name), 300)}: cannot be used ({one_line(reason)})") from None
+    return folder / name, read_checkpoint(path, mmap=True, verify=True)
 
 
 def read_last(folder: StrPath) -> Path | None:
@@ -39,35 +68,33 @@ def read_last(folder: StrPath) -> Path | None:
     """
     folder = Path(folder)
     marker = folder / LAST
-    name = ""
-    if marker.is_file():
-        name = marker.read_text(encoding="utf-8", errors="replace").strip()
-    if name and "\0" not in name:
+    name = last_name(folder)
+    if name:
         try:
-            read_checkpoint(folder / name, mmap=True, verify=True)
-            return folder / name
+            return _readable(folder, name)[0]
         except WeightsError as error:
             problem = f"{marker} names a checkpoint that cannot be used ({error})"
     else:
         problem = f"{marker} is missing or empty"
-    files = sorted(folder.glob("*.pth"))
+    # a kept batch (gn_det.run.nonfinite) holds the weights that failed on it: no checkpoint to go on from
+    files = sorted(f for f in folder.glob("*.pth") if not f.name.startswith("nonfinite_"))
     if not files:
         if name:
             raise WeightsError(f"{problem}; no other checkpoint is there: start without --resume")
         return None
-    newest = _newest_readable(files)
+    newest = _newest_readable(folder, files)
     if newest is None:
         raise WeightsError(f"{folder}: none of its {len(files)} checkpoints can be read; start without --resume")
     logger.warning("%s; going on from %s instead", problem, newest)
     return newest
 
 
-def _newest_readable(files: list[Path]) -> Path | None:
+def _newest_readable(folder: Path, files: list[Path]) -> Path | None:
     best: tuple[bool, int, float] | None = None
     newest = None
     for file in files:
         try:
-            content = read_checkpoint(file, mmap=True, verify=True)
+            content = _readable(folder, file.name)[1]
             iteration = content.get("iteration")
             changed = file.stat().st_mtime
         except (WeightsError, OSError) as error:
@@ -90,8 +117,7 @@ def prune(folder: StrPath, keep: int) -> list[Path]:
     folder = Path(folder)
     doomed = [f for f in folder.glob(".*.tmp-*") if time.time() - _changed(f) > _STALE_SECONDS]
     if keep > 0:
-        marker = folder / LAST
-        last = marker.read_text(encoding="utf-8", errors="replace").strip() if marker.is_file() else ""
+        last = last_name(folder)
         numbered = [(int(m.group(1)), f) for f in folder.glob("model_*.pth") if (m := _NUMBERED.match(f.name))]
         doomed += [f for _, f in sorted(numbered)[:-keep] if f.name != last]
     deleted = []

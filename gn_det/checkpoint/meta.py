@@ -51,6 +51,8 @@ def build_meta(cfg: CfgNode, class_names: Sequence[str], category_ids: Sequence[
 def config_of_checkpoint(path_or_uri: StrPath) -> CfgNode:
     """The configuration stored in one of our checkpoints, checked as a config file is.
 
+    What belongs to the machine and the run that wrote it has its default: :data:`NOT_OF_THE_FILE`.
+
     Raises:
         WeightsError: unreadable file, or one that stores no configuration.
         ConfigError: the stored configuration has keys that this version does not know.
@@ -62,7 +64,25 @@ def config_of_checkpoint(path_or_uri: StrPath) -> CfgNode:
     meta = read_meta(read_any(local_path(path_or_uri)), path_or_uri)
     if meta is None or not meta["config"]:
         raise WeightsError(f"{path_or_uri}: stores no config (not written by gn_det); name one with --config")
-    return parse_config(meta["config"], str(path_or_uri))
+    return without_places(parse_config(meta["config"], str(path_or_uri)))
+
+
+#: Keys that a stored config does not decide: where files are written, what else is loaded, and on which device.
+NOT_OF_THE_FILE = ("OUTPUT_DIR", "MODEL.WEIGHTS", "MODEL.DEVICE")
+
+
+def without_places(cfg: CfgNode) -> CfgNode:
+    """``cfg`` after its :data:`NOT_OF_THE_FILE` were set to their defaults: a file must not choose where we write."""
+    from gn_det.config import get_cfg
+
+    default = get_cfg()
+    for key in NOT_OF_THE_FILE:
+        *sections, name = key.split(".")
+        node, other = cfg, default
+        for section in sections:
+            node, other = node[section], other[section]
+        node[name] = other[name]
+    return cfg
 
 
 class Unbounded(ValueError):
@@ -126,6 +146,11 @@ def read_meta(payload: Mapping[str, Any], source: StrPath = "") -> dict[str, Any
     ids = block.get("category_ids")
     good_ids = isinstance(ids, (list, tuple)) and all(type(i) is int for i in ids)
     iteration, best, config = block.get("iteration"), block.get("best_metric"), block.get("config")
+    if len(names) > _MAX_CLASSES or any(len(name) > _MAX_NAME for name in names):
+        raise WeightsError(
+            f"{one_line(str(source), 400)}{': ' if source else ''}has {len(names)} class names, the longest of "
+            f"{max(map(len, names))} characters; at most {_MAX_CLASSES} of {_MAX_NAME} are read"
+        )
     return {
         **block,
         "version": one_line(block.get("version", ""), 40),
@@ -133,7 +158,7 @@ def read_meta(payload: Mapping[str, Any], source: StrPath = "") -> dict[str, Any
         "category_ids": tuple(ids) if good_ids and ids is not None else (),
         "config": config if isinstance(config, str) else "",
         "iteration": iteration if type(iteration) is int else None,
-        "best_metric": float(best) if isinstance(best, (int, float)) else None,
+        "best_metric": float(best) if isinstance(best, (int, float)) and not abs(best) > 2**63 else None,
     }
 
 

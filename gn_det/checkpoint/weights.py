@@ -270,6 +270,7 @@ def _refuse_frozen(report: LoadReport, model: nn.Module) -> None:
 
 def _refuse_non_finite(source: str, state: Placed) -> None:
     for name, value in state.items():
+        value = value.float() if value.is_floating_point() and value.element_size() == 1 else value  # float8 has no sum
         if not value.is_floating_point() or bool(torch.isfinite(value.sum())):
             continue
         if not bool(torch.isfinite(value).all()):  # the quick sum may also overflow

@@ -24,6 +24,7 @@ from gn_det.compare.suite import Suite, load_suite, parse_suite
 from gn_det.errors import ConfigError, UserError
 from gn_det.run import dist
 from gn_det.run.datasets import estimate_sizes
+from gn_det.run.output import InUse
 from gn_det.run.schedule import scale_schedule
 from gn_det.text import shown
 
@@ -96,6 +97,9 @@ def compare(request: Request) -> int:
     try:
         if not request.report_only:
             summary = runner.run()
+    except InUse:
+        first_rank = False  # the report is written by who runs there
+        raise
     finally:
         if first_rank:
             results = collect(whole, store, any_version=request.any_version, any_settings=request.report_only)

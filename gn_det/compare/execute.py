@@ -97,13 +97,12 @@ class Trainer:
             "s_per_image": summary.get("inference_seconds_per_image"),
         }
         metrics = {"top1_error": summary["top1_error"], "train_error": last.get("train_error")}
-        weights = Path(summary["weights"])
         return Outcome(
             metrics,
             curve,
             cost,
             {"parameters": summary.get("parameters")},
-            weights if weights.is_absolute() or weights.is_file() else folder / weights,
+            folder / FINAL,
             json.dumps(settings.to_dict(), indent=1),
         )
 

@@ -17,6 +17,7 @@ import torch
 
 from gn_det import engines
 from gn_det.checkpoint.catalog import local_path, split_options
+from gn_det.checkpoint.io import atomic_write
 from gn_det.compare.execute import Executor, Outcome
 from gn_det.compare.plan import Job, Plan, file_hash, place_of
 from gn_det.compare.store import DONE, FAILED, INTERRUPTED, RUNNING, Record, Store, new_session
@@ -24,6 +25,7 @@ from gn_det.compare.version import code_version
 from gn_det.errors import UserError
 from gn_det.run import dist
 from gn_det.run.keeper import Interrupted
+from gn_det.run.output import alone_in, check_writable
 from gn_det.text import one_line
 
 logger = logging.getLogger(__name__)
@@ -71,6 +73,7 @@ class Runner:
         """All jobs; what fails is recorded and told.
 
         Raises:
+            InUse: another comparison runs in the store.
             Interrupted, KeyboardInterrupt, SystemExit: asked to stop; what ran is recorded as interrupted.
             UserError: a record cannot be written.
         """
@@ -78,7 +81,9 @@ class Runner:
         if dist.under_torchrun() and jobs:
             dist.start_group(_device(jobs[0]))
         try:
-            return self._run_all(jobs)
+            check_writable(self.store.root)
+            with alone_in(self.store.root, key="--output"):
+                return self._run_all(jobs)
         finally:
             if dist.under_torchrun():
                 dist.stop_group()
@@ -184,8 +189,8 @@ class Runner:
         except Exception as error:  # a defect ends one row, not the night's suite; its trace is kept
             record.status, record.reason = FAILED, one_line(engines.error_line(error), limit=None)
             if self.recording:
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / "trace.txt").write_text(traceback.format_exc(), encoding="utf-8")
+                text = traceback.format_exc().encode()
+                atomic_write(folder / "trace.txt", lambda file: file.write(text))
         else:
             take(record, outcome, folder)
         record.sessions[-1]["seconds"] = round(time.perf_counter() - began, 1)

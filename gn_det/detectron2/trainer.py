@@ -18,7 +18,7 @@ from detectron2.evaluation.testing import flatten_results_dict
 from torch import nn
 
 from gn_det.checkpoint.io import atomic_write
-from gn_det.checkpoint.last import remove_leftovers
+from gn_det.checkpoint.last import last_name, remove_leftovers
 from gn_det.checkpoint.meta import build_meta
 from gn_det.config import dump_config
 from gn_det.detectron2.config import (
@@ -39,7 +39,7 @@ from gn_det.run.evaluator import evaluate_model, verify_expected
 from gn_det.run.fit import Resume, find_resume, first_batch, iterations_left, make_keeper, restore_run
 from gn_det.run.learner import Learner
 from gn_det.run.log import run_log
-from gn_det.run.output import check_space, check_writable, refuse_old_run, start_afresh
+from gn_det.run.output import alone_in, check_space, check_writable, refuse_old_run, start_afresh
 from gn_det.run.prepare import Prepared, prepare
 from gn_det.run.state import ModelMeta, RunState
 
@@ -116,6 +116,7 @@ class Trainer(DefaultTrainer):
             self._learner = Learner(model, optimizer, self.scheduler)
             self._trainer = Step(cfg, parallel(model), self._batches(cfg), self._learner)
         self._point: Resume | None = None
+        self._last = ""
         self._state = RunState(self._prepared.seed)
         self._last_eval_results: dict[str, Any] = {}
         proxy = weakref.proxy(self)
@@ -134,9 +135,10 @@ class Trainer(DefaultTrainer):
         Raises:
             UserError: the checkpoint or the weights cannot be used, or an earlier run is in the way.
         """
-        with self._log():
+        with alone_in(self._folder), self._log():
             cfg = self._run_cfg
             self._point = find_resume(cfg) if resume else None
+            self._last = last_name(self._folder)
             if self._point is None:
                 self._refuse_old_run()
                 check_freeze(cfg)
@@ -165,9 +167,8 @@ class Trainer(DefaultTrainer):
             UserError: a non-finite loss, a full disk, a signal (a checkpoint is written then).
         """
         cfg = self._run_cfg
-        with self._log():
-            if self._point is None:
-                self._refuse_old_run()
+        with alone_in(self._folder), self._log():
+            dist.on_first_rank(self._check_still_there)
             self._prepare_folder()
             evaluate = self._evaluate if self._prepared.data.test or self._own_results() else None
             keeper = make_keeper(cfg, self._learner, self._state, self._meta, evaluate, self._point)
@@ -179,6 +180,15 @@ class Trainer(DefaultTrainer):
             self._last_eval_results = _nested(self._state.results)
             verify_expected(cfg, self._state.results)
         return self._last_eval_results
+
+    def _check_still_there(self) -> None:
+        if self._point is None:
+            self._refuse_old_run()
+        elif last_name(self._folder) != self._last:
+            raise TrainingError(
+                f"OUTPUT_DIR {self._folder}: another run wrote a checkpoint there since resume_or_load; call "
+                "resume_or_load(resume=True) again, on a new Trainer"
+            )
 
     def _run(self, keeper: Keeper) -> None:
         batches = self._trainer.data_loader

@@ -8,8 +8,9 @@ import os
 import platform
 import statistics
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import gn_det
 from gn_det.checkpoint.io import atomic_write, read_checkpoint, save_checkpoint
 from gn_det.checkpoint.last import remove_leftovers
 from gn_det.errors import ConfigError, DataError, TrainingError, UserError, WeightsError
+from gn_det.files import open_append, open_regular
 from gn_det.pretrain.export import write_weights
 from gn_det.pretrain.loop import Plan, Progressed, Trainer, make_fabric, top1_error
 from gn_det.pretrain.network import Classifier, build_classifier, build_optimizer
@@ -27,13 +29,16 @@ from gn_det.pretrain.sources import Source, epoch_batches, open_source
 from gn_det.run import dist
 from gn_det.run.events import EventLog, TensorBoardWriter
 from gn_det.run.log import FILE_ONLY, run_log
-from gn_det.run.output import BEST, FINAL, check_writable
+from gn_det.run.output import BEST, FINAL, alone_in, check_writable
+from gn_det.run.payload import Unfit, check_origin, check_pretraining, check_summary, refuse, restore_slots
 from gn_det.run.progress import Progress, peak_memory_mb
 from gn_det.run.state import seed_everything
+from gn_det.text import shown
 
 LAST = "last.ckpt"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
+_MOST_BYTES = 64 << 20
 #: May differ between a run and its continuation.
 _FREE = ("workers", "device", "output")
 
@@ -67,7 +72,7 @@ def pretrain(settings: Settings, *, resume: bool = False, overwrite: bool = Fals
     if done is not None:
         print(f"{folder}: finished already, top-1 error {done['top1_error']:.2f} %.")
         return done
-    result: dict[str, Any] = dist.launch(_rank, (settings, resume), device=device, num_gpus=num_gpus)
+    result: dict[str, Any] = dist.launch(_rank, (settings, resume, overwrite), device=device, num_gpus=num_gpus)
     return result
 
 
@@ -111,9 +116,11 @@ def _device(settings: Settings) -> str:
 # ------------------------------------------------------------ in each process
 
 
-def _rank(settings: Settings, resume: bool) -> dict[str, Any]:
-    with run_log(settings.output, rank=dist.rank()):
+def _rank(settings: Settings, resume: bool, overwrite: bool) -> dict[str, Any]:
+    with alone_in(settings.output, key="--output"), run_log(settings.output, rank=dist.rank()):
         try:
+            if not resume:
+                dist.on_first_rank(partial(_clear, Path(settings.output), overwrite))
             return _train(settings, resume)
         except UserError as error:
             logger.error("stopped: %s", error, extra=FILE_ONLY)
@@ -203,7 +210,7 @@ def _write_epoch(trainer: Trainer, model: Classifier, folder: Path, done: Progre
     if better:
         facts = {"epoch": done.epochs, "val_error": done.best["val_error"], "date": _now()}
         write_weights(folder / BEST, model, trainer.settings, trainer.source, facts)
-    with open(folder / METRICS, "a", encoding="utf-8") as file:
+    with open_append(folder, METRICS) as file:
         file.write(json.dumps(done.curve[-1]) + "\n")
     save_checkpoint(
         folder / LAST,
@@ -228,17 +235,23 @@ def _restore(path: Path, settings: Settings, model: Classifier, trainer: Trainer
     payload = read_checkpoint(path, verify=True)
     if not {"model", "optimizer", "done", "settings"} <= set(payload):
         raise WeightsError(f"{path}: is no checkpoint of gn-det pretrain; start anew with --overwrite")
-    _same_settings(path, payload["settings"], settings)
-    if payload.get("processes") != dist.world_size():
-        raise ConfigError(
-            f"{path}: was trained by {payload.get('processes')} process(es), not {dist.world_size()}, so the batch "
-            "would change; resume with as many, or start anew with --overwrite"
-        )
-    model.load_state_dict(payload["model"])
-    trainer.bare_optimizer.load_state_dict(payload["optimizer"])
+    try:
+        check_origin(payload, "")
+        _same_settings(path, payload["settings"], settings)
+        if payload["processes"] != dist.world_size():
+            raise ConfigError(
+                f"{path}: was trained by {payload['processes']} process(es), not {dist.world_size()}, so the batch "
+                "would change; resume with as many, or start anew with --overwrite"
+            )
+        check_pretraining(payload, model)
+        put_momentum = restore_slots(trainer.bare_optimizer, payload["optimizer"], "optimizer")
+    except Unfit as error:
+        raise refuse(str(path), error, "start anew with --overwrite") from None
+    model.load_state_dict(dict(payload["model"]))
+    put_momentum()
     if trainer.scaler is not None and payload.get("scaler"):
         trainer.scaler.load_state_dict(payload["scaler"])
-    done = Progressed(**payload["done"])
+    done = Progressed(**{f.name: payload["done"][f.name] for f in fields(Progressed)})
     logger.info("Resumed from %s: epoch %d of %d is done.", path, done.epochs, trainer.plan.epochs)
     return done
 
@@ -248,7 +261,7 @@ def _same_settings(path: Path, theirs: Mapping[str, Any], settings: Settings) ->
         old = list(theirs[name]) if isinstance(theirs.get(name), tuple) else theirs.get(name)
         if name not in _FREE and old != value:
             raise ConfigError(
-                f"{path}: was started with {name} {old!r}, not {value!r}; resume with the same, or start anew "
+                f"{path}: was started with {name} {shown(old)}, not {value!r}; resume with the same, or start anew "
                 "with --overwrite"
             )
 
@@ -293,8 +306,8 @@ def _describe(settings: Settings, source: Source, model: Classifier, plan: Plan,
     )
 
 
-def _refuse_old(folder: Path, overwrite: bool) -> None:
-    """Stop before an earlier run is lost, or clear it away.
+def _refuse_old(folder: Path, overwrite: bool) -> list[Path]:
+    """Stop before an earlier run is lost; return its files where it may be replaced.
 
     Raises:
         TrainingError: there is one and ``overwrite`` is False.
@@ -306,7 +319,11 @@ def _refuse_old(folder: Path, overwrite: bool) -> None:
             f"{folder} holds an earlier run ({there[0].name}): go on with it by --resume, replace it by --overwrite, "
             "or choose another --output"
         )
-    for file in [*there, *folder.glob("events.out.tfevents.*")]:
+    return [*there, *folder.glob("events.out.tfevents.*")]
+
+
+def _clear(folder: Path, overwrite: bool) -> None:
+    for file in _refuse_old(folder, overwrite):
         file.unlink()
 
 
@@ -317,10 +334,12 @@ def _finished(folder: Path, settings: Settings) -> dict[str, Any] | None:
         ConfigError: it is of other settings.
     """
     try:
-        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        with open_regular(folder / SUMMARY) as file:
+            summary = json.loads(file.read(_MOST_BYTES))
+        check_summary(summary, "")
+    except (OSError, ValueError, RecursionError):  # Unfit is a ValueError
         return None
-    _same_settings(folder / SUMMARY, summary.get("settings", {}), settings)
+    _same_settings(folder / SUMMARY, summary["settings"], settings)
     return dict(summary) if (folder / FINAL).is_file() else None
 
 

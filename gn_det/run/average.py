@@ -9,8 +9,6 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from gn_det.errors import WeightsError
-
 
 class WeightAverage:
     """``average = d * average + (1 - d) * weights`` after every step, over parameters and buffers.
@@ -68,23 +66,15 @@ class WeightAverage:
                 tensor.copy_(self._kept[name])
             self._kept = None
 
-    def restore(self, payload: Mapping[str, Any], source: str) -> bool:
-        """Go on from the averages of a checkpoint; False where it has none.
-
-        Raises:
-            WeightsError: its entry is damaged.
-        """
+    @torch.no_grad()
+    def restore(self, payload: Mapping[str, Any]) -> bool:
+        """Go on from the averages of a checked checkpoint; False where it has none."""
         block = payload.get("ema")
         if not block:
             return False
-        try:
-            self.steps = int(block["steps"])
-            for name, average in self._average.items():
-                average.copy_(payload["model"][name])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise WeightsError(
-                f"{source}: its averaged weights cannot be read ({error!r}); start without --resume"
-            ) from None
+        self.steps = block["steps"]
+        for name, average in self._average.items():
+            average.copy_(payload["model"][name])
         return True
 
 

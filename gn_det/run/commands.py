@@ -10,6 +10,7 @@ import os
 import platform
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from gn_det.run.advice import half_gn, short_for_scratch
 from gn_det.run.engine import Engine
 from gn_det.run.log import FILE_ONLY, run_log
 from gn_det.run.optim import format_groups, group_rows
-from gn_det.run.output import check_space, check_writable, refuse_old_run, start_afresh
+from gn_det.run.output import alone_in, check_space, check_writable, refuse_old_run, start_afresh
 from gn_det.run.prepare import prepare, with_classes
 from gn_det.run.schedule import format_schedule, lr_multiplier, scale_schedule
 from gn_det.run.state import ModelMeta
@@ -72,7 +73,7 @@ def train(
         refuse_old_run(folder, overwrite=overwrite)
     return dist.launch(
         _train_rank,
-        (engine, cfg, resume),
+        (engine, cfg, resume, overwrite),
         device=device,
         num_gpus=num_gpus,
         num_machines=num_machines,
@@ -134,11 +135,13 @@ def _indent(text: str) -> str:
 # ------------------------------------------------------------ in each process
 
 
-def _train_rank(engine: Engine, cfg: CfgNode, resume: bool) -> dict[str, float]:
+def _train_rank(engine: Engine, cfg: CfgNode, resume: bool, overwrite: bool) -> dict[str, float]:
     from gn_det.data.loader import worker_failure
 
-    with run_log(cfg.OUTPUT_DIR, rank=dist.rank()):
+    with alone_in(cfg.OUTPUT_DIR), run_log(cfg.OUTPUT_DIR, rank=dist.rank()):
         try:
+            if not resume and not overwrite:  # again: a run may have ended since
+                dist.on_first_rank(partial(refuse_old_run, Path(cfg.OUTPUT_DIR), overwrite=False))
             return _train(engine, cfg, resume)
         except Exception as error:
             failure = worker_failure(error) if isinstance(error, RuntimeError) else None
@@ -195,7 +198,7 @@ def _evaluate_rank(engine: Engine, cfg: CfgNode) -> dict[str, float]:
     from gn_det.run.evaluator import evaluate_model, verify_expected
     from gn_det.run.fit import local_device
 
-    with run_log(cfg.OUTPUT_DIR, rank=dist.rank()):
+    with alone_in(cfg.OUTPUT_DIR), run_log(cfg.OUTPUT_DIR, rank=dist.rank()):
         _say_environment(engine, cfg)
         names = _classes_of(cfg.MODEL.WEIGHTS)
         test = load_test_sets(cfg, names)
@@ -212,6 +215,7 @@ def _evaluate_rank(engine: Engine, cfg: CfgNode) -> dict[str, float]:
         logger.info(format_report(load_weights(model, cfg.MODEL.WEIGHTS, cfg, require_all=True)))
         model.to(local_device(dist.resolve_device(cfg.MODEL.DEVICE))).eval()
         results = evaluate_model(cfg, engine.detector(model), test, names)
+        logger.info("Log and detections are in %s.", cfg.OUTPUT_DIR)
         verify_expected(cfg, results)
         return results
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from torch import Tensor
 from gn_det.errors import ConfigError, TrainingError, UserError
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)
 _GRACE_SECONDS = 15.0
@@ -76,6 +77,24 @@ def broadcast(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0, group=_object_group())
     return box[0]
+
+
+def on_first_rank(call: Callable[[], T]) -> T:
+    """The value of ``call()`` on rank 0, or the user's mistake that it raised there, on every rank.
+
+    Raises:
+        UserError: as ``call`` did.
+    """
+    outcome: tuple[Any, UserError | None] = (None, None)
+    if rank() == 0:
+        try:
+            outcome = (call(), None)
+        except UserError as error:
+            outcome = (None, error)
+    value, problem = broadcast(outcome)
+    if problem is not None:
+        raise problem
+    return value
 
 
 def resolve_device(name: str) -> str:

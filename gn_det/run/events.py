@@ -15,6 +15,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from gn_det.errors import TrainingError
+from gn_det.files import open_append
+from gn_det.text import one_line
+
 WINDOW = 20
 #: Times measure the machine that a run happens to be on; a resumed run measures its own.
 _OF_THIS_MACHINE = ("time", "eta_seconds")
@@ -77,11 +81,11 @@ class EventLog:
         return {name: [h.smooth, list(h.values)[-WINDOW:], h.iteration, h.count, h.mean] for name, h in kept.items()}
 
     def restore(self, dumped: Mapping[str, Any]) -> None:
-        """Inverse of :meth:`dump`."""
+        """Inverse of :meth:`dump`, of a checked checkpoint."""
         for name, (smooth, values, iteration, count, mean) in dumped.items():
-            history = History(bool(smooth), iteration=int(iteration), count=int(count), mean=float(mean))
-            history.values.extend(values)
-            self.histories[name] = history
+            if name not in _OF_THIS_MACHINE:
+                self.histories[name] = History(smooth, iteration=iteration, count=count, mean=float(mean))
+                self.histories[name].values.extend(map(float, values))
 
 
 class EventWriter(Protocol):
@@ -101,7 +105,12 @@ class JsonWriter:
     """
 
     def __init__(self, path: str, written: int = -1) -> None:
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+        try:
+            self._file = open_append(os.path.dirname(path) or ".", os.path.basename(path))
+        except OSError as error:
+            raise TrainingError(
+                f"{path}: cannot be appended to ({one_line(error.strerror or error)}); move it away"
+            ) from None
         self.written = written
 
     def write(self, log: EventLog) -> None:

@@ -27,9 +27,7 @@ from gn_det.run.state import (
     ModelMeta,
     RunState,
     changed_keys,
-    restore_optimizer,
-    restore_state,
-    restore_weights,
+    restore,
 )
 
 logger = logging.getLogger(__name__)
@@ -115,12 +113,17 @@ def restore_run(resume: Resume | None, cfg: CfgNode, learner: Learner, seed: int
     if resume is None:
         return state
     source = os.fspath(resume.path)
-    state = restore_state(resume.payload, state)
-    restore_weights(resume.payload, learner.model, source)
-    learner.iteration, learner.last_good = state.iteration + 1, source
-    momentum = restore_optimizer(
-        resume.payload, learner.model, learner.optimizer, learner.scheduler, learner.iteration, source
+    state, momentum = restore(
+        resume.payload,
+        learner.model,
+        learner.optimizer,
+        learner.scheduler,
+        state,
+        batch=int(cfg.SOLVER.IMS_PER_BATCH),
+        processes=dist.world_size(),
+        source=source,
     )
+    learner.iteration, learner.last_good = state.iteration + 1, source
     _say_resumed(resume, state, cfg, momentum)
     return state
 
@@ -137,7 +140,7 @@ def make_keeper(
 ) -> Keeper:
     """The keeper of a run from ``state`` on; opens the files of OUTPUT_DIR, so it must be closed."""
     logs = resume.payload.get("logs") if resume is not None else None  # a file of another tool has none
-    writers = _writers(cfg, state.iteration, int(logs["written"]) if logs else None)
+    writers = _writers(cfg, state.iteration, logs["written"] if logs else None)
     recorder = Recorder(cfg, EventLog(), writers, learner.iteration, terminal=terminal)
     if logs:
         recorder.restore(logs)

@@ -71,7 +71,7 @@ class Keeper:
         self._batch = int(cfg.SOLVER.IMS_PER_BATCH)
         self.average = weight_average(cfg, learner.model)
         if self.average is not None:
-            known = self.average.restore(resumed, learner.last_good)
+            known = self.average.restore(resumed)
             start = f"goes on after {self.average.steps} steps" if known else "starts at these weights"
             logger.info(
                 "SOLVER.EMA: evaluated and saved is the average of the weights (decay %g); it %s.",

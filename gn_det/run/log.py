@@ -8,6 +8,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from gn_det.errors import TrainingError
+from gn_det.files import open_append
+from gn_det.text import one_line, printable
+
 LOG_FILE = "log.txt"
 
 #: ``extra=FILE_ONLY`` keeps a record off the screen.
@@ -28,7 +32,7 @@ class _Console(logging.StreamHandler):
             tqdm.tqdm.write(self.format(record), file=sys.stdout)
 
 
-class _File(logging.FileHandler):
+class _File(logging.StreamHandler):
     """A full disk costs lines of the log; that it is full is told by what needs it: metrics and checkpoints."""
 
     def handleError(self, record: logging.LogRecord) -> None:
@@ -37,7 +41,15 @@ class _File(logging.FileHandler):
 
     def close(self) -> None:
         with suppress(OSError):
-            super().close()
+            self.stream.close()
+        super().close()
+
+
+class _Printable(logging.Formatter):
+    """Names from files (classes, keys, images) reach the terminal without control characters."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 @contextmanager
@@ -52,7 +64,7 @@ def run_log(folder: str | os.PathLike[str] | None, *, rank: int = 0, times: bool
     package = logging.getLogger("gn_det")
     old_level, old_propagate = package.level, package.propagate
     handlers: list[logging.Handler] = []
-    formatter = logging.Formatter("[%(asctime)s] %(message)s" if times else "%(message)s", "%m/%d %H:%M:%S")
+    formatter = _Printable("[%(asctime)s] %(message)s" if times else "%(message)s", "%m/%d %H:%M:%S")
     if not package.handlers:
         console = _Console(sys.stdout)
         console.setLevel(logging.INFO if rank == 0 else logging.WARNING)
@@ -60,7 +72,13 @@ def run_log(folder: str | os.PathLike[str] | None, *, rank: int = 0, times: bool
         # libraries install handlers on the root logger behind our back; pytest's are wanted
         package.propagate = "pytest" in sys.modules
     if folder is not None and rank == 0:
-        handlers.append(_File(os.path.join(folder, LOG_FILE), encoding="utf-8"))
+        try:
+            handlers.append(_File(open_append(folder, LOG_FILE)))
+        except OSError as error:
+            path = os.path.join(folder, LOG_FILE)
+            raise TrainingError(
+                f"{path}: cannot be appended to ({one_line(error.strerror or error)}); move it away"
+            ) from None
     for handler in handlers:
         handler.setFormatter(formatter)
         package.addHandler(handler)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from torch import nn
@@ -15,10 +18,16 @@ from gn_det.checkpoint.catalog import split_options
 from gn_det.checkpoint.io import atomic_write
 from gn_det.checkpoint.last import LAST
 from gn_det.errors import TrainingError
+from gn_det.files import Busy, NotRegularFile, lock
+from gn_det.run import dist
+from gn_det.text import one_line
 
 METRICS = "metrics.json"
 BEST = "model_best.pth"
 FINAL = "model_final.pth"
+LOCK = ".gn_det.lock"
+#: Seconds that the ranks of a run get to notice that the process which started them was killed.
+PATIENCE = 10.0
 _OURS = re.compile(r"model_(\d{7}|best|final)\.pth$")
 
 logger = logging.getLogger(__name__)
@@ -41,6 +50,53 @@ def check_writable(folder: str | os.PathLike[str]) -> Path:
             f"OUTPUT_DIR {path}: cannot be written ({error.strerror or error}); set OUTPUT_DIR to another folder"
         ) from None
     return path
+
+
+class InUse(TrainingError):
+    """Another run writes to the folder."""
+
+
+@contextmanager
+def alone_in(
+    folder: str | os.PathLike[str], *, key: str = "OUTPUT_DIR", patience: float | None = None
+) -> Iterator[None]:
+    """Keep other runs out of ``folder``, which exists, while the context lasts; all ranks together.
+
+    Rank 0 holds the lock. A file system without locks costs a warning.
+
+    Args:
+        key: how the user names the folder.
+        patience: seconds to wait for processes of a killed run that are about to notice it; None is PATIENCE.
+
+    Raises:
+        InUse: on every rank: another run writes there.
+        TrainingError: the lock file cannot be made.
+    """
+    with ExitStack() as stack:
+        problem: TrainingError | None = None
+        if dist.rank() == 0:
+            try:
+                stack.enter_context(lock(Path(folder) / LOCK, patience=PATIENCE if patience is None else patience))
+            except Busy as error:
+                whose = f"another run ({error.holder})" if error.holder else "another run"
+                problem = InUse(
+                    f"{key} {folder} is in use by {whose}; wait for it to end, or set {key} to another folder"
+                )
+            except OSError as error:
+                if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+                    logger.warning("%s %s: this file system has no locks; do not start another run there.", key, folder)
+                else:
+                    advice = (
+                        "delete it"
+                        if isinstance(error, NotRegularFile) or error.errno == errno.ELOOP
+                        else (f"set {key} to a folder that can be written")
+                    )
+                    reason = one_line(error.strerror or error)
+                    problem = TrainingError(f"{Path(folder) / LOCK}: cannot be locked ({reason}); {advice}")
+        problem = dist.broadcast(problem)
+        if problem is not None:
+            raise problem
+        yield
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -132,7 +188,7 @@ def trim_metrics(folder: Path, iteration: int, written: int | None = None) -> No
             record = json.loads(line)
             # the last evaluation of a finished run stands one beyond its last iteration
             later = record["iteration"] > (iteration + ("total_loss" not in record) if written is None else written)
-        except (ValueError, KeyError, TypeError):  # a line cut short by a crash
+        except (ValueError, KeyError, TypeError, RecursionError):  # a line cut short by a crash
             later = True
         dropped += later
         if not later:

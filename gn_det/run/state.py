@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +13,15 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from yaml import YAMLError
 
-from gn_det.checkpoint.meta import build_meta, read_meta
-from gn_det.config import dump_config
-from gn_det.errors import TrainingError, WeightsError
+from gn_det.checkpoint.meta import build_meta, read_meta, stored_yaml
+from gn_det.config import parse_config
+from gn_det.errors import ConfigError, TrainingError
 from gn_det.run.average import WeightAverage
+from gn_det.run.payload import Unfit, check_run, numpy_state, refuse, restore_slots
 from gn_det.run.schedule import set_iteration
+from gn_det.text import one_line
 
 
 @dataclass
@@ -75,8 +78,7 @@ def restore_rng(state: Mapping[str, Any]) -> None:
     """Inverse of :func:`capture_rng`; a GPU state is skipped where there is no GPU."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    np.random.set_state(numpy_state(state["numpy"]))
     torch.set_rng_state(state["torch"])
     if state.get("cuda") is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
@@ -165,86 +167,79 @@ def _on_cpu(value: Any) -> Any:
 
 
 def restore_state(payload: Mapping[str, Any], default: RunState) -> RunState:
-    """Counters of a checkpoint; those it does not have (another tool's file) stay as in ``default``."""
-    iteration = payload.get("iteration", -1)
+    """Counters of a checked checkpoint; those it does not have (another tool's file) stay as in ``default``."""
     block = read_meta(payload) or {}
-    state = RunState(seed=default.seed, iteration=int(iteration), best=block.get("best_metric"))
+    state = RunState(default.seed, iteration=payload.get("iteration", -1), best=block.get("best_metric"))
     for name in _COUNTERS:
         if name in block:
             setattr(state, name, block[name])
     return state
 
 
-def restore_weights(payload: Mapping[str, Any], model: nn.Module, source: str) -> None:
-    """Load the weights strictly.
-
-    Raises:
-        WeightsError: names or shapes differ from the configured model.
-    """
-    block = payload.get("ema")
-    weights = block.get("learning") if isinstance(block, Mapping) else payload.get("model")
-    if not isinstance(weights, Mapping):
-        raise WeightsError(f"{source}: holds no 'model' entry; it is not a checkpoint of a run")
-    own = model.state_dict()
-    differing = [k for k in own if k not in weights or weights[k].shape != own[k].shape]
-    differing += [k for k in weights if k not in own]
-    if differing:
-        raise WeightsError(
-            f"{source}: {len(differing)} tensors differ from the configured model (first: {differing[0]}); resume with "
-            "the configuration that the run was started with, or start a new one with MODEL.WEIGHTS"
-        )
-    model.load_state_dict(dict(weights))
-
-
-def restore_optimizer(
+def restore(
     payload: Mapping[str, Any],
     model: nn.Module,
     optimizer: Optimizer,
     scheduler: LRScheduler,
-    iteration: int,
+    default: RunState,
+    *,
+    batch: int,
+    processes: int,
     source: str,
-) -> str:
-    """Momentum from the checkpoint, hyperparameters from the current configuration.
+) -> tuple[RunState, str]:
+    """Weights and momentum from the checkpoint, hyperparameters from the current configuration.
+
+    Everything that a resumed run reads of the payload is checked first; on an error nothing has changed.
 
     Args:
-        model: its weights are restored already.
-        iteration: number of finished iterations, where the schedule goes on.
+        default: counters that the checkpoint does not have (another tool's file) stay as here.
+        batch: SOLVER.IMS_PER_BATCH.
+        processes: of this run.
+        source: file, for messages.
 
     Returns:
-        "" or, where momentum starts at zero, a sentence that says why: the checkpoint holds no optimizer
+        Counters; and "" or, where momentum starts at zero, a sentence that says why: the checkpoint holds no optimizer
         (``model_best.pth``, another tool's file), or its tensors come in another order.
 
     Raises:
-        WeightsError: the optimizer's groups do not match (another FREEZE_AT or other weight decay keys).
+        WeightsError: an entry cannot be used, names or shapes differ from the configured model, or the optimizer's
+            groups do not match (another FREEZE_AT or other weight decay keys).
     """
-    saved = _saved_optimizer(payload)
-    sentence = ""
+    try:
+        check_run(payload, model, batch, processes)
+        put_momentum, sentence = _momentum(payload, model, optimizer)
+    except Unfit as error:
+        raise refuse(source, error) from None
+    state = restore_state(payload, default)
+    model.load_state_dict(dict((payload.get("ema") or {}).get("learning", payload["model"])))
+    put_momentum()
+    set_iteration(scheduler, state.iteration + 1)
+    return state, sentence
+
+
+def _momentum(payload: Mapping[str, Any], model: nn.Module, optimizer: Optimizer) -> tuple[Callable[[], None], str]:
+    where, saved = _saved_optimizer(payload)
     if saved is None:
-        sentence = "It holds no optimizer state: momentum starts at zero."
-    elif list(payload["model"]) != list(model.state_dict()):
-        sentence = "Its tensors come in another order (another engine or version wrote it): momentum starts at zero."
-    else:
-        current = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-        try:
-            optimizer.load_state_dict(saved)
-        except (ValueError, KeyError) as error:
-            raise WeightsError(
-                f"{source}: its optimizer state does not fit ({error}); resume with the MODEL.BACKBONE.FREEZE_AT and "
-                "weight decay keys of the run, or start a new one with MODEL.WEIGHTS"
-            ) from None
-        for group, own in zip(optimizer.param_groups, current):
-            group.update(own)
-    set_iteration(scheduler, iteration)
-    return sentence
+        return _nothing, "It holds no optimizer state: momentum starts at zero."
+    if list(payload["model"]) != list(model.state_dict()):
+        return (
+            _nothing,
+            "Its tensors come in another order (another engine or version wrote it): momentum starts at zero.",
+        )
+    return restore_slots(optimizer, saved, where), ""
 
 
-def _saved_optimizer(payload: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The optimizer's state in our checkpoints, or in those of Detectron2's own trainer."""
+def _nothing() -> None:
+    pass
+
+
+def _saved_optimizer(payload: Mapping[str, Any]) -> tuple[str, Any]:
+    """Place and content of the optimizer's state in our checkpoints, or in those of Detectron2's own trainer."""
     if payload.get("optimizer") is not None:
-        return payload["optimizer"]
+        return "optimizer", payload["optimizer"]
     trainer = payload.get("trainer")
     inner = trainer.get("_trainer") if isinstance(trainer, Mapping) else None
-    return inner.get("optimizer") if isinstance(inner, Mapping) else None
+    return "trainer._trainer.optimizer", inner.get("optimizer") if isinstance(inner, Mapping) else None
 
 
 #: Keys that may differ between a run and its continuation without being worth a word.
@@ -254,15 +249,20 @@ _SILENT = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "MODEL.WEIGHTS", "MODEL.DEVIC
 
 def changed_keys(payload: Mapping[str, Any], cfg: CfgNode) -> list[str]:
     """``KEY old -> new`` for every key in which the checkpoint's configuration differs from ``cfg``."""
-    import yaml
-
     block = read_meta(payload)
     try:
-        old = _flat(yaml.safe_load(block["config"]) or {}) if block else {}
-        new = _flat(yaml.safe_load(dump_config(cfg)))
-    except yaml.YAMLError:
+        if not block or not block["config"]:
+            return []
+        stored_yaml(block["config"])
+        old = _flat(parse_config(block["config"], "checkpoint"))
+    except (ConfigError, ValueError, YAMLError):  # of a version with other keys, or damaged: nothing of it is used
         return []
-    return [f"{k} {old[k]} -> {v}" for k, v in new.items() if k in old and old[k] != v and k not in _SILENT]
+    new = _flat(cfg)
+    return [
+        f"{k} {one_line(old[k])} -> {one_line(v)}"
+        for k, v in new.items()
+        if k in old and old[k] != v and k not in _SILENT
+    ]
 
 
 def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -271,5 +271,5 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             out.update(_flat(value, f"{prefix}{name}."))
         else:
-            out[prefix + name] = value
+            out[prefix + name] = list(value) if isinstance(value, (list, tuple)) else value
     return out

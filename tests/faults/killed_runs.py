@@ -21,7 +21,16 @@ from typing import Any
 ITERATIONS = 46
 
 
-def train(folder: Path, engine: Any, data: Any, workers: int, *, resume: bool) -> None:
+def train(folder: Path, *args: Any, resume: bool) -> None:
+    """A run that has the folder to itself; workers of the one that was just killed may live still, and hold nothing."""
+    from gn_det.run.output import alone_in
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(folder, patience=0.0):
+        train_alone(folder, *args, resume=resume)
+
+
+def train_alone(folder: Path, engine: Any, data: Any, workers: int, *, resume: bool) -> None:
     """The stand-in detector on real batches of shapes; evaluations, checkpoints and metrics as in any run."""
     import torch
     from training.cases import Tiny, tiny_cfg
@@ -42,7 +51,6 @@ def train(folder: Path, engine: Any, data: Any, workers: int, *, resume: bool) -
     cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.TEST.BEST_METRIC = ITERATIONS, (30,), "bbox/AP"
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.MODEL.MASK_ON = (20, 30), True
     cfg.INPUT.CROP.ENABLED = True
-    folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     point = find_resume(cfg) if resume else None
     seed_everything(random.randrange(10**6) if point else 7)  # on resume, whatever happened before must not matter

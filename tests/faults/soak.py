@@ -32,6 +32,7 @@ PARTS = {
     "images": ("soak_images", "mutations"),
     "weights": ("soak_weights", "structures"),
     "urls": ("soak_weights", "urls"),
+    "payloads": ("soak_payloads", "mutations"),
     "disk": ("soak_disk", "disk"),
     "clock": ("soak_rest", "clock"),
     "workers": ("soak_rest", "workers"),

@@ -81,7 +81,9 @@ def _run(folder: Path, allowed: int, resume: bool) -> dict[str, Any]:
         file = open(path, mode, *args, **kwargs)  # noqa: SIM115
         return _File(file, quota) if set(mode) & set("wa") else file
 
-    io.open, events.open = limited, limited  # type: ignore[attr-defined]
+    appended = events.open_append
+    io.open = limited  # type: ignore[attr-defined]
+    events.open_append = lambda *words: _File(appended(*words), quota)  # type: ignore[assignment,misc,return-value]
     pairs = [k if i % 2 == 0 else int(k) for i, k in enumerate(KEYS)] + ["TEST.BEST_METRIC", "bbox/AP"]
     told = ""
     try:

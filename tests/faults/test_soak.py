@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from faults import soak, soak_images, soak_json, soak_structures, soak_weights
+from faults import soak, soak_images, soak_json, soak_payloads, soak_structures, soak_weights
 from faults.soak_case import Case, Failure
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
         (soak_images.mutations, 0.0125),
         (soak_weights.structures, 0.01),
         (soak_weights.urls, 0.05),
+        (soak_payloads.mutations, 0.012),
     ],
 )
 def test_mutations_end_in_one_line_or_in_the_right_values(

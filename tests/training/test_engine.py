@@ -171,21 +171,23 @@ def test_full_disk_is_found_before_training(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=5 * 2**20))
     with pytest.raises(TrainingError, match=r"5 MiB are free, a checkpoint takes \d\d"):
         engine.train(small(shapes, tmp_path), overwrite=True)
-    assert old.is_file() and {p.name for p in tmp_path.iterdir()} == {"model_final.pth", "log.txt"}
+    assert old.is_file() and {p.name for p in tmp_path.iterdir()} == {"model_final.pth", "log.txt", ".gn_det.lock"}
     assert "iter:" not in capsys.readouterr().out
 
 
-def test_log_on_a_full_disk_is_silent(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_log_on_a_full_disk_is_silent(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The lines are lost; logging's own stack traces would hide the message that says why the run stopped."""
     import logging
 
-    from gn_det.run.log import run_log
+    from gn_det.run import log
 
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("needs /dev/full")
-    (tmp_path / "log.txt").symlink_to(full)
-    with run_log(tmp_path):
+    monkeypatch.setattr(log, "open_append", lambda folder, name: full.open("a"))
+    with log.run_log(tmp_path):
         logging.getLogger("gn_det.test").info("a line")
     assert "Traceback" not in capfd.readouterr().err
 
