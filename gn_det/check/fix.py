@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +11,7 @@ from gn_det.data.coco import AnnotationReader
 from gn_det.data.problems import KINDS, Problems
 from gn_det.data.survey import Survey
 from gn_det.errors import DataError, UserError
-from gn_det.evaluation.results import write_bytes_atomic
+from gn_det.evaluation.results import json_bytes, write_bytes_atomic
 
 _OUT_WITH_IMAGE = "left out: its image is left out"
 
@@ -62,13 +61,13 @@ class Cleaner:
         fixed = {"images": self._images, "annotations": self._annotations, "categories": self._categories}
         yield b"{"
         for number, (key, value) in enumerate(self.data.items()):
-            yield (b",\n" if number else b"\n") + _bytes(key) + b": "
+            yield (b",\n" if number else b"\n") + json_bytes(key) + b": "
             if key not in fixed:
-                yield _bytes(value)
+                yield json_bytes(value)
                 continue
             yield b"["
             for position, entry in enumerate(fixed[key]()):
-                yield (b",\n" if position else b"\n") + _bytes(entry)
+                yield (b",\n" if position else b"\n") + json_bytes(entry)
             yield b"\n]"
         yield b"\n}\n"
 
@@ -177,10 +176,3 @@ def _told(key: str, entry: dict[str, Any], value: Any) -> str:
     if key == "segmentation":
         return f"{len(entry[key]) - len(value)} of {len(entry[key])} polygon pieces left out"
     return f"{key} {value} (was {entry[key]!r})" if key in entry else f"{key} {value} added"
-
-
-def _bytes(value: Any) -> bytes:
-    try:
-        return json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:  # half a surrogate pair is json, but no UTF-8
-        return json.dumps(value).encode("ascii")

@@ -30,6 +30,7 @@ from gn_det.run.log import FILE_ONLY, run_log
 from gn_det.run.output import BEST, FINAL, check_writable
 from gn_det.run.progress import Progress, peak_memory_mb
 from gn_det.run.state import seed_everything
+from gn_det.terminal import say
 
 LAST = "last.ckpt"
 METRICS = "metrics.jsonl"
@@ -65,7 +66,7 @@ def pretrain(settings: Settings, *, resume: bool = False, overwrite: bool = Fals
         _refuse_old(folder, overwrite)
     done = _finished(folder, settings) if resume else None
     if done is not None:
-        print(f"{folder}: finished already, top-1 error {done['top1_error']:.2f} %.")
+        say(f"{folder}: finished already, top-1 error {done['top1_error']:.2f} %.")
         return done
     result: dict[str, Any] = dist.launch(_rank, (settings, resume), device=device, num_gpus=num_gpus)
     return result

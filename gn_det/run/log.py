@@ -8,7 +8,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from gn_det.text import as_line, printable
+
 LOG_FILE = "log.txt"
+
+#: Characters of a message of one line; what is longer is cut.
+_LONGEST = 10_000
 
 #: ``extra=FILE_ONLY`` keeps a record off the screen.
 FILE_ONLY = {"file_only": True}
@@ -27,6 +32,11 @@ class _Console(logging.StreamHandler):
         else:
             tqdm.tqdm.write(self.format(record), file=sys.stdout)
 
+    def handleError(self, record: logging.LogRecord) -> None:
+        """What nobody can read any more (a closed pipe) does not stop a run; log.txt has it."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
 
 class _File(logging.FileHandler):
     """A full disk costs lines of the log; that it is full is told by what needs it: metrics and checkpoints."""
@@ -38,6 +48,15 @@ class _File(logging.FileHandler):
     def close(self) -> None:
         with suppress(OSError):
             super().close()
+
+
+class _Printable(logging.Formatter):
+    """Escapes control characters; a message that is one line in the code stays one, whatever its values hold."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = record.getMessage()
+        safe = printable(message) if "\n" in str(record.msg) else as_line(message, _LONGEST)
+        return printable(super().format(logging.makeLogRecord({**vars(record), "msg": safe, "args": None})))
 
 
 @contextmanager
@@ -52,7 +71,7 @@ def run_log(folder: str | os.PathLike[str] | None, *, rank: int = 0, times: bool
     package = logging.getLogger("gn_det")
     old_level, old_propagate = package.level, package.propagate
     handlers: list[logging.Handler] = []
-    formatter = logging.Formatter("[%(asctime)s] %(message)s" if times else "%(message)s", "%m/%d %H:%M:%S")
+    formatter = _Printable("[%(asctime)s] %(message)s" if times else "%(message)s", "%m/%d %H:%M:%S")
     if not package.handlers:
         console = _Console(sys.stdout)
         console.setLevel(logging.INFO if rank == 0 else logging.WARNING)
