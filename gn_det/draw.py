@@ -260,21 +260,26 @@ def _paint_mask(pixels: np.ndarray, mask: np.ndarray, scale: int, color: Color, 
 
 
 def tint(pixels: np.ndarray, mask: np.ndarray, color: Color, alpha: float) -> None:
-    """Mix ``color`` into the pixels of a (H, W) bool mask, in place; some rows at a time, because floats are large."""
-    paint = np.array(color, dtype=np.float32) * alpha
+    """Mix ``color`` into the pixels of a (H, W) bool mask, in place, some rows at a time."""
+    mixed = np.arange(256, dtype=np.uint8)[:, None] * (1 - alpha) + np.array(color, dtype=np.float32) * alpha
+    table = mixed.astype(np.uint8).T.ravel().tolist()
     for top in range(0, len(mask), _ROWS):
-        rows, inside = pixels[top : top + _ROWS], mask[top : top + _ROWS]
-        rows[inside] = (rows[inside] * (1 - alpha) + paint).astype(np.uint8)
+        rows = pixels[top : top + _ROWS]
+        plain = Image.fromarray(np.ascontiguousarray(rows))
+        stencil = Image.fromarray(np.ascontiguousarray(mask[top : top + _ROWS]).view(np.uint8) * 255)
+        rows[:] = np.asarray(Image.composite(plain.point(table), plain, stencil))
 
 
 def _eroded(mask: np.ndarray, reach: int) -> np.ndarray:
     """The pixels whose neighbours up to ``reach`` away, diagonal ones too, are in the mask or outside the picture."""
-    out = mask.copy()
-    for view in (out, out.T):
-        for _ in range(reach):
-            before = view.copy()
-            view[1:] &= before[:-1]
-            view[:-1] &= before[1:]
+    out = np.pad(mask, reach, constant_values=True)
+    for _ in range(2):  # down the columns, then along the rows
+        covered = 1
+        while covered < 2 * reach + 1:
+            step = min(covered, 2 * reach + 1 - covered)
+            out = out[:-step] & out[step:]
+            covered += step
+        out = out.T
     return out
 
 

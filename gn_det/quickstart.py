@@ -12,6 +12,7 @@ from gn_det.data.coco import CocoDataset, load_coco
 from gn_det.data.image import read_image
 from gn_det.errors import TrainingError
 from gn_det.structures import Detections
+from gn_det.text import as_line
 
 #: Held-out images in the picture of predictions.
 SHOWN = 6
@@ -51,9 +52,9 @@ def quickstart(output: str, overrides: Sequence[str] = (), *, engine: str = "aut
     print(
         f"\nIn {minutes:.1f} minutes: box AP {results.get('bbox/AP', float('nan')):.1f}, "
         f"mask AP {results.get('segm/AP', float('nan')):.1f} on {len(held_out)} held-out images.\n"
-        f"  {picture}   truth and predictions\n"
-        f"  {folder / 'curves.png'}   losses, AP and learning rate\n"
-        f"  {weights}   the model: gn-det predict --weights {weights} IMAGE ... --output drawn/\n"
+        f"  {as_line(picture)}   truth and predictions\n"
+        f"  {as_line(folder / 'curves.png')}   losses, AP and learning rate\n"
+        f"  {as_line(weights)}   the model: gn-det predict --weights {as_line(weights)} IMAGE ... --output drawn/\n"
         "Next, your own data in COCO format:\n"
         "  gn-det train --config gn_fpn.yaml --train-json a.json --train-images imgs/ --val-json b.json "
         "--val-images imgs/ --epochs 12"

@@ -85,26 +85,28 @@ class Screen:
         return 2
 
 
-@contextmanager
-def guarded(*, for_good: bool = False) -> Iterator[Screen]:
-    """Put a :class:`Screen` in the place of ``sys.stdout`` and ``sys.stderr``.
-
-    Args:
-        for_good: the process is ours, so the streams stay guarded for a stack trace and for Python's last flush.
-
-    Yields:
-        The guard of standard output.
-    """
-    if for_good:
-        _open_missing_descriptors()
-    before = sys.stdout, sys.stderr
+def guard() -> Screen:
+    """Put a :class:`Screen` in the place of ``sys.stdout`` and ``sys.stderr``; returns that of standard output."""
     # A progress bar goes back to the start of its line; only a terminal sees one.
     returns = sys.stderr is not None and sys.stderr.isatty()
     screen = Screen(sys.stdout)
     sys.stdout = cast(TextIO, screen)
     sys.stderr = cast(TextIO, Screen(sys.stderr, "\n\t\r" if returns else "\n\t"))
+    return screen
+
+
+@contextmanager
+def guarded(*, for_good: bool = False) -> Iterator[Screen]:
+    """:func:`guard` as long as the context lasts.
+
+    Args:
+        for_good: the process is ours, so the streams stay guarded for a stack trace and for Python's last flush.
+    """
+    if for_good:
+        _open_missing_descriptors()
+    before = sys.stdout, sys.stderr
     try:
-        yield screen
+        yield guard()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

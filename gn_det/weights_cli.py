@@ -17,6 +17,7 @@ from gn_det.checkpoint.report import PARTS, format_report, part_of, shorten
 from gn_det.checkpoint.source import Preprocessing, Weights, show
 from gn_det.checkpoint.sources import open_weights
 from gn_det.checkpoint.weights import plan_weights
+from gn_det.terminal import say
 from gn_det.text import one_line
 
 _WHERE = {"": "a backbone: backbone.bottom_up with FPN, backbone and roi_heads.res5 without", "FPN": "an FPN detector"}
@@ -51,10 +52,10 @@ def describe(path_or_uri: str, config: str | None = None, overrides: Sequence[st
         ("not used", shorten(weights.ignored) if weights.ignored else ""),
         ("provenance", _provenance(weights)),
     ]
-    print(path_or_uri)
+    say(path_or_uri)
     for name, value in rows:
         if value:
-            print(f"  {name:14s}{value}")
+            say(f"  {name:14s}{value}")
     if config is not None:
         print(_fits(path_or_uri, config, overrides))
 
@@ -62,11 +63,11 @@ def describe(path_or_uri: str, config: str | None = None, overrides: Sequence[st
 def run_convert(source: str, target: str, to: str, fold: bool) -> None:
     """Convert, and say what was written."""
     done = convert(source, target, to, fold_stem=fold)
-    print(f"{done.path}: {done.tensors} tensors of {source} ({one_line(done.kind)})")
+    say(f"{done.path}: {done.tensors} tensors of {source} ({one_line(done.kind)})")
     if done.left_out:
-        print(f"  left out: {shorten(done.left_out)}")
+        say(f"  left out: {shorten(done.left_out)}")
     if done.preprocessing is not None:
-        print(f"  expects {_expects(done.preprocessing)}")
+        say(f"  expects {_expects(done.preprocessing)}")
 
 
 def _fits(path_or_uri: str, config: str, overrides: Sequence[str]) -> str:
@@ -81,7 +82,7 @@ def _fits(path_or_uri: str, config: str, overrides: Sequence[str]) -> str:
     with torch.device("meta"):  # names and shapes, no memory
         model = build_model(cfg)
     report, _ = plan_weights(model, source, weights, cfg, options.allow_partial)
-    return f"with {config}:\n{format_report(report)}"
+    return f"with {one_line(config)}:\n{format_report(report)}"
 
 
 def _tensors(weights: Weights) -> str:

@@ -122,16 +122,16 @@ def write_json_atomic(path: str, data: Any) -> None:
     write_bytes_atomic(path, json_bytes(data))
 
 
-def json_bytes(data: Any) -> bytes:
-    """``data`` as UTF-8 json.
+def json_bytes(data: Any, **options: Any) -> bytes:
+    """``data`` as UTF-8 json; ``options`` as of json.dumps.
 
     Names of files that are not UTF-8 hold surrogates, which UTF-8 cannot write: then all of the json is ASCII, such
     names with escapes (``\\udcff``), and reading it back gives the names that open the files.
     """
     try:
-        return json.dumps(data, ensure_ascii=False).encode("utf-8")
+        return json.dumps(data, ensure_ascii=False, **options).encode("utf-8")
     except UnicodeEncodeError:
-        return json.dumps(data).encode("ascii")
+        return json.dumps(data, **options).encode("ascii")
 
 
 def write_bytes_atomic(path: str, data: bytes | Iterable[bytes]) -> None:

@@ -31,6 +31,7 @@ from gn_det.run.output import BEST, FINAL, check_writable
 from gn_det.run.progress import Progress, peak_memory_mb
 from gn_det.run.state import seed_everything
 from gn_det.terminal import say
+from gn_det.text import as_line
 
 LAST = "last.ckpt"
 METRICS = "metrics.jsonl"
@@ -85,7 +86,9 @@ def dry_run(settings: Settings, *, num_gpus: int = 1) -> None:
         model = build_classifier(settings, len(source.class_names), len(source.input.mean))
         processes = int(os.environ["WORLD_SIZE"]) if dist.under_torchrun() else num_gpus
         _describe(settings, source, model, _plan(settings, source, processes), processes)
-        logger.info("Device: %s\nOutput: %s\nDry run: nothing was trained or written.", device, settings.output)
+        logger.info(
+            "Device: %s\nOutput: %s\nDry run: nothing was trained or written.", device, as_line(settings.output)
+        )
 
 
 def _check_early(settings: Settings) -> None:
