@@ -154,6 +154,19 @@ def _entries(folder: Path, at: int, seen: set[tuple[int, int, int]]) -> list[os.
         return []
 
 
+#: Unicode's categories of control and format characters, surrogates, unassigned ones and line breaks.
+_UNSAFE = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
+
+
+def _cut(stem: str, ending: str) -> str:
+    room = _NAME_MAX - len(ending.encode())
+    return stem.encode()[:room].decode("utf-8", "ignore") + ending
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
 def output_names(paths: Sequence[Path], suffix: str = ".png") -> list[str]:
     """File name of the drawing of each image, all different: ``a/x.jpg`` and ``b/x.jpg`` become ``x.png``, ``x-2.png``.
 
@@ -173,16 +186,3 @@ def output_names(paths: Sequence[Path], suffix: str = ".png") -> list[str]:
         taken.add(_plain(name))
         names.append(name)
     return names
-
-
-#: Unicode's categories of control and format characters, surrogates, unassigned ones and line breaks.
-_UNSAFE = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
-
-
-def _cut(stem: str, ending: str) -> str:
-    room = _NAME_MAX - len(ending.encode())
-    return stem.encode()[:room].decode("utf-8", "ignore") + ending
-
-
-def _plain(name: str) -> str:
-    return unicodedata.normalize("NFC", name).casefold()

@@ -12,13 +12,21 @@ from gn_det.data.problems import KINDS, Problems
 from gn_det.data.survey import Survey
 from gn_det.errors import DataError, UserError
 from gn_det.evaluation.results import json_bytes, write_bytes_atomic
+from gn_det.files import NotRegularFile, check_regular
 
 _OUT_WITH_IMAGE = "left out: its image is left out"
 
 
 def refuse_overwriting(outputs: dict[str, str | None], inputs: list[str]) -> None:
-    """Raise UserError where an output (flag to path) is one of the files that are read."""
+    """Raise UserError where an output (flag to path) is one of the files that are read, or a folder, pipe or device."""
     for flag, path in outputs.items():
+        try:
+            if path:
+                check_regular(path)
+        except NotRegularFile as error:
+            raise UserError(f"{flag} {path}: {error.strerror}; give the name of a file") from None
+        except (OSError, ValueError):
+            pass  # it does not exist yet, or what is wrong with it is told when it is written
         for source in inputs if path else ():
             assert path is not None
             same = os.path.realpath(path) == os.path.realpath(source)

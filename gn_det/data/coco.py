@@ -26,7 +26,6 @@ from gn_det.data.image import ImageError, image_size
 from gn_det.data.problems import Problems, Where, in_words
 from gn_det.data.records import Annotation, Record, RecordList
 from gn_det.errors import DataError
-from gn_det.text import as_line
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +97,7 @@ class CocoDataset:
         lines += [f"{self.name}: dropped {entry}" for entry in self.bad]
         if self.bad:
             lines.append(f"{self.name}: {CHECK_HINT}")
-        return "\n".join(map(as_line, lines))
+        return "\n".join(lines)
 
     def ground_truth(self) -> dict[str, Any]:
         """The dataset as a COCO dict for evaluation: json category ids, ids renumbered from 1, area and iscrowd set.
