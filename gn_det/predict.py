@@ -81,8 +81,8 @@ def predict(
     if not 0 <= threshold <= 1:
         raise ConfigError(f"threshold {threshold} must lie between 0 and 1")
     given = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
-    if not os.fspath(output):
-        raise ConfigError("the output folder is an empty name; name a folder")
+    if not os.fspath(output) or "\0" in os.fspath(output):
+        raise ConfigError(f"output folder {shown(os.fspath(output))}: no folder can have this name; give another")
     folder = Path(os.path.expanduser(output))
     paths, notes = collect_images(given, exclude=folder)
     for note in notes:
@@ -232,9 +232,8 @@ def _check_writable(folder: Path) -> None:
     """Make the folder before the model runs, so that an hour's work is not lost to a typo."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:  # ValueError: a name with a NUL character
-        why = getattr(error, "strerror", None) or error
-        raise UserError(f"{folder}: cannot be made ({why}); choose another output folder") from None
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another output folder") from None
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{folder}: is not writable; choose another output folder")
 

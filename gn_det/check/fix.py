@@ -13,6 +13,7 @@ from gn_det.data.survey import Survey
 from gn_det.errors import DataError, UserError
 from gn_det.evaluation.results import json_bytes, write_bytes_atomic
 from gn_det.files import NotRegularFile, check_regular
+from gn_det.text import as_line
 
 _OUT_WITH_IMAGE = "left out: its image is left out"
 
@@ -61,7 +62,7 @@ class Cleaner:
         if objects <= sum(kind == "no-mask" for kind in self.survey.findings.dropped_annotations.values()):
             raise DataError(f"--fix: no object of {self.survey.source.json_file} would be left; nothing was written")
         write_bytes_atomic(target, self._parts())
-        lines = (f"{line}\n".encode("utf-8", "backslashreplace") for line in self.changes or ["no change"])
+        lines = (f"{as_line(line)}\n".encode() for line in self.changes or ["no change"])
         write_bytes_atomic(changes_file(target), lines)
 
     def _parts(self) -> Iterator[bytes]:
