@@ -16,11 +16,15 @@ from typing import TYPE_CHECKING
 
 from gn_det import __version__, engines, flags
 from gn_det.errors import ConfigError, UserError
+from gn_det.terminal import guarded
+from gn_det.text import as_line, shown
 
 if TYPE_CHECKING:
     from fvcore.common.config import CfgNode
 
 Command = Callable[[argparse.Namespace], int]
+
+_LESS_MEMORY = "give the machine more memory, or give this command smaller or fewer images"
 
 
 def config_from_args(args: argparse.Namespace, engine: str = "embedded") -> CfgNode:
@@ -243,9 +247,10 @@ def _ended_by_sigterm() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    received: list[int] = []
 
     def end(number: int, frame: object) -> None:
-        print("gn-det: terminated", file=sys.stderr)
+        received.append(number)
         raise SystemExit(128 + number)
 
     before = signal.signal(signal.SIGTERM, end)
@@ -253,11 +258,23 @@ def _ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        if received:
+            print("gn-det: terminated", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run a command; returns the exit status: 0 done, 2 a user's mistake, 130 or 143 interrupted."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    """Run a command; returns the exit status.
+
+    0 done, 2 a user's mistake, 130 or 143 interrupted; 141 or 2 where all was done and the output could not be printed.
+    """
+    with guarded(for_good=argv is None) as screen:
+        try:
+            return screen.status(_run(list(sys.argv[1:] if argv is None else argv), prog))
+        except SystemExit as end:  # of argparse, or by SIGTERM
+            raise SystemExit(screen.status(end.code) if isinstance(end.code, int) else end.code) from None
+
+
+def _run(argv: Sequence[str], prog: str | None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
         return 0 if argv else 2
@@ -265,7 +282,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         print(f"gn_det {__version__}")
         return 0
     if argv[0] not in _COMMANDS:
-        print(f"gn-det: error: unknown command '{argv[0]}'; commands are {', '.join(_COMMANDS)}", file=sys.stderr)
+        print(f"gn-det: error: unknown command {shown(argv[0])}; commands are {', '.join(_COMMANDS)}", file=sys.stderr)
         return 2
     _, make_parser, run = _COMMANDS[argv[0]]
     args = make_parser(prog or f"gn-det {argv[0]}").parse_intermixed_args(argv[1:])
@@ -273,9 +290,12 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         with _ended_by_sigterm():
             return run(args)
     except UserError as e:
-        print(f"gn-det: error: {e}", file=sys.stderr)
+        print(f"gn-det: error: {as_line(e)}", file=sys.stderr)
         # An interrupted run says so to the shell: 130 for Ctrl-C, 143 for SIGTERM.
         return int(getattr(e, "exit_code", 2))
+    except MemoryError as e:
+        print(f"gn-det: error: out of memory ({as_line(e) or 'allocation failed'}); {_LESS_MEMORY}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("gn-det: interrupted", file=sys.stderr)
         return 130

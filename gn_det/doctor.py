@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from gn_det import __version__
 from gn_det.engines import INSTALL_PAGE, fix
 from gn_det.engines import installed_version as installed
+from gn_det.text import as_line
 
 #: import name -> name on the package index, of what gn_det needs
 REQUIRED = {
@@ -76,8 +77,8 @@ class Finding:
     fix: str = ""
 
     def __str__(self) -> str:
-        lines = [f"{self.mark:7s} {self.what}"]
-        return "\n".join(lines + [f"        fix: {self.fix}"] if self.fix else lines)
+        lines = [as_line(f"{self.mark:7s} {self.what}")]
+        return "\n".join(lines + [as_line(f"        fix: {self.fix}")] if self.fix else lines)
 
 
 Try = Callable[[str], Trial]

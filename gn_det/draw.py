@@ -8,17 +8,17 @@ from __future__ import annotations
 import colorsys
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from gn_det.curves import draw_curves
 from gn_det.data.records import Record
 from gn_det.structures import Detections, rasterize_polygons
 
-__all__ = ["class_color", "detections_of", "draw_curves", "draw_detections", "draw_grid"]
+__all__ = ["class_color", "draw_annotations", "draw_curves", "draw_detections", "draw_grid"]
 
 Color = tuple[int, int, int]
 Box = tuple[float, float, float, float]
@@ -41,6 +41,10 @@ _PALETTE: tuple[Color, ...] = (
 
 #: Fill opacity of a mask.
 _ALPHA = 0.45
+#: Rows of a picture that are tinted at once.
+_ROWS = 128
+#: Characters of a name that are looked at for its label.
+_LONGEST = 200
 
 
 def class_color(index: int) -> Color:
@@ -54,66 +58,104 @@ def class_color(index: int) -> Color:
     return round(r * 255), round(g * 255), round(b * 255)
 
 
-def detections_of(record: Record) -> Detections:
-    """The annotations of one image as detections of score 1; an object without a mask has an empty one."""
-    from pycocotools import mask as coco_mask
-
-    height, width = record["height"], record["width"]
-    boxes, classes, masks = [], [], []
-    for annotation in record["annotations"]:
-        segmentation = annotation.get("segmentation")
-        x, y, w, h = annotation["bbox"]
-        boxes.append([x, y, x + w, y + h])
-        classes.append(annotation["category_id"])
-        if isinstance(segmentation, dict):
-            masks.append(coco_mask.decode(segmentation).astype(bool))
-        else:
-            masks.append(rasterize_polygons(segmentation or [], height, width))
-    return Detections(
-        (height, width),
-        torch.as_tensor(np.array(boxes, dtype=np.float32).reshape(-1, 4)),
-        torch.ones(len(boxes)),
-        torch.as_tensor(classes, dtype=torch.int64),
-        torch.from_numpy(np.array(masks, dtype=bool).reshape(-1, height, width)),
-    )
-
-
 def draw_detections(
     image_rgb: np.ndarray,
     detections: Detections,
     class_names: Sequence[str],
     *,
     min_size: int = 640,
+    max_size: int | None = None,
     show_scores: bool = True,
 ) -> np.ndarray:
-    """Detections drawn on a copy of the image.
+    """Detections drawn on a copy of the image, with memory for one mask at a time.
 
     Args:
         image_rgb: (H, W, 3) uint8 RGB.
         detections: at the size of the image; no threshold is applied.
         class_names: name of each class index; an index beyond them is shown as a number.
         min_size: a smaller image is scaled up to about this longer side by a whole factor, to keep labels legible.
+        max_size: a larger image is scaled down to this longer side before anything is drawn; None draws at full size.
         show_scores: add the score in percent to the label.
 
     Returns:
-        (H * k, W * k, 3) uint8 with k a whole number >= 1.
+        (H * k, W * k, 3) uint8 with k a whole number >= 1, or less where ``max_size`` says so.
     """
-    height, width = image_rgb.shape[:2]
-    scale = max(1, round(min_size / max(height, width)))
+    masks = detections.masks
+
+    def mask_of(index: int, height: int, width: int) -> np.ndarray:
+        assert masks is not None
+        mask = masks[index].detach().cpu().numpy().astype(bool, copy=False)
+        return _resized(mask, height, width)
+
+    boxes = detections.boxes.detach().cpu().numpy().astype(float)
+    scores = detections.scores.detach().cpu().tolist()
+    labels = _Labels(detections.classes.detach().cpu().tolist(), scores, class_names, show_scores)
+    return _draw(image_rgb, boxes, labels, None if masks is None else mask_of, min_size, max_size)
+
+
+def draw_annotations(
+    image_rgb: np.ndarray,
+    record: Record,
+    class_names: Sequence[str],
+    *,
+    min_size: int = 640,
+    max_size: int | None = None,
+) -> np.ndarray:
+    """The annotations of an image drawn as :func:`draw_detections` does; a mask is made when it is drawn."""
+    annotations = record["annotations"]
+
+    def mask_of(index: int, height: int, width: int) -> np.ndarray:
+        segmentation = annotations[index].get("segmentation")
+        if isinstance(segmentation, dict):
+            from pycocotools import mask as coco_mask
+
+            return _resized(coco_mask.decode(segmentation).astype(bool), height, width)
+        scale = width / record["width"], height / record["height"]
+        polygons = [np.asarray(p, float) * np.resize(scale, len(p)) for p in segmentation or []]
+        return rasterize_polygons(polygons, height, width)
+
+    corners = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in annotations)]
+    boxes = np.array(corners, dtype=np.float32).reshape(-1, 4).astype(float)
+    labels = _Labels([a["category_id"] for a in annotations], [1.0] * len(annotations), class_names, False)
+    return _draw(image_rgb, boxes, labels, mask_of, min_size, max_size)
+
+
+class _Labels(NamedTuple):
+    """What is written at each box."""
+
+    classes: Sequence[int]
+    scores: Sequence[float]
+    class_names: Sequence[str]
+    show_scores: bool
+
+
+def _draw(
+    image_rgb: np.ndarray,
+    boxes: np.ndarray,
+    labels: _Labels,
+    mask_of: Callable[[int, int, int], np.ndarray] | None,
+    min_size: int,
+    max_size: int | None,
+) -> np.ndarray:
+    """Boxes (N, 4) XYXY, and masks by (index, height, width), on a copy of the image."""
     picture = Image.fromarray(np.ascontiguousarray(image_rgb))
+    if max_size is not None and max(picture.size) > max_size:
+        wide, high = picture.size
+        picture.thumbnail((max_size, max_size), Image.Resampling.LANCZOS)
+        boxes = boxes * np.array([picture.width / wide, picture.height / high] * 2)
+    width, height = picture.size
+    scale = max(1, round(min_size / max(height, width)))
     if scale > 1:
         picture = picture.resize((width * scale, height * scale), Image.Resampling.BICUBIC)
     line = max(2, round(max(picture.size) / 400))
-    boxes = detections.boxes.detach().cpu().numpy().astype(float) * scale
-    classes = detections.classes.detach().cpu().tolist()
-    scores = detections.scores.detach().cpu().tolist()
+    boxes = boxes * scale
+    classes, scores, class_names, show_scores = labels
     # Large objects first: what lies in front of them stays visible.
     order = sorted(range(len(boxes)), key=lambda i: -_area(boxes[i]))
-    if detections.masks is not None:
-        masks = detections.masks.detach().cpu().numpy().astype(bool)
+    if mask_of is not None:
         pixels = np.array(picture)
         for i in order:
-            _paint_mask(pixels, masks[i], scale, class_color(classes[i]), line)
+            _paint_mask(pixels, mask_of(i, height, width), scale, class_color(classes[i]), line)
         picture = Image.fromarray(pixels)
     canvas = ImageDraw.Draw(picture)
     for i in order:
@@ -125,6 +167,12 @@ def draw_detections(
             text += f" {scores[i]:.0%}"
         taken.append(_label(canvas, text, boxes[i], class_color(classes[i]), taken, picture.size))
     return np.array(picture)
+
+
+def _resized(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    if mask.shape == (height, width):
+        return mask
+    return np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
 
 
 def draw_grid(
@@ -203,14 +251,36 @@ def _paint_mask(pixels: np.ndarray, mask: np.ndarray, scale: int, color: Color, 
         stencil = stencil.resize((part.shape[1] * scale, part.shape[0] * scale), Image.Resampling.BICUBIC)
         stencil = stencil.filter(ImageFilter.GaussianBlur(0.6 * scale))
     inner = np.asarray(stencil) >= 128
-    eroded = np.asarray(Image.fromarray(inner.astype(np.uint8) * 255).filter(ImageFilter.MinFilter(2 * line + 1))) > 0
     area = pixels[
         top * scale : top * scale + inner.shape[0],
         left * scale : left * scale + inner.shape[1],
     ]
-    paint = np.array(color, dtype=np.float32)
-    area[inner] = (area[inner] * (1 - _ALPHA) + paint * _ALPHA).astype(np.uint8)
-    area[inner & ~eroded] = color
+    tint(area, inner, color, _ALPHA)
+    area[inner & ~_eroded(inner, line)] = color
+
+
+def tint(pixels: np.ndarray, mask: np.ndarray, color: Color, alpha: float) -> None:
+    """Mix ``color`` into the pixels of a (H, W) bool mask, in place, some rows at a time."""
+    mixed = np.arange(256, dtype=np.uint8)[:, None] * (1 - alpha) + np.array(color, dtype=np.float32) * alpha
+    table = mixed.astype(np.uint8).T.ravel().tolist()
+    for top in range(0, len(mask), _ROWS):
+        rows = pixels[top : top + _ROWS]
+        plain = Image.fromarray(np.ascontiguousarray(rows))
+        stencil = Image.fromarray(np.ascontiguousarray(mask[top : top + _ROWS]).view(np.uint8) * 255)
+        rows[:] = np.asarray(Image.composite(plain.point(table), plain, stencil))
+
+
+def _eroded(mask: np.ndarray, reach: int) -> np.ndarray:
+    """The pixels whose neighbours up to ``reach`` away, diagonal ones too, are in the mask or outside the picture."""
+    out = np.pad(mask, reach, constant_values=True)
+    for _ in range(2):  # down the columns, then along the rows
+        covered = 1
+        while covered < 2 * reach + 1:
+            step = min(covered, 2 * reach + 1 - covered)
+            out = out[:-step] & out[step:]
+            covered += step
+        out = out.T
+    return out
 
 
 def _label_size(size: tuple[int, int]) -> int:
@@ -257,9 +327,10 @@ def _overlap(a: Box, b: Box) -> float:
 
 def _shorten(text: str, width: float, font_size: int) -> str:
     """The text, cut with an ellipsis where it is wider than ``width`` pixels."""
-    text = " ".join(text.split()) or "?"
+    cut = len(text) > _LONGEST
+    text = " ".join(text[:_LONGEST].split()) or "?"
     font = _font_for(text, font_size)
-    if font.getlength(text) <= width:
+    if font.getlength(text) <= width and not cut:
         return text
     while len(text) > 1 and font.getlength(text + "…") > width:
         text = text[:-1]

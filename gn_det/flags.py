@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from gn_det.engines import ENGINES
+from gn_det.text import as_line, shown
 
 _OVERRIDES = "config keys after the flags, as in SOLVER.BASE_LR 0.01 or SEED=1; they win over the file"
+
+
+#: Of processes, machines and the like.
+_MOST = 1_000_000
 
 
 class Parser(argparse.ArgumentParser):
     """A mistake in the flags is one line, like any other mistake; the usage is what --help is for."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: error: {as_line(message, 300)}; see {self.prog} --help\n")
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    """A type for argparse: whole numbers that a machine could have of anything, at least ``least``."""
+
+    def read(word: str) -> int:
+        number = int(word)
+        if not least <= number <= _MOST:
+            raise argparse.ArgumentTypeError(f"{shown(word)} must be a whole number from {least} to {_MOST}")
+        return number
+
+    read.__name__ = "int"  # argparse names the type where a word is no number at all
+    return read
 
 
 def _add_config(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -71,9 +89,9 @@ def train_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, train nothing")
     parser.add_argument("--dry-run", action="store_true", help="print all that is resolved; needs no data or weights")
     group = parser.add_argument_group("several GPUs or machines (or launch with torchrun)")
-    group.add_argument("--num-gpus", type=int, default=1, metavar="N", help="GPUs on this machine")
-    group.add_argument("--num-machines", type=int, default=1, metavar="N")
-    group.add_argument("--machine-rank", type=int, default=0, metavar="R")
+    group.add_argument("--num-gpus", type=_whole(1), default=1, metavar="N", help="GPUs on this machine")
+    group.add_argument("--num-machines", type=_whole(1), default=1, metavar="N")
+    group.add_argument("--machine-rank", type=_whole(0), default=0, metavar="R")
     group.add_argument("--dist-url", default="auto", metavar="URL", help="tcp://host:port of machine 0")
     return parser
 
@@ -151,7 +169,9 @@ def pretrain_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--amp", metavar="TYPE", help="autocast: bf16, fp16 or off (default)")
     parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that read images (default 4)")
-    parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="GPUs on this machine, or use torchrun")
+    parser.add_argument(
+        "--num-gpus", type=_whole(1), default=1, metavar="N", help="GPUs on this machine, or use torchrun"
+    )
     parser.add_argument("--resume", action="store_true", help="go on after the last finished epoch")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in the folder")
     parser.add_argument("--dry-run", action="store_true", help="print data, network and recipe; train nothing")
@@ -172,7 +192,7 @@ def compare_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--epochs", type=float, metavar="N", help="N passes over the data in every detection row (SOLVER.EPOCHS)"
     )
-    parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="GPUs of each run on this machine")
+    parser.add_argument("--num-gpus", type=_whole(1), default=1, metavar="N", help="GPUs of each run on this machine")
     parser.add_argument("--dry-run", action="store_true", help="print the rows and what is missing; run nothing")
     parser.add_argument("--report-only", action="store_true", help="write the report of what is there; run nothing")
     parser.add_argument(
@@ -220,4 +240,4 @@ def configs_parser(prog: str) -> argparse.ArgumentParser:
 
 
 def doctor_parser(prog: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(prog=prog, description="Versions, GPUs, engines; what is broken, and the fix.")
+    return Parser(prog=prog, description="Versions, GPUs, engines; what is broken, and the fix.")

@@ -10,12 +10,15 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from gn_det.text import printable
+from gn_det.text import as_line
+
+#: Characters of a line in a page.
+_LONGEST = 10_000
 
 
 def escape(value: str) -> str:
-    """Any text on one line, harmless in HTML and in its attributes."""
-    return html.escape(printable(value, keep=""))
+    """Any text on one line of bounded length, harmless in HTML and in its attributes."""
+    return html.escape(as_line(value, _LONGEST))
 
 
 def as_data_uri(pixels: np.ndarray) -> str:

@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,16 +20,14 @@ from gn_det.errors import ConfigError, DataError, UserError, WeightsError
 from gn_det.evaluation.results import detections_to_coco, write_bytes_atomic, write_json_atomic
 from gn_det.inputs import collect_images, output_names
 from gn_det.structures import Detections
+from gn_det.terminal import say
+from gn_det.text import one_line, shown
 
 if TYPE_CHECKING:
     from gn_det.run.engine import Engine
 
 #: Name of the json beside the drawings.
 PREDICTIONS_FILE = "predictions.json"
-
-
-#: Progress is seen at once, in a pipe too.
-_say = partial(print, flush=True)
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ def predict(
     config: str | None = None,
     device: str = "auto",
     predictor: Predictor | None = None,
-    report: Callable[[str], None] = _say,
+    report: Callable[[str], None] = say,
 ) -> dict[str, Any]:
     """Detect on every image, write a drawing each and ``predictions.json`` into ``output``.
 
@@ -84,13 +81,17 @@ def predict(
     if not 0 <= threshold <= 1:
         raise ConfigError(f"threshold {threshold} must lie between 0 and 1")
     given = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
-    folder = Path(output).expanduser()
+    if not os.fspath(output) or "\0" in os.fspath(output):
+        raise ConfigError(f"output folder {shown(os.fspath(output))}: no folder can have this name; give another")
+    folder = Path(os.path.expanduser(output))
     paths, notes = collect_images(given, exclude=folder)
     for note in notes:
         report(f"note: {note}")
     names = output_names(paths)
     _check_writable(folder)
     _check_not_overwritten(folder, paths, names)
+    from gn_det.run.advice import out_of_memory
+
     predictor = predictor or load_predictor(weights, config=config, device=device)
     wanted = _class_indices(classes, predictor.class_names)
     document = _Document(predictor)
@@ -107,20 +108,26 @@ def predict(
             failed.append(str(error))
             report(f"[{number}/{len(paths)}] skipped: {error}")
             continue
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            failed.append(f"{path}: too little memory for this image of {os.path.getsize(path)} bytes")
+            report(f"[{number}/{len(paths)}] skipped: {failed[-1]}")
+            continue
         _write_png(folder / name, drawing)
         document.add(path, name, det)
         seconds = time.perf_counter() - started
         report(f"[{number}/{len(paths)}] {path}: {_summary(det, predictor.class_names)} ({seconds:.2f} s)")
-    shown = "; ".join(failed[:3]) + ("; ..." if len(failed) > 3 else "")
+    some = "; ".join(one_line(f, 400) for f in failed[:3]) + ("; ..." if len(failed) > 3 else "")
     count = len(document.content["images"])
     if not count:
-        raise DataError(f"no image could be read: {shown}")
+        raise DataError(f"no image could be read: {some}")
     write_json_atomic(os.fspath(folder / PREDICTIONS_FILE), document.content)
     report(f"{count} drawing{'' if count == 1 else 's'} and {PREDICTIONS_FILE} are in {folder}")
     if not document.content["annotations"]:
         report(f"note: no object was found with a score of {threshold:g} or more; the best score was {best:.2f}")
     if failed:
-        raise DataError(f"{len(failed)} of {len(paths)} images could not be read, the others are done: {shown}")
+        raise DataError(f"{len(failed)} of {len(paths)} images could not be read, the others are done: {some}")
     return document.content
 
 
@@ -249,8 +256,9 @@ def _class_indices(classes: Sequence[str] | None, names: Sequence[str]) -> set[i
         index = names.index(name) if name in names else lower.get(name.lower())
         if index is None:
             near = difflib.get_close_matches(name.lower(), lower, n=1)
-            hint = f"did you mean '{names[lower[near[0]]]}'?" if near else f"the model knows {', '.join(names[:10])}"
-            raise ConfigError(f"class '{name}' is not one of the model's {len(names)} classes; {hint}")
+            known = ", ".join(one_line(n, 60) for n in names[:10])
+            hint = f"did you mean {shown(names[lower[near[0]]])}?" if near else f"the model knows {known}"
+            raise ConfigError(f"class {shown(name)} is not one of the model's {len(names)} classes; {hint}")
         wanted.add(index)
     if not wanted:
         raise ConfigError("the list of classes is empty; name at least one, or leave it out for all")
@@ -264,7 +272,11 @@ def select(det: Detections, threshold: float, wanted: set[int] | None) -> Detect
         keep &= torch.isin(det.classes, torch.tensor(sorted(wanted), device=det.classes.device))
     index = torch.nonzero(keep).flatten()
     index = index[det.scores[index].argsort(descending=True, stable=True)]
-    masks = None if det.masks is None else det.masks[index].cpu()
+    masks = det.masks
+    if masks is not None:
+        # The best ones usually come first: then no mask is copied.
+        first = torch.equal(index.cpu(), torch.arange(len(index)))
+        masks = (masks[: len(index)] if first else masks[index]).cpu()
     return Detections(det.image_size, det.boxes[index].cpu(), det.scores[index].cpu(), det.classes[index].cpu(), masks)
 
 
@@ -285,9 +297,9 @@ def _summary(det: Detections, names: Sequence[str]) -> str:
     counts: dict[str, int] = {}
     for index in det.classes.tolist():
         counts[names[index]] = counts.get(names[index], 0) + 1
-    parts = [f"{n} {name}" for name, n in sorted(counts.items(), key=lambda c: -c[1])]
-    shown = ", ".join(parts[:5]) + (", ..." if len(parts) > 5 else "")
-    return f"{len(det)} object{'' if len(det) == 1 else 's'}" + (f": {shown}" if shown else "")
+    parts = [f"{n} {one_line(name, 60)}" for name, n in sorted(counts.items(), key=lambda c: -c[1])]
+    some = ", ".join(parts[:5]) + (", ..." if len(parts) > 5 else "")
+    return f"{len(det)} object{'' if len(det) == 1 else 's'}" + (f": {some}" if some else "")
 
 
 class _Document:

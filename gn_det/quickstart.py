@@ -12,9 +12,12 @@ from gn_det.data.coco import CocoDataset, load_coco
 from gn_det.data.image import read_image
 from gn_det.errors import TrainingError
 from gn_det.structures import Detections
+from gn_det.text import as_line
 
 #: Held-out images in the picture of predictions.
 SHOWN = 6
+#: Larger images are scaled down to this longer side before anything is drawn on them.
+_DRAWN = 1920
 
 
 def quickstart(output: str, overrides: Sequence[str] = (), *, engine: str = "auto") -> dict[str, float]:
@@ -49,9 +52,9 @@ def quickstart(output: str, overrides: Sequence[str] = (), *, engine: str = "aut
     print(
         f"\nIn {minutes:.1f} minutes: box AP {results.get('bbox/AP', float('nan')):.1f}, "
         f"mask AP {results.get('segm/AP', float('nan')):.1f} on {len(held_out)} held-out images.\n"
-        f"  {picture}   truth and predictions\n"
-        f"  {folder / 'curves.png'}   losses, AP and learning rate\n"
-        f"  {weights}   the model: gn-det predict --weights {weights} IMAGE ... --output drawn/\n"
+        f"  {as_line(picture)}   truth and predictions\n"
+        f"  {as_line(folder / 'curves.png')}   losses, AP and learning rate\n"
+        f"  {as_line(weights)}   the model: gn-det predict --weights {as_line(weights)} IMAGE ... --output drawn/\n"
         "Next, your own data in COCO format:\n"
         "  gn-det train --config gn_fpn.yaml --train-json a.json --train-images imgs/ --val-json b.json "
         "--val-images imgs/ --epochs 12"
@@ -65,7 +68,7 @@ def draw_comparison(dataset: CocoDataset, weights: Path, picture: Path) -> None:
 
     from PIL import Image
 
-    from gn_det.draw import detections_of, draw_detections, draw_grid
+    from gn_det.draw import draw_annotations, draw_detections, draw_grid
     from gn_det.evaluation.results import write_bytes_atomic
     from gn_det.predict import load_predictor
 
@@ -74,14 +77,14 @@ def draw_comparison(dataset: CocoDataset, weights: Path, picture: Path) -> None:
     for index in _spread(len(dataset)):
         record = dataset.records[index]
         pixels = read_image(record["file_name"], "RGB")
-        truths.append(draw_detections(pixels, detections_of(record), dataset.class_names, show_scores=False))
+        truths.append(draw_annotations(pixels, record, dataset.class_names, max_size=_DRAWN))
         detections = predictor.detect(Path(record["file_name"]))
         keep = detections.scores >= 0.5
         masks = None if detections.masks is None else detections.masks[keep]
         shown = Detections(
             detections.image_size, detections.boxes[keep], detections.scores[keep], detections.classes[keep], masks
         )
-        found.append(draw_detections(pixels, shown, dataset.class_names))
+        found.append(draw_detections(pixels, shown, dataset.class_names, max_size=_DRAWN))
     titles = ["truth"] * len(truths) + ["GN Mask R-CNN"] * len(found)
     buffer = io.BytesIO()
     Image.fromarray(draw_grid(truths + found, titles, columns=max(len(truths), 1))).save(buffer, "PNG")

@@ -56,6 +56,13 @@ def one_line(value: object, limit: int | None = 120) -> str:
     return f"{line[:limit]}… ({len(words)} characters)"
 
 
+def as_line(text: object, limit: int = 2000) -> str:
+    """Return ``text`` as it is on one printable line; longer text is cut and its full length appended."""
+    words = str(text)
+    line = printable(words[:limit], keep="\t")
+    return line if len(words) <= limit else f"{line}… ({len(words)} characters)"
+
+
 def shown(value: object, limit: int = 60) -> str:
     """Return ``value`` as it would be typed (text in quotes), on one printable line; see :func:`one_line`."""
     if not isinstance(value, str) or len(value) <= 4 * limit:

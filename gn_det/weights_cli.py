@@ -17,6 +17,7 @@ from gn_det.checkpoint.report import PARTS, format_report, part_of, shorten
 from gn_det.checkpoint.source import Preprocessing, Weights, show
 from gn_det.checkpoint.sources import open_weights
 from gn_det.checkpoint.weights import plan_weights
+from gn_det.terminal import say
 from gn_det.text import one_line
 
 _WHERE = {"": "a backbone: backbone.bottom_up with FPN, backbone and roi_heads.res5 without", "FPN": "an FPN detector"}
@@ -51,10 +52,10 @@ def describe(path_or_uri: str, config: str | None = None, overrides: Sequence[st
         ("not used", shorten(weights.ignored) if weights.ignored else ""),
         ("provenance", _provenance(weights)),
     ]
-    print(one_line(path_or_uri, 400))
+    say(path_or_uri)
     for name, value in rows:
         if value:
-            print(f"  {name:14s}{one_line(value, 1000)}")
+            say(f"  {name:14s}{value}")
     if config is not None:
         print(_fits(path_or_uri, config, overrides))
 
@@ -62,11 +63,11 @@ def describe(path_or_uri: str, config: str | None = None, overrides: Sequence[st
 def run_convert(source: str, target: str, to: str, fold: bool) -> None:
     """Convert, and say what was written."""
     done = convert(source, target, to, fold_stem=fold)
-    print(f"{one_line(str(done.path), 400)}: {done.tensors} tensors of {one_line(source, 400)} ({one_line(done.kind)})")
+    say(f"{done.path}: {done.tensors} tensors of {source} ({one_line(done.kind)})")
     if done.left_out:
-        print(f"  left out: {shorten(done.left_out)}")
+        say(f"  left out: {shorten(done.left_out)}")
     if done.preprocessing is not None:
-        print(f"  expects {_expects(done.preprocessing)}")
+        say(f"  expects {_expects(done.preprocessing)}")
 
 
 def _fits(path_or_uri: str, config: str, overrides: Sequence[str]) -> str:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
+import logging
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gn_det import __version__
 from gn_det.cli import config_from_args, main
 from gn_det.flags import train_parser
+from gn_det.run.log import run_log
+from gn_det.terminal import guarded, say
 
 
 def parse(words: list[str]) -> object:
@@ -102,3 +111,166 @@ def test_configs_lists_every_experiment(capsys: pytest.CaptureFixture[str]) -> N
     assert main(["configs"]) == 0
     out = capsys.readouterr().out
     assert "gn_fpn_long.yaml" in out and "40.8 / 36.1" in out and "Base-" not in out
+
+
+#: A title sequence, a C1 control, a direction mark, a forged line.
+EVIL = "a\x1b]0;x\x07b\x9b2Jc\u202ed\nERROR: done\r"
+SAFE = "a\\x1b]0;x\\x07b\\x9b2Jc\\u202ed\\nERROR: done\\r"
+
+
+class Stream(io.StringIO):
+    """A stream as sys.stdout may be: its own encoding, and one that cannot be written any more."""
+
+    def __init__(self, encoding: str = "utf-8", error: int = 0, terminal: bool = False) -> None:
+        super().__init__()
+        self.code, self.error, self.terminal = encoding, error, terminal
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self.code
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+    def write(self, text: str) -> int:
+        text.encode(self.code)
+        return super().write(text)
+
+    def flush(self) -> None:
+        if self.error and self.getvalue():
+            raise OSError(self.error, os.strerror(self.error))
+
+
+def test_every_command_that_echoes_a_word_escapes_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for words in (
+        [EVIL],
+        ["train", "--config", EVIL],
+        ["train", "--config", "quickstart", "--epochs", EVIL],
+        ["train", "--config", "quickstart", "--" + EVIL],
+        ["predict", "--weights", "w", "--output", "o", EVIL],
+        ["weights", EVIL],
+        ["convert", EVIL, EVIL + ".pth"],
+        ["compare", EVIL],
+        ["doctor", EVIL],
+    ):
+        with contextlib.suppress(SystemExit):
+            assert main(words) == 2, words
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and "\\x9b2J" in err and not set(err) & set("\x1b\x07\x9b\u202e\r"), (words, err)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
+def test_screen_escapes_what_a_terminal_obeys_and_what_it_cannot_write(
+    encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, err = Stream(encoding), Stream(encoding, terminal=True)
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    with guarded():
+        say(EVIL + "日本\udcff é")
+        print("a\n\tb")
+        print("\r50%\x1b", end="", file=sys.stderr)
+    told = {"utf-8": "日本\\udcff é", "ascii": "\\u65e5\\u672c\\udcff \\xe9", "cp1252": "\\u65e5\\u672c\\udcff é"}
+    assert out.getvalue() == f"{SAFE}{told[encoding]}\na\n\tb\n"
+    assert err.getvalue() == "\r50%\\x1b"  # a progress bar goes back to the start of its line
+    assert sys.stdout is out and sys.stderr is err
+
+
+def test_long_values_are_cut_with_a_count(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["x" * 10**6]) == 2
+    with pytest.raises(SystemExit):
+        main(["train", "--config", "quickstart", "--epochs", "y" * 10**6])
+    err = capsys.readouterr().err
+    assert len(err) < 1000 and "(1000" in err and err.count("\n") == 2
+
+
+@pytest.mark.parametrize(("number", "status"), [(errno.EPIPE, 141), (errno.ENOSPC, 2), (errno.EIO, 2)])
+@pytest.mark.parametrize("words", [["configs"], ["--help"], ["train", "--help"], ["--version"]])
+def test_lost_output_is_no_success_and_no_trace(
+    words: list[str], number: int, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    err = Stream()
+    monkeypatch.setattr(sys, "stdout", Stream(error=number))
+    monkeypatch.setattr(sys, "stderr", err)
+    try:
+        assert main(words) == status
+    except SystemExit as end:
+        assert end.code == status
+    told = (
+        "" if number == errno.EPIPE else f"gn-det: error: standard output cannot be written ({os.strerror(number)})\n"
+    )
+    assert err.getvalue() == told
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [("configs >&-", 2), ("--help > /dev/full", 2), ("--help | true", 141), ("--help >&- 2>&-", 2)],
+)
+def test_shell(command: str, status: int) -> None:
+    """Through the real process, because Python flushes once more when it ends."""
+    words, _, reader = command.partition("|")
+    run = f"{sys.executable} -m gn_det {words}; echo $? >&3"
+    script = f"exec 3>&1; (sleep 0.2; {run}) |{reader}" if reader else f"exec 3>&1; {run}"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == f"{status}\n"
+    assert done.stderr.count("\n") == (1 if status == 2 and "2>&-" not in command else 0)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [""],
+        ["train", ""],
+        ["train", "--config", ""],
+        ["train", "--config", "quickstart", "--epochs", "1e999", "--dry-run"],
+        ["train", "--config", "quickstart", "--num-gpus", "-1", "--dry-run"],
+        ["train", "--config", "quickstart", "--num-gpus", "9" * 5000, "--dry-run"],
+        ["predict", "--weights", "w", "--output", "o", "--threshold", "nan", "a.png"],
+        ["predict", "--weights", "w", "--output", "o", ""],
+        ["predict", "--weights", "w", "--output", "", "a.png"],
+        ["predict", "--weights", "w", "--output", "o", "a\0b"],
+        ["predict", "--weights", "w", "--output", "o", "a" * 5000],
+        ["compare", "small", "--seeds", str(10**30)],
+        ["pretrain", "--arch", "resnet8", "--norm", "BN", "--data", "digits", "--num-gpus", "0", "--dry-run"],
+    ],
+)
+def test_odd_words_are_one_line(
+    words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main(words)
+    except SystemExit as end:
+        status = end.code
+    err = capsys.readouterr().err
+    assert status == 2 and err.count("\n") == 1 and "error: " in err and len(err) < 1000
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_memory_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(*_: object, **__: object) -> None:
+        np.empty(1 << 62, np.uint8)
+
+    monkeypatch.setattr("gn_det.check.command.check", check)
+    assert main(["check", "--train-json", "a", "--train-images", "b"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("gn-det: error: out of memory (Unable to allocate 4.00 EiB") and err.count("\n") == 1
+
+
+def test_log_holds_one_line_for_a_message_of_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values with line breaks forge no line; a table keeps its lines; nothing controls the terminal."""
+    monkeypatch.setattr(logging.getLogger("gn_det"), "handlers", [])
+    with run_log(tmp_path, times=False):
+        log = logging.getLogger("gn_det.test")
+        log.info("skipped: %s", EVIL)
+        log.info("a table\n| b\x1b |")
+        log.info("long: %s", "x" * 10**6)
+    lines = [f"skipped: {SAFE}", "a table", "| b\\x1b |"]
+    for text in (capsys.readouterr().out, (tmp_path / "log.txt").read_text(encoding="utf-8")):
+        assert text.splitlines()[:3] == lines and len(text) < 11_000 and text.endswith("(1000006 characters)\n")

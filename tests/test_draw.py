@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
+from collections.abc import Callable
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
+from pycocotools import mask as coco_mask
 
+from gn_det import draw
 from gn_det.curves import read_metrics
-from gn_det.draw import class_color, draw_curves, draw_detections, draw_grid
+from gn_det.data.records import Record
+from gn_det.draw import _eroded, class_color, draw_annotations, draw_curves, draw_detections, draw_grid
 from gn_det.errors import DataError
-from gn_det.structures import Detections
+from gn_det.structures import Detections, rasterize_polygons
 
 
 def one(box: list[float], size: tuple[int, int], label: int = 0, masks: bool = True) -> Detections:
@@ -90,3 +96,85 @@ def test_curves_without_metrics(tmp_path) -> None:
     (tmp_path / "metrics.json").write_text("\n")
     with pytest.raises(DataError, match="no metrics"):
         draw_curves(tmp_path / "metrics.json", tmp_path / "x.png")
+
+
+def polygon(x: float, y: float, w: float, h: float) -> dict[str, object]:
+    corners = np.array([x, y, x + w, y + h / 5, x + 0.8 * w, y + h, x, y + 0.7 * h])
+    return {"bbox": [x, y, w, h], "category_id": 0, "segmentation": [corners]}
+
+
+def record(height: int, width: int, annotations: list[dict[str, object]]) -> Record:
+    return Record(file_name="x.png", width=width, height=height, annotations=cast(Any, annotations))
+
+
+def test_annotations_are_drawn_as_detections_of_the_same_masks() -> None:
+    """Polygons, RLE and objects without a mask, on a picture that is scaled up and one that is not."""
+    rng = np.random.default_rng(0)
+    for height, width in ((60, 90), (700, 500)):
+        image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        bitmap = np.asfortranarray(rng.random((height, width)) < 0.7)
+        rle = {"bbox": [3, 4, 30, 20], "category_id": 1, "segmentation": coco_mask.encode(bitmap.astype(np.uint8))}
+        bare = {"bbox": [1, 1, 12, 9], "category_id": 2}
+        objects = [polygon(10, 8, 40, 30), rle, bare, polygon(30.5, 20.25, 25, 35)]
+        masks = [rasterize_polygons(o.get("segmentation", []), height, width) for o in (objects[0], bare, objects[3])]
+        stacked = torch.from_numpy(np.stack([masks[0], bitmap, *masks[1:]]))
+        boxes = torch.tensor([[x, y, x + w, y + h] for x, y, w, h in (o["bbox"] for o in objects)])
+        truth = Detections((height, width), boxes, torch.ones(4), torch.tensor([0, 1, 2, 0]), stacked)
+        expected = draw_detections(image, truth, ["a", "日本", "c"], show_scores=False)
+        assert np.array_equal(draw_annotations(image, record(height, width, objects), ["a", "日本", "c"]), expected)
+
+
+def test_outline_is_that_of_a_minimum_filter() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        mask = rng.random(rng.integers(1, 40, 2)) < 0.95
+        reach = int(rng.integers(1, 9))
+        filtered = Image.fromarray(mask.astype(np.uint8) * 255).filter(ImageFilter.MinFilter(2 * reach + 1))
+        assert np.array_equal(_eroded(mask, reach), np.asarray(filtered) > 0)
+
+
+def peak(work: Callable[[], np.ndarray]) -> int:
+    """Most bytes that are held at once while drawing, beyond those before."""
+    work()  # fonts and imports
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_is_that_of_one_mask() -> None:
+    """Forty masks would be 13 copies of the picture."""
+    height, width = 240, 400
+    image = np.zeros((height, width, 3), np.uint8)
+    found = record(height, width, [polygon(0, 0, width, height)] * 40)
+    assert peak(lambda: draw_annotations(image, found, ["a"], min_size=1)) < 5 * image.nbytes
+    masks = torch.ones(1, height, width, dtype=torch.bool).expand(40, -1, -1)
+    boxes = torch.tensor([[0.0, 0, width, height]]).expand(40, -1)
+    many = Detections((height, width), boxes, torch.ones(40), torch.zeros(40, dtype=torch.int64), masks)
+    assert peak(lambda: draw_detections(image, many, ["a"], min_size=1)) < 5 * image.nbytes
+
+
+def test_large_images_are_scaled_down_before_anything_is_drawn() -> None:
+    image = np.full((900, 1600, 3), 90, np.uint8)
+    found = record(900, 1600, [polygon(400, 200, 800, 500)])
+    drawn = draw_annotations(image, found, ["a"], min_size=100, max_size=400)
+    full = draw_annotations(image, found, ["a"], min_size=100)
+    assert drawn.shape == (225, 400, 3) and full.shape == image.shape
+    tinted, places = (drawn != 90).any(2), (full != 90).any(2)[::4, ::4]
+    assert (tinted & places).sum() > 0.9 * (tinted | places).sum()
+    bitmap = np.asfortranarray(rasterize_polygons(found["annotations"][0]["segmentation"], 900, 1600))
+    rle = {**polygon(400, 200, 800, 500), "segmentation": coco_mask.encode(bitmap.astype(np.uint8))}
+    same = draw_annotations(image, record(900, 1600, [rle]), ["a"], min_size=100, max_size=400)
+    assert ((same != drawn).any(2)).mean() < 0.01  # the edge alone
+    assert peak(lambda: draw_annotations(image, found, ["a"], max_size=400)) < image.nbytes
+
+
+def test_a_name_of_a_million_characters_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+    font_for = draw._font_for
+    monkeypatch.setattr(draw, "_font_for", lambda text, size: (measured.append(len(text)), font_for(text, size))[1])
+    image = np.zeros((64, 64, 3), np.uint8)
+    draw_detections(image, one([1, 1, 9, 9], (64, 64)), ["x" * 10**6])
+    assert measured and max(measured) < 300

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import json
+import os
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +14,11 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from gn_det import inputs
 from gn_det.errors import ConfigError, DataError, UserError, WeightsError
+from gn_det.evaluation.results import write_bytes_atomic
 from gn_det.inputs import collect_images, output_names
-from gn_det.predict import Predictor, _device, predict
+from gn_det.predict import Predictor, _device, predict, select
 from gn_det.structures import Detections
 
 NAMES = ("Kreis", "日本", "square")
@@ -36,9 +41,9 @@ def detect(path: Path) -> Detections:
 PREDICTOR = Predictor(detect, NAMES, (7, 8, 19))
 
 
-def run(inputs, output: Path, **kwargs):
+def run(images, output: Path, **kwargs):
     lines: list[str] = []
-    result = predict("unused.pth", inputs, output, predictor=PREDICTOR, report=lines.append, **kwargs)
+    result = predict("unused.pth", images, output, predictor=PREDICTOR, report=lines.append, **kwargs)
     return result, lines
 
 
@@ -178,3 +183,110 @@ def test_a_checkpoint_brings_its_config_and_classes(photos: Path, tmp_path: Path
         predict(file, photos / "x.jpg", tmp_path / "out", device="cpu", report=lines.append)
     with pytest.raises(ConfigError, match="device"):
         predict(file, photos / "x.jpg", tmp_path / "out", device="cuda:77", report=lines.append)
+
+
+def test_globs_look_at_a_folder_once_for_each_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two links that lead back would give glob 2^40 paths; the same files are found as on a plain tree."""
+    deep = tmp_path / "deep"
+    for level in range(12):
+        deep /= str(level)
+    deep.mkdir(parents=True)
+    for folder in (deep, tmp_path / "deep", tmp_path):
+        (folder / "x.png").write_bytes(b"")
+        (folder / ".hidden.png").write_bytes(b"")
+    patterns = ("**/*.png", "**/**/**/x.png", "**/deep/**/[0-9]/**/*.png", "*/x.png", "deep/?/1/**", "*.p?g", "**")
+    plain = {p: {Path(f) for f in glob.glob(f"{tmp_path}/{p}", recursive=True) if f.endswith("png")} for p in patterns}
+    (deep / "back").symlink_to(tmp_path)
+    (deep / "again").symlink_to(tmp_path / "deep")
+    looked: list[object] = []
+    scandir = os.scandir
+    monkeypatch.setattr("gn_det.inputs.os.scandir", lambda folder: (looked.append(folder), scandir(folder))[1])
+    for pattern in patterns:
+        looked.clear()
+        found = {p.resolve() for p in collect_images([tmp_path / pattern])[0]}
+        # A link may lead to one that matches by its way through the link alone.
+        assert plain[pattern] <= found <= {f / "x.png" for f in (deep, tmp_path / "deep", tmp_path)}, pattern
+        assert len(looked) <= 14 * (pattern.count("/") + 1)
+    with pytest.raises(DataError, match="at most 32 parts"):
+        collect_images(["*/" * 40 + "*.png"])
+
+
+def test_links_in_a_circle_and_odd_names_are_no_inputs(photos: Path) -> None:
+    (photos / "sub" / "back").symlink_to(photos)
+    (photos / "self").symlink_to(photos / "self")
+    assert len(collect_images([photos])[0]) == 4
+    for name in ("a\0b", "a" * 300, "a/" * 3000, "*" * 5000, "~nobody-here/x.png", str(photos / "self")):
+        with pytest.raises(DataError) as caught:
+            collect_images([name])
+        assert len(str(caught.value)) < 400 and "\0" not in str(caught.value)
+
+
+def test_names_of_drawings_are_plain_short_and_quickly_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = [
+        "..png",
+        "...png",
+        "\x1b[31m\n.png",
+        os.fsdecode(b"\xff.png"),
+        "a\u202eb.jpg",
+        "é.png",
+        "e\u0301.png",
+        "É.PNG",
+    ]
+    odd += ["界" * 84 + ".jpg", "界" * 84 + ".png", "x" * 255]
+    names = output_names([Path("in") / name for name in odd])
+    folded = {unicodedata.normalize("NFC", n).casefold() for n in names}
+    assert len(folded) == len(odd) and names[2] == "_[31m_.png" and names[3] == "_.png"
+    for name in names:
+        assert Path(name).name == name and len(name.encode()) <= 255 and name.endswith(".png") and name.isprintable()
+    made: list[str] = []
+    cut = inputs._cut
+    monkeypatch.setattr(inputs, "_cut", lambda stem, ending: (made.append(ending), cut(stem, ending))[1])
+    assert len(set(output_names([Path(f"{i}/x.png") for i in range(5000)]))) == 5000 and len(made) < 10_001
+
+
+def test_names_that_are_not_utf_8_come_back_from_the_json(tmp_path: Path) -> None:
+    folder, output = tmp_path / os.fsdecode(b"in\xff"), tmp_path / os.fsdecode(b"out\xff")
+    folder.mkdir()
+    for name in (os.fsdecode(b"caf\xe9.png"), "日本.png"):
+        Image.fromarray(np.full((40, 60, 3), 90, np.uint8)).save(os.fsencode(folder / name), "PNG")
+    run([folder], output)
+    read = json.loads((output / "predictions.json").read_text(encoding="utf-8"))
+    assert [Path(i["file_name"]).exists() for i in read["images"]] == [True, True]
+    assert sorted(i["drawing"] for i in read["images"]) == ["caf_.png", "日本.png"]
+    assert all((output / i["drawing"]).is_file() for i in read["images"]) and read["categories"][1]["name"] == "日本"
+
+
+def test_an_image_too_large_for_the_memory_costs_only_itself(photos: Path, tmp_path: Path) -> None:
+    def hungry(path: Path) -> Detections:
+        if path.name == "x.jpg":
+            raise RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
+            )
+        return detect(path)
+
+    with pytest.raises(DataError, match=r"1 of 4 images could not be read.*x\.jpg: too little memory"):
+        predict(
+            "w", [photos], tmp_path / "out", predictor=Predictor(hungry, NAMES, (7, 8, 19)), report=lambda line: None
+        )
+    assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())["images"]) == 3
+
+
+def test_masks_of_the_best_are_not_copied() -> None:
+    masks = torch.zeros(4, 8, 8, dtype=torch.bool)
+    det = Detections((8, 8), torch.zeros(4, 4), torch.tensor([0.9, 0.8, 0.8, 0.1]), torch.tensor([0, 1, 0, 1]), masks)
+    kept = select(det, 0.5, None).masks
+    assert kept is not None and len(kept) == 3 and kept.data_ptr() == masks.data_ptr()
+    masks[2] = True
+    some = select(det, 0.5, {0}).masks
+    assert some is not None and some.flatten(1).all(1).tolist() == [False, True]
+
+
+def test_output_is_a_folder_or_nothing(photos: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for output in (tmp_path / "pipe", Path("/dev/null"), "a\0b", "x" * 5000):
+        with pytest.raises(UserError):
+            run([photos], output)
+    for path in (str(tmp_path / "pipe"), "/dev/null", str(tmp_path)):
+        with pytest.raises(UserError, match="not a regular file"):
+            write_bytes_atomic(path, b"x")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pipe", photos.name]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from typing import Any
 
@@ -14,7 +13,7 @@ from gn_det.data.catalog import datasets_for
 from gn_det.data.survey import Training, survey
 from gn_det.errors import ConfigError, UserError
 from gn_det.evaluation.results import write_bytes_atomic
-from gn_det.text import printable
+from gn_det.terminal import say
 
 #: Lines of changes that are printed; the file beside the copy has all.
 _CHANGES = 10
@@ -58,7 +57,7 @@ def check(
     shown = sys.stderr.isatty()
     surveys = [survey(s, split, training, decode=decode, progress=shown) for s, split in sources]
     report = look_across(surveys, training, cfg, config)
-    _say(as_text(report))
+    print(as_text(report), flush=True)
     try:
         if fix_out:
             _fix(report, fix_out)
@@ -67,28 +66,20 @@ def check(
     return report.exit_code
 
 
-def _say(text: str) -> None:
-    """Print; where the reader has seen enough (head, less), go on in silence: files and exit code still count."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # not every terminal writes UTF-8
-    try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def _fix(report: Report, target: str) -> None:
     cleaner = Cleaner(report.surveys[0])
     cleaner.write(target)
     report.changes = cleaner.changes
     report.not_fixed = _not_fixed(report)
-    _say(f"\n{target}: cleaned copy of {report.surveys[0].source.json_file}, {len(cleaner.changes)} changes")
+    print()
+    say(f"{target}: cleaned copy of {report.surveys[0].source.json_file}, {len(cleaner.changes)} changes")
     for line in cleaner.changes[:_CHANGES]:
-        _say(f"  {printable(line, keep='')}")
+        say(f"  {line}")
     if len(cleaner.changes) > _CHANGES:
-        _say(f"  ... and {len(cleaner.changes) - _CHANGES} more")
-    _say(f"  all changes: {changes_file(target)}")
+        say(f"  ... and {len(cleaner.changes) - _CHANGES} more")
+    say(f"  all changes: {changes_file(target)}")
     for line in report.not_fixed:
-        _say(f"  not mended: {printable(line, keep='')}")
+        say(f"  not mended: {line}")
 
 
 def _not_fixed(report: Report) -> list[str]:
@@ -106,9 +97,9 @@ def _not_fixed(report: Report) -> list[str]:
 def _write_reports(report: Report, json_out: str | None, html_out: str | None) -> None:
     if json_out:
         write_bytes_atomic(json_out, json.dumps(as_json(report), indent=1, default=str).encode("ascii"))
-        _say(f"{json_out}: this report for machines")
+        say(f"{json_out}: this report for machines")
     if html_out:
         from gn_det.check.page import as_html
 
         write_bytes_atomic(html_out, as_html(report).encode("utf-8", "backslashreplace"))
-        _say(f"{html_out}: this report with pictures")
+        say(f"{html_out}: this report with pictures")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -12,14 +11,23 @@ from gn_det.data.coco import AnnotationReader
 from gn_det.data.problems import KINDS, Problems
 from gn_det.data.survey import Survey
 from gn_det.errors import DataError, UserError
-from gn_det.evaluation.results import write_bytes_atomic
+from gn_det.evaluation.results import json_bytes, write_bytes_atomic
+from gn_det.files import NotRegularFile, check_regular
+from gn_det.text import as_line
 
 _OUT_WITH_IMAGE = "left out: its image is left out"
 
 
 def refuse_overwriting(outputs: dict[str, str | None], inputs: list[str]) -> None:
-    """Raise UserError where an output (flag to path) is one of the files that are read."""
+    """Raise UserError where an output (flag to path) is one of the files that are read, or a folder, pipe or device."""
     for flag, path in outputs.items():
+        try:
+            if path:
+                check_regular(path)
+        except NotRegularFile as error:
+            raise UserError(f"{flag} {path}: {error.strerror}; give the name of a file") from None
+        except (OSError, ValueError):
+            pass  # it does not exist yet, or what is wrong with it is told when it is written
         for source in inputs if path else ():
             assert path is not None
             same = os.path.realpath(path) == os.path.realpath(source)
@@ -54,7 +62,7 @@ class Cleaner:
         if objects <= sum(kind == "no-mask" for kind in self.survey.findings.dropped_annotations.values()):
             raise DataError(f"--fix: no object of {self.survey.source.json_file} would be left; nothing was written")
         write_bytes_atomic(target, self._parts())
-        lines = (f"{line}\n".encode("utf-8", "backslashreplace") for line in self.changes or ["no change"])
+        lines = (f"{as_line(line)}\n".encode() for line in self.changes or ["no change"])
         write_bytes_atomic(changes_file(target), lines)
 
     def _parts(self) -> Iterator[bytes]:
@@ -62,13 +70,13 @@ class Cleaner:
         fixed = {"images": self._images, "annotations": self._annotations, "categories": self._categories}
         yield b"{"
         for number, (key, value) in enumerate(self.data.items()):
-            yield (b",\n" if number else b"\n") + _bytes(key) + b": "
+            yield (b",\n" if number else b"\n") + json_bytes(key) + b": "
             if key not in fixed:
-                yield _bytes(value)
+                yield json_bytes(value)
                 continue
             yield b"["
             for position, entry in enumerate(fixed[key]()):
-                yield (b",\n" if position else b"\n") + _bytes(entry)
+                yield (b",\n" if position else b"\n") + json_bytes(entry)
             yield b"\n]"
         yield b"\n}\n"
 
@@ -177,10 +185,3 @@ def _told(key: str, entry: dict[str, Any], value: Any) -> str:
     if key == "segmentation":
         return f"{len(entry[key]) - len(value)} of {len(entry[key])} polygon pieces left out"
     return f"{key} {value} (was {entry[key]!r})" if key in entry else f"{key} {value} added"
-
-
-def _bytes(value: Any) -> bytes:
-    try:
-        return json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:  # half a surrogate pair is json, but no UTF-8
-        return json.dumps(value).encode("ascii")

@@ -17,6 +17,8 @@ from gn_det.html import as_data_uri, document, escape, figure
 _LISTED, _DRAWN = 50, 3
 #: Findings of a kind that are tried until _DRAWN of them could be drawn.
 _TRIED = 12
+#: Classes in the chart.
+_CLASSES = 2000
 
 _STYLE = """
 body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;color:#22262b;background:#f4f5f7;margin:0}
@@ -113,7 +115,9 @@ def _histograms(report: Report) -> Iterator[str]:
             for s, color in zip(readable, _key_colors(readable))
         )
         yield f'<h2>classes</h2><section><p class="key">share of the objects of each set, and how many: {key}</p>'
-        yield class_chart(rows, [s.split for s in readable]) + "</section>"
+        yield class_chart(rows[:_CLASSES], [s.split for s in readable])
+        more = len(rows) - _CLASSES
+        yield f"<p>... and {more} classes more (--json lists all)</p></section>" if more > 0 else "</section>"
     if report.sizes is not None:
         sizes = report.sizes
         yield f"<h2>object sizes at training, against the anchors</h2><section><p>{escape(sizes.rule)}; ▲ anchors.</p>"

@@ -15,13 +15,15 @@ from gn_det.data.image import read_image
 from gn_det.data.problems import Problems
 from gn_det.data.records import Record
 from gn_det.data.survey import Survey
-from gn_det.draw import detections_of, draw_detections
+from gn_det.draw import draw_annotations, tint
 from gn_det.errors import DataError
 
 #: Sample images of each set.
 SAMPLES = 12
 #: Longer side of an embedded picture, pixels.
 _SIDE = 480
+#: Larger images are scaled down to this longer side before anything is drawn on them.
+_DRAWN = 4 * _SIDE
 _RED, _YELLOW, _GROUND = (230, 30, 45), (255, 210, 0), (196, 200, 206)
 #: Kinds of problems that can be seen in a picture begin with one of these.
 _VISIBLE = ("bbox-", "polygon-", "rle-", "segmentation-", "object-", "no-mask", "category-unknown")
@@ -64,9 +66,7 @@ def draw_sample(survey: Survey, index: int) -> np.ndarray | None:
         return None
     if pixels.shape[:2] != (image["height"], image["width"]):
         return None
-    drawn = draw_detections(
-        pixels, detections_of(record), survey.content.class_names, min_size=_SIDE, show_scores=False
-    )
+    drawn = draw_annotations(pixels, record, survey.content.class_names, min_size=_SIDE, max_size=_DRAWN)
     return _fitted(drawn)
 
 
@@ -130,8 +130,7 @@ def _paint_rle(pixels: np.ndarray, raw: dict[str, Any], image: dict[str, Any]) -
         return
     if checked is None:
         return
-    mask = coco_mask.decode(checked).astype(bool)
-    pixels[mask] = (0.45 * pixels[mask] + 0.55 * np.array(_YELLOW)).astype(np.uint8)
+    tint(pixels, coco_mask.decode(checked).astype(bool), _YELLOW, 0.55)
 
 
 def _drawable_box(bbox: Any, image: dict[str, Any]) -> tuple[float, float, float, float] | None:

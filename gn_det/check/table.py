@@ -8,13 +8,15 @@ from gn_det.check.report import Report, class_table
 from gn_det.check.sizes import SizeTable
 from gn_det.data.findings import Findings
 from gn_det.data.survey import VISIBLE, Survey
-from gn_det.text import printable
+from gn_det.text import as_line, one_line
 
 #: Places that are quoted for each kind, by severity; ``--json`` lists more.
 _QUOTED = {"error": 3, "warning": 3, "note": 1}
 #: Classes that are listed; ``--html`` and ``--json`` list all.
 _CLASSES = 20
 _BAR = 30
+#: Characters of a class name.
+_NAME = 60
 
 
 def as_text(report: Report) -> str:
@@ -29,7 +31,7 @@ def as_text(report: Report) -> str:
     if report.sizes is not None:
         lines += [*_size_lines(report.sizes), ""]
     lines.append(report.verdict())
-    return "\n".join(printable(line, keep="").rstrip() for line in lines)
+    return "\n".join(as_line(line).rstrip() for line in lines)
 
 
 def facts(survey: Survey) -> str:
@@ -70,7 +72,7 @@ def _finding_lines(findings: Findings) -> Iterator[str]:
 
 
 def _class_lines(report: Report) -> Iterator[str]:
-    rows = class_table(report.surveys)
+    rows = [(one_line(name, _NAME), objects, images) for name, objects, images in class_table(report.surveys)]
     most = max((max(objects) for _, objects, _ in rows), default=0)
     width = max((len(name) for name, _, _ in rows[:_CLASSES]), default=5)
     heads = "".join(f"{s.split:>10}" for s in report.surveys)

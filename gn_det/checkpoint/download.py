@@ -246,6 +246,6 @@ def _bar(url: str) -> Iterator[Any]:
     except ImportError:
         yield None
         return
-    name = urlparse(url).path.rsplit("/", 1)[-1]
+    name = one_line(urlparse(url).path.rsplit("/", 1)[-1], 40)
     with tqdm(unit="B", unit_scale=True, unit_divisor=1024, desc=name, disable=None, delay=1) as bar:
         yield bar

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from gn_det.text import one_line
+from gn_det.text import as_line, one_line
 
 Shape = tuple[int, ...]
 
@@ -109,7 +109,7 @@ class LoadReport:
 
 def format_report(report: LoadReport) -> str:
     """The report as a table of one line per part, with what is not simply loaded spelled out."""
-    head = f"Weights: {one_line(report.source, 400)} ({one_line(report.kind)})"
+    head = f"Weights: {as_line(report.source)} ({one_line(report.kind)})"
     rows: list[tuple[str, ...]] = [("part", "loaded", "missing", "unexpected", "shape", "note")]
     for part in PARTS:
         p = report.parts.get(part)
@@ -125,7 +125,7 @@ def format_report(report: LoadReport) -> str:
     ]
     if report.ignored:
         lines.append(f"  not used by a detector: {shorten(report.ignored)}")
-    lines += [f"  note: {note}" for note in report.notes]
+    lines += [f"  note: {as_line(note)}" for note in report.notes]
     return "\n".join([head, *lines])
 
 

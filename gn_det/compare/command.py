@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,11 @@ from gn_det.run import dist
 from gn_det.run.datasets import estimate_sizes
 from gn_det.run.output import InUse
 from gn_det.run.schedule import scale_schedule
-from gn_det.text import shown
+from gn_det.terminal import say
+from gn_det.text import one_line, shown
+
+#: Runs of one row.
+_MOST_SEEDS = 1000
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,8 @@ def compare(request: Request) -> int:
         Interrupted: asked to stop; the report holds what is done.
     """
     suite = find_suite(request)
-    if request.seeds is not None and request.seeds < 1:
-        raise ConfigError(f"--seeds {request.seeds} must be at least 1")
+    if request.seeds is not None and not 1 <= request.seeds <= _MOST_SEEDS:
+        raise ConfigError(f"--seeds {one_line(request.seeds)} must lie between 1 and {_MOST_SEEDS}")
     engine = engines.load(engines.choose(request.engine))
 
     def planned(rows: Sequence[str]) -> Plan:
@@ -87,9 +90,9 @@ def compare(request: Request) -> int:
     if request.dry_run:
         return show(plan, store, any_version=request.any_version)
     first_rank = not dist.under_torchrun() or os.environ["RANK"] == "0"
-    say = partial(print, flush=True) if first_rank else _silent
+    tell = say if first_rank else _silent
     trainer = Trainer(engine, request.num_gpus, measuring=first_rank)
-    runner = Runner(plan, store, trainer, any_version=request.any_version, say=say, recording=first_rank)
+    runner = Runner(plan, store, trainer, any_version=request.any_version, say=tell, recording=first_rank)
     summary = Summary()
     if not request.report_only:
         plan.check()
@@ -105,7 +108,7 @@ def compare(request: Request) -> int:
             results = collect(whole, store, any_version=request.any_version, any_settings=request.report_only)
             write_report(results, store, datetime.now().astimezone().strftime("%Y-%m-%d"))
     for name, reason in summary.failed.items():
-        say(f"failed: {name}: {reason}")
+        tell(f"failed: {name}: {reason}")
     # torchrun ends all ranks when one fails, and rank 0 may still be measuring: it alone tells
     return 1 if summary.failed and first_rank else 0
 
@@ -124,11 +127,11 @@ def show(plan: Plan, store: Store, *, any_version: bool) -> int:
             state = "done" if record.status == DONE else "goes on" if record.sessions else "to run"
         except NotThere:
             state = f"after {job.needs[0]}" if job.needs else ""
-        print(f"{job.name:40s} {state:10s} {_described(job, images)}".rstrip())
+        say(f"{job.name:40s} {state:10s} {_described(job, images)}".rstrip())
     for identity, why in plan.left_out.items():
-        print(f"{identity:40s} left out   {why}")
+        say(f"{identity:40s} left out   {why}")
     for problem in plan.problems:
-        print(f"{'not there yet' if problem.absent else 'wrong'}: {problem}")
+        say(f"{'not there yet' if problem.absent else 'wrong'}: {problem}")
     print("Dry run: nothing was trained or written.")
     return 2 if any(not p.absent for p in plan.problems) else 0
 

@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from gn_det.compare.findings import many_told
 from gn_det.compare.results import Results
 from gn_det.compare.tables import RUN_HEAD, Cell, View, full_view, run_rows, views
+from gn_det.text import one_line
 
 
 def as_markdown(results: Results, findings: Mapping[str, Sequence[str]], date: str) -> str:
     """The page; ends with a newline."""
     suite = results.plan.suite
-    parts = [f"# {_inline(suite.title)}", f"{date}; suite `{suite.name}`."]
+    name = one_line(suite.name).replace("`", "'")
+    parts = [f"# {_inline(suite.title)}", f"{date}; suite `{name}`."]
     parts += [_inline(suite.note)] if suite.note else []
     lines = [f"- {_inline(sentence)}" for sentences in findings.values() for sentence in [" ".join(sentences)]]
     if lines:
@@ -52,7 +54,7 @@ def _runs(results: Results) -> str:
 
 def _inline(text: str) -> str:
     """One line, with what Markdown would take for its own escaped."""
-    text = " ".join(text.split())
+    text = one_line(text, None)
     for sign in ("\\", "|", "*", "_", "<", ">", "[", "]", "`"):
         text = text.replace(sign, f"\\{sign}")
     return text

@@ -9,6 +9,7 @@ from gn_det.compare.results import Results, as_json
 from gn_det.compare.samples import draw_samples
 from gn_det.compare.store import Store, write_json
 from gn_det.evaluation.results import write_bytes_atomic
+from gn_det.terminal import say
 
 
 def write_report(results: Results, store: Store, date: str) -> None:
@@ -27,4 +28,4 @@ def write_report(results: Results, store: Store, date: str) -> None:
     write_bytes_atomic(str(store.root / "report.md"), as_markdown(results, sentences, date).encode())
     html = as_html(results, sentences, draw_samples(results, store), date)
     write_bytes_atomic(str(store.root / "report.html"), html.encode())
-    print(f"Report: {store.root / 'report.html'}, report.md, results.json", flush=True)
+    say(f"Report: {store.root / 'report.html'}, report.md, results.json")

@@ -15,11 +15,14 @@ from gn_det.compare.store import Record, Store
 from gn_det.compare.suite import DETECT
 from gn_det.errors import UserError
 from gn_det.evaluation.results import write_bytes_atomic
+from gn_det.terminal import say
 
 logger = logging.getLogger(__name__)
 
 #: Longer side of a picture in the page, pixels; lowest score drawn.
 _SIDE, _THRESHOLD = 420, 0.5
+#: Larger images are scaled down to this longer side before anything is drawn on them; and images of a report.
+_DRAWN, _MOST = 4 * _SIDE, 64
 
 
 def sample_rows(results: Results) -> list[RowResult]:
@@ -47,7 +50,7 @@ def draw_samples(results: Results, store: Store) -> list[tuple[str, list[bytes]]
             title = f"{result.row.title} (score ≥ {_THRESHOLD:g})"
             out.append((title, _predictions(result.done[0], result, results, store, count)))
     except (UserError, OSError) as error:  # the images or weights are gone: the numbers are still worth a report
-        print(f"No sample predictions in the report: {error}", flush=True)
+        say(f"No sample predictions in the report: {error}")
         return []
     return out
 
@@ -63,16 +66,14 @@ def _truth(record: Record, result: RowResult, results: Results, store: Store, co
     if kept:
         return kept
     from gn_det.data.image import read_image
-    from gn_det.draw import detections_of, draw_detections
+    from gn_det.draw import draw_annotations
 
     dataset, chosen = _images(result, results, count)
     pictures = []
     for index in chosen:
         found = dataset.records[index]
         pixels = read_image(found["file_name"], "RGB")
-        pictures.append(
-            draw_detections(pixels, detections_of(found), dataset.class_names, min_size=_SIDE, show_scores=False)
-        )
+        pictures.append(draw_annotations(pixels, found, dataset.class_names, min_size=_SIDE, max_size=_DRAWN))
     return _keep(folder, pictures)
 
 
@@ -91,7 +92,8 @@ def _predictions(record: Record, result: RowResult, results: Results, store: Sto
     for index in chosen:
         path = Path(dataset.records[index]["file_name"])
         shown = select(predictor.detect(path), _THRESHOLD, None)
-        pictures.append(draw_detections(read_image(str(path), "RGB"), shown, predictor.class_names, min_size=_SIDE))
+        pixels = read_image(str(path), "RGB")
+        pictures.append(draw_detections(pixels, shown, predictor.class_names, min_size=_SIDE, max_size=_DRAWN))
     return _keep(folder, pictures)
 
 
@@ -104,7 +106,7 @@ def _images(result: RowResult, results: Results, count: int):  # type: ignore[no
     assert job.cfg is not None
     dataset = load_coco(datasets_for(job.cfg, "test")[0], max_bad=job.cfg.DATALOADER.MAX_BAD)
     having = [i for i, n in enumerate(dataset.object_counts) if n] or list(range(len(dataset)))
-    places = np.linspace(0, len(having) - 1, min(count, len(having))).round().astype(int)
+    places = np.linspace(0, len(having) - 1, min(count, _MOST, len(having))).round().astype(int)
     return dataset, [having[i] for i in dict.fromkeys(places.tolist())]
 
 

@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from gn_det.evaluation.results import write_bytes_atomic
+from gn_det.evaluation.results import json_bytes, write_bytes_atomic
 
 RUNNING, DONE, FAILED, INTERRUPTED = "running", "done", "failed", "interrupted"
 RECORD = "run.json"
@@ -104,8 +104,7 @@ def _last_start(record: Record) -> str:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Readable json, atomically; numbers that are not finite become null."""
-    text = json.dumps(finite(content), indent=1, ensure_ascii=False, allow_nan=False)
-    write_bytes_atomic(str(path), (text + "\n").encode())
+    write_bytes_atomic(str(path), json_bytes(finite(content), indent=1, allow_nan=False) + b"\n")
 
 
 def finite(value: Any) -> Any:

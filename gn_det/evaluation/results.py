@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gn_det.errors import DataError, UserError
+from gn_det.files import NotRegularFile, check_regular
 from gn_det.structures import Detections
 
 #: Name of the results file, as Detectron2 writes it.
@@ -117,18 +119,33 @@ def write_results(results: Sequence[dict[str, Any]], output_dir: str | os.PathLi
 
 def write_json_atomic(path: str, data: Any) -> None:
     """Write ``data`` as json beside ``path`` and rename, so that readers see the old file or the whole new one."""
-    write_bytes_atomic(path, json.dumps(data, ensure_ascii=False).encode("utf-8"))
+    write_bytes_atomic(path, json_bytes(data))
+
+
+def json_bytes(data: Any, **options: Any) -> bytes:
+    """``data`` as UTF-8 json; ``options`` as of json.dumps.
+
+    Names of files that are not UTF-8 hold surrogates, which UTF-8 cannot write: then all of the json is ASCII, such
+    names with escapes (``\\udcff``), and reading it back gives the names that open the files.
+    """
+    try:
+        return json.dumps(data, ensure_ascii=False, **options).encode("utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(data, **options).encode("ascii")
 
 
 def write_bytes_atomic(path: str, data: bytes | Iterable[bytes]) -> None:
     """Write ``data``, whole or in pieces, beside ``path``, sync and rename.
 
     Raises:
-        UserError: the folder cannot be made or written; nothing is left behind.
+        UserError: the folder cannot be made or written, or ``path`` is a folder, pipe or device; nothing is left
+            behind.
     """
     folder = os.path.dirname(os.path.abspath(path))
     temporary = None
     try:
+        with suppress(FileNotFoundError):
+            check_regular(path)  # renaming would replace a device by a file
         os.makedirs(folder, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=".tmp-", dir=folder)
         with os.fdopen(handle, "wb") as file:
@@ -138,8 +155,10 @@ def write_bytes_atomic(path: str, data: bytes | Iterable[bytes]) -> None:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
         temporary = None
-    except OSError as error:
-        why = error.strerror or error
+    except NotRegularFile as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); give the name of a file") from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL character
+        why = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be written ({why}); free space or choose another folder") from None
     finally:
         if temporary is not None and os.path.exists(temporary):

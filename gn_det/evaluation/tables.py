@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 
+from gn_det.text import one_line
+
 #: The metrics of one task, in Detectron2's order.
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
@@ -42,7 +44,7 @@ def category_table(per_category: Mapping[str, float]) -> str:
     from tabulate import tabulate
 
     columns = min(6, 2 * len(per_category))
-    flat = list(itertools.chain.from_iterable(per_category.items()))
+    flat = list(itertools.chain.from_iterable((one_line(name), ap) for name, ap in per_category.items()))
     rows = itertools.zip_longest(*[flat[i::columns] for i in range(columns)])
     headers = ["category", "AP"] * (columns // 2)
     return tabulate(rows, headers=headers, tablefmt="pipe", floatfmt=".3f", numalign="left")

@@ -33,7 +33,8 @@ from gn_det.run.output import BEST, FINAL, alone_in, check_writable
 from gn_det.run.payload import Unfit, check_origin, check_pretraining, check_summary, refuse, restore_slots
 from gn_det.run.progress import Progress, peak_memory_mb
 from gn_det.run.state import seed_everything
-from gn_det.text import shown
+from gn_det.terminal import say
+from gn_det.text import as_line, shown
 
 LAST = "last.ckpt"
 METRICS = "metrics.jsonl"
@@ -70,7 +71,7 @@ def pretrain(settings: Settings, *, resume: bool = False, overwrite: bool = Fals
         _refuse_old(folder, overwrite)
     done = _finished(folder, settings) if resume else None
     if done is not None:
-        print(f"{folder}: finished already, top-1 error {done['top1_error']:.2f} %.")
+        say(f"{folder}: finished already, top-1 error {done['top1_error']:.2f} %.")
         return done
     result: dict[str, Any] = dist.launch(_rank, (settings, resume, overwrite), device=device, num_gpus=num_gpus)
     return result
@@ -89,7 +90,9 @@ def dry_run(settings: Settings, *, num_gpus: int = 1) -> None:
         model = build_classifier(settings, len(source.class_names), len(source.input.mean))
         processes = int(os.environ["WORLD_SIZE"]) if dist.under_torchrun() else num_gpus
         _describe(settings, source, model, _plan(settings, source, processes), processes)
-        logger.info("Device: %s\nOutput: %s\nDry run: nothing was trained or written.", device, settings.output)
+        logger.info(
+            "Device: %s\nOutput: %s\nDry run: nothing was trained or written.", device, as_line(settings.output)
+        )
 
 
 def _check_early(settings: Settings) -> None:

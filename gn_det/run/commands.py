@@ -33,6 +33,7 @@ from gn_det.run.output import alone_in, check_space, check_writable, refuse_old_
 from gn_det.run.prepare import prepare, with_classes
 from gn_det.run.schedule import format_schedule, lr_multiplier, scale_schedule
 from gn_det.run.state import ModelMeta
+from gn_det.text import as_line
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ def dry_run(engine: Engine, cfg: CfgNode, *, num_gpus: int = 1, num_machines: in
         sizes = estimate_sizes(cfg)
         logger.info(format_engine(engine))
         for line in sizes.lines:
-            logger.info(line)
+            logger.info("%s", line)
         world = int(os.environ["WORLD_SIZE"]) if dist.under_torchrun() else num_gpus * num_machines
         written = format_schedule(cfg, sizes.images)
         cfg, sentences = scale_schedule(cfg, world, sizes.images)
@@ -124,8 +125,8 @@ def dry_run(engine: Engine, cfg: CfgNode, *, num_gpus: int = 1, num_machines: in
         lr_multiplier(cfg)
         if short_for_scratch(cfg, sizes.images):
             logger.warning(short_for_scratch(cfg, sizes.images))
-        weights = cfg.MODEL.WEIGHTS or "none (from scratch)"
-        logger.info("Weights: %s\nOutput: %s\nDry run: nothing was trained or written.", weights, cfg.OUTPUT_DIR)
+        weights, output = as_line(cfg.MODEL.WEIGHTS) or "none (from scratch)", as_line(cfg.OUTPUT_DIR)
+        logger.info("Weights: %s\nOutput: %s\nDry run: nothing was trained or written.", weights, output)
 
 
 def _indent(text: str) -> str:

@@ -25,6 +25,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from gn_det.errors import ConfigError, TrainingError, UserError
+from gn_det.terminal import guard
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -319,6 +320,7 @@ def _end_with_parent() -> None:
 
 def _worker(index: int, function: Callable[..., Any], args: tuple[Any, ...], plan: tuple[Any, ...]) -> None:
     _end_with_parent()
+    guard()
     device, num_gpus, num_machines, machine_rank, dist_url, box = plan
     number = machine_rank * num_gpus + index
     os.environ.update(

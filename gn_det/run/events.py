@@ -135,6 +135,8 @@ class TensorBoardWriter:
         self._writer: Any = None
 
     def write(self, log: EventLog) -> None:
+        if any("\ud800" <= character <= "\udfff" for character in self._folder):
+            return  # TensorBoard cannot name a folder that is not UTF-8; metrics.json has the same numbers
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 

@@ -10,9 +10,12 @@ from contextlib import contextmanager, suppress
 
 from gn_det.errors import TrainingError
 from gn_det.files import open_append
-from gn_det.text import one_line, printable
+from gn_det.text import as_line, one_line, printable
 
 LOG_FILE = "log.txt"
+
+#: Characters of a message of one line; what is longer is cut.
+_LONGEST = 10_000
 
 #: ``extra=FILE_ONLY`` keeps a record off the screen.
 FILE_ONLY = {"file_only": True}
@@ -31,6 +34,11 @@ class _Console(logging.StreamHandler):
         else:
             tqdm.tqdm.write(self.format(record), file=sys.stdout)
 
+    def handleError(self, record: logging.LogRecord) -> None:
+        """What nobody can read any more (a closed pipe) does not stop a run; log.txt has it."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
 
 class _File(logging.StreamHandler):
     """A full disk costs lines of the log; that it is full is told by what needs it: metrics and checkpoints."""
@@ -46,10 +54,12 @@ class _File(logging.StreamHandler):
 
 
 class _Printable(logging.Formatter):
-    """Names from files (classes, keys, images) reach the terminal without control characters."""
+    """Escapes control characters; a message that is one line in the code stays one, whatever its values hold."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+        message = record.getMessage()
+        safe = printable(message) if "\n" in str(record.msg) else as_line(message, _LONGEST)
+        return printable(super().format(logging.makeLogRecord({**vars(record), "msg": safe, "args": None})))
 
 
 @contextmanager

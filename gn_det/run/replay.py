@@ -18,6 +18,7 @@ from gn_det.checkpoint.meta import config_of_checkpoint
 from gn_det.config.check import check_config
 from gn_det.errors import UserError, WeightsError
 from gn_det.run.nonfinite import Pass, find_origin, load_batch
+from gn_det.text import as_line, printable
 
 
 def replay(path: str | os.PathLike[str]) -> str:
@@ -58,9 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gn_det.run.replay", description="Repeat a step that went wrong.")
     parser.add_argument("file", help="nonfinite_*.pth of an OUTPUT_DIR")
     try:
-        print(replay(parser.parse_args(argv).file))
+        print(printable(replay(parser.parse_args(argv).file)))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {as_line(error)}", file=sys.stderr)
         return 2
     return 0
 

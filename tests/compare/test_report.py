@@ -84,6 +84,21 @@ def test_page_is_self_contained_and_escapes_names(tmp_path: Path) -> None:
     assert all(len(re.findall(r"(?<!\\)\|", line)) > 3 for line in lines)
 
 
+def test_names_leave_no_attribute_and_no_line_of_their_own(tmp_path: Path) -> None:
+    """Quotes, control characters, line breaks and half a surrogate pair, in everything that a suite names."""
+    evil = "\" ' onload=alert(1) ><img src=x onerror=alert(2)>\x1b[31m\x9b\u202e\n| forged | row |\udcff"
+    rows = [{**BN, "title": evil, "note": evil}, {**GN, "title": evil, "labels": {evil: evil}}]
+    found = results(tmp_path, rows, 2, title=evil, note=evil)
+    write_report(found, Store(tmp_path), "today")
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on")]
+    assert "img" not in {tag for tag, _ in page.tags}
+    markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
+    for text in ("".join(page.words), markdown):
+        assert not set(text) & set("\x1b\x9b\u202e") and "\n| forged" not in text and "\\udcff" in text
+    assert evil in json.loads((tmp_path / "results.json").read_text(encoding="utf-8")).values()
+
+
 def test_tables_hold_means_differences_and_published_numbers(tmp_path: Path) -> None:
     found = results(tmp_path, [BN, GN], 3, Fake(values={"bn": 30.0, "gn": 32.0}))
     shown, cost = views(found, found.plan.suite.tables[0])

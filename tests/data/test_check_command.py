@@ -12,6 +12,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tracemalloc
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from own_coco import Change, write
 from PIL import Image
 
 from gn_det.check.charts import size_chart
+from gn_det.check.samples import draw_sample
 from gn_det.check.sizes import size_table
 from gn_det.cli import main
 from gn_det.config import load_config
@@ -343,3 +346,72 @@ def test_help_tells_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
         main(["check", "--help"])
     out = " ".join(capsys.readouterr().out.split())
     assert "0 clean (notes do not count), 1 warnings only, 2 errors" in out
+
+
+def test_names_cannot_write_html_or_control_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evil = (
+        "\x1b[31m\x9b2J\u202e\nERROR: done\r<img src=x onerror=alert(1)>\"' onload=alert(2) ><script>alert(3)</script>"
+    )
+
+    def change(content: dict[str, Any]) -> None:
+        bad_box(content)
+        content["images"][1]["file_name"] = evil
+        content["categories"][0]["name"] = evil
+        content["categories"][1]["name"] = "L" * 10**5
+
+    page, report, cleaned = (tmp_path / name for name in ("r.html", "r.json", "c.json"))
+    outputs = ["--html", str(page), "--json", str(report), "--fix", str(cleaned)]
+    assert main(words(write(tmp_path, change), None, *outputs)) == 2
+    text, html = capsys.readouterr().out, page.read_text(encoding="utf-8")
+    for shown in (text, html, (tmp_path / "c.changes.txt").read_text()):
+        assert not set(shown) & set("\x1b\x9b\u202e\r") and "\nERROR: done" not in shown
+    assert "(100000 characters)" in text and len(text) < 20_000
+    assert "<script" not in html and "&lt;script&gt;alert(3)" in html
+
+    class Tags(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            assert not [name for name, _ in attrs if name.startswith("on")]
+            assert tag != "img" or str(dict(attrs)["src"]).startswith("data:")
+
+    Tags().feed(html)
+
+
+@pytest.mark.parametrize("flag", ["--json", "--html", "--fix"])
+def test_outputs_are_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str) -> None:
+    """A rename would replace a device by a file; refused before anything is read."""
+    os.mkfifo(tmp_path / "pipe")
+    source = write(tmp_path)
+    for target, what in ((tmp_path / "pipe", "a named pipe"), (tmp_path, "a folder"), ("/dev/null", "a device")):
+        assert main(words(source, None, flag, str(target))) == 2
+        out = capsys.readouterr()
+        assert f"it is {what}" in out.err and out.err.count("\n") == 1 and out.out == ""
+
+
+def test_page_takes_the_memory_of_one_mask(tmp_path: Path) -> None:
+    """Sixty objects on a picture: 20 times its pixels as masks of the whole set."""
+    size = (800, 600)
+    Image.fromarray(np.zeros((size[1], size[0], 3), np.uint8)).save(tmp_path / "large.png")
+    box = [0, 0, *size]
+    corners = [0, 0, size[0], 0, size[0], size[1], 0, size[1]]
+    objects = [
+        {"id": i, "image_id": 1, "category_id": 1, "bbox": box, "area": 1e6, "iscrowd": 0, "segmentation": [corners]}
+        for i in range(1, 61)
+    ]
+    content = {
+        "images": [{"id": 1, "file_name": "large.png", "width": size[0], "height": size[1]}],
+        "annotations": objects,
+        "categories": [{"id": 1, "name": "a"}],
+    }
+    (tmp_path / "large.json").write_text(json.dumps(content))
+    found = survey(
+        DatasetSource("large", str(tmp_path / "large.json"), str(tmp_path)),
+        "train",
+        Training.of(load_config("gn_fpn.yaml")),
+    )
+    draw_sample(found, 0)
+    tracemalloc.start()
+    try:
+        draw_sample(found, 0)
+        assert tracemalloc.get_traced_memory()[1] < 5 * 3 * size[0] * size[1]
+    finally:
+        tracemalloc.stop()
