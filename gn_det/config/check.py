@@ -10,6 +10,7 @@ from typing import Any
 from fvcore.common.config import CfgNode as CN
 
 from gn_det.errors import ConfigError
+from gn_det.inputs import bit_depth_range
 
 NORMS = ("", "GN", "LN", "IN", "BN", "SyncBN", "FrozenBN")
 
@@ -66,7 +67,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "MODEL.ROI_MASK_HEAD.NORM": NORMS,
     "MODEL.ROI_MASK_HEAD.POOLER_TYPE": ("ROIAlignV2",),
     "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": (False,),
-    "INPUT.FORMAT": ("BGR", "RGB"),
+    "INPUT.FORMAT": ("BGR", "RGB", "L"),
     "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
     "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
@@ -170,6 +171,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "INPUT.MAX_SIZE_TRAIN": _POSITIVE,
     "INPUT.MIN_SIZE_TEST": _NOT_NEGATIVE,
     "INPUT.MAX_SIZE_TEST": _POSITIVE,
+    "INPUT.MAX_PIXELS": _POSITIVE,
     "DATASETS.TRAIN": _NAMES,
     "DATASETS.TEST": _NAMES,
     "MODEL.CLASS_NAMES": _NAMES,
@@ -196,6 +198,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "TEST.EVAL_PERIOD": _NOT_NEGATIVE,
     "TEST.PATIENCE": _NOT_NEGATIVE,
     "TEST.DETECTIONS_PER_IMAGE": _POSITIVE,
+    "TEST.MAX_DETS": _POSITIVE,
     "TEST.EXPECTED_RESULTS": (
         "a list of [task, metric, value, tolerance]",
         lambda v: all(isinstance(row, (list, tuple)) and len(row) == 4 for row in v),
@@ -243,6 +246,7 @@ def check_config(cfg: CN, engine: str = "embedded") -> None:
         value = _get(cfg, key)
         if not holds(value):
             raise ConfigError(f"{key} = {value!r} must be {what}")
+    bit_depth_range(cfg.INPUT.BIT_DEPTH)
     _check_finite("", cfg)
     _check_model(cfg)
     _check_data(cfg)
@@ -312,9 +316,11 @@ def _check_model(cfg: CN) -> None:
             f"MODEL.ROI_HEADS.NAME {model.ROI_HEADS.NAME} does not go with MODEL.BACKBONE.NAME {model.BACKBONE.NAME}; "
             "FPN takes StandardROIHeads"
         )
+    channels = 1 if cfg.INPUT.FORMAT == "L" else 3
     for name in ("PIXEL_MEAN", "PIXEL_STD"):
-        if len(model[name]) != 3:
-            raise ConfigError(f"MODEL.{name} must hold 3 numbers, got {model[name]!r}")
+        if len(model[name]) != channels:
+            numbers = "3 numbers" if channels == 3 else "one number, such as [103.53], for INPUT.FORMAT L"
+            raise ConfigError(f"MODEL.{name} must hold {numbers}, got {model[name]!r}")
 
 
 def _check_data(cfg: CN) -> None:

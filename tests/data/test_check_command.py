@@ -106,7 +106,7 @@ def test_overlap_by_file_and_by_content(tmp_path: Path, capsys: pytest.CaptureFi
 def test_equal_pictures_within_a_set(tmp_path: Path) -> None:
     source = write(tmp_path)
     shutil.copy(tmp_path / "im 5é.png", tmp_path / "im 8é.png")
-    found = survey(source, "train", Training((800,), 1333, True, "BGR"), decode=True).findings
+    found = survey(source, "train", Training((800,), 1333, True), decode=True).findings
     assert found.counts["content-twice"] == 1 and "image 5" in str(found.found["content-twice"][0])
 
 
@@ -114,7 +114,7 @@ def test_categories_that_differ(tmp_path: Path, capsys: pytest.CaptureFixture[st
     train = in_folder(tmp_path / "a")
     named = other_pictures(in_folder(tmp_path / "b", lambda c: c["categories"][0].update(name="neun")))
     assert main(words(train, named)) == 2
-    assert "lacks 'nine'" in capsys.readouterr().out
+    assert "has 'neun', which the model does not know" in capsys.readouterr().out
 
     def swap(content: dict[str, Any]) -> None:
         first, second = content["categories"]

@@ -159,10 +159,10 @@ def test_json_without_annotations_writes_but_does_not_evaluate(tmp_path) -> None
 
 
 def test_unusable_json(tmp_path) -> None:
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(DataError, match="COCO json not found"):
         evaluate_coco(tmp_path / "missing.json", [])
     (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="not a json file"):
         evaluate_coco(tmp_path / "broken.json", [])
     with pytest.raises(DataError, match="categories"):
         evaluate_coco({"images": [{"id": 1}], "annotations": []}, [])
