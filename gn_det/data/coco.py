@@ -513,8 +513,9 @@ def wrong_size(path: str, size: tuple[int, int], expected: tuple[int, int]) -> s
     """What to say where a picture of (width, height) ``size`` should have the size ``expected``."""
     turned = size[::-1] == expected
     hint = "the sides are swapped (EXIF orientation is applied when reading); " if turned else ""
+    path = one_line(path, 300)
     return (
-        f"{one_line(path, 300)} is {size[0]}x{size[1]} pixels, the json says {expected[0]}x{expected[1]}: {hint}correct "
+        f"{path} is {size[0]}x{size[1]} pixels, the json says {expected[0]}x{expected[1]}: {hint}correct "
         f"width and height and the annotations"
     )
 

@@ -168,14 +168,16 @@ class ImageReader:
         try:
             with open_regular(path) as file, Image.open(file) as image:
                 if image.width * image.height > self.max_pixels:
-                    raise ImageError(_too_large(path, f"{image.width}x{image.height}", self.max_pixels), "image-large")
+                    raise ImageError(
+                        _too_large(path, f"size of {image.width}x{image.height} pixels", self.max_pixels), "image-large"
+                    )
                 if image.format == "EPS":
                     raise ValueError("EPS is a program that draws, not a picture: convert it to PNG")
                 yield file, image
         except ImageError:
             raise
         except Image.DecompressionBombError as error:
-            raise ImageError(_too_large(path, one_line(error), self.max_pixels), "image-large") from error
+            raise ImageError(_too_large(path, "size", self.max_pixels), "image-large") from error
         except Exception as error:
             # PIL plugins raise nearly anything on damaged files (OSError, SyntaxError, struct.error, ValueError ...).
             raise _image_error(path, error) from error
@@ -234,8 +236,8 @@ def _too_deep(path: str | os.PathLike[str], mode: str, values: np.ndarray | None
 
 def _too_large(path: str | os.PathLike[str], size: str, limit: int) -> str:
     return (
-        f"{_shown(path)}: image is too large ({size}; INPUT.MAX_PIXELS allows {limit} pixels): cut it into tiles or "
-        f"make it smaller, or raise INPUT.MAX_PIXELS if you trust the file"
+        f"{_shown(path)}: its {size} is more than the {limit} pixels that INPUT.MAX_PIXELS allows: cut it into tiles "
+        f"or make it smaller, or raise INPUT.MAX_PIXELS if you trust the file"
     )
 
 

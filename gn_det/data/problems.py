@@ -112,7 +112,11 @@ KINDS: dict[str, Kind] = {
     # what training repairs in memory
     "id-type": Kind("warning", "ids written as 77.0 or as text", "written as whole numbers"),
     "image-no-size": Kind("warning", "images without width and height", "taken from the image file"),
-    "image-name": Kind("warning", "file names written otherwise than the files", "the file's own name is written"),
+    "image-name": Kind(
+        "warning",
+        "file names that differ from the files in backslash, letter case, Unicode form or %20",
+        "the file's own name is written",
+    ),
     "bbox-missing": Kind("warning", "annotations without a box", "computed from the mask"),
     "annotation-no-id": Kind("warning", "annotations without integer id", "a new id is given"),
     "annotation-id-zero": Kind("warning", "annotation ids of 0 or below", "a new id is given"),

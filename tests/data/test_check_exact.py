@@ -143,6 +143,11 @@ def other_name(world: World) -> None:
     image["file_name"] = image["file_name"].upper()
 
 
+def id_as_float(world: World) -> None:
+    image = world.image()
+    image["id"] = float(image["id"])
+
+
 def constant(world: World) -> None:
     image = world.image()
     Image.new("RGB", (image["width"], image["height"]), (7, 7, 7)).save(world.images / image["file_name"], quality=100)
@@ -226,7 +231,7 @@ TOGETHER: dict[str, Callable[[World], Any]] = {
     "image-large": on_file(huge),
     "image-no-size": lambda w: w.image().pop("width"),
     "image-name": other_name,
-    "id-type": lambda w: w.image().update(id=float(w.image()["id"])),
+    "id-type": id_as_float,
     "bbox-missing": without("bbox"),
     "polygon-empty": on_object(segmentation=[[20, 20, 30, 20, 20, 20]], bbox=[20, 20, 10, 1]),
     "image-constant": constant,
