@@ -242,9 +242,9 @@ def _too_large(path: str | os.PathLike[str], size: str, limit: int) -> str:
 
 
 def _raise_pillows_limit(pixels: int) -> None:
-    """Let Pillow open pictures of that many pixels; it refuses above twice its limit. The reader checks its own."""
+    """Let Pillow open pictures of that many pixels; it refuses above twice its limit, and the reader above its own."""
     if Image.MAX_IMAGE_PIXELS is not None and pixels > 2 * Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = (pixels + 1) // 2
+        Image.MAX_IMAGE_PIXELS = pixels
 
 
 def _check_png(file: BinaryIO) -> None:

@@ -310,6 +310,9 @@ def _run(data: _TrainData | _TestData, batches: Iterable[Any], workers: int) -> 
     outer = _board
     if workers and getattr(multiprocessing.current_process(), "_inheriting", False):
         raise DataError(_unguarded())  # this very process is a worker that imports the script
+    free = shared_memory_free()
+    if workers and free is not None and free < _PAGE * (8 + 3 * workers):
+        raise DataError(f"there is no shared memory to start {workers} data loading processes: {_more_memory()}")
     _board = data.board = Board(workers, data.name_of) if workers else None
     loader = DataLoader(
         data,
@@ -365,6 +368,8 @@ def worker_failure(error: RuntimeError) -> DataError | None:
     return None
 
 
+#: Shared memory of one semaphore; torch makes 8, and 3 for each worker.
+_PAGE = 4096
 #: What torch says when a tensor cannot be put into shared memory.
 _SHARING = re.compile(r"unable to (?:write to file|open shared memory object|allocate shared memory|resize file|mmap)")
 
@@ -382,7 +387,8 @@ def _imports_script() -> bool:
 
 
 def _unguarded() -> str:
-    script = getattr(sys.modules["__main__"], "__file__", None) or "the script"
+    main = sys.modules.get("__mp_main__") or sys.modules["__main__"]
+    script = getattr(main, "__file__", None) or "the script"
     return (
         f"{script}: a data loading process imports this script and would start the run again: put what starts it under "
         "if __name__ == '__main__': (or set DATALOADER.NUM_WORKERS 0)"
