@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from gn_det.data.image import ImageReader
 from gn_det.draw import draw_detections
 from gn_det.errors import ConfigError, DataError, UserError, WeightsError
 from gn_det.evaluation.results import detections_to_coco, write_bytes_atomic, write_json_atomic
@@ -35,14 +36,18 @@ class Predictor:
     """A model with what is needed to name what it finds.
 
     Attributes:
-        detect: path of an image -> detections at its (upright) original size; raises DataError on a bad file.
+        detect: path of an image, or an (H, W, 3) uint8 array in RGB order (frames of OpenCV are BGR: give
+            ``frame[:, :, ::-1]``) -> detections at its (upright) original size; raises DataError on what cannot be
+            read.
+        read: path of an image -> its RGB pixels, for drawing.
         class_names: name of each class index.
         category_ids: json category id of each class index.
     """
 
-    detect: Callable[[Path], Detections]
+    detect: Callable[[Path | np.ndarray], Detections]
     class_names: Sequence[str]
     category_ids: Sequence[int]
+    read: Callable[[Path], np.ndarray] = ImageReader("RGB").read
 
 
 def predict(
@@ -103,7 +108,7 @@ def predict(
             everything = predictor.detect(path)
             best = max(best, everything.scores.max().item() if len(everything) else 0.0)
             det = select(everything, threshold, wanted)
-            drawing = draw_detections(_read_rgb(path), det, predictor.class_names)
+            drawing = draw_detections(predictor.read(path), det, predictor.class_names)
         except DataError as error:
             failed.append(str(error))
             report(f"[{number}/{len(paths)}] skipped: {error}")
@@ -170,10 +175,10 @@ def load_predictor(
     mapper, detector = TestMapper(cfg), engine.detector(model)
 
     @torch.inference_mode()
-    def detect(path: Path) -> Detections:
-        return detector([mapper(path)])[0]
+    def detect(image: Path | np.ndarray) -> Detections:
+        return detector([mapper(image)])[0]
 
-    return Predictor(detect, names, ids)
+    return Predictor(detect, names, ids, ImageReader.of(cfg, "RGB").read)
 
 
 def _engine_for(cfg: Any, source: str) -> Engine:
@@ -278,12 +283,6 @@ def select(det: Detections, threshold: float, wanted: set[int] | None) -> Detect
         first = torch.equal(index.cpu(), torch.arange(len(index)))
         masks = (masks[: len(index)] if first else masks[index]).cpu()
     return Detections(det.image_size, det.boxes[index].cpu(), det.scores[index].cpu(), det.classes[index].cpu(), masks)
-
-
-def _read_rgb(path: Path) -> np.ndarray:
-    from gn_det.data.image import read_image
-
-    return read_image(path, "RGB")
 
 
 def _write_png(path: Path, picture: np.ndarray) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from gn_det.checkpoint.io import read_checkpoint
 from gn_det.cli import main
 from gn_det.data.shapes import make_shapes
-from gn_det.predict import PREDICTIONS_FILE
+from gn_det.errors import DataError
+from gn_det.predict import PREDICTIONS_FILE, load_predictor
 
 TOY = [
     *("MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_BOX_HEAD.CONV_DIM", "32", "MODEL.ROI_BOX_HEAD.FC_DIM", "32"),
@@ -114,3 +118,44 @@ def test_dry_run_needs_neither_data_nor_weights(
     for word in ("53", "138", "270000", "weight decay 0", "FREEZE_AT"):
         assert word in out, word
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sixteen_bit_gray_in_one_channel(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """INPUT.FORMAT L and INPUT.BIT_DEPTH are part of the checkpoint: train, evaluate and predict read alike."""
+    folder, output = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(data, folder)
+    for path in folder.glob("*/images/*"):
+        gray = np.asarray(Image.open(path).convert("L")).astype(np.uint16) * 16
+        Image.fromarray(gray).save(path, "PNG")
+    gray_keys = ["INPUT.FORMAT", "L", "MODEL.PIXEL_MEAN", "[103.53]", "MODEL.PIXEL_STD", "[1.0]"]
+    words = ["train", *flags(folder, output), *TOY, *gray_keys, "SOLVER.MAX_ITER", "1"]
+    assert main(words) == 2
+    assert "(mode I;16) with values from" in capsys.readouterr().err and not (output / "model_final.pth").exists()
+    assert main([*words, "INPUT.BIT_DEPTH", "0,4080", "TEST.MAX_DETS", "300"]) == 0
+    weights = output / "model_final.pth"
+    assert read_checkpoint(weights)["model"]["backbone.bottom_up.stem.conv1.weight"].shape[1] == 1
+    assert main(["eval", *flags(folder, tmp_path / "eval")[2:], "--weights", str(weights), *TOY, *gray_keys,
+                 "INPUT.BIT_DEPTH", "0,4080"]) == 0  # fmt: skip
+    assert main(["predict", "--weights", str(weights), str(folder / "val"), "--output", str(tmp_path / "found"),
+                 "--device", "cpu"]) == 0  # fmt: skip
+    # the same picture in 8 bits, from a file and from memory
+    predictor = load_predictor(weights, device="cpu")
+    path = next((folder / "val" / "images").iterdir())
+    small = (np.asarray(Image.open(path)) // 16).astype(np.uint8)
+    Image.fromarray(small).save(tmp_path / "small.png")
+    found = [predictor.detect(p) for p in (path, tmp_path / "small.png", np.repeat(small[:, :, None], 3, axis=2))]
+    assert len(found[0]) and all(torch.equal(f.scores, found[0].scores) for f in found)
+    with pytest.raises(DataError, match=r"must be an \(H, W, 3\) uint8 array in RGB order"):
+        predictor.detect(small)
+
+
+def test_one_channel_needs_one_mean_and_its_own_weights(
+    data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", *flags(data, tmp_path / "run"), *TOY, "INPUT.FORMAT", "L"]
+    assert main(words) == 2
+    assert "MODEL.PIXEL_MEAN must hold one number" in capsys.readouterr().err
+    keys = ["MODEL.PIXEL_MEAN", "[103.53]", "MODEL.PIXEL_STD", "[1.0]", "--weights", str(trained / "model_final.pth")]
+    assert main([*words[:-2], *keys[-2:], "INPUT.FORMAT", "L", *keys[:-2]]) == 2
+    told = capsys.readouterr().err
+    assert "INPUT.FORMAT is L" in told and "need: INPUT.FORMAT BGR MODEL.PIXEL_MEAN [103.53,116.28,123.675]" in told

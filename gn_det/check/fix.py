@@ -8,12 +8,13 @@ from typing import Any
 
 from gn_det.data.checks import usable_pieces
 from gn_det.data.coco import AnnotationReader
+from gn_det.data.coco_file import category_id, resolve_id, whole
 from gn_det.data.problems import KINDS, Problems
 from gn_det.data.survey import Survey
 from gn_det.errors import DataError, UserError
 from gn_det.evaluation.results import json_bytes, write_bytes_atomic
 from gn_det.files import NotRegularFile, check_regular
-from gn_det.text import as_line
+from gn_det.text import as_line, shown
 
 _OUT_WITH_IMAGE = "left out: its image is left out"
 
@@ -48,6 +49,7 @@ class Cleaner:
         self.content, self.data = survey.content, survey.data
         self.reader = AnnotationReader(self.content.category_ids, Problems(survey.source.json_file))
         self.image_of = {image["id"]: image for image in survey.images}
+        self.corners = "bbox-corners" in survey.findings.counts
         self.merged = _merged_categories(self.content.category_ids, self.content.class_names)
 
     def write(self, target: str) -> None:
@@ -83,16 +85,22 @@ class Cleaner:
     def _images(self) -> Iterator[dict[str, Any]]:
         seen: set[Any] = set()
         for position, entry in enumerate(self.data["images"]):
-            if not isinstance(entry, dict) or not isinstance(entry.get("id"), (int, str)):
+            number = whole(entry.get("id")) if isinstance(entry, dict) else None
+            if not isinstance(number, (int, str)):
                 self.changes.append(f"entry {position} of 'images': left out: it has no id")
                 continue
-            number = entry["id"]
             place = f"image {number} ({entry.get('file_name')})"
             if number in seen:
                 self.changes.append(f"{place}: left out: the entry is listed twice")
             elif number in self.image_of:
                 seen.add(number)
-                yield entry
+                read = self.image_of[number]
+                what = {
+                    k: v for k, v in read.items() if entry.get(k) != v or (k == "id" and type(entry[k]) is not type(v))
+                }
+                if what:
+                    self.changes.append(f"{place}: {', '.join(_told(k, entry, v) for k, v in what.items())}")
+                yield {**entry, **what}
             else:
                 reason = self.survey.findings.dropped_images.get(number, "image-entry")
                 self.changes.append(f"{place}: left out: {KINDS[reason].title}")
@@ -100,14 +108,17 @@ class Cleaner:
     def _categories(self) -> Iterator[dict[str, Any]]:
         seen: set[int] = set()
         for entry in self.data["categories"]:
-            place = f"category {entry['id']} ({entry['name']})"
-            if entry["id"] in seen:
+            place, number = f"category {entry['id']} ({entry['name']})", category_id(entry["id"])
+            assert number is not None
+            if number in seen:
                 self.changes.append(f"{place}: left out: it is listed twice")
-            elif entry["id"] in self.merged:
-                self.changes.append(f"{place}: merged into category {self.merged[entry['id']]} of the same name")
+            elif number in self.merged:
+                self.changes.append(f"{place}: merged into category {self.merged[number]} of the same name")
             else:
-                seen.add(entry["id"])
-                yield entry
+                seen.add(number)
+                if type(entry["id"]) is not int:
+                    self.changes.append(f"{place}: {_told('id', entry, number)}")
+                yield {**entry, "id": number}
 
     def _annotations(self) -> Iterator[dict[str, Any]]:
         for position, entry in enumerate(self.data["annotations"]):
@@ -122,44 +133,60 @@ class Cleaner:
         findings = self.survey.findings
         if not isinstance(entry, dict):
             return "left out: it is no object"
-        image = entry.get("image_id")
-        known = isinstance(image, (int, str))
+        image = resolve_id(entry.get("image_id"), self.image_of)
         if position not in self.content.left_out:
-            kind = findings.dropped_annotations.get(self.content.new_ids.get(position, entry.get("id")))
+            number = self.content.new_ids.get(position, whole(entry.get("id")))
+            kind = findings.dropped_annotations.get(number)
+            if not kind and "polygon-empty" in findings.mended.get(number, ()):
+                kind = "polygon-empty"
             if kind:
                 return f"left out: {KINDS[kind].title}"
-            return "" if image in self.image_of else _OUT_WITH_IMAGE
-        if known and image in self.image_of:
+            return "" if image is not None else _OUT_WITH_IMAGE
+        if image is not None:
             return "left out: the annotation is listed twice"
-        listed = known and image in findings.dropped_images
+        listed = resolve_id(entry.get("image_id"), findings.dropped_images) is not None
         return _OUT_WITH_IMAGE if listed else f"left out: {KINDS['image-unknown'].title}"
 
     def _mended(self, position: int, entry: dict[str, Any]) -> dict[str, Any]:
-        number = self.content.new_ids.get(position)
-        kinds = self.survey.findings.mended.get(entry.get("id") if number is None else number, frozenset())
-        merged = entry["category_id"] in self.merged
-        if number is None and not kinds and not merged:
-            return entry
+        number = self.content.new_ids.get(position, whole(entry.get("id")))
+        kinds = self.survey.findings.mended.get(number, frozenset())
+        category = resolve_id(entry["category_id"], self.reader.index_of)
+        image = self.image_of[resolve_id(entry["image_id"], self.image_of)]
         what: dict[str, Any] = {}
-        if number is not None:
-            what["id"] = number
-        if merged:
-            what["category_id"] = self.merged[entry["category_id"]]
+        if position in self.content.new_ids or "id-type" in kinds:
+            what |= {"id": number}
+        if "id-type" in kinds:
+            what |= {"image_id": image["id"], "category_id": category}
+        if category in self.merged:
+            what["category_id"] = self.merged[category]
         if kinds:
-            found = self.reader.read({**entry, **({"id": number} if number is not None else {})}, self._image(entry))
+            found = self.reader.read({**entry, "id": number}, image)
             assert found is not None
             if "iscrowd-missing" in kinds:
                 what["iscrowd"] = 0
+            if "bbox-missing" in kinds:
+                what["bbox"] = found["bbox"]
             if "area-missing" in kinds:
                 what["area"] = found["area"]
             if "polygon-piece" in kinds:
                 what["segmentation"] = usable_pieces(entry["segmentation"])
+        if self.corners and "bbox-missing" not in kinds and not entry.get("iscrowd"):
+            what |= _from_corners(entry)
+        what = {k: v for k, v in what.items() if k not in entry or entry[k] != v or type(entry[k]) is not type(v)}
+        if not what:
+            return entry
         told = ", ".join(_told(key, entry, value) for key, value in what.items())
         self.changes.append(f"{_place(position, entry)}: {told}")
         return {**entry, **what}
 
-    def _image(self, entry: dict[str, Any]) -> dict[str, Any]:
-        return self.image_of[entry["image_id"]]
+
+def _from_corners(entry: dict[str, Any]) -> dict[str, Any]:
+    """Box and area of an annotation whose box is [x1, y1, x2, y2]; an area that the mask gave stays."""
+    x1, y1, x2, y2 = entry["bbox"]
+    what: dict[str, Any] = {"bbox": [x1, y1, x2 - x1, y2 - y1]}
+    if not entry.get("segmentation"):
+        what["area"] = (x2 - x1) * (y2 - y1)
+    return what
 
 
 def changes_file(target: str) -> str:
@@ -184,4 +211,4 @@ def _place(position: int, entry: Any) -> str:
 def _told(key: str, entry: dict[str, Any], value: Any) -> str:
     if key == "segmentation":
         return f"{len(entry[key]) - len(value)} of {len(entry[key])} polygon pieces left out"
-    return f"{key} {value} (was {entry[key]!r})" if key in entry else f"{key} {value} added"
+    return f"{key} {value} (was {shown(entry[key])})" if key in entry else f"{key} {value} added"

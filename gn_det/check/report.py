@@ -18,6 +18,7 @@ from gn_det.data.problems import KINDS, Where
 from gn_det.data.survey import Survey, Training
 from gn_det.data.trainable import check_masks, check_objects
 from gn_det.errors import DataError
+from gn_det.text import shown
 
 #: Exit codes of ``gn-det check``.
 CLEAN, WARNINGS, ERRORS = 0, 1, 2
@@ -118,8 +119,12 @@ def _compare_with_training(report: Report, train: list[Survey], val: list[Survey
     names, ids = datasets[0].class_names, datasets[0].category_ids
     for other in (s.dataset for s in val if s.dataset is not None):
         try:
-            if test_category_ids(other, names) != ids:
+            own = dict(zip(names, test_category_ids(other, names)))
+            both = dict(zip(names, ids)).items()
+            if any(own[name] != number for name, number in both if name in other.class_names):
                 add("class-ids-differ", f"{other.json_file}: gn_det goes by the names; other tools go by the ids")
+            for name in (n for n in names if n not in other.class_names):
+                add("classes-lacking", f"{other.json_file} has no category {shown(name)}")
         except DataError as error:
             add("classes-differ", str(error))
 

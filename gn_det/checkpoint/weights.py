@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from gn_det.checkpoint.source import Weights, show
 from gn_det.checkpoint.sources import lookup, open_weights
 from gn_det.errors import WeightsError
 from gn_det.files import StrPath
+from gn_det.text import one_line
 
 __all__ = ["LoadReport", "format_report", "load_weights", "plan_weights"]
 
@@ -100,8 +101,9 @@ def plan_weights(
     check_preprocessing(source, weights, cfg)
 
     placed = _place(weights, in_model, skip_norms=bool(notes))
+    by_name = () if require_all else _rows_by_name(weights, cfg, placed, parameters)
     report = _sort(source, weights, found, placed, in_file, in_model)
-    report.notes = (*notes, *folded, *weights.notes, *_class_notes(weights, cfg, report))
+    report.notes = (*notes, *folded, *weights.notes, *(by_name or _class_notes(weights, cfg, report)))
     if not allow_partial:
         _refuse_partial(report, whole=bool(found.style))
     if require_all:
@@ -185,6 +187,55 @@ def _sort(
     kind = weights.kind if not found.depth else ", ".join(filter(None, (weights.kind, found.resnet, weights.norm)))
     ordered = {name: parts[name] for name in PARTS if name in parts}
     return LoadReport(source, kind, ordered, tuple(ignored), (), weights.meta)
+
+
+def _rows_by_name(weights: Weights, cfg: Any, placed: Placed, ours: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
+    """Rearrange the predictors' rows in ``placed`` for the config's classes, by name; says what was kept.
+
+    Rows of classes that the file does not have stay as the model has them. Nothing is done where the classes are the
+    same, or no name is.
+    """
+    names, theirs = tuple(lookup(cfg, "MODEL.CLASS_NAMES") or ()), weights.class_names
+    kept = [name for name in names if name in theirs]
+    if not kept or names == theirs:
+        return ()
+    changed = [
+        name
+        for name, value in placed.items()
+        if _PREDICTORS.match(name)
+        and name in ours
+        and _classes_in(name, value, len(theirs))
+        and _classes_in(name, ours[name], len(names))
+        and value.shape[1:] == ours[name].shape[1:]
+    ]
+    for name in changed:
+        old, rows = placed[name], ours[name].detach().clone()
+        per_class = 4 if "bbox_pred" in name else 1
+        for index, known in enumerate(names):
+            if known in theirs and not rows.is_meta:
+                start = theirs.index(known) * per_class
+                rows[index * per_class : (index + 1) * per_class] = old[start : start + per_class]
+        if "cls_score" in name and not rows.is_meta:
+            rows[-1] = old[-1]  # background
+        placed[name] = rows
+    if not changed:
+        return ()
+    new, gone = [n for n in names if n not in theirs], [n for n in theirs if n not in names]
+    told = [f"kept by name: {_some_names(kept)}"]
+    told += [f"new and initialised: {_some_names(new)}"] if new else []
+    told += [f"only in the file: {_some_names(gone)}"] if gone else []
+    return (f"rows of the predictors {'; '.join(told)}",)
+
+
+def _classes_in(name: str, value: torch.Tensor, classes: int) -> bool:
+    """Whether a predictor's tensor has rows for that many classes; class-agnostic ones have none of their own."""
+    rows = classes + 1 if "cls_score" in name else 4 * classes if "bbox_pred" in name else classes
+    return value.dim() > 0 and value.shape[0] == rows
+
+
+def _some_names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(one_line(name, 40) for name in names[:5]) + more
 
 
 def _class_notes(weights: Weights, cfg: Any, report: LoadReport) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from fvcore.common.config import CfgNode as CN
 
 from gn_det.errors import ConfigError
+from gn_det.inputs import bit_depth_range
 from gn_det.text import shown
 
 NORMS = ("", "GN", "LN", "IN", "BN", "SyncBN", "FrozenBN")
@@ -68,7 +69,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "MODEL.ROI_MASK_HEAD.NORM": NORMS,
     "MODEL.ROI_MASK_HEAD.POOLER_TYPE": ("ROIAlignV2",),
     "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": (False,),
-    "INPUT.FORMAT": ("BGR", "RGB"),
+    "INPUT.FORMAT": ("BGR", "RGB", "L"),
     "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
     "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
@@ -246,6 +247,7 @@ RANGES: dict[str, Range] = {
     "INPUT.MIN_SIZE_TEST": Range(0, 32_768),
     "INPUT.MAX_SIZE_TEST": _PIXELS,
     "INPUT.CROP.SIZE": Range(0, 32_768, above=True),
+    "INPUT.MAX_PIXELS": Range(1, 10**10),
     "DATALOADER.NUM_WORKERS": Range(0, 1024),
     "DATALOADER.REPEAT_THRESHOLD": _FRACTION,
     "DATALOADER.MAX_BAD": Range(0, 10**9),
@@ -276,6 +278,7 @@ RANGES: dict[str, Range] = {
     "TEST.EVAL_PERIOD": _PERIOD,
     "TEST.PATIENCE": Range(0, 1_000_000),
     "TEST.DETECTIONS_PER_IMAGE": Range(1, 100_000),
+    "TEST.MAX_DETS": Range(1, 100_000),
 }
 
 #: Sections whose keys change nothing here: both engines refuse them, or their only value is checked by name.
@@ -323,7 +326,6 @@ _NAMES = ("a list of names", lambda v: len(v) <= _MAX_NAMES and all(_is_text(nam
 _FEATURES = ("names of feature maps, each once", lambda v: len(v) > 0 and _NAMES[1](v) and len(set(v)) == len(v))
 _SETS = ("a list of names", lambda v: len(v) <= 1000 and all(_is_path(name) and name for name in v))
 _FOUR = ("4 numbers > 0", lambda v: len(v) == 4)
-_THREE = ("3 numbers", lambda v: len(v) == 3)
 _PLACE = (f"a path of at most {_MAX_PATH} characters, each part of at most {_MAX_PART}", _is_path)
 
 #: Keys whose values must hold together in other ways.
@@ -334,8 +336,6 @@ _SHAPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "MODEL.WEIGHTS": _PLACE,
     "MODEL.CLASS_NAMES": _NAMES,
-    "MODEL.PIXEL_MEAN": _THREE,
-    "MODEL.PIXEL_STD": _THREE,
     "MODEL.FPN.IN_FEATURES": _NAMES,
     "MODEL.RESNETS.OUT_FEATURES": _FEATURES,
     "MODEL.RPN.IN_FEATURES": _FEATURES,
@@ -404,6 +404,7 @@ def check_config(cfg: CN, engine: str = "embedded") -> None:
         if not (on_detectron2 and theirs):
             _check_unchanged(section, _get(cfg, section), _get(_defaults(), section), on_detectron2, theirs)
     check_ranges(cfg)
+    bit_depth_range(cfg.INPUT.BIT_DEPTH)
     _check_model(cfg)
     _check_data(cfg)
 
@@ -553,6 +554,11 @@ def _check_model(cfg: CN) -> None:
                 f"MODEL.{key}.IOU_LABELS {shown(labels)} must have one more entry than MODEL.{key}.IOU_THRESHOLDS "
                 f"{shown(thresholds)}"
             )
+    channels = 1 if cfg.INPUT.FORMAT == "L" else 3
+    for name in ("PIXEL_MEAN", "PIXEL_STD"):
+        if len(model[name]) != channels:
+            numbers = "3 numbers" if channels == 3 else "one number, such as [103.53], for INPUT.FORMAT L"
+            raise ConfigError(f"MODEL.{name} must hold {numbers}, got {shown(model[name])}")
 
 
 def _check_data(cfg: CN) -> None:

@@ -66,6 +66,12 @@ def add_gn_keys(cfg: CN) -> None:
     cfg.DATASETS.TRAIN_IMAGES = ""
     cfg.DATASETS.VAL_JSON = ""
     cfg.DATASETS.VAL_IMAGES = ""
+    # How gray pictures of 16 or 32 bits or floats become 8 bits; pictures of 8 bits are never changed. "": refuse them;
+    # "LOW,HIGH" (such as "0,4095"): LOW becomes black, HIGH white; "full": 0 to 65535; "percentiles": of each picture,
+    # its 0.5th becomes black and its 99.5th white.
+    cfg.INPUT.BIT_DEPTH = ""
+    # Larger pictures are refused: a small file can unpack to any size. Pillow's own limit.
+    cfg.INPUT.MAX_PIXELS = 178_956_970
     # Broken images and annotations that are listed and dropped; one more and the run refuses to start.
     cfg.DATALOADER.MAX_BAD = 10
     # Micro-batches summed into one optimizer step; IMS_PER_BATCH counts them all.
@@ -88,6 +94,9 @@ def add_gn_keys(cfg: CN) -> None:
     cfg.SOLVER.MAX_HOURS = 0.0
     # How many periodic checkpoints stay on disk (best and final are kept besides).
     cfg.SOLVER.CHECKPOINT_KEEP = 3
+    # Detections of a class that count in an image (COCOeval's maxDets); raise it together with DETECTIONS_PER_IMAGE
+    # where images have more objects than that.
+    cfg.TEST.MAX_DETS = 100
     # Stop after this many evaluations without a better TEST.BEST_METRIC; 0: never.
     cfg.TEST.PATIENCE = 0
     # What model_best.pth is chosen by; without a mask head "segm/AP" means "bbox/AP".
@@ -305,7 +314,8 @@ def _add_data(cfg: CN) -> None:
     # "relative_range", "relative", "absolute" or "absolute_range", with SIZE as [h, w].
     cfg.INPUT.CROP.TYPE = "relative_range"
     cfg.INPUT.CROP.SIZE = [0.9, 0.9]
-    # Channel order of the network input, "BGR" or "RGB"; belongs to the weights.
+    # Channel order of the network input, "BGR" or "RGB", or "L": one gray channel, with one number each in
+    # MODEL.PIXEL_MEAN and PIXEL_STD. Belongs to the weights.
     cfg.INPUT.FORMAT = "BGR"
     # "polygon" (RLE masks are kept as bitmaps) or "bitmask" (everything as bitmaps).
     cfg.INPUT.MASK_FORMAT = "polygon"

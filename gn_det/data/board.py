@@ -33,6 +33,10 @@ class Board:
             self._pids[info.id] = os.getpid()
             self._reading[info.id] = index
 
+    def knows(self, pid: int) -> bool:
+        """Whether that process got as far as to start its work."""
+        return pid in list(self._pids)
+
     def describe(self, pid: int | None = None) -> str:
         """``worker 1 at a.jpg, ...``: the worker with that process id, or all that are reading; "" if none is."""
         found = [

@@ -7,14 +7,14 @@ return the cleaned value, or raise :class:`Defect` with what is wrong and what t
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from gn_det.data.records import Segmentation
+from gn_det.text import one_line
 
 #: The COCO mask API upsamples polygon edges; beyond this many pixels outside the image a vertex is surely an error.
 _FAR_OUTSIDE = 2.0
@@ -34,15 +34,6 @@ def is_number(value: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # whole numbers beyond the range of float
         return False
-
-
-def as_other_type(value: Any, known: Container[Any]) -> str:
-    """What to do about an id that is known as another type (``"1"`` or ``1.0`` for ``1``); empty where it is not."""
-    others: list[Any] = [str(value)]
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        others.append(int(value))
-    same = next((other for other in others if type(other) is not type(value) and other in known), None)
-    return "" if same is None else f"there is {same!r}, write all ids as the same type"
 
 
 def check_box(bbox: Any, height: int, width: int) -> list[float]:
@@ -154,6 +145,40 @@ def _check_vertices(points: np.ndarray, height: int, width: int) -> np.ndarray:
     return points
 
 
+def mask_box(segmentation: Segmentation) -> tuple[float, float, float, float]:
+    """XYXY box of a checked segmentation."""
+    if isinstance(segmentation, dict):
+        from pycocotools import mask as coco_mask
+
+        x, y, w, h = coco_mask.toBbox(segmentation).tolist()
+        return x, y, x + w, y + h
+    points = segmentation[0] if len(segmentation) == 1 else np.concatenate(segmentation)
+    xs, ys = points[0::2], points[1::2]
+    return float(xs.min()), float(ys.min()), float(xs.max()), float(ys.max())
+
+
+def mask_area(segmentation: Segmentation, height: int, width: int) -> float:
+    """Pixels of a checked segmentation."""
+    from pycocotools import mask as coco_mask
+
+    if isinstance(segmentation, dict):
+        return float(coco_mask.area(segmentation))
+    rles = coco_mask.frPyObjects([p.tolist() for p in segmentation], height, width)
+    return float(coco_mask.area(coco_mask.merge(rles)))
+
+
+def covers_no_pixel(segmentation: Segmentation, height: int, width: int) -> bool:
+    """Whether polygons are so thin or so far out that their mask is empty (an RLE is checked when it is read)."""
+    if isinstance(segmentation, dict):
+        return False
+    for piece in segmentation:
+        xs, ys = piece[0::2], piece[1::2]
+        twice = xs[:-1] @ ys[1:] - xs[1:] @ ys[:-1] + xs[-1] * ys[0] - xs[0] * ys[-1]
+        if abs(twice) > 2 * (width + height):  # thicker than a pixel, however long it is
+            return False
+    return mask_area(segmentation, height, width) == 0
+
+
 def _check_rle(rle: dict[str, Any], height: int, width: int) -> dict[str, Any]:
     size, counts = rle.get("size"), rle.get("counts")
     if size is None or counts is None:
@@ -250,5 +275,4 @@ def encode_counts(runs: Sequence[int] | np.ndarray) -> bytes:
 
 
 def _short(value: Any) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= 60 else text[:57] + "..."
+    return one_line(value, 60)

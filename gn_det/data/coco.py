@@ -3,29 +3,35 @@
 Structure that makes the file as a whole ambiguous (no categories, repeated image ids ...) is refused at once. Single
 bad annotations and images are listed and dropped, up to ``DATALOADER.MAX_BAD`` of them; more than that is a sign of a
 systematic mistake and refused, too. What can be repaired without guessing (no ``area``, no ``iscrowd``, ids that are
-missing, 0 or repeated) is repaired in memory and noted in the summary.
+missing, 0, repeated or written as 77.0, sizes that the image files have, boxes that the masks have, file names that
+differ from the only matching file in how they are written) is repaired in memory and noted in the summary.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
+import posixpath
+import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import numpy as np
 
 from gn_det.data.catalog import DatasetSource, prepare
-from gn_det.data.checks import Defect, as_other_type, check_box, check_segmentation, is_number
-from gn_det.data.coco_file import CocoFile, read_coco_file
-from gn_det.data.image import ImageError, image_size
+from gn_det.data.checks import Defect, check_box, check_segmentation, covers_no_pixel, is_number, mask_area, mask_box
+from gn_det.data.coco_file import CocoFile, read_coco_file, resolve_id
+from gn_det.data.image import ImageError, ImageReader, values_in_words
 from gn_det.data.problems import Problems, Where, in_words
 from gn_det.data.records import Annotation, Record, RecordList
 from gn_det.errors import DataError
+from gn_det.text import one_line, printable, shown
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +43,12 @@ _QUOTED = 3
 _HEADER_THREADS = 8
 #: From so many images on, the log says that they are being looked at: it takes a while.
 _MANY_IMAGES = 20_000
+#: Shares of boxes that leave their image as XYWH, and that fit as corners, where a set is surely written in corners.
+_LEAVING, _CORNERS = 0.2, 0.99
+#: Deep pictures whose range of values is told; each has to be decoded for it.
+_RANGES_TOLD = 3
+#: Files of an image folder that are looked through for the one that a json means.
+_MOST_FILES = 1_000_000
 #: Objects without a mask that are listed one by one; box-only sets have no others.
 _LISTED = 1000
 
@@ -58,6 +70,7 @@ class CocoDataset:
         maskless: one line for each of these (the first 1000).
         bad: one line for every image and annotation that was dropped.
         notes: one line for every kind of repair.
+        has_annotations: False for a test json, which has no ``annotations`` key.
     """
 
     name: str
@@ -74,6 +87,7 @@ class CocoDataset:
     maskless: list[str] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    has_annotations: bool = True
 
     def __len__(self) -> int:
         return len(self.records)
@@ -97,7 +111,7 @@ class CocoDataset:
         lines += [f"{self.name}: dropped {entry}" for entry in self.bad]
         if self.bad:
             lines.append(f"{self.name}: {CHECK_HINT}")
-        return "\n".join(lines)
+        return "\n".join(printable(line, keep="") for line in lines)
 
     def ground_truth(self) -> dict[str, Any]:
         """The dataset as a COCO dict for evaluation: json category ids, ids renumbered from 1, area and iscrowd set.
@@ -126,11 +140,17 @@ class CocoDataset:
                     entry["segmentation"] = [p.tolist() for p in segmentation]
                 annotations.append(entry)
         categories = [{"id": i, "name": n} for i, n in zip(self.category_ids, self.class_names)]
-        return {"images": images, "annotations": annotations, "categories": categories}
+        truth = {"images": images, "annotations": annotations, "categories": categories}
+        return truth if self.has_annotations else {k: v for k, v in truth.items() if k != "annotations"}
 
 
 def load_coco(
-    source: DatasetSource, *, max_bad: int, need_images: bool = True, need_annotations: bool = True
+    source: DatasetSource,
+    *,
+    max_bad: int,
+    need_images: bool = True,
+    need_annotations: bool = True,
+    reader: ImageReader | None = None,
 ) -> CocoDataset:
     """Read and check one dataset; the generated ``shapes`` sets are made first where they are absent.
 
@@ -139,6 +159,7 @@ def load_coco(
         max_bad: how many bad images and annotations together may be dropped (DATALOADER.MAX_BAD).
         need_images: check that every image exists and has the size that the json says (headers only).
         need_annotations: refuse a json without ``annotations`` (a test set without ground truth has none).
+        reader: reads the images; default: that of a config without INPUT.BIT_DEPTH.
 
     Raises:
         DataError: one line that names the file, the id or key, and says what to do.
@@ -147,10 +168,15 @@ def load_coco(
     problems = Problems(source.json_file)
     content = read_coco_file(source, problems, need_annotations=need_annotations)
     if need_images:
-        unusable = look_at_images(content.images, source, problems)
+        unusable = look_at_images(content.images, source, problems, reader=reader)
         content.images = [image for image in content.images if image["id"] not in unusable]
+    for image in (i for i in content.images if not i["width"]):
+        text = "'width' and 'height' must be positive pixel counts: add them"
+        problems.drop("image-entry", text, Where(image["id"], image["file_name"]))
+    content.images = [image for image in content.images if image["width"]]
     builder = _Builder(content, source, problems)
     records = RecordList(builder.records())
+    builder.reader.refuse_corners()
     bad = problems.bad
     refuse_if_too_many(bad, max_bad, source.json_file)
     return CocoDataset(
@@ -168,6 +194,7 @@ def load_coco(
         maskless=builder.maskless,
         bad=bad,
         notes=problems.notes(),
+        has_annotations=content.has_annotations,
     )
 
 
@@ -208,7 +235,7 @@ def check_same_classes(datasets: Sequence[CocoDataset]) -> None:
             if a != b:
                 raise DataError(
                     f"{first.json_file} and {other.json_file} have different categories: class {i} (by id) is "
-                    f"{a!r} in the first and {b!r} in the second; give both the same categories"
+                    f"{shown(a)} in the first and {shown(b)} in the second; give both the same categories"
                 )
 
 
@@ -219,6 +246,17 @@ class AnnotationReader:
         self.category_ids = category_ids
         self.index_of = {category: i for i, category in enumerate(category_ids)}
         self.problems = problems
+        self._boxes = self._leaving = self._corners = 0
+
+    def refuse_corners(self) -> None:
+        """Report boxes that are [x1, y1, x2, y2]: many leave their images as XYWH, and all fit as corners."""
+        if self._leaving >= max(2, _LEAVING * self._boxes) and self._corners >= _CORNERS * self._boxes:
+            self.problems.refuse(
+                "bbox-corners",
+                f"boxes are written as [x1, y1, x2, y2], COCO boxes are [x, y, width, height]: {self._leaving} of "
+                f"{self._boxes} boxes leave their image as they are, {self._corners} fit as corners: write "
+                f"[x1, y1, x2 - x1, y2 - y1], as gn-det check --fix does",
+            )
 
     def read(self, raw: dict[str, Any], image: dict[str, Any]) -> Annotation | None:
         """The annotation with a contiguous category; None where it is dropped, which ``problems`` is told."""
@@ -230,35 +268,62 @@ class AnnotationReader:
             return None
 
     def _read(self, raw: dict[str, Any], height: int, width: int, where: Where) -> Annotation:
-        category = raw.get("category_id")
-        if not isinstance(category, int) or category not in self.index_of:
+        given = raw.get("category_id")
+        category = resolve_id(given, self.index_of)
+        if category is None:
             known = _some([str(c) for c in self.category_ids], 5)
-            what = as_other_type(category, self.index_of)
-            text = f"category_id {category!r} is not in the json's categories ({known}){what and ': ' + what}"
-            raise Defect("category-unknown", text)
+            raise Defect("category-unknown", f"category_id {shown(given)} is not in the json's categories ({known})")
+        if type(given) is not int:
+            what = "ids are written as floats or as text: read as whole numbers"
+            self.problems.repair("id-type", what, where)
         if raw.get("ignore"):
             text = "'ignore' is not part of COCO's instances format: mark regions to ignore with iscrowd 1"
             raise Defect("ignore", text)
         iscrowd = raw.get("iscrowd")
         if iscrowd is not None and iscrowd not in (0, 1):
-            raise Defect("iscrowd", f"iscrowd {iscrowd!r} is not 0 or 1")
-        bbox = check_box(raw.get("bbox"), height, width)
+            raise Defect("iscrowd", f"iscrowd {shown(iscrowd)} is not 0 or 1")
+        bbox = raw.get("bbox")
+        if bbox is not None:
+            bbox = check_box(bbox, height, width)
         segmentation, left_out = check_segmentation(raw.get("segmentation"), height, width)
+        if bbox is None:
+            bbox = self._box_of(segmentation, height, width, where)
+        if not iscrowd:
+            self._count_corners(bbox, height, width)
         if iscrowd is None:
             self.problems.repair("iscrowd-missing", "annotations have no iscrowd: taken as 0", where)
         if left_out:
             what = "polygon pieces have fewer than 3 points or an odd number of coordinates: left out"
             self.problems.repair("polygon-piece", what, where, left_out)
         area: Any = raw.get("area")
-        if not is_number(area) or area < 0:
+        empty = segmentation is not None and covers_no_pixel(segmentation, height, width)
+        if empty:
+            what = "masks cover no pixel of their image: nothing of them can be learnt, gn-det check lists them"
+            self.problems.repair("polygon-empty", what, where)
+        if not is_number(area) or area < 0 or (area == 0 and not empty):
             what = "annotations have no usable area: computed from mask or box"
             self.problems.repair("area-missing", what, where)
-            area = _area(segmentation, bbox, height, width)
+            area = float(bbox[2] * bbox[3]) if segmentation is None else mask_area(segmentation, height, width)
         index = self.index_of[category]
         annotation = Annotation(id=raw["id"], bbox=bbox, category_id=index, iscrowd=int(iscrowd or 0), area=area)
         if segmentation is not None:
             annotation["segmentation"] = segmentation
         return annotation
+
+    def _box_of(self, segmentation: Any, height: int, width: int, where: Where) -> list[float]:
+        if segmentation is None:
+            raise Defect("bbox-format", "bbox is missing, and there is no mask to take it from: add it")
+        x0, y0, x1, y1 = mask_box(segmentation)
+        box = check_box([x0, y0, x1 - x0, y1 - y0], height, width)
+        self.problems.repair("bbox-missing", "annotations have no bbox: computed from the mask", where)
+        return box
+
+    def _count_corners(self, bbox: Sequence[float], height: int, width: int) -> None:
+        x, y, w, h = bbox
+        self._boxes += 1
+        # Tools are off by a few pixels at the border; this is far more.
+        self._leaving += x + w > 1.1 * width + 1 or y + h > 1.1 * height + 1
+        self._corners += 0 <= x < w <= width + 1 and 0 <= y < h <= height + 1
 
 
 class _Builder:
@@ -305,31 +370,26 @@ class _Builder:
 NO_MASK = "has no segmentation: add it"
 
 
-def _area(segmentation: Any, bbox: Sequence[float], height: int, width: int) -> float:
-    from pycocotools import mask as coco_mask
-
-    if segmentation is None:
-        return float(bbox[2] * bbox[3])
-    if isinstance(segmentation, dict):
-        return float(coco_mask.area(segmentation))
-    rles = coco_mask.frPyObjects([p.tolist() for p in segmentation], height, width)
-    return float(coco_mask.area(coco_mask.merge(rles)))
-
-
 def look_at_images(
     images: Sequence[dict[str, Any]],
     source: DatasetSource,
     problems: Problems,
     step: Callable[[], object] | None = None,
+    reader: ImageReader | None = None,
 ) -> set[Any]:
     """Ids of images that are missing, no images, or of another size than the json says (headers only).
+
+    A size that the json lacks, and a name that differs from the only file it can mean in how it is written, are
+    corrected in ``images``.
 
     Args:
         images: of :class:`CocoFile`.
         source: where they are.
         problems: is told of each, and refuses the set where no image can be used.
         step: called after each image.
+        reader: as the images are going to be read.
     """
+    reader = reader or ImageReader()
     root = Path(source.image_root)
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
@@ -339,50 +399,128 @@ def look_at_images(
         )
     if len(images) > _MANY_IMAGES:
         logger.info("%s: checking the headers of %d images", source.name, len(images))
-    unusable: dict[Any, str] = {}
+    unusable: dict[Any, tuple[str, str]] = {}
+    names = _NearNames(source.image_root, images)
+    deep = 0
     with warnings.catch_warnings(), ThreadPoolExecutor(_HEADER_THREADS) as pool:
         # Pillow warns of odd metadata and very large pictures; neither is a mistake of the dataset.
         warnings.simplefilter("ignore")
-        for image, found in zip(images, pool.map(lambda i: _header_problem(i, source), images)):
+        for image, found in zip(images, pool.map(lambda i: _header_problem(i, source, reader), images)):
             if step is not None:
                 step()
-            if found is not None:
-                where = Where(image["id"], image["file_name"])
-                problems.drop(*found, where)
-                unusable.setdefault(image["id"], in_words(where, found[1]))
+            where = Where(image["id"], image["file_name"])
+            if isinstance(found, ImageProblem) and found.kind == "image-missing":
+                found = _by_other_name(image, source, reader, names, problems) or found
+            if isinstance(found, ImageProblem):
+                if found.kind == "image-depth" and (deep := deep + 1) <= _RANGES_TOLD:
+                    found = ImageProblem(found.kind, values_in_words(_path(image, source)))
+                problems.drop(found.kind, found.text, where)
+                unusable.setdefault(image["id"], (found.kind, in_words(where, found.text)))
+            elif not image["width"]:
+                image["width"], image["height"] = found
+                what = "images have no usable width and height: taken from the files"
+                problems.repair("image-no-size", what, where)
     if images and len(unusable) == len(images):
-        first = next(iter(unusable.values()))
+        kinds = {kind for kind, _ in unusable.values()}
+        (kind, first), count = next(iter(unusable.values())), len(images)
+        same = len(kinds) == 1 and kind in ("image-depth", "image-large")
+        text = f"none of its {count} images can be used from {source.image_root} (first: {first})"
         problems.refuse(
-            "image-folder",
-            f"none of its {len(images)} images can be used from {source.image_root} (first: {first}): check "
-            f"{source.origin or 'the image folder'}",
+            kind if same else "image-folder", text if same else f"{text}: check {source.origin or 'the image folder'}"
         )
     return set(unusable)
 
 
-def _header_problem(image: dict[str, Any], source: DatasetSource) -> tuple[str, str] | None:
-    """(kind, text) of what is wrong with one image file."""
-    path = os.path.join(source.image_root, image["file_name"])
-    try:
-        width, height = image_size(path)
-    except ImageError as error:
-        beside = os.path.join(source.image_root, os.path.basename(image["file_name"]))
-        hint = f"; there is {beside}: correct file_name" if beside != path and os.path.exists(beside) else ""
-        return error.kind, f"{error}{hint}"
-    if (width, height) == (image["width"], image["height"]):
+class ImageProblem(NamedTuple):
+    """What is wrong with an image file: a key of ``problems.KINDS``, and in words."""
+
+    kind: str
+    text: str
+
+
+class _NearNames:
+    """Finds the file that a name means which is written with another slash, letter case, Unicode form or escape."""
+
+    def __init__(self, root: str, images: Sequence[dict[str, Any]]) -> None:
+        self._root, self._images = root, images
+        self._files: dict[str, list[str]] | None = None
+        self._named: set[str] = set()
+
+    def find(self, name: str) -> list[str]:
+        """Files that ``name`` may mean, relative to the folder; none that another image of the json names."""
+        if self._files is None:
+            self._named = {os.path.normpath(image["file_name"]) for image in self._images}
+            self._files = {}
+            for path in itertools.islice(self._walk(), _MOST_FILES):
+                self._files.setdefault(_plain_name(path), []).append(path)
+        return [path for path in self._files.get(_plain_name(name), ()) if path not in self._named]
+
+    def _walk(self) -> Iterator[str]:
+        for folder, _, files in os.walk(self._root):
+            for name in files:
+                yield os.path.relpath(os.path.join(folder, name), self._root)
+
+
+def _plain_name(name: str) -> str:
+    return unicodedata.normalize("NFC", posixpath.normpath(unquote(name.replace("\\", "/")))).casefold()
+
+
+def _by_other_name(
+    image: dict[str, Any], source: DatasetSource, reader: ImageReader, names: _NearNames, problems: Problems
+) -> ImageProblem | tuple[int, int] | None:
+    """Take the only file that the name of a missing image can mean; None where there is none."""
+    given = image["file_name"]
+    near = names.find(given)
+    if len(near) > 1:
+        several = ", ".join(one_line(name) for name in near[:3])
+        text = f"{one_line(given, 300)}: image not found, and it may mean {several}: correct file_name"
+        return ImageProblem("image-missing", text)
+    if not near:
         return None
-    return "image-size", wrong_size(path, (width, height), (image["width"], image["height"]))
+    image["file_name"] = near[0]
+    what = "file names differ from the files in slash, letter case, Unicode form or %-escape: the files are taken"
+    problems.repair("image-name", what, Where(image["id"], given))
+    return _header_problem(image, source, reader)
+
+
+def _path(image: dict[str, Any], source: DatasetSource) -> str:
+    return os.path.join(source.image_root, image["file_name"])
+
+
+def _header_problem(
+    image: dict[str, Any], source: DatasetSource, reader: ImageReader
+) -> ImageProblem | tuple[int, int]:
+    """What is wrong with one image file; its width and height where nothing is."""
+    path = _path(image, source)
+    try:
+        size = reader.size(path)
+    except ImageError as error:
+        slashes = image["file_name"].replace("\\", "/")
+        beside = os.path.join(source.image_root, os.path.basename(slashes))
+        hint = ""
+        if beside != path and os.path.exists(beside):
+            hint = f"; there is {one_line(beside, 300)}: correct file_name"
+        elif slashes != image["file_name"] and error.kind == "image-missing":
+            hint = "; a backslash in file_name separates folders on Windows only: write a forward slash"
+        return ImageProblem(error.kind, f"{error}{hint}")
+    expected = (image["width"], image["height"])
+    if size == expected or not image["width"]:
+        return size
+    return ImageProblem("image-size", wrong_size(path, size, expected))
 
 
 def wrong_size(path: str, size: tuple[int, int], expected: tuple[int, int]) -> str:
     """What to say where a picture of (width, height) ``size`` should have the size ``expected``."""
     turned = size[::-1] == expected
     hint = "the sides are swapped (EXIF orientation is applied when reading); " if turned else ""
+    path = one_line(path, 300)
     return (
-        f"{path} is {size[0]}x{size[1]} pixels, the json says {expected[0]}x{expected[1]}: {hint}correct width and "
-        f"height and the annotations"
+        f"{path} is {size[0]}x{size[1]} pixels, the json says {expected[0]}x{expected[1]}: {hint}correct "
+        f"width and height and the annotations"
     )
 
 
 def _some(names: Sequence[str], count: int) -> str:
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+    return ", ".join(one_line(name, 60) for name in names[:count]) + (
+        f" and {len(names) - count} more" if len(names) > count else ""
+    )

@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from gn_det.data.image import ImageError
+from gn_det.data.image import ImageError, ImageReader
 from gn_det.data.mapper import read_record_image
 from gn_det.data.orphans import end_with_parent
 from gn_det.data.records import Record
+from gn_det.files import open_regular
 
 #: Images that a process takes at once: enough that handing them over costs nothing.
 _CHUNK = 16
@@ -30,7 +31,7 @@ class DecodeJob(NamedTuple):
     path: str
     width: int
     height: int
-    image_format: str
+    reader: ImageReader
 
 
 class Decoded(NamedTuple):
@@ -53,7 +54,7 @@ def cores() -> int:
 def digest_of(path: str) -> bytes:
     """Content hash of a file; empty where it cannot be read."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             hasher = hashlib.blake2b(digest_size=16)
             while block := file.read(1 << 20):
                 hasher.update(block)
@@ -68,21 +69,25 @@ def decode(job: DecodeJob) -> Decoded:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            read_record_image(record, job.image_format)
+            pixels = read_record_image(record, job.reader)
     except ImageError as error:
         return Decoded(error.kind, error.text, digest_of(job.path))
+    if pixels.size and int(pixels.min()) == int(pixels.max()):
+        text = f"every pixel is {int(pixels.min())}: nothing can be seen in it"
+        return Decoded("image-constant", text, digest_of(job.path))
     return Decoded(*_checksum_problem(job.path), digest_of(job.path))
 
 
 def _checksum_problem(path: str) -> tuple[str, str]:
     """Pillow decodes a PNG without looking at the checksums after its pixels; those of the pixels our reader checks."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             if file.read(8) != b"\x89PNG\r\n\x1a\n":
                 return "", ""
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")
-            image.verify()
+            file.seek(0)
+            with warnings.catch_warnings(), Image.open(file) as image:
+                warnings.simplefilter("ignore")
+                image.verify()
     except Exception as error:
         return "image-checksum", f"{path}: {error}: get this file again"
     return "", ""

@@ -71,7 +71,7 @@ class Findings(Problems):
 
     def repair(self, kind: str, what: str, where: Where, count: int = 1) -> None:
         self.add(kind, "", where, count)
-        if not kind.startswith("annotation-"):
+        if where.annotation is not None and not kind.startswith("annotation-"):
             kinds = self.mended.get(where.annotation, frozenset()) | {kind}
             # One set for all annotations with the same repairs: a whole COCO may lack iscrowd.
             self.mended[where.annotation] = self._kind_sets.setdefault(kinds, kinds)

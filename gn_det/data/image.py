@@ -1,25 +1,44 @@
 """Reading images: any PIL mode, EXIF orientation applied, in the channel order of ``INPUT.FORMAT``.
 
-The semantics are Detectron2's ``read_image`` (PIL decodes, orientation tag 1-8 turns, ``convert`` maps the mode), so
-that both engines feed the same pixels to the same weights. Known consequence, kept on purpose: PIL turns a 16-bit gray
-image nearly white, because its conversion clips instead of scaling. One thing is stricter: a
-damaged PNG may come out as other pixels from Pillow, which looks at no checksum of pixels, and black from Detectron2,
-which takes an error while it looks for the orientation for a missing one; both are refused here.
+For pictures of 8 bits the semantics are Detectron2's ``read_image`` (PIL decodes, orientation tag 1-8 turns,
+``convert`` maps the mode), so that both engines feed the same pixels to the same weights. Two things are stricter:
+
+- Gray pictures of 16 or 32 bits and of floats are refused unless ``INPUT.BIT_DEPTH`` says how to bring them to 8 bits;
+  PIL's conversion clips them, which makes most of them plain white or black. (PIL itself reads 16-bit *colour* by its
+  upper 8 bits.)
+- A damaged PNG may come out as other pixels from Pillow, which looks at no checksum of pixels, and black from
+  Detectron2, which takes an error while it looks for the orientation for a missing one; both are refused.
 """
 
 from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from gn_det.errors import ConfigError, DataError
+from gn_det.files import NotRegularFile, open_regular
+from gn_det.inputs import bit_depth_range
+from gn_det.text import one_line, printable
 
 #: Values of INPUT.FORMAT that can be read.
 FORMATS = ("BGR", "RGB", "L")
+#: Default of INPUT.MAX_PIXELS: where Pillow refuses to open a picture.
+MAX_PIXELS = 178_956_970
+
+#: PIL modes of more than 8 bits a channel.
+_DEEP = frozenset({"I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
+#: Percentiles that INPUT.BIT_DEPTH "percentiles" maps to 0 and 255.
+_PERCENTILES = (0.5, 99.5)
+#: Characters of a file name that a message shows.
+_NAME = 300
 
 _ORIENTATION_TAG = 274
 _TURNS = {
@@ -37,7 +56,7 @@ _SWAPS_SIDES = frozenset({5, 6, 7, 8})
 
 
 class ImageError(DataError):
-    """An image file that cannot be used; ``kind`` is ``image-missing`` or ``image-damaged``."""
+    """An image file that cannot be used; ``kind`` is a key of ``problems.KINDS`` (``image-missing`` ...)."""
 
     def __init__(self, text: str, kind: str = "image-damaged") -> None:
         super().__init__(text, kind)
@@ -54,39 +73,184 @@ def check_format(image_format: str) -> str:
     return image_format
 
 
-def read_image(path: str | os.PathLike[str], image_format: str = "BGR") -> np.ndarray:
-    """Decode one image.
+@dataclass(frozen=True)
+class ImageReader:
+    """Reads images in one way, that of a config.
 
-    Args:
-        path: image file of any format and mode that PIL reads.
-        image_format: ``"BGR"``, ``"RGB"`` or ``"L"``.
-
-    Returns:
-        (H, W, 3) uint8, or (H, W, 1) for ``"L"``, turned upright by its EXIF orientation; may be a read-only view.
-
-    Raises:
-        ImageError: the file is missing, unreadable, not an image or truncated.
+    Attributes:
+        image_format: ``"BGR"``, ``"RGB"`` or ``"L"`` (INPUT.FORMAT).
+        bit_depth: how gray pictures of more than 8 bits are scaled (INPUT.BIT_DEPTH).
+        max_pixels: larger pictures are refused (INPUT.MAX_PIXELS).
     """
-    check_format(image_format)
-    try:
-        with Image.open(path) as opened:
+
+    image_format: str = "BGR"
+    bit_depth: str = ""
+    max_pixels: int = MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        check_format(self.image_format)
+        bit_depth_range(self.bit_depth)
+
+    @classmethod
+    def of(cls, cfg: Any, image_format: str = "") -> ImageReader:
+        """That of ``cfg``, with another format where one is given; Detectron2's own configs lack two of the keys."""
+        keys = cfg.INPUT
+        depth, pixels = str(keys.get("BIT_DEPTH", "")), int(keys.get("MAX_PIXELS", MAX_PIXELS))
+        return cls(image_format or str(keys.FORMAT), depth, pixels)
+
+    def read(self, path: str | os.PathLike[str]) -> np.ndarray:
+        """Decode one image.
+
+        Args:
+            path: image file of any format and mode that PIL reads.
+
+        Returns:
+            (H, W, 3) uint8, or (H, W, 1) for ``"L"``, turned upright by its EXIF orientation; may be a read-only view.
+
+        Raises:
+            ImageError: the file is missing, unreadable, not an image, truncated, too large, or of more than 8 bits
+                without ``bit_depth``.
+        """
+        with self._opened(path) as (file, opened):
             opened.load()  # now: PNG's getexif() would do it, and its errors do not count
-            image = _upright(opened).convert("RGB" if image_format == "BGR" else image_format)
-            pixels = np.asarray(image)
+            image = _upright(opened)
+            if opened.mode in _DEEP:
+                image = Image.fromarray(self._to_8_bits(path, opened, np.asarray(image)))
+            pixels = np.asarray(image.convert("RGB" if self.image_format == "BGR" else self.image_format))
             if opened.format == "PNG":
-                _check_png(path)
-    except Exception as error:
-        # PIL plugins raise nearly anything on damaged files (OSError, SyntaxError, struct.error, ValueError ...).
-        raise _image_error(path, error) from error
-    if image_format == "BGR":
-        return pixels[:, :, ::-1]
-    return pixels[:, :, None] if image_format == "L" else pixels
+                _check_png(file)
+        if self.image_format == "BGR":
+            return pixels[:, :, ::-1]
+        return pixels[:, :, None] if self.image_format == "L" else pixels
+
+    def size(self, path: str | os.PathLike[str]) -> tuple[int, int]:
+        """(width, height) in pixels after EXIF orientation, from the header alone.
+
+        No pixel is decoded, unless the last bytes are not those that a whole JPEG or PNG ends with: a download that
+        broke off is found here, not hours later.
+
+        Raises:
+            ImageError: as :meth:`read`, as far as the header tells.
+        """
+        with self._opened(path) as (file, image):
+            width, height = image.size
+            if image.mode in _DEEP and not self.bit_depth:
+                raise ImageError(_too_deep(path, image.mode), "image-depth")
+            # PNG's getexif() decodes all pixels to look for a trailing chunk; its header is enough here.
+            known = image.format != "PNG" or "exif" in image.info
+            turned = known and _orientation(image) in _SWAPS_SIDES
+            end = _ENDS.get(image.format or "")
+            if end is not None and not _ends_with(file, end):
+                file.seek(0)
+                with Image.open(file) as again:
+                    again.load()
+        return (height, width) if turned else (width, height)
+
+    def from_array(self, pixels: np.ndarray) -> np.ndarray:
+        """An (H, W, 3) uint8 RGB array in the reader's format, as :meth:`read` gives a file.
+
+        Raises:
+            DataError: an array of another type or shape.
+        """
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
+            raise DataError(
+                f"an image in memory must be an (H, W, 3) uint8 array in RGB order, got {pixels.dtype} of shape "
+                f"{pixels.shape}"
+            )
+        if self.image_format == "L":
+            return np.asarray(Image.fromarray(pixels).convert("L"))[:, :, None]
+        return pixels[:, :, ::-1] if self.image_format == "BGR" else pixels
+
+    @contextmanager
+    def _opened(self, path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, Image.Image]]:
+        """The file and its picture, header read; everything that goes wrong becomes an ImageError."""
+        _raise_pillows_limit(self.max_pixels)
+        try:
+            with open_regular(path) as file, Image.open(file) as image:
+                if image.width * image.height > self.max_pixels:
+                    raise ImageError(
+                        _too_large(path, f"size of {image.width}x{image.height} pixels", self.max_pixels), "image-large"
+                    )
+                if image.format == "EPS":
+                    raise ValueError("EPS is a program that draws, not a picture: convert it to PNG")
+                yield file, image
+        except ImageError:
+            raise
+        except Image.DecompressionBombError as error:
+            raise ImageError(_too_large(path, "size", self.max_pixels), "image-large") from error
+        except Exception as error:
+            # PIL plugins raise nearly anything on damaged files (OSError, SyntaxError, struct.error, ValueError ...).
+            raise _image_error(path, error) from error
+
+    def _to_8_bits(self, path: str | os.PathLike[str], image: Image.Image, values: np.ndarray) -> np.ndarray:
+        """(H, W) values of any type as uint8: LOW becomes 0, HIGH 255, what lies outside is cut."""
+        if not self.bit_depth:
+            raise ImageError(_too_deep(path, image.mode, values), "image-depth")
+        span = bit_depth_range(self.bit_depth)
+        values = values.astype(np.float64)
+        finite = np.isfinite(values)
+        if span is None and self.bit_depth == "full":
+            # PIL also gives 16-bit PNG and PPM as 32-bit integers, depending on its version.
+            if not image.mode.startswith("I;16") and image.format not in ("PNG", "PPM"):
+                what = "give LOW,HIGH (such as 0,4095) or percentiles"
+                text = f"{_shown(path)}: INPUT.BIT_DEPTH full has no meaning for pixels of mode {image.mode}: {what}"
+                raise ImageError(text, "image-depth")
+            span = (0.0, 65535.0)
+        elif span is None:
+            low, high = np.percentile(values[finite], _PERCENTILES) if finite.any() else (0.0, 0.0)
+            span = (float(low), float(high))
+        scaled = (np.where(finite, values, span[0]) - span[0]) / max(span[1] - span[0], 1e-300)
+        return (scaled.clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def _check_png(path: str | os.PathLike[str]) -> None:
+def read_image(path: str | os.PathLike[str], image_format: str = "BGR") -> np.ndarray:
+    """Decode one 8-bit image; see :meth:`ImageReader.read`."""
+    return ImageReader(image_format).read(path)
+
+
+def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """(width, height) of one 8-bit image; see :meth:`ImageReader.size`."""
+    return ImageReader().size(path)
+
+
+def values_in_words(path: str | os.PathLike[str]) -> str:
+    """What to say of a gray picture of more than 8 bits: its mode, its range of values and what to set."""
+    try:
+        ImageReader().read(path)
+    except ImageError as error:
+        return error.text
+    return _too_deep(path, "of more than 8 bits")
+
+
+def _too_deep(path: str | os.PathLike[str], mode: str, values: np.ndarray | None = None) -> str:
+    span = ""
+    if values is not None and np.isfinite(values).any():
+        finite = values[np.isfinite(values)]
+        span = f" with values from {finite.min():.6g} to {finite.max():.6g}"
+    bits = {"I": "32-bit integers", "F": "floats"}.get(mode, "16-bit integers")
+    return (
+        f"{_shown(path)}: image holds {bits} (mode {mode}){span}, not 8 bits: set INPUT.BIT_DEPTH to LOW,HIGH (what "
+        f"becomes black and white), full or percentiles"
+    )
+
+
+def _too_large(path: str | os.PathLike[str], size: str, limit: int) -> str:
+    return (
+        f"{_shown(path)}: its {size} is more than the {limit} pixels that INPUT.MAX_PIXELS allows: cut it into tiles "
+        f"or make it smaller, or raise INPUT.MAX_PIXELS if you trust the file"
+    )
+
+
+def _raise_pillows_limit(pixels: int) -> None:
+    """Let Pillow open pictures of that many pixels; it refuses above twice its limit, and the reader above its own."""
+    if Image.MAX_IMAGE_PIXELS is not None and pixels > 2 * Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = pixels
+
+
+def _check_png(file: BinaryIO) -> None:
     """Raise ValueError where a checksum of compressed pixels is wrong."""
-    with open(path, "rb") as file:
-        data = memoryview(file.read())
+    file.seek(0)
+    data = memoryview(file.read())
     at = 8  # chunks: length, type, content, CRC-32 of type and content
     while at + 12 <= len(data):
         end = at + 8 + int.from_bytes(data[at : at + 4], "big")
@@ -96,34 +260,9 @@ def _check_png(path: str | os.PathLike[str]) -> None:
         at = end + 4
 
 
-def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """(width, height) in pixels after EXIF orientation, from the header alone.
-
-    No pixel is decoded, unless the last bytes are not those that a whole JPEG or PNG ends with: a download that broke
-    off is found here, not hours later.
-
-    Raises:
-        ImageError: the file is missing, unreadable, not an image or truncated.
-    """
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            # PNG's getexif() decodes all pixels to look for a trailing chunk; its header is enough here.
-            known = image.format != "PNG" or "exif" in image.info
-            turned = known and _orientation(image) in _SWAPS_SIDES
-            end = _ENDS.get(image.format or "")
-        if end is not None and not _ends_with(path, end):
-            with Image.open(path) as image:
-                image.load()
-        return (height, width) if turned else (width, height)
-    except Exception as error:
-        raise _image_error(path, error) from error
-
-
-def _ends_with(path: str | os.PathLike[str], end: bytes) -> bool:
-    with open(path, "rb") as file:
-        file.seek(max(os.path.getsize(path) - len(end), 0))
-        return file.read() == end
+def _ends_with(file: BinaryIO, end: bytes) -> bool:
+    file.seek(max(file.seek(0, os.SEEK_END) - len(end), 0))
+    return file.read() == end
 
 
 def _orientation(image: Image.Image) -> int | None:
@@ -144,16 +283,24 @@ def _image_error(path: str | os.PathLike[str], error: Exception) -> ImageError:
 
 
 def _why_unreadable(path: str | os.PathLike[str], error: Exception) -> str:
-    name = os.fspath(path)
-    if not os.path.exists(name):
+    name = _shown(path)
+    if not os.path.exists(path):
         return f"{name}: image not found"
-    if os.path.isdir(name):
+    if os.path.isdir(path):
         return f"{name}: is a folder, not an image"
-    if Path(name).stat().st_size == 0:
+    if isinstance(error, NotRegularFile):
+        return f"{name}: image cannot be read ({error.strerror})"
+    if Path(path).stat().st_size == 0:
         return f"{name}: image file is empty (0 bytes)"
     if isinstance(error, PermissionError):
         return f"{name}: image may not be read (permissions)"
-    reason = " ".join(str(error).split()) or type(error).__name__
-    if "cannot identify" in reason:
+    reason = one_line(error) or type(error).__name__
+    if isinstance(error, UnidentifiedImageError):
         reason = "not an image that Pillow knows"
     return f"{name}: image cannot be read ({reason})"
+
+
+def _shown(path: str | os.PathLike[str]) -> str:
+    name = os.fspath(path)
+    cut = f"... ({len(name)} characters)" if len(name) > _NAME else ""
+    return printable(name[:_NAME], keep="") + cut

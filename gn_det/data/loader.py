@@ -7,11 +7,14 @@ once, and counted against ``DATALOADER.MAX_BAD``.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
+import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -35,7 +38,7 @@ from gn_det.data.samplers import (
     subset_stream,
 )
 from gn_det.data.trainable import check_trainable
-from gn_det.data.transport import pack_samples, shared_memory_fits, unpack_samples
+from gn_det.data.transport import pack_samples, shared_memory_fits, shared_memory_free, unpack_samples
 from gn_det.errors import ConfigError, DataError
 from gn_det.structures import Sample
 
@@ -305,6 +308,11 @@ def _run(data: _TrainData | _TestData, batches: Iterable[Any], workers: int) -> 
     """Drive the workers; a worker's death or hang becomes one line that says where, and what to do."""
     global _board
     outer = _board
+    if workers and getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise DataError(_unguarded())  # this very process is a worker that imports the script
+    free = shared_memory_free()
+    if workers and free is not None and free < _PAGE * (8 + 3 * workers):
+        raise DataError(f"there is no shared memory to start {workers} data loading processes: {_more_memory()}")
     _board = data.board = Board(workers, data.name_of) if workers else None
     loader = DataLoader(
         data,
@@ -322,6 +330,10 @@ def _run(data: _TrainData | _TestData, batches: Iterable[Any], workers: int) -> 
         if failure is None:
             raise
         raise failure from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.ENOMEM) or not workers:
+            raise
+        raise DataError(f"the data loading processes cannot be started ({error.strerror}): {_more_memory()}") from error
     finally:
         _board = outer
 
@@ -333,6 +345,8 @@ def worker_failure(error: RuntimeError) -> DataError | None:
     in the middle of a training step; whoever runs the steps should ask here.
     """
     text = str(error)
+    if _SHARING.search(text):
+        return DataError(f"a batch cannot be handed over by shared memory: {_more_memory()}")
     if not text.startswith("DataLoader"):
         return None
     if "timed out" in text:
@@ -343,13 +357,42 @@ def worker_failure(error: RuntimeError) -> DataError | None:
         )
     if "killed" in text or "exited unexpectedly" in text:
         pid = re.search(r"pid(?:\(s\))? (\d+)", text)
+        if pid and _board is not None and not _board.knows(int(pid.group(1))) and _imports_script():
+            return DataError(_unguarded())
         where = _board.describe(int(pid.group(1))) if _board is not None and pid else ""
         where = f" ({where})" if where else ""
         return DataError(
             f"a data loading process was killed{where}, most likely for lack of memory or of shared memory (/dev/shm): "
-            "lower DATALOADER.NUM_WORKERS, or give the machine or container more"
+            f"{_more_memory()}"
         )
     return None
+
+
+#: Shared memory of one semaphore; torch makes 8, and 3 for each worker.
+_PAGE = 4096
+#: What torch says when a tensor cannot be put into shared memory.
+_SHARING = re.compile(r"unable to (?:write to file|open shared memory object|allocate shared memory|resize file|mmap)")
+
+
+def _more_memory() -> str:
+    """What to do where memory between processes is scarce, with what is left of it."""
+    free = shared_memory_free()
+    left = "" if free is None else f" ({free >> 10} kB of /dev/shm are free; Docker's option is --shm-size)"
+    return f"lower DATALOADER.NUM_WORKERS (0 needs none), or give the machine or container more{left}"
+
+
+def _imports_script() -> bool:
+    """Whether starting a worker runs the user's script: all start methods but fork import it."""
+    return multiprocessing.get_start_method() != "fork" and bool(getattr(sys.modules["__main__"], "__file__", None))
+
+
+def _unguarded() -> str:
+    main = sys.modules.get("__mp_main__") or sys.modules["__main__"]
+    script = getattr(main, "__file__", None) or "the script"
+    return (
+        f"{script}: a data loading process imports this script and would start the run again: put what starts it under "
+        "if __name__ == '__main__': (or set DATALOADER.NUM_WORKERS 0)"
+    )
 
 
 def _unchanged(loaded: _Loaded) -> _Loaded:
@@ -357,6 +400,9 @@ def _unchanged(loaded: _Loaded) -> _Loaded:
 
 
 def _start_worker(worker: int) -> None:
+    info = get_worker_info()
+    if info is not None and info.dataset.board is not None:
+        info.dataset.board.note(-1)  # it has started
     # Ctrl-C reaches the whole process group; the main process alone answers it and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # So may SIGTERM (timeout, batch systems): a worker that died of it would keep the main process from saving. Only

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from gn_det.data.coco import wrong_size
-from gn_det.data.image import ImageError, check_format, read_image
+from gn_det.data.image import ImageError, ImageReader
 from gn_det.data.records import Annotation, Record
 from gn_det.data.transforms import (
     CROP_TYPES,
@@ -42,7 +42,7 @@ class TrainMapper:
         self.style = cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
         self.max_size = cfg.INPUT.MAX_SIZE_TRAIN
         self.flip = cfg.INPUT.RANDOM_FLIP
-        self.image_format = check_format(cfg.INPUT.FORMAT)
+        self.reader = ImageReader.of(cfg)
         self.mask_format = cfg.INPUT.MASK_FORMAT
         self.masks_on = bool(cfg.MODEL.MASK_ON)
         self.crop: tuple[str, Sequence[float]] | None = (crop.TYPE, crop.SIZE) if crop.ENABLED else None
@@ -60,7 +60,7 @@ class TrainMapper:
         Raises:
             DataError: the image is missing, truncated, or not of the size that the record says.
         """
-        pixels = read_record_image(record, self.image_format)
+        pixels = read_record_image(record, self.reader)
         transforms: list[Transform] = []
         if self.crop:
             transforms.append(draw_crop(_shape(pixels), *self.crop, rng))
@@ -110,17 +110,22 @@ class TestMapper:
         size = cfg.INPUT.MIN_SIZE_TEST
         self.size = int(size if isinstance(size, int) else size[0])
         self.max_size = cfg.INPUT.MAX_SIZE_TEST
-        self.image_format = check_format(cfg.INPUT.FORMAT)
+        self.reader = ImageReader.of(cfg)
 
-    def __call__(self, record: Record | str | os.PathLike[str]) -> Sample:
-        """Map a record, or an image given by its path (then ``image_id`` is the path).
+    def __call__(self, record: Record | str | os.PathLike[str] | np.ndarray) -> Sample:
+        """Map a record, an image given by its path (then ``image_id`` is the path), or (H, W, 3) uint8 RGB pixels.
 
         Raises:
-            DataError: the image is missing, truncated, or not of the size that the record says.
+            DataError: the image is missing, truncated, or not of the size that the record says; or an array of
+                another type or shape.
         """
-        if isinstance(record, (str, os.PathLike)):
-            record = Record(file_name=os.fspath(record), image_id=os.fspath(record))
-        pixels = read_record_image(record, self.image_format)
+        if isinstance(record, np.ndarray):
+            pixels = self.reader.from_array(record)
+            record = Record(file_name="", image_id="")
+        else:
+            if isinstance(record, (str, os.PathLike)):
+                record = Record(file_name=os.fspath(record), image_id=os.fspath(record))
+            pixels = read_record_image(record, self.reader)
         record.setdefault("height", pixels.shape[0])
         record.setdefault("width", pixels.shape[1])
         if self.size:
@@ -134,13 +139,13 @@ def _check_choice(key: str, value: Any, choices: Sequence[str]) -> None:
         raise ConfigError(f"{key} {value!r} is not known: use one of {', '.join(choices)}")
 
 
-def read_record_image(record: Record, image_format: str) -> np.ndarray:
-    """Pixels of a record as :func:`read_image` gives them, which must have the size that the record says.
+def read_record_image(record: Record, reader: ImageReader) -> np.ndarray:
+    """Pixels of a record as ``reader`` gives them, which must have the size that the record says.
 
     Raises:
         ImageError: missing, damaged or of another size.
     """
-    pixels = read_image(record["file_name"], image_format)
+    pixels = reader.read(record["file_name"])
     expected = (record.get("height", pixels.shape[0]), record.get("width", pixels.shape[1]))
     if _shape(pixels) != expected:
         text = wrong_size(record["file_name"], _shape(pixels)[::-1], expected[::-1])

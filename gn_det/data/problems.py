@@ -7,10 +7,13 @@ it drops; the check (:mod:`gn_det.data.findings`) writes everything down and goe
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, NoReturn
 
 from gn_det.errors import DataError
+from gn_det.text import one_line, printable
 
 Severity = Literal["error", "warning", "note"]
 
@@ -34,11 +37,11 @@ class Where:
     annotation: Any = None
 
     def __str__(self) -> str:
-        parts = [] if self.annotation is None else [f"annotation {self.annotation}"]
+        parts = [] if self.annotation is None else [f"annotation {one_line(self.annotation, 60)}"]
         if self.image is not None:
-            parts.append(f"image {self.image}")
-        text = " of ".join(parts)
-        return f"{text} ({self.file})" if self.file and text else text or self.file
+            parts.append(f"image {one_line(self.image, 60)}")
+        text, file = " of ".join(parts), one_line(self.file, 300)
+        return f"{text} ({file})" if file and text else text or file
 
 
 NOWHERE = Where()
@@ -48,7 +51,7 @@ def in_words(where: Where, text: str) -> str:
     """Place and problem as one line; the file is not named twice."""
     if where.file and where.file in text:
         where = replace(where, file="")
-    return f"{where}: {text}" if str(where) else text
+    return printable(f"{where}: {text}" if str(where) else text, keep="")
 
 
 _OUT = "the annotation is left out"
@@ -79,10 +82,12 @@ KINDS: dict[str, Kind] = {
     "no-objects": _stop("nothing to learn from"),
     "no-masks": _stop("no object has a mask, MODEL.MASK_ON needs them"),
     # images that are dropped
-    "image-entry": Kind("error", "images without file_name, width or height", _IMAGE_OUT),
+    "image-entry": Kind("error", "images without file_name", _IMAGE_OUT),
     "image-missing": Kind("error", "image files that are not there", _IMAGE_OUT),
     "image-damaged": Kind("error", "image files that are damaged, cut off or no images", _IMAGE_OUT),
     "image-size": Kind("error", "images of another size than the json says", _IMAGE_OUT),
+    "image-depth": Kind("error", "images of more than 8 bits: INPUT.BIT_DEPTH says how to scale them", _IMAGE_OUT),
+    "image-large": Kind("error", "images of more pixels than INPUT.MAX_PIXELS", _IMAGE_OUT),
     # annotations that are dropped
     "annotation-entry": Kind("error", "annotations that are no objects", _OUT),
     "image-unknown": Kind("error", "annotations of images that are not listed", _OUT),
@@ -102,7 +107,17 @@ KINDS: dict[str, Kind] = {
     "rle-length": Kind("error", "RLE of a wrong length", _OUT),
     "rle-empty": Kind("error", "RLE without foreground", _OUT),
     "no-mask": Kind("error", "objects without a mask", _OUT),
+    # all boxes together
+    "bbox-corners": Kind("error", "boxes written as [x1, y1, x2, y2]", "written as [x, y, width, height]"),
     # what training repairs in memory
+    "id-type": Kind("warning", "ids written as 77.0 or as text", "written as whole numbers"),
+    "image-no-size": Kind("warning", "images without width and height", "taken from the image file"),
+    "image-name": Kind(
+        "warning",
+        "file names that differ from the files in backslash, letter case, Unicode form or %20",
+        "the file's own name is written",
+    ),
+    "bbox-missing": Kind("warning", "annotations without a box", "computed from the mask"),
     "annotation-no-id": Kind("warning", "annotations without integer id", "a new id is given"),
     "annotation-id-zero": Kind("warning", "annotation ids of 0 or below", "a new id is given"),
     "annotation-id-repeated": Kind("warning", "annotation ids used twice", "a new id is given"),
@@ -111,6 +126,8 @@ KINDS: dict[str, Kind] = {
     "area-missing": Kind("warning", "annotations without usable area", "computed from mask or box"),
     "polygon-piece": Kind("warning", "polygon pieces with fewer than 3 points", "the piece is left out"),
     # what training takes as it is, and what may still be wrong
+    "polygon-empty": Kind("warning", "polygons that cover no pixel", _OUT),
+    "image-constant": Kind("warning", "images of one colour all over"),
     "bbox-mask": Kind("warning", "boxes that do not fit their masks"),
     "bbox-normalised": Kind("warning", "boxes in fractions of the image, not in pixels"),
     "object-twice": Kind("warning", "objects annotated twice (same image, category and box)"),
@@ -121,10 +138,11 @@ KINDS: dict[str, Kind] = {
     "overlap-file": Kind("warning", "image files in both train and val"),
     "overlap-content": Kind("warning", "equal pictures in both train and val"),
     "no-mask-val": Kind("warning", "objects without a mask in val"),
+    "many-objects": Kind("warning", "images with more objects than TEST.MAX_DETS or DETECTIONS_PER_IMAGE let count"),
     "no-truth": Kind("warning", "no annotations in val: nothing can be measured"),
     "class-ids-differ": Kind("note", "train and val number the same classes differently"),
     "bbox-reaches-out": Kind("note", "boxes that reach past the image border (training cuts them)"),
-    "many-objects": Kind("note", "images with more than 100 objects (COCO's AP counts 100 detections an image)"),
+    "classes-lacking": Kind("note", "classes of train that val lacks: no AP for them"),
     "no-mask-unused": Kind("note", "objects without a mask (MODEL.MASK_ON is False)"),
     "small-for-anchors": Kind("note", "many objects are small for the anchors"),
     "image-empty": Kind("note", "images without objects (training leaves them out by default)"),
@@ -137,7 +155,7 @@ class FileProblem(DataError):
 
     def __init__(self, kind: str, text: str) -> None:
         super().__init__(kind, text)
-        self.kind, self.text = kind, text
+        self.kind, self.text = kind, printable(text, keep="")
 
     def __str__(self) -> str:
         return self.text
@@ -176,3 +194,23 @@ class Problems:
     def notes(self) -> list[str]:
         """One line for every kind of repair."""
         return [f"{count} {what} (first: {first})" for count, what, first in self._repairs.values()]
+
+
+def lost_to_caps(classes: Sequence[int], max_dets: int, detections: int | None = None) -> int:
+    """How many objects of an image, given by their classes, cannot be found.
+
+    Args:
+        classes: class of each object.
+        max_dets: TEST.MAX_DETS, detections that count for each class.
+        detections: TEST.DETECTIONS_PER_IMAGE of all classes together; None for no such limit.
+    """
+    if len(classes) <= min(max_dets, len(classes) if detections is None else detections):
+        return 0
+    counting = sum(min(count, max_dets) for count in Counter(classes).values())
+    return len(classes) - (counting if detections is None else min(counting, detections))
+
+
+def keys_for(objects: int) -> str:
+    """The keys to set where an image has that many objects, with room for false detections."""
+    cap = -(-objects // 100) * 100
+    return f"TEST.MAX_DETS {cap} TEST.DETECTIONS_PER_IMAGE {cap}"

@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 
 from gn_det.data.catalog import DatasetSource, prepare
+from gn_det.data.checks import mask_box
 from gn_det.data.coco import NO_MASK, AnnotationReader, CocoDataset, look_at_images
 from gn_det.data.coco_file import CocoFile, parse, structure
 from gn_det.data.decode import DecodeJob, decode_all
 from gn_det.data.findings import Findings
-from gn_det.data.problems import KINDS, FileProblem, Where
+from gn_det.data.image import ImageReader
+from gn_det.data.problems import KINDS, FileProblem, Where, keys_for, lost_to_caps
 from gn_det.data.records import Annotation, RecordList
 from gn_det.data.transforms import resized_shape
 
@@ -30,8 +32,6 @@ from gn_det.data.transforms import resized_shape
 _FIT_PIXELS, _FIT_PART = 3.0, 0.1
 #: What the box or its part inside the image has to measure at training size, in pixels.
 VISIBLE = 1.0
-#: COCO's AP counts so many detections an image.
-_MAX_DETECTIONS = 100
 
 
 @dataclass(frozen=True)
@@ -42,19 +42,23 @@ class Training:
         short_sides: shorter sides that images are resized to (INPUT.MIN_SIZE_TRAIN), 0 for no resize.
         max_size: INPUT.MAX_SIZE_TRAIN.
         masks_on: MODEL.MASK_ON.
-        image_format: INPUT.FORMAT.
+        reader: reads images as training does.
+        max_dets, detections: TEST.MAX_DETS and TEST.DETECTIONS_PER_IMAGE.
     """
 
     short_sides: tuple[int, ...]
     max_size: int
     masks_on: bool
-    image_format: str
+    reader: ImageReader = field(default_factory=ImageReader)
+    max_dets: int = 100
+    detections: int = 100
 
     @classmethod
     def of(cls, cfg: Any) -> Training:
         sides = cfg.INPUT.MIN_SIZE_TRAIN
         sides = (sides,) if isinstance(sides, int) else tuple(sides)
-        return cls(sides, int(cfg.INPUT.MAX_SIZE_TRAIN), bool(cfg.MODEL.MASK_ON), str(cfg.INPUT.FORMAT))
+        caps = (int(cfg.TEST.get("MAX_DETS", 100)), int(cfg.TEST.DETECTIONS_PER_IMAGE))
+        return cls(sides, int(cfg.INPUT.MAX_SIZE_TRAIN), bool(cfg.MODEL.MASK_ON), ImageReader.of(cfg), *caps)
 
     def scale(self, width: int, height: int, side: int) -> tuple[float, float]:
         """Factors in x and y of ResizeShortestEdge."""
@@ -157,7 +161,7 @@ def _look_at_images(result: Survey, training: Training, decode: bool, progress: 
     images, source, findings = result.content.images, result.source, result.findings
     try:
         with Bar(progress, len(images), f"{result.split}: image headers") as step:
-            unusable = look_at_images(images, source, findings, step)
+            unusable = look_at_images(images, source, findings, step, training.reader)
     except FileProblem as problem:
         findings.add_file_problem(problem)
         return set()
@@ -165,7 +169,7 @@ def _look_at_images(result: Survey, training: Training, decode: bool, progress: 
         return set()
     if decode:
         left = [image for image in images if image["id"] not in unusable]
-        jobs = [DecodeJob(result.path(i), i["width"], i["height"], training.image_format) for i in left]
+        jobs = [DecodeJob(result.path(i), i["width"], i["height"], training.reader) for i in left]
         with Bar(progress, len(jobs), f"{result.split}: decoding") as step:
             for image, decoded in zip(left, decode_all(jobs)):
                 step()
@@ -192,6 +196,8 @@ def _read_annotations(result: Survey, training: Training, unusable: set[Any], pr
             step()
             if findings.dropped_images.get(image["id"]) == "image-size":
                 continue  # which of the two sizes its annotations mean is not known
+            if not image["width"]:
+                continue  # neither the json nor the file has a size
             looker = _Looker(image, training, result)
             good = [a for raw in content.annotations_of.get(image["id"], ()) if (a := reader.read(raw, image))]
             for annotation in good:
@@ -205,8 +211,11 @@ def _read_annotations(result: Survey, training: Training, unusable: set[Any], pr
             object_counts.append(len(kept))
             if not kept:
                 findings.add("image-empty", "", Where(image["id"], image["file_name"]))
-            if len(kept) > _MAX_DETECTIONS and result.split == "val":
-                findings.add("many-objects", f"{len(kept)} objects", Where(image["id"], image["file_name"]))
+            lost = lost_to_caps([a["category_id"] for a in kept], training.max_dets, training.detections)
+            if lost and result.split == "val":
+                text = f"{len(kept)} objects, {lost} of which cannot be found: set {keys_for(len(kept))}"
+                findings.add("many-objects", text, Where(image["id"], image["file_name"]))
+    reader.refuse_corners()
     classes = np.array(result.objects.classes, dtype=np.int64)
     result.dataset = CocoDataset(
         name=result.source.name,
@@ -252,12 +261,12 @@ class _Looker:
         segmentation = a.get("segmentation")
         if segmentation is not None:
             self._compare(a["bbox"], mask_box(segmentation), where)
+        elif not self.training.masks_on:
+            self.findings.add("no-mask-unused", NO_MASK, where)
         elif self.split == "val":
             self.findings.add("no-mask-val", NO_MASK, where)
-        elif self.training.masks_on:
-            self.findings.drop("no-mask", NO_MASK, where)
         else:
-            self.findings.add("no-mask-unused", NO_MASK, where)
+            self.findings.drop("no-mask", NO_MASK, where)
 
     def _look_at_box(self, bbox: Sequence[float], where: Where) -> None:
         x, y, w, h = bbox
@@ -303,18 +312,6 @@ def _apart(a: Sequence[float], b: Sequence[float]) -> float:
 
 def _short(bbox: Sequence[float]) -> str:
     return "[" + ", ".join(f"{v:g}" for v in bbox) + "]"
-
-
-def mask_box(segmentation: Any) -> tuple[float, float, float, float]:
-    """XYXY box of a checked segmentation."""
-    if isinstance(segmentation, dict):
-        from pycocotools import mask as coco_mask
-
-        x, y, w, h = coco_mask.toBbox(segmentation).tolist()
-        return x, y, x + w, y + h
-    points = segmentation[0] if len(segmentation) == 1 else np.concatenate(segmentation)
-    xs, ys = points[0::2], points[1::2]
-    return float(xs.min()), float(ys.min()), float(xs.max()), float(ys.max())
 
 
 def _look_at_the_whole(result: Survey) -> None:

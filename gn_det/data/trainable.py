@@ -33,9 +33,13 @@ def check_objects(datasets: Sequence[CocoDataset]) -> np.ndarray:
         names = ", ".join(d.json_file for d in datasets) or "DATASETS.TRAIN"
         dropped = [entry for d in datasets for entry in d.bad]
         why = f"; {len(dropped)} bad entries were dropped, such as {dropped[0]} ({CHECK_HINT})" if dropped else ""
-        raise DataError(
-            f"{names}: no image has an object to learn from (crowds do not count): check the annotations{why}"
-        )
+        crowds = sum(d.crowds for d in datasets)
+        if crowds:
+            raise DataError(
+                f"{names}: all {crowds} objects are crowds (iscrowd 1), which are never trained on: set iscrowd 0 for "
+                f"single objects, with an RLE mask, too{why}"
+            )
+        raise DataError(f"{names}: no image has an object to learn from: check the annotations{why}")
     return has_objects
 
 

@@ -32,13 +32,18 @@ class PackedSamples:
     targets: list[tuple[Any, ...] | None]
 
 
+def shared_memory_free() -> int | None:
+    """Bytes free in /dev/shm; None where the system has no such limit."""
+    try:
+        return shutil.disk_usage(_SHM).free
+    except OSError:
+        return None
+
+
 def shared_memory_fits(workers: int, bytes_per_batch: int) -> bool:
     """Whether /dev/shm has room for all batches in flight; True where the system has no such limit."""
-    try:
-        free = shutil.disk_usage(_SHM).free
-    except OSError:
-        return True
-    return workers * _IN_FLIGHT * bytes_per_batch < 0.8 * free
+    free = shared_memory_free()
+    return free is None or workers * _IN_FLIGHT * bytes_per_batch < 0.8 * free
 
 
 def pack_samples(samples: list[Sample], shared_memory: bool = True) -> PackedSamples:

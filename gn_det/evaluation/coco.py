@@ -45,6 +45,7 @@ def evaluate_coco(
     iou_types: Sequence[str] = ("bbox", "segm"),
     output_dir: str | os.PathLike[str] | None = None,
     max_dets: int | None = None,
+    detections_per_image: int | None = None,
 ) -> EvalResult:
     """Average precision of ``results`` on a COCO json.
 
@@ -56,8 +57,10 @@ def evaluate_coco(
         category_ids: json category id of each name; None takes the ids of the json in ascending order.
         iou_types: ``"bbox"`` and/or ``"segm"``; masks are left out when no result carries one.
         output_dir: folder for ``coco_instances_results.json``; None writes nothing.
-        max_dets: detections per image that count, 100 when None. ``TEST.DETECTIONS_PER_IMAGE`` does not change it in
-            Detectron2 either, unless its evaluator is told to.
+        max_dets: detections of a class that count in an image (``TEST.MAX_DETS``, COCOeval's maxDets), 100 when None.
+            The names of the metrics stay.
+        detections_per_image: how many detections of all classes the model gives at most
+            (``TEST.DETECTIONS_PER_IMAGE``); only for the sentence that says what the caps cost.
 
     Returns:
         Percentages in the order AP, AP50, AP75, APs, APm, APl, AP-<name> ...; nan where undefined. Empty when the
@@ -83,6 +86,7 @@ def evaluate_coco(
             out[task] = {metric: math.nan for metric in METRICS}
         else:
             out[task] = _derive(_precision(gt, results, task, max_dets), gt, names, ids)
+    out.reasons.extend(diagnose.capped(gt, 100 if max_dets is None else int(max_dets), detections_per_image))
     out.reasons.extend(diagnose.explain(out, gt, results, ids))
     for sentence in out.reasons:
         log.warning(sentence)
@@ -130,7 +134,7 @@ def _check_results(gt: GroundTruth, results: Sequence[Mapping[str, Any]]) -> Non
 
 
 def _precision(gt: GroundTruth, results: Sequence[dict[str, Any]], task: str, max_dets: int | None) -> np.ndarray:
-    """Precision (IoU threshold 10, recall 101, category, area range 4, max dets 3); -1 where undefined."""
+    """Precision (IoU threshold 10, recall 101, category, area range 4, max dets 1); -1 where undefined."""
     from faster_coco_eval import COCO, COCOeval_faster
 
     # Shallow copies: the evaluator writes flags and run-length objects into the entries.
@@ -148,7 +152,8 @@ def _precision(gt: GroundTruth, results: Sequence[dict[str, Any]], task: str, ma
         for a in (annotations, entries)
     )
     evaluator = COCOeval_faster(truth, found, task, print_function=_silent, extra_calc=False)
-    evaluator.params.maxDets = [1, 10, 100 if max_dets is None else int(max_dets)]
+    # One number: COCOeval sorts them, and only the largest is read.
+    evaluator.params.maxDets = [100 if max_dets is None else int(max_dets)]
     evaluator.evaluate()
     evaluator.accumulate()
     return np.asarray(evaluator.eval["precision"])
@@ -212,7 +217,7 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _derive(precision: np.ndarray, gt: GroundTruth, names: Sequence[str], ids: Sequence[int]) -> dict[str, float]:
-    at = precision[..., -1]  # the largest max dets
+    at = precision[..., -1]
     metrics = {
         "AP": _mean(at[:, :, :, 0]),
         "AP50": _mean(at[0, :, :, 0]),

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from gn_det.data.problems import keys_for, lost_to_caps
 from gn_det.evaluation.ground_truth import GroundTruth
 
 _SIZES = {
@@ -69,6 +70,32 @@ def explain(
     return reasons
 
 
+def capped(gt: GroundTruth, max_dets: int, detections_per_image: int | None) -> list[str]:
+    """One sentence where the caps on detections keep objects from being found, however good the model is.
+
+    Args:
+        gt: the ground truth evaluated on.
+        max_dets: TEST.MAX_DETS, which holds for each class of an image.
+        detections_per_image: TEST.DETECTIONS_PER_IMAGE, which holds for all classes together; None where unknown.
+    """
+    classes: dict[Any, list[int]] = defaultdict(list)
+    for a in gt.annotations:
+        if not a["iscrowd"]:
+            classes[a["image_id"]].append(a["category_id"])
+    lost = {image: n for image, c in classes.items() if (n := lost_to_caps(c, max_dets, detections_per_image))}
+    if not lost:
+        return []
+    most = max(len(classes[image]) for image in lost)
+    limits = f"TEST.MAX_DETS {max_dets}"
+    if detections_per_image is not None:
+        limits += f" and TEST.DETECTIONS_PER_IMAGE {detections_per_image}"
+    return [
+        f"{len(lost)} of {len(gt.images)} images of {gt.source} have more objects (up to {most}) than {limits} let "
+        f"count: {sum(lost.values())} of {sum(map(len, classes.values()))} objects cannot be found, which lowers AP "
+        f"even for perfect detections; set {keys_for(most)}."
+    ]
+
+
 def _no_results(gt: GroundTruth) -> str:
     return (
         f"AP is undefined (nan): the model gave no detection at all on the {len(gt.images)} images of {gt.source}; "
@@ -89,7 +116,8 @@ def _category_mismatch(
 ) -> list[str]:
     out = []
     known = set(gt.category_ids)
-    strange = Counter(r["category_id"] for r in results if r["category_id"] not in known)
+    # Ids of the model's classes that the json lacks are known to have no objects.
+    strange = Counter(r["category_id"] for r in results if r["category_id"] not in known.union(category_ids))
     if strange:
         out.append(
             f"{sum(strange.values())} of {len(results)} detections carry category ids that {gt.source} does not have "

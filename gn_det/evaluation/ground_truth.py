@@ -8,7 +8,6 @@ changed is kept in :attr:`GroundTruth.warnings`. On a sound json the copy evalua
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import Counter
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from gn_det.data.coco_file import read_json
 from gn_det.errors import DataError
 
 #: A polygon vertex farther out than this makes the mask API allocate without bound.
@@ -82,13 +82,7 @@ def load_ground_truth(source: str | os.PathLike[str] | Mapping[str, Any] | Groun
 
 
 def _read(path: str) -> tuple[str, Mapping[str, Any]]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            data = json.load(file)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; give the COCO json of the set to evaluate on") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as COCO json ({error})") from None
+    data = read_json(path, advice="give the COCO json of the set to evaluate on")
     if not isinstance(data, Mapping):
         raise DataError(f"{path}: not a COCO json (expected an object with 'images', 'categories', 'annotations')")
     return path, data

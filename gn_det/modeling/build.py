@@ -82,9 +82,11 @@ def build_backbone(cfg: Cfg) -> FPN | ResNet:
             f"MODEL.BACKBONE.NAME {name!r} is not implemented by the embedded engine; "
             "use build_resnet_backbone or build_resnet_fpn_backbone"
         )
+    channels = len(cfg.MODEL.PIXEL_MEAN)  # 1 with INPUT.FORMAT L
     if name == "build_resnet_backbone":
-        return ResNet(**resnet_arguments(cfg), layer="backbone")
-    return FPN(ResNet(**resnet_arguments(cfg), layer="backbone.bottom_up"), **fpn_arguments(cfg))
+        return ResNet(in_channels=channels, **resnet_arguments(cfg), layer="backbone")
+    bottom_up = ResNet(in_channels=channels, **resnet_arguments(cfg), layer="backbone.bottom_up")
+    return FPN(bottom_up, **fpn_arguments(cfg))
 
 
 def resnet_arguments(cfg: Cfg) -> dict[str, Any]:

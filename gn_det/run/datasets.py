@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Sequence
@@ -12,8 +13,10 @@ from fvcore.common.config import CfgNode
 from gn_det.data.catalog import DatasetSource, datasets_for
 from gn_det.data.coco import CocoDataset, check_num_classes, load_coco
 from gn_det.data.coco_file import read_coco_file
+from gn_det.data.image import ImageReader
 from gn_det.data.trainable import check_trainable
 from gn_det.errors import ConfigError, DataError
+from gn_det.text import shown
 
 logger = logging.getLogger(__name__)
 
@@ -94,11 +97,16 @@ def load_test_sets(cfg: CfgNode, class_names: Sequence[str] | None) -> tuple[Coc
     test = tuple(_load(cfg, source, need_annotations=False) for source in datasets_for(cfg, "test"))
     for dataset in test if class_names is not None else ():
         test_category_ids(dataset, class_names or ())
+        lacking = [shown(name) for name in class_names or () if name not in dataset.class_names]
+        if lacking:
+            names = ", ".join(lacking[:5]) + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else "")
+            logger.info("%s lacks %d class(es) of the model: no AP for %s.", dataset.name, len(lacking), names)
     return test
 
 
 def _load(cfg: CfgNode, source: DatasetSource, need_annotations: bool = True) -> CocoDataset:
-    dataset = load_coco(source, max_bad=int(cfg.DATALOADER.MAX_BAD), need_annotations=need_annotations)
+    max_bad, reader = int(cfg.DATALOADER.MAX_BAD), ImageReader.of(cfg)
+    dataset = load_coco(source, max_bad=max_bad, need_annotations=need_annotations, reader=reader)
     logger.info(dataset.summary())
     return dataset
 
@@ -106,19 +114,21 @@ def _load(cfg: CfgNode, source: DatasetSource, need_annotations: bool = True) ->
 def test_category_ids(dataset: CocoDataset, class_names: Sequence[str]) -> tuple[int, ...]:
     """The json category id that ``dataset`` gives to each of the model's classes, found by name.
 
+    A class that the set lacks gets an id that none of its categories has: it has no objects there, and no AP.
+
     Raises:
-        DataError: the set lacks a class or has one more.
+        DataError: the set has a class that the model does not know.
     """
     own = dict(zip(dataset.class_names, dataset.category_ids))
-    missing = [n for n in class_names if n not in own]
     extra = [n for n in own if n not in set(class_names)]
-    if missing or extra:
-        what = f"lacks {missing[0]!r}" if missing else f"has {extra[0]!r}, which the model does not know"
+    if extra:
         raise DataError(
-            f"{dataset.json_file}: its categories differ from the {len(class_names)} classes of the model: it {what}; "
-            "give training and test json the same categories (one without objects does no harm)"
+            f"{dataset.json_file}: its categories differ from the {len(class_names)} classes of the model: it has "
+            f"{shown(extra[0])}, which the model does not know; give training and test json the same categories (one "
+            "without objects does no harm)"
         )
-    return tuple(own[n] for n in class_names)
+    unused = itertools.count(max(own.values(), default=0) + 1)
+    return tuple(own[n] if n in own else next(unused) for n in class_names)
 
 
 test_category_ids.__test__ = False  # type: ignore[attr-defined]  # not a test case, whatever its name

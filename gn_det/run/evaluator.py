@@ -100,9 +100,11 @@ def _score(
     seconds: float,
 ) -> dict[str, dict[str, float]]:
     logger.info("%s: %d detections in %d images, %.1f s.", dataset.name, len(results), len(dataset), seconds)
-    truth: Any = dataset.ground_truth() if dataset.bad else dataset.json_file
+    # What was repaired or dropped when the set was read counts here, too.
+    truth: Any = dataset.ground_truth() if dataset.bad or dataset.notes else dataset.json_file
     tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
-    scores = evaluate_coco(truth, results, class_names, ids, iou_types=tasks, output_dir=folder)
+    caps = {"max_dets": int(cfg.TEST.get("MAX_DETS", 100)), "detections_per_image": int(cfg.TEST.DETECTIONS_PER_IMAGE)}
+    scores = evaluate_coco(truth, results, class_names, ids, iou_types=tasks, output_dir=folder, **caps)
     if scores:
         logger.info(format_results(scores))
     return {task: dict(metrics) for task, metrics in scores.items()}

@@ -201,6 +201,60 @@ def test_other_classes_reinitialise_the_predictors_alone(tmp_path: Path) -> None
     assert "trained with 8 classes" in message and "MODEL.ROI_HEADS.NUM_CLASSES is 2" in message
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (("cat", "dog"), ("cow", "cat", "dog")),  # added
+        (("cat", "dog", "cow"), ("cow", "dog")),  # removed and reordered
+        (("cat", "dog"), ("dog", "cat")),  # reordered alone
+        (("cat", "dog"), ("cat", "hen")),  # as many, one of them new
+    ],
+)
+def test_rows_of_classes_are_kept_by_name(tmp_path: Path, old: tuple[str, ...], new: tuple[str, ...]) -> None:
+    """Every predictor's rows of a class that both know, and the background's; rows of new classes stay as built."""
+    shapes = detector_shapes(classes=len(old))
+    meta = build_meta(config(classes=len(old)), old, range(1, len(old) + 1))
+    path = saved(tmp_path / "own.pth", shapes, gn_det=meta)
+    theirs = random_state(shapes, 0)
+    model = module(detector_shapes(classes=len(new)))
+    cfg = config(classes=len(new), MODEL__CLASS_NAMES=new)
+    report = load_weights(model, path, cfg)
+    state = model.state_dict()
+    for layer, width in (("box_predictor.cls_score", 1), ("box_predictor.bbox_pred", 4), ("mask_head.predictor", 1)):
+        for kind in ("weight", "bias"):
+            ours, before = (s[f"roi_heads.{layer}.{kind}"] for s in (state, theirs))
+            for k, name in enumerate(new):
+                rows = ours[k * width : (k + 1) * width]
+                if name in old:
+                    at = old.index(name) * width
+                    assert torch.equal(rows, torch.as_tensor(before[at : at + width]))
+                else:
+                    assert bool((rows == -1).all())
+            if "cls_score" in layer:
+                assert torch.equal(ours[-1], torch.as_tensor(before[-1]))
+    assert not report.reinitialised and not report.missing
+    text = format_report(report)
+    assert f"kept by name: {', '.join(n for n in new if n in old)}" in text
+    for what, names in (("new and initialised", set(new) - set(old)), ("only in the file", set(old) - set(new))):
+        assert (f"{what}: {', '.join(names)}" in text) == bool(names)
+
+
+def test_rows_are_not_rearranged_where_they_are_needed_as_they_are(tmp_path: Path) -> None:
+    """Evaluation takes the file's classes as they are, and classes without a common name are another task."""
+    shapes = detector_shapes(classes=2)
+    path = saved(tmp_path / "own.pth", shapes, gn_det=build_meta(config(classes=2), ("cat", "dog"), (1, 2)))
+    model = module(shapes)
+    load_weights(model, path, config(classes=2, MODEL__CLASS_NAMES=("dog", "cat")), require_all=True)
+    name = "roi_heads.box_predictor.cls_score.weight"
+    assert torch.equal(model.state_dict()[name], torch.as_tensor(random_state(shapes, 0)[name]))
+    report = load_weights(
+        module(detector_shapes(classes=3)), path, config(classes=3, MODEL__CLASS_NAMES=("a", "b", "c"))
+    )
+    assert report.reinitialised
+    message = refused(module(detector_shapes(classes=3)), path, config(classes=3), require_all=True)
+    assert "trained with 2 classes" in message
+
+
 def test_evaluation_refuses_a_mere_backbone(tmp_path: Path) -> None:
     path = write_pickle(tmp_path / "x.pkl", caffe2_blobs(50, "gn", backbone_shapes()))
     message = refused(module(detector_shapes()), path, config(), require_all=True)

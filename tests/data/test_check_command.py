@@ -29,6 +29,7 @@ from gn_det.cli import main
 from gn_det.config import load_config
 from gn_det.data.catalog import DatasetSource
 from gn_det.data.coco import load_coco
+from gn_det.data.image import ImageReader
 from gn_det.data.shapes import make_shapes
 from gn_det.data.survey import Training, survey
 from gn_det.errors import DataError
@@ -109,7 +110,7 @@ def test_overlap_by_file_and_by_content(tmp_path: Path, capsys: pytest.CaptureFi
 def test_equal_pictures_within_a_set(tmp_path: Path) -> None:
     source = write(tmp_path)
     shutil.copy(tmp_path / "im 5é.png", tmp_path / "im 8é.png")
-    found = survey(source, "train", Training((800,), 1333, True, "BGR"), decode=True).findings
+    found = survey(source, "train", Training((800,), 1333, True), decode=True).findings
     assert found.counts["content-twice"] == 1 and "image 5" in str(found.found["content-twice"][0])
 
 
@@ -117,7 +118,7 @@ def test_categories_that_differ(tmp_path: Path, capsys: pytest.CaptureFixture[st
     train = in_folder(tmp_path / "a")
     named = other_pictures(in_folder(tmp_path / "b", lambda c: c["categories"][0].update(name="neun")))
     assert main(words(train, named)) == 2
-    assert "lacks 'nine'" in capsys.readouterr().out
+    assert "has 'neun', which the model does not know" in capsys.readouterr().out
 
     def swap(content: dict[str, Any]) -> None:
         first, second = content["categories"]
@@ -415,3 +416,61 @@ def test_page_takes_the_memory_of_one_mask(tmp_path: Path) -> None:
         assert tracemalloc.get_traced_memory()[1] < 5 * 3 * size[0] * size[1]
     finally:
         tracemalloc.stop()
+
+
+def test_boxes_alone_without_masks_are_clean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """MODEL.MASK_ON False asks for no masks, in val neither."""
+
+    def strip(content: dict[str, Any]) -> None:
+        for annotation in content["annotations"]:
+            annotation.pop("segmentation")
+
+    train, val = in_folder(tmp_path / "a", strip), other_pictures(in_folder(tmp_path / "b", strip))
+    assert main(words(train, val, "MODEL.MASK_ON", "False")) == 0
+    assert "objects without a mask (MODEL.MASK_ON is False)" in capsys.readouterr().out
+    assert main(words(train, val, "MODEL.MASK_ON", "True")) == 2
+
+
+def test_a_class_that_val_lacks_is_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def without_nine(content: dict[str, Any]) -> None:
+        content["categories"] = [c for c in content["categories"] if c["name"] != "nine"]
+        content["annotations"] = [a for a in content["annotations"] if a["category_id"] != 9]
+
+    train, val = in_folder(tmp_path / "a"), other_pictures(in_folder(tmp_path / "b", without_nine))
+    assert main(words(train, val)) == 0
+    assert "has no category 'nine'" in capsys.readouterr().out
+
+
+def test_more_objects_than_count_name_the_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A warning with the keys to set, until they are set."""
+
+    def many(content: dict[str, Any]) -> None:
+        content["annotations"] = [
+            {**content["annotations"][0], "id": i, "bbox": [x, y, 9, 9],
+             "segmentation": [[x, y, x + 9, y, x + 9, y + 9, x, y + 9]]}
+            for i, (x, y) in enumerate(((x, y) for x in range(20) for y in range(6)), 1)
+        ]  # fmt: skip
+
+    train, val = in_folder(tmp_path / "a"), other_pictures(in_folder(tmp_path / "b", many))
+    assert main(words(train, val)) == 1
+    told = capsys.readouterr().out
+    keys = "TEST.MAX_DETS 200 TEST.DETECTIONS_PER_IMAGE 200"
+    assert f"120 objects, 20 of which cannot be found: set {keys}" in told
+    assert main(words(train, val, *keys.split())) == 0
+
+
+def test_deep_and_constant_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """16 bits: an error with mode and range until INPUT.BIT_DEPTH is set; one colour all over: a warning."""
+    source = write(tmp_path)
+    for number in (5, 6, 7, 8):
+        values = np.arange(1200, dtype=np.uint16).reshape(30, 40) * (number != 8) + 3
+        Image.fromarray(values).save(tmp_path / f"im {number}é.png")
+    assert main(words(source)) == 2
+    told = capsys.readouterr().out
+    assert "(mode I;16) with values from 3 to 1202" in told and "none of its 4 images can be used" in told
+    assert main(words(source, None, "--images", "INPUT.BIT_DEPTH", "3,1202")) == 1
+    told = capsys.readouterr().out
+    assert "images of one colour all over" in told and "(im 8é.png): every pixel is 0" in told
+    with pytest.raises(DataError, match=r"set INPUT.BIT_DEPTH"):
+        load_coco(source, max_bad=100)
+    assert len(load_coco(source, max_bad=0, reader=ImageReader("BGR", "full"))) == 4

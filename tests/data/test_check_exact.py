@@ -129,6 +129,30 @@ def other_size(path: Path) -> None:
     Image.fromarray(np.zeros((9, 7, 3), np.uint8)).save(path)
 
 
+def sixteen_bit(path: Path) -> None:
+    """Under a JPEG's name: Pillow goes by the content."""
+    Image.fromarray(np.full((9, 7), 999, np.uint16)).save(path, "PNG")
+
+
+def huge(path: Path) -> None:
+    Image.new("1", (14000, 13000)).save(path, "PNG")
+
+
+def other_name(world: World) -> None:
+    image = world.image()
+    image["file_name"] = image["file_name"].upper()
+
+
+def id_as_float(world: World) -> None:
+    image = world.image()
+    image["id"] = float(image["id"])
+
+
+def constant(world: World) -> None:
+    image = world.image()
+    Image.new("RGB", (image["width"], image["height"]), (7, 7, 7)).save(world.images / image["file_name"], quality=100)
+
+
 def odd_png(world: World) -> None:
     """A PNG with a wrong checksum of a text behind the pixels."""
     image = world.image()
@@ -202,7 +226,15 @@ TOGETHER: dict[str, Callable[[World], Any]] = {
     "image-copy": lambda w: w.train["images"].append(dict(w.image())),
     "category-copy": lambda w: w.train["categories"].append(dict(w.train["categories"][0])),
     "image-no-id": lambda w: w.train["images"].append({"file_name": "x.jpg", "width": 4, "height": 4}),
-    "image-entry": lambda w: w.image().pop("width"),
+    "image-entry": lambda w: w.image().pop("file_name"),
+    "image-depth": on_file(sixteen_bit),
+    "image-large": on_file(huge),
+    "image-no-size": lambda w: w.image().pop("width"),
+    "image-name": other_name,
+    "id-type": id_as_float,
+    "bbox-missing": without("bbox"),
+    "polygon-empty": on_object(segmentation=[[20, 20, 30, 20, 20, 20]], bbox=[20, 20, 10, 1]),
+    "image-constant": constant,
     "image-missing": on_file(Path.unlink),
     "image-damaged": on_file(cut),
     "image-size": on_file(other_size),
@@ -247,7 +279,10 @@ TOGETHER: dict[str, Callable[[World], Any]] = {
     "image-id-repeated": repeated_image_id,
 }
 #: What a defect brings along by its nature.
-BESIDE = {"class-empty": {"class-empty": 1}}  # in val, too
+BESIDE = {
+    "class-empty": {"class-empty": 1},  # in val, too
+    "object-vanishes": {"polygon-empty": 1},
+}
 
 
 def only_boxes(world: World) -> None:
@@ -268,6 +303,17 @@ def swapped_names(world: World) -> None:
     a["name"], b["name"] = b["name"], a["name"]
 
 
+def lacking_class(world: World) -> None:
+    gone = world.val["categories"].pop()["id"]
+    world.val["annotations"] = [a for a in world.val["annotations"] if a["category_id"] != gone]
+
+
+def as_corners(annotation: Entry) -> None:
+    x, y, w, h = annotation["bbox"]
+    if not annotation["iscrowd"]:
+        annotation["bbox"] = [x, y, x + w, y + h]
+
+
 def tiny_objects(world: World) -> None:
     """A tenth of the size: below the smallest anchor nearly everywhere."""
     for annotation in world.train["annotations"]:
@@ -279,7 +325,7 @@ def tiny_objects(world: World) -> None:
 ALONE: dict[str, tuple[Callable[[World], Any], set[str]]] = {
     "json-structure": (lambda w: w.train.update(annotations={}), set()),
     "categories-missing": (lambda w: w.train.pop("categories"), set()),
-    "category-malformed": (lambda w: w.train["categories"].append({"id": "7", "name": "x"}), set()),
+    "category-malformed": (lambda w: w.train["categories"].append({"id": "seven", "name": "x"}), set()),
     "category-id-repeated": (lambda w: w.train["categories"].append({"id": 1, "name": "x"}), set()),
     "category-name-repeated": (
         lambda w: [c["categories"].append({"id": 60, "name": c["categories"][0]["name"]}) for c in (w.train, w.val)],
@@ -288,6 +334,8 @@ ALONE: dict[str, tuple[Callable[[World], Any], set[str]]] = {
     "images-missing": (lambda w: w.train.update(images=[]), set()),
     "image-folder": (lambda w: shutil.rmtree(w.images), set()),
     "classes-differ": (lambda w: w.val["categories"][0].update(name="other"), set()),
+    "classes-lacking": (lacking_class, set()),
+    "bbox-corners": (each("train", as_corners), {"bbox-mask", "bbox-reaches-out", "bbox-far"}),
     "num-classes": (lambda w: w.words.extend(["MODEL.ROI_HEADS.NUM_CLASSES", "80"]), set()),
     "no-objects": (lambda w: w.train.update(annotations=[]), {"image-empty"}),
     "no-masks": (each("train", lambda a: a.pop("segmentation")), {"no-mask"}),

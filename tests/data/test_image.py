@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gn_det.data.image import image_size, read_image
+from gn_det.config import get_cfg, load_config
+from gn_det.data.image import MAX_PIXELS, ImageError, ImageReader, image_size, read_image, values_in_words
 from gn_det.errors import ConfigError, DataError
 
 
@@ -29,11 +31,116 @@ def test_modes(tmp_path: Path, rgb: Image.Image, mode: str) -> None:
     assert image_size(path) == (7, 5)
 
 
-def test_sixteen_bit_gray(tmp_path: Path) -> None:
-    """As Detectron2 (Pillow's conversion): values above 255 become white."""
-    Image.fromarray(np.array([[0, 100, 300, 65535]], dtype=np.uint16)).save(tmp_path / "a.png")
-    pixels = read_image(tmp_path / "a.png", "BGR")
-    assert pixels.shape == (1, 4, 3) and pixels.dtype == np.uint8
+def deep(folder: Path, kind: str, values: np.ndarray) -> Path:
+    """Gray pictures of more than 8 bits: 16-bit PNG, 16-bit TIFF of either byte order, 32-bit integers, floats."""
+    path = folder / f"{kind.replace(';', '')}.{'png' if kind == 'png' else 'tif'}"
+    if kind == "I;16B":
+        raw = Image.frombytes("I;16B", values.shape[::-1], values.astype(">u2").tobytes())
+        raw.save(path)
+    else:
+        types = {"png": np.uint16, "I;16": np.uint16, "I": np.int32, "F": np.float32}
+        Image.fromarray(values.astype(types[kind])).save(path)
+    return path
+
+
+VALUES = np.array([[0, 100, 300], [1000, 2047, 4095]])
+
+
+@pytest.mark.parametrize("kind", ["png", "I;16", "I;16B", "I", "F"])
+def test_deep_gray_is_refused_by_mode_and_range(tmp_path: Path, kind: str) -> None:
+    """Pillow's own conversion would clip it at 255."""
+    path = deep(tmp_path, kind, VALUES)
+    with Image.open(path) as opened:
+        mode = opened.mode
+    with pytest.raises(ImageError) as refused:
+        read_image(path)
+    text = str(refused.value)
+    assert f"(mode {mode})" in text and "values from 0 to 4095" in text and "set INPUT.BIT_DEPTH to LOW,HIGH" in text
+    assert refused.value.kind == "image-depth" and values_in_words(path) == text
+    with pytest.raises(ImageError, match=r"INPUT.BIT_DEPTH"):  # the header alone tells the mode
+        image_size(path)
+
+
+@pytest.mark.parametrize("kind", ["png", "I;16", "I;16B", "I", "F"])
+def test_bit_depth_scales_deep_gray(tmp_path: Path, kind: str) -> None:
+    """LOW,HIGH and percentiles: rounded linear maps, cut at both ends; equal for every mode that holds the values."""
+    path = deep(tmp_path, kind, VALUES)
+    for depth, low, high in (("0,4095", 0, 4095), ("[50, 1000]", 50, 1000), ("-100,9999.5", -100, 9999.5)):
+        want = np.floor(np.clip((VALUES - low) / (high - low), 0, 1) * 255 + 0.5)
+        reader = ImageReader("BGR", depth)
+        assert np.array_equal(reader.read(path), np.repeat(want[:, :, None], 3, axis=2))
+        assert np.array_equal(ImageReader("L", depth).read(path)[:, :, 0], want)
+        assert reader.size(path) == (3, 2)
+    low, high = np.percentile(VALUES, (0.5, 99.5))
+    want = np.floor(np.clip((VALUES - low) / (high - low), 0, 1) * 255 + 0.5)
+    assert np.array_equal(ImageReader("L", "percentiles").read(path)[:, :, 0], want)
+    if kind in ("I", "F"):
+        with pytest.raises(ImageError, match=f"INPUT.BIT_DEPTH full has no meaning for pixels of mode {kind}"):
+            ImageReader("L", "full").read(path)
+    else:
+        assert np.array_equal(ImageReader("L", "full").read(path)[:, :, 0], np.floor(VALUES / 65535 * 255 + 0.5))
+
+
+def test_bit_depth_of_odd_pictures(tmp_path: Path) -> None:
+    """NaN counts as black, a picture of one value or without a number is black; 8-bit pictures are never scaled."""
+    path = deep(tmp_path, "F", np.array([[np.nan, 1.0, np.inf, 2.0]]))
+    assert ImageReader("L", "1,2").read(path).ravel().tolist() == [0, 0, 0, 255]
+    for values in ([[np.nan, np.nan]], [[5.0, 5.0]]):
+        assert not ImageReader("L", "percentiles").read(deep(tmp_path, "F", np.array(values))).any()
+    Image.fromarray(np.array([[3, 200]], np.uint8)).save(tmp_path / "a.png")
+    assert ImageReader("L", "0,4095").read(tmp_path / "a.png").ravel().tolist() == [3, 200]
+
+
+@pytest.mark.parametrize("depth", ["16", "4095,0", "1,1", "nan,5", "0,inf", "a,b", "FULL", "1,2,3"])
+def test_bit_depth_is_checked(depth: str) -> None:
+    with pytest.raises(ConfigError, match=r"INPUT.BIT_DEPTH .* is not known: use full, percentiles, or LOW,HIGH"):
+        load_config("quickstart.yaml", ["INPUT.BIT_DEPTH", depth])
+
+
+def test_max_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own limit below and above Pillow's, which it raises; the default is where Pillow stops."""
+    Image.new("1", (40, 30)).save(tmp_path / "a.png")
+    assert ImageReader(max_pixels=1200).size(tmp_path / "a.png") == (40, 30)
+    for read in (ImageReader(max_pixels=1199).read, ImageReader(max_pixels=1199).size):
+        with pytest.raises(ImageError, match=r"a.png: its size of 40x30 pixels is more than the 1199 .*INPUT.MAX_PIX"):
+            read(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow refuses above 200
+    with pytest.raises(ImageError, match=r"raise INPUT.MAX_PIXELS if you trust the file") as refused:
+        ImageReader(max_pixels=200).size(tmp_path / "a.png")
+    assert refused.value.kind == "image-large"
+    assert ImageReader(max_pixels=1200).read(tmp_path / "a.png").shape == (30, 40, 3)
+    monkeypatch.undo()
+    assert 2 * (Image.MAX_IMAGE_PIXELS or 0) == MAX_PIXELS == get_cfg().INPUT.MAX_PIXELS
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    """A pipe without a writer would hang; Ghostscript would run what an EPS file says."""
+    os.mkfifo(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    for name, reason in (("a.png", "a named pipe, not a regular file"), ("b.png", "EPS is a program")):
+        for read in (read_image, image_size):
+            with pytest.raises(ImageError, match=reason):
+                read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a\0b.png", "x" * 5000, "esc\x1b[2J.png", "../" * 40 + "none.png", "/none/a.png"])
+def test_hostile_names_end_in_one_printable_line(tmp_path: Path, name: str) -> None:
+    for read in (read_image, image_size):
+        with pytest.raises(ImageError) as refused:
+            read(os.path.join(tmp_path, name))
+        assert str(refused.value).isprintable() and len(str(refused.value)) < 500
+
+
+def test_arrays_are_rgb(rgb: Image.Image, tmp_path: Path) -> None:
+    """An array gives what its file would give."""
+    rgb.save(tmp_path / "a.png")
+    for image_format in ("BGR", "RGB", "L"):
+        reader = ImageReader(image_format)
+        assert np.array_equal(reader.from_array(np.asarray(rgb)), reader.read(tmp_path / "a.png"))
+    for wrong in (np.zeros((4, 5, 3)), np.zeros((4, 5), np.uint8), np.zeros((4, 5, 4), np.uint8)):
+        with pytest.raises(DataError, match=r"must be an .* uint8 array in RGB order, got"):
+            ImageReader().from_array(wrong)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -274,3 +274,47 @@ def test_shared_memory_must_hold_all_batches_in_flight(each: int, fits: bool, mo
 
     monkeypatch.setattr("shutil.disk_usage", missing)
     assert shared_memory_fits(2, 10**15)
+
+
+def test_a_script_that_workers_import_is_named(tmp_path: Path) -> None:
+    """Without a __main__ guard and by spawn: both the worker and the run that waits for it say what is missing."""
+    (tmp_path / "run.py").write_text(
+        "import multiprocessing, sys\n"
+        "from gn_det.config import get_cfg\n"
+        "from gn_det.data.coco import load_coco\n"
+        "from gn_det.data.loader import build_test_loader\n"
+        "from gn_det.data.shapes import make_shapes\n"
+        "from gn_det.errors import DataError\n"
+        "multiprocessing.set_start_method('spawn', force=True)\n"
+        "data = load_coco(make_shapes(sys.argv[1], 'train', 2), max_bad=0)\n"
+        "try:\n"
+        "    print(len(list(build_test_loader(get_cfg(), data, num_workers=1))))\n"
+        "except DataError as error:\n"
+        "    sys.exit(str(error))\n"
+    )
+    words = [sys.executable, str(tmp_path / "run.py"), str(tmp_path / "shapes")]
+    found = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    lines = found.stderr.splitlines()
+    assert found.returncode == 1 and len(lines) == 2
+    for line in lines:
+        assert line.startswith(f"{tmp_path / 'run.py'}: a data loading process imports this script")
+        assert "if __name__ == '__main__':" in line
+
+
+@pytest.mark.parametrize("free", [0, 4096 * 13])
+def test_too_little_shared_memory_to_start(shapes: CocoDataset, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    """Two workers take 14 pages of /dev/shm for their semaphores."""
+    monkeypatch.setattr(loader_module, "shared_memory_free", lambda: free)
+    loader = build_test_loader(_cfg(), shapes, num_workers=2)
+    with pytest.raises(DataError, match=f"no shared memory to start 2 .* {free >> 10} kB of /dev/shm are free"):
+        next(iter(loader))
+    assert list(build_test_loader(_cfg(), shapes, num_workers=0))
+    monkeypatch.setattr(loader_module, "shared_memory_free", lambda: 4096 * 14)
+    assert next(iter(loader))
+
+
+def test_shared_memory_that_runs_out_is_named() -> None:
+    error = RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)")
+    assert "by shared memory: lower DATALOADER.NUM_WORKERS" in str(loader_module.worker_failure(error))
+    killed = RuntimeError("DataLoader worker (pid 1) is killed by signal: Bus error. It is possible that ...")
+    assert "of /dev/shm are free" in str(loader_module.worker_failure(killed)) or not Path("/dev/shm").exists()

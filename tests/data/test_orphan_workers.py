@@ -37,8 +37,9 @@ import sys, time
 import multiprocessing
 from pathlib import Path
 from gn_det.data.decode import DecodeJob, decode_all
+from gn_det.data.image import ImageReader
 
-jobs = [DecodeJob(str(path), 0, 0, "BGR") for path in Path(sys.argv[2]).iterdir()] * 10
+jobs = [DecodeJob(str(path), 0, 0, ImageReader()) for path in Path(sys.argv[2]).iterdir()] * 10
 found = decode_all(jobs, workers=3)
 next(found)
 print(*(child.pid for child in multiprocessing.active_children()), flush=True)

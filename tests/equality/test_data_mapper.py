@@ -188,15 +188,13 @@ def test_test_samples_are_equal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("image_format", ["BGR", "RGB", "L"])
-def test_every_image_mode_is_read_alike(tmp_path: Path, image_format: str) -> None:
+def test_every_8_bit_image_mode_is_read_alike(tmp_path: Path, image_format: str) -> None:
     from detectron2.data.detection_utils import read_image as d2_read_image
 
     rng = np.random.default_rng(0)
     rgb = Image.fromarray(rng.integers(0, 256, (23, 31, 3), dtype=np.uint8))
     pictures = {f"{mode}.png": rgb.convert(mode) for mode in ("1", "L", "P", "LA", "RGBA", "RGB")}
-    pictures["16bit.png"] = Image.fromarray(rng.integers(0, 65536, (23, 31), dtype=np.uint16))
     pictures["cmyk.jpg"] = rgb.convert("CMYK")
-    pictures["float.tiff"] = Image.fromarray(rng.uniform(0, 255, (23, 31)).astype(np.float32))
     for name, picture in pictures.items():
         picture.save(tmp_path / name)
     for orientation in range(1, 9):

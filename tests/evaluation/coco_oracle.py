@@ -114,7 +114,7 @@ def oracle(
         evaluator.params.maxDets = [1, 10, max_dets]
         evaluator.evaluate()
         evaluator.accumulate()
-    p = evaluator.eval["precision"][..., -1]
+    p = evaluator.eval["precision"][..., sorted(evaluator.params.maxDets).index(max_dets)]
     if exact:
         p[p == 1 / (1 + np.spacing(1))] = 1.0
 

@@ -41,6 +41,69 @@ def test_more_than_100_detections_in_an_image() -> None:
             same(ours[task], oracle(data, results, task, max_dets))
 
 
+def crowded(objects: int, classes: int = 1) -> tuple[dict, list[dict]]:
+    """Two images, the first with that many objects spread over the classes, the second with one; all found."""
+    boxes = [[4.0 + 12 * (k % 25), 4.0 + 12 * (k // 25), 9.0, 9.0] for k in range(objects)]
+    places = [(1, 1 + k % classes, box) for k, box in enumerate(boxes)] + [(2, 1, boxes[0])]
+    data = {
+        "images": [{"id": i, "file_name": f"{i}.png", "height": 400, "width": 320} for i in (1, 2)],
+        "categories": [{"id": c, "name": f"c{c}"} for c in range(1, classes + 1)],
+        "annotations": [
+            {"id": n, "image_id": i, "category_id": c, "bbox": box, "area": 81.0, "iscrowd": 0}
+            for n, (i, c, box) in enumerate(places, 1)
+        ],
+    }
+    results = [{k: a[k] for k in ("image_id", "category_id", "bbox")} for a in data["annotations"]]
+    return data, [{**r, "score": 1 - n / 1000} for n, r in enumerate(results)]
+
+
+def test_caps_that_cost_objects_are_told() -> None:
+    """Perfect boxes: AP 100 once the caps let all of them count, and a sentence while they do not."""
+    data, results = crowded(150)
+    capped = evaluate_coco(data, results, iou_types=["bbox"], detections_per_image=300)
+    same(capped["bbox"] | {"AP-c1": capped["bbox"]["AP"]}, oracle(data, results, "bbox", 100))
+    assert capped["bbox"]["AP"] < 70
+    (sentence,) = capped.reasons[:1]
+    assert sentence.startswith("1 of 2 images of ground truth have more objects (up to 150) than TEST.MAX_DETS 100 and")
+    assert "50 of 151 objects cannot be found" in sentence
+    assert sentence.endswith("set TEST.MAX_DETS 200 TEST.DETECTIONS_PER_IMAGE 200.")
+    free = evaluate_coco(data, results, iou_types=["bbox"], max_dets=300, detections_per_image=300)
+    assert free["bbox"]["AP"] == 100 and not any("MAX_DETS" in s for s in free.reasons)
+    assert list(free["bbox"]) == list(capped["bbox"])  # the names of the metrics stay
+    same(free["bbox"] | {"AP-c1": free["bbox"]["AP"]}, oracle(data, results, "bbox", 300))
+
+
+def test_caps_by_class_and_by_image() -> None:
+    """MAX_DETS holds for each class of an image, DETECTIONS_PER_IMAGE for all together."""
+    data, results = crowded(150, classes=2)
+    assert not any("MAX_DETS" in s for s in evaluate_coco(data, results, iou_types=["bbox"]).reasons)
+    told = evaluate_coco(data, results, iou_types=["bbox"], detections_per_image=120).reasons[0]
+    assert "30 of 151 objects cannot be found" in told and "TEST.DETECTIONS_PER_IMAGE 120" in told
+    told = evaluate_coco(data, results, iou_types=["bbox"], max_dets=50).reasons[0]
+    assert "50 of 151 objects cannot be found" in told and "DETECTIONS_PER_IMAGE 50" not in told
+
+
+@pytest.mark.parametrize("max_dets", [1, 5, 10, 300])
+def test_max_dets_of_any_size(max_dets: int) -> None:
+    data, results = random_set(7, images=3, categories=2, gts=20, dets=60)
+    for task, metrics in evaluate_coco(data, results, max_dets=max_dets).items():
+        same(metrics, oracle(data, results, task, max_dets))
+
+
+def test_a_class_that_the_json_lacks_has_no_ap() -> None:
+    """A model of more classes: its other detections do not count, and nothing is said of strange ids."""
+    data, results = random_set(2)
+    names = [c["name"] for c in data["categories"]]
+    ids = [c["id"] for c in data["categories"]]
+    plain = evaluate_coco(data, results, names, ids)
+    more = [*results, *({**r, "category_id": 99} for r in results[:9])]
+    out = evaluate_coco(data, more, [*names, "unknown"], [*ids, 99])
+    for task, metrics in out.items():
+        assert math.isnan(metrics.pop("AP-unknown"))
+        same(metrics, plain[task])
+    assert out.reasons == plain.reasons
+
+
 def test_ids_beyond_the_precision_of_doubles() -> None:
     """Ids made from hashes or text evaluate like small ones."""
     data, results = random_set(3)
@@ -159,10 +222,10 @@ def test_json_without_annotations_writes_but_does_not_evaluate(tmp_path) -> None
 
 
 def test_unusable_json(tmp_path) -> None:
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(DataError, match="COCO json not found"):
         evaluate_coco(tmp_path / "missing.json", [])
     (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="not a json file"):
         evaluate_coco(tmp_path / "broken.json", [])
     with pytest.raises(DataError, match="categories"):
         evaluate_coco({"images": [{"id": 1}], "annotations": []}, [])

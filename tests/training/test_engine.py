@@ -193,7 +193,7 @@ def test_log_on_a_full_disk_is_silent(
 
 
 def test_the_keeper_gets_the_scaler_and_a_stop_stays_one() -> None:
-    """Lightning's gradient scaler goes into checkpoints; the keeper decides when to stop, even if Lightning wants to."""
+    """Lightning's gradient scaler goes into checkpoints; the keeper alone decides when to stop."""
     seen: list[Any] = []
     keeper = SimpleNamespace(start=seen.append, after_iteration=lambda metrics: False)
     callback, module = KeeperCallback(keeper, 1), SimpleNamespace(model=object())  # type: ignore[arg-type]
