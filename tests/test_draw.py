@@ -14,7 +14,7 @@ from PIL import Image, ImageFilter
 from pycocotools import mask as coco_mask
 
 from gn_det import draw
-from gn_det.curves import read_metrics
+from gn_det.curves import _smooth, read_metrics
 from gn_det.data.records import Record
 from gn_det.draw import _eroded, class_color, draw_annotations, draw_curves, draw_detections, draw_grid
 from gn_det.errors import DataError
@@ -178,3 +178,35 @@ def test_a_name_of_a_million_characters_is_not_measured(monkeypatch: pytest.Monk
     image = np.zeros((64, 64, 3), np.uint8)
     draw_detections(image, one([1, 1, 9, 9], (64, 64)), ["x" * 10**6])
     assert measured and max(measured) < 300
+
+
+def test_a_mask_has_an_outline_and_small_objects_lie_on_large_ones() -> None:
+    """The outline has the class's own colour, the fill a part of it; the large object is painted first."""
+    masks = torch.zeros(2, 700, 800, dtype=torch.bool)
+    masks[0, 380:420, 380:420] = True
+    masks[1, 200:600, 200:600] = True
+    boxes = torch.tensor([[100.0, 100, 110, 110], [90.0, 90, 120, 120]])  # elsewhere: boxes are drawn over masks
+    boxes = torch.cat([boxes[:1], torch.tensor([[0.0, 0, 799, 699]])])
+    both = Detections((700, 800), boxes, torch.ones(2), torch.tensor([0, 1]), masks)
+    drawn = draw_detections(np.zeros((700, 800, 3), np.uint8), both, ["a", "b"])
+    small, large = (np.array(class_color(k), dtype=float) for k in (0, 1))
+    assert tuple(drawn[380, 400]) == class_color(0) and tuple(drawn[200, 400]) == class_color(1)
+    assert np.abs(drawn[300, 400] - 0.45 * large).max() <= 1
+    assert np.abs(drawn[400, 400] - (0.45 * small + 0.55 * 0.45 * large)).max() <= 2
+
+
+def test_lines_of_one_iteration_come_together_and_the_later_value_counts(tmp_path) -> None:
+    """Losses and AP of an iteration stand in two lines; a resumed run writes an iteration again."""
+    log = tmp_path / "metrics.json"
+    entries = [{"iteration": 1, "lr": 0.1, "loss": 3.0}, {"iteration": 1, "AP": 7.0}, {"iteration": 1, "loss": 2.0}]
+    log.write_text("".join(json.dumps(e) + "\n" for e in entries))
+    assert read_metrics(log) == [{"iteration": 1, "lr": 0.1, "loss": 2.0, "AP": 7.0}]
+
+
+def test_smoothing_keeps_a_line_straight_to_its_ends() -> None:
+    """80 values are averaged over 5, fewer towards the ends, so that a straight line stays one."""
+    line = np.arange(80.0)
+    assert _smooth(line) == pytest.approx(line)
+    jump = np.zeros(80)
+    jump[40] = 5.0
+    assert _smooth(jump)[36:45].tolist() == pytest.approx([0, 0, 1, 1, 1, 1, 1, 0, 0])

@@ -290,3 +290,33 @@ def test_output_is_a_folder_or_nothing(photos: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="not a regular file"):
             write_bytes_atomic(path, b"x")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pipe", photos.name]
+
+
+def test_the_threshold_itself_is_kept() -> None:
+    """\"Lowest score kept\", also where it is no round number in binary; best first."""
+    scores = torch.tensor([0.25, 0.5, 0.75])
+    found = select(Detections((4, 4), torch.zeros(3, 4), scores, torch.zeros(3, dtype=torch.int64)), 0.5, None)
+    assert found.scores.tolist() == [0.75, 0.5]
+
+
+def test_area_is_that_of_the_mask(tmp_path: Path) -> None:
+    """COCO's area is the mask's where there is one, the box's otherwise."""
+    path = tmp_path / "a.png"
+    Image.new("RGB", (40, 30)).save(path)
+
+    def sparse(path: Path) -> Detections:
+        found = detect(path)
+        assert found.masks is not None
+        found.masks[:, 5:] = False
+        return found
+
+    predict("unused.pth", [path], tmp_path / "out", predictor=Predictor(sparse, NAMES, (7, 8, 19)))
+    areas = [a["area"] for a in json.loads((tmp_path / "out" / "predictions.json").read_text())["annotations"]]
+    assert areas == [15.0, 15.0]
+
+
+def test_an_image_with_two_names_is_drawn_once(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 3)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to("a.png")
+    found, _ = collect_images([tmp_path, tmp_path / "b.png"])
+    assert found == [tmp_path / "a.png"]

@@ -13,7 +13,7 @@ import pytest
 from compare.cases import Fake, plan_of, pretrain_row
 
 from gn_det.compare.charts import number, ticks
-from gn_det.compare.curves import mean_curve
+from gn_det.compare.curves import _smooth, mean_curve
 from gn_det.compare.findings import findings, signed
 from gn_det.compare.measure import detection_metrics
 from gn_det.compare.page import as_html
@@ -246,3 +246,17 @@ def test_small_parts() -> None:
     assert signed(-0.04) == "0.0" and signed(1.25) == "+1.2" and signed(-3) == "−3.0"
     assert finite({"a": [float("nan"), 1.0, (float("inf"),)]}) == {"a": [None, 1.0, [None]]}
     assert mean_curve([[(1, 1), (2, 3)], [(1, 3), (3, 7)]]) == [(1, 2.0), (2, 4.0)]
+
+
+def test_a_mean_curve_ends_where_the_first_run_ends() -> None:
+    """Where one run has no value there is no mean; between points the line is straight."""
+    long, short = [(0, 0.0), (2, 4.0), (4, 8.0), (6, 12.0)], [(1, 10.0), (5, 14.0)]
+    assert mean_curve([long, short]) == [(2, 7.5), (4, 10.5)]
+    assert mean_curve([short, long]) == [(1, 6.0), (5, 12.0)]
+
+
+def test_losses_alone_are_smoothed() -> None:
+    """AP is shown as it was measured."""
+    points = [(float(k), float(k == 5)) for k in range(10)]
+    assert _smooth(points, "box_ap") == points
+    assert [y for _, y in _smooth(points, "loss")] == pytest.approx([0, 0, 0, 0.2, 0.2, 0.2, 0.2, 0.2, 0, 0])

@@ -111,3 +111,16 @@ def test_settings_need_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "32", done.stderr
+
+
+@pytest.mark.parametrize(("norm", "good"), [("GN", True), ("LN", True), ("BN", False)])
+def test_a_batch_of_one_has_no_batch_statistics(norm: str, good: bool) -> None:
+    """GN and LN take them of the image."""
+    settings = {"arch": "resnet8", "norm": norm, "data": "digits", "output": "o", "batch_size": 1}
+    if norm == "GN":
+        settings["groups"] = 4
+    if good:
+        assert Settings(**settings).batch_size == 1
+    else:
+        with pytest.raises(ConfigError, match="batch_size is 1, but BN needs"):
+            Settings(**settings)

@@ -13,6 +13,7 @@ import torch
 from gn_det.config import load_config
 from gn_det.errors import ConfigError, DataError, TrainingError, WeightsError
 from gn_det.training import engine
+from gn_det.training import fit as training_fit
 from gn_det.training.hooks import KeeperCallback
 
 SMALL = [
@@ -204,3 +205,18 @@ def test_the_keeper_gets_the_scaler_and_a_stop_stays_one() -> None:
         trainer.should_stop = asked
         callback.on_train_batch_end(trainer, module, None, None, 0)
         assert trainer.should_stop is asked
+
+
+def test_how_lightning_is_set_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDNN_BENCHMARK is the config's; each rank keeps its own running statistics; fp16 needs a GPU."""
+    cfg = load_config("quickstart.yaml", ["CUDNN_BENCHMARK", "False"])
+    training_fit.build_trainer(cfg, "cpu", [])
+    assert torch.backends.cudnn.benchmark is False
+    cfg = load_config("quickstart.yaml", ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "fp16"])
+    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
+        training_fit.build_trainer(cfg, "cpu", [])
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(training_fit, "DDPStrategy", lambda **keys: seen.append(keys) or "auto")
+    monkeypatch.setattr(training_fit.dist, "world_size", lambda: 2)
+    training_fit.build_trainer(load_config("quickstart.yaml"), "cpu", [])
+    assert seen[0]["broadcast_buffers"] is False and seen[0]["process_group_backend"] == "gloo"

@@ -345,3 +345,17 @@ def test_owed_evaluation_has_its_consequences(tmp_path: Path, at: int) -> None:
         [(e["iteration"], e.get("bbox/AP"), e.get("total_loss")) for e in lines(tmp_path / f)] for f in ("whole", "cut")
     ]
     assert measured[0] == measured[1]
+
+
+def test_logged_rate_and_clipping_are_those_of_the_step(tmp_path: Path) -> None:
+    """Iteration 11 is in the second third of STEPS; a clip of 1e-9 leaves nothing of the gradients."""
+    keys = ["SOLVER.WEIGHT_DECAY", 0.0, "SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 1e-9]
+    torch.manual_seed(7)
+    before = {name: value.clone() for name, value in Tiny().state_dict().items()}
+    run(tmp_path, keys)
+    after = weights(tmp_path / "model_final.pth")
+    for name, _ in Tiny().named_parameters():  # not the statistics of batch norm
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-7, msg=name)
+    multiplier = lr_multiplier(tiny_cfg(tmp_path))
+    (last,) = [entry for entry in lines(tmp_path) if entry["iteration"] == 11]
+    assert last["lr"] == pytest.approx(0.05 * multiplier(11)) and multiplier(11) < 1
