@@ -11,7 +11,8 @@ from compare.cases import plan_of, pretrain_row
 
 from gn_det.cli import main
 from gn_det.compare.fields import SuiteError
-from gn_det.compare.suite import parse_suite
+from gn_det.compare.suite import load_suite, matching, parse_suite
+from gn_det.errors import ConfigError
 
 ROW = {"id": "a", "config": "quickstart.yaml"}
 
@@ -75,7 +76,78 @@ BAD: dict[str, tuple[Any, list[str]]] = {
         ["table 1", "grid", "'a' has no label 'n'"],
     ),
     "each": ({"rows": [{**ROW, "each": {"x": 1}}]}, ["row 1", "each", "x must be a list"]),
+    "rows beyond number": ({"rows": [{**ROW, "id": f"r{i}"} for i in range(501)]}, ["501 rows; at most 500"]),
+    "each beyond number": ({"rows": [{**ROW, "each": {c: [*range(100)] for c in "abcdef"}}]}, ["each makes more than"]),
+    "each beyond size": (
+        {"rows": [{**ROW, "note": "{x}" * 9999, "each": {"x": ["y" * 9999]}}]},
+        ["each writes more than 2000000"],
+    ),
+    "each of each": (
+        {"rows": [{**ROW, "note": "x {a}", "each": {n: [f"{{{m}}}" * 99] for n, m in zip("abcdefgh", "bcdefghi")}}]},
+        ["each writes more than"],
+    ),
+    "a list in a text": (
+        {"rows": [{**ROW, "title": "x {x}", "each": {"x": [[1]]}}]},
+        ["each: x inside a text must be text"],
+    ),
+    "seeds beyond number": ({"rows": [{**ROW, "seeds": 10**9}]}, ["row 'a'", "seeds is 1000000000", "at most 1000"]),
+    "a seed beyond number": ({"rows": [{**ROW, "seeds": [2**63]}]}, ["row 'a'", "seeds is [9223372036854775808]"]),
+    "true as a seed": ({"rows": [{**ROW, "seeds": [True]}]}, ["row 'a'", "seeds is [True]"]),
+    "runs beyond number": (
+        {"rows": [{**ROW, "id": f"r{i}", "seeds": 500} for i in range(5)]},
+        ["make 2500 runs; at most 2000"],
+    ),
+    "suite name is a path": ({"name": "../../x", "rows": [ROW]}, ["name '../../x' must be"]),
+    "suite name is two": ({"name": "a/b", "rows": [ROW]}, ["name 'a/b' must be"]),
+    "suite name is a list": ({"name": ["a"], "rows": [ROW]}, ["name must be text"]),
+    "absolute id": ({"rows": [{**ROW, "id": "/etc/x"}]}, ["row '/etc/x'", "id must be"]),
+    "id leads up": ({"rows": [{**ROW, "id": "a/../../x"}]}, ["row 'a/../../x'", "id must be"]),
+    "long id": ({"rows": [{**ROW, "id": "a" * 5000}]}, ["(5000 characters)", "id must be"]),
+    "id is a section": ({"rows": [{**ROW, "id": {"a": 1}}]}, ["row ''", "id must be"]),
+    "title is a list": ({"rows": [ROW], "title": ["x"]}, ["title must be text"]),
+    "long title": ({"rows": [ROW], "title": "x" * 5000}, ["title must have at most 1000 characters"]),
+    "config is a list": ({"rows": [{**ROW, "config": ["a"]}]}, ["row 'a'", "config must be text"]),
+    "override is a section": (
+        {"rows": [{**ROW, "overrides": {"OUTPUT_DIR": {"a": 1}}}]},
+        ["OUTPUT_DIR must be a value"],
+    ),
+    "no output": ({"rows": [{**ROW, "overrides": {"OUTPUT_DIR": ""}}]}, ["row 'a'", "OUTPUT_DIR = ''", "not empty"]),
+    "layers beyond number": (
+        {"rows": [{**ROW, "overrides": {"MODEL.ROI_MASK_HEAD.NUM_CONV": 100000}}]},
+        ["row 'a'", "NUM_CONV = 100000 must be between 0 and 64"],
+    ),
+    "sample images": ({"rows": [ROW], "samples": {"images": 10**9}}, ["samples: images is 1000000000"]),
+    "tables beyond number": ({"rows": [ROW], "tables": [{"rows": ["a"]}] * 101}, ["101 tables; at most 100"]),
+    "columns beyond number": (
+        {"rows": [ROW], "tables": [{"rows": ["a"], "columns": ["box_ap"] * 1001}]},
+        ["columns must be at most 1000 names"],
+    ),
+    "pattern that no regular expression survives": (
+        {"rows": [{**ROW, "id": "a" * 100}], "tables": [{"rows": ["*a" * 90 + "*b"]}]},
+        ["table 1", "no row '*a*a"],
+    ),
+    "images beyond number": (
+        {"rows": [pretrain_row("p", data="shapes", images=10**9)]},
+        ["row 'p'", "images is 1000000000"],
+    ),
+    "norm is a list": ({"rows": [pretrain_row("p", norm=["GN"])]}, ["row 'p'", "norm is ['GN']"]),
+    "steps are text": ({"rows": [pretrain_row("p", steps="0.5")]}, ["row 'p'", "steps is '0.5'"]),
 }
+
+
+def test_shared_lists_and_long_texts_are_no_bomb(tmp_path: Path) -> None:
+    """Aliases are counted where they are used, before anything is multiplied."""
+    (tmp_path / "s.yaml").write_text("a: &a [" + "1," * 999 + "]\nrows: [" + "*a," * 99 + "]\n")
+    with pytest.raises(ConfigError, match=r"suite .*s\.yaml line 2, column \d+: more than 50000 values"):
+        load_suite(tmp_path / "s.yaml")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [("a", ["a"]), ("*", ["a", "ab", "b/a"]), ("a*", ["a", "ab"]), ("*a", ["a", "b/a"]), ("*/*", ["b/a"]), ("a*a", [])],
+)
+def test_patterns(pattern: str, found: list[str]) -> None:
+    assert matching(pattern, ["a", "ab", "b/a"]) == found
 
 
 @pytest.mark.parametrize("name", BAD)
