@@ -5,6 +5,7 @@ Everything is drawn with Pillow; :mod:`gn_det.curves` draws the course of a trai
 
 from __future__ import annotations
 
+import bisect
 import colorsys
 import functools
 import math
@@ -332,9 +333,9 @@ def _shorten(text: str, width: float, font_size: int) -> str:
     font = _font_for(text, font_size)
     if font.getlength(text) <= width and not cut:
         return text
-    while len(text) > 1 and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
+    # The longest that fits: the first length that does not, less one.
+    length = bisect.bisect_right(range(2, len(text) + 1), width, key=lambda n: font.getlength(text[:n] + "…"))
+    return text[: length + 1] + "…"
 
 
 @functools.lru_cache(maxsize=256)
