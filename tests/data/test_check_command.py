@@ -343,3 +343,12 @@ def test_help_tells_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
         main(["check", "--help"])
     out = " ".join(capsys.readouterr().out.split())
     assert "0 clean (notes do not count), 1 warnings only, 2 errors" in out
+
+
+@pytest.mark.parametrize(("how", "side"), [("choice", 96), ("range", 120)])
+def test_sizes_are_those_at_the_middle_of_the_training_sizes(how: str, side: int, tmp_path: Path) -> None:
+    """The median of the sizes that are chosen from; the middle of a range."""
+    sizes = "(200,64,96)" if how == "choice" else "(40,200)"
+    cfg = load_config("quickstart.yaml", ["INPUT.MIN_SIZE_TRAIN", sizes, "INPUT.MIN_SIZE_TRAIN_SAMPLING", how])
+    training = Training.of(cfg)
+    assert size_table([survey(write(tmp_path), "train", training)], training, cfg).short_side == side
