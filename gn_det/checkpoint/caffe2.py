@@ -22,12 +22,11 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
-import yaml
 
-from gn_det.checkpoint.meta import stored_yaml
 from gn_det.checkpoint.report import Shape
 from gn_det.checkpoint.source import Preprocessing, Row, State, Weights, first_match
-from gn_det.errors import WeightsError
+from gn_det.config.reader import parse_yaml
+from gn_det.errors import ConfigError, WeightsError
 from gn_det.text import one_line
 
 _CONV = {"branch1": "shortcut", "branch2a": "conv1", "branch2b": "conv2", "branch2c": "conv3"}
@@ -241,21 +240,6 @@ def _classifier(state: State) -> State:
 # ---------------------------------------------------------------------------------------- the mean in a detector's cfg
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML with Python's tags read as plain nodes: Detectron dumps its config with them. Nothing is called."""
-
-
-def _plain(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Any:
-    if isinstance(node, yaml.MappingNode):
-        return loader.construct_mapping(node, deep=True)
-    if isinstance(node, yaml.SequenceNode):
-        return loader.construct_sequence(node, deep=True)
-    return loader.construct_scalar(node) if isinstance(node, yaml.ScalarNode) else None
-
-
-_Loader.add_multi_constructor("tag:yaml.org,2002:python/", _plain)
-
-
 def _pixel_means(text: Any) -> tuple[float, float, float] | None:
     """PIXEL_MEANS of Detectron's dumped config: a nested list, or a pickled array written out as YAML."""
     text = str(text, "latin1") if isinstance(text, (bytes, memoryview)) else text
@@ -266,8 +250,8 @@ def _pixel_means(text: Any) -> tuple[float, float, float] | None:
     if not match:
         return None
     try:
-        value = stored_yaml(match.group(0), _Loader)["PIXEL_MEANS"]  # a SafeLoader: see _Loader
-    except Exception as error:
+        value = parse_yaml(match.group(0), "its cfg", python_tags=True)["PIXEL_MEANS"]
+    except ConfigError as error:
         raise WeightsError(f"the file's cfg has an unreadable PIXEL_MEANS ({one_line(error)})") from None
     numbers = _numbers_in(value, depth=0)
     return (numbers[0], numbers[1], numbers[2]) if len(numbers) == 3 else None

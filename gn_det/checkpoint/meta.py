@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 import gn_det
 from gn_det.errors import WeightsError
 from gn_det.files import StrPath
@@ -20,9 +18,6 @@ KEY = "gn_det"
 _MAX_CLASSES = 20_000
 _MAX_NAME = 1000
 # A config of all keys has some 10 kB and 5 levels.
-_MAX_YAML = 200_000
-_MAX_LEVELS = 32
-_MAX_DIGITS = 1000
 _MAX_TEXT = 8 << 20  # characters of the whole block
 
 
@@ -83,42 +78,6 @@ def without_places(cfg: CfgNode) -> CfgNode:
             node, other = node[section], other[section]
         node[name] = other[name]
     return cfg
-
-
-class Unbounded(ValueError):
-    """Text whose parsing could take for ever, or whose result could fill the memory."""
-
-
-def stored_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
-    """Parse YAML text from a weights file in bounded time: no references, bounded length, nesting and numbers.
-
-    Raises:
-        Unbounded: beyond a limit.
-        yaml.YAMLError: not YAML.
-    """
-
-    class Bounded(loader):  # type: ignore[valid-type, misc]
-        depth = 0
-
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                raise Unbounded("it uses references (*name)")
-            self.depth += 1
-            if self.depth > _MAX_LEVELS:
-                raise Unbounded(f"it is nested more than {_MAX_LEVELS} levels deep")
-            node = super().compose_node(parent, index)
-            self.depth -= 1
-            if (
-                isinstance(node, yaml.ScalarNode)
-                and len(node.value) > _MAX_DIGITS
-                and node.tag.endswith((":int", ":float"))
-            ):
-                raise Unbounded(f"it has a number of {len(node.value)} digits")
-            return node
-
-    if len(text) > _MAX_YAML:
-        raise Unbounded(f"it has {len(text)} characters, at most {_MAX_YAML} are read")
-    return yaml.load(text, Loader=Bounded)
 
 
 def read_meta(payload: Mapping[str, Any], source: StrPath = "") -> dict[str, Any] | None:

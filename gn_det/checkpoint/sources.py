@@ -20,11 +20,12 @@ from gn_det.checkpoint import caffe2, layered, mmdet
 from gn_det.checkpoint.catalog import local_path, published_file, published_preprocessing, split_options
 from gn_det.checkpoint.heads import known_mistake, looks_like_safetensors, read_head
 from gn_det.checkpoint.io import check_tensors, read_checkpoint
-from gn_det.checkpoint.meta import Unbounded, read_meta, stored_yaml
+from gn_det.checkpoint.meta import read_meta
 from gn_det.checkpoint.pickles import read_pickle
 from gn_det.checkpoint.source import Preprocessing, State, Weights
 from gn_det.checkpoint.tensors import read_safetensors
-from gn_det.errors import WeightsError
+from gn_det.config.reader import parse_yaml
+from gn_det.errors import ConfigError, WeightsError
 from gn_det.files import StrPath
 from gn_det.text import one_line
 
@@ -216,11 +217,9 @@ FORMATS: tuple[Format, ...] = (
 
 def _parse_config(path: StrPath, text: str) -> dict[str, Any] | None:
     try:
-        config = stored_yaml(text)
-    except Unbounded as error:
-        raise WeightsError(f"{path}: the config it stores cannot be used: {error}") from None
-    except Exception:  # yaml raises what Python's types do, too; a config that cannot be read tells nothing
-        return None
+        config = parse_yaml(text, f"{one_line(str(path), 400)}: the config it stores")
+    except ConfigError as error:
+        raise WeightsError(str(error)) from None
     return config if isinstance(config, dict) else None
 
 

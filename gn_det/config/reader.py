@@ -50,8 +50,9 @@ class _Refused(Exception):
 class _Loader(yaml.SafeLoader):
     """PyYAML's scanner, parser and composer with a limit on depth and on the number of nodes, aliases expanded."""
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, python_tags: bool = False):
         super().__init__(text)
+        self.python_tags = python_tags
         self.depth = self.nodes = 0
         self.sizes: dict[int, int] = {}
 
@@ -119,12 +120,14 @@ def read_yaml(path: Path, what: str = "config file") -> dict[str, Any]:
     return loaded
 
 
-def parse_yaml(text: str | bytes, source: str) -> Any:
+def parse_yaml(text: str | bytes, source: str, *, python_tags: bool = False) -> Any:
     """Return the value of a YAML text: None, bool, int, float, str, list or dict with text keys.
 
     Args:
         text: at most :data:`MAX_BYTES`; bytes are UTF-8, with or without a byte order mark.
         source: names the text in messages.
+        python_tags: read what Python's dumper tagged (``!!python/...``) as the plain list, section or text below the
+            tag, and ``!!binary`` as bytes. Nothing is called.
 
     Raises:
         ConfigError: not valid or not plain YAML, or too large; one line with the source and the place.
@@ -134,7 +137,7 @@ def parse_yaml(text: str | bytes, source: str) -> Any:
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
-        loader = _Loader(text)
+        loader = _Loader(text, python_tags)
         node = loader.get_single_node()
         return None if node is None else _value(node, loader)
     except UnicodeDecodeError:
@@ -159,6 +162,12 @@ def _value(node: yaml.Node, loader: _Loader) -> Any:
     if isinstance(node, yaml.SequenceNode) and node.tag == _EVAL:
         return _evaluated(node)
     kind = node.tag.removeprefix(_PREFIX)
+    if loader.python_tags and kind.startswith("python/"):
+        kind = (
+            "map" if isinstance(node, yaml.MappingNode) else "seq" if isinstance(node, yaml.SequenceNode) else "python"
+        )
+    if loader.python_tags and isinstance(node, yaml.ScalarNode) and kind in ("python", "binary"):
+        return loader.construct_yaml_binary(node) if kind == "binary" else node.value
     if isinstance(node, yaml.MappingNode) and kind == "map":
         return _mapping(node, loader)
     if isinstance(node, yaml.SequenceNode) and kind == "seq":

@@ -13,9 +13,8 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from yaml import YAMLError
 
-from gn_det.checkpoint.meta import build_meta, read_meta, stored_yaml
+from gn_det.checkpoint.meta import build_meta, read_meta
 from gn_det.config import parse_config
 from gn_det.errors import ConfigError, TrainingError
 from gn_det.run.average import WeightAverage
@@ -253,9 +252,8 @@ def changed_keys(payload: Mapping[str, Any], cfg: CfgNode) -> list[str]:
     try:
         if not block or not block["config"]:
             return []
-        stored_yaml(block["config"])
         old = _flat(parse_config(block["config"], "checkpoint"))
-    except (ConfigError, ValueError, YAMLError):  # of a version with other keys, or damaged: nothing of it is used
+    except (ConfigError, ValueError):  # of a version with other keys, or damaged: nothing of it is used
         return []
     new = _flat(cfg)
     return [

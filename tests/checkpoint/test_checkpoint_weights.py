@@ -443,19 +443,19 @@ def test_own_checkpoints_bring_their_config(tmp_path: Path) -> None:
     assert "other names (a, b, c)" in format_report(load_weights(model, path, renamed))
 
 
-def test_a_spoilt_config_in_the_file_tells_nothing(tmp_path: Path) -> None:
+def test_a_stored_config_of_other_keys_and_types_tells_nothing(tmp_path: Path) -> None:
     shapes = detector_shapes()
-    for number, text in enumerate(
-        (
-            "[1",
-            "a: {b",
-            "MODEL: 3",
-            "MODEL: {PIXEL_MEAN: [a, b], GN: {NUM_GROUPS: x}, FPN: {NORM: [1]}}",
-            "x: 2001-99-99",
-        )
-    ):
+    texts = ("MODEL: 3", "MODEL: {PIXEL_MEAN: [a, b], GN: {NUM_GROUPS: x}, FPN: {NORM: [1]}}", "x: 2001-99-99", "7")
+    for number, text in enumerate(texts):
         path = saved(tmp_path / f"{number}.pth", shapes, gn_det={"config": text, "version": 3})
         load_weights(module(shapes), path, config(MODEL__FPN__NORM="GN"))
+
+
+@pytest.mark.parametrize("text", ["[1", "a: {b"])
+def test_a_stored_config_that_is_no_yaml_is_a_damaged_file(tmp_path: Path, text: str) -> None:
+    path = saved(tmp_path / "x.pth", detector_shapes(), gn_det={"config": text, "version": 3})
+    with pytest.raises(WeightsError, match=r"x\.pth: the config it stores line 1, column \d"):
+        load_weights(module(detector_shapes()), path, config(MODEL__FPN__NORM="GN"))
 
 
 def test_another_model_altogether(tmp_path: Path) -> None:

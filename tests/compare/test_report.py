@@ -13,12 +13,12 @@ import pytest
 from compare.cases import Fake, plan_of, pretrain_row
 
 from gn_det.compare.charts import number, ticks
-from gn_det.compare.curves import _smooth, mean_curve
+from gn_det.compare.curves import _seconds, _smooth, mean_curve
 from gn_det.compare.findings import findings, signed
 from gn_det.compare.measure import detection_metrics
 from gn_det.compare.page import as_html
 from gn_det.compare.report import write_report
-from gn_det.compare.results import Results, as_json, collect, common_place
+from gn_det.compare.results import Results, as_json, collect, common_place, place_of_run
 from gn_det.compare.runner import Runner
 from gn_det.compare.store import Store, finite
 from gn_det.compare.tables import run_rows, view, views
@@ -260,3 +260,22 @@ def test_losses_alone_are_smoothed() -> None:
     points = [(float(k), float(k == 5)) for k in range(10)]
     assert _smooth(points, "box_ap") == points
     assert [y for _, y in _smooth(points, "loss")] == pytest.approx([0, 0, 0, 0.2, 0.2, 0.2, 0.2, 0.2, 0, 0])
+
+
+def test_cost_is_the_median_of_the_seeds_and_curves_count_minutes(tmp_path: Path) -> None:
+    found = results(tmp_path, [BN], 3)
+    row = found.rows[0]
+    for record, cost in zip(row.done, (0.6, 9.0, 1.2)):
+        record.cost = {"s_per_iter": cost}
+    assert row.cost("s_per_iter", common_place(found.rows)) == 1.2
+    assert _seconds(found.rows) == [pytest.approx(1.2 / 60)]
+
+
+def test_a_run_that_went_on_on_another_day_has_no_place(tmp_path: Path) -> None:
+    (record,) = results(tmp_path, [BN]).rows[0].done
+    session = {"host": "a", "device": "b", "day": "2001-01-01"}
+    record.sessions = [session, dict(session)]
+    assert place_of_run(record) == ("a", "b", "2001-01-01")
+    for other in ({"day": "2001-01-02"}, {"host": "c"}, {"device": "d"}):
+        record.sessions = [session, session | other]
+        assert place_of_run(record) is None

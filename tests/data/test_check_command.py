@@ -474,3 +474,12 @@ def test_deep_and_constant_pictures(tmp_path: Path, capsys: pytest.CaptureFixtur
     with pytest.raises(DataError, match=r"set INPUT.BIT_DEPTH"):
         load_coco(source, max_bad=100)
     assert len(load_coco(source, max_bad=0, reader=ImageReader("BGR", "full"))) == 4
+
+
+@pytest.mark.parametrize(("how", "side"), [("choice", 96), ("range", 120)])
+def test_sizes_are_those_at_the_middle_of_the_training_sizes(how: str, side: int, tmp_path: Path) -> None:
+    """The median of the sizes that are chosen from; the middle of a range."""
+    sizes = "(200,64,96)" if how == "choice" else "(40,200)"
+    cfg = load_config("quickstart.yaml", ["INPUT.MIN_SIZE_TRAIN", sizes, "INPUT.MIN_SIZE_TRAIN_SAMPLING", how])
+    training = Training.of(cfg)
+    assert size_table([survey(write(tmp_path), "train", training)], training, cfg).short_side == side

@@ -198,3 +198,24 @@ def test_shapes_are_the_same_everywhere_and_balanced() -> None:
     assert labels.tolist() == [0, 1, 2, 3, 4] * 2 and images.shape == (10, 3, 32, 32)
     source = load_shapes(Settings(arch="resnet18", norm="GN", data="shapes", output="x", images=50, image_size=32))
     assert (source.train_images, source.val_images) == (50, 10)
+
+
+def test_ranks_share_every_batch_and_every_epoch_has_an_order_of_its_own() -> None:
+    """30 images, 2 processes with 4 each: three whole batches, no image twice; the same again from the same seed."""
+    settings = Settings(arch="resnet8", norm="BN", data="digits", output="o", batch_size=4)
+    ranks = [epoch_batches(settings, 0, 30, rank, 2) for rank in (0, 1)]
+    assert [[len(batch) for batch in batches] for batches in ranks] == [[4, 4, 4]] * 2
+    numbers = [int(n) for batches in ranks for batch in batches for n in batch]
+    assert len(set(numbers)) == 24 and set(numbers) <= set(range(30))
+    first, again, second = (np.concatenate(epoch_batches(settings, epoch, 30, 0, 1)).tolist() for epoch in (0, 0, 1))
+    assert first == again != second
+
+
+def test_an_array_without_shift_and_flip_is_not_augmented() -> None:
+    """Digits: a mirrored 2 is no digit."""
+    images = np.random.RandomState(0).randint(0, 256, (12, 1, 4, 4)).astype(np.uint8)
+    labels = np.arange(12)
+    given = (images, labels)
+    source = ArraySource(["a"] * 12, given, given, Input("L", (0.0,), (1.0,)), shift=0, flip=False, seed=1)
+    (made,) = source.train_batches(0, [labels])
+    assert np.array_equal(made[0].numpy(), images) and made[1].tolist() == labels.tolist()
