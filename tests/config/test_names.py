@@ -50,6 +50,10 @@ def test_files_and_shipped_names_come_first(zoo: Path, tmp_path: Path, monkeypat
         ("Misc/../../secret.yaml", "neither a file nor in"),
         ("/nowhere/Misc/mask_gn.yaml", "does not exist"),
         ("mask_gn.yaml", "neither a file nor a shipped config"),
+        ("Misc/" + "x" * 5000, "(5005 characters) is neither a file nor in"),
+        ("x" * 5000, "(5000 characters) is neither a file nor a shipped config"),
+        ("Misc/a\0b.yaml", "neither a file nor in"),
+        ("/dev/zero", "is a pipe or device"),
     ],
 )
 def test_unknown_names_are_one_line(zoo: Path, name: str, message: str) -> None:
