@@ -401,8 +401,8 @@ def _unchanged(loaded: _Loaded) -> _Loaded:
 
 def _start_worker(worker: int) -> None:
     info = get_worker_info()
-    if info is not None and info.dataset.board is not None:  # type: ignore[attr-defined]
-        info.dataset.board.note(-1)  # type: ignore[attr-defined]  # it has started
+    if info is not None and info.dataset.board is not None:
+        info.dataset.board.note(-1)  # it has started
     # Ctrl-C reaches the whole process group; the main process alone answers it and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # So may SIGTERM (timeout, batch systems): a worker that died of it would keep the main process from saving. Only
