@@ -421,13 +421,11 @@ def look_at_images(
                 what = "images have no usable width and height: taken from the files"
                 problems.repair("image-no-size", what, where)
     if images and len(unusable) == len(images):
-        kinds = {kind for kind, _ in unusable.values()}
-        (kind, first), count = next(iter(unusable.values())), len(images)
-        same = len(kinds) == 1 and kind in ("image-depth", "image-large")
-        text = f"none of its {count} images can be used from {source.image_root} (first: {first})"
-        problems.refuse(
-            kind if same else "image-folder", text if same else f"{text}: check {source.origin or 'the image folder'}"
-        )
+        kind, first = next(iter(unusable.values()))
+        text = f"none of its {len(images)} images can be used from {source.image_root} (first: {first})"
+        if kind not in ("image-depth", "image-large") or any(k != kind for k, _ in unusable.values()):
+            text += f": check {source.origin or 'the image folder'}"
+        problems.refuse("image-folder", text)
     return set(unusable)
 
 

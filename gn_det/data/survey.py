@@ -190,6 +190,7 @@ def _read_annotations(result: Survey, training: Training, unusable: set[Any], pr
     content, findings = result.content, result.findings
     reader = AnnotationReader(content.category_ids, findings)
     object_counts: list[int] = []
+    capped: list[tuple[Where, int, int]] = []
     crowds = without_mask = 0
     with Bar(progress, len(content.images), f"{result.split}: annotations") as step:
         for image in content.images:
@@ -213,8 +214,10 @@ def _read_annotations(result: Survey, training: Training, unusable: set[Any], pr
                 findings.add("image-empty", "", Where(image["id"], image["file_name"]))
             lost = lost_to_caps([a["category_id"] for a in kept], training.max_dets, training.detections)
             if lost and result.split == "val":
-                text = f"{len(kept)} objects, {lost} of which cannot be found: set {keys_for(len(kept))}"
-                findings.add("many-objects", text, Where(image["id"], image["file_name"]))
+                capped.append((Where(image["id"], image["file_name"]), len(kept), lost))
+    keys = keys_for(max((count for _, count, _ in capped), default=0))
+    for where, count, lost in capped:
+        findings.add("many-objects", f"{count} objects, {lost} of which cannot be found: set {keys}", where)
     reader.refuse_corners()
     classes = np.array(result.objects.classes, dtype=np.int64)
     result.dataset = CocoDataset(

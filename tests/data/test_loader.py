@@ -306,7 +306,7 @@ def test_too_little_shared_memory_to_start(shapes: CocoDataset, monkeypatch: pyt
     """Two workers take 14 pages of /dev/shm for their semaphores."""
     monkeypatch.setattr(loader_module, "shared_memory_free", lambda: free)
     loader = build_test_loader(_cfg(), shapes, num_workers=2)
-    with pytest.raises(DataError, match=f"no shared memory to start 2 .* {free >> 10} kB of /dev/shm are free"):
+    with pytest.raises(DataError, match=f"no shared memory to start 2 .*[(]{free >> 10} kB of /dev/shm are free"):
         next(iter(loader))
     assert list(build_test_loader(_cfg(), shapes, num_workers=0))
     monkeypatch.setattr(loader_module, "shared_memory_free", lambda: 4096 * 14)
