@@ -51,7 +51,7 @@ def read_weights(path: StrPath) -> Weights:
         WeightsError: unreadable, unsafe, of an unknown layout, or of a known layout that is not read yet.
     """
     payload = read_any(path)
-    meta = read_meta(payload)
+    meta = read_meta(payload, path)
     state = _tensors(path, _state_of(path, payload))
     layout = next(f for f in FORMATS if f.recognises(state))
     if layout.translate is None:
