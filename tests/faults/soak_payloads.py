@@ -31,6 +31,8 @@ Paths = list[tuple[Any, ...]]
 
 def mutations(case: Case) -> None:
     """As many of each of the three readers."""
+    import torchvision  # noqa: F401
+
     import gn_det.predict
     import gn_det.pretrain.command
     import gn_det.training.engine  # noqa: F401  # once, for all forks
