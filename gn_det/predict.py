@@ -156,7 +156,7 @@ def load_predictor(
     from gn_det.config import load_config, parse_config
     from gn_det.data.mapper import TestMapper
 
-    meta = read_meta(read_any(local_path(weights))) or {}
+    meta = read_meta(read_any(local_path(weights)), weights) or {}
     if config is not None:
         cfg = load_config(config)
     elif meta.get("config"):

@@ -165,9 +165,9 @@ def _on_cpu(value: Any) -> Any:
     return value
 
 
-def restore_state(payload: Mapping[str, Any], default: RunState) -> RunState:
+def restore_state(payload: Mapping[str, Any], default: RunState, source: str = "") -> RunState:
     """Counters of a checked checkpoint; those it does not have (another tool's file) stay as in ``default``."""
-    block = read_meta(payload) or {}
+    block = read_meta(payload, source) or {}
     state = RunState(default.seed, iteration=payload.get("iteration", -1), best=block.get("best_metric"))
     for name in _COUNTERS:
         if name in block:
@@ -209,7 +209,7 @@ def restore(
         put_momentum, sentence = _momentum(payload, model, optimizer)
     except Unfit as error:
         raise refuse(source, error) from None
-    state = restore_state(payload, default)
+    state = restore_state(payload, default, source)
     model.load_state_dict(dict((payload.get("ema") or {}).get("learning", payload["model"])))
     put_momentum()
     set_iteration(scheduler, state.iteration + 1)

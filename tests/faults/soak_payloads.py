@@ -13,7 +13,7 @@ import json
 import random
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,9 @@ Paths = list[tuple[Any, ...]]
 
 def mutations(case: Case) -> None:
     """As many of each of the three readers."""
+    import lightning  # noqa: F401
+    import torchvision  # noqa: F401
+
     import gn_det.predict
     import gn_det.pretrain.command
     import gn_det.training.engine  # noqa: F401  # once, for all forks
@@ -132,7 +135,8 @@ def _containers(value: Any) -> list[Any]:
 def hostile(value: Any, rng: random.Random) -> Any:
     """A value that may stand where ``value`` is."""
     if isinstance(value, Tensor) and rng.random() < 0.7:
-        return rng.choice(_TENSORS)(value)
+        with suppress(Exception):  # not every change can be made to a tensor that was changed before
+            return rng.choice(_TENSORS)(value)
     return rng.choice(_VALUES)()
 
 

@@ -181,6 +181,20 @@ def test_second_run_looks_again_before_it_replaces_an_earlier_one(
     assert (tmp_path / "model_final.pth").read_bytes() == b"of the first run"
 
 
+def test_stored_config_does_not_decide_where_files_go(tmp_path: Path) -> None:
+    """``eval`` writes to --output or ./output, and loads what it is given, whatever the file says."""
+    from gn_det.checkpoint.meta import build_meta, config_of_checkpoint
+    from gn_det.config import get_cfg
+
+    cfg = get_cfg()
+    cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE = "/elsewhere", "http://host/x.pth", "cuda:7"
+    cfg.MODEL.GN.NUM_GROUPS = 16
+    save_checkpoint(tmp_path / "m.pth", {"model": {}, "gn_det": build_meta(cfg, [], [])})
+    found = config_of_checkpoint(tmp_path / "m.pth")
+    assert (found.OUTPUT_DIR, found.MODEL.WEIGHTS, found.MODEL.DEVICE) == ("./output", "", "auto")
+    assert found.MODEL.GN.NUM_GROUPS == 16
+
+
 # ------------------------------------------------------------ files of the folder
 
 
