@@ -566,8 +566,14 @@ def _constructors(machine: Machine) -> Table:
     def scalar(kind: Any, data: Any) -> Any:
         return _array(machine, (), kind, "C", data)[()]
 
-    def frombuffer(data: Any, kind: Any, shape: Any, order: Any) -> np.ndarray:
-        return _array(machine, shape, kind, "F" if order == "F" else "C", data)
+    def frombuffer(data: Any, kind: Any, shape: Any, order: Any, axes: Any = None) -> np.ndarray:
+        found = _array(machine, shape, kind, "F" if order == "F" else "C", data)
+        if axes is None:
+            return found
+        # Since numpy 2.4, of an array whose axes stand in another order, such as channels last.
+        if type(axes) is not tuple or not all(type(n) is int for n in axes) or sorted(axes) != list(range(found.ndim)):
+            raise Refused("is damaged: an array has an impossible order of axes")
+        return found.transpose(axes)
 
     table: Table = {("numpy", "ndarray"): ndarray, ("numpy", "dtype"): dtype, **plain_constructors(machine)}
     for core in ("numpy.core", "numpy._core"):

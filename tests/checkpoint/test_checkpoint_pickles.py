@@ -31,6 +31,7 @@ def test_equals_pickle(tmp_path: Path, protocol: int) -> None:
     value = {
         "model": OrderedDict([("a", shared), ("again", shared)]),
         "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "other order": np.arange(24.0).reshape(2, 3, 4).transpose(2, 0, 1),
         "big endian": np.arange(3, dtype=">i4"),
         "dtypes": [np.arange(3).astype(t) for t in ("bool", "u1", "i8", "f2", "f8")],
         "large": np.random.default_rng(0).random((50, 7)),
@@ -45,7 +46,7 @@ def test_equals_pickle(tmp_path: Path, protocol: int) -> None:
     assert read["plain"] == value["plain"] and read["scalar"] == 2.5 and read["scalar"].dtype == np.float32
     assert isinstance(read["model"], OrderedDict) and read["model"]["a"] is read["model"]["again"]
     for a, b in [
-        *[(read[k], value[k]) for k in ("fortran", "big endian", "large", "empty", "zero-d")],
+        *[(read[k], value[k]) for k in ("fortran", "other order", "big endian", "large", "empty", "zero-d")],
         *zip(read["dtypes"], value["dtypes"]),
         (read["model"]["a"], shared),
     ]:
