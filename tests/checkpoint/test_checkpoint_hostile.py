@@ -150,9 +150,7 @@ def test_a_config_of_references_in_a_checkpoint(tmp_path: Path) -> None:
     text = "MODEL:\n" + "\n".join(lines)
     path = tmp_path / "x.pth"
     path.write_bytes(fuzz.torch_bytes({"model": STATE, "gn_det": {"version": "1", "config": text}}))
-    with pytest.raises(
-        WeightsError, match=r"the config it stores line \d+, column \d+: more than 50000 values, aliases included"
-    ):
+    with pytest.raises(WeightsError, match=r"the config it stores line .*: more than 50000 values, aliases included"):
         open_weights(path)
 
 
