@@ -9,7 +9,7 @@ import pytest
 
 from gn_det.config import get_cfg, load_config
 from gn_det.config.check import check_config
-from gn_det.config.load import merge_overrides, resolve_config
+from gn_det.config.load import merge_overrides, resolve_config, shipped_config
 from gn_det.errors import ConfigError
 
 
@@ -107,3 +107,5 @@ def test_a_shipped_config_is_found_from_anywhere_and_nothing_beside_it(
     assert resolve_config("configs/gn_fpn.yaml") == resolve_config("configs/gn_fpn") == wanted
     with pytest.raises(ConfigError, match="neither a file nor"):
         resolve_config("gn_fpn.yml")
+    with pytest.raises(ConfigError, match="neither a file nor"):
+        shipped_config("../configs/gn_fpn.yaml")
