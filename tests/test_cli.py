@@ -20,7 +20,7 @@ from gn_det import __version__
 from gn_det.cli import config_from_args, main
 from gn_det.flags import train_parser
 from gn_det.run.log import run_log
-from gn_det.terminal import guarded, say
+from gn_det.terminal import Screen, guarded, say
 
 
 def parse(words: list[str]) -> object:
@@ -160,6 +160,45 @@ def test_every_command_that_echoes_a_word_escapes_it(
             assert main(words) == 2, words
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and "\\x9b2J" in err and not set(err) & set("\x1b\x07\x9b\u202e\r"), (words, err)
+
+
+def test_screen_of_a_log_file_and_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A carriage return is for a terminal alone; the streams of our own process stay guarded."""
+    out, err = Stream(), Stream()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    with guarded(for_good=True) as screen:
+        assert screen.write("\x1bab") == 3
+        print("\r50%", end="", file=sys.stderr)
+    assert err.getvalue() == "\\r50%" and sys.stdout is screen and screen.status(0) == 0
+
+
+def test_lost_output_keeps_another_failure_and_fails_once() -> None:
+    """The status is that of the command where it failed; nothing written to a closed stream is nothing lost."""
+    lost = Screen(Stream(error=errno.ENOSPC))
+    lost.write("x")
+    assert (lost.status(3), lost.status(0)) == (3, 2)
+    closed = Screen(None)
+    assert closed.write("") == 0 and closed.status(0) == 0
+    closed.write("x")
+    assert closed.status(0) == 2
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_stream_that_failed_can_be_closed() -> None:
+    stream = open("/dev/full", "w")  # noqa: SIM115
+    screen = Screen(stream)
+    screen.write("x")
+    assert screen.status(3) == 3 and screen.error is not None and screen.error.errno == errno.ENOSPC
+    stream.close()  # what is buffered went nowhere
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
+def test_no_file_gets_the_number_of_a_closed_stream() -> None:
+    """What libraries write to descriptor 1 or 2 would go into it."""
+    code = "from gn_det.terminal import guarded\nwith guarded(for_good=True): raise SystemExit(open('/dev/null').fileno())"
+    done = subprocess.run(["sh", "-c", f'{sys.executable} -c "{code}" <&- >&- 2>&-'], timeout=120, check=False)
+    assert done.returncode > 2
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])

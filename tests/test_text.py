@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gn_det.text import one_line, printable, shown
+from gn_det.text import as_line, one_line, printable, shown
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,9 @@ def test_one_line_joins_lines_and_counts_what_it_cuts() -> None:
     assert one_line("x" * 5000, 10) == "xxxxxxxxxx… (5000 characters)"
     assert one_line("x" * 5000, None) == "x" * 5000
     assert shown("it's\n") == '"it\'s\\n"'
+    assert one_line("a" + " " * 50 + "b", 20) == "a b"
+    assert one_line("a" + " " * 50 + "b", 10) == "a… (52 characters)"
+    assert as_line("a\tb\nc", 5) == "a\tb\\nc" and as_line("abcdef", 5) == "abcde… (6 characters)"
 
 
 def nested(levels: int) -> Any:

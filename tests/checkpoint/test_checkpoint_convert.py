@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,20 @@ def test_our_checkpoints_keep_classes_and_config(tmp_path: Path, suffix: str) ->
     model = module(detector_shapes())
     load_weights(model, target, config("GN"), require_all=True)
     assert same(model.state_dict(), tensors(source))
+
+
+def test_a_folded_file_carries_no_stored_config(tmp_path: Path) -> None:
+    """The config of the source names a preprocessing that the folded weights no longer expect; its classes stay."""
+    meta = build_meta(config("GN"), ["ä", "b", "c"], [7, 8, 11])
+    needs = {"format": TORCH.format, "pixel_mean": TORCH.pixel_mean, "pixel_std": TORCH.pixel_std}
+    block = {**meta, "weights": {"preprocessing": {**asdict(TORCH), **needs}, "foldable": True}}
+    save_checkpoint(tmp_path / "m.pth", {"model": random_state(detector_shapes()), "gn_det": block})
+    convert(tmp_path / "m.pth", tmp_path / "folded.pth", fold_stem=True)
+    convert(tmp_path / "m.pth", tmp_path / "whole.pth")
+    before, folded, whole = (open_weights(tmp_path / name).meta for name in ("m.pth", "folded.pth", "whole.pth"))
+    assert before is not None and folded is not None and whole is not None
+    assert folded["config"] == "" and whole["config"] == before["config"] != ""
+    assert folded["class_names"] == ("ä", "b", "c")
 
 
 def test_only_the_backbone_goes_to_torchvision(tmp_path: Path) -> None:

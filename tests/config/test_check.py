@@ -29,6 +29,7 @@ def put(key: str, value: Any) -> Any:
     [
         ("MODEL.BACKBONE.FREEZE_AT", [0, 5], [-1, 6]),
         ("MODEL.RPN.IOU_THRESHOLDS", [[0.3, 0.7], [0.1, 0.2]], [[0.0, 0.7], [0.3, 0.3], [0.7, 0.3]]),
+        ("MODEL.RPN.IOU_LABELS", [[0, -1, 1], [0, 1, 1]], [[0, 1], [0, -1, 1, 1]]),
         ("MODEL.PIXEL_MEAN", [[1.0, 2.0, 3.0]], [[1.0, 2.0], [1.0, 2.0, 3.0, 4.0]]),
         ("MODEL.PIXEL_STD", [[1.0, 2.0, 3.0]], [[1.0, 2.0], [1.0, 2.0, 3.0, 4.0], [1.0, 0.0, 1.0]]),
         ("MODEL.RESNETS.DEFORM_ON_PER_STAGE", [[False] * 4], [[False] * 3, [False] * 5]),
@@ -83,6 +84,16 @@ def test_the_other_engine_is_named_where_it_takes_the_value() -> None:
         with pytest.raises(ConfigError) as error:
             check_config(put(key, value))
         assert ("--engine detectron2 runs it" in str(error.value)) is named
+
+
+def test_sections_of_other_models_are_refused_where_they_are_not_read() -> None:
+    for key, value in (("MODEL.RETINANET.NUM_CONVS", 3), ("MODEL.ROI_BOX_CASCADE_HEAD.IOUS", (0.4, 0.5, 0.6))):
+        with pytest.raises(ConfigError, match=f"{key} = .* is not implemented by the embedded .* detectron2 runs it"):
+            check_config(put(key, value))
+        check_config(put(key, value), "detectron2")
+    for engine in ("embedded", "detectron2"):
+        with pytest.raises(ConfigError, match=f"not implemented by the {engine} engine; remove the key$"):
+            check_config(put("MODEL.SEM_SEG_HEAD.CONVS_DIM", 7), engine)
 
 
 def test_keys_of_the_schedule_alone_are_taken_literally() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from gn_det.config import dump_config, get_cfg, load_config, parse_config
-from gn_det.config.check import _NO_RANGES, RANGES, check_ranges
+from gn_det.config.check import _NO_RANGES, RANGES, _least_weights, check_ranges
 from gn_det.config.load import known_keys, merge_overrides
 from gn_det.errors import ConfigError
 
@@ -74,6 +74,7 @@ REFUSED = {
     "OUTPUT_DIR": ("", "not empty"),
     "MODEL.WEIGHTS": ("x" * 5000, "(5000 characters) must be text"),
     "DATASETS.TRAIN_JSON": ("a\0b", r"'a\x00b' must be text without control characters"),
+    "DATASETS.VAL_JSON": ("/".join(["a" * 200] * 11), "a path of at most 2048 characters"),
     "DATASETS.VAL_IMAGES": ("a" * 300, "each part of at most 255"),
     "DATASETS.TRAIN": (r"('a\x00b',)", "a list of names"),
     "DATASETS.TEST": ("x" * 5000, "a list of names"),
@@ -95,6 +96,41 @@ def test_values_beyond_sense(key: str) -> None:
 def test_groups_times_width_is_bounded() -> None:
     with pytest.raises(ConfigError, match=r"NUM_GROUPS x MODEL\.RESNETS\.WIDTH_PER_GROUP is 1048576"):
         load_config("gn_fpn", ["MODEL.RESNETS.NUM_GROUPS", "1024", "MODEL.RESNETS.WIDTH_PER_GROUP", "1024"])
+
+
+def test_weights_of_a_model_are_bounded() -> None:
+    """At 2^30: a box head of 32 x 32 x 256 x FC_DIM weights, and 0.03 billion of the rest."""
+    keys = ["MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", "32", "MODEL.ROI_BOX_HEAD.FC_DIM"]
+    load_config("gn_fpn", [*keys, "3900"])
+    with pytest.raises(ConfigError, match=r"^MODEL describes about 1\d{9} weights, and at most 1073741824 are possible"):
+        load_config("gn_fpn", [*keys, "4096"])
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("gn_fpn", []),
+        ("gn_c4", []),
+        ("gn_fpn", ["MODEL.ROI_HEADS.NUM_CLASSES", "20000"]),
+        ("gn_c4", ["MODEL.ROI_HEADS.NUM_CLASSES", "20000"]),
+        ("gn_fpn", ["MODEL.ROI_BOX_HEAD.NUM_CONV", "64"]),
+        ("gn_fpn", ["MODEL.ROI_MASK_HEAD.NUM_CONV", "64"]),
+        ("gn_fpn", ["MODEL.ROI_BOX_HEAD.FC_DIM", "8192", "MODEL.ROI_BOX_HEAD.NUM_FC", "4"]),
+        ("gn_fpn", ["MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", "28"]),
+        ("gn_fpn", ["MODEL.RESNETS.WIDTH_PER_GROUP", "512"]),
+        ("gn_fpn", ["MODEL.RESNETS.NUM_GROUPS", "32", "MODEL.RESNETS.WIDTH_PER_GROUP", "32"]),
+    ],
+)
+def test_weights_are_counted_as_the_model_has_them(name: str, keys: list[str]) -> None:
+    """The estimate is that of the model that is built, from 15 % below to 5 % above, whichever part is the largest."""
+    import torch
+
+    from gn_det.modeling import build_model
+
+    cfg = load_config(name, ["MODEL.ROI_HEADS.NUM_CLASSES", "3", *keys])
+    with torch.device("meta"):
+        weights = sum(parameter.numel() for parameter in build_model(cfg).parameters())
+    assert 0.85 * weights < _least_weights(cfg) < 1.05 * weights
 
 
 def test_types_are_those_of_the_defaults_whatever_was_set_before() -> None:

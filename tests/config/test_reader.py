@@ -45,6 +45,13 @@ def test_plain_yaml_has_safe_loaders_values() -> None:
     assert parse_yaml("a: 2020-01-01\nb: =", "x") == {"a": "2020-01-01", "b": "="}
 
 
+def test_numbers_of_100_characters_are_the_longest() -> None:
+    for digits in ("1" * MAX_DIGITS, "0x" + "f" * (MAX_DIGITS - 2), "1." + "1" * (MAX_DIGITS - 2)):
+        assert parse_yaml(f"a: {digits}", "x") == yaml.safe_load(f"a: {digits}")
+        with pytest.raises(ConfigError, match=f"a number of {MAX_DIGITS + 1} characters"):
+            parse_yaml(f"a: {digits}1", "x")
+
+
 def test_what_aliases_share_is_not_shared_afterwards() -> None:
     loaded = parse_yaml("a: &a {x: [1]}\nb: *a", "x")
     loaded["a"]["x"].append(2)
@@ -92,6 +99,7 @@ HOSTILE: dict[str, tuple[str, str]] = {
     "list as key": ("? [a]\n: 2", "a list or section is not text"),
     "NUL": ("a: \0", "not valid YAML"),
     "escaped NUL": ('a: "\\0"', "control character"),
+    "NUL in a text": ('a: "x\\0"', "control character"),
     "escape in a key": ('"\\e[31m": 1', "control character"),
     "half a character": ('a: "\\ud800"', "control character"),
     "beyond Unicode": ('a: "\\U99999999"', "not valid YAML"),
@@ -146,6 +154,7 @@ FORMULAS = [
     "1 - -2 * 3 ** 2 + 7 / 2",
     "[]",
     " 2 ** -3",
+    "0.5 ** 64",
 ]
 
 
@@ -157,10 +166,10 @@ def test_formulas_are_what_eval_gives(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["9**9**9", "2**65", "10**20", "1e308 * 10", "1/0", "(-1)**0.5", "x", "[x for x in x]", "[x for x in [1] if x]",
+    ["9**9**9", "2**65", "0.5**65", "10**20", "1e308 * 10", "1/0", "(-1)**0.5", "x", "[x for x in x]", "[x for x in [1] if x]",
      "[[y for y in [x]] for x in [1]]", "[x for x in range(3)]", "f(1)", "'a'", "True", "1 << 9", "[1] * 9", "[*[1]]",
      "1 if 1 else 2", "(x := 1)", "-" * 2000 + "1", "(" * 400 + "1" + ")" * 400, "", "(1,)", "[1" + ",1" * 480 + "]*1",
-     "[[" + "x," * 200 + "x] for x in [" + "1," * 200 + "1]]"],
+     "[[" + "x," * 200 + "x] for x in [" + "1," * 200 + "1]]", "[" + "x+" * 200 + "x for x in [" + "1," * 200 + "1]]"],
 )  # fmt: skip
 def test_other_formulas_are_refused(text: str) -> None:
     with pytest.raises(ValueError) as e:
