@@ -31,7 +31,8 @@ def test_one_line_joins_lines_and_counts_what_it_cuts() -> None:
     assert shown("it's\n") == '"it\'s\\n"'
     assert one_line("a" + " " * 50 + "b", 20) == "a b"
     assert one_line("a" + " " * 50 + "b", 10) == "a… (52 characters)"
-    assert as_line("a\tb\nc", 5) == "a\tb\\nc" and as_line("abcdef", 5) == "abcde… (6 characters)"
+    assert as_line("a\tb\nc", 5) == "a\tb\\nc" and as_line("abcde", 5) == "abcde"
+    assert as_line("abcdef", 5) == "abcde… (6 characters)"
 
 
 def nested(levels: int) -> Any:

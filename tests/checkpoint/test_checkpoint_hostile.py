@@ -12,7 +12,7 @@ import struct
 import subprocess
 import sys
 import zipfile
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -304,6 +304,16 @@ def test_limits_hold_at_their_edges(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             else:
                 with pytest.raises(WeightsError, match=r"no weights file does|keys are short|more than 2 tensors"):
                     read_checkpoint(path)
+
+
+def test_versions_of_modules_are_whole_numbers(tmp_path: Path) -> None:
+    """What torch keeps beside a state_dict is taken as torch writes it, or not at all."""
+    for version, kept in ((2, True), ([2], False), ("2", False)):
+        state: Any = OrderedDict(STATE)
+        state._metadata = OrderedDict({"": {"version": 1}, "stem": {"version": version}})
+        torch.save({"model": state}, tmp_path / "x.pth")
+        read = read_checkpoint(tmp_path / "x.pth")["model"]
+        assert getattr(read, "_metadata", None) == (state._metadata if kept else None)
 
 
 class _Subclass(torch.Tensor):

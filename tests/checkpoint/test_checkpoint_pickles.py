@@ -160,11 +160,25 @@ def test_absurd_claims_cost_nothing(tmp_path: Path, content: bytes) -> None:
         tracemalloc.stop()
 
 
+def test_long_texts_and_numbers_are_refused_before_they_are_made(tmp_path: Path) -> None:
+    """One wide character makes four bytes of each of the others; latin1 text, as old pickles hold arrays in, is read."""
+    path, letters = tmp_path / "x.pkl", b"a" * (1 << 20)
+    for text in (b"V\\u0100" + letters + b"\n", b"X" + struct.pack("<I", (1 << 20) + 2) + "\u0100".encode() + letters):
+        assert "a text of several megabytes" in refused(path, b"\x80\x02" + text + b".")
+    for text in (b"V\xff" + letters + b"\n", b"X" + struct.pack("<I", (1 << 20) + 2) + "\xff".encode() + letters):
+        path.write_bytes(b"\x80\x02}K\x01" + text + b"s.")
+        assert read_pickle(path) == {1: "\xff" + letters.decode()}
+    for number in (b"I", b"L", b"F"):
+        assert "a number with 81 characters" in refused(path, number + b"1" * 81 + b"\n.")
+
+
 def test_shape_and_contents_must_agree(tmp_path: Path) -> None:
     good = pickle.dumps({"w": np.ones((2, 3), np.float32)}, 2)
     bad = good.replace(b"K\x02K\x03\x86", b"K\x02K\x04\x86")
     assert bad != good
     assert "24 bytes instead of 32" in refused(tmp_path / "x.pkl", bad)
+    bad = good.replace(b"K\x02K\x03\x86", b"K\x01K\x03\x86")
+    assert "24 bytes instead of 12" in refused(tmp_path / "x.pkl", bad)
     refused(tmp_path / "x.pkl", pickle.dumps({"w": np.array([object, None], dtype=object)}, 2))
     refused(tmp_path / "x.pkl", pickle.dumps({"w": np.zeros(2, dtype=[("a", "f4")])}, 2))
 

@@ -86,6 +86,26 @@ def test_the_other_engine_is_named_where_it_takes_the_value() -> None:
         assert ("--engine detectron2 runs it" in str(error.value)) is named
 
 
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        ("relative", [[1.0, 1.0], [0.1, 1]], [[1.1, 0.5], [0.0, 0.5]]),
+        ("absolute", [[1, 1], [3, 400]], [[0, 5], [5, 0.5], [5.0, 5]]),
+    ],
+)
+def test_sizes_of_crops(kind: str, good: list[Any], bad: list[Any]) -> None:
+    """Parts up to the whole image, or one pixel and more."""
+    for sizes, passes in ((good, True), (bad, False)):
+        for size in sizes:
+            cfg = put("INPUT.CROP.SIZE", size)
+            cfg.INPUT.CROP.TYPE = kind
+            if passes:
+                check_config(cfg)
+                continue
+            with pytest.raises(ConfigError, match="INPUT.CROP.SIZE"):
+                check_config(cfg)
+
+
 def test_sections_of_other_models_are_refused_where_they_are_not_read() -> None:
     for key, value in (("MODEL.RETINANET.NUM_CONVS", 3), ("MODEL.ROI_BOX_CASCADE_HEAD.IOUS", (0.4, 0.5, 0.6))):
         with pytest.raises(ConfigError, match=f"{key} = .* is not implemented by the embedded .* detectron2 runs it"):

@@ -32,7 +32,7 @@ from plugin_cases import TINY, lines, plugin_cfg
 from gn_det.cli import main
 from gn_det.data.image import read_image
 from gn_det.detectron2 import Trainer
-from gn_det.detectron2.datasets import to_coco
+from gn_det.detectron2.datasets import _by_files, to_coco
 from gn_det.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.detectron2
@@ -195,6 +195,16 @@ def test_scalars_of_hooks_are_recorded(balloons: str, tmp_path: Path) -> None:
     assert last["twice"] == pytest.approx(2 * last["total_loss"])  # both are medians of the window
 
 
+def test_a_json_of_another_kind_is_not_read_as_coco(tmp_path: Path) -> None:
+    """LVIS's metadata name a json, too: what its function returns is written as COCO json instead."""
+    for kind, expected in (("coco", "own.json@."), ("lvis", "")):
+        name = f"{kind}_{tmp_path.name}"
+        DatasetCatalog.register(name, lambda: [])
+        MetadataCatalog.get(name).set(json_file="own.json", image_root=".", evaluator_type=kind, thing_classes=["x"])
+        found = _by_files(name, str(tmp_path))
+        assert found == expected or (kind == "lvis" and found.startswith(f"{tmp_path}/datasets/{name}.json@"))
+
+
 def test_what_a_function_returns_is_checked(tmp_path: Path) -> None:
     """Set, record and annotation are named, in one line."""
     good = {"file_name": "a.png", "image_id": 0, "height": 4, "width": 4}
@@ -213,6 +223,8 @@ def test_what_a_function_returns_is_checked(tmp_path: Path) -> None:
         extra = {} if mask is None else {"segmentation": mask}
         content = to_coco("s", [{**good, "annotations": [{**box, **extra}]}], ["x"])
         assert content["annotations"][0]["area"] == area and content["annotations"][0]["bbox"] == [0, 0, 2, 2]
+    crowd = to_coco("s", [{**good, "annotations": [{**box, "iscrowd": 1}, box]}], ["x"])
+    assert [a["iscrowd"] for a in crowd["annotations"]] == [1, 0]
     missing = f"missing_{tmp_path.name}"
     DatasetCatalog.register(missing, lambda: open(tmp_path / "nothing"))  # noqa: SIM115
     with pytest.raises(DataError, match=f"dataset '{missing}': its registered function cannot read its files"):

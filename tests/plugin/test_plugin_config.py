@@ -262,11 +262,42 @@ def test_rle_that_the_mapper_would_refuse(tmp_path: Path) -> None:
     assert shapes.INPUT.MASK_FORMAT == "bitmask"
 
 
+def test_rle_of_crowds_and_bad_annotations_are_as_the_config_has_them(tmp_path: Path) -> None:
+    """Detectron2 leaves crowds out before it looks at masks; DATALOADER.MAX_BAD says how many annotations may go."""
+    source = make_shapes(tmp_path, "train", 6)
+    content = json.loads(Path(source.json_file).read_text())
+    for annotation in content["annotations"]:
+        annotation["iscrowd"] = int(isinstance(annotation["segmentation"], dict))
+    content["annotations"][0]["category_id"] = 99
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps(content))
+    name = f"{path}@{source.image_root}"
+    cfg = plugin_cfg("gn_fpn.yaml", "DATASETS.TRAIN", (name,), "MODEL.ROI_HEADS.NUM_CLASSES", 5)
+    cfg.DATALOADER.MAX_BAD = 0
+    prepare_config(cfg)
+    with pytest.raises(DataError, match="MAX_BAD"):
+        DatasetCatalog.get(name)
+    cfg.DATALOADER.MAX_BAD = 1
+    prepare_config(cfg)
+    annotations = [a for record in DatasetCatalog.get(name) for a in record["annotations"]]
+    assert len(annotations) == len(content["annotations"]) - 1
+    assert any(isinstance(a["segmentation"], dict) for a in annotations)
+
+
 def test_keys_that_detectron2s_trainer_does_not_read_are_mentioned(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("WARNING", logger="gn_det"):
         prepare_config(plugin_cfg("quickstart.yaml", "TEST.PATIENCE", 7, "SOLVER.ACCUMULATE", 3))
         prepare_config(plugin_cfg("quickstart.yaml", "TEST.PATIENCE", 7))
     assert [r.message.split(":")[0] for r in caplog.records] == ["SOLVER.ACCUMULATE is 3", "TEST.PATIENCE is 7"]
+    caplog.clear()
+    batch = ["SOLVER.IMS_PER_BATCH", 3, "SOLVER.REFERENCE_BATCH", 16, "SOLVER.REFERENCE_WORLD_SIZE"]
+    with caplog.at_level("WARNING", logger="gn_det"):
+        prepare_config(plugin_cfg("quickstart.yaml", *batch, 8))  # Detectron2 scales by it
+        assert not caplog.records
+        prepare_config(plugin_cfg("quickstart.yaml", *batch, 0))
+    assert [r.message.split(":")[0] for r in caplog.records] == [
+        "SOLVER.IMS_PER_BATCH is 3 and the schedule was written for SOLVER.REFERENCE_BATCH 16"
+    ]
 
 
 def zoo(name: str) -> str:

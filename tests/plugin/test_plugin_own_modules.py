@@ -235,6 +235,15 @@ def test_what_the_trainer_does_not_do_is_refused_by_name(keys: list[Any], text: 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("key", ["MODEL.KEYPOINT_ON", "MODEL.LOAD_PROPOSALS"])
+def test_own_data_need_own_loader_and_own_results(key: str) -> None:
+    cfg = plugin_cfg("quickstart.yaml", key, True)
+    check_for_trainer(cfg, own_loader=True, own_results=True)
+    for own_loader, own_results in ((True, False), (False, True)):
+        with pytest.raises(ConfigError, match=f"{key} True: .* override build_train_loader and build_evaluator"):
+            check_for_trainer(cfg, own_loader=own_loader, own_results=own_results)
+
+
 #: Detectron2's own YAML files for boxes and masks on COCO that gn_det.detectron2.Trainer does not take, and the key.
 REFUSED = {
     "COCO-Detection/fast_rcnn_R_50_FPN_1x.yaml": "MODEL.LOAD_PROPOSALS",
@@ -270,7 +279,8 @@ def test_random_subset_is_checked(ratio: Any, tmp_path: Path) -> None:
     """0.5 is a ratio, but no sampler reads it here."""
     cfg = plugin_cfg("quickstart.yaml", "OUTPUT_DIR", str(tmp_path))
     cfg.DATALOADER.RANDOM_SUBSET_RATIO = ratio
-    with pytest.raises(ConfigError, match="RANDOM_SUBSET_RATIO"):
+    said = "is read by" if ratio == 0.5 else "must be above 0 and at most 1"
+    with pytest.raises(ConfigError, match=f"RANDOM_SUBSET_RATIO .*{said}"):
         Trainer(cfg)
 
 

@@ -117,6 +117,9 @@ def test_scaling_is_one_explicit_call(caplog: pytest.LogCaptureFixture) -> None:
     assert cfg.TEST.EVAL_PERIOD == there.TEST.EVAL_PERIOD == 80000
     with pytest.raises(ConfigError, match=r"IMS_PER_BATCH 2 is not a multiple of SOLVER.REFERENCE_WORLD_SIZE 8"):
         scale_to_machine(plugin_cfg("gn_fpn.yaml", "SOLVER.IMS_PER_BATCH", 2))
+    for gpus, written_for in ((0, 8), (1, 0), (1, -8)):
+        with pytest.raises(ConfigError, match="must be at least 1"):
+            scale_to_machine(plugin_cfg("gn_fpn.yaml", "SOLVER.REFERENCE_WORLD_SIZE", 0), gpus, written_for=written_for)
 
 
 def test_sentences_about_norms_and_short_schedules(

@@ -17,11 +17,12 @@ from gn_det.errors import WeightsError
 from gn_det.run.fit import Resume, find_resume, restore_run
 from gn_det.run.learner import Learner
 from gn_det.run.optim import build_optimizer
+from gn_det.run.payload import restore_slots
 from gn_det.run.schedule import build_lr_scheduler
 from gn_det.run.state import capture_rng
 
 EMA = ["SOLVER.EMA.ENABLED", True, "TEST.EVAL_PERIOD", 4]
-NAN, DEEP = float("nan"), [[[[[[[[1]]]]]]]]
+NAN, INF, DEEP = float("nan"), float("inf"), [[[[[[[[1]]]]]]]]
 MOMENTUM = "optimizer.state[0].momentum_buffer"
 
 
@@ -76,7 +77,7 @@ HOSTILE: list[tuple[str, Any]] = [
     ("rng[0].cuda", "x"),
     *(("logs", v) for v in ("x", [1], {"scalars": {}}, {"scalars": 5, "written": 1, "lowest": None})),
     *(("logs.written", v) for v in ("4", NAN, 10**12, 99, True)),
-    *(("logs.lowest", v) for v in ("x", [1], [NAN, 1], [1.0, "x"])),
+    *(("logs.lowest", v) for v in ("x", [1], [NAN, 1], [1.0, "x"], [1.0, 1, 1])),
     *(("logs.scalars.total_loss", v) for v in ("x", [True, [], 4, 5, 0.1], [True, ["a"], 4, 5, 0.1],
                                                [1, [1.0], 4, 5, 1.0],
                                                [True, [1.0], 10**6, 5, 1.0], [True, [1.0] * 5000, 4, 5, 1.0])),
@@ -87,7 +88,8 @@ HOSTILE: list[tuple[str, Any]] = [
     *(("ema.steps", v) for v in ("x", NAN, -1, 10**30)),
     *((f"{part}|fc.weight", v) for part in ("model", "ema.learning") for v in (
         "x", None, lambda t: t.double().to(torch.complex64), lambda t: t.int(), lambda t: t.to_sparse(), DEEP,
-        lambda t: t.to("meta"), lambda t: t * NAN, lambda t: t[:1], lambda t: t.to(torch.float8_e4m3fn))),
+        lambda t: t.to("meta"), lambda t: t * NAN, lambda t: t - INF, lambda t: t[:1],
+        lambda t: t.to(torch.float8_e4m3fn))),
     *(("model", v) for v in ("x", None, {}, {5: 1}, {"fc.weight": torch.zeros(8, 8)})),
     *(("optimizer", v) for v in ("x", [1], {}, {"state": {}, "param_groups": 5}, {"state": [], "param_groups": []})),
     *((MOMENTUM, v) for v in ("x", 5, lambda t: t[:1], lambda t: t.flatten(), lambda t: t.int(), lambda t: t * NAN,
@@ -95,6 +97,7 @@ HOSTILE: list[tuple[str, Any]] = [
     *(("optimizer.state", v) for v in (
         "x", {"0": {}}, {0: 5}, {0: {5: 5, "momentum_buffer": 1}}, {-1: {}}, {10**30: {}})),
     *(("optimizer.param_groups", v) for v in ("x", [], [5], [{}], [{"params": "x"}], [{"params": [0]}] * 2)),
+    ("optimizer.param_groups", lambda groups: [{"params": [number for group in groups for number in group["params"]]}]),
     ("optimizer.param_groups[0].params", lambda numbers: [numbers[0]] * len(numbers)),
     ("optimizer.param_groups[0].params", lambda numbers: [DEEP] * len(numbers)),
 ]  # fmt: skip
@@ -150,6 +153,7 @@ def test_what_nothing_reads_is_ignored(folder: Path, tmp_path: Path) -> None:
     payload |= {"foreign": DEEP, "scheduler": "x", "trainer": [1], 7: 5}
     payload["gn_det"]["foreign"] = NAN
     payload["rng"][0]["foreign"] = NAN
+    payload["optimizer"]["state"][0]["foreign"] = DEEP
     for group in payload["optimizer"]["param_groups"]:
         group |= {"lr": "fast", "momentum": NAN, "maximize": True, "foreach": DEEP, "nesterov": 5}
     state, learner = resume(folder, payload, tmp_path)
@@ -180,6 +184,18 @@ def test_nothing_of_the_file_is_shared_with_the_run(folder: Path, tmp_path: Path
             parameter.grad = torch.ones_like(parameter)
     learner.optimizer.step()
     assert all(torch.isfinite(p).all() for p in learner.model.parameters())
+
+
+def test_steps_of_other_optimizers_are_copied() -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter.grad = torch.ones(3)
+    optimizer = torch.optim.AdamW([parameter])
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    restore_slots(optimizer, saved, "optimizer")()
+    for name, value in optimizer.state[parameter].items():
+        theirs = saved["state"][0][name]
+        assert torch.equal(value, theirs) and value.data_ptr() != theirs.data_ptr(), name
 
 
 def test_checkpoints_of_detectron2s_trainer_and_bare_weights_resume(folder: Path, tmp_path: Path) -> None:
