@@ -196,7 +196,9 @@ def test_a_stream_that_failed_can_be_closed() -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
 def test_no_file_gets_the_number_of_a_closed_stream() -> None:
     """What libraries write to descriptor 1 or 2 would go into it."""
-    code = "from gn_det.terminal import guarded\nwith guarded(for_good=True): raise SystemExit(open('/dev/null').fileno())"
+    code = (
+        "from gn_det.terminal import guarded\nwith guarded(for_good=True): raise SystemExit(open('/dev/null').fileno())"
+    )
     done = subprocess.run(["sh", "-c", f'{sys.executable} -c "{code}" <&- >&- 2>&-'], timeout=120, check=False)
     assert done.returncode > 2
 

@@ -34,7 +34,24 @@ def test_only_regular_files_open(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../x", "loop", "loop/x", "a/./b", "a\\\\b", "a/../../x", "/etc/x", "", ".", "a//b", "a\0b", "..\\x", "a/..", "outside/x", "self"]
+    "name",
+    [
+        "../x",
+        "loop",
+        "loop/x",
+        "a/./b",
+        "a\\\\b",
+        "a/../../x",
+        "/etc/x",
+        "",
+        ".",
+        "a//b",
+        "a\0b",
+        "..\\x",
+        "a/..",
+        "outside/x",
+        "self",
+    ],
 )
 def test_names_stay_in_their_folder(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "folder"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import os
@@ -163,11 +164,16 @@ HOOKS = WRITER.named("collections", "OrderedDict") + b")R"
 
 
 def rebuilt(
-    size: tuple[int, ...], stride: tuple[int, ...], offset: int = 0, numel: int = 6, kind: str = "Float"
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+    offset: int = 0,
+    numel: int = 6,
+    kind: str = "Float",
+    key: str = "0",
 ) -> bytes:
-    """Opcodes of a tensor over the storage "0" as torch writes them."""
+    """Opcodes of a tensor over the storage ``key`` as torch writes them."""
     w = WRITER
-    pid = w.tuple(w.text("storage"), w.named("torch", f"{kind}Storage"), w.text("0"), w.text("cpu"), w.integer(numel))
+    pid = w.tuple(w.text("storage"), w.named("torch", f"{kind}Storage"), w.text(key), w.text("cpu"), w.integer(numel))
     parts = (pid + b"Q", w.integer(offset), w.ints(*size), w.ints(*stride), b"\x89", HOOKS)
     return TENSOR + w.tuple(*parts) + b"R"
 
@@ -304,6 +310,60 @@ def test_limits_hold_at_their_edges(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             else:
                 with pytest.raises(WeightsError, match=r"no weights file does|keys are short|more than 2 tensors"):
                     read_checkpoint(path)
+
+
+def test_places_behind_counters_count(tmp_path: Path) -> None:
+    """30 levels of a Counter that holds the one before twice."""
+    item = WRITER.named("collections", "Counter") + b"}" + b"".join(WRITER.text(k) + b"h\x01s" for k in "ab") + b"\x85R"
+    content = pickled(b"K\x01q\x010" + (item + b"q\x010") * 30 + b"h\x01")
+    assert "holds more than 500000 values" in refused(tmp_path / "x.pth", repacked({"data.pkl": content}))
+
+
+def test_a_record_that_lacks_one_byte(tmp_path: Path) -> None:
+    content = {"data.pkl": pickled(rebuilt((2, 3), (3, 1))), "data/0": bytes(23)}
+    assert "claims 24 bytes, its record has 23" in refused(tmp_path / "x.pth", repacked(content))
+
+
+def test_a_storage_has_one_length_and_one_order_of_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    floats, numbers = rebuilt((6,), (1,)), rebuilt((6,), (1,), kind="Int")
+    big = {"byteorder": b"big", "data/0": bytes(24)}
+    for second, more, expected in (
+        (numbers, {"data/0": bytes(24)}, ""),
+        (floats, big, ""),
+        (numbers, big, "gives two lengths to one storage"),
+        (rebuilt((2,), (1,), numel=2), {"data/0": bytes(24)}, "gives two lengths to one storage"),
+    ):
+        items = [(WRITER.text(name), value) for name, value in (("a", floats), ("b", second))]
+        path.write_bytes(repacked({"data.pkl": b"\x80\x02" + WRITER.dict(items) + b".", **more}))
+        if expected:
+            with pytest.raises(WeightsError, match=expected):
+                read_checkpoint(path)
+        else:
+            assert list(read_checkpoint(path)) == ["a", "b"]
+
+
+def test_storages_of_an_old_file_are_no_more_than_it_has(tmp_path: Path) -> None:
+    """Each claims less than the file has; they are made before their contents are read."""
+    legacy = b"".join(pickle.dumps(v, 2) for v in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}))
+    items = [(WRITER.text(str(n)), rebuilt((1000,), (1,), numel=1000, key=str(n))) for n in range(3)]
+    content = legacy + b"\x80\x02" + WRITER.dict([(WRITER.text("model"), WRITER.dict(items))]) + b"." + bytes(6000)
+    assert "its tensors claim 8000 bytes, the file has" in refused(tmp_path / "x.pth", content)
+    other = legacy.replace(b"\x88s.", b"\x89s.")
+    assert other != legacy and "another byte order" in refused(tmp_path / "x.pth", other + content[len(legacy) :])
+
+
+def test_programs_and_records_that_share_their_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    assert "is a TorchScript program" in refused(path, repacked({"constants.pkl": b"\x80\x02)."}))
+    buffer = io.BytesIO(repacked({"data/0": bytes(100_000)}))
+    with zipfile.ZipFile(buffer, "a") as archive:
+        whole = next(record for record in archive.filelist if record.file_size == 100_000)
+        for number in range(3):
+            archive.filelist.append(copy.copy(whole))
+            archive.filelist[-1].filename = f"{whole.filename}{number}"
+        archive._didModify = True  # type: ignore[attr-defined]
+    assert "it unpacks to more than its size" in refused(path, buffer.getvalue())
 
 
 def test_versions_of_modules_are_whole_numbers(tmp_path: Path) -> None:

@@ -102,7 +102,9 @@ def test_weights_of_a_model_are_bounded() -> None:
     """At 2^30: a box head of 32 x 32 x 256 x FC_DIM weights, and 0.03 billion of the rest."""
     keys = ["MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", "32", "MODEL.ROI_BOX_HEAD.FC_DIM"]
     load_config("gn_fpn", [*keys, "3900"])
-    with pytest.raises(ConfigError, match=r"^MODEL describes about 1\d{9} weights, and at most 1073741824 are possible"):
+    with pytest.raises(
+        ConfigError, match=r"^MODEL describes about 1\d{9} weights, and at most 1073741824 are possible"
+    ):
         load_config("gn_fpn", [*keys, "4096"])
 
 

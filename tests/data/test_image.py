@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,15 @@ def test_bit_depth_scales_deep_gray(tmp_path: Path, kind: str) -> None:
         assert np.array_equal(ImageReader("L", "full").read(path)[:, :, 0], np.floor(VALUES / 65535 * 255 + 0.5))
 
 
+def test_the_full_range_of_16_bits(tmp_path: Path) -> None:
+    """Both sides of each step, in a file that Pillow gives as 32-bit integers, too."""
+    steps = np.arange(255) * 257 + 128
+    values = np.array([steps, steps + 1])
+    (tmp_path / "a.pgm").write_bytes(b"P5 255 2 65535\n" + values.astype(">u2").tobytes())
+    for path in (deep(tmp_path, "png", values), tmp_path / "a.pgm"):
+        assert np.array_equal(ImageReader("L", "full").read(path)[:, :, 0], [np.arange(255), np.arange(255) + 1])
+
+
 def test_bit_depth_of_odd_pictures(tmp_path: Path) -> None:
     """NaN counts as black, a picture of one value or without a number is black; 8-bit pictures are never scaled."""
     path = deep(tmp_path, "F", np.array([[np.nan, 1.0, np.inf, 2.0]]))
@@ -108,6 +118,8 @@ def test_max_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ImageError, match=r"raise INPUT.MAX_PIXELS if you trust the file") as refused:
         ImageReader(max_pixels=200).size(tmp_path / "a.png")
     assert refused.value.kind == "image-large"
+    assert ImageReader(max_pixels=1200).read(tmp_path / "a.png").shape == (30, 40, 3)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)  # and here above 800
     assert ImageReader(max_pixels=1200).read(tmp_path / "a.png").shape == (30, 40, 3)
     monkeypatch.undo()
     assert 2 * (Image.MAX_IMAGE_PIXELS or 0) == MAX_PIXELS == get_cfg().INPUT.MAX_PIXELS
@@ -201,6 +213,28 @@ def test_png_that_decodes_to_other_pixels_is_refused(tmp_path: Path) -> None:
             if "the checksum of its pixels is wrong: get this file again" in str(error):
                 others += not np.array_equal(np.asarray(Image.open(path)), pixels)  # Pillow takes it
     assert refused > 250 and others > 10
+
+
+def test_only_checksums_of_pixels_count(tmp_path: Path, rgb: Image.Image) -> None:
+    """Pillow does not look at those of what follows the pixels, and a wrong one there changes none."""
+    rgb.save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    text = struct.pack(">I", 3) + b"tEXta\0b" + bytes(4)
+    (tmp_path / "a.png").write_bytes(data[:-12] + text + data[-12:])
+    assert np.array_equal(read_image(tmp_path / "a.png", "RGB"), np.asarray(rgb))
+
+
+def test_size_of_a_png_decodes_nothing(tmp_path: Path, rgb: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL.PngImagePlugin import PngImageFile
+
+    decoded: list[int] = []
+    load = PngImageFile.load
+    monkeypatch.setattr(PngImageFile, "load", lambda self: (decoded.append(1), load(self))[1])
+    rgb.save(tmp_path / "a.png")
+    decoded.clear()
+    assert image_size(tmp_path / "a.png") == rgb.size and not decoded
+    read_image(tmp_path / "a.png")
+    assert decoded
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png"])

@@ -12,8 +12,14 @@ from torch import Tensor, nn
 from gn_det.config import get_cfg, load_config, shipped_configs
 from gn_det.errors import ConfigError
 from gn_det.modeling import MaskRCNN, build_model
+from gn_det.modeling import boxes as box_ops
+from gn_det.modeling.anchors import AnchorGenerator
 from gn_det.modeling.census import CensusRow, format_census, norm_census
+from gn_det.modeling.matcher import Matcher, sample_labels
+from gn_det.modeling.postprocess import paste_masks
+from gn_det.modeling.rpn import RPNHead
 from gn_det.norm import FrozenBatchNorm2d
+from gn_det.structures import Targets
 
 
 def tiny(case: str = "gn_fpn", **changes: Any) -> MaskRCNN:
@@ -229,3 +235,60 @@ def test_every_shipped_config_builds_without_hidden_state() -> None:
         with torch.device("meta"):
             model = build_model(cfg)
         assert all(t.is_meta for t in model.state_dict().values()), name
+
+
+# ------------------------------------------------------------ edges of the small functions
+
+
+def test_edges_of_boxes() -> None:
+    """The left and upper margin belong to the image, the right and lower do not; sides grow by 1000 / 16 at most."""
+    boxes = torch.tensor([[-2.0, -2, 9, 9], [-2.5, 0, 9, 9], [0, -2.5, 9, 9], [0, 0, 12, 9], [0, 0, 9, 12]])
+    assert box_ops.inside(boxes, (10, 10), 2.0).tolist() == [True, False, False, False, False]
+    grown = box_ops.BoxCoder().decode(torch.tensor([[0.0, 0, 9, 9]]), torch.tensor([[0.0, 0, 16, 16]]))
+    assert grown.tolist()[0] == pytest.approx([-492, -492, 508, 508])
+    empty = torch.zeros(1, 4)
+    assert box_ops.pairwise_iou(empty, empty).item() == 0
+    error = torch.tensor([0.25, -1.0])
+    assert box_ops.smooth_l1_sum(error, torch.zeros(2), 0.5).item() == 0.0625 + 0.75
+    assert box_ops.smooth_l1_sum(error, torch.zeros(2), 0.0).item() == 1.25
+
+
+def test_edges_of_matching() -> None:
+    """A threshold belongs to the label above it and is above 0; quotas are rounded down."""
+    matcher = Matcher([0.25, 0.5], [0, -1, 1])
+    assert matcher(torch.tensor([[0.2, 0.25, 0.4, 0.5, 1.0]]))[1].tolist() == [0, -1, -1, 1, 1]
+    for wrong in ([0.0], [-0.5], [0.5, 0.25]):
+        with pytest.raises(ConfigError, match="must be positive and increasing"):
+            Matcher(wrong, [0] * len(wrong) + [1])
+    labels = torch.tensor([1] * 9 + [0] * 9 + [-1] * 9)
+    assert [len(found) for found in sample_labels(labels, 7, 0.5, 0)] == [3, 4]
+
+
+def test_edges_of_masks() -> None:
+    """A pixel of exactly the threshold belongs to the object, up to the last row and column of the box."""
+    pasted = paste_masks(torch.full((1, 4, 4), 0.5), torch.tensor([[1.0, 2, 5, 6]]), 8, 8)
+    assert pasted[0, 3:5, 2:4].all() and not pasted[0, :2].any() and not pasted[0, 6:].any()
+    solid = paste_masks(torch.ones(1, 4, 4), torch.tensor([[1.0, 2, 5, 6]]), 8, 8)
+    assert torch.equal(solid[0].nonzero().min(0).values, torch.tensor([2, 1])) and solid.sum() == 16
+
+
+def test_edges_of_settings() -> None:
+    for offset, good in ((0.0, True), (0.99, True), (1.0, False), (-0.1, False)):
+        arguments = {"sizes": [[8.0]], "aspect_ratios": [[1.0]], "strides": [4], "offset": offset}
+        if good:
+            assert AnchorGenerator(**arguments)([(1, 1)])[0].mean().item() == pytest.approx(4 * offset)
+        else:
+            with pytest.raises(ConfigError, match="must be at least 0 and below 1"):
+                AnchorGenerator(**arguments)
+    head = RPNHead(4, 3, conv_dims=(6, -1))
+    assert [c.out_channels for c in head.modules() if isinstance(c, nn.Conv2d)] == [6, 6, 3, 12]
+
+
+def test_a_margin_of_zero_leaves_out_what_leaves_the_image() -> None:
+    """MODEL.RPN.BOUNDARY_THRESH 0 counts; -1 trains all anchors."""
+    anchors = torch.tensor([[-1.0, 0, 8, 8], [0, 0, 8, 8]])
+    target = Targets(image_size=(16, 16), boxes=anchors[:1].clip(min=0), classes=torch.zeros(1, dtype=torch.int64))
+    for threshold, expected in ((-1, [0, 1]), (0, [1])):
+        rpn = tiny(MODEL__RPN__BOUNDARY_THRESH=threshold).proposal_generator
+        positive, negative, _ = rpn.sample_anchors(anchors, target)
+        assert sorted([*positive.tolist(), *negative.tolist()]) == expected

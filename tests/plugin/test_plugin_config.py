@@ -13,6 +13,7 @@ pytest.importorskip("detectron2.config", reason="needs an installed Detectron2")
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from plugin_cases import gn_modules, plugin_cfg, without_plugin
 
@@ -21,6 +22,7 @@ from gn_det.config import load_config, shipped_configs
 from gn_det.config.load import known_keys
 from gn_det.data.shapes import make_shapes
 from gn_det.detectron2 import add_gn_config, prepare_config
+from gn_det.detectron2.heads import GNFastRCNNConvFCHead
 from gn_det.errors import ConfigError, DataError
 from gn_det.modeling import build_model as build_embedded
 
@@ -121,6 +123,22 @@ def test_other_norms_of_detectron2_stay_its_own() -> None:
     assert "GNFPN" in gn_modules(model) and "GNResNet" not in gn_modules(model)
     with pytest.raises(ConfigError, match="unknown norm 'naive'"):
         on_meta(plugin_cfg("bn_fpn.yaml", "MODEL.RESNETS.NORM", "naive", "MODEL.FPN.NORM", "LN"))
+
+
+def test_a_pyramid_without_res5_is_gn_dets_whatever_its_norms() -> None:
+    """Detectron2's makes its extra level of p5."""
+    stages, levels = ["res2", "res3", "res4"], ["p2", "p3", "p4", "p5"]
+    keys = ["MODEL.RESNETS.OUT_FEATURES", stages, "MODEL.FPN.IN_FEATURES", stages, "MODEL.RPN.IN_FEATURES", levels]
+    keys += ["MODEL.ROI_HEADS.IN_FEATURES", levels[:3], "MODEL.ANCHOR_GENERATOR.SIZES", [[32], [64], [128], [256]]]
+    backbone = on_meta(plugin_cfg("bn_fpn.yaml", *keys)).backbone
+    assert list(backbone.output_shape()) == levels and type(backbone).__name__ == "GNFPN"
+
+
+def test_heads_of_one_mask_and_of_square_features() -> None:
+    model = on_meta(plugin_cfg("gn_fpn.yaml", "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", True))
+    assert model.roi_heads.mask_head.predictor.out_channels == 1
+    with pytest.raises(ConfigError, match="takes square RoI features, got 7x9"):
+        GNFastRCNNConvFCHead(ShapeSpec(channels=8, height=7, width=9), conv_dims=[], fc_dims=[8])
 
 
 def test_registered_names_can_be_written_out() -> None:

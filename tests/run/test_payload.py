@@ -62,6 +62,7 @@ HOSTILE: list[tuple[str, Any]] = [
     *(("iteration", v) for v in ("5", NAN, -7, 10**30, True, None, 5.0, DEEP)),
     *((f"gn_det.{name}", v) for name in ("images_seen", "seed") for v in ("5", -1, 10**18 * 100, 2.5, DEEP, True)),
     ("gn_det.images_seen", 10**15),
+    ("gn_det.seed", 2**63),
     *(("gn_det.best_metric", v) for v in ("x", NAN, 10**400, DEEP)),
     *((f"gn_det.{name}", v) for name in ("best_iteration", "stale", "evaluated_at") for v in ("1", -2, 10**10, NAN)),
     *(("gn_det.results", v) for v in ("x", [1], {"segm/AP": "high"}, {5: 1.0}, {"a": DEEP})),
@@ -71,7 +72,7 @@ HOSTILE: list[tuple[str, Any]] = [
     ("rng[0].python[1]", lambda words: [*words[:-1], 625]),
     ("rng[0].python[2]", "gauss"),
     *(("rng[0].numpy", v) for v in (["PCG64", 1, 2, 3, 4], None, [])),
-    *(("rng[0].numpy[1]", v) for v in (lambda t: t.float(), lambda t: t[:5], lambda t: t - 2**33, "x")),
+    *(("rng[0].numpy[1]", v) for v in (lambda t: t.float(), lambda t: t[:5], lambda t: t - 2**33, lambda t: t * 0 + 2**32, "x")),
     ("rng[0].numpy[2]", 10**9),
     *(("rng[0].torch", v) for v in (lambda t: t[:-1], lambda t: t.float(), lambda t: t * 0 + 255, None, [1])),
     ("rng[0].cuda", "x"),
@@ -184,6 +185,39 @@ def test_nothing_of_the_file_is_shared_with_the_run(folder: Path, tmp_path: Path
             parameter.grad = torch.ones_like(parameter)
     learner.optimizer.step()
     assert all(torch.isfinite(p).all() for p in learner.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("entry", "last"),
+    [
+        (lambda n: {"gn_det": {"images_seen": n}}, 5 * 2048),
+        (lambda n: {"gn_det": {"best_iteration": n}}, 4),
+        (lambda n: {"gn_det": {"evaluated_at": n}}, 4),
+        (lambda n: {"logs": {"scalars": {"loss": [True, [1.0], n, 5, 1.0]}}}, 4),
+        (lambda n: {"logs": {"scalars": {}, "written": n}}, 5),  # the last evaluation comes behind the last iteration
+    ],
+)
+def test_no_entry_is_beyond_the_iteration(entry: Any, last: int) -> None:
+    """After 5 iterations of 64 batches of 32 images at most; the last possible number passes."""
+    from gn_det.run.payload import Unfit, _check_together
+
+    _check_together({"iteration": 4, **entry(last)}, 32)
+    with pytest.raises(Unfit):
+        _check_together({"iteration": 4, **entry(last + 1)}, 32)
+    with pytest.raises(Unfit, match="more than 1024 images an iteration"):
+        _check_together({"iteration": 4, "gn_det": {"images_seen": 5 * 1024 + 1}}, 16)
+
+
+def test_absent_entries_and_remedies(folder: Path, tmp_path: Path) -> None:
+    """An empty dict or None stands for an absent entry; each kind of problem has its own remedy."""
+    from gn_det.run.payload import OtherGroups, OtherModel, Unfit, refuse
+
+    for nothing in ({}, None):
+        payload = read_checkpoint(folder / "model_0000004.pth") | {"logs": nothing, "grad_scaler": nothing}
+        assert resume(folder, payload, tmp_path)[0].iteration == 4
+    remedies = [str(refuse("x.pth", kind("why"))).rpartition("why; ")[2] for kind in (Unfit, OtherModel, OtherGroups)]
+    assert remedies == [Unfit.remedy, OtherModel.remedy, OtherGroups.remedy] and len(set(remedies)) == 3
+    assert str(refuse("x.pth", OtherModel("why"), "use --overwrite")).endswith("why; use --overwrite")
 
 
 def test_steps_of_other_optimizers_are_copied() -> None:
