@@ -161,7 +161,7 @@ def test_absurd_claims_cost_nothing(tmp_path: Path, content: bytes) -> None:
 
 
 def test_long_texts_and_numbers_are_refused_before_they_are_made(tmp_path: Path) -> None:
-    """One wide character makes four bytes of each of the others; latin1 text, as old pickles hold arrays in, is read."""
+    """One wide character makes four bytes of each of the others; latin1 text, as old pickles keep arrays, is read."""
     path, letters = tmp_path / "x.pkl", b"a" * (1 << 20)
     for text in (b"V\\u0100" + letters + b"\n", b"X" + struct.pack("<I", (1 << 20) + 2) + "\u0100".encode() + letters):
         assert "a text of several megabytes" in refused(path, b"\x80\x02" + text + b".")

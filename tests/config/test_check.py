@@ -102,7 +102,7 @@ def test_sizes_of_crops(kind: str, good: list[Any], bad: list[Any]) -> None:
             if passes:
                 check_config(cfg)
                 continue
-            with pytest.raises(ConfigError, match="INPUT.CROP.SIZE"):
+            with pytest.raises(ConfigError, match=r"INPUT\.CROP\.SIZE"):
                 check_config(cfg)
 
 
