@@ -30,13 +30,15 @@ def test_only_regular_files_open(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../x", "a/../../x", "/etc/x", "", ".", "a//b", "a\0b", "..\\x", "a/..", "outside/x", "self"]
+    "name",
+    ["../x", "a/../../x", "/etc/x", "", ".", "a//b", "a\0b", "..\\x", "a/..", "outside/x", "self", "loop", "loop/x"],
 )
 def test_names_stay_in_their_folder(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "outside").symlink_to(tmp_path)
     (folder / "self").symlink_to(folder)
+    (folder / "loop").symlink_to(folder / "loop")
     with pytest.raises(ValueError):
         inside(folder, name)
     assert inside(folder, "a/b.pth") == folder.resolve() / "a" / "b.pth"

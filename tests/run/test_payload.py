@@ -164,14 +164,13 @@ def _shape(slot: dict[str, Any]) -> Any:
 
 
 def test_nothing_of_the_file_is_shared_with_the_run(folder: Path, tmp_path: Path) -> None:
-    """Two parameters whose buffers are one tensor, and a buffer of stride 0, learn separately afterwards."""
+    """Two parameters whose buffers are one tensor learn separately afterwards."""
     payload = read_checkpoint(folder / "model_0000004.pth")
     slots = payload["optimizer"]["state"]
     same = [(i, j) for i in slots for j in slots if i < j and _shape(slots[i]) == _shape(slots[j])]
     assert same
     for i, j in same:
         slots[i]["momentum_buffer"] = slots[j]["momentum_buffer"]
-    slots[0]["momentum_buffer"] = torch.zeros(1, 1, 1, 1).expand(8, 3, 3, 3)
     _, learner = resume(folder, payload, tmp_path)
     buffers = [s["momentum_buffer"] for s in learner.optimizer.state.values()]
     assert len({b.untyped_storage().data_ptr() for b in buffers}) == len(buffers)
