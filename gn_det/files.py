@@ -103,8 +103,8 @@ def inside(folder: StrPath, relative: str) -> Path:
     real = Path(os.path.realpath(path))  # not Path.resolve, which raises RuntimeError for a loop of links
     if not real.is_relative_to(base) or real == base:
         raise ValueError("the name leads out of its folder")
-    if any(os.path.islink(part) for part in (real, *real.parents)):  # realpath leaves a loop as it is
-        raise ValueError("the name leads into a loop of links")
+    if any(place.is_symlink() for place in (real, *real.parents)):  # what realpath could not follow
+        raise ValueError("the name is a loop of links")
     return path
 
 

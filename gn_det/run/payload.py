@@ -518,7 +518,9 @@ def check_pretraining(payload: Mapping[str, Any], model: nn.Module) -> None:
                 {
                     "epochs": whole(0, MOST_ITERATIONS),
                     "curve": items(_all(_METRICS, _CURVE_ROW), 0, 10**6),
-                    "best": _or_nothing(record({"epoch": whole(0, MOST_ITERATIONS), "val_error": number})),
+                    "best": _or_nothing(
+                        _all(_METRICS, record({"epoch": whole(0, MOST_ITERATIONS), "val_error": number}))
+                    ),
                     "peak_memory_mb": number,
                 }
             ),

@@ -172,6 +172,17 @@ def test_long_texts_and_numbers_are_refused_before_they_are_made(tmp_path: Path)
         assert "a number with 81 characters" in refused(path, number + b"1" * 81 + b"\n.")
 
 
+def test_what_something_holds_does_not_change_any_more(tmp_path: Path) -> None:
+    """What was counted stays as it was counted."""
+
+    def text(s: str) -> bytes:
+        return b"X" + struct.pack("<I", len(s)) + s.encode()
+
+    for inner, change in ((b"}", text("x") + b"K\x01s"), (b"]", b"K\x01a"), (b"]", b"(K\x01K\x02e")):
+        content = b"\x80\x02}" + text("k") + inner + b"q\x01s" + b"h\x01" + change + b"0."
+        assert "changes a container that something else holds" in refused(tmp_path / "x.pkl", content)
+
+
 def test_shape_and_contents_must_agree(tmp_path: Path) -> None:
     good = pickle.dumps({"w": np.ones((2, 3), np.float32)}, 2)
     bad = good.replace(b"K\x02K\x03\x86", b"K\x02K\x04\x86")

@@ -289,6 +289,7 @@ def test_a_picture_that_holds_up_the_decoder_is_one_damaged_picture(
     def slow(record: dict[str, Any], reader: ImageReader) -> np.ndarray:
         if "slow" in record["file_name"]:
             time.sleep(3600)
+        return np.arange(3, dtype=np.uint8).reshape(1, 1, 3)
 
     monkeypatch.setattr(decode, "read_record_image", slow)
     monkeypatch.setattr(decode, "SECONDS", 3)

@@ -24,11 +24,11 @@ def test_a_killed_rank_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_first_error_is_told_not_what_followed_from_it() -> None:
-    """Well within a minute, although the other rank waits in a collective whose own limit is half an hour."""
+    """The other rank waits in a collective whose own limit is half an hour; nobody waits for that."""
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=r"training process 1 failed first:\n(.*\n)*ZeroDivisionError: the defect"):
         dist.launch(ranks.raises, (), device="cpu", num_gpus=2)
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 1500  # seconds; no measure of speed: the collective was not waited for
 
 
 def is_running(process: int) -> bool:
@@ -52,7 +52,7 @@ def test_ranks_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
     assert len(children) == 2 and all(map(is_running, children))
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120  # only ends a hang
     while any(map(is_running, children)) and time.monotonic() < deadline:
         time.sleep(0.1)
     left = [c for c in children if is_running(c)]

@@ -151,7 +151,7 @@ def test_epochs_may_be_a_fraction(tmp_path: Path) -> None:
 
 def test_divergence_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"the loss is (nan|inf) in epoch 1: training has diverged; lower lr"):
-        pretrain(tiny(tmp_path, lr=1e30))
+        pretrain(tiny(tmp_path, lr=1000.0, weight_decay=1000.0))
     assert not (tmp_path / "summary.json").exists()
 
 

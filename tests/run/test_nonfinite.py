@@ -59,7 +59,7 @@ def test_replay_of_a_real_model(tmp_path: Path, capsys: pytest.CaptureFixture[st
     """A learning rate that is far too high: the file alone, on another machine, shows the same loss and layer."""
     data = make_shapes(tmp_path / "shapes", "train", 4)
     keys = ["DATASETS.TRAIN_JSON", data.json_file, "DATASETS.TRAIN_IMAGES", data.image_root, "DATASETS.TEST", "()"]
-    keys += ["SOLVER.BASE_LR", "1e6", "SOLVER.WARMUP_ITERS", "0", "SOLVER.MAX_ITER", "30", "SEED", "1"]
+    keys += ["SOLVER.BASE_LR", "1000", "SOLVER.WARMUP_ITERS", "0", "SOLVER.MAX_ITER", "30", "SEED", "1"]
     with pytest.raises(TrainingError, match="not finite at iteration") as told:
         engine.train(load_config("quickstart.yaml", [*SMALL, *keys, "OUTPUT_DIR", str(tmp_path / "out")]))
     (kept,) = (tmp_path / "out").glob("nonfinite_*.pth")

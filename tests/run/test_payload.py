@@ -293,6 +293,7 @@ def test_long_lists_and_shared_nesting_cost_nothing() -> None:
         ("done.curve", [{"epoch": 1}]),
         ("done.curve[0].val_error", "low"),
         ("done.best", {}),
+        ("done.best", lambda best: {**best, "more": torch.zeros(2)}),  # it is written to summary.json whole
         ("done.peak_memory_mb", "x"),
         ("settings", DEEP),
         ("settings.steps", torch.zeros(3)),
