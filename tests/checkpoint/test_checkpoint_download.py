@@ -215,6 +215,7 @@ def test_nothing_is_left_of_a_failure(server: Server, tmp_path: Path, path: str,
 def test_sha256_from_the_user_and_from_hugging_face(server: Server, tmp_path: Path) -> None:
     assert local_path(f"{server.url}/whole/w.pth#sha256={SHA[:12]}").read_bytes() == CONTENT
     assert local_path(f"{server.url}/redirect/good/w.pth").read_bytes() == CONTENT
+    assert local_path(f"{server.url}/norange/w.pth#sha256={SHA}").read_bytes() == CONTENT  # of the second attempt alone
     # What lies in the cache is verified too when the user asks.
     (tmp_path / "cache" / "whole" / "w.pth").write_bytes(b"other")
     with pytest.raises(WeightsError, match="delete it and download it again"):

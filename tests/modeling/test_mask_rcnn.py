@@ -16,10 +16,10 @@ from gn_det.modeling import boxes as box_ops
 from gn_det.modeling.anchors import AnchorGenerator
 from gn_det.modeling.census import CensusRow, format_census, norm_census
 from gn_det.modeling.matcher import Matcher, sample_labels
-from gn_det.modeling.postprocess import paste_masks
+from gn_det.modeling.postprocess import paste_masks, resize_detections
 from gn_det.modeling.rpn import RPNHead
 from gn_det.norm import FrozenBatchNorm2d
-from gn_det.structures import Targets
+from gn_det.structures import Detections, Targets
 
 
 def tiny(case: str = "gn_fpn", **changes: Any) -> MaskRCNN:
@@ -270,6 +270,13 @@ def test_edges_of_masks() -> None:
     assert pasted[0, 3:5, 2:4].all() and not pasted[0, :2].any() and not pasted[0, 6:].any()
     solid = paste_masks(torch.ones(1, 4, 4), torch.tensor([[1.0, 2, 5, 6]]), 8, 8)
     assert torch.equal(solid[0].nonzero().min(0).values, torch.tensor([2, 1])) and solid.sum() == 16
+
+
+def test_edges_of_resized_detections() -> None:
+    """Boxes are cut at the new image, and those that lie outside of it are dropped."""
+    boxes = torch.tensor([[-1.0, 2, 12, 8], [10.5, 0, 12, 5]])
+    found = resize_detections(Detections((10, 10), boxes, torch.ones(2), torch.tensor([3, 4]), None), 20, 40)
+    assert found.boxes.tolist() == [[0, 4, 40, 16]] and found.classes.tolist() == [3]
 
 
 def test_edges_of_settings() -> None:
