@@ -380,3 +380,12 @@ def test_unreadable_json(clean: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert main([*words, "--json", str(tmp_path / "r.json")]) == 2
     (problem,) = json.loads((tmp_path / "r.json").read_text())["sets"][0]["problems"]
     assert problem["kind"] == "json-unreadable"
+
+
+def test_anchors_are_high_by_their_ratio_and_corners_keep_the_area_of_a_mask() -> None:
+    from gn_det.check.fix import _from_corners
+    from gn_det.check.sizes import _shapes
+
+    assert _shapes([8.0], [4.0, 1.0]).tolist() == [[4.0, 16.0], [8.0, 8.0]]
+    assert _from_corners({"bbox": [1, 2, 4, 8], "segmentation": [[1, 2, 4, 2, 4, 8]]}) == {"bbox": [1, 2, 3, 6]}
+    assert _from_corners({"bbox": [1, 2, 4, 8]}) == {"bbox": [1, 2, 3, 6], "area": 18}
