@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from gn_det.data.board import Board
 from gn_det.data.coco import CocoDataset, refuse_if_too_many
+from gn_det.data.image import one_colour
 from gn_det.data.mapper import TestMapper, TrainMapper
 from gn_det.data.orphans import end_with_parent
 from gn_det.data.records import Record
@@ -41,6 +42,7 @@ from gn_det.data.trainable import check_trainable
 from gn_det.data.transport import pack_samples, shared_memory_fits, shared_memory_free, unpack_samples
 from gn_det.errors import ConfigError, DataError
 from gn_det.structures import Sample
+from gn_det.text import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +69,7 @@ class TrainLoader:
         self.num_empty, self.kept = empty, kept
         self.skipped: dict[str, str] = {}
         self._data, self._batches, self._workers = data, batches, workers
+        self._told_of_one_colour = False
 
     def __iter__(self) -> Iterator[list[Sample]]:
         for samples, failures in _run(self._data, self._batches(), self._workers):
@@ -77,6 +80,8 @@ class TrainLoader:
                 raise DataError(
                     f"none of the {self.num_images} training images can be read (such as {why}): replace them"
                 )
+            if not self._told_of_one_colour and not self._data.mapper.crop:  # a crop of sky is no mistake
+                self._told_of_one_colour = _warn_of_one_colour(loaded)
             yield loaded
 
     def summary(self) -> str:
@@ -302,6 +307,19 @@ def _note_failures(
             logger.warning("skipped: %s", why)
     if failures:
         refuse_if_too_many([*skipped.values(), *known_bad], max_bad, "reading images")
+
+
+def _warn_of_one_colour(samples: Sequence[Sample]) -> bool:
+    """Warn of the first picture in which nothing can be seen; whether there was one."""
+    for sample in samples:
+        if one_colour(sample["image"].numpy().transpose(1, 2, 0)):
+            logger.warning(
+                "%s: every pixel has the same colour, nothing can be learnt from it; gn-det check --images lists all "
+                "pictures of this kind (training names the first only)",
+                one_line(sample["file_name"], 300),
+            )
+            return True
+    return False
 
 
 def _run(data: _TrainData | _TestData, batches: Iterable[Any], workers: int) -> Iterator[_Loaded]:

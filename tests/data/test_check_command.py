@@ -55,7 +55,7 @@ def other_pictures(source: DatasetSource) -> DatasetSource:
 
 
 def bad_box(content: dict[str, Any]) -> None:
-    content["annotations"][0]["bbox"] = [2, 3, 0, 8]
+    content["annotations"][0].update(bbox=[2, 3, 0, 8], segmentation=[])
 
 
 def no_area(content: dict[str, Any]) -> None:
@@ -252,7 +252,9 @@ def test_fix_says_what_it_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_many_of_a_kind_are_counted_and_not_all_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def change(content: dict[str, Any]) -> None:
         first = content["annotations"][0]
-        content["annotations"] += [{**first, "id": 100 + i, "bbox": [1, 1, 0, 0]} for i in range(1500)]
+        content["annotations"] += [
+            {**first, "id": 100 + i, "bbox": [1, 1, 0, 0], "segmentation": []} for i in range(1500)
+        ]
 
     source = write(tmp_path, change)
     assert main(words(source, None, "--json", str(tmp_path / "r.json"), "--fix", str(tmp_path / "out.json"))) == 2

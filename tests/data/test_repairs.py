@@ -229,7 +229,7 @@ HOSTILE: dict[str, Change] = {
     "control characters in an id": lambda c: c["annotations"][0].update(image_id="\x1b[2J"),
     "control characters in a class": lambda c: c["annotations"][0].update(category_id="\x1b[2J" * 999),
     "a long integer": lambda c: c["annotations"][0].update(category_id=10**4000),
-    "a nested box": lambda c: c["annotations"][0].update(bbox=[[[[[1] * 9] * 9] * 9] * 9]),
+    "a nested box": lambda c: c["annotations"][0].update(bbox=[[[[[1] * 9] * 9] * 9] * 9], segmentation=[]),
     "a nested entry": lambda c: c["annotations"].append([[[[1] * 9] * 9] * 9]),
 }
 

@@ -66,7 +66,7 @@ def test_caps_that_cost_objects_are_told() -> None:
     (sentence,) = capped.reasons[:1]
     assert sentence.startswith("1 of 2 images of ground truth have more objects (up to 150) than TEST.MAX_DETS 100 and")
     assert "50 of 151 objects cannot be found" in sentence
-    assert sentence.endswith("set TEST.MAX_DETS 200 TEST.DETECTIONS_PER_IMAGE 200.")
+    assert sentence.endswith("set TEST.MAX_DETS 200 TEST.DETECTIONS_PER_IMAGE 300.")
     free = evaluate_coco(data, results, iou_types=["bbox"], max_dets=300, detections_per_image=300)
     assert free["bbox"]["AP"] == 100 and not any("MAX_DETS" in s for s in free.reasons)
     assert list(free["bbox"]) == list(capped["bbox"])  # the names of the metrics stay
