@@ -326,8 +326,9 @@ def _run(data: _TrainData | _TestData, batches: Iterable[Any], workers: int) -> 
     """Drive the workers; a worker's death or hang becomes one line that says where, and what to do."""
     global _board
     outer = _board
-    if workers and getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise DataError(_unguarded())  # this very process is a worker that imports the script
+    failure = script_in_worker()
+    if workers and failure is not None:
+        raise failure
     free = shared_memory_free()
     if workers and free is not None and free < _PAGE * (8 + 3 * workers):
         raise DataError(f"there is no shared memory to start {workers} data loading processes: {_more_memory()}")
@@ -397,6 +398,11 @@ def _more_memory() -> str:
     free = shared_memory_free()
     left = "" if free is None else f" ({free >> 10} kB of /dev/shm are free; Docker's option is --shm-size)"
     return f"lower DATALOADER.NUM_WORKERS (0 needs none), or give the machine or container more{left}"
+
+
+def script_in_worker() -> DataError | None:
+    """What to say where this very process is a worker that is still importing the script."""
+    return DataError(_unguarded()) if getattr(multiprocessing.current_process(), "_inheriting", False) else None
 
 
 def _imports_script() -> bool:

@@ -127,6 +127,11 @@ def register_named(cfg: CfgNode) -> None:
                 _register(name, resolve(name, f"DATASETS.{key}"), cfg, key)
 
 
+def is_own(name: str) -> bool:
+    """Whether gn_det reads the set of that name; False for those of Detectron2 and of the user."""
+    return name in DatasetCatalog and isinstance(DatasetCatalog[name], _Source)
+
+
 def take_mixed_masks(cfg: CfgNode) -> None:
     """The shapes have polygons and RLE, which Detectron2's mapper takes only as bitmaps: set INPUT.MASK_FORMAT so."""
     if cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon" and any(n in GENERATED for n in cfg.DATASETS.TRAIN):
