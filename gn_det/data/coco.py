@@ -281,7 +281,7 @@ class AnnotationReader:
 
     def _read(self, raw: dict[str, Any], height: int, width: int, where: Where) -> Annotation:
         given = raw.get("category_id")
-        category = resolve_id(given, self.index_of)
+        category = given if type(given) is int and given in self.index_of else resolve_id(given, self.index_of)
         if category is None:
             known = _some([str(c) for c in self.category_ids], 5)
             raise Defect("category-unknown", f"category_id {shown(given)} is not in the json's categories ({known})")
@@ -350,11 +350,11 @@ class AnnotationReader:
         self._boxes += 1
         # Tools are off by a few pixels at the border; this is far more.
         self._leaving += x + w > 1.1 * width + 1 or y + h > 1.1 * height + 1
-        fits = 0 <= x < w <= width + 1 and 0 <= y < h <= height + 1
-        self._corners += fits
-        if segmentation is not None:
-            self._masks += 1
-            self._mask_corners += fits and _is_corners(bbox, mask_box(segmentation))  # few boxes fit by chance
+        self._masks += segmentation is not None
+        if 0 <= x < w <= width + 1 and 0 <= y < h <= height + 1:
+            self._corners += 1
+            if segmentation is not None:  # few boxes come here by chance
+                self._mask_corners += _is_corners(bbox, mask_box(segmentation))
 
 
 def fits_as_written(bbox: Sequence[float], mask: Sequence[float]) -> bool:
