@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gn_det.data.coco import CocoDataset, load_coco
-from gn_det.data.image import read_image
+from gn_det.data.coco import CocoDataset
 from gn_det.errors import TrainingError
 from gn_det.structures import Detections
 from gn_det.text import as_line
@@ -34,8 +33,8 @@ def quickstart(output: str, overrides: Sequence[str] = (), *, engine: str = "aut
     from gn_det import engines
     from gn_det.config import load_config
     from gn_det.curves import draw_curves
-    from gn_det.data.catalog import datasets_for
     from gn_det.run import commands
+    from gn_det.run.datasets import load_first_test_set
 
     folder = Path(output)
     cfg = load_config("quickstart.yaml", ["OUTPUT_DIR", output, *overrides])
@@ -46,7 +45,7 @@ def quickstart(output: str, overrides: Sequence[str] = (), *, engine: str = "aut
     if not weights.is_file():
         raise TrainingError(f"{weights} was not written: no evaluation gave an AP; train longer (SOLVER.MAX_ITER)")
     draw_curves(folder / "metrics.json", folder / "curves.png")
-    held_out = load_coco(datasets_for(cfg, "test")[0], max_bad=cfg.DATALOADER.MAX_BAD)
+    held_out = load_first_test_set(cfg)
     picture = folder / "predictions.png"
     draw_comparison(held_out, weights, picture)
     print(
@@ -76,7 +75,7 @@ def draw_comparison(dataset: CocoDataset, weights: Path, picture: Path) -> None:
     truths, found = [], []
     for index in _spread(len(dataset)):
         record = dataset.records[index]
-        pixels = read_image(record["file_name"], "RGB")
+        pixels = predictor.read(Path(record["file_name"]))
         truths.append(draw_annotations(pixels, record, dataset.class_names, max_size=_DRAWN))
         detections = predictor.detect(Path(record["file_name"]))
         keep = detections.scores >= 0.5

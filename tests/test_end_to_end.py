@@ -13,9 +13,12 @@ from PIL import Image
 
 from gn_det.checkpoint.io import read_checkpoint
 from gn_det.cli import main
+from gn_det.config import load_config
 from gn_det.data.shapes import make_shapes
 from gn_det.errors import DataError
 from gn_det.predict import PREDICTIONS_FILE, load_predictor
+from gn_det.quickstart import draw_comparison
+from gn_det.run.datasets import load_first_test_set
 
 TOY = [
     *("MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_BOX_HEAD.CONV_DIM", "32", "MODEL.ROI_BOX_HEAD.FC_DIM", "32"),
@@ -138,6 +141,10 @@ def test_sixteen_bit_gray_in_one_channel(data: Path, tmp_path: Path, capsys: pyt
     assert main(["eval", "--weights", str(weights), *val, "--output", str(tmp_path / "eval"), "--device", "cpu"]) == 0
     assert main(["predict", "--weights", str(weights), str(folder / "val"), "--output", str(tmp_path / "found"),
                  "--device", "cpu"]) == 0  # fmt: skip
+    # pictures of results: quickstart's and those of a comparison read the set in the same way
+    cfg = load_config(str(output / "config.yaml"))
+    draw_comparison(load_first_test_set(cfg), weights, tmp_path / "predictions.png")
+    assert np.asarray(Image.open(tmp_path / "predictions.png")).std() > 1
     # the same picture in 8 bits, from a file and from memory
     predictor = load_predictor(weights, device="cpu")
     path = next((folder / "val" / "images").iterdir())

@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from gn_det.data.checks import usable_pieces
-from gn_det.data.coco import AnnotationReader
+from gn_det.data.checks import check_segmentation, mask_box, usable_pieces
+from gn_det.data.coco import AnnotationReader, fits_as_written
 from gn_det.data.coco_file import category_id, resolve_id, whole
 from gn_det.data.problems import KINDS, Problems
 from gn_det.data.survey import Survey
@@ -16,6 +16,8 @@ from gn_det.evaluation.results import json_bytes, write_bytes_atomic
 from gn_det.files import NotRegularFile, check_regular
 from gn_det.text import as_line, shown
 
+#: Repairs that write the box of the mask.
+_BOX_OF_MASK = frozenset({"bbox-missing", "bbox-unusable"})
 _OUT_WITH_IMAGE = "left out: its image is left out"
 
 
@@ -164,14 +166,14 @@ class Cleaner:
             assert found is not None
             if "iscrowd-missing" in kinds:
                 what["iscrowd"] = 0
-            if "bbox-missing" in kinds:
+            if kinds & _BOX_OF_MASK:
                 what["bbox"] = found["bbox"]
             if "area-missing" in kinds:
                 what["area"] = found["area"]
             if "polygon-piece" in kinds:
                 what["segmentation"] = usable_pieces(entry["segmentation"])
-        if self.corners and "bbox-missing" not in kinds and not entry.get("iscrowd"):
-            what |= _from_corners(entry)
+        if self.corners and not kinds & _BOX_OF_MASK and not entry.get("iscrowd"):
+            what |= _from_corners(entry, image)
         what = {k: v for k, v in what.items() if k not in entry or entry[k] != v or type(entry[k]) is not type(v)}
         if not what:
             return entry
@@ -180,12 +182,20 @@ class Cleaner:
         return {**entry, **what}
 
 
-def _from_corners(entry: dict[str, Any]) -> dict[str, Any]:
-    """Box and area of an annotation whose box is [x1, y1, x2, y2]; an area that the mask gave stays."""
+def _from_corners(entry: dict[str, Any], image: dict[str, Any]) -> dict[str, Any]:
+    """Box and area of an annotation whose box is [x1, y1, x2, y2]; an area that the mask gave stays.
+
+    Boxes of such a set that are no corners, or not those of their mask, are left as they are.
+    """
     x1, y1, x2, y2 = entry["bbox"]
+    if x2 <= x1 or y2 <= y1:
+        return {}
     what: dict[str, Any] = {"bbox": [x1, y1, x2 - x1, y2 - y1]}
-    if not entry.get("segmentation"):
+    mask, _ = check_segmentation(entry.get("segmentation"), image["height"], image["width"])
+    if mask is None:
         what["area"] = (x2 - x1) * (y2 - y1)
+    elif fits_as_written(entry["bbox"], mask_box(mask)):
+        return {}
     return what
 
 

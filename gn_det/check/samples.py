@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image, ImageDraw
 from gn_det.data.checks import Defect, check_segmentation, is_number, usable_pieces
 from gn_det.data.coco import AnnotationReader
 from gn_det.data.findings import Finding
-from gn_det.data.image import read_image
+from gn_det.data.image import ImageReader
 from gn_det.data.problems import Problems
 from gn_det.data.records import Record
 from gn_det.data.survey import Survey
@@ -61,7 +62,7 @@ def draw_sample(survey: Survey, index: int) -> np.ndarray | None:
         annotations=[a for a in found if a is not None],
     )
     try:
-        pixels = read_image(record["file_name"], "RGB")
+        pixels = _reader(survey).read(record["file_name"])
     except DataError:
         return None
     if pixels.shape[:2] != (image["height"], image["width"]):
@@ -84,12 +85,17 @@ def draw_problem(survey: Survey, finding: Finding) -> np.ndarray | None:
     if raw is None or (box is None and not _drawable_polygons(raw, image)):
         return None
     try:
-        pixels = np.array(read_image(survey.path(image), "RGB"))
+        pixels = np.array(_reader(survey).read(survey.path(image)))
     except DataError:
         return None
     _paint_rle(pixels, raw, image)
     picture = Image.fromarray(pixels)
     return _marked(picture, box, _drawable_polygons(raw, image))
+
+
+def _reader(survey: Survey) -> ImageReader:
+    """Reads as training does, in colours to draw on."""
+    return replace(survey.reader, image_format="RGB")
 
 
 def _marked(

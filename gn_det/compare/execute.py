@@ -107,9 +107,8 @@ class Trainer:
         )
 
     def _measured(self, cfg: CfgNode, folder: Path, results: Mapping[str, float]) -> Outcome:
-        from gn_det.data.catalog import datasets_for
-        from gn_det.data.coco import load_coco
         from gn_det.predict import load_predictor
+        from gn_det.run.datasets import load_first_test_set
 
         text = (folder / "config.yaml").read_text(encoding="utf-8")
         resolved = parse_config(text, str(folder / "config.yaml"))
@@ -121,7 +120,7 @@ class Trainer:
         }
         weights = folder / FINAL
         predictor = load_predictor(weights, device=cfg.MODEL.DEVICE, engine=self.engine)
-        held_out = load_coco(datasets_for(cfg, "test")[0], max_bad=cfg.DATALOADER.MAX_BAD)
+        held_out = load_first_test_set(cfg)
         metrics = measure.detection_metrics(results)
         if metrics.get("box_ap") is None:
             if not held_out.object_counts.any():

@@ -65,14 +65,15 @@ def _truth(record: Record, result: RowResult, results: Results, store: Store, co
     kept = _cached(folder, count)
     if kept:
         return kept
-    from gn_det.data.image import read_image
+    from gn_det.data.image import ImageReader
     from gn_det.draw import draw_annotations
 
     dataset, chosen = _images(result, results, count)
+    reader = ImageReader.of(_cfg(result, results), "RGB")
     pictures = []
     for index in chosen:
         found = dataset.records[index]
-        pixels = read_image(found["file_name"], "RGB")
+        pixels = reader.read(found["file_name"])
         pictures.append(draw_annotations(pixels, found, dataset.class_names, min_size=_SIDE, max_size=_DRAWN))
     return _keep(folder, pictures)
 
@@ -82,7 +83,6 @@ def _predictions(record: Record, result: RowResult, results: Results, store: Sto
     kept = _cached(folder, count)
     if kept:
         return kept
-    from gn_det.data.image import read_image
     from gn_det.draw import draw_detections
     from gn_det.predict import load_predictor, select
 
@@ -92,22 +92,26 @@ def _predictions(record: Record, result: RowResult, results: Results, store: Sto
     for index in chosen:
         path = Path(dataset.records[index]["file_name"])
         shown = select(predictor.detect(path), _THRESHOLD, None)
-        pixels = read_image(str(path), "RGB")
-        pictures.append(draw_detections(pixels, shown, predictor.class_names, min_size=_SIDE, max_size=_DRAWN))
+        pictures.append(
+            draw_detections(predictor.read(path), shown, predictor.class_names, min_size=_SIDE, max_size=_DRAWN)
+        )
     return _keep(folder, pictures)
 
 
 def _images(result: RowResult, results: Results, count: int):  # type: ignore[no-untyped-def]
     """The validation set of a row and images spread over it, those with objects first."""
-    from gn_det.data.catalog import datasets_for
-    from gn_det.data.coco import load_coco
+    from gn_det.run.datasets import load_first_test_set
 
-    job = next(j for j in results.plan.jobs if j.row.id == result.row.id)
-    assert job.cfg is not None
-    dataset = load_coco(datasets_for(job.cfg, "test")[0], max_bad=job.cfg.DATALOADER.MAX_BAD)
+    dataset = load_first_test_set(_cfg(result, results))
     having = [i for i, n in enumerate(dataset.object_counts) if n] or list(range(len(dataset)))
     places = np.linspace(0, len(having) - 1, min(count, _MOST, len(having))).round().astype(int)
     return dataset, [having[i] for i in dict.fromkeys(places.tolist())]
+
+
+def _cfg(result: RowResult, results: Results):  # type: ignore[no-untyped-def]
+    job = next(j for j in results.plan.jobs if j.row.id == result.row.id)
+    assert job.cfg is not None
+    return job.cfg
 
 
 def _name(record: Record) -> str:

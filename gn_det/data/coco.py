@@ -45,6 +45,8 @@ _HEADER_THREADS = 8
 _MANY_IMAGES = 20_000
 #: Shares of boxes that leave their image as XYWH, and that fit as corners, where a set is surely written in corners.
 _LEAVING, _CORNERS = 0.2, 0.99
+#: The same by masks: the share of boxes that are the corners of their mask, to a pixel, and are not its XYWH box.
+_MASK_CORNERS, _SAME_PIXELS = 0.5, 1.0
 #: Deep pictures whose range of values is told; each has to be decoded for it.
 _RANGES_TOLD = 3
 #: Files of an image folder that are looked through for the one that a json means.
@@ -246,17 +248,27 @@ class AnnotationReader:
         self.category_ids = category_ids
         self.index_of = {category: i for i, category in enumerate(category_ids)}
         self.problems = problems
-        self._boxes = self._leaving = self._corners = 0
+        self._boxes = self._leaving = self._corners = self._masks = self._mask_corners = 0
 
     def refuse_corners(self) -> None:
-        """Report boxes that are [x1, y1, x2, y2]: many leave their images as XYWH, and all fit as corners."""
-        if self._leaving >= max(2, _LEAVING * self._boxes) and self._corners >= _CORNERS * self._boxes:
-            self.problems.refuse(
-                "bbox-corners",
-                f"boxes are written as [x1, y1, x2, y2], COCO boxes are [x, y, width, height]: {self._leaving} of "
-                f"{self._boxes} boxes leave their image as they are, {self._corners} fit as corners: write "
-                f"[x1, y1, x2 - x1, y2 - y1], as gn-det check --fix does",
+        """Report boxes that are [x1, y1, x2, y2].
+
+        Most of them are the corners of their masks; or many leave their images as XYWH, and all fit as corners.
+        """
+        leaving = self._leaving >= max(2, _LEAVING * self._boxes) and self._corners >= _CORNERS * self._boxes
+        if self._mask_corners >= max(2, _MASK_CORNERS * self._masks):
+            why = f"{self._mask_corners} of {self._masks} boxes are the corners of their masks"
+        elif leaving:
+            why = (
+                f"{self._leaving} of {self._boxes} boxes leave their image as they are, {self._corners} fit as corners"
             )
+        else:
+            return
+        self.problems.refuse(
+            "bbox-corners",
+            f"boxes are written as [x1, y1, x2, y2], COCO boxes are [x, y, width, height]: {why}: write "
+            f"[x1, y1, x2 - x1, y2 - y1], as gn-det check --fix does",
+        )
 
     def read(self, raw: dict[str, Any], image: dict[str, Any]) -> Annotation | None:
         """The annotation with a contiguous category; None where it is dropped, which ``problems`` is told."""
@@ -269,7 +281,7 @@ class AnnotationReader:
 
     def _read(self, raw: dict[str, Any], height: int, width: int, where: Where) -> Annotation:
         given = raw.get("category_id")
-        category = resolve_id(given, self.index_of)
+        category = given if type(given) is int and given in self.index_of else resolve_id(given, self.index_of)
         if category is None:
             known = _some([str(c) for c in self.category_ids], 5)
             raise Defect("category-unknown", f"category_id {shown(given)} is not in the json's categories ({known})")
@@ -282,14 +294,19 @@ class AnnotationReader:
         iscrowd = raw.get("iscrowd")
         if iscrowd is not None and iscrowd not in (0, 1):
             raise Defect("iscrowd", f"iscrowd {shown(iscrowd)} is not 0 or 1")
-        bbox = raw.get("bbox")
+        bbox, unusable = raw.get("bbox"), None
         if bbox is not None:
-            bbox = check_box(bbox, height, width)
+            try:
+                bbox = check_box(bbox, height, width)
+            except Defect as defect:
+                if not raw.get("segmentation"):
+                    raise
+                unusable = defect
         segmentation, left_out = check_segmentation(raw.get("segmentation"), height, width)
-        if bbox is None:
-            bbox = self._box_of(segmentation, height, width, where)
-        if not iscrowd:
-            self._count_corners(bbox, height, width)
+        if bbox is None or unusable is not None:
+            bbox = self._box_of(segmentation, height, width, where, unusable)
+        elif not iscrowd:
+            self._count_corners(bbox, segmentation, height, width)
         if iscrowd is None:
             self.problems.repair("iscrowd-missing", "annotations have no iscrowd: taken as 0", where)
         if left_out:
@@ -310,20 +327,46 @@ class AnnotationReader:
             annotation["segmentation"] = segmentation
         return annotation
 
-    def _box_of(self, segmentation: Any, height: int, width: int, where: Where) -> list[float]:
+    def _box_of(self, segmentation: Any, height: int, width: int, where: Where, unusable: Defect | None) -> list[float]:
+        """The box of the mask, in place of one that is missing or ``unusable``."""
         if segmentation is None:
             raise Defect("bbox-format", "bbox is missing, and there is no mask to take it from: add it")
-        x0, y0, x1, y1 = mask_box(segmentation)
-        box = check_box([x0, y0, x1 - x0, y1 - y0], height, width)
-        self.problems.repair("bbox-missing", "annotations have no bbox: computed from the mask", where)
+        if unusable is not None and covers_no_pixel(segmentation, height, width):
+            raise unusable
+        try:
+            x0, y0, x1, y1 = mask_box(segmentation)
+            box = check_box([x0, y0, x1 - x0, y1 - y0], height, width)
+        except Defect as defect:
+            raise unusable or defect from None
+        if unusable is None:
+            self.problems.repair("bbox-missing", "annotations have no bbox: computed from the mask", where)
+        else:
+            what = "annotations have a bbox without area, outside the image or of no numbers: computed from the mask"
+            self.problems.repair("bbox-unusable", what, where)
         return box
 
-    def _count_corners(self, bbox: Sequence[float], height: int, width: int) -> None:
+    def _count_corners(self, bbox: Sequence[float], segmentation: Any, height: int, width: int) -> None:
         x, y, w, h = bbox
         self._boxes += 1
         # Tools are off by a few pixels at the border; this is far more.
         self._leaving += x + w > 1.1 * width + 1 or y + h > 1.1 * height + 1
-        self._corners += 0 <= x < w <= width + 1 and 0 <= y < h <= height + 1
+        self._masks += segmentation is not None
+        if 0 <= x < w <= width + 1 and 0 <= y < h <= height + 1:
+            self._corners += 1
+            if segmentation is not None:  # few boxes come here by chance
+                self._mask_corners += _is_corners(bbox, mask_box(segmentation))
+
+
+def fits_as_written(bbox: Sequence[float], mask: Sequence[float]) -> bool:
+    """Whether the XYWH ``bbox`` is the XYXY box of its mask, to a pixel."""
+    x, y, w, h = bbox
+    return max(abs(a - b) for a, b in zip((x, y, x + w, y + h), mask)) <= _SAME_PIXELS
+
+
+def _is_corners(bbox: Sequence[float], mask: Sequence[float]) -> bool:
+    """Whether ``bbox`` is its mask's box as [x1, y1, x2, y2], and is not as XYWH."""
+    fits = max(abs(a - b) for a, b in zip(bbox, mask)) <= _SAME_PIXELS
+    return fits and not fits_as_written(bbox, mask)
 
 
 class _Builder:

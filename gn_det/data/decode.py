@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from gn_det.data.image import ImageError, ImageReader
+from gn_det.data.image import ImageError, ImageReader, one_colour
 from gn_det.data.mapper import read_record_image
 from gn_det.data.orphans import end_with_parent
 from gn_det.data.records import Record
@@ -72,8 +72,9 @@ def decode(job: DecodeJob) -> Decoded:
             pixels = read_record_image(record, job.reader)
     except ImageError as error:
         return Decoded(error.kind, error.text, digest_of(job.path))
-    if pixels.size and int(pixels.min()) == int(pixels.max()):
-        text = f"every pixel is {int(pixels.min())}: nothing can be seen in it"
+    if one_colour(pixels):
+        value = ", ".join(dict.fromkeys(str(v) for v in pixels[0, 0].tolist()))
+        text = f"every pixel is {value}: nothing can be seen in it"
         return Decoded("image-constant", text, digest_of(job.path))
     return Decoded(*_checksum_problem(job.path), digest_of(job.path))
 

@@ -51,6 +51,12 @@ class Findings(Problems):
         if len(kept) < KEPT:
             kept.append(Finding(kind, where, text))
 
+    def forget(self, *kinds: str) -> None:
+        """Take back findings that have one cause, which is written down."""
+        for kind in kinds:
+            self.counts.pop(kind, None)
+            self.found.pop(kind, None)
+
     def add_file_problem(self, problem: FileProblem) -> None:
         """What ended the reading."""
         self.add(problem.kind, problem.text)

@@ -213,6 +213,12 @@ def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     return ImageReader().size(path)
 
 
+def one_colour(pixels: np.ndarray) -> bool:
+    """Whether all of the (H, W, C) ``pixels`` are alike; most pictures are known not to be after a few."""
+    first = pixels[:1, :1]
+    return bool((pixels[::97, ::89] == first).all() and (pixels == first).all())
+
+
 def values_in_words(path: str | os.PathLike[str]) -> str:
     """What to say of a gray picture of more than 8 bits: its mode, its range of values and what to set."""
     try:

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from gn_det.data.board import Board
 from gn_det.data.coco import CocoDataset, refuse_if_too_many
+from gn_det.data.image import one_colour
 from gn_det.data.mapper import TestMapper, TrainMapper
 from gn_det.data.orphans import end_with_parent
 from gn_det.data.records import Record
@@ -41,6 +42,7 @@ from gn_det.data.trainable import check_trainable
 from gn_det.data.transport import pack_samples, shared_memory_fits, shared_memory_free, unpack_samples
 from gn_det.errors import ConfigError, DataError
 from gn_det.structures import Sample
+from gn_det.text import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +69,7 @@ class TrainLoader:
         self.num_empty, self.kept = empty, kept
         self.skipped: dict[str, str] = {}
         self._data, self._batches, self._workers = data, batches, workers
+        self._told_of_one_colour = False
 
     def __iter__(self) -> Iterator[list[Sample]]:
         for samples, failures in _run(self._data, self._batches(), self._workers):
@@ -77,6 +80,8 @@ class TrainLoader:
                 raise DataError(
                     f"none of the {self.num_images} training images can be read (such as {why}): replace them"
                 )
+            if not self._told_of_one_colour and not self._data.mapper.crop:  # a crop of sky is no mistake
+                self._told_of_one_colour = _warn_of_one_colour(loaded)
             yield loaded
 
     def summary(self) -> str:
@@ -304,12 +309,26 @@ def _note_failures(
         refuse_if_too_many([*skipped.values(), *known_bad], max_bad, "reading images")
 
 
+def _warn_of_one_colour(samples: Sequence[Sample]) -> bool:
+    """Warn of the first picture in which nothing can be seen; whether there was one."""
+    for sample in samples:
+        if one_colour(sample["image"].numpy().transpose(1, 2, 0)):
+            logger.warning(
+                "%s: every pixel has the same colour, nothing can be learnt from it; gn-det check --images lists all "
+                "pictures of this kind (training names the first only)",
+                one_line(sample["file_name"], 300),
+            )
+            return True
+    return False
+
+
 def _run(data: _TrainData | _TestData, batches: Iterable[Any], workers: int) -> Iterator[_Loaded]:
     """Drive the workers; a worker's death or hang becomes one line that says where, and what to do."""
     global _board
     outer = _board
-    if workers and getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise DataError(_unguarded())  # this very process is a worker that imports the script
+    failure = script_in_worker()
+    if workers and failure is not None:
+        raise failure
     free = shared_memory_free()
     if workers and free is not None and free < _PAGE * (8 + 3 * workers):
         raise DataError(f"there is no shared memory to start {workers} data loading processes: {_more_memory()}")
@@ -379,6 +398,11 @@ def _more_memory() -> str:
     free = shared_memory_free()
     left = "" if free is None else f" ({free >> 10} kB of /dev/shm are free; Docker's option is --shm-size)"
     return f"lower DATALOADER.NUM_WORKERS (0 needs none), or give the machine or container more{left}"
+
+
+def script_in_worker() -> DataError | None:
+    """What to say where this very process is a worker that is still importing the script."""
+    return DataError(_unguarded()) if getattr(multiprocessing.current_process(), "_inheriting", False) else None
 
 
 def _imports_script() -> bool:

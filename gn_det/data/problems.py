@@ -118,6 +118,7 @@ KINDS: dict[str, Kind] = {
         "the file's own name is written",
     ),
     "bbox-missing": Kind("warning", "annotations without a box", "computed from the mask"),
+    "bbox-unusable": Kind("warning", "unusable boxes of objects that have a mask", "computed from the mask"),
     "annotation-no-id": Kind("warning", "annotations without integer id", "a new id is given"),
     "annotation-id-zero": Kind("warning", "annotation ids of 0 or below", "a new id is given"),
     "annotation-id-repeated": Kind("warning", "annotation ids used twice", "a new id is given"),
@@ -138,7 +139,7 @@ KINDS: dict[str, Kind] = {
     "overlap-file": Kind("warning", "image files in both train and val"),
     "overlap-content": Kind("warning", "equal pictures in both train and val"),
     "no-mask-val": Kind("warning", "objects without a mask in val"),
-    "many-objects": Kind("warning", "images with more objects than TEST.MAX_DETS or DETECTIONS_PER_IMAGE let count"),
+    "many-objects": Kind("warning", "images with more objects than the caps on detections let count"),
     "no-truth": Kind("warning", "no annotations in val: nothing can be measured"),
     "class-ids-differ": Kind("note", "train and val number the same classes differently"),
     "bbox-reaches-out": Kind("note", "boxes that reach past the image border (training cuts them)"),
@@ -196,21 +197,50 @@ class Problems:
         return [f"{count} {what} (first: {first})" for count, what, first in self._repairs.values()]
 
 
-def lost_to_caps(classes: Sequence[int], max_dets: int, detections: int | None = None) -> int:
-    """How many objects of an image, given by their classes, cannot be found.
+class Caps(NamedTuple):
+    """What limits how many objects of an image can be found, however good the model is.
 
-    Args:
-        classes: class of each object.
+    Attributes:
         max_dets: TEST.MAX_DETS, detections that count for each class.
-        detections: TEST.DETECTIONS_PER_IMAGE of all classes together; None for no such limit.
+        detections: TEST.DETECTIONS_PER_IMAGE of all classes together; None where unknown.
+        proposals: MODEL.RPN.POST_NMS_TOPK_TEST; None where unknown, and where the model has no RPN.
     """
-    if len(classes) <= min(max_dets, len(classes) if detections is None else detections):
-        return 0
-    counting = sum(min(count, max_dets) for count in Counter(classes).values())
-    return len(classes) - (counting if detections is None else min(counting, detections))
+
+    max_dets: int = 100
+    detections: int | None = None
+    proposals: int | None = None
+
+    @classmethod
+    def of(cls, cfg: Any) -> Caps:
+        """Those of ``cfg``; Detectron2's own configs lack TEST.MAX_DETS."""
+        has_rpn = cfg.MODEL.META_ARCHITECTURE not in ("RetinaNet", "FCOS")
+        proposals = int(cfg.MODEL.RPN.POST_NMS_TOPK_TEST) if has_rpn else None
+        return cls(int(cfg.TEST.get("MAX_DETS", 100)), int(cfg.TEST.DETECTIONS_PER_IMAGE), proposals)
+
+    def lost(self, classes: Sequence[int]) -> int:
+        """How many objects of an image, given by their classes, cannot be found."""
+        count = len(classes)
+        total = min(count if cap is None else cap for cap in (self.detections, self.proposals))
+        if count <= min(self.max_dets, total):
+            return 0
+        return count - min(sum(min(n, self.max_dets) for n in Counter(classes).values()), total)
+
+    def in_words(self, objects: int) -> str:
+        """The keys with their values; that of the proposals where it is too low for that many objects."""
+        parts = [f"TEST.MAX_DETS {self.max_dets}"]
+        if self.detections is not None:
+            parts.append(f"TEST.DETECTIONS_PER_IMAGE {self.detections}")
+        if self.proposals is not None and self.proposals < objects:
+            parts.append(f"{_PROPOSALS} {self.proposals}")
+        return " and ".join(parts)
+
+    def keys_for(self, objects: int) -> str:
+        """The keys to set where an image has that many objects, with room for false detections."""
+        cap = -(-objects // 100) * 100
+        keys = f"TEST.MAX_DETS {max(cap, self.max_dets)} TEST.DETECTIONS_PER_IMAGE {max(cap, self.detections or 0)}"
+        if self.proposals is not None and self.proposals < objects:
+            keys += f" {_PROPOSALS} {max(2 * cap, 1000)}"  # most proposals are of the same objects or of none
+        return keys
 
 
-def keys_for(objects: int) -> str:
-    """The keys to set where an image has that many objects, with room for false detections."""
-    cap = -(-objects // 100) * 100
-    return f"TEST.MAX_DETS {cap} TEST.DETECTIONS_PER_IMAGE {cap}"
+_PROPOSALS = "MODEL.RPN.POST_NMS_TOPK_TEST"

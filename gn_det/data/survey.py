@@ -24,12 +24,14 @@ from gn_det.data.coco_file import CocoFile, parse, structure
 from gn_det.data.decode import DecodeJob, decode_all
 from gn_det.data.findings import Findings
 from gn_det.data.image import ImageReader
-from gn_det.data.problems import KINDS, FileProblem, Where, keys_for, lost_to_caps
+from gn_det.data.problems import KINDS, Caps, FileProblem, Where
 from gn_det.data.records import Annotation, RecordList
 from gn_det.data.transforms import resized_shape
 
 #: An edge of a box may be off its mask by this many pixels, or by this part of the longer side.
 _FIT_PIXELS, _FIT_PART = 3.0, 0.1
+#: What boxes that are corners look like one by one.
+_OF_CORNERS = ("bbox-mask", "bbox-reaches-out")
 #: What the box or its part inside the image has to measure at training size, in pixels.
 VISIBLE = 1.0
 
@@ -43,22 +45,20 @@ class Training:
         max_size: INPUT.MAX_SIZE_TRAIN.
         masks_on: MODEL.MASK_ON.
         reader: reads images as training does.
-        max_dets, detections: TEST.MAX_DETS and TEST.DETECTIONS_PER_IMAGE.
+        caps: on the number of detections.
     """
 
     short_sides: tuple[int, ...]
     max_size: int
     masks_on: bool
     reader: ImageReader = field(default_factory=ImageReader)
-    max_dets: int = 100
-    detections: int = 100
+    caps: Caps = field(default_factory=Caps)
 
     @classmethod
     def of(cls, cfg: Any) -> Training:
         sides = cfg.INPUT.MIN_SIZE_TRAIN
         sides = (sides,) if isinstance(sides, int) else tuple(sides)
-        caps = (int(cfg.TEST.get("MAX_DETS", 100)), int(cfg.TEST.DETECTIONS_PER_IMAGE))
-        return cls(sides, int(cfg.INPUT.MAX_SIZE_TRAIN), bool(cfg.MODEL.MASK_ON), ImageReader.of(cfg), *caps)
+        return cls(sides, int(cfg.INPUT.MAX_SIZE_TRAIN), bool(cfg.MODEL.MASK_ON), ImageReader.of(cfg), Caps.of(cfg))
 
     def scale(self, width: int, height: int, side: int) -> tuple[float, float]:
         """Factors in x and y of ResizeShortestEdge."""
@@ -84,6 +84,7 @@ class Survey:
 
     Attributes:
         source, split: which set; ``split`` is "train" or "val".
+        reader: reads its images as training does.
         findings: everything that is wrong.
         dataset: counts and classes as :func:`load_coco` gives them, without records; None where nothing could be read.
         data: the parsed json, for samples and ``--fix``; None where it is no json.
@@ -97,6 +98,7 @@ class Survey:
     source: DatasetSource
     split: str
     findings: Findings
+    reader: ImageReader = field(default_factory=ImageReader)
     dataset: CocoDataset | None = None
     data: dict[str, Any] | None = None
     content: CocoFile | None = None
@@ -124,7 +126,7 @@ def survey(
     """
     prepare(source)
     with _collector_paused():
-        return _survey(Survey(source, split, Findings(source.json_file)), training, decode, progress)
+        return _survey(Survey(source, split, Findings(source.json_file), training.reader), training, decode, progress)
 
 
 @contextmanager
@@ -212,13 +214,15 @@ def _read_annotations(result: Survey, training: Training, unusable: set[Any], pr
             object_counts.append(len(kept))
             if not kept:
                 findings.add("image-empty", "", Where(image["id"], image["file_name"]))
-            lost = lost_to_caps([a["category_id"] for a in kept], training.max_dets, training.detections)
-            if lost and result.split == "val":
+            lost = training.caps.lost([a["category_id"] for a in kept]) if result.split == "val" else 0
+            if lost:
                 capped.append((Where(image["id"], image["file_name"]), len(kept), lost))
-    keys = keys_for(max((count for _, count, _ in capped), default=0))
+    keys = training.caps.keys_for(max((count for _, count, _ in capped), default=0))
     for where, count, lost in capped:
         findings.add("many-objects", f"{count} objects, {lost} of which cannot be found: set {keys}", where)
     reader.refuse_corners()
+    if "bbox-corners" in findings.counts:
+        findings.forget(*_OF_CORNERS)
     classes = np.array(result.objects.classes, dtype=np.int64)
     result.dataset = CocoDataset(
         name=result.source.name,

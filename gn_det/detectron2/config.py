@@ -16,7 +16,7 @@ from gn_det.checkpoint.io import read_checkpoint
 from gn_det.checkpoint.meta import read_meta
 from gn_det.config import parse_config
 from gn_det.config.defaults import add_gn_keys
-from gn_det.detectron2.datasets import register_named, register_own, take_mixed_masks
+from gn_det.detectron2.datasets import is_own, register_named, register_own, take_mixed_masks
 from gn_det.errors import ConfigError, DataError, UserError
 from gn_det.modeling.build import group_rule
 from gn_det.modeling.census import norms_off_rule
@@ -203,6 +203,13 @@ def _mention_what_is_not_read(cfg: CfgNode) -> None:
             f"{solver.REFERENCE_BATCH}: Detectron2's DefaultTrainer scales by REFERENCE_WORLD_SIZE only; set BASE_LR, "
             "MAX_ITER and STEPS yourself, or take gn_det.detectron2.Trainer."
         )
+    if not _read and cfg.INPUT.BIT_DEPTH:
+        foreign = [n for n in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) if not is_own(n)]
+        if foreign:
+            texts.append(
+                f"INPUT.BIT_DEPTH is {cfg.INPUT.BIT_DEPTH!r}: Detectron2 reads the pictures of {foreign[0]!r} without "
+                "it and clips those of more than 8 bits; name the set json@images, or take gn_det.detectron2.Trainer."
+            )
     for text in texts:
         if text not in _mentioned:
             _mentioned.add(text)

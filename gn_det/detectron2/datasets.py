@@ -5,6 +5,7 @@ They are read by gn_det's loader: the same checks, repairs and messages as in th
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -12,16 +13,19 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode, PolygonMasks
+from detectron2.utils.file_io import PathHandler, PathManager
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 from gn_det.checkpoint.io import atomic_write
 from gn_det.data.catalog import BUILTIN, GENERATED, DatasetSource, resolve
 from gn_det.data.coco import CocoDataset, load_coco
+from gn_det.data.image import ImageReader
 from gn_det.data.shapes import CATEGORY_IDS
 from gn_det.data.shapes_draw import CLASSES
 from gn_det.errors import ConfigError, DataError, UserError
@@ -37,19 +41,23 @@ logger = logging.getLogger(__name__)
 class _Source:
     """What the catalog calls to get the records of one dataset.
 
-    ``max_bad`` and ``polygons_only`` (the mapper will refuse RLE) are those of the last config that names the set.
+    ``max_bad``, ``polygons_only`` (the mapper will refuse RLE) and ``reader`` are those of the last config that names
+    the set. With INPUT.BIT_DEPTH, Detectron2 gets its pictures from :class:`EightBits`.
     """
 
     def __init__(self, name: str, source: DatasetSource) -> None:
         self.name, self.source = name, source
-        self.max_bad, self.polygons_only = 0, False
+        self.max_bad, self.polygons_only, self.reader = 0, False, ImageReader()
 
     def __call__(self) -> list[dict[str, Any]]:
-        dataset = _load(self.source, self.max_bad)
+        dataset = _load(self.source, self.max_bad, self.reader)
         _describe(self.name, self.source, dataset.class_names, dataset.category_ids)
         records = [_record(record) for record in dataset.records]
         if self.polygons_only:
             self._refuse_rle(records)
+        if self.reader.bit_depth:
+            for record in records:
+                record["file_name"] = EightBits.name(record["file_name"], self.reader)
         return records
 
     def _refuse_rle(self, records: list[dict[str, Any]]) -> None:
@@ -61,6 +69,30 @@ class _Source:
                         f"{self.source.json_file}: annotation {a['id']} has an RLE mask, which Detectron2's mapper "
                         "takes only as a bitmap: set INPUT.MASK_FORMAT bitmask"
                     )
+
+
+class EightBits(PathHandler):
+    """Opens ``gn_det-8bit://DEPTH/MAX_PIXELS/PATH``: PATH as INPUT.BIT_DEPTH scales it, as a picture of 8 bits.
+
+    Detectron2's mapper and tools open images by their names, and clip what has more than 8 bits.
+    """
+
+    PREFIX = "gn_det-8bit://"
+
+    @classmethod
+    def name(cls, path: str, reader: ImageReader) -> str:
+        """The name under which Detectron2 opens ``path`` as ``reader`` reads it."""
+        return f"{cls.PREFIX}{reader.bit_depth}/{reader.max_pixels}/{os.path.abspath(path)}"
+
+    def _get_supported_prefixes(self) -> list[str]:
+        return [self.PREFIX]
+
+    def _open(self, path: str, mode: str = "r", buffering: int = -1, **_: Any) -> BinaryIO:
+        depth, pixels, file = path.removeprefix(self.PREFIX).split("/", 2)
+        picture, out = Image.fromarray(ImageReader("RGB", depth, int(pixels)).read(file)), io.BytesIO()
+        picture.save(out, "PPM")  # no compression
+        out.seek(0)
+        return out
 
 
 def register_shapes() -> None:
@@ -93,6 +125,11 @@ def register_named(cfg: CfgNode) -> None:
         for name in cfg.DATASETS[key]:
             if ".json@" in name:
                 _register(name, resolve(name, f"DATASETS.{key}"), cfg, key)
+
+
+def is_own(name: str) -> bool:
+    """Whether gn_det reads the set of that name; False for those of Detectron2 and of the user."""
+    return name in DatasetCatalog and isinstance(DatasetCatalog[name], _Source)
 
 
 def take_mixed_masks(cfg: CfgNode) -> None:
@@ -246,13 +283,15 @@ def _register(name: str, source: DatasetSource, cfg: CfgNode, key: str) -> None:
     entry = DatasetCatalog[name]
     if isinstance(entry, _Source):  # else the user registered this very name, and reads it in another way
         entry.max_bad = cfg.DATALOADER.MAX_BAD
+        # Detectron2 reads 8 bits a channel under INPUT.FORMATs that the reader does not know, too.
+        entry.reader = ImageReader.of(cfg, "RGB")
         entry.polygons_only = key == "TRAIN" and cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon"
 
 
 @lru_cache(maxsize=8)
-def _load(source: DatasetSource, max_bad: int) -> CocoDataset:
+def _load(source: DatasetSource, max_bad: int, reader: ImageReader) -> CocoDataset:
     """Read once: Detectron2 asks for the records again for every loader it builds."""
-    dataset = load_coco(source, max_bad=max_bad, need_annotations=False)
+    dataset = load_coco(source, max_bad=max_bad, need_annotations=False, reader=reader)
     logger.info(dataset.summary())
     return dataset
 
@@ -273,3 +312,6 @@ def _record(record: Any) -> dict[str, Any]:
         if isinstance(annotation.get("segmentation"), list):
             annotation["segmentation"] = [polygon.tolist() for polygon in annotation["segmentation"]]
     return dict(record)
+
+
+PathManager.register_handler(EightBits())

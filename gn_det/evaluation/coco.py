@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from gn_det.data.problems import Caps
 from gn_det.errors import DataError
 from gn_det.evaluation import diagnose
 from gn_det.evaluation.ground_truth import GroundTruth, load_ground_truth
@@ -46,6 +47,7 @@ def evaluate_coco(
     output_dir: str | os.PathLike[str] | None = None,
     max_dets: int | None = None,
     detections_per_image: int | None = None,
+    proposals: int | None = None,
 ) -> EvalResult:
     """Average precision of ``results`` on a COCO json.
 
@@ -61,6 +63,7 @@ def evaluate_coco(
             The names of the metrics stay.
         detections_per_image: how many detections of all classes the model gives at most
             (``TEST.DETECTIONS_PER_IMAGE``); only for the sentence that says what the caps cost.
+        proposals: boxes that the model classifies at most (``MODEL.RPN.POST_NMS_TOPK_TEST``); for the same sentence.
 
     Returns:
         Percentages in the order AP, AP50, AP75, APs, APm, APl, AP-<name> ...; nan where undefined. Empty when the
@@ -86,7 +89,8 @@ def evaluate_coco(
             out[task] = {metric: math.nan for metric in METRICS}
         else:
             out[task] = _derive(_precision(gt, results, task, max_dets), gt, names, ids)
-    out.reasons.extend(diagnose.capped(gt, 100 if max_dets is None else int(max_dets), detections_per_image))
+    caps = Caps(100 if max_dets is None else int(max_dets), detections_per_image, proposals)
+    out.reasons.extend(diagnose.capped(gt, caps))
     out.reasons.extend(diagnose.explain(out, gt, results, ids))
     for sentence in out.reasons:
         log.warning(sentence)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gn_det.data.problems import keys_for, lost_to_caps
+from gn_det.data.problems import Caps
 from gn_det.evaluation.ground_truth import GroundTruth
 
 _SIZES = {
@@ -70,29 +70,20 @@ def explain(
     return reasons
 
 
-def capped(gt: GroundTruth, max_dets: int, detections_per_image: int | None) -> list[str]:
-    """One sentence where the caps on detections keep objects from being found, however good the model is.
-
-    Args:
-        gt: the ground truth evaluated on.
-        max_dets: TEST.MAX_DETS, which holds for each class of an image.
-        detections_per_image: TEST.DETECTIONS_PER_IMAGE, which holds for all classes together; None where unknown.
-    """
+def capped(gt: GroundTruth, caps: Caps) -> list[str]:
+    """One sentence where ``caps`` keep objects from being found, however good the model is."""
     classes: dict[Any, list[int]] = defaultdict(list)
     for a in gt.annotations:
         if not a["iscrowd"]:
             classes[a["image_id"]].append(a["category_id"])
-    lost = {image: n for image, c in classes.items() if (n := lost_to_caps(c, max_dets, detections_per_image))}
+    lost = {image: n for image, c in classes.items() if (n := caps.lost(c))}
     if not lost:
         return []
     most = max(len(classes[image]) for image in lost)
-    limits = f"TEST.MAX_DETS {max_dets}"
-    if detections_per_image is not None:
-        limits += f" and TEST.DETECTIONS_PER_IMAGE {detections_per_image}"
     return [
-        f"{len(lost)} of {len(gt.images)} images of {gt.source} have more objects (up to {most}) than {limits} let "
-        f"count: {sum(lost.values())} of {sum(map(len, classes.values()))} objects cannot be found, which lowers AP "
-        f"even for perfect detections; set {keys_for(most)}."
+        f"{len(lost)} of {len(gt.images)} images of {gt.source} have more objects (up to {most}) than "
+        f"{caps.in_words(most)} let count: {sum(lost.values())} of {sum(map(len, classes.values()))} objects cannot be "
+        f"found, which lowers AP even for perfect detections; set {caps.keys_for(most)}."
     ]
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from gn_det.checkpoint.source import CAFFE
-from gn_det.data.image import ImageError, read_image
+from gn_det.data.image import ImageError, ImageReader
 from gn_det.errors import DataError
 from gn_det.inputs import IMAGE_SUFFIXES
 from gn_det.pretrain.settings import Settings
@@ -130,8 +130,10 @@ class FolderImages(Dataset[Any]):
         """(3, side, side) BGR, uint8 or float32 on the 0-255 scale; of an unreadable image, the error."""
         file, label = self._entries[number]
         try:
-            image = Image.fromarray(read_image(file, "RGB"))
+            image = Image.fromarray(ImageReader("RGB").read(file))
         except ImageError as error:
+            if error.kind == "image-depth":
+                return ImageError(f"{file}: image holds more than 8 bits: pretrain cannot scale it, convert it first")
             return ImageError(f"{error} (pretrain cannot leave it out: mend or remove the file)")
         if self._epoch is None:
             return _as_tensor(self._transform(image)), label

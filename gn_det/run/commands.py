@@ -29,7 +29,14 @@ from gn_det.run.advice import half_gn, short_for_scratch
 from gn_det.run.engine import Engine
 from gn_det.run.log import FILE_ONLY, run_log
 from gn_det.run.optim import format_groups, group_rows
-from gn_det.run.output import alone_in, check_space, check_writable, refuse_old_run, start_afresh
+from gn_det.run.output import (
+    alone_in,
+    check_output_name,
+    check_space,
+    check_writable,
+    refuse_old_run,
+    start_afresh,
+)
 from gn_det.run.prepare import prepare, with_classes
 from gn_det.run.schedule import format_schedule, lr_multiplier, scale_schedule
 from gn_det.run.state import ModelMeta
@@ -100,9 +107,11 @@ def dry_run(engine: Engine, cfg: CfgNode, *, num_gpus: int = 1, num_machines: in
 
     Raises:
         ConfigError: the configuration contradicts itself.
+        TrainingError: OUTPUT_DIR cannot be a folder.
     """
     from gn_det.run.datasets import estimate_sizes
 
+    check_output_name(cfg.OUTPUT_DIR)
     with run_log(None, times=False):
         sizes = estimate_sizes(cfg)
         logger.info(format_engine(engine))

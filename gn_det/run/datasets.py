@@ -67,7 +67,7 @@ def load_run_data(cfg: CfgNode) -> RunData:
     sources = datasets_for(cfg, "train")
     if not sources:
         raise ConfigError("DATASETS.TRAIN is empty; name a training set, or give --train-json and --train-images")
-    train = tuple(_load(cfg, source) for source in sources)
+    train = tuple(load_set(cfg, source) for source in sources)
     has_objects = check_trainable(cfg, train)
     for dataset in train:
         check_num_classes(int(cfg.MODEL.ROI_HEADS.NUM_CLASSES), dataset)
@@ -94,7 +94,7 @@ def load_test_sets(cfg: CfgNode, class_names: Sequence[str] | None) -> tuple[Coc
     Raises:
         DataError: a set cannot be used, or its classes differ.
     """
-    test = tuple(_load(cfg, source, need_annotations=False) for source in datasets_for(cfg, "test"))
+    test = tuple(load_set(cfg, source, need_annotations=False) for source in datasets_for(cfg, "test"))
     for dataset in test if class_names is not None else ():
         test_category_ids(dataset, class_names or ())
         lacking = [shown(name) for name in class_names or () if name not in dataset.class_names]
@@ -104,11 +104,22 @@ def load_test_sets(cfg: CfgNode, class_names: Sequence[str] | None) -> tuple[Coc
     return test
 
 
-def _load(cfg: CfgNode, source: DatasetSource, need_annotations: bool = True) -> CocoDataset:
+def load_set(cfg: CfgNode, source: DatasetSource, *, need_annotations: bool = True) -> CocoDataset:
+    """Read one set as ``cfg`` says, and log what it holds.
+
+    Raises:
+        DataError: as :func:`gn_det.data.coco.load_coco`.
+    """
     max_bad, reader = int(cfg.DATALOADER.MAX_BAD), ImageReader.of(cfg)
     dataset = load_coco(source, max_bad=max_bad, need_annotations=need_annotations, reader=reader)
     logger.info(dataset.summary())
     return dataset
+
+
+def load_first_test_set(cfg: CfgNode) -> CocoDataset:
+    """The set that pictures of results are drawn from; a training run has checked and logged it before."""
+    source, reader = datasets_for(cfg, "test")[0], ImageReader.of(cfg)
+    return load_coco(source, max_bad=int(cfg.DATALOADER.MAX_BAD), need_annotations=False, reader=reader)
 
 
 def test_category_ids(dataset: CocoDataset, class_names: Sequence[str]) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from fvcore.common.config import CfgNode
 
 from gn_det.data.coco import CocoDataset
 from gn_det.data.loader import build_test_loader
+from gn_det.data.problems import Caps
 from gn_det.errors import TrainingError, UserError
 from gn_det.evaluation.coco import evaluate_coco, merge_results
 from gn_det.evaluation.inference import InferenceProgress, run_inference
@@ -103,8 +104,18 @@ def _score(
     # What was repaired or dropped when the set was read counts here, too.
     truth: Any = dataset.ground_truth() if dataset.bad or dataset.notes else dataset.json_file
     tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
-    caps = {"max_dets": int(cfg.TEST.get("MAX_DETS", 100)), "detections_per_image": int(cfg.TEST.DETECTIONS_PER_IMAGE)}
-    scores = evaluate_coco(truth, results, class_names, ids, iou_types=tasks, output_dir=folder, **caps)
+    caps = Caps.of(cfg)
+    scores = evaluate_coco(
+        truth,
+        results,
+        class_names,
+        ids,
+        iou_types=tasks,
+        output_dir=folder,
+        max_dets=caps.max_dets,
+        detections_per_image=caps.detections,
+        proposals=caps.proposals,
+    )
     if scores:
         logger.info(format_results(scores))
     return {task: dict(metrics) for task, metrics in scores.items()}

@@ -17,7 +17,7 @@ from torch import nn
 from gn_det.checkpoint.catalog import split_options
 from gn_det.checkpoint.io import atomic_write
 from gn_det.checkpoint.last import LAST
-from gn_det.errors import TrainingError
+from gn_det.errors import TrainingError, UserError
 from gn_det.files import Busy, NotRegularFile, lock
 from gn_det.run import dist
 from gn_det.text import one_line
@@ -52,6 +52,18 @@ def check_writable(folder: str | os.PathLike[str]) -> Path:
     return path
 
 
+def check_output_name(folder: str | os.PathLike[str]) -> None:
+    """Refuse what :func:`check_writable` would, as far as the name tells; nothing is made.
+
+    Raises:
+        TrainingError: the folder, or one that it would lie in, is something else than a folder.
+    """
+    path = Path(folder)
+    there = next((p for p in (path, *path.parents) if os.path.lexists(p)), None)
+    if there is not None and not there.is_dir():
+        raise TrainingError(f"OUTPUT_DIR {path}: {there} is not a folder; set OUTPUT_DIR to another folder")
+
+
 class InUse(TrainingError):
     """Another run writes to the folder."""
 
@@ -70,16 +82,19 @@ def alone_in(
 
     Raises:
         InUse: on every rank: another run writes there.
+        DataError: that run is this one, whose script a data loading process imports.
         TrainingError: the lock file cannot be made.
     """
     with ExitStack() as stack:
-        problem: TrainingError | None = None
+        problem: UserError | None = None
         if dist.rank() == 0:
             try:
                 stack.enter_context(lock(Path(folder) / LOCK, patience=PATIENCE if patience is None else patience))
             except Busy as error:
+                from gn_det.data.loader import script_in_worker
+
                 whose = f"another run ({error.holder})" if error.holder else "another run"
-                problem = InUse(
+                problem = script_in_worker() or InUse(
                     f"{key} {folder} is in use by {whose}; wait for it to end, or set {key} to another folder"
                 )
             except OSError as error:

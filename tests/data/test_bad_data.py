@@ -34,17 +34,17 @@ BAD_ANNOTATIONS: dict[str, tuple[Change, str]] = {
     "image id of a wrong type": (_first(image_id=[5]), "annotation 11: image_id [5] is not in 'images'"),
     "image id in other words": (_first(image_id="five"), "image_id 'five' is not in 'images'"),
     "category id as fraction": (_first(category_id=9.5), "category_id 9.5 is not in the json's categories"),
-    "far outside": (_first(bbox=[0, 0, 1e308, 5]), "reaches far outside the 40x30 image"),
+    "far outside": (_first(bbox=[0, 0, 1e308, 5], segmentation=[]), "reaches far outside the 40x30 image"),
     "missing category": (_first(category_id=3), "category_id 3 is not in the json's categories (2, 9)"),
     "no category": (_first(category_id=None), "category_id None"),
-    "zero width": (_first(bbox=[2, 3, 0, 8]), "bbox [2, 3, 0, 8] has no area"),
-    "negative height": (_first(bbox=[2, 3, 5, -8]), "has no area"),
-    "outside": (_first(bbox=[41, 3, 5, 8]), "lies outside the 40x30 image"),
-    "left of the image": (_first(bbox=[-9, 3, 9, 8]), "lies outside the 40x30 image"),
-    "three numbers": (_first(bbox=[2, 3, 5]), "is not [x, y, width, height]"),
+    "zero width": (_first(bbox=[2, 3, 0, 8], segmentation=[]), "bbox [2, 3, 0, 8] has no area"),
+    "negative height": (_first(bbox=[2, 3, 5, -8], segmentation=[]), "has no area"),
+    "outside": (_first(bbox=[41, 3, 5, 8], segmentation=[]), "lies outside the 40x30 image"),
+    "left of the image": (_first(bbox=[-9, 3, 9, 8], segmentation=[]), "lies outside the 40x30 image"),
+    "three numbers": (_first(bbox=[2, 3, 5], segmentation=[]), "is not [x, y, width, height]"),
     "no box": (_first(bbox=None, segmentation=[]), "bbox is missing, and there is no mask to take it from"),
-    "nan box": (_first(bbox=[2, 3, math.nan, 4]), "not finite"),
-    "text box": (_first(bbox=["2", 3, 4, 4]), "not finite"),
+    "nan box": (_first(bbox=[2, 3, math.nan, 4], segmentation=[]), "not finite"),
+    "text box": (_first(bbox=["2", 3, 4, 4], segmentation=[]), "not finite"),
     "nan vertex": (_first(segmentation=[[2, 3, math.nan, 3, 12, 11]]), "NaN or infinite vertex"),
     "infinite vertex": (_first(segmentation=[[2, 3, math.inf, 3, 12, 11]]), "NaN or infinite vertex"),
     "huge vertex": (_first(segmentation=[[2, 3, 1e7, 3, 12, 11]]), "vertex at (1e+07, 3), far outside the 40x30 image"),
@@ -196,7 +196,9 @@ def test_image_entries_without_name_or_file(tmp_path: Path) -> None:
 
 def test_refusal_quotes_a_few_of_many(tmp_path: Path) -> None:
     def change(content: dict) -> None:
-        content["annotations"] = [dict(content["annotations"][0], id=i, bbox=[0, 0, 0, 0]) for i in range(1, 101)]
+        content["annotations"] = [
+            dict(content["annotations"][0], id=i, bbox=[0, 0, 0, 0], segmentation=[]) for i in range(1, 101)
+        ]
 
     with pytest.raises(DataError) as refused:
         load_coco(write(tmp_path, change), max_bad=10)

@@ -270,7 +270,7 @@ def test_a_picture_that_kills_the_decoder_is_one_damaged_picture(
     def deadly(record: dict[str, Any], reader: ImageReader) -> np.ndarray:
         if "deadly" in record["file_name"]:
             os.kill(os.getpid(), signal.SIGKILL)
-        return np.arange(2)
+        return np.arange(2).reshape(1, 2, 1)
 
     monkeypatch.setattr(decode, "read_record_image", deadly)
     names = [f"{'deadly' if i in (3, 40) else 'good'} {i}" for i in range(70)]
@@ -289,7 +289,7 @@ def test_a_picture_that_holds_up_the_decoder_is_one_damaged_picture(
     def slow(record: dict[str, Any], reader: ImageReader) -> np.ndarray:
         if "slow" in record["file_name"]:
             time.sleep(3600)
-        return np.arange(3, dtype=np.uint8).reshape(1, 1, 3)
+        return np.arange(2).reshape(1, 2, 1)
 
     monkeypatch.setattr(decode, "read_record_image", slow)
     monkeypatch.setattr(decode, "SECONDS", 3)
@@ -304,7 +304,7 @@ def test_a_picture_that_holds_up_the_decoder_is_one_damaged_picture(
 
 
 def test_wrong_folder_is_one_mistake_and_annotations_are_read_all_the_same(tmp_path: Path) -> None:
-    source = write(tmp_path, first(bbox=[2, 3, 0, 8]))
+    source = write(tmp_path, first(bbox=[2, 3, 0, 8], segmentation=[]))
     gone = DatasetSource("own", source.json_file, str(tmp_path / "gone"), "--train-images")
     assert kinds_of(gone) == {"image-folder": 1, "bbox-no-area": 1}
     (tmp_path / "empty").mkdir()

@@ -55,7 +55,7 @@ def other_pictures(source: DatasetSource) -> DatasetSource:
 
 
 def bad_box(content: dict[str, Any]) -> None:
-    content["annotations"][0]["bbox"] = [2, 3, 0, 8]
+    content["annotations"][0].update(bbox=[2, 3, 0, 8], segmentation=[])
 
 
 def no_area(content: dict[str, Any]) -> None:
@@ -252,7 +252,9 @@ def test_fix_says_what_it_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_many_of_a_kind_are_counted_and_not_all_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def change(content: dict[str, Any]) -> None:
         first = content["annotations"][0]
-        content["annotations"] += [{**first, "id": 100 + i, "bbox": [1, 1, 0, 0]} for i in range(1500)]
+        content["annotations"] += [
+            {**first, "id": 100 + i, "bbox": [1, 1, 0, 0], "segmentation": []} for i in range(1500)
+        ]
 
     source = write(tmp_path, change)
     assert main(words(source, None, "--json", str(tmp_path / "r.json"), "--fix", str(tmp_path / "out.json"))) == 2
@@ -457,6 +459,10 @@ def test_more_objects_than_count_name_the_keys(tmp_path: Path, capsys: pytest.Ca
     keys = "TEST.MAX_DETS 200 TEST.DETECTIONS_PER_IMAGE 200"
     assert f"120 objects, 20 of which cannot be found: set {keys}" in told
     assert main(words(train, val, *keys.split())) == 0
+    capsys.readouterr()
+    assert main(words(train, val, *keys.split(), "MODEL.RPN.POST_NMS_TOPK_TEST", "70")) == 1
+    told = capsys.readouterr().out
+    assert f"120 objects, 50 of which cannot be found: set {keys} MODEL.RPN.POST_NMS_TOPK_TEST 1000" in told
 
 
 def test_deep_and_constant_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -471,6 +477,9 @@ def test_deep_and_constant_pictures(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(words(source, None, "--images", "INPUT.BIT_DEPTH", "3,1202")) == 1
     told = capsys.readouterr().out
     assert "images of one colour all over" in told and "(im 8é.png): every pixel is 0" in told
+    page = tmp_path / "page.html"
+    assert main(words(source, None, "--html", str(page), "INPUT.BIT_DEPTH", "3,1202")) == 0
+    assert page.read_text().count("<figure") == 4  # samples: every picture is read as training reads it
     with pytest.raises(DataError, match=r"set INPUT.BIT_DEPTH"):
         load_coco(source, max_bad=100)
     assert len(load_coco(source, max_bad=0, reader=ImageReader("BGR", "full"))) == 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import struct
 from pathlib import Path
 
@@ -11,8 +12,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import gn_det
 from gn_det.config import get_cfg, load_config
-from gn_det.data.image import MAX_PIXELS, ImageError, ImageReader, image_size, read_image, values_in_words
+from gn_det.data.image import (
+    MAX_PIXELS,
+    ImageError,
+    ImageReader,
+    image_size,
+    one_colour,
+    read_image,
+    values_in_words,
+)
 from gn_det.errors import ConfigError, DataError
 
 
@@ -253,3 +263,24 @@ def test_size_decodes_only_files_that_end_oddly(tmp_path: Path, rgb: Image.Image
 def test_format_is_checked(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"INPUT.FORMAT 'YUV-BT.601' is not implemented"):
         read_image(tmp_path / "a.png", "YUV-BT.601")
+
+
+def test_pictures_are_opened_in_one_place() -> None:
+    """Whatever reads pictures or sets goes by the config's reader, so that all commands follow INPUT.BIT_DEPTH."""
+    package = Path(gn_det.__file__).parent
+    sources = {str(path.relative_to(package)): path.read_text(encoding="utf-8") for path in package.rglob("*.py")}
+    opens = {name for name, text in sources.items() if re.search(r"Image\.open\(|(?<!def )read_image\(", text)}
+    assert opens == {"data/image.py", "data/decode.py"}  # the latter for checksums alone
+    for name, text in sources.items():
+        for call in re.findall(r"(?<!def )load_coco\((?!`)[^`]*?\)$", text, re.M):
+            assert "reader=" in call, (name, call)
+
+
+def test_one_colour() -> None:
+    """A single other pixel anywhere is enough; a colour is one colour, too."""
+    pixels = np.full((120, 130, 3), (9, 8, 7), np.uint8)
+    assert one_colour(pixels) and one_colour(pixels[:, :, :1])
+    for y, x, c in ((0, 0, 0), (119, 129, 2), (50, 51, 1)):
+        other = pixels.copy()
+        other[y, x, c] += 1
+        assert not one_colour(other)

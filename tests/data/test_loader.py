@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from own_coco import write
+from PIL import Image
 
 from gn_det.config import get_cfg
 from gn_det.data import loader as loader_module
@@ -162,6 +163,32 @@ def test_truncated_image_is_replaced(tmp_path: Path, workers: int, caplog: pytes
     assert list(loader.skipped) == [str(cut)]
     with pytest.raises(DataError, match="MAX_BAD allows 0"):
         list(build_test_loader(_cfg(MAX_BAD=0), data, num_workers=workers))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pictures_of_one_colour_are_named_once(tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture) -> None:
+    """The first one that a batch has; the batches stay as they are. A crop of one colour is no mistake."""
+    source = make_shapes(tmp_path, "train", 6)
+    data = load_coco(source, max_bad=0)
+    with caplog.at_level(logging.WARNING):
+        _batches(_cfg(), data, 6)
+    assert not caplog.messages
+    flat = [Path(data.records[i]["file_name"]) for i in (1, 4)]
+    for path in flat:
+        Image.new("RGB", Image.open(path).size, (200, 30, 30)).save(path, "PNG")
+    plain = _batches(_cfg(), data, 6)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        got = _batches(_cfg(), data, 6, num_workers=workers)
+    (told,) = [m for m in caplog.messages if "same colour" in m]
+    assert any(path.name in told for path in flat) and "check --images" in told
+    assert all(_same(x, y) for a, b in zip(plain, got) for x, y in zip(a, b))
+    cfg = _cfg()
+    cfg.INPUT.CROP.ENABLED = True
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        _batches(cfg, data, 6)
+    assert not [m for m in caplog.messages if "same colour" in m]
 
 
 def test_all_images_unreadable_is_refused(tmp_path: Path) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 import unicodedata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from own_coco import CONTENT, Change, write
+from pycocotools import mask as coco_mask
 
 from gn_det.cli import main
 from gn_det.data.catalog import DatasetSource
@@ -83,6 +86,40 @@ def test_boxes_that_the_masks_have(tmp_path: Path, position: int) -> None:
     assert data.records[0]["annotations"][position]["bbox"] == CONTENT["annotations"][position]["bbox"]
     assert data.notes == [f"1 annotations have no bbox: computed from the mask (first: annotation {11 + position} of "
                           "image 5 (im 5é.png))"]  # fmt: skip
+
+
+UNUSABLE = [[0, 0, 0, 0], [2, 3, -10, -8], [2, 3, 0, 8], [99, 99, 5, 5], [0, 0, 1e300, 5], [1, 2, 3], [math.nan] * 4]
+UNUSABLE += ["none", [None] * 4, {}, [], 7]
+
+
+def test_unusable_boxes_of_good_masks(tmp_path: Path) -> None:
+    """The box of the mask, as where there is no box; --fix writes it."""
+    repaired(tmp_path, lambda c: c["annotations"][0].update(bbox=[0, 0, 0, 0]), "computed from the mask")
+    right = load_coco(write(tmp_path), max_bad=0)
+    for position in (0, 1):
+        for box in UNUSABLE:
+
+            def change(content: Content, box: Any = box, position: int = position) -> None:
+                content["annotations"][position].update(bbox=box)
+
+            data = load_coco(write(tmp_path, change), max_bad=0)
+            assert (
+                list(data.records[0]["annotations"][position].items())[:5]
+                == (list(right.records[0]["annotations"][position].items())[:5])
+            )
+            assert len(data.notes) == 1 and "bbox without area, outside the image or of no numbers" in data.notes[0]
+
+
+def test_unusable_boxes_of_unusable_masks_are_dropped(tmp_path: Path) -> None:
+    """What is said is what is wrong with the box: the mask gives none."""
+    thin = [[9.1, 9, 9.2, 9, 9.2, 25, 9.1, 25]]
+    out = [[60, 50, 70, 50, 70, 58]]
+    for mask in ([], thin, out):
+
+        def change(content: Content, mask: Any = mask) -> None:
+            content["annotations"][0].update(bbox=[0, 0, 0, 0], segmentation=mask)
+
+        assert "bbox [0, 0, 0, 0] has no area" in load_coco(write(tmp_path, change), max_bad=1).bad[0]
 
 
 def test_area_zero_with_a_mask(tmp_path: Path) -> None:
@@ -200,6 +237,42 @@ def test_boxes_as_corners(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     load_coco(write(tmp_path, sloppy), max_bad=0)
 
 
+def masked(content: Content, *, corners: int) -> None:
+    """Ten objects with polygons or RLE in the upper left, the boxes of some as corners; none leaves the image."""
+    content["annotations"] = []
+    for i in range(10):
+        x, y, w, h = 1 + i, 2 + i % 3, 8 + i, 6
+        box = [x, y, x + w, y + h] if i < corners else [x, y, w, h]
+        mask: Any = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+        if i % 2:
+            bitmap = np.zeros((30, 40), np.uint8, order="F")
+            bitmap[y : y + h, x : x + w] = 1
+            mask = coco_mask.encode(bitmap)
+            mask["counts"] = mask["counts"].decode()
+        content["annotations"].append(
+            {"id": i + 1, "image_id": 5, "category_id": 2, "bbox": box, "area": w * h, "iscrowd": 0,
+             "segmentation": mask}
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("corners", [10, 7])
+def test_boxes_as_corners_of_their_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str], corners: int) -> None:
+    """One finding that names the mistake; --fix gives the set back whose boxes are right, of mixed sets, too."""
+    right = load_coco(write(tmp_path, lambda c: masked(c, corners=0)), max_bad=0)
+    source = write(tmp_path, lambda c: masked(c, corners=corners))
+    with pytest.raises(DataError, match=rf"as \[x1, y1, x2, y2\].*: {corners} of 10 boxes are the corners of their"):
+        load_coco(source, max_bad=100)
+    words = ["check", "--train-images", source.image_root, "--train-json"]
+    assert main([*words, source.json_file, "--fix", str(tmp_path / "fixed.json")]) == 2
+    out = capsys.readouterr().out
+    assert "[bbox-corners]" in out and "1 error" in out and "bbox-mask" not in out
+    fixed = load_coco(DatasetSource("own", str(tmp_path / "fixed.json"), source.image_root), max_bad=0)
+    assert same_records(fixed, right) and not fixed.notes
+    # a few wrong boxes are a few wrong boxes
+    few = write(tmp_path, lambda c: masked(c, corners=3))
+    assert load_coco(few, max_bad=0).object_counts.sum() == 10
+
+
 def test_all_objects_are_crowds(tmp_path: Path) -> None:
     data = load_coco(write(tmp_path, lambda c: c.update(annotations=c["annotations"][3:])), max_bad=0)
     with pytest.raises(DataError, match=r"all 1 objects are crowds \(iscrowd 1\), .*set iscrowd 0"):
@@ -229,7 +302,7 @@ HOSTILE: dict[str, Change] = {
     "control characters in an id": lambda c: c["annotations"][0].update(image_id="\x1b[2J"),
     "control characters in a class": lambda c: c["annotations"][0].update(category_id="\x1b[2J" * 999),
     "a long integer": lambda c: c["annotations"][0].update(category_id=10**4000),
-    "a nested box": lambda c: c["annotations"][0].update(bbox=[[[[[1] * 9] * 9] * 9] * 9]),
+    "a nested box": lambda c: c["annotations"][0].update(bbox=[[[[[1] * 9] * 9] * 9] * 9], segmentation=[]),
     "a nested entry": lambda c: c["annotations"].append([[[[1] * 9] * 9] * 9]),
 }
 

@@ -66,7 +66,7 @@ def test_caps_that_cost_objects_are_told() -> None:
     (sentence,) = capped.reasons[:1]
     assert sentence.startswith("1 of 2 images of ground truth have more objects (up to 150) than TEST.MAX_DETS 100 and")
     assert "50 of 151 objects cannot be found" in sentence
-    assert sentence.endswith("set TEST.MAX_DETS 200 TEST.DETECTIONS_PER_IMAGE 200.")
+    assert sentence.endswith("set TEST.MAX_DETS 200 TEST.DETECTIONS_PER_IMAGE 300.")
     free = evaluate_coco(data, results, iou_types=["bbox"], max_dets=300, detections_per_image=300)
     assert free["bbox"]["AP"] == 100 and not any("MAX_DETS" in s for s in free.reasons)
     assert list(free["bbox"]) == list(capped["bbox"])  # the names of the metrics stay
@@ -81,6 +81,19 @@ def test_caps_by_class_and_by_image() -> None:
     assert "30 of 151 objects cannot be found" in told and "TEST.DETECTIONS_PER_IMAGE 120" in told
     told = evaluate_coco(data, results, iou_types=["bbox"], max_dets=50).reasons[0]
     assert "50 of 151 objects cannot be found" in told and "DETECTIONS_PER_IMAGE 50" not in told
+
+
+def test_proposals_are_a_cap_of_their_own() -> None:
+    """MODEL.RPN.POST_NMS_TOPK_TEST holds for all classes together; it is named where an image has more objects."""
+    data, results = crowded(150, classes=2)
+    free = {"iou_types": ["bbox"], "max_dets": 300, "detections_per_image": 300}
+    assert not any("MAX_DETS" in s for s in evaluate_coco(data, results, **free, proposals=150).reasons)
+    told = evaluate_coco(data, results, **free, proposals=110).reasons[0]
+    assert "40 of 151 objects cannot be found" in told and "MODEL.RPN.POST_NMS_TOPK_TEST 110 let count" in told
+    assert told.endswith("set TEST.MAX_DETS 300 TEST.DETECTIONS_PER_IMAGE 300 MODEL.RPN.POST_NMS_TOPK_TEST 1000.")
+    # no cap is named that has room, and none is lowered
+    told = evaluate_coco(data, results, iou_types=["bbox"], detections_per_image=120, proposals=1000).reasons[0]
+    assert "POST_NMS" not in told
 
 
 @pytest.mark.parametrize("max_dets", [1, 5, 10, 300])

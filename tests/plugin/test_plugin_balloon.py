@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +31,7 @@ from detectron2.structures import BoxMode
 from plugin_cases import TINY, lines, plugin_cfg
 
 from gn_det.cli import main
-from gn_det.data.image import read_image
+from gn_det.data.image import ImageReader, read_image
 from gn_det.detectron2 import Trainer
 from gn_det.detectron2.datasets import _by_files, to_coco
 from gn_det.errors import ConfigError, DataError
@@ -233,3 +234,34 @@ def test_what_a_function_returns_is_checked(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no thing_classes"):
         Trainer(plugin_cfg("quickstart.yaml", "DATASETS.TRAIN", (f"no_classes_{tmp_path.name}",), "OUTPUT_DIR",
                            str(tmp_path / "out")))  # fmt: skip
+
+
+@pytest.mark.parametrize("image_format", ["BGR", "L"])
+def test_default_trainer_follows_bit_depth(tmp_path: Path, image_format: str) -> None:
+    """Detectron2's own loader, mapper and trainer see the pictures of 16 bits as gn_det's reader gives them."""
+    records = draw_pictures(tmp_path / "deep", 4)
+    for record in records:
+        gray = np.asarray(Image.open(record["file_name"]).convert("L")).astype(np.uint16) * 16 + 5
+        Image.fromarray(gray).save(record["file_name"])
+    content = to_coco("deep", records, CLASSES)
+    (tmp_path / "deep.json").write_text(json.dumps(content))
+    name = f"{tmp_path / 'deep.json'}@{tmp_path / 'deep'}"
+    one = ("MODEL.PIXEL_MEAN", [100.0], "MODEL.PIXEL_STD", [1.0]) if image_format == "L" else ()
+    cfg = plugin_cfg("quickstart.yaml", *TINY, "DATASETS.TRAIN", (name,), "DATASETS.TEST", (name,), *one,
+                     "INPUT.FORMAT", image_format, "SOLVER.MAX_ITER", 1, "OUTPUT_DIR", str(tmp_path / "out"),
+                     "MODEL.WEIGHTS", "")  # fmt: skip
+    plain = cfg.clone()
+    with pytest.raises(DataError, match=r"set INPUT.BIT_DEPTH"):
+        DefaultTrainer(plain)
+    cfg.INPUT.BIT_DEPTH = "5,4085"
+    (tmp_path / "out").mkdir(exist_ok=True)
+    trainer = DefaultTrainer(cfg)
+    trainer.train()
+    assert math.isfinite(trainer.storage.latest()["total_loss"][0])
+    cfg.merge_from_list(["INPUT.MIN_SIZE_TEST", 0])
+    reader, seen = ImageReader.of(cfg), 0
+    for (one_input,), record in zip(build_detection_test_loader(cfg, name), records):
+        want = reader.read(record["file_name"])
+        assert np.array_equal(one_input["image"].numpy(), want.transpose(2, 0, 1)) and 20 < want.max() < 255
+        seen += 1
+    assert seen == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -15,12 +16,13 @@ import pytest
 
 from gn_det.checkpoint.io import atomic_write, save_checkpoint
 from gn_det.checkpoint.last import last_name, prune, read_last, write_last
-from gn_det.errors import TrainingError, WeightsError
+from gn_det.cli import main
+from gn_det.errors import DataError, TrainingError, WeightsError
 from gn_det.files import Busy, lock, open_append
 from gn_det.run import commands, output
 from gn_det.run.events import JsonWriter
 from gn_det.run.log import run_log
-from gn_det.run.output import LOCK, InUse, alone_in
+from gn_det.run.output import LOCK, InUse, alone_in, check_output_name
 
 needs_posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and pipes")
 
@@ -263,3 +265,24 @@ def test_nothing_is_written_or_deleted_outside(tmp_path: Path) -> None:
     prune(folder, 1)
     assert victim.read_text() == "precious"
     assert not (folder / "model_0000001.pth").is_symlink() and time.time() - victim.stat().st_mtime > 1e6
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_output_that_can_be_no_folder_is_told_before_anything_is_made(tmp_path: Path) -> None:
+    """By a dry run, too; a folder that is not there yet is fine, and stays absent."""
+    os.mkfifo(tmp_path / "pipe")
+    for place in ("/dev/null", "/dev/null/x", tmp_path / "pipe", tmp_path / "pipe" / "a" / "b"):
+        with pytest.raises(TrainingError, match=f"OUTPUT_DIR {place}: .* is not a folder"):
+            check_output_name(place)
+    assert main(["train", "--config", "quickstart.yaml", "--dry-run", "OUTPUT_DIR", "/dev/null"]) == 2
+    for place in (tmp_path, tmp_path / "new" / "one", "new"):
+        check_output_name(place)
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
+def test_a_worker_that_imports_the_script_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder is in use by the very run that started the worker."""
+    with alone_in(tmp_path, patience=0):
+        monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+        with pytest.raises(DataError, match="if __name__ == '__main__':"), alone_in(tmp_path, patience=0):
+            pass
