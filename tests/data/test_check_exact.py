@@ -388,5 +388,7 @@ def test_anchors_are_high_by_their_ratio_and_corners_keep_the_area_of_a_mask() -
     from gn_det.check.sizes import _shapes
 
     assert _shapes([8.0], [4.0, 1.0]).tolist() == [[4.0, 16.0], [8.0, 8.0]]
-    assert _from_corners({"bbox": [1, 2, 4, 8], "segmentation": [[1, 2, 4, 2, 4, 8]]}) == {"bbox": [1, 2, 3, 6]}
-    assert _from_corners({"bbox": [1, 2, 4, 8]}) == {"bbox": [1, 2, 3, 6], "area": 18}
+    image = {"height": 20, "width": 20}
+    polygon = [[1.0, 2.0, 4.0, 2.0, 4.0, 8.0]]
+    assert _from_corners({"bbox": [1, 2, 4, 8], "segmentation": polygon}, image) == {"bbox": [1, 2, 3, 6]}
+    assert _from_corners({"bbox": [1, 2, 4, 8]}, image) == {"bbox": [1, 2, 3, 6], "area": 18}
