@@ -409,6 +409,7 @@ def _all(*checks: Check) -> Check:
     return check
 
 
+_TORCH_RNG = _all(bytes_tensor(1 << 16), _accepted_by("torch", lambda v: torch.Generator().set_state(v)))
 _RNG = record(
     {
         "python": _all(
@@ -417,7 +418,7 @@ _RNG = record(
         "numpy": _all(
             row(text(20), _words, whole(0, 624), whole(0, 1), finite), _accepted_by("numpy", _numpy)
         ),
-        "torch": _all(bytes_tensor(1 << 16), _accepted_by("torch", lambda v: torch.Generator().set_state(v))),
+        "torch": _TORCH_RNG,
     },
     cuda=optional(_cuda),
 )  # fmt: skip
@@ -554,6 +555,73 @@ check_summary = record(
 )
 
 
-def refuse(source: str, error: Unfit, remedy: str = "") -> WeightsError:
+# ------------------------------------------------------------ a kept batch
+
+
+def _array(dims: int, *dtypes: torch.dtype, last: int | None = None) -> Check:
+    """A dense tensor of ``dims`` dimensions and one of ``dtypes``; ``last`` is the length of its last dimension."""
+
+    def check(value: Any, where: str) -> None:
+        plain_tensor(value, where)
+        if value.dim() != dims or value.dtype not in dtypes or (last is not None and value.shape[-1] != last):
+            raise Unfit(f"{where} is a tensor of shape {_shape(value)} and type {_dtype(value)}, which no batch holds")
+
+    return check
+
+
+_SIDE = whole(1, 1 << 16)
+_POLYGONS = items(_array(1, torch.float32, torch.float64), 0, 10**5)
+
+
+def _mask(value: Any, where: str) -> None:
+    (_POLYGONS if isinstance(value, list) else _array(2, torch.bool, torch.uint8))(value, where)
+
+
+_SAMPLE = record(
+    {"image": _array(3, torch.uint8, torch.float32)},
+    file_name=text(10_000),
+    height=_SIDE,
+    width=_SIDE,
+    targets=record(
+        {
+            "image_size": row(_SIDE, _SIDE),
+            "boxes": _array(2, torch.float32, last=4),
+            "classes": _array(1, torch.int64),
+            "masks": optional(items(_mask, 0, 10**5)),
+        }
+    ),
+)
+
+
+def check_replay(payload: Mapping[str, Any], model: nn.Module, classes: int) -> None:
+    """Check a kept batch (``nonfinite_*.pth``): batch, random states and weights, which may hold nan and infinity.
+
+    Raises:
+        Unfit: names the entry.
+    """
+    record({"batch": items(_SAMPLE, 1, 1 << 16), "rng": record({"torch": _TORCH_RNG}), "autocast": text(20)})(
+        payload, ""
+    )
+    if payload["autocast"] not in ("", "torch.float16", "torch.bfloat16"):
+        raise Unfit(f"autocast is {shown(payload['autocast'])}, not a type of autocast")
+    for index, sample in enumerate(payload["batch"]):
+        targets = sample.get("targets")
+        if targets is None:
+            continue
+        found, masks = targets["classes"], targets["masks"]
+        if len(targets["boxes"]) != len(found) or (masks is not None and len(masks) != len(found)):
+            raise Unfit(f"batch[{index}].targets hold different numbers of boxes, classes and masks")
+        if len(found) and not 0 <= int(found.min()) <= int(found.max()) < classes:
+            raise Unfit(f"batch[{index}].targets.classes go beyond the {classes} classes of the model")
+    weights, own = payload["model"], model.state_dict()
+    if not isinstance(weights, Mapping) or weights.keys() != own.keys():
+        raise OtherModel("model: its weights are not those of the configured model")
+    for name, tensor in own.items():
+        plain_tensor(weights[name], f"model.{name}")
+        if weights[name].shape != tensor.shape or weights[name].dtype != tensor.dtype:
+            raise OtherModel(f"model.{name} has another shape or type than in the configured model")
+
+
+def refuse(source: str, error: Unfit, remedy: str = "", doing: str = "resume from this checkpoint") -> WeightsError:
     """The one line that a user sees of an entry that cannot be used."""
-    return WeightsError(f"{source}: cannot resume from this checkpoint: {error}; {remedy or error.remedy}")
+    return WeightsError(f"{source}: cannot {doing}: {error}; {remedy or error.remedy}")

@@ -18,6 +18,7 @@ from gn_det.checkpoint.meta import config_of_checkpoint
 from gn_det.config.check import check_config
 from gn_det.errors import UserError, WeightsError
 from gn_det.run.nonfinite import Pass, find_origin, load_batch
+from gn_det.run.payload import Unfit, check_replay, refuse
 from gn_det.text import as_line, printable
 
 
@@ -38,9 +39,10 @@ def replay(path: str | os.PathLike[str]) -> str:
     cfg = config_of_checkpoint(path)
     check_config(cfg, "embedded")
     model = engines.load(engines.Choice("embedded", "")).build_model(cfg)
-    own = model.state_dict()
-    if own.keys() != content["model"].keys():
-        raise WeightsError(f"{path}: its weights are not those of the configured model; use the version that wrote it")
+    try:
+        check_replay(content, model, int(cfg.MODEL.ROI_HEADS.NUM_CLASSES))
+    except Unfit as error:
+        raise refuse(os.fspath(path), error, "give a file as a run of this version wrote it", "replay it") from None
     model.load_state_dict(content["model"])
     model.train()
     dtype = getattr(torch, content["autocast"].removeprefix("torch.")) if content["autocast"] else None

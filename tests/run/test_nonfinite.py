@@ -70,3 +70,22 @@ def test_replay_of_a_real_model(tmp_path: Path, capsys: pytest.CaptureFixture[st
     torch.save({"model": {}}, tmp_path / "other.pth")
     with pytest.raises(WeightsError, match="holds no batch to replay"):
         replay(tmp_path / "other.pth")
+    content = read_checkpoint(kept)
+    first = content["batch"][0]
+    targets = first["targets"]
+    hostile: list[tuple[dict[str, object], str]] = [
+        ({"autocast": "load"}, "autocast is 'load'"),
+        ({"rng": 7}, "rng is 7, not a dict"),
+        ({"batch": [{}]}, r"batch\[0\].image is missing"),
+        ({"batch": [{"image": torch.zeros(3)}]}, r"batch\[0\].image is a tensor of shape 3"),
+        ({"batch": [{**first, "targets": {**targets, "classes": targets["classes"] + 99}}]}, "5 classes"),
+        (
+            {"batch": [{**first, "targets": {**targets, "boxes": targets["boxes"][:0]}}]},
+            "numbers of boxes",
+        ),
+        ({"model": {**content["model"], "x": torch.ones(1)}}, "not those of the configured model"),
+    ]
+    for change, message in hostile:
+        torch.save({**content, **change}, tmp_path / "hostile.pth")
+        with pytest.raises(WeightsError, match=rf"hostile\.pth: cannot replay it: .*{message}"):
+            replay(tmp_path / "hostile.pth")
