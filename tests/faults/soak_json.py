@@ -192,8 +192,10 @@ def _compare(data: Any, raw: dict[str, Any], root: str) -> str:
         if len(entries) != len(record["annotations"]):
             return f"{len(record['annotations'])} of {len(entries)} annotations of image {image['id']}"
         for ours, entry in zip(record["annotations"], entries):
-            if ours["bbox"] != entry["bbox"] or names[entry["category_id"]] != data.class_names[ours["category_id"]]:
-                return f"box or category of annotation {entry.get('id')}"
+            if names[entry["category_id"]] != data.class_names[ours["category_id"]]:
+                return f"category of annotation {entry.get('id')}"
+            if ours["bbox"] != entry.get("bbox") and not _is_box_of_mask(ours["bbox"], entry, size):
+                return f"box of annotation {entry.get('id')}"
             if ours["iscrowd"] != (entry.get("iscrowd") or 0):
                 return f"iscrowd of annotation {entry.get('id')}"
             segmentation = entry.get("segmentation")
@@ -208,10 +210,24 @@ def _compare(data: Any, raw: dict[str, Any], root: str) -> str:
             if not np.array_equal(coco_mask.decode(mask), coco_mask.decode(expected)):
                 return f"mask of annotation {entry.get('id')}"
             area = entry.get("area")
-            usable = isinstance(area, (int, float)) and not isinstance(area, bool) and 0 <= area < math.inf
+            usable = isinstance(area, (int, float)) and not isinstance(area, bool) and 0 < area < math.inf
             if ours["area"] != (area if usable else float(coco_mask.area(expected))):
                 return f"area of annotation {entry.get('id')}"
     return ""
+
+
+def _is_box_of_mask(box: Any, entry: dict[str, Any], size: tuple[int, int]) -> bool:
+    """Whether a box that the file lacks, or has of no use, is that of the mask, to a pixel."""
+    from pycocotools import mask as coco_mask
+
+    theirs = entry.get("bbox")
+    if isinstance(theirs, list) and len(theirs) == 4 and all(type(v) in (int, float) for v in theirs):
+        x, y, w, h = theirs
+        if w > 0 and h > 0 and x < size[0] and y < size[1] and x + w > 0 and y + h > 0 and math.isfinite(sum(theirs)):
+            return False
+    expected = coco_mask.toBbox(_coco_mask(entry["segmentation"], size))
+    corners = [np.array([b[0], b[1], b[0] + b[2], b[1] + b[3]]) for b in (box, expected)]
+    return bool(np.abs(corners[0] - corners[1]).max() <= 1)
 
 
 def _coco_mask(segmentation: Any, size: tuple[int, int]) -> Any:
