@@ -12,11 +12,13 @@ import io
 import json
 import math
 import random
+import unicodedata
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 from faults.soak_case import Case, run_mutations, watch_mutations
@@ -171,28 +173,33 @@ def _compare(data: Any, raw: dict[str, Any], root: str) -> str:
     from PIL import Image
     from pycocotools import mask as coco_mask
 
-    names = {c["id"]: c["name"] for c in raw["categories"]}
-    if dict(zip(data.category_ids, data.class_names)) != names:
+    names = {_id(c["id"]): c["name"] for c in raw["categories"]}
+    if {str(k): name for k, name in zip(data.category_ids, data.class_names)} != {str(k): n for k, n in names.items()}:
         return "categories"
-    images = {i["id"]: i for i in raw["images"]}
+    images = {_id(i["id"]): i for i in raw["images"]}
     if {r["image_id"] for r in data.records} != set(images):
         return "images"
     by_image: dict[Any, list[dict[str, Any]]] = {}
     for entry in raw.get("annotations", []):
-        known = by_image.setdefault(entry["image_id"], [])
+        known = by_image.setdefault(_known(entry["image_id"], images), [])
         if entry not in known or type(entry.get("id")) is not int or entry["id"] <= 0:  # exact copies count once
             known.append(entry)
     for record in data.records:
         image = images[record["image_id"]]
-        size = (image["width"], image["height"])
-        with Image.open(Path(root) / image["file_name"]) as opened:
-            if opened.size != size or (record["width"], record["height"]) != size:
+        size, told = (record["width"], record["height"]), [image.get("width"), image.get("height")]
+        if _plain_name(record["file_name"]) != _plain_name(str(Path(root) / image["file_name"])):
+            return f"file of image {image['id']}"
+        with Image.open(record["file_name"]) as opened:
+            # a size that the json lacks is the file's
+            if opened.size != size or any(
+                type(t) in (int, float) and 1 <= t < 1e9 and t != s for t, s in zip(told, size)
+            ):
                 return f"size of image {image['id']}"
-        entries = by_image.get(image["id"], [])
+        entries = by_image.get(_id(image["id"]), [])
         if len(entries) != len(record["annotations"]):
             return f"{len(record['annotations'])} of {len(entries)} annotations of image {image['id']}"
         for ours, entry in zip(record["annotations"], entries):
-            if names[entry["category_id"]] != data.class_names[ours["category_id"]]:
+            if names[_known(entry["category_id"], names)] != data.class_names[ours["category_id"]]:
                 return f"category of annotation {entry.get('id')}"
             if ours["bbox"] != entry.get("bbox") and not _is_box_of_mask(ours["bbox"], entry, size):
                 return f"box of annotation {entry.get('id')}"
@@ -216,6 +223,22 @@ def _compare(data: Any, raw: dict[str, Any], root: str) -> str:
     return ""
 
 
+def _id(value: Any) -> Any:
+    """77.0 is 77."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _known(value: Any, known: dict[Any, Any]) -> Any:
+    """The id that a reference means: 77 and "77" are alike where only one of them is there."""
+    value = _id(value)
+    return value if value in known else next((k for k in known if str(k) == str(value)), value)
+
+
+def _plain_name(path: str) -> str:
+    """Slashes, letter case, accents and %20 do not tell files apart."""
+    return unicodedata.normalize("NFC", unquote(path.replace("\\", "/"))).casefold()
+
+
 def _is_box_of_mask(box: Any, entry: dict[str, Any], size: tuple[int, int]) -> bool:
     """Whether a box that the file lacks, or has of no use, is that of the mask, to a pixel."""
     from pycocotools import mask as coco_mask
@@ -223,7 +246,8 @@ def _is_box_of_mask(box: Any, entry: dict[str, Any], size: tuple[int, int]) -> b
     theirs = entry.get("bbox")
     if isinstance(theirs, list) and len(theirs) == 4 and all(type(v) in (int, float) for v in theirs):
         x, y, w, h = theirs
-        if w > 0 and h > 0 and x < size[0] and y < size[1] and x + w > 0 and y + h > 0 and math.isfinite(sum(theirs)):
+        near = max(x + w - size[0], -x) < 2 * size[0] and max(y + h - size[1], -y) < 2 * size[1]
+        if w > 0 and h > 0 and x < size[0] and y < size[1] and x + w > 0 and y + h > 0 and near:
             return False
     expected = coco_mask.toBbox(_coco_mask(entry["segmentation"], size))
     corners = [np.array([b[0], b[1], b[0] + b[2], b[1] + b[3]]) for b in (box, expected)]
