@@ -30,7 +30,7 @@ def refuse_overwriting(outputs: dict[str, str | None], inputs: list[str]) -> Non
         except NotRegularFile as error:
             raise UserError(f"{flag} {path}: {error.strerror}; give the name of a file") from None
         except (OSError, ValueError):
-            pass  # it does not exist yet, or what is wrong with it is told when it is written
+            pass  # not there yet, or the later write reports what is wrong
         for source in inputs if path else ():
             assert path is not None
             same = os.path.realpath(path) == os.path.realpath(source)

@@ -40,7 +40,7 @@ def read_archive(path: StrPath, *, map_tensors: bool) -> Any:
     """Return the value in an archive of torch.save; ``map_tensors``: map them from the file instead of reading them.
 
     Raises:
-        Refused: not admitted, or damaged; the message goes on after the file's name.
+        Refused: the content is damaged or not allowed; the message does not name the file.
         Exception: of any type, for damaged bytes.
     """
     with open_regular(path) as file:
@@ -185,7 +185,7 @@ class _Storage:
 
 
 class _TorchMachine(Machine):
-    """Adds the way torch refers to what lies outside of the pickle."""
+    """Adds persistent ids, by which torch refers to storages outside the pickle."""
 
     storages: Callable[[Any], _Storage]
 
@@ -230,7 +230,7 @@ def _machine(
 
 
 def _constructors(machine: Machine) -> Table:
-    """What a file of torch may name, and what happens instead of importing it; made anew for each file."""
+    """Return the names a torch file may use and the constructors that replace them; one table per file."""
 
     def tensor(storage: Any, offset: Any, size: Any, stride: Any, grad: Any = False, *_: Any) -> torch.Tensor:
         if not isinstance(storage, _Storage):
@@ -269,7 +269,7 @@ def _constructors(machine: Machine) -> Table:
 
 
 def check_view(items: int, offset: Any, size: Any, stride: Any) -> None:
-    """Check that a view of a storage of ``items`` numbers lies inside it, and that no two of its places are one.
+    """Check that a view of a storage of ``items`` numbers is inside it, and that no two of its elements overlap.
 
     Raises:
         Refused: it does not.

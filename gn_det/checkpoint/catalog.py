@@ -5,7 +5,7 @@
 ``$FVCORE_CACHE`` (default ``~/.torch/iopath_cache``); the same cache as Detectron2's. ``$GN_DET_MIRROR`` names a server
 or folder to fetch from instead; ``https://host/x.pth#sha256=HEX`` is verified.
 
-A URI comes from a config, which may come from anyone: whatever it spells, its file lies inside the cache or the mirror.
+URIs are untrusted: whatever one contains, its file is inside the cache or the mirror.
 """
 
 from __future__ import annotations
