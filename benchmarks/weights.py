@@ -44,10 +44,9 @@ FILES = {
 
 def make_files(folder: Path) -> None:
     """The same random R-50-FPN GN detector in four containers."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "checkpoint"))
-    import layouts
-
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from gn_det.checkpoint.convert import convert
+    from tests.checkpoint import layouts
 
     shapes = layouts.real_shapes("gn_fpn.yaml")
     blobs = layouts.arrays(layouts.caffe2_detector(), shapes)

@@ -32,7 +32,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
     It stands here and not beside them because the process that prints, under xdist, reads no conftest below this one.
     """
-    from equality.table import collect, format_table
+    from tests.equality.table import collect, format_table
 
     cells = collect(r for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, ()))
     if cells:

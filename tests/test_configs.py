@@ -15,8 +15,8 @@ from torch import nn
 
 from gn_det import config_file
 from gn_det.config import load_config, shipped_configs
+from gn_det.engine.optim import build_optimizer
 from gn_det.modeling.build import build_model
-from gn_det.run.optim import build_optimizer
 
 NORMS = (nn.GroupNorm, nn.BatchNorm2d, nn.SyncBatchNorm, nn.LayerNorm)
 
@@ -193,7 +193,7 @@ SMALL += ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "8"]
 @pytest.mark.parametrize("name", ["ln_c4.yaml", "bn_c4_tuned.yaml", "bn_fpn_bn_head.yaml", "syncbn_fpn_scratch.yaml"])
 def test_other_norms_train_and_detect_on_the_cpu(name: str) -> None:
     """Forward, backward and inference of the configs whose norms no other test runs; SyncBN without processes too."""
-    from golden.model_cases import BATCHES, flatten
+    from tests.golden.model_cases import BATCHES, flatten
 
     torch.manual_seed(0)
     model = build_model(load_config(name, SMALL))

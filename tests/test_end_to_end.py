@@ -13,12 +13,12 @@ from PIL import Image
 
 from gn_det.checkpoint.io import read_checkpoint
 from gn_det.cli import main
+from gn_det.cli.quickstart import draw_comparison
 from gn_det.config import load_config
+from gn_det.data.sets import load_first_test_set
 from gn_det.data.shapes import make_shapes
+from gn_det.engine.predictor import PREDICTIONS_FILE, load_predictor
 from gn_det.errors import DataError
-from gn_det.predict import PREDICTIONS_FILE, load_predictor
-from gn_det.quickstart import draw_comparison
-from gn_det.run.datasets import load_first_test_set
 
 TOY = [
     *("MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_BOX_HEAD.CONV_DIM", "32", "MODEL.ROI_BOX_HEAD.FC_DIM", "32"),

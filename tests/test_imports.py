@@ -13,49 +13,32 @@ PACKAGE = Path(__file__).resolve().parent.parent / "gn_det"
 
 #: room -> rooms of gn_det that it must not import
 FORBIDDEN = {
-    "kernels": {
-        "norm",
-        "modeling",
-        "run",
-        "training",
-        "data",
-        "config",
-        "checkpoint",
-        "evaluation",
-        "detectron2",
-        "cli",
-    },
-    "norm": {"modeling", "run", "training", "data", "config", "checkpoint", "evaluation", "detectron2", "cli"},
-    "modeling": {"run", "training", "data", "evaluation", "checkpoint", "detectron2", "cli"},
-    "config": {"modeling", "run", "training", "data", "evaluation", "checkpoint", "detectron2", "cli"},
-    "checkpoint": {"modeling", "run", "training", "data", "evaluation", "detectron2", "cli"},
-    "data": {"modeling", "run", "training", "evaluation", "detectron2", "cli"},
-    "evaluation": {"modeling", "run", "training", "detectron2", "cli"},
-    "run": {"modeling", "training", "detectron2", "cli"},
-    "training": {"detectron2", "cli"},
-    "check": {"modeling", "training", "detectron2", "pretrain", "compare", "cli"},
-    "pretrain": {"training", "detectron2", "compare", "cli"},
-    "compare": {"training", "detectron2", "cli"},
-    "detectron2": {"training", "cli"},
+    "kernels": {"norm", "modeling", "config", "checkpoint", "data", "evaluation"},
+    "norm": {"modeling", "config", "checkpoint", "data", "evaluation"},
+    "modeling": {"config", "checkpoint", "data", "evaluation"},
+    "config": {"modeling", "checkpoint", "evaluation"},
+    "checkpoint": {"modeling", "data", "evaluation"},
+    "data": {"modeling", "evaluation"},
+    "evaluation": {"modeling"},
+    "visualize": {"modeling"},
+    "engine": set(),
+    "check": {"modeling"},
+    "classification": set(),
+    "compare": set(),
+    "detectron2": set(),
 }
+_ABOVE = {
+    "engine": {"check", "classification", "compare", "detectron2"},
+    "check": {"classification", "compare", "detectron2"},
+    "classification": {"check", "compare", "detectron2"},
+    "compare": {"check", "detectron2"},
+    "detectron2": {"check", "classification", "compare"},
+}
+for _room, _names in FORBIDDEN.items():
+    _names |= _ABOVE.get(_room, {"engine", "check", "classification", "compare", "detectron2"}) | {"cli"}
 
-# Nothing below a command's own room knows of it.
-for _room in (
-    "kernels",
-    "norm",
-    "modeling",
-    "config",
-    "checkpoint",
-    "data",
-    "evaluation",
-    "run",
-    "training",
-    "detectron2",
-):
-    FORBIDDEN[_room] |= {"check", "pretrain", "compare"}
-
-#: What a room may import nevertheless: the census reads any model, of either engine.
-ALLOWED = {"run": {"gn_det.modeling.census"}}
+#: What a room may import nevertheless.
+ALLOWED: dict[str, set[str]] = {}
 
 
 def imported(path: Path) -> set[str]:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 from gn_det.check.sizes import SizeTable
-from gn_det.html import escape, svg
+from gn_det.visualize.html import escape, svg
 
 _COLORS = ("#1f77dc", "#ff7f0e")
 _ROW, _LABEL, _WIDTH = 20, 190, 760

@@ -6,11 +6,11 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from gn_det.check.audit import Survey
 from gn_det.data.checks import check_segmentation, mask_box, usable_pieces
 from gn_det.data.coco import AnnotationReader, fits_as_written
 from gn_det.data.coco_file import category_id, resolve_id, whole
 from gn_det.data.problems import KINDS, Problems
-from gn_det.data.survey import Survey
 from gn_det.errors import DataError, UserError
 from gn_det.evaluation.results import json_bytes, write_bytes_atomic
 from gn_det.files import NotRegularFile, check_regular

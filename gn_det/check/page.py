@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from gn_det import __version__
+from gn_det.check.audit import Survey
 from gn_det.check.charts import class_chart, size_chart
+from gn_det.check.findings import Findings
 from gn_det.check.report import Report, class_table
 from gn_det.check.samples import choose_samples, draw_problem, draw_sample
 from gn_det.check.table import facts
-from gn_det.data.findings import Findings
-from gn_det.data.survey import Survey
-from gn_det.html import as_data_uri, document, escape, figure
+from gn_det.visualize.html import as_data_uri, document, escape, figure
 
 #: Places that are listed of each kind, and problems of a kind that are drawn.
 _LISTED, _DRAWN = 50, 3

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from gn_det import __version__
+from gn_det.check.audit import Survey, Training
+from gn_det.check.decode import digest_of
+from gn_det.check.findings import Finding, Findings
 from gn_det.check.sizes import SizeTable, size_table
 from gn_det.data.coco import check_num_classes, check_same_classes
-from gn_det.data.decode import digest_of
-from gn_det.data.findings import Finding, Findings
 from gn_det.data.problems import KINDS, Where
-from gn_det.data.survey import Survey, Training
 from gn_det.data.trainable import check_masks, check_objects
 from gn_det.errors import DataError
 from gn_det.text import shown
@@ -92,7 +92,7 @@ def look_across(surveys: Sequence[Survey], training: Training, cfg: Any, config:
 
 
 def _compare_with_training(report: Report, train: list[Survey], val: list[Survey], cfg: Any) -> None:
-    from gn_det.run.datasets import test_category_ids
+    from gn_det.data.sets import test_category_ids
 
     datasets = [s.dataset for s in train if s.dataset is not None]
     if not datasets:

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from gn_det.check.audit import Survey
+from gn_det.check.findings import Finding
 from gn_det.data.checks import Defect, check_segmentation, is_number, usable_pieces
 from gn_det.data.coco import AnnotationReader
-from gn_det.data.findings import Finding
 from gn_det.data.image import ImageReader
 from gn_det.data.problems import Problems
 from gn_det.data.records import Record
-from gn_det.data.survey import Survey
-from gn_det.draw import draw_annotations, tint
 from gn_det.errors import DataError
+from gn_det.visualize.draw import draw_annotations, tint
 
 #: Sample images of each set.
 SAMPLES = 12

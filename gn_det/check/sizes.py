@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gn_det.data.survey import Survey, Training
+from gn_det.check.audit import Survey, Training
 
 #: Borders between the bars of the histogram, in pixels at training size.
 EDGES = (4, 8, 16, 32, 64, 128, 256, 512, 1024)

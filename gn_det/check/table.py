@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from gn_det.check.audit import VISIBLE, Survey
+from gn_det.check.findings import Findings
 from gn_det.check.report import Report, class_table
 from gn_det.check.sizes import SizeTable
-from gn_det.data.findings import Findings
-from gn_det.data.survey import VISIBLE, Survey
 from gn_det.text import as_line, one_line
 
 #: Places that are quoted for each kind, by severity; ``--json`` lists more.

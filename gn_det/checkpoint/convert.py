@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 import gn_det
-from gn_det.checkpoint import layered
 from gn_det.checkpoint.arch import architecture_of
 from gn_det.checkpoint.catalog import local_path, sha256_of, split_options
 from gn_det.checkpoint.fold import STEM, fold
+from gn_det.checkpoint.formats import layered
 from gn_det.checkpoint.heads import read_head
 from gn_det.checkpoint.io import save_checkpoint
 from gn_det.checkpoint.report import shorten

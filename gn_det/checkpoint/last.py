@@ -76,7 +76,7 @@ def read_last(folder: StrPath) -> Path | None:
             problem = f"{marker} names a checkpoint that cannot be used ({error})"
     else:
         problem = f"{marker} is missing or empty"
-    # a kept batch (gn_det.run.nonfinite) holds the weights that failed on it: no checkpoint to go on from
+    # a kept batch (gn_det.engine.nonfinite) holds the weights that failed on it: no checkpoint to go on from
     files = sorted(f for f in folder.glob("*.pth") if not f.name.startswith("nonfinite_"))
     if not files:
         if name:

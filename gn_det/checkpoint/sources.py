@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from gn_det.checkpoint import caffe2, layered, mmdet
 from gn_det.checkpoint.catalog import local_path, published_file, published_preprocessing, split_options
+from gn_det.checkpoint.formats import caffe2, layered, mmdet
 from gn_det.checkpoint.heads import known_mistake, looks_like_safetensors, read_head
 from gn_det.checkpoint.io import check_tensors, read_checkpoint
 from gn_det.checkpoint.meta import read_meta

@@ -9,7 +9,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from gn_det.run.engine import Engine
+from gn_det.engine.interface import Engine
 
 
 def build_empty(engine: Engine, cfg: CfgNode) -> nn.Module:
@@ -33,8 +33,8 @@ def build_classifier(settings: Mapping[str, Any]) -> nn.Module:
     Raises:
         ConfigError: the settings describe no network (groups that do not divide the channels ...).
     """
-    from gn_det.pretrain import Settings
-    from gn_det.pretrain.network import build_classifier as build
+    from gn_det.classification import Settings
+    from gn_det.classification.network import build_classifier as build
 
     with torch.device("meta"):
         return build(Settings.from_dict(settings), num_classes=10)

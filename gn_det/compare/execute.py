@@ -15,10 +15,10 @@ from gn_det.compare import measure
 from gn_det.compare.build import build_empty
 from gn_det.compare.plan import Job
 from gn_det.config import parse_config
+from gn_det.engine import commands
+from gn_det.engine.interface import Engine
+from gn_det.engine.output import FINAL
 from gn_det.errors import TrainingError
-from gn_det.run import commands
-from gn_det.run.engine import Engine
-from gn_det.run.output import FINAL
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Executor(Protocol):
 
 @dataclass(frozen=True)
 class Trainer:
-    """The executor: detection rows on an engine, pre-training rows by gn_det.pretrain.
+    """The executor: detection rows on an engine, pre-training rows by gn_det.classification.
 
     Attributes:
         engine: of the detection rows.
@@ -80,7 +80,7 @@ class Trainer:
         return self._measured(cfg, folder, results)
 
     def _pretrain(self, values: Mapping[str, Any], folder: Path) -> Outcome:
-        from gn_det.pretrain import Settings, pretrain
+        from gn_det.classification import Settings, pretrain
 
         settings = Settings.from_dict({**values, "output": str(folder)})
         summary = pretrain(settings, resume=True, num_gpus=self.num_gpus)
@@ -107,8 +107,8 @@ class Trainer:
         )
 
     def _measured(self, cfg: CfgNode, folder: Path, results: Mapping[str, float]) -> Outcome:
-        from gn_det.predict import load_predictor
-        from gn_det.run.datasets import load_first_test_set
+        from gn_det.data.sets import load_first_test_set
+        from gn_det.engine.predictor import load_predictor
 
         text = (folder / "config.yaml").read_text(encoding="utf-8")
         resolved = parse_config(text, str(folder / "config.yaml"))

@@ -10,7 +10,7 @@ from gn_det.compare.curves import charts_of
 from gn_det.compare.findings import many_told
 from gn_det.compare.results import Results, RowResult
 from gn_det.compare.tables import REFERENCE, RUN_HEAD, Cell, View, full_view, run_rows, views
-from gn_det.html import document, escape, figure, jpeg_uri
+from gn_det.visualize.html import document, escape, figure, jpeg_uri
 
 _STYLE = """
 :root{--ink:#1d2430;--soft:#5c6675;--line:#e2e6ec;--ground:#f5f6f8;--card:#fff;--refer:#f6f1e4;--refer-ink:#5f4a16;
@@ -210,7 +210,7 @@ def _changed(results: Results, result: RowResult) -> str:
     if base is None or not base.done or not base.done[0].config:
         return ""
     before, after = base.done[0].config.splitlines(), result.done[0].config.splitlines()
-    lines = [x for x in difflib.unified_diff(before, after, lineterm="", n=0) if x[:2] not in ("--", "++", "@@")]
+    lines = [x for x in difflib.unified_diff(before, after, lineterm="", n=0) if x[:2] not in ("--", "++", "gn_det.")]
     return "\n".join(line for line in lines if not line[1:].strip().startswith(_OWN))
 
 

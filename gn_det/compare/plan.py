@@ -23,9 +23,9 @@ from gn_det.config import dump_config, load_config
 from gn_det.config.check import check_config
 from gn_det.config.load import merge_overrides
 from gn_det.data.catalog import GENERATED, datasets_for
+from gn_det.engine import commands, dist
+from gn_det.engine.interface import Engine
 from gn_det.errors import ConfigError, UserError
-from gn_det.run import commands, dist
-from gn_det.run.engine import Engine
 from gn_det.text import one_line, shown
 
 #: Runs of a plan.
@@ -221,7 +221,7 @@ def _job(
     world = int(os.environ["WORLD_SIZE"]) if dist.under_torchrun() else num_gpus
     inputs: dict[str, Any] = {"processes": world}
     if row.kind != DETECT:
-        from gn_det.pretrain import Settings
+        from gn_det.classification import Settings
 
         settings = Settings.from_dict({**row.settings, "output": "-", "seed": seed})
         return Job(row, seed, settings=settings.to_dict(), inputs=inputs)
@@ -288,7 +288,7 @@ def _absent(job: Job, suite: Suite) -> list[Problem]:
     """Data and weights that are not there."""
     row = job.row
     if job.cfg is None:
-        from gn_det.pretrain.settings import BUILTIN
+        from gn_det.classification.settings import BUILTIN
 
         data = str((job.settings or {})["data"])
         there = data in BUILTIN or os.path.isdir(os.path.expanduser(data))

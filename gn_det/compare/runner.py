@@ -15,17 +15,17 @@ from typing import TypeVar
 
 import torch
 
-from gn_det import engines
 from gn_det.checkpoint.catalog import local_path, split_options
 from gn_det.checkpoint.io import atomic_write
 from gn_det.compare.execute import Executor, Outcome
 from gn_det.compare.plan import Job, Plan, file_hash, place_of
 from gn_det.compare.store import DONE, FAILED, INTERRUPTED, RUNNING, Record, Store, new_session
 from gn_det.compare.version import code_version
+from gn_det.engine import choice as engines
+from gn_det.engine import dist
+from gn_det.engine.keeper import Interrupted
+from gn_det.engine.output import alone_in, check_writable
 from gn_det.errors import UserError
-from gn_det.run import dist
-from gn_det.run.keeper import Interrupted
-from gn_det.run.output import alone_in, check_writable
 from gn_det.text import one_line
 
 logger = logging.getLogger(__name__)

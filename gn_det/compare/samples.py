@@ -66,7 +66,7 @@ def _truth(record: Record, result: RowResult, results: Results, store: Store, co
     if kept:
         return kept
     from gn_det.data.image import ImageReader
-    from gn_det.draw import draw_annotations
+    from gn_det.visualize.draw import draw_annotations
 
     dataset, chosen = _images(result, results, count)
     reader = ImageReader.of(_cfg(result, results), "RGB")
@@ -83,8 +83,8 @@ def _predictions(record: Record, result: RowResult, results: Results, store: Sto
     kept = _cached(folder, count)
     if kept:
         return kept
-    from gn_det.draw import draw_detections
-    from gn_det.predict import load_predictor, select
+    from gn_det.engine.predictor import load_predictor, select
+    from gn_det.visualize.draw import draw_detections
 
     dataset, chosen = _images(result, results, count)
     predictor = load_predictor(store.folder_of(record) / record.weights, engine=results.plan.engine)
@@ -100,7 +100,7 @@ def _predictions(record: Record, result: RowResult, results: Results, store: Sto
 
 def _images(result: RowResult, results: Results, count: int):  # type: ignore[no-untyped-def]
     """The validation set of a row and images spread over it, those with objects first."""
-    from gn_det.run.datasets import load_first_test_set
+    from gn_det.data.sets import load_first_test_set
 
     dataset = load_first_test_set(_cfg(result, results))
     having = [i for i, n in enumerate(dataset.object_counts) if n] or list(range(len(dataset)))

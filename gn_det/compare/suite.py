@@ -48,7 +48,7 @@ class Row:
         overrides: of a detection: config keys of this row alone.
         weights: of a detection: path, URI, id of a pre-training row, "" for none; None leaves the config's.
         data: of a detection: ``train_json`` ... ``val_images``; empty leaves the config's.
-        settings: of a pre-training: fields of :class:`gn_det.pretrain.Settings`.
+        settings: of a pre-training: fields of :class:`gn_det.classification.Settings`.
         seeds: one run each.
         baseline: id of the row that it is compared with.
         labels: column -> text in tables; what tells the rows apart.
@@ -291,7 +291,7 @@ def _setting_names() -> tuple[str, ...]:
     """What a pre-training row may set; output folder and seed belong to the runner."""
     import dataclasses
 
-    from gn_det.pretrain import Settings
+    from gn_det.classification import Settings
 
     return tuple(f.name for f in dataclasses.fields(Settings) if f.name not in ("output", "seed"))
 

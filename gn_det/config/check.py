@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from fvcore.common.config import CfgNode as CN
 
+from gn_det.data.inputs import bit_depth_range
 from gn_det.errors import ConfigError
-from gn_det.inputs import bit_depth_range
 from gn_det.text import shown
 
 NORMS = ("", "GN", "LN", "IN", "BN", "SyncBN", "FrozenBN")

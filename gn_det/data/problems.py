@@ -2,7 +2,7 @@
 
 One reader (:mod:`gn_det.data.coco_file`, :mod:`gn_det.data.coco`) finds the problems; what happens next is up to the
 :class:`Problems` it reports to. Training stops at the first problem of the file as a whole and counts the entries that
-it drops; the check (:mod:`gn_det.data.findings`) writes everything down and goes on. So the two cannot disagree.
+it drops; the check (:mod:`gn_det.check.findings`) writes everything down and goes on. So the two cannot disagree.
 """
 
 from __future__ import annotations

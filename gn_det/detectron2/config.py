@@ -17,10 +17,10 @@ from gn_det.checkpoint.meta import read_meta
 from gn_det.config import parse_config
 from gn_det.config.defaults import add_gn_keys
 from gn_det.detectron2.datasets import is_own, register_named, register_own, take_mixed_masks
+from gn_det.engine.schedule import scale_schedule
 from gn_det.errors import ConfigError, DataError, UserError
 from gn_det.modeling.build import group_rule
 from gn_det.modeling.census import norms_off_rule
-from gn_det.run.schedule import scale_schedule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -28,8 +28,8 @@ from gn_det.data.coco import CocoDataset, load_coco
 from gn_det.data.image import ImageReader
 from gn_det.data.shapes import CATEGORY_IDS
 from gn_det.data.shapes_draw import CLASSES
+from gn_det.engine import dist
 from gn_det.errors import ConfigError, DataError, UserError
-from gn_det.run import dist
 from gn_det.text import one_line, shown
 
 if TYPE_CHECKING:

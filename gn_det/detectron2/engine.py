@@ -13,9 +13,9 @@ from detectron2.config import CfgNode, get_cfg
 
 import gn_det.detectron2  # noqa: F401  # a process that unpickles the engine needs everything registered
 from gn_det.detectron2.config import add_gn_config, check_device, trainer_keys_are_read
-from gn_det.detectron2.loop import build_optimizer, run_loop
-from gn_det.detectron2.samples import Inputs, detector
-from gn_det.engines import Choice, load
+from gn_det.detectron2.conversion import Inputs, detector
+from gn_det.detectron2.steps import build_optimizer, run_loop
+from gn_det.engine.choice import Choice, load
 from gn_det.structures import Detections, Sample
 
 if TYPE_CHECKING:
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
-    from gn_det.run.keeper import Keeper
+    from gn_det.engine.keeper import Keeper
 
 
 @dataclass(frozen=True)
 class Detectron2Engine:
-    """See :class:`gn_det.run.engine.Engine`."""
+    """See :class:`gn_det.engine.interface.Engine`."""
 
     why: str = ""
     name: str = "detectron2"

@@ -19,7 +19,8 @@ from detectron2.modeling.roi_heads import ROI_BOX_HEAD_REGISTRY, ROI_HEADS_REGIS
 from fvcore.common.config import CfgNode
 from fvcore.common.registry import Registry
 
-from gn_det.detectron2 import backbone, heads
+from gn_det.detectron2 import backbone
+from gn_det.detectron2 import gn_heads as heads
 from gn_det.detectron2.config import GROUP_NORMS, has_gn_keys, mention_other_groups, prepare_config, warn_of_norms
 from gn_det.modeling.build import group_rule
 from gn_det.norm import GroupRule

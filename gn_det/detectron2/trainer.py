@@ -28,26 +28,26 @@ from gn_det.detectron2.config import (
     trainer_keys_are_read,
     warn_of_norms,
 )
+from gn_det.detectron2.conversion import Inputs, detector
 from gn_det.detectron2.datasets import name_by_files
-from gn_det.detectron2.loop import ConcludeHook, KeeperHook, Step, build_optimizer, parallel, train_quietly
-from gn_det.detectron2.samples import Inputs, detector
+from gn_det.detectron2.steps import ConcludeHook, KeeperHook, Step, build_optimizer, parallel, train_quietly
+from gn_det.engine import dist
+from gn_det.engine.advice import memory_told, short_for_scratch
+from gn_det.engine.commands import check_freeze, check_metric, describe_model, load_initial
+from gn_det.engine.evaluator import evaluate_model, verify_expected
+from gn_det.engine.fit import Resume, find_resume, first_batch, iterations_left, make_keeper, restore_run
+from gn_det.engine.learner import Learner
+from gn_det.engine.log import run_log
+from gn_det.engine.output import alone_in, check_space, check_writable, refuse_old_run, start_afresh
+from gn_det.engine.prepare import Prepared, prepare
+from gn_det.engine.state import ModelMeta, RunState
 from gn_det.errors import ConfigError, TrainingError
-from gn_det.run import dist
-from gn_det.run.advice import memory_told, short_for_scratch
-from gn_det.run.commands import check_freeze, check_metric, describe_model, load_initial
-from gn_det.run.evaluator import evaluate_model, verify_expected
-from gn_det.run.fit import Resume, find_resume, first_batch, iterations_left, make_keeper, restore_run
-from gn_det.run.learner import Learner
-from gn_det.run.log import run_log
-from gn_det.run.output import alone_in, check_space, check_writable, refuse_old_run, start_afresh
-from gn_det.run.prepare import Prepared, prepare
-from gn_det.run.state import ModelMeta, RunState
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
     from torch.optim import Optimizer
 
-    from gn_det.run.keeper import Keeper
+    from gn_det.engine.keeper import Keeper
 
 
 logger = logging.getLogger(__name__)

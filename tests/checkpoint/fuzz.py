@@ -25,10 +25,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save
-from skeleton import W, backbone_shapes, caffe2_blobs, detector_shapes, random_state
 
 from gn_det.checkpoint.sources import open_weights
 from gn_det.errors import WeightsError
+from tests.checkpoint.skeleton import W, backbone_shapes, caffe2_blobs, detector_shapes, random_state
 
 _OPCODES = bytes(ord(op.code) for op in pickletools.opcodes)
 # Numbers that claim too much, as they stand in pickles, zip directories and headers.

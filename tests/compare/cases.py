@@ -10,7 +10,7 @@ from typing import Any
 from gn_det.compare.execute import Outcome
 from gn_det.compare.plan import Job, Plan, make_plan
 from gn_det.compare.suite import parse_suite
-from gn_det.training.engine import EmbeddedEngine
+from gn_det.engine.embedded import EmbeddedEngine
 
 
 def pretrain_row(identity: str, **keys: Any) -> dict[str, Any]:

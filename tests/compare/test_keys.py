@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compare.cases import plan_of, pretrain_row
 
 from gn_det.compare.runner import choose, run_key
 from gn_det.compare.store import DONE, Record
 from gn_det.compare.version import code_version, meaning
+from tests.compare.cases import plan_of, pretrain_row
 
 DETECT = {"id": "row", "config": "quickstart.yaml"}
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compare.cases import Fake, plan_of, pretrain_row
 
 from gn_det.compare.charts import number, ticks
 from gn_det.compare.curves import _seconds, _smooth, mean_curve
@@ -22,6 +21,7 @@ from gn_det.compare.results import Results, as_json, collect, common_place, plac
 from gn_det.compare.runner import Runner
 from gn_det.compare.store import Store, finite
 from gn_det.compare.tables import run_rows, view, views
+from tests.compare.cases import Fake, plan_of, pretrain_row
 
 EVIL = "<script>alert('x')</script> & \"GN\" | *bold*"
 BN = {"id": "bn", "config": "quickstart.yaml", "reference": "fpn_bn"}

@@ -11,19 +11,20 @@ from typing import Any
 
 import pytest
 import yaml
-from compare.cases import Fake, plan_of, pretrain_row
 
+from gn_det.cli import compare as command
 from gn_det.cli import main
-from gn_det.compare import command, runner
-from gn_det.compare.command import own_suite
+from gn_det.cli.compare import own_suite
+from gn_det.compare import runner
 from gn_det.compare.execute import Outcome
 from gn_det.compare.plan import Job
 from gn_det.compare.report import write_report
 from gn_det.compare.results import collect
 from gn_det.compare.runner import Runner, Summary
 from gn_det.compare.store import Store
+from gn_det.engine.keeper import Interrupted
 from gn_det.errors import TrainingError
-from gn_det.run.keeper import Interrupted
+from tests.compare.cases import Fake, plan_of, pretrain_row
 
 ROWS = [
     pretrain_row("pre", norm="GN", groups=4),

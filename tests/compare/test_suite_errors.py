@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import yaml
-from compare.cases import plan_of, pretrain_row
 
 from gn_det.cli import main
 from gn_det.compare.fields import SuiteError
 from gn_det.compare.suite import load_suite, matching, parse_suite
 from gn_det.errors import ConfigError
+from tests.compare.cases import plan_of, pretrain_row
 
 ROW = {"id": "a", "config": "quickstart.yaml"}
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from gn_det.compare.command import resolve_suite, shipped_suites
+from gn_det.cli.compare import resolve_suite, shipped_suites
 from gn_det.compare.plan import make_plan
 from gn_det.compare.references import load_references, published_difference
 from gn_det.compare.suite import load_suite
-from gn_det.training.engine import EmbeddedEngine
+from gn_det.engine.embedded import EmbeddedEngine
 
 ROWS = {
     "batch_size.yaml": 12,

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from own_coco import Change, write
 from PIL import Image
 
 from gn_det.data.catalog import DatasetSource
 from gn_det.data.coco import load_coco
 from gn_det.errors import DataError
+from tests.data.own_coco import Change, write
 
 
 def _first(**values: Any) -> Change:

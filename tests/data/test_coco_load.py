@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from own_coco import write
 
 from gn_det.data.coco import check_num_classes, check_same_classes, load_coco
 from gn_det.data.records import RecordList
 from gn_det.errors import DataError
+from tests.data.own_coco import write
 
 
 def test_everything_arrives(tmp_path: Path) -> None:

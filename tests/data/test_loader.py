@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from own_coco import write
 from PIL import Image
 
 from gn_det.config import get_cfg
@@ -27,6 +26,7 @@ from gn_det.data.shapes import make_shapes
 from gn_det.data.transport import pack_samples, shared_memory_fits, unpack_samples
 from gn_det.errors import ConfigError, DataError
 from gn_det.structures import Sample
+from tests.data.own_coco import write
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ CHECK = """
 import sys, time
 import multiprocessing
 from pathlib import Path
-from gn_det.data.decode import DecodeJob, decode_all
+from gn_det.check.decode import DecodeJob, decode_all
 from gn_det.data.image import ImageReader
 
 jobs = [DecodeJob(str(path), 0, 0, ImageReader()) for path in Path(sys.argv[2]).iterdir()] * 10

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from own_coco import CONTENT, Change, write
 from pycocotools import mask as coco_mask
 
 from gn_det.cli import main
@@ -21,6 +20,7 @@ from gn_det.data.coco import CocoDataset, load_coco
 from gn_det.data.coco_file import read_json
 from gn_det.data.trainable import check_objects
 from gn_det.errors import DataError
+from tests.data.own_coco import CONTENT, Change, write
 
 Content = dict[str, Any]
 

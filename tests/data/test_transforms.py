@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from own_coco import write
 
 from gn_det.config import get_cfg
 from gn_det.data.coco import load_coco
@@ -22,6 +21,7 @@ from gn_det.data.transforms import (
     resized_shape,
 )
 from gn_det.errors import ConfigError
+from tests.data.own_coco import write
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from equality.table import CHECKS, FAMILIES, PROPERTY
+
+from tests.equality.table import CHECKS, FAMILIES, PROPERTY
 
 
 @pytest.fixture

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from golden.d2_side import SIDES
-from golden.model_cases import calibration_batch, configure, fill_weights, measure_calibration
 from torch import Tensor, nn
 
 from gn_det.config import get_cfg
 from gn_det.modeling import MaskRCNN, build_model
+from tests.golden.d2_side import SIDES
+from tests.golden.model_cases import calibration_batch, configure, fill_weights, measure_calibration
 
 Pair = tuple[MaskRCNN, nn.Module]
 

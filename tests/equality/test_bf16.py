@@ -19,13 +19,13 @@ from torchvision.ops import box_iou
 pytest.importorskip("detectron2.modeling", reason="compares with an installed Detectron2")
 
 from detectron2.structures import Instances
-from equality.pairs import Pair, make_pair
-from equality.table import FAMILIES
-from golden.d2_side import SIDES, detectron2_detections, detectron2_losses
-from golden.model_cases import BATCHES, Scene, flatten
 
 from gn_det.modeling import heads, poolers, postprocess, roi_heads
 from gn_det.structures import Detections
+from tests.equality.pairs import Pair, make_pair
+from tests.equality.table import FAMILIES
+from tests.golden.d2_side import SIDES, detectron2_detections, detectron2_losses
+from tests.golden.model_cases import BATCHES, Scene, flatten
 
 pytestmark = pytest.mark.detectron2
 Measured = Callable[[str, str, str, float], None]

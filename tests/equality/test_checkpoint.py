@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,10 +20,8 @@ from gn_det.checkpoint.meta import build_meta
 from gn_det.checkpoint.weights import load_weights
 from gn_det.config import get_cfg
 from gn_det.modeling.build import build_model
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoint"))
-import layouts
-from skeleton import caffe2_blobs
+from tests.checkpoint import layouts
+from tests.checkpoint.skeleton import caffe2_blobs
 
 pytestmark = pytest.mark.detectron2
 

@@ -15,15 +15,14 @@ from PIL import Image
 
 pytest.importorskip("detectron2.config", reason="compares with an installed Detectron2")
 
-from equality.table import SHIPPED
-from golden.d2_side import registered_cfg
-
 from gn_det import config_file
 from gn_det.config import get_cfg, load_config
 from gn_det.data.catalog import DatasetSource
 from gn_det.data.coco import CocoDataset, load_coco
 from gn_det.data.image import read_image
 from gn_det.data.mapper import TestMapper, TrainMapper
+from tests.equality.table import SHIPPED
+from tests.golden.d2_side import registered_cfg
 
 pytestmark = pytest.mark.detectron2
 

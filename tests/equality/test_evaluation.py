@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,7 @@ from gn_det.evaluation.coco import evaluate_coco  # noqa: E402
 from gn_det.evaluation.inference import run_inference  # noqa: E402
 from gn_det.evaluation.tables import format_results  # noqa: E402
 from gn_det.structures import Detections  # noqa: E402
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "evaluation"))
-from coco_oracle import ellipse, random_set  # noqa: E402
+from tests.evaluation.coco_oracle import ellipse, random_set  # noqa: E402
 
 
 def detections(data: dict[str, Any], seed: int, per_image: int, masks: bool) -> list[Detections]:

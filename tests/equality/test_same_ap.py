@@ -24,10 +24,6 @@ from detectron2.config import get_cfg as detectron2_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
 from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset
-from equality.pairs import make_pair
-from equality.table import FAMILIES
-from golden.d2_side import SIDES
-from golden.model_cases import NUM_CLASSES, configure, make_scene
 from pycocotools import mask as coco_mask
 from torch import nn
 
@@ -41,6 +37,10 @@ from gn_det.data.loader import build_test_loader
 from gn_det.evaluation.coco import evaluate_coco
 from gn_det.evaluation.inference import run_inference
 from gn_det.modeling import build_model
+from tests.equality.pairs import make_pair
+from tests.equality.table import FAMILIES
+from tests.golden.d2_side import SIDES
+from tests.golden.model_cases import NUM_CLASSES, configure, make_scene
 
 pytestmark = pytest.mark.detectron2
 

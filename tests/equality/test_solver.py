@@ -16,15 +16,15 @@ from detectron2.config import get_cfg as d2_get_cfg
 from detectron2.engine import DefaultTrainer
 from detectron2.solver import build_lr_scheduler as d2_scheduler
 from detectron2.solver import build_optimizer as d2_optimizer
-from equality.table import SHIPPED
-from golden.d2_side import registered_cfg
 from torch import nn
-from training.cases import SCHEDULES, Tiny
 
 from gn_det import config_file
 from gn_det.config import get_cfg, load_config
-from gn_det.run.optim import build_optimizer, clip_gradients
-from gn_det.run.schedule import build_lr_scheduler, lr_multiplier, scale_schedule
+from gn_det.engine.optim import build_optimizer, clip_gradients
+from gn_det.engine.schedule import build_lr_scheduler, lr_multiplier, scale_schedule
+from tests.engine.cases import SCHEDULES, Tiny
+from tests.equality.table import SHIPPED
+from tests.golden.d2_side import registered_cfg
 
 pytestmark = pytest.mark.detectron2
 
@@ -159,7 +159,8 @@ def test_golden_file_is_what_detectron2_says() -> None:
 def test_detection_checkpointer_loads_our_file(tmp_path: Path) -> None:
     """{"model": ...} written by a run loads by Detectron2's own class without renaming, tensor for tensor."""
     from detectron2.checkpoint import DetectionCheckpointer
-    from training.cases import run
+
+    from tests.engine.cases import run
 
     run(tmp_path, max_iter=3)
     model = Tiny()

@@ -12,14 +12,14 @@ import torch
 
 pytest.importorskip("detectron2.modeling", reason="compares with an installed Detectron2")
 
-from equality.test_model_equality import assert_same_detections, assert_same_training
-from golden.model_cases import BATCHES, NUM_CLASSES
+from tests.equality.test_model_equality import assert_same_detections, assert_same_training
 
-from gn_det.compare.command import resolve_suite, shipped_suites
+from gn_det.cli.compare import resolve_suite, shipped_suites
 from gn_det.compare.plan import Plan, make_plan
 from gn_det.compare.suite import DETECT, load_suite
 from gn_det.detectron2.engine import Detectron2Engine
-from gn_det.training.engine import EmbeddedEngine
+from gn_det.engine.embedded import EmbeddedEngine
+from tests.golden.model_cases import BATCHES, NUM_CLASSES
 
 pytestmark = pytest.mark.detectron2
 

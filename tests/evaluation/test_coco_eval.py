@@ -7,10 +7,10 @@ import json
 import math
 
 import pytest
-from coco_oracle import oracle, random_set
 
 from gn_det.errors import DataError
 from gn_det.evaluation.coco import evaluate_coco
+from tests.evaluation.coco_oracle import oracle, random_set
 
 
 def same(ours: dict[str, float], theirs: dict[str, float]) -> None:

@@ -6,9 +6,8 @@ import copy
 import math
 from typing import Any
 
-from coco_oracle import compressed, ellipse
-
 from gn_det.evaluation.coco import evaluate_coco
+from tests.evaluation.coco_oracle import compressed, ellipse
 
 Json = dict[str, Any]
 

@@ -11,7 +11,7 @@ import torch
 from gn_det.config import load_config
 from gn_det.data.catalog import DatasetSource
 from gn_det.data.coco import load_coco
-from gn_det.run import dist
+from gn_det.engine import dist
 from gn_det.structures import Detections, Masks, Sample, Targets
 
 SIDE = 64
@@ -41,7 +41,7 @@ def train(
     folder: Path, images: int, accumulate: int, counts: list[int], iterations: int, batch: int = 2, rate: float = 0.01
 ) -> None:
     """``images`` a micro-batch, ``batch`` a step; image i of the stream has ``counts[i % 2]`` objects."""
-    from training.cases import run
+    from tests.engine.cases import run
 
     torch.set_num_threads(1)
     rank, world = dist.rank(), dist.world_size()
@@ -83,7 +83,7 @@ def truth_as_detections(samples: list[Sample]) -> list[Detections]:
 
 def evaluate(folder: Path, sources: list[tuple[str, str]]) -> list[dict[str, float]]:
     """APs on each set, the results file in a folder of its own."""
-    from gn_det.run.evaluator import evaluate_model
+    from gn_det.engine.evaluator import evaluate_model
 
     found = []
     for number, (json_file, images) in enumerate(sources):

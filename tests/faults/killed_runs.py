@@ -23,7 +23,7 @@ ITERATIONS = 46
 
 def train(folder: Path, *args: Any, resume: bool) -> None:
     """A run that has the folder to itself; workers of the one that was just killed may live still, and hold nothing."""
-    from gn_det.run.output import alone_in
+    from gn_det.engine.output import alone_in
 
     folder.mkdir(parents=True, exist_ok=True)
     with alone_in(folder, patience=0.0):
@@ -33,12 +33,12 @@ def train(folder: Path, *args: Any, resume: bool) -> None:
 def train_alone(folder: Path, engine: Any, data: Any, workers: int, *, resume: bool) -> None:
     """The stand-in detector on real batches of shapes; evaluations, checkpoints and metrics as in any run."""
     import torch
-    from training.cases import Tiny, tiny_cfg
 
     from gn_det.checkpoint.last import remove_leftovers
     from gn_det.data.loader import build_train_loader
-    from gn_det.run.fit import find_resume, fit
-    from gn_det.run.state import ModelMeta, seed_everything
+    from gn_det.engine.fit import find_resume, fit
+    from gn_det.engine.state import ModelMeta, seed_everything
+    from tests.engine.cases import Tiny, tiny_cfg
 
     class SeesAll(Tiny):
         """Images of any size, and boxes: so that the data stream's every bit takes part."""
@@ -72,7 +72,7 @@ def train_alone(folder: Path, engine: Any, data: Any, workers: int, *, resume: b
 def die_at(event: int) -> None:
     """SIGKILL at the ``event``-th thing that this process does to files: each write, sync, rename and deletion."""
     from gn_det.checkpoint import io, last
-    from gn_det.run import events, keeper
+    from gn_det.engine import events, keeper
 
     done = 0
 
@@ -124,25 +124,25 @@ def attempt(call: Callable[[], None], seconds: float | None = None) -> bool:
 
 def outcome(folder: Path) -> dict[str, Any]:
     """All that must be equal, and the names of folders, too."""
-    from faults.soak_case import outcome as values
+    from tests.faults.soak_case import outcome as values
 
     return {**values(folder), "files": sorted(f.name for f in folder.iterdir() if "tfevents" not in f.name)}
 
 
 def main(folder: Path, name: str, workers: list[int], kills: int, seed: int) -> None:
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path.insert(0, str(Path(__file__).parents[2]))
     import torch
     import torch.utils.tensorboard
-    import training.cases  # noqa: F401
 
-    from gn_det import engines
+    import tests.engine.cases  # noqa: F401
     from gn_det.data.coco import load_coco
     from gn_det.data.shapes import make_shapes
+    from gn_det.engine import choice as engines
 
     torch.set_num_threads(1)
     engine = engines.load(engines.Choice(name, ""))
     if name == "embedded":
-        import gn_det.training.fit  # noqa: F401
+        import gn_det.engine.lightning_loop  # noqa: F401
     data = load_coco(make_shapes(folder / "shapes", "train", 14), max_bad=0)
     whole, cut = folder / "whole", folder / "cut"
     started = time.perf_counter()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from gn_det.run import dist
+from gn_det.engine import dist
 
 
 def is_killed(first: int) -> None:
@@ -33,7 +33,7 @@ def sleeps(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    from faults.ranks import sleeps as target
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    from tests.faults.ranks import sleeps as target
 
     dist.launch(target, (sys.argv[1],), device="cpu", num_gpus=2)

@@ -18,9 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch comes: sums of several threads have other last bits
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from faults.soak_case import Case, Failure
+from tests.faults.soak_case import Case, Failure
 
 #: Part: (module in tests/faults, function); imported when its turn comes.
 PARTS = {
@@ -43,7 +43,7 @@ PARTS = {
 def run_part(name: str, size: float, folder: Path) -> dict[str, object]:
     """Figures of one part; an unexpected exception is a failure of it, not of the program."""
     module, function = PARTS[name]
-    part: Callable[[Case], None] = getattr(__import__(f"faults.{module}", fromlist=[function]), function)
+    part: Callable[[Case], None] = getattr(__import__(f"tests.faults.{module}", fromlist=[function]), function)
     start, failed = time.perf_counter(), ""
     with tempfile.TemporaryDirectory(prefix=f"soak-{name}-") as place:
         case = Case(name, size, Path(place), folder)

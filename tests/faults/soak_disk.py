@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from faults.soak_case import Case, differences, finish, in_fork, outcome, start, train_words
+from tests.faults.soak_case import Case, differences, finish, in_fork, outcome, start, train_words
 
 KEYS = [
     "SOLVER.MAX_ITER",
@@ -69,11 +69,10 @@ class _File:
 
 def _run(folder: Path, allowed: int, resume: bool) -> dict[str, Any]:
     """A whole run of the stand-in model, with room for so many writes; how it ended."""
-    from training.cases import run
-
     from gn_det.checkpoint import io
+    from gn_det.engine import events
     from gn_det.errors import UserError
-    from gn_det.run import events
+    from tests.engine.cases import run
 
     quota = _Quota(allowed)
 
@@ -98,9 +97,8 @@ def _evaluate(model: Any, on_progress: Any) -> dict[str, float]:
 
 
 def _nth_write(case: Case) -> None:
-    import training.cases  # noqa: F401  # once, for all forks
-
-    import gn_det.training.fit  # noqa: F401
+    import gn_det.engine.lightning_loop  # noqa: F401
+    import tests.engine.cases  # noqa: F401  # once, for all forks
 
     whole = case.folder / "whole"
     writes = in_fork(partial(_run, whole, 10**9, False))["writes"]

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from faults.soak_case import Case, run_mutations, watch_mutations
+
+from tests.faults.soak_case import Case, run_mutations, watch_mutations
 
 HANG_SECONDS = 10.0
 
@@ -104,7 +105,7 @@ def _outcome(path: Path, truth: np.ndarray | None) -> str:
     """The reader of training on the file, and ``gn-det check --images`` on the same, which must agree."""
     import warnings
 
-    from gn_det.data.decode import DecodeJob, decode
+    from gn_det.check.decode import DecodeJob, decode
     from gn_det.data.image import ImageError, ImageReader, read_image
     from gn_det.data.mapper import read_record_image
     from gn_det.data.records import Record

@@ -21,7 +21,8 @@ from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
-from faults.soak_case import Case, run_mutations, watch_mutations
+
+from tests.faults.soak_case import Case, run_mutations, watch_mutations
 
 VALUES: list[Any] = [
     None, -1, 0, 1, 2, 0.5, 1e9, 1e308, math.nan, math.inf, "", "x", "5", [], [1], {}, True, False, 10**400, 2**63,
@@ -45,10 +46,9 @@ def _sets(folder: Path) -> list[tuple[str, str]]:
     """(json, image folder) of the sets that are damaged: all kinds of annotations, small; and shapes."""
     import sys
 
-    sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
-    import own_coco
-
+    sys.path.insert(0, str(Path(__file__).parents[2]))
     from gn_det.data.shapes import make_shapes
+    from tests.data import own_coco
 
     (folder / "own").mkdir()
     own = own_coco.write(folder / "own")

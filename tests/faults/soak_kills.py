@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from faults.soak_case import Case, Failure, differences, finish, outcome, start, train_words
+from tests.faults.soak_case import Case, Failure, differences, finish, outcome, start, train_words
 
 #: Checkpoints every 3 iterations, so that many kills hit one; averages of the weights take part.
 KEYS = [

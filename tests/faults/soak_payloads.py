@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from faults.soak_case import Case, run_mutations, watch_mutations
 from torch import Tensor, nn
+
+from tests.faults.soak_case import Case, run_mutations, watch_mutations
 
 MEMORY = 2 << 30
 SECONDS = 20.0
@@ -33,10 +34,6 @@ def mutations(case: Case) -> None:
     """As many of each of the three readers."""
     import lightning  # noqa: F401
     import torchvision  # noqa: F401
-
-    import gn_det.predict
-    import gn_det.pretrain.command
-    import gn_det.training.engine  # noqa: F401  # once, for all forks
 
     torch.manual_seed(0)
     each = case.count(10_000, 60) // 3
@@ -199,7 +196,7 @@ class _Resume:
     """``train --resume``: the stand-in detector, a run of 12 iterations that has done 5, with SOLVER.EMA."""
 
     def __init__(self, folder: Path) -> None:
-        from training.cases import Tiny, run, tiny_cfg
+        from tests.engine.cases import Tiny, run, tiny_cfg
 
         keys = ["SOLVER.EMA.ENABLED", True, "TEST.EVAL_PERIOD", 4]
         run(folder, keys, evaluate=lambda model, _: {"segm/AP": 1.0, "bbox/AP": 2.0})
@@ -213,8 +210,8 @@ class _Resume:
         self.lines = (folder / "metrics.json").read_text()
 
     def fresh(self) -> tuple[Any, ...]:
-        from gn_det.run.optim import build_optimizer
-        from gn_det.run.schedule import build_lr_scheduler
+        from gn_det.engine.optim import build_optimizer
+        from gn_det.engine.schedule import build_lr_scheduler
 
         (self.path.parent / "metrics.json").write_text(self.lines)
         model = self.make()
@@ -222,8 +219,8 @@ class _Resume:
         return model, optimizer, build_lr_scheduler(self.cfg, optimizer)
 
     def read(self, parts: tuple[Any, ...]) -> Callable[[], None]:
-        from gn_det.run.fit import find_resume, restore_run
-        from gn_det.run.learner import Learner
+        from gn_det.engine.fit import find_resume, restore_run
+        from gn_det.engine.learner import Learner
 
         point = find_resume(self.cfg)
         assert point is not None and point.path == self.path
@@ -233,13 +230,12 @@ class _Resume:
 
     def go_on(self, learner: Any, state: Any, point: Any) -> None:
         """Two iterations, with what is recorded and written after them."""
-        from training.cases import loader_factory
-
-        from gn_det.run import fit
-        from gn_det.run import keeper as keeper_module
-        from gn_det.run.events import EventLog
-        from gn_det.run.progress import progress_line
-        from gn_det.run.state import ModelMeta
+        from gn_det.engine import fit
+        from gn_det.engine import keeper as keeper_module
+        from gn_det.engine.events import EventLog
+        from gn_det.engine.progress import progress_line
+        from gn_det.engine.state import ModelMeta
+        from tests.engine.cases import loader_factory
 
         fit.TensorBoardWriter = _NoBoard  # type: ignore[misc,assignment]  # takes longer than all the rest
         keeper_module.build_meta = lambda *words, **more: {}  # so does the YAML of the config
@@ -314,8 +310,8 @@ class _Weights:
 
     def read(self, parts: tuple[Any, ...]) -> Callable[[], None]:
         from gn_det.checkpoint.meta import config_of_checkpoint
-        from gn_det.predict import load_predictor
-        from gn_det.run.commands import _classes_of
+        from gn_det.engine.commands import _classes_of
+        from gn_det.engine.predictor import load_predictor
 
         outer = self
 
@@ -346,7 +342,7 @@ class _Pretraining:
     """``pretrain --resume``: one convolution and a linear layer after an epoch."""
 
     def __init__(self, folder: Path) -> None:
-        from gn_det.pretrain.settings import Settings
+        from gn_det.classification.settings import Settings
 
         folder.mkdir()
         self.settings = Settings.from_dict({"arch": "resnet20", "norm": "GN", "data": "digits", "output": str(folder)})
@@ -370,7 +366,7 @@ class _Pretraining:
     def read(self, parts: tuple[Any, ...]) -> Callable[[], None]:
         from types import SimpleNamespace
 
-        from gn_det.pretrain.command import _restore, _rewrite_metrics, _summary
+        from gn_det.classification.pretraining import _restore, _rewrite_metrics, _summary
 
         model, optimizer = parts
         trainer = SimpleNamespace(bare_optimizer=optimizer, scaler=None, plan=SimpleNamespace(epochs=9))

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from faults.soak_case import Case, differences, finish, in_fork, outcome, start, train_words
+from tests.faults.soak_case import Case, differences, finish, in_fork, outcome, start, train_words
 
 KEYS = [
     "SOLVER.MAX_ITER",

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from faults.soak_case import Case, run_mutations, watch_mutations
+from tests.faults.soak_case import Case, run_mutations, watch_mutations
 
 HANG_SECONDS = 30.0
 #: Bytes that a piece may take beyond what the process has.

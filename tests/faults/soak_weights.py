@@ -26,7 +26,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from faults.soak_case import Case, run_mutations, watch_mutations
+
+from tests.faults.soak_case import Case, run_mutations, watch_mutations
 
 GIGABYTE = 1 << 30
 Items = list[tuple[bytes, bytes]]
@@ -502,8 +503,8 @@ def read_by_all(path: Path) -> str:
     from gn_det.checkpoint.convert import convert
     from gn_det.checkpoint.io import check_payload, read_checkpoint
     from gn_det.checkpoint.sources import open_weights, read_any
+    from gn_det.cli.weights import describe, run_convert
     from gn_det.errors import UserError
-    from gn_det.weights_cli import describe, run_convert
 
     results = Counter[str]()
     size, target = path.stat().st_size, path.parent / f"to.{'safetensors' if path.stat().st_size % 2 else 'pth'}"
@@ -585,9 +586,9 @@ def _of_files(folder: Path, first: int, count: int) -> dict[str, Any]:
 
 def structures(case: Case) -> None:
     """10,000 files by structure."""
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path.insert(0, str(Path(__file__).parents[2]))
     import gn_det.checkpoint.convert
-    import gn_det.weights_cli  # noqa: F401 (imported before the memory is limited)
+    import gn_det.cli.weights  # noqa: F401 (imported before the memory is limited)
 
     folder = case.folder / "files"
     folder.mkdir()

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from faults.soak_case import TINY, Case, limit, run_mutations, watch_mutations
+
+from tests.faults.soak_case import TINY, Case, limit, run_mutations, watch_mutations
 
 WORDS = [
     "0", "1", "-1", "2", "0.5", "1e9", "1e11", "1e400", ".nan", ".inf", "true", "False", "null", "''", "x", "[]", "[1]",

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults import equal_ranks
 
 from gn_det.data.shapes import make_shapes
-from gn_det.run import dist
+from gn_det.engine import dist
+from tests.faults import equal_ranks
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -121,7 +121,7 @@ def test_three_processes_equal_one_batch_of_three(tmp_path: Path, capsys: pytest
 @pytest.mark.slow
 def test_three_processes_on_uneven_data(tmp_path: Path) -> None:
     """The command line on 4 training and 2 test images: one process has no test image; ends, with one line an AP."""
-    from faults.soak_case import finish, train_words
+    from tests.faults.soak_case import finish, train_words
 
     words = train_words(tmp_path / "shapes", tmp_path / "run", "--num-gpus=3", "SOLVER.IMS_PER_BATCH", "3",
                         "SOLVER.MAX_ITER", "4", "TEST.EVAL_PERIOD", "2", "DATALOADER.NUM_WORKERS", "1")  # fmt: skip

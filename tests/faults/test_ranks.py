@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-from faults import ranks
 
+from gn_det.engine import dist
 from gn_det.errors import TrainingError
-from gn_det.run import dist
+from tests.faults import ranks
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")

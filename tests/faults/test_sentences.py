@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults.soak_case import train_words
 
 from gn_det.cli import main
+from tests.faults.soak_case import train_words
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from faults import soak, soak_images, soak_json, soak_payloads, soak_structures, soak_weights
-from faults.soak_case import Case, Failure
+
+from tests.faults import soak, soak_images, soak_json, soak_payloads, soak_structures, soak_weights
+from tests.faults.soak_case import Case, Failure
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 

@@ -11,11 +11,11 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
-from golden.model_cases import Scene, configure
 from torch import Tensor, nn
 
 from gn_det.detectron2 import add_gn_config
 from gn_det.structures import rasterize_polygons
+from tests.golden.model_cases import Scene, configure
 
 
 def build_detectron2(case: str, **changes: Any) -> nn.Module:

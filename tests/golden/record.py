@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from golden.d2_side import build_detectron2, detectron2_detections, detectron2_losses
-from golden.model_cases import (
+from gn_det.config import get_cfg
+from gn_det.modeling import build_model
+from tests.golden.d2_side import build_detectron2, detectron2_detections, detectron2_losses
+from tests.golden.model_cases import (
     BATCHES,
     CASES,
     apply_calibration,
@@ -30,9 +32,6 @@ from golden.model_cases import (
     measure_calibration,
     projection,
 )
-
-from gn_det.config import get_cfg
-from gn_det.modeling import build_model
 
 HERE = Path(__file__).parent
 EVAL_BATCHES = ("two_sizes", "tiny_odd")

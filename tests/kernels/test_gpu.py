@@ -7,10 +7,10 @@ import os
 
 import pytest
 import torch
-from kernels.interpreted import FORMS, check
 from torch.nn import functional as F
 
 from gn_det.kernels import group_norm_act, launch, ops
+from tests.kernels.interpreted import FORMS, check
 
 assert ops
 pytestmark = [

@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from kernels.interpreted import CASES
+
+from tests.kernels.interpreted import CASES
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)

@@ -14,7 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from golden.model_cases import (
+
+from gn_det.config import get_cfg
+from gn_det.modeling import MaskRCNN, build_model
+from gn_det.modeling.anchors import AnchorGenerator
+from gn_det.modeling.postprocess import paste_masks
+from gn_det.structures import Masks
+from tests.golden.model_cases import (
     BATCHES,
     CASES,
     apply_calibration,
@@ -24,12 +30,6 @@ from golden.model_cases import (
     make_scene,
     projection,
 )
-
-from gn_det.config import get_cfg
-from gn_det.modeling import MaskRCNN, build_model
-from gn_det.modeling.anchors import AnchorGenerator
-from gn_det.modeling.postprocess import paste_masks
-from gn_det.structures import Masks
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 EVAL_IMAGES = {"two_sizes": 2, "tiny_odd": 1}

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from golden.model_cases import BATCHES, configure, flatten, make_scene, to_sample
 from torch import Tensor, nn
 
 from gn_det.config import get_cfg, load_config, shipped_configs
@@ -20,6 +19,7 @@ from gn_det.modeling.postprocess import paste_masks, resize_detections
 from gn_det.modeling.rpn import RPNHead
 from gn_det.norm import FrozenBatchNorm2d
 from gn_det.structures import Detections, Targets
+from tests.golden.model_cases import BATCHES, configure, flatten, make_scene, to_sample
 
 
 def tiny(case: str = "gn_fpn", **changes: Any) -> MaskRCNN:

@@ -1,0 +1,142 @@
+"""mmdetection's Mask R-CNN detectors (``configs/gn``), of versions 1 to 3.
+
+==============================================  ==================================================
+theirs (``roi_head.`` is absent in version 1)   ours
+==============================================  ==================================================
+``backbone.``                                   ``backbone.bottom_up.``, see ``layered``
+``neck.lateral_convs.I``, ``neck.fpn_convs.I``  ``backbone.fpn_lateral(I+2)``, ``fpn_output(I+2)``
+``rpn_head.rpn_{conv,cls,reg}``                 ``proposal_generator.rpn_head....``
+``roi_head.bbox_head.shared_convs.I``           ``roi_heads.box_head.conv(I+1)``
+``roi_head.bbox_head.shared_fcs.I``             ``roi_heads.box_head.fc(I+1)``
+``roi_head.bbox_head.fc_{cls,reg}``             ``roi_heads.box_predictor.{cls_score,bbox_pred}``
+``roi_head.mask_head.convs.I``                  ``roi_heads.mask_head.mask_fcn(I+1)``
+``roi_head.mask_head.{upsample,conv_logits}``   ``roi_heads.mask_head.{deconv,predictor}``
+==============================================  ==================================================
+
+Background is the last class since version 2 and was the first before; the number of rows of ``fc_reg`` tells.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from gn_det.checkpoint.formats import layered
+from gn_det.checkpoint.formats.caffe2 import classes_last
+from gn_det.checkpoint.meta import names_of_classes
+from gn_det.checkpoint.source import Preprocessing, Row, State, Weights, first_match
+
+_NORMED = r"\.(?:conv\.(weight|bias)|(?:gn|bn)\.(\w+))$"
+_PLAIN = r"\.(weight|bias)$"
+_RPN = {"conv": "conv", "cls": "objectness_logits", "reg": "anchor_deltas"}
+_BOX = {"cls": "cls_score", "reg": "bbox_pred"}
+_MASK = {"upsample": "deconv", "conv_logits": "predictor"}
+
+
+def _leaf(match: re.Match[str], at: int) -> str:
+    return match[at] or f"norm.{match[at + 1]}"
+
+
+# THE table, after the backbone.
+_TABLE: tuple[Row, ...] = (
+    (
+        re.compile(rf"neck\.(lateral|fpn)_convs\.([0-3]){_NORMED}"),
+        lambda m: f"backbone.fpn_{'lateral' if m[1] == 'lateral' else 'output'}{int(m[2]) + 2}.{_leaf(m, 3)}",
+    ),
+    (
+        re.compile(rf"rpn_head\.rpn_(conv|cls|reg){_PLAIN}"),
+        lambda m: f"proposal_generator.rpn_head.{_RPN[m[1]]}.{m[2]}",
+    ),
+    (
+        re.compile(rf"(?:roi_head\.)?bbox_head\.shared_convs\.(\d+){_NORMED}"),
+        lambda m: f"roi_heads.box_head.conv{int(m[1]) + 1}.{_leaf(m, 2)}",
+    ),
+    (
+        re.compile(rf"(?:roi_head\.)?bbox_head\.shared_fcs\.(\d+){_PLAIN}"),
+        lambda m: f"roi_heads.box_head.fc{int(m[1]) + 1}.{m[2]}",
+    ),
+    (
+        re.compile(rf"(?:roi_head\.)?bbox_head\.fc_(cls|reg){_PLAIN}"),
+        lambda m: f"roi_heads.box_predictor.{_BOX[m[1]]}.{m[2]}",
+    ),
+    (
+        re.compile(rf"(?:roi_head\.)?mask_head\.convs\.(\d+){_NORMED}"),
+        lambda m: f"roi_heads.mask_head.mask_fcn{int(m[1]) + 1}.{_leaf(m, 2)}",
+    ),
+    (
+        re.compile(rf"(?:roi_head\.)?mask_head\.(upsample|conv_logits){_PLAIN}"),
+        lambda m: f"roi_heads.mask_head.{_MASK[m[1]]}.{m[2]}",
+    ),
+)
+
+
+def map_name(name: str) -> str | None:
+    """Detectron2's name, or None when no row of the table knows it."""
+    if name.startswith("backbone."):
+        inner = layered.map_name(name.removeprefix("backbone."))
+        return None if inner is None else f"backbone.bottom_up.{inner}"
+    return first_match(_TABLE, name)
+
+
+def looks_like_detector(names: Collection[str]) -> bool:
+    return any(name.startswith(("neck.lateral_convs.", "neck.fpn_convs.")) for name in names)
+
+
+def translate(state: State, payload: Mapping[str, Any]) -> Weights:
+    """A detector: names, class order of version 1, and from ``meta`` the preprocessing and the class names."""
+    kept = {map_name(name) or name: value for name, value in state.items()}
+    scores, boxes = (kept.get(f"roi_heads.box_predictor.{n}.weight") for n in ("cls_score", "bbox_pred"))
+    if scores is not None and boxes is not None and scores.dim() and boxes.dim():  # noqa: SIM102 (one step each)
+        if boxes.shape[0] == 4 * scores.shape[0]:
+            classes_last(kept)
+    meta = payload.get("meta")
+    meta = meta if isinstance(meta, Mapping) else {}
+    is_gn = layered.is_mmdetections(name.removeprefix("backbone.") for name in state)
+    gn_heads = any(".gn." in name for name in state)
+    found = preprocessing_of(meta.get("config", meta.get("cfg")))
+    return Weights(
+        kept,
+        "mmdetection detector",
+        "GN" if is_gn else "",
+        (32, 0) if is_gn or gn_heads else None,
+        preprocessing=found,
+        foldable=True,
+        asks=found is None,
+        class_names=_class_names(meta),
+    )
+
+
+def _class_names(meta: Mapping[str, Any]) -> tuple[str, ...]:
+    dataset = meta.get("dataset_meta")
+    names = dataset.get("classes", dataset.get("CLASSES")) if isinstance(dataset, Mapping) else meta.get("CLASSES")
+    return names_of_classes(names)
+
+
+_NORMALIZE = re.compile(r"mean\s*=\s*\[([-+0-9.eE,\s]+)\],\s*std\s*=\s*\[([-+0-9.eE,\s]+)\]")
+_TO_RGB = re.compile(r"(?:to_rgb|bgr_to_rgb)\s*=\s*(True|False)")
+_STYLE = re.compile(r"style\s*=\s*['\"](pytorch|caffe)['\"]")
+
+
+def preprocessing_of(config: Any) -> Preprocessing | None:
+    """From the text of an mmdetection config: its one ``mean=[...], std=[...]`` and ``to_rgb``; None if not unique."""
+    if not isinstance(config, str) or len(config) > 1 << 20:
+        return None
+    pairs = {(_triple(m[1]), _triple(m[2])) for m in _NORMALIZE.finditer(config)}
+    orders = set(_TO_RGB.findall(config))
+    if len(pairs) != 1 or len(orders) != 1:
+        return None
+    mean, std = pairs.pop()
+    if mean is None or std is None:
+        return None
+    styles = set(_STYLE.findall(config)) or {"pytorch"}
+    stride = {"caffe": True, "pytorch": False}[styles.pop()] if len(styles) == 1 else None
+    return Preprocessing("RGB" if orders == {"True"} else "BGR", mean, std, stride_in_1x1=stride)
+
+
+def _triple(text: str) -> tuple[float, float, float] | None:
+    try:
+        numbers = [float(number) for number in text.strip().removesuffix(",").split(",", 3)]
+    except ValueError:
+        return None
+    return (numbers[0], numbers[1], numbers[2]) if len(numbers) == 3 else None

@@ -1,0 +1,164 @@
+"""A folder in ImageNet's layout: ``train/<class>/*`` and ``val/<class>/*``, read by worker processes.
+
+Augmentation is that of fb.resnet.torch, which the paper uses: a crop of 8 to 100 % of the area with an aspect ratio
+between 3/4 and 4/3 (Szegedy et al. 2015), brightness, contrast and saturation by up to 0.4, PCA lighting of 0.1
+(Krizhevsky et al. 2012), and a flip. Validation takes the centre crop of 224 from a shorter side of 256.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from gn_det.checkpoint.source import CAFFE
+from gn_det.classification.image_sources import Batch, Input
+from gn_det.classification.settings import Settings
+from gn_det.data.image import ImageError, ImageReader
+from gn_det.data.inputs import IMAGE_SUFFIXES
+from gn_det.errors import DataError
+
+# Eigenvectors (columns) and eigenvalues of ImageNet's RGB colours in [0, 1], published with AlexNet.
+_VECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+_VALUES = (0.2175, 0.0188, 0.0045)
+_COLOR, _LIGHTING = 0.4, 0.1
+
+Entry = tuple[str, int]
+
+
+def scan(folder: Path) -> tuple[list[str], list[Entry]]:
+    """Class names (sorted folder names), and (file, class index) of every image below.
+
+    Raises:
+        DataError: no such folder, no classes, or a class without images.
+    """
+    if not folder.is_dir():
+        raise DataError(
+            f"{folder}: no such folder; data must hold train/<class>/* and val/<class>/* (or be digits or shapes)"
+        )
+    names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+    if len(names) < 2:
+        raise DataError(f"{folder}: holds {len(names)} class folder(s); classification needs at least 2")
+    entries: list[Entry] = []
+    for index, name in enumerate(names):
+        files = sorted(e.path for e in os.scandir(folder / name) if Path(e.name).suffix.lower() in IMAGE_SUFFIXES)
+        if not files:
+            raise DataError(f"{folder / name}: class folder without images; fill or remove it (in train and val)")
+        entries += [(file, index) for file in files]
+    return names, entries
+
+
+class FolderSource:
+    """See :class:`gn_det.classification.image_sources.Source`.
+
+    Raises:
+        DataError: see :func:`scan`; or classes that differ between train and val.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        root = Path(settings.data).expanduser()
+        names, self._train = scan(root / "train")
+        val_names, self._val = scan(root / "val")
+        if names != val_names:
+            only = sorted(set(names) ^ set(val_names))
+            where = "train" if only[0] in names else "val"
+            raise DataError(
+                f"{root}: class {only[0]!r} is only in {where}/ ({len(only)} such class(es)); make both the same"
+            )
+        assert CAFFE.pixel_mean is not None and CAFFE.pixel_std is not None
+        self.class_names = tuple(names)
+        self.train_images, self.val_images = len(self._train), len(self._val)
+        self.input = Input("BGR", CAFFE.pixel_mean, CAFFE.pixel_std)
+        self._settings = settings
+
+    def train_batches(self, epoch: int, batches: Sequence[np.ndarray]) -> Iterator[Batch]:
+        dataset = FolderImages(self._train, self._settings, epoch)
+        return self._load(dataset, [b.tolist() for b in batches])
+
+    def val_batches(self, numbers: Sequence[int], size: int) -> Iterator[Batch]:
+        chosen = [list(numbers[k : k + size]) for k in range(0, len(numbers), size)]
+        return self._load(FolderImages(self._val, self._settings, None), chosen)
+
+    def _load(self, dataset: FolderImages, batches: list[list[int]]) -> Iterator[Batch]:
+        workers = min(self._settings.workers, len(batches))
+        loader = DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # of worker seeds, which nothing here draws from; not the global one
+        )
+        for batch in loader:
+            if isinstance(batch, ImageError):
+                raise batch
+            yield batch
+
+
+class FolderImages(Dataset[Any]):
+    """Images of one epoch; what is drawn for an image depends on (seed, epoch, number) alone.
+
+    Args:
+        epoch: None for validation.
+    """
+
+    def __init__(self, entries: list[Entry], settings: Settings, epoch: int | None) -> None:
+        from torchvision.transforms import v2
+
+        self._entries, self._seed, self._epoch = entries, settings.seed, epoch
+        side = settings.side
+        self._lighting = settings.color and epoch is not None
+        if epoch is None:
+            parts: list[Any] = [v2.Resize(round(side * 256 / 224)), v2.CenterCrop(side)]
+        else:
+            parts = [v2.RandomResizedCrop(side, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)), v2.RandomHorizontalFlip()]
+            if settings.color:
+                parts.append(v2.ColorJitter(_COLOR, _COLOR, _COLOR))
+        self._transform = v2.Compose(parts)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, int] | ImageError:
+        """(3, side, side) BGR, uint8 or float32 on the 0-255 scale; of an unreadable image, the error."""
+        file, label = self._entries[number]
+        try:
+            image = Image.fromarray(ImageReader("RGB").read(file))
+        except ImageError as error:
+            if error.kind == "image-depth":
+                return ImageError(f"{file}: image holds more than 8 bits: pretrain cannot scale it, convert it first")
+            return ImageError(f"{error} (pretrain cannot leave it out: mend or remove the file)")
+        if self._epoch is None:
+            return _as_tensor(self._transform(image)), label
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(np.random.SeedSequence([self._seed, self._epoch, number]).generate_state(1)[0]))
+            pixels = _as_tensor(self._transform(image))
+            return (lighting(pixels) if self._lighting else pixels), label
+
+
+def _as_tensor(image: Image.Image) -> Tensor:
+    """RGB picture to (3, H, W) uint8 BGR."""
+    return torch.from_numpy(np.ascontiguousarray(np.asarray(image)[:, :, ::-1].transpose(2, 0, 1)))
+
+
+def lighting(pixels: Tensor) -> Tensor:
+    """Add one random colour along the principal axes of ImageNet's colours to a BGR picture; float32, unclipped."""
+    alpha = _LIGHTING * torch.randn(3)
+    rgb = torch.tensor(_VECTORS) @ (alpha * torch.tensor(_VALUES)) * 255
+    return pixels.float() + rgb.flip(0).view(3, 1, 1)
+
+
+def collate(samples: list[tuple[Tensor, int] | ImageError]) -> Batch | ImageError:
+    """A batch, or the first error: raised here it would reach the user as a worker's trace."""
+    for sample in samples:
+        if isinstance(sample, ImageError):
+            return sample
+    images, labels = zip(*samples)
+    return torch.stack(images), torch.tensor(labels)

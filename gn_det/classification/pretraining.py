@@ -1,0 +1,403 @@
+"""``gn-det pretrain``: one run from settings to a weights file and a summary."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import statistics
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gn_det
+from gn_det.checkpoint.io import atomic_write, read_checkpoint, save_checkpoint
+from gn_det.checkpoint.last import remove_leftovers
+from gn_det.classification.export import write_weights
+from gn_det.classification.fabric_loop import Plan, Progressed, Trainer, make_fabric, top1_error
+from gn_det.classification.image_sources import Source, epoch_batches, open_source
+from gn_det.classification.network import Classifier, build_classifier, build_optimizer
+from gn_det.classification.settings import BUILTIN, Settings, base_lr
+from gn_det.engine import dist
+from gn_det.engine.events import EventLog, TensorBoardWriter
+from gn_det.engine.log import FILE_ONLY, run_log
+from gn_det.engine.output import BEST, FINAL, alone_in, check_writable
+from gn_det.engine.payload import Unfit, check_origin, check_pretraining, check_summary, refuse, restore_slots
+from gn_det.engine.progress import Progress, peak_memory_mb
+from gn_det.engine.state import seed_everything
+from gn_det.errors import ConfigError, DataError, TrainingError, UserError, WeightsError
+from gn_det.files import open_append, open_regular
+from gn_det.terminal import say
+from gn_det.text import as_line, shown
+
+LAST = "last.ckpt"
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+_MOST_BYTES = 64 << 20
+#: May differ between a run and its continuation.
+_FREE = ("workers", "device", "output")
+
+logger = logging.getLogger(__name__)
+
+
+def pretrain(settings: Settings, *, resume: bool = False, overwrite: bool = False, num_gpus: int = 1) -> dict[str, Any]:
+    """Train a classifier from scratch.
+
+    ``<output>`` gets ``model_final.pth`` and ``model_best.pth`` (weights for MODEL.WEIGHTS), ``last.ckpt`` after every
+    epoch, ``metrics.jsonl``, TensorBoard events, ``log.txt``, and at the very end ``summary.json``.
+
+    Args:
+        resume: go on after the last finished epoch; where there is none, start; where all is done, return the summary.
+        overwrite: replace an earlier run in the folder.
+        num_gpus: processes on this machine, one GPU each (on a CPU: plain processes); torchrun decides by itself.
+
+    Returns:
+        The content of ``summary.json``: settings, top1_error, curve, seconds_per_iteration, peak_memory_mb,
+        inference_seconds_per_image, parameters, weights, best, date, machine, versions, finished.
+
+    Raises:
+        UserError: settings, data or folder cannot be used; the training diverged.
+    """
+    device = _device(settings)
+    _check_early(settings)
+    folder = check_writable(settings.output)
+    if not resume:
+        _refuse_old(folder, overwrite)
+    done = _finished(folder, settings) if resume else None
+    if done is not None:
+        say(f"{folder}: finished already, top-1 error {done['top1_error']:.2f} %.")
+        return done
+    result: dict[str, Any] = dist.launch(_rank, (settings, resume, overwrite), device=device, num_gpus=num_gpus)
+    return result
+
+
+def dry_run(settings: Settings, *, num_gpus: int = 1) -> None:
+    """Print what a run would be: data, network, recipe.
+
+    Raises:
+        UserError: settings or data cannot be used.
+    """
+    device = _device(settings)
+    _check_early(settings)
+    with run_log(None, times=False):
+        source = open_source(settings)
+        model = build_classifier(settings, len(source.class_names), len(source.input.mean))
+        processes = int(os.environ["WORLD_SIZE"]) if dist.under_torchrun() else num_gpus
+        _describe(settings, source, model, _plan(settings, source, processes), processes)
+        logger.info(
+            "Device: %s\nOutput: %s\nDry run: nothing was trained or written.", device, as_line(settings.output)
+        )
+
+
+def _check_early(settings: Settings) -> None:
+    """Refuse what can be refused at once, before a folder is made and processes are started."""
+    if settings.data not in BUILTIN and not Path(settings.data).expanduser().is_dir():
+        raise DataError(
+            f"pretrain data {settings.data!r}: no such folder; give one with train/<class>/* and val/<class>/*, or "
+            "digits or shapes"
+        )
+    with torch.device("meta"):
+        build_classifier(settings, 2)
+
+
+def _device(settings: Settings) -> str:
+    try:
+        device = dist.resolve_device(settings.device)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("MODEL.DEVICE", "pretrain device")) from None
+    if settings.amp == "fp16" and not device.startswith("cuda"):
+        raise ConfigError("pretrain amp is fp16, which needs a GPU; use bf16 or off")
+    return device
+
+
+# ------------------------------------------------------------ in each process
+
+
+def _rank(settings: Settings, resume: bool, overwrite: bool) -> dict[str, Any]:
+    with alone_in(settings.output, key="--output"), run_log(settings.output, rank=dist.rank()):
+        try:
+            if not resume:
+                dist.on_first_rank(partial(_clear, Path(settings.output), overwrite))
+            return _train(settings, resume)
+        except UserError as error:
+            logger.error("stopped: %s", error, extra=FILE_ONLY)
+            raise
+        except torch.OutOfMemoryError:
+            raise TrainingError(
+                f"no memory left on the GPU with batch_size {settings.batch_size}: lower it, or use amp bf16"
+            ) from None
+        except (KeyboardInterrupt, SystemExit):
+            logger.info("Interrupted; --resume goes on after the last finished epoch.")
+            raise
+
+
+def _train(settings: Settings, resume: bool) -> dict[str, Any]:
+    folder, device = Path(settings.output), _device(settings)
+    source = open_source(settings)
+    seed_everything(settings.seed)
+    model = build_classifier(settings, len(source.class_names), len(source.input.mean))
+    plan = _plan(settings, source, dist.world_size())
+    _describe(settings, source, model, plan, dist.world_size())
+    if device.startswith("cuda"):
+        torch.backends.cudnn.benchmark = True  # all images have one size
+        torch.cuda.reset_peak_memory_stats()
+    fabric = make_fabric(settings, device)
+    model.to(fabric.device)
+    trainer = Trainer(settings, source, model, build_optimizer(settings, model, plan.lr), fabric, plan)
+    done = Progressed()
+    if resume and (folder / LAST).is_file():
+        done = _restore(folder / LAST, settings, model, trainer)
+    elif resume:
+        logger.info("--resume: %s holds no %s; the run starts from the beginning.", folder, LAST)
+    if dist.rank() == 0:
+        remove_leftovers(folder)
+        _rewrite_metrics(folder, done)
+    _epochs(trainer, model, folder, done)
+    weights = folder / FINAL
+    summary = _summary(settings, done, model, weights, device)
+    if dist.rank() == 0:
+        facts = {"epoch": done.epochs, "top1_error": summary["top1_error"], "date": summary["date"]}
+        write_weights(weights, model, settings, source, facts)
+        text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
+        atomic_write(folder / SUMMARY, lambda file: file.write(text.encode()))
+    logger.info(
+        "Top-1 error %.2f %% (median of the last %d epoch(s)), best %.2f %%. Weights: %s",
+        summary["top1_error"],
+        summary["median_of_epochs"],
+        done.best["val_error"],
+        weights,
+    )
+    return summary
+
+
+def _epochs(trainer: Trainer, model: Classifier, folder: Path, done: Progressed) -> None:
+    """Train the epochs that are left; after each: metrics, best weights, checkpoint."""
+    plan = trainer.plan
+    first = dist.rank() == 0
+    start = min(done.epochs * plan.per_epoch, plan.total)
+    board = TensorBoardWriter(os.fspath(folder), start - 1) if first else None
+    drawn = EventLog()
+    progress = Progress(start, plan.total, period=max(plan.total // 10, 20), terminal=None if first else False)
+    try:
+        while done.epochs < plan.epochs:
+            row = trainer.train_epoch(done.epochs, progress)
+            row |= trainer.validate()
+            done.epochs += 1
+            done.curve.append(row)
+            done.peak_memory_mb = max(done.peak_memory_mb, peak_memory_mb())
+            better = not done.best or row["val_error"] < done.best["val_error"]
+            if better:
+                done.best = {"epoch": row["epoch"], "val_error": row["val_error"]}
+            logger.info(
+                "epoch %d/%d  train_loss: %.4g  train_error: %.2f %%  val_error: %.2f %%  lr: %.3g",
+                *(done.epochs, plan.epochs, row["train_loss"], row["train_error"], row["val_error"], row["lr"]),
+            )
+            if board is not None:
+                _write_epoch(trainer, model, folder, done, better)
+                at = min(done.epochs * plan.per_epoch, plan.total) - 1
+                drawn.put_all(row, at, smooth=False)
+                board.write(drawn)
+    finally:
+        progress.close()
+        if board is not None:
+            board.close()
+
+
+def _write_epoch(trainer: Trainer, model: Classifier, folder: Path, done: Progressed, better: bool) -> None:
+    if better:
+        facts = {"epoch": done.epochs, "val_error": done.best["val_error"], "date": _now()}
+        write_weights(folder / BEST, model, trainer.settings, trainer.source, facts)
+    with open_append(folder, METRICS) as file:
+        file.write(json.dumps(done.curve[-1]) + "\n")
+    save_checkpoint(
+        folder / LAST,
+        {
+            "model": {k: v.cpu() for k, v in model.state_dict().items()},
+            "optimizer": trainer.bare_optimizer.state_dict(),
+            "scaler": trainer.scaler.state_dict() if trainer.scaler is not None else None,
+            "done": asdict(done),
+            "settings": trainer.settings.to_dict(),
+            "processes": dist.world_size(),
+        },
+    )
+
+
+def _restore(path: Path, settings: Settings, model: Classifier, trainer: Trainer) -> Progressed:
+    """Weights, momentum and curve of ``last.ckpt``.
+
+    Raises:
+        ConfigError: the run was started with other settings.
+        WeightsError: the file cannot be used.
+    """
+    payload = read_checkpoint(path, verify=True)
+    if not {"model", "optimizer", "done", "settings"} <= set(payload):
+        raise WeightsError(f"{path}: is no checkpoint of gn-det pretrain; start anew with --overwrite")
+    try:
+        check_origin(payload, "")
+        _same_settings(path, payload["settings"], settings)
+        if payload["processes"] != dist.world_size():
+            raise ConfigError(
+                f"{path}: was trained by {payload['processes']} process(es), not {dist.world_size()}, so the batch "
+                "would change; resume with as many, or start anew with --overwrite"
+            )
+        check_pretraining(payload, model)
+        put_momentum = restore_slots(trainer.bare_optimizer, payload["optimizer"], "optimizer")
+    except Unfit as error:
+        raise refuse(str(path), error, "start anew with --overwrite") from None
+    model.load_state_dict(dict(payload["model"]))
+    put_momentum()
+    if trainer.scaler is not None and payload.get("scaler"):
+        trainer.scaler.load_state_dict(payload["scaler"])
+    done = Progressed(**{f.name: payload["done"][f.name] for f in fields(Progressed)})
+    logger.info("Resumed from %s: epoch %d of %d is done.", path, done.epochs, trainer.plan.epochs)
+    return done
+
+
+def _same_settings(path: Path, theirs: Mapping[str, Any], settings: Settings) -> None:
+    for name, value in settings.to_dict().items():
+        old = list(theirs[name]) if isinstance(theirs.get(name), tuple) else theirs.get(name)
+        if name not in _FREE and old != value:
+            raise ConfigError(
+                f"{path}: was started with {name} {shown(old)}, not {value!r}; resume with the same, or start anew "
+                "with --overwrite"
+            )
+
+
+# ------------------------------------------------------------ small parts
+
+
+def _plan(settings: Settings, source: Source, processes: int) -> Plan:
+    per_epoch = len(epoch_batches(settings, 0, source.train_images, 0, processes))
+    return Plan(base_lr(settings, processes), per_epoch, max(round(settings.epochs * per_epoch), 1))
+
+
+def _describe(settings: Settings, source: Source, model: Classifier, plan: Plan, processes: int) -> None:
+    given = (
+        f"{settings.groups} groups"
+        if not settings.channels_per_group
+        else f"{settings.channels_per_group} channels per group"
+    )
+    norm = (
+        settings.norm
+        if settings.norm != "GN"
+        else f"GN, {given if settings.groups or settings.channels_per_group else '32 groups'}"
+    )
+    steps = ", ".join(f"{step * settings.epochs:g}" for step in settings.steps)
+    why = "" if settings.lr is not None else " (0.1 for a batch of 256, linear)"
+    logger.info(
+        "%s, %s, %.2f M parameters; %s: %d classes, %d training and %d validation images of %d px",
+        settings.arch,
+        norm,
+        sum(p.numel() for p in model.parameters()) / 1e6,
+        settings.data,
+        len(source.class_names),
+        source.train_images,
+        source.val_images,
+        settings.side,
+    )
+    logger.info(
+        "batch %d x %d process(es), %g epochs = %d iterations, lr %g%s, x %g after epochs %s; weight decay %g on all "
+        "weights, gamma and beta included; last gamma of each block begins at 0; autocast %s; seed %d",
+        *(settings.batch_size, processes, settings.epochs, plan.total, plan.lr, why, settings.gamma, steps or "none"),
+        *(settings.weight_decay, settings.amp, settings.seed),
+    )
+
+
+def _refuse_old(folder: Path, overwrite: bool) -> list[Path]:
+    """Stop before an earlier run is lost; return its files where it may be replaced.
+
+    Raises:
+        TrainingError: there is one and ``overwrite`` is False.
+    """
+    files = [folder / name for name in (SUMMARY, LAST, METRICS, FINAL, BEST)]
+    there = [file for file in files if file.exists()]
+    if there and not overwrite:
+        raise TrainingError(
+            f"{folder} holds an earlier run ({there[0].name}): go on with it by --resume, replace it by --overwrite, "
+            "or choose another --output"
+        )
+    return [*there, *folder.glob("events.out.tfevents.*")]
+
+
+def _clear(folder: Path, overwrite: bool) -> None:
+    for file in _refuse_old(folder, overwrite):
+        file.unlink()
+
+
+def _finished(folder: Path, settings: Settings) -> dict[str, Any] | None:
+    """The summary of a finished run of these settings.
+
+    Raises:
+        ConfigError: it is of other settings.
+    """
+    try:
+        with open_regular(folder / SUMMARY) as file:
+            summary = json.loads(file.read(_MOST_BYTES))
+        check_summary(summary, "")
+    except (OSError, ValueError, RecursionError):  # Unfit is a ValueError
+        return None
+    _same_settings(folder / SUMMARY, summary["settings"], settings)
+    return dict(summary) if (folder / FINAL).is_file() else None
+
+
+def _rewrite_metrics(folder: Path, done: Progressed) -> None:
+    """metrics.jsonl as of the checkpoint: a killed run may have written one line more."""
+    text = "".join(json.dumps(row) + "\n" for row in done.curve)
+    atomic_write(folder / METRICS, lambda file: file.write(text.encode()))
+
+
+def _summary(settings: Settings, done: Progressed, model: Classifier, weights: Path, device: str) -> dict[str, Any]:
+    return {
+        "settings": settings.to_dict(),
+        "top1_error": top1_error(done.curve),
+        "median_of_epochs": min(len(done.curve), 5),
+        "curve": done.curve,
+        "seconds_per_iteration": statistics.median(row["seconds_per_iteration"] for row in done.curve),
+        "peak_memory_mb": done.peak_memory_mb,
+        "inference_seconds_per_image": statistics.median(row["inference_seconds_per_image"] for row in done.curve),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "weights": os.fspath(weights),
+        "best": {**done.best, "weights": os.fspath(weights.with_name(BEST))},
+        "date": _now(),
+        "machine": {
+            "name": torch.cuda.get_device_name() if device.startswith("cuda") else cpu_name(),
+            "device": device,
+            "threads": torch.get_num_threads(),
+            "processes": dist.world_size(),
+        },
+        "versions": _versions(),
+        "finished": True,
+    }
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def cpu_name() -> str:
+    """The processor's name, as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    import lightning
+    import torchvision
+
+    return {
+        "gn_det": gn_det.__version__,
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "lightning": lightning.__version__,
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,177 @@
+"""Sentences about a run that is likely to disappoint, or that ran out of memory: what it is, and what to change."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from fvcore.common.config import CfgNode
+
+from gn_det.engine import dist
+from gn_det.engine.schedule import images_per_rank
+from gn_det.errors import TrainingError
+
+if TYPE_CHECKING:
+    from gn_det.engine.learner import Learner
+    from gn_det.modeling.census import CensusRow
+
+_BACKBONE = ("stem", "res2", "res3", "res4", "res5", "res5 head")
+_KEYS = {"fpn": "MODEL.FPN.NORM", "box head": "MODEL.ROI_BOX_HEAD.NORM", "mask head": "MODEL.ROI_MASK_HEAD.NORM"}
+#: Epochs of COCO in Detectron2's 3x schedule; published training from scratch took this or three times as many.
+_SCRATCH_EPOCHS = 36
+
+
+def half_gn(rows: Sequence[CensusRow]) -> str:
+    """A sentence where a model has GN in some of its parts only; "" where it has it everywhere or nowhere.
+
+    The RPN does not count: no published model has a norm there.
+    """
+    kinds: dict[str, set[str]] = {}
+    for row in rows:
+        if row.stage != "rpn":
+            kinds.setdefault("backbone" if row.stage in _BACKBONE else row.stage, set()).add(row.norm)
+    if not any("GN" in found for found in kinds.values()):
+        return ""
+    without = {part: found - {"GN"} for part, found in kinds.items() if found != {"GN"}}
+    if not without:
+        return ""
+    told = ", ".join(f"{part}: {' and '.join(sorted(found | kinds[part]))}" for part, found in without.items())
+    keys = [f"{_KEYS.get(part, 'MODEL.RESNETS.NORM')} GN" for part in without]
+    return f"GN is in a part of the model only ({told}); the published GN models have it everywhere: {', '.join(keys)}."
+
+
+def short_for_scratch(cfg: CfgNode, images: int) -> str:
+    """A sentence where training starts from nothing and ends long before published runs from scratch do.
+
+    Args:
+        cfg: after :func:`gn_det.engine.schedule.scale_schedule`.
+        images: in an epoch.
+    """
+    names = tuple(cfg.DATASETS.TRAIN)
+    generated = bool(names) and all(n.startswith("shapes_") for n in names) and not cfg.DATASETS.TRAIN_JSON
+    if cfg.MODEL.WEIGHTS or images <= 0 or generated:
+        return ""
+    epochs = cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH / images
+    if epochs >= _SCRATCH_EPOCHS:
+        return ""
+    return (
+        f"MODEL.WEIGHTS is empty and the run has {epochs:.1f} epochs; published runs from scratch have at least "
+        f"{_SCRATCH_EPOCHS} (of COCO): give pretrained weights (--weights), "
+        f"or train longer (--epochs {_SCRATCH_EPOCHS})."
+    )
+
+
+class Divergence:
+    """Tells once when the loss has risen far above what it was.
+
+    Attributes:
+        lowest: lowest median of total_loss so far, with its iteration.
+    """
+
+    FACTOR = 3.0
+
+    def __init__(self) -> None:
+        self.lowest: tuple[float, int] | None = None
+        self._told = False
+
+    def look(self, median: float, iteration: int, lr: float) -> str:
+        """A sentence, or "" where all is well.
+
+        Args:
+            median: of total_loss over the last window.
+            iteration: 0-based, the last one in it.
+            lr: learning rate in use.
+        """
+        if self.lowest is None or median < self.lowest[0]:
+            self.lowest = (median, iteration)
+        low, at = self.lowest
+        if self._told or low <= 0 or median < self.FACTOR * low:
+            return ""
+        self._told = True
+        return (
+            f"total_loss has risen to {median:.3g} at iteration {iteration}, {median / low:.1f} times its lowest "
+            f"({low:.3g} at iteration {at}): training diverges; lower SOLVER.BASE_LR (now {lr:.3g}), lengthen "
+            "SOLVER.WARMUP_ITERS or set SOLVER.CLIP_GRADIENTS.ENABLED True, and "
+            "start again from a checkpoint before that."
+        )
+
+
+# ------------------------------------------------------------ memory
+
+
+@contextmanager
+def memory_told(cfg: CfgNode, learner: Learner) -> Iterator[None]:
+    """Turn running out of memory into one line that says what to lower.
+
+    Raises:
+        TrainingError: in place of torch.OutOfMemoryError, MemoryError, or the allocator's RuntimeError on a CPU.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not out_of_memory(error):
+            raise
+        raise TrainingError(_no_memory(cfg, learner, error)) from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` means that the device or the machine has no memory left."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def _no_memory(cfg: CfgNode, learner: Learner, error: BaseException) -> str:
+    wanted = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+    text = f"out of memory at iteration {learner.iteration}"
+    text += f" (a piece of {wanted.group(1)} was not to be had{_in_use(cfg)})" if wanted else _in_use(cfg)
+    if not learner.model.training:
+        lower = f"INPUT.MIN_SIZE_TEST {_four_fifths(cfg.INPUT.MIN_SIZE_TEST)} INPUT.MAX_SIZE_TEST "
+        lower += f"{_four_fifths(cfg.INPUT.MAX_SIZE_TEST)} (36% fewer pixels)"
+        return f"{text} while evaluating: set {lower}, or lower TEST.DETECTIONS_PER_IMAGE; then go on with --resume"
+    text += f" in a batch of {learner.describe_batch()}"
+    kept = "go on with --resume" if learner.last_good else "start again"
+    return f"{text}: {'; or '.join(_smaller(cfg))}; then {kept}"
+
+
+def _in_use(cfg: CfgNode) -> str:
+    if not torch.cuda.is_available() or str(cfg.MODEL.DEVICE) == "cpu":
+        return ""
+    free, total = torch.cuda.mem_get_info()
+    return f", {(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB in use"
+
+
+def _four_fifths(side: int) -> int:
+    return round(int(side) * 0.8)
+
+
+def _smaller(cfg: CfgNode) -> list[str]:
+    """What can be lowered, and to what; what changes the result least comes first."""
+    images, accumulate = images_per_rank(cfg, dist.world_size()), int(cfg.SOLVER.ACCUMULATE)
+    out = []
+    if images > 1:
+        factor = next(f for f in range(2, images + 1) if images % f == 0)
+        out.append(
+            f"set SOLVER.ACCUMULATE {accumulate * factor} (the same batch, {images // factor} instead of {images} "
+            "images on a device at a time)"
+        )
+    if not cfg.SOLVER.AMP.ENABLED:
+        out.append("set SOLVER.AMP.ENABLED True (activations take up to half the memory)")
+    sizes = tuple(_four_fifths(s) for s in cfg.INPUT.MIN_SIZE_TRAIN)
+    out.append(
+        f'set INPUT.MIN_SIZE_TRAIN "{sizes}" INPUT.MAX_SIZE_TRAIN {_four_fifths(cfg.INPUT.MAX_SIZE_TRAIN)} (36% fewer '
+        "pixels)"
+    )
+    return out
+
+
+def describe_batch(batch: Sequence[Any]) -> str:
+    """Number, size and objects of a micro-batch of either engine."""
+    shapes = [tuple(s["image"].shape[-2:]) for s in batch if "image" in s]
+    held = [s.get("targets", s.get("instances")) for s in batch]
+    objects = sum(len(h) for h in held if h is not None)
+    height, width = (max(side) for side in zip(*shapes)) if shapes else (0, 0)
+    return f"{len(batch)} image(s), padded to {height}x{width}, with {objects} objects"

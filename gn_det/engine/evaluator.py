@@ -1,0 +1,135 @@
+"""COCO evaluation of a model on the test sets of a run, shared among the ranks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from fvcore.common.config import CfgNode
+
+from gn_det.data.coco import CocoDataset
+from gn_det.data.loader import build_test_loader
+from gn_det.data.problems import Caps
+from gn_det.data.sets import test_category_ids
+from gn_det.engine import dist
+from gn_det.errors import TrainingError, UserError
+from gn_det.evaluation.coco import evaluate_coco, merge_results
+from gn_det.evaluation.inference import InferenceProgress, run_inference
+from gn_det.evaluation.tables import format_results
+from gn_det.structures import Detections, Sample
+
+logger = logging.getLogger(__name__)
+
+#: A model as a function from samples to detections at original size.
+Detector = Callable[[list[Sample]], list[Detections]]
+
+_SAY_EVERY_SECONDS = 15.0
+
+
+def evaluate_model(
+    cfg: CfgNode,
+    model: Detector,
+    test_sets: Sequence[CocoDataset],
+    class_names: Sequence[str],
+    on_progress: Callable[[Any], None] | None = None,
+) -> dict[str, float]:
+    """AP of ``model`` on every test set, flat: ``{"bbox/AP": ..., "segm/AP50": ..., "bbox/AP-<class>": ...}``.
+
+    With several sets the names are ``<set>/bbox/AP``. All ranks take part and get the same dict.
+
+    Raises:
+        DataError: results and json do not fit together.
+    """
+    flat: dict[str, float] = {}
+    for dataset in test_sets:
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+        if len(test_sets) > 1:
+            folder = os.path.join(folder, dataset.name)
+        results = _evaluate_one(cfg, model, dataset, class_names, folder, on_progress)
+        prefix = f"{dataset.name}/" if len(test_sets) > 1 else ""
+        flat |= {f"{prefix}{task}/{name}": float(v) for task, part in results.items() for name, v in part.items()}
+    return flat
+
+
+def _evaluate_one(
+    cfg: CfgNode,
+    model: Detector,
+    dataset: CocoDataset,
+    class_names: Sequence[str],
+    folder: str,
+    on_progress: Callable[[Any], None] | None,
+) -> Mapping[str, Mapping[str, float]]:
+    ids = test_category_ids(dataset, class_names)
+    loader = build_test_loader(cfg, dataset, dist.rank(), dist.world_size())
+    start = said = time.perf_counter()
+
+    def progress(p: InferenceProgress) -> None:
+        nonlocal said
+        if time.perf_counter() - said > _SAY_EVERY_SECONDS:
+            said = time.perf_counter()
+            eta = "" if p.eta_seconds is None else f", {p.eta_seconds:.0f} s left"
+            logger.info("evaluating %s: %d/%s images, %.3f s each%s", dataset.name, p.images, p.total,
+                        p.seconds_per_image, eta)  # fmt: skip
+        if on_progress is not None:
+            on_progress(p)
+
+    results = run_inference(model, loader, ids, on_progress=progress, total=loader.num_images)
+    seconds = time.perf_counter() - start
+    parts = dist.gather_objects(results)
+    out: Any = None
+    if dist.rank() == 0:
+        try:
+            out = _score(cfg, dataset, merge_results(parts), class_names, ids, folder, seconds)
+        except UserError as error:  # told to all ranks, which would wait for the result otherwise
+            out = error
+    out = dist.broadcast(out)
+    if isinstance(out, UserError):
+        raise out
+    return out
+
+
+def _score(
+    cfg: CfgNode,
+    dataset: CocoDataset,
+    results: list[dict[str, Any]],
+    class_names: Sequence[str],
+    ids: Sequence[int],
+    folder: str,
+    seconds: float,
+) -> dict[str, dict[str, float]]:
+    logger.info("%s: %d detections in %d images, %.1f s.", dataset.name, len(results), len(dataset), seconds)
+    # What was repaired or dropped when the set was read counts here, too.
+    truth: Any = dataset.ground_truth() if dataset.bad or dataset.notes else dataset.json_file
+    tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
+    caps = Caps.of(cfg)
+    scores = evaluate_coco(
+        truth,
+        results,
+        class_names,
+        ids,
+        iou_types=tasks,
+        output_dir=folder,
+        max_dets=caps.max_dets,
+        detections_per_image=caps.detections,
+        proposals=caps.proposals,
+    )
+    if scores:
+        logger.info(format_results(scores))
+    return {task: dict(metrics) for task, metrics in scores.items()}
+
+
+def verify_expected(cfg: CfgNode, results: Mapping[str, float]) -> None:
+    """Compare with ``TEST.EXPECTED_RESULTS``, a list of ``[task, metric, value, tolerance]``.
+
+    Raises:
+        TrainingError: a metric is missing or too far off.
+    """
+    for task, metric, expected, tolerance in cfg.TEST.EXPECTED_RESULTS:
+        value = results.get(f"{task}/{metric}", float("nan"))
+        if not abs(value - expected) <= tolerance:
+            raise TrainingError(
+                f"TEST.EXPECTED_RESULTS: {task}/{metric} is {value:.4f}, expected {expected} within {tolerance}"
+            )

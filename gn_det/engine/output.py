@@ -1,0 +1,214 @@
+"""The folder a run writes to: checked before work starts, and never silently overwritten."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from torch import nn
+
+from gn_det.checkpoint.catalog import split_options
+from gn_det.checkpoint.io import atomic_write
+from gn_det.checkpoint.last import LAST
+from gn_det.engine import dist
+from gn_det.errors import TrainingError, UserError
+from gn_det.files import Busy, NotRegularFile, lock
+from gn_det.text import one_line
+
+METRICS = "metrics.json"
+BEST = "model_best.pth"
+FINAL = "model_final.pth"
+LOCK = ".gn_det.lock"
+#: Seconds that the ranks of a run get to notice that the process which started them was killed.
+PATIENCE = 10.0
+_OURS = re.compile(r"model_(\d{7}|best|final)\.pth$")
+
+logger = logging.getLogger(__name__)
+
+
+def check_writable(folder: str | os.PathLike[str]) -> Path:
+    """Make the folder and try to write in it.
+
+    Raises:
+        TrainingError: it cannot be made or written.
+    """
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as probe:
+            probe.write(b"0")
+            probe.flush()
+    except OSError as error:
+        raise TrainingError(
+            f"OUTPUT_DIR {path}: cannot be written ({error.strerror or error}); set OUTPUT_DIR to another folder"
+        ) from None
+    return path
+
+
+def check_output_name(folder: str | os.PathLike[str]) -> None:
+    """Refuse what :func:`check_writable` would, as far as the name tells; nothing is made.
+
+    Raises:
+        TrainingError: the folder, or one that it would lie in, is something else than a folder.
+    """
+    path = Path(folder)
+    there = next((p for p in (path, *path.parents) if os.path.lexists(p)), None)
+    if there is not None and not there.is_dir():
+        raise TrainingError(f"OUTPUT_DIR {path}: {there} is not a folder; set OUTPUT_DIR to another folder")
+
+
+class InUse(TrainingError):
+    """Another run writes to the folder."""
+
+
+@contextmanager
+def alone_in(
+    folder: str | os.PathLike[str], *, key: str = "OUTPUT_DIR", patience: float | None = None
+) -> Iterator[None]:
+    """Keep other runs out of ``folder``, which exists, while the context lasts; all ranks together.
+
+    Rank 0 holds the lock. A file system without locks costs a warning.
+
+    Args:
+        key: how the user names the folder.
+        patience: seconds to wait for processes of a killed run that are about to notice it; None is PATIENCE.
+
+    Raises:
+        InUse: on every rank: another run writes there.
+        DataError: that run is this one, whose script a data loading process imports.
+        TrainingError: the lock file cannot be made.
+    """
+    with ExitStack() as stack:
+        problem: UserError | None = None
+        if dist.rank() == 0:
+            try:
+                stack.enter_context(lock(Path(folder) / LOCK, patience=PATIENCE if patience is None else patience))
+            except Busy as error:
+                from gn_det.data.loader import script_in_worker
+
+                whose = f"another run ({error.holder})" if error.holder else "another run"
+                problem = script_in_worker() or InUse(
+                    f"{key} {folder} is in use by {whose}; wait for it to end, or set {key} to another folder"
+                )
+            except OSError as error:
+                if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+                    logger.warning("%s %s: this file system has no locks; do not start another run there.", key, folder)
+                else:
+                    advice = (
+                        "delete it"
+                        if isinstance(error, NotRegularFile) or error.errno == errno.ELOOP
+                        else (f"set {key} to a folder that can be written")
+                    )
+                    reason = one_line(error.strerror or error)
+                    problem = TrainingError(f"{Path(folder) / LOCK}: cannot be locked ({reason}); {advice}")
+        problem = dist.broadcast(problem)
+        if problem is not None:
+            raise problem
+        yield
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of an earlier run in ``folder``."""
+    return sorted(f for f in folder.glob("model_*.pth") if _OURS.match(f.name))
+
+
+def refuse_old_run(folder: Path, *, overwrite: bool) -> None:
+    """Stop before anything of an earlier run could be lost.
+
+    Raises:
+        TrainingError: there are checkpoints and ``overwrite`` is False.
+    """
+    found = checkpoints(folder)
+    if found and not overwrite:
+        raise TrainingError(
+            f"OUTPUT_DIR {folder} holds {len(found)} checkpoint(s) of an earlier run (such as {found[0].name}): go on "
+            "with it by --resume, replace it by --overwrite, or set OUTPUT_DIR to a new folder"
+        )
+
+
+def start_afresh(folder: Path, *, keep: str = "") -> None:
+    """Put an earlier run out of the way: metrics.json is moved aside, checkpoints are deleted.
+
+    Args:
+        folder: OUTPUT_DIR, after :func:`refuse_old_run`.
+        keep: MODEL.WEIGHTS; a file of that path is not deleted.
+    """
+    keep, _ = split_options(keep)
+    metrics = folder / METRICS
+    if metrics.exists() and metrics.stat().st_size:
+        number = 1
+        while (folder / f"{METRICS}.{number}").exists():
+            number += 1
+        metrics.rename(folder / f"{METRICS}.{number}")
+        logger.info("%s of an earlier run moved to %s.%d.", metrics, METRICS, number)
+    for file in [*checkpoints(folder), folder / LAST]:
+        if file.exists() and not (keep and os.path.exists(keep) and os.path.samefile(file, keep)):
+            file.unlink()
+            logger.info("%s of the earlier run deleted (--overwrite).", file)
+
+
+def check_space(folder: Path, model: nn.Module, *, replaced: bool) -> None:
+    """Refuse to train for hours towards a checkpoint that cannot be written.
+
+    Args:
+        folder: OUTPUT_DIR.
+        model: what will be trained; a checkpoint holds its tensors, and momentum for those that are trained.
+        replaced: the checkpoints of an earlier run are about to be deleted.
+
+    Raises:
+        TrainingError: not even one checkpoint fits.
+    """
+    tensors = [*model.parameters(), *model.buffers(), *(p for p in model.parameters() if p.requires_grad)]
+    needed = sum(t.numel() * t.element_size() for t in tensors)
+    free = shutil.disk_usage(folder).free
+    if replaced:
+        free += sum(file.stat().st_size for file in checkpoints(folder))
+    if free < needed:
+        raise TrainingError(
+            f"OUTPUT_DIR {folder}: {free / 2**20:.0f} MiB are free, a checkpoint takes {needed / 2**20:.0f}: free "
+            "space on that disk, or set OUTPUT_DIR elsewhere"
+        )
+
+
+def numbered(iteration: int) -> str:
+    """Detectron2's file name for the checkpoint after the 0-based ``iteration``."""
+    return f"model_{iteration:07d}.pth"
+
+
+def trim_metrics(folder: Path, iteration: int, written: int | None = None) -> None:
+    """Drop the lines of metrics.json that a run resumed after ``iteration`` writes again.
+
+    Without this a run that died 15 iterations after its checkpoint would leave those iterations in the file twice.
+
+    Args:
+        folder: OUTPUT_DIR.
+        iteration: last one of the checkpoint.
+        written: last one in the file when the checkpoint was made, where that is known.
+    """
+    import json
+
+    path = folder / METRICS
+    if not path.is_file():
+        return
+    kept, dropped = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+            # the last evaluation of a finished run stands one beyond its last iteration
+            later = record["iteration"] > (iteration + ("total_loss" not in record) if written is None else written)
+        except (ValueError, KeyError, TypeError, RecursionError):  # a line cut short by a crash
+            later = True
+        dropped += later
+        if not later:
+            kept.append(line)
+    if dropped:
+        text = "".join(f"{line}\n" for line in kept)
+        atomic_write(path, lambda file: file.write(text.encode()))
+        logger.info("%d line(s) of %s after iteration %d dropped; they are written again.", dropped, path, iteration)

@@ -1,0 +1,627 @@
+"""Schema of the checkpoints that runs are resumed from: every value is checked before any of it is used.
+
+A checkpoint comes from outside. What torch.load returns is still any nesting of any plain values, so each entry that a
+resumed run reads is described here: type, range, and for tensors dtype and shape. Entries that nothing reads are
+ignored, whatever they hold.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+from gn_det.errors import WeightsError
+from gn_det.text import shown
+
+#: ``check(value, where)`` raises :class:`Unfit` where the value at ``where`` cannot be used.
+Check = Callable[[Any, str], None]
+
+MOST_ITERATIONS = 10**9
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+#: Images of one iteration, in case the batch was larger before: a resumed run skips all images seen, one by one.
+_LARGEST_BATCH = 1024
+
+
+class Unfit(ValueError):
+    """An entry cannot be used; the message names it and says why."""
+
+    remedy = "delete that file to resume from an older checkpoint, or start a new run with MODEL.WEIGHTS"
+
+
+class OtherModel(Unfit):
+    """The checkpoint is of another model than the configured one."""
+
+    remedy = "resume with the configuration that the run was started with, or start a new one with MODEL.WEIGHTS"
+
+
+class OtherGroups(Unfit):
+    """The saved optimizer state is of other parameter groups."""
+
+    remedy = (
+        "resume with the MODEL.BACKBONE.FREEZE_AT and weight decay keys of the run, or start a new one with "
+        "MODEL.WEIGHTS"
+    )
+
+
+# ------------------------------------------------------------ values
+
+
+def whole(low: int, high: int) -> Check:
+    """A whole number within bounds; True and False are none."""
+
+    def check(value: Any, where: str) -> None:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise Unfit(f"{where} is {shown(value)}, not a whole number")
+        if not low <= value <= high:
+            raise Unfit(f"{where} is {shown(value)}; it must be from {low} to {high}")
+
+    return check
+
+
+def number(value: Any, where: str) -> None:
+    """A number of any kind, nan and infinity included (metrics may be undefined)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise Unfit(f"{where} is {shown(value)}, not a number")
+    if isinstance(value, int) and abs(value) > 2**63:
+        raise Unfit(f"{where} is {shown(value)}, which is too large")
+
+
+def finite(value: Any, where: str) -> None:
+    number(value, where)
+    if not math.isfinite(value):
+        raise Unfit(f"{where} is {value}; it must be finite")
+
+
+def positive(value: Any, where: str) -> None:
+    finite(value, where)
+    if value <= 0:
+        raise Unfit(f"{where} is {value}; it must be above 0")
+
+
+def flag(value: Any, where: str) -> None:
+    if not isinstance(value, bool):
+        raise Unfit(f"{where} is {shown(value)}, not True or False")
+
+
+def text(most: int) -> Check:
+    def check(value: Any, where: str) -> None:
+        if not isinstance(value, str):
+            raise Unfit(f"{where} is {shown(value)}, not text")
+        if len(value) > most:
+            raise Unfit(f"{where} has {len(value)} characters; at most {most} are allowed")
+
+    return check
+
+
+def printable_text(most: int) -> Check:
+    """Text without control characters."""
+    bounded = text(most)
+
+    def check(value: Any, where: str) -> None:
+        bounded(value, where)
+        if not value.isprintable():
+            raise Unfit(f"{where} is {shown(value)}, which holds control characters")
+
+    return check
+
+
+def optional(check: Check) -> Check:
+    """None, or what ``check`` takes."""
+
+    def either(value: Any, where: str) -> None:
+        if value is not None:
+            check(value, where)
+
+    return either
+
+
+# ------------------------------------------------------------ containers
+
+
+def items(check: Check, least: int, most: int) -> Check:
+    """A list or tuple of like items."""
+
+    def of_each(value: Any, where: str) -> None:
+        if not isinstance(value, (list, tuple)):
+            raise Unfit(f"{where} is {shown(value)}, not a list")
+        if not least <= len(value) <= most:
+            raise Unfit(f"{where} has {len(value)} items; it must have from {least} to {most}")
+        for index, item in enumerate(value):
+            check(item, f"{where}[{index}]")
+
+    return of_each
+
+
+def row(*checks: Check) -> Check:
+    """A list or tuple of fixed length."""
+
+    def of_each(value: Any, where: str) -> None:
+        if not isinstance(value, (list, tuple)) or len(value) != len(checks):
+            raise Unfit(f"{where} is {shown(value)}, not a list of {len(checks)} items")
+        for index, (check, item) in enumerate(zip(checks, value)):
+            check(item, f"{where}[{index}]")
+
+    return of_each
+
+
+def table(keys: Check, values: Check, most: int) -> Check:
+    """A dict of like items."""
+
+    def of_each(value: Any, where: str) -> None:
+        if not isinstance(value, Mapping):
+            raise Unfit(f"{where} is {shown(value)}, not a dict")
+        if len(value) > most:
+            raise Unfit(f"{where} has {len(value)} entries; at most {most} are allowed")
+        for key, item in value.items():
+            keys(key, f"a key of {where}")
+            values(item, f"{where}[{shown(key)}]")
+
+    return of_each
+
+
+def record(required: Mapping[str, Check], **more: Check) -> Check:
+    """A dict with known entries: those of ``required`` must be there, those of ``more`` may; others are ignored."""
+
+    def of_each(value: Any, where: str) -> None:
+        if not isinstance(value, Mapping):
+            raise Unfit(f"{where or 'the content'} is {shown(value)}, not a dict")
+        dot = f"{where}." if where else ""
+        for name, check in required.items():
+            if name not in value:
+                raise Unfit(f"{dot}{name} is missing")
+            check(value[name], dot + name)
+        for name, check in more.items():
+            if name in value:
+                check(value[name], dot + name)
+
+    return of_each
+
+
+# ------------------------------------------------------------ tensors
+
+
+def plain_tensor(value: Any, where: str) -> None:
+    """A dense tensor in host memory."""
+    if type(value) not in (Tensor, nn.Parameter):
+        raise Unfit(f"{where} is {shown(value)}, not a tensor")
+    if value.layout is not torch.strided or value.is_nested:
+        raise Unfit(f"{where} is not a dense tensor")
+    if value.device.type != "cpu" or value.is_quantized:
+        raise Unfit(f"{where} is a {'quantized' if value.is_quantized else value.device.type} tensor")
+
+
+def tensor_like(model: Tensor) -> Check:
+    """A tensor that can be copied into ``model`` to the last bit: its shape, its kind of numbers, all finite."""
+
+    def check(value: Any, where: str) -> None:
+        plain_tensor(value, where)
+        if value.shape != model.shape:
+            raise Unfit(f"{where} has shape {_shape(value)}; the model has {_shape(model)}")
+        if model.is_floating_point():
+            if value.dtype not in _FLOATS:
+                raise Unfit(f"{where} is of type {_dtype(value)}; the model's is {_dtype(model)}")
+            if not torch.isfinite(value).all():
+                raise Unfit(f"{where} holds nan or infinity")
+        elif value.dtype != model.dtype:
+            raise Unfit(f"{where} is of type {_dtype(value)}; the model's is {_dtype(model)}")
+
+    return check
+
+
+def _shape(value: Tensor) -> str:
+    return "x".join(map(str, value.shape[:8])) or "()"
+
+
+def _dtype(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
+
+
+def bytes_tensor(most: int) -> Check:
+    """A vector of bytes."""
+
+    def check(value: Any, where: str) -> None:
+        plain_tensor(value, where)
+        if value.dtype != torch.uint8 or value.dim() != 1 or value.numel() > most:
+            raise Unfit(f"{where} is not a vector of at most {most} bytes")
+
+    return check
+
+
+def weights_of(model: nn.Module) -> Check:
+    """All tensors of ``model`` and no others."""
+    own = model.state_dict()
+
+    def check(value: Any, where: str) -> None:
+        if not isinstance(value, Mapping):
+            raise Unfit(f"{where} is {shown(value)}, not a dict of tensors")
+        differing = [name for name in own if name not in value or _of_other_shape(value[name], own[name])]
+        differing += [name for name in value if name not in own]
+        if differing:
+            first = shown(differing[0])
+            raise OtherModel(f"{where}: {len(differing)} tensors differ from the configured model (first: {first})")
+        for name, tensor in own.items():
+            if isinstance(tensor, Tensor):
+                tensor_like(tensor)(value[name], f"{where}.{name}")
+
+    return check
+
+
+def _of_other_shape(value: Any, own: Any) -> bool:
+    return isinstance(value, Tensor) and isinstance(own, Tensor) and value.shape != own.shape
+
+
+# ------------------------------------------------------------ optimizer
+
+
+def restore_slots(optimizer: Optimizer, saved: Any, where: str) -> Callable[[], None]:
+    """Check a saved optimizer state; return the function that puts its buffers into ``optimizer``.
+
+    Hyperparameters stay the optimizer's own. Its buffers are copied, so that nothing of the file is shared.
+
+    Raises:
+        Unfit: an entry cannot be used.
+        OtherGroups: the groups hold other numbers of parameters.
+    """
+    number_of_parameter = whole(0, 10**7)
+    _SAVED(saved, where)
+    groups, ours = saved["param_groups"], optimizer.state_dict()["param_groups"]
+    counts, wanted = ([len(g["params"]) for g in part] for part in (groups, ours))
+    if counts != wanted:
+        raise OtherGroups(f"{where}.param_groups hold {shown(counts)} parameters, not {shown(wanted)}")
+    theirs = [key for group in groups for key in group["params"]]
+    if len(set(theirs)) != len(theirs):
+        raise Unfit(f"{where}.param_groups: their params name a parameter twice")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    names = [key for group in ours for key in group["params"]]
+    place = dict(zip(theirs, zip(names, parameters)))
+    slots: dict[int, dict[str, Any]] = {}
+    for key, slot in saved["state"].items():
+        number_of_parameter(key, f"a key of {where}.state")
+        if key in place:
+            name, parameter = place[key]
+            slots[name] = _slot(optimizer, parameter, slot, f"{where}.state[{key}]")
+
+    def put() -> None:
+        optimizer.load_state_dict({"state": slots, "param_groups": ours})
+
+    return put
+
+
+def _slot(optimizer: Optimizer, parameter: Tensor, slot: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Copies of one parameter's buffers; of SGD only momentum, the one that it reads."""
+    out: dict[str, Any] = {}
+    for name, value in slot.items():
+        inside = f"{where}.{shown(name) if not isinstance(name, str) or not name.isidentifier() else name[:60]}"
+        if isinstance(optimizer, SGD) and name != "momentum_buffer":
+            continue
+        text(60)(name, f"a key of {where}")
+        if isinstance(value, Tensor) and value.dim() == 0 and not isinstance(optimizer, SGD):
+            tensor_like(torch.zeros(()))(value, inside)
+            out[name] = value.detach().clone()
+        elif value is None or (isinstance(value, (int, float)) and not isinstance(optimizer, SGD)):
+            out[name] = value
+        else:
+            tensor_like(parameter)(value, inside)
+            with torch.no_grad():
+                out[name] = torch.empty_like(parameter, requires_grad=False).copy_(value)
+    return out
+
+
+_SAVED = record(
+    {
+        "state": table(whole(0, 10**7), table(text(60), lambda value, where: None, 20), 10**6),
+        "param_groups": items(record({"params": items(whole(0, 10**7), 0, 10**6)}), 1, 10**5),
+    }
+)
+
+
+# ------------------------------------------------------------ a detection run
+
+_COUNT = whole(-1, MOST_ITERATIONS)
+
+#: The counters of the ``gn_det`` block.
+_BLOCK = record(
+    {},
+    seed=whole(0, 2**63 - 1),
+    images_seen=whole(0, 10**15),
+    best_metric=optional(finite),
+    best_iteration=_COUNT,
+    stale=whole(0, MOST_ITERATIONS),
+    evaluated_at=_COUNT,
+    results=table(text(10_000), number, 100_000),
+    config=text(1 << 20),
+)
+
+_SCALER = record(
+    {
+        "scale": positive,
+        "growth_factor": positive,
+        "backoff_factor": positive,
+        "growth_interval": whole(1, MOST_ITERATIONS),
+        "_growth_tracker": whole(0, MOST_ITERATIONS),
+    }
+)
+
+#: One name -> [smooth, values, iteration, count, mean]; see :meth:`gn_det.engine.events.EventLog.dump`.
+_LOGS = record(
+    {
+        "scalars": table(
+            printable_text(200),
+            row(flag, items(number, 1, 1000), _COUNT, whole(0, MOST_ITERATIONS), number),
+            10_000,
+        ),
+        "written": _COUNT,
+        "lowest": optional(row(finite, _COUNT)),
+    }
+)
+
+
+def _accepted_by(what: str, take: Callable[[Any], Any]) -> Check:
+    """The library itself takes the value, on an object of no consequence."""
+
+    def check(value: Any, where: str) -> None:
+        try:
+            take(value)
+        except Exception:  # python, numpy and torch raise many types
+            raise Unfit(f"{where} is not a state of {what}'s random generator") from None
+
+    return check
+
+
+def _python(value: Any) -> None:
+    random.Random().setstate((value[0], tuple(value[1]), value[2]))
+
+
+def _numpy(value: Any) -> None:
+    np.random.RandomState().set_state(numpy_state(value))
+
+
+def numpy_state(value: Sequence[Any]) -> tuple[Any, ...]:
+    """A stored state as numpy takes it: a word of a tensor is 32 bits, kept in 64."""
+    name, keys, position, has_gauss, cached = value
+    return (name, keys.numpy().astype(np.uint32), position, has_gauss, cached)
+
+
+def _words(value: Any, where: str) -> None:
+    plain_tensor(value, where)
+    if value.dtype != torch.int64 or value.shape != (624,) or int(value.min()) < 0 or int(value.max()) >= 2**32:
+        raise Unfit(f"{where} is not a vector of 624 words")
+
+
+def _cuda(value: Any, where: str) -> None:
+    bytes_tensor(1 << 16)(value, where)
+    if torch.cuda.is_available():
+        _accepted_by("CUDA", torch.Generator("cuda").set_state)(value, where)
+
+
+def _all(*checks: Check) -> Check:
+    def check(value: Any, where: str) -> None:
+        for one in checks:
+            one(value, where)
+
+    return check
+
+
+_TORCH_RNG = _all(bytes_tensor(1 << 16), _accepted_by("torch", lambda v: torch.Generator().set_state(v)))
+_RNG = record(
+    {
+        "python": _all(
+            row(whole(3, 3), items(whole(0, 2**32 - 1), 625, 625), optional(finite)), _accepted_by("python", _python)
+        ),
+        "numpy": _all(
+            row(text(20), _words, whole(0, 624), whole(0, 1), finite), _accepted_by("numpy", _numpy)
+        ),
+        "torch": _TORCH_RNG,
+    },
+    cuda=optional(_cuda),
+)  # fmt: skip
+
+
+def check_run(payload: Mapping[str, Any], model: nn.Module, batch: int, processes: int) -> None:
+    """Check all that a resumed detection run reads of a checkpoint, but the optimizer (:func:`restore_slots`).
+
+    Args:
+        payload: content of the file.
+        model: of the run.
+        batch: its SOLVER.IMS_PER_BATCH.
+        processes: of this run; random states of another number of processes are not used.
+
+    Raises:
+        Unfit: names the entry.
+    """
+    weights = weights_of(model)
+    states = payload.get("rng")
+    record(
+        {"model": weights},
+        iteration=_COUNT,
+        gn_det=_BLOCK if isinstance(payload.get("gn_det"), dict) else lambda value, where: None,
+        ema=_or_nothing(record({"steps": whole(0, MOST_ITERATIONS), "learning": weights})),
+        grad_scaler=_or_nothing(_SCALER),
+        rng=optional(items(_RNG if _length(states) == processes else lambda value, where: None, 0, 10**6)),
+        logs=_or_nothing(_LOGS),
+    )(payload, "")
+    _check_together(payload, batch)
+
+
+def _or_nothing(check: Check) -> Check:
+    """An empty dict or None stands for an absent entry."""
+
+    def either(value: Any, where: str) -> None:
+        if value is not None and not (isinstance(value, Mapping) and not value):
+            check(value, where)
+
+    return either
+
+
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, (list, tuple)) else -1
+
+
+def _check_together(payload: Mapping[str, Any], batch: int) -> None:
+    """What no run can write: numbers beyond the iteration that the checkpoint was made after."""
+    iteration = payload.get("iteration", -1)
+    block = payload.get("gn_det")
+    block = block if isinstance(block, dict) else {}
+    most = max(_LARGEST_BATCH, 64 * batch)
+    if block.get("images_seen", 0) > (iteration + 1) * most:
+        raise Unfit(
+            f"gn_det.images_seen is {block['images_seen']}: more than {most} images an iteration, of which "
+            f"{iteration + 1} are done"
+        )
+    numbers = {f"gn_det.{name}": block.get(name, -1) for name in ("best_iteration", "evaluated_at")}
+    logs = payload.get("logs") or {}
+    for name, entry in logs.get("scalars", {}).items():
+        numbers[f"logs.scalars[{shown(name)}][2]"] = entry[2]
+    numbers["logs.written"] = logs.get("written", -1) - 1  # a last evaluation is one beyond the last iteration
+    for where, value in numbers.items():
+        if value > iteration:
+            raise Unfit(f"{where} lies beyond the checkpoint's iteration {iteration}")
+
+
+# ------------------------------------------------------------ a pretraining run
+
+
+def _setting(value: Any, where: str) -> None:
+    """A plain value of a setting, or a list of numbers."""
+    if isinstance(value, (list, tuple)):
+        items(number, 0, 1000)(value, where)
+    elif isinstance(value, str):
+        text(10_000)(value, where)
+    elif value is not None and not isinstance(value, bool):
+        number(value, where)
+
+
+_SETTINGS = table(text(100), _setting, 1000)
+
+#: Of whom a checkpoint of pretraining is; checked and compared before its content.
+check_origin = record({"settings": _SETTINGS, "processes": whole(1, 10**6)})
+
+_METRICS = table(printable_text(200), number, 1000)
+
+
+def check_pretraining(payload: Mapping[str, Any], model: nn.Module) -> None:
+    """Check all that ``gn-det pretrain --resume`` reads of ``last.ckpt``, but the optimizer.
+
+    Raises:
+        Unfit: names the entry.
+    """
+    record(
+        {
+            "model": weights_of(model),
+            "done": record(
+                {
+                    "epochs": whole(0, MOST_ITERATIONS),
+                    "curve": items(_all(_METRICS, _CURVE_ROW), 0, 10**6),
+                    "best": _or_nothing(
+                        _all(_METRICS, record({"epoch": whole(0, MOST_ITERATIONS), "val_error": number}))
+                    ),
+                    "peak_memory_mb": number,
+                }
+            ),
+        },
+        scaler=_or_nothing(_SCALER),
+    )(payload, "")
+    done = payload["done"]
+    if len(done["curve"]) != done["epochs"] or (done["epochs"] and not done["best"]):
+        raise Unfit(f"done.curve has {len(done['curve'])} rows, not one for each of {done['epochs']} epochs")
+
+
+_CURVE_ROW = record(
+    {
+        "epoch": whole(1, MOST_ITERATIONS),
+        **dict.fromkeys(("train_loss", "train_error", "val_error", "lr"), number),
+        **dict.fromkeys(("seconds_per_iteration", "inference_seconds_per_image"), number),
+    }
+)
+
+#: What is read of the ``summary.json`` of a finished pretraining run.
+check_summary = record(
+    {
+        "settings": _SETTINGS,
+        "top1_error": number,
+        "curve": items(_all(_METRICS, _CURVE_ROW), 1, 10**6),
+    },
+    seconds_per_iteration=optional(number),
+    peak_memory_mb=optional(number),
+    inference_seconds_per_image=optional(number),
+    parameters=optional(number),
+)
+
+
+# ------------------------------------------------------------ a kept batch
+
+
+def _array(dims: int, *dtypes: torch.dtype, last: int | None = None) -> Check:
+    """A dense tensor of ``dims`` dimensions and one of ``dtypes``; ``last`` is the length of its last dimension."""
+
+    def check(value: Any, where: str) -> None:
+        plain_tensor(value, where)
+        if value.dim() != dims or value.dtype not in dtypes or (last is not None and value.shape[-1] != last):
+            raise Unfit(f"{where} is a tensor of shape {_shape(value)} and type {_dtype(value)}, which no batch holds")
+
+    return check
+
+
+_SIDE = whole(1, 1 << 16)
+_POLYGONS = items(_array(1, torch.float32, torch.float64), 0, 10**5)
+
+
+def _mask(value: Any, where: str) -> None:
+    (_POLYGONS if isinstance(value, list) else _array(2, torch.bool, torch.uint8))(value, where)
+
+
+_SAMPLE = record(
+    {"image": _array(3, torch.uint8, torch.float32)},
+    file_name=text(10_000),
+    height=_SIDE,
+    width=_SIDE,
+    targets=record(
+        {
+            "image_size": row(_SIDE, _SIDE),
+            "boxes": _array(2, torch.float32, last=4),
+            "classes": _array(1, torch.int64),
+            "masks": optional(items(_mask, 0, 10**5)),
+        }
+    ),
+)
+
+
+def check_replay(payload: Mapping[str, Any], model: nn.Module, classes: int) -> None:
+    """Check a kept batch (``nonfinite_*.pth``): batch, random states and weights, which may hold nan and infinity.
+
+    Raises:
+        Unfit: names the entry.
+    """
+    record({"batch": items(_SAMPLE, 1, 1 << 16), "rng": record({"torch": _TORCH_RNG}), "autocast": text(20)})(
+        payload, ""
+    )
+    if payload["autocast"] not in ("", "torch.float16", "torch.bfloat16"):
+        raise Unfit(f"autocast is {shown(payload['autocast'])}, not a type of autocast")
+    for index, sample in enumerate(payload["batch"]):
+        targets = sample.get("targets")
+        if targets is None:
+            continue
+        found, masks = targets["classes"], targets["masks"]
+        if len(targets["boxes"]) != len(found) or (masks is not None and len(masks) != len(found)):
+            raise Unfit(f"batch[{index}].targets hold different numbers of boxes, classes and masks")
+        if len(found) and not 0 <= int(found.min()) <= int(found.max()) < classes:
+            raise Unfit(f"batch[{index}].targets.classes go beyond the {classes} classes of the model")
+    weights, own = payload["model"], model.state_dict()
+    if not isinstance(weights, Mapping) or weights.keys() != own.keys():
+        raise OtherModel("model: its weights are not those of the configured model")
+    for name, tensor in own.items():
+        plain_tensor(weights[name], f"model.{name}")
+        if weights[name].shape != tensor.shape or weights[name].dtype != tensor.dtype:
+            raise OtherModel(f"model.{name} has another shape or type than in the configured model")
+
+
+def refuse(source: str, error: Unfit, remedy: str = "", doing: str = "resume from this checkpoint") -> WeightsError:
+    """The one line that a user sees of an entry that cannot be used."""
+    return WeightsError(f"{source}: cannot {doing}: {error}; {remedy or error.remedy}")

@@ -1,0 +1,327 @@
+"""Detect on images of any name, draw what was found, and write it as one COCO-style json."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from gn_det.data.image import ImageReader
+from gn_det.data.inputs import collect_images, output_names
+from gn_det.errors import ConfigError, DataError, UserError, WeightsError
+from gn_det.evaluation.results import detections_to_coco, write_bytes_atomic, write_json_atomic
+from gn_det.structures import Detections
+from gn_det.terminal import say
+from gn_det.text import one_line, shown
+from gn_det.visualize.draw import draw_detections
+
+if TYPE_CHECKING:
+    from gn_det.engine.interface import Engine
+
+#: Name of the json beside the drawings.
+PREDICTIONS_FILE = "predictions.json"
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A model with what is needed to name what it finds.
+
+    Attributes:
+        detect: path of an image, or an (H, W, 3) uint8 array in RGB order (frames of OpenCV are BGR: give
+            ``frame[:, :, ::-1]``) -> detections at its (upright) original size; raises DataError on what cannot be
+            read.
+        read: path of an image -> its RGB pixels, for drawing.
+        class_names: name of each class index.
+        category_ids: json category id of each class index.
+    """
+
+    detect: Callable[[Path | np.ndarray], Detections]
+    class_names: Sequence[str]
+    category_ids: Sequence[int]
+    read: Callable[[Path], np.ndarray] = ImageReader("RGB").read
+
+
+def predict(
+    weights: str | os.PathLike[str],
+    inputs: Sequence[str | os.PathLike[str]] | str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    threshold: float = 0.5,
+    classes: Sequence[str] | None = None,
+    config: str | None = None,
+    device: str = "auto",
+    predictor: Predictor | None = None,
+    report: Callable[[str], None] = say,
+) -> dict[str, Any]:
+    """Detect on every image, write a drawing each and ``predictions.json`` into ``output``.
+
+    Args:
+        weights: checkpoint of gn_det (config and classes come from it), or other weights with ``config``.
+        inputs: images, folders (searched with subfolders) and globs.
+        output: folder, made if absent.
+        threshold: lowest score kept, in [0, 1].
+        classes: only these class names; None keeps all.
+        config: path or shipped name; None takes the config stored in the checkpoint.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` ...
+        predictor: takes the place of ``weights`` and ``config`` (quickstart, tests).
+        report: receives one line per image, and the notes.
+
+    Returns:
+        The content of ``predictions.json``: ``images`` (``id``, ``file_name``, ``height``, ``width``, ``drawing``),
+        ``categories``, ``annotations`` (COCO, with ``score`` and ``category_name``; RLE masks).
+
+    Raises:
+        UserError: nothing to do, unknown class or unusable weights; or, after all other images are done and written,
+            images that could not be read, named with their reasons.
+    """
+    if not 0 <= threshold <= 1:
+        raise ConfigError(f"threshold {threshold} must lie between 0 and 1")
+    given = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
+    if not os.fspath(output) or "\0" in os.fspath(output):
+        raise ConfigError(f"output folder {shown(os.fspath(output))}: no folder can have this name; give another")
+    folder = Path(os.path.expanduser(output))
+    paths, notes = collect_images(given, exclude=folder)
+    for note in notes:
+        report(f"note: {note}")
+    names = output_names(paths)
+    _check_writable(folder)
+    _check_not_overwritten(folder, paths, names)
+    from gn_det.engine.advice import out_of_memory
+
+    predictor = predictor or load_predictor(weights, config=config, device=device)
+    wanted = _class_indices(classes, predictor.class_names)
+    document = _Document(predictor)
+    failed: list[str] = []
+    best = 0.0
+    for number, (path, name) in enumerate(zip(paths, names), 1):
+        started = time.perf_counter()
+        try:
+            everything = predictor.detect(path)
+            best = max(best, everything.scores.max().item() if len(everything) else 0.0)
+            det = select(everything, threshold, wanted)
+            drawing = draw_detections(predictor.read(path), det, predictor.class_names)
+        except DataError as error:
+            failed.append(str(error))
+            report(f"[{number}/{len(paths)}] skipped: {error}")
+            continue
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            failed.append(f"{path}: too little memory for this image of {os.path.getsize(path)} bytes")
+            report(f"[{number}/{len(paths)}] skipped: {failed[-1]}")
+            continue
+        _write_png(folder / name, drawing)
+        document.add(path, name, det)
+        seconds = time.perf_counter() - started
+        report(f"[{number}/{len(paths)}] {path}: {_summary(det, predictor.class_names)} ({seconds:.2f} s)")
+    some = "; ".join(one_line(f, 400) for f in failed[:3]) + ("; ..." if len(failed) > 3 else "")
+    count = len(document.content["images"])
+    if not count:
+        raise DataError(f"no image could be read: {some}")
+    write_json_atomic(os.fspath(folder / PREDICTIONS_FILE), document.content)
+    report(f"{count} drawing{'' if count == 1 else 's'} and {PREDICTIONS_FILE} are in {folder}")
+    if not document.content["annotations"]:
+        report(f"note: no object was found with a score of {threshold:g} or more; the best score was {best:.2f}")
+    if failed:
+        raise DataError(f"{len(failed)} of {len(paths)} images could not be read, the others are done: {some}")
+    return document.content
+
+
+def load_predictor(
+    weights: str | os.PathLike[str],
+    *,
+    config: str | None = None,
+    device: str = "auto",
+    engine: Engine | None = None,
+) -> Predictor:
+    """Build the model that a checkpoint describes and load it; ``engine`` None takes the embedded one if that has it.
+
+    Raises:
+        WeightsError: unreadable file, no stored config and none given, or weights that do not fill the model.
+        ConfigError: unusable config or device.
+    """
+    from gn_det.checkpoint.catalog import local_path
+    from gn_det.checkpoint.meta import read_meta
+    from gn_det.checkpoint.sources import read_any
+    from gn_det.checkpoint.weights import load_weights
+    from gn_det.config import load_config, parse_config
+    from gn_det.data.mapper import TestMapper
+
+    meta = read_meta(read_any(local_path(weights)), weights) or {}
+    if config is not None:
+        cfg = load_config(config)
+    elif meta.get("config"):
+        cfg = parse_config(meta["config"], os.fspath(weights))
+    else:
+        raise WeightsError(
+            f"{os.fspath(weights)}: no config is stored in this file; name the one it was trained with by --config"
+        )
+    names, ids = _classes_of(meta, cfg)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(names)
+    target = _device(device)
+    engine = engine or _engine_for(cfg, os.fspath(weights))
+    model = engine.build_model(cfg).eval()
+    load_weights(model, weights, cfg, require_all=True)
+    model.to(target)
+    mapper, detector = TestMapper(cfg), engine.detector(model)
+
+    @torch.inference_mode()
+    def detect(image: Path | np.ndarray) -> Detections:
+        return detector([mapper(image)])[0]
+
+    return Predictor(detect, names, ids, ImageReader.of(cfg, "RGB").read)
+
+
+def _engine_for(cfg: Any, source: str) -> Engine:
+    """The embedded engine, or Detectron2 for a model that only it has.
+
+    Raises:
+        UserError: the model needs Detectron2, and it is not installed or cannot be used.
+    """
+    from gn_det.config.check import check_config
+    from gn_det.engine import choice as engines
+
+    choice = engines.Choice("embedded", "")
+    try:
+        check_config(cfg)
+    except ConfigError as error:
+        if "--engine detectron2 runs it" in str(error):
+            if not engines.is_installed():
+                raise ConfigError(
+                    f"{source}: only Detectron2 has this model ({str(error).partition(' is not')[0]}), and it is not "
+                    f"installed: see {engines.INSTALL_PAGE}"
+                ) from None
+            choice = engines.Choice("detectron2", "")
+    return engines.load(choice)
+
+
+def _classes_of(meta: dict[str, Any], cfg: Any) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Names and ids: from the checkpoint, else from the config, else numbers."""
+    names, ids = tuple(meta.get("class_names") or ()), tuple(meta.get("category_ids") or ())
+    if not names:
+        names = tuple(cfg.MODEL.CLASS_NAMES)
+    if not names:
+        count = int(cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+        if count < 1:
+            raise ConfigError("MODEL.ROI_HEADS.NUM_CLASSES is 0 and the checkpoint stores no classes; set it")
+        names = tuple(f"class {i}" for i in range(count))
+    return names, ids if len(ids) == len(names) else tuple(range(1, len(names) + 1))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device '{name}' is not known; use auto, cpu, cuda or cuda:N") from None
+    if target.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device '{name}' is not supported; use auto, cpu, cuda or cuda:N")
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device '{name}': this machine has {torch.cuda.device_count()} CUDA devices; use auto or cpu"
+        )
+    return target
+
+
+def _check_writable(folder: Path) -> None:
+    """Make the folder before the model runs, so that an hour's work is not lost to a typo."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another output folder") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: is not writable; choose another output folder")
+
+
+def _check_not_overwritten(folder: Path, paths: Sequence[Path], names: Sequence[str]) -> None:
+    images = {path.resolve() for path in paths}
+    for name in names:
+        if (folder / name).resolve() in images:
+            raise ConfigError(
+                f"output folder {folder}: the drawing {name} would overwrite an input; choose another folder"
+            )
+
+
+def _class_indices(classes: Sequence[str] | None, names: Sequence[str]) -> set[int] | None:
+    if classes is None:
+        return None
+    lower = {name.lower(): i for i, name in enumerate(names)}
+    wanted = set()
+    for name in classes:
+        index = names.index(name) if name in names else lower.get(name.lower())
+        if index is None:
+            near = difflib.get_close_matches(name.lower(), lower, n=1)
+            known = ", ".join(one_line(n, 60) for n in names[:10])
+            hint = f"did you mean {shown(names[lower[near[0]]])}?" if near else f"the model knows {known}"
+            raise ConfigError(f"class {shown(name)} is not one of the model's {len(names)} classes; {hint}")
+        wanted.add(index)
+    if not wanted:
+        raise ConfigError("the list of classes is empty; name at least one, or leave it out for all")
+    return wanted
+
+
+def select(det: Detections, threshold: float, wanted: set[int] | None) -> Detections:
+    """Detections on the CPU with enough score and of the wanted classes, best first."""
+    keep = det.scores >= threshold
+    if wanted is not None:
+        keep &= torch.isin(det.classes, torch.tensor(sorted(wanted), device=det.classes.device))
+    index = torch.nonzero(keep).flatten()
+    index = index[det.scores[index].argsort(descending=True, stable=True)]
+    masks = det.masks
+    if masks is not None:
+        # The best ones usually come first: then no mask is copied.
+        first = torch.equal(index.cpu(), torch.arange(len(index)))
+        masks = (masks[: len(index)] if first else masks[index]).cpu()
+    return Detections(det.image_size, det.boxes[index].cpu(), det.scores[index].cpu(), det.classes[index].cpu(), masks)
+
+
+def _write_png(path: Path, picture: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="PNG", compress_level=3)
+    write_bytes_atomic(os.fspath(path), buffer.getvalue())
+
+
+def _summary(det: Detections, names: Sequence[str]) -> str:
+    """``3 objects: 2 dog, 1 cat``."""
+    counts: dict[str, int] = {}
+    for index in det.classes.tolist():
+        counts[names[index]] = counts.get(names[index], 0) + 1
+    parts = [f"{n} {one_line(name, 60)}" for name, n in sorted(counts.items(), key=lambda c: -c[1])]
+    some = ", ".join(parts[:5]) + (", ..." if len(parts) > 5 else "")
+    return f"{len(det)} object{'' if len(det) == 1 else 's'}" + (f": {some}" if some else "")
+
+
+class _Document:
+    """The json under construction."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        self.ids = list(predictor.category_ids)
+        self.names = dict(zip(self.ids, predictor.class_names))
+        categories = [{"id": i, "name": name} for i, name in self.names.items()]
+        self.content: dict[str, Any] = {"images": [], "categories": categories, "annotations": []}
+
+    def add(self, path: Path, drawing: str, det: Detections) -> None:
+        image_id = len(self.content["images"]) + 1
+        height, width = det.image_size
+        self.content["images"].append(
+            {"id": image_id, "file_name": path.as_posix(), "height": height, "width": width, "drawing": drawing}
+        )
+        for result in detections_to_coco(image_id, det, self.ids):
+            area = result["bbox"][2] * result["bbox"][3]
+            if "segmentation" in result:
+                from pycocotools import mask as coco_mask
+
+                area = float(coco_mask.area(result["segmentation"]))
+            extra = {"category_name": self.names[result["category_id"]], "area": area, "iscrowd": 0}
+            number = len(self.content["annotations"]) + 1
+            self.content["annotations"].append({"id": number, **result, **extra})

@@ -1,0 +1,381 @@
+"""Pictures of detections: masks, boxes and labels on the image, and several images in a grid.
+
+Everything is drawn with Pillow; :mod:`gn_det.visualize.curves` draws the course of a training run.
+"""
+
+from __future__ import annotations
+
+import bisect
+import colorsys
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from gn_det.data.records import Record
+from gn_det.structures import Detections, rasterize_polygons
+from gn_det.visualize.curves import draw_curves
+
+__all__ = ["class_color", "draw_annotations", "draw_curves", "draw_detections", "draw_grid"]
+
+Color = tuple[int, int, int]
+Box = tuple[float, float, float, float]
+
+#: Colours of the first classes, far apart and readable on photographs; later ones walk around the hue circle.
+_PALETTE: tuple[Color, ...] = (
+    (31, 119, 220),
+    (255, 127, 14),
+    (44, 175, 60),
+    (222, 45, 55),
+    (148, 85, 211),
+    (0, 178, 190),
+    (240, 80, 170),
+    (250, 200, 20),
+    (140, 86, 60),
+    (110, 130, 30),
+    (75, 65, 150),
+    (170, 220, 60),
+)
+
+#: Fill opacity of a mask.
+_ALPHA = 0.45
+#: Rows of a picture that are tinted at once.
+_ROWS = 128
+#: Characters of a name that are looked at for its label.
+_LONGEST = 200
+
+
+def class_color(index: int) -> Color:
+    """RGB colour of a class: the same in every picture, distinct from its neighbours."""
+    if index < len(_PALETTE):
+        return _PALETTE[index]
+    step = index - len(_PALETTE)
+    # The golden ratio never repeats a hue; three levels of lightness keep near hues apart.
+    hue = (0.09 + 0.61803398875 * step) % 1.0
+    r, g, b = colorsys.hls_to_rgb(hue, (0.5, 0.36, 0.66)[step % 3], 0.8)
+    return round(r * 255), round(g * 255), round(b * 255)
+
+
+def draw_detections(
+    image_rgb: np.ndarray,
+    detections: Detections,
+    class_names: Sequence[str],
+    *,
+    min_size: int = 640,
+    max_size: int | None = None,
+    show_scores: bool = True,
+) -> np.ndarray:
+    """Detections drawn on a copy of the image, with memory for one mask at a time.
+
+    Args:
+        image_rgb: (H, W, 3) uint8 RGB.
+        detections: at the size of the image; no threshold is applied.
+        class_names: name of each class index; an index beyond them is shown as a number.
+        min_size: a smaller image is scaled up to about this longer side by a whole factor, to keep labels legible.
+        max_size: a larger image is scaled down to this longer side before anything is drawn; None draws at full size.
+        show_scores: add the score in percent to the label.
+
+    Returns:
+        (H * k, W * k, 3) uint8 with k a whole number >= 1, or less where ``max_size`` says so.
+    """
+    masks = detections.masks
+
+    def mask_of(index: int, height: int, width: int) -> np.ndarray:
+        assert masks is not None
+        mask = masks[index].detach().cpu().numpy().astype(bool, copy=False)
+        return _resized(mask, height, width)
+
+    boxes = detections.boxes.detach().cpu().numpy().astype(float)
+    scores = detections.scores.detach().cpu().tolist()
+    labels = _Labels(detections.classes.detach().cpu().tolist(), scores, class_names, show_scores)
+    return _draw(image_rgb, boxes, labels, None if masks is None else mask_of, min_size, max_size)
+
+
+def draw_annotations(
+    image_rgb: np.ndarray,
+    record: Record,
+    class_names: Sequence[str],
+    *,
+    min_size: int = 640,
+    max_size: int | None = None,
+) -> np.ndarray:
+    """The annotations of an image drawn as :func:`draw_detections` does; a mask is made when it is drawn."""
+    annotations = record["annotations"]
+
+    def mask_of(index: int, height: int, width: int) -> np.ndarray:
+        segmentation = annotations[index].get("segmentation")
+        if isinstance(segmentation, dict):
+            from pycocotools import mask as coco_mask
+
+            return _resized(coco_mask.decode(segmentation).astype(bool), height, width)
+        scale = width / record["width"], height / record["height"]
+        polygons = [np.asarray(p, float) * np.resize(scale, len(p)) for p in segmentation or []]
+        return rasterize_polygons(polygons, height, width)
+
+    corners = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in annotations)]
+    boxes = np.array(corners, dtype=np.float32).reshape(-1, 4).astype(float)
+    labels = _Labels([a["category_id"] for a in annotations], [1.0] * len(annotations), class_names, False)
+    return _draw(image_rgb, boxes, labels, mask_of, min_size, max_size)
+
+
+class _Labels(NamedTuple):
+    """What is written at each box."""
+
+    classes: Sequence[int]
+    scores: Sequence[float]
+    class_names: Sequence[str]
+    show_scores: bool
+
+
+def _draw(
+    image_rgb: np.ndarray,
+    boxes: np.ndarray,
+    labels: _Labels,
+    mask_of: Callable[[int, int, int], np.ndarray] | None,
+    min_size: int,
+    max_size: int | None,
+) -> np.ndarray:
+    """Boxes (N, 4) XYXY, and masks by (index, height, width), on a copy of the image."""
+    picture = Image.fromarray(np.ascontiguousarray(image_rgb))
+    if max_size is not None and max(picture.size) > max_size:
+        wide, high = picture.size
+        picture.thumbnail((max_size, max_size), Image.Resampling.LANCZOS)
+        boxes = boxes * np.array([picture.width / wide, picture.height / high] * 2)
+    width, height = picture.size
+    scale = max(1, round(min_size / max(height, width)))
+    if scale > 1:
+        picture = picture.resize((width * scale, height * scale), Image.Resampling.BICUBIC)
+    line = max(2, round(max(picture.size) / 400))
+    boxes = boxes * scale
+    classes, scores, class_names, show_scores = labels
+    # Large objects first: what lies in front of them stays visible.
+    order = sorted(range(len(boxes)), key=lambda i: -_area(boxes[i]))
+    if mask_of is not None:
+        pixels = np.array(picture)
+        for i in order:
+            _paint_mask(pixels, mask_of(i, height, width), scale, class_color(classes[i]), line)
+        picture = Image.fromarray(pixels)
+    canvas = ImageDraw.Draw(picture)
+    for i in order:
+        canvas.rectangle(_inside(boxes[i], picture.size), outline=class_color(classes[i]), width=line)
+    taken: list[Box] = []
+    for i in sorted(range(len(boxes)), key=lambda i: -scores[i]):
+        text = _label_text(classes[i], class_names, 0.45 * picture.width, _label_size(picture.size))
+        if show_scores:
+            text += f" {scores[i]:.0%}"
+        taken.append(_label(canvas, text, boxes[i], class_color(classes[i]), taken, picture.size))
+    return np.array(picture)
+
+
+def _resized(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    if mask.shape == (height, width):
+        return mask
+    return np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
+
+
+def draw_grid(
+    images: Sequence[np.ndarray],
+    titles: Sequence[str] = (),
+    *,
+    columns: int | None = None,
+    cell: int = 480,
+    gap: int = 12,
+) -> np.ndarray:
+    """Several RGB images on white, each fitted into a square cell without distortion.
+
+    Args:
+        images: (H, W, 3) uint8 each, any sizes.
+        titles: a line above each image; may be shorter than ``images``.
+        columns: cells a row, about square when None.
+        cell: side of a cell in pixels.
+        gap: white space around cells in pixels.
+    """
+    if not images:
+        raise ValueError("no images for a grid")
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    fitted = [_fit(image, cell) for image in images]
+    rows = [fitted[i : i + columns] for i in range(0, len(fitted), columns)]
+    font_size = max(14, cell // 28)
+    head = font_size + gap if any(titles) else 0
+    heights = [max(f.height for f in row) for row in rows]
+    sheet = Image.new(
+        "RGB",
+        (gap + min(columns, len(fitted)) * (cell + gap), gap + sum(heights) + len(rows) * (head + gap)),
+        "white",
+    )
+    canvas = ImageDraw.Draw(sheet)
+    top = gap
+    for r, row in enumerate(rows):
+        for c, picture in enumerate(row):
+            left = gap + c * (cell + gap)
+            index = r * columns + c
+            if index < len(titles):
+                text = _shorten(titles[index], cell, font_size)
+                canvas.text((left, top), text, fill=(40, 40, 40), font=_font_for(text, font_size))
+            sheet.paste(picture, (left + (cell - picture.width) // 2, top + head))
+        top += heights[r] + head + gap
+    return np.array(sheet)
+
+
+def _fit(image: np.ndarray, side: int) -> Image.Image:
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    ratio = side / max(picture.size)
+    size = (max(1, round(picture.width * ratio)), max(1, round(picture.height * ratio)))
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def _area(box: np.ndarray) -> float:
+    return float((box[2] - box[0]) * (box[3] - box[1]))
+
+
+def _inside(box: np.ndarray, size: tuple[int, int]) -> Box:
+    """The box as Pillow wants it: inclusive corners within the picture, never inverted."""
+    x0, y0 = (min(max(float(box[k]), 0.0), size[k] - 1.0) for k in (0, 1))
+    x1, y1 = (min(max(float(box[k + 2]) - 1, 0.0), size[k] - 1.0) for k in (0, 1))
+    return x0, y0, max(x0, x1), max(y0, y1)
+
+
+def _paint_mask(pixels: np.ndarray, mask: np.ndarray, scale: int, color: Color, line: int) -> None:
+    """Fill a (H, W) bool mask translucently and draw its outline, in place on the scaled pixels."""
+    rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if len(rows) == 0:
+        return
+    # A margin, so that the outline of a cut-out is that of the object.
+    top, left = max(rows[0] - 2, 0), max(cols[0] - 2, 0)
+    part = mask[top : rows[-1] + 3, left : cols[-1] + 3]
+    stencil = Image.fromarray(part.astype(np.uint8) * 255)
+    if scale > 1:
+        # Blurred before it is cut at one half: the stairs of the small mask become a smooth line.
+        stencil = stencil.resize((part.shape[1] * scale, part.shape[0] * scale), Image.Resampling.BICUBIC)
+        stencil = stencil.filter(ImageFilter.GaussianBlur(0.6 * scale))
+    inner = np.asarray(stencil) >= 128
+    area = pixels[
+        top * scale : top * scale + inner.shape[0],
+        left * scale : left * scale + inner.shape[1],
+    ]
+    tint(area, inner, color, _ALPHA)
+    area[inner & ~_eroded(inner, line)] = color
+
+
+def tint(pixels: np.ndarray, mask: np.ndarray, color: Color, alpha: float) -> None:
+    """Mix ``color`` into the pixels of a (H, W) bool mask, in place, some rows at a time."""
+    mixed = np.arange(256, dtype=np.uint8)[:, None] * (1 - alpha) + np.array(color, dtype=np.float32) * alpha
+    table = mixed.astype(np.uint8).T.ravel().tolist()
+    for top in range(0, len(mask), _ROWS):
+        rows = pixels[top : top + _ROWS]
+        plain = Image.fromarray(np.ascontiguousarray(rows))
+        stencil = Image.fromarray(np.ascontiguousarray(mask[top : top + _ROWS]).view(np.uint8) * 255)
+        rows[:] = np.asarray(Image.composite(plain.point(table), plain, stencil))
+
+
+def _eroded(mask: np.ndarray, reach: int) -> np.ndarray:
+    """The pixels whose neighbours up to ``reach`` away, diagonal ones too, are in the mask or outside the picture."""
+    out = np.pad(mask, reach, constant_values=True)
+    for _ in range(2):  # down the columns, then along the rows
+        covered = 1
+        while covered < 2 * reach + 1:
+            step = min(covered, 2 * reach + 1 - covered)
+            out = out[:-step] & out[step:]
+            covered += step
+        out = out.T
+    return out
+
+
+def _label_size(size: tuple[int, int]) -> int:
+    """Font size in pixels for a picture of (width, height)."""
+    return max(13, round(max(size) / 48))
+
+
+def _label_text(index: int, class_names: Sequence[str], width: float, font_size: int) -> str:
+    """The class name cut to ``width`` pixels, or a number where there is no name or no font that can write it."""
+    name = class_names[index] if index < len(class_names) else ""
+    if not name.strip() or not _can_write(name):
+        return f"class {index}"
+    return _shorten(name, width, font_size)
+
+
+def _label(
+    canvas: ImageDraw.ImageDraw, text: str, box: np.ndarray, color: Color, taken: Sequence[Box], size: tuple[int, int]
+) -> Box:
+    """Write a label on a filled ground at the box, inside the picture, where it hides the fewest other labels."""
+    font_size = _label_size(size)
+    font = _font_for(text, font_size)
+    pad = max(2, font_size // 5)
+    left, _, right, _ = canvas.textbbox((0, 0), text, font=font)
+    width, height = right - left + 2 * pad, font_size + 2 * pad
+    x0, y0, x1, y1 = _inside(box, size)
+    spots = [(x0, y0 - height), (x0, y0), (x1 - width, y0 - height), (x0, y1), (x1 - width, y1), (x0, y1 - height)]
+    spots += [(x0, y0 + k * height) for k in (1, 2)]
+    placed = []
+    for x, y in spots:
+        x, y = min(max(x, 0.0), max(size[0] - width, 0)), min(max(y, 0.0), max(size[1] - height, 0))
+        placed.append((x, y, x + width, y + height))
+    # min() keeps the first of equals: the order above is the order of preference.
+    spot = min(placed, key=lambda s: sum(_overlap(s, other) for other in taken))
+    canvas.rounded_rectangle(spot, radius=pad, fill=color)
+    dark = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] < 150
+    middle = (spot[0] + pad - left, spot[1] + height / 2)
+    canvas.text(middle, text, anchor="lm", font=font, fill="white" if dark else "black")
+    return spot
+
+
+def _overlap(a: Box, b: Box) -> float:
+    return max(min(a[2], b[2]) - max(a[0], b[0]), 0) * max(min(a[3], b[3]) - max(a[1], b[1]), 0)
+
+
+def _shorten(text: str, width: float, font_size: int) -> str:
+    """The text, cut with an ellipsis where it is wider than ``width`` pixels."""
+    cut = len(text) > _LONGEST
+    text = " ".join(text[:_LONGEST].split()) or "?"
+    font = _font_for(text, font_size)
+    if font.getlength(text) <= width and not cut:
+        return text
+    # The longest that fits: the first length that does not, less one.
+    length = bisect.bisect_right(range(2, len(text) + 1), width, key=lambda n: font.getlength(text[:n] + "…"))
+    return text[: length + 1] + "…"
+
+
+@functools.lru_cache(maxsize=256)
+def _font_for(text: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """DejaVu Sans, which comes with matplotlib; another installed font where it lacks a character (CJK ...)."""
+    path = _font_file(_code_points(text))
+    return ImageFont.load_default(size) if path is None else ImageFont.truetype(path, size)
+
+
+def _can_write(text: str) -> bool:
+    path = _font_file(_code_points(text))
+    return path is None or _code_points(text) <= _characters(path)
+
+
+def _code_points(text: str) -> frozenset[int]:
+    return frozenset(ord(c) for c in text if not c.isspace())
+
+
+@functools.lru_cache(maxsize=256)
+def _font_file(needed: frozenset[int]) -> str | None:
+    """The font file that writes most of the code points, None without matplotlib."""
+    try:
+        from matplotlib import font_manager
+    except ImportError:
+        return None
+    default = font_manager.findfont("DejaVu Sans")
+    if needed <= _characters(default):
+        return default
+    # "Last Resort" claims every character and draws a placeholder for each.
+    found = font_manager.fontManager.ttflist
+    candidates = sorted({f.fname for f in found if f.style == "normal" and "resort" not in f.name.lower()})
+    return max([default, *candidates], key=lambda file: len(needed & _characters(file)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _characters(path: str) -> frozenset[int]:
+    """Code points that a font file can draw."""
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        return frozenset(FT2Font(path).get_charmap())
+    except (RuntimeError, OSError):
+        return frozenset()

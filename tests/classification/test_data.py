@@ -1,0 +1,221 @@
+"""Digits, shapes and folders: the same images whatever the workers, mistakes told with the file's name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gn_det.classification import Settings, pretrain
+from gn_det.classification.folder import FolderSource, lighting
+from gn_det.classification.generated import draw_set, load_shapes
+from gn_det.classification.image_sources import ArraySource, Input, epoch_batches, load_digits
+from gn_det.errors import ConfigError, DataError
+
+NAMES = ("cat", "dog", "émeu")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Pictures of one colour per class, of all sizes."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 6), ("val", 3)):
+        for k, name in enumerate(NAMES):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(count):
+                size = (int(rng.integers(40, 90)), int(rng.integers(40, 90)), 3)
+                pixels = np.zeros(size, dtype=np.uint8)
+                pixels[..., k] = 200 + i
+                Image.fromarray(pixels).save(tmp_path / part / name / f"{i}.png")
+    return tmp_path
+
+
+def settings(folder: Path, **changes: Any) -> Settings:
+    values: dict[str, Any] = {"arch": "resnet8", "norm": "LN", "batch_size": 4, "epochs": 1, "image_size": 32}
+    values |= {"workers": 0, "device": "cpu", "lr": 0.01, "data": str(folder), "output": str(folder / "out")}
+    return Settings(**{**values, **changes})
+
+
+def train_images(given: Settings, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    source = FolderSource(given)
+    batches = list(source.train_batches(epoch, epoch_batches(given, epoch, source.train_images, 0, 1)))
+    return torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches])
+
+
+def test_folder_gives_bgr_pixels_and_sorted_classes(folder: Path) -> None:
+    """Class k is the colour channel k of RGB, hence channel 2 - k here; nothing is scaled or clipped in validation."""
+    source = FolderSource(settings(folder))
+    assert source.class_names == NAMES and (source.train_images, source.val_images) == (18, 9)
+    (pixels, labels), *rest = source.val_batches(range(9), 64)
+    assert not rest and pixels.shape == (9, 3, 32, 32) and pixels.dtype == torch.uint8
+    for image, label, i in zip(pixels, labels, [0, 1, 2] * 3):
+        assert torch.all(image[2 - label] == 200 + i) and int(image.sum()) == (200 + i) * 32 * 32
+    assert source.input == Input("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0))
+
+
+def test_validation_is_the_centre_crop_of_a_larger_side(tmp_path: Path) -> None:
+    """224 of a shorter side of 256: at side 28 a picture of 32 x 64 is cut by 2 above and 18 at the left."""
+    pixels = np.zeros((32, 64, 3), dtype=np.uint8)
+    pixels[..., 0] = np.arange(64)
+    pixels[..., 1] = np.arange(32)[:, None]
+    for part in ("train", "val"):
+        for name in "ab":
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.fromarray(pixels).save(tmp_path / part / name / "x.png")
+    found, _ = next(iter(FolderSource(settings(tmp_path, image_size=28)).val_batches([0], 1)))
+    assert found[0, 2, 0].tolist() == list(range(18, 46)) and found[0, 1, :, 0].tolist() == list(range(2, 30))
+
+
+def test_augmentation_depends_on_seed_epoch_and_image_alone(folder: Path) -> None:
+    given = settings(folder)
+    torch.manual_seed(1)
+    first, labels = train_images(given, 0)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    again, _ = train_images(replace(given, workers=2), 0)
+    assert first.dtype == torch.float32 and torch.equal(first, again)
+    assert torch.equal(torch.get_rng_state(), state)
+    other, other_labels = train_images(given, 1)
+    assert not torch.equal(labels, other_labels) or not torch.equal(first, other)
+    assert not torch.equal(first, train_images(replace(given, seed=2), 0)[0])
+    plain, _ = train_images(replace(given, color=False), 0)
+    assert plain.dtype == torch.uint8 and plain.shape == first.shape
+
+
+def test_lighting_adds_one_colour_along_imagenets_axes() -> None:
+    """Its covariance over draws is (0.1 x 255)^2 V diag(values^2) V^T, here within 5 %; in BGR order."""
+    torch.manual_seed(0)
+    zero = torch.zeros(3, 1, 1, dtype=torch.uint8)
+    draws = torch.stack([lighting(zero).flatten() for _ in range(20000)])
+    vectors = torch.tensor([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
+    values = torch.tensor([0.2175, 0.0188, 0.0045])
+    expected = (25.5**2 * vectors @ torch.diag(values**2) @ vectors.T).flip(0, 1)
+    torch.testing.assert_close(draws.T.cov(), expected, rtol=0.05, atol=0.1)
+
+
+def broken_folders() -> list[Any]:
+    def no_val(root: Path) -> None:
+        for file in (root / "val").rglob("*.png"):
+            file.unlink()
+        for place in sorted((root / "val").rglob("*"), reverse=True):
+            place.rmdir()
+        (root / "val").rmdir()
+
+    def extra_class(root: Path) -> None:
+        (root / "train" / "zebra").mkdir()
+        Image.new("RGB", (9, 9)).save(root / "train" / "zebra" / "z.png")
+
+    def empty_class(root: Path) -> None:
+        for file in (root / "val" / "dog").glob("*"):
+            file.unlink()
+        (root / "val" / "dog" / "notes.txt").write_text("no image")
+
+    return [
+        pytest.param(no_val, r"val: no such folder; data must hold train/<class>", id="no-val"),
+        pytest.param(extra_class, r"class 'zebra' is only in train/ \(1 such", id="extra-class"),
+        pytest.param(empty_class, r"dog: class folder without images", id="empty-class"),
+    ]
+
+
+@pytest.mark.parametrize("spoil, told", broken_folders())
+def test_bad_folders(folder: Path, spoil: Any, told: str) -> None:
+    spoil(folder)
+    with pytest.raises(DataError, match=told) as caught:
+        pretrain(settings(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"pretrain data '.*nowhere': no such folder; .* or digits or shapes"):
+        pretrain(settings(tmp_path / "nowhere", output=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_image_is_named(folder: Path, workers: int) -> None:
+    damaged = folder / "train" / "dog" / "3.png"
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    with pytest.raises(DataError) as caught:
+        pretrain(settings(folder, batch_size=18, workers=workers))
+    assert str(caught.value).startswith(str(damaged)) and "\n" not in str(caught.value)
+
+
+def test_trains_on_a_folder(folder: Path) -> None:
+    """Three colours are told apart within a few iterations."""
+    summary = pretrain(settings(folder, epochs=8, lr=0.02, color=False))
+    assert summary["top1_error"] == 0.0
+
+
+def test_digits_are_scikit_learns() -> None:
+    datasets = pytest.importorskip("sklearn.datasets", reason="the images of digits come with scikit-learn")
+    given = Settings(arch="resnet8", norm="BN", data="digits", output="x", image_size=8)
+    source = load_digits(given)
+    assert (source.train_images, source.val_images) == (901, 896) and len(source.class_names) == 10
+    raw = datasets.load_digits()
+    pixels, labels = next(iter(source.val_batches(range(896), 896)))
+    assert pixels.shape == (896, 1, 8, 8)
+    counts = torch.bincount(labels).tolist()
+    assert counts == [int((raw.target == c).sum()) // 2 for c in range(10)]
+    theirs = {
+        (image.tobytes(), int(c)) for image, c in zip(np.round(raw.images * 255 / 16).astype(np.uint8), raw.target)
+    }
+    assert all((p[0].numpy().tobytes(), int(c)) in theirs for p, c in zip(pixels, labels))
+
+
+def test_digits_without_scikit_learn_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "sklearn", None)
+    with pytest.raises(ConfigError, match="pip install scikit-learn"):
+        load_digits(Settings(arch="resnet8", norm="BN", data="digits", output="x"))
+
+
+def test_array_source_shifts_and_flips() -> None:
+    """Every crop is the picture moved by at most ``shift`` with repeated edges, or that mirrored; all moves occur."""
+    picture = np.arange(16, dtype=np.uint8).reshape(1, 1, 4, 4)
+    images, labels = np.repeat(picture, 300, axis=0), np.zeros(300, dtype=np.int64)
+    data = (images, labels)
+    source = ArraySource("a", data, data, Input("L", (0.0,), (1.0,)), shift=1, flip=True, seed=0)
+    found, _ = next(iter(source.train_batches(0, [np.arange(300)])))
+    padded = np.pad(picture[0, 0], 1, mode="edge")
+    moved = [padded[y : y + 4, x : x + 4] for y in range(3) for x in range(3)]
+    allowed = {m.tobytes() for m in moved} | {np.ascontiguousarray(m[:, ::-1]).tobytes() for m in moved}
+    assert {f.numpy().tobytes() for f in found[:, 0]} == allowed
+    assert torch.equal(next(iter(source.val_batches([5], 1)))[0][0], torch.from_numpy(picture[0]))
+
+
+def test_shapes_are_the_same_everywhere_and_balanced() -> None:
+    images, labels = draw_set("train", 10, 32)
+    draw_set.cache_clear()
+    again, _ = draw_set("train", 10, 32)
+    more, _ = draw_set("train", 12, 32)
+    val, _ = draw_set("val", 10, 32)
+    assert np.array_equal(images, again) and np.array_equal(images, more[:10])
+    assert not any(np.array_equal(a, b) for a in val for b in images)
+    assert labels.tolist() == [0, 1, 2, 3, 4] * 2 and images.shape == (10, 3, 32, 32)
+    source = load_shapes(Settings(arch="resnet18", norm="GN", data="shapes", output="x", images=50, image_size=32))
+    assert (source.train_images, source.val_images) == (50, 10)
+
+
+def test_ranks_share_every_batch_and_every_epoch_has_an_order_of_its_own() -> None:
+    """30 images, 2 processes with 4 each: three whole batches, no image twice; the same again from the same seed."""
+    settings = Settings(arch="resnet8", norm="BN", data="digits", output="o", batch_size=4)
+    ranks = [epoch_batches(settings, 0, 30, rank, 2) for rank in (0, 1)]
+    assert [[len(batch) for batch in batches] for batches in ranks] == [[4, 4, 4]] * 2
+    numbers = [int(n) for batches in ranks for batch in batches for n in batch]
+    assert len(set(numbers)) == 24 and set(numbers) <= set(range(30))
+    first, again, second = (np.concatenate(epoch_batches(settings, epoch, 30, 0, 1)).tolist() for epoch in (0, 0, 1))
+    assert first == again != second
+
+
+def test_an_array_without_shift_and_flip_is_not_augmented() -> None:
+    """Digits: a mirrored 2 is no digit."""
+    images = np.random.RandomState(0).randint(0, 256, (12, 1, 4, 4)).astype(np.uint8)
+    labels = np.arange(12)
+    given = (images, labels)
+    source = ArraySource(["a"] * 12, given, given, Input("L", (0.0,), (1.0,)), shift=0, flip=False, seed=1)
+    (made,) = source.train_batches(0, [labels])
+    assert np.array_equal(made[0].numpy(), images) and made[1].tolist() == labels.tolist()

@@ -1,0 +1,126 @@
+"""Settings: refused one by one with the field's name; the paper's rules that follow from them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from gn_det.classification import Settings
+from gn_det.classification.settings import base_lr, lr_at
+from gn_det.errors import ConfigError
+
+GOOD: dict[str, Any] = {"arch": "resnet50", "norm": "GN", "data": "imagenet", "output": "out"}
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("arch", "resnet51"),
+        ("norm", "gn"),
+        ("norm", "SyncBN"),
+        ("amp", "half"),
+        ("data", ""),
+        ("output", 3),
+        ("groups", 0),
+        ("groups", 2.0),
+        ("channels_per_group", -4),
+        ("batch_size", 0),
+        ("batch_size", True),
+        ("epochs", 0),
+        ("epochs", float("inf")),
+        ("lr", 0.0),
+        ("lr", "0.1"),
+        ("lr", float("nan")),
+        ("momentum", 1.1),
+        ("weight_decay", -1e-4),
+        ("gamma", 0.0),
+        ("steps", (0.6, 0.3)),
+        ("steps", (1.0,)),
+        ("steps", "30"),
+        ("seed", -1),
+        ("workers", -1),
+        ("image_size", 4),
+        ("images", 5),
+        ("color", 1),
+        ("stride_in_1x1", None),
+    ],
+)
+def test_bad_values_are_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Settings(**{**GOOD, field: value})
+    assert f"pretrain {field} is " in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"groups": 8, "channels_per_group": 8}, "give one of them"),
+        ({"norm": "BN", "groups": 8}, "groups is 8, but norm BN has none"),
+        ({"norm": "LN", "channels_per_group": 8}, "channels_per_group is 8, but norm LN"),
+        ({"norm": "BN", "batch_size": 1}, "batch_size is 1"),
+        ({"arch": "resnet8"}, "image_size is not given"),
+        ({"images": 100}, "images is 100"),
+        ({"data": "digits"}, "arch is resnet50"),
+        ({"arch": "resnet18", "stride_in_1x1": True}, "stride_in_1x1 is True"),
+    ],
+)
+def test_contradictions_are_refused(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match="pretrain") as caught:
+        Settings(**{**GOOD, **changes})
+    assert told in str(caught.value)
+
+
+def test_dict_round_trip_and_unknown_fields() -> None:
+    settings = Settings(**GOOD, groups=16, lr=0.2, steps=(0.5,))
+    assert Settings.from_dict(settings.to_dict()) == settings
+    with pytest.raises(ConfigError, match="pretrain learning_rate: no such setting"):
+        Settings.from_dict({**GOOD, "learning_rate": 0.1})
+    with pytest.raises(ConfigError, match="pretrain norm is missing"):
+        Settings.from_dict({k: v for k, v in GOOD.items() if k != "norm"})
+
+
+def test_learning_rate_is_linear_in_the_images_of_an_iteration() -> None:
+    """The paper: 0.1 for 32 images on each of 8 GPUs; at 2 images a GPU, 0.1 x 2 / 32."""
+    assert base_lr(Settings(**GOOD), 8) == pytest.approx(0.1, rel=1e-12)
+    assert base_lr(Settings(**GOOD, batch_size=2), 8) == pytest.approx(0.1 * 2 / 32, rel=1e-12)
+    assert base_lr(Settings(**GOOD), 1) == pytest.approx(0.1 / 8, rel=1e-12)
+    assert base_lr(Settings(**GOOD, lr=0.3), 8) == 0.3
+
+
+@pytest.mark.parametrize("epochs, per_epoch", [(100, 5004), (10, 7), (2.5, 40)])
+def test_steps_keep_their_proportion(epochs: float, per_epoch: int) -> None:
+    """Epochs 30, 60, 90 of 100 are iterations 0.3, 0.6, 0.9 of any total, each the first with the lower rate."""
+    settings = Settings(**GOOD, epochs=epochs)
+    total = round(epochs * per_epoch)
+    rates = [lr_at(settings, 1.0, i, total) for i in range(total)]
+    drops = [i for i in range(1, total) if rates[i] < rates[i - 1]]
+    assert drops == [round(0.3 * total), round(0.6 * total), round(0.9 * total)]
+    assert rates[0] == 1.0 and rates[-1] == pytest.approx(1e-3, rel=1e-9)
+    if epochs == 100:
+        assert drops == [30 * per_epoch, 60 * per_epoch, 90 * per_epoch]
+
+
+def test_settings_need_no_torch() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from gn_det.classification.settings import Settings\n"
+        "print(Settings('resnet18', 'BN', 'shapes', 'out').side)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "32", done.stderr
+
+
+@pytest.mark.parametrize(("norm", "good"), [("GN", True), ("LN", True), ("BN", False)])
+def test_a_batch_of_one_has_no_batch_statistics(norm: str, good: bool) -> None:
+    """GN and LN take them of the image."""
+    settings = {"arch": "resnet8", "norm": norm, "data": "digits", "output": "o", "batch_size": 1}
+    if norm == "GN":
+        settings["groups"] = 4
+    if good:
+        assert Settings(**settings).batch_size == 1
+    else:
+        with pytest.raises(ConfigError, match="batch_size is 1, but BN needs"):
+            Settings(**settings)

@@ -1,0 +1,100 @@
+"""The doctor names what is broken, the exact fix, and the engine that runs."""
+
+from __future__ import annotations
+
+import pytest
+
+from gn_det.cli import doctor, main
+from gn_det.cli.doctor import REQUIRED, Finding, Trial, examine, try_python
+from gn_det.engine.choice import INSTALL_PAGE
+
+VERSIONS = {d: "1.0" for d in REQUIRED.values()} | {"iopath": "0.1.9", "detectron2": "0.6", "torch": "2.9.0"}
+VERSIONS["opencv-python-headless"] = "4.9"
+NO_GPU = Trial(True, '{"cuda": null, "gpus": []}\n')
+
+
+def report(errors: dict[str, str], versions: dict[str, str] | None = None) -> list[Finding]:
+    """Findings where pieces of code that contain a key fail with its error."""
+
+    def run(code: str) -> Trial:
+        for piece, error in errors.items():
+            if piece in code:
+                return Trial(False, error=error)
+        return NO_GPU
+
+    return examine(run, (VERSIONS if versions is None else versions).get)
+
+
+def test_all_works() -> None:
+    findings = report({})
+    assert {f.mark for f in findings} == {"ok", "note"}
+    assert [f.what for f in findings if f.mark == "note"] == [
+        "no GPU: training runs on the CPU, slowly (torch is built without CUDA)"
+    ]
+    assert "engine of gn-det train, eval and quickstart: detectron2, because it is installed" in findings[-1].what
+
+
+def test_without_detectron2() -> None:
+    """Absent is no defect."""
+    versions = {k: v for k, v in VERSIONS.items() if k != "detectron2"}
+    findings = report({"detectron2": "ModuleNotFoundError: No module named 'detectron2'"}, versions)
+    assert "broken" not in {f.mark for f in findings}
+    assert findings[-2].fix == INSTALL_PAGE and findings[-1].what.endswith("Detectron2 is not installed")
+
+
+@pytest.mark.parametrize(
+    ("error", "fix"),
+    [
+        ("ImportError: /x/_C.so: undefined symbol: _ZN3c10", "build Detectron2 anew with this torch"),
+        ("ImportError: libcudart.so.11.0: cannot open shared object file", "does not fit torch 2.9.0"),
+        ("the interpreter died of signal 11", "build Detectron2 anew"),
+        ("ImportError: too old: detectron2.modeling.Backbone has no", "too old: install its current source"),
+        ("AttributeError: module 'PIL.Image' has no attribute 'LINEAR'", "too old"),
+        ("ModuleNotFoundError: No module named 'pkg_resources'", "setuptools<81"),
+        ("ModuleNotFoundError: No module named 'omegaconf'", "pip install omegaconf"),
+        ("ImportError: cannot import name 'x' from 'iopath.common'", "iopath>=0.1.7,<0.1.10"),
+        ("RuntimeError: something else", INSTALL_PAGE),
+    ],
+)
+def test_detectron2_installed_but_broken(error: str, fix: str) -> None:
+    """Reported, and not passed over in silence."""
+    broken = [f for f in report({"import_detectron2": error}) if f.mark == "broken"]
+    assert len(broken) == 1 and error in broken[0].what and fix in broken[0].fix
+
+
+def test_parts_of_detectron2_that_gn_det_does_not_need() -> None:
+    errors = {"model_zoo": "ModuleNotFoundError: No module named 'pkg_resources'"}
+    notes = [f for f in report(errors, VERSIONS | {"iopath": "0.1.10"}) if f.mark == "note"]
+    assert "setuptools<81" in notes[1].fix and "iopath>=0.1.7,<0.1.10" in notes[2].fix
+
+
+def test_opencv_that_needs_a_display() -> None:
+    versions = {k: v for k, v in VERSIONS.items() if "opencv" not in k} | {"opencv-python": "4.9"}
+    error = "ImportError: libGL.so.1: cannot open shared object file: No such file or directory"
+    broken = [f for f in report({"cv2": error}, versions) if f.mark == "broken"]
+    assert [f.fix for f in broken] == ["pip uninstall -y opencv-python && pip install opencv-python-headless"]
+    both = report({}, VERSIONS | {"opencv-python": "4.9"})
+    assert any("overwrite each other" in f.what for f in both)
+
+
+def test_missing_and_mismatched_packages() -> None:
+    versions = {k: v for k, v in VERSIONS.items() if k != "lightning"}
+    errors = {"lightning": "ModuleNotFoundError: ...", "torchvision": "RuntimeError: operator torchvision::nms ..."}
+    broken = {f.what.split()[0]: f.fix for f in report(errors, versions) if f.mark == "broken"}
+    assert broken["lightning"] == "pip install lightning"
+    assert "built for another torch than 2.9.0" in broken["torchvision"]
+
+
+def test_trials() -> None:
+    assert try_python("print(3)") == Trial(True, "3\n")
+    assert try_python("import nowhere_at_all").error == "ModuleNotFoundError: No module named 'nowhere_at_all'"
+    died = try_python("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    assert died.error == "the interpreter died of signal 11"
+
+
+def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(doctor, "examine", lambda: [Finding("broken", "x is not installed", "pip install x")])
+    assert main(["doctor"]) == 1
+    assert "broken  x is not installed\n        fix: pip install x\n\n1 broken" in capsys.readouterr().out
+    monkeypatch.setattr(doctor, "examine", lambda: [Finding("ok", "x 1.0")])
+    assert main(["doctor"]) == 0

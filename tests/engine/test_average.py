@@ -1,0 +1,166 @@
+"""The moving average of the weights, and the budget of hours: what is evaluated, saved and gone on with."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gn_det.engine import budget
+from gn_det.engine.average import WeightAverage
+from gn_det.engine.keeper import Interrupted
+from tests.engine.cases import Tiny, loader_factory, run
+from tests.engine.test_fit import lines, same, stop_at, weights
+
+EMA = ["SOLVER.EMA.ENABLED", True, "SOLVER.EMA.DECAY", 0.6, "TEST.EVAL_PERIOD", 4]
+
+
+def whole_file(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)
+
+
+def evaluate(model: nn.Module, on_progress: Any) -> dict[str, float]:
+    return {"bbox/AP": float(sum(p.detach().double().sum() for p in model.parameters()))}
+
+
+def test_average_follows_its_formula_and_leaves_the_training_alone(tmp_path: Path) -> None:
+    """Weights of every iteration averaged by hand in float64: 1e-6; the weights that learn: the same bits without."""
+    seen: list[dict[str, torch.Tensor]] = []
+
+    class Watched(Tiny):
+        def forward(self, samples: list[Any]) -> Any:
+            seen.append({k: v.detach().clone() for k, v in self.state_dict().items()})
+            return super().forward(samples)
+
+    run(tmp_path / "plain", ["TEST.EVAL_PERIOD", 4], evaluate=evaluate)
+    run(tmp_path / "ema", EMA, model=Watched(), evaluate=evaluate, seed=7)
+    final = whole_file(tmp_path / "ema" / "model_final.pth")
+    learning = final["ema"]["learning"]
+    expected = {k: v.double() for k, v in seen[0].items()}
+    for step, state in enumerate([*seen[1:], learning], 1):
+        keep = min(0.6, (1 + step) / (10 + step))
+        for name, value in state.items():
+            expected[name] = keep * expected[name] + (1 - keep) * value if value.is_floating_point() else value
+    assert final["ema"]["steps"] == 12
+    for name, value in final["model"].items():
+        torch.testing.assert_close(value.double(), expected[name].double(), rtol=1e-6, atol=1e-6)
+        assert name.startswith("bn") or not torch.equal(value, learning[name])
+    # Watched draws its first weights before the seed is set
+    run(tmp_path / "again", EMA, evaluate=evaluate)
+    assert same(
+        weights(tmp_path / "plain" / "model_final.pth"),
+        whole_file(tmp_path / "again" / "model_final.pth")["ema"]["learning"],
+    )
+    # what is evaluated is what is saved
+    measured = [e["bbox/AP"] for e in lines(tmp_path / "again") if "bbox/AP" in e]
+    model = Tiny()
+    model.load_state_dict(weights(tmp_path / "again" / "model_final.pth"))
+    assert measured[-1] == evaluate(model, None)["bbox/AP"]
+    model.load_state_dict(weights(tmp_path / "again" / "model_best.pth"))
+    assert max(measured) == evaluate(model, None)["bbox/AP"]
+
+
+def test_frozen_tensors_stay_as_they_are() -> None:
+    """Thousands of steps leave a constant to the last bit, which d * x + (1 - d) * x does not."""
+    model = nn.Linear(50, 50)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    average = WeightAverage(model, 0.999)
+    for _ in range(2000):
+        average.update(model)
+    assert same(dict(average.state(model)), before)
+
+
+@pytest.mark.parametrize("in_evaluation", [False, True])
+def test_interrupted_and_resumed_average_is_bit_identical(tmp_path: Path, in_evaluation: bool) -> None:
+    """A signal while training, or while the averages are in the model's place."""
+    run(tmp_path / "whole", EMA, evaluate=evaluate)
+    cut = tmp_path / "cut"
+
+    def interrupted(model: nn.Module, on_progress: Any) -> dict[str, float]:
+        if in_evaluation:
+            signal.raise_signal(signal.SIGTERM)
+            on_progress(None)
+        return evaluate(model, on_progress)
+
+    with pytest.raises(Interrupted):
+        run(cut, EMA, evaluate=interrupted, make_loader=None if in_evaluation else stop_at(6))
+    run(cut, EMA, evaluate=evaluate, resume=True)
+    a, b = (whole_file(f / "model_final.pth") for f in (tmp_path / "whole", cut))
+    assert same(a["model"], b["model"]) and same(a["ema"]["learning"], b["ema"]["learning"])
+    assert a["ema"]["steps"] == b["ema"]["steps"] == 12
+    found = [[(e["iteration"], e["bbox/AP"]) for e in lines(f) if "bbox/AP" in e] for f in (tmp_path / "whole", cut)]
+    assert found[0] == found[1] and len(found[0]) == 3
+
+
+def test_switched_off_and_on_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Without EMA the weights that learn go on; with it, a checkpoint without averages is where they start."""
+    run(tmp_path, EMA, max_iter=6)
+    with caplog.at_level("INFO", logger="gn_det"):
+        run(tmp_path, max_iter=9, resume=True)
+        assert "SOLVER.EMA.ENABLED True -> False" in caplog.text and "SOLVER.EMA:" not in caplog.text
+        run(tmp_path, EMA, max_iter=12, resume=True)
+    assert "it starts at these weights" in caplog.text
+    run(tmp_path / "plain", max_iter=6)
+    for last in (9, 12):
+        run(tmp_path / "plain", max_iter=last, resume=True)
+    final = whole_file(tmp_path / "model_final.pth")
+    assert final["ema"]["steps"] == 3
+    assert same(final["ema"]["learning"], weights(tmp_path / "plain" / "model_final.pth"))
+
+
+def test_hours_end_with_an_evaluated_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The clock passes an hour a batch; --resume then ends as the run without a limit, to the bit."""
+    now = [0.0]
+    monkeypatch.setattr(budget.time, "monotonic", lambda: now[0])
+
+    def slow(start: int, seed: int) -> Any:
+        for samples in loader_factory(4)(start, seed):
+            now[0] += 3600.0
+            yield samples
+
+    keys = ["SOLVER.MAX_HOURS", 5.0]
+    with caplog.at_level("INFO", logger="gn_det"):
+        results = run(tmp_path / "cut", keys, evaluate=evaluate, make_loader=slow)
+    # with a batch fetched ahead the hours are over after iteration 3; all ranks hear of it in the next one
+    saved = whole_file(tmp_path / "cut" / "model_0000004.pth")
+    assert saved["iteration"] == 4 == saved["gn_det"]["evaluated_at"] and results == saved["gn_det"]["results"]
+    assert (tmp_path / "cut" / "last_checkpoint").read_text() == "model_0000004.pth"
+    assert not (tmp_path / "cut" / "model_final.pth").exists()
+    assert [e["iteration"] for e in lines(tmp_path / "cut") if "bbox/AP" in e] == [4]
+    assert "The 5 hours of SOLVER.MAX_HOURS (--max-hours) end after iteration 4 of 12" in caplog.text
+    assert "is written and evaluated" in caplog.text
+    run(tmp_path / "cut", keys, evaluate=evaluate, make_loader=slow, resume=True)
+    run(tmp_path / "cut", keys, evaluate=evaluate, make_loader=slow, resume=True)
+    run(tmp_path / "whole", evaluate=evaluate)
+    assert same(*(weights(tmp_path / f / "model_final.pth") for f in ("cut", "whole")))
+
+
+def test_time_for_the_last_evaluation_is_kept_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(budget.time, "monotonic", lambda: now[0])
+    hours = budget.TimeBudget(1.0)
+    hours.note_evaluation(600.0)
+    hours.note_evaluation(300.0)
+    now[0] += 2999
+    assert not hours.used_up()
+    now[0] += 1
+    assert hours.used_up()
+    assert not budget.TimeBudget(0.0).used_up()
+
+
+def test_the_weights_that_learn_are_put_back_once() -> None:
+    """A signal during the evaluation puts them back, and so does its end: what was learnt in between must stay."""
+    model = nn.Linear(2, 1)
+    average = WeightAverage(model, 0.5)
+    average.put_in(model)
+    average.put_back(model)
+    with torch.no_grad():
+        model.weight.fill_(7.0)
+    average.put_back(model)
+    assert torch.equal(model.weight, torch.full((1, 2), 7.0))

@@ -1,0 +1,108 @@
+"""Optimizer groups and clipping."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from gn_det.config import get_cfg
+from gn_det.engine.learner import Learner
+from gn_det.engine.optim import build_optimizer, clip_gradients, format_groups, group_rows
+from gn_det.errors import ConfigError
+from tests.engine.cases import Tiny
+
+
+def decay_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    of = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    return {name: of[id(p)] for name, p in model.named_parameters() if id(p) in of}
+
+
+def test_gamma_and_beta_do_not_decay_whatever_their_name() -> None:
+    """By class: a GroupNorm subclass and LayerNorm are norms; a convolution's bias is not."""
+    model = Tiny()
+    decay = decay_of(model, build_optimizer(get_cfg(), model))
+    assert {n for n, d in decay.items() if d == 0.0} == {"gn.weight", "gn.bias", "ln.weight", "ln.bias"}
+    assert decay["conv.bias"] == decay["fc.weight"] == 1e-4
+    assert "bn.weight" not in decay  # frozen
+
+
+def test_bias_rules_win_over_norm_rules() -> None:
+    cfg = get_cfg()
+    cfg.merge_from_list(["SOLVER.WEIGHT_DECAY_BIAS", 0.5, "SOLVER.BIAS_LR_FACTOR", 2.0])
+    model = Tiny()
+    optimizer = build_optimizer(cfg, model)
+    decay = decay_of(model, optimizer)
+    assert decay["conv.bias"] == decay["gn.bias"] == 0.5
+    assert decay["gn.weight"] == 0.0
+    lr = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    assert lr[id(model.fc.bias)] == 2 * lr[id(model.fc.weight)]
+
+
+def test_shared_parameter_is_optimized_once() -> None:
+    model = Tiny()
+    model.again = model.fc
+    optimizer = build_optimizer(get_cfg(), model)
+    params = [id(p) for g in optimizer.param_groups for p in g["params"]]
+    assert len(params) == len(set(params))
+
+
+def test_table_counts_gamma_beta_and_frozen() -> None:
+    text = format_groups(group_rows(get_cfg(), Tiny()))
+    assert "6 gamma/beta tensors: 4 trained with weight decay 0, 2 frozen by MODEL.BACKBONE.FREEZE_AT." in text
+
+
+def test_all_frozen_is_an_error() -> None:
+    model = Tiny().requires_grad_(False)
+    with pytest.raises(ConfigError, match="FREEZE_AT"):
+        build_optimizer(get_cfg(), model)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("value", [0.5, -0.5, 0.5]), ("norm", [0.3, -0.4, 0.5])])
+def test_clipping_treats_tensors_alone(kind: str, expected: list[float]) -> None:
+    cfg = get_cfg()
+    cfg.merge_from_list(["SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", kind,
+                         "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 0.5])  # fmt: skip
+    a, b, no_grad = (nn.Parameter(torch.zeros(n)) for n in (2, 1, 1))
+    a.grad, b.grad = torch.tensor([3.0, -4.0]), torch.tensor([10.0])
+    clip_gradients(cfg, [a, b, no_grad])
+    assert torch.cat([a.grad, b.grad]).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_full_model_clipping_keeps_the_direction() -> None:
+    cfg = get_cfg()
+    cfg.merge_from_list(["SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model"])
+    a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))
+    a.grad, b.grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
+    clip_gradients(cfg, [a, b])
+    assert torch.cat([a.grad, b.grad]).tolist() == pytest.approx([0.6, 0.0, 0.8], abs=1e-5)
+
+
+def test_a_bias_decay_of_zero_is_a_decay() -> None:
+    """0 is a value, None leaves the choice to the other rules."""
+    cfg, model = get_cfg(), Tiny()
+    cfg.SOLVER.WEIGHT_DECAY_BIAS = 0.0
+    assert decay_of(model, build_optimizer(cfg, model))["conv.bias"] == 0.0
+    cfg.SOLVER.WEIGHT_DECAY_BIAS = None
+    assert decay_of(model, build_optimizer(cfg, model))["conv.bias"] == 1e-4
+
+
+def test_the_rate_of_most_tensors_is_the_one_that_is_logged() -> None:
+    """As Detectron2 logs it, wherever that group stands."""
+    few, many = [nn.Parameter(torch.zeros(9))], [nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": few, "lr": 0.3}, {"params": many, "lr": 0.2}], lr=0.1)
+    learner = Learner(nn.Linear(1, 1), optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0))
+    learner.note_lr()
+    assert learner.lr == 0.2
+
+
+def test_waiting_for_data_adds_up_over_micro_batches() -> None:
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    learner = Learner(model, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0))
+    for waited, loss in ((0.5, 1.0), (0.25, 3.0)):
+        learner.waited = waited
+        learner.total_loss(lambda batch, loss=loss: {"loss": torch.tensor(loss)}, [{"image_id": 1}])
+        learner.check()
+    learner.finish_iteration()
+    assert learner.data_time == 0.75 and learner.losses == {"loss": 2.0}
