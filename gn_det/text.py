@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import reprlib
+from collections.abc import Iterable
 
 
 class _Repr(reprlib.Repr):
@@ -68,3 +70,8 @@ def shown(value: object, limit: int = 60) -> str:
     if not isinstance(value, str) or len(value) <= 4 * limit:
         return one_line(value if not isinstance(value, str) else repr(value), limit)
     return f"{one_line(repr(value[:limit]), None)[:limit]}… ({len(value)} characters)"
+
+
+def nearest(name: str, names: Iterable[str], n: int = 3, cutoff: float = 0.6) -> list[str]:
+    """Return up to ``n`` of ``names`` that are spelled most like ``name``, for "did you mean"; none for a long text."""
+    return difflib.get_close_matches(name, list(names), n, cutoff) if len(name) <= 200 else []

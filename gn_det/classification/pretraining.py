@@ -28,13 +28,14 @@ from gn_det.engine import dist
 from gn_det.engine.events import EventLog, TensorBoardWriter
 from gn_det.engine.log import FILE_ONLY, run_log
 from gn_det.engine.output import BEST, FINAL, alone_in, check_writable
-from gn_det.engine.payload import Unfit, check_origin, check_pretraining, check_summary, refuse, restore_slots
+from gn_det.engine.payload import check_origin, check_pretraining, check_summary, refuse, restore_slots
 from gn_det.engine.progress import Progress, peak_memory_mb
 from gn_det.engine.state import seed_everything
 from gn_det.errors import ConfigError, DataError, TrainingError, UserError, WeightsError
 from gn_det.files import open_append, open_regular
 from gn_det.terminal import say
 from gn_det.text import as_line, shown
+from gn_det.values import InvalidValue
 
 LAST = "last.ckpt"
 METRICS = "metrics.jsonl"
@@ -248,7 +249,7 @@ def _restore(path: Path, settings: Settings, model: Classifier, trainer: Trainer
             )
         check_pretraining(payload, model)
         put_momentum = restore_slots(trainer.bare_optimizer, payload["optimizer"], "optimizer")
-    except Unfit as error:
+    except InvalidValue as error:
         raise refuse(str(path), error, "start anew with --overwrite") from None
     model.load_state_dict(dict(payload["model"]))
     put_momentum()
@@ -340,7 +341,7 @@ def _finished(folder: Path, settings: Settings) -> dict[str, Any] | None:
         with open_regular(folder / SUMMARY) as file:
             summary = json.loads(file.read(_MOST_BYTES))
         check_summary(summary, "")
-    except (OSError, ValueError, RecursionError):  # Unfit is a ValueError
+    except (OSError, ValueError, RecursionError):  # InvalidValue is a ValueError
         return None
     _same_settings(folder / SUMMARY, summary["settings"], settings)
     return dict(summary) if (folder / FINAL).is_file() else None

@@ -7,7 +7,6 @@ ignored, whatever they hold.
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,9 +18,24 @@ from torch.optim import SGD, Optimizer
 
 from gn_det.errors import WeightsError
 from gn_det.text import shown
-
-#: ``check(value, where)`` raises :class:`Unfit` where the value at ``where`` cannot be used.
-Check = Callable[[Any, str], None]
+from gn_det.values import (
+    ANYTHING,
+    FINITE,
+    FLAG,
+    NUMBER,
+    POSITIVE,
+    Check,
+    InvalidValue,
+    every,
+    integer,
+    items,
+    one_of,
+    optional,
+    record,
+    row,
+    table,
+    text,
+)
 
 MOST_ITERATIONS = 10**9
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -29,19 +43,16 @@ _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _LARGEST_BATCH = 1024
 
 
-class Unfit(ValueError):
-    """An entry cannot be used; the message names it and says why."""
-
-    remedy = "delete that file to resume from an older checkpoint, or start a new run with MODEL.WEIGHTS"
+_REMEDY = "delete that file to resume from an older checkpoint, or start a new run with MODEL.WEIGHTS"
 
 
-class OtherModel(Unfit):
+class OtherModel(InvalidValue):
     """The checkpoint is of another model than the configured one."""
 
     remedy = "resume with the configuration that the run was started with, or start a new one with MODEL.WEIGHTS"
 
 
-class OtherGroups(Unfit):
+class OtherGroups(InvalidValue):
     """The saved optimizer state is of other parameter groups."""
 
     remedy = (
@@ -50,151 +61,17 @@ class OtherGroups(Unfit):
     )
 
 
-# ------------------------------------------------------------ values
-
-
-def whole(low: int, high: int) -> Check:
-    """A whole number within bounds; True and False are none."""
-
-    def check(value: Any, where: str) -> None:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise Unfit(f"{where} is {shown(value)}, not a whole number")
-        if not low <= value <= high:
-            raise Unfit(f"{where} is {shown(value)}; it must be from {low} to {high}")
-
-    return check
-
-
-def number(value: Any, where: str) -> None:
-    """A number of any kind, nan and infinity included (metrics may be undefined)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise Unfit(f"{where} is {shown(value)}, not a number")
-    if isinstance(value, int) and abs(value) > 2**63:
-        raise Unfit(f"{where} is {shown(value)}, which is too large")
-
-
-def finite(value: Any, where: str) -> None:
-    number(value, where)
-    if not math.isfinite(value):
-        raise Unfit(f"{where} is {value}; it must be finite")
-
-
-def positive(value: Any, where: str) -> None:
-    finite(value, where)
-    if value <= 0:
-        raise Unfit(f"{where} is {value}; it must be above 0")
-
-
-def flag(value: Any, where: str) -> None:
-    if not isinstance(value, bool):
-        raise Unfit(f"{where} is {shown(value)}, not True or False")
-
-
-def text(most: int) -> Check:
-    def check(value: Any, where: str) -> None:
-        if not isinstance(value, str):
-            raise Unfit(f"{where} is {shown(value)}, not text")
-        if len(value) > most:
-            raise Unfit(f"{where} has {len(value)} characters; at most {most} are allowed")
-
-    return check
-
-
-def printable_text(most: int) -> Check:
-    """Text without control characters."""
-    bounded = text(most)
-
-    def check(value: Any, where: str) -> None:
-        bounded(value, where)
-        if not value.isprintable():
-            raise Unfit(f"{where} is {shown(value)}, which holds control characters")
-
-    return check
-
-
-def optional(check: Check) -> Check:
-    """None, or what ``check`` takes."""
-
-    def either(value: Any, where: str) -> None:
-        if value is not None:
-            check(value, where)
-
-    return either
-
-
-# ------------------------------------------------------------ containers
-
-
-def items(check: Check, least: int, most: int) -> Check:
-    """A list or tuple of like items."""
-
-    def of_each(value: Any, where: str) -> None:
-        if not isinstance(value, (list, tuple)):
-            raise Unfit(f"{where} is {shown(value)}, not a list")
-        if not least <= len(value) <= most:
-            raise Unfit(f"{where} has {len(value)} items; it must have from {least} to {most}")
-        for index, item in enumerate(value):
-            check(item, f"{where}[{index}]")
-
-    return of_each
-
-
-def row(*checks: Check) -> Check:
-    """A list or tuple of fixed length."""
-
-    def of_each(value: Any, where: str) -> None:
-        if not isinstance(value, (list, tuple)) or len(value) != len(checks):
-            raise Unfit(f"{where} is {shown(value)}, not a list of {len(checks)} items")
-        for index, (check, item) in enumerate(zip(checks, value)):
-            check(item, f"{where}[{index}]")
-
-    return of_each
-
-
-def table(keys: Check, values: Check, most: int) -> Check:
-    """A dict of like items."""
-
-    def of_each(value: Any, where: str) -> None:
-        if not isinstance(value, Mapping):
-            raise Unfit(f"{where} is {shown(value)}, not a dict")
-        if len(value) > most:
-            raise Unfit(f"{where} has {len(value)} entries; at most {most} are allowed")
-        for key, item in value.items():
-            keys(key, f"a key of {where}")
-            values(item, f"{where}[{shown(key)}]")
-
-    return of_each
-
-
-def record(required: Mapping[str, Check], **more: Check) -> Check:
-    """A dict with known entries: those of ``required`` must be there, those of ``more`` may; others are ignored."""
-
-    def of_each(value: Any, where: str) -> None:
-        if not isinstance(value, Mapping):
-            raise Unfit(f"{where or 'the content'} is {shown(value)}, not a dict")
-        dot = f"{where}." if where else ""
-        for name, check in required.items():
-            if name not in value:
-                raise Unfit(f"{dot}{name} is missing")
-            check(value[name], dot + name)
-        for name, check in more.items():
-            if name in value:
-                check(value[name], dot + name)
-
-    return of_each
-
-
 # ------------------------------------------------------------ tensors
 
 
 def plain_tensor(value: Any, where: str) -> None:
     """A dense tensor in host memory."""
     if type(value) not in (Tensor, nn.Parameter):
-        raise Unfit(f"{where} is {shown(value)}, not a tensor")
+        raise InvalidValue(where, f"is {shown(value)}, not a tensor")
     if value.layout is not torch.strided or value.is_nested:
-        raise Unfit(f"{where} is not a dense tensor")
+        raise InvalidValue(where, "is not a dense tensor")
     if value.device.type != "cpu" or value.is_quantized:
-        raise Unfit(f"{where} is a {'quantized' if value.is_quantized else value.device.type} tensor")
+        raise InvalidValue(where, f"is a {'quantized' if value.is_quantized else value.device.type} tensor")
 
 
 def tensor_like(model: Tensor) -> Check:
@@ -203,14 +80,14 @@ def tensor_like(model: Tensor) -> Check:
     def check(value: Any, where: str) -> None:
         plain_tensor(value, where)
         if value.shape != model.shape:
-            raise Unfit(f"{where} has shape {_shape(value)}; the model has {_shape(model)}")
+            raise InvalidValue(where, f"has shape {_shape(value)}; the model has {_shape(model)}")
         if model.is_floating_point():
             if value.dtype not in _FLOATS:
-                raise Unfit(f"{where} is of type {_dtype(value)}; the model's is {_dtype(model)}")
+                raise InvalidValue(where, f"is of type {_dtype(value)}; the model's is {_dtype(model)}")
             if not torch.isfinite(value).all():
-                raise Unfit(f"{where} holds nan or infinity")
+                raise InvalidValue(where, "holds nan or infinity")
         elif value.dtype != model.dtype:
-            raise Unfit(f"{where} is of type {_dtype(value)}; the model's is {_dtype(model)}")
+            raise InvalidValue(where, f"is of type {_dtype(value)}; the model's is {_dtype(model)}")
 
     return check
 
@@ -229,7 +106,7 @@ def bytes_tensor(most: int) -> Check:
     def check(value: Any, where: str) -> None:
         plain_tensor(value, where)
         if value.dtype != torch.uint8 or value.dim() != 1 or value.numel() > most:
-            raise Unfit(f"{where} is not a vector of at most {most} bytes")
+            raise InvalidValue(where, f"is not a vector of at most {most} bytes")
 
     return check
 
@@ -240,12 +117,14 @@ def weights_of(model: nn.Module) -> Check:
 
     def check(value: Any, where: str) -> None:
         if not isinstance(value, Mapping):
-            raise Unfit(f"{where} is {shown(value)}, not a dict of tensors")
+            raise InvalidValue(where, f"is {shown(value)}, not a dict of tensors")
         differing = [name for name in own if name not in value or _of_other_shape(value[name], own[name])]
         differing += [name for name in value if name not in own]
         if differing:
             first = shown(differing[0])
-            raise OtherModel(f"{where}: {len(differing)} tensors differ from the configured model (first: {first})")
+            raise OtherModel(
+                where, f"has {len(differing)} tensors that differ from the configured model (first: {first})"
+            )
         for name, tensor in own.items():
             if isinstance(tensor, Tensor):
                 tensor_like(tensor)(value[name], f"{where}.{name}")
@@ -266,18 +145,18 @@ def restore_slots(optimizer: Optimizer, saved: Any, where: str) -> Callable[[], 
     Hyperparameters stay the optimizer's own. Its buffers are copied, so that nothing of the file is shared.
 
     Raises:
-        Unfit: an entry cannot be used.
+        InvalidValue: an entry cannot be used.
         OtherGroups: the groups hold other numbers of parameters.
     """
-    number_of_parameter = whole(0, 10**7)
+    number_of_parameter = integer(0, 10**7)
     _SAVED(saved, where)
     groups, ours = saved["param_groups"], optimizer.state_dict()["param_groups"]
     counts, wanted = ([len(g["params"]) for g in part] for part in (groups, ours))
     if counts != wanted:
-        raise OtherGroups(f"{where}.param_groups hold {shown(counts)} parameters, not {shown(wanted)}")
+        raise OtherGroups(f"{where}.param_groups", f"hold {shown(counts)} parameters, not {shown(wanted)}")
     theirs = [key for group in groups for key in group["params"]]
     if len(set(theirs)) != len(theirs):
-        raise Unfit(f"{where}.param_groups: their params name a parameter twice")
+        raise InvalidValue(f"{where}.param_groups", "name a parameter twice in their params")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     names = [key for group in ours for key in group["params"]]
     place = dict(zip(theirs, zip(names, parameters)))
@@ -316,36 +195,36 @@ def _slot(optimizer: Optimizer, parameter: Tensor, slot: Mapping[str, Any], wher
 
 _SAVED = record(
     {
-        "state": table(whole(0, 10**7), table(text(60), lambda value, where: None, 20), 10**6),
-        "param_groups": items(record({"params": items(whole(0, 10**7), 0, 10**6)}), 1, 10**5),
+        "state": table(integer(0, 10**7), table(text(60), ANYTHING, 20), 10**6),
+        "param_groups": items(record({"params": items(integer(0, 10**7), 0, 10**6)}), 1, 10**5),
     }
 )
 
 
 # ------------------------------------------------------------ a detection run
 
-_COUNT = whole(-1, MOST_ITERATIONS)
+_COUNT = integer(-1, MOST_ITERATIONS)
 
 #: The counters of the ``gn_det`` block.
 _BLOCK = record(
     {},
-    seed=whole(0, 2**63 - 1),
-    images_seen=whole(0, 10**15),
-    best_metric=optional(finite),
+    seed=integer(0, 2**63 - 1),
+    images_seen=integer(0, 10**15),
+    best_metric=optional(FINITE),
     best_iteration=_COUNT,
-    stale=whole(0, MOST_ITERATIONS),
+    stale=integer(0, MOST_ITERATIONS),
     evaluated_at=_COUNT,
-    results=table(text(10_000), number, 100_000),
+    results=table(text(10_000), NUMBER, 100_000),
     config=text(1 << 20),
 )
 
 _SCALER = record(
     {
-        "scale": positive,
-        "growth_factor": positive,
-        "backoff_factor": positive,
-        "growth_interval": whole(1, MOST_ITERATIONS),
-        "_growth_tracker": whole(0, MOST_ITERATIONS),
+        "scale": POSITIVE,
+        "growth_factor": POSITIVE,
+        "backoff_factor": POSITIVE,
+        "growth_interval": integer(1, MOST_ITERATIONS),
+        "_growth_tracker": integer(0, MOST_ITERATIONS),
     }
 )
 
@@ -353,12 +232,12 @@ _SCALER = record(
 _LOGS = record(
     {
         "scalars": table(
-            printable_text(200),
-            row(flag, items(number, 1, 1000), _COUNT, whole(0, MOST_ITERATIONS), number),
+            text(200, printable=True),
+            row(FLAG, items(NUMBER, 1, 1000), _COUNT, integer(0, MOST_ITERATIONS), NUMBER),
             10_000,
         ),
         "written": _COUNT,
-        "lowest": optional(row(finite, _COUNT)),
+        "lowest": optional(row(FINITE, _COUNT)),
     }
 )
 
@@ -370,7 +249,7 @@ def _accepted_by(what: str, take: Callable[[Any], Any]) -> Check:
         try:
             take(value)
         except Exception:  # python, numpy and torch raise many types
-            raise Unfit(f"{where} is not a state of {what}'s random generator") from None
+            raise InvalidValue(where, f"is not a state of {what}'s random generator") from None
 
     return check
 
@@ -392,7 +271,7 @@ def numpy_state(value: Sequence[Any]) -> tuple[Any, ...]:
 def _words(value: Any, where: str) -> None:
     plain_tensor(value, where)
     if value.dtype != torch.int64 or value.shape != (624,) or int(value.min()) < 0 or int(value.max()) >= 2**32:
-        raise Unfit(f"{where} is not a vector of 624 words")
+        raise InvalidValue(where, "is not a vector of 624 words")
 
 
 def _cuda(value: Any, where: str) -> None:
@@ -401,22 +280,14 @@ def _cuda(value: Any, where: str) -> None:
         _accepted_by("CUDA", torch.Generator("cuda").set_state)(value, where)
 
 
-def _all(*checks: Check) -> Check:
-    def check(value: Any, where: str) -> None:
-        for one in checks:
-            one(value, where)
-
-    return check
-
-
-_TORCH_RNG = _all(bytes_tensor(1 << 16), _accepted_by("torch", lambda v: torch.Generator().set_state(v)))
+_TORCH_RNG = every(bytes_tensor(1 << 16), _accepted_by("torch", lambda v: torch.Generator().set_state(v)))
 _RNG = record(
     {
-        "python": _all(
-            row(whole(3, 3), items(whole(0, 2**32 - 1), 625, 625), optional(finite)), _accepted_by("python", _python)
+        "python": every(
+            row(one_of(3), items(integer(0, 2**32 - 1), 625, 625), optional(FINITE)), _accepted_by("python", _python)
         ),
-        "numpy": _all(
-            row(text(20), _words, whole(0, 624), whole(0, 1), finite), _accepted_by("numpy", _numpy)
+        "numpy": every(
+            row(text(20), _words, integer(0, 624), integer(0, 1), FINITE), _accepted_by("numpy", _numpy)
         ),
         "torch": _TORCH_RNG,
     },
@@ -434,17 +305,17 @@ def check_run(payload: Mapping[str, Any], model: nn.Module, batch: int, processe
         processes: of this run; random states of another number of processes are not used.
 
     Raises:
-        Unfit: names the entry.
+        InvalidValue: names the entry.
     """
     weights = weights_of(model)
     states = payload.get("rng")
     record(
         {"model": weights},
         iteration=_COUNT,
-        gn_det=_BLOCK if isinstance(payload.get("gn_det"), dict) else lambda value, where: None,
-        ema=_or_nothing(record({"steps": whole(0, MOST_ITERATIONS), "learning": weights})),
+        gn_det=_BLOCK if isinstance(payload.get("gn_det"), dict) else ANYTHING,
+        ema=_or_nothing(record({"steps": integer(0, MOST_ITERATIONS), "learning": weights})),
         grad_scaler=_or_nothing(_SCALER),
-        rng=optional(items(_RNG if _length(states) == processes else lambda value, where: None, 0, 10**6)),
+        rng=optional(items(_RNG if _length(states) == processes else ANYTHING, 0, 10**6)),
         logs=_or_nothing(_LOGS),
     )(payload, "")
     _check_together(payload, batch)
@@ -471,9 +342,9 @@ def _check_together(payload: Mapping[str, Any], batch: int) -> None:
     block = block if isinstance(block, dict) else {}
     most = max(_LARGEST_BATCH, 64 * batch)
     if block.get("images_seen", 0) > (iteration + 1) * most:
-        raise Unfit(
-            f"gn_det.images_seen is {block['images_seen']}: more than {most} images an iteration, of which "
-            f"{iteration + 1} are done"
+        raise InvalidValue(
+            "gn_det.images_seen",
+            f"is {block['images_seen']}: more than {most} images an iteration, with {iteration + 1} done",
         )
     numbers = {f"gn_det.{name}": block.get(name, -1) for name in ("best_iteration", "evaluated_at")}
     logs = payload.get("logs") or {}
@@ -482,7 +353,7 @@ def _check_together(payload: Mapping[str, Any], batch: int) -> None:
     numbers["logs.written"] = logs.get("written", -1) - 1  # a last evaluation is one beyond the last iteration
     for where, value in numbers.items():
         if value > iteration:
-            raise Unfit(f"{where} lies beyond the checkpoint's iteration {iteration}")
+            raise InvalidValue(where, f"lies beyond the checkpoint's iteration {iteration}")
 
 
 # ------------------------------------------------------------ a pretraining run
@@ -491,38 +362,38 @@ def _check_together(payload: Mapping[str, Any], batch: int) -> None:
 def _setting(value: Any, where: str) -> None:
     """A plain value of a setting, or a list of numbers."""
     if isinstance(value, (list, tuple)):
-        items(number, 0, 1000)(value, where)
+        items(NUMBER, 0, 1000)(value, where)
     elif isinstance(value, str):
         text(10_000)(value, where)
     elif value is not None and not isinstance(value, bool):
-        number(value, where)
+        NUMBER(value, where)
 
 
 _SETTINGS = table(text(100), _setting, 1000)
 
 #: Of whom a checkpoint of pretraining is; checked and compared before its content.
-check_origin = record({"settings": _SETTINGS, "processes": whole(1, 10**6)})
+check_origin = record({"settings": _SETTINGS, "processes": integer(1, 10**6)})
 
-_METRICS = table(printable_text(200), number, 1000)
+_METRICS = table(text(200, printable=True), NUMBER, 1000)
 
 
 def check_pretraining(payload: Mapping[str, Any], model: nn.Module) -> None:
     """Check all that ``gn-det pretrain --resume`` reads of ``last.ckpt``, but the optimizer.
 
     Raises:
-        Unfit: names the entry.
+        InvalidValue: names the entry.
     """
     record(
         {
             "model": weights_of(model),
             "done": record(
                 {
-                    "epochs": whole(0, MOST_ITERATIONS),
-                    "curve": items(_all(_METRICS, _CURVE_ROW), 0, 10**6),
+                    "epochs": integer(0, MOST_ITERATIONS),
+                    "curve": items(every(_METRICS, _CURVE_ROW), 0, 10**6),
                     "best": _or_nothing(
-                        _all(_METRICS, record({"epoch": whole(0, MOST_ITERATIONS), "val_error": number}))
+                        every(_METRICS, record({"epoch": integer(0, MOST_ITERATIONS), "val_error": NUMBER}))
                     ),
-                    "peak_memory_mb": number,
+                    "peak_memory_mb": NUMBER,
                 }
             ),
         },
@@ -530,14 +401,14 @@ def check_pretraining(payload: Mapping[str, Any], model: nn.Module) -> None:
     )(payload, "")
     done = payload["done"]
     if len(done["curve"]) != done["epochs"] or (done["epochs"] and not done["best"]):
-        raise Unfit(f"done.curve has {len(done['curve'])} rows, not one for each of {done['epochs']} epochs")
+        raise InvalidValue("done.curve", f"has {len(done['curve'])} rows, not one for each of {done['epochs']} epochs")
 
 
 _CURVE_ROW = record(
     {
-        "epoch": whole(1, MOST_ITERATIONS),
-        **dict.fromkeys(("train_loss", "train_error", "val_error", "lr"), number),
-        **dict.fromkeys(("seconds_per_iteration", "inference_seconds_per_image"), number),
+        "epoch": integer(1, MOST_ITERATIONS),
+        **dict.fromkeys(("train_loss", "train_error", "val_error", "lr"), NUMBER),
+        **dict.fromkeys(("seconds_per_iteration", "inference_seconds_per_image"), NUMBER),
     }
 )
 
@@ -545,13 +416,13 @@ _CURVE_ROW = record(
 check_summary = record(
     {
         "settings": _SETTINGS,
-        "top1_error": number,
-        "curve": items(_all(_METRICS, _CURVE_ROW), 1, 10**6),
+        "top1_error": NUMBER,
+        "curve": items(every(_METRICS, _CURVE_ROW), 1, 10**6),
     },
-    seconds_per_iteration=optional(number),
-    peak_memory_mb=optional(number),
-    inference_seconds_per_image=optional(number),
-    parameters=optional(number),
+    seconds_per_iteration=optional(NUMBER),
+    peak_memory_mb=optional(NUMBER),
+    inference_seconds_per_image=optional(NUMBER),
+    parameters=optional(NUMBER),
 )
 
 
@@ -564,12 +435,12 @@ def _array(dims: int, *dtypes: torch.dtype, last: int | None = None) -> Check:
     def check(value: Any, where: str) -> None:
         plain_tensor(value, where)
         if value.dim() != dims or value.dtype not in dtypes or (last is not None and value.shape[-1] != last):
-            raise Unfit(f"{where} is a tensor of shape {_shape(value)} and type {_dtype(value)}, which no batch holds")
+            raise InvalidValue(where, f"has shape {_shape(value)} and type {_dtype(value)}, which no batch has")
 
     return check
 
 
-_SIDE = whole(1, 1 << 16)
+_SIDE = integer(1, 1 << 16)
 _POLYGONS = items(_array(1, torch.float32, torch.float64), 0, 10**5)
 
 
@@ -593,35 +464,42 @@ _SAMPLE = record(
 )
 
 
+_REPLAY = record(
+    {
+        "batch": items(_SAMPLE, 1, 1 << 16),
+        "rng": record({"torch": _TORCH_RNG}),
+        "autocast": one_of("", "torch.float16", "torch.bfloat16"),
+    }
+)
+
+
 def check_replay(payload: Mapping[str, Any], model: nn.Module, classes: int) -> None:
     """Check a kept batch (``nonfinite_*.pth``): batch, random states and weights, which may hold nan and infinity.
 
     Raises:
-        Unfit: names the entry.
+        InvalidValue: names the entry.
     """
-    record({"batch": items(_SAMPLE, 1, 1 << 16), "rng": record({"torch": _TORCH_RNG}), "autocast": text(20)})(
-        payload, ""
-    )
-    if payload["autocast"] not in ("", "torch.float16", "torch.bfloat16"):
-        raise Unfit(f"autocast is {shown(payload['autocast'])}, not a type of autocast")
+    _REPLAY(payload, "")
     for index, sample in enumerate(payload["batch"]):
         targets = sample.get("targets")
         if targets is None:
             continue
         found, masks = targets["classes"], targets["masks"]
         if len(targets["boxes"]) != len(found) or (masks is not None and len(masks) != len(found)):
-            raise Unfit(f"batch[{index}].targets hold different numbers of boxes, classes and masks")
+            raise InvalidValue(f"batch[{index}].targets", "hold different numbers of boxes, classes and masks")
         if len(found) and not 0 <= int(found.min()) <= int(found.max()) < classes:
-            raise Unfit(f"batch[{index}].targets.classes go beyond the {classes} classes of the model")
+            raise InvalidValue(f"batch[{index}].targets.classes", f"go beyond the {classes} classes of the model")
     weights, own = payload["model"], model.state_dict()
     if not isinstance(weights, Mapping) or weights.keys() != own.keys():
-        raise OtherModel("model: its weights are not those of the configured model")
+        raise OtherModel("model", "has other weights than the configured model")
     for name, tensor in own.items():
         plain_tensor(weights[name], f"model.{name}")
         if weights[name].shape != tensor.shape or weights[name].dtype != tensor.dtype:
-            raise OtherModel(f"model.{name} has another shape or type than in the configured model")
+            raise OtherModel(f"model.{name}", "has another shape or type than in the configured model")
 
 
-def refuse(source: str, error: Unfit, remedy: str = "", doing: str = "resume from this checkpoint") -> WeightsError:
-    """The one line that a user sees of an entry that cannot be used."""
-    return WeightsError(f"{source}: cannot {doing}: {error}; {remedy or error.remedy}")
+def refuse(
+    source: str, error: InvalidValue, remedy: str = "", doing: str = "resume from this checkpoint"
+) -> WeightsError:
+    """Return the error that a user sees for an entry that cannot be used."""
+    return WeightsError(f"{source}: cannot {doing}: {error}; {remedy or error.remedy or _REMEDY}")

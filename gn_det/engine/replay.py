@@ -17,9 +17,10 @@ from gn_det.checkpoint.meta import config_of_checkpoint
 from gn_det.config.check import check_config
 from gn_det.engine import choice as engines
 from gn_det.engine.nonfinite import Pass, find_origin, load_batch
-from gn_det.engine.payload import Unfit, check_replay, refuse
+from gn_det.engine.payload import check_replay, refuse
 from gn_det.errors import UserError, WeightsError
 from gn_det.text import as_line, printable
+from gn_det.values import InvalidValue
 
 
 def replay(path: str | os.PathLike[str]) -> str:
@@ -41,7 +42,7 @@ def replay(path: str | os.PathLike[str]) -> str:
     model = engines.load(engines.Choice("embedded", "")).build_model(cfg)
     try:
         check_replay(content, model, int(cfg.MODEL.ROI_HEADS.NUM_CLASSES))
-    except Unfit as error:
+    except InvalidValue as error:
         raise refuse(os.fspath(path), error, "give a file as a run of this version wrote it", "replay it") from None
     model.load_state_dict(content["model"])
     model.train()

@@ -17,10 +17,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from gn_det.checkpoint.meta import build_meta, read_meta
 from gn_det.config import parse_config
 from gn_det.engine.average import WeightAverage
-from gn_det.engine.payload import Unfit, check_run, numpy_state, refuse, restore_slots
+from gn_det.engine.payload import check_run, numpy_state, refuse, restore_slots
 from gn_det.engine.schedule import set_iteration
 from gn_det.errors import ConfigError, TrainingError
 from gn_det.text import one_line
+from gn_det.values import InvalidValue
 
 
 @dataclass
@@ -207,7 +208,7 @@ def restore(
     try:
         check_run(payload, model, batch, processes)
         put_momentum, sentence = _momentum(payload, model, optimizer)
-    except Unfit as error:
+    except InvalidValue as error:
         raise refuse(source, error) from None
     state = restore_state(payload, default, source)
     model.load_state_dict(dict((payload.get("ema") or {}).get("learning", payload["model"])))

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.engine.test_embedded import SMALL
 from torch import nn
 
 from gn_det.checkpoint.io import read_checkpoint
@@ -17,6 +16,7 @@ from gn_det.engine.nonfinite import find_origin
 from gn_det.engine.replay import main, replay
 from gn_det.errors import TrainingError, WeightsError
 from tests.engine.cases import Tiny, run
+from tests.engine.test_embedded import SMALL
 
 
 class Overflows(nn.Module):
