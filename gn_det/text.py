@@ -75,3 +75,9 @@ def shown(value: object, limit: int = 60) -> str:
 def nearest(name: str, names: Iterable[str], n: int = 3, cutoff: float = 0.6) -> list[str]:
     """Return up to ``n`` of ``names`` that are spelled most like ``name``, for "did you mean"; none for a long text."""
     return difflib.get_close_matches(name, list(names), n, cutoff) if len(name) <= 200 else []
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the known name nearest to ``word``, or "" where none is near."""
+    near = nearest(word, known, n=1)
+    return f"; did you mean {shown(near[0])}?" if near else ""

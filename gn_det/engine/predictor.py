@@ -119,7 +119,7 @@ def predict(
             failed.append(f"{path}: too little memory for this image of {os.path.getsize(path)} bytes")
             report(f"[{number}/{len(paths)}] skipped: {failed[-1]}")
             continue
-        _write_png(folder / name, drawing)
+        write_png(folder / name, drawing)
         document.add(path, name, det)
         seconds = time.perf_counter() - started
         report(f"[{number}/{len(paths)}] {path}: {_summary(det, predictor.class_names)} ({seconds:.2f} s)")
@@ -285,7 +285,8 @@ def select(det: Detections, threshold: float, wanted: set[int] | None) -> Detect
     return Detections(det.image_size, det.boxes[index].cpu(), det.scores[index].cpu(), det.classes[index].cpu(), masks)
 
 
-def _write_png(path: Path, picture: np.ndarray) -> None:
+def write_png(path: Path, picture: np.ndarray) -> None:
+    """Write an (H, W, 3) uint8 RGB image atomically."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, format="PNG", compress_level=3)
     write_bytes_atomic(os.fspath(path), buffer.getvalue())

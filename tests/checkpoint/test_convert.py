@@ -297,13 +297,13 @@ def test_options_behind_a_name(tmp_path: Path) -> None:
 
 
 def test_allow_partial_reaches_the_config() -> None:
-    from gn_det.cli import config_from_args
-    from gn_det.cli.flags import train_parser
+    from gn_det.cli import parse
+    from gn_det.cli.flags import config_from_args
 
     words = ["--config", "gn_fpn.yaml", "--weights", "a.pth", "--allow-partial"]
-    cfg = config_from_args(train_parser("train").parse_intermixed_args(words))
+    cfg = config_from_args(parse("train", words)[1])
     assert cfg.MODEL.WEIGHTS == "a.pth?allow_partial=True"
-    scratch = config_from_args(train_parser("train").parse_intermixed_args([*words[:2], "--weights", "", words[-1]]))
+    scratch = config_from_args(parse("train", [*words[:2], "--weights", "", words[-1]])[1])
     assert scratch.MODEL.WEIGHTS == ""
 
 

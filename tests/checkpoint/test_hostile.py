@@ -27,9 +27,10 @@ from hypothesis import strategies as st
 
 from gn_det.checkpoint import pickles
 from gn_det.checkpoint.convert import convert
+from gn_det.checkpoint.describe import describe
 from gn_det.checkpoint.io import read_checkpoint
 from gn_det.checkpoint.sources import open_weights
-from gn_det.cli.weights import describe
+from gn_det.cli import main
 from gn_det.errors import WeightsError
 from tests.checkpoint import fuzz
 from tests.faults.soak_weights import Pickle
@@ -492,7 +493,7 @@ def test_metadata_never_reach_the_terminal_raw(tmp_path: Path, capsys: pytest.Ca
     }
     path = tmp_path / "x.pth"
     path.write_bytes(fuzz.torch_bytes({"model": STATE | {f"res3.{evil}.conv1.weight": torch.ones(1)}, "gn_det": block}))
-    describe(str(path))
+    assert main(["weights", str(path)]) == 0
     printed = capsys.readouterr().out
     assert "fake line" in printed and "ü" in printed
     assert all(line.isprintable() and not line.startswith("fake") for line in printed.splitlines())

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from configparser import ConfigParser
+from pathlib import Path
+
 import pytest
 
 from gn_det.cli import doctor, main
 from gn_det.cli.doctor import REQUIRED, Finding, Trial, examine, try_python
 from gn_det.engine.choice import INSTALL_PAGE
 
-VERSIONS = {d: "1.0" for d in REQUIRED.values()} | {"iopath": "0.1.9", "detectron2": "0.6", "torch": "2.9.0"}
+VERSIONS = {d: "1.0" for d in REQUIRED} | {"iopath": "0.1.9", "detectron2": "0.6", "torch": "2.9.0"}
 VERSIONS["opencv-python-headless"] = "4.9"
 NO_GPU = Trial(True, '{"cuda": null, "gpus": []}\n')
 
@@ -83,6 +87,13 @@ def test_missing_and_mismatched_packages() -> None:
     broken = {f.what.split()[0]: f.fix for f in report(errors, versions) if f.mark == "broken"}
     assert broken["lightning"] == "pip install lightning"
     assert "built for another torch than 2.9.0" in broken["torchvision"]
+
+
+def test_required_is_what_setup_cfg_requires() -> None:
+    setup = ConfigParser()
+    setup.read(Path(__file__).parents[2] / "setup.cfg")
+    required = setup["options"]["install_requires"].split()
+    assert [re.split("[<>=]", line)[0] for line in required] == list(REQUIRED)
 
 
 def test_trials() -> None:

@@ -17,14 +17,15 @@ import numpy as np
 import pytest
 
 from gn_det import __version__
-from gn_det.cli import config_from_args, main
-from gn_det.cli.flags import train_parser
+from gn_det.cli import main
+from gn_det.cli import parse as parse_flags
+from gn_det.cli.flags import config_from_args
 from gn_det.engine.log import run_log
 from gn_det.terminal import Screen, guarded, say
 
 
 def parse(words: list[str]) -> object:
-    return config_from_args(train_parser("x").parse_intermixed_args(words))
+    return config_from_args(parse_flags("train", words)[1])
 
 
 def test_flags_and_overrides_mix_in_any_order() -> None:
@@ -48,7 +49,7 @@ def test_config_file_is_an_alias() -> None:
         (["predict", "--weights", "w", "--output", "o", "--threshold", "2", "a.jpg"], "between 0 and 1"),
         (["predict", "--weights", "nowhere.pth", "--output", "o", "a.jpg"], "a.jpg: no such image"),
         (["eval", "--weights", "nowhere.pth"], "nowhere.pth"),
-        (["trian"], "unknown command 'trian'"),
+        (["trian"], "unknown command 'trian'; did you mean 'train'?"),
         (
             ["train", "--config", "quickstart", "MODEL.DEVICE", "cpu", "SOLVER.ACCUMULATE", "4", "--num-gpus", "3"],
             "of 12",
@@ -296,7 +297,7 @@ def test_no_memory_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: 
     def check(*_: object, **__: object) -> None:
         np.empty(1 << 62, np.uint8)
 
-    monkeypatch.setattr("gn_det.cli.check.check", check)
+    monkeypatch.setattr("gn_det.check.check_sets.check", check)
     assert main(["check", "--train-json", "a", "--train-images", "b"]) == 2
     err = capsys.readouterr().err
     assert err.startswith("gn-det: error: out of memory (Unable to allocate 4.00 EiB") and err.count("\n") == 1

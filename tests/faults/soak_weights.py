@@ -503,7 +503,7 @@ def read_by_all(path: Path) -> str:
     from gn_det.checkpoint.convert import convert
     from gn_det.checkpoint.io import check_payload, read_checkpoint
     from gn_det.checkpoint.sources import open_weights, read_any
-    from gn_det.cli.weights import describe, run_convert
+    from gn_det.cli import parse
     from gn_det.errors import UserError
 
     results = Counter[str]()
@@ -520,11 +520,15 @@ def read_by_all(path: Path) -> str:
             total += value.numel() * value.element_size()
         assert total <= 5 * size + 1024, f"{total} bytes from {size}"
 
+    def command(name: str, *words: str) -> None:
+        module, args = parse(name, words)
+        module.run(args)
+
     calls = (
         walk,
         values,
-        partial(describe, str(path)),
-        partial(run_convert, str(path), str(target), "", size % 3 == 0),
+        partial(command, "weights", str(path)),
+        partial(command, "convert", str(path), str(target), *["--fold"] * (size % 3 == 0)),
         partial(read_checkpoint, path),
         partial(convert, path, target.with_name("t.pth"), "torchvision"),
     )
@@ -588,7 +592,7 @@ def structures(case: Case) -> None:
     """10,000 files by structure."""
     sys.path.insert(0, str(Path(__file__).parents[2]))
     import gn_det.checkpoint.convert
-    import gn_det.cli.weights  # noqa: F401 (imported before the memory is limited)
+    import gn_det.checkpoint.describe  # noqa: F401 (imported before the memory is limited)
 
     folder = case.folder / "files"
     folder.mkdir()

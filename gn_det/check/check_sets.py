@@ -1,0 +1,105 @@
+"""The check of the data sets of a config: report, files and exit code."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from gn_det.check.audit import Training, survey
+from gn_det.check.fix import Cleaner, changes_file, refuse_overwriting
+from gn_det.check.report import Report, as_json, look_across
+from gn_det.check.table import as_text
+from gn_det.data.catalog import datasets_for
+from gn_det.errors import ConfigError, UserError
+from gn_det.evaluation.results import write_bytes_atomic
+from gn_det.terminal import say
+
+#: Lines of changes that are printed; the file beside the copy has all.
+_CHANGES = 10
+
+
+def check(
+    cfg: Any,
+    *,
+    config: str = "",
+    decode: bool = False,
+    json_out: str | None = None,
+    html_out: str | None = None,
+    fix_out: str | None = None,
+) -> int:
+    """Check the training and validation sets of ``cfg`` and print the report.
+
+    Args:
+        cfg: DATASETS names the sets; INPUT, MODEL and DATALOADER say what training would make of them.
+        config: name of ``cfg``, for the report.
+        decode: decode every image, on all cores.
+        json_out: where to write the report for machines.
+        html_out: where to write it as one page with pictures.
+        fix_out: where to write a cleaned copy of the training annotations.
+
+    Returns:
+        0 clean (notes do not count), 1 warnings only, 2 errors.
+
+    Raises:
+        ConfigError: no training set is named.
+        UserError: an output cannot be written, or would overwrite what is checked.
+    """
+    sources = [(s, "train") for s in datasets_for(cfg, "train")] + [(s, "val") for s in datasets_for(cfg, "test")]
+    train = [s for s, split in sources if split == "train"]
+    if not train:
+        raise ConfigError("no training set is named: give --train-json, or a --config that names one")
+    if fix_out and len(train) > 1:
+        raise UserError(f"--fix {fix_out}: {len(train)} training sets are named; clean them one by one (--train-json)")
+    outputs = {"--fix": fix_out, "--json": json_out, "--html": html_out}
+    refuse_overwriting(outputs, [s.json_file for s, _ in sources])
+    training = Training.of(cfg)
+    shown = sys.stderr.isatty()
+    surveys = [survey(s, split, training, decode=decode, progress=shown) for s, split in sources]
+    report = look_across(surveys, training, cfg, config)
+    print(as_text(report), flush=True)
+    try:
+        if fix_out:
+            _fix(report, fix_out)
+    finally:
+        _write_reports(report, json_out, html_out)
+    return report.exit_code
+
+
+def _fix(report: Report, target: str) -> None:
+    cleaner = Cleaner(report.surveys[0])
+    cleaner.write(target)
+    report.changes = cleaner.changes
+    report.not_fixed = _not_fixed(report)
+    print()
+    say(f"{target}: cleaned copy of {report.surveys[0].source.json_file}, {len(cleaner.changes)} changes")
+    for line in cleaner.changes[:_CHANGES]:
+        say(f"  {line}")
+    if len(cleaner.changes) > _CHANGES:
+        say(f"  ... and {len(cleaner.changes) - _CHANGES} more")
+    say(f"  all changes: {changes_file(target)}")
+    for line in report.not_fixed:
+        say(f"  not mended: {line}")
+
+
+def _not_fixed(report: Report) -> list[str]:
+    """Errors that a cleaned training json leaves."""
+    lines = [str(f) for name, _, _ in report.across.of("error") for f in report.across.found[name]]
+    for other in report.surveys[1:]:
+        errors = other.findings.total("error")
+        if errors:
+            lines.append(
+                f"{other.source.json_file} has {errors} errors of its own: give it as --train-json to --fix it"
+            )
+    return lines
+
+
+def _write_reports(report: Report, json_out: str | None, html_out: str | None) -> None:
+    if json_out:
+        write_bytes_atomic(json_out, json.dumps(as_json(report), indent=1, default=str).encode("ascii"))
+        say(f"{json_out}: this report for machines")
+    if html_out:
+        from gn_det.check.page import as_html
+
+        write_bytes_atomic(html_out, as_html(report).encode("utf-8", "backslashreplace"))
+        say(f"{html_out}: this report with pictures")

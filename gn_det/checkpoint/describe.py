@@ -1,0 +1,126 @@
+"""What a weights file is, in words: its parts, classes, preprocessing and the config keys it needs."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from typing import Any
+
+from gn_det.checkpoint.arch import Architecture, architecture_of
+from gn_det.checkpoint.catalog import local_path, sha256_of
+from gn_det.checkpoint.fit import NORM_NAMES
+from gn_det.checkpoint.report import PARTS, part_of, shorten
+from gn_det.checkpoint.source import Preprocessing, Weights, show
+from gn_det.checkpoint.sources import open_weights
+from gn_det.text import one_line
+
+_WHERE = {"": "a backbone: backbone.bottom_up with FPN, backbone and roi_heads.res5 without", "FPN": "an FPN detector"}
+
+
+def describe(path_or_uri: str) -> list[str]:
+    """Return lines that say what a weights file holds and which config keys it needs.
+
+    Raises:
+        WeightsError: unreadable.
+    """
+    weights = open_weights(path_or_uri, must_know=False)
+    path = local_path(path_or_uri)
+    found = architecture_of({name: tuple(value.shape) for name, value in weights.state.items()})
+    norm = weights.norm or found.norm
+    parts = (weights.kind, *((found.resnet, NORM_NAMES.get(norm, norm)) if found.blocks else ()))
+    rows = {
+        "file": f"{os.path.getsize(path) / 1e6:.1f} MB, sha256 {sha256_of(path)}",
+        "holds": one_line(", ".join(filter(None, parts))),
+        "tensors": _tensors(weights),
+        "parts": _parts(weights),
+        "classes": _classes(weights),
+        "goes into": _WHERE.get(found.style, "a C4 detector") if found.blocks else "no known model",
+        "preprocessing": preprocessing_sentence(weights),
+        "config keys": _keys(weights, found),
+        "not used": shorten(weights.ignored) if weights.ignored else "",
+        "provenance": _provenance(weights),
+    }
+    return [path_or_uri, *(f"  {name:14s}{value}" for name, value in rows.items() if value)]
+
+
+def _tensors(weights: Weights) -> str:
+    values = sum(value.numel() for value in weights.state.values())
+    dtypes = Counter(str(value.dtype).removeprefix("torch.") for value in weights.state.values())
+    return f"{len(weights.state)}, {values / 1e6:.1f} M numbers, {', '.join(sorted(dtypes))}"
+
+
+def _parts(weights: Weights) -> str:
+    counts = Counter(part_of(name) for name in weights.state)
+    return ", ".join(f"{part} {counts[part]}" for part in PARTS if counts[part])
+
+
+def num_classes(weights: Weights) -> int:
+    """Return the number of classes of a detector's weights, 0 where there is no class layer."""
+    scores = weights.state.get("roi_heads.box_predictor.cls_score.weight")
+    return scores.shape[0] - 1 if scores is not None and scores.dim() else len(weights.class_names)
+
+
+def _classes(weights: Weights) -> str:
+    number = num_classes(weights)
+    names = f": {one_line(shorten(weights.class_names, 5), 400)}" if weights.class_names else ""
+    return f"{number}{names}" if number else ""
+
+
+def expects(needs: Preprocessing) -> str:
+    """Return channel order, mean, std and stride as a sentence."""
+    mean, std = (show(values) if values else "unknown" for values in (needs.pixel_mean, needs.pixel_std))
+    stride = {True: "; stride in the 1x1", False: "; stride in the 3x3", None: ""}[needs.stride_in_1x1]
+    return f"{needs.format or 'channel order unknown'}, mean {mean}, std {std} (of 0-255){stride}"
+
+
+def preprocessing_sentence(weights: Weights) -> str:
+    """What the weights expect, and what loading makes of it."""
+    if weights.preprocessing is None:
+        ask = "; put ?preprocessing=caffe or ?preprocessing=torch behind the name" if weights.asks else ""
+        return f"unknown{ask}"
+    folded = "; order and std are folded into the stem on load" if weights.foldable else ""
+    return expects(weights.preprocessing) + folded
+
+
+def _keys(weights: Weights, found: Architecture) -> str:
+    keys = [f"MODEL.RESNETS.DEPTH {found.depth}"] if found.depth else []
+    norm = {"affine BN": "FrozenBN", "BN": "FrozenBN", "affine": "GN"}.get(weights.norm or found.norm)
+    if found.blocks:
+        keys.append(f"MODEL.RESNETS.NORM {norm or weights.norm or found.norm}")
+    if weights.groups:
+        keys += [f"MODEL.GN.NUM_GROUPS {weights.groups[0]}"]
+        keys += [f"MODEL.GN.CHANNELS_PER_GROUP {weights.groups[1]}"] if weights.groups[1] else []
+    needs = weights.preprocessing
+    if needs is None:
+        return " ".join(keys)
+    if needs.stride_in_1x1 is not None:
+        keys.append(f"MODEL.RESNETS.STRIDE_IN_1X1 {needs.stride_in_1x1}")
+    mean = needs.pixel_mean
+    if weights.foldable:
+        mean = mean[::-1] if mean and needs.format == "RGB" else mean
+    else:
+        keys += [f"INPUT.FORMAT {needs.format}"] if needs.format else []
+        keys += [f"MODEL.PIXEL_STD {show(needs.pixel_std)}"] if needs.pixel_std else []
+    keys += [f"MODEL.PIXEL_MEAN {show(mean)}"] if mean else []
+    return " ".join(keys)
+
+
+def _provenance(weights: Weights) -> str:
+    steps = (weights.meta or {}).get("provenance")
+    if not isinstance(steps, (list, tuple)):
+        return ""
+    said = [
+        _trained(step)
+        if step.get("trained") is True
+        else f"{one_line(step.get('source', ''), 80)} (sha256 {one_line(step.get('sha256', ''), 64)[:12]})"
+        for step in steps
+        if isinstance(step, dict)
+    ]
+    return " -> ".join(said)
+
+
+def _trained(step: dict[str, Any]) -> str:
+    """What ``gn-det pretrain`` wrote: which classifier, of which epoch, how good."""
+    error = step.get("top1_error", step.get("val_error"))
+    told = f", top-1 error {error:.2f} %" if isinstance(error, float) else ""
+    return f"{one_line(step.get('kind', ''), 80)} (epoch {one_line(step.get('epoch', '?'), 12)}{told})"

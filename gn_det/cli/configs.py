@@ -1,0 +1,18 @@
+"""List the shipped configs and what each reproduces."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """No flags."""
+
+
+def run(args: argparse.Namespace) -> int:
+    from gn_det.config.load import shipped_config, shipped_configs
+
+    for name in shipped_configs():
+        comment = [line[2:].strip() for line in shipped_config(name).read_text(encoding="utf-8").splitlines()[:2]]
+        print(f"{name:28s} {' '.join(comment)}")
+    return 0

@@ -1,0 +1,51 @@
+"""Train a classifier by the paper's recipe: a backbone with any norm for MODEL.WEIGHTS."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+
+from gn_det.cli import flags
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--arch", required=True, metavar="NAME", help="resnet18|34|50|101, or resnet8|14|20 (tiny images)")
+    add("--norm", required=True, metavar="NAME", help="BN, LN, IN or GN")
+    add("--data", required=True, metavar="DIR", help="folder with train/<class>/* and val/<class>/*; or digits, shapes")
+    add("--output", metavar="DIR", help="default output/pretrain_ARCH_NORM")
+    add("--groups", type=int, metavar="N", help="GN's groups in every layer (default 32)")
+    add("--channels-per-group", type=int, metavar="N", help="GN's channels per group instead")
+    add("--batch-size", type=int, metavar="N", help="images per process (default 32)")
+    add("--epochs", type=float, metavar="N", help="default 100; lr drops after 30, 60 and 90 %% of them")
+    add("--lr", type=float, metavar="X", help="default 0.1 per 256 images in an iteration, linear")
+    add("--seed", type=int, metavar="N", help="default 1")
+    add("--image-size", type=int, metavar="N", help="side of the crops (default 224)")
+    add("--images", type=int, metavar="N", help="number of generated training images of --data shapes")
+    add("--no-color", dest="color", action="store_false", default=None, help="no colour augmentation")
+    add(
+        "--stride-in-1x1",
+        action="store_true",
+        default=None,
+        help="stride in the first 1x1 of a bottleneck, as the bn_* configs have it (default: in the 3x3, as gn_*)",
+    )
+    add("--amp", metavar="TYPE", help="autocast: bf16, fp16 or off (default)")
+    add("--device", metavar="NAME", help="auto, cpu, cuda or cuda:1")
+    add("--workers", type=int, metavar="N", help="processes that read images (default 4)")
+    flags.add_gpus(parser, "GPUs on this machine; or use torchrun")
+    flags.add_restart(parser, dry_run="print data, network and recipe, then exit")
+
+
+def run(args: argparse.Namespace) -> int:
+    from gn_det import classification
+
+    given = {f.name: getattr(args, f.name, None) for f in fields(classification.Settings)}
+    given["output"] = args.output or f"output/pretrain_{args.arch}_{args.norm}"
+    settings = classification.Settings.from_dict({name: value for name, value in given.items() if value is not None})
+    if args.dry_run:
+        from gn_det.classification.pretraining import dry_run
+
+        dry_run(settings, num_gpus=args.num_gpus)
+    else:
+        classification.pretrain(settings, resume=args.resume, overwrite=args.overwrite, num_gpus=args.num_gpus)
+    return 0

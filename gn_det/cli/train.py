@@ -1,0 +1,51 @@
+"""Fine-tune, train from scratch, or evaluate."""
+
+from __future__ import annotations
+
+import argparse
+
+from gn_det.cli import flags
+from gn_det.engine import choice
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    flags.add_config(parser, required=True)
+    flags.add_data(parser, "train", "val")
+    flags.add_run(parser)
+    flags.add_key(parser, "--weights", "MODEL.WEIGHTS", "initial weights, a path or URI", metavar="FILE")
+    parser.add_argument("--allow-partial", action="store_true", help="load matching tensors and report the others")
+    flags.add_key(parser, "--epochs", "SOLVER.EPOCHS", "train for N passes over the data", type=float, metavar="N")
+    flags.add_key(
+        parser, "--max-hours", "SOLVER.MAX_HOURS", "stop after H hours, evaluated and saved", type=float, metavar="H"
+    )
+    flags.add_restart(parser, dry_run="print the resolved config, model and schedule, then exit; needs no data")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS without training")
+    group = parser.add_argument_group("several GPUs or machines (or launch with torchrun)")
+    flags.add_gpus(group)
+    group.add_argument("--num-machines", type=flags.whole(1), default=1, metavar="N")
+    group.add_argument("--machine-rank", type=flags.whole(0), default=0, metavar="R")
+    group.add_argument("--dist-url", default="auto", metavar="URL", help="tcp://host:port of machine 0")
+
+
+def run(args: argparse.Namespace) -> int:
+    chosen = choice.choose(args.engine)
+    cfg = flags.config_from_args(args, chosen.name)
+    engine = choice.load(chosen)
+    from gn_det.engine import commands
+
+    if args.dry_run:
+        commands.dry_run(engine, cfg, num_gpus=args.num_gpus, num_machines=args.num_machines)
+    elif args.eval_only:
+        commands.evaluate(engine, cfg, num_gpus=args.num_gpus)
+    else:
+        commands.train(
+            engine,
+            cfg,
+            resume=args.resume,
+            overwrite=args.overwrite,
+            num_gpus=args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+        )
+    return 0
