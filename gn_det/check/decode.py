@@ -15,9 +15,9 @@ from PIL import Image
 
 from gn_det.data.image import ImageError, ImageReader, one_colour
 from gn_det.data.mapper import read_record_image
-from gn_det.data.orphans import end_with_parent
 from gn_det.data.records import Record
 from gn_det.files import open_regular
+from gn_det.parent_watch import end_with_parent
 
 #: Images that a process takes at once: enough that handing them over costs nothing.
 _CHUNK = 16

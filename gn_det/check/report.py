@@ -92,7 +92,7 @@ def look_across(surveys: Sequence[Survey], training: Training, cfg: Any, config:
 
 
 def _compare_with_training(report: Report, train: list[Survey], val: list[Survey], cfg: Any) -> None:
-    from gn_det.data.sets import test_category_ids
+    from gn_det.data.sets import model_category_ids
 
     datasets = [s.dataset for s in train if s.dataset is not None]
     if not datasets:
@@ -119,7 +119,7 @@ def _compare_with_training(report: Report, train: list[Survey], val: list[Survey
     names, ids = datasets[0].class_names, datasets[0].category_ids
     for other in (s.dataset for s in val if s.dataset is not None):
         try:
-            own = dict(zip(names, test_category_ids(other, names)))
+            own = dict(zip(names, model_category_ids(other, names)))
             both = dict(zip(names, ids)).items()
             if any(own[name] != number for name, number in both if name in other.class_names):
                 add("class-ids-differ", f"{other.json_file}: gn_det goes by the names; other tools go by the ids")

@@ -203,16 +203,6 @@ class ImageReader:
         return (scaled.clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def read_image(path: str | os.PathLike[str], image_format: str = "BGR") -> np.ndarray:
-    """Decode one 8-bit image; see :meth:`ImageReader.read`."""
-    return ImageReader(image_format).read(path)
-
-
-def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """(width, height) of one 8-bit image; see :meth:`ImageReader.size`."""
-    return ImageReader().size(path)
-
-
 def one_colour(pixels: np.ndarray) -> bool:
     """Whether all of the (H, W, C) ``pixels`` are alike; most pictures are known not to be after a few."""
     first = pixels[:1, :1]

@@ -101,10 +101,8 @@ class TrainMapper:
         return Targets(shape, boxes[keep], classes[keep], None if masks is None else masks[keep])
 
 
-class TestMapper:
+class InferenceMapper:
     """Inference samples: resized to MIN_SIZE_TEST, nothing random, no ground truth."""
-
-    __test__ = False  # not a test case, whatever its name
 
     def __init__(self, cfg: Any) -> None:
         size = cfg.INPUT.MIN_SIZE_TEST

@@ -96,7 +96,7 @@ def load_test_sets(cfg: CfgNode, class_names: Sequence[str] | None) -> tuple[Coc
     """
     test = tuple(load_set(cfg, source, need_annotations=False) for source in datasets_for(cfg, "test"))
     for dataset in test if class_names is not None else ():
-        test_category_ids(dataset, class_names or ())
+        model_category_ids(dataset, class_names or ())
         lacking = [shown(name) for name in class_names or () if name not in dataset.class_names]
         if lacking:
             names = ", ".join(lacking[:5]) + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else "")
@@ -122,7 +122,7 @@ def load_first_test_set(cfg: CfgNode) -> CocoDataset:
     return load_coco(source, max_bad=int(cfg.DATALOADER.MAX_BAD), need_annotations=False, reader=reader)
 
 
-def test_category_ids(dataset: CocoDataset, class_names: Sequence[str]) -> tuple[int, ...]:
+def model_category_ids(dataset: CocoDataset, class_names: Sequence[str]) -> tuple[int, ...]:
     """The json category id that ``dataset`` gives to each of the model's classes, found by name.
 
     A class that the set lacks gets an id that none of its categories has: it has no objects there, and no AP.
@@ -140,9 +140,6 @@ def test_category_ids(dataset: CocoDataset, class_names: Sequence[str]) -> tuple
         )
     unused = itertools.count(max(own.values(), default=0) + 1)
     return tuple(own[n] if n in own else next(unused) for n in class_names)
-
-
-test_category_ids.__test__ = False  # type: ignore[attr-defined]  # not a test case, whatever its name
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ def _indent(text: str) -> str:
 
 
 def _train_rank(engine: Engine, cfg: CfgNode, resume: bool, overwrite: bool) -> dict[str, float]:
-    from gn_det.data.loader import worker_failure
+    from gn_det.data.workers import worker_failure
 
     with alone_in(cfg.OUTPUT_DIR), run_log(cfg.OUTPUT_DIR, rank=dist.rank()):
         try:

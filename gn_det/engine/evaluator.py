@@ -13,7 +13,7 @@ from fvcore.common.config import CfgNode
 from gn_det.data.coco import CocoDataset
 from gn_det.data.loader import build_test_loader
 from gn_det.data.problems import Caps
-from gn_det.data.sets import test_category_ids
+from gn_det.data.sets import model_category_ids
 from gn_det.engine import dist
 from gn_det.errors import TrainingError, UserError
 from gn_det.evaluation.coco import evaluate_coco, merge_results
@@ -62,7 +62,7 @@ def _evaluate_one(
     folder: str,
     on_progress: Callable[[Any], None] | None,
 ) -> Mapping[str, Mapping[str, float]]:
-    ids = test_category_ids(dataset, class_names)
+    ids = model_category_ids(dataset, class_names)
     loader = build_test_loader(cfg, dataset, dist.rank(), dist.world_size())
     start = said = time.perf_counter()
 

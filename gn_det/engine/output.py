@@ -91,7 +91,7 @@ def alone_in(
             try:
                 stack.enter_context(lock(Path(folder) / LOCK, patience=PATIENCE if patience is None else patience))
             except Busy as error:
-                from gn_det.data.loader import script_in_worker
+                from gn_det.data.workers import script_in_worker
 
                 whose = f"another run ({error.holder})" if error.holder else "another run"
                 problem = script_in_worker() or InUse(

@@ -154,7 +154,7 @@ def load_predictor(
     from gn_det.checkpoint.sources import read_any
     from gn_det.checkpoint.weights import load_weights
     from gn_det.config import load_config, parse_config
-    from gn_det.data.mapper import TestMapper
+    from gn_det.data.mapper import InferenceMapper
 
     meta = read_meta(read_any(local_path(weights)), weights) or {}
     if config is not None:
@@ -172,7 +172,7 @@ def load_predictor(
     model = engine.build_model(cfg).eval()
     load_weights(model, weights, cfg, require_all=True)
     model.to(target)
-    mapper, detector = TestMapper(cfg), engine.detector(model)
+    mapper, detector = InferenceMapper(cfg), engine.detector(model)
 
     @torch.inference_mode()
     def detect(image: Path | np.ndarray) -> Detections:

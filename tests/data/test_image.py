@@ -18,9 +18,7 @@ from gn_det.data.image import (
     MAX_PIXELS,
     ImageError,
     ImageReader,
-    image_size,
     one_colour,
-    read_image,
     values_in_words,
 )
 from gn_det.errors import ConfigError, DataError
@@ -36,10 +34,10 @@ def test_modes(tmp_path: Path, rgb: Image.Image, mode: str) -> None:
     path = tmp_path / ("a.tiff" if mode == "CMYK" else "a.png")
     rgb.convert(mode).save(path)
     want = np.asarray(rgb.convert(mode).convert("RGB"))
-    assert np.array_equal(read_image(path, "RGB"), want)
-    assert np.array_equal(read_image(path, "BGR"), want[:, :, ::-1])
-    assert read_image(path, "L").shape == (5, 7, 1)
-    assert image_size(path) == (7, 5)
+    assert np.array_equal(ImageReader("RGB").read(path), want)
+    assert np.array_equal(ImageReader("BGR").read(path), want[:, :, ::-1])
+    assert ImageReader("L").read(path).shape == (5, 7, 1)
+    assert ImageReader().size(path) == (7, 5)
 
 
 def deep(folder: Path, kind: str, values: np.ndarray) -> Path:
@@ -64,12 +62,12 @@ def test_deep_gray_is_refused_by_mode_and_range(tmp_path: Path, kind: str) -> No
     with Image.open(path) as opened:
         mode = opened.mode
     with pytest.raises(ImageError) as refused:
-        read_image(path)
+        ImageReader().read(path)
     text = str(refused.value)
     assert f"(mode {mode})" in text and "values from 0 to 4095" in text and "set INPUT.BIT_DEPTH to LOW,HIGH" in text
     assert refused.value.kind == "image-depth" and values_in_words(path) == text
     with pytest.raises(ImageError, match=r"INPUT.BIT_DEPTH"):  # the header alone tells the mode
-        image_size(path)
+        ImageReader().size(path)
 
 
 @pytest.mark.parametrize("kind", ["png", "I;16", "I;16B", "I", "F"])
@@ -141,14 +139,14 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
     for name, reason in (("a.png", "a named pipe, not a regular file"), ("b.png", "EPS is a program")):
-        for read in (read_image, image_size):
+        for read in (ImageReader().read, ImageReader().size):
             with pytest.raises(ImageError, match=reason):
                 read(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["a\0b.png", "x" * 5000, "esc\x1b[2J.png", "../" * 40 + "none.png", "/none/a.png"])
 def test_hostile_names_end_in_one_printable_line(tmp_path: Path, name: str) -> None:
-    for read in (read_image, image_size):
+    for read in (ImageReader().read, ImageReader().size):
         with pytest.raises(ImageError) as refused:
             read(os.path.join(tmp_path, name))
         assert str(refused.value).isprintable() and len(str(refused.value)) < 500
@@ -177,9 +175,9 @@ def test_exif_orientation(tmp_path: Path, orientation: int) -> None:
         picture.convert("RGB").save(tmp_path / name, exif=exif)
         with Image.open(tmp_path / name) as opened:
             want = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
-        got = read_image(tmp_path / name, "RGB")
+        got = ImageReader("RGB").read(tmp_path / name)
         assert np.array_equal(got, want), name
-        assert image_size(tmp_path / name) == (got.shape[1], got.shape[0]), name
+        assert ImageReader().size(tmp_path / name) == (got.shape[1], got.shape[0]), name
 
 
 def test_unreadable_files_are_named(tmp_path: Path, rgb: Image.Image) -> None:
@@ -196,11 +194,11 @@ def test_unreadable_files_are_named(tmp_path: Path, rgb: Image.Image) -> None:
         ".": "is a folder",
     }.items():
         with pytest.raises(DataError) as error:
-            read_image(tmp_path / name)
+            ImageReader().read(tmp_path / name)
         text = str(error.value)
         assert reason in text and str(tmp_path) in text and "\n" not in text
         with pytest.raises(DataError, match=reason):
-            image_size(tmp_path / name)
+            ImageReader().size(tmp_path / name)
 
 
 def test_png_that_decodes_to_other_pixels_is_refused(tmp_path: Path) -> None:
@@ -217,7 +215,7 @@ def test_png_that_decodes_to_other_pixels_is_refused(tmp_path: Path) -> None:
         damaged[at : at + 4] = bytes(rng.randrange(256) for _ in damaged[at : at + 4])
         path.write_bytes(damaged)
         try:
-            assert np.array_equal(read_image(path, "RGB"), pixels)
+            assert np.array_equal(ImageReader("RGB").read(path), pixels)
         except DataError as error:
             refused += 1
             if "the checksum of its pixels is wrong: get this file again" in str(error):
@@ -231,7 +229,7 @@ def test_only_checksums_of_pixels_count(tmp_path: Path, rgb: Image.Image) -> Non
     data = (tmp_path / "a.png").read_bytes()
     text = struct.pack(">I", 3) + b"tEXta\0b" + bytes(4)
     (tmp_path / "a.png").write_bytes(data[:-12] + text + data[-12:])
-    assert np.array_equal(read_image(tmp_path / "a.png", "RGB"), np.asarray(rgb))
+    assert np.array_equal(ImageReader("RGB").read(tmp_path / "a.png"), np.asarray(rgb))
 
 
 def test_size_of_a_png_decodes_nothing(tmp_path: Path, rgb: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,8 +240,8 @@ def test_size_of_a_png_decodes_nothing(tmp_path: Path, rgb: Image.Image, monkeyp
     monkeypatch.setattr(PngImageFile, "load", lambda self: (decoded.append(1), load(self))[1])
     rgb.save(tmp_path / "a.png")
     decoded.clear()
-    assert image_size(tmp_path / "a.png") == rgb.size and not decoded
-    read_image(tmp_path / "a.png")
+    assert ImageReader().size(tmp_path / "a.png") == rgb.size and not decoded
+    ImageReader().read(tmp_path / "a.png")
     assert decoded
 
 
@@ -252,24 +250,24 @@ def test_size_decodes_only_files_that_end_oddly(tmp_path: Path, rgb: Image.Image
     """Bytes after the end do no harm; a file that broke off is found although its header is whole."""
     path = tmp_path / name
     rgb.save(path)
-    size, data = image_size(path), path.read_bytes()
+    size, data = ImageReader().size(path), path.read_bytes()
     path.write_bytes(data + b"trailing")
-    assert image_size(path) == size == rgb.size
+    assert ImageReader().size(path) == size == rgb.size
     path.write_bytes(data[: len(data) // 2])
     with pytest.raises(DataError, match=r"(?i)truncated"):
-        image_size(path)
+        ImageReader().size(path)
 
 
 def test_format_is_checked(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"INPUT.FORMAT 'YUV-BT.601' is not implemented"):
-        read_image(tmp_path / "a.png", "YUV-BT.601")
+        ImageReader("YUV-BT.601").read(tmp_path / "a.png")
 
 
 def test_pictures_are_opened_in_one_place() -> None:
     """Whatever reads pictures or sets goes by the config's reader, so that all commands follow INPUT.BIT_DEPTH."""
     package = Path(gn_det.__file__).parent
     sources = {str(path.relative_to(package)): path.read_text(encoding="utf-8") for path in package.rglob("*.py")}
-    opens = {name for name, text in sources.items() if re.search(r"Image\.open\(|(?<!def )read_image\(", text)}
+    opens = {name for name, text in sources.items() if re.search(r"Image\.open\(", text)}
     assert opens == {"data/image.py", "check/decode.py"}  # the latter for checksums alone
     for name, text in sources.items():
         for call in re.findall(r"(?<!def )load_coco\((?!`)[^`]*?\)$", text, re.M):

@@ -8,7 +8,7 @@ import torch
 
 from gn_det.config import get_cfg
 from gn_det.data.coco import load_coco
-from gn_det.data.mapper import TestMapper, TrainMapper, _mask_box
+from gn_det.data.mapper import InferenceMapper, TrainMapper, _mask_box
 from gn_det.data.transforms import (
     Crop,
     HorizontalFlip,
@@ -131,12 +131,12 @@ def test_boxes_alone_without_masks(tmp_path) -> None:
 
 def test_test_sample(tmp_path) -> None:
     data = load_coco(write(tmp_path), max_bad=0)
-    sample = TestMapper(_cfg())(data.records[0])
+    sample = InferenceMapper(_cfg())(data.records[0])
     assert sample["image"].shape == (3, 45, 60) and "targets" not in sample
     assert (sample["height"], sample["width"]) == (30, 40)
-    by_path = TestMapper(_cfg())(tmp_path / "im 5é.png")
+    by_path = InferenceMapper(_cfg())(tmp_path / "im 5é.png")
     assert torch.equal(by_path["image"], sample["image"]) and by_path["height"] == 30
-    full_size = TestMapper(_cfg(MIN_SIZE_TEST=0))(data.records[0])
+    full_size = InferenceMapper(_cfg(MIN_SIZE_TEST=0))(data.records[0])
     assert full_size["image"].shape == (3, 30, 40)
 
 

@@ -30,7 +30,7 @@ from detectron2.evaluation import COCOEvaluator, inference_on_dataset
 from detectron2.structures import BoxMode
 
 from gn_det.cli import main
-from gn_det.data.image import ImageReader, read_image
+from gn_det.data.image import ImageReader
 from gn_det.detectron2 import Trainer
 from gn_det.detectron2.datasets import _by_files, to_coco
 from gn_det.errors import ConfigError, DataError
@@ -112,7 +112,7 @@ def test_the_tutorial(trainer_class: type[DefaultTrainer], balloons: str, tmp_pa
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
     predictor = DefaultPredictor(cfg)
     for record in DatasetCatalog.get(f"{balloons}_val"):
-        instances = predictor(read_image(record["file_name"], "BGR"))["instances"]
+        instances = predictor(ImageReader().read(record["file_name"]))["instances"]
         assert instances.image_size == (72, 96) and set(instances.pred_classes.tolist()) <= {0, 1}
     evaluator = COCOEvaluator(f"{balloons}_val", output_dir=str(tmp_path / "eval"))
     loader = build_detection_test_loader(cfg, f"{balloons}_val")

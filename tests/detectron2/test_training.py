@@ -21,7 +21,7 @@ from detectron2.modeling import build_model
 
 from gn_det.checkpoint.io import save_checkpoint
 from gn_det.config import get_cfg as embedded_cfg
-from gn_det.data.image import read_image
+from gn_det.data.image import ImageReader
 from gn_det.data.shapes import make_shapes
 from gn_det.detectron2 import Trainer
 from gn_det.modeling import build_model as build_embedded
@@ -69,7 +69,7 @@ def test_trains_evaluates_predicts_and_resumes(tmp_path: Path, sets: list[str]) 
     lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
     assert {"total_loss", "loss_mask", "lr", "segm/AP"} <= {key for line in lines for key in line}
 
-    image = read_image(str(next(Path(sets[1].split("@")[1]).glob("*.jpg"))), "BGR")
+    image = ImageReader().read(next(Path(sets[1].split("@")[1]).glob("*.jpg")))
     cfg.MODEL.WEIGHTS = str(tmp_path / "model_final.pth")
     instances = DefaultPredictor(cfg)(image)["instances"]
     assert instances.image_size == image.shape[:2] and len(instances) > 0

@@ -19,8 +19,8 @@ from gn_det import config_file
 from gn_det.config import get_cfg, load_config
 from gn_det.data.catalog import DatasetSource
 from gn_det.data.coco import CocoDataset, load_coco
-from gn_det.data.image import read_image
-from gn_det.data.mapper import TestMapper, TrainMapper
+from gn_det.data.image import ImageReader
+from gn_det.data.mapper import InferenceMapper, TrainMapper
 from tests.equality.table import SHIPPED
 from tests.golden.d2_side import registered_cfg
 
@@ -177,7 +177,7 @@ def test_test_samples_are_equal(tmp_path: Path) -> None:
 
     data = load_coco(_make_dataset(tmp_path, kind="polygon"), max_bad=0)
     cfg, d2_cfg = _cfgs("polygon", crop=False, flip="none", sampling="choice")
-    ours, theirs = TestMapper(cfg), DatasetMapper(d2_cfg, is_train=False)
+    ours, theirs = InferenceMapper(cfg), DatasetMapper(d2_cfg, is_train=False)
     for record, d2_record in zip(data.records, _d2_records(data)):
         want, got = theirs(d2_record), ours(record)
         assert torch.equal(got["image"], want["image"])
@@ -201,6 +201,6 @@ def test_every_8_bit_image_mode_is_read_alike(tmp_path: Path, image_format: str)
         exif[274] = orientation
         rgb.save(tmp_path / f"exif{orientation}.jpg", exif=exif)
     for path in sorted(tmp_path.iterdir()):
-        want, got = d2_read_image(str(path), image_format), read_image(path, image_format)
+        want, got = d2_read_image(str(path), image_format), ImageReader(image_format).read(path)
         assert got.dtype == want.dtype, path.name
         assert np.array_equal(got, want), path.name

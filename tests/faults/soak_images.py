@@ -106,7 +106,7 @@ def _outcome(path: Path, truth: np.ndarray | None) -> str:
     import warnings
 
     from gn_det.check.decode import DecodeJob, decode
-    from gn_det.data.image import ImageError, ImageReader, read_image
+    from gn_det.data.image import ImageError, ImageReader
     from gn_det.data.mapper import read_record_image
     from gn_det.data.records import Record
 
@@ -117,7 +117,7 @@ def _outcome(path: Path, truth: np.ndarray | None) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             pixels = read_record_image(Record(file_name=str(path), width=width, height=height), ImageReader("RGB"))
-            again = read_image(path, "RGB")
+            again = ImageReader("RGB").read(path)
     except ImageError as error:
         told = str(error)
         if "\n" in told or str(path) not in told:

@@ -1,4 +1,4 @@
-"""Processes that do not outlive the one that they work for."""
+"""End a child process when its parent is gone."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import time
 
 
 def end_with_parent() -> None:
-    """Call in a child process: it ends within about a second of its parent, however that one ended.
+    """Call in a child process: it exits within about a second of its parent, however the parent ended.
 
-    Loading processes of torch notice it themselves, but then wait for room in their queue, which nobody reads: each of
-    them keeps the others' pipes open, so that all stay for ever, with whatever output they share. Those of a pool wait
-    for work.
+    The parent's process id is polled. Its sentinel would not do: processes forked later hold the other end of that pipe
+    open. torch's loading processes do notice a dead parent, but then wait for room in a queue that nobody reads.
     """
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid is not None:

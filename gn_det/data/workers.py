@@ -1,0 +1,285 @@
+"""Data loading processes: how they start, what they are reading, how samples travel, and what their death means.
+
+Every shared tensor costs the main process a file descriptor and the system shared memory. Default limits (1024 open
+files, 64 MB of /dev/shm in containers) are reached with ordinary batches, and the result is a crash with no useful
+message. So all images of a batch share one buffer, masks travel as bits, and where shared memory is scarce the buffer
+goes through the pipe.
+"""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from multiprocessing.sharedctypes import RawArray
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from gn_det.errors import DataError
+from gn_det.parent_watch import end_with_parent
+from gn_det.structures import InstanceMask, Masks, Sample, Targets
+
+#: Seconds to wait for one batch. Storage that takes longer than this hangs.
+TIMEOUT = 600
+
+#: Batches that a worker prepares ahead (torch's default), plus the one in use.
+_IN_FLIGHT = 3
+#: Shared memory of one semaphore; torch makes 8, and 3 for each worker.
+_PAGE = 4096
+#: What torch says when a tensor cannot be put into shared memory.
+_SHARING = re.compile(r"unable to (?:write to file|open shared memory object|allocate shared memory|resize file|mmap)")
+
+
+class Heartbeat:
+    """The image that each worker process is reading, seen by the main process: for the message when one hangs or dies.
+
+    Args:
+        workers: number of processes.
+        name_of: file name of the image with a given index.
+    """
+
+    def __init__(self, workers: int, name_of: Callable[[int], str]) -> None:
+        self._pids = RawArray("q", workers)
+        self._reading = RawArray("q", [-1] * workers)
+        self._name_of = name_of
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_pids": self._pids, "_reading": self._reading}  # only the main process asks for names
+
+    def note(self, index: int) -> None:
+        """Called in a worker that starts to read image ``index``; -1 for none."""
+        info = get_worker_info()
+        if info is not None:
+            self._pids[info.id] = os.getpid()
+            self._reading[info.id] = index
+
+    def has_started(self, pid: int) -> bool:
+        """Whether the worker with this process id got as far as to begin its work."""
+        return pid in list(self._pids)
+
+    def describe(self, pid: int | None = None) -> str:
+        """``worker 1 at a.jpg, ...``: the worker with that process id, or all that are reading; "" for none."""
+        return ", ".join(
+            f"worker {worker} at {self._name_of(index)}"
+            for worker, index in enumerate(self._reading)
+            if index >= 0 and pid in (None, self._pids[worker])
+        )
+
+
+#: That of the loader started last: torch reports a dead worker wherever the main process happens to be.
+_heartbeat: Heartbeat | None = None
+
+
+class WorkerData(Dataset[Any]):
+    """What :func:`load_batches` reads: maps the indices of a batch to what a worker sends back."""
+
+    heartbeat: Heartbeat | None = None
+
+    def name_of(self, index: int) -> str:
+        """File name of an image."""
+        raise NotImplementedError
+
+    def note(self, index: int) -> None:
+        """Record that image ``index`` is being read; -1 for none."""
+        if self.heartbeat is not None:
+            self.heartbeat.note(index)
+
+
+def load_batches(data: WorkerData, batches: Iterable[Any], workers: int) -> Iterator[Any]:
+    """``data[batch]`` of every batch, computed by ``workers`` processes (0: in this one).
+
+    Raises:
+        DataError: a worker died or hangs; one line that says where, and what to do.
+    """
+    global _heartbeat
+    outer = _heartbeat
+    failure = script_in_worker()
+    if workers and failure is not None:
+        raise failure
+    free = shared_memory_free()
+    if workers and free is not None and free < _PAGE * (8 + 3 * workers):
+        raise DataError(f"no shared memory to start {workers} data loading processes: {_more_memory()}")
+    _heartbeat = data.heartbeat = Heartbeat(workers, data.name_of) if workers else None
+    loader = DataLoader(
+        data,
+        sampler=batches,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_unchanged,
+        timeout=TIMEOUT if workers else 0,
+        worker_init_fn=_start_worker,
+    )
+    try:
+        yield from loader
+    except RuntimeError as error:
+        failure = worker_failure(error)
+        if failure is None:
+            raise
+        raise failure from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.ENOMEM) or not workers:
+            raise
+        raise DataError(f"cannot start the data loading processes ({error.strerror}): {_more_memory()}") from error
+    finally:
+        _heartbeat = outer
+
+
+def worker_failure(error: RuntimeError) -> DataError | None:
+    """The death or hang of a worker process as one line; None for any other error.
+
+    torch reports a dead worker from a signal handler, so the error can come up anywhere in the main process, such as in
+    the middle of a training step; whoever runs the steps should ask here.
+    """
+    text = str(error)
+    if _SHARING.search(text):
+        return DataError(f"cannot pass a batch by shared memory: {_more_memory()}")
+    if not text.startswith("DataLoader"):
+        return None
+    found = re.search(r"pid(?:\(s\))? (\d+)", text)
+    pid = int(found[1]) if found else None
+    where = _heartbeat.describe(pid) if _heartbeat is not None else ""
+    where = f" ({where})" if where else ""
+    if "timed out" in text:
+        return DataError(
+            f"no batch arrived within {TIMEOUT} s: the image storage hangs or the workers are stuck{where}; check the "
+            f"disk, or set DATALOADER.NUM_WORKERS 0 to see where"
+        )
+    if "killed" in text or "exited unexpectedly" in text:
+        if pid is not None and _heartbeat is not None and not _heartbeat.has_started(pid) and _imports_script():
+            return DataError(_unguarded())
+        return DataError(
+            f"a data loading process was killed{where if pid else ''}, most likely for lack of memory or of shared "
+            f"memory (/dev/shm): {_more_memory()}"
+        )
+    return None
+
+
+def shared_memory_free() -> int | None:
+    """Bytes free in /dev/shm; None where the system has no such limit."""
+    try:
+        return shutil.disk_usage("/dev/shm").free
+    except OSError:
+        return None
+
+
+def shared_memory_fits(workers: int, bytes_per_batch: int) -> bool:
+    """Whether /dev/shm has room for all batches in flight; True where the system has no such limit."""
+    free = shared_memory_free()
+    return free is None or workers * _IN_FLIGHT * bytes_per_batch < 0.8 * free
+
+
+def _more_memory() -> str:
+    """What to do where memory between processes is scarce, with what is left of it."""
+    free = shared_memory_free()
+    left = "" if free is None else f" ({free >> 10} kB of /dev/shm are free; Docker's option is --shm-size)"
+    return f"lower DATALOADER.NUM_WORKERS (0 needs none), or give the machine or container more{left}"
+
+
+def script_in_worker() -> DataError | None:
+    """The error to raise where this very process is a worker that is still importing the user's script."""
+    return DataError(_unguarded()) if getattr(multiprocessing.current_process(), "_inheriting", False) else None
+
+
+def _imports_script() -> bool:
+    """Whether starting a worker runs the user's script: every start method but fork imports it."""
+    return multiprocessing.get_start_method() != "fork" and bool(getattr(sys.modules["__main__"], "__file__", None))
+
+
+def _unguarded() -> str:
+    main = sys.modules.get("__mp_main__") or sys.modules["__main__"]
+    script = getattr(main, "__file__", None) or "the script"
+    return (
+        f"{script}: a data loading process imports this script and would start the run again: put what starts it under "
+        "if __name__ == '__main__': (or set DATALOADER.NUM_WORKERS 0)"
+    )
+
+
+def _unchanged(loaded: Any) -> Any:
+    return loaded
+
+
+def _start_worker(worker: int) -> None:
+    info = get_worker_info()
+    if info is not None:
+        info.dataset.note(-1)  # it has started
+    # Ctrl-C reaches the whole process group; the main process alone answers it and ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # So may SIGTERM (timeout, batch systems): a worker that died of it would keep the main process from saving. Only
+    # the first one is ignored, so that a worker can still be ended; and none that the main process itself sends, which
+    # waits for the worker's end.
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_answer_sigterm, args=(os.getppid(),), name="gn_det-sigterm", daemon=True).start()
+    else:
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+    end_with_parent()  # last: its thread inherits what is blocked, or SIGTERM would find a thread that dies of it
+
+
+def _answer_sigterm(parent: int) -> None:
+    for _ in range(2):
+        if signal.sigwaitinfo({signal.SIGTERM}).si_pid == parent:
+            break
+    os._exit(0)
+
+
+@dataclass
+class PackedSamples:
+    """One batch: ``pixels`` holds all images end to end; ``shapes``, ``rest`` and ``targets`` one entry a sample."""
+
+    pixels: Tensor | np.ndarray
+    shapes: list[tuple[int, ...]]
+    rest: list[dict[str, Any]]
+    targets: list[tuple[Any, ...] | None]
+
+
+def pack_samples(samples: list[Sample], shared_memory: bool = True) -> PackedSamples:
+    """Gather samples for the way to another process."""
+    flat = [s["image"].flatten() for s in samples]
+    pixels = torch.cat(flat) if flat else torch.zeros(0, dtype=torch.uint8)
+    rest = [{k: v for k, v in s.items() if k not in ("image", "targets")} for s in samples]
+    targets = [_pack_targets(s["targets"]) if "targets" in s else None for s in samples]
+    shapes = [tuple(s["image"].shape) for s in samples]
+    return PackedSamples(pixels if shared_memory else pixels.numpy(), shapes, rest, targets)
+
+
+def unpack_samples(packed: PackedSamples | list[Sample]) -> list[Sample]:
+    """Undo :func:`pack_samples`; lists of samples pass unchanged."""
+    if isinstance(packed, list):
+        return packed
+    images = torch.as_tensor(packed.pixels).split([int(np.prod(shape)) for shape in packed.shapes])
+    samples = []
+    for image, shape, rest, targets in zip(images, packed.shapes, packed.rest, packed.targets):
+        sample = Sample(image=image.view(shape), **rest)  # type: ignore[typeddict-item]
+        if targets is not None:
+            size, boxes, classes, masks = targets
+            unpacked = None if masks is None else Masks([_unpack_mask(m) for m in masks])
+            sample["targets"] = Targets(size, torch.from_numpy(boxes), torch.from_numpy(classes), unpacked)
+        samples.append(sample)
+    return samples
+
+
+def _pack_targets(targets: Targets) -> tuple[Any, ...]:
+    masks = None if targets.masks is None else [_pack_mask(m) for m in targets.masks.masks]
+    return targets.image_size, targets.boxes.numpy(), targets.classes.numpy(), masks
+
+
+def _pack_mask(mask: InstanceMask) -> Any:
+    return mask if isinstance(mask, list) else (mask.shape, np.packbits(mask))
+
+
+def _unpack_mask(packed: Any) -> InstanceMask:
+    if isinstance(packed, list):
+        return packed
+    (height, width), bits = packed
+    return np.unpackbits(bits, count=height * width).reshape(height, width).view(bool)
