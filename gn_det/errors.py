@@ -26,5 +26,15 @@ class WeightsError(UserError):
     """A weights file that cannot be read, or that does not fit the configured model."""
 
 
+class WriteError(UserError):
+    """A file that cannot be written (full disk, no permission ...); an older file of that name is kept.
+
+    Attributes:
+        reason: what the file system says.
+    """
+
+    reason = ""
+
+
 class TrainingError(UserError):
     """A run that had to stop (non-finite loss, disk full ...); the last good checkpoint is kept."""

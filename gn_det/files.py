@@ -1,4 +1,4 @@
-"""Open, place and lock files when the path comes from outside.
+"""Open, place and lock files when the path comes from outside, and write files atomically.
 
 A path from a user, a config or a checkpoint may name a pipe that never answers, a device that never ends, or a place
 outside the folder it belongs to.
@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import platform
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import IO, Any, BinaryIO, TextIO
 
-from gn_det.text import printable
+from gn_det.errors import WriteError
+from gn_det.text import one_line, printable
 
 fcntl: Any
 try:
@@ -106,6 +108,100 @@ def inside(folder: StrPath, relative: str) -> Path:
     if any(place.is_symlink() for place in (real, *real.parents)):  # what realpath could not follow
         raise ValueError("the name is a loop of links")
     return path
+
+
+Content = str | bytes | Iterable[bytes] | Callable[[IO[bytes]], object]
+
+
+def atomic_write(path: StrPath, content: Content) -> None:
+    """Write a file so that at every moment the old or the new one is there, whole, even after a power cut.
+
+    Args:
+        path: target; its folder is created when absent. A link is replaced, never followed.
+        content: text (UTF-8), bytes, pieces of bytes, or a function that writes to a binary file.
+
+    Raises:
+        WriteError: the file system refuses, or ``path`` is a folder, pipe or device; nothing is left behind.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            check_regular(target)  # renaming would replace a device by a file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # A file of that name is left from a dead process, or a link that somebody put there.
+        temporary.unlink(missing_ok=True)
+        try:
+            with open(temporary, "wb", opener=_new_file) as raw:
+                file = _ErrorKeeper(raw)
+                try:
+                    if callable(content):
+                        content(file)  # type: ignore[arg-type]
+                    else:
+                        for piece in [content] if isinstance(content, (str, bytes)) else content:
+                            file.write(piece.encode() if isinstance(piece, str) else piece)
+                except RuntimeError as error:
+                    # torch's archive writer turns the OSError of a full disk into a RuntimeError without errno.
+                    raise file.error or error from None
+                raw.flush()
+                os.fsync(raw.fileno())
+            os.replace(temporary, target)
+            _sync_folder(target.parent)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL character
+        remedy = (
+            "give the name of a file" if isinstance(error, NotRegularFile) else "free space or choose another folder"
+        )
+        reason = one_line(getattr(error, "strerror", None) or error)
+        problem = WriteError(f"{one_line(os.fspath(path), 400)}: cannot be written ({reason}); {remedy}")
+        problem.reason = reason
+        raise problem from error
+
+
+def _new_file(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
+class _ErrorKeeper:
+    """A write-only file that remembers the first OSError, for writers that swallow it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself durable; not every file system lets a folder be opened for that."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def json_bytes(data: Any, **options: Any) -> bytes:
+    """Return ``data`` as UTF-8 json; ``options`` as of json.dumps.
+
+    File names that are not UTF-8 hold surrogates, which UTF-8 cannot encode: then all of the json is ASCII, with
+    escapes (``\\udcff``) that read back as the names that open the files.
+    """
+    try:
+        return json.dumps(data, ensure_ascii=False, **options).encode("utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(data, **options).encode("ascii")
 
 
 class Busy(OSError):

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import platform
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from gn_det.files import Busy, NotRegularFile, inside, lock, open_append, open_regular
+from gn_det.errors import WriteError
+from gn_det.files import Busy, NotRegularFile, atomic_write, inside, json_bytes, lock, open_append, open_regular
 
 
 def test_only_regular_files_open(tmp_path: Path) -> None:
@@ -141,3 +144,62 @@ def test_only_regular_files_are_appended_to(tmp_path: Path) -> None:
         with open_append(tmp_path, "log.txt") as file:
             file.write(line)
     assert (tmp_path / "log.txt").read_text() == "a\nb\n"
+
+
+# ------------------------------------------------------------ atomic writes
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [("ä", b"\xc3\xa4"), (b"ab", b"ab"), (iter([b"a", b"b"]), b"ab"), (lambda file: file.write(b"ab"), b"ab")],
+)
+def test_atomic_write_takes_text_bytes_pieces_and_functions(tmp_path: Path, content: Any, expected: bytes) -> None:
+    atomic_write(tmp_path / "new" / "x", content)
+    assert (tmp_path / "new" / "x").read_bytes() == expected
+    assert os.listdir(tmp_path / "new") == ["x"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, TypeError])
+def test_what_fails_while_writing_leaves_the_old_file_alone(tmp_path: Path, error: type[BaseException]) -> None:
+    def interrupted(file: Any) -> None:
+        file.write(b"half")
+        raise error
+
+    atomic_write(tmp_path / "x", "old")
+    with pytest.raises(error):
+        atomic_write(tmp_path / "x", interrupted)
+    assert os.listdir(tmp_path) == ["x"] and (tmp_path / "x").read_text() == "old"
+
+
+def test_unwritable_places_are_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")
+    for path, reason in (
+        (tmp_path / "file" / "x", "[Nn]ot a directory"),
+        (tmp_path / "pipe", "named pipe, not a regular file"),
+        (tmp_path, "folder, not a regular file"),
+        (f"{tmp_path}/a\0b", "null"),
+        (f"{tmp_path}/{'x' * 300}", "too long"),
+    ):
+        with pytest.raises(WriteError, match=rf"cannot be written \(.*{reason}.*\); ") as raised:
+            atomic_write(path, b"x")
+        assert str(raised.value).count("\n") == 0 and raised.value.reason in str(raised.value)
+    assert sorted(os.listdir(tmp_path)) == ["file", "pipe"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_files_have_the_mode_that_the_user_asks_for(mask: int, tmp_path: Path) -> None:
+    """Not that of a temporary file, which nobody else can read."""
+    old = os.umask(mask)
+    try:
+        atomic_write(tmp_path / "x", "")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_json_of_names_that_are_not_utf8() -> None:
+    """They read back as the names that open the files."""
+    for name in ("ä", "\udcff"):
+        assert json.loads(json_bytes({"file_name": name})) == {"file_name": name}
+    assert json_bytes("ä") == b'"\xc3\xa4"'

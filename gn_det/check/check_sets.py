@@ -12,7 +12,7 @@ from gn_det.check.report import Report, as_json, look_across
 from gn_det.check.table import as_text
 from gn_det.data.catalog import datasets_for
 from gn_det.errors import ConfigError, UserError
-from gn_det.evaluation.results import write_bytes_atomic
+from gn_det.files import atomic_write
 from gn_det.terminal import say
 
 #: Lines of changes that are printed; the file beside the copy has all.
@@ -96,10 +96,10 @@ def _not_fixed(report: Report) -> list[str]:
 
 def _write_reports(report: Report, json_out: str | None, html_out: str | None) -> None:
     if json_out:
-        write_bytes_atomic(json_out, json.dumps(as_json(report), indent=1, default=str).encode("ascii"))
+        atomic_write(json_out, json.dumps(as_json(report), indent=1, default=str))
         say(f"{json_out}: this report for machines")
     if html_out:
         from gn_det.check.page import as_html
 
-        write_bytes_atomic(html_out, as_html(report).encode("utf-8", "backslashreplace"))
+        atomic_write(html_out, as_html(report).encode("utf-8", "backslashreplace"))
         say(f"{html_out}: this report with pictures")

@@ -12,8 +12,7 @@ from gn_det.data.coco import AnnotationReader, fits_as_written
 from gn_det.data.coco_file import category_id, resolve_id, whole
 from gn_det.data.problems import KINDS, Problems
 from gn_det.errors import DataError, UserError
-from gn_det.evaluation.results import json_bytes, write_bytes_atomic
-from gn_det.files import NotRegularFile, check_regular
+from gn_det.files import NotRegularFile, atomic_write, check_regular, json_bytes
 from gn_det.text import as_line, shown
 
 #: Repairs that write the box of the mask.
@@ -59,15 +58,15 @@ class Cleaner:
 
         Raises:
             DataError: no object would be left.
-            UserError: ``target`` cannot be written.
+            WriteError: ``target`` cannot be written.
         """
         dataset = self.survey.dataset
         objects = 0 if dataset is None else int(dataset.object_counts.sum())
         if objects <= sum(kind == "no-mask" for kind in self.survey.findings.dropped_annotations.values()):
             raise DataError(f"--fix: no object of {self.survey.source.json_file} would be left; nothing was written")
-        write_bytes_atomic(target, self._parts())
+        atomic_write(target, self._parts())
         lines = (f"{as_line(line)}\n".encode() for line in self.changes or ["no change"])
-        write_bytes_atomic(changes_file(target), lines)
+        atomic_write(changes_file(target), lines)
 
     def _parts(self) -> Iterator[bytes]:
         """The json in pieces, one entry at a time: a whole file as one text would take its size again."""

@@ -26,7 +26,7 @@ from gn_det.checkpoint.report import shorten
 from gn_det.checkpoint.source import CAFFE, TORCH, Preprocessing, State, Weights, show
 from gn_det.checkpoint.sources import open_weights
 from gn_det.checkpoint.tensors import write_safetensors
-from gn_det.errors import TrainingError, WeightsError
+from gn_det.errors import WeightsError
 from gn_det.files import StrPath, check_regular
 from gn_det.text import one_line
 
@@ -65,7 +65,8 @@ def convert(source: StrPath, target: StrPath, to: str = "", *, fold_stem: bool =
         fold_stem: rewrite the stem convolution for the target's usual preprocessing.
 
     Raises:
-        WeightsError: unreadable source; a target that cannot hold it; a file that cannot be written.
+        WeightsError: unreadable source; a target that cannot hold it.
+        WriteError: the target cannot be written.
     """
     target = Path(target)
     to, as_safetensors = _layout(target, to)
@@ -193,18 +194,12 @@ def _as_dict(needs: Preprocessing | None) -> dict[str, Any] | None:
 
 def _write(target: Path, state: State, block: dict[str, Any], to: str, as_safetensors: bool) -> None:
     own = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
-    try:
-        if as_safetensors:
-            write_safetensors(target, own, block)
-        elif to in ("torchvision", "timm"):
-            save_checkpoint(target, {"state_dict": own, "gn_det": block})
-        else:
-            bare = not architecture_of({name: tuple(value.shape) for name, value in own.items()}).style
-            # Detectron2 finds where bare names belong only when told to search.
-            extra = {"matching_heuristics": True} if bare and STEM[-1] in own else {}
-            save_checkpoint(
-                target, {"model": own, "__author__": f"gn_det {gn_det.__version__}", **extra, "gn_det": block}
-            )
-    except TrainingError as error:
-        reason = getattr(error.__cause__, "strerror", None) or str(error)
-        raise WeightsError(f"{target}: cannot be written ({reason}); choose another place or free space") from None
+    if as_safetensors:
+        write_safetensors(target, own, block)
+    elif to in ("torchvision", "timm"):
+        save_checkpoint(target, {"state_dict": own, "gn_det": block})
+    else:
+        bare = not architecture_of({name: tuple(value.shape) for name, value in own.items()}).style
+        # Detectron2 finds where bare names belong only when told to search.
+        extra = {"matching_heuristics": True} if bare and STEM[-1] in own else {}
+        save_checkpoint(target, {"model": own, "__author__": f"gn_det {gn_det.__version__}", **extra, "gn_det": block})

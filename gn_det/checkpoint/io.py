@@ -7,21 +7,18 @@ both read it.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from gn_det.checkpoint.archives import DTYPES, check_view, read_archive, read_legacy, wrong_record
 from gn_det.checkpoint.heads import PICKLE, ZIP, known_mistake, read_head
 from gn_det.checkpoint.pickles import Refused
-from gn_det.errors import TrainingError, WeightsError
-from gn_det.files import StrPath
+from gn_det.errors import WeightsError
+from gn_det.files import StrPath, atomic_write
 from gn_det.text import one_line
 
 _PLAIN = (str, int, float, bool, type(None))
@@ -42,7 +39,7 @@ def save_checkpoint(path: StrPath, payload: Mapping[str, Any]) -> None:
         payload: tensors, dicts, lists, tuples, strings, numbers, booleans and None, nested at will.
 
     Raises:
-        TrainingError: the folder cannot be written or the disk is full; an older file of that name is kept.
+        WriteError: the folder cannot be written or the disk is full; an older file of that name is kept.
         TypeError: the payload holds something that ``weights_only=True`` could not load (a defect of the caller).
     """
     check_payload(payload)
@@ -65,86 +62,6 @@ def check_payload(value: Any, where: str = "payload") -> None:
     else:
         for index, item in enumerate(value):
             check_payload(item, f"{where}[{index}]")
-
-
-def atomic_write(path: StrPath, write: Any) -> None:
-    """Call ``write(binary file)`` on a temporary file beside ``path``, sync it, and rename it over ``path``.
-
-    Raises:
-        TrainingError: any failure of the file system; the temporary file is removed and the old file kept.
-    """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # What lies under that name is of a process that is gone, or a link that somebody put there: never followed.
-        temporary.unlink(missing_ok=True)
-        with open(temporary, "wb", opener=_new_file) as raw:
-            file = _ErrorKeeper(raw)
-            try:
-                write(file)
-            except RuntimeError:
-                # torch's archive writer turns the OSError of a full disk into a RuntimeError without errno.
-                if file.error is not None:
-                    raise file.error from None
-                raise
-            raw.flush()
-            os.fsync(raw.fileno())
-        os.replace(temporary, target)
-        _sync_folder(target.parent)
-    except OSError as error:
-        _remove(temporary)
-        raise TrainingError(_write_failure(target, error)) from error
-    except BaseException:
-        _remove(temporary)
-        raise
-
-
-def _new_file(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
-
-
-class _ErrorKeeper:
-    """A write-only file that remembers the first OSError, for writers that swallow it."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        try:
-            return self._file.write(data)
-        except OSError as error:
-            self.error = self.error or error
-            raise
-
-    def flush(self) -> None:
-        self._file.flush()
-
-
-def _write_failure(target: Path, error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        advice = "free space on that disk or set OUTPUT_DIR elsewhere, then go on with --resume"
-    else:
-        advice = "set OUTPUT_DIR to a folder that can be written"
-    kept = "; the older file of that name is kept" if target.exists() else ""
-    return f"{target}: cannot write the file ({error.strerror or error}){kept}: {advice}"
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable; not every file system lets a folder be opened for that."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    with contextlib.suppress(OSError):
-        os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        path.unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- reading

@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gn_det.checkpoint.io import atomic_write, read_checkpoint
+from gn_det.checkpoint.io import read_checkpoint
 from gn_det.errors import WeightsError
-from gn_det.files import StrPath, check_regular, inside, open_regular
+from gn_det.files import StrPath, atomic_write, check_regular, inside, open_regular
 from gn_det.text import one_line
 
 LAST = "last_checkpoint"
@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 
 def write_last(folder: StrPath, name: str) -> None:
-    """Record that ``folder/name`` is the newest checkpoint (atomic; raises TrainingError as save_checkpoint does)."""
-    atomic_write(Path(folder) / LAST, lambda file: file.write(Path(name).name.encode()))
+    """Record that ``folder/name`` is the newest checkpoint (atomic; raises WriteError as save_checkpoint does)."""
+    atomic_write(Path(folder) / LAST, Path(name).name)
 
 
 def last_name(folder: StrPath) -> str:

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from gn_det.checkpoint.io import atomic_write
 from gn_det.checkpoint.pickles import MAX_DEPTH, MAX_KEY, MAX_PLACES, MAX_TENSORS, Refused
 from gn_det.errors import WeightsError
-from gn_det.files import StrPath, open_regular
+from gn_det.files import StrPath, atomic_write, open_regular
 from gn_det.text import one_line
 
 # A ResNet-101 detector has some 60 kB of header; safetensors' own limit of 100 MB would become gigabytes of dicts.
@@ -99,7 +98,7 @@ def write_safetensors(path: StrPath, state: Mapping[str, torch.Tensor], block: M
 
     Raises:
         WeightsError: safetensors is not installed.
-        TrainingError: the file cannot be written; an older one of that name is kept.
+        WriteError: the file cannot be written; an older one of that name is kept.
     """
     try:
         from safetensors.torch import save

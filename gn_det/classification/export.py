@@ -22,7 +22,7 @@ def write_weights(path: Path, model: Classifier, settings: Settings, source: Sou
         facts: plain values of the run to keep in the provenance (epoch, error, date).
 
     Raises:
-        TrainingError: the file cannot be written.
+        WriteError: the file cannot be written.
     """
     state = {name: value.detach().cpu().contiguous() for name, value in model.trunk.state_dict().items()}
     state["stem.fc.weight"] = model.linear.weight.detach().cpu()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import gn_det
-from gn_det.checkpoint.io import atomic_write, read_checkpoint, save_checkpoint
+from gn_det.checkpoint.io import read_checkpoint, save_checkpoint
 from gn_det.checkpoint.last import remove_leftovers
 from gn_det.classification.export import write_weights
 from gn_det.classification.fabric_loop import Plan, Progressed, Trainer, make_fabric, top1_error
@@ -32,7 +32,7 @@ from gn_det.engine.payload import check_origin, check_pretraining, check_summary
 from gn_det.engine.progress import Progress, peak_memory_mb
 from gn_det.engine.state import seed_everything
 from gn_det.errors import ConfigError, DataError, TrainingError, UserError, WeightsError
-from gn_det.files import open_append, open_regular
+from gn_det.files import atomic_write, open_append, open_regular
 from gn_det.terminal import say
 from gn_det.text import as_line, shown
 from gn_det.values import InvalidValue
@@ -165,8 +165,7 @@ def _train(settings: Settings, resume: bool) -> dict[str, Any]:
     if dist.rank() == 0:
         facts = {"epoch": done.epochs, "top1_error": summary["top1_error"], "date": summary["date"]}
         write_weights(weights, model, settings, source, facts)
-        text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
-        atomic_write(folder / SUMMARY, lambda file: file.write(text.encode()))
+        atomic_write(folder / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     logger.info(
         "Top-1 error %.2f %% (median of the last %d epoch(s)), best %.2f %%. Weights: %s",
         summary["top1_error"],
@@ -349,8 +348,7 @@ def _finished(folder: Path, settings: Settings) -> dict[str, Any] | None:
 
 def _rewrite_metrics(folder: Path, done: Progressed) -> None:
     """metrics.jsonl as of the checkpoint: a killed run may have written one line more."""
-    text = "".join(json.dumps(row) + "\n" for row in done.curve)
-    atomic_write(folder / METRICS, lambda file: file.write(text.encode()))
+    atomic_write(folder / METRICS, "".join(json.dumps(row) + "\n" for row in done.curve))
 
 
 def _summary(settings: Settings, done: Progressed, model: Classifier, weights: Path, device: str) -> dict[str, Any]:

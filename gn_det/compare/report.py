@@ -8,7 +8,7 @@ from gn_det.compare.page import as_html
 from gn_det.compare.results import Results, as_json
 from gn_det.compare.samples import draw_samples
 from gn_det.compare.store import Store, write_json
-from gn_det.evaluation.results import write_bytes_atomic
+from gn_det.files import atomic_write
 from gn_det.terminal import say
 
 
@@ -21,11 +21,11 @@ def write_report(results: Results, store: Store, date: str) -> None:
         date: of today, as text.
 
     Raises:
-        UserError: the folder cannot be written.
+        WriteError: the folder cannot be written.
     """
     sentences = findings(results)
     write_json(store.root / "results.json", as_json(results, sentences, date))
-    write_bytes_atomic(str(store.root / "report.md"), as_markdown(results, sentences, date).encode())
+    atomic_write(store.root / "report.md", as_markdown(results, sentences, date))
     html = as_html(results, sentences, draw_samples(results, store), date)
-    write_bytes_atomic(str(store.root / "report.html"), html.encode())
+    atomic_write(store.root / "report.html", html)
     say(f"Report: {store.root / 'report.html'}, report.md, results.json")

@@ -16,7 +16,6 @@ from typing import TypeVar
 import torch
 
 from gn_det.checkpoint.catalog import local_path, split_options
-from gn_det.checkpoint.io import atomic_write
 from gn_det.compare.execute import Executor, Outcome
 from gn_det.compare.plan import Job, Plan, file_hash, place_of
 from gn_det.compare.store import DONE, FAILED, INTERRUPTED, RUNNING, Record, Store, new_session
@@ -26,6 +25,7 @@ from gn_det.engine import dist
 from gn_det.engine.keeper import Interrupted
 from gn_det.engine.output import alone_in, check_writable
 from gn_det.errors import UserError
+from gn_det.files import atomic_write
 from gn_det.text import one_line
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Runner:
         Raises:
             InUse: another comparison runs in the store.
             Interrupted, KeyboardInterrupt, SystemExit: asked to stop; what ran is recorded as interrupted.
-            UserError: a record cannot be written.
+            WriteError: a record cannot be written.
         """
         jobs = self.plan.jobs
         if dist.under_torchrun() and jobs:
@@ -189,8 +189,7 @@ class Runner:
         except Exception as error:  # a defect ends one row, not the night's suite; its trace is kept
             record.status, record.reason = FAILED, one_line(engines.error_line(error), limit=None)
             if self.recording:
-                text = traceback.format_exc().encode()
-                atomic_write(folder / "trace.txt", lambda file: file.write(text))
+                atomic_write(folder / "trace.txt", traceback.format_exc())
         else:
             take(record, outcome, folder)
         record.sessions[-1]["seconds"] = round(time.perf_counter() - began, 1)

@@ -14,7 +14,7 @@ from gn_det.compare.results import Results, RowResult
 from gn_det.compare.store import Record, Store
 from gn_det.compare.suite import DETECT
 from gn_det.errors import UserError
-from gn_det.evaluation.results import write_bytes_atomic
+from gn_det.files import atomic_write
 from gn_det.terminal import say
 
 logger = logging.getLogger(__name__)
@@ -127,6 +127,6 @@ def _keep(folder: Path, pictures: Sequence[np.ndarray]) -> list[bytes]:
         picture.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
         picture.save(buffer, "JPEG", quality=88)
-        write_bytes_atomic(str(folder / f"{number}.jpg"), buffer.getvalue())
+        atomic_write(folder / f"{number}.jpg", buffer.getvalue())
         out.append(buffer.getvalue())
     return out

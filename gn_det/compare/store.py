@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from gn_det.evaluation.results import json_bytes, write_bytes_atomic
+from gn_det.files import atomic_write, json_bytes
 
 RUNNING, DONE, FAILED, INTERRUPTED = "running", "done", "failed", "interrupted"
 RECORD = "run.json"
@@ -93,7 +93,7 @@ class Store:
         """Atomically.
 
         Raises:
-            UserError: the folder cannot be written.
+            WriteError: the folder cannot be written.
         """
         write_json(self.folder_of(record) / RECORD, asdict(record))
 
@@ -104,7 +104,7 @@ def _last_start(record: Record) -> str:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Readable json, atomically; numbers that are not finite become null."""
-    write_bytes_atomic(str(path), json_bytes(finite(content), indent=1, allow_nan=False) + b"\n")
+    atomic_write(path, json_bytes(finite(content), indent=1, allow_nan=False) + b"\n")
 
 
 def finite(value: Any) -> Any:

@@ -22,7 +22,6 @@ from detectron2.utils.file_io import PathHandler, PathManager
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from gn_det.checkpoint.io import atomic_write
 from gn_det.data.catalog import BUILTIN, GENERATED, DatasetSource, resolve
 from gn_det.data.coco import CocoDataset, load_coco
 from gn_det.data.image import ImageReader
@@ -30,6 +29,7 @@ from gn_det.data.shapes import CATEGORY_IDS
 from gn_det.data.shapes_draw import CLASSES
 from gn_det.engine import dist
 from gn_det.errors import ConfigError, DataError, UserError
+from gn_det.files import atomic_write
 from gn_det.text import one_line, shown
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def _write_json(name: str, folder: str) -> str:
     for image in data["images"]:
         image["file_name"] = os.path.relpath(image["file_name"], root)
     path = Path(folder).expanduser().absolute() / "datasets" / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.json"
-    atomic_write(path, lambda file: file.write(json.dumps(data).encode()))
+    atomic_write(path, json.dumps(data))
     logger.info("%s: the %d records of the registered function are written to %s.", name, len(records), path)
     return f"{path}@{root}"
 

@@ -17,7 +17,6 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.evaluation.testing import flatten_results_dict
 from torch import nn
 
-from gn_det.checkpoint.io import atomic_write
 from gn_det.checkpoint.last import last_name, remove_leftovers
 from gn_det.checkpoint.meta import build_meta
 from gn_det.config import dump_config
@@ -42,6 +41,7 @@ from gn_det.engine.output import alone_in, check_space, check_writable, refuse_o
 from gn_det.engine.prepare import Prepared, prepare
 from gn_det.engine.state import ModelMeta, RunState
 from gn_det.errors import ConfigError, TrainingError
+from gn_det.files import atomic_write
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -218,8 +218,7 @@ class Trainer(DefaultTrainer):
         check_space(self._folder, self._learner.model, replaced=fresh)
         if fresh:
             start_afresh(self._folder, keep=self.cfg.MODEL.WEIGHTS)
-        text = dump_config(self._run_cfg).encode()
-        atomic_write(self._folder / "config.yaml", lambda file: file.write(text))
+        atomic_write(self._folder / "config.yaml", dump_config(self._run_cfg))
 
     def _evaluate(self, model: nn.Module, on_progress: Any) -> Mapping[str, float]:
         if self._own_results():

@@ -19,7 +19,7 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 import gn_det
-from gn_det.checkpoint.io import atomic_write, read_checkpoint
+from gn_det.checkpoint.io import read_checkpoint
 from gn_det.checkpoint.last import remove_leftovers
 from gn_det.checkpoint.meta import read_meta
 from gn_det.config import dump_config
@@ -40,6 +40,7 @@ from gn_det.engine.prepare import prepare, with_classes
 from gn_det.engine.schedule import format_schedule, lr_multiplier, scale_schedule
 from gn_det.engine.state import ModelMeta
 from gn_det.errors import ConfigError, WeightsError
+from gn_det.files import atomic_write
 from gn_det.text import as_line
 
 logger = logging.getLogger(__name__)
@@ -182,7 +183,7 @@ def _train(engine: Engine, cfg: CfgNode, resume: bool) -> dict[str, float]:
         check_space(Path(cfg.OUTPUT_DIR), model, replaced=point is None)
         if point is None:
             start_afresh(Path(cfg.OUTPUT_DIR), keep=cfg.MODEL.WEIGHTS)
-        atomic_write(Path(cfg.OUTPUT_DIR) / "config.yaml", lambda f: f.write(dump_config(cfg).encode()))
+        atomic_write(Path(cfg.OUTPUT_DIR) / "config.yaml", dump_config(cfg))
 
     def run_evaluation(current: nn.Module, on_progress: Any) -> Mapping[str, float]:
         return evaluate_model(cfg, engine.detector(current), data.test, data.class_names, on_progress)

@@ -25,7 +25,7 @@ from gn_det.engine.learner import Learner
 from gn_det.engine.output import BEST, FINAL, numbered
 from gn_det.engine.recorder import Recorder
 from gn_det.engine.state import ModelMeta, RunState, build_payload, capture_rng, restore_rng
-from gn_det.errors import TrainingError
+from gn_det.errors import TrainingError, WriteError
 
 logger = logging.getLogger(__name__)
 
@@ -288,6 +288,8 @@ class Keeper:
                 prune(self.folder, int(self.cfg.SOLVER.CHECKPOINT_KEEP))
             except TrainingError as error:
                 problem = error
+            except WriteError as error:
+                problem = TrainingError(f"{error}, then rerun with --resume")
         if collective:
             problem = dist.broadcast(problem)
         if problem is not None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gn_det.checkpoint.io import save_checkpoint
 from gn_det.engine import dist
-from gn_det.errors import TrainingError
+from gn_det.errors import WriteError
 from gn_det.structures import Masks, Sample, Targets
 
 logger = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ def save_batch(path: Path, done: Pass, model: nn.Module, extra: dict[str, Any]) 
         batch = [_plain(s) for s in done.batch]
         payload = {**extra, "batch": batch, "rng": done.rng, "autocast": str(done.dtype or ""), "model": weights}
         save_checkpoint(path, payload)
-    except (TrainingError, TypeError, AttributeError) as error:  # a batch of the user's own making
+    except (WriteError, TypeError, AttributeError) as error:  # a batch of the user's own making
         return f"the batch could not be kept ({error})"
     return f"batch and weights are in {path}: python -m gn_det.engine.replay {path}"
 

@@ -15,11 +15,10 @@ from pathlib import Path
 from torch import nn
 
 from gn_det.checkpoint.catalog import split_options
-from gn_det.checkpoint.io import atomic_write
 from gn_det.checkpoint.last import LAST
 from gn_det.engine import dist
 from gn_det.errors import TrainingError, UserError
-from gn_det.files import Busy, NotRegularFile, lock
+from gn_det.files import Busy, NotRegularFile, atomic_write, lock
 from gn_det.text import one_line
 
 METRICS = "metrics.json"
@@ -209,6 +208,5 @@ def trim_metrics(folder: Path, iteration: int, written: int | None = None) -> No
         if not later:
             kept.append(line)
     if dropped:
-        text = "".join(f"{line}\n" for line in kept)
-        atomic_write(path, lambda file: file.write(text.encode()))
+        atomic_write(path, "".join(f"{line}\n" for line in kept))
         logger.info("%d line(s) of %s after iteration %d dropped; they are written again.", dropped, path, iteration)

@@ -18,7 +18,8 @@ from PIL import Image
 from gn_det.data.image import ImageReader
 from gn_det.data.inputs import collect_images, output_names
 from gn_det.errors import ConfigError, DataError, UserError, WeightsError
-from gn_det.evaluation.results import detections_to_coco, write_bytes_atomic, write_json_atomic
+from gn_det.evaluation.results import detections_to_coco
+from gn_det.files import atomic_write, json_bytes
 from gn_det.structures import Detections
 from gn_det.terminal import say
 from gn_det.text import one_line, shown
@@ -127,7 +128,7 @@ def predict(
     count = len(document.content["images"])
     if not count:
         raise DataError(f"no image could be read: {some}")
-    write_json_atomic(os.fspath(folder / PREDICTIONS_FILE), document.content)
+    atomic_write(folder / PREDICTIONS_FILE, json_bytes(document.content))
     report(f"{count} drawing{'' if count == 1 else 's'} and {PREDICTIONS_FILE} are in {folder}")
     if not document.content["annotations"]:
         report(f"note: no object was found with a score of {threshold:g} or more; the best score was {best:.2f}")
@@ -289,7 +290,7 @@ def write_png(path: Path, picture: np.ndarray) -> None:
     """Write an (H, W, 3) uint8 RGB image atomically."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, format="PNG", compress_level=3)
-    write_bytes_atomic(os.fspath(path), buffer.getvalue())
+    atomic_write(path, buffer.getvalue())
 
 
 def _summary(det: Detections, names: Sequence[str]) -> str:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gn_det.errors import DataError, UserError
-from gn_det.files import NotRegularFile, check_regular
+from gn_det.errors import DataError
+from gn_det.files import atomic_write, json_bytes
 from gn_det.structures import Detections
 
 #: Name of the results file, as Detectron2 writes it.
@@ -110,62 +107,8 @@ def write_results(results: Sequence[dict[str, Any]], output_dir: str | os.PathLi
     """Write ``coco_instances_results.json`` atomically; returns its path.
 
     Raises:
-        UserError: the folder cannot be written (no permission, disk full); an old file stays as it was.
+        WriteError: the folder cannot be written (no permission, disk full); an old file stays as it was.
     """
     path = os.path.join(os.fspath(output_dir), RESULTS_FILE)
-    write_json_atomic(path, list(results))
+    atomic_write(path, json_bytes(list(results)))
     return path
-
-
-def write_json_atomic(path: str, data: Any) -> None:
-    """Write ``data`` as json beside ``path`` and rename, so that readers see the old file or the whole new one."""
-    write_bytes_atomic(path, json_bytes(data))
-
-
-def json_bytes(data: Any, **options: Any) -> bytes:
-    """``data`` as UTF-8 json; ``options`` as of json.dumps.
-
-    Names of files that are not UTF-8 hold surrogates, which UTF-8 cannot write: then all of the json is ASCII, such
-    names with escapes (``\\udcff``), and reading it back gives the names that open the files.
-    """
-    try:
-        return json.dumps(data, ensure_ascii=False, **options).encode("utf-8")
-    except UnicodeEncodeError:
-        return json.dumps(data, **options).encode("ascii")
-
-
-def write_bytes_atomic(path: str, data: bytes | Iterable[bytes]) -> None:
-    """Write ``data``, whole or in pieces, beside ``path``, sync and rename.
-
-    Raises:
-        UserError: the folder cannot be made or written, or ``path`` is a folder, pipe or device; nothing is left
-            behind.
-    """
-    folder = os.path.dirname(os.path.abspath(path))
-    temporary = None
-    try:
-        with suppress(FileNotFoundError):
-            check_regular(path)  # renaming would replace a device by a file
-        os.makedirs(folder, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=".tmp-", dir=folder)
-        with os.fdopen(handle, "wb") as file:
-            file.writelines([data] if isinstance(data, bytes) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-        temporary = None
-    except NotRegularFile as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); give the name of a file") from None
-    except (OSError, ValueError) as error:  # ValueError: a name with a NUL character
-        why = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be written ({why}); free space or choose another folder") from None
-    finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

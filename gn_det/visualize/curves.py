@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from gn_det.errors import DataError
+from gn_det.files import atomic_write
 
 #: Losses in the order of the picture, with what a reader calls them.
 _LOSSES = {
@@ -59,12 +60,10 @@ def draw_curves(metrics_json: str | os.PathLike[str], out_png: str | os.PathLike
 
     Raises:
         DataError: no metrics in the file.
-        UserError: the picture cannot be written.
+        WriteError: the picture cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-
-    from gn_det.evaluation.results import write_bytes_atomic
 
     entries = read_metrics(metrics_json)
     figure = Figure(figsize=(13.5, 4.2), layout="constrained", facecolor="white")
@@ -82,7 +81,7 @@ def draw_curves(metrics_json: str | os.PathLike[str], out_png: str | os.PathLike
         axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
-    write_bytes_atomic(os.fspath(out_png), buffer.getvalue())
+    atomic_write(out_png, buffer.getvalue())
 
 
 def _series(entries: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:

@@ -280,9 +280,9 @@ def test_disk_full_at_a_checkpoint_keeps_the_old_one_and_says_so(
     """The third checkpoint does not fit; with space again, --resume ends as the run that never noticed."""
     import errno
 
-    from gn_det.checkpoint import io
+    from gn_det import files
 
-    make, written = io._ErrorKeeper.__init__, 0
+    make, written = files._ErrorKeeper.__init__, 0
 
     class Disk:
         """Stands where the file is, below everything that the product does about errors."""
@@ -304,7 +304,7 @@ def test_disk_full_at_a_checkpoint_keeps_the_old_one_and_says_so(
     size = (tmp_path / "whole" / "model_0000005.pth").stat().st_size
     cut = tmp_path / "cut"
     with monkeypatch.context() as patch:
-        patch.setattr(io._ErrorKeeper, "__init__", lambda self, file: make(self, Disk(file)))
+        patch.setattr(files._ErrorKeeper, "__init__", lambda self, file: make(self, Disk(file)))
         with pytest.raises(TrainingError, match=r"model_0000008.pth: .*No space left.*free space .*--resume") as told:
             run(cut, ["SOLVER.CHECKPOINT_PERIOD", 3])
     assert "\n" not in str(told.value)

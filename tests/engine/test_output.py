@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from gn_det.checkpoint.io import atomic_write, save_checkpoint
+from gn_det.checkpoint.io import save_checkpoint
 from gn_det.checkpoint.last import last_name, prune, read_last, write_last
 from gn_det.cli import main
 from gn_det.engine import commands, output
@@ -22,7 +22,7 @@ from gn_det.engine.events import JsonWriter
 from gn_det.engine.log import run_log
 from gn_det.engine.output import LOCK, InUse, alone_in, check_output_name
 from gn_det.errors import DataError, TrainingError, WeightsError
-from gn_det.files import Busy, lock, open_append
+from gn_det.files import Busy, atomic_write, lock, open_append
 
 needs_posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and pipes")
 
@@ -255,7 +255,7 @@ def test_nothing_is_written_or_deleted_outside(tmp_path: Path) -> None:
         (folder / name).symlink_to(victim)
         os.utime(folder / name, (0, 0), follow_symlinks=False)
     os.utime(victim, (0, 0))
-    atomic_write(folder / "config.yaml", lambda file: file.write(b"new"))
+    atomic_write(folder / "config.yaml", b"new")
     assert (folder / "config.yaml").read_bytes() == b"new" and not (folder / "config.yaml").is_symlink()
     with pytest.raises(OSError, match="leads out"):
         open_append(folder, "metrics.json")

@@ -18,7 +18,7 @@ from gn_det.data import inputs
 from gn_det.data.inputs import collect_images, output_names
 from gn_det.engine.predictor import Predictor, _device, predict, select
 from gn_det.errors import ConfigError, DataError, UserError, WeightsError
-from gn_det.evaluation.results import write_bytes_atomic
+from gn_det.files import atomic_write
 from gn_det.structures import Detections
 
 NAMES = ("Kreis", "日本", "square")
@@ -288,7 +288,7 @@ def test_output_is_a_folder_or_nothing(photos: Path, tmp_path: Path) -> None:
             run([photos], output)
     for path in (str(tmp_path / "pipe"), "/dev/null", str(tmp_path)):
         with pytest.raises(UserError, match="not a regular file"):
-            write_bytes_atomic(path, b"x")
+            atomic_write(path, b"x")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pipe", photos.name]
 
 

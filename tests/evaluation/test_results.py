@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 
 import numpy as np
@@ -12,9 +11,9 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import nn
 
-from gn_det.errors import DataError, UserError
+from gn_det.errors import DataError
 from gn_det.evaluation.inference import run_inference
-from gn_det.evaluation.results import detections_to_coco, encode_masks, merge_results, write_json_atomic
+from gn_det.evaluation.results import detections_to_coco, encode_masks, merge_results
 from gn_det.evaluation.tables import format_results
 from gn_det.structures import Detections
 
@@ -86,19 +85,6 @@ def test_inference_puts_the_model_in_eval_mode_and_reports() -> None:
     assert [(p.images, p.total) for p in seen] == [(2, 4), (4, 4)] and seen[-1].eta_seconds == 0
 
 
-def test_atomic_write(tmp_path) -> None:
-    """An unwritable folder is the user's error, and leaves the old file and nothing else."""
-    path = tmp_path / "x.json"
-    write_json_atomic(str(path), {"ä": 1})
-    assert path.read_text(encoding="utf-8") == '{"ä": 1}'
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
-        write_json_atomic(str(tmp_path / "file" / "x.json"), 1)
-    with pytest.raises(TypeError):
-        write_json_atomic(str(path), object())
-    assert sorted(os.listdir(tmp_path)) == ["file", "x.json"] and path.read_text(encoding="utf-8") == '{"ä": 1}'
-
-
 def test_tables() -> None:
     metrics = {"AP": 12.34567, "AP50": 50.0, "AP75": 0.0, "APs": math.nan, "APm": 1.0, "APl": 2.0}
     text = format_results({"bbox": metrics | {"AP-cat": 1.5, "AP-dog": math.nan}})
@@ -116,15 +102,3 @@ def test_categories_stand_three_a_row() -> None:
     text = format_results({"bbox": {"AP": 1.0} | {f"AP-{name}": float(k) for k, name in enumerate(names)}})
     rows = [re.findall(r"c\d", line) for line in text.splitlines() if re.search(r"c\d", line)]
     assert rows == [["c0", "c1", "c2"], ["c3"]]
-
-
-@pytest.mark.skipif(os.name == "nt", reason="modes of files")
-@pytest.mark.parametrize("mask", [0o022, 0o027])
-def test_files_have_the_mode_that_the_user_asks_for(mask: int, tmp_path) -> None:
-    """Not that of a temporary file, which nobody else can read."""
-    old = os.umask(mask)
-    try:
-        write_json_atomic(str(tmp_path / "x.json"), 1)
-    finally:
-        os.umask(old)
-    assert (tmp_path / "x.json").stat().st_mode & 0o777 == 0o666 & ~mask

@@ -71,7 +71,8 @@ def train_alone(folder: Path, engine: Any, data: Any, workers: int, *, resume: b
 
 def die_at(event: int) -> None:
     """SIGKILL at the ``event``-th thing that this process does to files: each write, sync, rename and deletion."""
-    from gn_det.checkpoint import io, last
+    from gn_det import files
+    from gn_det.checkpoint import last
     from gn_det.engine import events, keeper
 
     done = 0
@@ -86,8 +87,8 @@ def die_at(event: int) -> None:
 
         return wrapped
 
-    io._ErrorKeeper.write = deadly(io._ErrorKeeper.write)  # type: ignore[method-assign]
-    io.os.fsync, io.os.replace = deadly(os.fsync), deadly(os.replace)  # type: ignore[attr-defined]
+    files._ErrorKeeper.write = deadly(files._ErrorKeeper.write)  # type: ignore[method-assign]
+    files.os.fsync, files.os.replace = deadly(os.fsync), deadly(os.replace)  # type: ignore[attr-defined]
     last.prune = keeper.prune = deadly(last.prune)  # type: ignore[attr-defined]
     events.JsonWriter.write = deadly(events.JsonWriter.write)  # type: ignore[method-assign]
 

@@ -69,7 +69,7 @@ class _File:
 
 def _run(folder: Path, allowed: int, resume: bool) -> dict[str, Any]:
     """A whole run of the stand-in model, with room for so many writes; how it ended."""
-    from gn_det.checkpoint import io
+    from gn_det import files
     from gn_det.engine import events
     from gn_det.errors import UserError
     from tests.engine.cases import run
@@ -81,7 +81,7 @@ def _run(folder: Path, allowed: int, resume: bool) -> dict[str, Any]:
         return _File(file, quota) if set(mode) & set("wa") else file
 
     appended = events.open_append
-    io.open = limited  # type: ignore[attr-defined]
+    files.open = limited  # type: ignore[attr-defined]
     events.open_append = lambda *words: _File(appended(*words), quota)  # type: ignore[assignment,misc,return-value]
     pairs = [k if i % 2 == 0 else int(k) for i, k in enumerate(KEYS)] + ["TEST.BEST_METRIC", "bbox/AP"]
     told = ""
