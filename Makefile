@@ -1,11 +1,11 @@
-# make install | quickstart | test | test-versions | soak | test-detectron2 | lint | bench | wheel | clean
+# make install | quickstart | test | test-versions | soak | test-detectron2 | lint | docs | bench | wheel | clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # Two processes by default: the suite is written for two cores.
 JOBS ?= 2
 
-.PHONY: install dev quickstart test test-versions soak test-slow test-detectron2 lint format bench wheel clean
+.PHONY: install dev quickstart test test-versions soak test-slow test-detectron2 lint format docs bench wheel clean
 
 install: $(VENV)/.installed
 
@@ -79,6 +79,14 @@ lint: dev
 format: dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The site is written to build/site; open build/site/index.html.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+$(VENV)/.installed-docs: setup.cfg pyproject.toml | $(BIN)/python
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@touch $@
 
 bench: install
 	$(BIN)/python benchmarks/coco_eval.py
