@@ -1,143 +1,229 @@
-"""The report of a check as one HTML page that needs nothing else: no script, no network, pictures inside."""
+"""The report of a check as one HTML page: findings with images of them, histograms, and sample images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
-from gn_det import __version__
+import numpy as np
+from PIL import Image, ImageDraw
+
 from gn_det.check.audit import Survey
-from gn_det.check.charts import class_chart, size_chart
-from gn_det.check.findings import Findings
+from gn_det.check.findings import Finding, Findings
 from gn_det.check.report import Report, class_table
-from gn_det.check.samples import choose_samples, draw_problem, draw_sample
 from gn_det.check.table import facts
-from gn_det.visualize.html import as_data_uri, document, escape, figure
+from gn_det.data.checks import Defect, check_segmentation, is_number, usable_pieces
+from gn_det.data.coco import AnnotationReader
+from gn_det.data.image import ImageReader
+from gn_det.data.problems import Problems
+from gn_det.data.records import Record
+from gn_det.errors import DataError
+from gn_det.visualize.draw import draw_annotations, tint
+from gn_det.visualize.html import jpeg_uri, render
+from gn_det.visualize.plots import plot_histogram
 
-#: Places that are listed of each kind, and problems of a kind that are drawn.
-_LISTED, _DRAWN = 50, 3
-#: Findings of a kind that are tried until _DRAWN of them could be drawn.
-_TRIED = 12
-#: Classes in the chart.
-_CLASSES = 2000
+#: Places that are listed of each kind; findings that are drawn, and tried until so many could be drawn.
+_LISTED, _DRAWN, _TRIED = 50, 3, 12
+#: Classes in the histogram, and sample images of each set.
+_CLASSES, _SAMPLES = 2000, 12
+#: Longer side of an embedded image in pixels; larger ones are scaled down to four times that before drawing.
+_SIDE = 480
+_RED, _YELLOW, _GROUND = (230, 30, 45), (255, 210, 0), (196, 200, 206)
+#: Kinds of problems that can be seen in an image begin with one of these.
+_VISIBLE = ("bbox-", "polygon-", "rle-", "segmentation-", "object-", "no-mask", "category-unknown")
+#: Boxes with a side below this part of the image get a ring around them.
+_SMALL = 0.04
 
-_STYLE = """
-body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;color:#22262b;background:#f4f5f7;margin:0}
-main{max-width:1080px;margin:0 auto;padding:24px}
-h1{font-size:25px;margin:8px 0}h2{font-size:19px;margin:30px 0 8px}
-section{background:#fff;border:1px solid #e1e4e8;border-radius:8px;padding:16px 20px;margin:14px 0}
-.path{font-family:ui-monospace,monospace;font-size:13px;color:#555;word-break:break-all}
-.verdict{padding:12px 18px;border-radius:8px;font-weight:600;color:#fff}
-.v0{background:#2a8c3c}.v1{background:#a86a00}.v2{background:#c32232}
-details{border-top:1px solid #eceef0;padding:8px 0}summary{cursor:pointer}
-.tag{display:inline-block;min-width:62px;text-align:center;border-radius:4px;color:#fff;font-size:12px;
-padding:1px 6px;margin-right:8px}
-.error{background:#c32232}.warning{background:#a86a00}.note{background:#5a6675}
-.count{font-weight:600}.fix{color:#2a6f3c;font-size:13px}.kind{color:#888;font-family:ui-monospace,monospace;font-size:12px}
-ul{margin:8px 0;padding-left:22px;font-size:13.5px;word-break:break-word}
-.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(300px,1fr));gap:14px;align-items:start}
-figure{margin:0;max-width:480px}figure img{width:100%;border-radius:5px;display:block}
-figcaption{font-size:12px;color:#555;word-break:break-all;padding-top:3px}
-svg{width:100%;max-width:760px;font:12.5px system-ui,sans-serif;fill:#22262b}
-.dim{fill:#6a737d}.anchor{fill:#b85a00;font-weight:600}
-.key span{display:inline-block;width:11px;height:11px;border-radius:2px;margin:0 5px 0 14px}
-footer{color:#777;font-size:12.5px;margin:24px 0}
-"""
+Box = tuple[float, float, float, float]
 
 
 def as_html(report: Report) -> str:
-    """The page; pictures are read and drawn on the way."""
-    sets = ", ".join(s.split for s in report.surveys)
-    parts = [
-        f"<h1>gn-det check: {escape(sets)}</h1>",
-        f'<div class="verdict v{report.exit_code}">{escape(report.verdict())}</div>',
-    ]
-    for survey in report.surveys:
-        parts += _set_section(survey)
-    if report.across.counts:
-        parts += ["<h2>all sets and the config together</h2><section>", *_findings(report.across, None), "</section>"]
-    parts += _histograms(report)
-    for survey in report.surveys:
-        parts += _samples(survey)
-    if report.changes is not None:
-        lines = _list(report.changes[:1000])
-        parts.append(f"<h2>changes in the cleaned copy: {len(report.changes)}</h2><section>{lines}</section>")
-    config = f", config {escape(report.config)}" if report.config else ""
-    parts.append(f"<footer>gn_det {__version__}{config}</footer>")
-    return document(f"gn-det check: {report.surveys[0].source.json_file}", _STYLE, parts)
-
-
-def _list(lines: Sequence[str]) -> str:
-    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>" if lines else ""
-
-
-def _set_section(survey: Survey) -> Iterator[str]:
-    yield f"<h2>{escape(survey.split)}</h2><section>"
-    yield f'<div class="path">{escape(survey.source.json_file)} · {escape(survey.source.image_root)}</div>'
-    decoded = "every image was decoded" if survey.decoded else "image headers were read (--images decodes them)"
-    yield f"<p>{escape(facts(survey))}; {decoded}.</p>"
-    yield from _findings(survey.findings, survey)
-    yield "</section>"
-
-
-def _findings(findings: Findings, survey: Survey | None) -> Iterator[str]:
-    if not findings.counts:
-        yield "<p>No problem found.</p>"
-    for severity in ("error", "warning", "note"):
-        for name, kind, count in findings.of(severity):
-            opened = " open" if severity == "error" else ""
-            fix = f' <span class="fix">--fix: {escape(kind.fix)}</span>' if kind.fix else ""
-            yield (
-                f'<details{opened}><summary><span class="tag {severity}">{severity}</span>'
-                f'<span class="count">{count}</span> {escape(kind.title)} <span class="kind">{name}</span>{fix}'
-                "</summary>"
-            )
-            found = findings.found[name]
-            lines = [str(f) for f in found[:_LISTED]]
-            if count > len(lines):
-                lines.append(f"... and {count - len(lines)} more (--json lists up to 1000 of a kind)")
-            yield _list(lines)
-            figures: list[str] = []
-            for finding in found[:_TRIED] if survey is not None else ():
-                drawn = draw_problem(survey, finding) if survey is not None and len(figures) < _DRAWN else None
-                if drawn is not None:
-                    figures.append(figure(as_data_uri(drawn), str(finding.where)))
-            if figures:
-                yield f'<div class="grid">{"".join(figures)}</div>'
-            yield "</details>"
-
-
-def _histograms(report: Report) -> Iterator[str]:
+    """The page; images are read and drawn on the way."""
     readable = [s for s in report.surveys if s.dataset is not None]
     rows = class_table(readable)
-    if rows:
-        key = "".join(
-            f'<span style="background:{color}"></span>{escape(s.split)}'
-            for s, color in zip(readable, _key_colors(readable))
-        )
-        yield f'<h2>classes</h2><section><p class="key">share of the objects of each set, and how many: {key}</p>'
-        yield class_chart(rows[:_CLASSES], [s.split for s in readable])
-        more = len(rows) - _CLASSES
-        yield f"<p>... and {more} classes more (--json lists all)</p></section>" if more > 0 else "</section>"
-    if report.sizes is not None:
-        sizes = report.sizes
-        yield f"<h2>object sizes at training, against the anchors</h2><section><p>{escape(sizes.rule)}; ▲ anchors.</p>"
-        yield size_chart(sizes)
-        yield (
-            f"<p>Centred on their best anchor, {sizes.fit[0]:.0%} of the objects reach IoU 0.7 and {sizes.fit[1]:.0%} "
-            f"IoU 0.5.</p></section>"
-        )
+    sizes = report.sizes
+    return render(
+        "check.html",
+        surveys=[_set(survey) for survey in report.surveys],
+        together=_problems(report.across, None),
+        exit_code=report.exit_code,
+        verdict=report.verdict(),
+        class_sets=[s.split for s in readable],
+        classes=_class_rows(rows, [s.split for s in readable]),
+        more_classes=len(rows) - _CLASSES,
+        sizes=sizes,
+        size_plot=sizes and plot_histogram(sizes.labels(), sizes.counts, sizes.edges, sizes.anchors, "pixels"),
+        changes=report.changes,
+        config=report.config,
+    )
 
 
-def _key_colors(surveys: Sequence[Survey]) -> list[str]:
-    return [("#1f77dc", "#ff7f0e")[k % 2] for k in range(len(surveys))]
-
-
-def _samples(survey: Survey) -> Iterator[str]:
-    figures = []
+def _set(survey: Survey) -> dict[str, Any]:
+    samples = []
     for index in choose_samples(survey):
         drawn = draw_sample(survey, index)
         if drawn is not None:
             image = survey.images[index]
-            figures.append(figure(as_data_uri(drawn), f"image {image['id']}: {image['file_name']}"))
-    if figures:
-        yield f'<h2>samples of {escape(survey.split)}</h2><section><div class="grid">{"".join(figures)}</div></section>'
+            samples.append({"uri": jpeg_uri(drawn), "caption": f"image {image['id']}: {image['file_name']}"})
+    return {
+        "split": survey.split,
+        "source": survey.source,
+        "decoded": survey.decoded,
+        "facts": facts(survey),
+        "problems": _problems(survey.findings, survey),
+        "samples": samples,
+    }
+
+
+def _problems(findings: Findings, survey: Survey | None) -> list[dict[str, Any]]:
+    """Each kind with its first places, and images of some of them."""
+    out = []
+    for severity in ("error", "warning", "note"):
+        for name, kind, count in findings.of(severity):
+            found = findings.found[name]
+            images: list[dict[str, str]] = []
+            for finding in found[:_TRIED] if survey is not None else ():
+                drawn = draw_problem(survey, finding) if survey is not None and len(images) < _DRAWN else None
+                if drawn is not None:
+                    images.append({"uri": jpeg_uri(drawn), "caption": str(finding.where)})
+            lines = [str(f) for f in found[:_LISTED]]
+            shown = {"severity": severity, "name": name, "title": kind.title, "fix": kind.fix}
+            out.append({**shown, "count": count, "lines": lines, "images": images})
+    return out
+
+
+def _class_rows(rows: Sequence[tuple[str, list[int], list[int]]], sets: Sequence[str]) -> list[dict[str, Any]]:
+    """Bars in percent of the widest: each set on its own scale, the share of its objects."""
+    totals = [max(sum(objects[k] for _, objects, _ in rows), 1) for k in range(len(sets))]
+    most = max((n / total for _, objects, _ in rows for n, total in zip(objects, totals)), default=0) or 1.0
+    out = []
+    for name, objects, images in rows[:_CLASSES]:
+        bars = [
+            {
+                "width": round(100 * n / total / most, 1),
+                "title": f"{n} objects in {m} images of {split} ({n / total:.1%})",
+            }
+            for n, m, total, split in zip(objects, images, totals, sets)
+        ]
+        out.append({"name": name, "bars": bars, "counts": objects})
+    return out
+
+
+# ------------------------------------------------------------ sample images
+
+
+def choose_samples(survey: Survey, count: int = _SAMPLES) -> list[int]:
+    """Indices into ``survey.images``: one with each class, rarest first, then spread over the set."""
+    if survey.dataset is None or not survey.images:
+        return []
+    classes = np.array(survey.objects.classes, dtype=np.int64)
+    images = np.array(survey.objects.images, dtype=np.int64)
+    chosen: list[int] = []
+    for index in np.argsort(survey.dataset.class_counts, kind="stable"):
+        having = images[classes == index]
+        if len(having) and len(chosen) < count and having[0] not in chosen:
+            # Each from another part of the set: neighbours are often alike.
+            chosen.append(int(having[len(having) * (2 * len(chosen) + 1) // (2 * count)]))
+    rest = [i for i in np.linspace(0, len(survey.images) - 1, 4 * count).astype(int).tolist() if i not in chosen]
+    step = max(len(rest) // max(count - len(set(chosen)), 1), 1)
+    return list(dict.fromkeys([*chosen, *rest[::step], *rest]))[: min(count, len(survey.images))]
+
+
+def draw_sample(survey: Survey, index: int) -> np.ndarray | None:
+    """The image with all its annotations; None where it cannot be read."""
+    assert survey.content is not None
+    image = survey.images[index]
+    pixels = _read(survey, image)
+    if pixels is None or pixels.shape[:2] != (image["height"], image["width"]):
+        return None
+    reader = AnnotationReader(survey.content.category_ids, Problems(survey.source.json_file))
+    found = [reader.read(raw, image) for raw in survey.content.annotations_of.get(image["id"], ())]
+    record = Record(
+        file_name=survey.path(image),
+        width=image["width"],
+        height=image["height"],
+        annotations=[a for a in found if a is not None],
+    )
+    drawn = draw_annotations(pixels, record, survey.content.class_names, min_size=_SIDE, max_size=4 * _SIDE)
+    fitted = Image.fromarray(drawn)
+    fitted.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+    return np.array(fitted)
+
+
+def _read(survey: Survey, image: dict[str, Any]) -> np.ndarray | None:
+    """RGB pixels as training reads them, None where they cannot be read."""
+    reader: ImageReader = replace(survey.reader, image_format="RGB")
+    try:
+        return np.array(reader.read(survey.path(image)))
+    except DataError:
+        return None
+
+
+# ------------------------------------------------------------ images of problems
+
+
+def draw_problem(survey: Survey, finding: Finding) -> np.ndarray | None:
+    """The image with the annotation that is wrong: its box in red, its mask in yellow; None where nothing shows."""
+    where = finding.where
+    if survey.content is None or where.annotation is None or not finding.kind.startswith(_VISIBLE):
+        return None
+    image = next((i for i in survey.content.images if i["id"] == where.image), None)
+    entries = survey.content.annotations_of.get(where.image, ())
+    raw = next((a for a in entries if a.get("id") == where.annotation), None)
+    if image is None or raw is None:
+        return None
+    box, polygons = _drawable_box(raw.get("bbox"), image), _drawable_polygons(raw.get("segmentation"), image)
+    pixels = _read(survey, image) if box or polygons else None
+    if pixels is None:
+        return None
+    _tint_rle(pixels, raw.get("segmentation"), image)
+    scale = _SIDE / max(pixels.shape[:2])
+    size = max(round(pixels.shape[1] * scale), 1), max(round(pixels.shape[0] * scale), 1)
+    margin = round(0.12 * _SIDE)  # what is wrong may lie outside the image
+    sheet = Image.new("RGB", (size[0] + 2 * margin, size[1] + 2 * margin), _GROUND)
+    sheet.paste(Image.fromarray(pixels).resize(size), (margin, margin))
+    canvas = ImageDraw.Draw(sheet)
+    for polygon in polygons:
+        points = [(x * scale + margin, y * scale + margin) for x, y in zip(polygon[0::2], polygon[1::2])]
+        canvas.line([*points, points[0]], fill=_YELLOW, width=3)
+    if box is not None:
+        (x0, x1), (y0, y1) = (sorted(v * scale + margin for v in box[k::2]) for k in (0, 1))
+        canvas.rectangle((x0, y0, x1, y1), outline=_RED, width=3)
+        if min(x1 - x0, y1 - y0) < _SMALL * _SIDE:
+            radius = max(x1 - x0, y1 - y0) / 2 + 14
+            canvas.circle(((x0 + x1) / 2, (y0 + y1) / 2), radius, outline=_RED, width=3)
+    return np.array(sheet)
+
+
+def _tint_rle(pixels: np.ndarray, segmentation: Any, image: dict[str, Any]) -> None:
+    """Tint an RLE mask in place, where there is one that can be decoded."""
+    if not isinstance(segmentation, dict) or pixels.shape[:2] != (image["height"], image["width"]):
+        return
+    from pycocotools import mask as coco_mask
+
+    try:
+        checked, _ = check_segmentation(segmentation, image["height"], image["width"])
+    except Defect:
+        return
+    if checked is not None:
+        tint(pixels, coco_mask.decode(checked).astype(bool), _YELLOW, 0.55)
+
+
+def _drawable_box(bbox: Any, image: dict[str, Any]) -> Box | None:
+    """XYXY, cut to a little more than the image; None for what is no box at all."""
+    if not isinstance(bbox, (list, tuple)) or len(bbox) != 4 or not all(is_number(v) for v in bbox):
+        return None
+    x, y, w, h = (float(v) for v in bbox)
+    wide, high = image["width"], image["height"]
+    x0, x1 = np.clip((x, x + w), -0.2 * wide, 1.2 * wide)
+    y0, y1 = np.clip((y, y + h), -0.2 * high, 1.2 * high)
+    return float(x0), float(y0), float(x1), float(y1)
+
+
+def _drawable_polygons(pieces: Any, image: dict[str, Any]) -> list[list[float]]:
+    if not isinstance(pieces, list) or not all(isinstance(p, (list, tuple)) for p in pieces):
+        return []
+    far = 10.0 * max(image["width"], image["height"])
+    good = (p for p in usable_pieces(pieces) if all(is_number(v) and abs(v) < far for v in p))
+    return [[float(v) for v in p] for p in good]

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from gn_det.config import load_config
     from gn_det.data.sets import load_first_test_set
     from gn_det.engine import commands
-    from gn_det.visualize.curves import draw_curves
+    from gn_det.visualize.plots import draw_curves
 
     folder = Path(args.output)
     cfg = load_config("quickstart.yaml", ["OUTPUT_DIR", args.output, *args.overrides])

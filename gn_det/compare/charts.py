@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from gn_det.visualize.html import escape, svg
+from gn_det.compare.html_parts import escape, svg
 
 #: Colours that can be told apart on white and on near black; the dashes go on where they are used up.
 COLORS = ("#3b82f6", "#f97316", "#22a559", "#a855f7", "#e5484d", "#0ea5b7", "#b7791f", "#ec4899", "#6b8e23", "#7c83a1")

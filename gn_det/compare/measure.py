@@ -16,7 +16,7 @@ import torch
 
 from gn_det.engine.log import LOG_FILE
 from gn_det.engine.output import METRICS
-from gn_det.visualize.curves import read_metrics
+from gn_det.visualize.plots import read_metrics
 
 #: Column -> name in an evaluation's results.
 _AP = {"": "AP", "50": "AP50", "75": "AP75", "_s": "APs", "_m": "APm", "_l": "APl"}

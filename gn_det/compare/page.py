@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import gn_det
 from gn_det.compare.curves import charts_of
 from gn_det.compare.findings import many_told
+from gn_det.compare.html_parts import document, escape, figure, jpeg_uri
 from gn_det.compare.results import Results, RowResult
 from gn_det.compare.tables import REFERENCE, RUN_HEAD, Cell, View, full_view, run_rows, views
-from gn_det.visualize.html import document, escape, figure, jpeg_uri
 
 _STYLE = """
 :root{--ink:#1d2430;--soft:#5c6675;--line:#e2e6ec;--ground:#f5f6f8;--card:#fff;--refer:#f6f1e4;--refer-ink:#5f4a16;

@@ -1,62 +1,27 @@
-"""Pictures of detections: masks, boxes and labels on the image, and several images in a grid.
-
-Everything is drawn with Pillow; :mod:`gn_det.visualize.curves` draws the course of a training run.
-"""
+"""Drawings of detections: masks, boxes and labels on the image, and several images in a grid. Made with Pillow."""
 
 from __future__ import annotations
 
 import bisect
-import colorsys
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from gn_det.data.records import Record
 from gn_det.structures import Detections, rasterize_polygons
-from gn_det.visualize.curves import draw_curves
+from gn_det.visualize.colors import Color, class_color
 
-__all__ = ["class_color", "draw_annotations", "draw_curves", "draw_detections", "draw_grid"]
-
-Color = tuple[int, int, int]
 Box = tuple[float, float, float, float]
-
-#: Colours of the first classes, far apart and readable on photographs; later ones walk around the hue circle.
-_PALETTE: tuple[Color, ...] = (
-    (31, 119, 220),
-    (255, 127, 14),
-    (44, 175, 60),
-    (222, 45, 55),
-    (148, 85, 211),
-    (0, 178, 190),
-    (240, 80, 170),
-    (250, 200, 20),
-    (140, 86, 60),
-    (110, 130, 30),
-    (75, 65, 150),
-    (170, 220, 60),
-)
 
 #: Fill opacity of a mask.
 _ALPHA = 0.45
-#: Rows of a picture that are tinted at once.
+#: Rows of an image that are tinted at once.
 _ROWS = 128
 #: Characters of a name that are looked at for its label.
 _LONGEST = 200
-
-
-def class_color(index: int) -> Color:
-    """RGB colour of a class: the same in every picture, distinct from its neighbours."""
-    if index < len(_PALETTE):
-        return _PALETTE[index]
-    step = index - len(_PALETTE)
-    # The golden ratio never repeats a hue; three levels of lightness keep near hues apart.
-    hue = (0.09 + 0.61803398875 * step) % 1.0
-    r, g, b = colorsys.hls_to_rgb(hue, (0.5, 0.36, 0.66)[step % 3], 0.8)
-    return round(r * 255), round(g * 255), round(b * 255)
 
 
 def draw_detections(
@@ -68,7 +33,7 @@ def draw_detections(
     max_size: int | None = None,
     show_scores: bool = True,
 ) -> np.ndarray:
-    """Detections drawn on a copy of the image, with memory for one mask at a time.
+    """Draw detections on a copy of the image, with memory for one mask at a time.
 
     Args:
         image_rgb: (H, W, 3) uint8 RGB.
@@ -85,13 +50,13 @@ def draw_detections(
 
     def mask_of(index: int, height: int, width: int) -> np.ndarray:
         assert masks is not None
-        mask = masks[index].detach().cpu().numpy().astype(bool, copy=False)
-        return _resized(mask, height, width)
+        return _resized(masks[index].detach().cpu().numpy().astype(bool, copy=False), height, width)
 
     boxes = detections.boxes.detach().cpu().numpy().astype(float)
-    scores = detections.scores.detach().cpu().tolist()
-    labels = _Labels(detections.classes.detach().cpu().tolist(), scores, class_names, show_scores)
-    return _draw(image_rgb, boxes, labels, None if masks is None else mask_of, min_size, max_size)
+    classes = detections.classes.detach().cpu().tolist()
+    scores = detections.scores.detach().cpu().tolist() if show_scores else None
+    draw_masks = None if masks is None else mask_of
+    return _draw(image_rgb, boxes, classes, scores, class_names, draw_masks, min_size, max_size)
 
 
 def draw_annotations(
@@ -102,7 +67,7 @@ def draw_annotations(
     min_size: int = 640,
     max_size: int | None = None,
 ) -> np.ndarray:
-    """The annotations of an image drawn as :func:`draw_detections` does; a mask is made when it is drawn."""
+    """Draw the annotations of an image as :func:`draw_detections` does; a mask is made when it is drawn."""
     annotations = record["annotations"]
 
     def mask_of(index: int, height: int, width: int) -> np.ndarray:
@@ -115,59 +80,52 @@ def draw_annotations(
         polygons = [np.asarray(p, float) * np.resize(scale, len(p)) for p in segmentation or []]
         return rasterize_polygons(polygons, height, width)
 
-    corners = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in annotations)]
-    boxes = np.array(corners, dtype=np.float32).reshape(-1, 4).astype(float)
-    labels = _Labels([a["category_id"] for a in annotations], [1.0] * len(annotations), class_names, False)
-    return _draw(image_rgb, boxes, labels, mask_of, min_size, max_size)
-
-
-class _Labels(NamedTuple):
-    """What is written at each box."""
-
-    classes: Sequence[int]
-    scores: Sequence[float]
-    class_names: Sequence[str]
-    show_scores: bool
+    boxes = np.array([a["bbox"] for a in annotations], dtype=np.float32).reshape(-1, 4).astype(float)
+    boxes[:, 2:] += boxes[:, :2]
+    classes = [a["category_id"] for a in annotations]
+    return _draw(image_rgb, boxes, classes, None, class_names, mask_of, min_size, max_size)
 
 
 def _draw(
     image_rgb: np.ndarray,
     boxes: np.ndarray,
-    labels: _Labels,
+    classes: Sequence[int],
+    scores: Sequence[float] | None,
+    class_names: Sequence[str],
     mask_of: Callable[[int, int, int], np.ndarray] | None,
     min_size: int,
     max_size: int | None,
 ) -> np.ndarray:
     """Boxes (N, 4) XYXY, and masks by (index, height, width), on a copy of the image."""
-    picture = Image.fromarray(np.ascontiguousarray(image_rgb))
-    if max_size is not None and max(picture.size) > max_size:
-        wide, high = picture.size
-        picture.thumbnail((max_size, max_size), Image.Resampling.LANCZOS)
-        boxes = boxes * np.array([picture.width / wide, picture.height / high] * 2)
-    width, height = picture.size
+    image = Image.fromarray(np.ascontiguousarray(image_rgb))
+    if max_size is not None and max(image.size) > max_size:
+        wide, high = image.size
+        image.thumbnail((max_size, max_size), Image.Resampling.LANCZOS)
+        boxes = boxes * np.array([image.width / wide, image.height / high] * 2)
+    width, height = image.size
     scale = max(1, round(min_size / max(height, width)))
     if scale > 1:
-        picture = picture.resize((width * scale, height * scale), Image.Resampling.BICUBIC)
-    line = max(2, round(max(picture.size) / 400))
+        image = image.resize((width * scale, height * scale), Image.Resampling.BICUBIC)
+    line = max(2, round(max(image.size) / 400))
     boxes = boxes * scale
-    classes, scores, class_names, show_scores = labels
     # Large objects first: what lies in front of them stays visible.
-    order = sorted(range(len(boxes)), key=lambda i: -_area(boxes[i]))
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    order = np.argsort(-areas, kind="stable").tolist()
     if mask_of is not None:
-        pixels = np.array(picture)
+        pixels = np.array(image)
         for i in order:
             _paint_mask(pixels, mask_of(i, height, width), scale, class_color(classes[i]), line)
-        picture = Image.fromarray(pixels)
-    canvas = ImageDraw.Draw(picture)
+        image = Image.fromarray(pixels)
+    canvas = ImageDraw.Draw(image)
     for i in order:
-        canvas.rectangle(_inside(boxes[i], picture.size), outline=class_color(classes[i]), width=line)
+        canvas.rectangle(_inside(boxes[i], image.size), outline=class_color(classes[i]), width=line)
+    font_size = max(13, round(max(image.size) / 48))
     taken: list[Box] = []
-    for i in sorted(range(len(boxes)), key=lambda i: -scores[i]):
-        text = _label_text(classes[i], class_names, 0.45 * picture.width, _label_size(picture.size))
-        if show_scores:
-            text += f" {scores[i]:.0%}"
-        taken.append(_label(canvas, text, boxes[i], class_color(classes[i]), taken, picture.size))
-    return np.array(picture)
+    for i in range(len(boxes)) if scores is None else np.argsort(-np.array(scores), kind="stable").tolist():
+        text = _class_text(classes[i], class_names, 0.45 * image.width, font_size)
+        text += "" if scores is None else f" {scores[i]:.0%}"
+        taken.append(_draw_label(canvas, text, font_size, boxes[i], class_color(classes[i]), taken, image.size))
+    return np.array(image)
 
 
 def _resized(mask: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -196,43 +154,30 @@ def draw_grid(
     if not images:
         raise ValueError("no images for a grid")
     columns = columns or math.ceil(math.sqrt(len(images)))
-    fitted = [_fit(image, cell) for image in images]
+    square = (cell, cell)
+    fitted = [ImageOps.contain(Image.fromarray(image), square, Image.Resampling.LANCZOS) for image in images]
     rows = [fitted[i : i + columns] for i in range(0, len(fitted), columns)]
     font_size = max(14, cell // 28)
     head = font_size + gap if any(titles) else 0
     heights = [max(f.height for f in row) for row in rows]
-    sheet = Image.new(
-        "RGB",
-        (gap + min(columns, len(fitted)) * (cell + gap), gap + sum(heights) + len(rows) * (head + gap)),
-        "white",
-    )
+    width, height = gap + len(rows[0]) * (cell + gap), gap + sum(heights) + len(rows) * (head + gap)
+    sheet = Image.new("RGB", (width, height), "white")
     canvas = ImageDraw.Draw(sheet)
     top = gap
     for r, row in enumerate(rows):
-        for c, picture in enumerate(row):
+        for c, image in enumerate(row):
             left = gap + c * (cell + gap)
             index = r * columns + c
             if index < len(titles):
                 text = _shorten(titles[index], cell, font_size)
                 canvas.text((left, top), text, fill=(40, 40, 40), font=_font_for(text, font_size))
-            sheet.paste(picture, (left + (cell - picture.width) // 2, top + head))
+            sheet.paste(image, (left + (cell - image.width) // 2, top + head))
         top += heights[r] + head + gap
     return np.array(sheet)
 
 
-def _fit(image: np.ndarray, side: int) -> Image.Image:
-    picture = Image.fromarray(np.ascontiguousarray(image))
-    ratio = side / max(picture.size)
-    size = (max(1, round(picture.width * ratio)), max(1, round(picture.height * ratio)))
-    return picture.resize(size, Image.Resampling.LANCZOS)
-
-
-def _area(box: np.ndarray) -> float:
-    return float((box[2] - box[0]) * (box[3] - box[1]))
-
-
 def _inside(box: np.ndarray, size: tuple[int, int]) -> Box:
-    """The box as Pillow wants it: inclusive corners within the picture, never inverted."""
+    """The box as Pillow wants it: inclusive corners within the image, never inverted."""
     x0, y0 = (min(max(float(box[k]), 0.0), size[k] - 1.0) for k in (0, 1))
     x1, y1 = (min(max(float(box[k + 2]) - 1, 0.0), size[k] - 1.0) for k in (0, 1))
     return x0, y0, max(x0, x1), max(y0, y1)
@@ -272,7 +217,7 @@ def tint(pixels: np.ndarray, mask: np.ndarray, color: Color, alpha: float) -> No
 
 
 def _eroded(mask: np.ndarray, reach: int) -> np.ndarray:
-    """The pixels whose neighbours up to ``reach`` away, diagonal ones too, are in the mask or outside the picture."""
+    """The pixels whose neighbours up to ``reach`` away, diagonal ones too, are in the mask or outside the image."""
     out = np.pad(mask, reach, constant_values=True)
     for _ in range(2):  # down the columns, then along the rows
         covered = 1
@@ -284,24 +229,22 @@ def _eroded(mask: np.ndarray, reach: int) -> np.ndarray:
     return out
 
 
-def _label_size(size: tuple[int, int]) -> int:
-    """Font size in pixels for a picture of (width, height)."""
-    return max(13, round(max(size) / 48))
-
-
-def _label_text(index: int, class_names: Sequence[str], width: float, font_size: int) -> str:
+def _class_text(index: int, class_names: Sequence[str], width: float, font_size: int) -> str:
     """The class name cut to ``width`` pixels, or a number where there is no name or no font that can write it."""
     name = class_names[index] if index < len(class_names) else ""
-    if not name.strip() or not _can_write(name):
-        return f"class {index}"
-    return _shorten(name, width, font_size)
+    return _shorten(name, width, font_size) if name.strip() and _can_write(name) else f"class {index}"
 
 
-def _label(
-    canvas: ImageDraw.ImageDraw, text: str, box: np.ndarray, color: Color, taken: Sequence[Box], size: tuple[int, int]
+def _draw_label(
+    canvas: ImageDraw.ImageDraw,
+    text: str,
+    font_size: int,
+    box: np.ndarray,
+    color: Color,
+    taken: Sequence[Box],
+    size: tuple[int, int],
 ) -> Box:
-    """Write a label on a filled ground at the box, inside the picture, where it hides the fewest other labels."""
-    font_size = _label_size(size)
+    """Write a label on a filled ground at the box, inside the image, where it hides the fewest other labels."""
     font = _font_for(text, font_size)
     pad = max(2, font_size // 5)
     left, _, right, _ = canvas.textbbox((0, 0), text, font=font)
@@ -339,15 +282,13 @@ def _shorten(text: str, width: float, font_size: int) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def _font_for(text: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def _font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which comes with matplotlib; another installed font where it lacks a character (CJK ...)."""
-    path = _font_file(_code_points(text))
-    return ImageFont.load_default(size) if path is None else ImageFont.truetype(path, size)
+    return ImageFont.truetype(_font_file(_code_points(text)), size)
 
 
 def _can_write(text: str) -> bool:
-    path = _font_file(_code_points(text))
-    return path is None or _code_points(text) <= _characters(path)
+    return _code_points(text) <= _characters(_font_file(_code_points(text)))
 
 
 def _code_points(text: str) -> frozenset[int]:
@@ -355,13 +296,11 @@ def _code_points(text: str) -> frozenset[int]:
 
 
 @functools.lru_cache(maxsize=256)
-def _font_file(needed: frozenset[int]) -> str | None:
-    """The font file that writes most of the code points, None without matplotlib."""
-    try:
-        from matplotlib import font_manager
-    except ImportError:
-        return None
-    default = font_manager.findfont("DejaVu Sans")
+def _font_file(needed: frozenset[int]) -> str:
+    """The font file that writes most of the code points."""
+    from matplotlib import font_manager
+
+    default = str(font_manager.findfont("DejaVu Sans"))
     if needed <= _characters(default):
         return default
     # "Last Resort" claims every character and draws a placeholder for each.

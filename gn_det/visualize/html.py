@@ -1,56 +1,64 @@
-"""Parts of reports that are one HTML page and need nothing else: no script, no network, pictures inside."""
+"""Reports from templates: one page that needs nothing else, with no script, no network and all images inside.
+
+Every value that a template prints is made one printable line of bounded length and then escaped, so that names from
+outside cannot write HTML or Markdown; plots are :class:`markupsafe.Markup` and are printed as they are.
+"""
 
 from __future__ import annotations
 
 import base64
-import html
+import functools
 import io
-from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from PIL import Image
 
-from gn_det.text import as_line
+from gn_det import __version__
+from gn_det.text import as_line, one_line
+from gn_det.visualize.colors import hex_color
 
-#: Characters of a line in a page.
+#: Characters of a printed value.
 _LONGEST = 10_000
 
 
-def escape(value: str) -> str:
-    """Any text on one line of bounded length, harmless in HTML and in its attributes."""
-    return html.escape(as_line(value, _LONGEST))
+def render(template: str, **context: Any) -> str:
+    """Fill in a template of ``gn_det/visualize/templates``: ``.html`` is escaped for HTML, ``.md`` for Markdown."""
+    found = _environment(template.endswith(".html")).get_template(template)
+    return found.render(version=__version__, hex_color=hex_color, **context)
 
 
-def as_data_uri(pixels: np.ndarray) -> str:
-    """(H, W, 3) uint8 RGB as a JPEG inside a URI."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=86)
-    return jpeg_uri(buffer.getvalue())
-
-
-def jpeg_uri(data: bytes) -> str:
-    """The bytes of a JPEG file inside a URI."""
-    return "data:image/jpeg;base64," + base64.b64encode(data).decode("ascii")
-
-
-def figure(uri: str, caption: str) -> str:
-    """A picture with its caption."""
-    return f'<figure><img src="{uri}" alt="{escape(caption)}"><figcaption>{escape(caption)}</figcaption></figure>'
-
-
-def svg(parts: Sequence[str], width: float, height: float) -> str:
-    """An inline drawing that scales with the page."""
-    return f'<svg viewBox="0 0 {width:g} {height:g}" role="img">{"".join(parts)}</svg>'
-
-
-def document(title: str, style: str, body: Sequence[str]) -> str:
-    """A whole page; ``title`` is escaped, ``body`` is HTML."""
-    return "\n".join(
-        [
-            '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width,initial-scale=1">',
-            f"<title>{escape(title)}</title><style>{style}</style></head><body><main>",
-            *body,
-            "</main></body></html>",
-        ]
+@functools.lru_cache(maxsize=2)
+def _environment(html: bool) -> Environment:
+    return Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=html,
+        finalize=_html_line if html else _markdown_line,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
+
+
+def _html_line(value: Any) -> Any:
+    return value if isinstance(value, Markup) else as_line(value, _LONGEST)
+
+
+def _markdown_line(value: Any) -> str:
+    line = one_line(str(value), None)
+    for sign in "\\|*_<>[]`":
+        line = line.replace(sign, f"\\{sign}")
+    return line
+
+
+def jpeg_uri(image: np.ndarray | bytes) -> Markup:
+    """(H, W, 3) uint8 RGB pixels, or the bytes of a JPEG file, as a data URI."""
+    if isinstance(image, np.ndarray):
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "JPEG", quality=86)
+        image = buffer.getvalue()
+    return Markup("data:image/jpeg;base64," + base64.b64encode(image).decode("ascii"))

@@ -1,8 +1,7 @@
-"""Drawings: right size, marks where they belong, any name, nothing outside; curves from a real-looking log."""
+"""Drawings: right size, marks where they belong, any name, nothing outside."""
 
 from __future__ import annotations
 
-import json
 import tracemalloc
 from collections.abc import Callable
 from typing import Any, cast
@@ -14,11 +13,10 @@ from PIL import Image, ImageFilter
 from pycocotools import mask as coco_mask
 
 from gn_det.data.records import Record
-from gn_det.errors import DataError
 from gn_det.structures import Detections, rasterize_polygons
 from gn_det.visualize import draw
-from gn_det.visualize.curves import _smooth, read_metrics
-from gn_det.visualize.draw import _eroded, class_color, draw_annotations, draw_curves, draw_detections, draw_grid
+from gn_det.visualize.colors import class_color
+from gn_det.visualize.draw import _eroded, draw_annotations, draw_detections, draw_grid
 
 
 def one(box: list[float], size: tuple[int, int], label: int = 0, masks: bool = True) -> Detections:
@@ -60,42 +58,12 @@ def test_nothing_found_and_class_without_name() -> None:
     draw_detections(image, one([1, 1, 9, 9], (64, 64), label=99), ["only"])
 
 
-def test_colors_are_distinct_and_stable() -> None:
-    colors = [class_color(i) for i in range(80)]
-    assert len(set(colors)) == 80 and colors == [class_color(i) for i in range(80)]
-
-
 def test_grid() -> None:
     pictures = [np.full((h, w, 3), 50, np.uint8) for h, w in ((40, 80), (80, 40), (10, 10))]
     sheet = draw_grid(pictures, ["one", "two"], columns=2, cell=100)
     assert sheet.shape[1] == 2 * 100 + 3 * 12 and (sheet == 50).any() and (sheet[:, :12] == 255).all()
     with pytest.raises(ValueError):
         draw_grid([])
-
-
-def test_curves(tmp_path) -> None:
-    """A resumed run's later values win; the half line of a killed run and nan are no obstacle."""
-    log = tmp_path / "metrics.json"
-    lines = [{"iteration": i, "total_loss": 9.0, "loss_cls": 3.0, "lr": 0.01} for i in (19, 39, 59)]
-    lines += [
-        {"iteration": 39, "total_loss": 1.0, "lr": 0.02},
-        {"iteration": 59, "bbox/AP": 10.0, "segm/AP": float("nan")},
-    ]
-    log.write_text("\n".join(json.dumps(line) for line in lines) + '\n{"iterat')
-    entries = read_metrics(log)
-    assert [e["iteration"] for e in entries] == [19, 39, 59] and entries[1]["total_loss"] == 1.0
-    draw_curves(log, tmp_path / "curves.png")
-    with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.width > 1200
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["curves.png", "metrics.json"]
-
-
-def test_curves_without_metrics(tmp_path) -> None:
-    with pytest.raises(DataError, match="cannot be read"):
-        draw_curves(tmp_path / "metrics.json", tmp_path / "x.png")
-    (tmp_path / "metrics.json").write_text("\n")
-    with pytest.raises(DataError, match="no metrics"):
-        draw_curves(tmp_path / "metrics.json", tmp_path / "x.png")
 
 
 def polygon(x: float, y: float, w: float, h: float) -> dict[str, object]:
@@ -193,20 +161,3 @@ def test_a_mask_has_an_outline_and_small_objects_lie_on_large_ones() -> None:
     assert tuple(drawn[380, 400]) == class_color(0) and tuple(drawn[200, 400]) == class_color(1)
     assert np.abs(drawn[300, 400] - 0.45 * large).max() <= 1
     assert np.abs(drawn[400, 400] - (0.45 * small + 0.55 * 0.45 * large)).max() <= 2
-
-
-def test_lines_of_one_iteration_come_together_and_the_later_value_counts(tmp_path) -> None:
-    """Losses and AP of an iteration stand in two lines; a resumed run writes an iteration again."""
-    log = tmp_path / "metrics.json"
-    entries = [{"iteration": 1, "lr": 0.1, "loss": 3.0}, {"iteration": 1, "AP": 7.0}, {"iteration": 1, "loss": 2.0}]
-    log.write_text("".join(json.dumps(e) + "\n" for e in entries))
-    assert read_metrics(log) == [{"iteration": 1, "lr": 0.1, "loss": 2.0, "AP": 7.0}]
-
-
-def test_smoothing_keeps_a_line_straight_to_its_ends() -> None:
-    """80 values are averaged over 5, fewer towards the ends, so that a straight line stays one."""
-    line = np.arange(80.0)
-    assert _smooth(line) == pytest.approx(line)
-    jump = np.zeros(80)
-    jump[40] = 5.0
-    assert _smooth(jump)[36:45].tolist() == pytest.approx([0, 0, 1, 1, 1, 1, 1, 0, 0])
