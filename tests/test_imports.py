@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "gn_det"
 
 #: Modules at the top of gn_det that every room may use; "gn_det" is the package itself, for its version.
-BASE = {"gn_det", "errors", "text", "terminal", "files", "values"}
+BASE = {"gn_det", "errors", "text", "terminal", "files", "values", "parent_watch"}
 #: Rooms that read or write what a user has; they import no engine.
 MIDDLE = BASE | {"structures", "config", "checkpoint", "data", "evaluation", "visualize"}
 
@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "terminal": {"text"},
     "files": {"errors", "text"},
     "values": {"errors", "text"},
+    "parent_watch": set(),
     "structures": set(),
     "kernels": {"errors"},
     "norm": {"errors", "kernels"},
