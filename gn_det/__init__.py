@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gn_det.api import Model, Result, load_model
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "config_file"]
+__all__ = ["Model", "Result", "__version__", "config_file", "load_model"]
+
+#: Module of each name that is imported when it is first used: they need torch, which ``import gn_det`` does not load.
+_ON_USE = {"Model": "gn_det.api", "Result": "gn_det.api", "load_model": "gn_det.api"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ON_USE:
+        raise AttributeError(f"module 'gn_det' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_ON_USE[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def config_file(name: str) -> str:

@@ -26,6 +26,9 @@ from gn_det.text import one_line, shown
 from gn_det.visualize.draw import draw_detections
 
 if TYPE_CHECKING:
+    from fvcore.common.config import CfgNode
+    from torch import nn
+
     from gn_det.engine.interface import Engine
 
 #: Name of the json beside the drawings.
@@ -43,12 +46,16 @@ class Predictor:
         read: path of an image -> its RGB pixels, for drawing.
         class_names: name of each class index.
         category_ids: json category id of each class index.
+        module: the model, in evaluation mode.
+        config: its configuration, resolved.
     """
 
     detect: Callable[[Path | np.ndarray], Detections]
     class_names: Sequence[str]
     category_ids: Sequence[int]
     read: Callable[[Path], np.ndarray] = ImageReader("RGB").read
+    module: nn.Module | None = None
+    config: CfgNode | None = None
 
 
 def predict(
@@ -99,7 +106,7 @@ def predict(
     from gn_det.engine.advice import out_of_memory
 
     predictor = predictor or load_predictor(weights, config=config, device=device)
-    wanted = _class_indices(classes, predictor.class_names)
+    wanted = wanted_classes(classes, predictor.class_names)
     document = _Document(predictor)
     failed: list[str] = []
     best = 0.0
@@ -179,7 +186,7 @@ def load_predictor(
     def detect(image: Path | np.ndarray) -> Detections:
         return detector([mapper(image)])[0]
 
-    return Predictor(detect, names, ids, ImageReader.of(cfg, "RGB").read)
+    return Predictor(detect, names, ids, ImageReader.of(cfg, "RGB").read, model, cfg)
 
 
 def _engine_for(cfg: Any, source: str) -> Engine:
@@ -253,7 +260,12 @@ def _check_not_overwritten(folder: Path, paths: Sequence[Path], names: Sequence[
             )
 
 
-def _class_indices(classes: Sequence[str] | None, names: Sequence[str]) -> set[int] | None:
+def wanted_classes(classes: Sequence[str] | None, names: Sequence[str]) -> set[int] | None:
+    """Indices of the named classes, whatever their case; None for all.
+
+    Raises:
+        ConfigError: an unknown name, or an empty list.
+    """
     if classes is None:
         return None
     lower = {name.lower(): i for i, name in enumerate(names)}

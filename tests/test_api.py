@@ -1,0 +1,133 @@
+"""The Python API gives what the command line gives, as arrays, and names what it cannot take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import gn_det
+from gn_det.checkpoint.io import save_checkpoint
+from gn_det.checkpoint.meta import build_meta
+from gn_det.config import load_config
+from gn_det.errors import ConfigError, DataError, WeightsError
+from gn_det.modeling.build import build_model
+
+NAMES, IDS = ("disk", "square", "star"), (7, 3, 11)
+TINY = ["MODEL.ROI_HEADS.NUM_CLASSES", "3", "MODEL.DEVICE", "cpu", "INPUT.MIN_SIZE_TEST", "96"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the quickstart's detector with random weights, biased to detect something."""
+    cfg = load_config("quickstart", [*TINY, "TEST.DETECTIONS_PER_IMAGE", "8"])
+    torch.manual_seed(3)
+    model = build_model(cfg)
+    path = tmp_path_factory.mktemp("api") / "model.pth"
+    save_checkpoint(path, {"model": model.state_dict(), "gn_det": build_meta(cfg, NAMES, IDS)})
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(weights: Path) -> gn_det.Model:
+    return gn_det.load_model(weights, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def pixels() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 255, (70, 110, 3), dtype=np.uint8)
+
+
+def test_result_has_the_promised_arrays(model: gn_det.Model, pixels: np.ndarray) -> None:
+    r = model.predict(pixels, threshold=0.0)
+    n = len(r)
+    assert n == 8 and model.class_names == NAMES and model.category_ids == IDS
+    assert r.boxes.shape == (n, 4) and r.boxes.dtype == np.float32
+    assert r.scores.shape == (n,) and (np.diff(r.scores) <= 0).all()
+    assert r.classes.dtype == np.int64 and r.names == [NAMES[c] for c in r.classes]
+    assert r.masks is not None and r.masks.shape == (n, 70, 110) and r.masks.dtype == bool
+    assert r.image_size == (70, 110) and not model.module.training and model.device == torch.device("cpu")
+
+
+def test_path_image_and_array_are_the_same_image(model: gn_det.Model, pixels: np.ndarray, tmp_path: Path) -> None:
+    """A file, a PIL image and RGB pixels give equal detections, and a list gives them in its order."""
+    path = tmp_path / "x.png"
+    Image.fromarray(pixels).save(path)
+    forms: list[Any] = [path, str(path), Image.open(path), pixels]
+    first, *others = model.predict(forms, threshold=0.0)
+    for other in others:
+        assert np.array_equal(first.boxes, other.boxes) and np.array_equal(first.masks, other.masks)
+        assert np.array_equal(first.scores, other.scores)
+    turned = Image.fromarray(np.ascontiguousarray(np.rot90(pixels)))
+    exif = turned.getexif()
+    exif[274] = 6  # the camera was turned: upright again after a rotation of 270 degrees
+    turned.save(tmp_path / "turned.png", exif=exif)
+    turned = Image.open(tmp_path / "turned.png")
+    by_path, by_image = model.predict([tmp_path / "turned.png", turned], threshold=0.0)
+    assert by_path.image_size == by_image.image_size == (70, 110)
+    assert np.array_equal(by_path.boxes, by_image.boxes) and np.array_equal(by_path.boxes, first.boxes)
+
+
+def test_colours_are_rgb(model: gn_det.Model, pixels: np.ndarray) -> None:
+    """Swapped channels are another image: the order matters, and RGB is the one that files have."""
+    assert not np.array_equal(
+        model.predict(pixels, threshold=0.0).scores, model.predict(pixels[:, :, ::-1], threshold=0.0).scores
+    )
+
+
+def test_select_draw_and_coco(model: gn_det.Model, pixels: np.ndarray) -> None:
+    r = model.predict(pixels, threshold=0.0)
+    mask = np.zeros(len(r), dtype=bool)
+    mask[[0, 2]] = True
+    some = r[mask]
+    assert (
+        len(some) == 2 and np.array_equal(some.boxes, r.boxes[[0, 2]]) and np.array_equal(some.masks, r.masks[[0, 2]])
+    )
+    assert len(r[1:3]) == 2 and len(r[0]) == 1 and len(r[[]]) == 0 and r[[]].names == []
+    assert isinstance(r.draw(), Image.Image) and np.asarray(r[[]].draw()).shape[2] == 3
+    for entry, box, index in zip(r.to_coco("a.jpg"), r.boxes, r.classes):
+        x0, y0, x1, y1 = box.tolist()
+        assert entry["image_id"] == "a.jpg" and entry["category_id"] == IDS[index]
+        assert (
+            entry["bbox"] == pytest.approx([x0, y0, x1 - x0, y1 - y0], abs=1e-4) and "counts" in entry["segmentation"]
+        )
+    only = model.predict(pixels, threshold=0.0, classes=[r.names[0]])
+    assert set(only.names) == {r.names[0]}
+    assert len(model.predict(pixels, threshold=float(r.scores[2]))) == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ([], "predict got an empty list"),
+        (np.zeros((4, 4), np.uint8), r"image is an array of uint8 with shape \(4, 4\)"),
+        (np.zeros((3, 40, 40), np.uint8), r"shape \(3, 40, 40\); give a path, a PIL image, or an \(H, W, 3\) uint8"),
+        (np.zeros((4, 4, 3), np.float32), "image is an array of float32"),
+        (np.zeros((0, 4, 3), np.uint8), r"shape \(0, 4, 3\)"),
+        ([np.zeros((9, 9, 3), np.uint8), 5], r"images\[1\] is of type int"),
+        (None, "image is of type NoneType"),
+        (Image.new("I;16", (8, 8)), "mode I;16; convert it to 8 bits"),
+        ("no/such.png", "no/such.png"),
+        (["a\0b.png"], "a"),
+    ],
+)
+def test_bad_images_are_named(model: gn_det.Model, given: Any, says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        model.predict(given)
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.5, "0.5", True, float("nan")])
+def test_bad_threshold(model: gn_det.Model, pixels: np.ndarray, threshold: Any) -> None:
+    with pytest.raises(ConfigError, match="give a number from 0 to 1"):
+        model.predict(pixels, threshold=threshold)
+
+
+def test_what_cannot_be_loaded(tmp_path: Path, model: gn_det.Model, pixels: np.ndarray) -> None:
+    with pytest.raises(WeightsError, match=r"none\.pth"):
+        gn_det.load_model(tmp_path / "none.pth")
+    with pytest.raises(ConfigError, match="did you mean 'star'"):
+        model.predict(pixels, classes=["stat"])
