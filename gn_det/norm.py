@@ -22,7 +22,7 @@ from gn_det.kernels import group_norm_act, takes_kernels
 
 NORM_NAMES = ("GN", "LN", "IN", "BN", "SyncBN", "FrozenBN", "")
 
-#: A norm is chosen by name, by a callable that gets the number of channels, or left out with None or "".
+#: A norm: a name with Detectron2's defaults, a callable ``num_channels -> module``, or None or "" for no norm.
 NormSpec = str | Callable[[int], nn.Module] | None
 
 
@@ -44,11 +44,11 @@ class GroupRule:
     fused: str = field(default="auto", compare=False)
     recompute: bool = field(default=False, compare=False)
 
-    def groups(self, num_channels: int, layer: str = "") -> int:
+    def groups(self, num_channels: int, where: str = "GN") -> int:
         """Number of groups for ``num_channels`` channels.
 
         Raises:
-            ConfigError: the groups would differ in size; names the layer and the counts that work there.
+            ConfigError: the groups would differ in size; starts with ``where`` and lists the counts that work.
         """
         by_channels = self.channels_per_group > 0
         divisor = self.channels_per_group if by_channels else self.num_groups
@@ -58,8 +58,7 @@ class GroupRule:
         works = ", ".join(str(d) for d in range(1, num_channels + 1) if num_channels % d == 0)
         what = f"groups of {divisor} channels" if by_channels else f"{divisor} groups"
         raise ConfigError(
-            f"{layer or 'GN layer'}: {what} do not divide its {num_channels} channels; "
-            f"set MODEL.GN.{key} to one of {works}"
+            f"{where}: {what} do not divide a layer of {num_channels} channels; set MODEL.GN.{key} to one of {works}"
         )
 
 
@@ -135,6 +134,10 @@ class FrozenBatchNorm2d(nn.Module):
     """
 
     _version = 3
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
     num_batches_tracked: Tensor | None
 
     def __init__(self, num_features: int, eps: float = 1e-5) -> None:
@@ -209,41 +212,47 @@ def norm_act(norm: nn.Module | None, x: Tensor, residual: Tensor | None = None, 
     return F.relu_(x) if relu else x
 
 
-def get_norm(
-    norm: NormSpec, num_channels: int, *, layer: str = "", groups: GroupRule | None = None
-) -> nn.Module | None:
-    """Build a norm layer.
+@dataclass(frozen=True)
+class NormFactory:
+    """Build norm layers of one kind: ``factory(num_channels) -> module``, what every constructor takes as ``norm``.
 
-    Args:
-        norm: one of :data:`NORM_NAMES`, a callable ``num_channels -> module``, or None for no norm.
-        num_channels: C.
-        layer: full name of the layer, for messages.
-        groups: rule for the groups of GN, and the eps of GN, LN and IN.
-
-    Raises:
-        ConfigError: unknown name, or groups that do not divide C.
+    Attributes:
+        kind: one of :data:`NORM_NAMES` except "".
+        rule: groups of GN, and the eps of GN, LN and IN.
+        key: config key that chose the norm, for messages.
     """
+
+    kind: str
+    rule: GroupRule = GroupRule()
+    key: str = "norm"
+
+    def __call__(self, num_channels: int) -> nn.Module:
+        """A fresh norm of ``num_channels`` channels.
+
+        Raises:
+            ConfigError: unknown kind, or groups that do not divide the channels.
+        """
+        if self.kind in _BATCH_NORMS:
+            return _BATCH_NORMS[self.kind](num_channels)
+        if self.kind not in ("GN", "LN", "IN"):
+            raise ConfigError(f"{self.key}: unknown norm {self.kind!r}; use one of {', '.join(map(repr, NORM_NAMES))}")
+        if self.kind == "GN":
+            groups = self.rule.groups(num_channels, f"{self.key} GN")
+        else:
+            groups = 1 if self.kind == "LN" else num_channels
+        rule = self.rule
+        return GroupNorm(groups, num_channels, rule.eps, kind=self.kind, fused=rule.fused, recompute=rule.recompute)
+
+
+def get_norm(norm: NormSpec, num_channels: int) -> nn.Module | None:
+    """The norm layer that ``norm`` asks for, None where it asks for none; see :class:`NormFactory`."""
     if norm is None or norm == "":
         return None
-    if not isinstance(norm, str):
-        return norm(num_channels)
-    rule = groups if groups is not None else GroupRule()
-    if norm == "GN":
-        number = rule.groups(num_channels, layer)
-    elif norm in ("LN", "IN"):
-        number = 1 if norm == "LN" else num_channels
-    else:
-        return _batch_norm(norm, num_channels, layer)
-    return GroupNorm(number, num_channels, rule.eps, kind=norm, fused=rule.fused, recompute=rule.recompute)
+    return (NormFactory(norm) if isinstance(norm, str) else norm)(num_channels)
 
 
-def _batch_norm(norm: str, num_channels: int, layer: str) -> nn.Module:
-    simple: dict[str, Callable[[int], nn.Module]] = {
-        "BN": nn.BatchNorm2d,
-        "SyncBN": nn.SyncBatchNorm,
-        "FrozenBN": FrozenBatchNorm2d,
-    }
-    if norm not in simple:
-        known = ", ".join(repr(name) for name in NORM_NAMES)
-        raise ConfigError(f"{layer or 'norm'}: unknown norm {norm!r}; use one of {known}")
-    return simple[norm](num_channels)
+_BATCH_NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "BN": nn.BatchNorm2d,
+    "SyncBN": nn.SyncBatchNorm,
+    "FrozenBN": FrozenBatchNorm2d,
+}

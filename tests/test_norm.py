@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gn_det.errors import ConfigError
-from gn_det.norm import FrozenBatchNorm2d, GroupNorm, GroupRule, freeze_batch_norm, get_norm, norm_act
+from gn_det.norm import FrozenBatchNorm2d, GroupNorm, GroupRule, NormFactory, freeze_batch_norm, get_norm, norm_act
 
 
 def by_definition(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
@@ -26,7 +26,7 @@ def by_definition(x: torch.Tensor, groups: int, weight: torch.Tensor, bias: torc
 def test_equals_definition(name: str, groups: int) -> None:
     """Output and every gradient; LN is one group, IN one channel a group."""
     torch.manual_seed(0)
-    norm = get_norm(name, 12, groups=GroupRule(num_groups=4, eps=1e-3)).double()
+    norm = NormFactory(name, GroupRule(num_groups=4, eps=1e-3))(12).double()
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
     x = (3 + 2 * torch.randn(2, 12, 5, 7, dtype=torch.float64)).requires_grad_()
@@ -76,11 +76,11 @@ def test_group_rule() -> None:
 
 @pytest.mark.parametrize("rule, key", [(GroupRule(), "NUM_GROUPS"), (GroupRule(channels_per_group=32), "CHANNELS_PER")])
 def test_groups_that_do_not_divide(rule: GroupRule, key: str) -> None:
-    """The message names the layer, its channels, the key and the counts that work."""
+    """The message names the key that asks for it, the layer's channels, the key to set and the counts that work."""
     with pytest.raises(ConfigError) as error:
-        get_norm("GN", 40, layer="backbone.stem.conv1", groups=rule)
+        NormFactory("GN", rule, "MODEL.RESNETS.NORM")(40)
     text = str(error.value)
-    for part in ("backbone.stem.conv1", "40 channels", key, "1, 2, 4, 5, 8, 10, 20, 40"):
+    for part in ("MODEL.RESNETS.NORM GN", "40 channels", f"set MODEL.GN.{key}", "1, 2, 4, 5, 8, 10, 20, 40"):
         assert part in text
     assert "\n" not in text
 
@@ -90,8 +90,8 @@ def test_none_callable_and_unknown() -> None:
     assert get_norm(None, 8) is None
     made = get_norm(lambda channels: GroupNorm(2, channels), 8)
     assert isinstance(made, GroupNorm) and made.num_groups == 2
-    with pytest.raises(ConfigError, match=r"box_head\.conv1: unknown norm 'XN'"):
-        get_norm("XN", 8, layer="box_head.conv1")
+    with pytest.raises(ConfigError, match=r"MODEL\.FPN\.NORM: unknown norm 'XN'; use one of 'GN', "):
+        NormFactory("XN", key="MODEL.FPN.NORM")(8)
 
 
 def test_frozen_bn_is_bn_in_evaluation() -> None:
@@ -128,7 +128,7 @@ def test_freezing_keeps_group_norm() -> None:
 def test_cpu_takes_the_faster_way_for_rois_in_low_precision() -> None:
     """bf16, channels_last, RoI-sized: over NCHW, answered in channels_last, within a rounding of fp32."""
     torch.manual_seed(0)
-    norm = get_norm("GN", 32, groups=GroupRule(8))
+    norm = NormFactory("GN", GroupRule(8))(32)
     x = torch.randn(8, 32, 7, 7)
     low = x.bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
     seen = []
@@ -155,7 +155,7 @@ def test_cpu_takes_the_faster_way_for_rois_in_low_precision() -> None:
 def test_norm_act(name: str, how: dict[str, object]) -> None:
     """Norm, add and ReLU in one call have the bits of the three, whatever the switch says on a CPU."""
     torch.manual_seed(0)
-    norm = get_norm(name, 8, groups=GroupRule(4, **how))
+    norm = NormFactory(name, GroupRule(4, **how))(8) if name else None
     x, shortcut = torch.randn(2, 8, 5, 3), torch.randn(2, 8, 5, 3)
     normal = x if norm is None else norm(x)
     for residual in (None, shortcut):
@@ -167,7 +167,7 @@ def test_norm_act(name: str, how: dict[str, object]) -> None:
 
 def test_how_it_is_computed_is_no_part_of_the_rule_or_the_state() -> None:
     assert GroupRule(fused="on", recompute=True) == GroupRule()
-    norms = [get_norm("GN", 8, groups=GroupRule(4, fused=f, recompute=r)) for f, r in (("auto", False), ("on", True))]
+    norms = [NormFactory("GN", GroupRule(4, fused=f, recompute=r))(8) for f, r in (("auto", False), ("on", True))]
     assert isinstance(norms[1], GroupNorm) and norms[1].fused == "on" and norms[1].recompute
     assert list(norms[0].state_dict()) == list(norms[1].state_dict()) == ["weight", "bias"]
 

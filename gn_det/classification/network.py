@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from gn_det.classification.settings import DEPTHS, SMALL, Settings
 from gn_det.errors import ConfigError
-from gn_det.modeling.layers import ConvNorm, FeatureSpec, fill_msra
-from gn_det.modeling.resnet import ResidualBlock, ResNet, make_basic_stage
-from gn_det.norm import GroupRule
+from gn_det.modeling.layers import ConvNorm, FeatureSpec, c2_msra_fill
+from gn_det.modeling.resnet import BasicBlock, ResidualBlock, ResNet, make_stage
+from gn_det.norm import GroupRule, NormFactory, NormSpec
 
 _WIDTHS = (16, 32, 64)
 
@@ -22,24 +22,17 @@ class SmallResNet(nn.Module):
     (N, in_channels, H, W) to {"res4": (N, 64, ceil(H / 4), ceil(W / 4))}.
     """
 
-    def __init__(self, *, blocks: int, in_channels: int, norm: str, groups: GroupRule) -> None:
+    def __init__(self, *, blocks: int, in_channels: int, norm: NormSpec) -> None:
         super().__init__()
         self.stem = nn.Sequential()
-        conv1 = ConvNorm(
-            in_channels, _WIDTHS[0], kernel_size=3, padding=1, norm=norm, groups=groups, relu=True, layer="stem.conv1"
-        )
-        fill_msra(conv1)
+        conv1 = ConvNorm(in_channels, _WIDTHS[0], kernel_size=3, padding=1, norm=norm, relu=True)
+        c2_msra_fill(conv1)
         self.stem.add_module("conv1", conv1)
         before = _WIDTHS[0]
         for k, width in enumerate(_WIDTHS, start=2):
-            stage = make_basic_stage(
-                blocks,
-                in_channels=before,
-                out_channels=width,
-                first_stride=1 if k == 2 else 2,
-                norm=norm,
-                groups=groups,
-                layer=f"res{k}",
+            first_stride = 1 if k == 2 else 2
+            stage = make_stage(
+                BasicBlock, blocks, in_channels=before, out_channels=width, first_stride=first_stride, norm=norm
             )
             self.add_module(f"res{k}", stage)
             before = width
@@ -81,8 +74,8 @@ def build_classifier(settings: Settings, num_classes: int, in_channels: int = 3)
         ConfigError: the groups do not divide the channels of a layer, which is named.
     """
     number, per_group = settings.group_rule
-    groups = GroupRule(number, per_group)
-    common: dict[str, Any] = {"in_channels": in_channels, "norm": settings.norm, "groups": groups}
+    norm = NormFactory(settings.norm, GroupRule(number, per_group), "norm")
+    common: dict[str, Any] = {"in_channels": in_channels, "norm": norm}
     try:
         if settings.arch in SMALL:
             trunk: nn.Module = SmallResNet(blocks=SMALL[settings.arch], **common)
@@ -93,7 +86,6 @@ def build_classifier(settings: Settings, num_classes: int, in_channels: int = 3)
                 out_features=["res5"],
                 res2_channels=64 if depth < 50 else 256,
                 stride_in_1x1=settings.stride_in_1x1,
-                layer=settings.arch,
                 **common,
             )
     except ConfigError as error:

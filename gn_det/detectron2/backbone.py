@@ -55,12 +55,11 @@ class GNFPN(FPN, Backbone):
         bottom_up: any Detectron2 ``Backbone``, such as :class:`GNResNet`; ``output_shape()`` says what it makes.
         in_features: its features from fine to coarse, strides doubling.
         out_channels: channels of every level.
-        norm, groups: norm of lateral and output convolutions; without norm they have biases.
+        norm: of lateral and output convolutions, see :data:`gn_det.norm.NormSpec`; without one they have biases.
         top_block: makes the levels above the last, in Detectron2's manner (``num_levels``, ``in_feature``, called with
             that feature): ``LastLevelMaxPool`` for R-CNN, ``LastLevelP6P7`` for RetinaNet; None for no such level.
         fuse_type: "sum" or "avg" of the lateral and the top-down feature.
         square_pad: if positive, images are padded to squares of this side.
-        layer: full name, for messages.
     """
 
     #: Set for each instance; here it takes the place of Backbone's property.
@@ -73,20 +72,16 @@ class GNFPN(FPN, Backbone):
         in_features: Sequence[str],
         out_channels: int,
         norm: NormSpec = "GN",
-        groups: GroupRule | None = None,
         top_block: nn.Module | None = None,
         fuse_type: str = "sum",
         square_pad: int = 0,
-        layer: str = "backbone",
     ) -> None:
         super().__init__(
             bottom_up,
             in_features=in_features,
             out_channels=out_channels,
             norm=norm,
-            groups=groups,
             fuse_type=fuse_type,
-            layer=layer,
             specs=_specs(bottom_up),
         )
         self.square_pad = square_pad
@@ -121,7 +116,7 @@ class GNFPN(FPN, Backbone):
         return dict(zip(self.feature_specs, outputs))
 
 
-def _resnet(cfg: CfgNode, input_shape: ShapeSpec, layer: str) -> Backbone:
+def _resnet(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """gn_det's ResNet; Detectron2's where only that has the convolutions or the norm asked for."""
     resnets = cfg.MODEL.RESNETS
     deformable = any(resnets.DEFORM_ON_PER_STAGE)
@@ -132,7 +127,7 @@ def _resnet(cfg: CfgNode, input_shape: ShapeSpec, layer: str) -> Backbone:
         )
     if deformable or resnets.NORM in THEIR_NORMS:
         return build_resnet_backbone(cfg, input_shape)
-    return GNResNet(in_channels=input_shape.channels, **resnet_arguments(cfg), layer=layer)
+    return GNResNet(in_channels=input_shape.channels, **resnet_arguments(cfg))
 
 
 def _fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module) -> GNFPN:
@@ -142,13 +137,13 @@ def _fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module) -> GNFPN:
 @BACKBONE_REGISTRY.register()
 def build_gn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """ResNet of MODEL.RESNETS with the norms of MODEL.GN."""
-    return _resnet(cfg, input_shape, "backbone")
+    return _resnet(cfg, input_shape)
 
 
 @BACKBONE_REGISTRY.register()
 def build_gn_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> GNFPN:
     """FPN of MODEL.FPN on that ResNet, and one more level by subsampling the coarsest (p6 of p5)."""
-    fpn = _fpn(cfg, _resnet(cfg, input_shape, "backbone.bottom_up"), LastLevelMaxPool())
+    fpn = _fpn(cfg, _resnet(cfg, input_shape), LastLevelMaxPool())
     assert isinstance(fpn.top_block, LastLevelMaxPool)
     fpn.top_block.in_feature = f"p{fpn.levels[-1]}"  # Detectron2 says p5, whatever the coarsest level is
     return fpn
@@ -157,6 +152,6 @@ def build_gn_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> GNFPN:
 @BACKBONE_REGISTRY.register()
 def build_gn_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> GNFPN:
     """FPN on that ResNet, p6 and p7 by convolutions on res5."""
-    bottom_up = _resnet(cfg, input_shape, "backbone.bottom_up")
+    bottom_up = _resnet(cfg, input_shape)
     channels = bottom_up.output_shape()["res5"].channels
     return _fpn(cfg, bottom_up, LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS))

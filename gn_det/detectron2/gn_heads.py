@@ -18,9 +18,9 @@ from torch import nn
 
 from gn_det.detectron2.scripting import ScriptableMaskHead, scriptable_box_head
 from gn_det.errors import ConfigError
-from gn_det.modeling.build import build_res5, group_rule
+from gn_det.modeling.build import build_res5, norm_factory
 from gn_det.modeling.heads import BoxHead, MaskHead
-from gn_det.norm import GroupRule, NormSpec
+from gn_det.norm import NormSpec
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -34,7 +34,7 @@ class GNFastRCNNConvFCHead(BoxHead):
         input_shape: channels and square size of the pooled features.
         conv_dims: output channels of the convolutions.
         fc_dims: output sizes of the fully connected layers.
-        conv_norm, groups: norm of the convolutions; without norm they have biases.
+        conv_norm: see :data:`gn_det.norm.NormSpec`; without a norm the convolutions have biases.
     """
 
     @configurable
@@ -45,7 +45,6 @@ class GNFastRCNNConvFCHead(BoxHead):
         conv_dims: Sequence[int],
         fc_dims: Sequence[int],
         conv_norm: NormSpec = "GN",
-        groups: GroupRule | None = None,
     ) -> None:
         if input_shape.height != input_shape.width:
             raise ConfigError(f"box head: takes square RoI features, got {input_shape.height}x{input_shape.width}")
@@ -55,7 +54,6 @@ class GNFastRCNNConvFCHead(BoxHead):
             conv_dims=conv_dims,
             fc_dims=fc_dims,
             norm=conv_norm,
-            groups=groups,
         )
 
     @classmethod
@@ -65,8 +63,7 @@ class GNFastRCNNConvFCHead(BoxHead):
             "input_shape": input_shape,
             "conv_dims": [head.CONV_DIM] * head.NUM_CONV,
             "fc_dims": [head.FC_DIM] * head.NUM_FC,
-            "conv_norm": head.NORM,
-            "groups": group_rule(cfg),
+            "conv_norm": norm_factory(cfg, "ROI_BOX_HEAD"),
         }
 
     @property
@@ -86,7 +83,7 @@ class GNMaskRCNNConvUpsampleHead(MaskHead, BaseMaskRCNNHead):
         input_shape: its channels are those of the pooled features.
         num_classes: masks per RoI; 1 for class-agnostic ones.
         conv_dims: output channels of the convolutions, and last of the deconvolution.
-        conv_norm, groups: norm of the convolutions; without norm they have biases.
+        conv_norm: see :data:`gn_det.norm.NormSpec`; without a norm the convolutions have biases.
         loss_weight, vis_period: see Detectron2's BaseMaskRCNNHead.
     """
 
@@ -101,11 +98,10 @@ class GNMaskRCNNConvUpsampleHead(MaskHead, BaseMaskRCNNHead):
         num_classes: int,
         conv_dims: Sequence[int],
         conv_norm: NormSpec = "GN",
-        groups: GroupRule | None = None,
         loss_weight: float = 1.0,
         vis_period: int = 0,
     ) -> None:
-        super().__init__(input_shape.channels, num_classes, conv_dims=conv_dims, norm=conv_norm, groups=groups)
+        super().__init__(input_shape.channels, num_classes, conv_dims=conv_dims, norm=conv_norm)
         self.loss_weight = loss_weight
         self.vis_period = vis_period
 
@@ -116,8 +112,7 @@ class GNMaskRCNNConvUpsampleHead(MaskHead, BaseMaskRCNNHead):
             "input_shape": input_shape,
             "num_classes": 1 if head.CLS_AGNOSTIC_MASK else cfg.MODEL.ROI_HEADS.NUM_CLASSES,
             "conv_dims": [head.CONV_DIM] * (head.NUM_CONV + 1),
-            "conv_norm": head.NORM,
-            "groups": group_rule(cfg),
+            "conv_norm": norm_factory(cfg, "ROI_MASK_HEAD"),
             "vis_period": cfg.VIS_PERIOD,
         }
 
@@ -130,7 +125,7 @@ class GNRes5ROIHeads(Res5ROIHeads):
     """Detectron2's C4 heads on gn_det's res5, with the norms of MODEL.GN.
 
     Without a config it takes the same keyword arguments; ``res5`` is then, for instance,
-    :func:`gn_det.modeling.resnet.make_bottleneck_stage`.
+    :func:`gn_det.modeling.resnet.make_stage`.
     """
 
     @classmethod

@@ -22,10 +22,10 @@ from gn_det.modeling.layers import FeatureSpec
 from gn_det.modeling.mask_rcnn import MaskRCNN
 from gn_det.modeling.matcher import Matcher
 from gn_det.modeling.poolers import RoIPooler
-from gn_det.modeling.resnet import ResNet, make_bottleneck_stage
+from gn_det.modeling.resnet import BottleneckBlock, ResNet, make_stage
 from gn_det.modeling.roi_heads import Res5RoIHeads, RoIHeads, RoISampler, StandardRoIHeads
 from gn_det.modeling.rpn import RPN, RPNHead
-from gn_det.norm import GroupRule
+from gn_det.norm import GroupRule, NormFactory
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,12 @@ def group_rule(cfg: Cfg) -> GroupRule:
         raise ConfigError(f"MODEL.GN.FUSED = {fused!r}: use one of {', '.join(MODES)}")
     _say(fused, str(cfg.MODEL.DEVICE))
     return GroupRule(gn.NUM_GROUPS, gn.CHANNELS_PER_GROUP, gn.EPS, fused, recompute)
+
+
+def norm_factory(cfg: Cfg, section: str) -> NormFactory | None:
+    """The norm of MODEL.``section``.NORM with the groups of MODEL.GN; None for no norm."""
+    norm = cfg.MODEL[section].NORM
+    return NormFactory(norm, group_rule(cfg), f"MODEL.{section}.NORM") if norm else None
 
 
 @functools.cache
@@ -84,9 +90,8 @@ def build_backbone(cfg: Cfg) -> FPN | ResNet:
         )
     channels = len(cfg.MODEL.PIXEL_MEAN)  # 1 with INPUT.FORMAT L
     if name == "build_resnet_backbone":
-        return ResNet(in_channels=channels, **resnet_arguments(cfg), layer="backbone")
-    bottom_up = ResNet(in_channels=channels, **resnet_arguments(cfg), layer="backbone.bottom_up")
-    return FPN(bottom_up, **fpn_arguments(cfg))
+        return ResNet(in_channels=channels, **resnet_arguments(cfg))
+    return FPN(ResNet(in_channels=channels, **resnet_arguments(cfg)), **fpn_arguments(cfg))
 
 
 def resnet_arguments(cfg: Cfg) -> dict[str, Any]:
@@ -101,8 +106,7 @@ def resnet_arguments(cfg: Cfg) -> dict[str, Any]:
         "width_per_group": resnets.WIDTH_PER_GROUP,
         "stride_in_1x1": resnets.STRIDE_IN_1X1,
         "res5_dilation": resnets.RES5_DILATION,
-        "norm": resnets.NORM,
-        "groups": group_rule(cfg),
+        "norm": norm_factory(cfg, "RESNETS"),
         "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
     }
 
@@ -112,8 +116,7 @@ def fpn_arguments(cfg: Cfg) -> dict[str, Any]:
     return {
         "in_features": cfg.MODEL.FPN.IN_FEATURES,
         "out_channels": cfg.MODEL.FPN.OUT_CHANNELS,
-        "norm": cfg.MODEL.FPN.NORM,
-        "groups": group_rule(cfg),
+        "norm": norm_factory(cfg, "FPN"),
         "fuse_type": cfg.MODEL.FPN.FUSE_TYPE,
     }
 
@@ -221,8 +224,7 @@ def _mask_head(cfg: Cfg, in_channels: int) -> MaskHead | None:
         in_channels,
         cfg.MODEL.ROI_HEADS.NUM_CLASSES,
         conv_dims=[mask.CONV_DIM] * (mask.NUM_CONV + 1),
-        norm=mask.NORM,
-        groups=group_rule(cfg),
+        norm=norm_factory(cfg, "ROI_MASK_HEAD"),
     )
 
 
@@ -236,8 +238,7 @@ def _build_standard_heads(cfg: Cfg, sampler: RoISampler, levels: list[FeatureSpe
         box.POOLER_RESOLUTION,
         conv_dims=[box.CONV_DIM] * box.NUM_CONV,
         fc_dims=[box.FC_DIM] * box.NUM_FC,
-        norm=box.NORM,
-        groups=group_rule(cfg),
+        norm=norm_factory(cfg, "ROI_BOX_HEAD"),
     )
     return StandardRoIHeads(
         sampler=sampler,
@@ -273,16 +274,15 @@ def build_res5(cfg: Cfg) -> tuple[nn.Sequential, int]:
     """The stage that C4's heads share, and its output channels."""
     resnets = cfg.MODEL.RESNETS
     out_channels = resnets.RES2_OUT_CHANNELS * 8
-    stage = make_bottleneck_stage(
+    stage = make_stage(
+        BottleneckBlock,
         3,
         in_channels=out_channels // 2,
         out_channels=out_channels,
-        bottleneck_channels=resnets.NUM_GROUPS * resnets.WIDTH_PER_GROUP * 8,
         first_stride=2,
+        bottleneck_channels=resnets.NUM_GROUPS * resnets.WIDTH_PER_GROUP * 8,
         num_groups=resnets.NUM_GROUPS,
         stride_in_1x1=resnets.STRIDE_IN_1X1,
-        norm=resnets.NORM,
-        groups=group_rule(cfg),
-        layer="roi_heads.res5",
+        norm=norm_factory(cfg, "RESNETS"),
     )
     return stage, out_channels

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gn_det.errors import ConfigError
-from gn_det.modeling.layers import ConvNorm, FeatureSpec, fill_xavier
+from gn_det.modeling.layers import ConvNorm, FeatureSpec, c2_xavier_fill
 from gn_det.modeling.resnet import ResNet
-from gn_det.norm import GroupRule, NormSpec
+from gn_det.norm import NormSpec
 
 
 class FPN(nn.Module):
@@ -23,9 +23,8 @@ class FPN(nn.Module):
         bottom_up: network with ``feature_specs``, unless ``specs`` gives them.
         in_features: its features from fine to coarse, strides doubling.
         out_channels: channels of every level.
-        norm, groups: norm of lateral and output convolutions; without norm they have biases.
+        norm: of lateral and output convolutions, see :data:`gn_det.norm.NormSpec`; without one they have biases.
         fuse_type: "sum" or "avg" of the lateral and the top-down feature.
-        layer: full name, for messages.
         specs: channels and stride of what ``bottom_up`` makes, by name.
     """
 
@@ -35,10 +34,8 @@ class FPN(nn.Module):
         *,
         in_features: Sequence[str],
         out_channels: int,
-        norm: NormSpec = "",
-        groups: GroupRule | None = None,
+        norm: NormSpec = None,
         fuse_type: str = "sum",
-        layer: str = "backbone",
         specs: Mapping[str, FeatureSpec] | None = None,
     ) -> None:
         super().__init__()
@@ -56,29 +53,12 @@ class FPN(nn.Module):
         self.in_features = tuple(in_features)
         self.average = fuse_type == "avg"
         self.levels = [int(math.log2(s)) for s in strides]
-        bias = norm is None or norm == ""
         for feature, level in zip(in_features, self.levels):
-            lateral = ConvNorm(
-                specs[feature].channels,
-                out_channels,
-                kernel_size=1,
-                bias=bias,
-                norm=norm,
-                groups=groups,
-                layer=f"{layer}.fpn_lateral{level}",
-            )
-            output = ConvNorm(
-                out_channels,
-                out_channels,
-                kernel_size=3,
-                padding=1,
-                bias=bias,
-                norm=norm,
-                groups=groups,
-                layer=f"{layer}.fpn_output{level}",
-            )
-            fill_xavier(lateral)
-            fill_xavier(output)
+            channels = specs[feature].channels
+            lateral = ConvNorm(channels, out_channels, kernel_size=1, bias=not norm, norm=norm)
+            output = ConvNorm(out_channels, out_channels, kernel_size=3, padding=1, bias=not norm, norm=norm)
+            c2_xavier_fill(lateral)
+            c2_xavier_fill(output)
             self.add_module(f"fpn_lateral{level}", lateral)
             self.add_module(f"fpn_output{level}", output)
         # Registered last, as in Detectron2: the order of parameters is that of its optimizer states.

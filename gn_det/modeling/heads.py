@@ -16,10 +16,21 @@ from torchvision.ops import batched_nms
 from gn_det.kernels import saving
 from gn_det.modeling import boxes as box_ops
 from gn_det.modeling.boxes import BoxCoder
-from gn_det.modeling.layers import ConvNorm, fill_msra, fill_normal, fill_xavier
+from gn_det.modeling.layers import ConvNorm, c2_msra_fill, c2_xavier_fill, normal_fill
 from gn_det.modeling.metrics import Metrics
-from gn_det.norm import GroupRule, NormSpec
+from gn_det.norm import NormSpec
 from gn_det.structures import Detections
+
+
+def _add_convs(module: nn.Module, prefix: str, in_channels: int, conv_dims: Sequence[int], norm: NormSpec) -> list[str]:
+    """Add 3x3 convolutions with norm and ReLU to ``module``, named ``prefix`` and a number; returns their names."""
+    names = []
+    for k, dim in enumerate(conv_dims, start=1):
+        names.append(f"{prefix}{k}")
+        conv = ConvNorm(in_channels, dim, kernel_size=3, padding=1, bias=not norm, norm=norm, relu=True)
+        module.add_module(names[-1], conv)
+        in_channels = dim
+    return names
 
 
 class BoxHead(nn.Module):
@@ -29,8 +40,7 @@ class BoxHead(nn.Module):
         in_channels, resolution: C and S of the pooled features.
         conv_dims: output channels of the convolutions.
         fc_dims: output sizes of the fully connected layers, at least one.
-        norm, groups: norm of the convolutions; without norm they have biases.
-        layer: full name, for messages.
+        norm: of the convolutions, see :data:`gn_det.norm.NormSpec`; without one they have biases.
     """
 
     def __init__(
@@ -40,40 +50,20 @@ class BoxHead(nn.Module):
         *,
         conv_dims: Sequence[int] = (),
         fc_dims: Sequence[int] = (1024, 1024),
-        norm: NormSpec = "",
-        groups: GroupRule | None = None,
-        layer: str = "roi_heads.box_head",
+        norm: NormSpec = None,
     ) -> None:
         super().__init__()
-        self.convs: list[str] = []
+        self.convs = _add_convs(self, "conv", in_channels, conv_dims, norm)
+        size = (conv_dims[-1] if conv_dims else in_channels) * resolution * resolution
         self.fcs: list[str] = []
-        channels = in_channels
-        for k, dim in enumerate(conv_dims, start=1):
-            name = f"conv{k}"
-            conv = ConvNorm(
-                channels,
-                dim,
-                kernel_size=3,
-                padding=1,
-                bias=not norm,
-                norm=norm,
-                groups=groups,
-                relu=True,
-                layer=f"{layer}.{name}",
-            )
-            self.add_module(name, conv)
-            self.convs.append(name)
-            channels = dim
-        size = channels * resolution * resolution
         for k, dim in enumerate(fc_dims, start=1):
-            name = f"fc{k}"
-            self.add_module(name, nn.Linear(size, dim))
-            self.fcs.append(name)
+            self.fcs.append(f"fc{k}")
+            self.add_module(self.fcs[-1], nn.Linear(size, dim))
             size = dim
         for name in self.convs:
-            fill_msra(getattr(self, name))
+            c2_msra_fill(getattr(self, name))
         for name in self.fcs:
-            fill_xavier(getattr(self, name))
+            c2_xavier_fill(getattr(self, name))
         #: length of the output vector
         self.output_size = size
 
@@ -117,8 +107,8 @@ class BoxPredictor(nn.Module):
         self.num_classes = num_classes
         self.cls_score = nn.Linear(input_size, num_classes + 1)
         self.bbox_pred = nn.Linear(input_size, num_classes * 4)
-        fill_normal(self.cls_score, 0.01)
-        fill_normal(self.bbox_pred, 0.001)
+        normal_fill(self.cls_score, 0.01)
+        normal_fill(self.bbox_pred, 0.001)
         self.coder = coder
         self.score_thresh = score_thresh
         self.nms_thresh = nms_thresh
@@ -196,8 +186,7 @@ class MaskHead(nn.Module):
         in_channels: C of the pooled features.
         num_classes: K.
         conv_dims: output channels of the convolutions, and last of the deconvolution.
-        norm, groups: norm of the convolutions; without norm they have biases.
-        layer: full name, for messages.
+        norm: of the convolutions, see :data:`gn_det.norm.NormSpec`; without one they have biases.
     """
 
     def __init__(
@@ -206,35 +195,17 @@ class MaskHead(nn.Module):
         num_classes: int,
         *,
         conv_dims: Sequence[int] = (256, 256, 256, 256, 256),
-        norm: NormSpec = "",
-        groups: GroupRule | None = None,
-        layer: str = "roi_heads.mask_head",
+        norm: NormSpec = None,
     ) -> None:
         super().__init__()
-        self.convs: list[str] = []
-        channels = in_channels
-        for k, dim in enumerate(conv_dims[:-1], start=1):
-            name = f"mask_fcn{k}"
-            conv = ConvNorm(
-                channels,
-                dim,
-                kernel_size=3,
-                padding=1,
-                bias=not norm,
-                norm=norm,
-                groups=groups,
-                relu=True,
-                layer=f"{layer}.{name}",
-            )
-            self.add_module(name, conv)
-            self.convs.append(name)
-            channels = dim
+        self.convs = _add_convs(self, "mask_fcn", in_channels, conv_dims[:-1], norm)
+        channels = conv_dims[-2] if len(conv_dims) > 1 else in_channels
         self.deconv = nn.ConvTranspose2d(channels, conv_dims[-1], kernel_size=2, stride=2)
         self.predictor = nn.Conv2d(conv_dims[-1], num_classes, kernel_size=1)
         for name in self.convs:
-            fill_msra(getattr(self, name))
-        fill_msra(self.deconv)
-        fill_normal(self.predictor, 0.001)
+            c2_msra_fill(getattr(self, name))
+        c2_msra_fill(self.deconv)
+        normal_fill(self.predictor, 0.001)
 
     def forward(self, x: Tensor) -> Tensor:
         """(P, C, S, S) to logits (P, K, 2 * S, 2 * S)."""

@@ -5,14 +5,17 @@ Detectron2 nests the norm inside the convolution (``conv1.weight``, ``conv1.norm
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gn_det.kernels import saving
-from gn_det.norm import GroupRule, NormSpec, get_norm, norm_act
+from gn_det.norm import NormSpec, get_norm, norm_act
+
+#: Layers that the fills initialise.
+Filled: TypeAlias = nn.Conv2d | nn.ConvTranspose2d | nn.Linear
 
 
 class FeatureSpec(NamedTuple):
@@ -26,11 +29,9 @@ class ConvNorm(nn.Conv2d):
     """2D convolution, then an optional norm, an optional addition and an optional ReLU.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, conv_groups, bias: the convolution.
-        norm: see :func:`gn_det.norm.get_norm`.
-        groups: rule for the groups of GN (``conv_groups`` are those of the convolution).
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: see ``nn.Conv2d``.
+        norm: see :data:`gn_det.norm.NormSpec`.
         relu: apply ReLU last.
-        layer: full name, for messages.
     """
 
     def __init__(
@@ -42,12 +43,10 @@ class ConvNorm(nn.Conv2d):
         stride: int = 1,
         padding: int = 0,
         dilation: int = 1,
-        conv_groups: int = 1,
+        groups: int = 1,
         bias: bool = False,
         norm: NormSpec = None,
-        groups: GroupRule | None = None,
         relu: bool = False,
-        layer: str = "",
     ) -> None:
         super().__init__(
             in_channels,
@@ -56,10 +55,10 @@ class ConvNorm(nn.Conv2d):
             stride=stride,
             padding=padding,
             dilation=dilation,
-            groups=conv_groups,
+            groups=groups,
             bias=bias,
         )
-        self.norm = get_norm(norm, out_channels, layer=layer, groups=groups)
+        self.norm = get_norm(norm, out_channels)
         self.relu = relu
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
@@ -76,24 +75,25 @@ class ConvNorm(nn.Conv2d):
         return F.relu_(x) if self.relu else x
 
 
-def _zero_bias(layer: nn.Module) -> None:
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-
-
-def fill_msra(layer: nn.Module) -> None:
+# fvcore has the first two, but importing its ``fvcore.nn`` compiles TorchScript and prints torch's deprecation warning.
+def c2_msra_fill(layer: Filled) -> None:
     """Caffe2's MSRAFill: normal, variance 2 / fan-out; bias 0."""
     nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
     _zero_bias(layer)
 
 
-def fill_xavier(layer: nn.Module) -> None:
+def c2_xavier_fill(layer: Filled) -> None:
     """Caffe2's XavierFill: uniform, variance 1 / fan-in; bias 0."""
     nn.init.kaiming_uniform_(layer.weight, a=1)
     _zero_bias(layer)
 
 
-def fill_normal(layer: nn.Module, std: float) -> None:
+def normal_fill(layer: Filled, std: float) -> None:
     """Normal with standard deviation ``std``; bias 0."""
     nn.init.normal_(layer.weight, std=std)
     _zero_bias(layer)
+
+
+def _zero_bias(layer: Filled) -> None:
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)

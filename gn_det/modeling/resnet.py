@@ -5,8 +5,8 @@ Names, strides, fills and the order of construction are Detectron2's, so that th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from gn_det.errors import ConfigError
 from gn_det.kernels import saving
-from gn_det.modeling.layers import ConvNorm, FeatureSpec, fill_msra
-from gn_det.norm import GroupRule, NormSpec, freeze_batch_norm
+from gn_det.modeling.layers import ConvNorm, FeatureSpec, c2_msra_fill
+from gn_det.norm import NormSpec, freeze_batch_norm
 
 #: Residual blocks in res2 .. res5.
 BLOCKS_PER_STAGE: dict[int, tuple[int, int, int, int]] = {
@@ -25,6 +25,9 @@ BLOCKS_PER_STAGE: dict[int, tuple[int, int, int, int]] = {
     101: (3, 4, 23, 3),
     152: (3, 8, 36, 3),
 }
+
+#: Names of the stem and the stages, from fine to coarse.
+STAGES = ("stem", "res2", "res3", "res4", "res5")
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -45,29 +48,11 @@ class BasicStem(nn.Module):
 
     stride = 4
 
-    def __init__(
-        self,
-        *,
-        in_channels: int = 3,
-        out_channels: int = 64,
-        norm: NormSpec = "BN",
-        groups: GroupRule | None = None,
-        layer: str = "stem",
-    ) -> None:
+    def __init__(self, *, in_channels: int = 3, out_channels: int = 64, norm: NormSpec = "BN") -> None:
         super().__init__()
         self.out_channels = out_channels
-        self.conv1 = ConvNorm(
-            in_channels,
-            out_channels,
-            kernel_size=7,
-            stride=2,
-            padding=3,
-            norm=norm,
-            groups=groups,
-            relu=True,
-            layer=f"{layer}.conv1",
-        )
-        fill_msra(self.conv1)
+        self.conv1 = ConvNorm(in_channels, out_channels, kernel_size=7, stride=2, padding=3, norm=norm, relu=True)
+        c2_msra_fill(self.conv1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) to (N, out_channels, ceil(H / 4), ceil(W / 4))."""
@@ -89,59 +74,23 @@ class ResidualBlock(nn.Module):
         self.out_channels = out_channels
         self.stride = stride
 
-    def _make_shortcut(self, norm: NormSpec, groups: GroupRule | None, layer: str) -> ConvNorm | None:
+    def _make_shortcut(self, norm: NormSpec) -> ConvNorm | None:
         if self.in_channels == self.out_channels:
             return None
-        return ConvNorm(
-            self.in_channels,
-            self.out_channels,
-            kernel_size=1,
-            stride=self.stride,
-            norm=norm,
-            groups=groups,
-            layer=f"{layer}.shortcut",
-        )
+        return ConvNorm(self.in_channels, self.out_channels, kernel_size=1, stride=self.stride, norm=norm)
 
 
 class BasicBlock(ResidualBlock):
     """Two 3x3 convolutions: the block of ResNet-18 and ResNet-34."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        stride: int = 1,
-        norm: NormSpec = "BN",
-        groups: GroupRule | None = None,
-        layer: str = "",
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1, norm: NormSpec = "BN") -> None:
         super().__init__(in_channels, out_channels, stride)
-        self.shortcut = self._make_shortcut(norm, groups, layer)
-        self.conv1 = ConvNorm(
-            in_channels,
-            out_channels,
-            kernel_size=3,
-            stride=stride,
-            padding=1,
-            norm=norm,
-            groups=groups,
-            relu=True,
-            layer=f"{layer}.conv1",
-        )
-        self.conv2 = ConvNorm(
-            out_channels,
-            out_channels,
-            kernel_size=3,
-            padding=1,
-            norm=norm,
-            groups=groups,
-            relu=True,
-            layer=f"{layer}.conv2",
-        )
+        self.shortcut = self._make_shortcut(norm)
+        self.conv1 = ConvNorm(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, norm=norm, relu=True)
+        self.conv2 = ConvNorm(out_channels, out_channels, kernel_size=3, padding=1, norm=norm, relu=True)
         for conv in (self.conv1, self.conv2, self.shortcut):
             if conv is not None:
-                fill_msra(conv)
+                c2_msra_fill(conv)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride))."""
@@ -160,7 +109,7 @@ class BottleneckBlock(ResidualBlock):
         num_groups: groups of the 3x3 convolution (ResNeXt).
         stride_in_1x1: put the stride into the first 1x1 (MSRA) instead of the 3x3 (Torch, Detectron's GN weights).
         dilation: of the 3x3 convolution.
-        norm, groups, layer: see :class:`gn_det.modeling.layers.ConvNorm`.
+        norm: see :data:`gn_det.norm.NormSpec`.
     """
 
     def __init__(
@@ -174,23 +123,12 @@ class BottleneckBlock(ResidualBlock):
         stride_in_1x1: bool = False,
         dilation: int = 1,
         norm: NormSpec = "BN",
-        groups: GroupRule | None = None,
-        layer: str = "",
     ) -> None:
         super().__init__(in_channels, out_channels, stride)
-        self.shortcut = self._make_shortcut(norm, groups, layer)
+        self.shortcut = self._make_shortcut(norm)
         stride_1x1, stride_3x3 = (stride, 1) if stride_in_1x1 else (1, stride)
         width = bottleneck_channels
-        self.conv1 = ConvNorm(
-            in_channels,
-            width,
-            kernel_size=1,
-            stride=stride_1x1,
-            norm=norm,
-            groups=groups,
-            relu=True,
-            layer=f"{layer}.conv1",
-        )
+        self.conv1 = ConvNorm(in_channels, width, kernel_size=1, stride=stride_1x1, norm=norm, relu=True)
         self.conv2 = ConvNorm(
             width,
             width,
@@ -198,18 +136,14 @@ class BottleneckBlock(ResidualBlock):
             stride=stride_3x3,
             padding=dilation,
             dilation=dilation,
-            conv_groups=num_groups,
+            groups=num_groups,
             norm=norm,
-            groups=groups,
             relu=True,
-            layer=f"{layer}.conv2",
         )
-        self.conv3 = ConvNorm(
-            width, out_channels, kernel_size=1, norm=norm, groups=groups, relu=True, layer=f"{layer}.conv3"
-        )
+        self.conv3 = ConvNorm(width, out_channels, kernel_size=1, norm=norm, relu=True)
         for conv in (self.conv1, self.conv2, self.conv3, self.shortcut):
             if conv is not None:
-                fill_msra(conv)
+                c2_msra_fill(conv)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride))."""
@@ -218,63 +152,22 @@ class BottleneckBlock(ResidualBlock):
         return self.conv3(out, x if self.shortcut is None else self.shortcut(x))
 
 
-def make_bottleneck_stage(
-    num_blocks: int,
-    *,
-    in_channels: int,
-    out_channels: int,
-    bottleneck_channels: int,
-    first_stride: int,
-    num_groups: int = 1,
-    stride_in_1x1: bool = False,
-    dilation: int = 1,
-    norm: NormSpec = "BN",
-    groups: GroupRule | None = None,
-    layer: str = "",
-) -> nn.Sequential:
-    """Bottleneck blocks of one resolution; only the first one strides."""
-    blocks = []
-    for k in range(num_blocks):
-        blocks.append(
-            BottleneckBlock(
-                in_channels if k == 0 else out_channels,
-                out_channels,
-                bottleneck_channels=bottleneck_channels,
-                stride=first_stride if k == 0 else 1,
-                num_groups=num_groups,
-                stride_in_1x1=stride_in_1x1,
-                dilation=dilation,
-                norm=norm,
-                groups=groups,
-                layer=f"{layer}.{k}",
-            )
-        )
-    return nn.Sequential(*blocks)
-
-
-def make_basic_stage(
+def make_stage(
+    block: Callable[..., ResidualBlock],
     num_blocks: int,
     *,
     in_channels: int,
     out_channels: int,
     first_stride: int,
-    norm: NormSpec = "BN",
-    groups: GroupRule | None = None,
-    layer: str = "",
+    **arguments: Any,
 ) -> nn.Sequential:
-    """Basic blocks of one resolution; only the first one strides."""
-    blocks = []
-    for k in range(num_blocks):
-        blocks.append(
-            BasicBlock(
-                in_channels if k == 0 else out_channels,
-                out_channels,
-                stride=first_stride if k == 0 else 1,
-                norm=norm,
-                groups=groups,
-                layer=f"{layer}.{k}",
-            )
-        )
+    """Residual blocks of one resolution; only the first one strides.
+
+    Args:
+        block: :class:`BasicBlock` or :class:`BottleneckBlock`, which gets ``arguments``.
+    """
+    blocks = [block(in_channels, out_channels, stride=first_stride, **arguments)]
+    blocks += [block(out_channels, out_channels, **arguments) for _ in range(num_blocks - 1)]
     return nn.Sequential(*blocks)
 
 
@@ -289,9 +182,8 @@ class ResNet(nn.Module):
         num_groups, width_per_group: ResNeXt cardinality and width; 1 and 64 give ResNet.
         stride_in_1x1: see :class:`BottleneckBlock`.
         res5_dilation: 2 keeps the resolution of res4 in res5 (DC5).
-        norm, groups: see :func:`gn_det.norm.get_norm`.
+        norm: see :data:`gn_det.norm.NormSpec`.
         freeze_at: 0 trains everything, 1 freezes the stem, 2 the stem and res2, ...
-        layer: full name, for messages.
     """
 
     size_divisibility = 0
@@ -309,65 +201,47 @@ class ResNet(nn.Module):
         stride_in_1x1: bool = False,
         res5_dilation: int = 1,
         norm: NormSpec = "BN",
-        groups: GroupRule | None = None,
         freeze_at: int = 0,
-        layer: str = "backbone",
     ) -> None:
         super().__init__()
         _check_resnet(depth, out_features, res2_channels, num_groups, res5_dilation)
         self.out_features = tuple(out_features)
-        self.stem = BasicStem(
-            in_channels=in_channels, out_channels=stem_channels, norm=norm, groups=groups, layer=f"{layer}.stem"
-        )
+        self.stem = BasicStem(in_channels=in_channels, out_channels=stem_channels, norm=norm)
         specs = {"stem": FeatureSpec(stem_channels, self.stem.stride)}
-        wanted = max(["stem", "res2", "res3", "res4", "res5"].index(f) for f in out_features)
-        in_channels, out_channels, width = stem_channels, res2_channels, num_groups * width_per_group
-        stride = self.stem.stride
-        self.stage_names = tuple(f"res{k}" for k in range(2, 2 + wanted))
-        for k, num_blocks in zip(range(2, 6), BLOCKS_PER_STAGE[depth]):
-            dilation = res5_dilation if k == 5 else 1
-            first_stride = 1 if k == 2 or dilation == 2 else 2
-            name = f"res{k}"
-            if depth < 50:
-                stage = make_basic_stage(
-                    num_blocks,
-                    in_channels=in_channels,
-                    out_channels=out_channels,
-                    first_stride=first_stride,
-                    norm=norm,
-                    groups=groups,
-                    layer=f"{layer}.{name}",
-                )
-            else:
-                stage = make_bottleneck_stage(
-                    num_blocks,
-                    in_channels=in_channels,
-                    out_channels=out_channels,
-                    bottleneck_channels=width,
-                    first_stride=first_stride,
-                    num_groups=num_groups,
-                    stride_in_1x1=stride_in_1x1,
-                    dilation=dilation,
-                    norm=norm,
-                    groups=groups,
-                    layer=f"{layer}.{name}",
-                )
+        wanted = max(STAGES.index(f) for f in out_features)
+        self.stage_names = STAGES[1 : wanted + 1]
+        in_channels, out_channels, stride = stem_channels, res2_channels, self.stem.stride
+        for k, num_blocks in enumerate(BLOCKS_PER_STAGE[depth]):
+            name = STAGES[k + 1]
+            dilation = res5_dilation if name == "res5" else 1
+            arguments: dict[str, Any] = {}
+            if depth >= 50:
+                arguments = {
+                    "bottleneck_channels": num_groups * width_per_group * 2**k,
+                    "num_groups": num_groups,
+                    "stride_in_1x1": stride_in_1x1,
+                    "dilation": dilation,
+                }
+            first_stride = 1 if k == 0 or dilation == 2 else 2
+            stage = make_stage(
+                BasicBlock if depth < 50 else BottleneckBlock,
+                num_blocks,
+                in_channels=in_channels,
+                out_channels=out_channels,
+                first_stride=first_stride,
+                norm=norm,
+                **arguments,
+            )
             if name in self.stage_names:
                 # Unwanted stages are made and dropped: Detectron2 draws their weights too, and the same seed
                 # must give the same weights to what is built after them.
                 self.add_module(name, stage)
                 stride *= first_stride
                 specs[name] = FeatureSpec(out_channels, stride)
-            in_channels, out_channels, width = out_channels, out_channels * 2, width * 2
+            in_channels, out_channels = out_channels, out_channels * 2
         self.feature_specs = {name: specs[name] for name in self.out_features}
-        self._freeze(freeze_at)
-
-    def _freeze(self, freeze_at: int) -> None:
-        if freeze_at >= 1:
-            freeze(self.stem)
-        for k, name in enumerate(self.stage_names, start=2):
-            if freeze_at >= k:
-                freeze(getattr(self, name))
+        for name in ("stem", *self.stage_names)[: max(freeze_at, 0)]:
+            freeze(getattr(self, name))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(N, 3, H, W) normalized images to {name: (N, channels, H / stride, W / stride)}, sizes rounded up."""
@@ -387,9 +261,8 @@ def _check_resnet(
 ) -> None:
     if depth not in BLOCKS_PER_STAGE:
         raise ConfigError(f"MODEL.RESNETS.DEPTH {depth}: use one of {', '.join(map(str, BLOCKS_PER_STAGE))}")
-    known = ["stem", "res2", "res3", "res4", "res5"]
-    if not out_features or any(f not in known for f in out_features):
-        raise ConfigError(f"MODEL.RESNETS.OUT_FEATURES {list(out_features)}: use one or more of {', '.join(known)}")
+    if not out_features or any(f not in STAGES for f in out_features):
+        raise ConfigError(f"MODEL.RESNETS.OUT_FEATURES {list(out_features)}: use one or more of {', '.join(STAGES)}")
     if res5_dilation not in (1, 2):
         raise ConfigError(f"MODEL.RESNETS.RES5_DILATION {res5_dilation}: use 1 or 2")
     if depth < 50:

@@ -16,7 +16,7 @@ from torchvision.ops import batched_nms
 from gn_det.modeling import boxes as box_ops
 from gn_det.modeling.anchors import AnchorGenerator
 from gn_det.modeling.boxes import BoxCoder
-from gn_det.modeling.layers import ConvNorm, fill_normal
+from gn_det.modeling.layers import ConvNorm, normal_fill
 from gn_det.modeling.matcher import IGNORE, Matcher, sample_labels
 from gn_det.modeling.metrics import Metrics
 from gn_det.structures import Targets
@@ -60,7 +60,7 @@ class RPNHead(nn.Module):
         self.anchor_deltas = nn.Conv2d(channels, num_anchors * 4, kernel_size=1)
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
-                fill_normal(layer, 0.01)
+                normal_fill(layer, 0.01)
 
     def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Per level logits (B, A, H, W) and deltas (B, A * 4, H, W)."""

@@ -99,11 +99,11 @@ def test_group_rules(changes: dict[str, Any], expected: dict[int, int]) -> None:
 @pytest.mark.parametrize(
     "changes, field", [({"groups": 24}, "groups"), ({"channels_per_group": 6}, "channels_per_group")]
 )
-def test_groups_that_do_not_divide_name_layer_and_field(changes: dict[str, Any], field: str) -> None:
+def test_groups_that_do_not_divide_name_channels_and_field(changes: dict[str, Any], field: str) -> None:
     with pytest.raises(ConfigError) as caught:
         build_classifier(settings("resnet18", **changes), 5)
     text = str(caught.value)
-    assert text.startswith(f"pretrain {field}: ") and "stem.conv1" in text and f"set {field} to one of" in text
+    assert text.startswith(f"pretrain {field}: ") and "64 channels" in text and f"set {field} to one of" in text
 
 
 def test_small_resnet_has_he_et_al_sizes() -> None:

@@ -153,7 +153,7 @@ def test_registered_names_can_be_written_out() -> None:
 
 
 def test_groups_that_do_not_divide_are_one_line_with_the_layer() -> None:
-    with pytest.raises(ConfigError, match=r"backbone.bottom_up.stem.conv1: 7 groups do not divide its 64 channels"):
+    with pytest.raises(ConfigError, match=r"MODEL.RESNETS.NORM GN: 7 groups do not divide a layer of 64 channels"):
         on_meta(plugin_cfg("gn_fpn.yaml", "MODEL.GN.NUM_GROUPS", 7))
 
 

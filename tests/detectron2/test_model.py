@@ -25,7 +25,7 @@ from detectron2.solver import build_optimizer
 from gn_det.config import get_cfg as embedded_cfg
 from gn_det.detectron2 import GNFPN, GNFastRCNNConvFCHead, GNMaskRCNNConvUpsampleHead, GNResNet
 from gn_det.modeling import build_model as build_embedded
-from gn_det.norm import GroupRule
+from gn_det.norm import GroupRule, NormFactory
 from tests.detectron2.cases import build_plugin, gn_modules, plugin_cfg, without_plugin
 from tests.golden.d2_side import build_detectron2, detectron2_detections, detectron2_losses, to_detectron2
 from tests.golden.model_cases import BATCHES, calibration_batch, configure, fill_weights, flatten, measure_calibration
@@ -220,7 +220,7 @@ def test_test_time_augmentation() -> None:
 
 def test_lazy_config() -> None:
     """Explicit keywords, nested as in Detectron2's Python configs, build what the YAML builds."""
-    rule = L(GroupRule)(num_groups=8)
+    norm = L(NormFactory)(kind="GN", rule=L(GroupRule)(num_groups=8))
     backbone = L(GNFPN)(
         bottom_up=L(GNResNet)(
             depth=50,
@@ -228,17 +228,15 @@ def test_lazy_config() -> None:
             res2_channels=64,
             width_per_group=32,
             out_features=["res2", "res3", "res4", "res5"],
-            norm="GN",
-            groups=rule,
+            norm=norm,
             freeze_at=2,
         ),
         in_features="${.bottom_up.out_features}",
         out_channels=64,
-        norm="GN",
-        groups=rule,
+        norm=norm,
         top_block=L(LastLevelMaxPool)(),
     )
-    convs = {"conv_norm": "GN", "groups": rule}
+    convs = {"conv_norm": norm}
     pooled = [L(ShapeSpec)(channels=64, height=side, width=side) for side in (7, 14)]
     box = L(GNFastRCNNConvFCHead)(input_shape=pooled[0], conv_dims=[64] * 4, fc_dims=[64], **convs)
     mask = L(GNMaskRCNNConvUpsampleHead)(input_shape=pooled[1], num_classes=24, conv_dims=[64] * 5, **convs)

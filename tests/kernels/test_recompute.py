@@ -15,8 +15,8 @@ from gn_det.kernels import group_norm_act, saving
 from gn_det.kernels.recompute import Recipe, keep_input
 from gn_det.modeling.heads import BoxHead, MaskHead
 from gn_det.modeling.layers import ConvNorm
-from gn_det.modeling.resnet import ResNet
-from gn_det.norm import GroupNorm, GroupRule
+from gn_det.modeling.resnet import ResNet, freeze
+from gn_det.norm import GroupNorm, GroupRule, NormFactory
 
 
 class Trunk(nn.Module):
@@ -24,14 +24,15 @@ class Trunk(nn.Module):
 
     def __init__(self, rule: GroupRule, depth: int) -> None:
         super().__init__()
+        norm = NormFactory("GN", rule)
         channels = 64 if depth < 50 else 32
         self.resnet = ResNet(
-            depth=depth, out_features=["res3"], stem_channels=8 if depth >= 50 else 64, norm="GN", groups=rule,
+            depth=depth, out_features=["res3"], stem_channels=8 if depth >= 50 else 64, norm=norm,
             res2_channels=channels, width_per_group=8 if depth >= 50 else 64,
         )  # fmt: skip
         wide = self.resnet.feature_specs["res3"].channels
-        self.box = BoxHead(wide, 4, conv_dims=[8, 8], fc_dims=[16], norm="GN", groups=rule)
-        self.mask = MaskHead(wide, 2, conv_dims=[8, 8, 8], norm="GN", groups=rule)
+        self.box = BoxHead(wide, 4, conv_dims=[8, 8], fc_dims=[16], norm=norm)
+        self.mask = MaskHead(wide, 2, conv_dims=[8, 8, 8], norm=norm)
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.resnet(x)["res3"]
@@ -69,7 +70,7 @@ def test_same_bits_less_kept(depth: int, most: float, kind: torch.dtype) -> None
     usual, lean = Trunk(rule, depth), Trunk(GroupRule(4, recompute=True), depth)
     lean.load_state_dict(usual.state_dict())
     for model in (usual, lean):
-        model.resnet._freeze(1)
+        freeze(model.resnet.stem)
     x = torch.randn(2, 3, 64, 64)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind == torch.bfloat16):
         (expected, before), (got, after) = train(usual, x), train(lean, x)
@@ -80,8 +81,8 @@ def test_same_bits_less_kept(depth: int, most: float, kind: torch.dtype) -> None
 
 def chain(**how: Any) -> nn.Sequential:
     torch.manual_seed(0)
-    rule = GroupRule(4, **how)
-    convs = [ConvNorm(8, 8, kernel_size=3, padding=1, norm="GN", groups=rule, relu=True) for _ in range(4)]
+    norm = NormFactory("GN", GroupRule(4, **how))
+    convs = [ConvNorm(8, 8, kernel_size=3, padding=1, norm=norm, relu=True) for _ in range(4)]
     return nn.Sequential(*convs, nn.Conv2d(8, 8, 1))
 
 

@@ -162,10 +162,10 @@ def test_groups_by_channels() -> None:
 @pytest.mark.parametrize(
     "changes, parts",
     [
-        ({"MODEL__GN__NUM_GROUPS": 24}, ["backbone.bottom_up.stem.conv1", "32 channels", "1, 2, 4, 8, 16, 32"]),
-        ({"MODEL__RESNETS__NORM": "BN", "MODEL__FPN__OUT_CHANNELS": 48}, ["backbone.fpn_lateral2", "48 channels"]),
-        ({"MODEL__ROI_BOX_HEAD__CONV_DIM": 40}, ["roi_heads.box_head.conv1"]),
-        ({"MODEL__ROI_MASK_HEAD__CONV_DIM": 40}, ["roi_heads.mask_head.mask_fcn1"]),
+        ({"MODEL__GN__NUM_GROUPS": 24}, ["MODEL.RESNETS.NORM GN", "32 channels", "1, 2, 4, 8, 16, 32"]),
+        ({"MODEL__RESNETS__NORM": "BN", "MODEL__FPN__OUT_CHANNELS": 48}, ["MODEL.FPN.NORM GN", "48 channels"]),
+        ({"MODEL__ROI_BOX_HEAD__CONV_DIM": 40}, ["MODEL.ROI_BOX_HEAD.NORM GN"]),
+        ({"MODEL__ROI_MASK_HEAD__CONV_DIM": 40}, ["MODEL.ROI_MASK_HEAD.NORM GN"]),
         ({"MODEL__ROI_HEADS__NUM_CLASSES": 0}, ["MODEL.ROI_HEADS.NUM_CLASSES"]),
         ({"MODEL__RPN__IN_FEATURES": ["p2", "p9"]}, ["MODEL.RPN.IN_FEATURES", "p9"]),
         ({"MODEL__FPN__IN_FEATURES": ["res2", "res4"]}, ["MODEL.FPN.IN_FEATURES"]),
