@@ -1,0 +1,77 @@
+"""The pages of ``docs/`` and the README name only what exists: config keys, files, commands and flags."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from pathlib import Path
+
+import pytest
+
+from gn_det.cli import main
+from gn_det.config import get_cfg
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+#: Of Detectron2's repository, or a pattern.
+FOREIGN = {"tools/analyze_model.py", "tests/ROOM/test_MODULE.py", "test_MODULE.py"}
+#: Detectron2's alone; the pages say that they are refused or read by its loader only.
+THEIRS = {"DATALOADER.RANDOM_SUBSET_RATIO"}
+
+
+def page_id(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_config_keys_exist(page: Path) -> None:
+    """Every dotted name in capitals is a key or a section of the config."""
+    cfg, unknown = get_cfg(), set()
+    for key in set(re.findall(r"\b[A-Z][A-Z0-9]+(?:\.[A-Z][A-Z0-9_]*)+\b(?!\.[a-z(])", page.read_text())) - THEIRS:
+        node = cfg
+        for part in key.split("."):
+            if part not in node:
+                unknown.add(key)
+                break
+            node = node[part]
+    assert not unknown
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_files_exist(page: Path) -> None:
+    """Paths of the repository, shipped configs, tests by name, and targets of make."""
+    text = page.read_text()
+    paths = set(re.findall(r"\b(?:tests|benchmarks|experiments|tools|gn_det)/[\w./-]*\w", text)) - FOREIGN
+    configs = set(re.findall(r"(?<![\w/.-])((?:gn|bn|ln|syncbn)_[a-z0-9_]+\.yaml)\b", text))
+    tests = (
+        set(re.findall(r"\btest_\w+\.py\b", text))
+        - {path.name for path in (ROOT / "tests").rglob("test_*.py")}
+        - FOREIGN
+    )
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert not {path for path in paths if not (ROOT / path).exists()}
+    assert not {name for name in configs if not (ROOT / "configs" / name).exists()}
+    assert not tests
+    assert not set(re.findall(r"`make ([a-z0-9-]+)", text)) - targets
+
+
+def flags_of(command: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
+    with contextlib.suppress(SystemExit):
+        main([command, "--help"])
+    return set(re.findall(r"--[a-z0-9-]+", capsys.readouterr().out))
+
+
+def test_command_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every flag behind ``gn-det COMMAND`` in a block of code is one of that command's."""
+    lines = [(page, line) for page in PAGES for line in re.findall(r"gn-det [^`\n]*(?:\\\n[^`\n]*)*", page.read_text())]
+    commands: dict[str, set[str]] = {}
+    wrong = []
+    for page, line in lines:
+        words = line.split("#")[0].replace("\\", " ").split()[1:]
+        flags = {word.strip(";,.)") for word in words[1:] if word.startswith("--")}
+        if not words or not flags:
+            continue
+        known = commands.setdefault(words[0], set()) or flags_of(words[0], capsys)
+        commands[words[0]] = known
+        wrong += [f"{page_id(page)}: gn-det {words[0]} {flag}" for flag in flags - known]
+    assert {"train", "check", "compare", "convert"} <= commands.keys() and not wrong
