@@ -25,11 +25,11 @@ from gn_det.classification.image_sources import Source, epoch_batches, open_sour
 from gn_det.classification.network import Classifier, build_classifier, build_optimizer
 from gn_det.classification.settings import BUILTIN, Settings, base_lr
 from gn_det.engine import dist
-from gn_det.engine.events import EventLog, TensorBoardWriter
 from gn_det.engine.log import FILE_ONLY, run_log
+from gn_det.engine.loggers import TensorBoardWriter
+from gn_det.engine.metrics import Progress, peak_memory_mb
 from gn_det.engine.output import BEST, FINAL, alone_in, check_writable
 from gn_det.engine.payload import check_origin, check_pretraining, check_summary, refuse, restore_slots
-from gn_det.engine.progress import Progress, peak_memory_mb
 from gn_det.engine.state import seed_everything
 from gn_det.errors import ConfigError, DataError, TrainingError, UserError, WeightsError
 from gn_det.files import atomic_write, open_append, open_regular
@@ -182,7 +182,6 @@ def _epochs(trainer: Trainer, model: Classifier, folder: Path, done: Progressed)
     first = dist.rank() == 0
     start = min(done.epochs * plan.per_epoch, plan.total)
     board = TensorBoardWriter(os.fspath(folder), start - 1) if first else None
-    drawn = EventLog()
     progress = Progress(start, plan.total, period=max(plan.total // 10, 20), terminal=None if first else False)
     try:
         while done.epochs < plan.epochs:
@@ -201,8 +200,8 @@ def _epochs(trainer: Trainer, model: Classifier, folder: Path, done: Progressed)
             if board is not None:
                 _write_epoch(trainer, model, folder, done, better)
                 at = min(done.epochs * plan.per_epoch, plan.total) - 1
-                drawn.put_all(row, at, smooth=False)
-                board.write(drawn)
+                board.write(at, row)
+                board.flush()
     finally:
         progress.close()
         if board is not None:

@@ -22,7 +22,7 @@ from gn_det.compare.store import DONE, FAILED, INTERRUPTED, RUNNING, Record, Sto
 from gn_det.compare.version import code_version
 from gn_det.engine import choice as engines
 from gn_det.engine import dist
-from gn_det.engine.keeper import Interrupted
+from gn_det.engine.hooks import Interrupted
 from gn_det.engine.output import alone_in, check_writable
 from gn_det.errors import UserError
 from gn_det.files import atomic_write

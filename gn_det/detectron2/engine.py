@@ -14,7 +14,7 @@ from detectron2.config import CfgNode, get_cfg
 import gn_det.detectron2  # noqa: F401  # a process that unpickles the engine needs everything registered
 from gn_det.detectron2.config import add_gn_config, check_device, trainer_keys_are_read
 from gn_det.detectron2.conversion import Inputs, detector
-from gn_det.detectron2.steps import build_optimizer, run_loop
+from gn_det.detectron2.steps import Storage, build_optimizer
 from gn_det.engine.choice import Choice, load
 from gn_det.structures import Detections, Sample
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
-    from gn_det.engine.keeper import Keeper
+    from gn_det.engine.loop import Hook
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Detectron2Engine:
 
     def build_optimizer(self, cfg: AnyCfgNode, model: nn.Module) -> Optimizer:
         check_device(cfg, next(model.parameters()).device.type)
-        return build_optimizer(to_detectron2(cfg), model)
+        return build_optimizer(to_detectron2(cfg), model, clips=False)
 
     def build_scheduler(self, cfg: AnyCfgNode, optimizer: Optimizer) -> LRScheduler:
         return detectron2.solver.build_lr_scheduler(to_detectron2(cfg), optimizer)
@@ -55,8 +55,11 @@ class Detectron2Engine:
     def detector(self, model: nn.Module) -> Callable[[list[Sample]], list[Detections]]:
         return detector(model)
 
-    def loop(self, cfg: AnyCfgNode, device: str, keeper: Keeper, batches: Iterable[Any]) -> None:
-        run_loop(to_detectron2(cfg), keeper, Inputs(batches))
+    def inputs(self, batches: Iterable[list[Sample]]) -> Iterable[Any]:
+        return Inputs(batches)
+
+    def hooks(self) -> list[Hook]:
+        return [Storage()]
 
 
 def to_detectron2(cfg: AnyCfgNode) -> CfgNode:

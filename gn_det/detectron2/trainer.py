@@ -29,25 +29,31 @@ from gn_det.detectron2.config import (
 )
 from gn_det.detectron2.conversion import Inputs, detector
 from gn_det.detectron2.datasets import name_by_files
-from gn_det.detectron2.steps import ConcludeHook, KeeperHook, Step, build_optimizer, parallel, train_quietly
+from gn_det.detectron2.steps import (
+    EndHook,
+    LoopHook,
+    Step,
+    build_optimizer,
+    clipped_by_detectron2,
+    join_local_group,
+    train_quietly,
+)
 from gn_det.engine import dist
-from gn_det.engine.advice import memory_told, short_for_scratch
+from gn_det.engine.advice import explain_oom, short_for_scratch
 from gn_det.engine.commands import check_freeze, check_metric, describe_model, load_initial
 from gn_det.engine.evaluator import evaluate_model, verify_expected
-from gn_det.engine.fit import Resume, find_resume, first_batch, iterations_left, make_keeper, restore_run
-from gn_det.engine.learner import Learner
+from gn_det.engine.fit import first_batch, make_loop
 from gn_det.engine.log import run_log
+from gn_det.engine.loop import Loop, parallel
 from gn_det.engine.output import alone_in, check_space, check_writable, refuse_old_run, start_afresh
 from gn_det.engine.prepare import Prepared, prepare
-from gn_det.engine.state import ModelMeta, RunState
+from gn_det.engine.state import ModelMeta, Resume, TrainState, find_resume, restore
 from gn_det.errors import ConfigError, TrainingError
 from gn_det.files import atomic_write
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
     from torch.optim import Optimizer
-
-    from gn_det.engine.keeper import Keeper
 
 
 logger = logging.getLogger(__name__)
@@ -113,16 +119,16 @@ class Trainer(DefaultTrainer):
             describe_model(cfg, model)
             optimizer = self.build_optimizer(cfg, model)
             self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-            self._learner = Learner(model, optimizer, self.scheduler)
-            self._trainer = Step(cfg, parallel(model), self._batches(cfg), self._learner)
+            self._state = TrainState(model, optimizer, self.scheduler, prepared.seed)
+            join_local_group()
+            self._trainer = Step(parallel(model), self._batches(cfg), optimizer)
         self._point: Resume | None = None
         self._last = ""
-        self._state = RunState(self._prepared.seed)
         self._last_eval_results: dict[str, Any] = {}
         proxy = weakref.proxy(self)
         self._meta = ModelMeta(self._run_cfg, prepared.data.class_names, prepared.data.category_ids)
         self.checkpointer = _Checkpointer(self._meta, model, cfg.OUTPUT_DIR, trainer=proxy)
-        self._hook = KeeperHook()
+        self._hook = LoopHook()
         self.start_iter, self.max_iter = 0, int(cfg.SOLVER.MAX_ITER)
         self.register_hooks(self.build_hooks())
 
@@ -137,16 +143,17 @@ class Trainer(DefaultTrainer):
         """
         with alone_in(self._folder), self._log():
             cfg = self._run_cfg
-            self._point = find_resume(cfg) if resume else None
+            self._point = find_resume(self._folder) if resume else None
             self._last = last_name(self._folder)
             if self._point is None:
                 self._refuse_old_run()
                 check_freeze(cfg)
-                load_initial(cfg, self._learner.model)
+                load_initial(cfg, self._state.model)
                 if short_for_scratch(cfg, self._prepared.data.images):
                     logger.warning(short_for_scratch(cfg, self._prepared.data.images))
-            self._state = restore_run(self._point, cfg, self._learner, self._prepared.seed)
-            self.start_iter = self._learner.iteration
+            else:
+                restore(self._point, self._state, cfg)
+            self.start_iter = self._state.iteration + 1
 
     def _refuse_old_run(self) -> None:
         try:
@@ -171,12 +178,11 @@ class Trainer(DefaultTrainer):
             dist.on_first_rank(self._check_still_there)
             self._prepare_folder()
             evaluate = self._evaluate if self._prepared.data.test or self._own_results() else None
-            keeper = make_keeper(cfg, self._learner, self._state, self._meta, evaluate, self._point)
-            try:
-                if iterations_left(cfg, keeper) > 0:
-                    self._run(keeper)
-            finally:
-                keeper.close()
+            own_clip = clipped_by_detectron2(cfg)
+            loop = make_loop(
+                cfg, self._state, self._trainer.model, [], self._meta, evaluate, self._point, clip=not own_clip
+            )
+            self._run(loop)
             self._last_eval_results = _nested(self._state.results)
             verify_expected(cfg, self._state.results)
         return self._last_eval_results
@@ -190,12 +196,13 @@ class Trainer(DefaultTrainer):
                 "resume_or_load(resume=True) again, on a new Trainer"
             )
 
-    def _run(self, keeper: Keeper) -> None:
+    def _run(self, loop: Loop) -> None:
+        if loop.last:  # an evaluation may be owed
+            return loop.run(())
         batches = self._trainer.data_loader
         if isinstance(batches, _OwnBatches):
             batches.start, batches.seed = first_batch(self._run_cfg, self._state), self._state.seed
-        self._trainer.keeper = keeper
-        self._hook.keeper, self._hook.scaler = keeper, self._trainer.grad_scaler
+        self._trainer.loop = self._hook.loop = loop
         hooks = list(self._hooks)
         if (
             self._hook not in hooks
@@ -203,9 +210,9 @@ class Trainer(DefaultTrainer):
             place = max((i for i, hook in enumerate(hooks, start=1) if isinstance(hook, LRScheduler)), default=0)
             self.register_hooks([self._hook])
             self._hooks: list[Any] = [*hooks[:place], self._hook, *hooks[place:]]
-        self.register_hooks([ConcludeHook(self._hook)])
+        self.register_hooks([EndHook(self._hook)])
         try:
-            with train_quietly(), memory_told(self._run_cfg, self._learner):
+            with train_quietly(), explain_oom(self._run_cfg, loop):
                 TrainerBase.train(self, self.start_iter, self.max_iter)
         finally:
             self._hooks = hooks
@@ -215,7 +222,7 @@ class Trainer(DefaultTrainer):
             return
         fresh = self._point is None
         remove_leftovers(self._folder)
-        check_space(self._folder, self._learner.model, replaced=fresh)
+        check_space(self._folder, self._state.model, replaced=fresh)
         if fresh:
             start_afresh(self._folder, keep=self.cfg.MODEL.WEIGHTS)
         atomic_write(self._folder / "config.yaml", dump_config(self._run_cfg))

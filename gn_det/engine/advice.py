@@ -11,11 +11,11 @@ import torch
 from fvcore.common.config import CfgNode
 
 from gn_det.engine import dist
+from gn_det.engine.loop import Loop
 from gn_det.engine.schedule import images_per_rank
 from gn_det.errors import TrainingError
 
 if TYPE_CHECKING:
-    from gn_det.engine.learner import Learner
     from gn_det.modeling.census import CensusRow
 
 _BACKBONE = ("stem", "res2", "res3", "res4", "res5", "res5 head")
@@ -64,46 +64,11 @@ def short_for_scratch(cfg: CfgNode, images: int) -> str:
     )
 
 
-class Divergence:
-    """Tells once when the loss has risen far above what it was.
-
-    Attributes:
-        lowest: lowest median of total_loss so far, with its iteration.
-    """
-
-    FACTOR = 3.0
-
-    def __init__(self) -> None:
-        self.lowest: tuple[float, int] | None = None
-        self._told = False
-
-    def look(self, median: float, iteration: int, lr: float) -> str:
-        """A sentence, or "" where all is well.
-
-        Args:
-            median: of total_loss over the last window.
-            iteration: 0-based, the last one in it.
-            lr: learning rate in use.
-        """
-        if self.lowest is None or median < self.lowest[0]:
-            self.lowest = (median, iteration)
-        low, at = self.lowest
-        if self._told or low <= 0 or median < self.FACTOR * low:
-            return ""
-        self._told = True
-        return (
-            f"total_loss has risen to {median:.3g} at iteration {iteration}, {median / low:.1f} times its lowest "
-            f"({low:.3g} at iteration {at}): training diverges; lower SOLVER.BASE_LR (now {lr:.3g}), lengthen "
-            "SOLVER.WARMUP_ITERS or set SOLVER.CLIP_GRADIENTS.ENABLED True, and "
-            "start again from a checkpoint before that."
-        )
-
-
 # ------------------------------------------------------------ memory
 
 
 @contextmanager
-def memory_told(cfg: CfgNode, learner: Learner) -> Iterator[None]:
+def explain_oom(cfg: CfgNode, loop: Loop) -> Iterator[None]:
     """Turn running out of memory into one line that says what to lower.
 
     Raises:
@@ -114,7 +79,7 @@ def memory_told(cfg: CfgNode, learner: Learner) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if not out_of_memory(error):
             raise
-        raise TrainingError(_no_memory(cfg, learner, error)) from error
+        raise TrainingError(_no_memory(cfg, loop, error)) from error
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -124,16 +89,17 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
-def _no_memory(cfg: CfgNode, learner: Learner, error: BaseException) -> str:
+def _no_memory(cfg: CfgNode, loop: Loop, error: BaseException) -> str:
     wanted = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
-    text = f"out of memory at iteration {learner.iteration}"
-    text += f" (a piece of {wanted.group(1)} was not to be had{_in_use(cfg)})" if wanted else _in_use(cfg)
-    if not learner.model.training:
+    state = loop.state
+    text = f"out of memory at iteration {state.iteration + 1}"
+    text += f" (failed to allocate {wanted.group(1)}{_in_use(cfg)})" if wanted else _in_use(cfg)
+    if not state.model.training:
         lower = f"INPUT.MIN_SIZE_TEST {_four_fifths(cfg.INPUT.MIN_SIZE_TEST)} INPUT.MAX_SIZE_TEST "
         lower += f"{_four_fifths(cfg.INPUT.MAX_SIZE_TEST)} (36% fewer pixels)"
-        return f"{text} while evaluating: set {lower}, or lower TEST.DETECTIONS_PER_IMAGE; then go on with --resume"
-    text += f" in a batch of {learner.describe_batch()}"
-    kept = "go on with --resume" if learner.last_good else "start again"
+        return f"{text} while evaluating: set {lower}, or lower TEST.DETECTIONS_PER_IMAGE; then continue with --resume"
+    text += f" in a batch of {describe_batch(loop.current.batch if loop.current is not None else ())}"
+    kept = "continue with --resume" if state.saved else "start again"
     return f"{text}: {'; or '.join(_smaller(cfg))}; then {kept}"
 
 

@@ -9,7 +9,7 @@ import logging
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from gn_det.engine import dist
 from gn_det.engine.advice import half_gn, short_for_scratch
 from gn_det.engine.interface import Engine
 from gn_det.engine.log import FILE_ONLY, run_log
+from gn_det.engine.loop import Hook
 from gn_det.engine.optim import format_groups, group_rows
 from gn_det.engine.output import (
     alone_in,
@@ -38,7 +39,7 @@ from gn_det.engine.output import (
 )
 from gn_det.engine.prepare import prepare, with_classes
 from gn_det.engine.schedule import format_schedule, lr_multiplier, scale_schedule
-from gn_det.engine.state import ModelMeta
+from gn_det.engine.state import ModelMeta, find_resume
 from gn_det.errors import ConfigError, WeightsError
 from gn_det.files import atomic_write
 from gn_det.text import as_line
@@ -52,6 +53,7 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    hooks: Sequence[Hook] = (),
     num_gpus: int = 1,
     num_machines: int = 1,
     machine_rank: int = 0,
@@ -64,6 +66,7 @@ def train(
         cfg: from :func:`gn_det.config.load_config`; not changed.
         resume: go on from the newest checkpoint of OUTPUT_DIR; where there is none, start.
         overwrite: allow OUTPUT_DIR to hold an earlier run: its checkpoints are deleted, its metrics.json moved aside.
+        hooks: your own, see :class:`gn_det.engine.loop.Hook`; with several processes they travel there by pickle.
         num_gpus: processes on this machine, one GPU each (on a CPU: plain processes).
         num_machines: machines that take part; each runs this call with its own ``machine_rank``.
         machine_rank: 0-based number of this machine.
@@ -82,7 +85,7 @@ def train(
         refuse_old_run(folder, overwrite=overwrite)
     return dist.launch(
         _train_rank,
-        (engine, cfg, resume, overwrite),
+        (engine, cfg, resume, overwrite, hooks),
         device=device,
         num_gpus=num_gpus,
         num_machines=num_machines,
@@ -146,14 +149,14 @@ def _indent(text: str) -> str:
 # ------------------------------------------------------------ in each process
 
 
-def _train_rank(engine: Engine, cfg: CfgNode, resume: bool, overwrite: bool) -> dict[str, float]:
+def _train_rank(engine: Engine, cfg: CfgNode, resume: bool, overwrite: bool, hooks: Sequence[Hook]) -> dict[str, float]:
     from gn_det.data.workers import worker_failure
 
     with alone_in(cfg.OUTPUT_DIR), run_log(cfg.OUTPUT_DIR, rank=dist.rank()):
         try:
             if not resume and not overwrite:  # again: a run may have ended since
                 dist.on_first_rank(partial(refuse_old_run, Path(cfg.OUTPUT_DIR), overwrite=False))
-            return _train(engine, cfg, resume)
+            return _train(engine, cfg, resume, hooks)
         except Exception as error:
             failure = worker_failure(error) if isinstance(error, RuntimeError) else None
             _note_in_file(failure or error)
@@ -162,12 +165,12 @@ def _train_rank(engine: Engine, cfg: CfgNode, resume: bool, overwrite: bool) -> 
             raise
 
 
-def _train(engine: Engine, cfg: CfgNode, resume: bool) -> dict[str, float]:
+def _train(engine: Engine, cfg: CfgNode, resume: bool, hooks: Sequence[Hook]) -> dict[str, float]:
     from gn_det.engine.evaluator import evaluate_model, verify_expected
-    from gn_det.engine.fit import find_resume, fit
+    from gn_det.engine.fit import fit
 
     _say_environment(engine, cfg)
-    point = find_resume(cfg) if resume else None
+    point = find_resume(cfg.OUTPUT_DIR) if resume else None
     if point is None:
         check_freeze(cfg)
     prepared = prepare(cfg)
@@ -197,6 +200,7 @@ def _train(engine: Engine, cfg: CfgNode, resume: bool) -> dict[str, float]:
         seed=prepared.seed,
         evaluate=run_evaluation if data.test else None,
         resume=point,
+        hooks=hooks,
     )
     verify_expected(cfg, results)
     logger.info("Done: %s", cfg.OUTPUT_DIR)

@@ -1,4 +1,4 @@
-"""The embedded engine: gn_det's own model, trained by Lightning."""
+"""The embedded engine: gn_det's own model on plain torch."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from gn_det.engine import commands
-from gn_det.engine.keeper import Keeper
+from gn_det.engine.loop import Hook
 from gn_det.engine.optim import build_optimizer
 from gn_det.engine.schedule import build_lr_scheduler
 from gn_det.structures import Detections, Sample
@@ -26,9 +27,7 @@ class EmbeddedEngine:
     name: str = "embedded"
 
     def version(self) -> str:
-        import lightning
-
-        return f"Lightning {lightning.__version__}"
+        return f"torch {torch.__version__}"
 
     def build_model(self, cfg: CfgNode) -> nn.Module:
         from gn_det.modeling.build import build_model
@@ -44,10 +43,11 @@ class EmbeddedEngine:
     def detector(self, model: nn.Module) -> Callable[[list[Sample]], list[Detections]]:
         return model
 
-    def loop(self, cfg: CfgNode, device: str, keeper: Keeper, batches: Iterable[Any]) -> None:
-        from gn_det.engine.lightning_loop import loop
+    def inputs(self, batches: Iterable[list[Sample]]) -> Iterable[Any]:
+        return batches
 
-        loop(cfg, device, keeper, batches)
+    def hooks(self) -> list[Hook]:
+        return []
 
 
 def train(cfg: CfgNode, **kwargs: Any) -> dict[str, float]:

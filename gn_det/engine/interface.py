@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from gn_det.engine.keeper import Keeper
+from gn_det.engine.loop import Hook
 from gn_det.structures import Detections, Sample
 
 
@@ -48,13 +48,10 @@ class Engine(Protocol):
         """``model``, in evaluation mode, as a function from samples to detections at original size."""
         ...
 
-    def loop(self, cfg: CfgNode, device: str, keeper: Keeper, batches: Iterable[Any]) -> None:
-        """Train ``keeper.learner`` on ``batches`` of samples until they or the keeper end it.
+    def inputs(self, batches: Iterable[list[Sample]]) -> Iterable[Any]:
+        """The micro-batches as the model takes them in training."""
+        ...
 
-        Args:
-            cfg: resolved.
-            device: "cpu", "cuda" or "cuda:N"; the model is there already.
-            keeper: told of every step, see :class:`gn_det.engine.keeper.Keeper`.
-            batches: the micro-batches ``list[Sample]`` that are left.
-        """
+    def hooks(self) -> list[Hook]:
+        """What the model needs around the steps; they come first."""
         ...

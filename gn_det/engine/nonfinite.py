@@ -1,22 +1,35 @@
-"""Where a non-finite loss came from: the batch run again with every layer watched, and kept in a file to replay."""
+"""A non-finite loss: which layer it came from, and the batch saved in a file that can be replayed.
+
+``python -m gn_det.engine.nonfinite OUTPUT_DIR/nonfinite_....pth`` repeats the step on any machine: the file holds
+batch, weights, random streams and configuration.
+"""
 
 from __future__ import annotations
 
+import argparse
 import logging
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gn_det.checkpoint.io import save_checkpoint
+from gn_det.checkpoint.io import read_checkpoint, save_checkpoint
+from gn_det.checkpoint.meta import config_of_checkpoint
+from gn_det.config.check import check_config
 from gn_det.engine import dist
-from gn_det.errors import WriteError
+from gn_det.engine.payload import check_replay, refuse
+from gn_det.engine.state import TrainState
+from gn_det.errors import TrainingError, UserError, WeightsError, WriteError
 from gn_det.structures import Masks, Sample, Targets
+from gn_det.text import as_line, printable
+from gn_det.values import InvalidValue
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +50,8 @@ class Pass:
     device: str
     dtype: torch.dtype | None
 
-    @classmethod
-    def about_to_run(cls, model: nn.Module, batch: Sequence[Any]) -> Pass:
-        device = next((p.device.type for p in model.parameters()), "cpu")
-        rng = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if device == "cuda" else None}
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return cls(batch, rng, device, dtype)
-
     def again(self, model: Callable[[Any], Any]) -> Any:
+        """Run ``model`` on the batch as it ran the first time."""
         torch.set_rng_state(self.rng["torch"])
         if self.rng["cuda"] is not None:
             torch.cuda.set_rng_state(self.rng["cuda"])
@@ -53,9 +60,68 @@ class Pass:
             return model(self.batch)
 
 
-def diagnose(model: nn.Module, done: Pass, path: Path, extra: dict[str, Any]) -> str:
-    """Repeat a pass whose losses were not finite, keep it in ``path``, and say in one line what was found."""
-    saved = save_batch(path, done, model, extra)
+def stop_non_finite(
+    state: TrainState,
+    done: Pass,
+    names: Sequence[str],
+    rows: Sequence[Sequence[float]],
+    folder: Path | None,
+    about: Mapping[str, Any],
+) -> NoReturn:
+    """Raise the error of a run in which a loss of some rank is not finite; all ranks together.
+
+    Args:
+        done: the micro-batch of this rank.
+        names: of the losses.
+        rows: every rank's losses, in the order of ``names``.
+        folder, about: see :class:`gn_det.engine.loop.Loop`.
+
+    Raises:
+        TrainingError: names losses, images, and the layer that failed first.
+    """
+    own = {n: v for n, v in zip(names, rows[dist.rank()]) if not abs(v) < float("inf")}
+    origin = _diagnose(state, done, folder, about) if own else ""
+    found = [r for r in dist.broadcast(dist.gather_objects((dist.rank(), own, _image_names(done), origin))) if r[1]]
+    parts = []
+    for rank, losses, images, _ in found:
+        where = f" on GPU {rank}" if len(rows) > 1 else ""
+        parts.append(f"{', '.join(f'{n} = {v:g}' for n, v in losses.items())}{where}, images {images}")
+    raise _error(state, "; ".join(parts), [r[-1] for r in found])
+
+
+def not_finite(
+    state: TrainState, done: Pass, error: FloatingPointError, folder: Path | None, about: Mapping[str, Any]
+) -> TrainingError:
+    """The error of a run whose model cannot make proposals of its predictions, so that there is no loss to look at."""
+    what = f"loss_rpn_cls, loss_rpn_loc, images {_image_names(done)} ({error})"
+    return _error(state, what, [_diagnose(state, done, folder, about)])
+
+
+def _error(state: TrainState, what: str, origins: Sequence[str]) -> TrainingError:
+    kept = f"the last good checkpoint is {state.saved}" if state.saved else "no checkpoint was written yet"
+    return TrainingError(
+        f"loss is not finite at iteration {state.iteration + 1}: {what}; the weights were not updated, {kept}: "
+        "look at the objects of these images, lower SOLVER.BASE_LR or set SOLVER.CLIP_GRADIENTS.ENABLED True"
+        + "".join(f"; {origin}" for origin in origins if origin)
+    )
+
+
+def _image_names(done: Pass) -> str:
+    """Ids and file names, as far as the samples have them."""
+    names = []
+    for sample in done.batch:
+        name, file = str(sample.get("image_id")), sample.get("file_name")
+        names.append(f"{name} ({file})" if file and str(file) != name else name)
+    return ", ".join(names)
+
+
+def _diagnose(state: TrainState, done: Pass, folder: Path | None, about: Mapping[str, Any]) -> str:
+    """Save the batch, repeat the pass, and say in one line what was found; "" where there is no folder for it."""
+    if folder is None:
+        return ""
+    model, iteration = state.model, state.iteration + 1
+    path = folder / f"nonfinite_{iteration:07d}_rank{dist.rank()}.pth"
+    saved = save_batch(path, done, model, {**about, "iteration": iteration})
     if any("Sync" in type(m).__name__ for m in model.modules()) and dist.world_size() > 1:
         return saved  # such layers talk to the other processes, which do not repeat theirs
     return f"{find_origin(model, lambda: done.again(model))}; {saved}"
@@ -119,7 +185,7 @@ def _largest(value: Any) -> float | None:
 
 
 def save_batch(path: Path, done: Pass, model: nn.Module, extra: dict[str, Any]) -> str:
-    """Write what :func:`gn_det.engine.replay.replay` needs; returns a sentence, also where it cannot be written.
+    """Write what :func:`replay` needs; returns a sentence, also where it cannot be written.
 
     Args:
         path: in OUTPUT_DIR.
@@ -134,7 +200,7 @@ def save_batch(path: Path, done: Pass, model: nn.Module, extra: dict[str, Any]) 
         save_checkpoint(path, payload)
     except (WriteError, TypeError, AttributeError) as error:  # a batch of the user's own making
         return f"the batch could not be kept ({error})"
-    return f"batch and weights are in {path}: python -m gn_det.engine.replay {path}"
+    return f"batch and weights are in {path}: python -m gn_det.engine.nonfinite {path}"
 
 
 def _plain(sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,3 +238,58 @@ def load_batch(entries: Sequence[Mapping[str, Any]]) -> list[Sample]:
             sample["targets"] = Targets(tuple(t["image_size"]), t["boxes"], t["classes"], plain)
         samples.append(sample)
     return samples
+
+
+# ------------------------------------------------------------ replay
+
+
+def replay(path: str | os.PathLike[str]) -> str:
+    """What happened, as text: the losses, one line each, and the layer that was the first to go bad.
+
+    Args:
+        path: a file written when a loss was not finite, by either engine; the embedded engine's model repeats it, on
+            the CPU.
+
+    Raises:
+        WeightsError: not such a file, or its weights do not fit.
+        ConfigError: the embedded engine does not have that model.
+    """
+    from gn_det.modeling.build import build_model
+
+    content = read_checkpoint(path)
+    if not {"batch", "rng", "model", "gn_det"} <= content.keys():
+        raise WeightsError(f"{path}: holds no batch to replay; give a nonfinite_*.pth of an OUTPUT_DIR")
+    cfg = config_of_checkpoint(path)
+    check_config(cfg, "embedded")
+    model = build_model(cfg)
+    try:
+        check_replay(content, model, int(cfg.MODEL.ROI_HEADS.NUM_CLASSES))
+    except InvalidValue as error:
+        raise refuse(os.fspath(path), error, "give a file as a run of this version wrote it", "replay it") from None
+    model.load_state_dict(content["model"])
+    model.train()
+    dtype = getattr(torch, content["autocast"].removeprefix("torch.")) if content["autocast"] else None
+    samples = load_batch(content["batch"])
+    done = Pass(samples, {**content["rng"], "cuda": None}, "cpu", dtype)
+    lines = [f"image {s.get('image_id')} {s.get('file_name', '')}".rstrip() for s in samples]
+    try:
+        with torch.no_grad():
+            lines += [f"{name} = {float(value):g}" for name, value in done.again(model).items()]
+    except FloatingPointError as error:
+        lines.append(str(error))
+    return "\n".join([*lines, find_origin(model, lambda: done.again(model))])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m gn_det.engine.nonfinite", description="Repeat a failed step.")
+    parser.add_argument("file", help="nonfinite_*.pth of an OUTPUT_DIR")
+    try:
+        print(printable(replay(parser.parse_args(argv).file)))
+    except UserError as error:
+        print(f"error: {as_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

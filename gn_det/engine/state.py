@@ -1,10 +1,14 @@
-"""What makes a run resumable: counters, random streams, and the checkpoint payload that holds them."""
+"""What makes a run resumable: what trains, counters, random streams, and the checkpoint that holds them."""
 
 from __future__ import annotations
 
+import logging
+import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,22 +18,85 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from gn_det.checkpoint.io import read_checkpoint
+from gn_det.checkpoint.last import read_last
 from gn_det.checkpoint.meta import build_meta, read_meta
 from gn_det.config import parse_config
-from gn_det.engine.average import WeightAverage
+from gn_det.engine import dist
 from gn_det.engine.payload import check_run, numpy_state, refuse, restore_slots
 from gn_det.engine.schedule import set_iteration
 from gn_det.errors import ConfigError, TrainingError
 from gn_det.text import one_line
 from gn_det.values import InvalidValue
 
+logger = logging.getLogger(__name__)
 
-@dataclass
-class RunState:
-    """Counters of a run; all of them survive an interruption.
+
+class WeightAverage:
+    """Moving average of parameters and buffers: ``average = d * average + (1 - d) * weights`` after every step.
+
+    ``d`` is ``min(decay, (1 + n) / (10 + n))`` after n steps, TensorFlow's rule, so that the random start is soon
+    forgotten. Integer tensors are copied. Equal on all ranks, as the weights are.
+
+    Args:
+        model: where the average starts; it stays on the same device.
+        decay: at least 0 and below 1.
 
     Attributes:
-        seed: seed of the data stream and of initialisation.
+        steps: how many steps are averaged.
+        tensors: the averages by name.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay, self.steps = decay, 0
+        self.tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Average the weights of a model whose optimizer has just stepped."""
+        self.steps += 1
+        weight = 1.0 - min(self.decay, (1.0 + self.steps) / (10.0 + self.steps))
+        averages, tensors = [], []
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                averages.append(self.tensors[name])
+                tensors.append(tensor)
+            else:
+                self.tensors[name].copy_(tensor)
+        torch._foreach_lerp_(averages, tensors, weight)  # leaves what never changes (frozen) as it is, to the last bit
+
+    @contextmanager
+    def swapped_in(self, model: nn.Module) -> Iterator[None]:
+        """The model holds the averages while the context lasts."""
+        kept = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        _copy_into(model.state_dict(), self.tensors)
+        try:
+            yield
+        finally:
+            _copy_into(model.state_dict(), kept)
+
+    def restore(self, tensors: Mapping[str, Tensor], steps: int) -> None:
+        """Continue from the averages of a checked checkpoint."""
+        self.steps = steps
+        _copy_into(self.tensors, tensors)
+
+
+@torch.no_grad()
+def _copy_into(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        tensor.copy_(values[name])
+
+
+@dataclass
+class TrainState:
+    """What trains, and the counters of its run; all but the objects survives an interruption.
+
+    Attributes:
+        model: the bare module, not wrapped for several processes.
+        scheduler: stepped once an iteration.
+        seed: of the data stream and of initialisation.
+        scaler: gradient scaler of fp16, or None.
+        average: moving average of the weights (SOLVER.EMA), or None.
         iteration: last finished iteration, 0-based; -1 before the first.
         images_seen: training images consumed by finished iterations, over all GPUs.
         best: best value of the metric that chooses model_best.pth; None before the first.
@@ -37,9 +104,16 @@ class RunState:
         stale: evaluations since the best one.
         evaluated_at: iteration after which the model was last evaluated, -1 if never.
         results: metrics of the last evaluation, flat.
+        saved: path of the newest checkpoint, "" without one.
+        rng: random streams of the checkpoint, to be restored just before training continues.
     """
 
-    seed: int
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    seed: int = 0
+    scaler: torch.amp.GradScaler | None = None
+    average: WeightAverage | None = None
     iteration: int = -1
     images_seen: int = 0
     best: float | None = None
@@ -47,6 +121,8 @@ class RunState:
     stale: int = 0
     evaluated_at: int = -1
     results: dict[str, float] = field(default_factory=dict)
+    saved: str = ""
+    rng: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -98,34 +174,35 @@ def weights_are_finite(model: nn.Module) -> bool:
 
 
 def build_payload(
-    model: nn.Module,
-    state: RunState,
+    state: TrainState,
     meta: ModelMeta,
     *,
-    optimizer: Optimizer | None = None,
-    scheduler: LRScheduler | None = None,
-    scaler: Mapping[str, Any] | None = None,
+    resumable: bool = True,
     rng: Sequence[Mapping[str, Any]] = (),
     logs: Mapping[str, Any] | None = None,
-    average: WeightAverage | None = None,
 ) -> dict[str, Any]:
-    """Content of a checkpoint file; without an optimizer only weights and metadata (``model_best.pth``).
+    """Content of a checkpoint file.
 
-    With an ``average`` (SOLVER.EMA) that is the ``model``, which is what was evaluated; the weights that learn lie
-    beside it, for resuming.
+    With ``state.average`` that is the ``model``, which is what was evaluated; the weights that learn are stored beside
+    it, for resuming.
+
+    Args:
+        resumable: False: weights and metadata only (``model_best.pth``).
+        rng: random streams of all ranks.
+        logs: of the metrics, see :meth:`gn_det.engine.metrics.Metrics.dump`.
 
     Raises:
         TrainingError: the weights hold nan or inf; an older checkpoint is worth more than this one.
     """
+    model, average = state.model, state.average
     if not weights_are_finite(model):
         raise TrainingError(
             f"the weights hold nan or inf after iteration {state.iteration}, so no checkpoint is written (an older one "
             "is kept); lower SOLVER.BASE_LR or set SOLVER.CLIP_GRADIENTS.ENABLED True"
         )
-    # an OrderedDict of its own, whose version metadata is worth keeping
-    weights = model.state_dict() if average is None else average.state(model)
+    weights = model.state_dict()  # an OrderedDict of its own, whose version metadata is worth keeping
     for name in weights:
-        weights[name] = _on_cpu(weights[name])
+        weights[name] = _on_cpu(weights[name] if average is None else average.tensors[name])
     extra = {name: getattr(state, name) for name in _COUNTERS}
     payload: dict[str, Any] = {
         "model": weights,
@@ -134,10 +211,12 @@ def build_payload(
             meta.cfg, meta.class_names, meta.category_ids, iteration=state.iteration, best_metric=state.best, **extra
         ),
     }
-    if optimizer is not None and scheduler is not None:
-        payload["optimizer"] = _on_cpu(optimizer.state_dict())
-        payload["scheduler"] = {"base_lrs": list(scheduler.base_lrs), "last_epoch": int(scheduler.last_epoch)}
-        payload["grad_scaler"] = dict(scaler) if scaler else None
+    if resumable:
+        payload["optimizer"] = _on_cpu(state.optimizer.state_dict())
+        payload["scheduler"] = {
+            "base_lrs": list(state.scheduler.base_lrs), "last_epoch": int(state.scheduler.last_epoch)
+        }  # fmt: skip
+        payload["grad_scaler"] = state.scaler.state_dict() if state.scaler is not None else None
         payload["rng"] = list(rng)
         payload["logs"] = dict(logs or {})
         if average is not None:
@@ -166,71 +245,75 @@ def _on_cpu(value: Any) -> Any:
     return value
 
 
-def restore_state(payload: Mapping[str, Any], default: RunState, source: str = "") -> RunState:
-    """Counters of a checked checkpoint; those it does not have (another tool's file) stay as in ``default``."""
-    block = read_meta(payload, source) or {}
-    state = RunState(default.seed, iteration=payload.get("iteration", -1), best=block.get("best_metric"))
-    for name in _COUNTERS:
-        if name in block:
-            setattr(state, name, block[name])
-    return state
+@dataclass
+class Resume:
+    """A checkpoint to resume from."""
+
+    path: Path
+    payload: dict[str, Any]
 
 
-def restore(
-    payload: Mapping[str, Any],
-    model: nn.Module,
-    optimizer: Optimizer,
-    scheduler: LRScheduler,
-    default: RunState,
-    *,
-    batch: int,
-    processes: int,
-    source: str,
-) -> tuple[RunState, str]:
-    """Weights and momentum from the checkpoint, hyperparameters from the current configuration.
+def find_resume(folder: str | os.PathLike[str]) -> Resume | None:
+    """Read the newest checkpoint of ``folder``; None (and a sentence) when there is none."""
+    path = read_last(Path(folder)) if os.path.isdir(folder) else None
+    if path is None:
+        logger.info("--resume: OUTPUT_DIR %s holds no checkpoint; the run starts from the beginning.", folder)
+        return None
+    return Resume(path, read_checkpoint(path))
 
-    Everything that a resumed run reads of the payload is checked first; on an error nothing has changed.
 
-    Args:
-        default: counters that the checkpoint does not have (another tool's file) stay as here.
-        batch: SOLVER.IMS_PER_BATCH.
-        processes: of this run.
-        source: file, for messages.
+def restore(resume: Resume, state: TrainState, cfg: CfgNode) -> None:
+    """Put weights, momentum, average and counters of a checkpoint into ``state``; hyperparameters stay ``cfg``'s.
 
-    Returns:
-        Counters; and "" or, where momentum starts at zero, a sentence that says why: the checkpoint holds no optimizer
-        (``model_best.pth``, another tool's file), or its tensors come in another order.
+    Everything that a resumed run reads of the payload is checked first; on an error nothing has changed. What the
+    checkpoint does not have (another tool's file) stays as it is in ``state``.
 
     Raises:
         WeightsError: an entry cannot be used, names or shapes differ from the configured model, or the optimizer's
             groups do not match (another FREEZE_AT or other weight decay keys).
     """
+    payload, source = resume.payload, os.fspath(resume.path)
     try:
-        check_run(payload, model, batch, processes)
-        put_momentum, sentence = _momentum(payload, model, optimizer)
+        check_run(payload, state.model, int(cfg.SOLVER.IMS_PER_BATCH), dist.world_size())
+        put_momentum, sentence = _momentum(payload, state.model, state.optimizer)
     except InvalidValue as error:
         raise refuse(source, error) from None
-    state = restore_state(payload, default, source)
-    model.load_state_dict(dict((payload.get("ema") or {}).get("learning", payload["model"])))
+    block = read_meta(payload, source) or {}
+    state.iteration, state.best, state.saved = payload.get("iteration", -1), block.get("best_metric"), source
+    for name in _COUNTERS:
+        if name in block:
+            setattr(state, name, block[name])
+    state.model.load_state_dict(dict((payload.get("ema") or {}).get("learning", payload["model"])))
     put_momentum()
-    set_iteration(scheduler, state.iteration + 1)
-    return state, sentence
+    set_iteration(state.scheduler, state.iteration + 1)
+    states = payload.get("rng") or []
+    if len(states) == dist.world_size():
+        state.rng = states[dist.rank()]
+    elif states:
+        logger.info(
+            "The run had %d processes and now has %d: random streams start anew.", len(states), dist.world_size()
+        )
+    logger.info(
+        "Resumed from %s: iteration %d done, %d to go.",
+        *(resume.path, state.iteration, max(int(cfg.SOLVER.MAX_ITER) - state.iteration - 1, 0)),
+    )
+    if sentence:
+        logger.info(sentence)
+    changed = changed_keys(payload, cfg)
+    if changed:
+        logger.info("Changed since that checkpoint, and used as given now: %s.", "; ".join(changed))
 
 
 def _momentum(payload: Mapping[str, Any], model: nn.Module, optimizer: Optimizer) -> tuple[Callable[[], None], str]:
     where, saved = _saved_optimizer(payload)
     if saved is None:
-        return _nothing, "It holds no optimizer state: momentum starts at zero."
+        return lambda: None, "It holds no optimizer state: momentum starts at zero."
     if list(payload["model"]) != list(model.state_dict()):
         return (
-            _nothing,
+            lambda: None,
             "Its tensors come in another order (another engine or version wrote it): momentum starts at zero.",
         )
     return restore_slots(optimizer, saved, where), ""
-
-
-def _nothing() -> None:
-    pass
 
 
 def _saved_optimizer(payload: Mapping[str, Any]) -> tuple[str, Any]:

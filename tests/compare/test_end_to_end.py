@@ -99,13 +99,13 @@ def test_dry_run_tells_how_long_each_row_trains(
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 def test_a_real_suite_killed_and_resumed(suite: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    from gn_det.engine import keeper
+    from gn_det.engine import hooks
 
     words = ["compare", str(suite), "--engine", "embedded", "--output"]
     assert main([*words, "whole"]) == 0
     child = os.fork()
     if child == 0:  # dies in the middle of the second detection row, behind its checkpoint of iteration 2
-        save, saved = keeper.save_checkpoint, 0
+        save, saved = hooks.save_checkpoint, 0
 
         def dies(path: Path, payload: Any) -> None:
             nonlocal saved
@@ -114,7 +114,7 @@ def test_a_real_suite_killed_and_resumed(suite: Path, tmp_path: Path, capfd: pyt
                 os.kill(os.getpid(), signal.SIGKILL)
             save(path, payload)
 
-        keeper.save_checkpoint = dies  # type: ignore[assignment]
+        hooks.save_checkpoint = dies  # type: ignore[assignment]
         try:
             main([*words, "cut"])
         finally:

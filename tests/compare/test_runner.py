@@ -22,7 +22,7 @@ from gn_det.compare.report import write_report
 from gn_det.compare.results import collect
 from gn_det.compare.runner import Runner, Summary
 from gn_det.compare.store import Store
-from gn_det.engine.keeper import Interrupted
+from gn_det.engine.hooks import Interrupted
 from gn_det.errors import TrainingError
 from tests.compare.cases import Fake, plan_of, pretrain_row
 

@@ -17,7 +17,7 @@ pytest.importorskip("detectron2.config", reason="needs an installed Detectron2")
 
 from gn_det.checkpoint.io import read_checkpoint
 from gn_det.cli import main
-from gn_det.engine.keeper import Keeper
+from gn_det.engine.metrics import Metrics
 from gn_det.engine.predictor import PREDICTIONS_FILE
 from gn_det.errors import UserError
 from tests.detectron2.cases import TINY, lines, own_data, state, tiny
@@ -120,15 +120,14 @@ def test_dry_run_needs_neither_data_nor_weights(
 
 def stop(monkeypatch: pytest.MonkeyPatch, after: int, number: int = signal.SIGTERM) -> None:
     """Send this process a signal while iteration ``after`` is trained."""
-    original = Keeper.after_iteration
+    original = Metrics.end_step
 
-    def hooked(self: Keeper, metrics: Any) -> bool:
-        ended = original(self, metrics)
-        if self.state.iteration == after - 1:
+    def hooked(self: Metrics, loop: Any) -> None:
+        original(self, loop)
+        if loop.state.iteration == after - 1:
             os.kill(os.getpid(), number)
-        return ended
 
-    monkeypatch.setattr(Keeper, "after_iteration", hooked)
+    monkeypatch.setattr(Metrics, "end_step", hooked)
 
 
 @pytest.mark.parametrize("second", ["detectron2", "embedded"])
@@ -181,7 +180,7 @@ def test_hours_that_are_over_end_with_an_evaluated_checkpoint(
 ) -> None:
     words = tiny(data, tmp_path, "SOLVER.MAX_ITER", "9", engine=engine)
     assert main([*words, "--max-hours", "1e-7"]) == 0
-    assert "end after iteration 1 of 9" in capsys.readouterr().out
+    assert "reached at iteration 1 of 9" in capsys.readouterr().out
     last = read_checkpoint(tmp_path / "model_0000001.pth")
     assert last["gn_det"]["evaluated_at"] == 1 and "segm/AP" in last["gn_det"]["results"]
     assert not (tmp_path / "model_final.pth").exists()

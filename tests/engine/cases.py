@@ -123,16 +123,17 @@ def run(
     evaluate: Any = None,
     resume: bool = False,
     make_loader: Any = None,
+    hooks: Any = (),
     seed: int = 7,
 ) -> dict[str, float]:
     """:func:`gn_det.engine.fit.fit` on the stand-ins; returns its results."""
     from gn_det.engine.embedded import EmbeddedEngine
-    from gn_det.engine.fit import find_resume, fit
-    from gn_det.engine.state import ModelMeta, seed_everything
+    from gn_det.engine.fit import fit
+    from gn_det.engine.state import ModelMeta, find_resume, seed_everything
 
     cfg = tiny_cfg(folder, overrides, max_iter=max_iter)
     folder.mkdir(parents=True, exist_ok=True)
-    point = find_resume(cfg) if resume else None
+    point = find_resume(folder) if resume else None
     seed_everything(seed)
     model = Tiny() if model is None else model
     if resume:
@@ -146,5 +147,6 @@ def run(
         seed=seed,
         evaluate=evaluate,
         resume=point,
+        hooks=hooks,
         terminal=False,
     )

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from gn_det.engine import budget
-from gn_det.engine.average import WeightAverage
-from gn_det.engine.keeper import Interrupted
+from gn_det.engine import hooks
+from gn_det.engine.hooks import Interrupted, TimeLimit
+from gn_det.engine.state import WeightAverage
 from tests.engine.cases import Tiny, loader_factory, run
 from tests.engine.test_fit import lines, same, stop_at, weights
 
@@ -71,7 +72,7 @@ def test_frozen_tensors_stay_as_they_are() -> None:
     average = WeightAverage(model, 0.999)
     for _ in range(2000):
         average.update(model)
-    assert same(dict(average.state(model)), before)
+    assert same(average.tensors, before)
 
 
 @pytest.mark.parametrize("in_evaluation", [False, True])
@@ -117,7 +118,7 @@ def test_hours_end_with_an_evaluated_checkpoint(
 ) -> None:
     """The clock passes an hour a batch; --resume then ends as the run without a limit, to the bit."""
     now = [0.0]
-    monkeypatch.setattr(budget.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(hooks.time, "monotonic", lambda: now[0])
 
     def slow(start: int, seed: int) -> Any:
         for samples in loader_factory(4)(start, seed):
@@ -127,40 +128,27 @@ def test_hours_end_with_an_evaluated_checkpoint(
     keys = ["SOLVER.MAX_HOURS", 5.0]
     with caplog.at_level("INFO", logger="gn_det"):
         results = run(tmp_path / "cut", keys, evaluate=evaluate, make_loader=slow)
-    # with a batch fetched ahead the hours are over after iteration 3; all ranks hear of it in the next one
-    saved = whole_file(tmp_path / "cut" / "model_0000004.pth")
-    assert saved["iteration"] == 4 == saved["gn_det"]["evaluated_at"] and results == saved["gn_det"]["results"]
-    assert (tmp_path / "cut" / "last_checkpoint").read_text() == "model_0000004.pth"
+    # the hours are over after iteration 4; all ranks hear of it in the next one
+    saved = whole_file(tmp_path / "cut" / "model_0000005.pth")
+    assert saved["iteration"] == 5 == saved["gn_det"]["evaluated_at"] and results == saved["gn_det"]["results"]
+    assert (tmp_path / "cut" / "last_checkpoint").read_text() == "model_0000005.pth"
     assert not (tmp_path / "cut" / "model_final.pth").exists()
-    assert [e["iteration"] for e in lines(tmp_path / "cut") if "bbox/AP" in e] == [4]
-    assert "The 5 hours of SOLVER.MAX_HOURS (--max-hours) end after iteration 4 of 12" in caplog.text
-    assert "is written and evaluated" in caplog.text
+    assert [e["iteration"] for e in lines(tmp_path / "cut") if "bbox/AP" in e] == [5]
+    assert "Time limit of 5 h (SOLVER.MAX_HOURS, --max-hours) reached at iteration 5 of 12; saved" in caplog.text
     run(tmp_path / "cut", keys, evaluate=evaluate, make_loader=slow, resume=True)
     run(tmp_path / "cut", keys, evaluate=evaluate, make_loader=slow, resume=True)
     run(tmp_path / "whole", evaluate=evaluate)
     assert same(*(weights(tmp_path / f / "model_final.pth") for f in ("cut", "whole")))
 
 
-def test_time_for_the_last_evaluation_is_kept_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_for_the_last_evaluation_is_kept_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An hour, an evaluation of 600 s before: the time is up after 3000 s."""
     now = [100.0]
-    monkeypatch.setattr(budget.time, "monotonic", lambda: now[0])
-    hours = budget.TimeBudget(1.0)
-    hours.note_evaluation(600.0)
-    hours.note_evaluation(300.0)
-    now[0] += 2999
-    assert not hours.used_up()
-    now[0] += 1
-    assert hours.used_up()
-    assert not budget.TimeBudget(0.0).used_up()
-
-
-def test_the_weights_that_learn_are_put_back_once() -> None:
-    """A signal during the evaluation puts them back, and so does its end: what was learnt in between must stay."""
-    model = nn.Linear(2, 1)
-    average = WeightAverage(model, 0.5)
-    average.put_in(model)
-    average.put_back(model)
-    with torch.no_grad():
-        model.weight.fill_(7.0)
-    average.put_back(model)
-    assert torch.equal(model.weight, torch.full((1, 2), 7.0))
+    monkeypatch.setattr(hooks.time, "monotonic", lambda: now[0])
+    limit, loop = TimeLimit(1.0, SimpleNamespace()), SimpleNamespace(flags={}, agreed={})  # type: ignore[arg-type]
+    limit.before_train(loop)  # type: ignore[arg-type]
+    limit.reserve = 600.0
+    for seconds, up in ((2999, False), (1, True)):
+        now[0] += seconds
+        limit.end_step(loop)  # type: ignore[arg-type]
+        assert loop.flags["time is up"] is up

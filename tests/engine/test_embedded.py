@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +11,6 @@ import torch
 
 from gn_det.config import load_config
 from gn_det.engine import embedded as engine
-from gn_det.engine import lightning_loop as training_fit
-from gn_det.engine.lightning_hooks import KeeperCallback
 from gn_det.errors import ConfigError, DataError, TrainingError, WeightsError
 
 SMALL = [
@@ -193,30 +190,6 @@ def test_log_on_a_full_disk_is_silent(
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_the_keeper_gets_the_scaler_and_a_stop_stays_one() -> None:
-    """Lightning's gradient scaler goes into checkpoints; the keeper alone decides when to stop."""
-    seen: list[Any] = []
-    keeper = SimpleNamespace(start=seen.append, after_iteration=lambda metrics: False)
-    callback, module = KeeperCallback(keeper, 1), SimpleNamespace(model=object())  # type: ignore[arg-type]
-    trainer: Any = SimpleNamespace(precision_plugin=SimpleNamespace(scaler="a scaler"), should_stop=False)
-    callback.on_train_start(trainer, module)
-    assert seen == ["a scaler"]
-    for asked in (False, True):
-        trainer.should_stop = asked
-        callback.on_train_batch_end(trainer, module, None, None, 0)
-        assert trainer.should_stop is asked
-
-
-def test_how_lightning_is_set_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDNN_BENCHMARK is the config's; each rank keeps its own running statistics; fp16 needs a GPU."""
-    cfg = load_config("quickstart.yaml", ["CUDNN_BENCHMARK", "False"])
-    training_fit.build_trainer(cfg, "cpu", [])
-    assert torch.backends.cudnn.benchmark is False
-    cfg = load_config("quickstart.yaml", ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "fp16"])
+def test_fp16_needs_a_gpu(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="fp16 needs a GPU"):
-        training_fit.build_trainer(cfg, "cpu", [])
-    seen: list[dict[str, Any]] = []
-    monkeypatch.setattr(training_fit, "DDPStrategy", lambda **keys: seen.append(keys) or "auto")
-    monkeypatch.setattr(training_fit.dist, "world_size", lambda: 2)
-    training_fit.build_trainer(load_config("quickstart.yaml"), "cpu", [])
-    assert seen[0]["broadcast_buffers"] is False and seen[0]["process_group_backend"] == "gloo"
+        engine.train(small([], tmp_path, "SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "fp16"))

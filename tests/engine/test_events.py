@@ -9,23 +9,24 @@ from pathlib import Path
 
 import pytest
 
-from gn_det.engine.events import EventLog, JsonWriter
+from gn_det.engine.loggers import JsonWriter
+from gn_det.engine.metrics import EventLog, Metrics, progress_line
 from gn_det.engine.output import check_writable, refuse_old_run, start_afresh, trim_metrics
-from gn_det.engine.progress import progress_line
 from gn_det.errors import TrainingError
 
 
 def test_median_of_the_last_twenty(tmp_path: Path) -> None:
     """Noisy scalars are medians of 20; evaluation results and lr are taken as they are; nothing is written twice."""
-    log = EventLog()
     writer = JsonWriter(str(tmp_path / "metrics.json"))
+    metrics = Metrics([writer])
+    log = metrics.log
     for i in range(40):
         log.put("total_loss", 1000.0 if i < 20 else float(i), i)
         log.put("lr", i / 100, i, smooth=False)
-    writer.write(log)
-    writer.write(log)
+    metrics.write()
+    metrics.write()
     log.put("bbox/AP", math.nan, 40, smooth=False)
-    writer.write(log)
+    metrics.write()
     writer.close()
     first, second = (tmp_path / "metrics.json").read_text().splitlines()
     assert json.loads(first) == {"iteration": 39, "lr": 0.39, "total_loss": 29.5}

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from gn_det.engine.keeper import Interrupted
+from gn_det.engine.hooks import Interrupted
+from gn_det.engine.loop import Hook, Loop
 from gn_det.engine.optim import build_optimizer
 from gn_det.engine.schedule import lr_multiplier
 from gn_det.errors import TrainingError
@@ -47,7 +48,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_weights_equal_a_plain_loop(tmp_path: Path, accumulate: int) -> None:
-    """Lightning adds nothing: the same batches in a hand-written SGD loop give the same bits."""
+    """The loop adds nothing: the same batches in a hand-written SGD loop give the same bits."""
     cfg = tiny_cfg(tmp_path, ["SOLVER.ACCUMULATE", accumulate])
     run(tmp_path, ["SOLVER.ACCUMULATE", accumulate])
     from gn_det.engine.state import seed_everything
@@ -359,3 +360,58 @@ def test_logged_rate_and_clipping_are_those_of_the_step(tmp_path: Path) -> None:
     multiplier = lr_multiplier(tiny_cfg(tmp_path))
     (last,) = [entry for entry in lines(tmp_path) if entry["iteration"] == 11]
     assert last["lr"] == pytest.approx(0.05 * multiplier(11)) and multiplier(11) < 1
+
+
+def test_cudnn_benchmark_is_the_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    run(tmp_path, ["CUDNN_BENCHMARK", True], max_iter=1)
+    assert torch.backends.cudnn.benchmark is True
+
+
+class Watching(Hook):
+    """A user's hook: adds a number to the log, sees losses and evaluations, and ends the training."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def before_train(self, loop: Loop) -> None:
+        self.calls.append(f"start {loop.state.iteration + 1}")
+
+    def before_step(self, loop: Loop) -> None:
+        assert loop.state.model.training
+        self.calls.append("before")
+
+    def after_step(self, loop: Loop) -> None:
+        loop.scalars["mine"] = 10.0 * loop.state.iteration
+        self.calls.append(f"after {loop.state.iteration} {sorted(loop.losses)}")
+        if loop.state.iteration == 4:
+            loop.stop()
+
+    def after_eval(self, loop: Loop) -> None:
+        self.calls.append(f"eval {loop.state.results}")
+
+    def after_train(self, loop: Loop) -> None:
+        self.calls.append("end")
+
+
+def test_a_users_hook(tmp_path: Path) -> None:
+    """Called around every step; its number is in metrics.json; its stop gives an evaluated model_final.pth."""
+    hook = Watching()
+    run(tmp_path, ["TEST.EVAL_PERIOD", 2], hooks=[hook], evaluate=scripted([1.0, 2.0, 3.0]))
+    step = "['loss_box_reg', 'loss_cls']"
+    assert hook.calls[:4] == ["start 0", "before", f"after 0 {step}", "before"]
+    assert hook.calls[-2:] == ["eval {'bbox/AP': 3.0}", "end"]
+    assert [c for c in hook.calls if c.startswith("after")] == [f"after {i} {step}" for i in range(5)]
+    assert [c for c in hook.calls if c.startswith("eval")] == [f"eval {{'bbox/AP': {v}.0}}" for v in (1, 2, 3)]
+    final = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    assert final["iteration"] == 4 == final["gn_det"]["evaluated_at"]
+    assert lines(tmp_path)[-1]["mine"] == 20.0 and lines(tmp_path)[-1]["bbox/AP"] == 3.0  # the median of 0 .. 40
+
+    class Fails(Hook):
+        def before_step(self, loop: Loop) -> None:
+            raise RuntimeError("mine")
+
+    hook = Watching()
+    with pytest.raises(RuntimeError, match=r"^mine$"):
+        run(tmp_path / "fails", hooks=[Fails(), hook])
+    assert hook.calls == ["start 0", "end"]

@@ -12,8 +12,7 @@ from gn_det.checkpoint.io import read_checkpoint
 from gn_det.config import load_config
 from gn_det.data.shapes import make_shapes
 from gn_det.engine import embedded as engine
-from gn_det.engine.nonfinite import find_origin
-from gn_det.engine.replay import main, replay
+from gn_det.engine.nonfinite import find_origin, main, replay
 from gn_det.errors import TrainingError, WeightsError
 from tests.engine.cases import Tiny, run
 from tests.engine.test_embedded import SMALL
@@ -39,7 +38,7 @@ def test_the_layer_is_named(tmp_path: Path) -> None:
     assert "iteration 2: loss_cls = nan, loss_box_reg = nan, images 8, 9, 10, 11;" in message and "\n" not in message
     assert "the first activations to go bad are those of gn (Overflows), whose inputs reach " in message
     kept = tmp_path / "nonfinite_0000002_rank0.pth"
-    assert f"python -m gn_det.engine.replay {kept}" in message
+    assert f"python -m gn_det.engine.nonfinite {kept}" in message
     content = read_checkpoint(kept)
     assert [s["image_id"] for s in content["batch"]] == [8, 9, 10, 11] and content["iteration"] == 2
     assert torch.equal(content["model"]["fc.weight"], model.fc.weight)

@@ -18,8 +18,8 @@ from gn_det.checkpoint.io import save_checkpoint
 from gn_det.checkpoint.last import last_name, prune, read_last, write_last
 from gn_det.cli import main
 from gn_det.engine import commands, output
-from gn_det.engine.events import JsonWriter
 from gn_det.engine.log import run_log
+from gn_det.engine.loggers import JsonWriter
 from gn_det.engine.output import LOCK, InUse, alone_in, check_output_name
 from gn_det.errors import DataError, TrainingError, WeightsError
 from gn_det.files import Busy, atomic_write, lock, open_append

@@ -12,12 +12,10 @@ import pytest
 import torch
 
 from gn_det.checkpoint.io import read_checkpoint, save_checkpoint
-from gn_det.engine.fit import Resume, find_resume, restore_run
-from gn_det.engine.learner import Learner
 from gn_det.engine.optim import build_optimizer
 from gn_det.engine.payload import restore_slots
 from gn_det.engine.schedule import build_lr_scheduler
-from gn_det.engine.state import capture_rng
+from gn_det.engine.state import Resume, TrainState, capture_rng, find_resume, restore
 from gn_det.errors import WeightsError
 from tests.engine.cases import Tiny, run, tiny_cfg
 
@@ -33,18 +31,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def learner_of(cfg: Any) -> Learner:
+def fresh_state(cfg: Any) -> TrainState:
     model = Tiny()
     optimizer = build_optimizer(cfg, model)
-    return Learner(model, optimizer, build_lr_scheduler(cfg, optimizer))
+    return TrainState(model, optimizer, build_lr_scheduler(cfg, optimizer), seed=7)
 
 
-def resume(folder: Path, payload: dict[str, Any], path: Path) -> tuple[Any, Learner]:
-    """State and learner after ``payload`` was saved, found and restored."""
+def resume(folder: Path, payload: dict[str, Any], path: Path) -> TrainState:
+    """State after ``payload`` was saved, found and restored."""
     torch.save(payload, path / "model_0000004.pth")
     cfg = tiny_cfg(path, EMA)
-    learner = learner_of(cfg)
-    return restore_run(find_resume(cfg), cfg, learner, 7), learner
+    state, found = fresh_state(cfg), find_resume(path)
+    assert found is not None
+    restore(found, state, cfg)
+    return state
+
+
+def counters(state: TrainState) -> list[Any]:
+    names = ("seed", "iteration", "images_seen", "best", "best_iteration", "stale", "evaluated_at", "results", "saved")
+    return [getattr(state, name) for name in names]
 
 
 def put(payload: dict[str, Any], where: str, value: Any) -> None:
@@ -105,10 +110,10 @@ HOSTILE: list[tuple[str, Any]] = [
 ]  # fmt: skip
 
 
-def bits(learner: Learner) -> Any:
+def bits(state: TrainState) -> Any:
     """All that a resumed run restores."""
-    tensors = [*learner.model.state_dict().values(), torch.get_rng_state()]
-    rest = (learner.optimizer.state_dict(), learner.iteration, learner.scheduler.last_epoch, random.getstate())
+    tensors = [*state.model.state_dict().values(), torch.get_rng_state()]
+    rest = (state.optimizer.state_dict(), counters(state), state.rng, state.scheduler.last_epoch, random.getstate())
     return [t.detach().numpy().tobytes() for t in tensors], repr(rest), np.random.get_state()[1].tobytes()
 
 
@@ -117,17 +122,17 @@ def test_hostile_entries_are_refused_by_name(folder: Path, tmp_path: Path) -> No
     valid = read_checkpoint(folder / "model_0000004.pth")
     failed = []
     cfg = tiny_cfg(tmp_path, EMA)
-    learner = learner_of(cfg)
-    before = bits(learner)
+    state = fresh_state(cfg)
+    before = bits(state)
     for where, value in HOSTILE:
         payload = copy.deepcopy(valid)
         put(payload, where, value)
         try:
-            restore_run(Resume(tmp_path / "x.pth", payload), cfg, learner, 7)
+            restore(Resume(tmp_path / "x.pth", payload), state, cfg)
         except WeightsError as error:
             text = str(error)
             named = where.split("|")[-1].split(".")[-1].partition("[")[0] in text
-            if not named or "\n" in text or len(text) > 700 or str(tmp_path) not in text or bits(learner) != before:
+            if not named or "\n" in text or len(text) > 700 or str(tmp_path) not in text or bits(state) != before:
                 failed.append((where, value, text))
         except Exception as error:
             failed.append((where, value, repr(error)))
@@ -151,18 +156,18 @@ def test_the_message_says_where_what_and_what_to_do(folder: Path, tmp_path: Path
 def test_what_nothing_reads_is_ignored(folder: Path, tmp_path: Path) -> None:
     """Foreign entries, and the hyperparameters of saved groups, which are the config's."""
     payload = read_checkpoint(folder / "model_0000004.pth")
-    expected, reference = resume(folder, payload, tmp_path)
+    reference = resume(folder, payload, tmp_path)
     payload |= {"foreign": DEEP, "scheduler": "x", "trainer": [1], 7: 5}
     payload["gn_det"]["foreign"] = NAN
     payload["rng"][0]["foreign"] = NAN
     payload["optimizer"]["state"][0]["foreign"] = DEEP
     for group in payload["optimizer"]["param_groups"]:
         group |= {"lr": "fast", "momentum": NAN, "maximize": True, "foreach": DEEP, "nesterov": 5}
-    state, learner = resume(folder, payload, tmp_path)
-    assert state == expected
-    assert repr(learner.model.state_dict()) == repr(reference.model.state_dict())
-    assert repr(learner.optimizer.state_dict()) == repr(reference.optimizer.state_dict())
-    assert not learner.optimizer.param_groups[0]["maximize"]
+    state = resume(folder, payload, tmp_path)
+    assert counters(state) == counters(reference)
+    assert repr(state.model.state_dict()) == repr(reference.model.state_dict())
+    assert repr(state.optimizer.state_dict()) == repr(reference.optimizer.state_dict())
+    assert not state.optimizer.param_groups[0]["maximize"]
 
 
 def _shape(slot: dict[str, Any]) -> Any:
@@ -178,14 +183,14 @@ def test_nothing_of_the_file_is_shared_with_the_run(folder: Path, tmp_path: Path
     for i, j in same:
         slots[i]["momentum_buffer"] = slots[j]["momentum_buffer"]
     slots[0]["momentum_buffer"] = torch.zeros(8, 3, 3, 3).to(memory_format=torch.channels_last)
-    _, learner = resume(folder, payload, tmp_path)
-    buffers = [s["momentum_buffer"] for s in learner.optimizer.state.values()]
+    state = resume(folder, payload, tmp_path)
+    buffers = [s["momentum_buffer"] for s in state.optimizer.state.values()]
     assert len({b.untyped_storage().data_ptr() for b in buffers}) == len(buffers)
-    for group in learner.optimizer.param_groups:
+    for group in state.optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.ones_like(parameter)
-    learner.optimizer.step()
-    assert all(torch.isfinite(p).all() for p in learner.model.parameters())
+    state.optimizer.step()
+    assert all(torch.isfinite(p).all() for p in state.model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -217,7 +222,7 @@ def test_absent_entries_and_remedies(folder: Path, tmp_path: Path) -> None:
 
     for nothing in ({}, None):
         payload = read_checkpoint(folder / "model_0000004.pth") | {"logs": nothing, "grad_scaler": nothing}
-        assert resume(folder, payload, tmp_path)[0].iteration == 4
+        assert resume(folder, payload, tmp_path).iteration == 4
     kinds = (InvalidValue, OtherModel, OtherGroups)
     remedies = [str(refuse("x.pth", kind("model", "why"))).rpartition("model why; ")[2] for kind in kinds]
     assert "delete that file" in remedies[0] and remedies[1:] == [OtherModel.remedy, OtherGroups.remedy]
@@ -241,12 +246,12 @@ def test_checkpoints_of_detectron2s_trainer_and_bare_weights_resume(folder: Path
     ours = read_checkpoint(folder / "model_0000004.pth")
     plain = {"model": ours["ema"]["learning"], "iteration": 4}
     trainer = {"_trainer": {"optimizer": ours["optimizer"], "iteration": 4}, "iteration": 4, "hooks": {}}
-    state, learner = resume(folder, {**plain, "trainer": trainer}, tmp_path)
+    state = resume(folder, {**plain, "trainer": trainer}, tmp_path)
     assert (state.iteration, state.seed, state.images_seen) == (4, 7, 0)
-    found = learner.optimizer.state_dict()["state"][0]["momentum_buffer"]
+    found = state.optimizer.state_dict()["state"][0]["momentum_buffer"]
     assert torch.equal(found, ours["optimizer"]["state"][0]["momentum_buffer"])
-    state, learner = resume(folder, plain, tmp_path)
-    assert state.iteration == 4 and not learner.optimizer.state_dict()["state"]
+    state = resume(folder, plain, tmp_path)
+    assert state.iteration == 4 and not state.optimizer.state_dict()["state"]
     trainer["_trainer"]["optimizer"] = copy.deepcopy(ours["optimizer"])
     trainer["_trainer"]["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(5)
     with pytest.raises(WeightsError, match=r"trainer\._trainer\.optimizer\.state\[0\]\.momentum_buffer has shape 5"):

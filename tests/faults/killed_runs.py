@@ -36,8 +36,8 @@ def train_alone(folder: Path, engine: Any, data: Any, workers: int, *, resume: b
 
     from gn_det.checkpoint.last import remove_leftovers
     from gn_det.data.loader import build_train_loader
-    from gn_det.engine.fit import find_resume, fit
-    from gn_det.engine.state import ModelMeta, seed_everything
+    from gn_det.engine.fit import fit
+    from gn_det.engine.state import ModelMeta, find_resume, seed_everything
     from tests.engine.cases import Tiny, tiny_cfg
 
     class SeesAll(Tiny):
@@ -52,7 +52,7 @@ def train_alone(folder: Path, engine: Any, data: Any, workers: int, *, resume: b
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.MODEL.MASK_ON = (20, 30), True
     cfg.INPUT.CROP.ENABLED = True
     remove_leftovers(folder)
-    point = find_resume(cfg) if resume else None
+    point = find_resume(folder) if resume else None
     seed_everything(random.randrange(10**6) if point else 7)  # on resume, whatever happened before must not matter
 
     def evaluate(model: Any, on_progress: Any) -> dict[str, float]:
@@ -73,7 +73,7 @@ def die_at(event: int) -> None:
     """SIGKILL at the ``event``-th thing that this process does to files: each write, sync, rename and deletion."""
     from gn_det import files
     from gn_det.checkpoint import last
-    from gn_det.engine import events, keeper
+    from gn_det.engine import hooks, loggers
 
     done = 0
 
@@ -89,8 +89,8 @@ def die_at(event: int) -> None:
 
     files._ErrorKeeper.write = deadly(files._ErrorKeeper.write)  # type: ignore[method-assign]
     files.os.fsync, files.os.replace = deadly(os.fsync), deadly(os.replace)  # type: ignore[attr-defined]
-    last.prune = keeper.prune = deadly(last.prune)  # type: ignore[attr-defined]
-    events.JsonWriter.write = deadly(events.JsonWriter.write)  # type: ignore[method-assign]
+    last.prune = hooks.prune = deadly(last.prune)  # type: ignore[attr-defined]
+    loggers.JsonWriter.flush = deadly(loggers.JsonWriter.flush)  # type: ignore[method-assign]
 
 
 def die_and_train(event: int, *args: Any) -> None:
@@ -142,8 +142,8 @@ def main(folder: Path, name: str, workers: list[int], kills: int, seed: int) -> 
 
     torch.set_num_threads(1)
     engine = engines.load(engines.Choice(name, ""))
-    if name == "embedded":
-        import gn_det.engine.lightning_loop  # noqa: F401
+    import gn_det.engine.fit  # noqa: F401
+
     data = load_coco(make_shapes(folder / "shapes", "train", 14), max_bad=0)
     whole, cut = folder / "whole", folder / "cut"
     started = time.perf_counter()

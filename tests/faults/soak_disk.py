@@ -70,7 +70,7 @@ class _File:
 def _run(folder: Path, allowed: int, resume: bool) -> dict[str, Any]:
     """A whole run of the stand-in model, with room for so many writes; how it ended."""
     from gn_det import files
-    from gn_det.engine import events
+    from gn_det.engine import loggers
     from gn_det.errors import UserError
     from tests.engine.cases import run
 
@@ -80,9 +80,9 @@ def _run(folder: Path, allowed: int, resume: bool) -> dict[str, Any]:
         file = open(path, mode, *args, **kwargs)  # noqa: SIM115
         return _File(file, quota) if set(mode) & set("wa") else file
 
-    appended = events.open_append
+    appended = loggers.open_append
     files.open = limited  # type: ignore[attr-defined]
-    events.open_append = lambda *words: _File(appended(*words), quota)  # type: ignore[assignment,misc,return-value]
+    loggers.open_append = lambda *words: _File(appended(*words), quota)  # type: ignore[assignment,misc,return-value]
     pairs = [k if i % 2 == 0 else int(k) for i, k in enumerate(KEYS)] + ["TEST.BEST_METRIC", "bbox/AP"]
     told = ""
     try:
@@ -97,7 +97,7 @@ def _evaluate(model: Any, on_progress: Any) -> dict[str, float]:
 
 
 def _nth_write(case: Case) -> None:
-    import gn_det.engine.lightning_loop  # noqa: F401
+    import gn_det.engine.fit  # noqa: F401
     import tests.engine.cases  # noqa: F401  # once, for all forks
 
     whole = case.folder / "whole"

@@ -219,59 +219,45 @@ class _Resume:
         return model, optimizer, build_lr_scheduler(self.cfg, optimizer)
 
     def read(self, parts: tuple[Any, ...]) -> Callable[[], None]:
-        from gn_det.engine.fit import find_resume, restore_run
-        from gn_det.engine.learner import Learner
+        from gn_det.engine.state import TrainState, find_resume, restore
 
-        point = find_resume(self.cfg)
+        point = find_resume(self.path.parent)
         assert point is not None and point.path == self.path
-        learner = Learner(*parts)
-        state = restore_run(point, self.cfg, learner, 7)
-        return partial(self.go_on, learner, state, point)
+        state = TrainState(*parts, seed=7)
+        restore(point, state, self.cfg)
+        return partial(self.go_on, state, point)
 
-    def go_on(self, learner: Any, state: Any, point: Any) -> None:
+    def go_on(self, state: Any, point: Any) -> None:
         """Two iterations, with what is recorded and written after them."""
-        from gn_det.engine import fit
-        from gn_det.engine import keeper as keeper_module
-        from gn_det.engine.events import EventLog
-        from gn_det.engine.progress import progress_line
+        from gn_det.engine import fit, hooks
+        from gn_det.engine.hooks import Schedule
+        from gn_det.engine.metrics import Metrics, progress_line
         from gn_det.engine.state import ModelMeta
         from tests.engine.cases import loader_factory
 
         fit.TensorBoardWriter = _NoBoard  # type: ignore[misc,assignment]  # takes longer than all the rest
-        keeper_module.build_meta = lambda *words, **more: {}  # so does the YAML of the config
-        keeper = fit.make_keeper(
-            self.cfg, learner, state, ModelMeta(self.cfg, ("a",), (1,)), None, point, terminal=False
-        )  # fmt: skip
-        try:
-            keeper.start()
-            batches = loader_factory(4)(fit.first_batch(self.cfg, state), state.seed)
-            keeper.before_first_batch()
-            for _ in range(2):
-                learner.optimizer.zero_grad()
-                learner.total_loss(learner.model, next(batches)).backward()
-                learner.check()
-                learner.note_lr()
-                learner.optimizer.step()
-                learner.finish_iteration()
-                state.iteration += 1
-                keeper.average.update(learner.model)
-                keeper.recorder.record(learner, {}, state.iteration)
-            keeper.recorder.write()
-            assert isinstance(keeper.recorder.events, EventLog)
-            line = progress_line(keeper.recorder.events, state.iteration)
-            assert line.isprintable() and len(line) < 10_000, line[:200]
-            lines = (self.path.parent / "metrics.json").read_text().splitlines()
-            assert json.loads(lines[-1])["iteration"] == state.iteration, lines[-1]
-            assert json.loads(lines[-1])["lr"] > 0
-        finally:
-            keeper.close()
+        fit.build_meta = lambda *words, **more: {}  # type: ignore[assignment]  # so does the YAML of the config
+        meta = ModelMeta(self.cfg, ("a",), (1,))
+        loop = fit.make_loop(self.cfg, state, state.model, [Schedule()], meta, None, point, terminal=False)
+        loop.total = state.iteration + 3
+        loop.hooks = [h for h in loop.hooks if not isinstance(h, hooks.Checkpoint)]
+        loop.run(loader_factory(4)(fit.first_batch(self.cfg, state), state.seed))
+        (log,) = (h.log for h in loop.hooks if isinstance(h, Metrics))
+        line = progress_line(log, state.iteration)
+        assert line.isprintable() and len(line) < 10_000, line[:200]
+        lines = (self.path.parent / "metrics.json").read_text().splitlines()
+        assert json.loads(lines[-1])["iteration"] == state.iteration, lines[-1]
+        assert json.loads(lines[-1])["lr"] > 0
 
 
 class _NoBoard:
     def __init__(self, folder: str, written: int) -> None:
         self.written = written
 
-    def write(self, log: Any) -> None:
+    def write(self, iteration: int, scalars: Any) -> None:
+        pass
+
+    def flush(self) -> None:
         pass
 
     def close(self) -> None:

@@ -1,0 +1,280 @@
+"""The hooks of a detection run: schedule, weight average, signals, time limit, checkpoints and evaluation."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from fvcore.common.config import CfgNode
+from torch import nn
+
+from gn_det.checkpoint.io import save_checkpoint
+from gn_det.checkpoint.last import prune, write_last
+from gn_det.engine import dist
+from gn_det.engine.loop import Hook, Loop
+from gn_det.engine.metrics import Metrics
+from gn_det.engine.output import BEST, FINAL, numbered
+from gn_det.engine.state import ModelMeta, build_payload, capture_rng, restore_rng
+from gn_det.errors import TrainingError, WriteError
+
+logger = logging.getLogger(__name__)
+
+#: ``evaluate(model, on_progress)`` gives flat metrics; the model is in evaluation mode.
+Evaluator = Callable[[nn.Module, Callable[[Any], None]], Mapping[str, float]]
+
+
+class Interrupted(TrainingError):
+    """The run was asked to stop by a signal; a checkpoint was written. ``exit_code`` is 128 + the signal's number."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+    def __reduce__(self) -> Any:
+        return (Interrupted, (str(self), self.exit_code))
+
+
+class Schedule(Hook):
+    """Steps the learning rate's schedule."""
+
+    def after_step(self, loop: Loop) -> None:
+        loop.state.scheduler.step()
+
+
+class Average(Hook):
+    """Updates ``loop.state.average`` (SOLVER.EMA), where there is one."""
+
+    def before_train(self, loop: Loop) -> None:
+        average = loop.state.average
+        if average is not None:
+            start = f"continues after {average.steps} steps" if average.steps else "starts at these weights"
+            logger.info(
+                "SOLVER.EMA: the average of the weights (decay %g) is evaluated and saved; it %s.",
+                *(average.decay, start),
+            )
+
+    def after_step(self, loop: Loop) -> None:
+        if loop.state.average is not None:
+            loop.state.average.update(loop.state.model)
+
+
+class Checkpoint(Hook):
+    """Saves every ``period`` iterations and at the end; again after an evaluation, with what it found."""
+
+    def __init__(self, folder: Path, meta: ModelMeta, metrics: Metrics, *, period: int, keep: int) -> None:
+        self.folder, self.meta, self.metrics, self.period, self.keep = folder, meta, metrics, period, keep
+
+    def after_step(self, loop: Loop) -> None:  # before the evaluation, so that a failing one costs nothing
+        if loop.last or loop.stopping or (self.period > 0 and (loop.state.iteration + 1) % self.period == 0):
+            self.save(loop)
+
+    def after_eval(self, loop: Loop) -> None:
+        if loop.stopping or self.saved(loop):
+            self.save(loop)
+
+    def path(self, loop: Loop) -> Path:
+        """File of the iteration that just ended."""
+        return self.folder / (FINAL if loop.finished else numbered(loop.state.iteration))
+
+    def saved(self, loop: Loop) -> bool:
+        """Whether this iteration has a checkpoint already."""
+        return loop.state.saved == os.fspath(self.path(loop))
+
+    def save(self, loop: Loop, *, collective: bool = True) -> None:
+        """Write the checkpoint of this iteration and make it the one to resume from.
+
+        Args:
+            collective: False: the other ranks do not take part; their random streams start anew on resuming.
+
+        Raises:
+            TrainingError: on every rank: the file cannot be written, or the weights are not finite.
+        """
+        rng = dist.gather_objects(capture_rng()) if collective else [capture_rng()]
+        path, problem = self.path(loop), None
+        if dist.rank() == 0:
+            try:
+                save_checkpoint(path, build_payload(loop.state, self.meta, rng=rng, logs=self.metrics.dump()))
+                write_last(self.folder, path.name)
+                prune(self.folder, self.keep)
+            except TrainingError as error:
+                problem = error
+            except WriteError as error:
+                problem = TrainingError(f"{error}, then rerun with --resume")
+        if collective:
+            problem = dist.broadcast(problem)
+        if problem is not None:
+            raise problem
+        loop.state.saved = os.fspath(path)
+
+
+class Signals(Hook):
+    """SIGINT and SIGTERM end the run after the iteration at hand, with a checkpoint; a second one ends it at once."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._old: dict[signal.Signals, Any] = {}
+
+    def before_train(self, loop: Loop) -> None:
+        loop.flags["signal"] = 0
+
+        def request(number: int, frame: FrameType | None) -> None:
+            if loop.flags["signal"]:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            loop.flags["signal"] = number
+            if dist.rank() == 0:
+                logger.info("%s received; stopping after this iteration.", signal.Signals(number).name)
+
+        if dist.in_main_thread():
+            self._old = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def after_step(self, loop: Loop) -> None:
+        if loop.agreed.get("signal") and not loop.last:
+            self.interrupt(loop)
+
+    def after_train(self, loop: Loop) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        self._old = {}
+
+    def interrupt(self, loop: Loop, *, collective: bool = True) -> None:
+        """Save, unless that was done, and end the run.
+
+        Raises:
+            Interrupted: always.
+        """
+        if not self.checkpoint.saved(loop):
+            self.checkpoint.save(loop, collective=collective)
+        self.checkpoint.metrics.write()
+        number = int(loop.flags["signal"] or loop.agreed.get("signal", signal.SIGTERM))
+        raise Interrupted(
+            f"stopped by {signal.Signals(number).name} after iteration {loop.state.iteration}; "
+            f"{self.checkpoint.path(loop)} is written: continue with the same command and --resume",
+            128 + number,
+        )
+
+
+class TimeLimit(Hook):
+    """Ends the training after ``hours``, in time for a last evaluation and checkpoint (SOLVER.MAX_HOURS); 0 never.
+
+    Attributes:
+        reserve: seconds kept back for what comes after the last iteration: the longest evaluation so far.
+    """
+
+    def __init__(self, hours: float, checkpoint: Checkpoint) -> None:
+        self.hours, self.checkpoint, self.reserve = hours, checkpoint, 0.0
+        self._start = time.monotonic()
+
+    def before_train(self, loop: Loop) -> None:
+        loop.flags["time is up"] = False
+
+    def after_step(self, loop: Loop) -> None:
+        if loop.agreed.get("time is up") and not loop.last:
+            loop.stop(finished=False)
+
+    def end_step(self, loop: Loop) -> None:
+        if self.hours > 0 and time.monotonic() - self._start + self.reserve >= self.hours * 3600:
+            loop.flags["time is up"] = True
+        if loop.agreed.get("time is up") and not loop.finished:
+            logger.info(
+                "Time limit of %g h (SOLVER.MAX_HOURS, --max-hours) reached at iteration %d of %d; saved %s. Rerun "
+                "with --resume to continue.",
+                *(self.hours, loop.state.iteration, loop.total, self.checkpoint.path(loop)),
+            )
+
+
+class Evaluate(Hook):
+    """Evaluates every ``TEST.EVAL_PERIOD`` iterations and at the end, keeps the best model, stops early.
+
+    Args:
+        evaluate: called on all ranks; the random streams of the training are restored after it.
+    """
+
+    def __init__(self, cfg: CfgNode, evaluate: Evaluator, signals: Signals, limit: TimeLimit) -> None:
+        self.evaluate, self.signals, self.limit = evaluate, signals, limit
+        self.period, self.patience = int(cfg.TEST.EVAL_PERIOD), int(cfg.TEST.PATIENCE)
+        self.metric = str(cfg.TEST.BEST_METRIC)
+        if not cfg.MODEL.MASK_ON:
+            self.metric = self.metric.replace("segm/", "bbox/")
+
+    def before_train(self, loop: Loop) -> None:
+        """Make up for the evaluation that an interrupted run owes."""
+        state = loop.state
+        if state.iteration >= 0 and state.evaluated_at != state.iteration and self._due(loop):
+            logger.info("The evaluation due after iteration %d did not finish; it runs now.", state.iteration)
+            if state.rng is not None:
+                restore_rng(state.rng)  # the checkpoint is written again
+            self.run(loop)
+
+    def after_step(self, loop: Loop) -> None:
+        if self._due(loop):
+            self.run(loop)
+
+    def _due(self, loop: Loop) -> bool:
+        return loop.last or loop.stopping or (self.period > 0 and (loop.state.iteration + 1) % self.period == 0)
+
+    def run(self, loop: Loop) -> None:
+        """Evaluate on all ranks; weights and random streams of the training come out untouched."""
+        state, model = loop.state, loop.state.model
+        rng, start, training = capture_rng(), time.monotonic(), model.training
+
+        def on_progress(_: Any) -> None:
+            if loop.flags["signal"]:
+                raise _Left
+
+        model.eval()
+        left = False
+        try:
+            with state.average.swapped_in(model) if state.average is not None else nullcontext():
+                results = dict(self.evaluate(model, on_progress))
+        except _Left:
+            left = True
+        finally:
+            restore_rng(rng)
+        if left:
+            self.signals.interrupt(loop, collective=False)
+        model.train(training)
+        self.limit.reserve = max(self.limit.reserve, time.monotonic() - start)
+        state.results, state.evaluated_at = results, state.iteration
+        self._judge(loop)
+        if 0 < self.patience <= state.stale and not loop.last:
+            logger.info(
+                "Stopped early: %d evaluations without a better %s than %.4f (iteration %d); TEST.PATIENCE 0 never "
+                "stops.",
+                *(state.stale, self.metric, math.nan if state.best is None else state.best, state.best_iteration),
+            )
+            loop.stop()
+        loop.call("after_eval")
+
+    def _judge(self, loop: Loop) -> None:
+        """Keep the model if its metric is the best so far."""
+        state, name = loop.state, self.metric
+        value = state.results.get(name)
+        if value is None and state.results:
+            value = next((v for k, v in state.results.items() if k.endswith(f"/{name}")), None)
+            if value is None:
+                logger.warning("TEST.BEST_METRIC %s is not among the results (%s ...).", name, min(state.results))
+        if value is None or not math.isfinite(value):
+            state.stale += 1
+            logger.info("%s is undefined; %s is not written for iteration %d.", name, BEST, state.iteration)
+        elif state.best is not None and value <= state.best:
+            state.stale += 1
+            logger.info("%s %.4f; the best stays %.4f (iteration %d).", name, value, state.best, state.best_iteration)
+        else:
+            state.best, state.best_iteration, state.stale = float(value), state.iteration, 0
+            checkpoint = self.signals.checkpoint
+            if dist.rank() == 0:
+                save_checkpoint(checkpoint.folder / BEST, build_payload(state, checkpoint.meta, resumable=False))
+            logger.info("%s %.4f is the best so far: %s written.", name, value, checkpoint.folder / BEST)
+
+
+class _Left(Exception):
+    """The evaluation is left because of a signal."""

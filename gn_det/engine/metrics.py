@@ -1,0 +1,295 @@
+"""Numbers of every iteration: collected, smoothed, and given to the loggers and the progress line.
+
+Names and rules are Detectron2's: losses, lr, time and the model's own metrics are written every 20 iterations as the
+median of the last 20 values; evaluation results are written as they are, at the iteration they belong to.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from gn_det.engine import dist
+from gn_det.engine.log import FILE_ONLY
+from gn_det.engine.loggers import Logger
+from gn_det.engine.loop import Hook, Loop
+from gn_det.errors import TrainingError
+
+logger = logging.getLogger(__name__)
+
+WINDOW = 20
+#: Times measure the machine that a run happens to be on; a resumed run measures its own.
+_OF_THIS_MACHINE = ("time", "eta_seconds")
+
+
+@dataclass
+class History:
+    """Values of one scalar: the last few for medians, a running mean over all."""
+
+    smooth: bool
+    values: deque[float] = field(default_factory=lambda: deque(maxlen=1000))
+    iteration: int = -1
+    count: int = 0
+    mean: float = 0.0
+
+    def add(self, value: float, iteration: int) -> None:
+        self.values.append(value)
+        self.iteration = iteration
+        self.count += 1
+        self.mean += (value - self.mean) / self.count
+
+    def latest(self) -> float:
+        return self.values[-1]
+
+    def median(self, window: int = WINDOW) -> float:
+        return statistics.median(list(self.values)[-window:])
+
+    def average(self, window: int = WINDOW) -> float:
+        return statistics.fmean(list(self.values)[-window:])
+
+
+class EventLog:
+    """Scalars by name, each with the 0-based iteration of its last value."""
+
+    def __init__(self) -> None:
+        self.histories: dict[str, History] = {}
+
+    def put(self, name: str, value: float, iteration: int, *, smooth: bool = True) -> None:
+        """Add one value; ``smooth`` False means that writers take it as it is."""
+        if name not in self.histories:
+            self.histories[name] = History(smooth)
+        self.histories[name].add(float(value), iteration)
+
+    def put_all(self, values: Mapping[str, float], iteration: int, *, smooth: bool = True) -> None:
+        for name, value in values.items():
+            self.put(name, value, iteration, smooth=smooth)
+
+    def newer_than(self, iteration: int) -> dict[int, dict[str, float]]:
+        """Scalars put after ``iteration``: {their iteration: {name: median of the window, or the latest value}}."""
+        out: dict[int, dict[str, float]] = {}
+        for name, history in self.histories.items():
+            if history.iteration > iteration:
+                value = history.median() if history.smooth else history.latest()
+                out.setdefault(history.iteration, {})[name] = value
+        return dict(sorted(out.items()))
+
+    def dump(self) -> dict[str, Any]:
+        """What a resumed run needs in order to write the same medians: the last window of every smoothed scalar."""
+        kept = {k: h for k, h in self.histories.items() if (h.smooth or k == "lr") and k not in _OF_THIS_MACHINE}
+        return {name: [h.smooth, list(h.values)[-WINDOW:], h.iteration, h.count, h.mean] for name, h in kept.items()}
+
+    def restore(self, dumped: Mapping[str, Any]) -> None:
+        """Inverse of :meth:`dump`, of a checked checkpoint."""
+        for name, (smooth, values, iteration, count, mean) in dumped.items():
+            if name not in _OF_THIS_MACHINE:
+                self.histories[name] = History(smooth, iteration=iteration, count=count, mean=float(mean))
+                self.histories[name].values.extend(map(float, values))
+
+
+def peak_memory_mb() -> float:
+    """Peak memory in MiB: of this process's GPU tensors where there is a GPU, else of the process itself."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return float("nan")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def progress_line(log: EventLog, iteration: int) -> str:
+    """Detectron2's log line: losses as medians of 20, times as means, in a form that its parsers read."""
+    histories = log.histories
+    parts = []
+    if "eta_seconds" in histories:
+        parts.append(f"eta: {datetime.timedelta(seconds=int(histories['eta_seconds'].latest()))}")
+    parts.append(f"iter: {iteration}")
+    parts += [f"{name}: {h.median():.4g}" for name, h in histories.items() if "loss" in name]
+    if "time" in histories:
+        parts += [f"time: {histories['time'].mean:.4f}", f"last_time: {histories['time'].latest():.4f}"]
+    if "data_time" in histories:
+        parts.append(f"data_time: {histories['data_time'].average():.4f}")
+        parts.append(f"last_data_time: {histories['data_time'].latest():.4f}")
+    if "lr" in histories:
+        parts.append(f"lr: {histories['lr'].latest():.5g}")
+    parts.append(f"max_mem: {peak_memory_mb():.0f}M")
+    return "  ".join(parts)
+
+
+class Progress:
+    """A tqdm line on a terminal; one log line every ``period`` iterations in log.txt, elsewhere on screen too."""
+
+    def __init__(self, start: int, total: int, *, period: int = 20, terminal: bool | None = None) -> None:
+        self._period = period
+        self._total = total
+        self._bar = None
+        self._since = 0.0
+        if _is_terminal() if terminal is None else terminal:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, initial=start, dynamic_ncols=True, unit="it", mininterval=0.5, desc="train")
+
+    def update(self, log: EventLog, iteration: int) -> None:
+        """Called after every iteration (0-based)."""
+        if self._bar is not None:
+            now = time.monotonic()
+            if now - self._since > 0.5:
+                self._bar.set_postfix_str(_short(log), refresh=False)
+                self._since = now
+            self._bar.update(1)
+        if (iteration + 1) % self._period == 0 or iteration + 1 == self._total:
+            logger.info(progress_line(log, iteration), extra=None if self._bar is None else FILE_ONLY)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _is_terminal() -> bool:
+    """A terminal with a size: those of CI services claim to be one, but have 0 lines."""
+    try:
+        return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).lines > 0
+    except (OSError, ValueError):
+        return False
+
+
+def _short(log: EventLog) -> str:
+    """Losses under short names, lr and memory: what fits on one terminal line beside tqdm's own rate and ETA."""
+    h = log.histories
+    shown = []
+    for name, short in (
+        ("total_loss", "loss"),
+        ("loss_cls", "cls"),
+        ("loss_box_reg", "box"),
+        ("loss_mask", "mask"),
+        ("loss_rpn_cls", "rpn"),
+        ("loss_rpn_loc", "loc"),
+    ):
+        if name in h:
+            shown.append(f"{short} {h[name].median():.3g}")
+    if "lr" in h:
+        shown.append(f"lr {h['lr'].latest():.2g}")
+    if "time" in h:
+        shown.append(f"{h['time'].median():.2f} s/it")
+    shown.append(f"{peak_memory_mb():.0f} MB")
+    return " ".join(shown)
+
+
+class Metrics(Hook):
+    """Losses, lr, times and further scalars of every iteration, under Detectron2's names; rank 0 alone.
+
+    Args:
+        loggers: where they are written; closed at the end of the training.
+        terminal: show a progress bar; None finds out.
+    """
+
+    WARMUP = 3  #: iterations whose time is not counted
+    DIVERGED = 3.0  #: times the lowest loss
+
+    def __init__(self, loggers: list[Logger], *, terminal: bool | None = None) -> None:
+        self.log, self.loggers = EventLog(), loggers
+        self.lowest: tuple[float, int] | None = None
+        self._warned, self._terminal = False, terminal
+        self._progress: Progress | None = None
+        self._mark, self._first = 0.0, 0
+
+    def before_train(self, loop: Loop) -> None:
+        self._mark, self._first = time.perf_counter(), loop.state.iteration + 1
+        if dist.rank() == 0:
+            self._progress = Progress(self._first, loop.total, period=WINDOW, terminal=self._terminal)
+
+    def after_step(self, loop: Loop) -> None:
+        loop.scalars |= getattr(loop.state.model, "pop_metrics", dict)()
+        if dist.rank() != 0:
+            return
+        log, iteration = self.log, loop.state.iteration
+        log.put("data_time", loop.data_time, iteration)
+        log.put("total_loss", sum(loop.losses.values()), iteration)
+        if len(loop.losses) > 1:
+            log.put_all(loop.losses, iteration)
+        self._take_scalars(loop)
+        log.put("lr", loop.lr, iteration, smooth=False)
+        if iteration - self._first >= self.WARMUP:
+            log.put("time", time.perf_counter() - self._mark, iteration)
+            left = loop.total - iteration - 1
+            log.put("eta_seconds", log.histories["time"].median(1000) * left, iteration, smooth=False)
+        if (iteration + 1) % WINDOW == 0:
+            self._look_for_divergence(iteration, loop.lr)
+        if self._progress is not None:
+            self._progress.update(log, iteration)
+
+    def after_eval(self, loop: Loop) -> None:
+        # Detectron2 writes the last evaluation under MAX_ITER, one beyond the last iteration.
+        self.log.put_all(loop.state.results, loop.state.iteration + loop.last, smooth=False)
+        self.write()  # now: the log keeps only the latest evaluation
+
+    def end_step(self, loop: Loop) -> None:
+        if dist.rank() == 0:
+            self._take_scalars(loop)
+            if (loop.state.iteration + 1) % WINDOW == 0 or loop.last or loop.stopping:
+                self.write()
+        self._mark = time.perf_counter()  # evaluation and checkpoints do not count for the next iteration
+
+    def after_train(self, loop: Loop) -> None:
+        if self._progress is not None:
+            self._progress.close()
+        for one in self.loggers:
+            one.close()
+
+    def write(self) -> None:
+        """Give the loggers what is new to them.
+
+        Raises:
+            TrainingError: a file cannot be written.
+        """
+        try:
+            for one in self.loggers:
+                for iteration, scalars in self.log.newer_than(one.written).items():
+                    one.write(iteration, scalars)
+                    one.written = iteration
+                one.flush()
+        except OSError as error:
+            raise TrainingError(
+                f"metrics cannot be written to OUTPUT_DIR ({error.strerror or error}): free space there, then "
+                "continue with --resume"
+            ) from error
+
+    def dump(self) -> dict[str, Any]:
+        """For the checkpoint: the scalars' windows, and what the files hold already."""
+        written = max((one.written for one in self.loggers), default=-1)
+        return {"scalars": self.log.dump(), "written": written, "lowest": self.lowest}
+
+    def restore(self, dumped: Mapping[str, Any]) -> None:
+        """Inverse of :meth:`dump`; what is written is the loggers' own."""
+        self.log.restore(dumped["scalars"])
+        self.lowest = dumped["lowest"]
+
+    def _take_scalars(self, loop: Loop) -> None:
+        self.log.put_all(loop.scalars, loop.state.iteration)
+        loop.scalars = {}
+
+    def _look_for_divergence(self, iteration: int, lr: float) -> None:
+        """Warn once when the loss has risen far above its lowest median."""
+        median = self.log.histories["total_loss"].median()
+        if self.lowest is None or median < self.lowest[0]:
+            self.lowest = (median, iteration)
+        low, at = self.lowest
+        if not self._warned and 0 < low * self.DIVERGED <= median:
+            self._warned = True
+            logger.warning(
+                f"total_loss has risen to {median:.3g} at iteration {iteration}, {median / low:.1f} times its lowest "
+                f"({low:.3g} at iteration {at}): training diverges; lower SOLVER.BASE_LR (now {lr:.3g}), lengthen "
+                "SOLVER.WARMUP_ITERS or set SOLVER.CLIP_GRADIENTS.ENABLED True, and start again from a checkpoint "
+                "before that."
+            )
