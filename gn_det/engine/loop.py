@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +178,7 @@ class Loop:
         for part in range(1, self.accumulate + 1):
             batch, waited = self._next_batch()
             with self._ddp.no_sync() if self._ddp is not None and part < self.accumulate else nullcontext():
-                with torch.autocast(self._device.type, self.autocast) if self.autocast else nullcontext():
+                with self._autocast():
                     losses = self._losses(batch)
                     total = torch.stack([v.float() for v in losses.values()]).sum()
                 total = total / self.accumulate if self.accumulate > 1 else total
@@ -197,6 +197,10 @@ class Loop:
             scaler.update()
         state.iteration += 1
         state.images_seen += self.images
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        # Without the cache each use of a shared weight gets its gradient in float32.
+        return torch.autocast(self._device.type, self.autocast, cache_enabled=False) if self.autocast else nullcontext()
 
     def _next_batch(self) -> tuple[Any, float]:
         start = time.perf_counter()
