@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import pickle
 import signal
@@ -25,6 +24,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from gn_det.errors import ConfigError, TrainingError, UserError
+from gn_det.parent_watch import end_with_parent
 from gn_det.terminal import guard
 
 logger = logging.getLogger(__name__)
@@ -301,25 +301,8 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _end_with_parent() -> None:
-    """End this process when the one that started it is gone, however it ended.
-
-    After a kill -9 of the parent nobody would stop the ranks: they would train on, or wait for each other for half an
-    hour, unseen, with the machine's memory.
-    """
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-
-    def watch() -> None:
-        wait_for([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, name="gn_det-parent-watch", daemon=True).start()
-
-
 def _worker(index: int, function: Callable[..., Any], args: tuple[Any, ...], plan: tuple[Any, ...]) -> None:
-    _end_with_parent()
+    end_with_parent()
     guard()
     device, num_gpus, num_machines, machine_rank, dist_url, box = plan
     number = machine_rank * num_gpus + index

@@ -23,7 +23,7 @@ from gn_det.engine.loop import Hook, Loop
 from gn_det.engine.metrics import Metrics
 from gn_det.engine.output import BEST, FINAL, numbered
 from gn_det.engine.state import ModelMeta, build_payload, capture_rng, restore_rng
-from gn_det.errors import TrainingError, WriteError
+from gn_det.errors import TrainingError, UserError, WriteError
 
 logger = logging.getLogger(__name__)
 
@@ -98,21 +98,31 @@ class Checkpoint(Hook):
             TrainingError: on every rank: the file cannot be written, or the weights are not finite.
         """
         rng = dist.gather_objects(capture_rng()) if collective else [capture_rng()]
-        path, problem = self.path(loop), None
+        path = self.path(loop)
+        problem: UserError | None = None
         if dist.rank() == 0:
             try:
-                save_checkpoint(path, build_payload(loop.state, self.meta, rng=rng, logs=self.metrics.dump()))
+                self.write(path.name, build_payload(loop.state, self.meta, rng=rng, logs=self.metrics.dump()))
                 write_last(self.folder, path.name)
                 prune(self.folder, self.keep)
-            except TrainingError as error:
+            except UserError as error:
                 problem = error
-            except WriteError as error:
-                problem = TrainingError(f"{error}, then rerun with --resume")
         if collective:
             problem = dist.broadcast(problem)
         if problem is not None:
             raise problem
         loop.state.saved = os.fspath(path)
+
+    def write(self, name: str, payload: Mapping[str, Any]) -> None:
+        """Write a file of the run.
+
+        Raises:
+            TrainingError: it cannot be written.
+        """
+        try:
+            save_checkpoint(self.folder / name, payload)
+        except WriteError as error:
+            raise TrainingError(f"{error}, then rerun with --resume") from None
 
 
 class Signals(Hook):
@@ -272,7 +282,7 @@ class Evaluate(Hook):
             state.best, state.best_iteration, state.stale = float(value), state.iteration, 0
             checkpoint = self.signals.checkpoint
             if dist.rank() == 0:
-                save_checkpoint(checkpoint.folder / BEST, build_payload(state, checkpoint.meta, resumable=False))
+                checkpoint.write(BEST, build_payload(state, checkpoint.meta, resumable=False))
             logger.info("%s %.4f is the best so far: %s written.", name, value, checkpoint.folder / BEST)
 
 
