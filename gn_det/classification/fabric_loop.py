@@ -18,7 +18,7 @@ from gn_det.classification.image_sources import Batch, Input, Source, epoch_batc
 from gn_det.classification.settings import Settings, lr_at
 from gn_det.engine import dist
 from gn_det.engine.lightning_parts import backend, process_layout, quiet_lightning
-from gn_det.engine.metrics import EventLog, Progress
+from gn_det.engine.scalars import EventLog, Progress
 from gn_det.errors import TrainingError
 
 logger = logging.getLogger(__name__)

@@ -27,9 +27,9 @@ from gn_det.classification.settings import BUILTIN, Settings, base_lr
 from gn_det.engine import dist
 from gn_det.engine.log import FILE_ONLY, run_log
 from gn_det.engine.loggers import TensorBoardWriter
-from gn_det.engine.metrics import Progress, peak_memory_mb
 from gn_det.engine.output import BEST, FINAL, alone_in, check_writable
 from gn_det.engine.payload import check_origin, check_pretraining, check_summary, refuse, restore_slots
+from gn_det.engine.scalars import Progress, peak_memory_mb
 from gn_det.engine.state import seed_everything
 from gn_det.errors import ConfigError, DataError, TrainingError, UserError, WeightsError
 from gn_det.files import atomic_write, open_append, open_regular

@@ -19,9 +19,9 @@ from gn_det.engine.hooks import Average, Checkpoint, Evaluate, Evaluator, Schedu
 from gn_det.engine.interface import Engine
 from gn_det.engine.loggers import JsonWriter, Logger, TensorBoardWriter
 from gn_det.engine.loop import Hook, Loop, make_scaler, parallel
-from gn_det.engine.metrics import Metrics
 from gn_det.engine.optim import clip_gradients
 from gn_det.engine.output import METRICS, trim_metrics
+from gn_det.engine.scalars import Metrics
 from gn_det.engine.schedule import images_per_rank
 from gn_det.engine.state import ModelMeta, Resume, TrainState, WeightAverage, restore
 

@@ -20,8 +20,8 @@ from gn_det.checkpoint.io import save_checkpoint
 from gn_det.checkpoint.last import prune, write_last
 from gn_det.engine import dist
 from gn_det.engine.loop import Hook, Loop
-from gn_det.engine.metrics import Metrics
 from gn_det.engine.output import BEST, FINAL, numbered
+from gn_det.engine.scalars import Metrics
 from gn_det.engine.state import ModelMeta, build_payload, capture_rng, restore_rng
 from gn_det.errors import TrainingError, UserError, WriteError
 

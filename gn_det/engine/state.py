@@ -189,7 +189,7 @@ def build_payload(
     Args:
         resumable: False: weights and metadata only (``model_best.pth``).
         rng: random streams of all ranks.
-        logs: of the metrics, see :meth:`gn_det.engine.metrics.Metrics.dump`.
+        logs: of the metrics, see :meth:`gn_det.engine.scalars.Metrics.dump`.
 
     Raises:
         TrainingError: the weights hold nan or inf; an older checkpoint is worth more than this one.

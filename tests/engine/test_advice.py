@@ -11,7 +11,7 @@ import torch
 
 from gn_det.config import load_config
 from gn_det.engine.advice import half_gn, short_for_scratch
-from gn_det.engine.metrics import Metrics
+from gn_det.engine.scalars import Metrics
 from gn_det.errors import TrainingError
 from gn_det.modeling.census import CensusRow
 from tests.engine.cases import Tiny, run

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from gn_det.engine.loggers import JsonWriter
-from gn_det.engine.metrics import EventLog, Metrics, progress_line
 from gn_det.engine.output import check_writable, refuse_old_run, start_afresh, trim_metrics
+from gn_det.engine.scalars import EventLog, Metrics, progress_line
 from gn_det.errors import TrainingError
 
 

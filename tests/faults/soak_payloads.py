@@ -231,7 +231,7 @@ class _Resume:
         """Two iterations, with what is recorded and written after them."""
         from gn_det.engine import fit, hooks
         from gn_det.engine.hooks import Schedule
-        from gn_det.engine.metrics import Metrics, progress_line
+        from gn_det.engine.scalars import Metrics, progress_line
         from gn_det.engine.state import ModelMeta
         from tests.engine.cases import loader_factory
 
