@@ -81,3 +81,10 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the known name nearest to ``word``, or "" where none is near."""
     near = nearest(word, known, n=1)
     return f"; did you mean {shown(near[0])}?" if near else ""
+
+
+def some(values: Iterable[object], limit: int = 5) -> str:
+    """Return the first values, comma-separated on one printable line, and how many more there are."""
+    every = list(values)
+    more = f" and {len(every) - limit} more" if len(every) > limit else ""
+    return ", ".join(one_line(value, 60) for value in every[:limit]) + more

@@ -1,39 +1,96 @@
-"""One dataset read for ``gn-det check``: every problem that the loader knows, and some that it does not mind.
+"""One dataset read for ``gn-det check``: everything the loader rejects or repairs, plus problems that it tolerates.
 
-Images and annotations go through the very functions that training uses, with a reporter that never stops. On what they
+Images and annotations go through the very functions that training uses, with a collector that never stops. On what they
 accept, this module looks for more: boxes that do not fit their masks, objects annotated twice, objects too small to
-see. One pass, no copy of the annotations: what is kept of an object are a few numbers.
+see. One pass, no copy of the annotations beyond the compact records.
 """
 
 from __future__ import annotations
 
-import gc
 import os
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
+from tqdm import tqdm
 
 from gn_det.check.decode import DecodeJob, decode_all
-from gn_det.check.findings import Findings
+from gn_det.data.annotations import AnnotationReader, mask_box
 from gn_det.data.catalog import DatasetSource, prepare
-from gn_det.data.checks import mask_box
-from gn_det.data.coco import NO_MASK, AnnotationReader, CocoDataset, look_at_images
-from gn_det.data.coco_file import CocoFile, parse, structure
+from gn_det.data.coco import CocoDataset, build_dataset
+from gn_det.data.coco_json import CocoJson, collector_paused, parse, structure
 from gn_det.data.image import ImageReader
-from gn_det.data.problems import KINDS, Caps, FileProblem, Where
-from gn_det.data.records import Annotation, RecordList
+from gn_det.data.image_files import look_at_images
+from gn_det.data.problems import KINDS, NOWHERE, FileProblem, Kind, Problem, Problems, Where
+from gn_det.data.records import Annotation
 from gn_det.data.transforms import resized_shape
+from gn_det.evaluation.diagnose import Caps
 
+#: Findings of one kind that are kept with place and words; beyond, they are counted.
+KEPT = 1000
 #: An edge of a box may be off its mask by this many pixels, or by this part of the longer side.
 _FIT_PIXELS, _FIT_PART = 3.0, 0.1
-#: What boxes that are corners look like one by one.
-_OF_CORNERS = ("bbox-mask", "bbox-reaches-out")
 #: What the box or its part inside the image has to measure at training size, in pixels.
 VISIBLE = 1.0
+
+Box = tuple[float, float, float, float]
+
+
+class Findings(Problems):
+    """Collects problems instead of refusing the set.
+
+    Attributes:
+        counts: how many of each kind.
+        found: the first :data:`KEPT` of each kind.
+        dropped_images: id of an image that training drops to the kind of problem.
+        dropped_annotations: the same for annotations (new ids, where they were given).
+        mended: id of an annotation to the kinds of repair it needs.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.counts: Counter[str] = Counter()
+        self.found: dict[str, list[Problem]] = {}
+        self.dropped_images: dict[Any, str] = {}
+        self.dropped_annotations: dict[Any, str] = {}
+        self.mended: dict[Any, frozenset[str]] = {}
+        self._kind_sets: dict[frozenset[str], frozenset[str]] = {}
+
+    def add(self, kind: str, where: Where = NOWHERE, *details: Any, count: int = 1) -> None:
+        """Write one finding down (``count`` of them in one place)."""
+        self.counts[kind] += count
+        kept = self.found.setdefault(kind, [])
+        if len(kept) < KEPT:
+            kept.append(Problem(kind, where, details))
+
+    def refuse(self, kind: str, where: Where, *details: Any) -> None:
+        self.add(kind, where, *details)
+        if kind == "image-id-repeated":
+            self.dropped_images[where.image] = kind
+
+    def drop(self, kind: str, where: Where, *details: Any) -> None:
+        self.add(kind, where, *details)
+        # Annotations without a known image are left out by their position, see CocoJson.left_out.
+        if where.image is not None and where.annotation is None:
+            self.dropped_images.setdefault(where.image, kind)
+        elif where.image is not None:
+            self.dropped_annotations.setdefault(where.annotation, kind)
+
+    def repair(self, kind: str, where: Where, count: int = 1) -> None:
+        self.add(kind, where, count=count)
+        if where.annotation is not None and not kind.startswith("annotation-"):  # those are known by their position
+            kinds = self.mended.get(where.annotation, frozenset()) | {kind}
+            # One set for all annotations with the same repairs: a whole COCO may lack iscrowd.
+            self.mended[where.annotation] = self._kind_sets.setdefault(kinds, kinds)
+
+    def of(self, severity: str) -> list[tuple[str, Kind, int]]:
+        """(name, kind, count) of the kinds found, in the order of ``KINDS``."""
+        return [(n, k, self.counts[n]) for n, k in KINDS.items() if k.severity == severity and self.counts[n]]
+
+    def total(self, severity: str) -> int:
+        """How many findings of that severity."""
+        return sum(count for _, _, count in self.of(severity))
 
 
 @dataclass(frozen=True)
@@ -69,28 +126,17 @@ class Training:
 
 
 @dataclass
-class Objects:
-    """Numbers of all objects that are no crowd, one entry each: box sides in pixels, class, and image index."""
-
-    widths: array[float] = field(default_factory=lambda: array("f"))
-    heights: array[float] = field(default_factory=lambda: array("f"))
-    classes: array[int] = field(default_factory=lambda: array("l"))
-    images: array[int] = field(default_factory=lambda: array("l"))
-
-
-@dataclass
 class Survey:
     """What is known of one dataset after reading it.
 
     Attributes:
         source, split: which set; ``split`` is "train" or "val".
-        reader: reads its images as training does.
         findings: everything that is wrong.
-        dataset: counts and classes as :func:`load_coco` gives them, without records; None where nothing could be read.
-        data: the parsed json, for samples and ``--fix``; None where it is no json.
+        reader: reads its images as training does.
+        dataset: what training would have read, but for the objects without a mask; None where nothing could be read.
+        data: the parsed json, for ``--fix``; None where it is no json.
         content: its checked structure.
-        images: usable images, entries of ``content.images``.
-        objects: sizes, classes and images of the objects, the index being that into ``images``.
+        images: usable images, entries of ``content.images`` in the order of ``dataset``.
         digests: content hash by image id, where every image was decoded.
         decoded: whether every image was decoded.
     """
@@ -100,10 +146,9 @@ class Survey:
     findings: Findings
     reader: ImageReader = field(default_factory=ImageReader)
     dataset: CocoDataset | None = None
-    data: dict[str, Any] | None = None
-    content: CocoFile | None = None
+    data: Any = None
+    content: CocoJson | None = None
     images: list[dict[str, Any]] = field(default_factory=list)
-    objects: Objects = field(default_factory=Objects)
     digests: dict[Any, bytes] = field(default_factory=dict)
     decoded: bool = False
 
@@ -125,192 +170,148 @@ def survey(
         progress: show progress bars on stderr.
     """
     prepare(source)
-    with _collector_paused():
-        return _survey(Survey(source, split, Findings(source.json_file), training.reader), training, decode, progress)
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Millions of lists without a cycle among them: looking for cycles takes a quarter of the time."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-def _survey(result: Survey, training: Training, decode: bool, progress: bool) -> Survey:
-    source, split = result.source, result.split
-    findings = result.findings
-    try:
-        result.data = parse(source, findings)
-        result.content = structure(result.data, findings, need_annotations=split == "train")
-    except FileProblem as problem:
-        findings.add_file_problem(problem)
-        return result
-    unusable = _look_at_images(result, training, decode, progress)
-    result.images = [image for image in result.content.images if image["id"] not in unusable]
-    _read_annotations(result, training, unusable, progress)
-    _look_at_the_whole(result)
+    findings = Findings(source.json_file)
+    result = Survey(source, split, findings, training.reader)
+    with collector_paused():
+        try:
+            result.data = parse(source)
+            result.content = structure(result.data, findings, need_annotations=split == "train")
+        except FileProblem as error:
+            findings.add(error.problem.kind, error.problem.where, *error.problem.details)
+            return result
+        unusable = _look_at_images(result, result.content, decode, progress)
+        result.images = [i for i in result.content.images if i["id"] not in unusable and i["width"]]
+        result.dataset = _read_annotations(result, result.content, training, unusable, progress)
+    _look_at_the_whole(result, result.content, result.dataset)
     return result
 
 
-def _look_at_images(result: Survey, training: Training, decode: bool, progress: bool) -> set[Any]:
+def _bar(progress: bool, total: int, what: str) -> tqdm[Any]:
+    # None hides it where stderr is no terminal.
+    hidden = None if progress else True
+    return tqdm(total=total, desc=what, disable=hidden, leave=False, miniters=64, unit=" images")
+
+
+def _look_at_images(result: Survey, content: CocoJson, decode: bool, progress: bool) -> set[Any]:
     """Ids of unusable images; none where no image at all can be used, which is one mistake and not thousands."""
-    assert result.content is not None
-    images, source, findings = result.content.images, result.source, result.findings
+    images, findings = content.images, result.findings
     try:
-        with Bar(progress, len(images), f"{result.split}: image headers") as step:
-            unusable = look_at_images(images, source, findings, step, training.reader)
-    except FileProblem as problem:
-        findings.add_file_problem(problem)
+        with _bar(progress, len(images), f"{result.split}: image headers") as bar:
+            unusable = look_at_images(images, result.source, findings, bar.update, result.reader)
+    except FileProblem as error:
+        findings.add(error.problem.kind, error.problem.where, *error.problem.details)
         return set()
     if len(unusable) == len(images):
         return set()
     if decode:
         left = [image for image in images if image["id"] not in unusable]
-        jobs = [DecodeJob(result.path(i), i["width"], i["height"], training.reader) for i in left]
-        with Bar(progress, len(jobs), f"{result.split}: decoding") as step:
+        jobs = [DecodeJob(result.path(i), i["width"], i["height"], result.reader) for i in left]
+        with _bar(progress, len(jobs), f"{result.split}: decoding") as bar:
             for image, decoded in zip(left, decode_all(jobs)):
-                step()
+                bar.update()
                 where = Where(image["id"], image["file_name"])
                 if decoded.kind and KINDS[decoded.kind].severity == "error":
-                    findings.drop(decoded.kind, decoded.text, where)
+                    findings.drop(decoded.kind, where, decoded.text)
                     unusable.add(image["id"])
                 elif decoded.kind:
-                    findings.add(decoded.kind, decoded.text, where)
+                    findings.add(decoded.kind, where, decoded.text)
                 result.digests[image["id"]] = decoded.digest
         result.decoded = True
     return unusable
 
 
-def _read_annotations(result: Survey, training: Training, unusable: set[Any], progress: bool) -> None:
+def _read_annotations(
+    result: Survey, content: CocoJson, training: Training, unusable: set[Any], progress: bool
+) -> CocoDataset:
     """All annotations of all images; those of unusable images are looked at, but not counted."""
-    assert result.content is not None
-    content, findings = result.content, result.findings
+    findings = result.findings
     reader = AnnotationReader(content.category_ids, findings)
-    object_counts: list[int] = []
     capped: list[tuple[Where, int, int]] = []
-    crowds = without_mask = 0
-    with Bar(progress, len(content.images), f"{result.split}: annotations") as step:
+
+    def look(image: dict[str, Any], annotations: list[Annotation], usable: bool = True) -> None:
+        bar.update()
+        objects = [a for a in annotations if not a["iscrowd"]]
+        _look_at_objects(image, objects, training, result)
+        if usable and not objects:
+            findings.add("image-empty", Where(image["id"], image["file_name"]))
+        if usable and result.split == "val" and (lost := training.caps.lost([a["category_id"] for a in objects])):
+            capped.append((Where(image["id"], image["file_name"]), len(objects), lost))
+
+    with _bar(progress, len(content.images), f"{result.split}: annotations") as bar:
+        dataset = build_dataset(result.source, content, result.images, reader, look)
         for image in content.images:
-            step()
-            if findings.dropped_images.get(image["id"]) == "image-size":
-                continue  # which of the two sizes its annotations mean is not known
-            if not image["width"]:
-                continue  # neither the json nor the file has a size
-            looker = _Looker(image, training, result)
-            good = [a for raw in content.annotations_of.get(image["id"], ()) if (a := reader.read(raw, image))]
-            for annotation in good:
-                looker.look(annotation)
-            if image["id"] in unusable:
-                continue
-            kept = [a for a in good if not a["iscrowd"]]
-            crowds += len(good) - len(kept)
-            without_mask += sum("segmentation" not in a for a in kept)
-            _keep_numbers(result.objects, kept, len(object_counts))
-            object_counts.append(len(kept))
-            if not kept:
-                findings.add("image-empty", "", Where(image["id"], image["file_name"]))
-            lost = training.caps.lost([a["category_id"] for a in kept]) if result.split == "val" else 0
-            if lost:
-                capped.append((Where(image["id"], image["file_name"]), len(kept), lost))
+            # Of an image without size, or with another one than the json says, annotations cannot be judged.
+            if image["id"] in unusable and image["width"] and findings.dropped_images[image["id"]] != "image-size":
+                raws = content.annotations_of.get(image["id"], ())
+                look(image, [a for raw in raws if (a := reader.read(raw, image))], usable=False)
     keys = training.caps.keys_for(max((count for _, count, _ in capped), default=0))
     for where, count, lost in capped:
-        findings.add("many-objects", f"{count} objects, {lost} of which cannot be found: set {keys}", where)
+        findings.add("many-objects", where, count, lost, keys)
     reader.refuse_corners()
     if "bbox-corners" in findings.counts:
-        findings.forget(*_OF_CORNERS)
-    classes = np.array(result.objects.classes, dtype=np.int64)
-    result.dataset = CocoDataset(
-        name=result.source.name,
-        json_file=result.source.json_file,
-        image_root=result.source.image_root,
-        records=RecordList([]),
-        class_names=content.class_names,
-        category_ids=content.category_ids,
-        sizes=np.array([(i["width"], i["height"]) for i in result.images], dtype=np.int64).reshape(-1, 2),
-        object_counts=np.array(object_counts, dtype=np.int64),
-        class_counts=np.bincount(classes, minlength=len(content.category_ids)),
-        crowds=crowds,
-        without_mask=without_mask,
-    )
+        for kind in ("bbox-mask", "bbox-reaches-out"):  # what such boxes look like one by one
+            findings.counts.pop(kind, None)
+    return dataset
 
 
-def _keep_numbers(objects: Objects, annotations: Iterable[Annotation], image: int) -> None:
-    for a in annotations:
-        objects.widths.append(min(a["bbox"][2], 1e9))
-        objects.heights.append(min(a["bbox"][3], 1e9))
-        objects.classes.append(a["category_id"])
-        objects.images.append(image)
-
-
-class _Looker:
-    """Looks at the annotations of one image that the loader accepts."""
-
-    def __init__(self, image: dict[str, Any], training: Training, result: Survey) -> None:
-        self.image, self.training, self.split = image, training, result.split
-        self.findings = result.findings
-        self.scale = training.scale(image["width"], image["height"], min(training.short_sides))
-        self.seen: set[tuple[Any, ...]] = set()
-
-    def look(self, a: Annotation) -> None:
-        if a["iscrowd"]:
-            return
-        where = Where(self.image["id"], self.image["file_name"], a["id"])
-        self._look_at_box(a["bbox"], where)
+def _look_at_objects(image: dict[str, Any], objects: Sequence[Annotation], training: Training, result: Survey) -> None:
+    """Look at what the loader accepts in one image."""
+    findings = result.findings
+    scale = training.scale(image["width"], image["height"], min(training.short_sides))
+    seen: set[tuple[Any, ...]] = set()
+    for a in objects:
+        where = Where(image["id"], image["file_name"], a["id"])
+        _look_at_box(a["bbox"], image, scale, findings, where)
         key = (a["category_id"], *a["bbox"])
-        if key in self.seen:
-            self.findings.add("object-twice", "remove one of the two", where)
-        self.seen.add(key)
+        if key in seen:
+            findings.add("object-twice", where)
+        seen.add(key)
         segmentation = a.get("segmentation")
         if segmentation is not None:
-            self._compare(a["bbox"], mask_box(segmentation), where)
-        elif not self.training.masks_on:
-            self.findings.add("no-mask-unused", NO_MASK, where)
-        elif self.split == "val":
-            self.findings.add("no-mask-val", NO_MASK, where)
+            _compare(a["bbox"], mask_box(segmentation), image, findings, where)
+        elif not training.masks_on:
+            findings.add("no-mask-unused", where)
+        elif result.split == "val":
+            findings.add("no-mask-val", where)
         else:
-            self.findings.drop("no-mask", NO_MASK, where)
+            findings.drop("no-mask", where)
 
-    def _look_at_box(self, bbox: Sequence[float], where: Where) -> None:
-        x, y, w, h = bbox
-        width, height = self.image["width"], self.image["height"]
-        if max(bbox) <= 1 and min(width, height) > 1 and any(v != int(v) for v in bbox):
-            text = f"bbox {_short(bbox)} is below one pixel: multiply by the width and height of the image"
-            self.findings.add("bbox-normalised", text, where)
-            return
-        x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
-        if max(-x, -y, x + w - width, y + h - height) > 1:
-            text = f"bbox {_short(bbox)} reaches past the {width}x{height} image"
-            self.findings.add("bbox-reaches-out", text, where)
-        seen_width, seen_height = (x1 - x0) * self.scale[0], (y1 - y0) * self.scale[1]
-        if min(seen_width, seen_height) < VISIBLE:
-            text = (
-                f"bbox {_short(bbox)} is {seen_width:.2g}x{seen_height:.2g} pixels at training size: remove it, or "
-                f"raise INPUT.MIN_SIZE_TRAIN"
-            )
-            self.findings.add("object-vanishes", text, where)
 
-    def _compare(self, bbox: Sequence[float], found: tuple[float, float, float, float], where: Where) -> None:
-        x, y, w, h = bbox
-        box = self._inside((x, y, x + w, y + h))
-        mask = self._inside(found)
-        slack = max(_FIT_PIXELS, _FIT_PART * max(w, h, mask[2] - mask[0], mask[3] - mask[1]))
-        if _apart(box, mask) <= slack:
-            return
-        hint = "draw it again, or take the box of the mask"
-        if _apart(self._inside((x, y, w, h)), mask) <= _FIT_PIXELS:
-            hint = "it fits as [x0, y0, x1, y1], COCO boxes are [x, y, width, height]"
-        fitting = [round(v, 1) for v in (mask[0], mask[1], mask[2] - mask[0], mask[3] - mask[1])]
-        self.findings.add("bbox-mask", f"bbox {_short(bbox)}, its mask lies in {_short(fitting)}: {hint}", where)
+def _look_at_box(
+    bbox: Sequence[float], image: dict[str, Any], scale: tuple[float, float], findings: Findings, where: Where
+) -> None:
+    x, y, w, h = bbox
+    width, height = image["width"], image["height"]
+    if max(bbox) <= 1 and min(width, height) > 1 and any(v != int(v) for v in bbox):
+        findings.add("bbox-normalised", where, _short(bbox))
+        return
+    if max(-x, -y, x + w - width, y + h - height) > 1:
+        findings.add("bbox-reaches-out", where, _short(bbox), width, height)
+    x0, y0, x1, y1 = _inside((x, y, x + w, y + h), image)
+    seen = (x1 - x0) * scale[0], (y1 - y0) * scale[1]
+    if min(seen) < VISIBLE:
+        findings.add("object-vanishes", where, _short(bbox), *seen)
 
-    def _inside(self, box: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
-        width, height = self.image["width"], self.image["height"]
-        x0, y0, x1, y1 = box
-        return min(max(x0, 0), width), min(max(y0, 0), height), min(max(x1, 0), width), min(max(y1, 0), height)
+
+def _compare(bbox: Sequence[float], found: Box, image: dict[str, Any], findings: Findings, where: Where) -> None:
+    """Whether an XYWH box is that of its mask, whose XYXY box was ``found``."""
+    x, y, w, h = bbox
+    mask = _inside(found, image)
+    slack = max(_FIT_PIXELS, _FIT_PART * max(w, h, mask[2] - mask[0], mask[3] - mask[1]))
+    if _apart(_inside((x, y, x + w, y + h), image), mask) <= slack:
+        return
+    hint = "draw it again, or take the box of the mask"
+    if _apart(_inside((x, y, w, h), image), mask) <= _FIT_PIXELS:
+        hint = "it fits as [x0, y0, x1, y1], COCO boxes are [x, y, width, height]"
+    fitting = [round(v, 1) for v in (mask[0], mask[1], mask[2] - mask[0], mask[3] - mask[1])]
+    findings.add("bbox-mask", where, _short(bbox), _short(fitting), hint)
+
+
+def _inside(box: Box, image: dict[str, Any]) -> Box:
+    """The XYXY box cut to its image."""
+    width, height = image["width"], image["height"]
+    x0, y0, x1, y1 = box
+    return min(max(x0, 0), width), min(max(y0, 0), height), min(max(x1, 0), width), min(max(y1, 0), height)
 
 
 def _apart(a: Sequence[float], b: Sequence[float]) -> float:
@@ -321,47 +322,23 @@ def _short(bbox: Sequence[float]) -> str:
     return "[" + ", ".join(f"{v:g}" for v in bbox) + "]"
 
 
-def _look_at_the_whole(result: Survey) -> None:
-    """Files named twice, equal pictures, classes without objects."""
-    assert result.dataset is not None and result.content is not None
+def _look_at_the_whole(result: Survey, content: CocoJson, dataset: CocoDataset) -> None:
+    """Files named twice, equal images, classes without objects."""
     findings = result.findings
     first: dict[Any, Any] = {}
-    for image in result.content.images:
-        path = os.path.normpath(image["file_name"])
-        if path in first:
-            text = f"the same file as image {first[path]}: put all annotations under one image"
-            findings.add("file-twice", text, Where(image["id"], image["file_name"]))
-        else:
-            first[path] = image["id"]
+    for image in content.images:
+        other = first.setdefault(os.path.normpath(image["file_name"]), image["id"])
+        if other != image["id"]:
+            findings.add("file-twice", Where(image["id"], image["file_name"]), other)
     by_content: dict[bytes, dict[str, Any]] = {}
     for image in result.images:
         digest = result.digests.get(image["id"])
-        if not digest:
-            continue
-        other = by_content.setdefault(digest, image)
-        if other is not image and other["file_name"] != image["file_name"]:
-            text = f"the same picture as image {other['id']} ({other['file_name']}): remove one"
-            findings.add("content-twice", text, Where(image["id"], image["file_name"]))
-    if "annotations" not in (result.data or {}):
-        findings.add("no-truth", f"{result.source.json_file} has no 'annotations'")
-    elif result.dataset.object_counts.any():
-        for name, count in zip(result.dataset.class_names, result.dataset.class_counts):
+        same = by_content.setdefault(digest, image) if digest else image
+        if same["file_name"] != image["file_name"]:
+            findings.add("content-twice", Where(image["id"], image["file_name"]), same["id"], same["file_name"])
+    if not content.has_annotations:
+        findings.add("no-truth", NOWHERE, result.source.json_file)
+    elif len(dataset.object_images):
+        for name, count in zip(dataset.class_names, dataset.class_counts):
             if count == 0:
-                findings.add("class-empty", f"no object of {name!r}")
-
-
-class Bar:
-    """A progress bar on stderr; gives a function that moves it on."""
-
-    def __init__(self, shown: bool, total: int, what: str) -> None:
-        from tqdm import tqdm
-
-        # None hides it where stderr is no terminal.
-        hidden = None if shown else True
-        self._bar = tqdm(total=total, desc=what, disable=hidden, leave=False, miniters=64, unit=" images")
-
-    def __enter__(self) -> Any:
-        return self._bar.update
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
+                findings.add("class-empty", NOWHERE, repr(name))

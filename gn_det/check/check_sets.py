@@ -8,8 +8,7 @@ from typing import Any
 
 from gn_det.check.audit import Training, survey
 from gn_det.check.fix import Cleaner, changes_file, refuse_overwriting
-from gn_det.check.report import Report, as_json, look_across
-from gn_det.check.table import as_text
+from gn_det.check.report import Report, as_json, as_text, look_across
 from gn_det.data.catalog import datasets_for
 from gn_det.errors import ConfigError, UserError
 from gn_det.files import atomic_write

@@ -74,8 +74,7 @@ def decode(job: DecodeJob) -> Decoded:
         return Decoded(error.kind, error.text, digest_of(job.path))
     if one_colour(pixels):
         value = ", ".join(dict.fromkeys(str(v) for v in pixels[0, 0].tolist()))
-        text = f"every pixel is {value}: nothing can be seen in it"
-        return Decoded("image-constant", text, digest_of(job.path))
+        return Decoded("image-constant", value, digest_of(job.path))
     return Decoded(*_checksum_problem(job.path), digest_of(job.path))
 
 

@@ -7,9 +7,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from gn_det.check.audit import Survey
-from gn_det.data.checks import check_segmentation, mask_box, usable_pieces
-from gn_det.data.coco import AnnotationReader, fits_as_written
-from gn_det.data.coco_file import category_id, resolve_id, whole
+from gn_det.data.annotations import (
+    AnnotationReader,
+    check_segmentation,
+    fits_as_written,
+    mask_box,
+    resolve_id,
+    usable_pieces,
+    whole,
+)
+from gn_det.data.coco_json import category_id
 from gn_det.data.problems import KINDS, Problems
 from gn_det.errors import DataError, UserError
 from gn_det.files import NotRegularFile, atomic_write, check_regular, json_bytes
@@ -17,52 +24,56 @@ from gn_det.text import as_line, shown
 
 #: Repairs that write the box of the mask.
 _BOX_OF_MASK = frozenset({"bbox-missing", "bbox-unusable"})
-_OUT_WITH_IMAGE = "left out: its image is left out"
 
 
 def refuse_overwriting(outputs: dict[str, str | None], inputs: list[str]) -> None:
     """Raise UserError where an output (flag to path) is one of the files that are read, or a folder, pipe or device."""
     for flag, path in outputs.items():
+        if not path:
+            continue
         try:
-            if path:
-                check_regular(path)
+            check_regular(path)
         except NotRegularFile as error:
             raise UserError(f"{flag} {path}: {error.strerror}; give the name of a file") from None
         except (OSError, ValueError):
             pass  # not there yet, or the later write reports what is wrong
-        for source in inputs if path else ():
-            assert path is not None
+        for source in inputs:
             same = os.path.realpath(path) == os.path.realpath(source)
             if same or (os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source)):
                 raise UserError(f"{flag} {path}: this is the file that is checked; give another name")
 
 
+def changes_file(target: str) -> str:
+    """Where the changes of a cleaned copy are listed: ``cleaned.json`` has ``cleaned.changes.txt``."""
+    return os.path.splitext(target)[0] + ".changes.txt"
+
+
 class Cleaner:
-    """Turns a surveyed set into its cleaned copy."""
+    """Turns a surveyed set into its cleaned copy; ``changes`` has a line for each entry that is not as it was."""
 
     def __init__(self, survey: Survey) -> None:
-        self.survey = survey
+        self.survey, self.findings = survey, survey.findings
         self.changes: list[str] = []
-        blocking = [k for k in survey.findings.counts if KINDS[k].blocks]
+        blocking = [k for k in self.findings.counts if KINDS[k].blocks]
         if blocking or survey.content is None or survey.data is None:
-            first = survey.findings.found[blocking[0]][0] if blocking else "it cannot be read"
+            first = self.findings.found[blocking[0]][0] if blocking else "it cannot be read"
             raise DataError(f"--fix: {survey.source.json_file} needs a person first ({first}); nothing was written")
         self.content, self.data = survey.content, survey.data
         self.reader = AnnotationReader(self.content.category_ids, Problems(survey.source.json_file))
         self.image_of = {image["id"]: image for image in survey.images}
-        self.corners = "bbox-corners" in survey.findings.counts
-        self.merged = _merged_categories(self.content.category_ids, self.content.class_names)
+        self.corners = "bbox-corners" in self.findings.counts
+        self.merged = merged_categories(self.content.category_ids, self.content.class_names)
 
     def write(self, target: str) -> None:
         """Write the copy and, beside it, the list of changes.
 
         Raises:
             DataError: no object would be left.
-            WriteError: ``target`` cannot be written.
+            UserError: ``target`` cannot be written.
         """
         dataset = self.survey.dataset
-        objects = 0 if dataset is None else int(dataset.object_counts.sum())
-        if objects <= sum(kind == "no-mask" for kind in self.survey.findings.dropped_annotations.values()):
+        objects = 0 if dataset is None else len(dataset.object_images)
+        if objects <= sum(kind == "no-mask" for kind in self.findings.dropped_annotations.values()):
             raise DataError(f"--fix: no object of {self.survey.source.json_file} would be left; nothing was written")
         atomic_write(target, self._parts())
         lines = (f"{as_line(line)}\n".encode() for line in self.changes or ["no change"])
@@ -70,92 +81,92 @@ class Cleaner:
 
     def _parts(self) -> Iterator[bytes]:
         """The json in pieces, one entry at a time: a whole file as one text would take its size again."""
-        fixed = {"images": self._images, "annotations": self._annotations, "categories": self._categories}
+        fixed = {"images": self._image, "annotations": self._annotation, "categories": self._category}
+        self._seen: dict[str, set[Any]] = {key: set() for key in fixed}
         yield b"{"
         for number, (key, value) in enumerate(self.data.items()):
             yield (b",\n" if number else b"\n") + json_bytes(key) + b": "
             if key not in fixed:
                 yield json_bytes(value)
                 continue
+            kept = (e for position, entry in enumerate(value) if (e := fixed[key](position, entry)) is not None)
             yield b"["
-            for position, entry in enumerate(fixed[key]()):
+            for position, entry in enumerate(kept):
                 yield (b",\n" if position else b"\n") + json_bytes(entry)
             yield b"\n]"
         yield b"\n}\n"
 
-    def _images(self) -> Iterator[dict[str, Any]]:
-        seen: set[Any] = set()
-        for position, entry in enumerate(self.data["images"]):
-            number = whole(entry.get("id")) if isinstance(entry, dict) else None
-            if not isinstance(number, (int, str)):
-                self.changes.append(f"entry {position} of 'images': left out: it has no id")
-                continue
-            place = f"image {number} ({entry.get('file_name')})"
-            if number in seen:
-                self.changes.append(f"{place}: left out: the entry is listed twice")
-            elif number in self.image_of:
-                seen.add(number)
-                read = self.image_of[number]
-                what = {
-                    k: v for k, v in read.items() if entry.get(k) != v or (k == "id" and type(entry[k]) is not type(v))
-                }
-                if what:
-                    self.changes.append(f"{place}: {', '.join(_told(k, entry, v) for k, v in what.items())}")
-                yield {**entry, **what}
-            else:
-                reason = self.survey.findings.dropped_images.get(number, "image-entry")
-                self.changes.append(f"{place}: left out: {KINDS[reason].title}")
+    def _changed(self, place: str, entry: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+        """The entry with other values; those that differ in value or type are noted."""
+        new = {k: v for k, v in values.items() if k not in entry or entry[k] != v or type(entry[k]) is not type(v)}
+        if new:
+            self.changes.append(f"{place}: {', '.join(_in_words(key, entry, value) for key, value in new.items())}")
+        return {**entry, **new}
 
-    def _categories(self) -> Iterator[dict[str, Any]]:
-        seen: set[int] = set()
-        for entry in self.data["categories"]:
-            place, number = f"category {entry['id']} ({entry['name']})", category_id(entry["id"])
-            assert number is not None
-            if number in seen:
-                self.changes.append(f"{place}: left out: it is listed twice")
-            elif number in self.merged:
-                self.changes.append(f"{place}: merged into category {self.merged[number]} of the same name")
-            else:
-                seen.add(number)
-                if type(entry["id"]) is not int:
-                    self.changes.append(f"{place}: {_told('id', entry, number)}")
-                yield {**entry, "id": number}
+    def _left_out(self, place: str, why: str) -> dict[str, Any] | None:
+        self.changes.append(f"{place}: left out: {why}")
+        return None
 
-    def _annotations(self) -> Iterator[dict[str, Any]]:
-        for position, entry in enumerate(self.data["annotations"]):
-            reason = self._why_left_out(position, entry)
-            if reason:
-                self.changes.append(f"{_place(position, entry)}: {reason}")
-            else:
-                yield self._mended(position, entry)
+    def _is_copy(self, section: str, number: Any) -> bool:
+        copy = number in self._seen[section]
+        self._seen[section].add(number)
+        return copy
+
+    def _image(self, position: int, entry: Any) -> dict[str, Any] | None:
+        number = whole(entry.get("id")) if isinstance(entry, dict) else None
+        if not isinstance(number, (int, str)):
+            return self._left_out(f"entry {position} of 'images'", "it has no id")
+        place = f"image {number} ({entry.get('file_name')})"
+        if number not in self.image_of:
+            reason = self.findings.dropped_images.get(number, "image-entry")
+            return self._left_out(place, KINDS[reason].title)
+        if self._is_copy("images", number):
+            return self._left_out(place, KINDS["image-copy"].title)
+        read = self.image_of[number].items()
+        return self._changed(place, entry, {k: v for k, v in read if k == "id" or entry.get(k) != v})  # 40.0 stays
+
+    def _category(self, position: int, entry: dict[str, Any]) -> dict[str, Any] | None:
+        number = category_id(entry["id"])
+        place = f"category {entry['id']} ({entry['name']})"
+        if number in self.merged:
+            self.changes.append(f"{place}: merged into category {self.merged[number]} of the same name")
+            return None
+        if self._is_copy("categories", number):
+            return self._left_out(place, KINDS["category-copy"].title)
+        return self._changed(place, entry, {"id": number})
+
+    def _annotation(self, position: int, entry: Any) -> dict[str, Any] | None:
+        why = self._why_left_out(position, entry)
+        if not isinstance(entry, dict):
+            return self._left_out(f"entry {position} of 'annotations'", why)
+        place = f"annotation {entry.get('id')} of image {entry.get('image_id')}"
+        return self._left_out(place, why) if why else self._changed(place, entry, self._mended(position, entry))
+
+    def _number(self, position: int, entry: dict[str, Any]) -> Any:
+        return self.content.new_ids.get(position, whole(entry.get("id")))
 
     def _why_left_out(self, position: int, entry: Any) -> str:
         """Empty where the annotation stays."""
-        findings = self.survey.findings
-        if not isinstance(entry, dict):
-            return "left out: it is no object"
-        image = resolve_id(entry.get("image_id"), self.image_of)
-        if position not in self.content.left_out:
-            number = self.content.new_ids.get(position, whole(entry.get("id")))
-            kind = findings.dropped_annotations.get(number)
-            if not kind and "polygon-empty" in findings.mended.get(number, ()):
-                kind = "polygon-empty"
-            if kind:
-                return f"left out: {KINDS[kind].title}"
-            return "" if image is not None else _OUT_WITH_IMAGE
-        if image is not None:
-            return "left out: the annotation is listed twice"
-        listed = resolve_id(entry.get("image_id"), findings.dropped_images) is not None
-        return _OUT_WITH_IMAGE if listed else f"left out: {KINDS['image-unknown'].title}"
+        if position in self.content.left_out:
+            kind = self.content.left_out[position]
+            return KINDS[kind].title if kind else "its image is left out"
+        number = self._number(position, entry)
+        kind = self.findings.dropped_annotations.get(number, "")
+        if not kind and "polygon-empty" in self.findings.mended.get(number, ()):
+            kind = "polygon-empty"
+        if kind:
+            return KINDS[kind].title
+        return "" if resolve_id(entry.get("image_id"), self.image_of) is not None else "its image is left out"
 
     def _mended(self, position: int, entry: dict[str, Any]) -> dict[str, Any]:
-        number = self.content.new_ids.get(position, whole(entry.get("id")))
-        kinds = self.survey.findings.mended.get(number, frozenset())
+        """What the annotation should hold."""
+        number = self._number(position, entry)
+        kinds = self.findings.mended.get(number, frozenset())
         category = resolve_id(entry["category_id"], self.reader.index_of)
         image = self.image_of[resolve_id(entry["image_id"], self.image_of)]
         what: dict[str, Any] = {}
         if position in self.content.new_ids or "id-type" in kinds:
-            what |= {"id": number}
+            what["id"] = number
         if "id-type" in kinds:
             what |= {"image_id": image["id"], "category_id": category}
         if category in self.merged:
@@ -172,16 +183,11 @@ class Cleaner:
             if "polygon-piece" in kinds:
                 what["segmentation"] = usable_pieces(entry["segmentation"])
         if self.corners and not kinds & _BOX_OF_MASK and not entry.get("iscrowd"):
-            what |= _from_corners(entry, image)
-        what = {k: v for k, v in what.items() if k not in entry or entry[k] != v or type(entry[k]) is not type(v)}
-        if not what:
-            return entry
-        told = ", ".join(_told(key, entry, value) for key, value in what.items())
-        self.changes.append(f"{_place(position, entry)}: {told}")
-        return {**entry, **what}
+            what |= from_corners(entry, image)
+        return what
 
 
-def _from_corners(entry: dict[str, Any], image: dict[str, Any]) -> dict[str, Any]:
+def from_corners(entry: dict[str, Any], image: dict[str, Any]) -> dict[str, Any]:
     """Box and area of an annotation whose box is [x1, y1, x2, y2]; an area that the mask gave stays.
 
     Boxes of such a set that are no corners, or not those of their mask, are left as they are.
@@ -189,21 +195,14 @@ def _from_corners(entry: dict[str, Any], image: dict[str, Any]) -> dict[str, Any
     x1, y1, x2, y2 = entry["bbox"]
     if x2 <= x1 or y2 <= y1:
         return {}
-    what: dict[str, Any] = {"bbox": [x1, y1, x2 - x1, y2 - y1]}
     mask, _ = check_segmentation(entry.get("segmentation"), image["height"], image["width"])
-    if mask is None:
-        what["area"] = (x2 - x1) * (y2 - y1)
-    elif fits_as_written(entry["bbox"], mask_box(mask)):
+    if mask is not None and fits_as_written(entry["bbox"], mask_box(mask)):
         return {}
-    return what
+    area = {"area": (x2 - x1) * (y2 - y1)} if mask is None else {}
+    return {"bbox": [x1, y1, x2 - x1, y2 - y1], **area}
 
 
-def changes_file(target: str) -> str:
-    """Where the changes of a cleaned copy are listed: ``cleaned.json`` has ``cleaned.changes.txt``."""
-    return os.path.splitext(target)[0] + ".changes.txt"
-
-
-def _merged_categories(ids: tuple[int, ...], names: tuple[str, ...]) -> dict[int, int]:
+def merged_categories(ids: tuple[int, ...], names: tuple[str, ...]) -> dict[Any, int]:
     """Category id to the lowest id of the same name, where that is another one."""
     lowest: dict[str, int] = {}
     for number, name in zip(ids, names):
@@ -211,13 +210,7 @@ def _merged_categories(ids: tuple[int, ...], names: tuple[str, ...]) -> dict[int
     return {number: lowest[name] for number, name in zip(ids, names) if lowest[name] != number}
 
 
-def _place(position: int, entry: Any) -> str:
-    if not isinstance(entry, dict):
-        return f"entry {position} of 'annotations'"
-    return f"annotation {entry.get('id')} of image {entry.get('image_id')}"
-
-
-def _told(key: str, entry: dict[str, Any], value: Any) -> str:
+def _in_words(key: str, entry: dict[str, Any], value: Any) -> str:
     if key == "segmentation":
         return f"{len(entry[key]) - len(value)} of {len(entry[key])} polygon pieces left out"
     return f"{key} {value} (was {shown(entry[key])})" if key in entry else f"{key} {value} added"

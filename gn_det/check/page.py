@@ -9,15 +9,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from gn_det.check.audit import Survey
-from gn_det.check.findings import Finding, Findings
-from gn_det.check.report import Report, class_table
-from gn_det.check.table import facts
-from gn_det.data.checks import Defect, check_segmentation, is_number, usable_pieces
-from gn_det.data.coco import AnnotationReader
+from gn_det.check.audit import Findings, Survey
+from gn_det.check.report import Report, class_table, facts
+from gn_det.data.annotations import Defect, check_segmentation, is_number, usable_pieces
 from gn_det.data.image import ImageReader
-from gn_det.data.problems import Problems
-from gn_det.data.records import Record
+from gn_det.data.problems import Problem
 from gn_det.errors import DataError
 from gn_det.visualize.draw import draw_annotations, tint
 from gn_det.visualize.html import jpeg_uri, render
@@ -117,8 +113,7 @@ def choose_samples(survey: Survey, count: int = _SAMPLES) -> list[int]:
     """Indices into ``survey.images``: one with each class, rarest first, then spread over the set."""
     if survey.dataset is None or not survey.images:
         return []
-    classes = np.array(survey.objects.classes, dtype=np.int64)
-    images = np.array(survey.objects.images, dtype=np.int64)
+    images, classes = survey.dataset.object_images, survey.dataset.object_classes
     chosen: list[int] = []
     for index in np.argsort(survey.dataset.class_counts, kind="stable"):
         having = images[classes == index]
@@ -132,20 +127,13 @@ def choose_samples(survey: Survey, count: int = _SAMPLES) -> list[int]:
 
 def draw_sample(survey: Survey, index: int) -> np.ndarray | None:
     """The image with all its annotations; None where it cannot be read."""
-    assert survey.content is not None
+    assert survey.dataset is not None
     image = survey.images[index]
     pixels = _read(survey, image)
     if pixels is None or pixels.shape[:2] != (image["height"], image["width"]):
         return None
-    reader = AnnotationReader(survey.content.category_ids, Problems(survey.source.json_file))
-    found = [reader.read(raw, image) for raw in survey.content.annotations_of.get(image["id"], ())]
-    record = Record(
-        file_name=survey.path(image),
-        width=image["width"],
-        height=image["height"],
-        annotations=[a for a in found if a is not None],
-    )
-    drawn = draw_annotations(pixels, record, survey.content.class_names, min_size=_SIDE, max_size=4 * _SIDE)
+    record = survey.dataset.records[index]
+    drawn = draw_annotations(pixels, record, survey.dataset.class_names, min_size=_SIDE, max_size=4 * _SIDE)
     fitted = Image.fromarray(drawn)
     fitted.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     return np.array(fitted)
@@ -163,7 +151,7 @@ def _read(survey: Survey, image: dict[str, Any]) -> np.ndarray | None:
 # ------------------------------------------------------------ images of problems
 
 
-def draw_problem(survey: Survey, finding: Finding) -> np.ndarray | None:
+def draw_problem(survey: Survey, finding: Problem) -> np.ndarray | None:
     """The image with the annotation that is wrong: its box in red, its mask in yellow; None where nothing shows."""
     where = finding.where
     if survey.content is None or where.annotation is None or not finding.kind.startswith(_VISIBLE):

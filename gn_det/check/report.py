@@ -1,27 +1,31 @@
-"""What a check found, across all sets; how bad it is; and the same for machines."""
+"""What a check found across all sets, how bad it is, as text and as JSON."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from gn_det import __version__
-from gn_det.check.audit import Survey, Training
+from gn_det.check.audit import VISIBLE, Findings, Survey, Training
 from gn_det.check.decode import digest_of
-from gn_det.check.findings import Finding, Findings
 from gn_det.check.sizes import SizeTable, size_table
-from gn_det.data.coco import check_num_classes, check_same_classes
-from gn_det.data.problems import KINDS, Where
-from gn_det.data.trainable import check_masks, check_objects
+from gn_det.data.coco import check_masks, check_num_classes, check_objects, check_same_classes
+from gn_det.data.problems import KINDS, NOWHERE, Where
+from gn_det.data.sets import model_category_ids
 from gn_det.errors import DataError
-from gn_det.text import shown
+from gn_det.text import as_line, one_line, shown
 
 #: Exit codes of ``gn-det check``.
 CLEAN, WARNINGS, ERRORS = 0, 1, 2
+#: Places that are quoted for each kind, by severity; ``--json`` lists more.
+_QUOTED = {"error": 3, "warning": 3, "note": 1}
+#: Classes that are listed, characters of their names, and of the longest bar; ``--html`` and ``--json`` list all.
+_CLASSES, _NAME, _BAR = 20, 60, 30
 
 
 @dataclass
@@ -35,6 +39,7 @@ class Report:
         config: its name.
         sizes: object sizes of the training sets, None where none could be read.
         changes: lines of what ``--fix`` changed, None without it.
+        not_fixed: errors that the cleaned copy leaves.
     """
 
     surveys: list[Survey]
@@ -45,12 +50,9 @@ class Report:
     changes: list[str] | None = None
     not_fixed: list[str] = field(default_factory=list)
 
-    def all_findings(self) -> list[tuple[str, Findings]]:
-        """(heading, findings) of every set, and of all together."""
-        return [(s.split, s.findings) for s in self.surveys] + [("together", self.across)]
-
     def total(self, severity: str) -> int:
-        return sum(f.total(severity) for _, f in self.all_findings())
+        """Findings of that severity in all sets."""
+        return sum(f.total(severity) for f in (*(s.findings for s in self.surveys), self.across))
 
     @property
     def exit_code(self) -> int:
@@ -63,12 +65,12 @@ class Report:
         parts = [
             f"{n} {word}{'' if n == 1 else 's'}" for word in ("error", "warning", "note") if (n := self.total(word))
         ]
-        found = ", ".join(parts) or "no problem found"
         meaning = {
             CLEAN: "clean",
             WARNINGS: "training takes this set as it is; look at the warnings",
             ERRORS: "training refuses the set or drops entries of it",
         }
+        found = ", ".join(parts) or "no problem found"
         return f"{found}: {meaning[self.exit_code]} (exit code {self.exit_code})"
 
 
@@ -76,91 +78,76 @@ def look_across(surveys: Sequence[Survey], training: Training, cfg: Any, config:
     """Compare the sets with each other and with the config, by the functions that training calls."""
     report = Report(list(surveys), Findings("all sets"), training, config)
     train, val = ([s for s in surveys if s.split == split] for split in ("train", "val"))
-    readable = [s for s in train if s.dataset is not None]
-    _compare_with_training(report, readable, [s for s in val if s.dataset is not None], cfg)
-    _find_overlap(report, train, val)
-    if readable:
-        report.sizes = size_table(readable, training, cfg)
+    _compare_with_training(report, train, val, cfg)
+    _find_overlap(report.across, train, val)
+    datasets = [s.dataset for s in train if s.dataset is not None]
+    if datasets:
+        report.sizes = size_table(datasets, training, cfg)
         if report.sizes.many_small:
-            text = (
-                f"{report.sizes.small:.0%} of the objects are smaller than half the smallest anchor "
-                f"({min(report.sizes.anchors):g} pixels): raise INPUT.MIN_SIZE_TRAIN, or add smaller anchors "
-                f"(MODEL.ANCHOR_GENERATOR.SIZES)"
-            )
-            report.across.add("small-for-anchors", text)
+            report.across.add("small-for-anchors", NOWHERE, report.sizes.small, min(report.sizes.anchors))
     return report
 
 
 def _compare_with_training(report: Report, train: list[Survey], val: list[Survey], cfg: Any) -> None:
-    from gn_det.data.sets import model_category_ids
+    add = report.across.add
+
+    @contextmanager
+    def reported(kind: str) -> Iterator[None]:
+        try:
+            yield
+        except DataError as error:
+            add(kind, NOWHERE, str(error))
 
     datasets = [s.dataset for s in train if s.dataset is not None]
     if not datasets:
         return
-    add = report.across.add
-    try:
+    with reported("classes-differ"):
         check_same_classes(datasets)
-    except DataError as error:
-        add("classes-differ", str(error))
-    try:
+    with reported("no-objects"):
         check_objects(datasets)
-    except DataError as error:
-        add("no-objects", str(error))
     for dataset in datasets:
-        try:
+        with reported("num-classes"):
             check_num_classes(int(cfg.MODEL.ROI_HEADS.NUM_CLASSES), dataset)
-        except DataError as error:
-            add("num-classes", str(error))
-        try:
-            if cfg.MODEL.MASK_ON and dataset.object_counts.any():
+        if cfg.MODEL.MASK_ON and len(dataset.object_images):
+            with reported("no-masks"):
                 check_masks(dataset, max_bad=2**62)
-        except DataError as error:
-            add("no-masks", str(error))
     names, ids = datasets[0].class_names, datasets[0].category_ids
     for other in (s.dataset for s in val if s.dataset is not None):
-        try:
-            own = dict(zip(names, model_category_ids(other, names)))
-            both = dict(zip(names, ids)).items()
-            if any(own[name] != number for name, number in both if name in other.class_names):
-                add("class-ids-differ", f"{other.json_file}: gn_det goes by the names; other tools go by the ids")
+        with reported("classes-differ"):
+            own = model_category_ids(other, names)
+            if any(o != i for name, o, i in zip(names, own, ids) if name in other.class_names):
+                add("class-ids-differ", NOWHERE, other.json_file)
             for name in (n for n in names if n not in other.class_names):
-                add("classes-lacking", f"{other.json_file} has no category {shown(name)}")
-        except DataError as error:
-            add("classes-differ", str(error))
+                add("classes-lacking", NOWHERE, other.json_file, shown(name))
 
 
-def _find_overlap(report: Report, train: Sequence[Survey], val: Sequence[Survey]) -> None:
-    """Files, then contents. Only pictures of equal length in bytes are read, unless they were decoded anyway."""
+def _find_overlap(across: Findings, train: Sequence[Survey], val: Sequence[Survey]) -> None:
+    """Files, then contents. Only images of equal length in bytes are read, unless they were decoded anyway."""
     if not train or not val:
         return
-    by_file: dict[tuple[int, int], tuple[Survey, dict[str, Any]]] = {}
+    by_file: dict[tuple[int, int], dict[str, Any]] = {}
     by_length: dict[int, list[tuple[Survey, dict[str, Any]]]] = {}
     for survey, image, status in _files(val):
-        by_file[(status.st_dev, status.st_ino)] = (survey, image)
+        by_file[status.st_dev, status.st_ino] = image
         by_length.setdefault(status.st_size, []).append((survey, image))
-    digests: dict[tuple[int, Any], bytes] = {}
 
     def digest(survey: Survey, image: dict[str, Any]) -> bytes:
-        key = (id(survey), image["id"])
-        if key not in digests:
-            digests[key] = survey.digests.get(image["id"]) or digest_of(survey.path(image))
-        return digests[key]
+        number = image["id"]
+        survey.digests[number] = survey.digests.get(number) or digest_of(survey.path(image))
+        return survey.digests[number]
 
-    advice = "AP on it would be too good; remove it from one of the two"
     for survey, image, status in _files(train):
         where = Where(image["id"], image["file_name"])
-        same = by_file.get((status.st_dev, status.st_ino))
-        if same is not None:
-            report.across.add("overlap-file", f"image {same[1]['id']} of val is the same file: {advice}", where)
+        if (status.st_dev, status.st_ino) in by_file:
+            across.add("overlap-file", where, by_file[status.st_dev, status.st_ino]["id"])
             continue
-        for other in by_length.get(status.st_size, ()):
-            if digest(survey, image) and digest(survey, image) == digest(*other):
-                text = f"the same picture as image {other[1]['id']} ({other[1]['file_name']}) of val: {advice}"
-                report.across.add("overlap-content", text, where)
+        for other_survey, other in by_length.get(status.st_size, ()):
+            if digest(survey, image) and digest(survey, image) == digest(other_survey, other):
+                across.add("overlap-content", where, other["id"], other["file_name"])
                 break
 
 
-def _files(surveys: Iterable[Survey]) -> Iterable[tuple[Survey, dict[str, Any], os.stat_result]]:
+def _files(surveys: Sequence[Survey]) -> Iterator[tuple[Survey, dict[str, Any], os.stat_result]]:
     for survey in surveys:
         for image in survey.images:
             try:
@@ -171,24 +158,103 @@ def _files(surveys: Iterable[Survey]) -> Iterable[tuple[Survey, dict[str, Any], 
 
 def class_table(surveys: Sequence[Survey]) -> list[tuple[str, list[int], list[int]]]:
     """(class name, objects in each set, images in each set), most frequent in the first set first."""
-    objects: dict[str, list[int]] = {}
-    images: dict[str, list[int]] = {}
-    for position, survey in enumerate(surveys):
-        dataset = survey.dataset
+    rows: dict[str, tuple[list[int], list[int]]] = {}
+    for position, dataset in enumerate(s.dataset for s in surveys):
         if dataset is None:
             continue
-        classes = np.array(survey.objects.classes, dtype=np.int64)
-        pairs = np.unique(np.array(survey.objects.images, dtype=np.int64) * max(dataset.num_classes, 1) + classes)
-        in_images = np.bincount(pairs % max(dataset.num_classes, 1), minlength=dataset.num_classes)
-        for index, name in enumerate(dataset.class_names):
-            objects.setdefault(name, [0] * len(surveys))[position] += int(dataset.class_counts[index])
-            images.setdefault(name, [0] * len(surveys))[position] += int(in_images[index])
-    return sorted(((n, objects[n], images[n]) for n in objects), key=lambda row: [-c for c in row[1]])
+        pairs = np.unique(np.stack([dataset.object_images, dataset.object_classes]), axis=1)
+        images = np.bincount(pairs[1], minlength=dataset.num_classes)
+        for name, *counts in zip(dataset.class_names, dataset.class_counts.tolist(), images.tolist()):
+            row = rows.setdefault(name, ([0] * len(surveys), [0] * len(surveys)))
+            for column, count in zip(row, counts):
+                column[position] += count
+    return sorted(((n, *row) for n, row in rows.items()), key=lambda row: [-c for c in row[1]])
+
+
+def facts(survey: Survey) -> str:
+    """What a set holds, in a line."""
+    dataset = survey.dataset
+    if dataset is None:
+        return "nothing of it could be read"
+    objects, crowds = len(dataset.object_images), dataset.crowds
+    empty = int((dataset.object_counts == 0).sum())
+    share = crowds / max(objects + crowds, 1)
+    return (
+        f"{len(survey.images)} usable images ({empty} without objects), {objects} objects of {dataset.num_classes} "
+        f"classes, {crowds} crowd regions ({share:.1%})"
+    )
+
+
+# ------------------------------------------------------------ as text
+
+
+def as_text(report: Report) -> str:
+    """The whole report, for a person."""
+    lines: list[str] = []
+    for survey in report.surveys:
+        how = "every image decoded" if survey.decoded else "image headers read; --images decodes every image"
+        lines += [f"{survey.split}  {survey.source.json_file}", f"  {facts(survey)}; {how}"]
+        lines += [*_finding_lines(survey.findings), ""]
+    if report.across.counts:
+        lines += ["all sets and the config together", *_finding_lines(report.across), ""]
+    if any(s.dataset is not None for s in report.surveys):
+        lines += [*_class_lines(report), ""]
+    if report.sizes is not None:
+        lines += [*_size_lines(report.sizes), ""]
+    lines.append(report.verdict())
+    return "\n".join(as_line(line).rstrip() for line in lines)
+
+
+def _finding_lines(findings: Findings) -> Iterator[str]:
+    for severity in ("error", "warning", "note"):
+        kinds = findings.of(severity)
+        if kinds:
+            yield f"  {severity.upper()}S"
+        for name, kind, count in kinds:
+            yield f"  {count:>8}  {kind.title}  [{name}]"
+            quoted = findings.found[name][: _QUOTED[severity]]
+            yield from (f"            {finding}" for finding in quoted)
+            if count > len(quoted):
+                yield f"            ... and {count - len(quoted)} more"
+            if kind.fix:
+                yield f"            --fix: {kind.fix}"
+    if not findings.counts:
+        yield "  no problem found"
+
+
+def _class_lines(report: Report) -> Iterator[str]:
+    rows = [(one_line(name, _NAME), objects) for name, objects, _ in class_table(report.surveys)]
+    most = max((max(objects) for _, objects in rows), default=0)
+    width = max((len(name) for name, _ in rows[:_CLASSES]), default=5)
+    yield f"  {'class':{width}}{''.join(f'{s.split:>10}' for s in report.surveys)}   objects"
+    for name, objects in rows[:_CLASSES]:
+        yield f"  {name:{width}}{''.join(f'{n:>10}' for n in objects)}   {_bar(objects[0], most)}"
+    if len(rows) > _CLASSES:
+        yield f"  ... and {len(rows) - _CLASSES} classes more"
+
+
+def _size_lines(sizes: SizeTable) -> Iterator[str]:
+    yield f"  object size at training ({sizes.rule})"
+    for i, (label, count) in enumerate(zip(sizes.labels(), sizes.counts)):
+        low, high = (0, *sizes.edges)[i], (*sizes.edges, float("inf"))[i]
+        anchors = ", ".join(f"{a:g}" for a in sizes.anchors if low <= a < high)
+        mark = f"  anchor {anchors}" if anchors else ""
+        yield f"  {label:>9}{count:>9}  {_bar(count, max(sizes.counts)):{_BAR}}{mark}"
+    yield (
+        f"  centred on their best anchor, {sizes.fit[0]:.0%} of the objects reach IoU 0.7 and {sizes.fit[1]:.0%} "
+        f"IoU 0.5; an object vanishes below {VISIBLE:g} pixel a side at the smallest INPUT.MIN_SIZE_TRAIN"
+    )
+
+
+def _bar(count: int, most: int) -> str:
+    return "#" * max(round(_BAR * count / most), 1) if count else ""
+
+
+# ------------------------------------------------------------ as JSON
 
 
 def as_json(report: Report) -> dict[str, Any]:
     """The whole report as plain values."""
-    classes = class_table(report.surveys)
     result: dict[str, Any] = {
         "gn_det": __version__,
         "config": report.config,
@@ -197,10 +263,10 @@ def as_json(report: Report) -> dict[str, Any]:
         "totals": {s + "s": report.total(s) for s in ("error", "warning", "note")},
         "sets": [_set_as_json(s) for s in report.surveys],
         "together": _findings_as_json(report.across),
-        "classes": [{"name": n, "objects": o, "images": i} for n, o, i in classes],
+        "classes": [{"name": n, "objects": o, "images": i} for n, o, i in class_table(report.surveys)],
     }
-    if report.sizes is not None:
-        sizes = report.sizes
+    sizes = report.sizes
+    if sizes is not None:
         result["sizes"] = {
             "rule": sizes.rule,
             "edges": list(sizes.edges),
@@ -211,8 +277,7 @@ def as_json(report: Report) -> dict[str, Any]:
             "below_half_of_smallest_anchor": sizes.small,
         }
     if report.changes is not None:
-        result["changes"] = report.changes
-        result["not_fixed"] = report.not_fixed
+        result |= {"changes": report.changes, "not_fixed": report.not_fixed}
     return result
 
 
@@ -229,7 +294,7 @@ def _set_as_json(survey: Survey) -> dict[str, Any]:
         found |= {
             "images": len(survey.images),
             "images_without_objects": int((dataset.object_counts == 0).sum()),
-            "objects": int(dataset.object_counts.sum()),
+            "objects": len(dataset.object_images),
             "crowds": dataset.crowds,
             "objects_without_mask": dataset.without_mask,
             "classes": list(dataset.class_names),
@@ -246,13 +311,16 @@ def _findings_as_json(findings: Findings) -> list[dict[str, Any]]:
             "title": KINDS[name].title,
             "count": findings.counts[name],
             "fix": KINDS[name].fix,
-            "listed": [_finding_as_json(f) for f in findings.found[name]],
+            "listed": [
+                {
+                    "image_id": f.where.image,
+                    "file_name": f.where.file,
+                    "annotation_id": f.where.annotation,
+                    "text": f.text,
+                }
+                for f in findings.found[name]
+            ],
         }
         for name in KINDS
         if findings.counts[name]
     ]
-
-
-def _finding_as_json(finding: Finding) -> dict[str, Any]:
-    where = finding.where
-    return {"image_id": where.image, "file_name": where.file, "annotation_id": where.annotation, "text": finding.text}

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from gn_det.check.audit import Survey, Training
+from gn_det.check.audit import Training
+from gn_det.data.coco import CocoDataset
 
 #: Borders between the bars of the histogram, in pixels at training size.
 EDGES = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -47,13 +48,9 @@ class SizeTable:
 
     @property
     def rule(self) -> str:
-        """How the sizes were taken, in words."""
-        if self.short_side == 0:
-            return "sqrt of the box area in pixels; images are not resized"
-        return (
-            f"sqrt of the box area in pixels, images resized to a shorter side of {self.short_side}, "
-            f"at most {self.max_size}"
-        )
+        """How the sizes were measured, in words."""
+        resized = f"images resized to a shorter side of {self.short_side}, at most {self.max_size}"
+        return f"sqrt of the box area in pixels; {resized if self.short_side else 'images are not resized'}"
 
     @property
     def many_small(self) -> bool:
@@ -65,21 +62,20 @@ class SizeTable:
         return [f"< {self.edges[0]}", *inner, f">= {self.edges[-1]}"]
 
 
-def size_table(surveys: Sequence[Survey], training: Training, cfg: Any) -> SizeTable:
+def size_table(datasets: Sequence[CocoDataset], training: Training, cfg: Any) -> SizeTable:
     """The histogram over all objects of some sets."""
     side = sorted(training.short_sides)[len(training.short_sides) // 2]
     if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range":
         side = round(sum(training.short_sides) / len(training.short_sides))
-    widths, heights = (np.concatenate(c) for c in zip(*(_at_training_size(s, training, side) for s in surveys)))
-    sizes = np.sqrt(widths * heights)
+    boxes = np.concatenate([_at_training_size(dataset, training, side) for dataset in datasets])
+    sizes = np.sqrt(boxes.prod(axis=1))
     anchors = _flat(cfg.MODEL.ANCHOR_GENERATOR.SIZES)
-    shapes = _shapes(anchors, _flat(cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS))
-    best = _best_fit(widths, heights, shapes)
+    best = _best_fit(boxes, anchor_shapes(anchors, _flat(cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS)))
     counts = np.bincount(np.searchsorted(EDGES, sizes, side="right"), minlength=len(EDGES) + 1)
     total = max(len(sizes), 1)
     return SizeTable(
         edges=EDGES,
-        counts=tuple(int(c) for c in counts),
+        counts=tuple(counts.tolist()),
         anchors=tuple(anchors),
         short_side=side,
         max_size=training.max_size,
@@ -88,34 +84,30 @@ def size_table(surveys: Sequence[Survey], training: Training, cfg: Any) -> SizeT
     )
 
 
-def _at_training_size(survey: Survey, training: Training, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Widths and heights of all objects of a set, in pixels of the resized images."""
-    scales = np.array([training.scale(i["width"], i["height"], side) for i in survey.images]).reshape(-1, 2)
-    index = np.array(survey.objects.images, dtype=np.int64)
-    widths = np.array(survey.objects.widths, dtype=np.float64) * scales[index, 0]
-    heights = np.array(survey.objects.heights, dtype=np.float64) * scales[index, 1]
-    return widths, heights
+def _at_training_size(dataset: CocoDataset, training: Training, side: int) -> np.ndarray:
+    """(M, 2) widths and heights of all objects of a set, in pixels of the resized images."""
+    scales = np.array([training.scale(width, height, side) for width, height in dataset.sizes.tolist()]).reshape(-1, 2)
+    return dataset.object_sizes.astype(np.float64) * scales[dataset.object_images]
 
 
-def _shapes(sizes: Sequence[float], ratios: Sequence[float]) -> np.ndarray:
+def anchor_shapes(sizes: Sequence[float], ratios: Sequence[float]) -> np.ndarray:
     """(A, 2) widths and heights of the anchors; a ratio is height / width."""
     shapes = [(s / math.sqrt(r), s * math.sqrt(r)) for s in sizes for r in ratios]
     return np.array(shapes, dtype=np.float64).reshape(-1, 2)
 
 
-def _best_fit(widths: np.ndarray, heights: np.ndarray, shapes: np.ndarray) -> np.ndarray:
-    """(N,) IoU of each box with the best anchor, were both centred on one point."""
-    best = np.zeros(len(widths))
-    for start in range(0, len(widths), _BLOCK) if len(shapes) else ():
-        part = slice(start, start + _BLOCK)
-        w, h = widths[part, None], heights[part, None]
-        inter = np.minimum(w, shapes[:, 0]) * np.minimum(h, shapes[:, 1])
-        best[part] = (inter / (w * h + shapes.prod(axis=1) - inter)).max(axis=1)
+def _best_fit(boxes: np.ndarray, shapes: np.ndarray) -> np.ndarray:
+    """(M,) IoU of each box with the best anchor, were both centred on one point."""
+    best = np.zeros(len(boxes))
+    for start in range(0, len(boxes), _BLOCK) if len(shapes) else ():
+        part = boxes[start : start + _BLOCK, None]
+        inter = np.minimum(part, shapes).prod(axis=2)
+        best[start : start + _BLOCK] = (inter / (part.prod(axis=2) + shapes.prod(axis=1) - inter)).max(axis=1)
     return best
 
 
 def _flat(values: Any) -> list[float]:
-    """Different numbers of a nested list, ascending."""
+    """The distinct numbers of a nested list, ascending."""
     found: set[float] = set()
     for value in values:
         found |= set(_flat(value)) if isinstance(value, (list, tuple)) else {float(value)}

@@ -1,12 +1,12 @@
-"""Reading images: any PIL mode, EXIF orientation applied, in the channel order of ``INPUT.FORMAT``.
+"""Read images: any PIL mode, EXIF orientation applied, in the channel order of ``INPUT.FORMAT``.
 
-For pictures of 8 bits the semantics are Detectron2's ``read_image`` (PIL decodes, orientation tag 1-8 turns,
-``convert`` maps the mode), so that both engines feed the same pixels to the same weights. Two things are stricter:
+For 8-bit images the semantics are Detectron2's ``read_image`` (PIL decodes, orientation tag 1-8 turns, ``convert`` maps
+the mode), so that both engines feed the same pixels to the same weights. Two things are stricter:
 
-- Gray pictures of 16 or 32 bits and of floats are refused unless ``INPUT.BIT_DEPTH`` says how to bring them to 8 bits;
+- Gray images of 16 or 32 bits and of floats are refused unless ``INPUT.BIT_DEPTH`` says how to bring them to 8 bits;
   PIL's conversion clips them, which makes most of them plain white or black. (PIL itself reads 16-bit *colour* by its
   upper 8 bits.)
-- A damaged PNG may come out as other pixels from Pillow, which looks at no checksum of pixels, and black from
+- A damaged PNG may come out as other pixels from Pillow, which ignores the checksums of pixels, and black from
   Detectron2, which takes an error while it looks for the orientation for a missing one; both are refused.
 """
 
@@ -17,7 +17,6 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -30,7 +29,7 @@ from gn_det.text import one_line, printable
 
 #: Values of INPUT.FORMAT that can be read.
 FORMATS = ("BGR", "RGB", "L")
-#: Default of INPUT.MAX_PIXELS: where Pillow refuses to open a picture.
+#: Default of INPUT.MAX_PIXELS: where Pillow refuses to open an image.
 MAX_PIXELS = 178_956_970
 
 #: PIL modes of more than 8 bits a channel.
@@ -56,7 +55,7 @@ _SWAPS_SIDES = frozenset({5, 6, 7, 8})
 
 
 class ImageError(DataError):
-    """An image file that cannot be used; ``kind`` is a key of ``problems.KINDS`` (``image-missing`` ...)."""
+    """What is wrong with an image file: ``text``, and ``kind``, a key of ``problems.KINDS`` (``image-missing`` ...)."""
 
     def __init__(self, text: str, kind: str = "image-damaged") -> None:
         super().__init__(text, kind)
@@ -66,21 +65,14 @@ class ImageError(DataError):
         return self.text
 
 
-def check_format(image_format: str) -> str:
-    """Return ``image_format``, or raise ConfigError where it cannot be read."""
-    if image_format not in FORMATS:
-        raise ConfigError(f"INPUT.FORMAT {image_format!r} is not implemented: use one of {', '.join(FORMATS)}")
-    return image_format
-
-
 @dataclass(frozen=True)
 class ImageReader:
     """Reads images in one way, that of a config.
 
     Attributes:
         image_format: ``"BGR"``, ``"RGB"`` or ``"L"`` (INPUT.FORMAT).
-        bit_depth: how gray pictures of more than 8 bits are scaled (INPUT.BIT_DEPTH).
-        max_pixels: larger pictures are refused (INPUT.MAX_PIXELS).
+        bit_depth: how gray images of more than 8 bits are scaled (INPUT.BIT_DEPTH).
+        max_pixels: larger images are refused (INPUT.MAX_PIXELS).
     """
 
     image_format: str = "BGR"
@@ -88,7 +80,8 @@ class ImageReader:
     max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
-        check_format(self.image_format)
+        if self.image_format not in FORMATS:
+            raise ConfigError(f"INPUT.FORMAT {self.image_format!r} is not implemented: use one of {', '.join(FORMATS)}")
         bit_depth_range(self.bit_depth)
 
     @classmethod
@@ -135,7 +128,7 @@ class ImageReader:
         with self._opened(path) as (file, image):
             width, height = image.size
             if image.mode in _DEEP and not self.bit_depth:
-                raise ImageError(_too_deep(path, image.mode), "image-depth")
+                raise _too_deep(path, image.mode)
             # PNG's getexif() decodes all pixels to look for a trailing chunk; its header is enough here.
             known = image.format != "PNG" or "exif" in image.info
             turned = known and _orientation(image) in _SWAPS_SIDES
@@ -163,29 +156,30 @@ class ImageReader:
 
     @contextmanager
     def _opened(self, path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, Image.Image]]:
-        """The file and its picture, header read; everything that goes wrong becomes an ImageError."""
-        _raise_pillows_limit(self.max_pixels)
+        """The file and its image, header read; everything that goes wrong becomes an ImageError."""
+        limit = self.max_pixels
+        # Pillow refuses above twice its own limit, which may be lower.
+        if Image.MAX_IMAGE_PIXELS is not None and limit > 2 * Image.MAX_IMAGE_PIXELS:
+            Image.MAX_IMAGE_PIXELS = limit
         try:
             with open_regular(path) as file, Image.open(file) as image:
-                if image.width * image.height > self.max_pixels:
-                    raise ImageError(
-                        _too_large(path, f"size of {image.width}x{image.height} pixels", self.max_pixels), "image-large"
-                    )
+                if image.width * image.height > limit:
+                    raise _too_large(path, f"size of {image.width}x{image.height} pixels", limit)
                 if image.format == "EPS":
-                    raise ValueError("EPS is a program that draws, not a picture: convert it to PNG")
+                    raise ValueError("EPS is a program that draws, not an image: convert it to PNG")
                 yield file, image
         except ImageError:
             raise
         except Image.DecompressionBombError as error:
-            raise ImageError(_too_large(path, "size", self.max_pixels), "image-large") from error
+            raise _too_large(path, "size", limit) from error
         except Exception as error:
             # PIL plugins raise nearly anything on damaged files (OSError, SyntaxError, struct.error, ValueError ...).
-            raise _image_error(path, error) from error
+            raise _unreadable(path, error) from error
 
     def _to_8_bits(self, path: str | os.PathLike[str], image: Image.Image, values: np.ndarray) -> np.ndarray:
         """(H, W) values of any type as uint8: LOW becomes 0, HIGH 255, what lies outside is cut."""
         if not self.bit_depth:
-            raise ImageError(_too_deep(path, image.mode, values), "image-depth")
+            raise _too_deep(path, image.mode, values)
         span = bit_depth_range(self.bit_depth)
         values = values.astype(np.float64)
         finite = np.isfinite(values)
@@ -204,43 +198,49 @@ class ImageReader:
 
 
 def one_colour(pixels: np.ndarray) -> bool:
-    """Whether all of the (H, W, C) ``pixels`` are alike; most pictures are known not to be after a few."""
+    """Whether all of the (H, W, C) ``pixels`` are alike; most images are known not to be after a few."""
     first = pixels[:1, :1]
     return bool((pixels[::97, ::89] == first).all() and (pixels == first).all())
 
 
 def values_in_words(path: str | os.PathLike[str]) -> str:
-    """What to say of a gray picture of more than 8 bits: its mode, its range of values and what to set."""
+    """What to say of a gray image of more than 8 bits: its mode, its range of values and what to set."""
     try:
         ImageReader().read(path)
     except ImageError as error:
         return error.text
-    return _too_deep(path, "of more than 8 bits")
+    return _too_deep(path, "of more than 8 bits").text
 
 
-def _too_deep(path: str | os.PathLike[str], mode: str, values: np.ndarray | None = None) -> str:
+def _too_deep(path: str | os.PathLike[str], mode: str, values: np.ndarray | None = None) -> ImageError:
     span = ""
     if values is not None and np.isfinite(values).any():
         finite = values[np.isfinite(values)]
         span = f" with values from {finite.min():.6g} to {finite.max():.6g}"
     bits = {"I": "32-bit integers", "F": "floats"}.get(mode, "16-bit integers")
-    return (
+    return ImageError(
         f"{_shown(path)}: image holds {bits} (mode {mode}){span}, not 8 bits: set INPUT.BIT_DEPTH to LOW,HIGH (what "
-        f"becomes black and white), full or percentiles"
+        f"becomes black and white), full or percentiles",
+        "image-depth",
     )
 
 
-def _too_large(path: str | os.PathLike[str], size: str, limit: int) -> str:
-    return (
+def wrong_size(path: str, size: tuple[int, int], expected: tuple[int, int]) -> ImageError:
+    """The error for an image of (width, height) ``size`` that should have the size ``expected``."""
+    swapped = "the sides are swapped (EXIF orientation is applied when reading); " if size[::-1] == expected else ""
+    return ImageError(
+        f"{_shown(path)} is {size[0]}x{size[1]} pixels, the json says {expected[0]}x{expected[1]}: {swapped}correct "
+        f"width and height and the annotations",
+        "image-size",
+    )
+
+
+def _too_large(path: str | os.PathLike[str], size: str, limit: int) -> ImageError:
+    return ImageError(
         f"{_shown(path)}: its {size} is more than the {limit} pixels that INPUT.MAX_PIXELS allows: cut it into tiles "
-        f"or make it smaller, or raise INPUT.MAX_PIXELS if you trust the file"
+        f"or make it smaller, or raise INPUT.MAX_PIXELS if you trust the file",
+        "image-large",
     )
-
-
-def _raise_pillows_limit(pixels: int) -> None:
-    """Let Pillow open pictures of that many pixels; it refuses above twice its limit, and the reader above its own."""
-    if Image.MAX_IMAGE_PIXELS is not None and pixels > 2 * Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = pixels
 
 
 def _check_png(file: BinaryIO) -> None:
@@ -265,7 +265,7 @@ def _orientation(image: Image.Image) -> int | None:
     try:
         return image.getexif().get(_ORIENTATION_TAG)
     except Exception:
-        # A damaged EXIF block must not make a readable picture unusable.
+        # A damaged EXIF block must not make a readable image unusable.
         return None
 
 
@@ -274,26 +274,18 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _image_error(path: str | os.PathLike[str], error: Exception) -> ImageError:
-    return ImageError(_why_unreadable(path, error), "image-damaged" if os.path.exists(path) else "image-missing")
-
-
-def _why_unreadable(path: str | os.PathLike[str], error: Exception) -> str:
+def _unreadable(path: str | os.PathLike[str], error: Exception) -> ImageError:
     name = _shown(path)
     if not os.path.exists(path):
-        return f"{name}: image not found"
-    if os.path.isdir(path):
-        return f"{name}: is a folder, not an image"
+        return ImageError(f"{name}: image not found", "image-missing")
+    reason = one_line(error)
     if isinstance(error, NotRegularFile):
-        return f"{name}: image cannot be read ({error.strerror})"
-    if Path(path).stat().st_size == 0:
-        return f"{name}: image file is empty (0 bytes)"
-    if isinstance(error, PermissionError):
-        return f"{name}: image may not be read (permissions)"
-    reason = one_line(error) or type(error).__name__
-    if isinstance(error, UnidentifiedImageError):
+        reason = str(error.strerror)
+    elif os.stat(path).st_size == 0:
+        reason = "the file is empty, 0 bytes"
+    elif isinstance(error, UnidentifiedImageError):
         reason = "not an image that Pillow knows"
-    return f"{name}: image cannot be read ({reason})"
+    return ImageError(f"{name}: image cannot be read ({reason})")
 
 
 def _shown(path: str | os.PathLike[str]) -> str:

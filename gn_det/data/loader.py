@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import get_worker_info
 
-from gn_det.data.coco import CocoDataset, refuse_if_too_many
+from gn_det.data.coco import CocoDataset, check_trainable, refuse_if_too_many
 from gn_det.data.image import one_colour
 from gn_det.data.mapper import InferenceMapper, TrainMapper
 from gn_det.data.records import Record
@@ -30,7 +30,6 @@ from gn_det.data.samplers import (
     shuffled_stream,
     subset_stream,
 )
-from gn_det.data.trainable import check_trainable
 from gn_det.data.workers import WorkerData, load_batches, pack_samples, shared_memory_fits, unpack_samples
 from gn_det.errors import ConfigError, DataError
 from gn_det.structures import Sample

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gn_det.data.coco import wrong_size
-from gn_det.data.image import ImageError, ImageReader
+from gn_det.data.image import ImageReader, wrong_size
 from gn_det.data.records import Annotation, Record
 from gn_det.data.transforms import (
     CROP_TYPES,
@@ -146,8 +145,7 @@ def read_record_image(record: Record, reader: ImageReader) -> np.ndarray:
     pixels = reader.read(record["file_name"])
     expected = (record.get("height", pixels.shape[0]), record.get("width", pixels.shape[1]))
     if _shape(pixels) != expected:
-        text = wrong_size(record["file_name"], _shape(pixels)[::-1], expected[::-1])
-        raise ImageError(text, "image-size")
+        raise wrong_size(record["file_name"], _shape(pixels)[::-1], expected[::-1])
     return pixels
 
 

@@ -1,15 +1,13 @@
-"""What can be wrong with a dataset, and what is done about it: by training, and by ``gn-det check``.
+"""What can be wrong with a dataset: one table for training, evaluation and ``gn-det check``.
 
-One reader (:mod:`gn_det.data.coco_file`, :mod:`gn_det.data.coco`) finds the problems; what happens next is up to the
-:class:`Problems` it reports to. Training stops at the first problem of the file as a whole and counts the entries that
-it drops; the check (:mod:`gn_det.check.findings`) writes everything down and goes on. So the two cannot disagree.
+One reader (:mod:`gn_det.data.coco_json`, :mod:`gn_det.data.annotations`, :mod:`gn_det.data.image_files`) finds the
+problems; what happens next is up to the :class:`Problems` that it reports to. Training stops at the first problem of
+the file as a whole and counts the entries that it drops; the check (:class:`gn_det.check.findings.Findings`) collects
+everything. So the two cannot disagree.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, NoReturn
 
 from gn_det.errors import DataError
@@ -19,17 +17,231 @@ Severity = Literal["error", "warning", "note"]
 
 
 class Kind(NamedTuple):
-    """One kind of problem: how bad it is, its headline, and what ``gn-det check --fix`` does about it."""
+    """One kind of problem.
+
+    Attributes:
+        severity: errors are what training refuses or drops, nothing else is one.
+        title: headline of all findings of the kind.
+        fix: what training does in memory (warnings), and ``gn-det check --fix`` in the file; empty where only a person
+            can decide.
+        text: one finding in words, for ``str.format``; empty where the title says it all.
+        blocks: whether ``--fix`` writes nothing while there is one.
+    """
 
     severity: Severity
     title: str
-    #: Empty where only a person can decide; such an error keeps ``--fix`` from writing where ``blocks`` is True.
     fix: str = ""
+    text: str = ""
     blocks: bool = False
 
 
-@dataclass(frozen=True)
-class Where:
+_OUT = "the annotation is left out"
+_IMAGE_OUT = "the image and its annotations are left out"
+_COPY_OUT = "the copy is left out"
+_FROM_MASK = "computed from the mask"
+_NEW_ID = "a new id is given"
+_NO_MASK = "has no segmentation: add it"
+
+
+def _stop(title: str, text: str = "{}") -> Kind:
+    return Kind("error", title, "", text, blocks=True)
+
+
+def _error(title: str, fix: str, text: str = "{}") -> Kind:
+    return Kind("error", title, fix, text)
+
+
+def _repaired(title: str, fix: str) -> Kind:
+    return Kind("warning", title, fix)
+
+
+def _warning(title: str, text: str = "{}") -> Kind:
+    return Kind("warning", title, "", text)
+
+
+#: Every kind there is.
+KINDS: dict[str, Kind] = {
+    # the file as a whole
+    "json-unreadable": _stop("the annotation file cannot be read"),
+    "json-structure": _stop("not COCO's instances format", "{}: give a COCO instances json"),
+    "categories-missing": _stop(
+        "no categories", 'no \'categories\': add one entry {{"id": 1, "name": ...}} for each class'
+    ),
+    "category-malformed": _stop(
+        "categories without integer id or name", "category {} needs an integer 'id' and a text 'name'"
+    ),
+    "category-id-repeated": _stop(
+        "category ids used twice", "category id {} appears more than once ({}, {}): give every category its own id"
+    ),
+    "category-copy": _error("categories listed twice", _COPY_OUT, "category id {} appears more than once"),
+    "category-name-repeated": _error(
+        "category names used twice",
+        "merged into the lowest id",
+        "category name {} is used by ids {}: give every category its own name",
+    ),
+    "images-missing": _stop("no images", "no 'images': give a COCO instances json that lists at least one image"),
+    "image-no-id": _error(
+        "images without id", "the image is left out", "entry {} of 'images' has no 'id' (an integer): add it"
+    ),
+    "image-copy": _error("images listed twice", _COPY_OUT, "image id {} appears more than once ({}, {})"),
+    "image-id-repeated": _error(
+        "image ids used by several images",
+        "all images of that id are left out",
+        "image id {} appears more than once ({}, {}): give every image its own id",
+    ),
+    "image-folder": _stop("the image folder cannot be used"),
+    "classes-differ": _stop("train and val have different categories"),
+    "num-classes": _stop("MODEL.ROI_HEADS.NUM_CLASSES does not fit the categories"),
+    "no-objects": _stop("nothing to learn from"),
+    "no-masks": _stop("no object has a mask, MODEL.MASK_ON needs them"),
+    # images that are dropped
+    "image-entry": _error("images without file_name or size", _IMAGE_OUT, "{}: add it"),
+    "image-missing": _error("missing image files", _IMAGE_OUT),
+    "image-damaged": _error("image files that are damaged, cut off or no images", _IMAGE_OUT),
+    "image-size": _error("images of another size than the json says", _IMAGE_OUT),
+    "image-depth": _error("images of more than 8 bits: INPUT.BIT_DEPTH says how to scale them", _IMAGE_OUT),
+    "image-large": _error("images of more pixels than INPUT.MAX_PIXELS", _IMAGE_OUT),
+    # annotations that are dropped
+    "annotation-entry": _error(
+        "annotations that are not objects", _OUT, "entry {} of 'annotations' is not an object: {}"
+    ),
+    "image-unknown": _error(
+        "annotations of images that are not listed",
+        _OUT,
+        "image_id {} is not in 'images': add the image, or remove the annotation",
+    ),
+    "category-unknown": _error(
+        "annotations of categories that are not listed", _OUT, "category_id {} is not in the json's categories ({})"
+    ),
+    "ignore": _error(
+        "annotations with 'ignore'",
+        _OUT,
+        "'ignore' is not part of COCO's instances format: mark regions to ignore with iscrowd 1",
+    ),
+    "iscrowd": _error("iscrowd other than 0 or 1", _OUT, "iscrowd {} is not 0 or 1"),
+    "bbox-format": _error(
+        "boxes that are not four finite numbers", _OUT, "bbox {} is not [x, y, width, height] in finite numbers"
+    ),
+    "bbox-no-area": _error(
+        "boxes without area", _OUT, "bbox {} has no area (COCO boxes are [x, y, width, height]): fix or remove it"
+    ),
+    "bbox-outside": _error("boxes outside their image", _OUT, "bbox {} lies outside the {}x{} image: fix or remove it"),
+    "bbox-far": _error(
+        "boxes that reach far outside their image",
+        _OUT,
+        "bbox {} reaches far outside the {}x{} image: coordinates are pixels; fix or remove it",
+    ),
+    "segmentation-format": _error(
+        "segmentations that are neither polygons nor RLE",
+        _OUT,
+        "segmentation is neither a list of polygons [[x0, y0, x1, y1, ...], ...] nor an RLE (size, counts)",
+    ),
+    "polygon-no-number": _error(
+        "polygon coordinates that are not finite numbers",
+        _OUT,
+        "segmentation has polygon coordinates that are not finite numbers: a polygon is [x0, y0, x1, y1, ...]",
+    ),
+    "polygon-short": _error(
+        "masks without a polygon of 3 points or more",
+        _OUT,
+        "segmentation has no usable polygon (3 points or more, an even number of coordinates): draw it again or "
+        "remove the annotation",
+    ),
+    "polygon-far": _error(
+        "polygons that reach far outside their image",
+        _OUT,
+        "segmentation has a vertex at ({:g}, {:g}), far outside the {}x{} image: coordinates are pixels; fix or remove "
+        "it",
+    ),
+    "rle-format": _error("damaged RLE", _OUT, "RLE {}: encode the mask again"),
+    "rle-size": _error("RLE of another size than the image", _OUT, "RLE size {} is not the image's [height, width] {}"),
+    "rle-length": _error(
+        "RLE of a wrong length",
+        _OUT,
+        "RLE counts cover {} pixels, the image has {}: the mask is damaged or belongs to another image size, encode it "
+        "again",
+    ),
+    "rle-empty": _error("RLE without foreground", _OUT, "RLE has no foreground pixel: remove the annotation"),
+    "no-mask": _error("objects without a mask", _OUT, _NO_MASK),
+    # all boxes together
+    "bbox-corners": _error(
+        "boxes written as [x1, y1, x2, y2]",
+        "written as [x, y, width, height]",
+        "boxes are written as [x1, y1, x2, y2], COCO boxes are [x, y, width, height]: {}: write "
+        "[x1, y1, x2 - x1, y2 - y1], as gn-det check --fix does",
+    ),
+    # what training repairs in memory
+    "id-type": _repaired("ids written as 77.0 or as text", "read as whole numbers"),
+    "image-no-size": _repaired("images without usable width and height", "taken from the image files"),
+    "image-name": _repaired(
+        "file names that differ from the files in backslash, letter case, Unicode form or %20",
+        "the names of the files are taken",
+    ),
+    "bbox-missing": _repaired("annotations without a box", _FROM_MASK),
+    "bbox-unusable": _repaired("unusable boxes of objects that have a mask", _FROM_MASK),
+    "annotation-no-id": _repaired("annotations without integer id", _NEW_ID),
+    "annotation-id-zero": _repaired("annotation ids of 0 or below", _NEW_ID),
+    "annotation-id-repeated": _repaired("annotation ids used twice", _NEW_ID),
+    "annotation-copy": _repaired("annotations listed twice", _COPY_OUT),
+    "iscrowd-missing": _repaired("annotations without iscrowd", "taken as 0"),
+    "area-missing": _repaired("annotations without usable area", "computed from mask or box"),
+    "polygon-piece": _repaired("polygon pieces with fewer than 3 points or half a point", "the piece is left out"),
+    # what training takes as it is, and what may still be wrong
+    "polygon-empty": _repaired("polygons that cover no pixel", "nothing can be learnt from them, --fix removes them"),
+    "image-constant": _warning("images of one colour all over", "every pixel is {}: nothing can be seen in it"),
+    "bbox-mask": _warning("boxes that do not fit their masks", "bbox {}, its mask lies in {}: {}"),
+    "bbox-normalised": _warning(
+        "boxes in fractions of the image, not in pixels",
+        "bbox {} is below one pixel: multiply by the width and height of the image",
+    ),
+    "object-twice": _warning("objects annotated twice (same image, category and box)", "remove one of the two"),
+    "object-vanishes": _warning(
+        "objects below one pixel at training size",
+        "bbox {} is {:.2g}x{:.2g} pixels at training size: remove it, or raise INPUT.MIN_SIZE_TRAIN",
+    ),
+    "image-checksum": _warning("PNG files with a wrong checksum beside the pixels: they decode"),
+    "file-twice": _warning(
+        "image files used by several images", "the same file as image {}: put all annotations under one image"
+    ),
+    "content-twice": _warning("equal images under different names", "the same pixels as image {} ({}): remove one"),
+    "overlap-file": _warning(
+        "image files in both train and val",
+        "image {} of val is the same file: AP on it would be too good; remove it from one of the two",
+    ),
+    "overlap-content": _warning(
+        "equal images in both train and val",
+        "the same picture as image {} ({}) of val: AP on it would be too good; remove it from one of the two",
+    ),
+    "no-mask-val": _warning("objects without a mask in val", _NO_MASK),
+    "many-objects": _warning(
+        "images with more objects than the caps on detections let count",
+        "{} objects, {} of which cannot be found: set {}",
+    ),
+    "no-truth": _warning("no annotations in val: nothing can be measured", "{} has no 'annotations'"),
+    "class-ids-differ": Kind(
+        "note",
+        "train and val number the same classes differently",
+        text="{}: gn_det goes by the names; other tools go by the ids",
+    ),
+    "bbox-reaches-out": Kind(
+        "note",
+        "boxes that reach past the image border (training cuts them)",
+        text="bbox {} reaches past the {}x{} image",
+    ),
+    "classes-lacking": Kind("note", "classes of train that val lacks: no AP for them", text="{} has no category {}"),
+    "no-mask-unused": Kind("note", "objects without a mask (MODEL.MASK_ON is False)", text=_NO_MASK),
+    "small-for-anchors": Kind(
+        "note",
+        "many objects are small for the anchors",
+        text="{:.0%} of the objects are smaller than half the smallest anchor ({:g} pixels): raise "
+        "INPUT.MIN_SIZE_TRAIN, or add smaller anchors (MODEL.ANCHOR_GENERATOR.SIZES)",
+    ),
+    "image-empty": Kind("note", "images without objects (training leaves them out by default)"),
+    "class-empty": Kind("note", "classes without an object", text="no object of {}"),
+}
+
+
+class Where(NamedTuple):
     """Place of a problem, as far as it is known."""
 
     image: Any = None
@@ -47,119 +259,35 @@ class Where:
 NOWHERE = Where()
 
 
-def in_words(where: Where, text: str) -> str:
-    """Place and problem as one line; the file is not named twice."""
-    if where.file and where.file in text:
-        where = replace(where, file="")
-    return printable(f"{where}: {text}" if str(where) else text, keep="")
+class Problem(NamedTuple):
+    """One problem in one place; ``details`` fill the text of its kind."""
 
+    kind: str
+    where: Where = NOWHERE
+    details: tuple[Any, ...] = ()
 
-_OUT = "the annotation is left out"
-_IMAGE_OUT = "the image and its annotations are left out"
+    @property
+    def text(self) -> str:
+        """What is wrong, without the place; empty where the title of the kind says it all."""
+        return KINDS[self.kind].text.format(*self.details)
 
-
-def _stop(title: str) -> Kind:
-    return Kind("error", title, blocks=True)
-
-
-#: Every kind there is. The errors are what training refuses or drops, nothing else is one.
-KINDS: dict[str, Kind] = {
-    # the file as a whole
-    "json-unreadable": _stop("the annotation file cannot be read"),
-    "json-structure": _stop("not COCO's instances format"),
-    "categories-missing": _stop("no categories"),
-    "category-malformed": _stop("categories without integer id or name"),
-    "category-id-repeated": _stop("category ids used twice"),
-    "category-copy": Kind("error", "categories listed twice", "the copy is left out"),
-    "category-name-repeated": Kind("error", "category names used twice", "merged into the lowest id"),
-    "images-missing": _stop("no images"),
-    "image-no-id": Kind("error", "images without id", "the image is left out"),
-    "image-copy": Kind("error", "images listed twice", "the copy is left out"),
-    "image-id-repeated": Kind("error", "image ids used by several images", "all images of that id are left out"),
-    "image-folder": _stop("the image folder cannot be used"),
-    "classes-differ": _stop("train and val have different categories"),
-    "num-classes": _stop("MODEL.ROI_HEADS.NUM_CLASSES does not fit the categories"),
-    "no-objects": _stop("nothing to learn from"),
-    "no-masks": _stop("no object has a mask, MODEL.MASK_ON needs them"),
-    # images that are dropped
-    "image-entry": Kind("error", "images without file_name", _IMAGE_OUT),
-    "image-missing": Kind("error", "image files that are not there", _IMAGE_OUT),
-    "image-damaged": Kind("error", "image files that are damaged, cut off or no images", _IMAGE_OUT),
-    "image-size": Kind("error", "images of another size than the json says", _IMAGE_OUT),
-    "image-depth": Kind("error", "images of more than 8 bits: INPUT.BIT_DEPTH says how to scale them", _IMAGE_OUT),
-    "image-large": Kind("error", "images of more pixels than INPUT.MAX_PIXELS", _IMAGE_OUT),
-    # annotations that are dropped
-    "annotation-entry": Kind("error", "annotations that are no objects", _OUT),
-    "image-unknown": Kind("error", "annotations of images that are not listed", _OUT),
-    "category-unknown": Kind("error", "annotations of categories that are not listed", _OUT),
-    "ignore": Kind("error", "annotations with 'ignore'", _OUT),
-    "iscrowd": Kind("error", "iscrowd other than 0 or 1", _OUT),
-    "bbox-format": Kind("error", "boxes that are not four finite numbers", _OUT),
-    "bbox-no-area": Kind("error", "boxes without area", _OUT),
-    "bbox-outside": Kind("error", "boxes outside their image", _OUT),
-    "bbox-far": Kind("error", "boxes that reach far outside their image", _OUT),
-    "segmentation-format": Kind("error", "segmentations that are neither polygons nor RLE", _OUT),
-    "polygon-no-number": Kind("error", "polygon coordinates that are not finite numbers", _OUT),
-    "polygon-short": Kind("error", "masks without a polygon of 3 points or more", _OUT),
-    "polygon-far": Kind("error", "polygons that reach far outside their image", _OUT),
-    "rle-format": Kind("error", "damaged RLE", _OUT),
-    "rle-size": Kind("error", "RLE of another size than the image", _OUT),
-    "rle-length": Kind("error", "RLE of a wrong length", _OUT),
-    "rle-empty": Kind("error", "RLE without foreground", _OUT),
-    "no-mask": Kind("error", "objects without a mask", _OUT),
-    # all boxes together
-    "bbox-corners": Kind("error", "boxes written as [x1, y1, x2, y2]", "written as [x, y, width, height]"),
-    # what training repairs in memory
-    "id-type": Kind("warning", "ids written as 77.0 or as text", "written as whole numbers"),
-    "image-no-size": Kind("warning", "images without width and height", "taken from the image file"),
-    "image-name": Kind(
-        "warning",
-        "file names that differ from the files in backslash, letter case, Unicode form or %20",
-        "the file's own name is written",
-    ),
-    "bbox-missing": Kind("warning", "annotations without a box", "computed from the mask"),
-    "bbox-unusable": Kind("warning", "unusable boxes of objects that have a mask", "computed from the mask"),
-    "annotation-no-id": Kind("warning", "annotations without integer id", "a new id is given"),
-    "annotation-id-zero": Kind("warning", "annotation ids of 0 or below", "a new id is given"),
-    "annotation-id-repeated": Kind("warning", "annotation ids used twice", "a new id is given"),
-    "annotation-copy": Kind("warning", "annotations listed twice", "the copy is left out"),
-    "iscrowd-missing": Kind("warning", "annotations without iscrowd", "iscrowd 0 is written"),
-    "area-missing": Kind("warning", "annotations without usable area", "computed from mask or box"),
-    "polygon-piece": Kind("warning", "polygon pieces with fewer than 3 points", "the piece is left out"),
-    # what training takes as it is, and what may still be wrong
-    "polygon-empty": Kind("warning", "polygons that cover no pixel", _OUT),
-    "image-constant": Kind("warning", "images of one colour all over"),
-    "bbox-mask": Kind("warning", "boxes that do not fit their masks"),
-    "bbox-normalised": Kind("warning", "boxes in fractions of the image, not in pixels"),
-    "object-twice": Kind("warning", "objects annotated twice (same image, category and box)"),
-    "object-vanishes": Kind("warning", "objects below one pixel at training size"),
-    "image-checksum": Kind("warning", "PNG files with a wrong checksum beside the pixels: they decode"),
-    "file-twice": Kind("warning", "image files used by several images"),
-    "content-twice": Kind("warning", "equal pictures under different names"),
-    "overlap-file": Kind("warning", "image files in both train and val"),
-    "overlap-content": Kind("warning", "equal pictures in both train and val"),
-    "no-mask-val": Kind("warning", "objects without a mask in val"),
-    "many-objects": Kind("warning", "images with more objects than the caps on detections let count"),
-    "no-truth": Kind("warning", "no annotations in val: nothing can be measured"),
-    "class-ids-differ": Kind("note", "train and val number the same classes differently"),
-    "bbox-reaches-out": Kind("note", "boxes that reach past the image border (training cuts them)"),
-    "classes-lacking": Kind("note", "classes of train that val lacks: no AP for them"),
-    "no-mask-unused": Kind("note", "objects without a mask (MODEL.MASK_ON is False)"),
-    "small-for-anchors": Kind("note", "many objects are small for the anchors"),
-    "image-empty": Kind("note", "images without objects (training leaves them out by default)"),
-    "class-empty": Kind("note", "classes without an object"),
-}
+    def __str__(self) -> str:
+        """Place and problem as one line; the file is not named twice."""
+        text, where = self.text, self.where
+        if where.file and where.file in text:
+            where = where._replace(file="")
+        return printable(": ".join(part for part in (str(where), text) if part), keep="")
 
 
 class FileProblem(DataError):
-    """A mistake that makes a file as a whole unusable; ``kind`` is a key of :data:`KINDS`."""
+    """A mistake that makes a file as a whole unusable: its ``path``, the ``problem``, and what helps."""
 
-    def __init__(self, kind: str, text: str) -> None:
-        super().__init__(kind, text)
-        self.kind, self.text = kind, printable(text, keep="")
+    def __init__(self, path: str, problem: Problem, hint: str = "") -> None:
+        super().__init__(path, problem, hint)
+        self.path, self.problem, self.hint = path, problem, hint
 
     def __str__(self) -> str:
-        return self.text
+        return printable(f"{self.path}: {self.problem}{self.hint}", keep="")
 
 
 class Problems:
@@ -167,80 +295,35 @@ class Problems:
 
     Attributes:
         path: the json file.
-        bad: one line for every entry that is dropped.
+        bad: every entry that is dropped.
+        repairs: kind of repair to how often it was made, and where first.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.bad: list[str] = []
-        self._repairs: dict[str, tuple[int, str, Where]] = {}
+        self.repairs: dict[str, tuple[int, Where]] = {}
 
-    def stop(self, kind: str, text: str) -> NoReturn:
+    def stop(self, kind: str, *details: Any) -> NoReturn:
         """Nothing more can be read after this."""
-        raise FileProblem(kind, text)
+        raise FileProblem(self.path, Problem(kind, details=details))
 
-    def refuse(self, kind: str, text: str, where: Where = NOWHERE) -> None:
+    def refuse(self, kind: str, where: Where, *details: Any) -> None:
         """The file as a whole is ambiguous: training stops here."""
-        raise FileProblem(kind, f"{self.path}: {text} (gn-det check lists every problem)")
+        raise FileProblem(self.path, Problem(kind, where, details), " (gn-det check lists every problem)")
 
-    def drop(self, kind: str, text: str, where: Where = NOWHERE) -> None:
+    def drop(self, kind: str, where: Where, *details: Any) -> None:
         """An entry that cannot be used."""
-        self.bad.append(in_words(where, text))
+        self.bad.append(str(Problem(kind, where, details)))
 
-    def repair(self, kind: str, what: str, where: Where, count: int = 1) -> None:
+    def repair(self, kind: str, where: Where, count: int = 1) -> None:
         """Something that was repaired in memory."""
-        before, _, first = self._repairs.get(kind, (0, "", where))
-        self._repairs[kind] = (before + count, what, first)
+        before, first = self.repairs.get(kind, (0, where))
+        self.repairs[kind] = (before + count, first)
 
     def notes(self) -> list[str]:
         """One line for every kind of repair."""
-        return [f"{count} {what} (first: {first})" for count, what, first in self._repairs.values()]
-
-
-class Caps(NamedTuple):
-    """What limits how many objects of an image can be found, however good the model is.
-
-    Attributes:
-        max_dets: TEST.MAX_DETS, detections that count for each class.
-        detections: TEST.DETECTIONS_PER_IMAGE of all classes together; None where unknown.
-        proposals: MODEL.RPN.POST_NMS_TOPK_TEST; None where unknown, and where the model has no RPN.
-    """
-
-    max_dets: int = 100
-    detections: int | None = None
-    proposals: int | None = None
-
-    @classmethod
-    def of(cls, cfg: Any) -> Caps:
-        """Those of ``cfg``; Detectron2's own configs lack TEST.MAX_DETS."""
-        has_rpn = cfg.MODEL.META_ARCHITECTURE not in ("RetinaNet", "FCOS")
-        proposals = int(cfg.MODEL.RPN.POST_NMS_TOPK_TEST) if has_rpn else None
-        return cls(int(cfg.TEST.get("MAX_DETS", 100)), int(cfg.TEST.DETECTIONS_PER_IMAGE), proposals)
-
-    def lost(self, classes: Sequence[int]) -> int:
-        """How many objects of an image, given by their classes, cannot be found."""
-        count = len(classes)
-        total = min(count if cap is None else cap for cap in (self.detections, self.proposals))
-        if count <= min(self.max_dets, total):
-            return 0
-        return count - min(sum(min(n, self.max_dets) for n in Counter(classes).values()), total)
-
-    def in_words(self, objects: int) -> str:
-        """The keys with their values; that of the proposals where it is too low for that many objects."""
-        parts = [f"TEST.MAX_DETS {self.max_dets}"]
-        if self.detections is not None:
-            parts.append(f"TEST.DETECTIONS_PER_IMAGE {self.detections}")
-        if self.proposals is not None and self.proposals < objects:
-            parts.append(f"{_PROPOSALS} {self.proposals}")
-        return " and ".join(parts)
-
-    def keys_for(self, objects: int) -> str:
-        """The keys to set where an image has that many objects, with room for false detections."""
-        cap = -(-objects // 100) * 100
-        keys = f"TEST.MAX_DETS {max(cap, self.max_dets)} TEST.DETECTIONS_PER_IMAGE {max(cap, self.detections or 0)}"
-        if self.proposals is not None and self.proposals < objects:
-            keys += f" {_PROPOSALS} {max(2 * cap, 1000)}"  # most proposals are of the same objects or of none
-        return keys
-
-
-_PROPOSALS = "MODEL.RPN.POST_NMS_TOPK_TEST"
+        return [
+            f"{KINDS[kind].title}: {KINDS[kind].fix} ({count}, first: {first})"
+            for kind, (count, first) in self.repairs.items()
+        ]

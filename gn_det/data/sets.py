@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from fvcore.common.config import CfgNode
 
 from gn_det.data.catalog import DatasetSource, datasets_for
-from gn_det.data.coco import CocoDataset, check_num_classes, load_coco
-from gn_det.data.coco_file import read_coco_file
+from gn_det.data.coco import CocoDataset, check_num_classes, check_trainable, load_coco
+from gn_det.data.coco_json import read_coco_json
 from gn_det.data.image import ImageReader
-from gn_det.data.trainable import check_trainable
 from gn_det.errors import ConfigError, DataError
 from gn_det.text import shown
 
@@ -188,7 +187,7 @@ def _size_of(cfg: CfgNode, source: DatasetSource, split: str) -> tuple[int, tupl
         if not count:
             return 0, (), f"{split}: {source.name} is not there ({source.json_file}); its size is not known"
         return count, (), f"{split}: {count} images assumed for {source.name} ({source.json_file} is not there)"
-    content = read_coco_file(source, need_annotations=split == "train")
+    content = read_coco_json(source, need_annotations=split == "train")
     total, names = len(content.images), content.class_names
     crowd_free = [i for i, found in content.annotations_of.items() if not all(a.get("iscrowd") for a in found)]
     drop = split == "train" and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from gn_det.data.catalog import DatasetSource
-from gn_det.data.checks import encode_counts
 from gn_det.data.shapes_draw import CLASSES, Drawn, draw_scene
 from gn_det.errors import DataError
 
@@ -134,7 +134,9 @@ def _annotation(number: int, image_id: int, drawn: Drawn) -> dict[str, Any]:
         column_major = mask.T.reshape(-1)
         changes = np.flatnonzero(np.diff(np.concatenate([[False], column_major])))
         runs = np.diff(np.concatenate([[0], changes, [column_major.size]])).tolist()
-        segmentation = {"size": list(mask.shape), "counts": encode_counts(runs).decode() if number % 2 else runs}
+        segmentation = {"size": list(mask.shape), "counts": runs}
+        if number % 2:
+            segmentation["counts"] = coco_mask.frPyObjects(segmentation, *mask.shape)["counts"].decode()
     return {
         "id": number,
         "image_id": image_id,

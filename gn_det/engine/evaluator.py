@@ -12,11 +12,11 @@ from fvcore.common.config import CfgNode
 
 from gn_det.data.coco import CocoDataset
 from gn_det.data.loader import build_test_loader
-from gn_det.data.problems import Caps
 from gn_det.data.sets import model_category_ids
 from gn_det.engine import dist
 from gn_det.errors import TrainingError, UserError
 from gn_det.evaluation.coco import evaluate_coco, merge_results
+from gn_det.evaluation.diagnose import Caps
 from gn_det.evaluation.inference import InferenceProgress, run_inference
 from gn_det.evaluation.tables import format_results
 from gn_det.structures import Detections, Sample
@@ -101,12 +101,10 @@ def _score(
     seconds: float,
 ) -> dict[str, dict[str, float]]:
     logger.info("%s: %d detections in %d images, %.1f s.", dataset.name, len(results), len(dataset), seconds)
-    # What was repaired or dropped when the set was read counts here, too.
-    truth: Any = dataset.ground_truth() if dataset.bad or dataset.notes else dataset.json_file
     tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
     caps = Caps.of(cfg)
     scores = evaluate_coco(
-        truth,
+        dataset,
         results,
         class_names,
         ids,

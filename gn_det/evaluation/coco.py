@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from gn_det.data.problems import Caps
+from gn_det.data.coco import CocoDataset
 from gn_det.errors import DataError
 from gn_det.evaluation import diagnose
+from gn_det.evaluation.diagnose import Caps
 from gn_det.evaluation.ground_truth import GroundTruth, load_ground_truth
 from gn_det.evaluation.results import detections_to_coco, merge_results, write_results
 from gn_det.evaluation.tables import METRICS
+from gn_det.files import StrPath
 
 __all__ = ["EvalResult", "detections_to_coco", "evaluate_coco", "load_ground_truth", "merge_results"]
 
@@ -38,13 +39,13 @@ class EvalResult(dict[str, dict[str, float]]):
 
 
 def evaluate_coco(
-    ground_truth: str | os.PathLike[str] | Mapping[str, Any] | GroundTruth,
+    ground_truth: StrPath | Mapping[str, Any] | CocoDataset | GroundTruth,
     results: Sequence[dict[str, Any]],
     class_names: Sequence[str] | None = None,
     category_ids: Sequence[int] | None = None,
     *,
     iou_types: Sequence[str] = ("bbox", "segm"),
-    output_dir: str | os.PathLike[str] | None = None,
+    output_dir: StrPath | None = None,
     max_dets: int | None = None,
     detections_per_image: int | None = None,
     proposals: int | None = None,
@@ -52,7 +53,7 @@ def evaluate_coco(
     """Average precision of ``results`` on a COCO json.
 
     Args:
-        ground_truth: path of the COCO json, its content, or a loaded :class:`GroundTruth`.
+        ground_truth: path of the COCO json, its content, or a loaded set.
         results: entries of COCO's result format (:func:`detections_to_coco`), not changed.
         class_names: names for the per-category AP, as Detectron2's ``thing_classes``; None takes those of the json.
             With a single class no per-category AP is given, as in Detectron2.

@@ -10,11 +10,10 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from gn_det.data.problems import Caps
 from gn_det.evaluation.ground_truth import GroundTruth
 
 _SIZES = {
@@ -25,8 +24,55 @@ _SIZES = {
 
 #: Below this AP (percent) the boxes themselves are looked at.
 _LOW = 1.0
+_PROPOSALS = "MODEL.RPN.POST_NMS_TOPK_TEST"
 #: So many images are looked at, which is enough for a verdict and quick on a big set.
 _SAMPLE = 200
+
+
+class Caps(NamedTuple):
+    """What limits how many objects of an image can be found, however good the model is.
+
+    Attributes:
+        max_dets: TEST.MAX_DETS, detections that count for each class.
+        detections: TEST.DETECTIONS_PER_IMAGE of all classes together; None where unknown.
+        proposals: MODEL.RPN.POST_NMS_TOPK_TEST; None where unknown, and where the model has no RPN.
+    """
+
+    max_dets: int = 100
+    detections: int | None = None
+    proposals: int | None = None
+
+    @classmethod
+    def of(cls, cfg: Any) -> Caps:
+        """Those of ``cfg``; Detectron2's own configs lack TEST.MAX_DETS."""
+        has_rpn = cfg.MODEL.META_ARCHITECTURE not in ("RetinaNet", "FCOS")
+        proposals = int(cfg.MODEL.RPN.POST_NMS_TOPK_TEST) if has_rpn else None
+        return cls(int(cfg.TEST.get("MAX_DETS", 100)), int(cfg.TEST.DETECTIONS_PER_IMAGE), proposals)
+
+    def lost(self, classes: Sequence[int]) -> int:
+        """How many objects of an image, given by their classes, cannot be found."""
+        count = len(classes)
+        total = min(count if cap is None else cap for cap in (self.detections, self.proposals))
+        if count <= min(self.max_dets, total):
+            return 0
+        return count - min(sum(min(n, self.max_dets) for n in Counter(classes).values()), total)
+
+    def in_words(self, objects: int) -> str:
+        """The keys with their values; that of the proposals where it is too low for that many objects."""
+        parts = [f"TEST.MAX_DETS {self.max_dets}"]
+        if self.detections is not None:
+            parts.append(f"TEST.DETECTIONS_PER_IMAGE {self.detections}")
+        if self.proposals is not None and self.proposals < objects:
+            parts.append(f"{_PROPOSALS} {self.proposals}")
+        return " and ".join(parts)
+
+    def keys_for(self, objects: int) -> str:
+        """The keys to set where an image has that many objects, with room for false detections."""
+        cap = -(-objects // 100) * 100
+        keys = f"TEST.MAX_DETS {max(cap, self.max_dets)} TEST.DETECTIONS_PER_IMAGE {max(cap, self.detections or 0)}"
+        if self.proposals is not None and self.proposals < objects:
+            keys += f" {_PROPOSALS} {max(2 * cap, 1000)}"  # most proposals are of the same objects or of none
+        return keys
 
 
 def explain(

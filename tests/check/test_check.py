@@ -18,7 +18,7 @@ from PIL import Image, PngImagePlugin
 
 from gn_det.check import decode
 from gn_det.check.audit import Training, survey
-from gn_det.check.fix import _merged_categories
+from gn_det.check.fix import merged_categories
 from gn_det.cli import main
 from gn_det.data.catalog import DatasetSource
 from gn_det.data.coco import load_coco
@@ -66,7 +66,7 @@ EXPECTED: dict[str, str] = {
     "odd length": "polygon-short",
     "flat polygon": "segmentation-format",
     "text polygon": "polygon-no-number",
-    "nested polygon": "polygon-no-number",
+    "nested polygon": "polygon-short",
     "ragged polygon": "polygon-no-number",
     "text segmentation": "segmentation-format",
     "iscrowd 2": "iscrowd",
@@ -231,7 +231,7 @@ def test_bad_images(tmp_path: Path) -> None:
     after = fixed(source, tmp_path, "--images")
     assert [r["image_id"] for r in load_coco(after, max_bad=0).records] == [8]
     changes = (tmp_path / "cleaned é.changes.txt").read_text(encoding="utf-8")
-    assert "image 5 (im 5é.png): left out: image files that are not there" in changes
+    assert "image 5 (im 5é.png): left out: missing image files" in changes
     assert "annotation 11 of image 5: left out: its image is left out" in changes
 
 
@@ -421,4 +421,4 @@ def test_random_damage_never_divides_check_and_loader(tmp_path: Path) -> None:
 
 
 def test_categories_of_one_name_become_the_one_with_the_lowest_id() -> None:
-    assert _merged_categories((1, 4, 7, 9), ("a", "b", "a", "a")) == {7: 1, 9: 1}
+    assert merged_categories((1, 4, 7, 9), ("a", "b", "a", "a")) == {7: 1, 9: 1}

@@ -159,7 +159,7 @@ def test_table_of_sizes(tmp_path: Path) -> None:
     """Three objects by hand: 40x30 images at short side 60 are twice as large; sqrt(80), sqrt(30), sqrt(120)."""
     cfg = load_config("gn_fpn", ["INPUT.MIN_SIZE_TRAIN", "(60,)"])
     training = Training.of(cfg)
-    sizes = size_table([survey(write(tmp_path), "train", training)], training, cfg)
+    sizes = size_table([load_coco(write(tmp_path), max_bad=0)], training, cfg)
     assert sizes.counts == (0, 0, 1, 2, 0, 0, 0, 0, 0, 0)  # 17.9, 11.0, 21.9 pixels
     assert sizes.anchors == (32, 64, 128, 256, 512) and sizes.short_side == 60
     assert sizes.small == pytest.approx(1 / 3) and sizes.many_small
@@ -428,4 +428,4 @@ def test_sizes_are_those_at_the_middle_of_the_training_sizes(how: str, side: int
     sizes = "(200,64,96)" if how == "choice" else "(40,200)"
     cfg = load_config("quickstart.yaml", ["INPUT.MIN_SIZE_TRAIN", sizes, "INPUT.MIN_SIZE_TRAIN_SAMPLING", how])
     training = Training.of(cfg)
-    assert size_table([survey(write(tmp_path), "train", training)], training, cfg).short_side == side
+    assert size_table([load_coco(write(tmp_path), max_bad=0)], training, cfg).short_side == side

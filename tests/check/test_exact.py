@@ -384,11 +384,11 @@ def test_unreadable_json(clean: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_anchors_are_high_by_their_ratio_and_corners_keep_the_area_of_a_mask() -> None:
-    from gn_det.check.fix import _from_corners
-    from gn_det.check.sizes import _shapes
+    from gn_det.check.fix import from_corners
+    from gn_det.check.sizes import anchor_shapes
 
-    assert _shapes([8.0], [4.0, 1.0]).tolist() == [[4.0, 16.0], [8.0, 8.0]]
+    assert anchor_shapes([8.0], [4.0, 1.0]).tolist() == [[4.0, 16.0], [8.0, 8.0]]
     image = {"height": 20, "width": 20}
     polygon = [[1.0, 2.0, 4.0, 2.0, 4.0, 8.0]]
-    assert _from_corners({"bbox": [1, 2, 4, 8], "segmentation": polygon}, image) == {"bbox": [1, 2, 3, 6]}
-    assert _from_corners({"bbox": [1, 2, 4, 8]}, image) == {"bbox": [1, 2, 3, 6], "area": 18}
+    assert from_corners({"bbox": [1, 2, 4, 8], "segmentation": polygon}, image) == {"bbox": [1, 2, 3, 6]}
+    assert from_corners({"bbox": [1, 2, 4, 8]}, image) == {"bbox": [1, 2, 3, 6], "area": 18}

@@ -64,9 +64,10 @@ def write(folder: Path, *changes: Change) -> DatasetSource:
     """Write the dataset after applying ``changes`` to its json content."""
     content = copy.deepcopy(CONTENT)
     # The compressed string is made here so that its meaning stays visible: 4 full columns of 30 rows.
-    from gn_det.data.checks import encode_counts
+    from pycocotools import mask as coco_mask
 
-    content["annotations"][2]["segmentation"]["counts"] = encode_counts([0, 120, 1080]).decode()
+    rle = coco_mask.frPyObjects({"size": [30, 40], "counts": [0, 120, 1080]}, 30, 40)
+    content["annotations"][2]["segmentation"]["counts"] = rle["counts"].decode()
     for image in content["images"]:
         rng = np.random.default_rng(image["id"])
         Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(folder / image["file_name"])

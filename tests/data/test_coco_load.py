@@ -74,11 +74,11 @@ def test_repairs_are_noted(tmp_path: Path) -> None:
     assert len(annotations[0]["segmentation"]) == 1
     text = data.summary()
     for part in (
-        "no iscrowd",
-        "no usable area",
-        "id 0 or below",
-        "repeat another",
-        "exact copies",
+        "without iscrowd: taken as 0",
+        "without usable area",
+        "ids of 0 or below",
+        "ids used twice",
+        "listed twice",
         "first: annotation 0 of image 5",
         "fewer than 3 points",
     ):

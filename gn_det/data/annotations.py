@@ -1,0 +1,357 @@
+"""Check single COCO annotations before any number reaches the mask API.
+
+pycocotools trusts its input: a NaN vertex takes the process down, a vertex far outside takes gigabytes, an RLE of the
+wrong length writes past its buffer or gives a transposed mask. So every number is looked at here first.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Container, Sequence
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from gn_det.data.problems import KINDS, NOWHERE, Problems, Where
+from gn_det.data.records import Annotation, Segmentation
+from gn_det.text import one_line, shown, some
+
+#: The COCO mask API upsamples polygon edges; a vertex more than this many image sides outside is surely an error.
+_FAR_OUTSIDE = 2.0
+#: Shares of boxes that leave their image as XYWH, and that fit as corners, where a set is surely written in corners.
+_LEAVING, _CORNERS = 0.2, 0.99
+#: The same by masks: the share of boxes that are the corners of their mask, to a pixel, and are not its XYWH box.
+_MASK_CORNERS, _SAME_PIXELS = 0.5, 1.0
+
+
+class Defect(Exception):
+    """What makes one annotation unusable: a key of ``problems.KINDS``, and the details for its text."""
+
+    def __init__(self, kind: str, *details: Any) -> None:
+        super().__init__(kind, *details)
+        self.kind, self.details = kind, details
+
+    def __str__(self) -> str:
+        return KINDS[self.kind].text.format(*self.details)
+
+
+def is_number(value: Any) -> bool:
+    """True for finite real numbers (bool is not one)."""
+    if type(value) is float:
+        return math.isfinite(value)
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # whole numbers beyond the range of float
+        return False
+
+
+def whole(value: Any) -> Any:
+    """``77`` for ``77.0``; anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def resolve_id(value: Any, known: Container[Any]) -> Any:
+    """The id in ``known`` that ``value`` means, written as ``77``, ``77.0`` or ``"77"``; None where there is none."""
+    value = whole(value)
+    if not isinstance(value, (int, str)):
+        return None
+    if value in known:
+        return value
+    other = str(value) if isinstance(value, int) else number_in(value)
+    return other if other is not None and other in known else None
+
+
+def number_in(text: str) -> int | None:
+    """The whole number that ``text`` is, if it is one."""
+    return int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else None
+
+
+def check_box(bbox: Any, height: int, width: int) -> list[float]:
+    """The XYWH box as written, if some of it covers the image.
+
+    Raises:
+        Defect: not four finite numbers, no area, or wholly or far outside the image.
+    """
+    if not isinstance(bbox, (list, tuple)) or len(bbox) != 4 or not all(map(is_number, bbox)):
+        raise Defect("bbox-format", one_line(bbox, 60))
+    x, y, w, h = bbox
+    if w <= 0 or h <= 0:
+        raise Defect("bbox-no-area", one_line(bbox, 60))
+    if min(x + w, width) - max(x, 0) <= 0 or min(y + h, height) - max(y, 0) <= 0:
+        raise Defect("bbox-outside", one_line(bbox, 60), width, height)
+    far_x, far_y = _FAR_OUTSIDE * width, _FAR_OUTSIDE * height
+    if min(x + far_x, y + far_y) < 0 or x + w > width + far_x or y + h > height + far_y:
+        raise Defect("bbox-far", one_line(bbox, 60), width, height)
+    return list(bbox)
+
+
+def check_segmentation(segmentation: Any, height: int, width: int) -> tuple[Segmentation | None, int]:
+    """Polygons or compressed RLE, verified.
+
+    Returns:
+        The segmentation (None where the json has none) and the number of polygon pieces left out because they have
+        fewer than 3 points or an odd number of coordinates, as Detectron2 leaves them out.
+
+    Raises:
+        Defect: nothing usable is left, or a number that must not reach the mask API.
+    """
+    if not segmentation:
+        return None, 0
+    if isinstance(segmentation, dict):
+        return _check_rle(segmentation, height, width), 0
+    if not isinstance(segmentation, list) or not all(isinstance(piece, (list, tuple)) for piece in segmentation):
+        raise Defect("segmentation-format")
+    good = [_check_polygon(piece, height, width) for piece in usable_pieces(segmentation)]
+    if not good:
+        raise Defect("polygon-short")
+    return good, len(segmentation) - len(good)
+
+
+def usable_pieces(pieces: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
+    """The polygon pieces that :func:`check_segmentation` keeps, as the json has them."""
+    return [piece for piece in pieces if len(piece) >= 6 and len(piece) % 2 == 0]
+
+
+def _check_polygon(piece: Sequence[Any], height: int, width: int) -> np.ndarray:
+    try:
+        points = np.asarray(piece)
+    except (ValueError, OverflowError):
+        raise Defect("polygon-no-number") from None
+    if points.ndim != 1 or points.dtype.kind not in "iuf":
+        raise Defect("polygon-no-number")
+    points = points.astype(np.int64 if points.dtype.kind == "i" else np.float64, copy=False)
+    # Nearly all polygons pass here, with two reductions; NaN fails any comparison.
+    side = min(height, width)
+    low, high = np.minimum.reduce(points), np.maximum.reduce(points)
+    if low >= -_FAR_OUTSIDE * side and high <= (1 + _FAR_OUTSIDE) * side:
+        return points
+    if not np.isfinite(points).all():
+        raise Defect("polygon-no-number")
+    # A vertex may lie outside (tools draw past the border), but not a multiple of the image away.
+    corners = points.reshape(-1, 2)
+    away = np.abs(corners / (width, height) - 0.5).max(axis=1)
+    if away.max() > 0.5 + _FAR_OUTSIDE:
+        x, y = corners[away.argmax()]
+        raise Defect("polygon-far", x, y, width, height)
+    return points
+
+
+def mask_box(segmentation: Segmentation) -> tuple[float, float, float, float]:
+    """XYXY box of a checked segmentation."""
+    if isinstance(segmentation, dict):
+        x, y, w, h = coco_mask.toBbox(segmentation).tolist()
+        return x, y, x + w, y + h
+    points = segmentation[0] if len(segmentation) == 1 else np.concatenate(segmentation)
+    xs, ys = points[0::2], points[1::2]
+    return float(xs.min()), float(ys.min()), float(xs.max()), float(ys.max())
+
+
+def mask_area(segmentation: Segmentation, height: int, width: int) -> float:
+    """Pixels of a checked segmentation."""
+    if isinstance(segmentation, list):
+        segmentation = coco_mask.merge(coco_mask.frPyObjects([p.tolist() for p in segmentation], height, width))
+    return float(coco_mask.area(segmentation))
+
+
+def covers_no_pixel(segmentation: Segmentation, height: int, width: int) -> bool:
+    """Whether polygons are so thin or so far out that their mask is empty (an RLE is checked when it is read)."""
+    if isinstance(segmentation, dict):
+        return False
+    for piece in segmentation:
+        points = piece.astype(np.float64, copy=False).view(np.complex128)
+        # twice the area; one call for all but the closing edge
+        twice = abs(np.vdot(points[:-1], points[1:]).imag + (points[-1].conjugate() * points[0]).imag)
+        if twice > 2 * (width + height):  # thicker than a pixel, however long it is
+            return False
+        x0, y0, x1, y1 = mask_box([piece])
+        if twice > 2 * (x1 - x0 + y1 - y0):
+            return False
+    return mask_area(segmentation, height, width) == 0
+
+
+def _check_rle(rle: dict[str, Any], height: int, width: int) -> dict[str, Any]:
+    size, counts = rle.get("size"), rle.get("counts")
+    if not isinstance(size, (list, tuple)) or list(size) != [height, width]:
+        raise Defect("rle-size", one_line(size, 60), [height, width])
+    runs = _runs(counts) if isinstance(counts, list) else decode_counts(counts)
+    if runs.min(initial=0) < 0:
+        raise Defect("rle-format", "counts are negative")
+    if int(runs.sum()) != height * width:
+        raise Defect("rle-length", int(runs.sum()), height * width)
+    if int(runs[1::2].sum()) == 0:
+        raise Defect("rle-empty")
+    if isinstance(counts, list):
+        return dict(coco_mask.frPyObjects({"size": [height, width], "counts": runs.tolist()}, height, width))
+    return {"size": [height, width], "counts": _as_bytes(counts)}
+
+
+def _runs(counts: list[Any]) -> np.ndarray:
+    try:
+        runs = np.asarray(counts)
+        if runs.ndim == 1 and runs.dtype.kind in "iuf" and (np.abs(runs) < 2**40).all() and (runs % 1 == 0).all():
+            return runs.astype(np.int64)
+    except (ValueError, OverflowError):
+        pass
+    raise Defect("rle-format", "counts are not whole numbers below 2^40")
+
+
+def _as_bytes(counts: Any) -> bytes:
+    return counts.encode("ascii") if isinstance(counts, str) else counts
+
+
+def decode_counts(counts: Any) -> np.ndarray:
+    """Run lengths of a compressed COCO RLE string, without pycocotools.
+
+    The format: each run is a signed number in groups of 5 bits, lowest first, one character (offset 48) a group, bit 5
+    meaning that another follows and bit 4 of the last one being the sign; from the fourth run on, a number is the
+    difference to the run two places before.
+
+    Raises:
+        Defect: characters outside the alphabet, or a number that is cut off.
+    """
+    if not isinstance(counts, (str, bytes)):
+        raise Defect("rle-format", "counts are neither a list of run lengths nor a compressed string")
+    try:
+        raw = np.frombuffer(_as_bytes(counts), dtype=np.uint8).astype(np.int64) - 48
+    except UnicodeEncodeError:
+        raw = np.zeros(0, dtype=np.int64)
+    if len(raw) == 0 or raw.min() < 0 or raw.max() > 63:
+        raise Defect("rle-format", "counts are empty or hold characters that the format does not have")
+    last = (raw & 0x20) == 0
+    if not last[-1]:
+        raise Defect("rle-format", "counts end inside a number")
+    ends = np.flatnonzero(last)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - starts + 1
+    if lengths.max() > 9:
+        raise Defect("rle-format", "counts hold a number larger than any image")
+    place = np.arange(len(raw)) - np.repeat(starts, lengths)
+    values = np.add.reduceat((raw & 0x1F) << (5 * place), starts)
+    values -= np.where(raw[ends] & 0x10, np.left_shift(np.int64(1), 5 * lengths), 0)
+    runs = values.copy()
+    runs[1::2] = np.cumsum(values[1::2])
+    runs[2::2] = np.cumsum(values[2::2])
+    return runs
+
+
+class AnnotationReader:
+    """Turns one json annotation at a time into an :class:`Annotation`, for training, evaluation and the check."""
+
+    def __init__(self, category_ids: Sequence[int], problems: Problems) -> None:
+        self.category_ids = category_ids
+        self.index_of = {category: i for i, category in enumerate(category_ids)}
+        self.problems = problems
+        self._raw: dict[str, Any] = {}
+        self._image: dict[str, Any] = {}
+        #: Boxes of objects; those that leave their image as XYWH; those that fit into it as corners.
+        self._boxes = self._leaving = self._corners = 0
+        #: Boxes with a mask; those that are its corners and not its XYWH box.
+        self._masks = self._mask_corners = 0
+
+    def read(self, raw: dict[str, Any], image: dict[str, Any]) -> Annotation | None:
+        """The annotation with a contiguous category; None where it is dropped, which ``problems`` hears of."""
+        self._raw, self._image = raw, image
+        try:
+            return self._read(raw, image["height"], image["width"])
+        except Defect as defect:
+            self.problems.drop(defect.kind, self._where(), *defect.details)
+            return None
+
+    def refuse_corners(self) -> None:
+        """Refuse a set whose boxes are written as [x1, y1, x2, y2].
+
+        Most of them are the corners of their masks; or many leave their images as XYWH, and all fit as corners.
+        """
+        if self._mask_corners >= max(2, _MASK_CORNERS * self._masks):
+            why = f"{self._mask_corners} of {self._masks} boxes are the corners of their masks"
+        elif self._leaving >= max(2, _LEAVING * self._boxes) and self._corners >= _CORNERS * self._boxes:
+            why = f"{self._leaving} of {self._boxes} boxes leave their image as XYWH, {self._corners} fit as corners"
+        else:
+            return
+        self.problems.refuse("bbox-corners", NOWHERE, why)
+
+    def _where(self) -> Where:
+        return Where(self._image["id"], self._image["file_name"], self._raw.get("id"))
+
+    def _repair(self, kind: str, count: int = 1) -> None:
+        self.problems.repair(kind, self._where(), count)
+
+    def _read(self, raw: dict[str, Any], height: int, width: int) -> Annotation:
+        given = raw.get("category_id")
+        category = given if type(given) is int and given in self.index_of else resolve_id(given, self.index_of)
+        if category is None:
+            raise Defect("category-unknown", shown(given), some([str(c) for c in self.category_ids]))
+        if type(given) is not int:
+            self._repair("id-type")
+        if raw.get("ignore"):
+            raise Defect("ignore")
+        iscrowd = raw.get("iscrowd")
+        if iscrowd is not None and iscrowd not in (0, 1):
+            raise Defect("iscrowd", shown(iscrowd))
+        bbox, unusable = raw.get("bbox"), None
+        if bbox is not None:
+            try:
+                bbox = check_box(bbox, height, width)
+            except Defect as defect:
+                if not raw.get("segmentation"):
+                    raise
+                unusable = defect
+        segmentation, left_out = check_segmentation(raw.get("segmentation"), height, width)
+        if bbox is None or unusable is not None:
+            bbox = self._box_of(segmentation, height, width, unusable)
+        elif not iscrowd:
+            self._count_corners(bbox, segmentation, height, width)
+        if iscrowd is None:
+            self._repair("iscrowd-missing")
+        if left_out:
+            self._repair("polygon-piece", left_out)
+        area: Any = raw.get("area")
+        empty = segmentation is not None and covers_no_pixel(segmentation, height, width)
+        if empty:
+            self._repair("polygon-empty")
+        if not is_number(area) or area < 0 or (area == 0 and not empty):
+            self._repair("area-missing")
+            area = float(bbox[2] * bbox[3]) if segmentation is None else mask_area(segmentation, height, width)
+        index = self.index_of[category]
+        annotation = Annotation(id=raw["id"], bbox=bbox, category_id=index, iscrowd=int(iscrowd or 0), area=area)
+        if segmentation is not None:
+            annotation["segmentation"] = segmentation
+        return annotation
+
+    def _box_of(self, segmentation: Any, height: int, width: int, unusable: Defect | None) -> list[float]:
+        """The box of the mask, in place of one that is missing or ``unusable``."""
+        if segmentation is None:
+            raise Defect("bbox-format", "None")
+        if unusable is not None and covers_no_pixel(segmentation, height, width):
+            raise unusable
+        try:
+            x0, y0, x1, y1 = mask_box(segmentation)
+            box = check_box([x0, y0, x1 - x0, y1 - y0], height, width)
+        except Defect as defect:
+            raise unusable or defect from None
+        self._repair("bbox-missing" if unusable is None else "bbox-unusable")
+        return box
+
+    def _count_corners(self, bbox: Sequence[float], segmentation: Any, height: int, width: int) -> None:
+        x, y, w, h = bbox
+        self._boxes += 1
+        # Tools are off by a few pixels at the border; this is far more.
+        self._leaving += x + w > 1.1 * width + 1 or y + h > 1.1 * height + 1
+        self._masks += segmentation is not None
+        if 0 <= x < w <= width + 1 and 0 <= y < h <= height + 1:
+            self._corners += 1
+            if segmentation is not None:  # few boxes come here by chance
+                mask = mask_box(segmentation)
+                self._mask_corners += _same(bbox, mask) and not fits_as_written(bbox, mask)
+
+
+def fits_as_written(bbox: Sequence[float], mask: Sequence[float]) -> bool:
+    """Whether the XYWH ``bbox`` is the XYXY box of its mask, to a pixel."""
+    x, y, w, h = bbox
+    return _same((x, y, x + w, y + h), mask)
+
+
+def _same(a: Sequence[float], b: Sequence[float]) -> bool:
+    return max(abs(p - q) for p, q in zip(a, b)) <= _SAME_PIXELS

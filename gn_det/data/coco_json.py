@@ -1,0 +1,300 @@
+"""The COCO json as a whole: parse it, and find the mistakes that make all of it ambiguous."""
+
+from __future__ import annotations
+
+import codecs
+import gc
+import gzip
+import io
+import json
+import os
+import re
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from gn_det.data.annotations import is_number, number_in, resolve_id, whole
+from gn_det.data.catalog import DatasetSource
+from gn_det.data.problems import NOWHERE, FileProblem, Problem, Problems, Where
+from gn_det.files import StrPath, open_regular
+from gn_det.text import one_line, shown, some
+
+_GZIP = b"\x1f\x8b"
+#: A gzipped json may unpack to so many bytes, or to so many times its size. Annotations shrink about tenfold.
+_UNZIPPED, _RATIO = 64 << 20, 100
+
+
+@dataclass
+class CocoJson:
+    """Raw entries, whose structure was checked: images sorted by id, annotations grouped by image.
+
+    Attributes:
+        images: ``id``, ``file_name``, ``width`` and ``height`` of the usable images; 0 where the json has no usable
+            size (:func:`gn_det.data.image_files.look_at_images` then takes it from the file).
+        annotations_of: annotations by image id, as in the file but for new ids.
+        class_names, category_ids: in order of the ids.
+        left_out: why annotations are in no group, by their position in the file: a kind of problem, "" where it is that
+            of their image.
+        new_ids: new id by position, for those that had none of their own.
+        has_annotations: False for a test json, which has no ``annotations`` key.
+    """
+
+    images: list[dict[str, Any]]
+    annotations_of: dict[Any, list[dict[str, Any]]]
+    class_names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    left_out: dict[int, str] = field(default_factory=dict)
+    new_ids: dict[int, int] = field(default_factory=dict)
+    has_annotations: bool = True
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Turn the garbage collector off: a json has millions of lists and no cycle to look for."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def read_coco_json(
+    source: DatasetSource, problems: Problems | None = None, *, need_annotations: bool = True
+) -> CocoJson:
+    """Parse and check the structure of ``source.json_file``.
+
+    Args:
+        source: the json and its images.
+        problems: what bad entries and repairs are reported to; by default they are dropped and made in silence.
+        need_annotations: refuse a json without ``annotations``.
+
+    Raises:
+        DataError: not found, not json, not COCO's instances format, no images or categories; and what ``problems``
+            refuses (repeated ids).
+    """
+    problems = problems or Problems(source.json_file)
+    return structure(parse(source), problems, need_annotations=need_annotations)
+
+
+def structure(data: Any, problems: Problems, *, need_annotations: bool = True) -> CocoJson:
+    """The second half of :func:`read_coco_json`, for a parsed json; ``data`` is not changed."""
+    if not isinstance(data, Mapping):
+        what = f"holds a {type(data).__name__}, not an object with images, annotations and categories"
+        problems.stop("json-structure", f"{what} (a list is what COCO *results* look like)")
+    if need_annotations and "annotations" not in data:
+        problems.stop("json-structure", f"key 'annotations' is missing (keys: {some(data, 6)})")
+    category_ids, class_names = _categories(data.get("categories"), problems)
+    content = CocoJson([], {}, class_names, category_ids, has_annotations="annotations" in data)
+    content.images, dropped = _images(data.get("images"), problems)
+    _group_annotations(data.get("annotations", []), content, dropped, problems)
+    return content
+
+
+def parse(source: DatasetSource) -> Any:
+    """The content of ``source.json_file``.
+
+    Raises:
+        DataError: not found, not readable, no json.
+    """
+    advice = f"check {source.origin or 'the path'}"
+    if source.origin == "DETECTRON2_DATASETS":
+        advice = (
+            "put the dataset there, set the environment variable DETECTRON2_DATASETS to its parent folder, or give "
+            "your own data (--train-json, --train-images, --val-json, --val-images)"
+        )
+    return read_json(source.json_file, f"annotation file of dataset {shown(source.name)}", advice)
+
+
+def read_json(path: StrPath, what: str = "COCO json", advice: str = "check the path") -> Any:
+    """The content of a json file in UTF-8, UTF-16 or UTF-32, gzipped or not.
+
+    Args:
+        path: a regular file.
+        what: the file, for the message when it is absent.
+        advice: what to do then.
+
+    Raises:
+        FileProblem: not found, not readable or no json; one line that names the cause.
+    """
+
+    def stop(text: str) -> NoReturn:
+        raise FileProblem(os.fspath(path), Problem("json-unreadable", details=(text,)))
+
+    try:
+        with open_regular(path) as file:
+            data = file.read()
+    except FileNotFoundError:
+        stop(f"{what} not found: {advice}")
+    except (OSError, ValueError) as error:
+        if os.path.isdir(path):
+            stop(f"is a folder, a COCO json file is needed: {advice}")
+        stop(f"cannot be read ({error.strerror if isinstance(error, OSError) else error}): {advice}")
+    try:
+        if data.startswith(_GZIP):
+            data = _unzipped(data)
+        text = data.decode(json.detect_encoding(data))
+        with collector_paused():
+            return json.loads(text)
+    except json.JSONDecodeError as error:
+        cause = f"{error.msg} in line {error.lineno}, column {error.colno}"
+        if not text.strip():
+            cause = "the file is empty"
+        elif re.match(r"\s*[{\[]\s*'", text):
+            cause = "keys are in single quotes, as Python prints a dict: write it with json.dump instead"
+        stop(f"not a json file ({cause}): export or download the annotations again")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        chinese = _is_text(data[: 1 << 20], "gbk")
+        stop(
+            f"not a json file (not UTF-8 text{' but probably GBK' if chinese else ''}, line {line}): save it as UTF-8, "
+            f"such as with iconv -f {'GBK' if chinese else 'ITS_ENCODING'} -t UTF-8"
+        )
+    except RecursionError:
+        stop("not a COCO json file (its lists are nested too deeply): export or download it again")
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        stop(f"cannot be read ({one_line(error)}): {advice}")
+
+
+def _unzipped(data: bytes) -> bytes:
+    """The content of a gzip file; ValueError where it is larger than any json would be."""
+    limit = max(_UNZIPPED, _RATIO * len(data))
+    with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+        out = file.read(limit + 1)
+    if len(out) > limit:
+        raise ValueError(f"unpacks to more than {limit >> 20} MiB: unpack it with gunzip if you trust it")
+    return out
+
+
+def _is_text(data: bytes, encoding: str) -> bool:
+    try:
+        codecs.getincrementaldecoder(encoding)().decode(data)  # the last character may be cut
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def category_id(value: Any) -> int | None:
+    """A category's id as an integer, where it is one or is written as ``1.0`` or ``"1"``."""
+    value = number_in(value) if isinstance(value, str) else whole(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _categories(entries: Any, problems: Problems) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    if not isinstance(entries, list) or not entries:
+        problems.stop("categories-missing")
+    found: dict[int, str] = {}
+    for entry in entries:
+        number = category_id(entry.get("id")) if isinstance(entry, dict) else None
+        if number is None or not isinstance(entry.get("name"), str):
+            problems.refuse("category-malformed", NOWHERE, shown(entry))
+            continue
+        name = entry["name"]
+        if type(entry["id"]) is not int:
+            problems.repair("id-type", Where(file=f"category {name}"))
+        if name == found.get(number):
+            problems.refuse("category-copy", NOWHERE, number)
+        elif number in found:
+            problems.refuse("category-id-repeated", NOWHERE, number, shown(found[number]), shown(name))
+        else:
+            found[number] = name
+    ids_of = defaultdict(list)
+    for number, name in sorted(found.items()):
+        ids_of[name].append(str(number))
+    for name, ids in ids_of.items():
+        if len(ids) > 1:
+            problems.refuse("category-name-repeated", NOWHERE, shown(name), some(ids))
+    ids_and_names = sorted(found.items())
+    return tuple(number for number, _ in ids_and_names), tuple(name for _, name in ids_and_names)
+
+
+def _images(entries: Any, problems: Problems) -> tuple[list[dict[str, Any]], set[Any]]:
+    """Usable images sorted by id, and the ids of those that are not usable."""
+    if not isinstance(entries, list) or not entries:
+        problems.stop("images-missing")
+    images: dict[Any, dict[str, Any]] = {}
+    ambiguous: set[Any] = set()
+    for position, entry in enumerate(entries):
+        number = whole(entry.get("id")) if isinstance(entry, dict) else None
+        if not isinstance(number, (int, str)):
+            problems.refuse("image-no-id", NOWHERE, position)
+            continue
+        if type(number) is not type(entry["id"]):
+            problems.repair("id-type", Where(number, str(entry.get("file_name"))))
+        if number in images:
+            first = images[number]
+            copy = all(entry.get(k) == first.get(k) for k in ("file_name", "width", "height"))
+            details = one_line(number, 60), one_line(first.get("file_name")), one_line(entry.get("file_name"))
+            where = Where(number, str(entry.get("file_name")))
+            problems.refuse("image-copy" if copy else "image-id-repeated", where, *details)
+            if not copy:
+                ambiguous.add(number)
+            continue
+        images[number] = entry
+    good = []
+    for number, entry in images.items():
+        name = entry.get("file_name")
+        if number in ambiguous:
+            continue
+        if not isinstance(name, str) or not name:
+            problems.drop("image-entry", Where(number), "'file_name' is missing")
+            continue
+        size = {key: whole(entry.get(key)) for key in ("width", "height")}
+        if not all(is_number(v) and isinstance(v, int) and v >= 1 for v in size.values()):
+            size = {"width": 0, "height": 0}
+        good.append({"id": number, "file_name": name, **size})
+    # Text ids are rare but legal; numbers first keeps the order defined where both occur.
+    good.sort(key=lambda i: (isinstance(i["id"], str), i["id"]))
+    return good, set(images) - {i["id"] for i in good}
+
+
+def _group_annotations(entries: Any, content: CocoJson, dropped: set[Any], problems: Problems) -> None:
+    """Assign annotations to images; give new ids where they are missing, 0 or used twice."""
+    if not isinstance(entries, list):
+        problems.stop("json-structure", f"'annotations' is a {type(entries).__name__}, not a list")
+    groups: defaultdict[Any, list[dict[str, Any]]] = defaultdict(list)
+    known = {image["id"] for image in content.images}
+    seen: dict[Any, dict[str, Any]] = {}
+    ids = (e["id"] for e in entries if isinstance(e, dict) and type(e.get("id")) is int)
+    largest = max(max(ids, default=0), 0)
+    for position, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            problems.drop("annotation-entry", NOWHERE, position, shown(entry, 40))
+            content.left_out[position] = "annotation-entry"
+            continue
+        given, number = entry.get("image_id"), entry.get("id")
+        image = given if type(given) is int and given in known else resolve_id(given, known)
+        if image is None:
+            # Annotations of an image that is itself listed as bad would only repeat that message.
+            content.left_out[position] = "" if resolve_id(given, dropped) is not None else "image-unknown"
+            if content.left_out[position]:
+                problems.drop("image-unknown", Where(annotation=whole(number)), shown(given))
+            continue
+        if type(image) is not type(given) or type(number) is float:
+            number = whole(number)
+            if type(image) is not type(given) or type(number) is int:
+                problems.repair("id-type", Where(image, annotation=number))
+            entry = {**entry, "image_id": image, "id": number}
+        kind = ""
+        if type(number) is not int:
+            kind = "annotation-no-id"
+        elif number <= 0:
+            kind = "annotation-id-zero"
+        elif number in seen:
+            kind = "annotation-copy" if entry == seen[number] else "annotation-id-repeated"
+        if kind:
+            problems.repair(kind, Where(image, annotation=number))
+            if kind == "annotation-copy":
+                content.left_out[position] = kind
+                continue
+            largest += 1
+            content.new_ids[position] = largest
+            entry = {**entry, "id": largest}
+        else:
+            seen[number] = entry
+        groups[image].append(entry)
+    content.annotations_of = dict(groups)

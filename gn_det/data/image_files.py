@@ -1,0 +1,141 @@
+"""Look at the image files of a COCO json before anything is trained: headers only."""
+
+from __future__ import annotations
+
+import logging
+import os
+import posixpath
+import unicodedata
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
+from typing import Any
+from urllib.parse import unquote
+
+from gn_det.data.catalog import DatasetSource
+from gn_det.data.image import ImageError, ImageReader, values_in_words, wrong_size
+from gn_det.data.problems import NOWHERE, Problem, Problems, Where
+from gn_det.text import one_line, some
+
+logger = logging.getLogger(__name__)
+
+_THREADS = 8
+#: From so many images on, the log says that they are being looked at: it takes a while.
+_MANY_IMAGES = 20_000
+#: Images of more than 8 bits whose range of values is given; each has to be decoded for it.
+_RANGES = 3
+#: Files of an image folder that are searched for the one that a json means.
+_MOST_FILES = 1_000_000
+
+
+def look_at_images(
+    images: Sequence[dict[str, Any]],
+    source: DatasetSource,
+    problems: Problems,
+    step: Callable[[], object] | None = None,
+    reader: ImageReader | None = None,
+) -> set[Any]:
+    """Ids of images that are missing, not images, or of another size than the json says.
+
+    A size that the json lacks, and a name that differs from the only file it can mean in how it is written, are
+    corrected in ``images``.
+
+    Args:
+        images: of :class:`gn_det.data.coco_json.CocoJson`.
+        source: where they are.
+        problems: hears of each, and refuses the set where no image can be used.
+        step: called after each image.
+        reader: as the images are going to be read.
+    """
+    reader = reader or ImageReader()
+    root, advice = source.image_root, f"check {source.origin or 'the image folder'}"
+    if not os.path.isdir(root):
+        what = "is not a folder" if os.path.exists(root) else "does not exist"
+        problems.stop("image-folder", f"the image folder {root} {what}: {advice}")
+    if len(images) > _MANY_IMAGES:
+        logger.info("%s: checking the headers of %d images", source.name, len(images))
+    unusable: dict[Any, Problem] = {}
+    names = _NearNames(root, images)
+    deep = 0
+    with warnings.catch_warnings(), ThreadPoolExecutor(_THREADS) as pool:
+        # Pillow warns of odd metadata and very large images; neither is a mistake of the dataset.
+        warnings.simplefilter("ignore")
+        for image, found in zip(images, pool.map(partial(_size, root, reader), images)):
+            if step is not None:
+                step()
+            where = Where(image["id"], image["file_name"])
+            if isinstance(found, ImageError) and found.kind == "image-missing":
+                found = _by_other_name(image, names, found, problems) or _size(root, reader, image)
+            if isinstance(found, ImageError):
+                if found.kind == "image-depth" and (deep := deep + 1) <= _RANGES:
+                    found = ImageError(values_in_words(os.path.join(root, image["file_name"])), found.kind)
+                problems.drop(found.kind, where, found.text)
+                unusable.setdefault(image["id"], Problem(found.kind, where, (found.text,)))
+            elif not image["width"]:
+                image["width"], image["height"] = found
+                problems.repair("image-no-size", where)
+    if images and len(unusable) == len(images):
+        first = next(iter(unusable.values()))
+        # what a key of the config can change is no matter of the folder
+        settings = first.kind in ("image-depth", "image-large") and len({p.kind for p in unusable.values()}) == 1
+        text = f"none of its {len(images)} images can be used from {root} (first: {first})"
+        problems.refuse("image-folder", NOWHERE, text if settings else f"{text}: {advice}")
+    return set(unusable)
+
+
+def _size(root: str, reader: ImageReader, image: dict[str, Any]) -> tuple[int, int] | ImageError:
+    """Width and height of an image file, or what is wrong with it."""
+    path = os.path.join(root, image["file_name"])
+    try:
+        size = reader.size(path)
+    except ImageError as error:
+        return error
+    expected = (image["width"], image["height"])
+    return wrong_size(path, size, expected) if image["width"] and size != expected else size
+
+
+class _NearNames:
+    """Finds the file that a name means which is written with another slash, letter case, Unicode form or escape."""
+
+    def __init__(self, root: str, images: Sequence[dict[str, Any]]) -> None:
+        self.root, self._images = root, images
+        self._files: dict[str, list[str]] | None = None
+        self._named: set[str] = set()
+
+    def find(self, name: str) -> list[str]:
+        """Files that ``name`` may mean, relative to the folder; none that another image of the json names."""
+        if self._files is None:
+            self._named = {os.path.normpath(image["file_name"]) for image in self._images}
+            self._files = {}
+            found = (os.path.join(folder, file) for folder, _, files in os.walk(self.root) for file in files)
+            for path in islice(found, _MOST_FILES):
+                relative = os.path.relpath(path, self.root)
+                self._files.setdefault(_plain_name(relative), []).append(relative)
+        return [path for path in self._files.get(_plain_name(name), ()) if path not in self._named]
+
+
+def _plain_name(name: str) -> str:
+    return unicodedata.normalize("NFC", posixpath.normpath(unquote(name.replace("\\", "/")))).casefold()
+
+
+def _by_other_name(
+    image: dict[str, Any], names: _NearNames, missing: ImageError, problems: Problems
+) -> ImageError | None:
+    """Name the only file that the name of a missing image can mean in ``image``; else say what may be done."""
+    given = image["file_name"]
+    near = names.find(given)
+    if len(near) == 1:
+        image["file_name"] = near[0]
+        problems.repair("image-name", Where(image["id"], given))
+        return None
+    hint = ""
+    beside = os.path.join(names.root, os.path.basename(given.replace("\\", "/")))
+    if near:
+        hint = f"it may mean {some(near, 3)}: correct file_name"
+    elif os.path.exists(beside):
+        hint = f"there is {one_line(beside, 300)}: correct file_name"
+    elif "\\" in given:
+        hint = "a backslash in file_name separates folders on Windows only: write a forward slash"
+    return ImageError(f"{missing.text}; {hint}" if hint else missing.text, missing.kind)
