@@ -110,7 +110,7 @@ def inside(folder: StrPath, relative: str) -> Path:
     return path
 
 
-Content = str | bytes | Iterable[bytes] | Callable[[IO[bytes]], object]
+Content = str | bytes | Iterable[bytes | memoryview] | Callable[[IO[bytes]], object]
 
 
 def atomic_write(path: StrPath, content: Content) -> None:

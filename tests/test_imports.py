@@ -56,7 +56,7 @@ KNOWN_CIRCLES = {
     "gn_det.data.catalog",
     "gn_det.compare.suite",
 }  # a circle is known by any of its modules
-KNOWN_STEMS = {"report", "samples", "fit", "heads", "findings", "build", "coco", "charts", "page", "curves", "catalog"}
+KNOWN_STEMS = {"report", "samples", "fit", "findings", "build", "coco", "charts", "page", "curves", "catalog"}
 KNOWN_STEMS |= {"tables", "results"}
 
 

@@ -20,12 +20,11 @@ from gn_det.checkpoint.arch import architecture_of
 from gn_det.checkpoint.catalog import local_path, sha256_of, split_options
 from gn_det.checkpoint.fold import STEM, fold
 from gn_det.checkpoint.formats import layered
-from gn_det.checkpoint.heads import read_head
-from gn_det.checkpoint.io import save_checkpoint
+from gn_det.checkpoint.io import read_head, save_checkpoint
 from gn_det.checkpoint.report import shorten
+from gn_det.checkpoint.safetensors_file import write_safetensors
 from gn_det.checkpoint.source import CAFFE, TORCH, Preprocessing, State, Weights, show
 from gn_det.checkpoint.sources import open_weights
-from gn_det.checkpoint.tensors import write_safetensors
 from gn_det.errors import WeightsError
 from gn_det.files import StrPath, check_regular
 from gn_det.text import one_line

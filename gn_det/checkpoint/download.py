@@ -32,7 +32,7 @@ from urllib.request import (
     UnknownHandler,
 )
 
-from gn_det.checkpoint.heads import not_weights
+from gn_det.checkpoint.io import not_weights
 from gn_det.text import one_line
 
 logger = logging.getLogger(__name__)

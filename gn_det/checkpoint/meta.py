@@ -53,7 +53,7 @@ def config_of_checkpoint(path_or_uri: StrPath) -> CfgNode:
         ConfigError: the stored configuration has keys that this version does not know.
     """
     from gn_det.checkpoint.catalog import local_path
-    from gn_det.checkpoint.sources import read_any
+    from gn_det.checkpoint.io import read_any
     from gn_det.config import parse_config
 
     meta = read_meta(read_any(local_path(path_or_uri)), path_or_uri)

@@ -18,12 +18,9 @@ import torch
 
 from gn_det.checkpoint.catalog import local_path, published_file, published_preprocessing, split_options
 from gn_det.checkpoint.formats import caffe2, layered, mmdet
-from gn_det.checkpoint.heads import known_mistake, looks_like_safetensors, read_head
-from gn_det.checkpoint.io import check_tensors, read_checkpoint
+from gn_det.checkpoint.io import check_tensors, read_any
 from gn_det.checkpoint.meta import read_meta
-from gn_det.checkpoint.pickles import read_pickle
 from gn_det.checkpoint.source import Preprocessing, State, Weights
-from gn_det.checkpoint.tensors import read_safetensors
 from gn_det.config.reader import parse_yaml
 from gn_det.errors import ConfigError, WeightsError
 from gn_det.files import StrPath
@@ -32,8 +29,6 @@ from gn_det.text import one_line
 NORM_KEYS = ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM", "MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_MASK_HEAD.NORM")
 
 _CHANNELS = 16  # of an image, at most
-# torch.save writes an archive, or (before 1.6) this magic number as a first pickle.
-_TORCH = (b"PK\x03\x04", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.")
 
 
 @dataclass(frozen=True)
@@ -110,21 +105,6 @@ def open_weights(path_or_uri: StrPath, *, must_know: bool = True) -> Weights:
             "open-mmlab://contrib/resnet50_gn) behind its name"
         )
     return weights
-
-
-def read_any(path: StrPath) -> dict[str, Any]:
-    """The top-level dict of a torch archive or a pickle, told apart by the first bytes, not by the name.
-
-    Raises:
-        WeightsError: see :func:`read_checkpoint` and :func:`read_pickle`.
-    """
-    head = read_head(path)
-    if looks_like_safetensors(head):
-        return read_safetensors(path)
-    is_pickle = head[:1] == b"\x80" or str(path).endswith(".pkl")
-    if is_pickle and not head.startswith(_TORCH) and not known_mistake(head):
-        return read_pickle(path)
-    return read_checkpoint(path, mmap=True)
 
 
 def _state_of(path: StrPath, payload: Mapping[str, Any]) -> Mapping[Any, Any]:

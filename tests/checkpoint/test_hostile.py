@@ -13,7 +13,7 @@ import struct
 import subprocess
 import sys
 import zipfile
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gn_det.checkpoint import pickles
 from gn_det.checkpoint.convert import convert
 from gn_det.checkpoint.describe import describe
 from gn_det.checkpoint.io import read_checkpoint
@@ -274,7 +273,7 @@ def test_small_files_that_hang_other_readers(tmp_path: Path) -> None:
         (WRITER.named("torch._utils", "_rebuild_wrapper_subclass") + b")R", "is not a plain tensor"),
         (WRITER.named("torch._utils", "_rebuild_nested_tensor") + b")R", "is not a plain tensor"),
         (WRITER.named("torch._tensor", "_rebuild_from_type_v2") + b")R", "is not a plain tensor"),
-        (WRITER.named("torch", "FloatStorage") + b")R", "calls a storage class"),
+        (WRITER.named("torch", "FloatStorage") + b")R", "calls something that is not a constructor"),
         (WRITER.named("builtins", "set") + b"]\x85R", "could run code"),
         (WRITER.named("collections", "OrderedDict") + b"]K\x01a\x85R", "not a list of pairs"),
         (WRITER.named("collections", "Counter") + b"]\x85R", "not a dict"),
@@ -291,19 +290,16 @@ def test_what_a_file_of_torch_may_claim(tmp_path: Path, value: bytes, expected: 
     assert read.tolist() in (numbers.tolist(), numbers.ravel().reshape(2, 3).T.tolist(), [])
 
 
-def test_limits_hold_at_their_edges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits_hold_at_their_edges(tmp_path: Path) -> None:
     """What is just inside a limit is read."""
-    monkeypatch.setattr(pickles, "MAX_TENSORS", 2)
     for name, good, bad in (
         ("levels", b")" + b"\x85" * 62, b")" + b"\x85" * 64),
         ("integer", WRITER.integer(2**254), WRITER.integer(2**256)),
         ("key", b"}" + WRITER.text("k" * 512) + b"Ns", b"}" + WRITER.text("k" * 513) + b"Ns"),
         ("number as key", b"}" + WRITER.integer(2**63 - 1) + b"Ns", b"}" + WRITER.integer(2**63) + b"Ns"),
         ("float as key", b"}K\x01Ns", b"}G" + b"\0" * 8 + b"Ns"),
-        ("tensors", rebuilt((6,), (1,)), rebuilt((6,), (1,)) * 2 + b"\x86"),
     ):
         for value in (good, bad):
-            # Every file has one tensor more than the value.
             items = [(WRITER.text("w"), rebuilt((6,), (1,))), (WRITER.text("x"), value)]
             content = b"\x80\x02" + WRITER.dict(items) + b"."
             path = tmp_path / "x.pth"
@@ -311,7 +307,7 @@ def test_limits_hold_at_their_edges(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             if value is good:
                 assert list(read_checkpoint(path)) == ["w", "x"], name
             else:
-                with pytest.raises(WeightsError, match=r"no weights file does|keys are short|more than 2 tensors"):
+                with pytest.raises(WeightsError, match=r"no weights file does|keys are short"):
                     read_checkpoint(path)
 
 
@@ -367,16 +363,6 @@ def test_programs_and_records_that_share_their_bytes(tmp_path: Path) -> None:
             archive.filelist[-1].filename = f"{whole.filename}{number}"
         archive._didModify = True  # type: ignore[attr-defined]
     assert "it unpacks to more than its size" in refused(path, buffer.getvalue())
-
-
-def test_versions_of_modules_are_whole_numbers(tmp_path: Path) -> None:
-    """What torch keeps beside a state_dict is taken as torch writes it, or not at all."""
-    for version, kept in ((2, True), ([2], False), ("2", False)):
-        state: Any = OrderedDict(STATE)
-        state._metadata = OrderedDict({"": {"version": 1}, "stem": {"version": version}})
-        torch.save({"model": state}, tmp_path / "x.pth")
-        read = read_checkpoint(tmp_path / "x.pth")["model"]
-        assert getattr(read, "_metadata", None) == (state._metadata if kept else None)
 
 
 class _Subclass(torch.Tensor):
@@ -502,7 +488,7 @@ def test_metadata_never_reach_the_terminal_raw(tmp_path: Path, capsys: pytest.Ca
 def test_integers_in_json(tmp_path: Path) -> None:
     """float(10**400) raises what nobody expects."""
     header = {"__metadata__": {"gn_det": '{"best_metric": 1' + "0" * 400 + "}"}, "stem.conv1.weight": entry([2], 8)}
-    assert "an integer of 401 digits" in refused(tmp_path / "x.safetensors", safetensors(header, b"\0" * 8))
+    assert "an integer of more than 256 bits" in refused(tmp_path / "x.safetensors", safetensors(header, b"\0" * 8))
 
 
 # ---------------------------------------------------------------------------------------------------------- mutations

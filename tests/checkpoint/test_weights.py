@@ -477,7 +477,7 @@ def test_other_contents_are_refused_clearly(tmp_path: Path) -> None:
     path = write_pickle(tmp_path / "l.pkl", {"model": {"stem.conv1.weight": [1, 2]}})
     assert "is a list, not a tensor" in refused(model, path, cfg)
     (tmp_path / "x.safetensors").write_bytes((20).to_bytes(8, "little") + b'{"a": {}}           ')
-    assert "damaged safetensors" in refused(model, tmp_path / "x.safetensors", cfg)
+    assert "is not a weights file or is damaged" in refused(model, tmp_path / "x.safetensors", cfg)
 
 
 def test_content_counts_not_the_name(tmp_path: Path) -> None:
