@@ -106,11 +106,16 @@ def one_of(*choices: Any) -> Value:
 def optional(check: Check) -> Value:
     """None, or what ``check`` accepts."""
 
+    expected = f"None or {_expected(check)}"
+    if isinstance(check, Value) and check.inside is None:
+        holds = check.holds
+        return Value(expected, lambda v: v is None or holds(v))
+
     def inside(value: Any, where: str) -> None:
         if value is not None:
             check(value, where)
 
-    return Value(f"None or {_expected(check)}", lambda v: True, inside)
+    return Value(expected, lambda v: True, inside)
 
 
 def every(*checks: Check) -> Value:

@@ -68,15 +68,11 @@ NOT_OF_THE_FILE = ("OUTPUT_DIR", "MODEL.WEIGHTS", "MODEL.DEVICE")
 
 def without_places(cfg: CfgNode) -> CfgNode:
     """``cfg`` after its :data:`NOT_OF_THE_FILE` were set to their defaults: a file must not choose where we write."""
-    from gn_det.config import get_cfg
+    from gn_det.config.defaults import set_value
+    from gn_det.config.schema import KEYS
 
-    default = get_cfg()
-    for key in NOT_OF_THE_FILE:
-        *sections, name = key.split(".")
-        node, other = cfg, default
-        for section in sections:
-            node, other = node[section], other[section]
-        node[name] = other[name]
+    for name in NOT_OF_THE_FILE:
+        set_value(cfg, name, KEYS[name].default)
     return cfg
 
 

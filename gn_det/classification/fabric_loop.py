@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gn_det.classification.image_sources import Batch, Input, Source, epoch_batches
-from gn_det.classification.settings import Settings, lr_factor
+from gn_det.classification.settings import Settings, lr_at
 from gn_det.engine import dist
 from gn_det.engine.lightning_parts import backend, process_layout, quiet_lightning
 from gn_det.engine.scalars import EventLog, Progress
@@ -128,7 +128,7 @@ class Trainer:
         iteration = epoch * self.plan.per_epoch
         started, since = time.perf_counter(), 0
         for pixels, labels in self.batches(epoch):
-            rate = self.plan.lr * lr_factor(self.settings, iteration, self.plan.total)
+            rate = lr_at(self.settings, self.plan.lr, iteration, self.plan.total)
             for group in self.bare_optimizer.param_groups:
                 group["lr"] = rate
             labels = labels.to(device, non_blocking=True)

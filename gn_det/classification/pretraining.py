@@ -21,8 +21,7 @@ from gn_det.checkpoint.io import read_checkpoint, save_checkpoint
 from gn_det.checkpoint.last import remove_leftovers
 from gn_det.classification.export import write_weights
 from gn_det.classification.fabric_loop import Plan, Progressed, Trainer, make_fabric, top1_error
-from gn_det.classification.image_folder import FolderSource
-from gn_det.classification.image_sources import Source, epoch_batches, load_digits, load_shapes
+from gn_det.classification.image_sources import Source, epoch_batches, open_source
 from gn_det.classification.network import Classifier, build_classifier, build_optimizer
 from gn_det.classification.settings import BUILTIN, Settings, base_lr
 from gn_det.engine import dist
@@ -270,19 +269,6 @@ def _same_settings(path: Path, theirs: Mapping[str, Any], settings: Settings) ->
 
 
 # ------------------------------------------------------------ small parts
-
-
-def open_source(settings: Settings) -> Source:
-    """The checked set that ``settings.data`` names.
-
-    Raises:
-        DataError: a folder that is missing, empty, or whose two parts have different classes.
-    """
-    if settings.data == "digits":
-        return load_digits(settings)
-    if settings.data == "shapes":
-        return load_shapes(settings)
-    return FolderSource(settings)
 
 
 def _plan(settings: Settings, source: Source, processes: int) -> Plan:

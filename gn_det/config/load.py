@@ -1,19 +1,15 @@
 """Finding, reading and overriding configs, with every mistake named.
 
-A config is a Detectron2 YAML file with ``_BASE_`` inheritance as in fvcore. Unknown keys, duplicate keys and wrong
-types are errors that name file and key; :mod:`gn_det.config.check` then refuses what the embedded engine does not
-implement.
+A config is a Detectron2 YAML file with ``_BASE_`` inheritance as in fvcore. Unknown keys, duplicate keys and values
+that no engine accepts are errors that name file and key; :func:`gn_det.config.check.check_config` then refuses what
+the chosen engine does not implement.
 """
 
 from __future__ import annotations
 
-import copy
-import difflib
-import functools
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -21,14 +17,23 @@ import yaml
 from fvcore.common.config import BASE_KEY
 from fvcore.common.config import CfgNode as CN
 
-from gn_det.config.check import OTHER_MODELS, check_config, check_ranges
-from gn_det.config.defaults import get_cfg
-from gn_det.config.reader import MAX_BYTES, MAX_DEPTH, parse_yaml, python_value, read_yaml
+from gn_det.config.check import check_config, check_size, check_value
+from gn_det.config.defaults import get_cfg, set_value
+from gn_det.config.reader import MAX_BYTES, parse_yaml, python_value, read_yaml
+from gn_det.config.schema import KEYS
 from gn_det.errors import ConfigError
-from gn_det.text import one_line, shown
+from gn_det.text import nearest, one_line, shown
+from gn_det.values import is_number
 
 #: Files that a config and its bases may be.
 MAX_FILES = 100
+
+#: Dotted names of sections.
+_SECTIONS = {name.rpartition(".")[0] for name in KEYS} - {""}
+_SECTIONS |= {name.rpartition(".")[0] for name in _SECTIONS} - {""}
+
+
+# ------------------------------------------------------------ names of files
 
 
 def _configs_dir() -> Path:
@@ -43,17 +48,16 @@ def shipped_configs() -> list[str]:
     return sorted(p.name for p in _configs_dir().glob("*.yaml") if not p.name.startswith("Base-"))
 
 
+def _with_ending(name: str) -> str:
+    return name if name.endswith((".yaml", ".yml")) else f"{name}.yaml"
+
+
 def _by_name(folder: Path, name: str) -> Path | None:
-    """The file of a name inside ``folder``, with or without ``.yaml``; None where there is none."""
-    wanted = name if name.endswith((".yaml", ".yml")) else f"{name}.yaml"
+    """The file of that name in ``folder``, with or without ``.yaml``."""
+    wanted = _with_ending(name)
     if PurePath(wanted).anchor or "\\" in wanted or ".." in wanted.split("/"):
         return None
     return folder / wanted if os.path.isfile(folder / wanted) else None
-
-
-def _near(name: str, names: Sequence[str], n: int = 3, cutoff: float = 0.6) -> list[str]:
-    """The names that are most like one; nothing is like a very long one."""
-    return difflib.get_close_matches(name, names, n, cutoff) if len(name) <= 200 else []
 
 
 def shipped_config(name: str) -> Path:
@@ -65,47 +69,41 @@ def shipped_config(name: str) -> Path:
     path = None if "/" in name else _by_name(_configs_dir(), name)
     if path is not None:
         return path
-    names = shipped_configs()
-    near = _near(name if name.endswith((".yaml", ".yml")) else f"{name}.yaml", names) or names
+    near = nearest(_with_ending(name), shipped_configs()) or shipped_configs()
     raise ConfigError(f"config {shown(name)} is neither a file nor a shipped config; did you mean {', '.join(near)}?")
 
 
 def _zoo_dir() -> Path | None:
-    """Folder of Detectron2's own YAML files where it is installed; found without importing it."""
+    """Folder of Detectron2's own YAML files if it is installed; found without importing it."""
     try:
         spec = importlib.util.find_spec("detectron2")
     except (ImportError, ValueError):
         return None
-    for root in (spec.submodule_search_locations or []) if spec else []:
-        folder = Path(root) / "model_zoo" / "configs"
-        if folder.is_dir():
-            return folder
-    return None
+    roots = (spec.submodule_search_locations or []) if spec else []
+    folders = [Path(root) / "model_zoo" / "configs" for root in roots]
+    return next((folder for folder in folders if folder.is_dir()), None)
 
 
-def zoo_config(name: str) -> Path | None:
-    """Detectron2's own config of a name as in its model zoo (``Misc/mask_rcnn_R_50_FPN_3x_gn.yaml``), or None."""
+def _zoo_config(name: str) -> Path:
+    """Detectron2's own config of a name as in its model zoo (``Misc/mask_rcnn_R_50_FPN_3x_gn.yaml``)."""
     folder = _zoo_dir()
-    return None if folder is None else _by_name(folder, name)
-
-
-def _no_zoo_config(name: str) -> ConfigError:
-    """The error for a name with a folder in it that is no file: near names of Detectron2's zoo, where it is there."""
-    folder = _zoo_dir()
+    path = None if folder is None else _by_name(folder, name)
+    if path is not None:
+        return path
     names = [] if folder is None else [p.relative_to(folder).as_posix() for p in folder.glob("*/*.yaml")]
     if name.partition("/")[0] not in {n.partition("/")[0] for n in names}:
         missing = "" if folder else " (names of Detectron2's model zoo need Detectron2 installed)"
-        return ConfigError(f"config {shown(name)} does not exist{missing}")
-    near = _near(name, names)
+        raise ConfigError(f"config {shown(name)} does not exist{missing}")
+    near = nearest(name, names)
     hint = f"; did you mean {', '.join(near)}?" if near else ""
-    return ConfigError(f"config {shown(name)} is neither a file nor in Detectron2's model zoo{hint}")
+    raise ConfigError(f"config {shown(name)} is neither a file nor in Detectron2's model zoo{hint}")
 
 
 def resolve_config(name_or_path: str) -> Path:
-    """A path as given where a file is there, otherwise the config of that name.
+    """A path if a file is there, otherwise the config of that name.
 
-    ``gn_fpn_long.yaml`` is one of gn_det's; ``Misc/mask_rcnn_R_50_FPN_3x_gn.yaml`` is found among Detectron2's own,
-    where Detectron2 is installed.
+    ``gn_fpn_long.yaml`` is one of gn_det's; ``Misc/mask_rcnn_R_50_FPN_3x_gn.yaml`` is one of Detectron2's, if that is
+    installed.
 
     Raises:
         ConfigError: neither; the message lists the nearest names.
@@ -113,17 +111,15 @@ def resolve_config(name_or_path: str) -> Path:
     path = Path(os.path.expanduser(name_or_path))
     if os.path.isfile(path):
         return path
-    if os.path.isdir(path):
-        raise ConfigError(f"config {shown(name_or_path)} is a folder; name a .yaml file")
     if os.path.exists(path):
-        raise ConfigError(f"config {shown(name_or_path)} is a pipe or device; name a .yaml file")
+        kind = "folder" if os.path.isdir(path) else "pipe or device"
+        raise ConfigError(f"config {shown(name_or_path)} is a {kind}; name a .yaml file")
     if len(path.parts) > 1 and path.parts[0] != "configs":
-        zoo = zoo_config(name_or_path)
-        if zoo is None:
-            raise _no_zoo_config(name_or_path)
-        return zoo
+        return _zoo_config(name_or_path)
     return shipped_config(path.name)
 
+
+# ------------------------------------------------------------ keys and values
 
 #: Keys that scaling to another batch rewrites, unless they were given on the command line.
 _SCHEDULE_KEYS = (
@@ -138,7 +134,7 @@ _SCHEDULE_KEYS = (
 
 
 #: What the schedules of shipped configs, and of configs built on them, are written for: GPUs and images of a batch (0:
-#: not scaled by it). This is no part of the YAML: Detectron2 would scale by it what its user sets in Python.
+#: not scaled by it). Not part of the YAML, because Detectron2 would scale by it what its user sets in Python.
 _WRITTEN_FOR = {
     "Base-RCNN-FPN.yaml": (8, 16),
     "Base-RCNN-C4.yaml": (8, 8),
@@ -148,231 +144,162 @@ _WRITTEN_FOR = {
 }
 
 
-def known_keys(cfg: CN) -> list[str]:
-    """All dotted leaf keys of a config."""
-    return [key for key, _ in _leaves(cfg)]
-
-
-def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in node.items():
-        dotted = f"{prefix}{name}"
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{dotted}.")
-        else:
-            yield dotted, value
-
-
-def _lookup(cfg: CN, dotted: str) -> Any:
-    node: Any = cfg
-    for part in dotted.split("."):
-        if not isinstance(node, Mapping) or part not in node:
-            raise KeyError(dotted)
-        node = node[part]
-    return node
-
-
-def _unknown_key(dotted: str, cfg: CN, source: str) -> ConfigError:
-    """The error for an unknown key, with the nearest known one: by full name, else by its last part."""
-    keys = known_keys(cfg)
-    last = dotted.rpartition(".")[2].upper()
-    near = [k for k in keys if k.rpartition(".")[2] == last]
-    near = near or _near(dotted.upper(), keys, n=1, cutoff=0.75)
+def _unknown_key(name: str, source: str) -> ConfigError:
+    """The error for an unknown key, with those of the same last part, or else those that are spelled most like it."""
+    last = name.rpartition(".")[2].upper()
+    tails = {key: key.rpartition(".")[2] for key in KEYS}
+    near = [key for key in KEYS if tails[key] == last] or nearest(name.upper(), KEYS, 1, 0.75)
     if not near:
-        tails = sorted({k.rpartition(".")[2] for k in keys})
-        close = _near(last, tails, n=1)
-        near = [k for k in keys if close and k.rpartition(".")[2] == close[0]]
-    hint = f"did you mean {' or '.join(near[:3])}?" if near else "see gn_det/config/defaults.py for all keys"
-    return ConfigError(f"{source}: unknown key {one_line(dotted)}; {hint}")
+        close = nearest(last, sorted(set(tails.values())), 1)
+        near = [key for key in KEYS if tails[key] in close]
+    hint = f"did you mean {' or '.join(near[:3])}?" if near else "gn-det configs --keys lists all keys"
+    return ConfigError(f"{source}: unknown key {one_line(name)}; {hint}")
 
 
-def _check_keys(loaded: Mapping[str, Any], cfg: CN, source: str, prefix: str = "") -> None:
-    for name, value in loaded.items():
-        dotted = f"{prefix}{name}"
-        try:
-            known = _lookup(cfg, dotted)
-        except KeyError:
-            raise _unknown_key(dotted, cfg, source) from None
-        if isinstance(known, Mapping) != isinstance(value, Mapping):
-            kind = "a section with keys of its own" if isinstance(known, Mapping) else "a single value"
-            raise ConfigError(f"{source}: {dotted} is {kind}, got {shown(value)}")
+def _known(loaded: Mapping[str, Any], source: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested sections, all of them known."""
+    for part, value in loaded.items():
+        name = f"{prefix}{part}"
+        if name not in KEYS and name not in _SECTIONS:
+            raise _unknown_key(name, source)
+        if (name in _SECTIONS) != isinstance(value, Mapping):
+            kind = "a section with keys of its own" if name in _SECTIONS else "a single value"
+            raise ConfigError(f"{source}: {name} is {kind}, got {shown(value)}")
         if isinstance(value, Mapping):
-            _check_keys(value, cfg, source, f"{dotted}.")
+            yield from _known(value, source, f"{name}.")
+        else:
+            yield name, value
 
 
-#: A file, and the folder in which its bases are looked for (another one than the file's where it is a link).
+def _typed(value: Any, default: Any) -> Any:
+    """``value`` in the type of ``default`` if it can have it: text is read as Python, integers pass for floats."""
+    if isinstance(default, str):
+        return str(value) if isinstance(value, (str, int, float)) else value
+    if isinstance(value, str):
+        try:
+            value = {"true": True, "false": False, "none": None}.get(value.lower(), value)
+            value = python_value(value) if isinstance(value, str) else value
+        except ValueError:
+            pass  # a name, for a list of names
+    if isinstance(default, (tuple, list)):
+        return type(default)(value if isinstance(value, (tuple, list)) else (value,))
+    if isinstance(default, float) and is_number(value) and abs(value) < 1e300:
+        return float(value)
+    return value
+
+
+def _set(cfg: CN, name: str, value: Any, source: str) -> None:
+    value = _typed(value, KEYS[name].default)
+    check_value(name, value, source)
+    set_value(cfg, name, value)
+
+
+# ------------------------------------------------------------ files
+
+
+#: A file, and the folder in which its bases are looked for (another one than the file's if it is a link).
 _Place = tuple[Path, Path]
 
 
-@dataclass
 class _Files:
-    """A config file and its bases: each is read and checked once, however many files name it."""
+    """A config file and its bases: each is read once, however many files name it.
 
-    cfg: CN
-    merged: dict[_Place, dict[str, Any]] = field(default_factory=dict)
-    left: int = MAX_BYTES
+    Attributes:
+        written_for: GPUs and batch of the outermost shipped file's schedule.
+    """
 
-    def load(self, path: Path, chain: tuple[_Place, ...] = ()) -> dict[str, Any]:
-        """Keys and values of a file over those of its bases, in fvcore's order."""
+    def __init__(self) -> None:
+        self.written_for: tuple[int, int] | None = None
+        self._read: dict[_Place, dict[str, tuple[Any, str]]] = {}
+        self._left = MAX_BYTES
+
+    def load(self, path: Path, chain: tuple[_Place, ...] = ()) -> dict[str, tuple[Any, str]]:
+        """Values of a file over those of its bases, in fvcore's order, each with the file that it comes from."""
         source = f"config file {one_line(str(path), 300)}"
         try:
             place = (path.resolve(), path.parent.resolve())
-            self.left -= path.stat().st_size
+            self._left -= path.stat().st_size
         except (OSError, RuntimeError, ValueError):  # it is gone, or a name that no file can have
             place = (path, path.parent)
         if place in chain:
             raise ConfigError(f"{source}: {BASE_KEY} leads back to the file itself")
-        if place in self.merged:
-            return copy.deepcopy(self.merged[place])
-        if len(self.merged) + len(chain) >= MAX_FILES or self.left < 0:
+        if place in self._read:
+            return self._read[place]
+        if len(self._read) + len(chain) >= MAX_FILES or self._left < 0:
             raise ConfigError(f"{source}: {BASE_KEY} leads to more than {MAX_FILES} files or {MAX_BYTES // 1024} kB")
         loaded = read_yaml(path)
-        bases = _bases(loaded.pop(BASE_KEY, []), source)
-        _check_keys(loaded, self.cfg, str(path))
-        merged: dict[str, Any] = {}
+        bases = loaded.pop(BASE_KEY, [])
+        bases = bases if isinstance(bases, list) else [bases]
+        if not all(isinstance(base, str) and base for base in bases):
+            raise ConfigError(f"{source}: {BASE_KEY} must name a file or a list of files, got {shown(bases)}")
+        own = {name: (value, str(path)) for name, value in _known(loaded, str(path))}
+        values: dict[str, tuple[Any, str]] = {}
         for base in bases:
-            _merge(self.load(_base_path(path, base, source), (*chain, place)), merged)
-        _merge(loaded, merged)
-        if place[0].name in _WRITTEN_FOR and place[0].parent == _configs_dir().resolve():
-            # The outermost such file decides; what a YAML says itself is set later and wins.
-            self.cfg.SOLVER.REFERENCE_WORLD_SIZE, self.cfg.SOLVER.REFERENCE_BATCH = _WRITTEN_FOR[place[0].name]
-        self.merged[place] = merged
-        return copy.deepcopy(merged)
-
-
-def _bases(value: Any, source: str) -> list[str]:
-    bases = value if isinstance(value, list) else [value]
-    if not all(isinstance(base, str) and base for base in bases):
-        raise ConfigError(f"{source}: {BASE_KEY} must name a file or a list of files, got {shown(value)}")
-    return bases
+            values |= self.load(_base_path(path, base, source), (*chain, place))
+        if place[0].parent == _configs_dir().resolve():
+            # What a YAML says itself is set later and wins.
+            self.written_for = _WRITTEN_FOR.get(place[0].name, self.written_for)
+        self._read[place] = values | own
+        return self._read[place]
 
 
 def _base_path(path: Path, base: str, source: str) -> Path:
-    """Where a base lies: relative to the folder of the file that names it; ``~`` is the home folder."""
+    """A base: a file relative to the folder of the file that names it, or else a shipped config of that name."""
     if "://" in base:
         raise ConfigError(f"{source}: {BASE_KEY} {shown(base)} is a URL; download the file and name its path")
     found = Path(os.path.join(path.parent, os.path.expanduser(base)))
-    if not os.path.isfile(found):
-        shipped = None if "/" in base else _by_name(_configs_dir(), base)
-        hint = f"; the shipped one is {shipped}" if shipped else ""
+    if os.path.isfile(found):
+        return found
+    shipped = None if "/" in base else _by_name(_configs_dir(), base)
+    if shipped is None:
+        near = [] if "/" in base else nearest(_with_ending(base), [p.name for p in _configs_dir().glob("*.yaml")])
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
         looked = one_line(str(found), 300)
-        raise ConfigError(f"{source}: {BASE_KEY} {shown(base)} does not exist (looked for {looked}){hint}")
-    return found
-
-
-def _merge(source: Mapping[str, Any], into: dict[str, Any]) -> None:
-    for name, value in source.items():
-        if isinstance(value, dict) and name in into:
-            _merge(value, into[name])
-        else:
-            into[name] = value
-
-
-@functools.lru_cache(maxsize=1)
-def _default_values() -> dict[str, Any]:
-    return dict(_leaves(get_cfg()))
-
-
-def _typed(value: Any, default: Any) -> Any:
-    """``value`` as the type of ``default``; text is read as Python, whole numbers pass for floats.
-
-    Raises:
-        TypeError: the value cannot stand for a value of that type.
-    """
-    if isinstance(default, str):
-        if isinstance(value, (dict, list, tuple)) or value is None:
-            raise TypeError
-        return str(value)
-    if isinstance(value, str):
-        words = {"true": True, "false": False, "none": None}
-        try:
-            value = words[value.lower()] if value.lower() in words else python_value(value)
-        except ValueError:
-            if not isinstance(default, (tuple, list)):
-                raise TypeError from None
-    if default is None:
-        if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
-            return value
-        raise TypeError
-    if isinstance(default, (tuple, list)):
-        items = type(default)(value if isinstance(value, (tuple, list)) else (value,))
-        if not _is_plain(items) or (default and not all(_same_kind(item, default[0]) for item in items)):
-            raise TypeError
-        return items
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except OverflowError:
-            raise TypeError from None
-    if type(value) is not type(default):
-        raise TypeError
-    return value
-
-
-def _is_plain(value: Any, depth: int = 0) -> bool:
-    """Whether a list holds only values that a config can have."""
-    if isinstance(value, (list, tuple)):
-        return depth < MAX_DEPTH and all(_is_plain(item, depth + 1) for item in value)
-    return value is None or isinstance(value, (bool, int, float, str))
-
-
-def _same_kind(item: Any, example: Any) -> bool:
-    """Whether an element of a list is of the kind of the default's first one: number, text, bool or list of such."""
-    if isinstance(example, (tuple, list)):
-        return isinstance(item, (tuple, list)) and all(_same_kind(i, example[0]) for i in item if example)
-    if isinstance(example, (int, float)) and not isinstance(example, bool):
-        return isinstance(item, (int, float)) and not isinstance(item, bool)
-    return isinstance(item, type(example))
-
-
-def _set(cfg: CN, dotted: str, value: Any, source: str) -> None:
-    section, _, name = dotted.rpartition(".")
-    node = _lookup(cfg, section) if section else cfg
-    default = _default_values().get(dotted, node[name])
-    try:
-        node[name] = _typed(value, default)
-    except TypeError:
-        kind = "None or a number" if default is None else type(default).__name__
         raise ConfigError(
-            f"{source}: {dotted} must be of type {kind} (such as {default!r}), got {shown(value)}"
-        ) from None
+            f"{source}: {BASE_KEY} {shown(base)} is neither a file (looked for {looked}) nor a shipped config{hint}"
+        )
+    return shipped
 
 
 def merge_file(cfg: CN, path: Path) -> None:
     """Merge a config file with its bases into ``cfg``; see :func:`load_config` for the errors."""
-    for dotted, value in _leaves(_Files(cfg).load(path)):
-        _set(cfg, dotted, value, str(path))
+    files = _Files()
+    values = files.load(path)
+    if files.written_for is not None:
+        cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.REFERENCE_BATCH = files.written_for
+    for name, (value, source) in values.items():
+        _set(cfg, name, value, source)
 
 
 def merge_overrides(cfg: CN, overrides: Sequence[str], source: str = "command line") -> None:
-    """Merge ``KEY VALUE`` pairs and ``KEY=VALUE`` words; keys of the schedule are then taken literally.
+    """Merge ``KEY VALUE`` pairs and ``KEY=VALUE`` arguments; keys of the schedule are then taken literally.
 
-    ``source`` says in an error where the words come from.
+    ``source`` says in an error where they come from.
     """
-    for dotted, text in _pairs(overrides):
-        try:
-            known = _lookup(cfg, dotted)
-        except KeyError:
-            raise _unknown_key(dotted, cfg, source) from None
-        if isinstance(known, Mapping):
-            raise ConfigError(f"{source}: {dotted} is a section, name one of its keys ({', '.join(known)})")
-        _set(cfg, dotted, text, source)
-        if dotted in _SCHEDULE_KEYS and dotted not in cfg.SOLVER.NO_RESCALE:
-            cfg.SOLVER.NO_RESCALE = (*cfg.SOLVER.NO_RESCALE, dotted)
+    for name, text in _pairs(overrides):
+        if name in _SECTIONS:
+            keys = [key.removeprefix(f"{name}.") for key in KEYS if key.startswith(f"{name}.")]
+            raise ConfigError(f"{source}: {name} is a section, name one of its keys ({', '.join(keys)})")
+        if name not in KEYS:
+            raise _unknown_key(name, source)
+        _set(cfg, name, text, source)
+        if name in _SCHEDULE_KEYS and name not in cfg.SOLVER.NO_RESCALE:
+            cfg.SOLVER.NO_RESCALE = (*cfg.SOLVER.NO_RESCALE, name)
 
 
-def _pairs(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    it = iter(words)
-    for word in it:
-        if word.startswith("-"):
+def _pairs(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+    it = iter(argv)
+    for argument in it:
+        if argument.startswith("-"):
             raise ConfigError(
-                f"command line: unknown option {one_line(word)}; see --help (config keys are written KEY VALUE)"
+                f"command line: unknown option {one_line(argument)}; see --help (config keys are written KEY VALUE)"
             )
-        key, equals, value = word.partition("=")
+        key, equals, value = argument.partition("=")
         if not equals:
             try:
                 value = next(it)
             except StopIteration:
-                raise ConfigError(f"command line: key {one_line(word)} has no value; write KEY VALUE") from None
+                raise ConfigError(f"command line: key {one_line(argument)} has no value; write KEY VALUE") from None
         yield key, value
 
 
@@ -382,10 +309,10 @@ def load_config(name_or_path: str, overrides: Sequence[str] = (), *, check: bool
     Args:
         name_or_path: see :func:`resolve_config`.
         overrides: ``["SOLVER.BASE_LR", "0.01", "SEED=1"]``.
-        check: refuse what the embedded engine does not implement.
+        check: refuse what the embedded engine does not implement, and values that contradict each other.
 
     Raises:
-        ConfigError: missing file, invalid YAML, unknown or duplicate key, wrong type, unsupported value.
+        ConfigError: missing file, invalid YAML, unknown or duplicate key, a value that the key does not take.
     """
     cfg = get_cfg()
     merge_file(cfg, resolve_config(name_or_path))
@@ -393,6 +320,9 @@ def load_config(name_or_path: str, overrides: Sequence[str] = (), *, check: bool
     if check:
         check_config(cfg)
     return cfg
+
+
+# ------------------------------------------------------------ text
 
 
 class _PlainDumper(yaml.SafeDumper):
@@ -410,15 +340,21 @@ def dump_config(cfg: CN, *, implemented_only: bool = False) -> str:
         implemented_only: leave out the sections of models that the embedded engine does not have.
     """
 
-    def plain(value: Any, dotted: str) -> Any:
+    def plain(value: Any, name: str) -> Any:
         if isinstance(value, Mapping):
-            inner = {name: plain(v, f"{dotted}.{name}".lstrip(".")) for name, v in value.items()}
-            return {name: v for name, v in inner.items() if v != {}}
-        if implemented_only and dotted.startswith(OTHER_MODELS):
-            return {}
-        return [plain(v, "") for v in value] if isinstance(value, (list, tuple)) else value
+            if implemented_only and name and not _implemented(name):
+                return {}
+            inner = {part: plain(v, f"{name}.{part}".lstrip(".")) for part, v in value.items()}
+            return {part: v for part, v in inner.items() if v != {}}
+        return [plain(v, name) for v in value] if isinstance(value, (list, tuple)) else value
 
     return yaml.dump(plain(cfg, ""), Dumper=_PlainDumper, sort_keys=False, allow_unicode=True, default_flow_style=None)
+
+
+def _implemented(section: str) -> bool:
+    """Whether the embedded engine takes any value but the default for any key of a section."""
+    keys = [key for key in KEYS.values() if key.name.startswith(f"{section}.")]
+    return not keys or any(key.implemented("embedded") != (key.default,) for key in keys)
 
 
 def parse_config(text: str, source: str) -> CN:
@@ -430,8 +366,7 @@ def parse_config(text: str, source: str) -> CN:
         raise ConfigError(f"{source}: the stored config is not readable ({error}); name one with --config") from None
     if not isinstance(loaded, dict):
         raise ConfigError(f"{source}: the stored config is not readable; name one with --config")
-    _check_keys(loaded, cfg, source)
-    for dotted, value in _leaves(loaded):
-        _set(cfg, dotted, value, source)
-    check_ranges(cfg, f"{source}: ")
+    for name, value in _known(loaded, source):
+        _set(cfg, name, value, source)
+    check_size(cfg, source)
     return cfg

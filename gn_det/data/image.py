@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from gn_det.data.inputs import bit_depth_range
+from gn_det.config.check import bit_depth_range
 from gn_det.errors import ConfigError, DataError
 from gn_det.files import NotRegularFile, open_regular
 from gn_det.text import one_line, printable

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import fnmatch
 import glob
-import math
 import os
 import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-from gn_det.errors import ConfigError, DataError
+from gn_det.errors import DataError
 from gn_det.text import one_line
 
 #: Longest name of a path, and of a file, that common file systems take (bytes).
@@ -187,23 +186,3 @@ def output_names(paths: Sequence[Path], suffix: str = ".png") -> list[str]:
         taken.add(_plain(name))
         names.append(name)
     return names
-
-
-def bit_depth_range(bit_depth: str) -> tuple[float, float] | None:
-    """LOW and HIGH of an ``INPUT.BIT_DEPTH`` that gives a range; None for "", "full" and "percentiles".
-
-    Raises:
-        ConfigError: it is none of these.
-    """
-    if bit_depth in ("", "full", "percentiles"):
-        return None
-    try:
-        low, high = (float(part) for part in bit_depth.strip("()[] ").split(","))
-        if -math.inf < low < high < math.inf:
-            return low, high
-    except ValueError:
-        pass
-    raise ConfigError(
-        f"INPUT.BIT_DEPTH {one_line(bit_depth)!r} is not known: use full, percentiles, or LOW,HIGH with LOW below HIGH "
-        f"(such as 0,4095)"
-    )

@@ -15,6 +15,7 @@ from detectron2.utils import comm
 from gn_det.checkpoint.io import read_checkpoint
 from gn_det.checkpoint.meta import read_meta
 from gn_det.config import parse_config
+from gn_det.config.check import check_values
 from gn_det.config.defaults import add_gn_keys
 from gn_det.detectron2.datasets import is_own, register_named, register_own, take_mixed_masks
 from gn_det.engine.schedule import scale_schedule
@@ -262,6 +263,7 @@ def check_for_trainer(cfg: CfgNode, *, own_loader: bool, own_results: bool) -> N
     Raises:
         ConfigError: names the key, and what to override or to take instead.
     """
+    check_values(cfg)
     model, loader = cfg.MODEL, cfg.DATALOADER
     check_device(cfg, _device() if model.DEVICE == "auto" else model.DEVICE)
     instead = "or train with Detectron2's DefaultTrainer"

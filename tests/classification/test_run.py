@@ -91,7 +91,7 @@ def attempt(resume, room, name, at):
         os._exit(0)
     print(os.WTERMSIG(os.waitpid(pid, 0)[1]))
 
-attempt(True, loop, "lr_factor", 8)               # in the middle of epoch 2
+attempt(True, loop, "lr_at", 8)               # in the middle of epoch 2
 attempt(True, command, "save_checkpoint", 2)  # epoch 3 stands in metrics.jsonl, but not in last.ckpt
 """
 

@@ -111,10 +111,13 @@ BAD: dict[str, tuple[Any, list[str]]] = {
         {"rows": [{**ROW, "overrides": {"OUTPUT_DIR": {"a": 1}}}]},
         ["OUTPUT_DIR must be a value"],
     ),
-    "no output": ({"rows": [{**ROW, "overrides": {"OUTPUT_DIR": ""}}]}, ["row 'a'", "OUTPUT_DIR = ''", "not empty"]),
+    "no output": (
+        {"rows": [{**ROW, "overrides": {"OUTPUT_DIR": ""}}]},
+        ["row 'a'", "OUTPUT_DIR is ''", "the path of a folder"],
+    ),
     "layers beyond number": (
         {"rows": [{**ROW, "overrides": {"MODEL.ROI_MASK_HEAD.NUM_CONV": 100000}}]},
-        ["row 'a'", "NUM_CONV = 100000 must be between 0 and 64"],
+        ["row 'a'", "NUM_CONV is 100000; it must be an integer from 0 to 64"],
     ),
     "sample images": ({"rows": [ROW], "samples": {"images": 10**9}}, ["samples: images is 1000000000"]),
     "tables beyond number": ({"rows": [ROW], "tables": [{"rows": ["a"]}] * 101}, ["101 tables; at most 100"]),

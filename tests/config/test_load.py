@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from gn_det import config_file
 from gn_det.config import dump_config, get_cfg, load_config, parse_config, shipped_configs
-from gn_det.config.load import known_keys, merge_overrides
+from gn_det.config.load import merge_overrides, resolve_config, shipped_config
 from gn_det.errors import ConfigError
 
 
@@ -65,12 +66,12 @@ def test_dump_round_trips() -> None:
         (["BASE_LR", "1"], "did you mean SOLVER.BASE_LR"),
         (["MODEL_DEVICE", "cpu"], "did you mean MODEL.DEVICE"),
         (["SOLVER.BASE_LR"], "has no value"),
-        (["SOLVER.BASE_LR", "fast"], "must be of type float"),
-        (["SOLVER.MAX_ITER", "1.5"], "must be of type int"),
-        (["MODEL.MASK_ON", "1"], "must be of type bool"),
+        (["SOLVER.BASE_LR", "fast"], "is 'fast'; it must be a number above 0"),
+        (["SOLVER.MAX_ITER", "1.5"], "is 1.5; it must be an integer"),
+        (["MODEL.MASK_ON", "1"], "is 1; it must be True or False"),
         (["SOLVER.STEPS", "(5,3)"], "increasing"),
-        (["SOLVER.BASE_LR", "-1"], "must be above 0 and at most 1000"),
-        (["SOLVER.BASE_LR", "1e999"], "finite"),
+        (["SOLVER.BASE_LR", "-1"], "must be a number above 0 up to 1000"),
+        (["SOLVER.BASE_LR", "1e999"], "is inf; it must be"),
         (["SOLVER", "1"], "is a section"),
         (["--frobnicate"], "unknown option --frobnicate"),
         (["MODEL.RESNETS.NORM", "BatchNorm"], "'FrozenBN'"),
@@ -100,12 +101,12 @@ def test_mistakes_on_the_command_line(overrides: list[str], message: str) -> Non
         ("- 1\n- 2\n", "must hold keys and values"),
         ("SOLVER: {BASE_LR: 1\n", "line"),
         ("SOLVER: {BASE_LR: 1.0}\nSOLVER: {MAX_ITER: 3}\n", "duplicate key 'SOLVER'"),
-        ("_BASE_: nowhere.yaml\n", "'nowhere.yaml' does not exist"),
-        ("_BASE_: gn_fpn.yaml\n", f"the shipped one is {config_file('gn_fpn.yaml')}"),
+        ("_BASE_: nowhere.yaml\n", "'nowhere.yaml' is neither a file (looked for"),
+        ("_BASE_: gn_fpm.yaml\n", "nor a shipped config; did you mean gn_fpn.yaml"),
         ("_BASE_: c.yaml\n", "leads back"),
         ("SOLVER: 3\n", "SOLVER is a section"),
         ("SEED: {A: 1}\n", "SEED is a single value"),
-        ("SOLVER: {BASE_LR: [1]}\n", "SOLVER.BASE_LR must be of type float"),
+        ("SOLVER: {BASE_LR: [1]}\n", "SOLVER.BASE_LR is [1]; it must be a number above 0"),
         ("MODEL: {ROI_BOX_HEAD: {NROM: GN}}\n", "unknown key MODEL.ROI_BOX_HEAD.NROM; did you mean"),
         ("MODEL: !!python/object/apply:os.system ['true']\n", "is not allowed"),
     ],
@@ -115,6 +116,26 @@ def test_mistakes_in_a_file_name_the_file(tmp_path: Path, text: str, message: st
     with pytest.raises(ConfigError) as e:
         load_config(str(path))
     assert message in str(e.value) and str(path) in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_base_may_be_a_shipped_config(tmp_path: Path) -> None:
+    """By name, unless a file of that name is beside the config; schedules are written for the GPUs of the base."""
+    path = write(tmp_path / "c.yaml", "_BASE_: gn_fpn.yaml\nSEED: 5\n")
+    cfg, shipped = load_config(str(path)), load_config("gn_fpn", ["SEED", "5"])
+    assert cfg == shipped and cfg.SOLVER.REFERENCE_WORLD_SIZE == 8
+    write(path, "_BASE_: [gn_fpn_long, other.yaml]\n")
+    write(tmp_path / "other.yaml", "SEED: 6\n")
+    assert (load_config(str(path)).SOLVER.MAX_ITER, load_config(str(path)).SEED) == (270000, 6)
+    write(path, "_BASE_: gn_fpn.yaml\n")
+    write(tmp_path / "gn_fpn.yaml", "SEED: 7\n")
+    assert load_config(str(path)).SEED == 7 and load_config(str(path)).SOLVER.MAX_ITER == 40000
+
+
+def test_a_value_of_a_base_names_the_base(tmp_path: Path) -> None:
+    write(tmp_path / "base.yaml", "SOLVER: {GAMMA: -3}\n")
+    path = write(tmp_path / "c.yaml", "_BASE_: base.yaml\nSEED: 1\n")
+    with pytest.raises(ConfigError, match=r"base\.yaml: SOLVER\.GAMMA is -3\.0; it must be a number from 0 up to 10$"):
+        load_config(str(path))
 
 
 def test_a_mistake_in_a_base_names_the_base(tmp_path: Path) -> None:
@@ -131,11 +152,6 @@ def test_missing_config(name: str) -> None:
         load_config(name)
 
 
-def test_every_key_is_known_once() -> None:
-    keys = known_keys(get_cfg())
-    assert len(keys) == len(set(keys)) > 200
-
-
 @pytest.mark.parametrize("text", ["", "a: [", "- 1", "SOLVER: {NOPE: 1}"])
 def test_a_damaged_stored_config_is_named(text: str) -> None:
     with pytest.raises(ConfigError, match=r"model\.pth"):
@@ -145,15 +161,15 @@ def test_a_damaged_stored_config_is_named(text: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "word"),
     [
-        ("MODEL.ANCHOR_GENERATOR.SIZES", "big", "must be of type list"),
-        ("MODEL.ANCHOR_GENERATOR.SIZES", "[32, 64]", "must be of type list"),
-        ("SOLVER.STEPS", "('a',)", "must be of type tuple"),
-        ("MODEL.RPN.BBOX_REG_WEIGHTS", "(1, 1)", "must be 4 numbers > 0"),
-        ("MODEL.RPN.IOU_THRESHOLDS", "[0.7, 0.3]", "must be increasing"),
-        ("MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", "0", "must be between 1 and 256"),
-        ("MODEL.ROI_MASK_HEAD.NUM_CONV", "-1", "must be between 0 and 64"),
-        ("MODEL.RPN.POST_NMS_TOPK_TRAIN", "0", "must be between 1 and 1000000"),
-        ("TEST.EXPECTED_RESULTS", "[['bbox', 'AP']]", "must be a list of"),
+        ("MODEL.ANCHOR_GENERATOR.SIZES", "big", r"\[0\] is 'big'; it must be a list of 1 to 64 items"),
+        ("MODEL.ANCHOR_GENERATOR.SIZES", "[32, 64]", r"\[0\] is 32; it must be a list of 1 to 64 items"),
+        ("SOLVER.STEPS", "('a',)", r"\[0\] is 'a'; it must be an integer"),
+        ("MODEL.RPN.BBOX_REG_WEIGHTS", "(1, 1)", "must be a list of 4 items"),
+        ("MODEL.RPN.IOU_THRESHOLDS", "[0.7, 0.3]", "must be in increasing order"),
+        ("MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", "0", "must be an integer from 1 to 256"),
+        ("MODEL.ROI_MASK_HEAD.NUM_CONV", "-1", "must be an integer from 0 to 64"),
+        ("MODEL.RPN.POST_NMS_TOPK_TRAIN", "0", "must be an integer from 1 to 1000000"),
+        ("TEST.EXPECTED_RESULTS", "[['bbox', 'AP']]", r"\[0\] is .*must be a list of 4"),
     ],
 )
 def test_values_that_no_model_can_have(key: str, value: str, word: str) -> None:
@@ -175,5 +191,112 @@ def test_names_are_text(tmp_path: Path, key: str, value: str) -> None:
     """These lists are empty by default, so that their defaults do not say what belongs in them."""
     section, name = key.split(".")
     (tmp_path / "c.yaml").write_text(f"{section}:\n  {name}: {value}\n")
-    with pytest.raises(ConfigError, match=rf"{section}\.{name} = .* must be a list of names"):
+    with pytest.raises(ConfigError, match=rf"{section}\.{name}\[[01]\] is .*; it must be a (name|path)"):
         load_config(str(tmp_path / "c.yaml"))
+
+
+def test_keys_of_the_schedule_alone_are_taken_literally() -> None:
+    """Everything that scaling to another batch would rewrite."""
+    schedule = ["SOLVER.BASE_LR", "SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.WARMUP_ITERS", "SOLVER.CHECKPOINT_PERIOD",
+                "SOLVER.IMS_PER_BATCH", "TEST.EVAL_PERIOD"]  # fmt: skip
+    cfg = get_cfg()
+    merge_overrides(cfg, [word for key in [*schedule, "SEED", "SOLVER.GAMMA"] for word in (key, "1")])
+    assert list(cfg.SOLVER.NO_RESCALE) == schedule
+
+
+def test_true_is_no_number() -> None:
+    with pytest.raises(ConfigError, match="BASE_LR is True; it must be a number"):
+        merge_overrides(get_cfg(), ["SOLVER.BASE_LR", "True"])
+
+
+def test_a_shipped_config_is_found_from_anywhere_and_nothing_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    wanted = resolve_config("gn_fpn.yaml")
+    assert resolve_config("configs/gn_fpn.yaml") == resolve_config("configs/gn_fpn") == wanted
+    with pytest.raises(ConfigError, match="neither a file nor"):
+        resolve_config("gn_fpn.yml")
+    with pytest.raises(ConfigError, match="neither a file nor"):
+        shipped_config("../configs/gn_fpn.yaml")
+
+
+def test_types_are_those_of_the_defaults_whatever_was_set_before() -> None:
+    words = [
+        "SOLVER.WEIGHT_DECAY_BIAS",
+        "0.5",
+        "SOLVER.WEIGHT_DECAY_BIAS",
+        "none",
+        "SOLVER.STEPS",
+        "()",
+        "SOLVER.STEPS",
+    ]
+    cfg = load_config("gn_fpn", [*words, "(3,)"])
+    assert cfg.SOLVER.WEIGHT_DECAY_BIAS is None and cfg.SOLVER.STEPS == (3,)
+    with pytest.raises(ConfigError, match=r"STEPS\[0\] is 'a'; it must be an integer"):
+        load_config("gn_fpn", [*words, "('a',)"])
+
+
+def test_bytes_of_a_file_name_survive_being_stored() -> None:
+    cfg = load_config("quickstart.yaml", ["OUTPUT_DIR", "caf\udce9/名前"])
+    assert parse_config(dump_config(cfg), "model.pth").OUTPUT_DIR == "caf\udce9/名前"
+
+
+# ------------------------------------------------------------ names of files
+
+
+@pytest.fixture
+def zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Detectron2 that cannot be imported, with two YAML files in its model zoo."""
+    folder = tmp_path / "site" / "detectron2" / "model_zoo" / "configs"
+    (folder / "Misc").mkdir(parents=True)
+    (tmp_path / "site" / "detectron2" / "__init__.py").write_text("raise RuntimeError('config must not import this')\n")
+    (folder / "Base.yaml").write_text("SOLVER: {MAX_ITER: 7, BASE_LR: 0.5}\n")
+    (folder / "Misc" / "mask_gn.yaml").write_text('_BASE_: "../Base.yaml"\nSOLVER: {MAX_ITER: 8}\n')
+    monkeypatch.delitem(sys.modules, "detectron2", raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    return folder
+
+
+def test_zoo_names_resolve_without_importing_detectron2(zoo: Path) -> None:
+    assert resolve_config("Misc/mask_gn.yaml") == resolve_config("Misc/mask_gn") == zoo / "Misc" / "mask_gn.yaml"
+    cfg = load_config("Misc/mask_gn.yaml", ["SEED", "3"])
+    assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.BASE_LR, cfg.SEED) == (8, 0.5, 3)
+    assert "detectron2" not in sys.modules
+
+
+def test_files_and_shipped_names_come_first(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Misc").mkdir()
+    (tmp_path / "Misc" / "mask_gn.yaml").write_text("SEED: 5\n")
+    assert load_config("Misc/mask_gn.yaml").SEED == 5
+    assert resolve_config("gn_fpn.yaml") == resolve_config("configs/gn_fpn.yaml")
+    assert zoo not in resolve_config("gn_fpn.yaml").parents
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Misc/mask_gnn.yaml", "neither a file nor in Detectron2's model zoo; did you mean Misc/mask_gn.yaml?"),
+        ("Misc/zzz", "neither a file nor in Detectron2's model zoo"),
+        ("runs/mask_gn.yaml", "config 'runs/mask_gn.yaml' does not exist"),
+        ("Misc/../../secret.yaml", "neither a file nor in"),
+        ("/nowhere/Misc/mask_gn.yaml", "does not exist"),
+        ("mask_gn.yaml", "neither a file nor a shipped config"),
+        ("Misc/" + "x" * 5000, "(5005 characters) is neither a file nor in"),
+        ("x" * 5000, "(5000 characters) is neither a file nor a shipped config"),
+        ("Misc/a\0b.yaml", "neither a file nor in"),
+        ("/dev/zero", "is a pipe or device"),
+    ],
+)
+def test_unknown_names_are_one_line(zoo: Path, name: str, message: str) -> None:
+    (zoo.parent / "secret.yaml").write_text("SEED: 1\n")
+    with pytest.raises(ConfigError) as e:
+        resolve_config(name)
+    assert message in str(e.value) and "\n" not in str(e.value)
+
+
+def test_without_detectron2_the_line_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "detectron2", None)  # blocked: find_spec raises ValueError
+    with pytest.raises(ConfigError, match=r"does not exist .*need Detectron2 installed"):
+        resolve_config("Misc/mask_rcnn_R_50_FPN_3x_gn.yaml")

@@ -292,7 +292,7 @@ def mistakes() -> Iterator[Any]:
     yield ["MODEL.BACKBONE.FREEZE_AT", "2"], "FREEZE_AT 0"
     yield ["MODEL.WEIGHTS", "gone.pth"], "gone.pth"
     yield ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "fp16"], "fp16 needs a GPU"
-    yield ["MODEL.KEYPOINT_ON", "True"], "MODEL.KEYPOINT_ON = True is not implemented by the detectron2 engine"
+    yield ["MODEL.KEYPOINT_ON", "True"], "MODEL.KEYPOINT_ON is True, which is not implemented by the detectron2 engine"
     yield ["TEST.BEST_METRIC", "AP"], "TEST.BEST_METRIC is 'AP'"
     yield ["--num-gpus", "3"], "SOLVER.IMS_PER_BATCH"
 

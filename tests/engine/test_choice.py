@@ -161,7 +161,7 @@ def test_a_key_that_one_engine_lacks_names_the_other(keys: list[str], there: boo
     with pytest.raises(ConfigError) as refused:
         check_config(cfg, "embedded")
     text = str(refused.value)
-    assert text.startswith(f"{keys[0]} = ") and "not implemented by the embedded engine" in text and "\n" not in text
+    assert text.startswith(f"{keys[0]} is ") and "not implemented by the embedded engine" in text and "\n" not in text
     assert text.endswith("; --engine detectron2 runs it") == there
     if there:
         check_config(cfg, "detectron2")

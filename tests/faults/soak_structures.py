@@ -163,10 +163,9 @@ def _config_text(rng: random.Random) -> str:
 @functools.lru_cache
 def _defaults() -> dict[str, Any]:
     from gn_det.config import get_cfg
-    from gn_det.config.load import known_keys
+    from gn_det.config.defaults import flatten
 
-    cfg = get_cfg()
-    return {key: functools.reduce(lambda node, part: node[part], key.split("."), cfg) for key in known_keys(cfg)}
+    return dict(flatten(get_cfg()))
 
 
 # ------------------------------------------------------------ readers

@@ -36,10 +36,16 @@ REFUSED = {
     ),
     "batch beyond any machine": (
         ["SOLVER.IMS_PER_BATCH", "100000000000"],
-        "SOLVER.IMS_PER_BATCH = 100000000000 must be between 1 and 65536",
+        "command line: SOLVER.IMS_PER_BATCH is 100000000000; it must be an integer from 1 to 65536",
     ),
-    "negative hours": (["SOLVER.MAX_HOURS", "-1"], "SOLVER.MAX_HOURS = -1.0 must be between 0 and 100000"),
-    "decay of 1": (["SOLVER.EMA.DECAY", "1.0"], "SOLVER.EMA.DECAY = 1.0 must be at least 0 and below 1"),
+    "negative hours": (
+        ["SOLVER.MAX_HOURS", "-1"],
+        "command line: SOLVER.MAX_HOURS is -1.0; it must be a number from 0 up to 100000",
+    ),
+    "decay of 1": (
+        ["SOLVER.EMA.DECAY", "1.0"],
+        "command line: SOLVER.EMA.DECAY is 1.0; it must be a number from 0 to below 1",
+    ),
 }
 
 
