@@ -26,6 +26,23 @@ NORM_NAMES = ("GN", "LN", "IN", "BN", "SyncBN", "FrozenBN", "")
 NormSpec = str | Callable[[int], nn.Module] | None
 
 
+class BadGroups(ConfigError):
+    """The groups of GN do not divide the channels of a layer.
+
+    Attributes:
+        problem: the numbers.
+        key: key of MODEL.GN to change.
+        works: values of it that work, separated by commas.
+    """
+
+    def __init__(self, problem: str, key: str, works: str, where: str) -> None:
+        super().__init__(problem, key, works, where)
+        self.problem, self.key, self.works, self.where = problem, key, works, where
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.problem}; set MODEL.GN.{self.key} to one of {self.works}"
+
+
 @dataclass(frozen=True)
 class GroupRule:
     """How many groups a GN layer of C channels gets, and how it is computed.
@@ -48,17 +65,19 @@ class GroupRule:
         """Number of groups for ``num_channels`` channels.
 
         Raises:
-            ConfigError: the groups would differ in size; starts with ``where`` and lists the counts that work.
+            BadGroups: the groups would differ in size.
         """
         by_channels = self.channels_per_group > 0
         divisor = self.channels_per_group if by_channels else self.num_groups
         if divisor > 0 and num_channels % divisor == 0:
             return num_channels // divisor if by_channels else divisor
-        key = "CHANNELS_PER_GROUP" if by_channels else "NUM_GROUPS"
         works = ", ".join(str(d) for d in range(1, num_channels + 1) if num_channels % d == 0)
         what = f"groups of {divisor} channels" if by_channels else f"{divisor} groups"
-        raise ConfigError(
-            f"{where}: {what} do not divide a layer of {num_channels} channels; set MODEL.GN.{key} to one of {works}"
+        raise BadGroups(
+            f"{what} do not divide a layer of {num_channels} channels",
+            "CHANNELS_PER_GROUP" if by_channels else "NUM_GROUPS",
+            works,
+            where,
         )
 
 
@@ -230,7 +249,8 @@ class NormFactory:
         """A fresh norm of ``num_channels`` channels.
 
         Raises:
-            ConfigError: unknown kind, or groups that do not divide the channels.
+            BadGroups: the groups do not divide the channels.
+            ConfigError: unknown kind.
         """
         if self.kind in _BATCH_NORMS:
             return _BATCH_NORMS[self.kind](num_channels)

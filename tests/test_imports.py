@@ -54,8 +54,6 @@ KNOWN_CIRCLES = {
     "gn_det.checkpoint.sources",
     "gn_det.engine.advice",
     "gn_det.data.catalog",
-    "gn_det.detectron2.backbone",
-    "gn_det.classification.folder",
     "gn_det.compare.suite",
 }  # a circle is known by any of its modules
 KNOWN_STEMS = {"report", "samples", "fit", "findings", "build", "coco", "charts", "page", "curves", "catalog"}

@@ -6,6 +6,9 @@ workers or of where a run was interrupted.
 
 from __future__ import annotations
 
+import functools
+import logging
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,28 +17,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gn_det.classification.settings import Settings
+from gn_det.checkpoint.source import CAFFE
+from gn_det.classification.settings import NUM_SHAPES, Settings
+from gn_det.data.shapes_draw import CLASSES, draw_single
 from gn_det.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
 
 #: Images (N, C, H, W), uint8 or float32 on the 0-255 scale, and class indices (N,) int64.
 Batch = tuple[Tensor, Tensor]
+#: Images (N, C, H, W) uint8, and class indices (N,).
+Arrays = tuple[np.ndarray, np.ndarray]
+
+#: Of the generated set itself: the run's seed changes what is done with the images, not the images.
+_SET_SEED = 20180322
 
 
 @dataclass(frozen=True)
 class Input:
-    """What the network's input is: channels, and what is subtracted and divided by, on the 0-255 scale.
-
-    Attributes:
-        order: "BGR" for colour images (what the detection configs feed), "L" for gray ones.
-    """
+    """The network's input: channel order ("BGR", or "L" for gray images), mean and std on the 0-255 scale."""
 
     order: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
 
+#: Input of the detection configs.
+BGR = Input("BGR", CAFFE.pixel_mean or (), CAFFE.pixel_std or ())
+
+
 class Source(Protocol):
-    """A classification set of two parts."""
+    """A classification set with a training and a validation part."""
 
     class_names: tuple[str, ...]
     train_images: int
@@ -49,23 +61,6 @@ class Source(Protocol):
     def val_batches(self, numbers: Sequence[int], size: int) -> Iterator[Batch]:
         """Validation images as they are, ``size`` at a time."""
         ...
-
-
-def open_source(settings: Settings) -> Source:
-    """The set that ``settings.data`` names, checked.
-
-    Raises:
-        DataError: a folder that is missing, empty, or whose two parts have different classes.
-    """
-    if settings.data == "digits":
-        return load_digits(settings)
-    if settings.data == "shapes":
-        from gn_det.classification.generated import load_shapes
-
-        return load_shapes(settings)
-    from gn_det.classification.folder import FolderSource
-
-    return FolderSource(settings)
 
 
 def epoch_batches(settings: Settings, epoch: int, images: int, rank: int, processes: int) -> list[np.ndarray]:
@@ -88,20 +83,20 @@ class ArraySource:
     """Images in memory. Augmentation: shift by up to ``shift`` pixels (edges repeated), and flip if asked for.
 
     Args:
-        train, val: (images (N, C, H, W) uint8, class indices (N,)).
+        train, val: images of the two parts.
         seed: of the augmentation.
     """
 
     def __init__(
         self,
         class_names: Sequence[str],
-        train: tuple[np.ndarray, np.ndarray],
-        val: tuple[np.ndarray, np.ndarray],
+        train: Arrays,
+        val: Arrays,
         input: Input,
         *,
-        shift: int,
-        flip: bool,
-        seed: int,
+        shift: int = 0,
+        flip: bool = False,
+        seed: int = 0,
     ) -> None:
         self.class_names = tuple(class_names)
         self.input = input
@@ -118,9 +113,8 @@ class ArraySource:
         images, labels = self._train
         side = self._val[0].shape[-1]
         for batch in batches:
-            numbers = batch.tolist()
             crops = []
-            for k in numbers:
+            for k in batch.tolist():
                 y, x = corners[k]
                 crop = images[k, :, y : y + side, x : x + side]
                 crops.append(crop.flip(-1) if self._flip and flips[k] else crop)
@@ -128,8 +122,7 @@ class ArraySource:
 
     def val_batches(self, numbers: Sequence[int], size: int) -> Iterator[Batch]:
         images, labels = self._val
-        for k in range(0, len(numbers), size):
-            chosen = torch.as_tensor(numbers[k : k + size])
+        for chosen in torch.as_tensor(numbers).split(size):
             yield images[chosen], labels[chosen]
 
 
@@ -151,19 +144,34 @@ def load_digits(settings: Settings) -> ArraySource:
     raw = datasets.load_digits()
     small = torch.from_numpy(raw.images.astype(np.float32)).unsqueeze(1) * (255 / 16)
     large = torch.nn.functional.interpolate(small, size=settings.side, mode="bilinear", align_corners=False)
-    images = large.round().clamp(0, 255).to(torch.uint8).numpy()
-    labels = raw.target.astype(np.int64)
-    within = np.zeros(len(labels), dtype=np.int64)  # 0, 1, 2, ... in each class
-    for c in range(10):
-        within[labels == c] = np.arange((labels == c).sum())
-    train, val = within % 2 == 0, within % 2 == 1
-    mean, std = float(images[train].mean()), float(images[train].std())
-    return ArraySource(
-        [str(c) for c in range(10)],
-        (images[train], labels[train]),
-        (images[val], labels[val]),
-        Input("L", (mean,), (std,)),
-        shift=0,
-        flip=False,
-        seed=settings.seed,
-    )
+    images, labels = large.round().clamp(0, 255).to(torch.uint8).numpy(), raw.target
+    val = np.zeros(len(labels), dtype=bool)
+    for digit in range(10):
+        val[np.flatnonzero(labels == digit)[1::2]] = True
+    train = images[~val]
+    given = Input("L", (float(train.mean()),), (float(train.std()),))
+    return ArraySource([str(c) for c in range(10)], (train, labels[~val]), (images[val], labels[val]), given)
+
+
+def load_shapes(settings: Settings) -> ArraySource:
+    """One object of the ``shapes`` set on its kind of background, BGR: ``settings.images`` (3000) for training.
+
+    A fifth of that is for validation. Every image is a function of (part, number, side). Drawing one takes
+    milliseconds.
+    """
+    count, side = settings.images or NUM_SHAPES, settings.side
+    train, val = draw_set("train", count, side), draw_set("val", max(count // 5, len(CLASSES)), side)
+    return ArraySource(CLASSES, train, val, BGR, shift=side // 8, flip=True, seed=settings.seed)
+
+
+@functools.lru_cache(maxsize=4)
+def draw_set(part: str, count: int, side: int) -> Arrays:
+    """(count, 3, side, side) uint8 BGR and class indices; the classes take turns."""
+    started = time.perf_counter()
+    labels = np.arange(count) % len(CLASSES)
+    images = np.empty((count, 3, side, side), dtype=np.uint8)
+    for k in range(count):
+        rng = np.random.default_rng([_SET_SEED, 0 if part == "train" else 1, side, k])
+        images[k] = draw_single(rng, int(labels[k]), side)[:, :, ::-1].transpose(2, 0, 1)
+    logger.info("Drew %d %s images of %d px in %.1f s.", count, part, side, time.perf_counter() - started)
+    return images, labels

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from gn_det.classification.settings import DEPTHS, SMALL, Settings
 from gn_det.errors import ConfigError
 from gn_det.modeling.layers import ConvNorm, FeatureSpec, c2_msra_fill
-from gn_det.modeling.resnet import BasicBlock, ResidualBlock, ResNet, make_stage
-from gn_det.norm import GroupRule, NormFactory, NormSpec
+from gn_det.modeling.resnet import BasicBlock, BottleneckBlock, ResNet, make_stage
+from gn_det.norm import BadGroups, GroupRule, NormFactory, NormSpec
 
 _WIDTHS = (16, 32, 64)
+_BLOCKS = (BasicBlock, BottleneckBlock)
 
 
 class SmallResNet(nn.Module):
@@ -22,22 +21,23 @@ class SmallResNet(nn.Module):
     (N, in_channels, H, W) to {"res4": (N, 64, ceil(H / 4), ceil(W / 4))}.
     """
 
+    out_features = ("res4",)
+
     def __init__(self, *, blocks: int, in_channels: int, norm: NormSpec) -> None:
         super().__init__()
-        self.stem = nn.Sequential()
-        conv1 = ConvNorm(in_channels, _WIDTHS[0], kernel_size=3, padding=1, norm=norm, relu=True)
+        channels = _WIDTHS[0]
+        conv1 = ConvNorm(in_channels, channels, kernel_size=3, padding=1, norm=norm, relu=True)
         c2_msra_fill(conv1)
+        self.stem = nn.Sequential()
         self.stem.add_module("conv1", conv1)
-        before = _WIDTHS[0]
         for k, width in enumerate(_WIDTHS, start=2):
-            first_stride = 1 if k == 2 else 2
+            stride = 1 if k == 2 else 2
             stage = make_stage(
-                BasicBlock, blocks, in_channels=before, out_channels=width, first_stride=first_stride, norm=norm
+                BasicBlock, blocks, in_channels=channels, out_channels=width, first_stride=stride, norm=norm
             )
             self.add_module(f"res{k}", stage)
-            before = width
-        self.out_features = ("res4",)
-        self.feature_specs = {"res4": FeatureSpec(before, 4)}
+            channels = width
+        self.feature_specs = {"res4": FeatureSpec(channels, 4)}
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         x = self.stem(x)
@@ -53,10 +53,10 @@ class Classifier(nn.Module):
         trunk: :class:`gn_det.modeling.resnet.ResNet` to res5, with Detectron2's names, or :class:`SmallResNet`.
     """
 
-    def __init__(self, trunk: nn.Module, num_classes: int) -> None:
+    def __init__(self, trunk: ResNet | SmallResNet, num_classes: int) -> None:
         super().__init__()
         self.trunk = trunk
-        self.last: str = trunk.out_features[-1]
+        self.last = trunk.out_features[-1]
         self.linear = nn.Linear(trunk.feature_specs[self.last].channels, num_classes)
         # Goyal et al. 2017: zero-mean normal, standard deviation 0.01.
         nn.init.normal_(self.linear.weight, std=0.01)
@@ -64,50 +64,43 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) normalized images to (N, num_classes) scores."""
-        return self.linear(self.trunk(x)[self.last].mean(dim=(2, 3)))
+        scores: Tensor = self.linear(self.trunk(x)[self.last].mean(dim=(2, 3)))
+        return scores
 
 
 def build_classifier(settings: Settings, num_classes: int, in_channels: int = 3) -> Classifier:
     """A fresh classifier on the CPU: He's initialisation, gamma 0 in the last norm of every residual block.
 
     Raises:
-        ConfigError: the groups do not divide the channels of a layer, which is named.
+        ConfigError: the groups do not divide the channels of a layer.
     """
-    number, per_group = settings.group_rule
-    norm = NormFactory(settings.norm, GroupRule(number, per_group), "norm")
-    common: dict[str, Any] = {"in_channels": in_channels, "norm": norm}
+    norm = NormFactory(settings.norm, GroupRule(*settings.group_rule))
+    trunk: ResNet | SmallResNet
     try:
         if settings.arch in SMALL:
-            trunk: nn.Module = SmallResNet(blocks=SMALL[settings.arch], **common)
+            trunk = SmallResNet(blocks=SMALL[settings.arch], in_channels=in_channels, norm=norm)
         else:
             depth = DEPTHS[settings.arch]
             trunk = ResNet(
                 depth=depth,
                 out_features=["res5"],
+                in_channels=in_channels,
                 res2_channels=64 if depth < 50 else 256,
                 stride_in_1x1=settings.stride_in_1x1,
-                **common,
+                norm=norm,
             )
-    except ConfigError as error:
-        text = str(error).replace("MODEL.GN.NUM_GROUPS", "groups").replace("MODEL.GN.CHANNELS_PER_GROUP", _PER_GROUP)
-        raise ConfigError(f"pretrain {_PER_GROUP if per_group else 'groups'}: {text}") from None
-    zero_last_gammas(trunk)
+    except BadGroups as error:
+        key = "channels_per_group" if settings.channels_per_group else "groups"
+        raise ConfigError(f"pretrain {key}: {error.problem}; set {key} to one of {error.works}") from None
+    for last in last_norms(trunk):  # every residual block begins as its shortcut (Goyal et al. 2017)
+        nn.init.zeros_(last.get_parameter("weight"))
     return Classifier(trunk, num_classes)
-
-
-_PER_GROUP = "channels_per_group"
 
 
 def last_norms(model: nn.Module) -> list[nn.Module]:
     """The norm before the addition of every residual block."""
-    blocks = [m for m in model.modules() if isinstance(m, ResidualBlock)]
-    return [(block.conv3 if hasattr(block, "conv3") else block.conv2).norm for block in blocks]
-
-
-def zero_last_gammas(model: nn.Module) -> None:
-    """Every residual block begins as its shortcut (Goyal et al. 2017)."""
-    for norm in last_norms(model):
-        nn.init.zeros_(norm.weight)
+    convs = [m.conv3 if isinstance(m, BottleneckBlock) else m.conv2 for m in model.modules() if isinstance(m, _BLOCKS)]
+    return [conv.norm for conv in convs if conv.norm is not None]
 
 
 def build_optimizer(settings: Settings, model: nn.Module, lr: float) -> torch.optim.SGD:

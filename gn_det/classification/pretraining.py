@@ -4,41 +4,57 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import platform
 import statistics
-from collections.abc import Mapping
-from dataclasses import asdict, fields
-from datetime import datetime, timezone
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision
+from torch.optim.lr_scheduler import LambdaLR
 
 import gn_det
-from gn_det.checkpoint.io import read_checkpoint, save_checkpoint
+from gn_det.checkpoint.io import read_checkpoint
 from gn_det.checkpoint.last import remove_leftovers
-from gn_det.classification.export import write_weights
-from gn_det.classification.fabric_loop import Plan, Progressed, Trainer, make_fabric, top1_error
-from gn_det.classification.image_sources import Source, epoch_batches, open_source
+from gn_det.classification.classifier_loop import (
+    LAST,
+    METRICS,
+    ClassifierLoop,
+    ClassifierLoss,
+    Epochs,
+    Plan,
+    Progressed,
+    top1_error,
+    utc_now,
+    write_weights,
+)
+from gn_det.classification.image_folder import FolderSource
+from gn_det.classification.image_sources import Batch, Source, epoch_batches, load_digits, load_shapes
 from gn_det.classification.network import Classifier, build_classifier, build_optimizer
-from gn_det.classification.settings import BUILTIN, Settings, base_lr
+from gn_det.classification.settings import BUILTIN, Settings, base_lr, lr_factor
+from gn_det.data.workers import worker_failure
 from gn_det.engine import dist
+from gn_det.engine.fit import local_device
+from gn_det.engine.hooks import Schedule
 from gn_det.engine.log import FILE_ONLY, run_log
-from gn_det.engine.loggers import TensorBoardWriter
+from gn_det.engine.loggers import Logger, TensorBoardWriter
+from gn_det.engine.loop import make_scaler, parallel
 from gn_det.engine.output import BEST, FINAL, alone_in, check_writable
 from gn_det.engine.payload import check_origin, check_pretraining, check_summary, refuse, restore_slots
-from gn_det.engine.scalars import Progress, peak_memory_mb
-from gn_det.engine.state import seed_everything
+from gn_det.engine.scalars import Metrics
+from gn_det.engine.schedule import set_iteration
+from gn_det.engine.state import TrainState, seed_everything
 from gn_det.errors import ConfigError, DataError, TrainingError, UserError, WeightsError
-from gn_det.files import atomic_write, open_append, open_regular
+from gn_det.files import atomic_write, json_bytes, open_regular
 from gn_det.terminal import say
 from gn_det.text import as_line, shown
 from gn_det.values import InvalidValue
 
-LAST = "last.ckpt"
-METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 _MOST_BYTES = 64 << 20
 #: May differ between a run and its continuation.
@@ -133,13 +149,18 @@ def _rank(settings: Settings, resume: bool, overwrite: bool) -> dict[str, Any]:
             raise TrainingError(
                 f"no memory left on the GPU with batch_size {settings.batch_size}: lower it, or use amp bf16"
             ) from None
+        except RuntimeError as error:
+            failure = worker_failure(error)
+            if failure is None:
+                raise
+            raise failure from error
         except (KeyboardInterrupt, SystemExit):
-            logger.info("Interrupted; --resume goes on after the last finished epoch.")
+            logger.info("Interrupted; rerun with --resume to continue after the last finished epoch.")
             raise
 
 
 def _train(settings: Settings, resume: bool) -> dict[str, Any]:
-    folder, device = Path(settings.output), _device(settings)
+    folder, device = Path(settings.output), local_device(_device(settings))
     source = open_source(settings)
     seed_everything(settings.seed)
     model = build_classifier(settings, len(source.class_names), len(source.input.mean))
@@ -148,87 +169,54 @@ def _train(settings: Settings, resume: bool) -> dict[str, Any]:
     if device.startswith("cuda"):
         torch.backends.cudnn.benchmark = True  # all images have one size
         torch.cuda.reset_peak_memory_stats()
-    fabric = make_fabric(settings, device)
-    model.to(fabric.device)
-    trainer = Trainer(settings, source, model, build_optimizer(settings, model, plan.lr), fabric, plan)
+    loss = ClassifierLoss(model, source.input).to(device)
+    optimizer = build_optimizer(settings, model, plan.lr)
+    scheduler = LambdaLR(optimizer, lambda iteration: lr_factor(settings, iteration, plan.total))
+    autocast = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.amp]
+    state = TrainState(model, optimizer, scheduler, settings.seed, make_scaler(autocast, torch.device(device).type))
     done = Progressed()
     if resume and (folder / LAST).is_file():
-        done = _restore(folder / LAST, settings, model, trainer)
+        done = _restore(folder / LAST, settings, state)
+        logger.info("Resumed from %s: epoch %d of %d is done.", folder / LAST, done.epochs, plan.epochs)
     elif resume:
         logger.info("--resume: %s holds no %s; the run starts from the beginning.", folder, LAST)
+    state.iteration = min(done.epochs * plan.per_epoch, plan.total) - 1
+    set_iteration(scheduler, state.iteration + 1)
+    loggers: list[Logger] = []
     if dist.rank() == 0:
         remove_leftovers(folder)
         _rewrite_metrics(folder, done)
-    _epochs(trainer, model, folder, done)
+        loggers.append(TensorBoardWriter(os.fspath(folder), state.iteration))
+    metrics = Metrics(loggers)
+    metrics.DIVERGED = math.inf  # its advice names keys of detection
+    epochs = Epochs(settings, source, plan, loss, done, folder)
+    images = settings.batch_size * dist.world_size()
+    if done.epochs < plan.epochs:
+        hooks = [Schedule(), metrics, epochs]
+        loop = ClassifierLoop(state, parallel(loss), hooks, total=plan.total, images=images, autocast=autocast)
+        loop.run(_batches(settings, source, plan, done.epochs))
     weights = folder / FINAL
     summary = _summary(settings, done, model, weights, device)
     if dist.rank() == 0:
         facts = {"epoch": done.epochs, "top1_error": summary["top1_error"], "date": summary["date"]}
         write_weights(weights, model, settings, source, facts)
-        atomic_write(folder / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+        atomic_write(folder / SUMMARY, json_bytes(summary, indent=1))
     logger.info(
         "Top-1 error %.2f %% (median of the last %d epoch(s)), best %.2f %%. Weights: %s",
-        summary["top1_error"],
-        summary["median_of_epochs"],
-        done.best["val_error"],
-        weights,
+        *(summary["top1_error"], summary["median_of_epochs"], done.best["val_error"], weights),
     )
     return summary
 
 
-def _epochs(trainer: Trainer, model: Classifier, folder: Path, done: Progressed) -> None:
-    """Train the epochs that are left; after each: metrics, best weights, checkpoint."""
-    plan = trainer.plan
-    first = dist.rank() == 0
-    start = min(done.epochs * plan.per_epoch, plan.total)
-    board = TensorBoardWriter(os.fspath(folder), start - 1) if first else None
-    progress = Progress(start, plan.total, period=max(plan.total // 10, 20), terminal=None if first else False)
-    try:
-        while done.epochs < plan.epochs:
-            row = trainer.train_epoch(done.epochs, progress)
-            row |= trainer.validate()
-            done.epochs += 1
-            done.curve.append(row)
-            done.peak_memory_mb = max(done.peak_memory_mb, peak_memory_mb())
-            better = not done.best or row["val_error"] < done.best["val_error"]
-            if better:
-                done.best = {"epoch": row["epoch"], "val_error": row["val_error"]}
-            logger.info(
-                "epoch %d/%d  train_loss: %.4g  train_error: %.2f %%  val_error: %.2f %%  lr: %.3g",
-                *(done.epochs, plan.epochs, row["train_loss"], row["train_error"], row["val_error"], row["lr"]),
-            )
-            if board is not None:
-                _write_epoch(trainer, model, folder, done, better)
-                at = min(done.epochs * plan.per_epoch, plan.total) - 1
-                board.write(at, row)
-                board.flush()
-    finally:
-        progress.close()
-        if board is not None:
-            board.close()
+def _batches(settings: Settings, source: Source, plan: Plan, first: int) -> Iterator[Batch]:
+    """Training batches of this process from epoch ``first`` on."""
+    for epoch in range(first, plan.epochs):
+        numbers = epoch_batches(settings, epoch, source.train_images, dist.rank(), dist.world_size())
+        yield from source.train_batches(epoch, numbers[: plan.total - epoch * plan.per_epoch])
 
 
-def _write_epoch(trainer: Trainer, model: Classifier, folder: Path, done: Progressed, better: bool) -> None:
-    if better:
-        facts = {"epoch": done.epochs, "val_error": done.best["val_error"], "date": _now()}
-        write_weights(folder / BEST, model, trainer.settings, trainer.source, facts)
-    with open_append(folder, METRICS) as file:
-        file.write(json.dumps(done.curve[-1]) + "\n")
-    save_checkpoint(
-        folder / LAST,
-        {
-            "model": {k: v.cpu() for k, v in model.state_dict().items()},
-            "optimizer": trainer.bare_optimizer.state_dict(),
-            "scaler": trainer.scaler.state_dict() if trainer.scaler is not None else None,
-            "done": asdict(done),
-            "settings": trainer.settings.to_dict(),
-            "processes": dist.world_size(),
-        },
-    )
-
-
-def _restore(path: Path, settings: Settings, model: Classifier, trainer: Trainer) -> Progressed:
-    """Weights, momentum and curve of ``last.ckpt``.
+def _restore(path: Path, settings: Settings, state: TrainState) -> Progressed:
+    """Put weights, momentum and loss scale of ``last.ckpt`` into ``state``; the curve is returned.
 
     Raises:
         ConfigError: the run was started with other settings.
@@ -245,17 +233,15 @@ def _restore(path: Path, settings: Settings, model: Classifier, trainer: Trainer
                 f"{path}: was trained by {payload['processes']} process(es), not {dist.world_size()}, so the batch "
                 "would change; resume with as many, or start anew with --overwrite"
             )
-        check_pretraining(payload, model)
-        put_momentum = restore_slots(trainer.bare_optimizer, payload["optimizer"], "optimizer")
+        check_pretraining(payload, state.model)
+        put_momentum = restore_slots(state.optimizer, payload["optimizer"], "optimizer")
     except InvalidValue as error:
         raise refuse(str(path), error, "start anew with --overwrite") from None
-    model.load_state_dict(dict(payload["model"]))
+    state.model.load_state_dict(dict(payload["model"]))
     put_momentum()
-    if trainer.scaler is not None and payload.get("scaler"):
-        trainer.scaler.load_state_dict(payload["scaler"])
-    done = Progressed(**{f.name: payload["done"][f.name] for f in fields(Progressed)})
-    logger.info("Resumed from %s: epoch %d of %d is done.", path, done.epochs, trainer.plan.epochs)
-    return done
+    if state.scaler is not None and payload.get("scaler"):
+        state.scaler.load_state_dict(payload["scaler"])
+    return Progressed(**{f.name: payload["done"][f.name] for f in fields(Progressed)})
 
 
 def _same_settings(path: Path, theirs: Mapping[str, Any], settings: Settings) -> None:
@@ -269,6 +255,19 @@ def _same_settings(path: Path, theirs: Mapping[str, Any], settings: Settings) ->
 
 
 # ------------------------------------------------------------ small parts
+
+
+def open_source(settings: Settings) -> Source:
+    """The checked set that ``settings.data`` names.
+
+    Raises:
+        DataError: a folder that is missing, empty, or whose two parts have different classes.
+    """
+    if settings.data == "digits":
+        return load_digits(settings)
+    if settings.data == "shapes":
+        return load_shapes(settings)
+    return FolderSource(settings)
 
 
 def _plan(settings: Settings, source: Source, processes: int) -> Plan:
@@ -362,20 +361,21 @@ def _summary(settings: Settings, done: Progressed, model: Classifier, weights: P
         "parameters": sum(p.numel() for p in model.parameters()),
         "weights": os.fspath(weights),
         "best": {**done.best, "weights": os.fspath(weights.with_name(BEST))},
-        "date": _now(),
+        "date": utc_now(),
         "machine": {
             "name": torch.cuda.get_device_name() if device.startswith("cuda") else cpu_name(),
             "device": device,
             "threads": torch.get_num_threads(),
             "processes": dist.world_size(),
         },
-        "versions": _versions(),
+        "versions": {
+            "gn_det": gn_det.__version__,
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "python": platform.python_version(),
+        },
         "finished": True,
     }
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def cpu_name() -> str:
@@ -386,16 +386,3 @@ def cpu_name() -> str:
         lines = []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _versions() -> dict[str, str]:
-    import lightning
-    import torchvision
-
-    return {
-        "gn_det": gn_det.__version__,
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "lightning": lightning.__version__,
-        "python": platform.python_version(),
-    }

@@ -103,7 +103,7 @@ class GNFPN(FPN, Backbone):
         return _shapes(self.feature_specs)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        return ScriptableFPN(self)
+        return ScriptableFPN(self, self.top_block, self.square_pad)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(N, 3, H, W), H and W multiples of ``size_divisibility``, to {"p2": ..., ...}, fine to coarse."""

@@ -8,17 +8,13 @@ that was scripted, because torch puts these forms into it: script a copy of a mo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from detectron2.modeling.roi_heads import BaseMaskRCNNHead
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gn_det.modeling.fpn import FPN
 from gn_det.modeling.heads import BoxHead, MaskHead
 from gn_det.modeling.resnet import ResNet
-
-if TYPE_CHECKING:
-    from gn_det.detectron2.backbone import GNFPN
 
 
 def _keep(form: nn.Module, module: nn.Module) -> None:
@@ -56,12 +52,12 @@ class ScriptableResNet(nn.Module):
 
 
 class ScriptableFPN(nn.Module):
-    """Inference of :class:`gn_det.detectron2.backbone.GNFPN`."""
+    """Inference of :class:`gn_det.detectron2.backbone.GNFPN`; ``top_block`` and ``square_pad`` are its own."""
 
-    def __init__(self, fpn: GNFPN) -> None:
+    def __init__(self, fpn: FPN, top_block: nn.Module | None, square_pad: int) -> None:
         super().__init__()
         self.size_divisibility: int = fpn.size_divisibility
-        self.padding_constraints: dict[str, int] = {"square_size": fpn.square_pad}
+        self.padding_constraints: dict[str, int] = {"square_size": square_pad}
         self.average = fpn.average
         self.bottom_up = fpn.bottom_up
         coarse_first = list(reversed(fpn.levels))
@@ -69,7 +65,7 @@ class ScriptableFPN(nn.Module):
         self.outputs = nn.ModuleList([getattr(fpn, f"fpn_output{level}") for level in coarse_first])
         self.inputs: list[str] = list(reversed(fpn.in_features))
         self.names: list[str] = list(fpn.feature_specs)
-        self.top_block = fpn.top_block
+        self.top_block = top_block
         source = "" if self.top_block is None else str(self.top_block.in_feature)
         self.from_bottom_up = source in fpn.bottom_up.output_shape()
         self.source = source

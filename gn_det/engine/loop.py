@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -232,11 +232,15 @@ class Loop:
             rows = [[*row.tolist(), *extra]]
         count = len(losses)
         if any(not all(abs(v) < float("inf") for v in r[:count]) for r in rows):
-            assert self.current is not None
-            stop_non_finite(self.state, self.current, list(losses), rows, self.folder, self.about)
+            self.stop_non_finite(list(losses), rows)
         self._micro.append({name: sum(r[i] for r in rows) / len(rows) for i, name in enumerate(losses)})
         self.data_time += max(r[-1] for r in rows)
         self.agreed = {name: max(r[count + i] for r in rows) for i, name in enumerate(self.flags)}
+
+    def stop_non_finite(self, names: Sequence[str], rows: Sequence[Sequence[float]]) -> NoReturn:
+        """Raise the error of a loss that is not finite; ``rows`` begin with every rank's losses. All ranks together."""
+        assert self.current is not None
+        stop_non_finite(self.state, self.current, names, rows, self.folder, self.about)
 
 
 def parallel(model: nn.Module) -> nn.Module:

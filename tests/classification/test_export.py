@@ -16,8 +16,7 @@ from gn_det.checkpoint.source import CAFFE
 from gn_det.checkpoint.sources import open_weights
 from gn_det.checkpoint.weights import load_weights
 from gn_det.classification import Settings
-from gn_det.classification.export import write_weights
-from gn_det.classification.fabric_loop import Normalize
+from gn_det.classification.classifier_loop import Normalize, write_weights
 from gn_det.classification.image_sources import Input
 from gn_det.classification.network import Classifier, build_classifier
 from gn_det.config import load_config
@@ -41,7 +40,7 @@ def trained(settings: Settings) -> Classifier:
         if isinstance(m, (nn.BatchNorm2d, nn.GroupNorm)):
             nn.init.uniform_(m.weight, 0.5, 1.5)
             nn.init.normal_(m.bias, std=0.1)
-    model.train()(Normalize(INPUT, torch.device("cpu"))(pixels()))
+    model.train()(Normalize(INPUT)(pixels()))
     return model.eval()
 
 
@@ -91,7 +90,7 @@ def test_detector_features_equal_the_trunk(
         if name.startswith("backbone.bottom_up.") and not name.endswith("num_batches_tracked"):
             assert name in loaded, name
     with torch.no_grad():
-        expected = classifier.trunk(Normalize(INPUT, torch.device("cpu"))(pixels()))["res5"]
+        expected = classifier.trunk(Normalize(INPUT)(pixels()))["res5"]
     found = features(model, cfg)
     assert float(expected.abs().max()) > 0.1
     tolerance = 1e-5 * float(expected.abs().max()) if norm == "BN" else 0.0
@@ -107,7 +106,7 @@ def test_config_with_another_std_gets_it_folded_into_the_stem(tmp_path: Path) ->
     classifier.trunk.feature_specs["res4"] = classifier.trunk.feature_specs["res5"]
     mean, std = (torch.tensor(list(v)).view(1, 3, 1, 1) for v in (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD))
     with torch.no_grad():
-        expected = classifier.trunk(Normalize(INPUT, torch.device("cpu"))(pixels()))["res4"]
+        expected = classifier.trunk(Normalize(INPUT)(pixels()))["res4"]
         found = model.eval().backbone.bottom_up((pixels().float() - mean) / std)["res4"]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
@@ -158,6 +157,6 @@ def test_converts_to_torchvision_with_its_classifier(tmp_path: Path) -> None:
     theirs.load_state_dict(read_checkpoint(tmp_path / "tv.pth")["state_dict"])
     mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     with torch.no_grad():
-        expected = classifier(Normalize(INPUT, torch.device("cpu"))(pixels()))
+        expected = classifier(Normalize(INPUT)(pixels()))
         found = theirs.eval()((pixels().flip(1) / 255 - mean) / std)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)

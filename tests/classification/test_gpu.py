@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from gn_det.checkpoint.io import read_checkpoint
-from gn_det.classification import pretrain
-from gn_det.classification import pretraining as command
+from gn_det.classification import classifier_loop, pretrain
 from tests.classification.test_run import tiny
 
 pytestmark = [
@@ -31,15 +31,15 @@ def test_gpu_trains_like_the_cpu(tmp_path: Path, amp: str) -> None:
 
 def test_interrupted_fp16_run_keeps_its_loss_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = replace(tiny(tmp_path), device="cuda", amp="fp16")
-    original, calls = command.Trainer.validate, []
+    original, calls = classifier_loop.validate, []
 
-    def stop(self: command.Trainer) -> dict[str, float]:
+    def stop(*arguments: Any) -> dict[str, float]:
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return original(self)
+        return original(*arguments)
 
-    monkeypatch.setattr(command.Trainer, "validate", stop)
+    monkeypatch.setattr(classifier_loop, "validate", stop)
     with pytest.raises(KeyboardInterrupt):
         pretrain(settings)
     saved = read_checkpoint(tmp_path / "last.ckpt")

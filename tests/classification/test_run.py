@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gn_det.checkpoint.io import read_checkpoint
 from gn_det.classification import Settings, pretrain
-from gn_det.classification.fabric_loop import Plan, Trainer, make_fabric, top1_error
+from gn_det.classification.classifier_loop import ClassifierLoss, top1_error, validate
 from gn_det.classification.image_sources import Batch, Input, epoch_batches
 from gn_det.classification.pretraining import dry_run
 from gn_det.errors import ConfigError, DataError, TrainingError
@@ -74,7 +74,7 @@ torch.set_num_threads(1)
 from tests.classification.test_run import tiny
 from pathlib import Path
 from gn_det.classification import pretraining as command
-from gn_det.classification import fabric_loop as loop
+from gn_det.classification import classifier_loop as loop
 
 def attempt(resume, room, name, at):
     pid = os.fork()
@@ -91,8 +91,8 @@ def attempt(resume, room, name, at):
         os._exit(0)
     print(os.WTERMSIG(os.waitpid(pid, 0)[1]))
 
-attempt(True, loop, "lr_at", 8)               # in the middle of epoch 2
-attempt(True, command, "save_checkpoint", 2)  # epoch 3 stands in metrics.jsonl, but not in last.ckpt
+attempt(True, command, "lr_factor", 8)       # in the middle of epoch 2
+attempt(True, loop, "save_checkpoint", 2)  # epoch 3 stands in metrics.jsonl, but not in last.ckpt
 """
 
 
@@ -151,7 +151,7 @@ def test_epochs_may_be_a_fraction(tmp_path: Path) -> None:
 
 
 def test_divergence_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"the loss is (nan|inf) in epoch 1: training has diverged; lower lr"):
+    with pytest.raises(TrainingError, match=r"the loss is (nan|inf) in iteration \d+: training has diverged; lower lr"):
         pretrain(tiny(tmp_path, lr=1000.0, weight_decay=1000.0))
     assert not (tmp_path / "summary.json").exists()
 
@@ -238,9 +238,7 @@ class Oracle(nn.Module):
 def test_error_of_a_perfect_classifier_is_zero(blind: int, error: float) -> None:
     """10 images of classes 0 1 2 3 0 1 2 3 0 1: blind to class 0, 3 of 10 are wrong."""
     model = Oracle(blind)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    trainer = Trainer(TINY, Readable(), model, optimizer, make_fabric(TINY, "cpu"), Plan(0.1, 1, 1))
-    assert trainer.validate()["val_error"] == error
+    assert validate(ClassifierLoss(model, Readable.input), Readable())["val_error"] == error
 
 
 def test_median_of_the_last_five() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gn_det.classification import Settings
-from gn_det.classification.settings import base_lr, lr_at
+from gn_det.classification.settings import base_lr, lr_factor
 from gn_det.errors import ConfigError
 
 GOOD: dict[str, Any] = {"arch": "resnet50", "norm": "GN", "data": "imagenet", "output": "out"}
@@ -61,9 +61,9 @@ def test_bad_values_are_refused_by_name(field: str, value: Any) -> None:
         ({"norm": "BN", "groups": 8}, "groups is 8, but norm BN has none"),
         ({"norm": "LN", "channels_per_group": 8}, "channels_per_group is 8, but norm LN"),
         ({"norm": "BN", "batch_size": 1}, "batch_size is 1"),
-        ({"arch": "resnet8"}, "image_size is not given"),
+        ({"arch": "resnet8"}, "image_size is None, but resnet8 on a folder needs it"),
         ({"images": 100}, "images is 100"),
-        ({"data": "digits"}, "arch is resnet50"),
+        ({"data": "digits"}, "arch is 'resnet50'"),
         ({"arch": "resnet18", "stride_in_1x1": True}, "stride_in_1x1 is True"),
     ],
 )
@@ -95,7 +95,7 @@ def test_steps_keep_their_proportion(epochs: float, per_epoch: int) -> None:
     """Epochs 30, 60, 90 of 100 are iterations 0.3, 0.6, 0.9 of any total, each the first with the lower rate."""
     settings = Settings(**GOOD, epochs=epochs)
     total = round(epochs * per_epoch)
-    rates = [lr_at(settings, 1.0, i, total) for i in range(total)]
+    rates = [lr_factor(settings, i, total) for i in range(total)]
     drops = [i for i in range(1, total) if rates[i] < rates[i - 1]]
     assert drops == [round(0.3 * total), round(0.6 * total), round(0.9 * total)]
     assert rates[0] == 1.0 and rates[-1] == pytest.approx(1e-3, rel=1e-9)

@@ -14,7 +14,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
 from gn_det.checkpoint.weights import load_weights
-from gn_det.classification.fabric_loop import Normalize
+from gn_det.classification.classifier_loop import Normalize
 from tests.classification.test_export import INPUT, exported, pixels
 from tests.detectron2.cases import plugin_cfg, without_plugin
 
@@ -43,7 +43,7 @@ def test_features_equal_the_trunk(
     else:
         DetectionCheckpointer(model).load(str(path))
     with torch.no_grad():
-        given = Normalize(INPUT, torch.device("cpu"))(pixels())
+        given = Normalize(INPUT)(pixels())
         expected = classifier.trunk(given)["res5"]
         found = model.backbone.bottom_up((pixels().float() - model.pixel_mean) / model.pixel_std)["res5"]
     difference = float((found - expected).abs().max())

@@ -355,8 +355,8 @@ class _Pretraining:
         from gn_det.classification.pretraining import _restore, _rewrite_metrics, _summary
 
         model, optimizer = parts
-        trainer = SimpleNamespace(bare_optimizer=optimizer, scaler=None, plan=SimpleNamespace(epochs=9))
-        done = _restore(self.path, self.settings, model, trainer)  # type: ignore[arg-type]
+        state = SimpleNamespace(model=model, optimizer=optimizer, scaler=None)
+        done = _restore(self.path, self.settings, state)  # type: ignore[arg-type]
 
         def use() -> None:
             optimizer.zero_grad()

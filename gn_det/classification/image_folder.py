@@ -10,19 +10,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
 
-from gn_det.checkpoint.source import CAFFE
-from gn_det.classification.image_sources import Batch, Input
+from gn_det.classification.image_sources import BGR, Batch
 from gn_det.classification.settings import Settings
 from gn_det.data.image import ImageError, ImageReader
 from gn_det.data.inputs import IMAGE_SUFFIXES
+from gn_det.data.workers import WorkerData, load_batches
 from gn_det.errors import DataError
 
 # Eigenvectors (columns) and eigenvalues of ImageNet's RGB colours in [0, 1], published with AlexNet.
@@ -72,37 +71,26 @@ class FolderSource:
             raise DataError(
                 f"{root}: class {only[0]!r} is only in {where}/ ({len(only)} such class(es)); make both the same"
             )
-        assert CAFFE.pixel_mean is not None and CAFFE.pixel_std is not None
         self.class_names = tuple(names)
         self.train_images, self.val_images = len(self._train), len(self._val)
-        self.input = Input("BGR", CAFFE.pixel_mean, CAFFE.pixel_std)
+        self.input = BGR
         self._settings = settings
 
     def train_batches(self, epoch: int, batches: Sequence[np.ndarray]) -> Iterator[Batch]:
-        dataset = FolderImages(self._train, self._settings, epoch)
-        return self._load(dataset, [b.tolist() for b in batches])
+        return self._load(_Images(self._train, self._settings, epoch), [b.tolist() for b in batches])
 
     def val_batches(self, numbers: Sequence[int], size: int) -> Iterator[Batch]:
-        chosen = [list(numbers[k : k + size]) for k in range(0, len(numbers), size)]
-        return self._load(FolderImages(self._val, self._settings, None), chosen)
+        batches = [list(numbers[k : k + size]) for k in range(0, len(numbers), size)]
+        return self._load(_Images(self._val, self._settings, None), batches)
 
-    def _load(self, dataset: FolderImages, batches: list[list[int]]) -> Iterator[Batch]:
-        workers = min(self._settings.workers, len(batches))
-        loader = DataLoader(
-            dataset,
-            batch_sampler=batches,
-            num_workers=workers,
-            collate_fn=collate,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # of worker seeds, which nothing here draws from; not the global one
-        )
-        for batch in loader:
+    def _load(self, data: _Images, batches: list[list[int]]) -> Iterator[Batch]:
+        for batch in load_batches(data, batches, min(self._settings.workers, len(batches))):
             if isinstance(batch, ImageError):
                 raise batch
             yield batch
 
 
-class FolderImages(Dataset[Any]):
+class _Images(WorkerData):
     """Images of one epoch; what is drawn for an image depends on (seed, epoch, number) alone.
 
     Args:
@@ -110,55 +98,54 @@ class FolderImages(Dataset[Any]):
     """
 
     def __init__(self, entries: list[Entry], settings: Settings, epoch: int | None) -> None:
-        from torchvision.transforms import v2
-
         self._entries, self._seed, self._epoch = entries, settings.seed, epoch
         side = settings.side
         self._lighting = settings.color and epoch is not None
         if epoch is None:
-            parts: list[Any] = [v2.Resize(round(side * 256 / 224)), v2.CenterCrop(side)]
+            parts = [v2.Resize(round(side * 256 / 224)), v2.CenterCrop(side)]
         else:
             parts = [v2.RandomResizedCrop(side, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)), v2.RandomHorizontalFlip()]
             if settings.color:
                 parts.append(v2.ColorJitter(_COLOR, _COLOR, _COLOR))
         self._transform = v2.Compose(parts)
 
-    def __len__(self) -> int:
-        return len(self._entries)
+    def name_of(self, index: int) -> str:
+        return self._entries[index][0]
 
-    def __getitem__(self, number: int) -> tuple[Tensor, int] | ImageError:
-        """(3, side, side) BGR, uint8 or float32 on the 0-255 scale; of an unreadable image, the error."""
-        file, label = self._entries[number]
+    def __getitem__(self, numbers: Sequence[int]) -> Batch | ImageError:
+        """A batch, or the error of an unreadable image: raised here it would reach the user as a worker's trace."""
+        try:
+            images = [self._load(number) for number in numbers]
+        except ImageError as error:
+            return error
+        return torch.stack(images), torch.tensor([self._entries[number][1] for number in numbers])
+
+    def _load(self, number: int) -> Tensor:
+        """(3, side, side) BGR, uint8 or float32 on the 0-255 scale."""
+        self.note(number)
+        file = self.name_of(number)
         try:
             image = Image.fromarray(ImageReader("RGB").read(file))
         except ImageError as error:
             if error.kind == "image-depth":
-                return ImageError(f"{file}: image holds more than 8 bits: pretrain cannot scale it, convert it first")
-            return ImageError(f"{error} (pretrain cannot leave it out: mend or remove the file)")
+                raise ImageError(
+                    f"{file}: image holds more than 8 bits: pretrain cannot scale it, convert it first"
+                ) from None
+            raise ImageError(f"{error} (pretrain cannot leave it out: mend or remove the file)") from None
         if self._epoch is None:
-            return _as_tensor(self._transform(image)), label
+            return _as_bgr(self._transform(image))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(np.random.SeedSequence([self._seed, self._epoch, number]).generate_state(1)[0]))
-            pixels = _as_tensor(self._transform(image))
-            return (lighting(pixels) if self._lighting else pixels), label
+            pixels = _as_bgr(self._transform(image))
+            return lighting(pixels) if self._lighting else pixels
 
 
-def _as_tensor(image: Image.Image) -> Tensor:
-    """RGB picture to (3, H, W) uint8 BGR."""
+def _as_bgr(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(np.asarray(image)[:, :, ::-1].transpose(2, 0, 1)))
 
 
 def lighting(pixels: Tensor) -> Tensor:
-    """Add one random colour along the principal axes of ImageNet's colours to a BGR picture; float32, unclipped."""
+    """Add one random colour along the principal axes of ImageNet's colours to a BGR image; float32, unclipped."""
     alpha = _LIGHTING * torch.randn(3)
     rgb = torch.tensor(_VECTORS) @ (alpha * torch.tensor(_VALUES)) * 255
     return pixels.float() + rgb.flip(0).view(3, 1, 1)
-
-
-def collate(samples: list[tuple[Tensor, int] | ImageError]) -> Batch | ImageError:
-    """A batch, or the first error: raised here it would reach the user as a worker's trace."""
-    for sample in samples:
-        if isinstance(sample, ImageError):
-            return sample
-    images, labels = zip(*samples)
-    return torch.stack(images), torch.tensor(labels)

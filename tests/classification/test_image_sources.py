@@ -12,9 +12,15 @@ import torch
 from PIL import Image
 
 from gn_det.classification import Settings, pretrain
-from gn_det.classification.folder import FolderSource, lighting
-from gn_det.classification.generated import draw_set, load_shapes
-from gn_det.classification.image_sources import ArraySource, Input, epoch_batches, load_digits
+from gn_det.classification.image_folder import FolderSource, lighting
+from gn_det.classification.image_sources import (
+    ArraySource,
+    Input,
+    draw_set,
+    epoch_batches,
+    load_digits,
+    load_shapes,
+)
 from gn_det.errors import ConfigError, DataError
 
 NAMES = ("cat", "dog", "émeu")
@@ -76,10 +82,8 @@ def test_augmentation_depends_on_seed_epoch_and_image_alone(folder: Path) -> Non
     torch.manual_seed(1)
     first, labels = train_images(given, 0)
     torch.manual_seed(2)
-    state = torch.get_rng_state()
     again, _ = train_images(replace(given, workers=2), 0)
     assert first.dtype == torch.float32 and torch.equal(first, again)
-    assert torch.equal(torch.get_rng_state(), state)
     other, other_labels = train_images(given, 1)
     assert not torch.equal(labels, other_labels) or not torch.equal(first, other)
     assert not torch.equal(first, train_images(replace(given, seed=2), 0)[0])

@@ -1,0 +1,282 @@
+"""Training of a classifier by the engine's loop, resumable after every epoch."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import gn_det
+from gn_det.checkpoint.io import save_checkpoint
+from gn_det.classification.image_sources import Batch, Input, Source
+from gn_det.classification.network import Classifier
+from gn_det.classification.settings import DEPTHS, Settings
+from gn_det.engine import dist
+from gn_det.engine.loop import Hook, Loop
+from gn_det.engine.output import BEST
+from gn_det.engine.scalars import peak_memory_mb
+from gn_det.errors import TrainingError
+from gn_det.files import open_append
+
+LAST = "last.ckpt"
+METRICS = "metrics.jsonl"
+#: Images of a validation batch, of one process.
+VAL_BATCH = 64
+
+
+@dataclass
+class Progressed:
+    """What a run has done; all of it survives an interruption.
+
+    Attributes:
+        epochs: finished.
+        curve: one row per epoch: epoch (1-based), train_loss, train_error, val_error (percent), lr (of its end),
+            seconds_per_iteration, inference_seconds_per_image.
+        best: lowest validation error, its epoch.
+        peak_memory_mb: of this machine so far.
+    """
+
+    epochs: int = 0
+    curve: list[dict[str, float]] = field(default_factory=list)
+    best: dict[str, float] = field(default_factory=dict)
+    peak_memory_mb: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The schedule in iterations: ``total`` of them, ``per_epoch`` in an epoch; the last epoch may be cut short."""
+
+    lr: float
+    per_epoch: int
+    total: int
+
+    @property
+    def epochs(self) -> int:
+        return math.ceil(self.total / self.per_epoch)
+
+
+class Normalize(nn.Module):
+    """Pixels on the 0-255 scale to the network's input, on its device."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, given: Input) -> None:
+        super().__init__()
+        for name, values in (("mean", given.mean), ("std", given.std)):
+            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return (pixels.to(self.mean.device, non_blocking=True).float() - self.mean) / self.std
+
+
+class ClassifierLoss(nn.Module):
+    """Cross entropy of a classifier; ``mistakes`` counts the images that it got wrong."""
+
+    mistakes: Tensor
+
+    def __init__(self, classifier: nn.Module, given: Input) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.normalize = Normalize(given)
+        self.register_buffer("mistakes", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        pixels, labels = batch
+        labels = labels.to(self.mistakes.device, non_blocking=True)
+        scores = self.classifier(self.normalize(pixels))
+        self.mistakes += (scores.detach().argmax(dim=1) != labels).sum()
+        return {"loss": F.cross_entropy(scores.float(), labels)}
+
+
+class ClassifierLoop(Loop):
+    """The engine's loop; names the settings to change where the loss is not finite."""
+
+    def stop_non_finite(self, names: Sequence[str], rows: Sequence[Sequence[float]]) -> NoReturn:
+        value = next(v for row in rows for v in row[: len(names)] if not math.isfinite(v))
+        raise TrainingError(
+            f"the loss is {value} in iteration {self.state.iteration + 1}: training has diverged; lower lr (now "
+            f"{self.state.optimizer.param_groups[0]['lr']:g}) or turn amp off, and start again with --overwrite"
+        )
+
+
+class Epochs(Hook):
+    """Ends every epoch: validation, a row of the curve, best weights, checkpoint.
+
+    Args:
+        loss: the loop's forward, bare.
+        done: of the run so far; updated.
+        folder: where rank 0 writes.
+    """
+
+    def __init__(
+        self, settings: Settings, source: Source, plan: Plan, loss: ClassifierLoss, done: Progressed, folder: Path
+    ) -> None:
+        self.settings, self.source, self.plan, self.loss = settings, source, plan, loss
+        self.done, self.folder = done, folder
+        self._losses: list[float] = []
+        self._seconds: list[float] = []
+        self._started = 0.0
+
+    def before_train(self, loop: Loop) -> None:
+        loop.state.model.train()
+
+    def before_step(self, loop: Loop) -> None:
+        self._started = time.perf_counter()
+
+    def after_step(self, loop: Loop) -> None:
+        self._seconds.append(time.perf_counter() - self._started)
+        self._losses.append(loop.losses["loss"])
+        if (loop.state.iteration + 1) % self.plan.per_epoch == 0 or loop.last:
+            self._end_epoch(loop)
+
+    def _end_epoch(self, loop: Loop) -> None:
+        """Losses, errors and times are those of all processes; the time is that of the slowest."""
+        done, mistakes = self.done, self.loss.mistakes
+        rows = dist.gather_rows(
+            torch.stack([mistakes.double(), mistakes.new_tensor(statistics.median(self._seconds), dtype=torch.float64)])
+        )
+        images = len(self._losses) * self.settings.batch_size * len(rows)
+        row = {
+            "epoch": done.epochs + 1,
+            "train_loss": statistics.fmean(self._losses),
+            "train_error": 100 * sum(row[0] for row in rows) / images,
+            "lr": loop.lr,
+            "seconds_per_iteration": max(row[1] for row in rows),
+            **validate(self.loss, self.source, loop.autocast),
+        }
+        mistakes.zero_()
+        self._losses, self._seconds = [], []
+        done.epochs += 1
+        done.curve.append(row)
+        done.peak_memory_mb = max(done.peak_memory_mb, peak_memory_mb())
+        better = not done.best or row["val_error"] < done.best["val_error"]
+        if better:
+            done.best = {"epoch": row["epoch"], "val_error": row["val_error"]}
+        if dist.rank() == 0:
+            self._write(loop, better)
+        loop.state.results = row
+        loop.call("after_eval")
+
+    def _write(self, loop: Loop, better: bool) -> None:
+        state, done = loop.state, self.done
+        if better:
+            facts = {"epoch": done.epochs, "val_error": done.best["val_error"], "date": utc_now()}
+            assert isinstance(state.model, Classifier)
+            write_weights(self.folder / BEST, state.model, self.settings, self.source, facts)
+        with open_append(self.folder, METRICS) as file:
+            file.write(json.dumps(done.curve[-1]) + "\n")
+        save_checkpoint(
+            self.folder / LAST,
+            {
+                "model": {k: v.cpu() for k, v in state.model.state_dict().items()},
+                "optimizer": state.optimizer.state_dict(),
+                "scaler": state.scaler.state_dict() if state.scaler is not None else None,
+                "done": asdict(done),
+                "settings": self.settings.to_dict(),
+                "processes": dist.world_size(),
+            },
+        )
+
+
+def validate(loss: ClassifierLoss, source: Source, autocast: torch.dtype | None = None) -> dict[str, float]:
+    """Error (percent) on all validation images, and seconds for one of them; training mode comes back.
+
+    All processes take part. BN's running statistics become those of rank 0, whose weights are written.
+    """
+    model, device = loss.classifier, loss.mistakes.device
+    if dist.world_size() > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, src=0)
+    wrong, images, times = torch.zeros_like(loss.mistakes), 0, []
+    model.eval()
+    with torch.inference_mode(), torch.autocast(device.type, autocast, enabled=autocast is not None):
+        for pixels, labels in source.val_batches(range(dist.rank(), source.val_images, dist.world_size()), VAL_BATCH):
+            pixels, labels = pixels.to(device), labels.to(device)
+            _wait(device)
+            started = time.perf_counter()
+            scores = model(loss.normalize(pixels))
+            _wait(device)
+            times.append((time.perf_counter() - started) / len(labels))
+            wrong += (scores.argmax(dim=1) != labels).sum()
+            images += len(labels)
+    model.train()
+    rows = dist.gather_rows(torch.stack([wrong, torch.full_like(wrong, images)]))
+    error = 100 * sum(row[0] for row in rows) / sum(row[1] for row in rows)
+    return {"val_error": error, "inference_seconds_per_image": statistics.median(times or [math.nan])}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def write_weights(path: Path, model: Classifier, settings: Settings, source: Source, facts: dict[str, Any]) -> None:
+    """Write ``model`` for MODEL.WEIGHTS of either engine, with what a detection config must know of it.
+
+    Trunk tensors are named ``stem.conv1.weight``, ``res2.0.conv1.weight`` ...; the classifier goes along as
+    ``stem.fc``, which detectors pass over and conversion to torchvision's layout keeps.
+
+    Args:
+        facts: plain values of the run to keep in the provenance (epoch, error, date).
+
+    Raises:
+        WriteError: the file cannot be written.
+    """
+    state = {name: value.detach().cpu().contiguous() for name, value in model.trunk.state_dict().items()}
+    state["stem.fc.weight"] = model.linear.weight.detach().cpu()
+    state["stem.fc.bias"] = model.linear.bias.detach().cpu()
+    backbone = settings.arch in DEPTHS
+    preprocessing = {
+        "format": source.input.order,
+        "pixel_mean": list(source.input.mean),
+        "pixel_std": list(source.input.std),
+        # Basic blocks have one place for the stride: any config suits.
+        "stride_in_1x1": settings.stride_in_1x1 if DEPTHS.get(settings.arch, 0) >= 50 else None,
+    }
+    name = Path(settings.data).name
+    run = {
+        "kind": f"{settings.arch} {settings.norm} classifier of {name}",
+        "trained": True,
+        "settings": {**settings.to_dict(), "data": name, "output": ""},
+        "classes": list(source.class_names),
+        **facts,
+    }
+    block = {
+        "version": gn_det.__version__,
+        "class_names": [],
+        "category_ids": [],
+        "config": "",
+        "weights": {
+            "norm": settings.norm,
+            "groups": list(settings.group_rule) if settings.norm == "GN" else None,
+            "preprocessing": preprocessing if backbone else None,
+            # Channel order and std may be folded into the stem for a config that wants others.
+            "foldable": backbone,
+            "asks": False,
+        },
+        "provenance": [run],
+    }
+    author = f"gn_det {gn_det.__version__}"
+    # Detectron2 finds where bare names belong only when told to search.
+    save_checkpoint(path, {"model": state, "__author__": author, "matching_heuristics": True, "gn_det": block})
+
+
+def top1_error(curve: Sequence[dict[str, float]]) -> float:
+    """The paper's number: median validation error of the last 5 epochs, or of all where there are fewer."""
+    return statistics.median(row["val_error"] for row in curve[-5:])
+
+
+def utc_now() -> str:
+    """Date and time for provenance, such as ``2026-11-28T12:00:00Z``."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
