@@ -12,12 +12,11 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
+from gn_det.compare.document import write_report
 from gn_det.compare.execute import Trainer
-from gn_det.compare.plan import Job, Plan, as_words, make_plan
-from gn_det.compare.report import write_report
-from gn_det.compare.results import collect
-from gn_det.compare.runner import NotThere, Runner, Summary
-from gn_det.compare.store import DONE, Store
+from gn_det.compare.outcomes import collect
+from gn_det.compare.plan import Job, Plan, as_argv, make_plan
+from gn_det.compare.runner import DONE, MissingWeights, Runner, Store, Summary, fetch_weights, find
 from gn_det.compare.suite import Suite, load_suite, parse_suite
 from gn_det.data.sets import estimate_sizes
 from gn_det.engine import choice as engines
@@ -96,7 +95,7 @@ def compare(request: Request) -> int:
     summary = Summary()
     if not request.report_only:
         plan.check()
-        runner.fetch_weights()
+        fetch_weights(plan)
     try:
         if not request.report_only:
             summary = runner.run()
@@ -119,13 +118,12 @@ def show(plan: Plan, store: Store, *, any_version: bool) -> int:
     Returns:
         0, or 2 where a row is wrong (data and weights that are not there yet are told, and no mistake).
     """
-    runner = Runner(plan, store, _nothing, any_version=any_version, recording=False)
     images: dict[str, int] = {}
     for job in plan.jobs:
         try:
-            record, _ = runner.find(job)
+            record, _ = find(job, plan, store, any_version=any_version)
             state = "done" if record.status == DONE else "goes on" if record.sessions else "to run"
-        except NotThere:
+        except MissingWeights:
             state = f"after {job.needs[0]}" if job.needs else ""
         say(f"{job.name:40s} {state:10s} {_described(job, images)}".rstrip())
     for identity, why in plan.left_out.items():
@@ -138,7 +136,7 @@ def show(plan: Plan, store: Store, *, any_version: bool) -> int:
 
 def _described(job: Job, images: dict[str, int]) -> str:
     if job.cfg is not None:
-        words = (job.row.config, _length(job.cfg, job.inputs["processes"], images), *as_words(job.row.overrides))
+        words = (job.row.config, _length(job.cfg, job.inputs["processes"], images), *as_argv(job.row.overrides))
         return " ".join(word for word in words if word)
     settings = job.settings or {}
     return f"{settings['arch']} {settings['norm']} on {settings['data']}, batch {settings['batch_size']}"
@@ -165,10 +163,6 @@ def _length(cfg: CfgNode, processes: int, images: dict[str, int]) -> str:
 
 def _silent(line: str) -> None:
     """Of the other ranks, rank 0 speaks."""
-
-
-def _nothing(job: Any, folder: Path, weights: str) -> Any:
-    raise AssertionError("a dry run runs nothing")
 
 
 # ------------------------------------------------------------ which suite

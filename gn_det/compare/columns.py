@@ -1,8 +1,13 @@
-"""The numbers a table can show."""
+"""The numbers that a table can show: those measured here, and published ones with their source."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+
+from gn_det.config.reader import read_yaml
 
 METRIC, COST, SIZE = "metric", "cost", "size"
 
@@ -25,15 +30,19 @@ class Column:
     lower_is_better: bool = False
     factor: float = 1.0
 
+    def show(self, value: float) -> str:
+        return f"{value * self.factor:.{self.decimals}f}"
 
-def _ap(task: str) -> dict[str, Column]:
-    suffixes = {"": "", "50": "50", "75": "75", "_s": " S", "_m": " M", "_l": " L"}
-    return {f"{task}_ap{key}": Column(f"{task} AP{text}") for key, text in suffixes.items()}
 
+#: Every AP of an evaluation, as columns -> name of the metric.
+AP_METRICS = {
+    f"{task}_ap{suffix}": f"{kind}/{metric}"
+    for task, kind in (("box", "bbox"), ("mask", "segm"))
+    for suffix, metric in {"": "AP", "50": "AP50", "75": "AP75", "_s": "APs", "_m": "APm", "_l": "APl"}.items()
+}
 
 COLUMNS: dict[str, Column] = {
-    **_ap("box"),
-    **_ap("mask"),
+    **{name: Column(f"{name.partition('_')[0]} {metric.partition('/')[2]}") for name, metric in AP_METRICS.items()},
     "top1_error": Column("top-1 error (%)", lower_is_better=True),
     "train_error": Column("training error (%)", lower_is_better=True),
     "parameters": Column("parameters (M)", 2, SIZE, factor=1e-6),
@@ -44,22 +53,76 @@ COLUMNS: dict[str, Column] = {
 
 #: The number that decides, by kind of row.
 DECIDING = {"detect": "box_ap", "pretrain": "top1_error"}
-
-#: Columns where a table names none.
+#: Columns where a table names none, and those of the second table, on what a row costs.
 USUAL = {
-    "detect": (
-        "box_ap",
-        "box_ap50",
-        "box_ap75",
-        "mask_ap",
-        "mask_ap50",
-        "mask_ap75",
-    ),
+    "detect": ("box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75"),
     "pretrain": ("top1_error", "train_error"),
 }
+COSTS = ("parameters", "s_per_iter", "memory_mb", "s_per_image")
 
-#: Of the second table, on what a row takes.
-TAKES = ("parameters", "s_per_iter", "memory_mb", "s_per_image")
 
-#: Everything an evaluation tells about a detection row.
-ALL_AP = tuple(name for name in COLUMNS if name.startswith(("box_", "mask_")))
+# ------------------------------------------------------------ published numbers
+
+#: The source of a number that the suite itself gives.
+EXPECTED = "expected"
+#: Sources in the order of preference where a table names none, with what a sentence calls them.
+SOURCES = {
+    EXPECTED: "what was expected",
+    "paper": "the paper",
+    "detectron": "Detectron",
+    "d2": "Detectron2",
+    "mmdet": "MMDetection",
+}
+_TEXTS = ("id", "source", "model", "where")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One row of somebody's table.
+
+    Attributes:
+        id: as suites name it.
+        source: one of :data:`SOURCES`.
+        model: backbone; rows of different ones are not compared. Of an expected row the text of its source.
+        where: table or section.
+        values: column -> number as published.
+        delta_to: id of the row that ``delta`` is measured from, where only a difference is published; else "".
+        delta: column -> published difference.
+    """
+
+    id: str
+    source: str
+    model: str
+    where: str
+    values: Mapping[str, float]
+    delta_to: str = ""
+    delta: Mapping[str, float] | None = None
+
+    @property
+    def kind(self) -> str:
+        """Of model, whatever its depth: "C4", "FPN" or "ImageNet"; "" of an expected row, whose suite knows why."""
+        return "" if self.source == EXPECTED else self.model.replace("-", " ").split()[-1]
+
+
+@functools.lru_cache(maxsize=1)
+def load_references() -> tuple[dict[str, Reference], dict[str, str]]:
+    """Return all published rows by id, and a sentence on each source."""
+    content = read_yaml(Path(__file__).parent / "references.yaml", "file")
+    rows = {}
+    for entry in [*content["coco"], *content["imagenet"]]:
+        delta = dict(entry.pop("delta", None) or {})
+        to = str(delta.pop("to", ""))
+        name, source, model, where = (str(entry.pop(key)) for key in _TEXTS)
+        rows[name] = Reference(name, source, model, where, {k: float(v) for k, v in entry.items()}, to, delta or None)
+    return rows, dict(content["sources"])
+
+
+def published_difference(row: Reference, baseline: Reference, column: str) -> float | None:
+    """Row minus baseline where one source gives both for one model, or gives the difference; None where not."""
+    if (row.source, row.model) != (baseline.source, baseline.model):
+        return None
+    if row.delta and row.delta_to == baseline.id:
+        return row.delta.get(column)
+    if column in row.values and column in baseline.values:
+        return row.values[column] - baseline.values[column]
+    return None

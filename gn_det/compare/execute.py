@@ -1,31 +1,41 @@
-"""One run of a comparison, through the commands that a user would call by hand."""
+"""One run of a comparison: trained by the functions that the commands call, then measured from what it wrote."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
-import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from fvcore.common.config import CfgNode
 
-from gn_det.compare import measure
-from gn_det.compare.build import build_empty
-from gn_det.compare.plan import Job
+from gn_det.classification import Settings, pretrain
+from gn_det.compare.columns import AP_METRICS
+from gn_det.compare.plan import Job, build_empty
 from gn_det.config import parse_config
 from gn_det.engine import commands
 from gn_det.engine.interface import Engine
-from gn_det.engine.output import FINAL
+from gn_det.engine.log import LOG_FILE
+from gn_det.engine.output import FINAL, METRICS
 from gn_det.errors import TrainingError
+from gn_det.visualize.plots import read_metrics
 
-logger = logging.getLogger(__name__)
+#: Images whose inference is timed after some that are not; and the time after which it ends.
+TIMED, UNTIMED, TIMED_SECONDS = 16, 2, 60.0
 
 
 @dataclass
 class Outcome:
-    """What a run gave; see :class:`gn_det.compare.store.Record` for the parts."""
+    """What a run gave; see :class:`gn_det.compare.runner.Record` for the parts."""
 
     metrics: dict[str, float | None]
     curve: list[dict[str, float]] = field(default_factory=list)
@@ -36,7 +46,7 @@ class Outcome:
 
 
 class Executor(Protocol):
-    """Runs a job in a folder, going on from a checkpoint where one is there."""
+    """Runs a job in a folder, resuming from a checkpoint where one is there."""
 
     def __call__(self, job: Job, folder: Path, weights: str) -> Outcome: ...
 
@@ -60,81 +70,124 @@ class Trainer:
 
         Args:
             job: from the plan.
-            folder: of the run; what an interrupted one left there is gone on from.
+            folder: of the run; an interrupted one is resumed.
             weights: initial weights of a detection row that starts from a pre-training row, else "".
 
         Raises:
             UserError: it cannot be run.
         """
-        measure.reset_peak_memory()
+        _reset_peak_memory()
         if job.cfg is None:
-            return self._pretrain(job.settings or {}, folder)
+            return self._pretrain(job, folder)
         cfg = job.cfg.clone()
         cfg.defrost()
         cfg.OUTPUT_DIR = str(folder)
-        if weights:
-            cfg.MODEL.WEIGHTS = weights
+        cfg.MODEL.WEIGHTS = weights or cfg.MODEL.WEIGHTS
         results = commands.train(self.engine, cfg, resume=True, num_gpus=self.num_gpus)
-        if not self.measuring:
-            return Outcome({})
-        return self._measured(cfg, folder, results)
+        return self._measured(job, cfg, folder, results) if self.measuring else Outcome({})
 
-    def _pretrain(self, values: Mapping[str, Any], folder: Path) -> Outcome:
-        from gn_det.classification import Settings, pretrain
-
-        settings = Settings.from_dict({**values, "output": str(folder)})
+    def _pretrain(self, job: Job, folder: Path) -> Outcome:
+        settings = Settings.from_dict({**job.settings, "output": str(folder)})
         summary = pretrain(settings, resume=True, num_gpus=self.num_gpus)
         if not self.measuring:
             return Outcome({})
-        curve = [
-            {"x": float(p["epoch"]), "loss": float(p["train_loss"]), "top1_error": float(p["val_error"])}
-            for p in summary["curve"]
-        ]
-        last = summary["curve"][-1] if summary["curve"] else {}
-        cost = {
-            "s_per_iter": summary.get("seconds_per_iteration"),
-            "memory_mb": summary.get("peak_memory_mb"),
-            "s_per_image": summary.get("inference_seconds_per_image"),
-        }
-        metrics = {"top1_error": summary["top1_error"], "train_error": last.get("train_error")}
+        names = {"x": "epoch", "loss": "train_loss", "top1_error": "val_error"}
+        curve = summary["curve"]
         return Outcome(
-            metrics,
-            curve,
-            cost,
+            {"top1_error": summary["top1_error"], "train_error": curve[-1].get("train_error") if curve else None},
+            [{name: float(point[key]) for name, key in names.items()} for point in curve],
+            {
+                "s_per_iter": summary.get("seconds_per_iteration"),
+                "memory_mb": summary.get("peak_memory_mb"),
+                "s_per_image": summary.get("inference_seconds_per_image"),
+            },
             {"parameters": summary.get("parameters")},
             folder / FINAL,
             json.dumps(settings.to_dict(), indent=1),
         )
 
-    def _measured(self, cfg: CfgNode, folder: Path, results: Mapping[str, float]) -> Outcome:
+    def _measured(self, job: Job, cfg: CfgNode, folder: Path, results: Mapping[str, float]) -> Outcome:
         from gn_det.data.sets import load_first_test_set
         from gn_det.engine.predictor import load_predictor
 
         text = (folder / "config.yaml").read_text(encoding="utf-8")
-        resolved = parse_config(text, str(folder / "config.yaml"))
-        model = build_empty(self.engine, resolved)
-        cost = {
-            "s_per_iter": measure.seconds_per_iteration(folder),
-            "memory_mb": measure.logged_memory_mb(folder),
-            "s_per_image": None,
-        }
-        weights = folder / FINAL
-        predictor = load_predictor(weights, device=cfg.MODEL.DEVICE, engine=self.engine)
+        model = build_empty(replace(job, cfg=parse_config(text, str(folder / "config.yaml"))), self.engine)
         held_out = load_first_test_set(cfg)
-        metrics = measure.detection_metrics(results)
+        metrics = detection_metrics(results)
         if metrics.get("box_ap") is None:
             if not held_out.object_counts.any():
                 raise TrainingError(f"data: {held_out.json_file} has no object, so there is no AP to compare")
             # a model that detects nothing has no precision; as a result of a comparison that is zero
             tasks = ("box", "mask") if cfg.MODEL.MASK_ON else ("box",)
             metrics = {f"{task}_ap{limit}": 0.0 for task in tasks for limit in ("", "50", "75")}
-        images = [Path(r["file_name"]) for r in held_out.records[: measure.UNTIMED + measure.TIMED]]
-        cost["s_per_image"] = measure.seconds_per_image(predictor.detect, images)
-        return Outcome(
-            metrics,
-            measure.detection_curve(folder),
-            cost,
-            {"parameters": measure.parameters(model)},
-            weights,
-            text,
-        )
+        predictor = load_predictor(folder / FINAL, device=cfg.MODEL.DEVICE, engine=self.engine)
+        images = [Path(r["file_name"]) for r in held_out.records[: UNTIMED + TIMED]]
+        entries = read_metrics(folder / METRICS)
+        times = [e["time"] for e in entries if isinstance(e.get("time"), (int, float))]
+        cost = {
+            "s_per_iter": statistics.median(times) if times else None,  # None: too short to time
+            "memory_mb": _logged_memory_mb(folder),
+            "s_per_image": seconds_per_image(predictor.detect, images),
+        }
+        size: dict[str, float | None] = {"parameters": float(sum(p.numel() for p in model.parameters()))}
+        return Outcome(metrics, detection_curve(entries), cost, size, folder / FINAL, text)
+
+
+def detection_metrics(results: Mapping[str, float]) -> dict[str, float | None]:
+    """The columns of an evaluation's flat results (of the first set where there are several)."""
+    prefix = next((k.removesuffix("bbox/AP") for k in results if k.endswith("bbox/AP")), "")
+    found = {column: results.get(prefix + metric) for column, metric in AP_METRICS.items()}
+    # -1 and nan: there is no object of that size
+    return {c: float(v) if math.isfinite(v) and v >= 0 else None for c, v in found.items() if v is not None}
+
+
+def detection_curve(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """Points ``{"x": iterations done, "loss", "box_ap", "mask_ap"}`` of the entries of a metrics.json."""
+    points = []
+    for entry in entries:
+        point = {"x": float(entry["iteration"] + ("total_loss" in entry))}
+        for name, key in (("loss", "total_loss"), ("box_ap", "bbox/AP"), ("mask_ap", "segm/AP")):
+            value = next((v for k, v in entry.items() if k == key or k.endswith(f"/{key}")), None)
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                point[name] = float(value)
+        if len(point) > 1:
+            points.append(point)
+    return points
+
+
+def _logged_memory_mb(folder: Path) -> float | None:
+    """Peak memory as the run's log has it: of the GPU's tensors, or of the process on a CPU."""
+    try:
+        text = (folder / LOG_FILE).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    found = re.findall(r"max_mem: (\d+)M", text)
+    return float(found[-1]) if found else None
+
+
+def _reset_peak_memory() -> None:
+    """Let the peak begin here: rows of a suite share a process, and must not be charged with what came before."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def seconds_per_image(detect: Callable[[Path], Any], images: Sequence[Path]) -> float | None:
+    """Median time from a file to its detections, one image at a time; None without images."""
+    times: list[float] = []
+    started = time.perf_counter()
+    for number, path in enumerate(images[: UNTIMED + TIMED]):
+        begun = time.perf_counter()
+        detect(path)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if number >= min(UNTIMED, len(images) - 1):
+            times.append(time.perf_counter() - begun)
+        if times and time.perf_counter() - started > TIMED_SECONDS:
+            break
+    return statistics.median(times) if times else None

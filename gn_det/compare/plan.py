@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from fvcore.common.config import CfgNode
+from torch import nn
 
 from gn_det.checkpoint.catalog import cache_path, mirrored, resolve_url, sha256_of, split_digest, split_options
-from gn_det.compare.build import build_classifier, build_empty
-from gn_det.compare.fields import SuiteError
-from gn_det.compare.references import load_references
-from gn_det.compare.suite import DETECT, MAX_SEEDS, Row, Suite, matching
+from gn_det.classification import Settings
+from gn_det.classification.settings import BUILTIN
+from gn_det.compare.suite import DETECT, MAX_SEEDS, Row, Suite, SuiteError, matching
 from gn_det.config import dump_config, load_config
 from gn_det.config.check import check_config
 from gn_det.config.load import merge_overrides
@@ -30,11 +31,8 @@ from gn_det.text import one_line, shown
 
 #: Runs of a plan.
 MAX_RUNS = 2000
-
-logger = logging.getLogger(__name__)
-
 #: Keys that say where and how fast, not what comes out.
-_NOT_RESULT = {"OUTPUT_DIR": "", "MODEL.WEIGHTS": "", "DATALOADER.NUM_WORKERS": 0}
+_NOT_RESULT = ["OUTPUT_DIR", "", "MODEL.WEIGHTS", "", "DATALOADER.NUM_WORKERS", 0]
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Job:
         row: what is run.
         seed: of the run.
         cfg: of a detection, resolved but for OUTPUT_DIR and the weights of ``needs``; None for a pre-training.
-        settings: of a pre-training, without its output; None for a detection.
+        settings: of a pre-training, without its output; empty for a detection.
         needs: (row id, seed) of the pre-training whose weights it starts from.
         inputs: what else its result depends on: engine, processes, contents of the annotation files.
     """
@@ -53,13 +51,19 @@ class Job:
     row: Row
     seed: int
     cfg: CfgNode | None = None
-    settings: Mapping[str, Any] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
     needs: tuple[str, int] | None = None
     inputs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         return f"{self.row.id}, seed {self.seed}"
+
+    @property
+    def device(self) -> str:
+        """Where it runs: "cpu" or "cuda", whatever "auto" means here."""
+        wanted = self.settings.get("device", "auto") if self.cfg is None else self.cfg.MODEL.DEVICE
+        return dist.resolve_device(str(wanted))
 
     def settings_key(self, weights_sha: str) -> str:
         """Hash of everything that decides the result but the code of gn_det.
@@ -71,12 +75,18 @@ class Job:
         if self.cfg is not None:
             cfg = self.cfg.clone()
             cfg.defrost()
-            merge = [word for key, value in _NOT_RESULT.items() for word in (key, value)]
-            cfg.merge_from_list(merge)
+            cfg.merge_from_list(_NOT_RESULT)
             content["config"] = dump_config(cfg)
-        if self.settings is not None:
+        else:
             content["settings"] = {k: v for k, v in self.settings.items() if k not in ("output", "workers")}
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def initial_sha(self) -> str:
+        """Of the weights that the config names, with the options behind the name; "" for none, or none here yet."""
+        uri = str(self.cfg.MODEL.WEIGHTS) if self.cfg is not None and self.needs is None else ""
+        plain, options = split_options(uri)
+        place = _place_of(plain) if uri else None
+        return f"{file_hash(place)} {options}" if place is not None and place.is_file() else ""
 
 
 @dataclass(frozen=True)
@@ -86,7 +96,7 @@ class Problem:
     Attributes:
         row: its id.
         text: one line with the key.
-        absent: something is not there (data, weights), rather than wrong.
+        absent: something is missing (data, weights), rather than wrong.
     """
 
     row: str
@@ -125,8 +135,8 @@ class Plan:
         """
         if self.problems:
             more = len(self.problems) - 1
-            rest = f" (and {more} more problem(s): gn-det compare --dry-run lists them)" if more else ""
-            raise SuiteError(f"{self.suite.source}: {self.problems[0]}{rest}")
+            rest = f" (and {more} more: gn-det compare --dry-run lists them)" if more else ""
+            raise SuiteError(f"{self.suite.source}:", f"{self.problems[0]}{rest}")
 
 
 def make_plan(
@@ -149,64 +159,49 @@ def make_plan(
         num_gpus: processes of each run.
 
     Raises:
-        SuiteError: ``only`` names no row.
+        SuiteError: ``only`` names no row; too many runs.
     """
     wanted = _wanted(suite, only)
-    runs = sum(seeds or len(row.seeds) for row in suite.rows if row.id in wanted)
+    of_rows = {row.id: tuple(range(1, seeds + 1)) if seeds else row.seeds for row in suite.rows}
+    runs = sum(len(of_rows[identity]) for identity in wanted)
     if runs > MAX_RUNS or (seeds or 1) > MAX_SEEDS:
-        raise SuiteError(f"{suite.source}: rows and seeds make {runs} runs; at most {MAX_RUNS} are possible")
-    jobs: list[Job] = []
+        raise SuiteError(f"{suite.source}: rows", f"and seeds make {runs} runs; at most {MAX_RUNS} are possible")
+    jobs: list[tuple[int, bool, int, Job]] = []
     problems: list[Problem] = []
     left_out: dict[str, str] = {}
     built: set[str] = set()
-    for row in suite.rows:
+    for position, row in enumerate(suite.rows):
         if row.id not in wanted:
             continue
-        mine = tuple(range(1, seeds + 1)) if seeds else row.seeds
-        found = [*_reference_problems(row)]
         try:
-            of_row = [_job(suite, row, seed, engine, overrides, num_gpus, seeds) for seed in mine]
-            found += _absent(of_row[0], suite)
-            _check_builds(of_row[0], engine, built)
+            of_row = [_job(suite, row, seed, engine, overrides, num_gpus, of_rows) for seed in of_rows[row.id]]
+            found = _absent(of_row[0])
+            model = row.id if of_row[0].cfg is None else str(of_row[0].cfg.MODEL)
+            if model not in built:
+                build_empty(of_row[0], engine)
+                built.add(model)
         except UserError as error:
-            found.append(Problem(row.id, str(error)))
-            of_row = []
-        if row.optional and found and all(p.absent for p in found):
-            left_out[row.id] = found[0].text
+            found, of_row = Problem(row.id, str(error)), []
+        if row.optional and found is not None and found.absent:
+            left_out[row.id] = found.text
             continue
-        problems += found
-        jobs += of_row
-    return Plan(suite, engine, _ordered(jobs), tuple(problems), left_out, num_gpus)
+        problems += [found] if found is not None else []
+        # Seed by seed, and in each the pre-trainings first: a suite that is cut short has every row once.
+        jobs += [(number, row.kind == DETECT, position, job) for number, job in enumerate(of_row)]
+    ordered = tuple(entry[-1] for entry in sorted(jobs, key=lambda entry: entry[:3]))
+    return Plan(suite, engine, ordered, tuple(problems), left_out, num_gpus)
 
 
 def _wanted(suite: Suite, only: Sequence[str]) -> set[str]:
     ids = [row.id for row in suite.rows]
-    if not only:
-        return set(ids)
-    wanted: set[str] = set()
+    wanted = set() if only else set(ids)
     for pattern in only:
         found = matching(pattern, ids)
         if not found:
-            raise SuiteError(
-                f"{suite.source}: --rows: no row {shown(pattern)}; they are {one_line(', '.join(ids), 1000)}"
-            )
+            names = one_line(", ".join(ids), 1000)
+            raise SuiteError(f"{suite.source}: --rows:", f"no row {shown(pattern)}; they are {names}")
         wanted.update(found)
     return wanted | {str(row.weights) for row in suite.rows if row.id in wanted and row.weights in ids}
-
-
-def _ordered(jobs: Sequence[Job]) -> tuple[Job, ...]:
-    """Seed by seed, and in each the pre-trainings first: a suite that is cut short has every row once."""
-    ranks: dict[str, int] = {}
-
-    def rank(job: Job) -> int:
-        ranks[job.row.id] = ranks.get(job.row.id, -1) + 1
-        return ranks[job.row.id]
-
-    numbered = [(rank(job), job.row.kind == DETECT, position, job) for position, job in enumerate(jobs)]
-    return tuple(entry[-1] for entry in sorted(numbered, key=lambda entry: entry[:3]))
-
-
-# ------------------------------------------------------------ one row
 
 
 def _job(
@@ -216,112 +211,98 @@ def _job(
     engine: Engine,
     overrides: Sequence[str],
     num_gpus: int,
-    seeds: int | None,
+    seeds: Mapping[str, Sequence[int]],
 ) -> Job:
-    world = int(os.environ["WORLD_SIZE"]) if dist.under_torchrun() else num_gpus
-    inputs: dict[str, Any] = {"processes": world}
+    """One run of a row, checked as far as its words go."""
+    inputs: dict[str, Any] = {"processes": int(os.environ["WORLD_SIZE"]) if dist.under_torchrun() else num_gpus}
     if row.kind != DETECT:
-        from gn_det.classification import Settings
-
         settings = Settings.from_dict({**row.settings, "output": "-", "seed": seed})
         return Job(row, seed, settings=settings.to_dict(), inputs=inputs)
     cfg = _config(suite, row, seed, overrides)
     source = next((r for r in suite.rows if r.id == row.weights), None)
-    needs = None
-    if source is not None:
-        if source.kind == DETECT:
-            raise ConfigError(f"weights: '{source.id}' is a detection row; name a pre-training row or a file")
-        theirs = tuple(range(1, seeds + 1)) if seeds else source.seeds
-        needs = (source.id, seed if seed in theirs else theirs[0])
+    if source is not None and source.kind == DETECT:
+        raise ConfigError(f"weights: '{source.id}' is a detection row; name a pre-training row or a file")
+    needs = (source.id, seed if seed in seeds[source.id] else seeds[source.id][0]) if source is not None else None
     check_config(cfg, engine.name)
     if not cfg.DATASETS.TEST and not cfg.DATASETS.VAL_JSON:
         raise ConfigError("data: no validation set (DATASETS.TEST is empty); without one there is no AP to compare")
     commands.check_run(cfg, dist.resolve_device(cfg.MODEL.DEVICE), num_gpus)
     commands.check_freeze(cfg)
-    inputs |= {"engine": engine.name, "data": _data_hashes(cfg)}
+    files = [s.json_file for s in _sources(cfg) if os.path.isfile(s.json_file)]
+    inputs |= {"engine": engine.name, "data": {file: file_hash(Path(file)) for file in files}}
     return Job(row, seed, cfg=cfg, needs=needs, inputs=inputs)
 
 
 def _config(suite: Suite, row: Row, seed: int, overrides: Sequence[str]) -> CfgNode:
     """File, then data and weights of the row, then the suite's keys, the row's, the command line's."""
     cfg = load_config(row.config, check=False)
-    places = {key.upper(): value for key, value in row.data.items()}
-    merge_overrides(cfg, [word for key, value in places.items() for word in (f"DATASETS.{key}", value)], "data")
+    merge_overrides(cfg, as_argv({f"DATASETS.{key.upper()}": value for key, value in row.data.items()}), "data")
     if row.weights is not None:
         cfg.MODEL.WEIGHTS = row.weights
-    merge_overrides(cfg, as_words(suite.overrides), "overrides of the suite")
-    merge_overrides(cfg, as_words(row.overrides), "overrides")
+    merge_overrides(cfg, as_argv(suite.overrides), "overrides of the suite")
+    merge_overrides(cfg, as_argv(row.overrides), "overrides")
     merge_overrides(cfg, overrides)
     cfg.SEED = seed
     return cfg
 
 
-def as_words(overrides: Mapping[str, Any]) -> list[str]:
-    """``{KEY: value}`` as the words of a command line."""
+def as_argv(overrides: Mapping[str, Any]) -> list[str]:
+    """``{KEY: value}`` as on a command line."""
     return [word for key, value in overrides.items() for word in (key, str(value))]
 
 
-def _check_builds(job: Job, engine: Engine, built: set[str]) -> None:
-    """Build the model without memory for it; a model that was built before is not built again.
+def build_empty(job: Job, engine: Engine) -> nn.Module:
+    """The model of a run on torch's meta device, where the engine can do that; 80 classes where none are named.
 
     Raises:
-        UserError: the config describes no model.
+        UserError: the config or the settings describe no model.
     """
     if job.cfg is None:
-        build_classifier(job.settings or {})
-        return
-    text = str(job.cfg.MODEL)
-    if text not in built:
-        built.add(text)
-        build_empty(engine, job.cfg)
+        from gn_det.classification.network import build_classifier
+
+        with torch.device("meta"):
+            return build_classifier(Settings.from_dict(job.settings), num_classes=10)
+    cfg = job.cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.ROI_HEADS.NUM_CLASSES or 80
+    if engine.name != "embedded":
+        return engine.build_model(cfg)
+    with torch.device("meta"):
+        return engine.build_model(cfg)
 
 
 # ------------------------------------------------------------ what is there
 
 
-def _reference_problems(row: Row) -> list[Problem]:
-    known, _ = load_references()
-    return [Problem(row.id, f"reference: no published row {shown(r)}") for r in row.references if r not in known]
+def _sources(cfg: CfgNode) -> list[Any]:
+    """The sets of a config that are files; generated ones are part of the code."""
+    return [s for split in ("train", "test") for s in datasets_for(cfg, split) if s.name not in GENERATED]
 
 
-def _absent(job: Job, suite: Suite) -> list[Problem]:
-    """Data and weights that are not there."""
-    row = job.row
+def _absent(job: Job) -> Problem | None:
+    """The first data or weights that are missing."""
+    row = job.row.id
     if job.cfg is None:
-        from gn_det.classification.settings import BUILTIN
-
-        data = str((job.settings or {})["data"])
+        data = str(job.settings["data"])
         there = data in BUILTIN or os.path.isdir(os.path.expanduser(data))
-        return [] if there else [Problem(row.id, f"data: folder {data} is not there", absent=True)]
-    found = []
-    for split, key in (("train", "DATASETS.TRAIN"), ("test", "DATASETS.TEST")):
-        for source in datasets_for(job.cfg, split):
-            if source.name in GENERATED:
-                continue
-            missing = [] if os.path.isfile(source.json_file) else [source.json_file]
-            missing += [] if os.path.isdir(source.image_root) else [source.image_root]
-            found += [Problem(row.id, f"data: {path} is not there ({source.origin or key})", True) for path in missing]
-    if job.needs is None:
-        problem = _weights_problem(str(job.cfg.MODEL.WEIGHTS))
-        found += [Problem(row.id, f"weights: {problem}", absent=True)] if problem else []
-    return found[:1]
-
-
-def _weights_problem(uri: str) -> str:
-    """Why weights cannot be there, "" where they are or can be fetched."""
+        return None if there else Problem(row, f"data: folder {data} does not exist", absent=True)
+    for source in _sources(job.cfg):
+        for path, exists in ((source.json_file, os.path.isfile), (source.image_root, os.path.isdir)):
+            if not exists(path):
+                return Problem(row, f"data: {path} does not exist ({source.origin or 'DATASETS'})", absent=True)
+    uri = str(job.cfg.MODEL.WEIGHTS)
     plain = split_options(uri)[0]
-    path = place_of(plain)
-    if not uri or os.path.isfile(path):
-        return ""
+    if job.needs is not None or not uri or _place_of(plain).is_file():
+        return None
     url = resolve_url(split_digest(plain)[0])
-    if url is None:
-        return f"{path} is not there, and no row has this id"
-    source = mirrored(url)
-    return "" if "://" in source else f"{uri}: neither {path} nor the mirror's {source} is there"
+    if url is not None and "://" in mirrored(url):
+        return None  # it can be downloaded
+    where = f"no file {_place_of(plain)}, and no row has this id" if url is None else f"not in {mirrored(url)}"
+    return Problem(row, f"weights: {shown(uri)}: {where}", absent=True)
 
 
-def place_of(uri: str) -> Path:
-    """Where the file of a path or URI lies, or would lie after the download; see :func:`..catalog.local_path`."""
+def _place_of(uri: str) -> Path:
+    """Where the file of a path or URI is, or would be after the download."""
     plain, _ = split_digest(uri)
     url = resolve_url(plain)
     if url is None:
@@ -330,23 +311,12 @@ def place_of(uri: str) -> Path:
     return Path(source) if "://" not in source and not cache_path(url).is_file() else cache_path(url)
 
 
-_hashes: dict[tuple[str, int, int], str] = {}
-
-
-def _data_hashes(cfg: CfgNode) -> dict[str, str]:
-    """sha256 of the annotation files that are there; generated sets are part of the code."""
-    hashes = {}
-    for split in ("train", "test"):
-        for source in datasets_for(cfg, split):
-            if source.name not in GENERATED and os.path.isfile(source.json_file):
-                hashes[source.json_file] = file_hash(Path(source.json_file))
-    return hashes
-
-
 def file_hash(path: Path) -> str:
     """sha256 of a file, remembered as long as its size and time stay."""
     state = path.stat()
-    key = (str(path), state.st_size, state.st_mtime_ns)
-    if key not in _hashes:
-        _hashes[key] = sha256_of(path)
-    return _hashes[key]
+    return _hash(str(path), state.st_size, state.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _hash(path: str, size: int, modified: int) -> str:
+    return sha256_of(path)

@@ -1,37 +1,190 @@
-"""Run what is missing of a plan: done runs are skipped, interrupted ones go on, failed ones do not stop the others."""
+"""Run what is missing of a plan: done runs are skipped, interrupted ones resume, failed ones do not stop the others.
+
+Each run has a folder ``runs/<row>/seed-<n>-<key>/`` with what is known of it in ``run.json``. The key changes with
+settings, weights and code, so that nothing that was measured is overwritten.
+"""
 
 from __future__ import annotations
 
-import logging
+import functools
+import hashlib
+import json
+import math
 import os
-import sys
+import platform
+import subprocess
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 
-from gn_det.checkpoint.catalog import local_path, split_options
-from gn_det.compare.execute import Executor, Outcome
-from gn_det.compare.plan import Job, Plan, file_hash, place_of
-from gn_det.compare.store import DONE, FAILED, INTERRUPTED, RUNNING, Record, Store, new_session
-from gn_det.compare.version import code_version
+from gn_det.checkpoint.catalog import local_path
+from gn_det.compare.execute import Executor
+from gn_det.compare.plan import Job, Plan, file_hash
 from gn_det.engine import choice as engines
 from gn_det.engine import dist
 from gn_det.engine.hooks import Interrupted
 from gn_det.engine.output import alone_in, check_writable
-from gn_det.errors import UserError
-from gn_det.files import atomic_write
+from gn_det.errors import UserError, WeightsError
+from gn_det.files import atomic_write, json_bytes
+from gn_det.terminal import say
 from gn_det.text import one_line
 
-logger = logging.getLogger(__name__)
+#: Raise it by one with every change of gn_det that can change the result of a run (model, loss, schedule, data,
+#: evaluation, pre-training): finished runs of another number are then run again, or told apart in the report.
+#: Until November 2026 a hash of the source stood here, which differs from every number.
+RESULTS_VERSION = 1
 
-_say = partial(print, flush=True)
-_T = TypeVar("_T")
+RUNNING, DONE, FAILED, INTERRUPTED = "running", "done", "failed", "interrupted"
+RECORD = "run.json"
+
+
+@dataclass
+class Record:
+    """What is known of one run.
+
+    Attributes:
+        row, seed: of which.
+        key: hash of settings and version; names the folder.
+        settings_key: hash of the settings, data and weights alone.
+        version: :data:`RESULTS_VERSION` as text.
+        status: "running" (also: killed), "done", "failed" or "interrupted".
+        reason: why it failed, in one line.
+        sessions: one entry for each start: host, device, day.
+        software: versions of torch and of the engine, and the commit of gn_det where it has one.
+        metrics: column -> percent; None where an evaluation gives no number.
+        cost: column -> number, or None where it could not be measured.
+        size: column -> number, of the model.
+        curve: points of the course of training.
+        weights: final weights, relative to the record.
+        weights_sha: their sha256.
+        config: resolved config or settings, as text.
+    """
+
+    row: str
+    seed: int
+    key: str
+    settings_key: str
+    version: str
+    status: str = RUNNING
+    reason: str = ""
+    sessions: list[dict[str, Any]] = field(default_factory=list)
+    software: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    cost: dict[str, float | None] = field(default_factory=dict)
+    size: dict[str, float | None] = field(default_factory=dict)
+    curve: list[dict[str, float]] = field(default_factory=list)
+    weights: str = ""
+    weights_sha: str = ""
+    config: str = ""
+
+
+class Store:
+    """The folder of a comparison."""
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = Path(root)
+
+    def folder_of(self, record: Record) -> Path:
+        """Of one run; ``*`` of an id is no character for a file name."""
+        return self.root / "runs" / record.row.replace("*", "_star") / f"seed-{record.seed}-{record.key[:8]}"
+
+    def read(self, row: str, seed: int) -> list[Record]:
+        """All records of a row and seed, newest last; an unreadable one counts as absent."""
+        names = {f.name for f in fields(Record)}
+        found = []
+        for path in (self.root / "runs" / row.replace("*", "_star")).glob(f"seed-{seed}-*/{RECORD}"):
+            try:
+                content = json.loads(path.read_text(encoding="utf-8"))
+                record = Record(**{k: v for k, v in content.items() if k in names})
+            except (OSError, ValueError, TypeError, AttributeError):
+                continue
+            if (record.row, record.seed) == (row, seed) and self.folder_of(record) == path.parent:
+                started = str(record.sessions[-1].get("started", "")) if record.sessions else ""
+                found.append((started, path.parent.name, record))
+        return [entry[-1] for entry in sorted(found, key=lambda entry: entry[:2])]
+
+    def write(self, record: Record) -> None:
+        """Write a record atomically.
+
+        Raises:
+            WriteError: the folder cannot be written.
+        """
+        write_json(self.folder_of(record) / RECORD, vars(record))
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write readable json atomically; numbers that are not finite become null."""
+    atomic_write(path, json_bytes(finite(content), indent=1, allow_nan=False) + b"\n")
+
+
+def finite(value: Any) -> Any:
+    """The same with null for numbers that json does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return value
+
+
+# ------------------------------------------------------------ which record counts
+
+
+class MissingWeights(UserError):
+    """The run that makes a job's initial weights did not succeed."""
+
+
+def find(
+    job: Job, plan: Plan, store: Store, *, any_version: bool = False, else_any: bool = False
+) -> tuple[Record, str]:
+    """Return the record of a job, new where there is none, and its initial weights where another row makes them.
+
+    Args:
+        any_version: finished runs of another version count.
+        else_any: they count where this version has no run at all.
+
+    Raises:
+        MissingWeights: the run that makes its initial weights is not done.
+    """
+    weights, sha = "", job.initial_sha()
+    if job.needs is not None:
+        row, seed = job.needs
+        maker = next(j for j in plan.jobs if (j.row.id, j.seed) == job.needs)
+        made, _ = find(maker, plan, store, any_version=any_version, else_any=else_any)
+        if made.status != DONE or not made.weights:
+            raise MissingWeights(f"it starts from '{row}' (seed {seed}), which is {made.status}")
+        weights, sha = str(store.folder_of(made) / made.weights), made.weights_sha
+    key, version = job.settings_key(sha), str(RESULTS_VERSION)
+    records = store.read(job.row.id, job.seed)
+    found = choose(records, key, version, any_version=any_version)
+    if found is None and else_any:
+        found = choose(records, key, version, any_version=True)
+    return found or Record(job.row.id, job.seed, run_key(key, version), key, version), weights
+
+
+def choose(records: Sequence[Record], settings_key: str, version: str, *, any_version: bool) -> Record | None:
+    """The record of these settings: of this version, or with ``any_version`` the newest finished one of any."""
+    same = [r for r in records if r.settings_key == settings_key]
+    exact = [r for r in same if r.version == version]
+    other = [r for r in same if r.status == DONE] if any_version else []
+    if exact and (exact[-1].status == DONE or not other):
+        return exact[-1]
+    return other[-1] if other else None
+
+
+def run_key(settings_key: str, version: str) -> str:
+    return hashlib.sha256(f"{settings_key} {version}".encode()).hexdigest()[:16]
+
+
+# ------------------------------------------------------------ running
 
 
 @dataclass
@@ -55,7 +208,7 @@ class Runner:
 
     Attributes:
         plan: checked.
-        store: where they lie.
+        store: where they are kept.
         execute: runs one.
         any_version: runs of another version of gn_det count too.
         say: receives a line for every run.
@@ -66,123 +219,80 @@ class Runner:
     store: Store
     execute: Executor
     any_version: bool = False
-    say: Callable[[str], None] = _say
+    say: Callable[[str], None] = say
     recording: bool = True
 
     def run(self) -> Summary:
-        """All jobs; what fails is recorded and told.
+        """Run all jobs; what fails is recorded and said.
 
         Raises:
             InUse: another comparison runs in the store.
             Interrupted, KeyboardInterrupt, SystemExit: asked to stop; what ran is recorded as interrupted.
             WriteError: a record cannot be written.
         """
-        jobs = self.plan.jobs
-        if dist.under_torchrun() and jobs:
-            dist.start_group(_device(jobs[0]))
+        if dist.under_torchrun() and self.plan.jobs:
+            dist.start_group(self.plan.jobs[0].device)
         try:
             check_writable(self.store.root)
             with alone_in(self.store.root, key="--output"):
-                return self._run_all(jobs)
+                return self._run_all()
         finally:
             if dist.under_torchrun():
                 dist.stop_group()
 
-    def _run_all(self, jobs: Sequence[Job]) -> Summary:
+    def _run_all(self) -> Summary:
         summary = Summary()
-        for number, job in enumerate(jobs, 1):
-            head = f"[{number}/{len(jobs)}] {job.name}"
-            record, weights, reason = _of_first_rank(lambda job=job: self._decide(job))  # type: ignore[misc]
-            if record is None:
-                summary.failed[job.name] = reason
-                self.say(f"{head}: failed: {reason}")
-                continue
-            if record.status == DONE:
+        for number, job in enumerate(self.plan.jobs, 1):
+            head = f"[{number}/{len(self.plan.jobs)}] {job.name}"
+            # What rank 0 finds on disk, on every rank of torchrun: the others would look before it has written.
+            record, weights, reason = dist.broadcast(self._decide(job) if dist.rank() == 0 else None)
+            if record is not None and record.status == DONE:
                 summary.done, summary.skipped = summary.done + 1, summary.skipped + 1
-                self.say(f"{head}: done before ({self.store.folder_of(record)})")
+                self.say(f"{head}: already done ({self.store.folder_of(record)})")
                 continue
-            again = "goes on" if record.sessions else "begins"
-            self.say(f"{head}: {again} in {self.store.folder_of(record)}")
-            started = time.perf_counter()
-            self._run_one(job, record, weights)
-            if record.status == DONE:
+            if record is not None:
+                started = time.perf_counter()
+                verb = "resuming" if record.sessions else "starting"
+                self.say(f"{head}: {verb} in {self.store.folder_of(record)}")
+                self._run_one(job, record, weights)
+                reason = record.reason
+            if record is not None and record.status == DONE:
                 summary.done += 1
                 self.say(f"{head}: {_numbers(record)} ({time.perf_counter() - started:.0f} s)")
             else:
-                summary.failed[job.name] = record.reason
-                self.say(f"{head}: failed: {record.reason}")
+                summary.failed[job.name] = reason
+                self.say(f"{head}: failed: {reason}")
         return summary
-
-    def fetch_weights(self) -> None:
-        """Download what is not there yet: a name that leads nowhere must not end the third day.
-
-        Raises:
-            UserError: names the row.
-        """
-        for job in self.plan.jobs:
-            if job.cfg is not None and job.needs is None and job.cfg.MODEL.WEIGHTS:
-                try:
-                    local_path(str(job.cfg.MODEL.WEIGHTS))
-                except UserError as error:
-                    raise type(error)(f"row '{job.row.id}': weights: {error}") from None
-
-    # ------------------------------------------------------------ one run
 
     def _decide(self, job: Job) -> tuple[Record | None, str, str]:
         """Record and initial weights of a job; no record, and why, where the run that it starts from failed."""
         try:
-            return *self.find(job), ""
-        except NotThere as reason:
-            return None, "", str(reason)
-
-    def find(self, job: Job) -> tuple[Record, str]:
-        """The record of a job, new where there is none, and its initial weights where another row makes them.
-
-        Raises:
-            NotThere: the run that it starts from did not succeed.
-        """
-        weights, sha = self.weights_of(job)
-        settings_key = job.settings_key(sha)
-        version = version_of(job, self.plan)
-        found = choose(self.store.read(job.row.id, job.seed), settings_key, version, any_version=self.any_version)
-        if found is None:
-            key = run_key(settings_key, version)
-            found = Record(job.row.id, job.seed, key, settings_key, version)
-        elif found.status == DONE and not (self.store.folder_of(found) / found.weights).is_file() and found.weights:
-            found.status = RUNNING  # its weights were deleted: a row that starts from them would fail
-        return found, weights
-
-    def weights_of(self, job: Job) -> tuple[str, str]:
-        """Path ("" where the config names the weights) and sha256 of what a job starts from.
-
-        Raises:
-            NotThere: they do not exist: the row that makes them failed.
-        """
-        if job.needs is None:
-            return "", initial_sha(job)
-        row, seed = job.needs
-        maker = next(j for j in self.plan.jobs if (j.row.id, j.seed) == (row, seed))
-        record, _ = self.find(maker)
-        if record.status != DONE or not record.weights:
-            raise NotThere(f"it starts from '{row}' (seed {seed}), which is {record.status}")
-        return str(self.store.folder_of(record) / record.weights), record.weights_sha
+            record, weights = find(job, self.plan, self.store, any_version=self.any_version)
+        except MissingWeights as error:
+            return None, "", str(error)
+        if record.status == DONE and record.weights and not (self.store.folder_of(record) / record.weights).is_file():
+            record.status = RUNNING  # its weights were deleted: a row that starts from them would fail
+        return record, weights, ""
 
     def _run_one(self, job: Job, record: Record, weights: str) -> None:
         folder = self.store.folder_of(record)
         record.status, record.reason = RUNNING, ""
-        record.sessions.append(new_session(device_name(job, self.plan)))
-        record.software = {
-            "torch": torch.__version__,
-            "python": sys.version.split()[0],
-            "engine": _engine(job, self.plan),
-        }
+        record.sessions.append(_session(job, self.plan.num_gpus))
+        engine = "pretrain" if job.cfg is None else f"{self.plan.engine.name} ({self.plan.engine.version()})"
+        software = {"torch": torch.__version__, "python": platform.python_version(), "engine": engine}
+        record.software = {**software, "commit": package_commit()}
         self._write(record)
         began = time.perf_counter()
         try:
             outcome = self.execute(job, folder, weights)
+            record.status = DONE
+            record.metrics, record.curve, record.config = outcome.metrics, outcome.curve, outcome.config
+            record.cost, record.size = outcome.cost, outcome.size
+            if outcome.weights is not None:
+                record.weights = os.path.relpath(outcome.weights, folder)
+                record.weights_sha = file_hash(outcome.weights)
         except (Interrupted, KeyboardInterrupt, SystemExit) as error:
             record.status, record.reason = INTERRUPTED, engines.error_line(error)
-            self._write(record)
             raise
         except UserError as error:
             record.status, record.reason = FAILED, one_line(error, limit=None)
@@ -190,77 +300,41 @@ class Runner:
             record.status, record.reason = FAILED, one_line(engines.error_line(error), limit=None)
             if self.recording:
                 atomic_write(folder / "trace.txt", traceback.format_exc())
-        else:
-            take(record, outcome, folder)
-        record.sessions[-1]["seconds"] = round(time.perf_counter() - began, 1)
-        self._write(record)
+        finally:
+            record.sessions[-1]["seconds"] = round(time.perf_counter() - began, 1)
+            self._write(record)
 
     def _write(self, record: Record) -> None:
         if self.recording:
             self.store.write(record)
 
 
-def _of_first_rank(decide: Callable[[], _T]) -> _T:
-    """What rank 0 finds on disk, on every rank of torchrun: the others would look before it has written."""
-    return dist.broadcast(decide() if dist.rank() == 0 else None)
+def fetch_weights(plan: Plan) -> None:
+    """Download what is missing: a name that leads nowhere must not end the third day.
+
+    Raises:
+        UserError: names the row.
+    """
+    for job in plan.jobs:
+        if job.cfg is not None and job.needs is None and job.cfg.MODEL.WEIGHTS:
+            try:
+                local_path(str(job.cfg.MODEL.WEIGHTS))
+            except UserError as error:
+                raise WeightsError(f"row '{job.row.id}': weights: {error}") from None
 
 
-class NotThere(UserError):
-    """The weights of a run do not exist."""
-
-
-def take(record: Record, outcome: Outcome, folder: Path) -> None:
-    """Put an outcome into the record of its run."""
-    record.status = DONE
-    record.metrics, record.curve, record.config = outcome.metrics, outcome.curve, outcome.config
-    record.cost, record.size = outcome.cost, outcome.size
-    if outcome.weights is not None:
-        record.weights = os.path.relpath(outcome.weights, folder)
-        record.weights_sha = file_hash(outcome.weights)
-
-
-def choose(records: Sequence[Record], settings_key: str, version: str, *, any_version: bool) -> Record | None:
-    """The record of these settings: of this version, or with ``any_version`` the newest finished one of any."""
-    same = [r for r in records if r.settings_key == settings_key]
-    exact = [r for r in same if r.version == version]
-    if exact and (exact[-1].status == DONE or not any_version):
-        return exact[-1]
-    other = [r for r in same if r.status == DONE] if any_version else []
-    return other[-1] if other else exact[-1] if exact else None
-
-
-def run_key(settings_key: str, version: str) -> str:
-    import hashlib
-
-    return hashlib.sha256(f"{settings_key} {version}".encode()).hexdigest()[:16]
-
-
-def version_of(job: Job, plan: Plan) -> str:
-    return code_version(plan.engine.name if job.cfg is not None else "pretrain")
-
-
-def initial_sha(job: Job) -> str:
-    """Of the weights that a config names, with the options behind the name; "" where there are none or not here yet."""
-    uri = str(job.cfg.MODEL.WEIGHTS) if job.cfg is not None else ""
-    if not uri:
-        return ""
-    plain, options = split_options(uri)
-    path = place_of(plain)
-    return f"{file_hash(path)} {options}" if path.is_file() else ""
-
-
-def device_name(job: Job, plan: Plan) -> str:
-    """The GPU, or the processor and its threads, and how many of them."""
-    device = _device(job)
-    count = f"{plan.num_gpus} x " if plan.num_gpus > 1 else ""
-    if device.startswith("cuda"):
-        return f"{count}{torch.cuda.get_device_name()}"
-    return f"{count}{_processor()}, {torch.get_num_threads()} thread(s)"
-
-
-def _device(job: Job) -> str:
-    wanted = str(job.cfg.MODEL.DEVICE) if job.cfg is not None else str((job.settings or {}).get("device", "auto"))
-    return dist.resolve_device(wanted)
+def _session(job: Job, num_gpus: int) -> dict[str, Any]:
+    """Machine and day of a start; costs are compared within one of both only."""
+    now = datetime.now().astimezone()
+    cuda = job.device.startswith("cuda")
+    device = torch.cuda.get_device_name() if cuda else f"{_processor()}, {torch.get_num_threads()} thread(s)"
+    return {
+        "host": platform.node(),
+        "device": f"{num_gpus} x {device}" if num_gpus > 1 else device,
+        "day": now.date().isoformat(),
+        "started": now.isoformat(timespec="seconds"),
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
+    }
 
 
 def _processor() -> str:
@@ -268,13 +342,21 @@ def _processor() -> str:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
-        import platform
-
         return platform.processor() or platform.machine() or "CPU"
 
 
-def _engine(job: Job, plan: Plan) -> str:
-    return f"{plan.engine.name} ({plan.engine.version()})" if job.cfg is not None else "pretrain"
+@functools.lru_cache(maxsize=1)
+def package_commit() -> str:
+    """Commit of gn_det's checkout, with "+" where it was changed since; "" for an installed package."""
+    root = Path(__file__).resolve().parent.parent.parent
+    if not (root / ".git").exists():
+        return ""
+    git = partial(subprocess.run, cwd=root, capture_output=True, text=True, timeout=20, check=True)
+    try:
+        changed = git(["git", "status", "--porcelain", "--untracked-files=no", "gn_det"]).stdout
+        return f"{git(['git', 'rev-parse', 'HEAD']).stdout.strip()[:12]}{'+' if changed else ''}"
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def _numbers(record: Record) -> str:

@@ -1,10 +1,12 @@
 """A suite as it is written: YAML -> :class:`Suite`, with every unknown key, missing row and clash of ids named.
 
-What the keys mean stands in ``docs/compare.md``. Nothing of a config or of data is looked at here.
+``docs/compare.md`` says what the keys mean. Configs and data are not looked at here.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import fnmatch
 import itertools
 import math
 import re
@@ -13,27 +15,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gn_det.compare.columns import COLUMNS
-from gn_det.compare.fields import MAX_NOTE, SuiteError, flag, is_text, known, mapping, near, one_of, text, texts, whole
-from gn_det.compare.references import SOURCES, Reference
-from gn_det.compare.references import expected as expected_of
+from gn_det.classification import Settings
+from gn_det.compare.columns import COLUMNS, EXPECTED, SIZE, SOURCES, Reference, load_references
 from gn_det.config.reader import read_yaml
-from gn_det.text import one_line, shown
+from gn_det.errors import ConfigError
+from gn_det.text import did_you_mean, one_line, shown
+from gn_det.values import ANYTHING, FLAG, Check, InvalidValue, Value, integer, items, number, one_of, optional
 
 DETECT, PRETRAIN = "detect", "pretrain"
+#: Rows of a suite, seeds of a row, and values and characters that ``each`` may write.
+MAX_ROWS, MAX_SEEDS, _MAX_WRITTEN = 500, 1000, 2_000_000
 
-_SUITE_KEYS = ("name", "title", "note", "defaults", "overrides", "rows", "tables", "samples")
-_ROW_KEYS = ("id", "kind", "title", "each", "seeds", "baseline", "labels", "reference", "expected", "note", "optional")
-_DETECT_KEYS = (*_ROW_KEYS, "config", "overrides", "weights", "data")
-_DATA_KEYS = ("train_json", "train_images", "val_json", "val_images")
-_TABLE_KEYS = ("title", "rows", "labels", "columns", "reference", "note", "grid")
-_GRID_KEYS = ("rows", "columns", "value")
-_SAMPLE_KEYS = ("rows", "images")
-#: Rows of a suite, seeds of a row, tables, and values and characters that ``each`` may write.
-MAX_ROWS, MAX_SEEDS, _MAX_TABLES, _MAX_WRITTEN = 500, 1000, 100, 2_000_000
-_MAX_ID, _MAX_PART = 200, 100
-#: A name, or names with "/" between them: each is a folder below that of the results.
-_ID = re.compile(r"[A-Za-z0-9][\w.+*-]*(/[A-Za-z0-9][\w.+*-]*)*")
+
+class SuiteError(ConfigError):
+    """A suite that cannot be run as it is written.
+
+    Attributes:
+        where: file, row or table, and key.
+        problem: what is wrong there; follows ``where`` in a sentence.
+    """
+
+    def __init__(self, where: str, problem: str) -> None:
+        super().__init__(f"{where} {problem}")
+        self.where, self.problem = where, problem
 
 
 @dataclass(frozen=True)
@@ -52,10 +56,9 @@ class Row:
         seeds: one run each.
         baseline: id of the row that it is compared with.
         labels: column -> text in tables; what tells the rows apart.
-        references: ids of published results, see :mod:`gn_det.compare.references`.
-        expected: what the suite itself says that should come out, with its source.
+        references: what is known of it from elsewhere: what the suite expects, then published rows.
         note: a sentence for the report.
-        optional: left out, and said so, where its weights or data are not there.
+        optional: left out, and said so, where its weights or data are missing.
     """
 
     id: str
@@ -69,8 +72,7 @@ class Row:
     seeds: tuple[int, ...] = (1,)
     baseline: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
-    references: tuple[str, ...] = ()
-    expected: Reference | None = None
+    references: tuple[Reference, ...] = ()
     note: str = ""
     optional: bool = False
 
@@ -90,10 +92,10 @@ class Table:
 
     Attributes:
         title: heading.
-        rows: ids in order.
+        rows: ids in order, all of one kind.
         labels: label columns; empty shows the rows' titles.
         columns: names of :data:`gn_det.compare.columns.COLUMNS`; empty takes those of the kind.
-        reference: source of the published numbers beside it, "" shows none.
+        reference: source of the published numbers beside it; "" takes the one that most rows have.
         note: a sentence below.
         grid: where the table is one number over two labels.
     """
@@ -114,7 +116,7 @@ class Suite:
     Attributes:
         name: of the output folder.
         title: heading of the report.
-        note: paragraphs below it.
+        note: paragraph below it.
         rows: in the order of the file.
         tables: at least one.
         overrides: config keys of every detection row, so that all sides get the same.
@@ -133,224 +135,294 @@ class Suite:
     sample_images: int = 4
     source: str = ""
 
-    def row(self, identity: str) -> Row:
-        return next(row for row in self.rows if row.id == identity)
-
 
 def load_suite(path: Path) -> Suite:
     """Read a suite file.
 
     Raises:
         SuiteError: the first mistake, as one line with the file, the row and the key.
-        ConfigError: no valid YAML; a key that stands twice.
+        ConfigError: no valid YAML; a duplicate key.
     """
     return parse_suite(read_yaml(path, "suite"), one_line(str(path), 300))
 
 
 def parse_suite(content: Mapping[str, Any], source: str) -> Suite:
     """A suite from its YAML content; see :func:`load_suite`."""
-    known(content, _SUITE_KEYS, source)
-    name = text(content.get("name"), f"{source}: name") or Path(source).stem
-    if not _is_id(name) or "/" in name:
-        raise SuiteError(f"{source}: name {shown(name)} must be of letters, digits and . _ + -, at most {_MAX_PART}")
-    defaults = mapping(content.get("defaults"), f"{source}: defaults")
-    known(defaults, (DETECT, PRETRAIN, "seeds"), f"{source}: defaults")
-    written = content.get("rows")
-    if not isinstance(written, list) or not written:
-        raise SuiteError(f"{source}: rows must be a list of at least one row")
-    if len(written) > MAX_ROWS:
-        raise SuiteError(f"{source}: rows has {len(written)} rows; at most {MAX_ROWS} are possible")
-    rows = tuple(_row(entry, defaults, source) for entry in _expanded(written, source))
+    suite = _checked(content, _SUITE, source)
+    if not suite["rows"]:
+        raise SuiteError(f"{source}: rows", f"is missing; give {_ROWS.expected}")
+    defaults = _checked(suite["defaults"], _DEFAULTS, f"{source}: defaults")
+    rows = tuple(_row(entry, defaults, source) for entry in _expanded(suite["rows"], source))
     _check_ids(rows, source)
-    samples = mapping(content.get("samples"), f"{source}: samples")
-    known(samples, _SAMPLE_KEYS, f"{source}: samples")
-    suite = Suite(
+    samples = _checked(suite["samples"], _SAMPLES, f"{source}: samples")
+    name = _text(suite["name"]) or Path(source).stem
+    return Suite(
         name=name,
-        title=text(content.get("title"), f"{source}: title") or name,
-        note=text(content.get("note"), f"{source}: note", MAX_NOTE).strip(),
+        title=_text(suite["title"]) or name,
+        note=_text(suite["note"]).strip(),
         rows=rows,
-        tables=_tables(content.get("tables"), rows, source),
-        overrides=_overrides(content.get("overrides"), f"{source}: overrides"),
-        sample_rows=_ids(samples.get("rows", ()), rows, f"{source}: samples: rows"),
-        sample_images=whole(samples.get("images", 4), f"{source}: samples: images", least=0),
+        tables=_tables(suite["tables"], rows, source),
+        overrides=suite["overrides"] or {},
+        sample_rows=_ids(samples["rows"], rows, f"{source}: samples: rows"),
+        sample_images=4 if samples["images"] is None else samples["images"],
         source=source,
     )
-    return suite
+
+
+# ------------------------------------------------------------ values
+
+
+def _plain_text(most: int) -> Value:
+    return Value(
+        f"text or a number of at most {most} characters",
+        lambda v: v is None or (isinstance(v, (str, int, float)) and len(str(v)) <= most),
+    )
+
+
+_ID = re.compile(r"[A-Za-z0-9][\w.+*-]*(/[A-Za-z0-9][\w.+*-]*)*")
+
+
+def _is_id(value: Any) -> bool:
+    """Of a row: also a folder below that of the results."""
+    if not isinstance(value, (str, int, float)) or not _ID.fullmatch(text := str(value)):
+        return False
+    return len(text) <= 200 and max(map(len, text.split("/"))) <= 100
+
+
+def _are_seeds(value: Any) -> bool:
+    seeds = value if isinstance(value, list) else [value]
+    good = all(isinstance(s, int) and not isinstance(s, bool) and 0 <= s < 2**63 for s in seeds)
+    count = len(seeds) if isinstance(value, list) else value
+    return good and 1 <= count <= MAX_SEEDS and len(set(seeds)) == len(seeds)
+
+
+def _mapping(values: Check = ANYTHING) -> Value:
+    """Keys and values, none where nothing is written; each value of one kind."""
+
+    def inside(value: Any, where: str) -> None:
+        for key, item in (value or {}).items():
+            values(item, f"{where}: {one_line(key)}")
+
+    return Value("keys and values", lambda v: v is None or isinstance(v, Mapping), inside)
+
+
+def _listed(what: str, most: int) -> Value:
+    return Value(f"a list of 1 to {most} {what}", lambda v: v is None or (isinstance(v, list) and 1 <= len(v) <= most))
+
+
+_TEXT, _NOTE, _PATH = _plain_text(1000), _plain_text(20_000), _plain_text(4096)
+_NAMES = Value(
+    "a name or a list of names",
+    lambda v: isinstance(v, (str, list, tuple)) or v is None,
+    lambda v, where: items(_TEXT, 0, 1000)([v] if isinstance(v, str) else v or [], where),
+)
+_KEYS = _mapping(Value("a value; write SECTION.KEY: value", lambda v: not isinstance(v, Mapping)))
+_ROWS = _listed("rows", MAX_ROWS)
+_SUITE: dict[str, Check] = {
+    "name": Value(
+        "of letters, digits and . _ + -, at most 100", lambda v: v is None or (_is_id(v) and "/" not in str(v))
+    ),
+    "title": _TEXT,
+    "note": _NOTE,
+    "defaults": _mapping(),
+    "overrides": _KEYS,
+    "rows": _ROWS,
+    "tables": _listed("tables", 100),
+    "samples": _mapping(),
+}
+_DEFAULTS: dict[str, Check] = {DETECT: _mapping(), PRETRAIN: _mapping(), "seeds": ANYTHING}
+_SAMPLES: dict[str, Check] = {"rows": _NAMES, "images": optional(integer(0, 1000))}
+_ROW: dict[str, Check] = {
+    "id": Value("of letters, digits and . _ + * -, with / between parts of at most 100", _is_id),
+    "kind": optional(one_of(DETECT, PRETRAIN)),
+    "title": _TEXT,
+    "each": _mapping(Value("a list of values", lambda v: isinstance(v, list) and bool(v))),
+    "seeds": Value(
+        f"a number of runs (at most {MAX_SEEDS}) or a list of different whole numbers >= 0",
+        lambda v: v is None or _are_seeds(v),
+    ),
+    "baseline": _TEXT,
+    "labels": _mapping(_TEXT),
+    "reference": _NAMES,
+    "expected": _mapping(),
+    "note": _NOTE,
+    "optional": optional(FLAG),
+}
+_DETECT: dict[str, Check] = {**_ROW, "config": _TEXT, "overrides": _KEYS, "weights": _PATH, "data": _mapping(_PATH)}
+#: Fields of the settings; output folder and seed belong to the runner.
+_SETTINGS = [f.name for f in dataclasses.fields(Settings) if f.name not in ("output", "seed")]
+_PRETRAIN: dict[str, Check] = {**_ROW, **dict.fromkeys(_SETTINGS, ANYTHING)}
+_DATA = ("train_json", "train_images", "val_json", "val_images")
+_EXPECTED: dict[str, Check] = {
+    "source": _TEXT,
+    **{name: optional(number(-1e9, 1e9)) for name, column in COLUMNS.items() if column.what != SIZE},
+}
+_TABLE: dict[str, Check] = {
+    "title": _TEXT,
+    "rows": _NAMES,
+    "labels": _NAMES,
+    "columns": optional(items(one_of(*COLUMNS), 0, 100)),
+    "reference": optional(one_of(*SOURCES)),
+    "note": _NOTE,
+    "grid": _mapping(_TEXT),
+}
+_GRID: dict[str, Check] = {"rows": _TEXT, "columns": _TEXT, "value": one_of(*COLUMNS)}
+
+
+def _checked(content: Any, keys: Mapping[str, Check], where: str) -> dict[str, Any]:
+    """The value of each key, None for those that are not written.
+
+    Raises:
+        SuiteError: no keys and values, an unknown key, or a value that cannot be used.
+    """
+    if not isinstance(content, Mapping | None):
+        raise SuiteError(where, f"is {shown(content)}; it must be keys and values")
+    content = {str(key): value for key, value in (content or {}).items()}
+    for key, value in content.items():
+        if key not in keys:
+            hint = did_you_mean(key, keys) or f"; it takes {', '.join(keys)}"
+            raise SuiteError(f"{where}:", f"unknown key {one_line(key)}{hint}")
+        try:
+            keys[key](value, f"{where}: {key}")
+        except InvalidValue as error:
+            raise SuiteError(error.where, error.problem) from None
+    return {**dict.fromkeys(keys), **content}
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    return tuple(map(str, [value] if isinstance(value, str) else value or ()))
 
 
 # ------------------------------------------------------------ rows
 
 
-def _is_id(name: str) -> bool:
-    return len(name) <= _MAX_ID and bool(_ID.fullmatch(name)) and max(map(len, name.split("/"))) <= _MAX_PART
-
-
 def _expanded(written: Sequence[Any], source: str) -> Iterable[Mapping[str, Any]]:
     """Every row with ``each`` once per combination of its values, ``{name}`` replaced in all its texts."""
-    budget = _Budget(source)
+    filler = _Filler(source)
     rows = 0
-    for number, entry in enumerate(written, 1):
+    for number_, entry in enumerate(written, 1):
+        where = f"{source}: row {number_}"
         if not isinstance(entry, Mapping):
-            raise SuiteError(f"{source}: row {number} must be keys and values, got {shown(entry)}")
-        each = mapping(entry.get("each"), f"{source}: row {number}: each")
-        for name, values in each.items():
-            if not isinstance(values, list) or not values:
-                raise SuiteError(f"{source}: row {number}: each: {one_line(name)} must be a list of values")
-        rows += math.prod(len(values) for values in each.values())
+            raise SuiteError(where, f"is {shown(entry)}; it must be keys and values")
+        each = _checked({"each": entry.get("each")}, {"each": _ROW["each"]}, where)["each"] or {}
+        rows += math.prod(map(len, each.values()))
         if rows > MAX_ROWS:
-            raise SuiteError(f"{source}: row {number}: each makes more than {MAX_ROWS} rows")
+            raise SuiteError(f"{where}: each", f"makes more than {MAX_ROWS} rows")
         plain = {key: value for key, value in entry.items() if key != "each"}
         for combination in itertools.product(*each.values()):
             together: dict[str, Any] = {}
             for name, value in zip(each, combination):
                 together |= value if isinstance(value, Mapping) else {name: value}  # several that go together
-            yield _filled(plain, together, budget)
+            yield filler.fill(plain, together)
 
 
-class _Budget:
-    """What ``each`` may still write; a few lines could otherwise make gigabytes."""
+class _Filler:
+    """Writes values in the place of ``{name}``, up to a limit: a few lines could otherwise make gigabytes."""
 
     def __init__(self, source: str):
-        self.source, self.left = source, _MAX_WRITTEN
+        self.where, self.left = f"{source}: rows: each", _MAX_WRITTEN
 
-    def spend(self, amount: int) -> None:
+    def fill(self, value: Any, values: Mapping[str, Any]) -> Any:
+        self._spend(1)
+        if isinstance(value, Mapping):
+            return {self._fill_text(str(k), values): self.fill(v, values) for k, v in value.items()}
+        if isinstance(value, list):
+            return [self.fill(item, values) for item in value]
+        if not isinstance(value, str):
+            return value
+        whole = re.fullmatch(r"\{(\w+)\}", value)
+        if whole and whole[1] in values:
+            return self.fill(values[whole[1]], {})  # a number stays one
+        return self._fill_text(value, values)
+
+    def _fill_text(self, text: str, values: Mapping[str, Any]) -> str:
+        for name, value in values.items():
+            place = f"{{{name}}}"
+            if place in text:
+                if not isinstance(value, (str, int, float)):
+                    raise SuiteError(f"{self.where}: {one_line(name)}", "inside a text must be text or a number")
+                self._spend(text.count(place) * len(str(value)))
+                text = text.replace(place, str(value))
+        self._spend(len(text))
+        return text
+
+    def _spend(self, amount: int) -> None:
         self.left -= amount
         if self.left < 0:
-            raise SuiteError(f"{self.source}: rows: each writes more than {_MAX_WRITTEN} values and characters")
-
-
-def _filled(value: Any, values: Mapping[str, Any], budget: _Budget) -> Any:
-    budget.spend(1)
-    if isinstance(value, Mapping):
-        return {_filled_text(k, values, budget): _filled(v, values, budget) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_filled(item, values, budget) for item in value]
-    if not isinstance(value, str):
-        return value
-    whole = re.fullmatch(r"\{(\w+)\}", value)
-    if whole and whole[1] in values:
-        return _filled(values[whole[1]], {}, budget)  # a number stays one
-    return _filled_text(value, values, budget)
-
-
-def _filled_text(written: Any, values: Mapping[str, Any], budget: _Budget) -> str:
-    filled = str(written)
-    for name, value in values.items():
-        if f"{{{name}}}" in filled:
-            if not is_text(value):
-                raise SuiteError(
-                    f"{budget.source}: rows: each: {one_line(name)} inside a text must be text or a number"
-                )
-            budget.spend(filled.count(f"{{{name}}}") * len(str(value)))
-            filled = filled.replace(f"{{{name}}}", str(value))
-    budget.spend(len(filled))
-    return filled
+            raise SuiteError(self.where, f"writes more than {_MAX_WRITTEN} values and characters")
 
 
 def _row(entry: Mapping[str, Any], defaults: Mapping[str, Any], source: str) -> Row:
-    identity = str(entry.get("id", "")) if is_text(entry.get("id", "")) else ""
+    identity = entry.get("id", "")
     where = f"{source}: row {shown(identity)}"
-    if not _is_id(identity):
-        raise SuiteError(
-            f"{where}: id must be of letters, digits and . _ + * -, with / between parts of at most {_MAX_PART}"
-        )
-    kind = text(entry.get("kind", DETECT), f"{where}: kind")
-    if kind not in (DETECT, PRETRAIN):
-        raise SuiteError(f"{where}: kind is {shown(kind)}; it is {DETECT} or {PRETRAIN}")
-    common = mapping(defaults.get(kind), f"{source}: defaults: {kind}")
-    merged: dict[str, Any] = {**common, **entry}
+    kind = entry.get("kind", DETECT)
+    common = (defaults.get(kind) if isinstance(kind, str) else None) or {}
+    merged = {**common, **entry, "id": identity}
     for key in ("overrides", "labels"):
-        if key in common and key in entry:
-            merged[key] = {**mapping(common[key], f"{source}: defaults: {key}"), **mapping(entry[key], where)}
-    allowed = _DETECT_KEYS if kind == DETECT else (*_ROW_KEYS, *_setting_names())
-    known(merged, allowed, where)
-    if kind == DETECT and not merged.get("config"):
-        raise SuiteError(f"{where}: config is missing; name a .yaml file or a shipped config (gn-det configs)")
+        if isinstance(common.get(key), Mapping) and isinstance(entry.get(key), Mapping):
+            merged[key] = {**common[key], **entry[key]}
+    row = _checked(merged, _DETECT if kind != PRETRAIN else _PRETRAIN, where)
+    name, seeds = str(identity), row["seeds"] or _checked({"seeds": defaults["seeds"]}, _ROW, where)["seeds"] or 1
+    if kind == DETECT and not row["config"]:
+        raise SuiteError(f"{where}: config", "is missing; name a .yaml file or a shipped config (gn-det configs)")
+    own_data = row["data"] if kind == DETECT else None
+    data = _checked(own_data, dict.fromkeys(_DATA, _PATH), f"{where}: data")
+    lacking = [key for key in _DATA if not data[key]]
+    if lacking and len(lacking) < len(_DATA):
+        raise SuiteError(f"{where}: data", f"lacks {', '.join(lacking)}; without a validation set there is no AP")
     return Row(
-        id=identity,
+        id=name,
         kind=kind,
-        title=text(merged.get("title"), f"{where}: title") or identity,
-        config=text(merged.get("config"), f"{where}: config"),
-        overrides=_overrides(merged.get("overrides"), f"{where}: overrides"),
-        weights=None if merged.get("weights") is None else text(merged["weights"], f"{where}: weights", 4096),
-        data=_data(merged.get("data"), where) if kind == DETECT else {},
-        settings={k: v for k, v in merged.items() if k not in _ROW_KEYS} if kind == PRETRAIN else {},
-        seeds=_seeds(merged.get("seeds", defaults.get("seeds", 1)), where),
-        baseline=None
-        if merged.get("baseline") in (None, "", identity)
-        else text(merged["baseline"], f"{where}: baseline"),
-        labels=_labels(merged.get("labels"), f"{where}: labels"),
-        references=texts(merged.get("reference", ()), f"{where}: reference"),
-        expected=expected_of(merged.get("expected"), identity, f"{where}: expected"),
-        note=text(merged.get("note"), f"{where}: note", MAX_NOTE),
-        optional=flag(merged.get("optional", False), f"{where}: optional"),
+        title=_text(row["title"]) or name,
+        config=_text(row.get("config")),
+        overrides=row.get("overrides") or {},
+        weights=None if row.get("weights") is None else str(row["weights"]),
+        data={} if lacking else {key: str(value) for key, value in data.items()},
+        settings={k: v for k, v in merged.items() if k not in _ROW} if kind == PRETRAIN else {},
+        seeds=tuple(seeds) if isinstance(seeds, list) else tuple(range(1, seeds + 1)),
+        baseline=None if _text(row["baseline"]) in ("", name) else str(row["baseline"]),
+        labels={str(key): _text(value) for key, value in (row["labels"] or {}).items()},
+        references=(*_expected(row["expected"], name, where), *_published(row["reference"], where)),
+        note=_text(row["note"]),
+        optional=bool(row["optional"]),
     )
 
 
-def _setting_names() -> tuple[str, ...]:
-    """What a pre-training row may set; output folder and seed belong to the runner."""
-    import dataclasses
-
-    from gn_det.classification import Settings
-
-    return tuple(f.name for f in dataclasses.fields(Settings) if f.name not in ("output", "seed"))
-
-
-def _data(value: Any, where: str) -> Mapping[str, str]:
-    data = mapping(value, f"{where}: data")
-    known(data, _DATA_KEYS, f"{where}: data")
-    if data and not (data.get("train_json") and data.get("train_images")):
-        raise SuiteError(f"{where}: data: train_json and train_images are both needed")
-    if data and not (data.get("val_json") and data.get("val_images")):
-        raise SuiteError(f"{where}: data: val_json and val_images are missing; without validation there is no AP")
-    return {k: text(v, f"{where}: data: {k}", 4096) for k, v in data.items()}
+def _expected(value: Any, row: str, where: str) -> Iterable[Reference]:
+    """What a row itself says that should come out: ``{box_ap: 40.3, source: "Table 6"}``."""
+    if not value:
+        return
+    found = {key: item for key, item in _checked(value, _EXPECTED, f"{where}: expected").items() if item is not None}
+    source = _text(found.pop("source", "")).strip()
+    if not source or not found:
+        raise SuiteError(f"{where}: expected", "needs a source, and a number for box_ap, mask_ap or another column")
+    yield Reference(f"expected of {row}", EXPECTED, source, source, {key: float(item) for key, item in found.items()})
 
 
-def _overrides(value: Any, where: str) -> Mapping[str, Any]:
-    overrides = mapping(value, where)
-    for key, item in overrides.items():
-        if isinstance(item, Mapping):
-            raise SuiteError(f"{where}: {one_line(key)} must be a value, got keys; write SECTION.KEY: value")
-    return overrides
-
-
-def _labels(value: Any, where: str) -> Mapping[str, str]:
-    return {text(k, where): text(v, f"{where}: {one_line(k)}") for k, v in mapping(value, where).items()}
-
-
-def _seeds(value: Any, where: str) -> tuple[int, ...]:
-    """3 means 1, 2, 3; a list is taken as it is."""
-    if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_SEEDS:
-        return tuple(range(1, value + 1))
-    if isinstance(value, list) and 0 < len(value) <= MAX_SEEDS and all(_is_seed(seed) for seed in value):
-        if len(set(value)) < len(value):
-            raise SuiteError(f"{where}: seeds {shown(value)} name one twice")
-        return tuple(value)
-    raise SuiteError(
-        f"{where}: seeds is {shown(value)}; give how many (at most {MAX_SEEDS}), or a list of whole numbers >= 0"
-    )
-
-
-def _is_seed(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+def _published(value: Any, where: str) -> Iterable[Reference]:
+    known, _ = load_references()
+    for name in _names(value):
+        if name not in known:
+            raise SuiteError(f"{where}: reference:", f"no published row {shown(name)}{did_you_mean(name, known)}")
+        yield known[name]
 
 
 def _check_ids(rows: Sequence[Row], source: str) -> None:
-    seen: set[str] = set()
+    kinds: dict[str, str] = {}
     for row in rows:
-        if row.id in seen:
-            raise SuiteError(f"{source}: row '{row.id}': the id stands twice; give every row its own")
-        seen.add(row.id)
+        if row.id in kinds:
+            raise SuiteError(f"{source}: row '{row.id}':", "duplicate id; give every row its own")
+        kinds[row.id] = row.kind
     for row in rows:
-        if row.baseline is None:
-            continue
-        base = next((r for r in rows if r.id == row.baseline), None)
-        if base is None:
-            raise SuiteError(
-                f"{source}: row '{row.id}': baseline: no row {shown(row.baseline)}{near(row.baseline, seen)}"
-            )
-        if base.kind != row.kind:
-            raise SuiteError(f"{source}: row '{row.id}': baseline: '{base.id}' is a {base.kind} row, not {row.kind}")
+        where = f"{source}: row '{row.id}': baseline:"
+        if row.baseline is not None and row.baseline not in kinds:
+            raise SuiteError(where, f"no row {shown(row.baseline)}{did_you_mean(row.baseline, kinds)}")
+        if row.baseline is not None and kinds[row.baseline] != row.kind:
+            raise SuiteError(where, f"'{row.baseline}' is a {kinds[row.baseline]} row, not {row.kind}")
 
 
 # ------------------------------------------------------------ tables
@@ -360,91 +432,51 @@ def _tables(value: Any, rows: Sequence[Row], source: str) -> tuple[Table, ...]:
     """Those written, or one of all rows of each kind."""
     if value is None:
         headings = {DETECT: "Detection", PRETRAIN: "Classification"}
-        kinds = [k for k in (DETECT, PRETRAIN) if any(r.kind == k for r in rows)]
-        return tuple(Table(headings[k], tuple(r.id for r in rows if r.kind == k)) for k in kinds)
-    if not isinstance(value, list) or not value:
-        raise SuiteError(f"{source}: tables must be a list of at least one table")
-    if len(value) > _MAX_TABLES:
-        raise SuiteError(f"{source}: tables has {len(value)} tables; at most {_MAX_TABLES} are possible")
-    tables = []
-    for number, entry in enumerate(value, 1):
-        where = f"{source}: table {number}"
-        content = mapping(entry, where)
-        known(content, _TABLE_KEYS, where)
-        ids = _ids(content.get("rows", ()), rows, f"{where}: rows")
-        if not ids:
-            raise SuiteError(f"{where}: rows is missing; name the ids of its rows")
-        if len({r.kind for r in rows if r.id in ids}) > 1:
-            raise SuiteError(f"{where}: rows mixes {DETECT} and {PRETRAIN} rows; make two tables")
-        columns = texts(content.get("columns", ()), f"{where}: columns")
-        for column in columns:
-            one_of(column, COLUMNS, f"{where}: columns")
-        tables.append(
-            Table(
-                title=text(content.get("title"), f"{where}: title") or f"Table {number}",
-                rows=ids,
-                labels=texts(content.get("labels", ()), f"{where}: labels"),
-                columns=columns,
-                reference=_source(content.get("reference"), f"{where}: reference"),
-                note=text(content.get("note"), f"{where}: note", MAX_NOTE),
-                grid=_grid(content.get("grid"), [r for r in rows if r.id in ids], where),
-            )
-        )
-    return tuple(tables)
+        of_kind = {kind: tuple(row.id for row in rows if row.kind == kind) for kind in headings}
+        return tuple(Table(headings[kind], ids) for kind, ids in of_kind.items() if ids)
+    return tuple(_table(entry, rows, number_, f"{source}: table {number_}") for number_, entry in enumerate(value, 1))
 
 
-def _grid(value: Any, rows: Sequence[Row], where: str) -> Grid | None:
-    if value is None:
-        return None
-    content = mapping(value, f"{where}: grid")
-    known(content, _GRID_KEYS, f"{where}: grid")
-    for key in _GRID_KEYS:
-        if key not in content:
-            raise SuiteError(f"{where}: grid: {key} is missing")
-    axes = {key: text(content[key], f"{where}: grid: {key}") for key in _GRID_KEYS}
-    one_of(axes["value"], COLUMNS, f"{where}: grid: value")
-    for key in ("rows", "columns"):
-        for row in rows:
-            if axes[key] not in row.labels:
-                raise SuiteError(f"{where}: grid: {key}: row '{row.id}' has no label {shown(axes[key])}")
-    return Grid(**axes)
-
-
-def _source(value: Any, where: str) -> str:
-    name = text(value, where)
-    if name:
-        one_of(name, SOURCES, where)
-    return name
+def _table(entry: Any, rows: Sequence[Row], number_: int, where: str) -> Table:
+    table = _checked(entry, _TABLE, where)
+    ids = _ids(table["rows"], rows, f"{where}: rows")
+    if not ids:
+        raise SuiteError(f"{where}: rows", "is missing; name the ids of its rows")
+    mine = [row for row in rows if row.id in ids]
+    if len({row.kind for row in mine}) > 1:
+        raise SuiteError(f"{where}: rows", f"mixes {DETECT} and {PRETRAIN} rows; make two tables")
+    grid = None
+    if table["grid"]:
+        axes = _checked(table["grid"], _GRID, f"{where}: grid")
+        for key in _GRID:
+            lacking = next((row.id for row in mine if key != "value" and axes[key] not in row.labels), None)
+            if not axes[key] or lacking is not None:
+                problem = "is missing" if not axes[key] else f"row '{lacking}' has no label {shown(axes[key])}"
+                raise SuiteError(f"{where}: grid: {key}", problem)
+        grid = Grid(**axes)
+    return Table(
+        title=_text(table["title"]) or f"Table {number_}",
+        rows=ids,
+        labels=_names(table["labels"]),
+        columns=_names(table["columns"]),
+        reference=_text(table["reference"]),
+        note=_text(table["note"]),
+        grid=grid,
+    )
 
 
 def _ids(value: Any, rows: Sequence[Row], where: str) -> tuple[str, ...]:
     """Ids of rows; ``*`` stands for any text."""
-    out: list[str] = []
     known = [row.id for row in rows]
-    for pattern in texts(value, where):
+    out: list[str] = []
+    for pattern in _names(value):
         found = matching(pattern, known)
         if not found:
-            raise SuiteError(f"{where}: no row {shown(pattern)}{near(pattern, known)}")
-        out += [identity for identity in found if identity not in out]
-    return tuple(out)
+            raise SuiteError(f"{where}:", f"no row {shown(pattern)}{did_you_mean(pattern, known)}")
+        out += found
+    return tuple(dict.fromkeys(out))
 
 
 def matching(pattern: str, ids: Sequence[str]) -> list[str]:
-    """Ids that are the pattern, or match it where it has a ``*`` that no id has."""
-    if pattern in ids:
-        return [pattern]
-    return [identity for identity in ids if "*" in pattern and _matches(pattern.split("*"), identity)]
-
-
-def _matches(parts: Sequence[str], name: str) -> bool:
-    """Whether a name has the parts of a pattern in their order, from its start to its end."""
-    first, *middle, last = parts
-    if not name.startswith(first) or not name.endswith(last) or len(name) < len(first) + len(last):
-        return False
-    at, end = len(first), len(name) - len(last)
-    for part in middle:
-        found = name.find(part, at, end)
-        if found < 0:
-            return False
-        at = found + len(part)
-    return True
+    """Ids that are the pattern, or match its ``*`` where no id is the pattern."""
+    return [pattern] if pattern in ids else fnmatch.filter(ids, pattern) if "*" in pattern else []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import functools
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def render(template: str, **context: Any) -> str:
 def _environment(html: bool) -> Environment:
     return Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=html,
+        autoescape=True,
         finalize=_html_line if html else _markdown_line,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -48,11 +49,10 @@ def _html_line(value: Any) -> Any:
     return value if isinstance(value, Markup) else as_line(value, _LONGEST)
 
 
-def _markdown_line(value: Any) -> str:
-    line = one_line(str(value), None)
-    for sign in "\\|*_<>[]`":
-        line = line.replace(sign, f"\\{sign}")
-    return line
+def _markdown_line(value: Any) -> Markup:
+    if isinstance(value, Markup):
+        return value
+    return Markup(re.sub(r"([\\|*_<>\[\]`])", r"\\\1", one_line(str(value), None)))
 
 
 def jpeg_uri(image: np.ndarray | bytes) -> Markup:

@@ -45,6 +45,8 @@ _SVG_STYLE: Any = {
 }
 #: What is only needed where an SVG is a file of its own, and the font that only measured the text.
 _NOT_INLINE = re.compile(r' xmlns(:\w+)?="[^"]*"| width="[\d.]+pt" height="[\d.]+pt"| font-family: [^;"]*;?')
+#: Points beyond which a curve has no dots.
+_MOST_DOTS = 60
 DASHES = ("solid", "dashed", "dotted")
 
 
@@ -100,7 +102,7 @@ def plot_lines(
             style = {"color": line.color, "linestyle": line.dash}
             for run in line.runs:
                 axes.plot(run[:, 0], run[:, 1], linewidth=0.8, alpha=0.35, **style)
-            marker = "o" if dots else None
+            marker = "o" if dots and len(line.points) <= _MOST_DOTS else None
             axes.errorbar(*line.points.T, yerr=line.spread, marker=marker, markersize=4, linewidth=1.8, **style)
         axes.set(xlabel=x_label, ylabel=y_label)
         if categories:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from gn_det.compare.execute import Outcome
+from gn_det.compare.outcomes import Results, collect
 from gn_det.compare.plan import Job, Plan, make_plan
+from gn_det.compare.runner import Runner, Store
 from gn_det.compare.suite import parse_suite
 from gn_det.engine.embedded import EmbeddedEngine
 
@@ -52,3 +54,13 @@ class Fake:
         curve = [{"x": 10.0 * i, "loss": 2.0 / i, "box_ap": value - 5 / i, "mask_ap": value - 6 / i} for i in (1, 2)]
         metrics: dict[str, float | None] = {"box_ap": value, "mask_ap": value - 1, "box_ap_l": None}
         return Outcome(metrics, curve, cost, {"parameters": 2e6}, file, "MODEL:\n  MASK_ON: true")
+
+
+BN = {"id": "bn", "config": "quickstart.yaml", "reference": "fpn_bn"}
+GN = {**BN, "id": "gn", "baseline": "bn", "reference": "fpn_gn", "overrides": {"SOLVER.GAMMA": 0.2}}
+
+
+def results(root: Path, rows: list[dict[str, Any]], seeds: int = 1, fake: Fake | None = None, **keys: Any) -> Results:
+    plan = plan_of(rows, seeds, **keys)
+    Runner(plan, Store(root), fake or Fake(), say=lambda line: None).run()
+    return collect(plan, Store(root))

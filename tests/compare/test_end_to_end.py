@@ -124,7 +124,7 @@ def test_a_real_suite_killed_and_resumed(suite: Path, tmp_path: Path, capfd: pyt
     capfd.readouterr()
     assert main([*words, "cut"]) == 0
     said = capfd.readouterr().out
-    assert "bn, seed 1: done before" in said and "gn, seed 1: goes on" in said and "iteration 1 done, 4 to go" in said
+    assert "bn, seed 1: already done" in said and "gn, seed 1: resuming" in said and "iteration 1 done, 4 to go" in said
 
     whole, cut = outcome(Path("whole")), outcome(Path("cut"))
     # the weights file of a pre-training holds its date; what was learnt from it is equal

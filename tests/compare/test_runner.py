@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,12 @@ import yaml
 from gn_det.cli import compare as command
 from gn_det.cli import main
 from gn_det.cli.compare import own_suite
-from gn_det.compare import runner
+from gn_det.compare import outcomes, runner
+from gn_det.compare.document import write_report
 from gn_det.compare.execute import Outcome
+from gn_det.compare.outcomes import collect
 from gn_det.compare.plan import Job
-from gn_det.compare.report import write_report
-from gn_det.compare.results import collect
-from gn_det.compare.runner import Runner, Summary
-from gn_det.compare.store import Store
+from gn_det.compare.runner import DONE, Record, Runner, Store, Summary, choose, finite, package_commit, run_key
 from gn_det.engine.hooks import Interrupted
 from gn_det.errors import TrainingError
 from tests.compare.cases import Fake, plan_of, pretrain_row
@@ -95,16 +96,22 @@ def test_done_rows_are_skipped_and_more_seeds_add_runs(tmp_path: Path) -> None:
 
 def test_other_code_runs_again_unless_told_not_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path, Fake(), seeds=1)
-    monkeypatch.setattr(runner, "code_version", lambda trainer: "another")
+    version = 77
+
+    def set_version(number: int) -> None:
+        for module in (runner, outcomes):
+            monkeypatch.setattr(module, "RESULTS_VERSION", number)
+
+    set_version(version)
     kept, anew = Fake(), Fake()
     run(tmp_path, kept, seeds=1, any_version=True)
     remarks = {r["id"]: r["remarks"] for r in results(tmp_path, seeds=1)["rows"]}
     run(tmp_path, anew, seeds=1)
     assert kept.calls == [] and len(anew.calls) == 3
-    assert all("not another" in text for texts in remarks.values() for text in texts) and all(remarks.values())
+    assert all("not 77" in text for texts in remarks.values() for text in texts) and all(remarks.values())
     assert not any(r["remarks"] for r in results(tmp_path, seeds=1)["rows"])
     assert len(list(tmp_path.glob("runs/bn/seed-1-*"))) == 2  # what was measured stays
-    monkeypatch.setattr(runner, "code_version", lambda trainer: "a third")
+    set_version(78)
     run(tmp_path, Fake(on={"bn, seed 1": fail(TrainingError("no"))}), seeds=1)
     assert {r["id"]: r["status"] for r in results(tmp_path, seeds=1)["rows"]}["bn"] == "failed"
 
@@ -219,3 +226,60 @@ def test_rows_on_own_data() -> None:
     assert [r.id for r in suite.rows] == ["bn_fpn_4conv1fc", "gn_fpn", "gn_fpn_2"]
     assert [r.baseline for r in suite.rows] == [None, "bn_fpn_4conv1fc", "bn_fpn_4conv1fc"]
     assert all(r.data == data for r in suite.rows)
+
+
+def test_which_record_counts() -> None:
+    def record(settings: str, version: str, status: str = DONE) -> Record:
+        return Record("row", 1, run_key(settings, version), settings, version, status)
+
+    old, new = record("s", "1"), record("s", "2", "failed")
+    assert choose([old], "s", "2", any_version=False) is None
+    assert choose([old], "s", "2", any_version=True) is old
+    assert choose([old, new], "s", "2", any_version=False) is new
+    assert choose([old, new], "s", "2", any_version=True) is old
+    assert choose([old], "t", "1", any_version=True) is None
+
+
+def test_numbers_that_json_lacks_become_null() -> None:
+    assert finite({"a": [float("nan"), 1.0, (float("inf"),)]}) == {"a": [None, 1.0, [None]]}
+
+
+def test_runs_of_the_time_of_hashes_are_taken_as_another_version(tmp_path: Path) -> None:
+    """Their folders and fields are those of today; they count with any_version, and a report says what they are."""
+    run(tmp_path, Fake(), seeds=1)
+    for path in tmp_path.glob("runs/*/*/run.json"):
+        record = json.loads(path.read_text()) | {"version": "0123456789ab"}
+        record["key"] = run_key(record["settings_key"], record["version"])
+        del record["software"]["commit"]
+        folder = path.parent.rename(path.parent.with_name(f"seed-1-{record['key'][:8]}"))
+        (folder / "run.json").write_text(json.dumps(record))
+    rows = results(tmp_path, seeds=1)["rows"]
+    assert [r["status"] for r in rows] == ["done"] * 3
+    assert all(r["remarks"] == ["seed 1: run with gn_det results version 0123456789ab, not 1"] for r in rows)
+    kept, anew = Fake(), Fake()
+    run(tmp_path, kept, seeds=1, any_version=True)
+    run(tmp_path, anew, seeds=1)
+    assert kept.calls == [] and len(anew.calls) == 3
+
+
+def test_the_commit_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
+    (tmp_path / "gn_det" / "compare").mkdir(parents=True)
+    source = tmp_path / "gn_det" / "compare" / "runner.py"
+    source.write_text("x = 1\n")
+    monkeypatch.setattr(runner, "__file__", str(source))
+
+    def commit() -> str:
+        package_commit.cache_clear()
+        return package_commit()
+
+    try:
+        assert commit() == ""
+        for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+            subprocess.run([*git, *words], check=True)
+        first = commit()
+        assert re.fullmatch("[0-9a-f]{12}", first)
+        source.write_text("x = 2\n")
+        assert commit() == f"{first}+"
+    finally:
+        package_commit.cache_clear()

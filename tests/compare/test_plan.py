@@ -1,17 +1,20 @@
-"""Every row of every shipped suite resolves and builds, without data, weights or network."""
+"""Every shipped suite resolves and builds; the key of a run changes with what its result depends on, and only then."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gn_det.cli.compare import resolve_suite, shipped_suites
 from gn_det.compare.plan import make_plan
-from gn_det.compare.references import load_references, published_difference
 from gn_det.compare.suite import load_suite
 from gn_det.engine.embedded import EmbeddedEngine
+from tests.compare.cases import plan_of, pretrain_row
 
+DETECT = {"id": "row", "config": "quickstart.yaml"}
 ROWS = {
     "batch_size.yaml": 12,
     "digits.yaml": 29,
@@ -72,14 +75,38 @@ def test_rows_of_small_differ_in_norms_heads_and_weights_alone() -> None:
         assert all(k.endswith(allowed) for k in differing), differing
 
 
-def test_published_differences_stay_within_one_source_and_model() -> None:
-    rows, sources = load_references()
-    assert {r.source for r in rows.values()} == set(sources)
-    assert published_difference(rows["fpn_gn"], rows["fpn_bn"], "box_ap") == pytest.approx(1.7)
-    # BN* trained longer does not gain: Detectron's 3x against its 2x
-    assert published_difference(rows["detectron_bn_3x"], rows["detectron_bn_2x"], "box_ap") == pytest.approx(0.3)
-    assert published_difference(rows["detectron_bn_3x"], rows["detectron_bn_2x"], "mask_ap") == pytest.approx(-0.2)
-    assert published_difference(rows["c4_bn_tuned"], rows["c4_bn"], "box_ap") == -6.0
-    assert published_difference(rows["d2_fpn_gn_3x"], rows["fpn_bn"], "box_ap") is None
-    assert published_difference(rows["c4_ln"], rows["fpn_gn"], "box_ap") is None
-    assert published_difference(rows["fpn_gn"], rows["fpn_bn"], "top1_error") is None
+def key(row: dict[str, Any], weights: str = "", **suite: Any) -> str:
+    return plan_of([row], **suite).jobs[0].settings_key(weights)
+
+
+def test_what_decides_a_detection(tmp_path: Path) -> None:
+    json_file = tmp_path / "a.json"
+    json_file.write_text(json.dumps({"images": []}))
+    own = {f"{s}_{k}": str(v) for s in ("train", "val") for k, v in (("json", json_file), ("images", tmp_path))}
+    keys = {
+        "plain": key(DETECT),
+        "override": key({**DETECT, "overrides": {"SOLVER.BASE_LR": 0.01}}),
+        "override of the suite": key(DETECT, overrides={"SOLVER.BASE_LR": 0.03}),
+        "config": key({**DETECT, "config": "gn_fpn_scratch.yaml"}),
+        "seed": key({**DETECT, "seeds": [2]}),
+        "weights": key(DETECT, "0123"),
+        "other weights": key(DETECT, "4567"),
+        "data": key({**DETECT, "data": own}),
+    }
+    json_file.write_text(json.dumps({"images": [], "categories": []}))
+    keys["contents of the data"] = key({**DETECT, "data": own})
+    assert len(set(keys.values())) == len(keys), keys
+
+
+def test_what_does_not_decide_a_detection() -> None:
+    row = {**DETECT, "title": "other", "labels": {"a": "b"}, "note": "n", "reference": "fpn_gn"}
+    row["overrides"] = {"OUTPUT_DIR": "elsewhere", "DATALOADER.NUM_WORKERS": 7}
+    assert key(row) == key({**DETECT}) == key({**DETECT, "id": "renamed"})
+
+
+@pytest.mark.parametrize(
+    "change", [{"norm": "LN"}, {"batch_size": 8}, {"epochs": 3}, {"lr": 0.2}, {"seeds": [4]}, {"arch": "resnet14"}]
+)
+def test_what_decides_a_pretraining(change: dict[str, Any]) -> None:
+    assert key(pretrain_row("row", **change)) != key(pretrain_row("row"))
+    assert key(pretrain_row("row", workers=2, title="t")) == key(pretrain_row("row"))

@@ -1,13 +1,15 @@
-"""Intervals against closed forms."""
+"""Intervals against closed forms and published tables; which runs a cost is taken from."""
 
 from __future__ import annotations
 
 import math
 import statistics
+from pathlib import Path
 
 import pytest
 
-from gn_det.compare.statistics import difference, spread, t_quantile
+from gn_det.compare.outcomes import common_place, difference, place_of_run, spread, t_quantile
+from tests.compare.cases import BN, results
 
 
 @pytest.mark.parametrize("p", [0.6, 0.75, 0.9, 0.975, 0.9995])
@@ -25,9 +27,16 @@ def test_quantiles_of_many_degrees_are_the_normal_ones() -> None:
         assert t_quantile(p, 1e4) == pytest.approx(z + (z**3 + z) / 4e4, rel=1e-7)
 
 
-@pytest.mark.parametrize(("freedom", "printed"), [(2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042)])
-def test_quantiles_of_printed_tables(freedom: int, printed: float) -> None:
-    assert t_quantile(0.975, freedom) == pytest.approx(printed, abs=5e-4)
+@pytest.mark.parametrize(
+    ("freedom", "published"),
+    [
+        (1, 12.7062047362), (25 / 17, 6.1881149408), (2, 4.3026527297), (2.5, 3.5746548420), (5, 2.5705818356),
+        (10, 2.2281388520), (30, 2.0422724563), (100, 1.9839715185),
+    ],
+)  # fmt: skip
+def test_quantiles_of_published_tables(freedom: float, published: float) -> None:
+    """As R's qt(0.975, df) and scipy's stdtrit print them; broken degrees come from Welch's interval."""
+    assert t_quantile(0.975, freedom) == pytest.approx(published, rel=1e-10)
 
 
 def test_shared_seeds_are_paired() -> None:
@@ -76,3 +85,21 @@ def test_spread_is_the_sample_deviation() -> None:
     found = spread({1: 1.0, 2: 2.0, 4: 6.0})
     assert found is not None and (found.mean, found.n) == (3.0, 3)
     assert found.std == pytest.approx(math.sqrt((4 + 1 + 9) / 2))
+
+
+def test_cost_is_the_median_of_the_seeds(tmp_path: Path) -> None:
+    found = results(tmp_path, [BN], 3)
+    row = found.rows[0]
+    for record, cost in zip(row.done, (0.6, 9.0, 1.2)):
+        record.cost = {"s_per_iter": cost}
+    assert row.cost("s_per_iter", common_place(found.rows)) == 1.2
+
+
+def test_a_run_that_went_on_on_another_day_has_no_place(tmp_path: Path) -> None:
+    (record,) = results(tmp_path, [BN]).rows[0].done
+    session = {"host": "a", "device": "b", "day": "2001-01-01"}
+    record.sessions = [session, dict(session)]
+    assert place_of_run(record) == ("a", "b", "2001-01-01")
+    for other in ({"day": "2001-01-02"}, {"host": "c"}, {"device": "d"}):
+        record.sessions = [session, session | other]
+        assert place_of_run(record) is None

@@ -1,0 +1,259 @@
+"""Write the report of a comparison: results.json, report.md, and report.html with curves and sample predictions."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from PIL import Image
+
+from gn_det.compare.columns import COLUMNS
+from gn_det.compare.outcomes import Results, RowResult, as_json, common_place
+from gn_det.compare.runner import Record, Store, write_json
+from gn_det.compare.suite import DETECT, Grid, Table
+from gn_det.compare.views import findings, full_view, run_view, views
+from gn_det.errors import UserError
+from gn_det.files import atomic_write
+from gn_det.terminal import say
+from gn_det.visualize.html import jpeg_uri, render
+from gn_det.visualize.plots import Line, plot_lines, smooth
+
+#: Points of a drawn curve; and of a loss that are averaged, to each side.
+_MOST_POINTS, _SMOOTH = 200, 2
+#: Longer side of a sample image in pixels, and lowest score drawn; larger images are scaled down to four times the
+#: side before anything is drawn on them.
+_SIDE, _THRESHOLD = 420, 0.5
+#: Sample images of a report.
+_MOST_SAMPLES = 64
+#: Lines of a config that differ in every run and say nothing.
+_OWN = ("OUTPUT_DIR:", '"output":', "SEED:", "WEIGHTS:")
+
+
+def write_report(results: Results, store: Store, date: str) -> None:
+    """Write all three files into the folder of the store, each atomically.
+
+    Args:
+        results: of the whole suite.
+        store: where its runs are kept.
+        date: of today, as text.
+
+    Raises:
+        WriteError: the folder cannot be written.
+    """
+    found = findings(results)
+    suite = results.plan.suite
+    content: dict[str, Any] = {
+        "suite": suite,
+        "date": date,
+        "state": _state(results),
+        "findings": list(found.values()),
+        "chance": f"About 1 in 20 intervals excludes zero by chance: {len(found) / 20:.0f} of these {len(found)}.",
+        "tables": [(views(results, table), _charts(results, table)) for table in suite.tables],
+        "full": [full for table in suite.tables if (full := full_view(results, table)) is not None],
+        "runs": run_view(results),
+        "configs": _configs(results),
+        "samples": _samples(results, store),
+    }
+    sentences = {identity: finding.sentences for identity, finding in found.items()}
+    write_json(store.root / "results.json", as_json(results, sentences, date))
+    atomic_write(store.root / "report.md", render("compare.md", **content))
+    atomic_write(store.root / "report.html", render("compare.html", **content))
+    say(f"Report: {store.root / 'report.html'}, report.md, results.json")
+
+
+def _state(results: Results) -> list[tuple[str, str]]:
+    """How many rows are in which state, and how many seeds they have."""
+    states = [r.status for r in results.rows]
+    parts = {"rows done": states.count("done"), "failed": states.count("failed"), "left out": states.count("left out")}
+    parts["not finished"] = len(states) - sum(parts.values())
+    seeds = sorted({len(r.wanted) for r in results.rows if r.wanted})
+    shown = [(str(n), name) for name, n in parts.items() if n or name == "rows done"]
+    return shown + [(" or ".join(map(str, seeds)), "seed a row" if seeds == [1] else "seeds a row")] * bool(seeds)
+
+
+def _configs(results: Results) -> list[dict[str, Any]]:
+    """The resolved config of each row, and in what it differs from its baseline's."""
+    out = []
+    for result in results.rows:
+        text = result.done[0].config if result.done else ""
+        base = results.row(result.row.baseline) if result.row.baseline else None
+        changed = []
+        if base is not None and base.done and base.done[0].config:
+            before, after = base.done[0].config.splitlines(), text.splitlines()
+            lines = list(difflib.unified_diff(before, after, lineterm="", n=0))[2:]
+            changed = [line for line in lines if not line[1:].strip().startswith(_OWN)]
+        if text:
+            out.append({"row": result.row, "base": base and base.row, "changed": changed, "lines": text.splitlines()})
+    return out
+
+
+# ------------------------------------------------------------ charts
+
+
+def _charts(results: Results, table: Table) -> list[dict[str, Any]]:
+    """Title, drawing and legend of every chart of a table that has something to show."""
+    rows = [results.row(identity) for identity in table.rows]
+    error = ("epochs", "top-1 error (%)")
+    if rows[0].row.kind == DETECT and table.grid is None:
+        place = common_place(rows)
+        costs = [result.cost("s_per_iter", place) for result in rows]
+        minutes = [None if cost is None else cost / 60 for cost in costs]
+        charts = [
+            _chart("box AP over iterations", _curves(rows, "box_ap"), "iterations", "box AP", from_zero=True),
+            _chart("mask AP over iterations", _curves(rows, "mask_ap"), "iterations", "mask AP", from_zero=True),
+            _chart("box AP against training time", _curves(rows, "box_ap", minutes), "minutes of training", "box AP",
+                   from_zero=True),
+            _chart("Loss", _curves(rows, "loss"), "iterations", "total loss", dots=False, from_zero=True),
+        ]  # fmt: skip
+    elif table.grid is None:
+        charts = [_chart("Validation error over epochs", _curves(rows, "top1_error"), *error, dots=False)]
+    else:
+        grid = table.grid
+        names = list(dict.fromkeys(r.row.labels[grid.rows] for r in rows))
+        across = list(dict.fromkeys(r.row.labels[grid.columns] for r in rows))
+        heading = COLUMNS[grid.value].heading
+        title = f"{heading} by {grid.columns}"
+        charts = [_chart(title, _by_label(rows, grid, names, across), grid.columns, heading, categories=across)]
+        for column in across if rows[0].row.kind != DETECT else ():
+            part = [r for r in rows if r.row.labels[grid.columns] == column]
+            lines = _curves(part, "top1_error")
+            for line, result in zip(lines, (r for r in part if r.row.title in {line.name for line in lines})):
+                line.name = result.row.labels[grid.rows]
+                line.index = names.index(line.name)
+            charts.append(_chart(f"{grid.columns} {column}", lines, *error, dots=False))
+    return [chart for chart in charts if chart["lines"]]
+
+
+def _chart(title: str, lines: list[Line], x: str, y: str, **options: Any) -> dict[str, Any]:
+    return {"title": title, "lines": lines, "svg": plot_lines(lines, x, y, **options) if lines else Markup()}
+
+
+def _curves(rows: Sequence[RowResult], key: str, scale: Sequence[float | None] | None = None) -> list[Line]:
+    """One line a row that has points: the mean over seeds, the single seeds faintly behind it.
+
+    Args:
+        key: of a curve's points.
+        scale: factor on x of each row; None leaves a row out.
+    """
+    lines = []
+    for index, result in enumerate(rows):
+        factor = 1.0 if scale is None else scale[index]
+        runs = []
+        for record in result.done if factor is not None else ():
+            points = np.array([(p["x"] * (factor or 1.0), p[key]) for p in record.curve if key in p]).reshape(-1, 2)
+            if key == "loss" and len(points) >= 4 * _SMOOTH:  # losses jump from batch to batch
+                points[:, 1] = smooth(points[:, 1], _SMOOTH)
+            runs += [thin(points)] if len(points) else []
+        if runs:
+            lines.append(Line(result.row.title, mean_curve(runs), index, runs if len(runs) > 1 else ()))
+    return lines
+
+
+def thin(points: np.ndarray) -> np.ndarray:
+    """At most about 200 of (N, 2) points, each the mean of its neighbours; few points are kept as they are."""
+    if len(points) <= _MOST_POINTS:
+        return points
+    return np.array([part.mean(axis=0) for part in np.array_split(points, _MOST_POINTS)])
+
+
+def mean_curve(runs: Sequence[np.ndarray]) -> np.ndarray:
+    """Mean over runs where all have a value, at the places of the first; straight between points."""
+    low, high = max(run[0, 0] for run in runs), min(run[-1, 0] for run in runs)
+    x = runs[0][(runs[0][:, 0] >= low) & (runs[0][:, 0] <= high), 0]
+    return np.stack([x, np.mean([np.interp(x, run[:, 0], run[:, 1]) for run in runs], axis=0)], axis=1)
+
+
+def _by_label(rows: Sequence[RowResult], grid: Grid, names: Sequence[str], across: Sequence[str]) -> list[Line]:
+    """The number of a grid against its columns: the paper's figure of error against batch size."""
+    lines = []
+    for index, name in enumerate(names):
+        mine = {r.row.labels[grid.columns]: r.spread(grid.value) for r in rows if r.row.labels[grid.rows] == name}
+        found = [(place, s.mean, s.std or 0.0) for place, c in enumerate(across) if (s := mine.get(c)) is not None]
+        if found:
+            values = np.array(found, dtype=float)
+            lines.append(Line(name, values[:, :2], index, spread=values[:, 2]))
+    return lines
+
+
+# ------------------------------------------------------------ sample predictions
+
+
+def sample_rows(results: Results) -> list[RowResult]:
+    """Whose predictions are drawn: those the suite names, else the first row with a baseline behind that baseline."""
+    named = [results.row(identity) for identity in results.plan.suite.sample_rows]
+    if not named:
+        compared = (r for r in results.rows if r.row.kind == DETECT and r.row.baseline and r.done)
+        named = [row for first in [*compared][:1] for row in (results.row(str(first.row.baseline)), first)]
+    return [r for r in named if r.done and r.done[0].weights and r.row.kind == DETECT]
+
+
+def _samples(results: Results, store: Store) -> list[tuple[str, list[Markup]]]:
+    """(title, images) of the truth and of each row, on the same images; empty where nothing can be drawn.
+
+    Images are kept below ``samples/``, so that a report of finished runs needs no model.
+    """
+    rows = sample_rows(results)
+    count = min(results.plan.suite.sample_images, _MOST_SAMPLES)
+    if not rows or not count:
+        return []
+    try:
+        out = [("truth", _drawn(rows[0], None, results, store, count))]
+        out += [(f"{r.row.title} (score ≥ {_THRESHOLD:g})", _drawn(r, r.done[0], results, store, count)) for r in rows]
+    except (UserError, OSError) as error:  # the images or weights are gone: the numbers are still worth a report
+        say(f"No sample predictions in the report: {error}")
+        return []
+    return out
+
+
+def _drawn(result: RowResult, record: Record | None, results: Results, store: Store, count: int) -> list[Markup]:
+    """Images with what a run finds on them, or with the truth, as URIs."""
+    first = result.done[0]
+    name = re.sub(r"[^\w.-]", "_", f"{first.row}-{first.seed}-{first.key[:8]}")
+    folder = store.root / "samples" / (f"truth-{name}" if record is None else name)
+    kept = sorted(folder.glob("*.jpg"))[:count]
+    if len(kept) < count:
+        kept = _draw(result, record, results, store, folder, count)
+    return [jpeg_uri(path.read_bytes()) for path in kept]
+
+
+def _draw(
+    result: RowResult, record: Record | None, results: Results, store: Store, folder: Path, count: int
+) -> list[Path]:
+    """Draw images spread over the validation set, those with objects first, and keep them in the folder."""
+    from gn_det.data.image import ImageReader
+    from gn_det.data.sets import load_first_test_set
+    from gn_det.engine.predictor import load_predictor, select
+    from gn_det.visualize.draw import draw_annotations, draw_detections
+
+    cfg = next(j.cfg for j in results.plan.jobs if j.row.id == result.row.id)
+    assert cfg is not None
+    dataset = load_first_test_set(cfg)
+    having = [i for i, n in enumerate(dataset.object_counts) if n] or list(range(len(dataset)))
+    places = np.linspace(0, len(having) - 1, min(count, len(having))).round().astype(int)
+    predictor = None
+    if record is not None:
+        predictor = load_predictor(store.folder_of(record) / record.weights, engine=results.plan.engine)
+    read = ImageReader.of(cfg, "RGB").read
+    written = []
+    size: Any = {"min_size": _SIDE, "max_size": 4 * _SIDE}
+    for number, index in enumerate(dict.fromkeys(having[place] for place in places)):
+        found = dataset.records[index]
+        if predictor is None:
+            drawn = draw_annotations(read(found["file_name"]), found, dataset.class_names, **size)
+        else:
+            path = Path(found["file_name"])
+            shown = select(predictor.detect(path), _THRESHOLD, None)
+            drawn = draw_detections(predictor.read(path), shown, predictor.class_names, **size)
+        image = Image.fromarray(drawn)
+        image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=88)
+        written.append(folder / f"{number}.jpg")
+        atomic_write(written[-1], buffer.getvalue())
+    return written

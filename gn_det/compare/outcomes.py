@@ -1,0 +1,294 @@
+"""What a suite has found so far: the runs that count, mean and spread over seeds, and differences with their noise."""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+import gn_det
+from gn_det.compare.columns import COLUMNS, COST, EXPECTED, METRIC
+from gn_det.compare.plan import Job, Plan
+from gn_det.compare.runner import DONE, FAILED, RESULTS_VERSION, MissingWeights, Record, Store, find
+from gn_det.compare.suite import Row
+
+#: Level of every interval.
+LEVEL = 0.95
+#: Host, device and day of a measurement.
+Place = tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean over seeds.
+
+    Attributes:
+        mean: arithmetic mean.
+        std: sample standard deviation (divided by n - 1); None with one value.
+        n: number of values.
+    """
+
+    mean: float
+    std: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A row minus its baseline.
+
+    Attributes:
+        value: difference of the means over the seeds that were compared.
+        half: half the width of the 95 % interval; None where the noise is not known.
+        n: seeds of the row and of the baseline that were compared (the number of pairs where paired).
+        paired: seed by seed, so that what a seed does to both rows cancels.
+        assumed: one side has one seed, and is taken to spread as the other does.
+    """
+
+    value: float
+    half: float | None
+    n: tuple[int, int]
+    paired: bool
+    assumed: bool = False
+
+    @property
+    def beyond_noise(self) -> bool | None:
+        """Whether the interval excludes zero; None where the noise is not known."""
+        return None if self.half is None else abs(self.value) > self.half
+
+
+def spread(values: Mapping[int, float]) -> Spread | None:
+    """Mean and deviation of the values by seed; None without any."""
+    numbers = list(values.values())
+    if not numbers:
+        return None
+    return Spread(statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else None, len(numbers))
+
+
+def difference(row: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
+    """Row minus baseline with a t-interval.
+
+    Seeds that both have are compared pair by pair (n - 1 degrees of freedom). Where fewer than two are shared but both
+    sides have two or more values, Welch's interval for unequal variances is taken. A side with one value is taken to
+    spread as the other does: the interval for one more value of n, t(n - 1) std sqrt(1 + 1/n). With one value on both
+    sides the noise is not known.
+
+    Args:
+        row, baseline: a metric by seed.
+
+    Returns:
+        None where a side has no value.
+    """
+    shared = sorted(row.keys() & baseline.keys())
+    if len(shared) > 1 or (len(shared) == 1 and max(len(row), len(baseline)) == 1):
+        pairs = spread({seed: row[seed] - baseline[seed] for seed in shared})
+        assert pairs is not None
+        return Difference(pairs.mean, _half(pairs.std, 1 / pairs.n, pairs.n - 1), (pairs.n, pairs.n), True)
+    a, b = spread(row), spread(baseline)
+    if a is None or b is None:
+        return None
+    if (a.n == 1) != (b.n == 1):
+        known = a if b.n == 1 else b
+        return Difference(a.mean - b.mean, _half(known.std, 1 + 1 / known.n, known.n - 1), (a.n, b.n), False, True)
+    half = None
+    if a.std is not None and b.std is not None:
+        va, vb = a.std**2 / a.n, b.std**2 / b.n
+        freedom = (va + vb) ** 2 / (va**2 / (a.n - 1) + vb**2 / (b.n - 1)) if va + vb else 1.0
+        half = _half(math.sqrt(va + vb), 1, freedom)
+    return Difference(a.mean - b.mean, half, (a.n, b.n), False)
+
+
+def _half(std: float | None, factor: float, freedom: float) -> float | None:
+    """Half width of the interval of ``std * sqrt(factor)`` estimated with so many degrees of freedom."""
+    return None if std is None else t_quantile(0.5 + LEVEL / 2, freedom) * std * math.sqrt(factor)
+
+
+@functools.lru_cache(maxsize=256)
+def t_quantile(p: float, freedom: float) -> float:
+    """The value below which a t-distributed number lies with probability ``p`` in (0, 1); ``freedom`` >= 1 degrees.
+
+    With t = sqrt(v) tan(a) the density of the angle a is proportional to cos(a) ** (v - 1), which Gauss-Legendre
+    quadrature integrates to about 1e-10; the angle is found by bisection.
+    """
+    if p < 0.5:
+        return -t_quantile(1 - p, freedom)
+    nodes, weights = np.polynomial.legendre.leggauss(96)
+    log_whole = 0.5 * math.log(math.pi) + math.lgamma(freedom / 2) - math.lgamma((freedom + 1) / 2)
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        angle = (low + high) / 2
+        mass = angle / 2 * float(weights @ np.cos(angle / 2 * (nodes + 1)) ** (freedom - 1)) / math.exp(log_whole)
+        low, high = (angle, high) if mass < p - 0.5 else (low, angle)
+    return math.sqrt(freedom) * math.tan(low)
+
+
+# ------------------------------------------------------------ rows
+
+
+@dataclass
+class RowResult:
+    """A row with what is known of it.
+
+    Attributes:
+        row: as written.
+        wanted: seeds that the plan asks for.
+        records: by seed, the one that counts; of any status.
+        remarks: what a reader must know of them: other versions, other settings.
+        left_out: why an optional row is not run; "" for others.
+    """
+
+    row: Row
+    wanted: tuple[int, ...]
+    records: dict[int, Record] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+    left_out: str = ""
+
+    @property
+    def done(self) -> list[Record]:
+        return [r for _, r in sorted(self.records.items()) if r.status == DONE]
+
+    @property
+    def status(self) -> str:
+        """In a word or two: "done", "failed", "2 of 3 seeds", "not run", "left out"."""
+        if self.left_out:
+            return "left out"
+        if not self.done:
+            return "failed" if any(r.status == FAILED for r in self.records.values()) else "not run"
+        return "done" if len(self.done) >= len(self.wanted) else f"{len(self.done)} of {len(self.wanted)} seeds"
+
+    @property
+    def reasons(self) -> list[str]:
+        return [f"seed {r.seed}: {r.reason}" for r in self.records.values() if r.status == FAILED]
+
+    def values(self, column: str) -> dict[int, float]:
+        """A metric by seed."""
+        found = {r.seed: r.metrics.get(column) for r in self.done}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    def spread(self, column: str) -> Spread | None:
+        return spread(self.values(column))
+
+    def size(self, column: str) -> float | None:
+        return next((r.size[column] for r in self.done if r.size.get(column) is not None), None)
+
+    def cost(self, column: str, place: Place | None) -> float | None:
+        """Median over the runs measured at ``place`` alone; None where there is none."""
+        found = [r.cost.get(column) for r in self.done if place is not None and place_of_run(r) == place]
+        numbers = [v for v in found if v is not None]
+        return statistics.median(numbers) if numbers else None
+
+
+@dataclass
+class Results:
+    """All rows of a suite, in its order, and the plan that was asked for."""
+
+    plan: Plan
+    rows: list[RowResult]
+
+    def row(self, identity: str) -> RowResult:
+        return next(r for r in self.rows if r.row.id == identity)
+
+    def difference(self, result: RowResult, column: str) -> Difference | None:
+        """Row minus its baseline; None without a baseline, or where a side has no number."""
+        if result.row.baseline is None:
+            return None
+        return difference(result.values(column), self.row(result.row.baseline).values(column))
+
+    def neither_learned(self, result: RowResult, column: str) -> bool:
+        """Whether a precision is 0 in every run of a row and of its baseline, so that their difference says nothing."""
+        sides = [result, self.row(result.row.baseline)] if result.row.baseline is not None else []
+        values = [list(side.values(column).values()) for side in sides]
+        return all(values) and not any(map(any, values)) and bool(sides) and not COLUMNS[column].lower_is_better
+
+
+def collect(plan: Plan, store: Store, *, any_version: bool = False, any_settings: bool = False) -> Results:
+    """The runs that count for each row.
+
+    Args:
+        plan: of the whole suite.
+        store: where runs are kept.
+        any_version: a finished run of another version is as good as one of this; otherwise it is taken where this
+            version has no run at all, not even a failed one.
+        any_settings: take the newest finished run of a row where none has the settings of the plan; for a report of
+            what is there. Either is remarked.
+    """
+    rows = []
+    for row in plan.suite.rows:
+        jobs = [job for job in plan.jobs if job.row.id == row.id]
+        result = RowResult(row, tuple(job.seed for job in jobs), left_out=plan.left_out.get(row.id, ""))
+        for job in jobs:
+            record, remark = _record_of(job, plan, store, any_version, any_settings)
+            if record is not None:
+                result.records[job.seed] = record
+            if remark:
+                result.remarks.append(f"seed {job.seed}: {remark}")
+        rows.append(result)
+    return Results(plan, rows)
+
+
+def _record_of(job: Job, plan: Plan, store: Store, any_version: bool, any_settings: bool) -> tuple[Record | None, str]:
+    try:
+        found, _ = find(job, plan, store, any_version=any_version, else_any=True)
+    except MissingWeights:
+        found = None
+    if found is not None and found.sessions:
+        other = found.version != str(RESULTS_VERSION)
+        return found, f"run with gn_det results version {found.version}, not {RESULTS_VERSION}" if other else ""
+    others = [r for r in store.read(job.row.id, job.seed) if r.status == DONE] if any_settings else []
+    return (others[-1], "run with other settings, data or weights than the suite has now") if others else (None, "")
+
+
+def place_of_run(record: Record) -> Place | None:
+    """Machine and day of a run; None for one that was interrupted and resumed elsewhere or on another day."""
+    places = {(str(s.get("host")), str(s.get("device")), str(s.get("day"))) for s in record.sessions}
+    return next(iter(places)) if len(places) == 1 else None
+
+
+def common_place(rows: Sequence[RowResult]) -> Place | None:
+    """Machine and day on which most of these rows were measured; the later day where two have as many."""
+    counts: Counter[Place] = Counter()
+    for result in rows:
+        counts.update({p for p in map(place_of_run, result.done) if p is not None})
+    return max(counts, key=lambda p: (counts[p], p[2], p), default=None)
+
+
+# ------------------------------------------------------------ results.json
+
+
+def as_json(results: Results, findings: Mapping[str, Sequence[str]], date: str) -> dict[str, Any]:
+    """Everything, for machines."""
+    suite = results.plan.suite
+    rows = [_row_json(results, result, findings.get(result.row.id, ())) for result in results.rows]
+    return {"suite": suite.name, "title": suite.title, "gn_det": gn_det.__version__, "date": date, "rows": rows}
+
+
+def _row_json(results: Results, result: RowResult, findings: Sequence[str]) -> dict[str, Any]:
+    row = result.row
+    spreads = {c: s for c, what in COLUMNS.items() if what.what == METRIC and (s := result.spread(c)) is not None}
+    place = common_place([result])
+    expected = next((r for r in row.references if r.source == EXPECTED), None)
+    runs = [vars(record) for _, record in sorted(result.records.items())]
+    return {
+        "id": row.id,
+        "kind": row.kind,
+        "title": row.title,
+        "labels": dict(row.labels),
+        "status": result.status,
+        "reasons": result.reasons + ([result.left_out] if result.left_out else []),
+        "remarks": result.remarks,
+        "baseline": row.baseline,
+        "metrics": {column: asdict(found) for column, found in spreads.items()},
+        "difference": {c: asdict(d) for c in spreads if (d := results.difference(result, c)) is not None},
+        "parameters": result.size("parameters"),
+        "cost": {c: result.cost(c, place) for c, column in COLUMNS.items() if column.what == COST},
+        "findings": list(findings),
+        "references": [r.id for r in row.references if r.source != EXPECTED],
+        "expected": {"source": expected.where, **expected.values} if expected is not None else None,
+        "runs": [{key: value for key, value in run.items() if key not in ("row", "config")} for run in runs],
+    }

@@ -1,0 +1,340 @@
+"""Tables and sentences of a report, before they become Markdown or HTML."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from gn_det.compare.columns import (
+    AP_METRICS,
+    COLUMNS,
+    COST,
+    COSTS,
+    DECIDING,
+    EXPECTED,
+    METRIC,
+    SOURCES,
+    USUAL,
+    Reference,
+    load_references,
+    published_difference,
+)
+from gn_det.compare.outcomes import Difference, Place, Results, RowResult, common_place
+from gn_det.compare.suite import DETECT, Grid, Table
+
+#: Kinds of columns.
+LABEL, MEASURED, DIFFERENCE, REFERENCE = "label", "measured", "difference", "reference"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Text of a cell; ``strong`` where it is larger than the noise, ``faint`` where there is nothing."""
+
+    text: str
+    strong: bool = False
+    faint: bool = False
+
+
+_EMPTY, _NOTHING = Cell("", faint=True), Cell("–", faint=True)
+
+
+@dataclass
+class View:
+    """A table to be written.
+
+    Attributes:
+        title: heading.
+        head: (kind, text) of each column.
+        body: rows of cells.
+        notes: sentences below.
+        reference: what the reference columns hold, "" without any.
+        minor: may be folded where it is long.
+    """
+
+    title: str
+    head: list[tuple[str, str]]
+    body: list[list[Cell]]
+    notes: list[str] = field(default_factory=list)
+    reference: str = ""
+    minor: bool = False
+
+    @property
+    def published(self) -> int:
+        """Number of reference columns, which are the last ones."""
+        return sum(kind == REFERENCE for kind, _ in self.head)
+
+
+# ------------------------------------------------------------ sentences
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a row has against its baseline.
+
+    Attributes:
+        text: the difference and whether it is larger than the noise.
+        published: what a published result says of the same difference; "" for none.
+        beyond_noise: whether the difference is larger than the noise.
+        contradicts: it is, and points the other way than the published one.
+    """
+
+    text: str
+    published: str = ""
+    beyond_noise: bool = False
+    contradicts: bool = False
+
+    @property
+    def sentences(self) -> list[str]:
+        return [self.text, self.published] if self.published else [self.text]
+
+
+def findings(results: Results) -> dict[str, Finding]:
+    """Row id -> finding, for the rows that have a baseline."""
+    return {r.row.id: _finding(results, r) for r in results.rows if r.row.baseline is not None and not r.left_out}
+
+
+def _finding(results: Results, result: RowResult) -> Finding:
+    base = results.row(str(result.row.baseline))
+    column = DECIDING[result.row.kind]
+    found = results.difference(result, column)
+    name = "points of top-1 error" if column == "top1_error" else COLUMNS[column].heading
+    if found is None:
+        missing = result if base.done else base
+        return Finding(f"{result.row.title}: no difference available: {missing.row.title} is {missing.status}.")
+    head = f"{result.row.title} against {base.row.title}"
+    if results.neither_learned(result, column):
+        return Finding(f"{head}: neither learned ({name} 0.0 on both sides).")
+    text = f"{head}: {signed(found.value)} {name}, {_noise(found, column)}"
+    beyond = bool(found.beyond_noise)
+    for mine in result.row.references:
+        for other in base.row.references:
+            delta = published_difference(mine, other, column)
+            if delta is not None:
+                published, against = _against(found, mine, other, delta, column)
+                return Finding(text, published, beyond, against)
+    return Finding(text, beyond_noise=beyond)
+
+
+def _noise(found: Difference, column: str) -> str:
+    """The rest of a sentence: interval and verdict."""
+    if found.half is None:
+        return "one seed each: the noise is not known, so this may be chance."
+    how = f"{found.n[0]} paired seeds" if found.paired else f"{found.n[0]} and {found.n[1]} seeds"
+    how += ", if both rows spread alike" if found.assumed else ""
+    interval = f"95 % interval {signed(found.value - found.half)} to {signed(found.value + found.half)} over {how}"
+    if not found.beyond_noise:
+        return f"{interval}: not larger than the noise."
+    better = (found.value < 0) == COLUMNS[column].lower_is_better
+    return f"{interval}: larger than the noise, {'better' if better else 'worse'}."
+
+
+def _against(found: Difference, row: Reference, other: Reference, delta: float, column: str) -> tuple[str, bool]:
+    """Whether a difference points where the published one does (sizes differ with data and schedule): a sentence, and
+    whether it contradicts."""
+    name = SOURCES[row.source]
+    numbers = row.where
+    if column in row.values and column in other.values:
+        numbers = f"{other.values[column]:.1f} to {row.values[column]:.1f}"
+    head = f"{name[0].upper()}{name[1:]} has {signed(delta)} ({numbers}, {row.model})"
+    same = (found.value > 0) == (delta > 0)
+    if round(delta, 3) == 0 or (found.half is None and abs(found.value) < 0.05):
+        return f"{head}.", False
+    if found.half is None:
+        rest = "the same direction here, on one seed" if same else (
+            "the opposite direction here; with one seed it cannot be told from noise"
+        )  # fmt: skip
+    elif not found.beyond_noise:
+        rest = "neither confirmed nor contradicted here"
+    else:
+        rest = "the same direction here" if same else f"this result contradicts {name}"
+    return f"{head}: {rest}.", bool(found.beyond_noise) and not same
+
+
+def signed(value: float) -> str:
+    """With its sign, one decimal, and never "-0.0"."""
+    text = f"{value:+.1f}"
+    return text.replace("-", "−") if float(text) else "0.0"
+
+
+# ------------------------------------------------------------ tables
+
+
+def views(results: Results, table: Table) -> list[View]:
+    """A table, and behind one that names no columns what its rows cost."""
+    shown = [view(results, table)]
+    if not table.columns and any(results.row(i).done for i in table.rows):
+        cost = Table(f"{table.title.partition(' (')[0]}: cost", table.rows, table.labels, COSTS)
+        shown.append(view(results, cost, minor=True))
+    return shown
+
+
+def view(results: Results, table: Table, *, minor: bool = False) -> View:
+    """A table of a suite, filled in; a ``minor`` one is without published numbers and notes on rows."""
+    rows = [results.row(identity) for identity in table.rows]
+    if table.grid is not None:
+        return _grid_view(table, rows, table.grid)
+    kind = rows[0].row.kind
+    columns = table.columns or USUAL[kind]
+    place = common_place(rows)
+    source = table.reference or _source_of(rows)
+    references = _published(rows, source)
+    published = [c for c in columns if not minor and any(_published_cell(r, c).text for r in references)]
+    compared = [c for c in (DECIDING[kind], "mask_ap") if c in columns and any(r.row.baseline for r in rows)]
+    # What the other rows are compared with, unless its own baseline stands here too.
+    bases = {r.row.baseline for r in rows} - {r.row.id for r in rows if r.row.baseline in table.rows}
+    head = [(LABEL, text) for text in table.labels or ["row"]]
+    for column in columns:
+        head.append((MEASURED, COLUMNS[column].heading))
+        head += [(DIFFERENCE, f"Δ {COLUMNS[column].heading}")] if column in compared else []
+    head += [(REFERENCE, f"{COLUMNS[c].heading} ({source})") for c in published]
+    body = []
+    for result, reference in zip(rows, references):
+        cells = [Cell(result.row.labels.get(text, "")) for text in table.labels] or [Cell(result.row.title)]
+        for column in columns:
+            cells.append(_cell(result, column, place))
+            if column in compared:
+                cells.append(_EMPTY if result.row.id in bases else _difference_cell(results, result, column))
+        body.append(cells + [_published_cell(reference, c) for c in published])
+    notes = _notes(results, rows, columns, place, compared, table.note) + ([] if minor else _row_notes(rows))
+    return View(table.title, head, body, notes, _sentence_on(source, references) if published else "", minor)
+
+
+def full_view(results: Results, table: Table) -> View | None:
+    """All APs of a table of detections: 50, 75, small, medium, large; None for other rows or where nothing is done."""
+    rows = [results.row(identity) for identity in table.rows]
+    if rows[0].row.kind != DETECT or not any(r.done for r in rows):
+        return None
+    head = [(LABEL, "row")] + [(MEASURED, COLUMNS[c].heading) for c in AP_METRICS]
+    body = [[Cell(r.row.title), *(_cell(r, c, None) for c in AP_METRICS)] for r in rows]
+    return View(f"{table.title}: all AP", head, body, minor=True)
+
+
+def run_view(results: Results) -> View:
+    """Where every number comes from."""
+    head = ("run", "status", "results version", "trained by", "machine", "day", "minutes")
+    body = []
+    for result in results.rows:
+        for seed, record in sorted(result.records.items()):
+            last = record.sessions[-1] if record.sessions else {}
+            # Of all starts; what one took that was killed, nobody wrote down.
+            known = [float(s["seconds"]) for s in record.sessions if s.get("seconds") is not None]
+            minutes = f"{'> ' if len(known) < len(record.sessions) else ''}{sum(known) / 60:.1f}"
+            commit = record.software.get("commit", "")
+            version = f"{record.version} ({commit})" if commit else record.version
+            words = [f"{result.row.id}, seed {seed}", record.status, version, record.software.get("engine", "")]
+            body.append([Cell(w) for w in (*words, str(last.get("device", "")), str(last.get("day", "")), minutes)])
+    remarks = [f"{r.row.title}: {remark}" for r in results.rows for remark in r.remarks]
+    return View("Runs", [(LABEL, text) for text in head], body, remarks)
+
+
+def _grid_view(table: Table, rows: Sequence[RowResult], grid: Grid) -> View:
+    across = list(dict.fromkeys(r.row.labels[grid.columns] for r in rows))
+    down = list(dict.fromkeys(r.row.labels[grid.rows] for r in rows))
+    source = table.reference or _source_of(rows)
+    place = common_place(rows)
+    by_labels = {(r.row.labels[grid.rows], r.row.labels[grid.columns]): r for r in rows}
+    published = dict(zip(by_labels, _published(list(by_labels.values()), source)))
+    cells = {place: _published_cell(reference, grid.value) for place, reference in published.items()}
+    shown = [a for a in across if any(cells.get((d, a), _EMPTY).text for d in down)]
+    head = [(LABEL, f"{grid.rows} \\ {grid.columns}")] + [(MEASURED, a) for a in across]
+    head += [(REFERENCE, f"{a} ({source})") for a in shown]
+    body = []
+    for d in down:
+        results = [by_labels.get((d, a)) for a in across]
+        measured = [_cell(r, grid.value, place) if r else _EMPTY for r in results]
+        body.append([Cell(d), *measured, *(cells.get((d, a), _EMPTY) for a in shown)])
+    notes = [f"{COLUMNS[grid.value].heading}; mean ± standard deviation over seeds.", *_row_notes(rows)]
+    reference = _sentence_on(source, list(published.values())) if shown else ""
+    return View(table.title, head, body, notes + ([table.note] if table.note else []), reference)
+
+
+# ------------------------------------------------------------ cells
+
+
+def _cell(result: RowResult, column: str, place: Place | None) -> Cell:
+    what = COLUMNS[column]
+    if what.what != METRIC:
+        value = result.cost(column, place) if what.what == COST else result.size(column)
+        return _NOTHING if value is None else Cell(what.show(value))
+    found = result.spread(column)
+    if found is None:
+        return _NOTHING if result.done else Cell(result.status, faint=True)
+    return Cell(what.show(found.mean) + ("" if found.std is None else f" ± {what.show(found.std)}"))
+
+
+def _difference_cell(results: Results, result: RowResult, column: str) -> Cell:
+    found = results.difference(result, column)
+    if found is None:
+        return _EMPTY if result.row.baseline is None else _NOTHING
+    if results.neither_learned(result, column):
+        return Cell("neither learned", faint=True)
+    noise = f"± {found.half:.1f}" if found.half is not None else "(?)"
+    return Cell(f"{signed(found.value)} {noise}", strong=bool(found.beyond_noise))
+
+
+def _source_of(rows: Sequence[RowResult]) -> str:
+    """The one source to show: that of most rows, so that columns never mix."""
+    counts = Counter(source for r in rows for source in {found.source for found in r.row.references})
+    return max(SOURCES, key=lambda source: counts[source]) if counts else ""
+
+
+def _published(rows: Sequence[RowResult], source: str) -> list[Reference | None]:
+    """What the source has for each row; of one kind of model (C4, FPN) only, that of most rows."""
+    found = [next((f for f in r.row.references if f.source == source), None) for r in rows]
+    kinds = Counter(f.kind for f in found if f is not None)
+    return [f if f is not None and f.kind == kinds.most_common(1)[0][0] else None for f in found]
+
+
+def _published_cell(reference: Reference | None, column: str) -> Cell:
+    if reference is not None and column in reference.values:
+        return Cell(COLUMNS[column].show(reference.values[column]))
+    if reference is not None and column in (reference.delta or {}):
+        return Cell(f"Δ about {signed((reference.delta or {})[column])}")
+    return _EMPTY
+
+
+def _sentence_on(source: str, found: Sequence[Reference | None]) -> str:
+    """What a source is, for the note below a table."""
+    if source == EXPECTED:
+        return "; ".join(dict.fromkeys(f.where for f in found if f is not None))
+    return load_references()[1][source]
+
+
+# ------------------------------------------------------------ notes
+
+
+def _notes(
+    results: Results,
+    rows: Sequence[RowResult],
+    columns: Sequence[str],
+    place: Place | None,
+    compared: Sequence[str],
+    written: str,
+) -> list[str]:
+    notes = [written] if written else []
+    if any(len(r.done) > 1 for r in rows) and any(COLUMNS[c].what == METRIC for c in columns):
+        notes.append("Mean ± standard deviation over seeds.")
+    if compared:
+        found = [d for r in rows for c in compared if (d := results.difference(r, c)) is not None]
+        text = "Δ: against the row's baseline, ± half of its 95 % interval; bold: larger than the noise"
+        text += "; (?): one seed, so the noise is not known" if any(d.half is None for d in found) else ""
+        text += "; a row of one seed is taken to spread as the other" if any(d.assumed for d in found) else ""
+        notes.append(f"{text}.")
+    costs = [c for c in columns if COLUMNS[c].what == COST]
+    if costs and place is not None:
+        notes.append(f"Cost: measured on {place[2]}, {place[1]}.")
+        blank = [r.row.title for r in rows if r.done and all(r.cost(c, place) is None for c in costs)]
+        if blank:
+            notes.append(f"No cost for {', '.join(blank)}: not measured on the same machine and day.")
+    return notes
+
+
+def _row_notes(rows: Sequence[RowResult]) -> list[str]:
+    notes = []
+    for result in rows:
+        remarks = [f"left out: {result.left_out}"] if result.left_out else []
+        remarks += [f"failed: {reason}" for reason in result.reasons]
+        remarks += [result.row.note] if result.row.note else []
+        notes += [f"{result.row.title}: {remark}" for remark in remarks]
+    return notes
