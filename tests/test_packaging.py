@@ -51,10 +51,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_every_file(wheel: Path) -> None:
     held = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("gn_det/")}
     wanted = {p.relative_to(ROOT).as_posix() for p in (ROOT / "gn_det").rglob("*.*") if "__pycache__" not in p.parts}
-    wanted |= {
-        f"gn_det/{p.relative_to(ROOT).as_posix()}" for d in ("configs", "experiments") for p in (ROOT / d).iterdir()
-    }
-    assert held == {name for name in wanted if (ROOT / name).suffix != ".md"}
+    for folder in ("configs", "experiments"):
+        wanted |= {f"gn_det/{folder}/{p.name}" for p in (ROOT / folder).iterdir()}
+    assert held == {name for name in wanted if not name.endswith(".md")}
 
 
 def test_quickstart_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
@@ -62,14 +61,13 @@ def test_quickstart_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     pip = (sys.executable, "-m", "pip", "--quiet")
     run(*pip, "install", "--no-deps", "--no-index", "--target", site, wheel, cwd=tmp_path)
-    sets = {split: make_shapes(tmp_path, split, 4) for split in ("train", "val")}
-    keys = [
-        word for split, s in sets.items() for word in (f"{split}_JSON={s.json_file}", f"{split}_IMAGES={s.image_root}")
-    ]
-    keys = [f"DATASETS.{key.partition('=')[0].upper()}={key.partition('=')[2]}" for key in keys]
+    keys: list[str] = []
+    for split in ("train", "val"):
+        made = make_shapes(tmp_path, split, 4)
+        keys += [f"DATASETS.{split.upper()}_JSON", made.json_file, f"DATASETS.{split.upper()}_IMAGES", made.image_root]
     keys += ["SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "1", "TEST.DETECTIONS_PER_IMAGE", "2"]
     keys += ["MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", "0"]
     out = run(site / "bin" / "gn-det", "quickstart", "--engine", "embedded", *keys, cwd=tmp_path, path=site)
     assert "gn_det 99." in out and "box AP" in out
-    made = {p.name for p in (tmp_path / "output" / "quickstart").iterdir()}
-    assert {"model_best.pth", "predictions.png", "curves.png", "metrics.json"} <= made
+    written = {p.name for p in (tmp_path / "output" / "quickstart").iterdir()}
+    assert {"model_best.pth", "predictions.png", "curves.png", "metrics.json"} <= written
