@@ -6,10 +6,10 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+from gn_det.about import __version__
+
 if TYPE_CHECKING:
     from gn_det.api import Model, Result, load_model
-
-__version__ = "0.1.0"
 
 __all__ = ["Model", "Result", "__version__", "config_file", "load_model"]
 

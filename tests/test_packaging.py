@@ -41,8 +41,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, source)
-    init = source / "gn_det" / "__init__.py"
-    init.write_text(init.read_text(encoding="utf-8").replace('__version__ = "', '__version__ = "99.'), encoding="utf-8")
+    version = source / "gn_det" / "about.py"
+    text = version.read_text(encoding="utf-8").replace('__version__ = "', '__version__ = "99.')
+    version.write_text(text, encoding="utf-8")
     pip = (sys.executable, "-m", "pip", "--quiet")
     run(*pip, "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w", folder, source, cwd=folder)
     return next(folder.glob("*.whl"))

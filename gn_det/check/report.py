@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gn_det import __version__
+from gn_det.about import __version__
 from gn_det.check.audit import VISIBLE, Findings, Survey, Training
 from gn_det.check.decode import digest_of
 from gn_det.check.sizes import SizeTable, size_table

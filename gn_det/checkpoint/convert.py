@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-import gn_det
+from gn_det.about import __version__
 from gn_det.checkpoint.arch import architecture_of
 from gn_det.checkpoint.catalog import local_path, sha256_of, split_options
 from gn_det.checkpoint.fold import STEM, fold
@@ -162,7 +162,7 @@ def _block(source: StrPath, path: Path, weights: Weights, whole: bool) -> dict[s
     steps = list(earlier) if isinstance(earlier, (list, tuple)) else []
     return {
         **before,
-        "version": gn_det.__version__,
+        "version": __version__,
         "class_names": list(weights.class_names),
         "category_ids": list(before.get("category_ids", ())),
         "config": before.get("config", "") if whole else "",
@@ -201,4 +201,4 @@ def _write(target: Path, state: State, block: dict[str, Any], to: str, as_safete
         bare = not architecture_of({name: tuple(value.shape) for name, value in own.items()}).style
         # Detectron2 finds where bare names belong only when told to search.
         extra = {"matching_heuristics": True} if bare and STEM[-1] in own else {}
-        save_checkpoint(target, {"model": own, "__author__": f"gn_det {gn_det.__version__}", **extra, "gn_det": block})
+        save_checkpoint(target, {"model": own, "__author__": f"gn_det {__version__}", **extra, "gn_det": block})

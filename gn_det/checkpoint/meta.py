@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import gn_det
+from gn_det.about import __version__
 from gn_det.errors import WeightsError
 from gn_det.files import StrPath
 from gn_det.text import one_line
@@ -35,7 +35,7 @@ def build_meta(cfg: CfgNode, class_names: Sequence[str], category_ids: Sequence[
     if len(class_names) != len(category_ids):
         raise ValueError(f"{len(class_names)} class names but {len(category_ids)} category ids")
     return {
-        "version": gn_det.__version__,
+        "version": __version__,
         "class_names": [str(name) for name in class_names],
         "category_ids": [int(number) for number in category_ids],
         "config": dump_config(cfg),

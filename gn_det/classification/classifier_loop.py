@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import gn_det
+from gn_det.about import __version__
 from gn_det.checkpoint.io import save_checkpoint
 from gn_det.classification.image_sources import Batch, Input, Source
 from gn_det.classification.network import Classifier
@@ -253,7 +253,7 @@ def write_weights(path: Path, model: Classifier, settings: Settings, source: Sou
         **facts,
     }
     block = {
-        "version": gn_det.__version__,
+        "version": __version__,
         "class_names": [],
         "category_ids": [],
         "config": "",
@@ -267,7 +267,7 @@ def write_weights(path: Path, model: Classifier, settings: Settings, source: Sou
         },
         "provenance": [run],
     }
-    author = f"gn_det {gn_det.__version__}"
+    author = f"gn_det {__version__}"
     # Detectron2 finds where bare names belong only when told to search.
     save_checkpoint(path, {"model": state, "__author__": author, "matching_heuristics": True, "gn_det": block})
 

@@ -18,7 +18,7 @@ import torch
 import torchvision
 from torch.optim.lr_scheduler import LambdaLR
 
-import gn_det
+from gn_det.about import __version__
 from gn_det.checkpoint.io import read_checkpoint
 from gn_det.checkpoint.last import remove_leftovers
 from gn_det.classification.classifier_loop import (
@@ -369,7 +369,7 @@ def _summary(settings: Settings, done: Progressed, model: Classifier, weights: P
             "processes": dist.world_size(),
         },
         "versions": {
-            "gn_det": gn_det.__version__,
+            "gn_det": __version__,
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
             "python": platform.python_version(),

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
-from gn_det import __version__
+from gn_det.about import __version__
 from gn_det.cli.flags import Parser
 from gn_det.errors import UserError
 from gn_det.terminal import guarded

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from gn_det import __version__
+from gn_det.about import __version__
 from gn_det.engine.choice import INSTALL_PAGE, fix, installed_version
 from gn_det.text import as_line
 

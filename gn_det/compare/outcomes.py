@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-import gn_det
+from gn_det.about import __version__
 from gn_det.compare.columns import COLUMNS, COST, EXPECTED, METRIC
 from gn_det.compare.plan import Job, Plan
 from gn_det.compare.runner import DONE, FAILED, RESULTS_VERSION, MissingWeights, Record, Store, find
@@ -265,7 +265,7 @@ def as_json(results: Results, findings: Mapping[str, Sequence[str]], date: str) 
     """Everything, for machines."""
     suite = results.plan.suite
     rows = [_row_json(results, result, findings.get(result.row.id, ())) for result in results.rows]
-    return {"suite": suite.name, "title": suite.title, "gn_det": gn_det.__version__, "date": date, "rows": rows}
+    return {"suite": suite.name, "title": suite.title, "gn_det": __version__, "date": date, "rows": rows}
 
 
 def _row_json(results: Results, result: RowResult, findings: Sequence[str]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
-import gn_det
+from gn_det.about import __version__
 from gn_det.checkpoint.io import read_checkpoint
 from gn_det.checkpoint.last import remove_leftovers
 from gn_det.checkpoint.meta import read_meta
@@ -327,7 +327,7 @@ def _say_environment(engine: Engine, cfg: CfgNode) -> None:
     amp = f", {cfg.SOLVER.AMP.DTYPE} autocast" if cfg.SOLVER.AMP.ENABLED else ""
     logger.info(
         "gn_det %s, torch %s, python %s; %d process(es) on %s%s",
-        gn_det.__version__,
+        __version__,
         torch.__version__,
         platform.python_version(),
         dist.world_size(),

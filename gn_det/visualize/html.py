@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from gn_det import __version__
+from gn_det.about import __version__
 from gn_det.text import as_line, one_line
 from gn_det.visualize.colors import hex_color
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gn_det import __version__
+from gn_det.about import __version__
 from gn_det.cli import main
 from gn_det.cli import parse as parse_flags
 from gn_det.cli.flags import config_from_args
