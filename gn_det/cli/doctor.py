@@ -20,18 +20,8 @@ from gn_det.text import as_line
 
 #: The distributions that gn_det requires, as in setup.cfg.
 REQUIRED = (
-    *("torch", "torchvision", "fvcore", "iopath", "portalocker", "numpy", "pyyaml", "safetensors", "scipy", "pillow"),
-    *(
-        "pycocotools",
-        "faster-coco-eval",
-        "lightning",
-        "tensorboard",
-        "matplotlib",
-        "jinja2",
-        "shapely",
-        "tabulate",
-        "tqdm",
-    ),
+    *("torch", "torchvision", "fvcore", "iopath", "portalocker", "numpy", "pyyaml", "safetensors", "pillow"),
+    *("pycocotools", "faster-coco-eval", "tensorboard", "matplotlib", "jinja2", "shapely", "tabulate", "tqdm"),
 )
 #: Import names that are not the distribution's name with "_" for "-".
 _MODULES = {"pyyaml": "yaml", "pillow": "PIL"}

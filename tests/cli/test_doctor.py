@@ -82,10 +82,10 @@ def test_opencv_that_needs_a_display() -> None:
 
 
 def test_missing_and_mismatched_packages() -> None:
-    versions = {k: v for k, v in VERSIONS.items() if k != "lightning"}
-    errors = {"lightning": "ModuleNotFoundError: ...", "torchvision": "RuntimeError: operator torchvision::nms ..."}
+    versions = {k: v for k, v in VERSIONS.items() if k != "tensorboard"}
+    errors = {"tensorboard": "ModuleNotFoundError: ...", "torchvision": "RuntimeError: operator torchvision::nms ..."}
     broken = {f.what.split()[0]: f.fix for f in report(errors, versions) if f.mark == "broken"}
-    assert broken["lightning"] == "pip install lightning"
+    assert broken["tensorboard"] == "pip install tensorboard"
     assert "built for another torch than 2.9.0" in broken["torchvision"]
 
 
