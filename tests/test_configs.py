@@ -15,7 +15,7 @@ from torch import nn
 
 from gn_det import config_file
 from gn_det.config import load_config, shipped_configs
-from gn_det.engine.optim import build_optimizer
+from gn_det.engine.optimizer import build_optimizer
 from gn_det.modeling.build import build_model
 
 NORMS = (nn.GroupNorm, nn.BatchNorm2d, nn.SyncBatchNorm, nn.LayerNorm)

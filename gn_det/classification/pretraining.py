@@ -194,7 +194,7 @@ def _train(settings: Settings, resume: bool) -> dict[str, Any]:
     if done.epochs < plan.epochs:
         hooks = [Schedule(), metrics, epochs]
         loop = ClassifierLoop(state, parallel(loss), hooks, total=plan.total, images=images, autocast=autocast)
-        loop.run(_batches(settings, source, plan, done.epochs))
+        loop.run(partial(_batches, settings, source, plan, done.epochs))
     weights = folder / FINAL
     summary = _summary(settings, done, model, weights, device)
     if dist.rank() == 0:

@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
     chosen = choice.choose(args.engine)
     cfg = flags.config_from_args(args, chosen.name)
     engine = choice.load(chosen)
-    from gn_det.engine import commands
+    from gn_det.engine.run import evaluate
 
-    commands.evaluate(engine, cfg)
+    evaluate(cfg, engine)
     return 0

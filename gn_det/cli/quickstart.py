@@ -39,13 +39,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from gn_det.config import load_config
     from gn_det.data.sets import load_first_test_set
-    from gn_det.engine import commands
+    from gn_det.engine.run import train
     from gn_det.visualize.plots import draw_curves
 
     folder = Path(args.output)
     cfg = load_config("quickstart.yaml", ["OUTPUT_DIR", args.output, *args.overrides])
     started = time.perf_counter()
-    results = commands.train(choice.load(choice.choose(args.engine)), cfg, overwrite=True)
+    results = train(cfg, choice.load(choice.choose(args.engine)), overwrite=True)
     minutes = (time.perf_counter() - started) / 60
     weights, curves, pictures = folder / "model_best.pth", folder / "curves.png", folder / "predictions.png"
     if not weights.is_file():

@@ -31,16 +31,16 @@ def run(args: argparse.Namespace) -> int:
     chosen = choice.choose(args.engine)
     cfg = flags.config_from_args(args, chosen.name)
     engine = choice.load(chosen)
-    from gn_det.engine import commands
+    from gn_det.engine import run as runs
 
     if args.dry_run:
-        commands.dry_run(engine, cfg, num_gpus=args.num_gpus, num_machines=args.num_machines)
+        runs.dry_run(cfg, engine, num_gpus=args.num_gpus, num_machines=args.num_machines)
     elif args.eval_only:
-        commands.evaluate(engine, cfg, num_gpus=args.num_gpus)
+        runs.evaluate(cfg, engine, num_gpus=args.num_gpus)
     else:
-        commands.train(
-            engine,
+        runs.train(
             cfg,
+            engine,
             resume=args.resume,
             overwrite=args.overwrite,
             num_gpus=args.num_gpus,

@@ -22,8 +22,8 @@ from gn_det.classification import Settings, pretrain
 from gn_det.compare.columns import AP_METRICS
 from gn_det.compare.plan import Job, build_empty
 from gn_det.config import parse_config
-from gn_det.engine import commands
-from gn_det.engine.interface import Engine
+from gn_det.engine import run
+from gn_det.engine.engines import Engine
 from gn_det.engine.log import LOG_FILE
 from gn_det.engine.output import FINAL, METRICS
 from gn_det.errors import TrainingError
@@ -83,7 +83,7 @@ class Trainer:
         cfg.defrost()
         cfg.OUTPUT_DIR = str(folder)
         cfg.MODEL.WEIGHTS = weights or cfg.MODEL.WEIGHTS
-        results = commands.train(self.engine, cfg, resume=True, num_gpus=self.num_gpus)
+        results = run.train(cfg, self.engine, resume=True, num_gpus=self.num_gpus)
         return self._measured(job, cfg, folder, results) if self.measuring else Outcome({})
 
     def _pretrain(self, job: Job, folder: Path) -> Outcome:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import detectron2
 import detectron2.modeling
@@ -16,6 +16,7 @@ from gn_det.detectron2.config import add_gn_config, check_device, trainer_keys_a
 from gn_det.detectron2.conversion import Inputs, detector
 from gn_det.detectron2.steps import Storage, build_optimizer
 from gn_det.engine.choice import Choice, load
+from gn_det.engine.engines import Engine
 from gn_det.structures import Detections, Sample
 
 if TYPE_CHECKING:
@@ -28,11 +29,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Detectron2Engine:
-    """See :class:`gn_det.engine.interface.Engine`."""
+class Detectron2Engine(Engine):
+    """See :class:`gn_det.engine.engines.Engine`."""
 
-    why: str = ""
-    name: str = "detectron2"
+    name: ClassVar[str] = "detectron2"
 
     def __reduce__(self) -> Any:
         # another process imports Detectron2 as this one did: quietly

@@ -17,9 +17,8 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.evaluation.testing import flatten_results_dict
 from torch import nn
 
-from gn_det.checkpoint.last import last_name, remove_leftovers
+from gn_det.checkpoint.last import last_name
 from gn_det.checkpoint.meta import build_meta
-from gn_det.config import dump_config
 from gn_det.detectron2.config import (
     check_for_trainer,
     has_gn_keys,
@@ -39,17 +38,23 @@ from gn_det.detectron2.steps import (
     train_quietly,
 )
 from gn_det.engine import dist
-from gn_det.engine.advice import explain_oom, short_for_scratch
-from gn_det.engine.commands import check_freeze, check_metric, describe_model, load_initial
+from gn_det.engine.advice import explain_oom
+from gn_det.engine.detector_loop import first_batch, make_loop
 from gn_det.engine.evaluator import evaluate_model, verify_expected
-from gn_det.engine.fit import first_batch, make_loop
 from gn_det.engine.log import run_log
 from gn_det.engine.loop import Loop, parallel
-from gn_det.engine.output import alone_in, check_space, check_writable, refuse_old_run, start_afresh
-from gn_det.engine.prepare import Prepared, prepare
+from gn_det.engine.output import alone_in, check_writable, refuse_old_run
+from gn_det.engine.run import (
+    Prepared,
+    check_freeze,
+    check_metric,
+    describe_model,
+    load_initial,
+    prepare,
+    prepare_folder,
+)
 from gn_det.engine.state import ModelMeta, Resume, TrainState, find_resume, restore
 from gn_det.errors import ConfigError, TrainingError
-from gn_det.files import atomic_write
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -148,9 +153,7 @@ class Trainer(DefaultTrainer):
             if self._point is None:
                 self._refuse_old_run()
                 check_freeze(cfg)
-                load_initial(cfg, self._state.model)
-                if short_for_scratch(cfg, self._prepared.data.images):
-                    logger.warning(short_for_scratch(cfg, self._prepared.data.images))
+                load_initial(cfg, self._state.model, self._prepared.data.images)
             else:
                 restore(self._point, self._state, cfg)
             self.start_iter = self._state.iteration + 1
@@ -176,7 +179,7 @@ class Trainer(DefaultTrainer):
         cfg = self._run_cfg
         with alone_in(self._folder), self._log():
             dist.on_first_rank(self._check_still_there)
-            self._prepare_folder()
+            prepare_folder(cfg, self._state.model, fresh=self._point is None)
             evaluate = self._evaluate if self._prepared.data.test or self._own_results() else None
             own_clip = clipped_by_detectron2(cfg)
             loop = make_loop(
@@ -198,7 +201,7 @@ class Trainer(DefaultTrainer):
 
     def _run(self, loop: Loop) -> None:
         if loop.last:  # an evaluation may be owed
-            return loop.run(())
+            return loop.run(tuple)
         batches = self._trainer.data_loader
         if isinstance(batches, _OwnBatches):
             batches.start, batches.seed = first_batch(self._run_cfg, self._state), self._state.seed
@@ -216,16 +219,6 @@ class Trainer(DefaultTrainer):
                 TrainerBase.train(self, self.start_iter, self.max_iter)
         finally:
             self._hooks = hooks
-
-    def _prepare_folder(self) -> None:
-        if dist.rank() != 0:
-            return
-        fresh = self._point is None
-        remove_leftovers(self._folder)
-        check_space(self._folder, self._state.model, replaced=fresh)
-        if fresh:
-            start_afresh(self._folder, keep=self.cfg.MODEL.WEIGHTS)
-        atomic_write(self._folder / "config.yaml", dump_config(self._run_cfg))
 
     def _evaluate(self, model: nn.Module, on_progress: Any) -> Mapping[str, float]:
         if self._own_results():

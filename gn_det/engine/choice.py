@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from gn_det.errors import UserError
 
 if TYPE_CHECKING:
-    from gn_det.engine.interface import Engine
+    from gn_det.engine.engines import Engine
 
 INSTALL_PAGE = "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
 
@@ -91,9 +91,9 @@ def load(choice: Choice) -> Engine:
             page and the way around it.
     """
     if choice.name == "embedded":
-        from gn_det.engine.embedded import EmbeddedEngine
+        from gn_det.engine.engines import Engine
 
-        return EmbeddedEngine(choice.why)
+        return Engine(choice.why)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Detectron2 still uses what torch has deprecated

@@ -105,11 +105,16 @@ class Loop:
 
     # ------------------------------------------------------------ the run
 
-    def run(self, batches: Iterable[Any]) -> None:
-        """Train on ``batches`` up to ``total`` iterations, or until a hook ends it; nothing is read ahead."""
-        self.batches = iter(batches)
+    def run(self, make_batches: Callable[[], Iterable[Any]]) -> None:
+        """Train up to ``total`` iterations, or until a hook ends it.
+
+        Args:
+            make_batches: called where there is something to train; gives at least the micro-batches that are needed.
+        """
         try:
             self.begin()
+            if not (self.last or self.stopping):
+                self.batches = iter(make_batches())
             for _ in range(self.state.iteration + 1, self.total):
                 if self.stopping:
                     break

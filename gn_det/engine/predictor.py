@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fvcore.common.config import CfgNode
     from torch import nn
 
-    from gn_det.engine.interface import Engine
+    from gn_det.engine.engines import Engine
 
 #: Name of the json beside the drawings.
 PREDICTIONS_FILE = "predictions.json"

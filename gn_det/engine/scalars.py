@@ -202,16 +202,17 @@ class Metrics(Hook):
         self.lowest: tuple[float, int] | None = None
         self._warned, self._terminal = False, terminal
         self._progress: Progress | None = None
-        self._mark, self._first = 0.0, 0
+        self._mark, self._first, self._records = 0.0, 0, False
 
     def before_train(self, loop: Loop) -> None:
         self._mark, self._first = time.perf_counter(), loop.state.iteration + 1
-        if dist.rank() == 0:
+        self._records = dist.rank() == 0
+        if self._records:
             self._progress = Progress(self._first, loop.total, period=WINDOW, terminal=self._terminal)
 
     def after_step(self, loop: Loop) -> None:
         loop.scalars |= getattr(loop.state.model, "pop_metrics", dict)()
-        if dist.rank() != 0:
+        if not self._records:
             return
         log, iteration = self.log, loop.state.iteration
         log.put("data_time", loop.data_time, iteration)
@@ -235,7 +236,7 @@ class Metrics(Hook):
         self.write()  # now: the log keeps only the latest evaluation
 
     def end_step(self, loop: Loop) -> None:
-        if dist.rank() == 0:
+        if self._records:
             self._take_scalars(loop)
             if (loop.state.iteration + 1) % WINDOW == 0 or loop.last or loop.stopping:
                 self.write()

@@ -12,7 +12,7 @@ from gn_det.compare.outcomes import Results, collect
 from gn_det.compare.plan import Job, Plan, make_plan
 from gn_det.compare.runner import Runner, Store
 from gn_det.compare.suite import parse_suite
-from gn_det.engine.embedded import EmbeddedEngine
+from gn_det.engine.engines import Engine
 
 
 def pretrain_row(identity: str, **keys: Any) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def pretrain_row(identity: str, **keys: Any) -> dict[str, Any]:
 def plan_of(rows: list[dict[str, Any]], seeds: int | None = None, **keys: Any) -> Plan:
     """Without sample pictures: made-up weights draw none."""
     content = {"name": "case", "rows": rows, "samples": {"images": 0}, **keys}
-    return make_plan(parse_suite(content, "case.yaml"), EmbeddedEngine(), seeds=seeds)
+    return make_plan(parse_suite(content, "case.yaml"), Engine(), seeds=seeds)
 
 
 class Fake:

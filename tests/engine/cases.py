@@ -126,9 +126,9 @@ def run(
     hooks: Any = (),
     seed: int = 7,
 ) -> dict[str, float]:
-    """:func:`gn_det.engine.fit.fit` on the stand-ins; returns its results."""
-    from gn_det.engine.embedded import EmbeddedEngine
-    from gn_det.engine.fit import fit
+    """:func:`gn_det.engine.detector_loop.fit` on the stand-ins; returns its results."""
+    from gn_det.engine.detector_loop import fit
+    from gn_det.engine.engines import Engine
     from gn_det.engine.state import ModelMeta, find_resume, seed_everything
 
     cfg = tiny_cfg(folder, overrides, max_iter=max_iter)
@@ -139,7 +139,7 @@ def run(
     if resume:
         torch.manual_seed(12345)  # whatever happened before must not matter
     return fit(
-        EmbeddedEngine(),
+        Engine(),
         cfg,
         model=model,
         make_loader=make_loader or loader_factory(cfg.SOLVER.IMS_PER_BATCH // cfg.SOLVER.ACCUMULATE),

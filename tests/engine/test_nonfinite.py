@@ -11,11 +11,11 @@ from torch import nn
 from gn_det.checkpoint.io import read_checkpoint
 from gn_det.config import load_config
 from gn_det.data.shapes import make_shapes
-from gn_det.engine import embedded as engine
+from gn_det.engine import run as engine
 from gn_det.engine.nonfinite import find_origin, main, replay
 from gn_det.errors import TrainingError, WeightsError
 from tests.engine.cases import Tiny, run
-from tests.engine.test_embedded import SMALL
+from tests.engine.test_run import SMALL
 
 
 class Overflows(nn.Module):

@@ -17,7 +17,7 @@ import pytest
 from gn_det.checkpoint.io import save_checkpoint
 from gn_det.checkpoint.last import last_name, prune, read_last, write_last
 from gn_det.cli import main
-from gn_det.engine import commands, output
+from gn_det.engine import output, run
 from gn_det.engine.log import run_log
 from gn_det.engine.loggers import JsonWriter
 from gn_det.engine.output import LOCK, InUse, alone_in, check_output_name
@@ -169,16 +169,15 @@ def test_second_run_looks_again_before_it_replaces_an_earlier_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two runs start in an empty folder: the one that waited must not delete what the first one wrote meanwhile."""
-    from gn_det.engine.embedded import EmbeddedEngine
     from tests.engine.cases import tiny_cfg
 
     def finished_meanwhile(*args: Any, **kwargs: Any) -> Any:
         (tmp_path / "model_final.pth").write_bytes(b"of the first run")
         return args[0](*args[1])
 
-    monkeypatch.setattr(commands.dist, "launch", finished_meanwhile)
+    monkeypatch.setattr(run.dist, "launch", finished_meanwhile)
     with pytest.raises(TrainingError, match="holds 1 checkpoint"):
-        commands.train(EmbeddedEngine(), tiny_cfg(tmp_path))
+        run.train(tiny_cfg(tmp_path))
     assert (tmp_path / "model_final.pth").read_bytes() == b"of the first run"
 
 

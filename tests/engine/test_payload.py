@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gn_det.checkpoint.io import read_checkpoint, save_checkpoint
-from gn_det.engine.optim import build_optimizer
+from gn_det.engine.optimizer import build_optimizer
 from gn_det.engine.payload import restore_slots
 from gn_det.engine.schedule import build_lr_scheduler
 from gn_det.engine.state import Resume, TrainState, capture_rng, find_resume, restore

@@ -11,7 +11,7 @@ import torch
 
 from gn_det import config_file
 from gn_det.config import get_cfg, load_config
-from gn_det.engine.optim import build_optimizer
+from gn_det.engine.optimizer import build_optimizer
 from gn_det.engine.schedule import (
     build_lr_scheduler,
     format_schedule,

@@ -21,7 +21,7 @@ from detectron2.config import get_cfg as detectron2_cfg
 from detectron2.solver import build_optimizer as build_detectron2_optimizer
 
 from gn_det.config import get_cfg
-from gn_det.engine.optim import build_optimizer
+from gn_det.engine.optimizer import build_optimizer
 from gn_det.modeling import build_model
 from tests.equality.pairs import Pair, make_pair
 from tests.equality.table import FAMILIES

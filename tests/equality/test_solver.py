@@ -20,7 +20,7 @@ from torch import nn
 
 from gn_det import config_file
 from gn_det.config import get_cfg, load_config
-from gn_det.engine.optim import build_optimizer, clip_gradients
+from gn_det.engine.optimizer import build_optimizer, clip_gradients
 from gn_det.engine.schedule import build_lr_scheduler, lr_multiplier, scale_schedule
 from tests.engine.cases import SCHEDULES, Tiny
 from tests.equality.table import SHIPPED

@@ -18,7 +18,7 @@ from gn_det.cli.compare import resolve_suite, shipped_suites
 from gn_det.compare.plan import Plan, make_plan
 from gn_det.compare.suite import DETECT, load_suite
 from gn_det.detectron2.engine import Detectron2Engine
-from gn_det.engine.embedded import EmbeddedEngine
+from gn_det.engine.engines import Engine
 from tests.golden.model_cases import BATCHES, NUM_CLASSES
 
 pytestmark = pytest.mark.detectron2
@@ -28,7 +28,7 @@ SMALL = load_suite(resolve_suite("small"))
 
 @pytest.fixture(scope="module")
 def plan() -> Plan:
-    return make_plan(SMALL, EmbeddedEngine())
+    return make_plan(SMALL, Engine())
 
 
 @pytest.mark.parametrize("row", [row.id for row in SMALL.rows if row.kind == DETECT])
@@ -38,7 +38,7 @@ def test_a_row_of_small_gives_the_same_numbers(row: str, plan: Plan) -> None:
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = NUM_CLASSES
     pair = []
-    for engine in (EmbeddedEngine(), Detectron2Engine()):
+    for engine in (Engine(), Detectron2Engine()):
         torch.manual_seed(4)
         pair.append(engine.build_model(cfg.clone()))
     ours, theirs = (model.state_dict() for model in pair)

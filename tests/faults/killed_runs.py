@@ -36,7 +36,7 @@ def train_alone(folder: Path, engine: Any, data: Any, workers: int, *, resume: b
 
     from gn_det.checkpoint.last import remove_leftovers
     from gn_det.data.loader import build_train_loader
-    from gn_det.engine.fit import fit
+    from gn_det.engine.detector_loop import fit
     from gn_det.engine.state import ModelMeta, find_resume, seed_everything
     from tests.engine.cases import Tiny, tiny_cfg
 
@@ -142,7 +142,7 @@ def main(folder: Path, name: str, workers: list[int], kills: int, seed: int) -> 
 
     torch.set_num_threads(1)
     engine = engines.load(engines.Choice(name, ""))
-    import gn_det.engine.fit  # noqa: F401
+    import gn_det.engine.detector_loop  # noqa: F401
 
     data = load_coco(make_shapes(folder / "shapes", "train", 14), max_bad=0)
     whole, cut = folder / "whole", folder / "cut"

@@ -97,7 +97,7 @@ def _evaluate(model: Any, on_progress: Any) -> dict[str, float]:
 
 
 def _nth_write(case: Case) -> None:
-    import gn_det.engine.fit  # noqa: F401
+    import gn_det.engine.detector_loop  # noqa: F401
     import tests.engine.cases  # noqa: F401  # once, for all forks
 
     whole = case.folder / "whole"

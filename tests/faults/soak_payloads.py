@@ -210,7 +210,7 @@ class _Resume:
         self.lines = (folder / "metrics.json").read_text()
 
     def fresh(self) -> tuple[Any, ...]:
-        from gn_det.engine.optim import build_optimizer
+        from gn_det.engine.optimizer import build_optimizer
         from gn_det.engine.schedule import build_lr_scheduler
 
         (self.path.parent / "metrics.json").write_text(self.lines)
@@ -229,7 +229,8 @@ class _Resume:
 
     def go_on(self, state: Any, point: Any) -> None:
         """Two iterations, with what is recorded and written after them."""
-        from gn_det.engine import fit, hooks
+        from gn_det.engine import detector_loop as fit
+        from gn_det.engine import hooks
         from gn_det.engine.hooks import Schedule
         from gn_det.engine.scalars import Metrics, progress_line
         from gn_det.engine.state import ModelMeta
@@ -241,7 +242,7 @@ class _Resume:
         loop = fit.make_loop(self.cfg, state, state.model, [Schedule()], meta, None, point, terminal=False)
         loop.total = state.iteration + 3
         loop.hooks = [h for h in loop.hooks if not isinstance(h, hooks.Checkpoint)]
-        loop.run(loader_factory(4)(fit.first_batch(self.cfg, state), state.seed))
+        loop.run(lambda: loader_factory(4)(fit.first_batch(self.cfg, state), state.seed))
         (log,) = (h.log for h in loop.hooks if isinstance(h, Metrics))
         line = progress_line(log, state.iteration)
         assert line.isprintable() and len(line) < 10_000, line[:200]
@@ -296,8 +297,8 @@ class _Weights:
 
     def read(self, parts: tuple[Any, ...]) -> Callable[[], None]:
         from gn_det.checkpoint.meta import config_of_checkpoint
-        from gn_det.engine.commands import _classes_of
         from gn_det.engine.predictor import load_predictor
+        from gn_det.engine.run import _classes_of
 
         outer = self
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from gn_det.checkpoint.meta import build_meta
 from gn_det.engine import dist
 from gn_det.engine.advice import explain_oom
+from gn_det.engine.engines import Engine
 from gn_det.engine.hooks import Average, Checkpoint, Evaluate, Evaluator, Schedule, Signals, TimeLimit
-from gn_det.engine.interface import Engine
 from gn_det.engine.loggers import JsonWriter, Logger, TensorBoardWriter
 from gn_det.engine.loop import Hook, Loop, make_scaler, parallel
-from gn_det.engine.optim import clip_gradients
+from gn_det.engine.optimizer import clip_gradients
 from gn_det.engine.output import METRICS, trim_metrics
 from gn_det.engine.scalars import Metrics
 from gn_det.engine.schedule import images_per_rank
@@ -64,7 +64,7 @@ def fit(
         WeightsError: the checkpoint does not fit.
     """
     torch.backends.cudnn.benchmark = bool(cfg.CUDNN_BENCHMARK)
-    model.train().to(local_device(dist.resolve_device(cfg.MODEL.DEVICE)))
+    model.train().to(local_device(cfg))
     optimizer = engine.build_optimizer(cfg, model)
     state = TrainState(model, optimizer, engine.build_scheduler(cfg, optimizer), seed)
     if resume is not None:
@@ -72,11 +72,8 @@ def fit(
     first = [*engine.hooks(), Schedule()]
     loop = make_loop(cfg, state, parallel(model), [*first, *hooks], meta, evaluate, resume, terminal=terminal)
 
-    def batches() -> Iterator[Any]:  # the loader is built when the first batch is asked for
-        yield from engine.inputs(make_loader(first_batch(cfg, state), state.seed))
-
     with explain_oom(cfg, loop):
-        loop.run(batches())
+        loop.run(lambda: engine.inputs(make_loader(first_batch(cfg, state), state.seed)))
     return state.results
 
 
@@ -145,8 +142,9 @@ def first_batch(cfg: CfgNode, state: TrainState) -> int:
     return state.images_seen // (images_per_rank(cfg, dist.world_size()) * dist.world_size())
 
 
-def local_device(device: str) -> str:
-    """``device`` with the number of this process's GPU."""
+def local_device(cfg: CfgNode) -> str:
+    """``MODEL.DEVICE`` with the number of this process's GPU."""
+    device = dist.resolve_device(cfg.MODEL.DEVICE)
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and dist.world_size() > 1 else device
 
 

@@ -15,7 +15,7 @@ from gn_det.engine import hooks
 from gn_det.engine.hooks import Interrupted, TimeLimit
 from gn_det.engine.state import WeightAverage
 from tests.engine.cases import Tiny, loader_factory, run
-from tests.engine.test_fit import lines, same, stop_at, weights
+from tests.engine.test_detector_loop import lines, same, stop_at, weights
 
 EMA = ["SOLVER.EMA.ENABLED", True, "SOLVER.EMA.DECAY", 0.6, "TEST.EVAL_PERIOD", 4]
 

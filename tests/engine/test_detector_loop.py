@@ -16,7 +16,7 @@ from torch import nn
 
 from gn_det.engine.hooks import Interrupted
 from gn_det.engine.loop import Hook, Loop
-from gn_det.engine.optim import build_optimizer
+from gn_det.engine.optimizer import build_optimizer
 from gn_det.engine.schedule import lr_multiplier
 from gn_det.errors import TrainingError
 from tests.engine.cases import Tiny, batch, loader_factory, run, tiny_cfg

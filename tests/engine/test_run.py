@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gn_det.config import load_config
-from gn_det.engine import embedded as engine
+from gn_det.engine import run as engine
 from gn_det.errors import ConfigError, DataError, TrainingError, WeightsError
 
 SMALL = [

@@ -11,7 +11,7 @@ from torch import nn
 
 from gn_det.config import get_cfg
 from gn_det.engine.loop import Loop
-from gn_det.engine.optim import build_optimizer, clip_gradients, format_groups, group_rows
+from gn_det.engine.optimizer import build_optimizer, clip_gradients, format_groups, group_rows
 from gn_det.engine.state import TrainState
 from gn_det.errors import ConfigError
 from tests.engine.cases import Tiny
@@ -97,7 +97,7 @@ def test_the_rate_of_most_tensors_is_the_one_that_is_logged() -> None:
     optimizer = torch.optim.SGD([{"params": few, "lr": 0.3}, {"params": many, "lr": 0.2}], lr=0.1)
     state = TrainState(nn.Linear(1, 1), optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0))
     loop = Loop(state, lambda batch: {"loss": many[0].sum()}, total=1)
-    loop.run([None])
+    loop.run(lambda: [None])
     assert loop.lr == 0.2
 
 
@@ -113,5 +113,5 @@ def test_waiting_for_data_and_losses_of_micro_batches() -> None:
             yield value
 
     loop = Loop(state, lambda value: {"loss": model.bias.sum() * 0 + value}, total=1, accumulate=2)
-    loop.run(slow())
+    loop.run(slow)
     assert loop.losses == {"loss": 2.0} and 0.1 <= loop.data_time < 0.5 and state.iteration == 0

@@ -1,4 +1,4 @@
-"""Train, evaluate, or only show what would be done: the three things the command line asks for.
+"""Train, evaluate, or only show what would be done, as the command line does.
 
 ``train`` and ``evaluate`` start processes where several GPUs are asked for; what follows happens in each of them.
 """
@@ -9,7 +9,9 @@ import logging
 import os
 import platform
 import re
-from collections.abc import Mapping, Sequence
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,34 +24,33 @@ from gn_det.about import __version__
 from gn_det.checkpoint.io import read_checkpoint
 from gn_det.checkpoint.last import remove_leftovers
 from gn_det.checkpoint.meta import read_meta
+from gn_det.checkpoint.weights import format_report, load_weights
 from gn_det.config import dump_config
+from gn_det.data.loader import build_train_loader
+from gn_det.data.sets import RunData, estimate_sizes, load_run_data, load_test_sets
+from gn_det.data.workers import worker_failure
 from gn_det.engine import dist
 from gn_det.engine.advice import half_gn, short_for_scratch
-from gn_det.engine.interface import Engine
+from gn_det.engine.detector_loop import fit, local_device
+from gn_det.engine.engines import Engine
+from gn_det.engine.evaluator import evaluate_model, verify_expected
 from gn_det.engine.log import FILE_ONLY, run_log
 from gn_det.engine.loop import Hook
-from gn_det.engine.optim import format_groups, group_rows
-from gn_det.engine.output import (
-    alone_in,
-    check_output_name,
-    check_space,
-    check_writable,
-    refuse_old_run,
-    start_afresh,
-)
-from gn_det.engine.prepare import prepare, with_classes
-from gn_det.engine.schedule import format_schedule, lr_multiplier, scale_schedule
-from gn_det.engine.state import ModelMeta, find_resume
+from gn_det.engine.optimizer import format_groups, group_rows
+from gn_det.engine.output import alone_in, check_output_name, check_space, check_writable, refuse_old_run, start_afresh
+from gn_det.engine.schedule import format_schedule, images_per_rank, lr_multiplier, scale_schedule
+from gn_det.engine.state import ModelMeta, find_resume, seed_everything
 from gn_det.errors import ConfigError, WeightsError
 from gn_det.files import atomic_write
+from gn_det.modeling.census import format_census, norm_census
 from gn_det.text import as_line
 
 logger = logging.getLogger(__name__)
 
 
 def train(
-    engine: Engine,
     cfg: CfgNode,
+    engine: Engine | None = None,
     *,
     resume: bool = False,
     overwrite: bool = False,
@@ -62,9 +63,9 @@ def train(
     """Train as ``cfg`` says and evaluate; everything is written to ``OUTPUT_DIR``.
 
     Args:
-        engine: what trains.
         cfg: from :func:`gn_det.config.load_config`; not changed.
-        resume: go on from the newest checkpoint of OUTPUT_DIR; where there is none, start.
+        engine: what builds and feeds the model; None is the embedded engine.
+        resume: continue from the newest checkpoint of OUTPUT_DIR; where there is none, start.
         overwrite: allow OUTPUT_DIR to hold an earlier run: its checkpoints are deleted, its metrics.json moved aside.
         hooks: your own, see :class:`gn_det.engine.loop.Hook`; with several processes they travel there by pickle.
         num_gpus: processes on this machine, one GPU each (on a CPU: plain processes).
@@ -83,18 +84,19 @@ def train(
     folder = check_writable(cfg.OUTPUT_DIR)
     if not resume:
         refuse_old_run(folder, overwrite=overwrite)
-    return dist.launch(
+    result: dict[str, float] = dist.launch(
         _train_rank,
-        (engine, cfg, resume, overwrite, hooks),
+        (cfg, engine or Engine(), resume, overwrite, hooks),
         device=device,
         num_gpus=num_gpus,
         num_machines=num_machines,
         machine_rank=machine_rank,
         dist_url=dist_url,
     )
+    return result
 
 
-def evaluate(engine: Engine, cfg: CfgNode, *, num_gpus: int = 1) -> dict[str, float]:
+def evaluate(cfg: CfgNode, engine: Engine | None = None, *, num_gpus: int = 1) -> dict[str, float]:
     """Evaluate ``MODEL.WEIGHTS`` on the test sets; returns what :func:`train` returns.
 
     Raises:
@@ -103,23 +105,25 @@ def evaluate(engine: Engine, cfg: CfgNode, *, num_gpus: int = 1) -> dict[str, fl
     if not cfg.MODEL.WEIGHTS:
         raise ConfigError("MODEL.WEIGHTS is empty; give the checkpoint to evaluate (--weights output/model_best.pth)")
     check_writable(cfg.OUTPUT_DIR)
-    return dist.launch(_evaluate_rank, (engine, cfg), device=dist.resolve_device(cfg.MODEL.DEVICE), num_gpus=num_gpus)
+    device = dist.resolve_device(cfg.MODEL.DEVICE)
+    result: dict[str, float] = dist.launch(
+        _evaluate_rank, (cfg, engine or Engine()), device=device, num_gpus=num_gpus
+    )  # fmt: skip
+    return result
 
 
-def dry_run(engine: Engine, cfg: CfgNode, *, num_gpus: int = 1, num_machines: int = 1) -> None:
+def dry_run(cfg: CfgNode, engine: Engine | None = None, *, num_gpus: int = 1, num_machines: int = 1) -> None:
     """Print what a run would be: config, model, optimizer, schedule, data sets; needs neither data nor weights.
 
     Raises:
         ConfigError: the configuration contradicts itself.
         TrainingError: OUTPUT_DIR cannot be a folder.
     """
-    from gn_det.data.sets import estimate_sizes
-
+    engine = engine or Engine()
     check_output_name(cfg.OUTPUT_DIR)
     with run_log(None, times=False):
         sizes = estimate_sizes(cfg)
-        logger.info(format_engine(engine))
-        for line in sizes.lines:
+        for line in (str(engine), *sizes.lines):
             logger.info("%s", line)
         world = int(os.environ["WORLD_SIZE"]) if dist.under_torchrun() else num_gpus * num_machines
         written = format_schedule(cfg, sizes.images)
@@ -128,16 +132,14 @@ def dry_run(engine: Engine, cfg: CfgNode, *, num_gpus: int = 1, num_machines: in
         logger.info("Resolved configuration\n%s", _indent(dump_config(cfg, implemented_only=engine.name == "embedded")))
         check_metric(cfg)
         check_freeze(cfg, strict=False)
-        model = engine.build_model(cfg)
-        describe_model(cfg, model)
+        describe_model(cfg, engine.build_model(cfg))
         if sentences:
             logger.info("As configured\n%s", _indent(written))
         for sentence in sentences:
-            logger.info(sentence)
+            logger.info("%s", sentence)
         logger.info("As it would run here\n%s", _indent(format_schedule(cfg, sizes.images, world)))
         lr_multiplier(cfg)
-        if short_for_scratch(cfg, sizes.images):
-            logger.warning(short_for_scratch(cfg, sizes.images))
+        _warn_if_short(cfg, sizes.images)
         weights, output = as_line(cfg.MODEL.WEIGHTS) or "none (from scratch)", as_line(cfg.OUTPUT_DIR)
         logger.info("Weights: %s\nOutput: %s\nDry run: nothing was trained or written.", weights, output)
 
@@ -149,27 +151,23 @@ def _indent(text: str) -> str:
 # ------------------------------------------------------------ in each process
 
 
-def _train_rank(engine: Engine, cfg: CfgNode, resume: bool, overwrite: bool, hooks: Sequence[Hook]) -> dict[str, float]:
-    from gn_det.data.workers import worker_failure
-
+def _train_rank(cfg: CfgNode, engine: Engine, resume: bool, overwrite: bool, hooks: Sequence[Hook]) -> dict[str, float]:
     with alone_in(cfg.OUTPUT_DIR), run_log(cfg.OUTPUT_DIR, rank=dist.rank()):
         try:
             if not resume and not overwrite:  # again: a run may have ended since
                 dist.on_first_rank(partial(refuse_old_run, Path(cfg.OUTPUT_DIR), overwrite=False))
-            return _train(engine, cfg, resume, hooks)
+            return _train(cfg, engine, resume, hooks)
         except Exception as error:
             failure = worker_failure(error) if isinstance(error, RuntimeError) else None
-            _note_in_file(failure or error)
+            # into log.txt alone: the command line shows it by itself
+            logger.error("stopped: %s", failure or error, extra=FILE_ONLY)
             if failure is not None:
                 raise failure from error
             raise
 
 
-def _train(engine: Engine, cfg: CfgNode, resume: bool, hooks: Sequence[Hook]) -> dict[str, float]:
-    from gn_det.engine.evaluator import evaluate_model, verify_expected
-    from gn_det.engine.fit import fit
-
-    _say_environment(engine, cfg)
+def _train(cfg: CfgNode, engine: Engine, resume: bool, hooks: Sequence[Hook]) -> dict[str, float]:
+    _log_environment(cfg, engine)
     point = find_resume(cfg.OUTPUT_DIR) if resume else None
     if point is None:
         check_freeze(cfg)
@@ -178,15 +176,8 @@ def _train(engine: Engine, cfg: CfgNode, resume: bool, hooks: Sequence[Hook]) ->
     model = engine.build_model(cfg)
     describe_model(cfg, model)
     if point is None:
-        load_initial(cfg, model)
-        if short_for_scratch(cfg, data.images):
-            logger.warning(short_for_scratch(cfg, data.images))
-    if dist.rank() == 0:
-        remove_leftovers(cfg.OUTPUT_DIR)
-        check_space(Path(cfg.OUTPUT_DIR), model, replaced=point is None)
-        if point is None:
-            start_afresh(Path(cfg.OUTPUT_DIR), keep=cfg.MODEL.WEIGHTS)
-        atomic_write(Path(cfg.OUTPUT_DIR) / "config.yaml", dump_config(cfg))
+        load_initial(cfg, model, data.images)
+    prepare_folder(cfg, model, fresh=point is None)
 
     def run_evaluation(current: nn.Module, on_progress: Any) -> Mapping[str, float]:
         return evaluate_model(cfg, engine.detector(current), data.test, data.class_names, on_progress)
@@ -207,14 +198,9 @@ def _train(engine: Engine, cfg: CfgNode, resume: bool, hooks: Sequence[Hook]) ->
     return results
 
 
-def _evaluate_rank(engine: Engine, cfg: CfgNode) -> dict[str, float]:
-    from gn_det.checkpoint.weights import format_report, load_weights
-    from gn_det.data.sets import load_test_sets
-    from gn_det.engine.evaluator import evaluate_model, verify_expected
-    from gn_det.engine.fit import local_device
-
+def _evaluate_rank(cfg: CfgNode, engine: Engine) -> dict[str, float]:
     with alone_in(cfg.OUTPUT_DIR), run_log(cfg.OUTPUT_DIR, rank=dist.rank()):
-        _say_environment(engine, cfg)
+        _log_environment(cfg, engine)
         names = _classes_of(cfg.MODEL.WEIGHTS)
         test = load_test_sets(cfg, names)
         if not test:
@@ -228,7 +214,7 @@ def _evaluate_rank(engine: Engine, cfg: CfgNode) -> dict[str, float]:
         cfg = with_classes(cfg, len(names), names)
         model = engine.build_model(cfg)
         logger.info(format_report(load_weights(model, cfg.MODEL.WEIGHTS, cfg, require_all=True)))
-        model.to(local_device(dist.resolve_device(cfg.MODEL.DEVICE))).eval()
+        model.to(local_device(cfg)).eval()
         results = evaluate_model(cfg, engine.detector(model), test, names)
         logger.info("Log and detections are in %s.", cfg.OUTPUT_DIR)
         verify_expected(cfg, results)
@@ -246,7 +232,133 @@ def _classes_of(weights: str) -> tuple[str, ...] | None:
     return tuple(block["class_names"]) or None if block else None
 
 
-# ------------------------------------------------------------ small parts
+def _log_environment(cfg: CfgNode, engine: Engine) -> None:
+    device = dist.resolve_device(cfg.MODEL.DEVICE)
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
+    amp = f", {cfg.SOLVER.AMP.DTYPE} autocast" if cfg.SOLVER.AMP.ENABLED else ""
+    processes = f"{dist.world_size()} processes" if dist.world_size() > 1 else "1 process"
+    logger.info(
+        "gn_det %s, torch %s, python %s; %s on %s%s",
+        *(__version__, torch.__version__, platform.python_version(), processes, name, amp),
+    )
+    logger.info("%s", engine)
+    if cfg.FLOAT32_PRECISION:
+        torch.set_float32_matmul_precision(cfg.FLOAT32_PRECISION)
+
+
+# ------------------------------------------------------------ before training, whichever loop follows
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is ready to build its model.
+
+    Attributes:
+        cfg: with the classes of the data and the schedule for this number of processes.
+        data: training and test sets.
+        seed: of initialisation and data stream; equal on every rank.
+    """
+
+    cfg: CfgNode
+    data: RunData
+    seed: int
+
+    def make_loader(self, start_batch: int, seed: int) -> Iterable[Any]:
+        """This rank's endless micro-batches; see :data:`gn_det.engine.detector_loop.LoaderFactory`."""
+        world = dist.world_size()
+        loader = build_train_loader(
+            self.cfg,
+            self.data.train,
+            images_per_rank=images_per_rank(self.cfg, world),
+            start_batch=start_batch,
+            rank=dist.rank(),
+            world_size=world,
+            seed=seed,
+        )
+        logger.info(loader.summary())
+        return loader
+
+
+def prepare(cfg: CfgNode) -> Prepared:
+    """Read the data, settle classes and schedule, seed this process; all ranks together. Logs what was settled.
+
+    Raises:
+        UserError: the data cannot be used, or the configuration does not fit it; the same on every rank.
+    """
+    loaded: list[RunData] = []
+    dist.on_first_rank(lambda: loaded.append(load_run_data(cfg)))  # rank 0 first, which writes generated sets
+    data = loaded[0] if loaded else load_run_data(cfg)
+    cfg = with_classes(cfg, len(data.class_names), data.class_names)
+    cfg, sentences = scale_schedule(cfg, dist.world_size(), data.images)
+    for sentence in [*sentences, format_schedule(cfg, data.images, dist.world_size())]:
+        logger.info(sentence)
+    seed = dist.broadcast(int(cfg.SEED) if cfg.SEED >= 0 else secrets.randbelow(2**31))
+    logger.info("Seed %d%s.", seed, "" if cfg.SEED >= 0 else " (drawn; SEED repeats the run)")
+    seed_everything(seed + dist.rank())
+    return Prepared(cfg, data, seed)
+
+
+def with_classes(cfg: CfgNode, count: int, names: tuple[str, ...]) -> CfgNode:
+    """``cfg`` with the number and names of classes filled in.
+
+    Raises:
+        ConfigError: the number is unknown (0).
+    """
+    if count < 1:
+        raise ConfigError("the number of classes is not known: set MODEL.ROI_HEADS.NUM_CLASSES or name a training json")
+    frozen = cfg.is_frozen()
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = count
+    cfg.MODEL.CLASS_NAMES = tuple(names)
+    if frozen:
+        cfg.freeze()
+    return cfg
+
+
+def describe_model(cfg: CfgNode, model: nn.Module) -> None:
+    """Log the norm census and the optimizer groups."""
+    rows = norm_census(model)
+    logger.info("Norm layers\n%s", _indent(format_census(rows)))
+    if half_gn(rows):
+        logger.info(half_gn(rows))
+    logger.info(format_groups(group_rows(cfg, model)))
+
+
+def load_initial(cfg: CfgNode, model: nn.Module, images: int) -> None:
+    """Load MODEL.WEIGHTS, checked against the configuration, and log the result; warn of a short run from scratch.
+
+    Raises:
+        WeightsError: they cannot be used.
+    """
+    if cfg.MODEL.WEIGHTS:
+        logger.info(format_report(load_weights(model, cfg.MODEL.WEIGHTS, cfg)))
+    else:
+        logger.info("Training from scratch: MODEL.WEIGHTS is empty.")
+    _warn_if_short(cfg, images)
+
+
+def _warn_if_short(cfg: CfgNode, images: int) -> None:
+    if short_for_scratch(cfg, images):
+        logger.warning(short_for_scratch(cfg, images))
+
+
+def prepare_folder(cfg: CfgNode, model: nn.Module, *, fresh: bool) -> None:
+    """Make OUTPUT_DIR ready for a run (rank 0): leftovers and, if ``fresh``, an earlier run go; config.yaml is written.
+
+    Raises:
+        TrainingError: there is no space for a checkpoint.
+    """
+    if dist.rank() == 0:
+        folder = Path(cfg.OUTPUT_DIR)
+        remove_leftovers(folder)
+        check_space(folder, model, replaced=fresh)
+        if fresh:
+            start_afresh(folder, keep=cfg.MODEL.WEIGHTS)
+        atomic_write(folder / "config.yaml", dump_config(cfg))
+
+
+# ------------------------------------------------------------ checks across keys
 
 
 def check_freeze(cfg: CfgNode, *, strict: bool = True) -> None:
@@ -294,56 +406,3 @@ def check_metric(cfg: CfgNode) -> None:
         )
     if cfg.TEST.PATIENCE > 0 and cfg.TEST.EVAL_PERIOD <= 0:
         raise ConfigError(f"TEST.PATIENCE {cfg.TEST.PATIENCE} counts evaluations; set TEST.EVAL_PERIOD too")
-
-
-def describe_model(cfg: CfgNode, model: nn.Module) -> None:
-    """Print the norm census and the optimizer groups."""
-    from gn_det.modeling.census import format_census, norm_census
-
-    rows = norm_census(model)
-    logger.info("Norm layers\n%s", _indent(format_census(rows)))
-    if half_gn(rows):
-        logger.info(half_gn(rows))
-    logger.info(format_groups(group_rows(cfg, model)))
-
-
-def load_initial(cfg: CfgNode, model: nn.Module) -> None:
-    """Load MODEL.WEIGHTS, checked against the configuration, and print what came of it.
-
-    Raises:
-        WeightsError: they cannot be used.
-    """
-    from gn_det.checkpoint.weights import format_report, load_weights
-
-    if cfg.MODEL.WEIGHTS:
-        logger.info(format_report(load_weights(model, cfg.MODEL.WEIGHTS, cfg)))
-    else:
-        logger.info("Training from scratch: MODEL.WEIGHTS is empty.")
-
-
-def _say_environment(engine: Engine, cfg: CfgNode) -> None:
-    device = dist.resolve_device(cfg.MODEL.DEVICE)
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
-    amp = f", {cfg.SOLVER.AMP.DTYPE} autocast" if cfg.SOLVER.AMP.ENABLED else ""
-    logger.info(
-        "gn_det %s, torch %s, python %s; %d process(es) on %s%s",
-        __version__,
-        torch.__version__,
-        platform.python_version(),
-        dist.world_size(),
-        name,
-        amp,
-    )
-    logger.info(format_engine(engine))
-    if cfg.FLOAT32_PRECISION:
-        torch.set_float32_matmul_precision(cfg.FLOAT32_PRECISION)
-
-
-def format_engine(engine: Engine) -> str:
-    """Which engine runs, and why."""
-    return f"Engine: {engine.name} ({engine.version()}){f', {engine.why}' if engine.why else ''}."
-
-
-def _note_in_file(error: Exception) -> None:
-    """Why a run ended, into log.txt alone: the command line shows it by itself."""
-    logger.error("stopped: %s", error, extra=FILE_ONLY)

@@ -1,0 +1,66 @@
+"""The interface of a training engine, and the embedded one, which implements it with gn_det's own model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from gn_det.engine.loop import Hook
+from gn_det.engine.optimizer import build_optimizer
+from gn_det.engine.schedule import build_lr_scheduler
+from gn_det.structures import Detections, Sample
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How the model of a config is built, optimized and fed; the rest of a run is the same for all engines.
+
+    This class is the embedded engine; others override its methods. Instances travel to other processes by pickle.
+
+    Attributes:
+        why: why it was chosen, for the log; "" says nothing.
+        name: as ``--engine`` names it.
+    """
+
+    why: str = ""
+    name: ClassVar[str] = "embedded"
+
+    def version(self) -> str:
+        """Library that the model comes from, for the log."""
+        return f"torch {torch.__version__}"
+
+    def build_model(self, cfg: CfgNode) -> nn.Module:
+        """The configured model with fresh weights, on the CPU; parameter names and their order are Detectron2's."""
+        from gn_det.modeling.build import build_model
+
+        return build_model(cfg)
+
+    def build_optimizer(self, cfg: CfgNode, model: nn.Module) -> Optimizer:
+        """Its groups are those of :func:`gn_det.engine.optimizer.optimizer_groups`; it does not clip gradients."""
+        return build_optimizer(cfg, model)
+
+    def build_scheduler(self, cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
+        """Stepped once an iteration."""
+        return build_lr_scheduler(cfg, optimizer)
+
+    def detector(self, model: nn.Module) -> Callable[[list[Sample]], list[Detections]]:
+        """``model``, in evaluation mode, as a function from samples to detections at original size."""
+        return model
+
+    def inputs(self, batches: Iterable[list[Sample]]) -> Iterable[Any]:
+        """Micro-batches as the model takes them in training."""
+        return batches
+
+    def hooks(self) -> list[Hook]:
+        """What the model needs around the steps; these hooks come first."""
+        return []
+
+    def __str__(self) -> str:
+        return f"Engine: {self.name} ({self.version()}){f', {self.why}' if self.why else ''}."
