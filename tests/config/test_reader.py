@@ -33,6 +33,8 @@ f: &f {x: [1], y: é}
 g: *f
 h: {<<: *f, y: 2}
 i: {<<: [{z: 0}, *f, {z: 1, x: 3}]}
+j: &j {<<: *f, x: 2}
+k: [*j, {<<: *j}]
 """
 
 
@@ -79,7 +81,7 @@ HOSTILE: dict[str, tuple[str, str]] = {
     "alias to itself": ("&a [*a]", "leads back"),
     "merge with itself": ("&a {<<: *a}", "leads back"),
     "no such alias": ("a: *b", "undefined alias"),
-    "merge of a number": ("<<: 3", "'<<' needs"),
+    "merge of a number": ("<<: 3", "expected a mapping or list of mappings for merging"),
     "long integer": ("a: " + "9" * 5000, "a number of 5000 characters"),
     "long hex": ("a: 0x" + "f" * 5000, "a number of 5002 characters"),
     "long sexagesimal": ("a: 1" + ":1" * 5000, "a number of 10001 characters"),
@@ -97,6 +99,8 @@ HOSTILE: dict[str, tuple[str, str]] = {
     "two merges": ("<<: {a: 1}\n<<: {a: 2}", "duplicate key '<<'"),
     "number as key": ("1: 2", "key '1' is not text"),
     "word as key": ("on: 2", "key 'on' is not text"),
+    "number as merged key": ("<<: {1: 2}", "key '1' is not text"),
+    "duplicate in a merged section": ("<<: {a: 1, a: 2}", "duplicate key 'a'"),
     "list as key": ("? [a]\n: 2", "a list or section is not text"),
     "NUL": ("a: \0", "not valid YAML"),
     "escaped NUL": ('a: "\\0"', "control character"),
