@@ -3,7 +3,8 @@
 Names and defaults are Detectron2's, so its YAML files load unchanged; keys marked ``ours`` exist in gn_det only and are
 what the Detectron2 plugin adds. Three defaults differ on purpose: ``MODEL.DEVICE`` is ``"auto"``,
 ``MODEL.ROI_HEADS.NUM_CLASSES`` is 0 (taken from the data set) and ``DATALOADER.NUM_WORKERS`` is capped by the number of
-cores at run time. To add a key, add one entry to :data:`KEYS` and run ``python -m gn_det.config.reference``.
+cores at run time. To add a key, add an entry to the table and run ``gn-det configs --keys
+> docs/reference/config.md``.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ THEIR_NORMS = ("nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 
 def _unused(name: str, default: Any, check: Check, doc: str) -> Key:
     """A key of Detectron2 that neither engine implements: only its default is accepted."""
-    return Key(name, default, check, f"{doc} Not implemented.", known=(default,))
+    return Key(name, default, check, doc, known=(default,))
 
 
 def _theirs(name: str, default: Any, check: Check, doc: str) -> Key:

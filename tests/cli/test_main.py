@@ -54,7 +54,10 @@ def test_config_file_is_an_alias() -> None:
             ["train", "--config", "quickstart", "MODEL.DEVICE", "cpu", "SOLVER.ACCUMULATE", "4", "--num-gpus", "3"],
             "of 12",
         ),
-        (["train", "--config", "quickstart", "MODEL.DEVICE", "cpu", "SOLVER.AMP.ENABLED=1"], "SOLVER.AMP.ENABLED must"),
+        (
+            ["train", "--config", "quickstart", "MODEL.DEVICE", "cpu", "SOLVER.AMP.ENABLED=1"],
+            "SOLVER.AMP.ENABLED is 1; it must be True or False",
+        ),
         (["train", "--config", "quickstart", "TEST.BEST_METRIC", "AP"], "TEST.BEST_METRIC is 'AP'"),
     ],
 )

@@ -1,0 +1,51 @@
+"""The reference of all config keys, a Markdown page made of the schema."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from gn_det.config.schema import KEYS, Key
+from gn_det.values import Value
+
+_HEAD = """\
+# Config keys
+
+A config is a Detectron2 YAML file; on the command line write `KEY VALUE` or `KEY=VALUE` behind the flags. Keys marked
+with * are gn_det's own, all others are Detectron2's, with its defaults (except `MODEL.DEVICE` and
+`MODEL.ROI_HEADS.NUM_CLASSES`). A value that the chosen engine does not implement is refused, never ignored. This page
+is the output of `gn-det configs --keys`.
+"""
+
+
+def key_reference() -> str:
+    """All keys with default, accepted values and description, by section."""
+    rows: dict[str, list[str]] = {}
+    for key in KEYS.values():
+        rows.setdefault(key.name.rpartition(".")[0], []).append(_row(key))
+    head = "| key | default | values | |\n|---|---|---|---|\n"
+    sections = (f"\n## {name or 'Of the whole run'}\n\n{head}" + "\n".join(part) for name, part in rows.items())
+    return _HEAD + "\n".join(sections) + "\n"
+
+
+def _row(key: Key) -> str:
+    name = key.name.rpartition(".")[2] + ("*" if key.ours else "")
+    return f"| `{name}` | `{key.default!r}` | {_values(key)} | {key.doc} |"
+
+
+def _values(key: Key) -> str:
+    only_default = (key.default,)
+    if key.known == only_default:
+        return "only the default"
+    expected = key.check.expected if isinstance(key.check, Value) else ""
+    if key.known is None and key.embedded is None:
+        return expected
+    if key.embedded == only_default and key.detectron2 is None:
+        return f"{expected}; only the default with the embedded engine"
+    known = key.known or key.embedded or ()
+    more = [value for value in key.detectron2 or () if value not in known]
+    return _list(known) + (f"; with `--engine detectron2` also {_list(more)}" if more else "")
+
+
+def _list(values: Iterable[Any]) -> str:
+    return ", ".join(f"`{value!r}`" for value in values)
