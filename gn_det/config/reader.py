@@ -61,7 +61,8 @@ class _Loader(yaml.SafeLoader):
         return super().fetch_more_tokens()
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        peek: Callable[[], Any] = self.peek_event
+        event = peek()
         if isinstance(event, yaml.AliasEvent) and event.anchor in self.anchors:
             if id(self.anchors[event.anchor]) not in self.sizes:
                 raise _refused(f"alias {shown(event.anchor)} leads back to itself", event.start_mark)
