@@ -10,8 +10,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from gn_det.config.key_reference import key_reference
     from gn_det.config.load import shipped_config, shipped_configs
-    from gn_det.config.reference import key_reference
 
     if args.keys:
         print(key_reference(), end="")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gn_det.cli import main
-from gn_det.config.reference import key_reference
+from gn_det.config.key_reference import key_reference
 from gn_det.config.schema import KEYS
 
 
