@@ -18,7 +18,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-from gn_det.checkpoint.source import CAFFE, PREPROCESSINGS, TORCH, Preprocessing
+from gn_det.checkpoint.preprocessing import CAFFE, PREPROCESSINGS, TORCH, Preprocessing
 from gn_det.errors import WeightsError
 from gn_det.files import StrPath, inside, open_regular
 from gn_det.text import one_line

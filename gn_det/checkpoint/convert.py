@@ -18,13 +18,13 @@ import torch
 from gn_det.about import __version__
 from gn_det.checkpoint.arch import architecture_of
 from gn_det.checkpoint.catalog import local_path, sha256_of, split_options
-from gn_det.checkpoint.fold import STEM, fold
-from gn_det.checkpoint.formats import layered
+from gn_det.checkpoint.formats import torchvision
+from gn_det.checkpoint.formats.common import State, Weights
 from gn_det.checkpoint.io import read_head, save_checkpoint
+from gn_det.checkpoint.open_weights import open_weights
+from gn_det.checkpoint.preprocessing import CAFFE, STEM, TORCH, Preprocessing, fold, show
 from gn_det.checkpoint.report import shorten
 from gn_det.checkpoint.safetensors_file import write_safetensors
-from gn_det.checkpoint.source import CAFFE, TORCH, Preprocessing, State, Weights, show
-from gn_det.checkpoint.sources import open_weights
 from gn_det.errors import WeightsError
 from gn_det.files import StrPath, check_regular
 from gn_det.text import one_line
@@ -138,7 +138,7 @@ def _as_layers(source: str, weights: Weights, state: State) -> tuple[State, list
     rest = []
     for name, value in state.items():
         match = _BOTTOM_UP.match(name)
-        theirs = layered.name_back(match.group(1)) if match else None
+        theirs = torchvision.name_back(match.group(1)) if match else None
         if theirs is None:
             rest.append(name)
         else:

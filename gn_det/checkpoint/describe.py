@@ -9,9 +9,10 @@ from typing import Any
 from gn_det.checkpoint.arch import Architecture, architecture_of
 from gn_det.checkpoint.catalog import local_path, sha256_of
 from gn_det.checkpoint.fit import NORM_NAMES
+from gn_det.checkpoint.formats.common import Weights
+from gn_det.checkpoint.open_weights import open_weights
+from gn_det.checkpoint.preprocessing import Preprocessing, show
 from gn_det.checkpoint.report import PARTS, part_of, shorten
-from gn_det.checkpoint.source import Preprocessing, Weights, show
-from gn_det.checkpoint.sources import open_weights
 from gn_det.text import one_line
 
 _WHERE = {"": "a backbone: backbone.bottom_up with FPN, backbone and roi_heads.res5 without", "FPN": "an FPN detector"}

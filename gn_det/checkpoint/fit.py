@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 from gn_det.checkpoint.arch import Architecture
-from gn_det.checkpoint.source import Weights, show
-from gn_det.checkpoint.sources import NORM_KEYS, lookup
+from gn_det.checkpoint.formats.common import Weights
+from gn_det.checkpoint.open_weights import NORM_KEYS, lookup
+from gn_det.checkpoint.preprocessing import show
 from gn_det.errors import WeightsError
 from gn_det.text import one_line
 

@@ -17,10 +17,10 @@ from torch import nn
 from gn_det.checkpoint.arch import Architecture, architecture_of
 from gn_det.checkpoint.catalog import split_options
 from gn_det.checkpoint.fit import check_architecture, check_norm, check_preprocessing
-from gn_det.checkpoint.fold import fold, target_of
+from gn_det.checkpoint.formats.common import Weights
+from gn_det.checkpoint.open_weights import lookup, open_weights
+from gn_det.checkpoint.preprocessing import fold, preprocessing_of_config, show
 from gn_det.checkpoint.report import BOTTOM_UP, PARTS, LoadReport, PartReport, Shape, format_report, part_of, shorten
-from gn_det.checkpoint.source import Weights, show
-from gn_det.checkpoint.sources import lookup, open_weights
 from gn_det.errors import WeightsError
 from gn_det.files import StrPath
 from gn_det.text import one_line
@@ -120,7 +120,7 @@ def _fold(weights: Weights, cfg: Any) -> list[str]:
     if not weights.foldable or needs is None:
         return []
     weights.state = dict(weights.state)
-    weights.preprocessing = fold(weights.state, needs, target_of(cfg))
+    weights.preprocessing = fold(weights.state, needs, preprocessing_of_config(cfg))
     done = []
     if needs.format != weights.preprocessing.format:
         done.append(f"channel order {needs.format}")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gn_det.checkpoint.source import CAFFE
+from gn_det.checkpoint.preprocessing import CAFFE
 from gn_det.classification.settings import NUM_SHAPES, Settings
 from gn_det.data.shapes_draw import CLASSES, draw_single
 from gn_det.errors import ConfigError, DataError

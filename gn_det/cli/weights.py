@@ -33,8 +33,8 @@ def _fit(path_or_uri: str, config: str, overrides: list[str]) -> str:
 
     from gn_det.checkpoint.catalog import split_options
     from gn_det.checkpoint.describe import num_classes
+    from gn_det.checkpoint.open_weights import open_weights
     from gn_det.checkpoint.report import format_report
-    from gn_det.checkpoint.sources import open_weights
     from gn_det.checkpoint.weights import plan_weights
     from gn_det.config import load_config
     from gn_det.modeling.build import build_model

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
-from gn_det.checkpoint.sources import open_weights
+from gn_det.checkpoint.open_weights import open_weights
 from gn_det.errors import WeightsError
 from tests.checkpoint.skeleton import W, backbone_shapes, caffe2_blobs, detector_shapes, random_state
 

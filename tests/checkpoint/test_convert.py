@@ -17,8 +17,8 @@ from torch import nn
 from gn_det.checkpoint.convert import convert
 from gn_det.checkpoint.io import save_checkpoint
 from gn_det.checkpoint.meta import build_meta
-from gn_det.checkpoint.source import CAFFE, TORCH
-from gn_det.checkpoint.sources import open_weights
+from gn_det.checkpoint.open_weights import open_weights
+from gn_det.checkpoint.preprocessing import CAFFE, TORCH
 from gn_det.checkpoint.weights import load_weights
 from gn_det.cli import main
 from gn_det.errors import WeightsError

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from gn_det.checkpoint.fold import fold
-from gn_det.checkpoint.source import CAFFE, TORCH, Preprocessing
+from gn_det.checkpoint.preprocessing import CAFFE, TORCH, Preprocessing, fold
 from gn_det.checkpoint.weights import format_report, load_weights
 from gn_det.config import load_config
 from gn_det.errors import WeightsError

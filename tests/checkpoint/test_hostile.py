@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from gn_det.checkpoint.convert import convert
 from gn_det.checkpoint.describe import describe
 from gn_det.checkpoint.io import read_checkpoint
-from gn_det.checkpoint.sources import open_weights
+from gn_det.checkpoint.open_weights import open_weights
 from gn_det.cli import main
 from gn_det.errors import WeightsError
 from tests.checkpoint import fuzz
@@ -212,7 +212,7 @@ HANGS = {
 }  # fmt: skip
 READ_ALL = """
 import pathlib, re, resource, sys
-from gn_det.checkpoint.sources import read_weights
+from gn_det.checkpoint.open_weights import read_weights
 from gn_det.errors import WeightsError
 resource.setrlimit(resource.RLIMIT_CPU, (100, 100))
 for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):

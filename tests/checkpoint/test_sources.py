@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from gn_det.checkpoint.formats import caffe2, layered, mmdet
+from gn_det.checkpoint.formats import caffe2, mmdet, torchvision
 from gn_det.checkpoint.weights import format_report, load_weights
 from gn_det.config import load_config
 from gn_det.errors import WeightsError
@@ -88,9 +88,9 @@ def test_every_name_of_the_gn_detectors(source: str, depth: int, shipped: str) -
 @pytest.mark.parametrize(("norm", "running"), [("bn", False), ("bn", True), ("gn", False)])
 def test_every_name_of_layered_resnets(norm: str, running: bool, depth: int) -> None:
     pairs = layouts.layered_backbone(depth, norm, running)
-    assert [layered.map_name(theirs) for theirs, _ in pairs] == [ours for _, ours in pairs]
+    assert [torchvision.map_name(theirs) for theirs, _ in pairs] == [ours for _, ours in pairs]
     if norm == "bn":
-        assert [layered.name_back(ours) for _, ours in pairs] == [theirs for theirs, _ in pairs]
+        assert [torchvision.name_back(ours) for _, ours in pairs] == [theirs for theirs, _ in pairs]
 
 
 def test_every_name_of_the_gn_backbones() -> None:
@@ -106,14 +106,14 @@ def test_every_name_of_the_gn_backbones() -> None:
         (caffe2.map_head_name, "kps_score_w"),
         (caffe2.map_head_name, "_[mask]_res5_0_branch2a_w"),
         (caffe2.map_head_name, "head_conv1_bn_s"),
-        (layered.map_name, "conv1.0.weight"),
-        (layered.map_name, "layer5.0.conv1.weight"),
-        (layered.map_name, "layer1.0.se.fc1.weight"),
-        (layered.map_name, "layer1.0.conv1.bias"),
+        (torchvision.map_name, "conv1.0.weight"),
+        (torchvision.map_name, "layer5.0.conv1.weight"),
+        (torchvision.map_name, "layer1.0.se.fc1.weight"),
+        (torchvision.map_name, "layer1.0.conv1.bias"),
         (mmdet.map_name, "roi_head.bbox_head.0.fc_cls.weight"),
         (mmdet.map_name, "neck.fpn_convs.4.conv.weight"),
         (mmdet.map_name, "backbone.layer1.0.context_block.conv_mask.weight"),
-        (layered.name_back, "backbone.fpn_lateral2.weight"),
+        (torchvision.name_back, "backbone.fpn_lateral2.weight"),
     ],
 )
 def test_what_no_row_knows(table: Callable[[str], str | None], name: str) -> None:

@@ -60,7 +60,7 @@ def test_every_caffe2_name_is_mapped_once(depth: int, norm: str) -> None:
         expected = [n for n in expected if "running" not in n]
     assert sorted(map(str, mapped)) == sorted(expected)
     assert not any(caffe2.map_name(n) for n in names if caffe2.is_ignored(n))
-    assert caffe2.looks_like_backbone(names) and not caffe2.looks_like_detector(names)
+    assert caffe2.recognises_backbone(names) and not caffe2.recognises_detector(names)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from torch import nn
 from gn_det.checkpoint.convert import convert
 from gn_det.checkpoint.describe import describe
 from gn_det.checkpoint.io import read_checkpoint
-from gn_det.checkpoint.source import CAFFE
-from gn_det.checkpoint.sources import open_weights
+from gn_det.checkpoint.open_weights import open_weights
+from gn_det.checkpoint.preprocessing import CAFFE
 from gn_det.checkpoint.weights import load_weights
 from gn_det.classification import Settings
 from gn_det.classification.classifier_loop import Normalize, write_weights

@@ -502,7 +502,7 @@ def read_by_all(path: Path) -> str:
     """ "read" or "refused"; everything that reads weights must agree that it is one of them."""
     from gn_det.checkpoint.convert import convert
     from gn_det.checkpoint.io import check_payload, read_any, read_checkpoint
-    from gn_det.checkpoint.sources import open_weights
+    from gn_det.checkpoint.open_weights import open_weights
     from gn_det.cli import parse
     from gn_det.errors import UserError
 

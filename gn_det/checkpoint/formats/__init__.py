@@ -1,0 +1,1 @@
+"""How the tensors of other projects are named and arranged, one module a project."""

@@ -3,7 +3,7 @@
 ==============================================  ==================================================
 theirs (``roi_head.`` is absent in version 1)   ours
 ==============================================  ==================================================
-``backbone.``                                   ``backbone.bottom_up.``, see ``layered``
+``backbone.``                                   ``backbone.bottom_up.``, see ``torchvision``
 ``neck.lateral_convs.I``, ``neck.fpn_convs.I``  ``backbone.fpn_lateral(I+2)``, ``fpn_output(I+2)``
 ``rpn_head.rpn_{conv,cls,reg}``                 ``proposal_generator.rpn_head....``
 ``roi_head.bbox_head.shared_convs.I``           ``roi_heads.box_head.conv(I+1)``
@@ -22,13 +22,13 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from gn_det.checkpoint.formats import layered
-from gn_det.checkpoint.formats.caffe2 import classes_last
+from gn_det.checkpoint.formats import torchvision
+from gn_det.checkpoint.formats.common import NameTable, State, Weights, classes_last
 from gn_det.checkpoint.meta import names_of_classes
-from gn_det.checkpoint.source import Preprocessing, Row, State, Weights, first_match
+from gn_det.checkpoint.preprocessing import Preprocessing
 
-_NORMED = r"\.(?:conv\.(weight|bias)|(?:gn|bn)\.(\w+))$"
-_PLAIN = r"\.(weight|bias)$"
+_NORMED = r"\.(?:conv\.(weight|bias)|(?:gn|bn)\.(\w+))"
+_PLAIN = r"\.(weight|bias)"
 _RPN = {"conv": "conv", "cls": "objectness_logits", "reg": "anchor_deltas"}
 _BOX = {"cls": "cls_score", "reg": "bbox_pred"}
 _MASK = {"upsample": "deconv", "conv_logits": "predictor"}
@@ -38,48 +38,39 @@ def _leaf(match: re.Match[str], at: int) -> str:
     return match[at] or f"norm.{match[at + 1]}"
 
 
-# THE table, after the backbone.
-_TABLE: tuple[Row, ...] = (
+_heads = NameTable(
+    (rf"neck\.lateral_convs\.([0-3]){_NORMED}", lambda m: f"backbone.fpn_lateral{int(m[1]) + 2}.{_leaf(m, 2)}"),
+    (rf"neck\.fpn_convs\.([0-3]){_NORMED}", lambda m: f"backbone.fpn_output{int(m[1]) + 2}.{_leaf(m, 2)}"),
+    (rf"rpn_head\.rpn_(conv|cls|reg){_PLAIN}", lambda m: f"proposal_generator.rpn_head.{_RPN[m[1]]}.{m[2]}"),
     (
-        re.compile(rf"neck\.(lateral|fpn)_convs\.([0-3]){_NORMED}"),
-        lambda m: f"backbone.fpn_{'lateral' if m[1] == 'lateral' else 'output'}{int(m[2]) + 2}.{_leaf(m, 3)}",
-    ),
-    (
-        re.compile(rf"rpn_head\.rpn_(conv|cls|reg){_PLAIN}"),
-        lambda m: f"proposal_generator.rpn_head.{_RPN[m[1]]}.{m[2]}",
-    ),
-    (
-        re.compile(rf"(?:roi_head\.)?bbox_head\.shared_convs\.(\d+){_NORMED}"),
+        rf"(?:roi_head\.)?bbox_head\.shared_convs\.(\d+){_NORMED}",
         lambda m: f"roi_heads.box_head.conv{int(m[1]) + 1}.{_leaf(m, 2)}",
     ),
     (
-        re.compile(rf"(?:roi_head\.)?bbox_head\.shared_fcs\.(\d+){_PLAIN}"),
+        rf"(?:roi_head\.)?bbox_head\.shared_fcs\.(\d+){_PLAIN}",
         lambda m: f"roi_heads.box_head.fc{int(m[1]) + 1}.{m[2]}",
     ),
+    (rf"(?:roi_head\.)?bbox_head\.fc_(cls|reg){_PLAIN}", lambda m: f"roi_heads.box_predictor.{_BOX[m[1]]}.{m[2]}"),
     (
-        re.compile(rf"(?:roi_head\.)?bbox_head\.fc_(cls|reg){_PLAIN}"),
-        lambda m: f"roi_heads.box_predictor.{_BOX[m[1]]}.{m[2]}",
-    ),
-    (
-        re.compile(rf"(?:roi_head\.)?mask_head\.convs\.(\d+){_NORMED}"),
+        rf"(?:roi_head\.)?mask_head\.convs\.(\d+){_NORMED}",
         lambda m: f"roi_heads.mask_head.mask_fcn{int(m[1]) + 1}.{_leaf(m, 2)}",
     ),
     (
-        re.compile(rf"(?:roi_head\.)?mask_head\.(upsample|conv_logits){_PLAIN}"),
+        rf"(?:roi_head\.)?mask_head\.(upsample|conv_logits){_PLAIN}",
         lambda m: f"roi_heads.mask_head.{_MASK[m[1]]}.{m[2]}",
     ),
 )
 
 
 def map_name(name: str) -> str | None:
-    """Detectron2's name, or None when no row of the table knows it."""
+    """Return Detectron2's name, or None when no row of the table matches."""
     if name.startswith("backbone."):
-        inner = layered.map_name(name.removeprefix("backbone."))
+        inner = torchvision.map_name(name.removeprefix("backbone."))
         return None if inner is None else f"backbone.bottom_up.{inner}"
-    return first_match(_TABLE, name)
+    return _heads(name)
 
 
-def looks_like_detector(names: Collection[str]) -> bool:
+def recognises(names: Collection[str]) -> bool:
     return any(name.startswith(("neck.lateral_convs.", "neck.fpn_convs.")) for name in names)
 
 
@@ -87,12 +78,11 @@ def translate(state: State, payload: Mapping[str, Any]) -> Weights:
     """A detector: names, class order of version 1, and from ``meta`` the preprocessing and the class names."""
     kept = {map_name(name) or name: value for name, value in state.items()}
     scores, boxes = (kept.get(f"roi_heads.box_predictor.{n}.weight") for n in ("cls_score", "bbox_pred"))
-    if scores is not None and boxes is not None and scores.dim() and boxes.dim():  # noqa: SIM102 (one step each)
-        if boxes.shape[0] == 4 * scores.shape[0]:
-            classes_last(kept)
+    if scores is not None and boxes is not None and scores.dim() and boxes.shape[:1] == (4 * scores.shape[0],):
+        classes_last(kept)
     meta = payload.get("meta")
     meta = meta if isinstance(meta, Mapping) else {}
-    is_gn = layered.is_mmdetections(name.removeprefix("backbone.") for name in state)
+    is_gn = "backbone.gn1.weight" in state
     gn_heads = any(".gn." in name for name in state)
     found = preprocessing_of(meta.get("config", meta.get("cfg")))
     return Weights(

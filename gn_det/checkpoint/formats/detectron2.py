@@ -1,0 +1,31 @@
+"""Detectron2's own checkpoints and ours: the names are right already."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from gn_det.checkpoint.formats.common import State, Weights
+from gn_det.checkpoint.preprocessing import Preprocessing
+
+KIND = "Detectron2 checkpoint"
+_KNOWN = re.compile(r"(?:backbone\.(?:bottom_up\.)?)?(?:stem\.conv1|res[2-5]\.\d+)\.")
+# Old constants and the ImageNet classifier: in files, but no weights of a detector.
+_IGNORED = re.compile(r"(?:.*\.)?(?:pixel_mean|pixel_std)$|.*cell_anchors|(?:stem\.)?(?:fc|linear)\.(?:weight|bias)$")
+
+
+def recognises(names: Collection[str]) -> bool:
+    return any(_KNOWN.match(name) for name in names)
+
+
+def translate(state: State, payload: Mapping[str, Any]) -> Weights:
+    """A detector or a bare backbone; the preprocessing where the file stores its constants."""
+    mean, std = state.get("pixel_mean"), state.get("pixel_std")
+    needs = None
+    if mean is not None and std is not None and mean.numel() == std.numel() == 3:
+        needs = Preprocessing(pixel_mean=tuple(map(float, mean.flatten())), pixel_std=tuple(map(float, std.flatten())))
+    ignored = tuple(name for name in state if _IGNORED.match(name))
+    kept = {name: value for name, value in state.items() if not _IGNORED.match(name)}
+    aside = {name: state[name] for name in ignored if name.startswith("stem.fc.")}
+    return Weights(kept, KIND, ignored=ignored, preprocessing=needs, aside=aside)

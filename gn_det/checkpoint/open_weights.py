@@ -1,0 +1,228 @@
+"""Recognise a weights file by its content and translate it: one row of :data:`FORMATS` per project.
+
+To add a format: a module in ``formats`` with its name table and ``translate``, and one row here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from gn_det.checkpoint.catalog import local_path, published_file, published_preprocessing, split_options
+from gn_det.checkpoint.formats import caffe2, detectron2, mmdet, torchvision
+from gn_det.checkpoint.formats.common import State, Weights
+from gn_det.checkpoint.io import check_tensors, read_any
+from gn_det.checkpoint.meta import read_meta
+from gn_det.checkpoint.preprocessing import Preprocessing
+from gn_det.config.reader import parse_yaml
+from gn_det.errors import ConfigError, WeightsError
+from gn_det.files import StrPath
+from gn_det.text import one_line
+
+NORM_KEYS = ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM", "MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_MASK_HEAD.NORM")
+
+_CHANNELS = 16  # of an image, at most
+_OTHER_LAYERED = re.compile(r"(?:\w+\.)*layer[1-4]\.\d+\.conv1\.")
+
+
+@dataclass(frozen=True)
+class Format:
+    """One project: how its tensor names look, and how they become ours.
+
+    Attributes:
+        name: for messages.
+        recognises: whether the tensors with these names are of this format.
+        translate: from the tensors and the whole file; None for a format that is known but not read.
+        advice: what to do about a format that is not read.
+    """
+
+    name: str
+    recognises: Callable[[Collection[str]], bool]
+    translate: Callable[[State, Mapping[str, Any]], Weights] | None
+    advice: str = ""
+
+
+# First row that recognises the names wins; the last takes everything, so that the error can name the tensors.
+FORMATS: tuple[Format, ...] = (
+    Format("a Caffe2 / Detectron detector", caffe2.recognises_detector, caffe2.translate_detector),
+    Format("a Caffe2 / Detectron ImageNet backbone", caffe2.recognises_backbone, caffe2.translate_backbone),
+    Format("an mmdetection detector", mmdet.recognises, mmdet.translate),
+    Format("a torchvision, timm or mmdetection ResNet", torchvision.recognises, torchvision.translate),
+    Format(
+        "a torchvision or mmdetection model of another architecture",
+        lambda names: any(_OTHER_LAYERED.match(name) for name in names),
+        None,
+        "of those, plain ResNets (a state dict with conv1, layer1 ... layer4) and mmdetection's FPN detectors are read",
+    ),
+    Format("Detectron2", detectron2.recognises, detectron2.translate),
+    Format("an unknown model", lambda names: True, lambda state, _: Weights(state, "state dict of another model")),
+)
+
+
+def open_weights(path_or_uri: StrPath, *, must_know: bool = True) -> Weights:
+    """Fetch and read a weights file, and find out what preprocessing it expects.
+
+    Args:
+        path_or_uri: local path or URI, with ``?preprocessing=caffe`` or ``?preprocessing=torch`` behind it for a file
+            that does not tell.
+        must_know: refuse a file whose preprocessing nothing tells.
+
+    Raises:
+        WeightsError: see :func:`read_weights` and :func:`gn_det.checkpoint.catalog.local_path`; or a file whose
+            preprocessing nothing tells.
+    """
+    uri, options = split_options(os.fspath(path_or_uri))
+    path = local_path(uri)
+    weights = read_weights(path)
+    known = options.preprocessing
+    if known is None and (weights.preprocessing is None or weights.asks):
+        known = published_preprocessing(uri) or (published_file(path) if weights.asks else None)
+    if known is not None:
+        weights.preprocessing, weights.foldable = known, True
+    if must_know and weights.asks and weights.preprocessing is None:
+        raise WeightsError(
+            f"{uri}: {weights.kind} that does not tell how its images were normalised: put ?preprocessing=caffe (BGR, "
+            "0-255, as open-mmlab://detectron/resnet50_gn) or ?preprocessing=torch (RGB, ImageNet mean and std, as "
+            "open-mmlab://contrib/resnet50_gn) behind its name"
+        )
+    return weights
+
+
+def read_weights(path: StrPath) -> Weights:
+    """Read any known weights file; nothing in it is executed.
+
+    Raises:
+        WeightsError: unreadable, unsafe, of an unknown layout, or of a known layout that is not read yet.
+    """
+    payload = read_any(path)
+    meta = read_meta(payload, path)
+    state = _tensors(path, _state_of(path, payload))
+    layout = next(f for f in FORMATS if f.recognises(state.keys()))
+    if layout.translate is None:
+        raise WeightsError(f"{path}: holds weights of {layout.name}; {layout.advice}")
+    try:
+        weights = layout.translate(state, payload)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from None
+    if meta is not None:
+        weights.kind, weights.meta, weights.class_names = _kind(meta), meta, meta["class_names"]
+        weights.config = _parse_config(path, meta["config"])
+        if weights.config is not None:
+            _take(weights, _facts_of_config(weights.config))
+        elif isinstance(about := meta.get("weights"), Mapping):  # written by `gn-det convert`
+            _take(weights, about)
+            weights.foldable, weights.asks = about.get("foldable") is True, about.get("asks") is True
+    elif payload.get("__author__") and weights.kind == detectron2.KIND:
+        weights.kind = f"{detectron2.KIND}, by {one_line(payload['__author__'], 60)!r}"
+    return weights
+
+
+def _state_of(path: StrPath, payload: Mapping[str, Any]) -> Mapping[Any, Any]:
+    """The dict of tensors inside the wrappings in use: Detectron2/ours, Detectron, Lightning/mmdetection, none."""
+    for key in ("model", "blobs", "state_dict"):
+        if isinstance(payload.get(key), Mapping) and payload[key]:
+            return payload[key]
+    if not any(isinstance(v, (torch.Tensor, np.ndarray)) for v in payload.values()):
+        keys = ", ".join(one_line(k, 30) for k in list(payload)[:5]) or "nothing"
+        raise WeightsError(f"{path}: holds no weights (its entries: {keys}); give a file with a 'model' state dict")
+    return payload
+
+
+def _tensors(path: StrPath, state: Mapping[Any, Any]) -> State:
+    """Tensors by name, without the prefixes of DistributedDataParallel and torch.compile."""
+    tensors: State = {}
+    for name, value in state.items():
+        if isinstance(value, np.ndarray):
+            value = _from_numpy(value)
+        if isinstance(name, str) and (isinstance(value, torch.Tensor) or not caffe2.is_ignored(name)):
+            tensors[name] = value
+        elif not isinstance(name, str):
+            raise WeightsError(f"{path}: entry {one_line(name, 60)!r} has no name")
+    check_tensors(path, tensors)
+    for prefix in ("module.", "_orig_mod."):
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            tensors = {name[len(prefix) :]: value for name, value in tensors.items()}
+    return tensors
+
+
+def _from_numpy(array: np.ndarray) -> torch.Tensor:
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "not writable": the tensor is only copied from
+        return torch.from_numpy(array if array.flags.c_contiguous else array.copy())
+
+
+# ------------------------------------------------------------ what our own files tell
+
+
+def _kind(meta: Mapping[str, Any]) -> str:
+    """What one of our files is: a checkpoint of training, or the result of `gn-det pretrain` or `gn-det convert`."""
+    ours = one_line(f"gn_det {meta['version']}", 40)
+    steps = meta.get("provenance")
+    step = steps[-1] if isinstance(steps, list) and steps and isinstance(steps[-1], Mapping) else {}
+    before = step.get("kind")
+    if meta["config"] or not isinstance(before, str):
+        return ours
+    done = "trained" if step.get("trained") is True else "converted"
+    return f"{one_line(before.split(', converted by')[0], 60)}, {done} by {ours}"
+
+
+def _parse_config(path: StrPath, text: str) -> dict[str, Any] | None:
+    try:
+        config = parse_yaml(text, f"{one_line(str(path), 400)}: the config it stores")
+    except ConfigError as error:
+        raise WeightsError(str(error)) from None
+    return config if isinstance(config, dict) else None
+
+
+def lookup(config: Any, dotted: str) -> Any:
+    """Return ``config["A"]["B"]`` for "A.B", or None where the path ends early."""
+    for key in dotted.split("."):
+        if not isinstance(config, Mapping) or key not in config:
+            return None
+        config = config[key]
+    return config
+
+
+def _facts_of_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    norm = lookup(config, "MODEL.RESNETS.NORM")
+    has_gn = any(lookup(config, key) == "GN" for key in NORM_KEYS)
+    return {
+        "norm": norm if norm in ("GN", "LN", "IN") else "",
+        "groups": [lookup(config, "MODEL.GN.NUM_GROUPS"), lookup(config, "MODEL.GN.CHANNELS_PER_GROUP") or 0] * has_gn,
+        "preprocessing": {
+            "format": lookup(config, "INPUT.FORMAT"),
+            "pixel_mean": lookup(config, "MODEL.PIXEL_MEAN"),
+            "pixel_std": lookup(config, "MODEL.PIXEL_STD"),
+            "stride_in_1x1": lookup(config, "MODEL.RESNETS.STRIDE_IN_1X1"),
+        },
+    }
+
+
+def _take(weights: Weights, about: Mapping[str, Any]) -> None:
+    """Take norm, groups and preprocessing from ``about``, as far as they are what they should be."""
+    norm, groups, needs = about.get("norm"), about.get("groups"), about.get("preprocessing")
+    weights.norm = norm if norm in ("GN", "LN", "IN", "BN", "affine BN") else weights.norm
+    if isinstance(groups, (list, tuple)) and len(groups) == 2 and all(type(g) is int for g in groups):
+        weights.groups = (groups[0], groups[1])
+    if isinstance(needs, Mapping):
+        order, stride = needs.get("format"), needs.get("stride_in_1x1")
+        weights.preprocessing = Preprocessing(
+            format=one_line(order, 20) if isinstance(order, str) else None,  # it is printed
+            pixel_mean=_numbers(needs.get("pixel_mean")),
+            pixel_std=_numbers(needs.get("pixel_std")),
+            stride_in_1x1=stride if isinstance(stride, bool) else None,
+        )
+
+
+def _numbers(value: Any) -> tuple[float, ...] | None:
+    good = isinstance(value, (list, tuple)) and len(value) <= _CHANNELS and all(type(v) in (int, float) for v in value)
+    return tuple(float(v) for v in value) if good else None

@@ -1,0 +1,84 @@
+"""What weights expect of their input, and how the stem convolution is rewritten for another convention."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What weights expect of their input and of the network; None where the source does not tell.
+
+    Attributes:
+        format: channel order, "BGR" or "RGB".
+        pixel_mean, pixel_std: per channel in that order, in 0-255 units.
+        stride_in_1x1: whether a bottleneck strides in its first 1x1 convolution (else in the 3x3).
+    """
+
+    format: str | None = None
+    pixel_mean: tuple[float, ...] | None = None
+    pixel_std: tuple[float, ...] | None = None
+    stride_in_1x1: bool | None = None
+
+
+#: Input of Caffe's models: BGR, 0-255, mean subtracted.
+CAFFE = Preprocessing("BGR", (103.530, 116.280, 123.675), (1.0, 1.0, 1.0), stride_in_1x1=False)
+#: Input of torchvision's and timm's ImageNet models, in 0-255 units: mean (0.485, 0.456, 0.406) of 1 in RGB, and std.
+TORCH = Preprocessing("RGB", (123.675, 116.280, 103.530), (58.395, 57.120, 57.375), stride_in_1x1=False)
+#: What a user may say of a file that does not tell, as in ``MODEL.WEIGHTS r50_gn.pth?preprocessing=torch``.
+PREPROCESSINGS = {"caffe": CAFFE, "torch": TORCH}
+#: Names of the stem convolution with FPN, with C4, and of a bare backbone.
+STEM = ("backbone.bottom_up.stem.conv1.weight", "backbone.stem.conv1.weight", "stem.conv1.weight")
+
+
+def show(values: Sequence[float]) -> str:
+    """Return numbers as a config override takes them: ``[103.53,116.28,123.675]``."""
+    return "[" + ",".join(f"{v:.8g}" for v in values) + "]"
+
+
+def fold(state: MutableMapping[str, torch.Tensor], needs: Preprocessing, target: Preprocessing) -> Preprocessing:
+    """Rewrite the stem convolution in ``state`` (a new tensor replaces it) for ``target``'s channel order and std.
+
+    The source computes ``conv(W, (x - mean) / std)``, the configured model ``conv(W', (x - PIXEL_MEAN) / PIXEL_STD)``.
+    Both pad with zeros *after* normalising, so with the same mean per channel ``W'[:, c] = W[:, c] * PIXEL_STD[c] /
+    std[c]`` gives the same numbers everywhere. With another mean there is no such W': the difference is a constant
+    inside the image and none in the padding. So the mean is not folded, and the caller compares it.
+
+    Args:
+        state: by Detectron2's names; the stem's weight is (out, 3, kernel, kernel).
+        needs: what the weights expect; a part that is None is not changed.
+        target: what they shall expect; format, std of three positive numbers.
+
+    Returns:
+        What the weights expect now: ``target``'s order and std, and their own mean in that order. ``needs`` unchanged
+        where nothing can be folded.
+    """
+    name = next((n for n in STEM if n in state), None)
+    std, mean = needs.pixel_std, needs.pixel_mean
+    if name is None or not {needs.format, target.format} <= {"BGR", "RGB"} or std is None or target.pixel_std is None:
+        return needs
+    weight = state[name]
+    good = all(len(s) == 3 and min(s) > 0 for s in (std, target.pixel_std))
+    if weight.dim() != 4 or weight.shape[1] != 3 or not good or not weight.is_floating_point():
+        return needs
+    if needs.format != target.format:
+        weight, std = weight.flip(1), std[::-1]
+        mean = None if mean is None else mean[::-1]
+    if std != target.pixel_std:
+        scale = torch.tensor(target.pixel_std, dtype=torch.float64) / torch.tensor(std, dtype=torch.float64)
+        weight = (weight.double() * scale.view(1, 3, 1, 1)).to(weight.dtype)  # one rounding
+    state[name] = weight
+    return Preprocessing(target.format, mean, target.pixel_std, needs.stride_in_1x1)
+
+
+def preprocessing_of_config(cfg: Any) -> Preprocessing:
+    """Return what a configuration feeds the model (``cfg`` has INPUT.FORMAT, MODEL.PIXEL_MEAN and PIXEL_STD)."""
+    return Preprocessing(
+        str(cfg.INPUT.FORMAT),
+        tuple(float(v) for v in cfg.MODEL.PIXEL_MEAN),
+        tuple(float(v) for v in cfg.MODEL.PIXEL_STD),
+    )
