@@ -16,14 +16,13 @@ from typing import Any
 import torch
 
 from gn_det.about import __version__
-from gn_det.checkpoint.arch import architecture_of
 from gn_det.checkpoint.catalog import local_path, sha256_of, split_options
 from gn_det.checkpoint.formats import torchvision
 from gn_det.checkpoint.formats.common import State, Weights
 from gn_det.checkpoint.io import read_head, save_checkpoint
 from gn_det.checkpoint.open_weights import open_weights
+from gn_det.checkpoint.parameter_names import architecture_of, shorten
 from gn_det.checkpoint.preprocessing import CAFFE, STEM, TORCH, Preprocessing, fold, show
-from gn_det.checkpoint.report import shorten
 from gn_det.checkpoint.safetensors_file import write_safetensors
 from gn_det.errors import WeightsError
 from gn_det.files import StrPath, check_regular
@@ -198,7 +197,7 @@ def _write(target: Path, state: State, block: dict[str, Any], to: str, as_safete
     elif to in ("torchvision", "timm"):
         save_checkpoint(target, {"state_dict": own, "gn_det": block})
     else:
-        bare = not architecture_of({name: tuple(value.shape) for name, value in own.items()}).style
+        bare = not architecture_of(own).style
         # Detectron2 finds where bare names belong only when told to search.
         extra = {"matching_heuristics": True} if bare and STEM[-1] in own else {}
         save_checkpoint(target, {"model": own, "__author__": f"gn_det {__version__}", **extra, "gn_det": block})

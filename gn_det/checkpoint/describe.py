@@ -6,13 +6,12 @@ import os
 from collections import Counter
 from typing import Any
 
-from gn_det.checkpoint.arch import Architecture, architecture_of
 from gn_det.checkpoint.catalog import local_path, sha256_of
-from gn_det.checkpoint.fit import NORM_NAMES
+from gn_det.checkpoint.compatibility import NORM_NAMES
 from gn_det.checkpoint.formats.common import Weights
 from gn_det.checkpoint.open_weights import open_weights
+from gn_det.checkpoint.parameter_names import PARTS, Architecture, architecture_of, part_of, shorten
 from gn_det.checkpoint.preprocessing import Preprocessing, show
-from gn_det.checkpoint.report import PARTS, part_of, shorten
 from gn_det.text import one_line
 
 _WHERE = {"": "a backbone: backbone.bottom_up with FPN, backbone and roi_heads.res5 without", "FPN": "an FPN detector"}
@@ -26,7 +25,7 @@ def describe(path_or_uri: str) -> list[str]:
     """
     weights = open_weights(path_or_uri, must_know=False)
     path = local_path(path_or_uri)
-    found = architecture_of({name: tuple(value.shape) for name, value in weights.state.items()})
+    found = architecture_of(weights.state)
     norm = weights.norm or found.norm
     parts = (weights.kind, *((found.resnet, NORM_NAMES.get(norm, norm)) if found.blocks else ()))
     rows = {
@@ -55,14 +54,8 @@ def _parts(weights: Weights) -> str:
     return ", ".join(f"{part} {counts[part]}" for part in PARTS if counts[part])
 
 
-def num_classes(weights: Weights) -> int:
-    """Return the number of classes of a detector's weights, 0 where there is no class layer."""
-    scores = weights.state.get("roi_heads.box_predictor.cls_score.weight")
-    return scores.shape[0] - 1 if scores is not None and scores.dim() else len(weights.class_names)
-
-
 def _classes(weights: Weights) -> str:
-    number = num_classes(weights)
+    number = weights.num_classes
     names = f": {one_line(shorten(weights.class_names, 5), 400)}" if weights.class_names else ""
     return f"{number}{names}" if number else ""
 

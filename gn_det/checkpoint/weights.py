@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from gn_det.checkpoint.arch import Architecture, architecture_of
 from gn_det.checkpoint.catalog import split_options
-from gn_det.checkpoint.fit import check_architecture, check_norm, check_preprocessing
+from gn_det.checkpoint.compatibility import check_architecture, check_norm, check_preprocessing
 from gn_det.checkpoint.formats.common import Weights
+from gn_det.checkpoint.load_report import LoadReport, Outcome, Shape, format_report
 from gn_det.checkpoint.open_weights import lookup, open_weights
+from gn_det.checkpoint.parameter_names import BOTTOM_UP, architecture_of, part_of, shorten
 from gn_det.checkpoint.preprocessing import fold, preprocessing_of_config, show
-from gn_det.checkpoint.report import BOTTOM_UP, PARTS, LoadReport, PartReport, Shape, format_report, part_of, shorten
 from gn_det.errors import WeightsError
 from gn_det.files import StrPath
 from gn_det.text import one_line
@@ -33,7 +33,6 @@ Placed = dict[str, torch.Tensor]
 _PREDICTORS = re.compile(
     r"roi_heads\.(?:box_predictor\.(?:cls_score|bbox_pred)|mask_head\.predictor)\.(?:weight|bias)$"
 )
-_MASKS = "mask_head.predictor"
 _BARE = re.compile(r"(?:stem|res[2-5])\.")
 _BARE_PREFIXES = ("backbone.bottom_up.", "backbone.", "roi_heads.")  # FPN, C4, C4's res5
 # Which keys decide the shapes of a part: what to look at when they differ.
@@ -88,12 +87,11 @@ def plan_weights(
     """
     parameters = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     in_model = {name: tuple(value.shape) for name, value in parameters.items()}
-    in_file = {name: tuple(value.shape) for name, value in weights.state.items()}
-    found = architecture_of(in_file)
-    if not any(part_of(name) != "other" for name in in_file):
+    found = architecture_of(weights.state)
+    if all(part_of(name) == "other" for name in weights.state):
         raise WeightsError(
-            f"{source}: {weights.kind}, not of this architecture: it has {shorten(in_file)}; the configured model has "
-            f"{shorten(in_model)} (MODEL.WEIGHTS)"
+            f"{source}: {weights.kind}, does not match the configured architecture: it has {shorten(weights.state)}; "
+            f"the configured model has {shorten(in_model)} (MODEL.WEIGHTS)"
         )
     check_architecture(source, found, architecture_of(in_model))
     notes = check_norm(source, weights, found, cfg, allow_partial)
@@ -101,13 +99,16 @@ def plan_weights(
     check_preprocessing(source, weights, cfg)
 
     placed = _place(weights, in_model, skip_norms=bool(notes))
-    by_name = () if require_all else _rows_by_name(weights, cfg, placed, parameters)
-    report = _sort(source, weights, found, placed, in_file, in_model)
+    by_name = [] if require_all else _rows_by_name(weights, cfg, placed, parameters)
+    kind = ", ".join(filter(None, (weights.kind, found.resnet, weights.norm))) if found.depth else weights.kind
+    report = LoadReport(source=source, kind=kind, meta=weights.meta)
+    whole = bool(found.style)
+    _sort(report, placed, in_model, whole, weights.ignored)
     report.notes = (*notes, *folded, *weights.notes, *(by_name or _class_notes(weights, cfg, report)))
     if not allow_partial:
-        _refuse_partial(report, whole=bool(found.style))
+        _refuse_partial(report, whole)
     if require_all:
-        _refuse_untrained(report, cfg, in_file)
+        _refuse_untrained(report, cfg, weights)
     _refuse_frozen(report, model)
     good = {name: placed[name] for name in report.loaded}
     _refuse_non_finite(source, good)
@@ -150,46 +151,33 @@ def _place(weights: Weights, in_model: Mapping[str, Shape], skip_norms: bool) ->
 
 
 def _sort(
-    source: str,
-    weights: Weights,
-    found: Architecture,
-    placed: Placed,
-    in_file: Mapping[str, Shape],
-    in_model: Mapping[str, Shape],
-) -> LoadReport:
-    """Every name of the model and of the file into its part and pile."""
-    parts: dict[str, PartReport] = {}
-    ignored = list(weights.ignored)
-    model_parts = {part_of(name) for name in in_model}
-
-    def part(name: str) -> PartReport:
-        return parts.setdefault(part_of(name), PartReport())
-
+    report: LoadReport, placed: Placed, in_model: Mapping[str, Shape], whole: bool, ignored: tuple[str, ...]
+) -> None:
+    """Enter what becomes of every name of the model and of the file; ``whole``: the file holds a detector."""
     for name, shape in in_model.items():
         value = placed.get(name)
         if value is None:
             if not name.endswith("num_batches_tracked"):
-                part(name).missing.append(name)
+                report.missing.append(name)
         elif tuple(value.shape) == shape:
-            part(name).loaded.append(name)
-        elif _PREDICTORS.match(name) and tuple(value.shape[1:]) == shape[1:] and value.dim() == len(shape):
-            part(name).reinitialised.append((name, tuple(value.shape), shape))
+            report.loaded.append(name)
+        elif _PREDICTORS.match(name) and value.dim() == len(shape) and value.shape[1:] == shape[1:]:
+            report.reinitialised[name] = tuple(value.shape), shape
         else:
-            part(name).shape_differs.append((name, tuple(value.shape), shape))
-    for name in placed:
-        if name in in_model:
-            continue
-        bare_and_unused = not found.style and part_of(name) in BOTTOM_UP and part_of(name) not in model_parts
-        if name.endswith("num_batches_tracked") or bare_and_unused:
-            ignored.append(name)
-        else:
-            part(name).unexpected.append(name)
-    kind = weights.kind if not found.depth else ", ".join(filter(None, (weights.kind, found.resnet, weights.norm)))
-    ordered = {name: parts[name] for name in PARTS if name in parts}
-    return LoadReport(source, kind, ordered, tuple(ignored), (), weights.meta)
+            report.shape_differs[name] = tuple(value.shape), shape
+    model_parts = {part_of(name) for name in in_model}
+    unknown = [name for name in placed if name not in in_model]
+    unused = [
+        name
+        for name in unknown
+        if name.endswith("num_batches_tracked")
+        or (not whole and part_of(name) in BOTTOM_UP and part_of(name) not in model_parts)
+    ]
+    report.ignored = (*ignored, *unused)
+    report.unexpected = [name for name in unknown if name not in set(unused)]
 
 
-def _rows_by_name(weights: Weights, cfg: Any, placed: Placed, ours: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
+def _rows_by_name(weights: Weights, cfg: Any, placed: Placed, ours: Mapping[str, torch.Tensor]) -> list[str]:
     """Rearrange the predictors' rows in ``placed`` for the config's classes, by name; says what was kept.
 
     Rows of classes that the file does not have stay as the model has them. Nothing is done where the classes are the
@@ -198,7 +186,7 @@ def _rows_by_name(weights: Weights, cfg: Any, placed: Placed, ours: Mapping[str,
     names, theirs = tuple(lookup(cfg, "MODEL.CLASS_NAMES") or ()), weights.class_names
     kept = [name for name in names if name in theirs]
     if not kept or names == theirs:
-        return ()
+        return []
     changed = [
         name
         for name, value in placed.items()
@@ -209,22 +197,22 @@ def _rows_by_name(weights: Weights, cfg: Any, placed: Placed, ours: Mapping[str,
         and value.shape[1:] == ours[name].shape[1:]
     ]
     for name in changed:
+        if ours[name].is_meta:
+            continue
         old, rows = placed[name], ours[name].detach().clone()
         per_class = 4 if "bbox_pred" in name else 1
         for index, known in enumerate(names):
-            if known in theirs and not rows.is_meta:
+            if known in theirs:
                 start = theirs.index(known) * per_class
                 rows[index * per_class : (index + 1) * per_class] = old[start : start + per_class]
-        if "cls_score" in name and not rows.is_meta:
+        if "cls_score" in name:
             rows[-1] = old[-1]  # background
         placed[name] = rows
     if not changed:
-        return ()
+        return []
     new, gone = [n for n in names if n not in theirs], [n for n in theirs if n not in names]
-    told = [f"kept by name: {_some_names(kept)}"]
-    told += [f"new and initialised: {_some_names(new)}"] if new else []
-    told += [f"only in the file: {_some_names(gone)}"] if gone else []
-    return (f"rows of the predictors {'; '.join(told)}",)
+    parts = {"kept by name": kept, "new and initialised": new, "only in the file": gone}
+    return [f"rows of the predictors {'; '.join(f'{what}: {_some_names(n)}' for what, n in parts.items() if n)}"]
 
 
 def _classes_in(name: str, value: torch.Tensor, classes: int) -> bool:
@@ -241,7 +229,7 @@ def _some_names(names: Sequence[str]) -> str:
 def _class_notes(weights: Weights, cfg: Any, report: LoadReport) -> list[str]:
     names = tuple(lookup(cfg, "MODEL.CLASS_NAMES") or ())
     theirs = weights.class_names
-    if names and theirs and names != theirs and not report.reinitialised and "box head" in report.parts:
+    if names and theirs and names != theirs and not report.reinitialised and "box head" in report.by_part():
         return [f"as many classes as the file, but other names ({shorten(theirs)}): its predictors are kept"]
     return []
 
@@ -255,8 +243,8 @@ def _refuse_partial(report: LoadReport, whole: bool) -> None:
     ``whole``: the file holds a detector, not a bare backbone.
     """
     problems, keys = [], []
-    for name, part in report.parts.items():
-        if part.clean:
+    for name, part in report.by_part().items():
+        if not (part.missing or part.unexpected or part.shape_differs):
             continue
         in_model = bool(part.loaded or part.missing or part.shape_differs or part.reinitialised)
         in_file = bool(part.loaded or part.unexpected or part.shape_differs or part.reinitialised)
@@ -279,10 +267,10 @@ def _refuse_partial(report: LoadReport, whole: bool) -> None:
         )
 
 
-def _describe(part: PartReport) -> str:
+def _describe(part: Outcome) -> str:
     found = []
     if part.shape_differs:
-        name, theirs, ours = part.shape_differs[0]
+        name, (theirs, ours) = next(iter(part.shape_differs.items()))
         found.append(f"{len(part.shape_differs)} of other shape ({name} is {theirs} in the file, {ours} in the model)")
     if part.missing:
         found.append(f"{len(part.missing)} not in the file ({shorten(part.missing, 2)})")
@@ -291,16 +279,15 @@ def _describe(part: PartReport) -> str:
     return ", ".join(found)
 
 
-def _refuse_untrained(report: LoadReport, cfg: Any, in_file: Mapping[str, Shape]) -> None:
+def _refuse_untrained(report: LoadReport, cfg: Any, weights: Weights) -> None:
     if report.reinitialised:
-        boxes, masks = (in_file.get(f"roi_heads.{p}.weight", (0,))[0] for p in ("box_predictor.cls_score", _MASKS))
-        classes = boxes - 1 if boxes else masks
+        classes = weights.num_classes
         wanted = lookup(cfg, "MODEL.ROI_HEADS.NUM_CLASSES")
         raise WeightsError(
             f"{report.source}: was trained with {classes} classes, but MODEL.ROI_HEADS.NUM_CLASSES is {wanted}: set "
             f"it to {classes}, or train first"
         )
-    untrained = [f"{name} ({shorten(p.missing, 1)})" for name, p in report.parts.items() if p.missing]
+    untrained = [f"{name} ({shorten(p.missing, 1)})" for name, p in report.by_part().items() if p.missing]
     if untrained:
         raise WeightsError(
             f"{report.source} ({report.kind}): has no weights for {', '.join(untrained)}: evaluate and predict with a "

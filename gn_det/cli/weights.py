@@ -32,9 +32,8 @@ def _fit(path_or_uri: str, config: str, overrides: list[str]) -> str:
     import torch
 
     from gn_det.checkpoint.catalog import split_options
-    from gn_det.checkpoint.describe import num_classes
+    from gn_det.checkpoint.load_report import format_report
     from gn_det.checkpoint.open_weights import open_weights
-    from gn_det.checkpoint.report import format_report
     from gn_det.checkpoint.weights import plan_weights
     from gn_det.config import load_config
     from gn_det.modeling.build import build_model
@@ -44,7 +43,7 @@ def _fit(path_or_uri: str, config: str, overrides: list[str]) -> str:
     weights = open_weights(path_or_uri)
     cfg = load_config(config, overrides)
     if cfg.MODEL.ROI_HEADS.NUM_CLASSES < 1:
-        cfg.MODEL.ROI_HEADS.NUM_CLASSES = num_classes(weights) or 1
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = weights.num_classes or 1
     with torch.device("meta"):  # names and shapes, no memory
         model = build_model(cfg)
     report, _ = plan_weights(model, source, weights, cfg, options.allow_partial)

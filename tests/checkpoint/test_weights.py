@@ -193,7 +193,7 @@ def test_other_classes_reinitialise_the_predictors_alone(tmp_path: Path) -> None
         for layer in ("box_predictor.cls_score", "box_predictor.bbox_pred", "mask_head.predictor")
         for kind in ("weight", "bias")
     ]
-    assert report.reinitialised == expected and not report.missing and not report.shape_differs
+    assert list(report.reinitialised) == expected and not report.missing and not report.shape_differs
     untouched = [n for n, v in model.state_dict().items() if bool((v == -1).all())]
     assert untouched == expected
     assert format_report(report).count("re-initialised, expected (classes differ)") == 2
@@ -312,7 +312,7 @@ def test_shape_of_the_backbone(tmp_path: Path) -> None:
     message = refused(model, path, config())
     assert f"({name} is (4, 1, 7, 7) in the file, (4, 3, 7, 7) in the model)" in message
     report = load_weights(model, path, config(), allow_partial=True)
-    assert report.shape_differs == [name] and "not loaded" in format_report(report)
+    assert list(report.shape_differs) == [name] and "not loaded" in format_report(report)
 
 
 def test_head_that_fits_only_partly_names_its_keys(tmp_path: Path) -> None:

@@ -70,6 +70,15 @@ class Weights:
     notes: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
 
+    @property
+    def num_classes(self) -> int:
+        """Number of a detector's classes, 0 where nothing tells."""
+        for name, others in (("box_predictor.cls_score", 1), ("mask_head.predictor", 0)):
+            rows = self.state.get(f"roi_heads.{name}.weight")
+            if rows is not None and rows.dim():
+                return rows.shape[0] - others
+        return len(self.class_names)
+
 
 def classes_last(state: State) -> None:
     """Move background from the first row to the last (scores) or drop it (boxes, masks), in place.

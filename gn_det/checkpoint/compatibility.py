@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from gn_det.checkpoint.arch import Architecture
 from gn_det.checkpoint.formats.common import Weights
 from gn_det.checkpoint.open_weights import NORM_KEYS, lookup
+from gn_det.checkpoint.parameter_names import Architecture
 from gn_det.checkpoint.preprocessing import show
 from gn_det.errors import WeightsError
 from gn_det.text import one_line
@@ -68,38 +68,31 @@ def check_norm(source: str, weights: Weights, found: Architecture, cfg: Any, all
             f"{source}: these weights are {name}, but the config says {wanted!r}: set MODEL.RESNETS.NORM {either}, or "
             f"take weights trained with {wanted or 'no norm'} (scale and shift do not carry over)"
         )
-    check_head_norms(source, weights, cfg)
-    groups = (lookup(cfg, "MODEL.GN.NUM_GROUPS"), lookup(cfg, "MODEL.GN.CHANNELS_PER_GROUP") or 0)
-    has_gn = any(lookup(cfg, key) == "GN" for key in NORM_KEYS)
-    if has_gn and weights.groups and groups[0] is not None and not _same_groups(weights.groups, groups):
-        number, per_group = weights.groups
-        raise WeightsError(
-            f"{source}: these weights were trained with {_groups(weights.groups)}, the config says {_groups(groups)}: "
-            f"set MODEL.GN.NUM_GROUPS {number} MODEL.GN.CHANNELS_PER_GROUP {per_group}"
-        )
-    return []
-
-
-def check_head_norms(source: str, weights: Weights, cfg: Any) -> None:
-    """GN, LN and IN have the same tensors and compute different things: compare the keys where the file tells them."""
-    for key in NORM_KEYS:
+    for key in NORM_KEYS:  # GN, LN and IN have the same tensors and compute different things
         theirs, ours = lookup(weights.config, key), lookup(cfg, key)
         if theirs != ours and theirs in ("GN", "LN", "IN") and ours in ("GN", "LN", "IN"):
             raise WeightsError(
                 f"{source}: was trained with {key} {theirs!r}, but the config says {ours!r}: set {key} {theirs}"
             )
+    number, per_group = lookup(cfg, "MODEL.GN.NUM_GROUPS"), lookup(cfg, "MODEL.GN.CHANNELS_PER_GROUP") or 0
+    has_gn = any(lookup(cfg, key) == "GN" for key in NORM_KEYS)
+    if has_gn and weights.groups and number is not None:
+        wanted_number, wanted_per_group = weights.groups
+        if per_group != wanted_per_group or (not per_group and number != wanted_number):
+            raise WeightsError(
+                f"{source}: these weights were trained with {_groups(*weights.groups)}, the config says "
+                f"{_groups(number, per_group)}: set MODEL.GN.NUM_GROUPS {wanted_number} MODEL.GN.CHANNELS_PER_GROUP "
+                f"{wanted_per_group}"
+            )
+    return []
 
 
-def _same_groups(a: tuple[int, int], b: tuple[int, int]) -> bool:
-    return a[1] == b[1] and (a[1] > 0 or a[0] == b[0])
-
-
-def _groups(groups: tuple[int, int]) -> str:
-    return f"{groups[1]} channels per group" if groups[1] else f"{groups[0]} groups"
+def _groups(number: int, per_group: int) -> str:
+    return f"{per_group} channels per group" if per_group else f"{number} groups"
 
 
 def check_preprocessing(source: str, weights: Weights, cfg: Any) -> None:
-    """Channel order, mean, std and the position of the stride against the config's.
+    """Compare channel order, mean, std and the position of the stride with the config's.
 
     Raises:
         WeightsError: they contradict each other; all keys to set are named.
@@ -107,25 +100,22 @@ def check_preprocessing(source: str, weights: Weights, cfg: Any) -> None:
     needs = weights.preprocessing
     if needs is None:
         return
-    wrong = []
-    for key, need in (
-        ("INPUT.FORMAT", needs.format),
-        ("MODEL.PIXEL_MEAN", needs.pixel_mean),
-        ("MODEL.PIXEL_STD", needs.pixel_std),
-        ("MODEL.RESNETS.STRIDE_IN_1X1", needs.stride_in_1x1),
-    ):
-        have = lookup(cfg, key)
-        if need is None or have is None or _agree(need, have):
-            continue
-        wrong.append((key, have, need))
+    keys = {
+        "INPUT.FORMAT": needs.format,
+        "MODEL.PIXEL_MEAN": needs.pixel_mean,
+        "MODEL.PIXEL_STD": needs.pixel_std,
+        "MODEL.RESNETS.STRIDE_IN_1X1": needs.stride_in_1x1,
+    }
+    wrong = {
+        key: (have, need)
+        for key, need in keys.items()
+        if need is not None and (have := lookup(cfg, key)) is not None and not _agree(need, have)
+    }
     if wrong:
-        have = ", ".join(f"{key} is {_show(value)}" for key, value, _ in wrong)
-        sets = " ".join(f"{key} {_show(value)}" for key, _, value in wrong)
-        raise WeightsError(f"{source}: {have}, but these weights ({_kind(weights)}) need: {sets}")
-
-
-def _kind(weights: Weights) -> str:
-    return ", ".join(filter(None, (weights.kind, weights.norm)))
+        have = ", ".join(f"{key} is {_show(value)}" for key, (value, _) in wrong.items())
+        sets = " ".join(f"{key} {_show(value)}" for key, (_, value) in wrong.items())
+        kind = ", ".join(filter(None, (weights.kind, weights.norm)))
+        raise WeightsError(f"{source}: {have}, but these weights ({kind}) need: {sets}")
 
 
 def _agree(need: Any, have: Any) -> bool:

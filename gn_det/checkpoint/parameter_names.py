@@ -1,0 +1,92 @@
+"""What Detectron2's tensor names say: the part of the model, and depth, style and norm of the network."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from gn_det.text import one_line
+
+PARTS = ("stem", "res2", "res3", "res4", "res5", "fpn", "rpn", "box head", "mask head", "res5 head", "other")
+BOTTOM_UP = ("stem", "res2", "res3", "res4", "res5")
+_PART_OF = (
+    (re.compile(r"roi_heads\.(res5)\."), "res5 head"),
+    (re.compile(r"(?:backbone\.(?:bottom_up\.)?)?(stem|res[2-5])\."), ""),  # the part is the name itself
+    (re.compile(r"backbone\.(?:fpn_|top_block)"), "fpn"),
+    (re.compile(r"proposal_generator\."), "rpn"),
+    (re.compile(r"roi_heads\.(?:box_head|box_predictor)\."), "box head"),
+    (re.compile(r"roi_heads\.mask_head\."), "mask head"),
+)
+_BLOCK = re.compile(r"(?:backbone\.(?:bottom_up\.)?|roi_heads\.)?res([2-5])\.(\d{1,3})\.(.+)$")
+# Blocks of res2, res3, res4 (res5 does not discriminate), bottleneck or basic -> MODEL.RESNETS.DEPTH
+_DEPTHS: dict[tuple[tuple[int, ...], bool], int] = {
+    ((2, 2, 2), False): 18,
+    ((3, 4, 6), False): 34,
+    ((3, 4, 6), True): 50,
+    ((3, 4, 23), True): 101,
+    ((3, 8, 36), True): 152,
+}
+
+
+def part_of(name: str) -> str:
+    """Return the part (one of :data:`PARTS`) that a state-dict name belongs to."""
+    for pattern, part in _PART_OF:
+        if match := pattern.match(name):
+            return part or str(match[1])
+    return "other"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Facts read from a state dict with Detectron2's names.
+
+    Attributes:
+        depth: 18, 34, 50, 101, 152, or 0 when the blocks are of no known ResNet.
+        blocks: number of blocks in res2, res3, res4; () without any.
+        bottleneck: whether blocks have three convolutions.
+        style: "FPN" or "C4" for a whole detector, "" for a bare backbone.
+        norm: "BN" (with running statistics), "affine" (scale and shift alone: GN, LN, IN or folded BN), "" (none).
+    """
+
+    depth: int
+    blocks: tuple[int, ...]
+    bottleneck: bool
+    style: str
+    norm: str
+
+    @property
+    def resnet(self) -> str:
+        if self.depth:
+            return f"ResNet-{self.depth}"
+        return (
+            f"a ResNet of {list(self.blocks)} {'bottleneck' if self.bottleneck else 'basic'} blocks in res2, res3, res4"
+        )
+
+
+def architecture_of(names: Iterable[str]) -> Architecture:
+    """Read the architecture from tensor names (``backbone.``-prefixed or bare ``stem.``/``res2.`` names)."""
+    names = list(names)
+    inner = [match.groups() for name in names if (match := _BLOCK.match(name))]
+    counts = tuple(max((int(b) + 1 for s, b, _ in inner if s == stage), default=0) for stage in "234")
+    bottleneck = any(rest.startswith("conv3.") for _, _, rest in inner)
+    style = ""
+    if any(name.startswith("backbone.bottom_up.") for name in names):
+        style = "FPN"
+    elif any(name.startswith(("backbone.res", "backbone.stem")) for name in names):
+        style = "C4"
+    norm = ""
+    if any(rest.endswith("norm.weight") for _, _, rest in inner):
+        norm = "BN" if any(rest.endswith("norm.running_var") for _, _, rest in inner) else "affine"
+    return Architecture(_DEPTHS.get((counts, bottleneck), 0), counts if inner else (), bottleneck, style, norm)
+
+
+def shorten(names: Iterable[str], limit: int = 3) -> str:
+    """Return ``conv1.{weight,bias}, conv2.weight and 5 more``: tensors of one module together, the rest counted."""
+    leaves: dict[str, list[str]] = {}
+    for name in map(one_line, names):
+        module, dot, leaf = name.rpartition(".")
+        leaves.setdefault(module + dot if dot else name, []).append(leaf if dot else "")
+    shown = [m + (found[0] if len(found) == 1 else f"{{{','.join(found)}}}") for m, found in leaves.items()]
+    rest = sum(len(found) for found in list(leaves.values())[limit:])
+    return ", ".join(shown[:limit]) + (f" and {rest} more" if rest else "")
