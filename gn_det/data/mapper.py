@@ -7,7 +7,7 @@ masks. Beyond it, one image may mix polygon and RLE objects whatever ``INPUT.MAS
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,6 @@ import torch
 from gn_det.data.image import ImageReader, wrong_size
 from gn_det.data.records import Annotation, Record
 from gn_det.data.transforms import (
-    CROP_TYPES,
     Resize,
     Transform,
     apply_to_box,
@@ -39,19 +38,14 @@ class TrainMapper:
         size, crop = cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.CROP
         self.sizes: tuple[int, ...] = (size, size) if isinstance(size, int) else tuple(size)
         self.style = cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
+        if self.style == "range" and len(self.sizes) != 2:
+            raise ConfigError(f"INPUT.MIN_SIZE_TRAIN {size} needs (low, high) for MIN_SIZE_TRAIN_SAMPLING range")
         self.max_size = cfg.INPUT.MAX_SIZE_TRAIN
         self.flip = cfg.INPUT.RANDOM_FLIP
         self.reader = ImageReader.of(cfg)
         self.mask_format = cfg.INPUT.MASK_FORMAT
         self.masks_on = bool(cfg.MODEL.MASK_ON)
         self.crop: tuple[str, Sequence[float]] | None = (crop.TYPE, crop.SIZE) if crop.ENABLED else None
-        _check_choice("INPUT.MIN_SIZE_TRAIN_SAMPLING", self.style, ("choice", "range"))
-        _check_choice("INPUT.RANDOM_FLIP", self.flip, ("horizontal", "vertical", "none"))
-        _check_choice("INPUT.MASK_FORMAT", self.mask_format, ("polygon", "bitmask"))
-        if self.crop:
-            _check_choice("INPUT.CROP.TYPE", self.crop[0], CROP_TYPES)
-        if not self.sizes or (self.style == "range" and len(self.sizes) != 2):
-            raise ConfigError(f"INPUT.MIN_SIZE_TRAIN {size} needs {'(low, high)' if self.sizes else 'a size'}")
 
     def __call__(self, record: Record, rng: np.random.RandomState) -> Sample:
         """Map one record; the result is a pure function of the record, its image file and the state of ``rng``.
@@ -61,17 +55,16 @@ class TrainMapper:
         """
         pixels = read_record_image(record, self.reader)
         transforms: list[Transform] = []
-        if self.crop:
-            transforms.append(draw_crop(_shape(pixels), *self.crop, rng))
-            pixels = transforms[-1].image(pixels)
-        resize = draw_resize(_shape(pixels), self.sizes, self.max_size, self.style, rng)
-        if resize is not None:
-            transforms.append(resize)
-            pixels = resize.image(pixels)
-        flip = draw_flip(_shape(pixels), self.flip, rng) if self.flip != "none" else None
-        if flip is not None:
-            transforms.append(flip)
-            pixels = flip.image(pixels)
+        draws: tuple[Callable[[tuple[int, int]], Transform | None], ...] = (
+            lambda shape: draw_crop(shape, *self.crop, rng) if self.crop else None,
+            lambda shape: draw_resize(shape, self.sizes, self.max_size, self.style, rng),
+            lambda shape: draw_flip(shape, self.flip, rng) if self.flip != "none" else None,
+        )
+        for draw in draws:
+            transform = draw(_shape(pixels))
+            if transform is not None:
+                transforms.append(transform)
+                pixels = transform.image(pixels)
         sample = _sample(record, pixels)
         sample["targets"] = self.targets(record["annotations"], transforms, _shape(pixels))
         return sample
@@ -117,10 +110,9 @@ class InferenceMapper:
                 another type or shape.
         """
         if isinstance(record, np.ndarray):
-            pixels = self.reader.from_array(record)
-            record = Record(file_name="", image_id="")
+            pixels, record = self.reader.from_array(record), Record(file_name="", image_id="")
         else:
-            if isinstance(record, (str, os.PathLike)):
+            if not isinstance(record, dict):
                 record = Record(file_name=os.fspath(record), image_id=os.fspath(record))
             pixels = read_record_image(record, self.reader)
         record.setdefault("height", pixels.shape[0])
@@ -129,11 +121,6 @@ class InferenceMapper:
             height, width = _shape(pixels)
             pixels = Resize(height, width, *resized_shape(height, width, self.size, self.max_size)).image(pixels)
         return _sample(record, pixels)
-
-
-def _check_choice(key: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{key} {value!r} is not known: use one of {', '.join(choices)}")
 
 
 def read_record_image(record: Record, reader: ImageReader) -> np.ndarray:

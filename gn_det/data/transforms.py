@@ -12,35 +12,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
-from gn_det.errors import ConfigError, UserError
-
-#: Values of INPUT.CROP.TYPE.
-CROP_TYPES = ("relative_range", "relative", "absolute", "absolute_range")
+from gn_det.errors import UserError
 
 
-class Transform(Protocol):
+class Transform:
     """What every geometric transform offers. Arrays passed as coordinates may be changed in place."""
 
     def image(self, pixels: np.ndarray) -> np.ndarray:
         """(H, W, C) uint8 to (H', W', C) uint8."""
-
-    def mask(self, bitmap: np.ndarray) -> np.ndarray:
-        """(H, W) uint8 to (H', W') uint8, nearest neighbour."""
+        raise NotImplementedError
 
     def coords(self, points: np.ndarray) -> np.ndarray:
         """(P, 2) points (x, y), moved."""
+        raise NotImplementedError
+
+    def mask(self, bitmap: np.ndarray) -> np.ndarray:
+        """(H, W) uint8 to (H', W') uint8, nearest neighbour."""
+        return self.image(bitmap)
 
     def polygons(self, polygons: list[np.ndarray]) -> list[np.ndarray]:
         """List of (P, 2) polygons, moved; cropping may change their number."""
+        return [self.coords(p) for p in polygons]
 
 
 @dataclass(frozen=True)
-class Resize:
+class Resize(Transform):
     """Scale from (height, width) to (new_height, new_width)."""
 
     height: int
@@ -59,58 +59,29 @@ class Resize:
         points[:, 1] = points[:, 1] * (self.new_height * 1.0 / self.height)
         return points
 
-    def polygons(self, polygons: list[np.ndarray]) -> list[np.ndarray]:
-        return [self.coords(p) for p in polygons]
-
     def _resize(self, pixels: np.ndarray, how: Image.Resampling) -> np.ndarray:
-        single_channel = pixels.ndim == 3 and pixels.shape[2] == 1
-        flat = pixels[:, :, 0] if single_channel else pixels
+        flat = pixels[:, :, 0] if pixels.shape[2:] == (1,) else pixels
         out = np.asarray(Image.fromarray(flat).resize((self.new_width, self.new_height), how))
-        return out[:, :, None] if single_channel else out
+        return out.reshape(*out.shape[:2], *pixels.shape[2:])
 
 
 @dataclass(frozen=True)
-class HorizontalFlip:
-    """Mirror left and right in an image of ``width`` pixels."""
+class Flip(Transform):
+    """Mirror left and right (``axis`` 1) or top and bottom (0) in an image of ``size`` pixels along the axis."""
 
-    width: int
+    axis: int
+    size: int
 
     def image(self, pixels: np.ndarray) -> np.ndarray:
-        return np.flip(pixels, axis=1)
-
-    def mask(self, bitmap: np.ndarray) -> np.ndarray:
-        return np.flip(bitmap, axis=1)
+        return np.flip(pixels, axis=self.axis)
 
     def coords(self, points: np.ndarray) -> np.ndarray:
-        points[:, 0] = self.width - points[:, 0]
+        points[:, 1 - self.axis] = self.size - points[:, 1 - self.axis]
         return points
-
-    def polygons(self, polygons: list[np.ndarray]) -> list[np.ndarray]:
-        return [self.coords(p) for p in polygons]
 
 
 @dataclass(frozen=True)
-class VerticalFlip:
-    """Mirror top and bottom in an image of ``height`` pixels."""
-
-    height: int
-
-    def image(self, pixels: np.ndarray) -> np.ndarray:
-        return np.flip(pixels, axis=0)
-
-    def mask(self, bitmap: np.ndarray) -> np.ndarray:
-        return np.flip(bitmap, axis=0)
-
-    def coords(self, points: np.ndarray) -> np.ndarray:
-        points[:, 1] = self.height - points[:, 1]
-        return points
-
-    def polygons(self, polygons: list[np.ndarray]) -> list[np.ndarray]:
-        return [self.coords(p) for p in polygons]
-
-
-@dataclass(frozen=True)
-class Crop:
+class Crop(Transform):
     """Cut the window of ``width`` x ``height`` pixels whose top left corner is (x0, y0)."""
 
     x0: int
@@ -120,9 +91,6 @@ class Crop:
 
     def image(self, pixels: np.ndarray) -> np.ndarray:
         return pixels[self.y0 : self.y0 + self.height, self.x0 : self.x0 + self.width]
-
-    def mask(self, bitmap: np.ndarray) -> np.ndarray:
-        return self.image(bitmap)
 
     def coords(self, points: np.ndarray) -> np.ndarray:
         points[:, 0] -= self.x0
@@ -159,10 +127,7 @@ def resized_shape(height: int, width: int, short_side: int, max_size: int) -> tu
     No side becomes 0, as Detectron2 would have it for images much longer than ``max_size`` is wide.
     """
     scale = short_side * 1.0 / min(height, width)
-    if height < width:
-        new_h, new_w = short_side * 1.0, scale * width
-    else:
-        new_h, new_w = scale * height, short_side * 1.0
+    new_h, new_w = (short_side * 1.0, scale * width) if height < width else (scale * height, short_side * 1.0)
     if max(new_h, new_w) > max_size:
         scale = max_size * 1.0 / max(new_h, new_w)
         new_h, new_w = new_h * scale, new_w * scale
@@ -173,22 +138,16 @@ def draw_resize(
     shape: tuple[int, int], sizes: Sequence[int], max_size: int, style: str, rng: np.random.RandomState
 ) -> Resize | None:
     """Draw a short side: one of ``sizes`` ("choice") or an integer within [low, high] ("range"); 0 means no resize."""
-    if style == "range":
-        side = int(rng.randint(sizes[0], sizes[1] + 1))
-    else:
-        side = int(rng.choice(sizes))
-    if side == 0:
-        return None
-    return Resize(*shape, *resized_shape(*shape, side, max_size))
+    side = int(rng.randint(sizes[0], sizes[1] + 1) if style == "range" else rng.choice(sizes))
+    return Resize(*shape, *resized_shape(*shape, side, max_size)) if side else None
 
 
-def draw_flip(
-    shape: tuple[int, int], direction: str, rng: np.random.RandomState
-) -> HorizontalFlip | VerticalFlip | None:
+def draw_flip(shape: tuple[int, int], direction: str, rng: np.random.RandomState) -> Flip | None:
     """Flip with probability 1/2 in ``direction`` ("horizontal" or "vertical")."""
     if rng.uniform(0, 1.0, []) >= 0.5:
         return None
-    return HorizontalFlip(shape[1]) if direction == "horizontal" else VerticalFlip(shape[0])
+    axis = 1 if direction == "horizontal" else 0
+    return Flip(axis, shape[axis])
 
 
 def draw_crop(shape: tuple[int, int], kind: str, size: Sequence[float], rng: np.random.RandomState) -> Crop:
@@ -202,11 +161,9 @@ def draw_crop(shape: tuple[int, int], kind: str, size: Sequence[float], rng: np.
         crop_h, crop_w = int(height * part_h + 0.5), int(width * part_w + 0.5)
     elif kind == "absolute":
         crop_h, crop_w = min(int(size[0]), height), min(int(size[1]), width)
-    elif kind == "absolute_range":
+    else:  # absolute_range
         crop_h = rng.randint(min(height, int(size[0])), min(height, int(size[1])) + 1)
         crop_w = rng.randint(min(width, int(size[0])), min(width, int(size[1])) + 1)
-    else:
-        raise ConfigError(f"INPUT.CROP.TYPE {kind!r} is not known: use one of {', '.join(CROP_TYPES)}")
     y0 = int(rng.randint(height - crop_h + 1))
     x0 = int(rng.randint(width - crop_w + 1))
     return Crop(x0, y0, int(crop_w), int(crop_h))
