@@ -5,29 +5,42 @@ Builtin names and their places under ``$DETECTRON2_DATASETS`` (default ``./datas
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gn_det.errors import ConfigError
+from gn_det.text import did_you_mean, shown
 
-#: name -> (image folder, json), both below the datasets folder.
-BUILTIN: dict[str, tuple[str, str]] = {
-    "coco_2014_train": ("coco/train2014", "coco/annotations/instances_train2014.json"),
-    "coco_2014_val": ("coco/val2014", "coco/annotations/instances_val2014.json"),
-    "coco_2014_minival": ("coco/val2014", "coco/annotations/instances_minival2014.json"),
-    "coco_2014_valminusminival": ("coco/val2014", "coco/annotations/instances_valminusminival2014.json"),
-    "coco_2017_train": ("coco/train2017", "coco/annotations/instances_train2017.json"),
-    "coco_2017_val": ("coco/val2017", "coco/annotations/instances_val2017.json"),
-    "coco_2017_test": ("coco/test2017", "coco/annotations/image_info_test2017.json"),
-    "coco_2017_test-dev": ("coco/test2017", "coco/annotations/image_info_test-dev2017.json"),
-    "coco_2017_val_100": ("coco/val2017", "coco/annotations/instances_val2017_100.json"),
-    "shapes_train": ("shapes/train/images", "shapes/train/instances.json"),
-    "shapes_val": ("shapes/val/images", "shapes/val/instances.json"),
+
+class Builtin(NamedTuple):
+    """A published set: image folder and json below the datasets folder, and how many images and classes it has."""
+
+    images: str
+    json_file: str
+    num_images: int = 0
+    num_classes: int = 80
+
+
+def _coco(images: str, json_name: str, num_images: int = 0) -> Builtin:
+    return Builtin(f"coco/{images}", f"coco/annotations/{json_name}.json", num_images)
+
+
+BUILTIN: dict[str, Builtin] = {
+    "coco_2014_train": _coco("train2014", "instances_train2014", 82783),
+    "coco_2014_val": _coco("val2014", "instances_val2014", 40504),
+    "coco_2014_minival": _coco("val2014", "instances_minival2014", 5000),
+    "coco_2014_valminusminival": _coco("val2014", "instances_valminusminival2014", 35504),
+    "coco_2017_train": _coco("train2017", "instances_train2017", 118287),
+    "coco_2017_val": _coco("val2017", "instances_val2017", 5000),
+    "coco_2017_test": _coco("test2017", "image_info_test2017"),
+    "coco_2017_test-dev": _coco("test2017", "image_info_test-dev2017"),
+    "coco_2017_val_100": _coco("val2017", "instances_val2017_100", 100),
+    "shapes_train": Builtin("shapes/train/images", "shapes/train/instances.json", 600, 5),
+    "shapes_val": Builtin("shapes/val/images", "shapes/val/instances.json", 100, 5),
 }
 
 #: Generated on first use: name -> split of :func:`gn_det.data.shapes.make_shapes`.
@@ -64,16 +77,14 @@ def resolve(name: str, origin: str = "DATASETS.TRAIN/TEST") -> DatasetSource:
     """
     if ".json@" in name:
         json_file, images = name.split(".json@", 1)
-        return DatasetSource(Path(json_file).name, f"{_user(json_file)}.json", _user(images), origin)
+        path = os.path.expanduser(f"{json_file}.json")
+        return DatasetSource(Path(path).stem, path, os.path.expanduser(images), origin)
     if name in BUILTIN:
-        images, json_file = BUILTIN[name]
-        root = datasets_root()
-        return DatasetSource(name, str(root / json_file), str(root / images), "DETECTRON2_DATASETS")
-    near = difflib.get_close_matches(name, BUILTIN, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+        root, builtin = datasets_root(), BUILTIN[name]
+        return DatasetSource(name, str(root / builtin.json_file), str(root / builtin.images), "DETECTRON2_DATASETS")
     raise ConfigError(
-        f"{origin}: unknown dataset {name!r}; {hint}known are {', '.join(BUILTIN)}; own data is given as "
-        f"path/to.json@path/to/images or by DATASETS.TRAIN_JSON and TRAIN_IMAGES (VAL_JSON, VAL_IMAGES)"
+        f"{origin}: unknown dataset {shown(name)}{did_you_mean(name, BUILTIN)}; known are {', '.join(BUILTIN)}; "
+        f"give own data as path/to.json@path/to/images, or by DATASETS.TRAIN_JSON and TRAIN_IMAGES (VAL_JSON ...)"
     )
 
 
@@ -102,20 +113,17 @@ def _distinct_names(sources: Sequence[DatasetSource]) -> dict[str, str]:
 
 
 def _sources(cfg: Any, split: str) -> list[DatasetSource]:
-    keys = {"train": ("TRAIN_JSON", "TRAIN_IMAGES", "TRAIN"), "test": ("VAL_JSON", "VAL_IMAGES", "TEST")}
-    json_key, image_key, names_key = keys[split]
-    data = cfg.DATASETS
-    json_file, images = str(data[json_key]), str(data[image_key])
+    key, names_key = ("TRAIN", "TRAIN") if split == "train" else ("VAL", "TEST")
+    json_file, images = (os.path.expanduser(str(cfg.DATASETS[f"{key}_{what}"])) for what in ("JSON", "IMAGES"))
     if json_file:
-        json_file = _user(json_file)
-        images = _user(images) if images else str(Path(json_file).parent)
-        flag = "train" if split == "train" else "val"
-        origin = f"--{flag}-json and --{flag}-images (DATASETS.{json_key}, {image_key})"
-        return [DatasetSource(Path(json_file).stem, json_file, images, origin)]
+        flag = key.lower()
+        origin = f"--{flag}-json and --{flag}-images (DATASETS.{key}_JSON, {key}_IMAGES)"
+        path = Path(json_file)
+        return [DatasetSource(path.stem, json_file, images or str(path.parent), origin)]
     if images:
-        raise ConfigError(f"DATASETS.{image_key} is set without DATASETS.{json_key}: give the json of these images")
-    names = data[names_key]
-    names = (names,) if isinstance(names, str) else tuple(names)
+        raise ConfigError(f"DATASETS.{key}_IMAGES is set without DATASETS.{key}_JSON: give the json of these images")
+    names = cfg.DATASETS[names_key]
+    names = (names,) if isinstance(names, str) else names
     return [resolve(str(name), f"DATASETS.{names_key}") for name in names if name]
 
 
@@ -127,7 +135,3 @@ def prepare(source: DatasetSource) -> None:
     from gn_det.data.shapes import make_shapes
 
     make_shapes(datasets_root() / "shapes", split)
-
-
-def _user(path: str) -> str:
-    return os.path.expanduser(path)

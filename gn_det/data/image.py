@@ -24,7 +24,7 @@ from PIL import Image, UnidentifiedImageError
 
 from gn_det.config.check import bit_depth_range
 from gn_det.errors import ConfigError, DataError
-from gn_det.files import NotRegularFile, open_regular
+from gn_det.files import NotRegularFile, StrPath, open_regular
 from gn_det.text import one_line, printable
 
 #: Values of INPUT.FORMAT that can be read.
@@ -91,7 +91,7 @@ class ImageReader:
         depth, pixels = str(keys.get("BIT_DEPTH", "")), int(keys.get("MAX_PIXELS", MAX_PIXELS))
         return cls(image_format or str(keys.FORMAT), depth, pixels)
 
-    def read(self, path: str | os.PathLike[str]) -> np.ndarray:
+    def read(self, path: StrPath) -> np.ndarray:
         """Decode one image.
 
         Args:
@@ -116,7 +116,7 @@ class ImageReader:
             return pixels[:, :, ::-1]
         return pixels[:, :, None] if self.image_format == "L" else pixels
 
-    def size(self, path: str | os.PathLike[str]) -> tuple[int, int]:
+    def size(self, path: StrPath) -> tuple[int, int]:
         """(width, height) in pixels after EXIF orientation, from the header alone.
 
         No pixel is decoded, unless the last bytes are not those that a whole JPEG or PNG ends with: a download that
@@ -155,7 +155,7 @@ class ImageReader:
         return pixels[:, :, ::-1] if self.image_format == "BGR" else pixels
 
     @contextmanager
-    def _opened(self, path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, Image.Image]]:
+    def _opened(self, path: StrPath) -> Iterator[tuple[BinaryIO, Image.Image]]:
         """The file and its image, header read; everything that goes wrong becomes an ImageError."""
         limit = self.max_pixels
         # Pillow refuses above twice its own limit, which may be lower.
@@ -176,7 +176,7 @@ class ImageReader:
             # PIL plugins raise nearly anything on damaged files (OSError, SyntaxError, struct.error, ValueError ...).
             raise _unreadable(path, error) from error
 
-    def _to_8_bits(self, path: str | os.PathLike[str], image: Image.Image, values: np.ndarray) -> np.ndarray:
+    def _to_8_bits(self, path: StrPath, image: Image.Image, values: np.ndarray) -> np.ndarray:
         """(H, W) values of any type as uint8: LOW becomes 0, HIGH 255, what lies outside is cut."""
         if not self.bit_depth:
             raise _too_deep(path, image.mode, values)
@@ -203,7 +203,7 @@ def one_colour(pixels: np.ndarray) -> bool:
     return bool((pixels[::97, ::89] == first).all() and (pixels == first).all())
 
 
-def values_in_words(path: str | os.PathLike[str]) -> str:
+def values_in_words(path: StrPath) -> str:
     """What to say of a gray image of more than 8 bits: its mode, its range of values and what to set."""
     try:
         ImageReader().read(path)
@@ -212,7 +212,7 @@ def values_in_words(path: str | os.PathLike[str]) -> str:
     return _too_deep(path, "of more than 8 bits").text
 
 
-def _too_deep(path: str | os.PathLike[str], mode: str, values: np.ndarray | None = None) -> ImageError:
+def _too_deep(path: StrPath, mode: str, values: np.ndarray | None = None) -> ImageError:
     span = ""
     if values is not None and np.isfinite(values).any():
         finite = values[np.isfinite(values)]
@@ -235,7 +235,7 @@ def wrong_size(path: str, size: tuple[int, int], expected: tuple[int, int]) -> I
     )
 
 
-def _too_large(path: str | os.PathLike[str], size: str, limit: int) -> ImageError:
+def _too_large(path: StrPath, size: str, limit: int) -> ImageError:
     return ImageError(
         f"{_shown(path)}: its {size} is more than the {limit} pixels that INPUT.MAX_PIXELS allows: cut it into tiles "
         f"or make it smaller, or raise INPUT.MAX_PIXELS if you trust the file",
@@ -274,7 +274,7 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _unreadable(path: str | os.PathLike[str], error: Exception) -> ImageError:
+def _unreadable(path: StrPath, error: Exception) -> ImageError:
     name = _shown(path)
     if not os.path.exists(path):
         return ImageError(f"{name}: image not found", "image-missing")
@@ -288,7 +288,7 @@ def _unreadable(path: str | os.PathLike[str], error: Exception) -> ImageError:
     return ImageError(f"{name}: image cannot be read ({reason})")
 
 
-def _shown(path: str | os.PathLike[str]) -> str:
+def _shown(path: StrPath) -> str:
     name = os.fspath(path)
     cut = f"... ({len(name)} characters)" if len(name) > _NAME else ""
     return printable(name[:_NAME], keep="") + cut

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gn_det.errors import DataError
-from gn_det.text import one_line
+from gn_det.text import one_line, some
 
 #: Longest name of a path, and of a file, that common file systems take (bytes).
 _PATH_MAX, _NAME_MAX = 4096, 255
@@ -54,8 +54,7 @@ def collect_images(
         for match in matches:
             found.setdefault(Path(os.path.realpath(match)), match)
     if not found:
-        named = ", ".join(one_line(os.fspath(i)) for i in inputs[:3]) + (", ..." if len(inputs) > 3 else "")
-        raise DataError(f"no image in {named or 'an empty list of inputs'}")
+        raise DataError(f"no image in {some(map(os.fspath, inputs), 3) or 'an empty list of inputs'}")
     return list(found.values()), notes
 
 
@@ -70,15 +69,12 @@ def _expanded(entry: str | os.PathLike[str]) -> Path:
 
 
 def _folder(folder: Path, notes: list[str], exclude: Path | None) -> list[Path]:
-    images: list[Path] = []
-    others: list[Path] = []
+    found: list[Path] = []
     skip = None if exclude is None else exclude.resolve()
     for root, folders, files in os.walk(folder):
         folders[:] = sorted(f for f in folders if not f.startswith(".") and (Path(root) / f).resolve() != skip)
-        for name in sorted(f for f in files if not f.startswith(".")):
-            (images if Path(name).suffix.lower() in IMAGE_SUFFIXES else others).append(Path(root) / name)
-    if others:
-        notes.append(f"{folder}: {len(others)} file(s) are no images by their names and are skipped ({_first(others)})")
+        found += [Path(root) / name for name in sorted(files) if not name.startswith(".")]
+    images = _images_of(found, str(folder), notes)
     if not images:
         notes.append(f"{folder}: no image in this folder")
     return images
@@ -90,18 +86,18 @@ def _glob(pattern: Path, notes: list[str]) -> list[Path]:
         raise DataError(f"{name}: no such image, folder or glob")
     if sum(glob.has_magic(part) for part in pattern.parts) > _MOST_PARTS:
         raise DataError(f"{name}: a pattern may have at most {_MOST_PARTS} parts with wildcards")
-    matches = [path for path in _matching(pattern) if not os.path.isdir(path)]
-    images = [path for path in matches if path.suffix.lower() in IMAGE_SUFFIXES]
-    others = [path for path in matches if path.suffix.lower() not in IMAGE_SUFFIXES]
-    if others:
-        notes.append(f"{name}: {len(others)} file(s) are no images by their names and are skipped ({_first(others)})")
+    images = _images_of([path for path in _matching(pattern) if not os.path.isdir(path)], name, notes)
     if not images:
         raise DataError(f"{name}: no image matches this pattern")
     return images
 
 
-def _first(paths: Sequence[Path]) -> str:
-    return ", ".join(one_line(p.name) for p in paths[:3]) + (", ..." if len(paths) > 3 else "")
+def _images_of(paths: Sequence[Path], where: str, notes: list[str]) -> list[Path]:
+    """The paths with an image extension; the others are noted."""
+    others = [path for path in paths if path.suffix.lower() not in IMAGE_SUFFIXES]
+    if others:
+        notes.append(f"{where}: skipped {len(others)} without an image extension ({some([p.name for p in others], 3)})")
+    return [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def _matching(pattern: Path) -> list[Path]:
@@ -117,26 +113,23 @@ def _matching(pattern: Path) -> list[Path]:
     while todo:
         folder, at = todo.pop()
         part, last = parts[at], at == len(parts) - 1
-        if part != "**" and not glob.has_magic(part):
-            if last and os.path.lexists(folder / part):
-                found.add(folder / part)
-            elif not last:
-                todo.append((folder / part, at + 1))
-            continue
-        entries = _entries(folder, at, seen)
-        if part == "**":
-            # No folder at all, or one more; the last ** takes files as well.
+        if not glob.has_magic(part):
+            matches = [folder / part] if os.path.lexists(folder / part) else []
+        else:
+            fits = re.compile(fnmatch.translate(os.path.normcase("*" if part == "**" else part))).match
+            entries = _entries(folder, at, seen)
+            matches = [
+                folder / e.name
+                for e in entries
+                if (part.startswith(".") or not e.name.startswith(".")) and fits(os.path.normcase(e.name))
+            ]
+        if last:
+            found.update(matches)
+        if part == "**":  # no folder at all, or any number of them
             todo += [] if last else [(folder, at + 1)]
-            todo += [(folder / e.name, at) for e in entries if not e.name.startswith(".") and os.path.isdir(e)]
-            found.update(folder / e.name for e in entries if last and not e.name.startswith("."))
-            continue
-        fits = re.compile(fnmatch.translate(os.path.normcase(part))).match
-        for entry in entries:
-            if (part.startswith(".") or not entry.name.startswith(".")) and fits(os.path.normcase(entry.name)):
-                if last:
-                    found.add(folder / entry.name)
-                elif os.path.isdir(entry):
-                    todo.append((folder / entry.name, at + 1))
+            todo += [(path, at) for path in matches if os.path.isdir(path)]
+        elif not last:
+            todo += [(path, at + 1) for path in matches if os.path.isdir(path)]
     return sorted(found)
 
 
@@ -158,31 +151,24 @@ def _entries(folder: Path, at: int, seen: set[tuple[int, int, int]]) -> list[os.
 _UNSAFE = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 
 
-def _cut(stem: str, ending: str) -> str:
-    room = _NAME_MAX - len(ending.encode())
-    return stem.encode()[:room].decode("utf-8", "ignore") + ending
-
-
-def _plain(name: str) -> str:
-    return unicodedata.normalize("NFC", name).casefold()
-
-
 def output_names(paths: Sequence[Path], suffix: str = ".png") -> list[str]:
     """File name of the drawing of each image, all different: ``a/x.jpg`` and ``b/x.jpg`` become ``x.png``, ``x-2.png``.
 
     Names are compared without case and accents' forms, as Windows and macOS file systems do; they are cut to what a
     file system takes, and hold ``_`` for control characters and bytes that are not UTF-8.
     """
-    taken: set[str] = set()
+    names: dict[str, str] = {}
     counts: dict[str, int] = {}
-    names = []
     for path in paths:
         stem = "".join("_" if unicodedata.category(c) in _UNSAFE else c for c in path.stem)
-        name = _cut(stem, suffix)
-        while _plain(name) in taken:
+        ending = suffix
+        while True:
+            name = stem.encode()[: _NAME_MAX - len(ending.encode())].decode("utf-8", "ignore") + ending
+            plain = unicodedata.normalize("NFC", name).casefold()
+            if plain not in names:
+                break
             # Counted for each stem: many images of one name do not try all numbers again.
             counts[stem] = counts.get(stem, 1) + 1
-            name = _cut(stem, f"-{counts[stem]}{suffix}")
-        taken.add(_plain(name))
-        names.append(name)
-    return names
+            ending = f"-{counts[stem]}{suffix}"
+        names[plain] = name
+    return list(names.values())

@@ -10,29 +10,15 @@ from dataclasses import dataclass
 
 from fvcore.common.config import CfgNode
 
-from gn_det.data.catalog import DatasetSource, datasets_for
+from gn_det.data.catalog import BUILTIN, DatasetSource, datasets_for
 from gn_det.data.coco import CocoDataset, check_num_classes, check_trainable, load_coco
 from gn_det.data.coco_json import read_coco_json
 from gn_det.data.image import ImageReader
 from gn_det.errors import ConfigError, DataError
-from gn_det.text import shown
+from gn_det.text import shown, some
 
 logger = logging.getLogger(__name__)
 
-#: Images of the builtin sets, for schedules in epochs where the files are absent.
-ASSUMED_IMAGES = {
-    "coco_2014_train": 82783,
-    "coco_2014_val": 40504,
-    "coco_2014_minival": 5000,
-    "coco_2014_valminusminival": 35504,
-    "coco_2017_train": 118287,
-    "coco_2017_val": 5000,
-    "coco_2017_val_100": 100,
-    "shapes_train": 600,
-    "shapes_val": 100,
-}
-#: Classes of the builtin sets, by the beginning of their name.
-ASSUMED_CLASSES = {"coco_": 80, "shapes_": 5}
 #: Test sets below this many images are remarked upon.
 _FEW = 20
 
@@ -83,7 +69,7 @@ def load_run_data(cfg: CfgNode) -> RunData:
         if not dataset.object_counts.any():
             logger.info("%s has no object: it gives no AP, and nothing to choose model_best.pth by.", dataset.name)
         elif len(dataset) < _FEW:
-            logger.info("%s has only %d image(s): its AP says little.", dataset.name, len(dataset))
+            logger.info("%s has few images (%d): its AP says little.", dataset.name, len(dataset))
     return RunData(train, test, train[0].class_names, train[0].category_ids, images)
 
 
@@ -98,27 +84,26 @@ def load_test_sets(cfg: CfgNode, class_names: Sequence[str] | None) -> tuple[Coc
         model_category_ids(dataset, class_names or ())
         lacking = [shown(name) for name in class_names or () if name not in dataset.class_names]
         if lacking:
-            names = ", ".join(lacking[:5]) + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else "")
-            logger.info("%s lacks %d class(es) of the model: no AP for %s.", dataset.name, len(lacking), names)
+            logger.info("%s lacks classes of the model: no AP for %s.", dataset.name, some(lacking))
     return test
 
 
-def load_set(cfg: CfgNode, source: DatasetSource, *, need_annotations: bool = True) -> CocoDataset:
-    """Read one set as ``cfg`` says, and log what it holds.
+def load_set(cfg: CfgNode, source: DatasetSource, *, need_annotations: bool = True, quiet: bool = False) -> CocoDataset:
+    """Read one set as ``cfg`` says, and log what it holds (unless ``quiet``).
 
     Raises:
         DataError: as :func:`gn_det.data.coco.load_coco`.
     """
     max_bad, reader = int(cfg.DATALOADER.MAX_BAD), ImageReader.of(cfg)
     dataset = load_coco(source, max_bad=max_bad, need_annotations=need_annotations, reader=reader)
-    logger.info(dataset.summary())
+    if not quiet:
+        logger.info(dataset.summary())
     return dataset
 
 
 def load_first_test_set(cfg: CfgNode) -> CocoDataset:
-    """The set that pictures of results are drawn from; a training run has checked and logged it before."""
-    source, reader = datasets_for(cfg, "test")[0], ImageReader.of(cfg)
-    return load_coco(source, max_bad=int(cfg.DATALOADER.MAX_BAD), need_annotations=False, reader=reader)
+    """The set that images of results are drawn from; a training run has checked and logged it before."""
+    return load_set(cfg, datasets_for(cfg, "test")[0], need_annotations=False, quiet=True)
 
 
 def model_category_ids(dataset: CocoDataset, class_names: Sequence[str]) -> tuple[int, ...]:
@@ -164,33 +149,32 @@ def estimate_sizes(cfg: CfgNode) -> Sizes:
     Raises:
         DataError: a json is there and cannot be used; absent data is no error.
     """
-    images, classes = 0, 0
+    images = 0
     names: tuple[str, ...] = ()
     lines = []
-    for split in ("train", "test"):
-        for source in datasets_for(cfg, split):
-            count, found, line = _size_of(cfg, source, split)
-            lines.append(line)
-            if split == "train":
-                images += count
-            if found and not classes:
-                names, classes = found, len(found)
-    if not classes:
-        builtin = [s.name for s in [*datasets_for(cfg, "train"), *datasets_for(cfg, "test")]]
-        classes = next((c for prefix, c in ASSUMED_CLASSES.items() if any(n.startswith(prefix) for n in builtin)), 0)
+    sources = [(split, source) for split in ("train", "test") for source in datasets_for(cfg, split)]
+    for split, source in sources:
+        count, found, line = _size_of(cfg, source, split)
+        lines.append(f"{split}: {line}")
+        images += count if split == "train" else 0
+        names = names or found
+    assumed = (BUILTIN[source.name].num_classes for _, source in sources if source.name in BUILTIN)
+    classes = len(names) or next(assumed, 0)
     return Sizes(images, classes, names, tuple(lines))
 
 
 def _size_of(cfg: CfgNode, source: DatasetSource, split: str) -> tuple[int, tuple[str, ...], str]:
+    """Images, class names and a sentence."""
     if not os.path.isfile(source.json_file):
-        count = ASSUMED_IMAGES.get(source.name, 0)
+        count = BUILTIN[source.name].num_images if source.name in BUILTIN else 0
         if not count:
-            return 0, (), f"{split}: {source.name} is not there ({source.json_file}); its size is not known"
-        return count, (), f"{split}: {count} images assumed for {source.name} ({source.json_file} is not there)"
+            return 0, (), f"{source.name} is missing ({source.json_file}); its size is unknown"
+        return count, (), f"{count} images assumed for {source.name} ({source.json_file} is missing)"
     content = read_coco_json(source, need_annotations=split == "train")
-    total, names = len(content.images), content.class_names
-    crowd_free = [i for i, found in content.annotations_of.items() if not all(a.get("iscrowd") for a in found)]
-    drop = split == "train" and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-    count = len(crowd_free) if drop else total
-    without = f", {total - count} without objects left out" if drop and count != total else ""
-    return count, names, f"{split}: {count} images{without}, {len(names)} classes in {source.name} ({source.json_file})"
+    count, names = len(content.images), content.class_names
+    without = ""
+    if split == "train" and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        total = count
+        count = sum(not all(a.get("iscrowd") for a in found) for found in content.annotations_of.values())
+        without = f", {total - count} without objects left out" if count != total else ""
+    return count, names, f"{count} images{without}, {len(names)} classes in {source.name} ({source.json_file})"

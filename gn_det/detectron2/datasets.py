@@ -28,7 +28,7 @@ from gn_det.data.image import ImageReader
 from gn_det.data.shapes import CATEGORY_IDS
 from gn_det.data.shapes_draw import CLASSES
 from gn_det.engine import dist
-from gn_det.errors import ConfigError, DataError, UserError
+from gn_det.errors import ConfigError, DataError
 from gn_det.files import atomic_write
 from gn_det.text import one_line, shown
 
@@ -165,16 +165,7 @@ def _by_files(name: str, folder: str) -> str:
     in_coco_format = metadata.get("evaluator_type", "coco") == "coco"  # LVIS has a json of another kind
     if json_file and str(json_file).endswith(".json") and images is not None and in_coco_format:
         return f"{json_file}@{images}"
-    result: str | UserError = ""
-    if dist.rank() == 0:
-        try:
-            result = _write_json(name, folder)
-        except UserError as error:  # told to all ranks, which would wait for the name otherwise
-            result = error
-    result = dist.broadcast(result)
-    if isinstance(result, UserError):
-        raise result
-    return result
+    return dist.on_first_rank(lambda: _write_json(name, folder))
 
 
 def _write_json(name: str, folder: str) -> str:

@@ -14,7 +14,7 @@ from gn_det.data.coco import CocoDataset
 from gn_det.data.loader import build_test_loader
 from gn_det.data.sets import model_category_ids
 from gn_det.engine import dist
-from gn_det.errors import TrainingError, UserError
+from gn_det.errors import TrainingError
 from gn_det.evaluation.coco import evaluate_coco, merge_results
 from gn_det.evaluation.diagnose import Caps
 from gn_det.evaluation.inference import InferenceProgress, run_inference
@@ -79,16 +79,7 @@ def _evaluate_one(
     results = run_inference(model, loader, ids, on_progress=progress, total=loader.num_images)
     seconds = time.perf_counter() - start
     parts = dist.gather_objects(results)
-    out: Any = None
-    if dist.rank() == 0:
-        try:
-            out = _score(cfg, dataset, merge_results(parts), class_names, ids, folder, seconds)
-        except UserError as error:  # told to all ranks, which would wait for the result otherwise
-            out = error
-    out = dist.broadcast(out)
-    if isinstance(out, UserError):
-        raise out
-    return out
+    return dist.on_first_rank(lambda: _score(cfg, dataset, merge_results(parts), class_names, ids, folder, seconds))
 
 
 def _score(

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from pycocotools import mask as coco_mask
 
 from gn_det.evaluation.ground_truth import GroundTruth
+from gn_det.text import some
 
 _SIZES = {
     "APs": ("below 32²", 0.0, 32.0**2),
@@ -25,6 +26,8 @@ _SIZES = {
 #: Below this AP (percent) the boxes themselves are looked at.
 _LOW = 1.0
 _PROPOSALS = "MODEL.RPN.POST_NMS_TOPK_TEST"
+#: Boxes get at least these sides, so that one without area meets nothing.
+_FLAT = np.array([-np.inf, -np.inf, 0.0, 0.0])
 #: So many images are looked at, which is enough for a verdict and quick on a big set.
 _SAMPLE = 200
 
@@ -97,7 +100,11 @@ def explain(
         crowd = " that is not a crowd" if gt.annotations else ""
         return [*reasons, f"AP is undefined (-1, nan): {gt.source} has no ground-truth object{crowd}."]
     if not results:
-        return [*reasons, _no_results(gt)]
+        return [
+            *reasons,
+            f"AP is undefined (nan): the model gave no detection at all on the {len(gt.images)} images of {gt.source}; "
+            "train longer, check that MODEL.WEIGHTS was loaded, or lower MODEL.ROI_HEADS.SCORE_THRESH_TEST.",
+        ]
     reasons += _category_mismatch(gt, objects, results, category_ids)
     reasons += _coverage(objects, results)
     reasons += _undefined(metrics, gt, objects)
@@ -133,18 +140,6 @@ def capped(gt: GroundTruth, caps: Caps) -> list[str]:
     ]
 
 
-def _no_results(gt: GroundTruth) -> str:
-    return (
-        f"AP is undefined (nan): the model gave no detection at all on the {len(gt.images)} images of {gt.source}; "
-        "train longer, check that MODEL.WEIGHTS was loaded, or lower MODEL.ROI_HEADS.SCORE_THRESH_TEST."
-    )
-
-
-def _some(values: Iterable[Any], limit: int = 5) -> str:
-    shown = list(values)
-    return ", ".join(str(v) for v in shown[:limit]) + (f", ... ({len(shown)} in all)" if len(shown) > limit else "")
-
-
 def _category_mismatch(
     gt: GroundTruth,
     objects: Sequence[Mapping[str, Any]],
@@ -158,7 +153,7 @@ def _category_mismatch(
     if strange:
         out.append(
             f"{sum(strange.values())} of {len(results)} detections carry category ids that {gt.source} does not have "
-            f"({_some(sorted(strange))}; it has {_some(gt.category_ids)}) and do not count: the model's classes come "
+            f"({some(sorted(strange))}; it has {some(gt.category_ids)}) and do not count: the model's classes come "
             "from another json."
         )
     unlearned = sorted({a["category_id"] for a in objects} - set(category_ids))
@@ -166,7 +161,7 @@ def _category_mismatch(
         names = {c["id"]: c["name"] for c in gt.categories}
         out.append(
             f"{gt.source} has objects of categories that the model does not know and that count as missed: "
-            f"{_some(names[i] for i in unlearned)}."
+            f"{some(names[i] for i in unlearned)}."
         )
     return out
 
@@ -204,59 +199,50 @@ def _undefined(
     if absent:
         out.append(
             f"{len(absent)} of {len(gt.categories)} categories have no object in {gt.source}; their AP is undefined "
-            f"(-1, nan) and left out of the mean: {_some(absent)}."
+            f"(-1, nan) and left out of the mean: {some(absent)}."
         )
     return out
 
 
-@dataclass
-class _Fit:
+class _Fit(NamedTuple):
     """Share of the looked-at objects that a detection meets with IoU >= 0.5."""
 
     same_class: float
     any_class: float
     detections_as_corners: float  # any class, the detection's four numbers read as x0, y0, x1, y1
     truth_as_corners: float  # any class, the object's four numbers read so
-    best: float  # highest IoU with a detection of the same class
 
 
-def _fit(objects: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]]) -> _Fit:
+def _fit(objects: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]]) -> tuple[_Fit, float]:
+    """Shares, and the highest IoU of a detection with an object of its class."""
     found: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
-    for r in results:
-        found[r["image_id"]].append(r)
     truth: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
-    for a in objects:
-        truth[a["image_id"]].append(a)
+    for groups, entries in ((found, results), (truth, objects)):
+        for entry in entries:
+            groups[entry["image_id"]].append(entry)
     best: list[np.ndarray] = []
     for image_id in list(truth)[:_SAMPLE]:
-        here = truth[image_id]
-        if image_id not in found:
+        here, there = truth[image_id], found.get(image_id)
+        if not there:
             best.append(np.zeros((4, len(here))))
             continue
-        det = np.array([r["bbox"] for r in found[image_id]], dtype=np.float64)
+        det = np.array([r["bbox"] for r in there], dtype=np.float64)
         own = np.array([a["bbox"] for a in here], dtype=np.float64)
-        same = np.array([[a["category_id"] == r["category_id"] for r in found[image_id]] for a in here])
-        iou = _iou(_corners(own), _corners(det))
-        ious = (iou * same, iou, _iou(_corners(own), det), _iou(own, _corners(det)))
-        best.append(np.stack([v.max(1) for v in ious]))
-    all_best = np.concatenate(best, axis=1)
-    shares = (all_best >= 0.5).mean(1)
-    return _Fit(float(shares[0]), float(shares[1]), float(shares[2]), float(shares[3]), float(all_best[0].max()))
+        same = np.array([[a["category_id"] == r["category_id"] for r in there] for a in here])
+        iou = _iou(own, det)
+        best.append(np.stack([v.max(1) for v in (iou * same, iou, _iou(own, _read_as_corners(det)),
+                                                 _iou(_read_as_corners(own), det))]))  # fmt: skip
+    every = np.concatenate(best, axis=1)
+    return _Fit(*(every >= 0.5).mean(1).tolist()), float(every[0].max())
 
 
-def _corners(xywh: np.ndarray) -> np.ndarray:
-    return np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
+def _read_as_corners(boxes: np.ndarray) -> np.ndarray:
+    return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(M, N) IoU of XYXY boxes, 0 for empty ones."""
-    low = np.maximum(a[:, None, :2], b[None, :, :2])
-    high = np.minimum(a[:, None, 2:], b[None, :, 2:])
-    inter = np.clip(high - low, 0, None).prod(-1)
-    area_a = np.clip(a[:, 2:] - a[:, :2], 0, None).prod(-1)
-    area_b = np.clip(b[:, 2:] - b[:, :2], 0, None).prod(-1)
-    union = area_a[:, None] + area_b[None] - inter
-    return np.divide(inter, union, out=np.zeros_like(inter), where=union > 0)
+    """(M, N) IoU of XYWH boxes, 0 for those without area."""
+    return coco_mask.iou(np.maximum(a, _FLAT), np.maximum(b, _FLAT), [0] * len(b))
 
 
 def _bad_boxes(objects: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -266,28 +252,26 @@ def _bad_boxes(objects: Sequence[Mapping[str, Any]], results: Sequence[Mapping[s
     for what, entries in (("the ground-truth boxes", objects), ("the detected boxes", results)):
         if max(max(e["bbox"]) for e in entries) <= 1.5:
             return [f"{what} are all within 0..1.5 and look normalised; COCO wants pixels."]
-    fit = _fit(objects, results)
-    convention = "fit when read as [x0, y0, x1, y1]; COCO wants [x, y, width, height]."
-    if fit.detections_as_corners > max(0.3, 2 * fit.any_class):
-        return [f"the detected boxes {convention}"]
-    if fit.truth_as_corners > max(0.3, 2 * fit.any_class):
-        return [f"the ground-truth boxes {convention}"]
+    fit, _ = _fit(objects, results)
+    for what, share in (("detected", fit.detections_as_corners), ("ground-truth", fit.truth_as_corners)):
+        if share > max(0.3, 2 * fit.any_class):
+            return [f"the {what} boxes fit when read as [x0, y0, x1, y1]; COCO wants [x, y, width, height]."]
     # A model that hardly trained names classes at random, with low scores; only a sure one can be mislabelled.
-    sure = _fit(objects, [r for r in results if r["score"] >= 0.5])
+    sure, _ = _fit(objects, [r for r in results if r["score"] >= 0.5])
     if sure.any_class > max(0.3, 3 * sure.same_class):
-        fit = sure
         return [
-            f"{fit.any_class:.0%} of the objects are met by a box (IoU >= 0.5) but only {fit.same_class:.0%} with "
+            f"{sure.any_class:.0%} of the objects are met by a box (IoU >= 0.5) but only {sure.same_class:.0%} with "
             "their own class: class order or category ids of model and json do not match."
         ]
     return []
 
 
 def _untrained(gt: GroundTruth, objects: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]]) -> str:
-    best = float(max(r["score"] for r in results))
-    sentence = f"{len(results)} detections (best score {best:.2f}) on {len(objects)} objects of {gt.source} "
+    score = float(max(r["score"] for r in results))
+    hits = "hardly meet them"
     if all("bbox" in r for r in results):
-        sentence += f"overlap an object of their class by IoU {_fit(objects, results).best:.2f} at best; "
-    else:
-        sentence += "hardly meet them; "
-    return sentence + "train longer, or check learning rate, weights and input format (INPUT.FORMAT, PIXEL_MEAN)."
+        hits = f"overlap an object of their class by IoU {_fit(objects, results)[1]:.2f} at best"
+    return (
+        f"{len(results)} detections (best score {score:.2f}) on {len(objects)} objects of {gt.source} {hits}; train "
+        "longer, or check learning rate, weights and input format (INPUT.FORMAT, PIXEL_MEAN)."
+    )

@@ -89,5 +89,5 @@ def test_a_validation_set_of_one_image(shapes: Path, tmp_path: Path, capsys: pyt
     own = [a for a in content["annotations"] if a["image_id"] == first[0]["id"]]
     assert main(with_val(plain, tmp_path / "one.json", images=first, annotations=own)) == 0
     out = capsys.readouterr().out
-    assert "one has only 1 image(s): its AP says little." in out
+    assert "one has few images (1): its AP says little." in out
     assert "one.json has a single image: an AP on it says next to nothing; hold out more images." in out
