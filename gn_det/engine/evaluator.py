@@ -18,7 +18,7 @@ from gn_det.errors import TrainingError
 from gn_det.evaluation.coco import evaluate_coco, merge_results
 from gn_det.evaluation.diagnose import Caps
 from gn_det.evaluation.inference import InferenceProgress, run_inference
-from gn_det.evaluation.tables import format_results
+from gn_det.evaluation.results import format_results
 from gn_det.structures import Detections, Sample
 
 logger = logging.getLogger(__name__)

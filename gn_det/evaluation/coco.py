@@ -17,8 +17,7 @@ from gn_det.errors import DataError
 from gn_det.evaluation import diagnose
 from gn_det.evaluation.diagnose import Caps
 from gn_det.evaluation.ground_truth import GroundTruth, load_ground_truth
-from gn_det.evaluation.results import detections_to_coco, merge_results, write_results
-from gn_det.evaluation.tables import METRICS
+from gn_det.evaluation.results import METRICS, detections_to_coco, merge_results, write_results
 from gn_det.files import StrPath
 
 __all__ = ["EvalResult", "detections_to_coco", "evaluate_coco", "load_ground_truth", "merge_results"]
@@ -166,21 +165,7 @@ def _precision(gt: GroundTruth, results: Sequence[dict[str, Any]], task: str, ma
 
 def _boxes(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Detections for box AP: size class by the area of the box."""
-    entries = []
-    for number, r in enumerate(results, 1):
-        bbox = r["bbox"]
-        entries.append(
-            {
-                "id": number,
-                "image_id": r["image_id"],
-                "category_id": r["category_id"],
-                "bbox": bbox,
-                "area": bbox[2] * bbox[3],
-                "score": r["score"],
-                "iscrowd": 0,
-            }
-        )
-    return entries
+    return [_entry(n, r, "bbox", r["bbox"], r["bbox"][2] * r["bbox"][3]) for n, r in enumerate(results, 1)]
 
 
 def _masks(results: Sequence[Mapping[str, Any]], annotations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -192,23 +177,17 @@ def _masks(results: Sequence[Mapping[str, Any]], annotations: Sequence[Mapping[s
     from faster_coco_eval.core import mask as fast_mask
 
     present = {(a["image_id"], a["category_id"]) for a in annotations}
-    areas = fast_mask.area([r["segmentation"] for r in results])
+    areas = fast_mask.area([r["segmentation"] for r in results]).tolist()
     stand_in = {"size": [1, 1], "counts": "1"}
-    entries = []
-    for number, (r, area) in enumerate(zip(results, areas.tolist()), 1):
-        image_id, category_id = r["image_id"], r["category_id"]
-        entries.append(
-            {
-                "id": number,
-                "image_id": image_id,
-                "category_id": category_id,
-                "segmentation": r["segmentation"] if (image_id, category_id) in present else stand_in,
-                "area": area,
-                "score": r["score"],
-                "iscrowd": 0,
-            }
-        )
-    return entries
+    return [
+        _entry(n, r, "segmentation", r["segmentation"] if (r["image_id"], r["category_id"]) in present else stand_in, a)
+        for n, (r, a) in enumerate(zip(results, areas), 1)
+    ]
+
+
+def _entry(number: int, result: Mapping[str, Any], key: str, value: Any, area: float) -> dict[str, Any]:
+    kept = {k: result[k] for k in ("image_id", "category_id", "score")}
+    return {"id": number, **kept, key: value, "area": area, "iscrowd": 0}
 
 
 def _silent(*_: object) -> None:
@@ -223,17 +202,10 @@ def _mean(values: np.ndarray) -> float:
 
 def _derive(precision: np.ndarray, gt: GroundTruth, names: Sequence[str], ids: Sequence[int]) -> dict[str, float]:
     at = precision[..., -1]
-    metrics = {
-        "AP": _mean(at[:, :, :, 0]),
-        "AP50": _mean(at[0, :, :, 0]),
-        "AP75": _mean(at[5, :, :, 0]),
-        "APs": _mean(at[:, :, :, 1]),
-        "APm": _mean(at[:, :, :, 2]),
-        "APl": _mean(at[:, :, :, 3]),
-    }
+    values = (at[:, :, :, 0], at[0, :, :, 0], at[5, :, :, 0], at[:, :, :, 1], at[:, :, :, 2], at[:, :, :, 3])
+    metrics = dict(zip(METRICS, map(_mean, values)))
     if len(names) > 1:
         row = {category_id: k for k, category_id in enumerate(gt.category_ids)}
-        for name, category_id in zip(names, ids):
-            known = category_id in row
-            metrics[f"AP-{name}"] = _mean(at[:, :, row[category_id], 0]) if known else math.nan
+        for name, i in zip(names, ids):
+            metrics[f"AP-{name}"] = _mean(at[:, :, row[i], 0]) if i in row else math.nan
     return metrics

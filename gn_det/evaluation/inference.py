@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +13,6 @@ from torch import nn
 from gn_det.evaluation.results import detections_to_coco
 from gn_det.structures import Detections, Sample
 
-log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class InferenceProgress:
@@ -24,7 +20,7 @@ class InferenceProgress:
 
     Attributes:
         images: images done on this rank.
-        total: images of this rank, None when the loader has no length.
+        total: images of this rank, None when unknown.
         seconds_per_image: running average without the first batch, which also warms up.
         eta_seconds: estimated seconds left, None when ``total`` is.
     """
@@ -46,53 +42,35 @@ def run_inference(
     """COCO results of every image of ``loader``; an image that comes twice counts once.
 
     Args:
-        model: a module (put into eval mode meanwhile) or any callable from samples to detections at original size.
+        model: a module (in eval mode meanwhile) or any callable from samples to detections at original size.
         loader: lists of samples with ``image_id``.
         category_ids: json category id of each contiguous class index.
         on_progress: called after every batch.
-        total: number of images, where known better than ``len(loader)`` batches tell.
+        total: number of images, where known.
     """
     results: list[dict[str, Any]] = []
     seen: set[Any] = set()
     done = 0
     timed_from, timed_images = time.perf_counter(), 0
-    with evaluating(model), torch.inference_mode():
-        for number, batch in enumerate(loader):
-            for sample, det in zip(batch, model(batch), strict=True):
-                if sample["image_id"] not in seen:
-                    seen.add(sample["image_id"])
-                    results.extend(detections_to_coco(sample["image_id"], det, category_ids))
-            done += len(batch)
-            now = time.perf_counter()
-            pace = (now - timed_from) / max(done - timed_images, 1)
-            if number == 0:
-                timed_from, timed_images = now, done
-                total = _images_of(loader, len(batch)) if total is None else total
-            if on_progress is not None:
-                left = None if total is None else max(total - done, 0) * pace
-                on_progress(InferenceProgress(done, total, pace, left))
-    return results
-
-
-def _images_of(loader: Iterable[list[Sample]], batch: int) -> int | None:
-    """Number of images of a loader, as far as it tells."""
-    sampler = getattr(loader, "sampler", None)
-    for sized, factor in ((sampler, 1), (loader, batch)):
-        try:
-            return len(sized) * factor  # type: ignore[arg-type]
-        except (TypeError, NotImplementedError):
-            continue
-    return None
-
-
-@contextmanager
-def evaluating(model: Any):  # type: ignore[no-untyped-def]
-    """Eval mode for a module, put back as it was afterwards; nothing for another callable."""
     was_training = isinstance(model, nn.Module) and model.training
-    if was_training:
+    if isinstance(model, nn.Module):
         model.eval()
     try:
-        yield model
+        with torch.inference_mode():
+            for number, batch in enumerate(loader):
+                for sample, det in zip(batch, model(batch), strict=True):
+                    if sample["image_id"] not in seen:
+                        seen.add(sample["image_id"])
+                        results.extend(detections_to_coco(sample["image_id"], det, category_ids))
+                done += len(batch)
+                now = time.perf_counter()
+                pace = (now - timed_from) / max(done - timed_images, 1)
+                if number == 0:
+                    timed_from, timed_images = now, done
+                if on_progress is not None:
+                    left = None if total is None else max(total - done, 0) * pace
+                    on_progress(InferenceProgress(done, total, pace, left))
     finally:
-        if was_training:
+        if was_training and isinstance(model, nn.Module):
             model.train()
+    return results

@@ -1,21 +1,27 @@
-"""From :class:`Detections` to entries of COCO's result format, and their file."""
+"""Results: from :class:`Detections` to COCO's format and its file; metrics as Detectron2's tables."""
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from pycocotools import mask as coco_mask
+from tabulate import tabulate
 from torch import Tensor
 
 from gn_det.errors import DataError
-from gn_det.files import atomic_write, json_bytes
+from gn_det.files import StrPath, atomic_write, json_bytes
 from gn_det.structures import Detections
+from gn_det.text import one_line
 
 #: Name of the results file, as Detectron2 writes it.
 RESULTS_FILE = "coco_instances_results.json"
+#: The metrics of one task, in Detectron2's order.
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 def detections_to_coco(image_id: Any, det: Detections, category_ids: Sequence[int]) -> list[dict[str, Any]]:
@@ -66,8 +72,6 @@ def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
 
 
 def _encode(bitmap: np.ndarray) -> dict[str, Any]:
-    from pycocotools import mask as coco_mask
-
     height, width = bitmap.shape
     columns = np.flatnonzero(bitmap.any(axis=0))
     edges = np.zeros(0, dtype=np.int64)
@@ -92,18 +96,7 @@ def merge_results(parts: Iterable[Sequence[dict[str, Any]]]) -> list[dict[str, A
     return merged
 
 
-def gather_results(results: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
-    """All ranks' results merged on rank 0, None on the others; without torch.distributed just ``results``."""
-    from torch import distributed
-
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
-        return results
-    parts: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(parts, results)
-    return merge_results(parts) if distributed.get_rank() == 0 else None
-
-
-def write_results(results: Sequence[dict[str, Any]], output_dir: str | os.PathLike[str]) -> str:
+def write_results(results: Sequence[dict[str, Any]], output_dir: StrPath) -> str:
     """Write ``coco_instances_results.json`` atomically; returns its path.
 
     Raises:
@@ -112,3 +105,23 @@ def write_results(results: Sequence[dict[str, Any]], output_dir: str | os.PathLi
     path = os.path.join(os.fspath(output_dir), RESULTS_FILE)
     atomic_write(path, json_bytes(list(results)))
     return path
+
+
+def format_results(results: Mapping[str, Mapping[str, float]]) -> str:
+    """Summary table and per-category table of each task, then its three ``copypaste:`` lines, as Detectron2's."""
+    blocks, lines = [], []
+    for task, metrics in results.items():
+        overall = {k: v for k, v in metrics.items() if "-" not in k}
+        look = {"tablefmt": "pipe", "floatfmt": ".3f"}
+        table = tabulate([list(overall.values())], list(overall), **look, stralign="center", numalign="center")
+        blocks.append(f"Evaluation results for {task}:\n{table}")
+        categories = [(one_line(k.removeprefix("AP-")), v) for k, v in metrics.items() if k.startswith("AP-")]
+        if categories:
+            columns = min(6, 2 * len(categories))  # up to three pairs a row
+            flat = list(itertools.chain.from_iterable(categories))
+            rows = itertools.zip_longest(*[flat[i::columns] for i in range(columns)])
+            table = tabulate(rows, ["category", "AP"] * (columns // 2), **look, numalign="left")
+            blocks.append(f"Per-category {task} AP:\n{table}")
+        values = ",".join(f"{v:.4f}" for v in overall.values())
+        lines += [f"copypaste: {line}" for line in (f"Task: {task}", ",".join(overall), values)]
+    return "\n".join([*blocks, *lines])

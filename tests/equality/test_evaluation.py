@@ -20,7 +20,7 @@ from detectron2.structures import Boxes, Instances  # noqa: E402
 
 from gn_det.evaluation.coco import evaluate_coco  # noqa: E402
 from gn_det.evaluation.inference import run_inference  # noqa: E402
-from gn_det.evaluation.tables import format_results  # noqa: E402
+from gn_det.evaluation.results import format_results  # noqa: E402
 from gn_det.structures import Detections  # noqa: E402
 from tests.evaluation.coco_oracle import ellipse, random_set  # noqa: E402
 

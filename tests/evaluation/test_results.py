@@ -13,8 +13,7 @@ from torch import nn
 
 from gn_det.errors import DataError
 from gn_det.evaluation.inference import run_inference
-from gn_det.evaluation.results import detections_to_coco, encode_masks, merge_results
-from gn_det.evaluation.tables import format_results
+from gn_det.evaluation.results import detections_to_coco, encode_masks, format_results, merge_results
 from gn_det.structures import Detections
 
 
@@ -79,7 +78,7 @@ def test_inference_puts_the_model_in_eval_mode_and_reports() -> None:
 
     model, seen = Model().train(), []
     batches = [[{"image_id": 1}, {"image_id": 2}], [{"image_id": 3}, {"image_id": 1}]]
-    out = run_inference(model, batches, (1, 2, 3), on_progress=seen.append)
+    out = run_inference(model, batches, (1, 2, 3), on_progress=seen.append, total=4)
     assert [r["image_id"] for r in out] == [1, 1, 2, 2, 3, 3]
     assert model.training
     assert [(p.images, p.total) for p in seen] == [(2, 4), (4, 4)] and seen[-1].eta_seconds == 0
