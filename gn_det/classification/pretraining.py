@@ -42,7 +42,7 @@ from gn_det.engine import dist
 from gn_det.engine.fit import local_device
 from gn_det.engine.hooks import Schedule
 from gn_det.engine.log import FILE_ONLY, run_log
-from gn_det.engine.loggers import Logger, TensorBoardWriter
+from gn_det.engine.loggers import Logger, TensorBoardLogger
 from gn_det.engine.loop import make_scaler, parallel
 from gn_det.engine.output import BEST, FINAL, alone_in, check_writable
 from gn_det.engine.payload import check_origin, check_pretraining, check_summary, refuse, restore_slots
@@ -186,7 +186,7 @@ def _train(settings: Settings, resume: bool) -> dict[str, Any]:
     if dist.rank() == 0:
         remove_leftovers(folder)
         _rewrite_metrics(folder, done)
-        loggers.append(TensorBoardWriter(os.fspath(folder), state.iteration))
+        loggers.append(TensorBoardLogger(os.fspath(folder), state.iteration))
     metrics = Metrics(loggers)
     metrics.DIVERGED = math.inf  # its advice names keys of detection
     epochs = Epochs(settings, source, plan, loss, done, folder)

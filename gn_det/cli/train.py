@@ -18,6 +18,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add_key(
         parser, "--max-hours", "SOLVER.MAX_HOURS", "stop after H hours, evaluated and saved", type=float, metavar="H"
     )
+    flags.add_key(
+        parser,
+        "--logger",
+        "LOGGERS",
+        "where metrics go besides metrics.json: tensorboard (default), wandb, mlflow, csv",
+        type=lambda words: repr(tuple(filter(None, words.split(",")))),
+        metavar="NAMES",
+    )
     flags.add_restart(parser, dry_run="print the resolved config, model and schedule, then exit; needs no data")
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS without training")
     group = parser.add_argument_group("several GPUs or machines (or launch with torchrun)")

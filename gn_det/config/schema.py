@@ -150,6 +150,8 @@ def _pooler(name: str) -> Key:
 _KEYS = (
     Key("VERSION", 2, integer(0, 1000), "Version of Detectron2's key names.", known=(2,)),
     Key("OUTPUT_DIR", "./output", _FOLDER, "Folder of checkpoints, metrics.json, TensorBoard events and results."),
+    Key("LOGGERS", ("tensorboard",), items(one_of("tensorboard", "wandb", "mlflow", "csv"), 0, 4),
+        "Where scalars are written besides metrics.json.", ours=True),
     Key("SEED", -1, integer(-(2**63), 2**63 - 1),
         "Seed of initialisation, sampling and augmentation; negative: drawn at the start and printed."),
     Key("CUDNN_BENCHMARK", False, FLAG, "Let cuDNN search algorithms; pays only if image sizes hardly vary."),

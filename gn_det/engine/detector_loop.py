@@ -17,10 +17,9 @@ from gn_det.engine import dist
 from gn_det.engine.advice import explain_oom
 from gn_det.engine.engines import Engine
 from gn_det.engine.hooks import Average, Checkpoint, Evaluate, Evaluator, Schedule, Signals, TimeLimit
-from gn_det.engine.loggers import JsonWriter, Logger, TensorBoardWriter
+from gn_det.engine.loggers import open_loggers
 from gn_det.engine.loop import Hook, Loop, make_scaler, parallel
 from gn_det.engine.optimizer import clip_gradients
-from gn_det.engine.output import METRICS, trim_metrics
 from gn_det.engine.scalars import Metrics
 from gn_det.engine.schedule import images_per_rank
 from gn_det.engine.state import ModelMeta, Resume, TrainState, WeightAverage, restore
@@ -106,7 +105,8 @@ def make_loop(
             state.average.restore(payload["model"], payload["ema"]["steps"])
     folder = Path(cfg.OUTPUT_DIR)
     logs = payload.get("logs")  # a file of another tool has none
-    metrics = Metrics(_loggers(cfg, state.iteration, logs["written"] if logs else None), terminal=terminal)
+    written = logs["written"] if logs else None
+    metrics = Metrics(open_loggers(cfg, state.iteration, written) if dist.rank() == 0 else [], terminal=terminal)
     if logs:
         metrics.restore(logs)
     solver = cfg.SOLVER
@@ -146,15 +146,3 @@ def local_device(cfg: CfgNode) -> str:
     """``MODEL.DEVICE`` with the number of this process's GPU."""
     device = dist.resolve_device(cfg.MODEL.DEVICE)
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and dist.world_size() > 1 else device
-
-
-def _loggers(cfg: CfgNode, iteration: int, written: int | None) -> list[Logger]:
-    """Of rank 0: the files continue after ``written``, or where that is not known after ``iteration``."""
-    if dist.rank() != 0:
-        return []
-    folder = Path(cfg.OUTPUT_DIR)
-    if iteration >= 0:
-        trim_metrics(folder, iteration, written)
-    # the last evaluation of a finished run stands one beyond its last iteration
-    start = min(written if written is not None else iteration, iteration)
-    return [JsonWriter(os.fspath(folder / METRICS), start), TensorBoardWriter(os.fspath(folder), start)]

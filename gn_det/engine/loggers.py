@@ -1,15 +1,23 @@
-"""Where metrics are written: metrics.json always, and the loggers of ``--logger``."""
+"""Where the scalars of a run are written: metrics.json always, and the loggers that ``LOGGERS`` names."""
 
 from __future__ import annotations
 
+import csv
+import importlib.util
+import io
 import json
 import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
-from gn_det.errors import TrainingError
-from gn_det.files import open_append
+from fvcore.common.config import CfgNode
+
+from gn_det.engine.output import METRICS, trim_lines, trim_metrics
+from gn_det.errors import ConfigError, TrainingError
+from gn_det.files import atomic_write, open_append
 from gn_det.text import one_line
 
 
@@ -29,24 +37,17 @@ class Logger(Protocol):
     def close(self) -> None: ...
 
 
-class JsonWriter:
-    """One JSON object a line, appended. A value that is not a finite number is written as ``null`` (valid JSON).
+class _TextLogger:
+    """Lines appended to a file."""
 
-    What lies up to iteration ``written`` is in the file already.
-    """
-
-    def __init__(self, path: str, written: int = -1) -> None:
+    def __init__(self, path: str | os.PathLike[str], written: int = -1) -> None:
+        self.written = written
         try:
             self._file = open_append(os.path.dirname(path) or ".", os.path.basename(path))
         except OSError as error:
             raise TrainingError(
                 f"{path}: cannot be appended to ({one_line(error.strerror or error)}); move it away"
             ) from None
-        self.written = written
-
-    def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
-        record = {k: (v if math.isfinite(v) else None) for k, v in scalars.items()}
-        self._file.write(json.dumps({**record, "iteration": iteration}, sort_keys=True, ensure_ascii=False) + "\n")
 
     def flush(self) -> None:
         self._file.flush()
@@ -56,12 +57,35 @@ class JsonWriter:
         self._file.close()
 
 
-class TensorBoardWriter:
-    """TensorBoard scalars under the same names; the event file is made at the first write."""
+class JsonLogger(_TextLogger):
+    """One JSON object a line. A value that is not a finite number is written as ``null`` (valid JSON)."""
 
-    def __init__(self, folder: str, written: int = -1) -> None:
-        self._folder = folder
-        self.written = written
+    def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
+        record = {k: (v if math.isfinite(v) else None) for k, v in scalars.items()}
+        self._file.write(json.dumps({**record, "iteration": iteration}, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+class CsvLogger(_TextLogger):
+    """``metrics.csv`` with the columns iteration, name, value: not every iteration has every scalar."""
+
+    def __init__(self, folder: Path, written: int = -1) -> None:
+        path = folder / "metrics.csv"
+        trim_lines(path, lambda line: line.startswith("iteration,") or int(line.partition(",")[0]) <= written)
+        super().__init__(path, written)
+        if not path.stat().st_size:
+            self._file.write("iteration,name,value\n")
+
+    def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
+        rows = io.StringIO()
+        csv.writer(rows, lineterminator="\n").writerows((iteration, name, value) for name, value in scalars.items())
+        self._file.write(rows.getvalue())
+
+
+class TensorBoardLogger:
+    """TensorBoard scalars; the event file is made at the first write."""
+
+    def __init__(self, folder: str | os.PathLike[str], written: int = -1) -> None:
+        self._folder, self.written = os.fspath(folder), written
         self._purge = None if written < 0 else written + 1  # what a killed run drew beyond it is hidden
         self._writer: Any = None
 
@@ -82,3 +106,101 @@ class TensorBoardWriter:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+class WandbLogger:
+    """Weights & Biases; its own environment variables apply (WANDB_PROJECT, WANDB_MODE=offline ...).
+
+    A resumed run continues the one whose id is in ``wandb_run`` of the folder.
+    """
+
+    def __init__(self, folder: Path, written: int = -1) -> None:
+        import wandb
+
+        self.written = written
+        known = _read_id(folder / "wandb_run") if written >= 0 else None
+        project = os.environ.get("WANDB_PROJECT", "gn_det")
+        self._run: Any = wandb.init(project=project, name=folder.name, dir=os.fspath(folder), id=known, resume="allow")
+        atomic_write(folder / "wandb_run", str(self._run.id))
+
+    def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
+        self._run.log(dict(scalars), step=iteration)
+
+    def flush(self) -> None:
+        """Nothing: it sends in the background."""
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MlflowLogger:
+    """MLflow; MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME apply, without them ``mlruns`` of the folder is written.
+
+    A resumed run continues the one whose id is in ``mlflow_run`` of the folder.
+    """
+
+    def __init__(self, folder: Path, written: int = -1) -> None:
+        from mlflow import MlflowClient
+
+        self.written = written
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or (folder / "mlruns").resolve().as_uri()
+        self._client: Any = MlflowClient(tracking_uri=uri)
+        known = _read_id(folder / "mlflow_run") if written >= 0 else None
+        if known is None:
+            name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "gn_det")
+            found = self._client.get_experiment_by_name(name)
+            experiment = found.experiment_id if found else self._client.create_experiment(name)
+            known = str(self._client.create_run(experiment, run_name=folder.name).info.run_id)
+            atomic_write(folder / "mlflow_run", known)
+        self._id = known
+
+    def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            self._client.log_metric(self._id, re.sub(r"[^\w\-. /]", "_", name), value, step=iteration)
+
+    def flush(self) -> None:
+        """Nothing: every value is sent at once."""
+
+    def close(self) -> None:
+        self._client.set_terminated(self._id)
+
+
+def _read_id(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8").strip()[:200] or None if path.is_file() else None
+
+
+#: Names in ``LOGGERS``: the logger, called with folder and last written iteration, and the package that it needs.
+LOGGERS: dict[str, tuple[Callable[[Path, int], Logger], str]] = {
+    "tensorboard": (TensorBoardLogger, "tensorboard"),
+    "wandb": (WandbLogger, "wandb"),
+    "mlflow": (MlflowLogger, "mlflow"),
+    "csv": (CsvLogger, ""),
+}
+
+
+def check_loggers(cfg: CfgNode) -> None:
+    """Find out before a run whether the packages of its loggers are installed.
+
+    Raises:
+        ConfigError: one is not; says how to install it.
+    """
+    for name in cfg.LOGGERS:
+        package = LOGGERS[name][1]
+        if package and importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"LOGGERS (--logger) names {name}, which is not installed: pip install 'gn_det[{name}]' or leave it out"
+            )
+
+
+def open_loggers(cfg: CfgNode, iteration: int, written: int | None) -> list[Logger]:
+    """Loggers of a run (rank 0); files continue after ``written``, or where that is not known after ``iteration``.
+
+    Raises:
+        TrainingError: a file cannot be appended to.
+    """
+    folder = Path(cfg.OUTPUT_DIR)
+    if iteration >= 0:
+        trim_metrics(folder, iteration, written)
+    # the last evaluation of a finished run stands one beyond its last iteration
+    start = min(written if written is not None else iteration, iteration)
+    return [JsonLogger(folder / METRICS, start), *(LOGGERS[name][0](folder, start) for name in cfg.LOGGERS)]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from torch import nn
@@ -184,29 +185,29 @@ def numbered(iteration: int) -> str:
 def trim_metrics(folder: Path, iteration: int, written: int | None = None) -> None:
     """Drop the lines of metrics.json that a run resumed after ``iteration`` writes again.
 
-    Without this a run that died 15 iterations after its checkpoint would leave those iterations in the file twice.
-
     Args:
         folder: OUTPUT_DIR.
         iteration: last one of the checkpoint.
         written: last one in the file when the checkpoint was made, where that is known.
     """
-    import json
 
-    path = folder / METRICS
+    def keep(line: str) -> bool:
+        record = json.loads(line)
+        # the last evaluation of a finished run stands one beyond its last iteration
+        return bool(record["iteration"] <= (iteration + ("total_loss" not in record) if written is None else written))
+
+    trim_lines(folder / METRICS, keep)
+
+
+def trim_lines(path: Path, keep: Callable[[str], bool]) -> None:
+    """Drop the lines of a file for which ``keep`` is False or raises: they were cut short, or are written again."""
     if not path.is_file():
         return
-    kept, dropped = [], 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-            # the last evaluation of a finished run stands one beyond its last iteration
-            later = record["iteration"] > (iteration + ("total_loss" not in record) if written is None else written)
-        except (ValueError, KeyError, TypeError, RecursionError):  # a line cut short by a crash
-            later = True
-        dropped += later
-        if not later:
-            kept.append(line)
-    if dropped:
+    lines, kept = path.read_text(encoding="utf-8", errors="replace").splitlines(), []
+    for line in lines:
+        with suppress(ValueError, KeyError, TypeError, RecursionError):
+            if keep(line):
+                kept.append(line)
+    if len(kept) < len(lines):
         atomic_write(path, "".join(f"{line}\n" for line in kept))
-        logger.info("%d line(s) of %s after iteration %d dropped; they are written again.", dropped, path, iteration)
+        logger.info("%d line(s) of %s dropped; they are written again.", len(lines) - len(kept), path)

@@ -35,6 +35,7 @@ from gn_det.engine.detector_loop import fit, local_device
 from gn_det.engine.engines import Engine
 from gn_det.engine.evaluator import evaluate_model, verify_expected
 from gn_det.engine.log import FILE_ONLY, run_log
+from gn_det.engine.loggers import check_loggers
 from gn_det.engine.loop import Hook
 from gn_det.engine.optimizer import format_groups, group_rows
 from gn_det.engine.output import alone_in, check_output_name, check_space, check_writable, refuse_old_run, start_afresh
@@ -383,9 +384,11 @@ def check_run(cfg: CfgNode, device: str, world_size: int) -> None:
     """Refuse what no run on these devices can do, before a process is started or a file is written.
 
     Raises:
-        ConfigError: the batch cannot be shared, or fp16 without a GPU; or see :func:`check_metric`.
+        ConfigError: the batch cannot be shared, a logger is not installed, or fp16 without a GPU; or see
+            :func:`check_metric`.
     """
     check_metric(cfg)
+    check_loggers(cfg)
     world = int(os.environ["WORLD_SIZE"]) if dist.under_torchrun() else world_size
     if world > 0:
         scale_schedule(cfg, world, images=1)

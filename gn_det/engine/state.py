@@ -327,7 +327,7 @@ def _saved_optimizer(payload: Mapping[str, Any]) -> tuple[str, Any]:
 
 #: Keys that may differ between a run and its continuation without being worth a word.
 _SILENT = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "MODEL.WEIGHTS", "MODEL.DEVICE", "MODEL.CLASS_NAMES", "SEED",
-           "SOLVER.NO_RESCALE", "SOLVER.CHECKPOINT_KEEP", "SOLVER.MAX_HOURS")  # fmt: skip
+           "LOGGERS", "SOLVER.NO_RESCALE", "SOLVER.CHECKPOINT_KEEP", "SOLVER.MAX_HOURS")  # fmt: skip
 
 
 def changed_keys(payload: Mapping[str, Any], cfg: CfgNode) -> list[str]:

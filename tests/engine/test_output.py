@@ -19,7 +19,7 @@ from gn_det.checkpoint.last import last_name, prune, read_last, write_last
 from gn_det.cli import main
 from gn_det.engine import output, run
 from gn_det.engine.log import run_log
-from gn_det.engine.loggers import JsonWriter
+from gn_det.engine.loggers import JsonLogger
 from gn_det.engine.output import LOCK, InUse, alone_in, check_output_name
 from gn_det.errors import DataError, TrainingError, WeightsError
 from gn_det.files import Busy, atomic_write, lock, open_append
@@ -235,7 +235,7 @@ def test_pipes_in_the_folder_hang_nothing(tmp_path: Path) -> None:
         read_last(tmp_path)
     assert last_name(tmp_path) == ""
     with pytest.raises(TrainingError, match=r"metrics\.json: cannot be appended to"):
-        JsonWriter(str(tmp_path / "metrics.json"))
+        JsonLogger(str(tmp_path / "metrics.json"))
     with pytest.raises(TrainingError, match=r"log\.txt: cannot be appended to"), run_log(tmp_path):
         raise AssertionError
     (tmp_path / "last_checkpoint").unlink()

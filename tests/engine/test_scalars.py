@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gn_det.engine.loggers import JsonWriter
+from gn_det.engine.loggers import JsonLogger
 from gn_det.engine.output import check_writable, refuse_old_run, start_afresh, trim_metrics
 from gn_det.engine.scalars import EventLog, Metrics, progress_line
 from gn_det.errors import TrainingError
@@ -17,7 +17,7 @@ from gn_det.errors import TrainingError
 
 def test_median_of_the_last_twenty(tmp_path: Path) -> None:
     """Noisy scalars are medians of 20; evaluation results and lr are taken as they are; nothing is written twice."""
-    writer = JsonWriter(str(tmp_path / "metrics.json"))
+    writer = JsonLogger(str(tmp_path / "metrics.json"))
     metrics = Metrics([writer])
     log = metrics.log
     for i in range(40):

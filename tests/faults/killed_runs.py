@@ -90,7 +90,7 @@ def die_at(event: int) -> None:
     files._ErrorKeeper.write = deadly(files._ErrorKeeper.write)  # type: ignore[method-assign]
     files.os.fsync, files.os.replace = deadly(os.fsync), deadly(os.replace)  # type: ignore[attr-defined]
     last.prune = hooks.prune = deadly(last.prune)  # type: ignore[attr-defined]
-    loggers.JsonWriter.flush = deadly(loggers.JsonWriter.flush)  # type: ignore[method-assign]
+    loggers.JsonLogger.flush = deadly(loggers.JsonLogger.flush)  # type: ignore[method-assign]
 
 
 def die_and_train(event: int, *args: Any) -> None:
