@@ -112,5 +112,5 @@ def test_the_flag() -> None:
         return flags.config_from_args(args, "embedded").LOGGERS
 
     assert loggers("csv,wandb") == ("csv", "wandb") and loggers("") == ()
-    with pytest.raises(ConfigError, match="LOGGERS.* is 'tensorbord', did you mean 'tensorboard'"):
+    with pytest.raises(ConfigError, match=r"LOGGERS.* is 'tensorbord', did you mean 'tensorboard'"):
         loggers("tensorbord")
