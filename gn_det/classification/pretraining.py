@@ -39,7 +39,6 @@ from gn_det.classification.network import Classifier, build_classifier, build_op
 from gn_det.classification.settings import BUILTIN, Settings, base_lr, lr_factor
 from gn_det.data.workers import worker_failure
 from gn_det.engine import dist
-from gn_det.engine.fit import local_device
 from gn_det.engine.hooks import Schedule
 from gn_det.engine.log import FILE_ONLY, run_log
 from gn_det.engine.loggers import Logger, TensorBoardLogger
@@ -160,7 +159,7 @@ def _rank(settings: Settings, resume: bool, overwrite: bool) -> dict[str, Any]:
 
 
 def _train(settings: Settings, resume: bool) -> dict[str, Any]:
-    folder, device = Path(settings.output), local_device(_device(settings))
+    folder, device = Path(settings.output), dist.local_device(_device(settings))
     source = open_source(settings)
     seed_everything(settings.seed)
     model = build_classifier(settings, len(source.class_names), len(source.input.mean))

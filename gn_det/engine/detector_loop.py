@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -63,7 +62,7 @@ def fit(
         WeightsError: the checkpoint does not fit.
     """
     torch.backends.cudnn.benchmark = bool(cfg.CUDNN_BENCHMARK)
-    model.train().to(local_device(cfg))
+    model.train().to(dist.local_device(cfg.MODEL.DEVICE))
     optimizer = engine.build_optimizer(cfg, model)
     state = TrainState(model, optimizer, engine.build_scheduler(cfg, optimizer), seed)
     if resume is not None:
@@ -140,9 +139,3 @@ def autocast_dtype(cfg: CfgNode) -> torch.dtype | None:
 def first_batch(cfg: CfgNode, state: TrainState) -> int:
     """Number of the micro-batch, of each rank, that comes after those which ``state`` has seen."""
     return state.images_seen // (images_per_rank(cfg, dist.world_size()) * dist.world_size())
-
-
-def local_device(cfg: CfgNode) -> str:
-    """``MODEL.DEVICE`` with the number of this process's GPU."""
-    device = dist.resolve_device(cfg.MODEL.DEVICE)
-    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and dist.world_size() > 1 else device

@@ -118,6 +118,12 @@ def resolve_device(name: str) -> str:
     return name
 
 
+def local_device(name: str) -> str:
+    """:func:`resolve_device`, with the number of this process's GPU."""
+    device = resolve_device(name)
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and world_size() > 1 else device
+
+
 def under_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ and "LOCAL_RANK" in os.environ
 

@@ -31,7 +31,7 @@ from gn_det.data.sets import RunData, estimate_sizes, load_run_data, load_test_s
 from gn_det.data.workers import worker_failure
 from gn_det.engine import dist
 from gn_det.engine.advice import half_gn, short_for_scratch
-from gn_det.engine.detector_loop import fit, local_device
+from gn_det.engine.detector_loop import fit
 from gn_det.engine.engines import Engine
 from gn_det.engine.evaluator import evaluate_model, verify_expected
 from gn_det.engine.log import FILE_ONLY, run_log
@@ -215,7 +215,7 @@ def _evaluate_rank(cfg: CfgNode, engine: Engine) -> dict[str, float]:
         cfg = with_classes(cfg, len(names), names)
         model = engine.build_model(cfg)
         logger.info(format_report(load_weights(model, cfg.MODEL.WEIGHTS, cfg, require_all=True)))
-        model.to(local_device(cfg)).eval()
+        model.to(dist.local_device(cfg.MODEL.DEVICE)).eval()
         results = evaluate_model(cfg, engine.detector(model), test, names)
         logger.info("Log and detections are in %s.", cfg.OUTPUT_DIR)
         verify_expected(cfg, results)
