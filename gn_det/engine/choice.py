@@ -1,4 +1,4 @@
-"""Which engine trains: found out cheaply, chosen openly, and explained in one line where Detectron2 cannot be used.
+"""Which engine runs: found out cheaply, and explained in one line where Detectron2 cannot be used.
 
 Nothing heavy is imported here before an engine is loaded.
 """
@@ -28,6 +28,17 @@ ENGINES = ("auto", "embedded", "detectron2")
 
 _WITHOUT_IT = "--engine embedded runs without it"
 
+#: What an error on importing Detectron2 contains -> the fix; "{torch}" is the installed version of torch.
+_FIXES = {
+    "pkg_resources": "pip install 'setuptools<81' (it has pkg_resources, which this Detectron2 still imports)",
+    "iopath": "pip install 'iopath>=0.1.7,<0.1.10'",
+    "too old|PIL.Image": "this Detectron2 is too old: install its current source",
+    "libGL|libgthread": "pip uninstall -y opencv-python && pip install opencv-python-headless",
+    "undefined symbol|cannot open shared object|_C|signal|ABI": (
+        "its compiled part does not fit torch {torch}: rebuild Detectron2 with this torch"
+    ),
+}
+
 
 class EngineError(UserError):
     """Detectron2 was asked for, or is installed, and cannot be used."""
@@ -35,7 +46,7 @@ class EngineError(UserError):
 
 @dataclass(frozen=True)
 class Choice:
-    """The engine that is to run.
+    """The engine to run.
 
     Attributes:
         name: "embedded" or "detectron2".
@@ -47,7 +58,7 @@ class Choice:
 
 
 def is_installed() -> bool:
-    """Whether there is a Detectron2 to import; a mere folder of that name (its checkout) is none."""
+    """Whether Detectron2 can be found; a bare source checkout in the working directory does not count."""
     try:
         spec = importlib.util.find_spec("detectron2")
     except (ImportError, ValueError):  # a half-initialised or blocked module
@@ -56,7 +67,7 @@ def is_installed() -> bool:
 
 
 def installed_version(distribution: str) -> str | None:
-    """Version of an installed distribution, None where it is absent."""
+    """Return the version of an installed distribution, None where it is absent."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -64,27 +75,26 @@ def installed_version(distribution: str) -> str | None:
 
 
 def choose(wanted: str = "auto") -> Choice:
-    """Decide by what is installed, without importing it.
+    """Choose an engine by what is installed, without importing it.
 
     Raises:
         EngineError: Detectron2 is wanted and not installed.
     """
     if wanted == "embedded":
         return Choice("embedded", "as --engine says")
-    if not is_installed():
-        if wanted == "detectron2":
-            raise EngineError(
-                f"--engine detectron2: Detectron2 is not installed; install it for this Python ({sys.executable}) as "
-                f"{INSTALL_PAGE} says; {_WITHOUT_IT}"
-            )
-        return Choice("embedded", "because Detectron2 is not installed")
+    if is_installed():
+        why = "as --engine says" if wanted == "detectron2" else "because it is installed; or use --engine embedded"
+        return Choice("detectron2", why)
     if wanted == "detectron2":
-        return Choice("detectron2", "as --engine says")
-    return Choice("detectron2", "because it is installed; --engine embedded is the other one")
+        raise EngineError(
+            f"--engine detectron2: Detectron2 is not installed for this Python ({sys.executable}); see {INSTALL_PAGE}; "
+            f"{_WITHOUT_IT}"
+        )
+    return Choice("embedded", "because Detectron2 is not installed")
 
 
 def load(choice: Choice) -> Engine:
-    """The chosen engine, imported.
+    """Import and return the chosen engine.
 
     Raises:
         EngineError: Detectron2 is installed and broken, or too old; one line with the cause, the fix, its installation
@@ -101,66 +111,41 @@ def load(choice: Choice) -> Engine:
             module = importlib.import_module("gn_det.detectron2.engine")
     except Exception as error:
         raise EngineError(describe(error_line(error))) from error
-    _be_quiet()
+    # Warnings that a newer torch gives about Detectron2's code do not concern its user.
+    for message in (r"torch\.meshgrid", r".*broadcast_buffers", r".*torch\.jit\.script"):
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("torch.fx._symbolic_trace").addFilter(lambda record: "is_fx_tracing" not in str(record.msg))
     return module.Detectron2Engine(choice.why)
 
 
-def _be_quiet() -> None:
-    """Of what Detectron2 does to a newer torch, nothing concerns the user of a run."""
-    for message in (r"torch\.meshgrid", r".*broadcast_buffers", r".*torch\.jit\.script"):
-        warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("torch.fx._symbolic_trace").addFilter(_no_news)
-
-
-def _no_news(record: logging.LogRecord) -> bool:
-    return "is_fx_tracing" not in str(record.msg)
-
-
 def import_detectron2() -> None:
-    """Import all of Detectron2 that the plugin needs, its compiled part by name.
+    """Import all of Detectron2 that the plugin needs.
 
     Raises:
         Exception: whatever a broken installation raises.
     """
-    importlib.import_module("detectron2")
-    # Its own modules put up with a missing or unfitting compiled part until somebody calls it.
-    importlib.import_module("detectron2._C")
-    modeling = importlib.import_module("detectron2.modeling")
-    importlib.import_module("detectron2.engine")
-    if not hasattr(modeling.Backbone, "padding_constraints"):
+    # Its compiled part by name: Detectron2's own modules tolerate a broken one until something calls it.
+    for name in ("detectron2", "detectron2._C", "detectron2.modeling", "detectron2.engine"):
+        importlib.import_module(name)
+    if not hasattr(sys.modules["detectron2.modeling"].Backbone, "padding_constraints"):
         raise ImportError("too old: detectron2.modeling.Backbone has no padding_constraints")
 
 
 def error_line(error: BaseException) -> str:
-    """Type and first line of an exception."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    """Return type and first line of an exception."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].removesuffix(": ")
 
 
 def describe(error: str, version_of: Callable[[str], str | None] = installed_version) -> str:
-    """One line on a Detectron2 that is installed and cannot be used: cause, fix, page, way around."""
-    version = version_of("detectron2")
-    name = f"Detectron2 {version}" if version else "Detectron2"
+    """Return one line on a Detectron2 that is installed and cannot be used: cause, fix, page, way around."""
+    name = f"Detectron2 {version_of('detectron2') or ''}".strip()
     return f"{name} is installed, but cannot be used ({error}): {fix(error, version_of)}; {_WITHOUT_IT}"
 
 
 def fix(error: str, version_of: Callable[[str], str | None] = installed_version) -> str:
-    """The exact fix for an error on importing Detectron2, and its installation page."""
-    return f"{_fix(error, version_of)}; see {INSTALL_PAGE}"
-
-
-def _fix(error: str, version_of: Callable[[str], str | None]) -> str:
-    if "pkg_resources" in error:
-        return "pip install 'setuptools<81' (it has pkg_resources, which this Detectron2 still imports)"
-    if "iopath" in error:
-        return "pip install 'iopath>=0.1.7,<0.1.10'"
-    if "too old" in error or "PIL.Image" in error:
-        return "this Detectron2 is too old: install its current source"
-    if "libGL" in error or "libgthread" in error:
-        return "pip uninstall -y opencv-python && pip install opencv-python-headless"
-    if any(sign in error for sign in ("undefined symbol", "cannot open shared object", "_C", "signal", "ABI")):
-        return f"its compiled part does not fit torch {version_of('torch')}: build Detectron2 anew with this torch"
-    missing = re.search(r"No module named '([\w.]+)'", error)
-    if missing and not missing.group(1).startswith("detectron2"):
-        return f"pip install {missing.group(1).split('.')[0]}"
-    return "install it again"
+    """Return the fix for an error on importing Detectron2, with the installation page."""
+    found = next((remedy for signs, remedy in _FIXES.items() if re.search(signs, error)), "")
+    if not found:
+        missing = re.search(r"No module named '(?!detectron2)(\w+)", error)
+        found = f"pip install {missing.group(1)}" if missing else "install it again"
+    return f"{found.format(torch=version_of('torch'))}; see {INSTALL_PAGE}"

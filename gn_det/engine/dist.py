@@ -26,6 +26,7 @@ from torch import Tensor
 from gn_det.errors import ConfigError, TrainingError, UserError
 from gn_det.parent_watch import end_with_parent
 from gn_det.terminal import guard
+from gn_det.text import shown
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -98,8 +99,8 @@ def on_first_rank(call: Callable[[], T]) -> T:
     return value
 
 
-def resolve_device(name: str) -> str:
-    """``MODEL.DEVICE`` as "cpu", "cuda" or "cuda:N".
+def resolve_device(name: str, key: str = "MODEL.DEVICE") -> str:
+    """Return the device called ``name`` as "cpu", "cuda" or "cuda:N"; ``key`` is what the user set.
 
     Raises:
         ConfigError: a GPU is asked for and there is none, or the name is unknown.
@@ -110,11 +111,12 @@ def resolve_device(name: str) -> str:
         return name
     kind, _, index = name.partition(":")
     if kind != "cuda" or (index and not index.isdigit()):
-        raise ConfigError(f"MODEL.DEVICE is '{name}'; use auto, cpu, cuda or cuda:N")
-    if not torch.cuda.is_available():
-        raise ConfigError(f"MODEL.DEVICE is '{name}' but torch finds no GPU; set MODEL.DEVICE cpu or auto")
-    if index and int(index) >= torch.cuda.device_count():
-        raise ConfigError(f"MODEL.DEVICE is '{name}' but torch finds {torch.cuda.device_count()} GPU(s), from cuda:0")
+        raise ConfigError(f"{key} is {shown(name)}; use auto, cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        raise ConfigError(f"{key} is '{name}' but torch finds no GPU; set {key} to cpu or auto")
+    if index and int(index) >= count:
+        raise ConfigError(f"{key} is '{name}' but torch finds {count} GPU(s), from cuda:0")
     return name
 
 

@@ -1,11 +1,12 @@
-"""Detect on images of any name, draw what was found, and write it as one COCO-style json."""
+"""Detect objects on images, draw them, and write the detections as one COCO-style json."""
 
 from __future__ import annotations
 
-import difflib
+import contextlib
 import io
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,13 @@ from PIL import Image
 
 from gn_det.data.image import ImageReader
 from gn_det.data.inputs import collect_images, output_names
+from gn_det.engine.dist import resolve_device
 from gn_det.errors import ConfigError, DataError, UserError, WeightsError
 from gn_det.evaluation.results import detections_to_coco
 from gn_det.files import atomic_write, json_bytes
 from gn_det.structures import Detections
 from gn_det.terminal import say
-from gn_det.text import one_line, shown
+from gn_det.text import nearest, one_line, shown
 from gn_det.visualize.draw import draw_detections
 
 if TYPE_CHECKING:
@@ -37,17 +39,17 @@ PREDICTIONS_FILE = "predictions.json"
 
 @dataclass(frozen=True)
 class Predictor:
-    """A model with what is needed to name what it finds.
+    """A model and the names of what it finds.
 
     Attributes:
-        detect: path of an image, or an (H, W, 3) uint8 array in RGB order (frames of OpenCV are BGR: give
-            ``frame[:, :, ::-1]``) -> detections at its (upright) original size; raises DataError on what cannot be
-            read.
-        read: path of an image -> its RGB pixels, for drawing.
+        detect: path of an image, or an (H, W, 3) uint8 array in RGB order (OpenCV frames are BGR: pass
+            ``frame[:, :, ::-1]``) -> detections at its (upright) original size; raises DataError for an unreadable
+            image.
         class_names: name of each class index.
         category_ids: json category id of each class index.
+        read: path of an image -> its RGB pixels, for drawing.
         module: the model, in evaluation mode.
-        config: its configuration, resolved.
+        config: its resolved configuration.
     """
 
     detect: Callable[[Path | np.ndarray], Detections]
@@ -70,7 +72,7 @@ def predict(
     predictor: Predictor | None = None,
     report: Callable[[str], None] = say,
 ) -> dict[str, Any]:
-    """Detect on every image, write a drawing each and ``predictions.json`` into ``output``.
+    """Detect on every image; write a drawing of each and ``predictions.json`` into ``output``.
 
     Args:
         weights: checkpoint of gn_det (config and classes come from it), or other weights with ``config``.
@@ -80,7 +82,7 @@ def predict(
         classes: only these class names; None keeps all.
         config: path or shipped name; None takes the config stored in the checkpoint.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` ...
-        predictor: takes the place of ``weights`` and ``config`` (quickstart, tests).
+        predictor: replaces ``weights`` and ``config``.
         report: receives one line per image, and the notes.
 
     Returns:
@@ -93,55 +95,52 @@ def predict(
     """
     if not 0 <= threshold <= 1:
         raise ConfigError(f"threshold {threshold} must lie between 0 and 1")
-    given = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
     if not os.fspath(output) or "\0" in os.fspath(output):
         raise ConfigError(f"output folder {shown(os.fspath(output))}: no folder can have this name; give another")
     folder = Path(os.path.expanduser(output))
+    given = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
     paths, notes = collect_images(given, exclude=folder)
     for note in notes:
         report(f"note: {note}")
     names = output_names(paths)
-    _check_writable(folder)
-    _check_not_overwritten(folder, paths, names)
+    _make_folder(folder, paths, names)
     from gn_det.engine.advice import out_of_memory
 
     predictor = predictor or load_predictor(weights, config=config, device=device)
     wanted = wanted_classes(classes, predictor.class_names)
-    document = _Document(predictor)
+    categories = [{"id": i, "name": name} for i, name in zip(predictor.category_ids, predictor.class_names)]
+    document: dict[str, list[Any]] = {"images": [], "categories": categories, "annotations": []}
     failed: list[str] = []
     best = 0.0
     for number, (path, name) in enumerate(zip(paths, names), 1):
         started = time.perf_counter()
         try:
-            everything = predictor.detect(path)
-            best = max(best, everything.scores.max().item() if len(everything) else 0.0)
-            det = select(everything, threshold, wanted)
+            found = predictor.detect(path)
+            best = max(best, found.scores.max().item() if len(found) else 0.0)
+            det = select(found, threshold, wanted)
             drawing = draw_detections(predictor.read(path), det, predictor.class_names)
-        except DataError as error:
-            failed.append(str(error))
-            report(f"[{number}/{len(paths)}] skipped: {error}")
-            continue
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
+        except (DataError, RuntimeError, MemoryError) as error:
+            if not isinstance(error, DataError) and not out_of_memory(error):
                 raise
-            failed.append(f"{path}: too little memory for this image of {os.path.getsize(path)} bytes")
+            reason = f"{path}: too little memory for this image of {os.path.getsize(path)} bytes"
+            failed.append(str(error) if isinstance(error, DataError) else reason)
             report(f"[{number}/{len(paths)}] skipped: {failed[-1]}")
             continue
         write_png(folder / name, drawing)
-        document.add(path, name, det)
-        seconds = time.perf_counter() - started
-        report(f"[{number}/{len(paths)}] {path}: {_summary(det, predictor.class_names)} ({seconds:.2f} s)")
+        _add(document, path, name, det, predictor)
+        summary = _summary(det, predictor.class_names)
+        report(f"[{number}/{len(paths)}] {path}: {summary} ({time.perf_counter() - started:.2f} s)")
     some = "; ".join(one_line(f, 400) for f in failed[:3]) + ("; ..." if len(failed) > 3 else "")
-    count = len(document.content["images"])
+    count = len(document["images"])
     if not count:
         raise DataError(f"no image could be read: {some}")
-    atomic_write(folder / PREDICTIONS_FILE, json_bytes(document.content))
-    report(f"{count} drawing{'' if count == 1 else 's'} and {PREDICTIONS_FILE} are in {folder}")
-    if not document.content["annotations"]:
+    atomic_write(folder / PREDICTIONS_FILE, json_bytes(document))
+    report(f"{count} drawing{'s' * (count != 1)} and {PREDICTIONS_FILE} are in {folder}")
+    if not document["annotations"]:
         report(f"note: no object was found with a score of {threshold:g} or more; the best score was {best:.2f}")
     if failed:
         raise DataError(f"{len(failed)} of {len(paths)} images could not be read, the others are done: {some}")
-    return document.content
+    return document
 
 
 def load_predictor(
@@ -175,7 +174,7 @@ def load_predictor(
         )
     names, ids = _classes_of(meta, cfg)
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(names)
-    target = _device(device)
+    target = resolve_device(device, "device")
     engine = engine or _engine_for(cfg, os.fspath(weights))
     model = engine.build_model(cfg).eval()
     load_weights(model, weights, cfg, require_all=True)
@@ -190,26 +189,26 @@ def load_predictor(
 
 
 def _engine_for(cfg: Any, source: str) -> Engine:
-    """The embedded engine, or Detectron2 for a model that only it has.
+    """Return the embedded engine, or Detectron2 for a model that only it implements.
 
     Raises:
-        UserError: the model needs Detectron2, and it is not installed or cannot be used.
+        UserError: the model needs Detectron2, which is not installed or cannot be used.
     """
     from gn_det.config.check import check_config
-    from gn_det.engine import choice as engines
+    from gn_det.engine import choice
 
-    choice = engines.Choice("embedded", "")
+    name = "embedded"
     try:
         check_config(cfg)
     except ConfigError as error:
-        if "--engine detectron2 runs it" in str(error):
-            if not engines.is_installed():
-                raise ConfigError(
-                    f"{source}: only Detectron2 has this model ({str(error).partition(' is not')[0]}), and it is not "
-                    f"installed: see {engines.INSTALL_PAGE}"
-                ) from None
-            choice = engines.Choice("detectron2", "")
-    return engines.load(choice)
+        with contextlib.suppress(ConfigError):  # neither engine implements the config: the model may not depend on it
+            check_config(cfg, "detectron2")
+            name = "detectron2"
+        if name == "detectron2" and not choice.is_installed():
+            raise ConfigError(
+                f"{source} needs Detectron2, which is not installed ({error}); see {choice.INSTALL_PAGE}"
+            ) from None
+    return choice.load(choice.Choice(name, ""))
 
 
 def _classes_of(meta: dict[str, Any], cfg: Any) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -225,39 +224,22 @@ def _classes_of(meta: dict[str, Any], cfg: Any) -> tuple[tuple[str, ...], tuple[
     return names, ids if len(ids) == len(names) else tuple(range(1, len(names) + 1))
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        target = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device '{name}' is not known; use auto, cpu, cuda or cuda:N") from None
-    if target.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device '{name}' is not supported; use auto, cpu, cuda or cuda:N")
-    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device '{name}': this machine has {torch.cuda.device_count()} CUDA devices; use auto or cpu"
-        )
-    return target
+def _make_folder(folder: Path, paths: Sequence[Path], names: Sequence[str]) -> None:
+    """Make the output folder before the model runs, so that an hour's work is not lost to a typo.
 
-
-def _check_writable(folder: Path) -> None:
-    """Make the folder before the model runs, so that an hour's work is not lost to a typo."""
+    Raises:
+        UserError: it cannot be written, or a drawing would overwrite an input.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another output folder") from None
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{folder}: is not writable; choose another output folder")
-
-
-def _check_not_overwritten(folder: Path, paths: Sequence[Path], names: Sequence[str]) -> None:
     images = {path.resolve() for path in paths}
     for name in names:
         if (folder / name).resolve() in images:
-            raise ConfigError(
-                f"output folder {folder}: the drawing {name} would overwrite an input; choose another folder"
-            )
+            raise ConfigError(f"output folder {folder}: {name} would overwrite an input; choose another folder")
 
 
 def wanted_classes(classes: Sequence[str] | None, names: Sequence[str]) -> set[int] | None:
@@ -268,19 +250,19 @@ def wanted_classes(classes: Sequence[str] | None, names: Sequence[str]) -> set[i
     """
     if classes is None:
         return None
+    if not classes:
+        raise ConfigError("the list of classes is empty; name at least one, or leave it out for all")
     lower = {name.lower(): i for i, name in enumerate(names)}
-    wanted = set()
+    indices = set()
     for name in classes:
         index = names.index(name) if name in names else lower.get(name.lower())
         if index is None:
-            near = difflib.get_close_matches(name.lower(), lower, n=1)
+            near = nearest(name.lower(), lower, 1)
             known = ", ".join(one_line(n, 60) for n in names[:10])
             hint = f"did you mean {shown(names[lower[near[0]]])}?" if near else f"the model knows {known}"
             raise ConfigError(f"class {shown(name)} is not one of the model's {len(names)} classes; {hint}")
-        wanted.add(index)
-    if not wanted:
-        raise ConfigError("the list of classes is empty; name at least one, or leave it out for all")
-    return wanted
+        indices.add(index)
+    return indices
 
 
 def select(det: Detections, threshold: float, wanted: set[int] | None) -> Detections:
@@ -307,35 +289,23 @@ def write_png(path: Path, picture: np.ndarray) -> None:
 
 def _summary(det: Detections, names: Sequence[str]) -> str:
     """``3 objects: 2 dog, 1 cat``."""
-    counts: dict[str, int] = {}
-    for index in det.classes.tolist():
-        counts[names[index]] = counts.get(names[index], 0) + 1
-    parts = [f"{n} {one_line(name, 60)}" for name, n in sorted(counts.items(), key=lambda c: -c[1])]
+    counts = Counter(names[index] for index in det.classes.tolist()).most_common()
+    parts = [f"{n} {one_line(name, 60)}" for name, n in counts]
     some = ", ".join(parts[:5]) + (", ..." if len(parts) > 5 else "")
-    return f"{len(det)} object{'' if len(det) == 1 else 's'}" + (f": {some}" if some else "")
+    return f"{len(det)} object{'s' * (len(det) != 1)}" + (f": {some}" if some else "")
 
 
-class _Document:
-    """The json under construction."""
+def _add(document: dict[str, list[Any]], path: Path, drawing: str, det: Detections, predictor: Predictor) -> None:
+    """Add an image and its detections to the json."""
+    from pycocotools import mask as coco_mask
 
-    def __init__(self, predictor: Predictor) -> None:
-        self.ids = list(predictor.category_ids)
-        self.names = dict(zip(self.ids, predictor.class_names))
-        categories = [{"id": i, "name": name} for i, name in self.names.items()]
-        self.content: dict[str, Any] = {"images": [], "categories": categories, "annotations": []}
-
-    def add(self, path: Path, drawing: str, det: Detections) -> None:
-        image_id = len(self.content["images"]) + 1
-        height, width = det.image_size
-        self.content["images"].append(
-            {"id": image_id, "file_name": path.as_posix(), "height": height, "width": width, "drawing": drawing}
-        )
-        for result in detections_to_coco(image_id, det, self.ids):
-            area = result["bbox"][2] * result["bbox"][3]
-            if "segmentation" in result:
-                from pycocotools import mask as coco_mask
-
-                area = float(coco_mask.area(result["segmentation"]))
-            extra = {"category_name": self.names[result["category_id"]], "area": area, "iscrowd": 0}
-            number = len(self.content["annotations"]) + 1
-            self.content["annotations"].append({"id": number, **result, **extra})
+    image_id = len(document["images"]) + 1
+    height, width = det.image_size
+    image = {"id": image_id, "file_name": path.as_posix(), "height": height, "width": width, "drawing": drawing}
+    document["images"].append(image)
+    entries = zip(det.classes.tolist(), detections_to_coco(image_id, det, predictor.category_ids))
+    for number, (index, result) in enumerate(entries, len(document["annotations"]) + 1):
+        mask = result.get("segmentation")
+        area = float(coco_mask.area(mask)) if mask else result["bbox"][2] * result["bbox"][3]
+        extra = {"category_name": predictor.class_names[index], "area": area, "iscrowd": 0}
+        document["annotations"].append({"id": number, **result, **extra})

@@ -49,9 +49,9 @@ def test_without_detectron2() -> None:
 @pytest.mark.parametrize(
     ("error", "fix"),
     [
-        ("ImportError: /x/_C.so: undefined symbol: _ZN3c10", "build Detectron2 anew with this torch"),
+        ("ImportError: /x/_C.so: undefined symbol: _ZN3c10", "rebuild Detectron2 with this torch"),
         ("ImportError: libcudart.so.11.0: cannot open shared object file", "does not fit torch 2.9.0"),
-        ("the interpreter died of signal 11", "build Detectron2 anew"),
+        ("the interpreter died of signal 11", "rebuild Detectron2"),
         ("ImportError: too old: detectron2.modeling.Backbone has no", "too old: install its current source"),
         ("AttributeError: module 'PIL.Image' has no attribute 'LINEAR'", "too old"),
         ("ModuleNotFoundError: No module named 'pkg_resources'", "setuptools<81"),
