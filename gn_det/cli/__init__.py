@@ -22,7 +22,7 @@ from gn_det.errors import UserError
 from gn_det.terminal import guarded
 from gn_det.text import as_line, did_you_mean, shown
 
-#: Commands in the order of the help; each is a module here. ``compare`` is in comparison.py.
+#: Commands in the order of the help; each is a module here.
 COMMANDS = {
     "train": "fine-tune, train from scratch or evaluate",
     "eval": "COCO AP of a checkpoint",
@@ -84,7 +84,7 @@ def _run(argv: Sequence[str], prog: str | None) -> int:
 
 def parse(name: str, words: Sequence[str], prog: str | None = None) -> tuple[Any, argparse.Namespace]:
     """Return the module of a command and its parsed flags."""
-    command: Any = import_module(f"gn_det.cli.{'comparison' if name == 'compare' else name}")
+    command: Any = import_module(f"gn_det.cli.{name}")
     parser = Parser(prog=prog or f"gn-det {name}", description=command.__doc__)
     command.add_flags(parser)
     return command, parser.parse(words)

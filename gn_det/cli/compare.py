@@ -1,154 +1,163 @@
-"""``gn-det compare``: from words to a plan, runs and a report."""
+"""Run the rows of a suite that are missing, and report them side by side with their noise."""
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime
-from pathlib import Path
-from typing import Any
+import argparse
+from typing import TYPE_CHECKING
 
-from fvcore.common.config import CfgNode
+from gn_det.cli import flags
 
-from gn_det.compare.document import write_report
-from gn_det.compare.execute import Trainer
-from gn_det.compare.outcomes import collect
-from gn_det.compare.plan import Job, Plan, as_argv, make_plan
-from gn_det.compare.runner import DONE, MissingWeights, Runner, Store, Summary, fetch_weights, find
-from gn_det.compare.suite import Suite, load_suite, parse_suite
-from gn_det.data.sets import estimate_sizes
-from gn_det.engine import choice as engines
-from gn_det.engine import dist
-from gn_det.engine.output import InUse
-from gn_det.engine.schedule import scale_schedule
-from gn_det.errors import ConfigError, UserError
-from gn_det.terminal import say
-from gn_det.text import one_line, shown
+if TYPE_CHECKING:
+    from fvcore.common.config import CfgNode
 
-#: Runs of one row.
-_MOST_SEEDS = 1000
+    from gn_det.compare.plan import Job, Plan
+    from gn_det.compare.runner import Store
+    from gn_det.compare.suite import Suite
 
 
-@dataclass(frozen=True)
-class Request:
-    """What the command line asks for.
-
-    Attributes:
-        suite: path or shipped name; "" with ``configs``.
-        configs: the rows of a comparison on own data; the first is the baseline.
-        data: ``train_json`` ... ``val_images`` of own data.
-        overrides: config keys for every detection row.
-        output: folder; "" is ``output/compare/<suite>``.
-        rows: ids or patterns; empty takes all.
-        seeds: runs of every row; None as the suite says.
-        num_gpus: processes of each run.
-        engine: as ``--engine``.
-        any_version: finished runs of another version count.
-        dry_run, report_only: print the plan; write the report of what is there.
-    """
-
-    suite: str = ""
-    configs: Sequence[str] = ()
-    data: dict[str, str] | None = None
-    overrides: Sequence[str] = ()
-    output: str = ""
-    rows: Sequence[str] = ()
-    seeds: int | None = None
-    num_gpus: int = 1
-    engine: str = "auto"
-    any_version: bool = False
-    dry_run: bool = False
-    report_only: bool = False
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "Exit status: 0 all rows done, 1 a row failed (the others are reported), 2 refused before any run."
+    add = parser.add_argument
+    add("words", nargs="*", metavar="SUITE.yaml | KEY VALUE", help="a suite, and " + flags.OVERRIDES)
+    add("--output", metavar="DIR", help="folder of runs and report (default output/compare/NAME)")
+    add("--rows", metavar="A,B", help="only these rows, by id, * for any text")
+    add("--seeds", type=int, metavar="N", help="N runs of every row, with seeds 1 to N")
+    text = "train every detection row for N passes over the data"
+    flags.add_key(parser, "--epochs", "SOLVER.EPOCHS", text, type=float, metavar="N")
+    flags.add_gpus(parser, "GPUs of each run on this machine")
+    add("--dry-run", action="store_true", help="print the rows and what is missing, then exit")
+    add("--report-only", action="store_true", help="report what has been run, without running anything")
+    add("--any-version", action="store_true", help="count finished runs of another version of gn_det as done")
+    flags.add_engine(parser)
+    flags.add_data(parser, "train", "val")
+    add("--configs", nargs="+", metavar="FILE", help="rows on your own data; the first is the baseline")
 
 
-def compare(request: Request) -> int:
-    """Run what is missing and write the report.
+def run(args: argparse.Namespace) -> int:
+    """Run what is missing and write the report; returns 1 where a row failed."""
+    import os
+    from datetime import datetime
+    from functools import partial
+    from pathlib import Path
 
-    Returns:
-        0, or 1 where a row failed.
+    from gn_det.compare.document import write_report
+    from gn_det.compare.execute import execute
+    from gn_det.compare.outcomes import collect
+    from gn_det.compare.plan import make_plan
+    from gn_det.compare.runner import Runner, Store, fetch_weights
+    from gn_det.engine import choice as engines
+    from gn_det.engine import dist
+    from gn_det.engine.output import InUse
+    from gn_det.terminal import say
 
-    Raises:
-        UserError: the suite, a row of it or the folder cannot be used; nothing was run.
-        Interrupted: asked to stop; the report holds what is done.
-    """
-    suite = find_suite(request)
-    if request.seeds is not None and not 1 <= request.seeds <= _MOST_SEEDS:
-        raise ConfigError(f"--seeds {one_line(request.seeds)} must lie between 1 and {_MOST_SEEDS}")
-    engine = engines.load(engines.choose(request.engine))
-
-    def planned(rows: Sequence[str]) -> Plan:
-        return make_plan(
-            suite, engine, overrides=request.overrides, only=rows, seeds=request.seeds, num_gpus=request.num_gpus
-        )
-
-    whole = planned(())
-    plan = planned(request.rows) if request.rows else whole
-    store = Store(request.output or Path("output") / "compare" / suite.name)
-    if request.dry_run:
-        return show(plan, store, any_version=request.any_version)
+    suite, overrides = _suite_and_overrides(args)
+    engine = engines.load(engines.choose(args.engine))
+    planned = partial(make_plan, suite, engine, overrides=overrides, seeds=args.seeds, num_gpus=args.num_gpus)
+    rows = flags.comma_separated(args.rows)
+    whole = planned()
+    plan = planned(only=rows) if rows else whole
+    store = Store(args.output or Path("output") / "compare" / suite.name)
+    if args.dry_run:
+        return _show(plan, store, any_version=args.any_version)
     first_rank = not dist.under_torchrun() or os.environ["RANK"] == "0"
-    tell = say if first_rank else _silent
-    trainer = Trainer(engine, request.num_gpus, measuring=first_rank)
-    runner = Runner(plan, store, trainer, any_version=request.any_version, say=tell, recording=first_rank)
-    summary = Summary()
-    if not request.report_only:
+    failed: dict[str, str] = {}
+    if not args.report_only:
         plan.check()
         fetch_weights(plan)
+    writes_report = first_rank
     try:
-        if not request.report_only:
-            summary = runner.run()
+        if not args.report_only:
+            runs = partial(execute, plan=plan, measuring=first_rank)
+            tell = say if first_rank else _silent
+            failed = Runner(plan, store, runs, args.any_version, say=tell, recording=first_rank).run()
     except InUse:
-        first_rank = False  # the report is written by who runs there
+        writes_report = False  # the comparison that runs there writes it
         raise
     finally:
-        if first_rank:
-            results = collect(whole, store, any_version=request.any_version, any_settings=request.report_only)
+        if writes_report:
+            results = collect(whole, store, any_version=args.any_version, any_settings=args.report_only)
             write_report(results, store, datetime.now().astimezone().strftime("%Y-%m-%d"))
-    for name, reason in summary.failed.items():
-        tell(f"failed: {name}: {reason}")
-    # torchrun ends all ranks when one fails, and rank 0 may still be measuring: it alone tells
-    return 1 if summary.failed and first_rank else 0
+    if not first_rank:
+        return 0  # torchrun ends all ranks when one fails, and rank 0 may still be measuring
+    for name, reason in failed.items():
+        say(f"failed: {name}: {reason}")
+    return 1 if failed else 0
 
 
-def show(plan: Plan, store: Store, *, any_version: bool) -> int:
-    """Print what would be run; nothing is run or written.
+def _silent(line: object) -> None:
+    """Of the other ranks, rank 0 speaks."""
 
-    Returns:
-        0, or 2 where a row is wrong (data and weights that are not there yet are told, and no mistake).
-    """
+
+def _suite_and_overrides(args: argparse.Namespace) -> tuple[Suite, list[str]]:
+    """A suite file, a shipped one, or one made of configs and own data; and the config keys of the command line."""
+    from gn_det.compare.suite import find_suite, load_suite, own_suite, shipped_suites
+    from gn_det.errors import ConfigError
+
+    # --configs takes all words up to the next flag, and overrides may be among them
+    named = list(args.configs or ())
+    cut = next((i for i, word in enumerate(named) if _is_key(word)), len(named))
+    words, configs = named[cut:] + args.words, named[:cut]
+    name = words.pop(0) if words and not _is_key(words[0]) else ""
+    flagged = {key: value for key, value in vars(args).items() if "." in key and value is not None}
+    epochs = flagged.pop("SOLVER.EPOCHS", None)
+    overrides = [*([] if epochs is None else ["SOLVER.EPOCHS", str(epochs)]), *words]
+    if configs and name:
+        raise ConfigError(f"give a suite ({name}) or --configs, not both")
+    if configs:
+        return own_suite(configs, {key.split(".")[1].lower(): value for key, value in flagged.items()}), overrides
+    if flagged:
+        raise ConfigError("own data (--train-json ...) needs --configs; a suite names its data itself")
+    if not name:
+        raise ConfigError(f"name a suite, or --configs; shipped suites are {', '.join(shipped_suites())}")
+    return load_suite(find_suite(name)), overrides
+
+
+def _is_key(word: str) -> bool:
+    """Whether a word looks like a config key (SOLVER.BASE_LR, SEED=1) rather than a file."""
+    return word.partition("=")[0].replace(".", "").replace("_", "").isupper()
+
+
+def _show(plan: Plan, store: Store, *, any_version: bool) -> int:
+    """Print what would be run; returns 2 where a row is wrong (missing data or weights are listed but not errors)."""
+    from gn_det.compare.runner import DONE, MissingWeights, find
+    from gn_det.terminal import say
+
     images: dict[str, int] = {}
     for job in plan.jobs:
         try:
             record, _ = find(job, plan, store, any_version=any_version)
-            state = "done" if record.status == DONE else "goes on" if record.sessions else "to run"
+            state = "done" if record.status == DONE else "resumes" if record.sessions else "to run"
         except MissingWeights:
             state = f"after {job.needs[0]}" if job.needs else ""
         say(f"{job.name:40s} {state:10s} {_described(job, images)}".rstrip())
     for identity, why in plan.left_out.items():
         say(f"{identity:40s} left out   {why}")
     for problem in plan.problems:
-        say(f"{'not there yet' if problem.absent else 'wrong'}: {problem}")
+        say(f"{'missing' if problem.absent else 'wrong'}: {problem}")
     print("Dry run: nothing was trained or written.")
     return 2 if any(not p.absent for p in plan.problems) else 0
 
 
 def _described(job: Job, images: dict[str, int]) -> str:
+    from gn_det.compare.plan import as_argv
+
     if job.cfg is not None:
         words = (job.row.config, _length(job.cfg, job.inputs["processes"], images), *as_argv(job.row.overrides))
         return " ".join(word for word in words if word)
-    settings = job.settings or {}
-    return f"{settings['arch']} {settings['norm']} on {settings['data']}, batch {settings['batch_size']}"
+    return "{arch} {norm} on {data}, batch {batch_size}".format(**job.settings)
 
 
 def _length(cfg: CfgNode, processes: int, images: dict[str, int]) -> str:
-    """How long a detection row trains here, in brackets; "" where its data are not there to tell.
+    """How long a detection row trains here, in brackets; "" where its data are missing.
 
     Args:
         processes: of the run, one GPU each.
         images: in an epoch, by data settings; filled in, because COCO's annotations take long to read.
     """
+    from gn_det.data.sets import estimate_sizes
+    from gn_det.engine.schedule import scale_schedule
+    from gn_det.errors import UserError
+
     key = f"{cfg.DATASETS} {cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS}"
     try:
         if key not in images:
@@ -159,75 +168,3 @@ def _length(cfg: CfgNode, processes: int, images: dict[str, int]) -> str:
     count = images[key]
     epochs = f", {solver.MAX_ITER * solver.IMS_PER_BATCH / count:.3g} epochs" if count else ""
     return f"({solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images{epochs})"
-
-
-def _silent(line: str) -> None:
-    """Of the other ranks, rank 0 speaks."""
-
-
-# ------------------------------------------------------------ which suite
-
-
-def find_suite(request: Request) -> Suite:
-    """The suite of a request: a file, a shipped one, or one made of configs and own data.
-
-    Raises:
-        ConfigError: neither or both, or it cannot be used.
-    """
-    if request.configs:
-        if request.suite:
-            raise ConfigError(f"give a suite ({request.suite}) or --configs, not both")
-        return own_suite(request.configs, request.data or {})
-    if request.data:
-        raise ConfigError("own data (--train-json ...) needs --configs; a suite names its data itself")
-    if not request.suite:
-        raise ConfigError(f"name a suite, or --configs; shipped suites are {', '.join(shipped_suites())}")
-    return load_suite(resolve_suite(request.suite))
-
-
-def own_suite(configs: Sequence[str], data: dict[str, str]) -> Suite:
-    """A suite of one row per config, the first being the baseline of the others."""
-    ids: list[str] = []
-    for config in configs:
-        base = re.sub(r"[^\w.+-]", "_", Path(config).stem).lstrip("._-+") or "config"
-        number = 2
-        identity = base
-        while identity in ids:
-            identity, number = f"{base}_{number}", number + 1
-        ids.append(identity)
-    rows: list[dict[str, Any]] = [
-        {"id": identity, "config": config, "baseline": ids[0], **({"data": data} if data else {})}
-        for identity, config in zip(ids, configs)
-    ]
-    content = {"name": "own", "title": "Comparison of " + ", ".join(ids), "rows": rows}
-    return parse_suite(content, "--configs")
-
-
-def shipped_suites() -> list[str]:
-    """Names of the suites that ship with gn_det."""
-    return sorted(p.name for p in _experiments().glob("*.yaml"))
-
-
-def resolve_suite(name: str) -> Path:
-    """A path where a file is there, otherwise the shipped suite of that name.
-
-    Raises:
-        ConfigError: neither.
-    """
-    path = Path(os.path.expanduser(name))
-    if os.path.isfile(path):
-        return path
-    wanted = path.name if path.suffix in (".yaml", ".yml") else f"{path.name}.yaml"
-    shipped = _experiments() / wanted
-    if os.path.isfile(shipped) and len(path.parts) == 1 + (path.parts[0] == "experiments"):
-        return shipped
-    raise ConfigError(
-        f"suite {shown(name)} is neither a file nor shipped; shipped suites are {', '.join(shipped_suites())}"
-    )
-
-
-def _experiments() -> Path:
-    """Inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parent.parent
-    inside = package / "experiments"
-    return inside if inside.is_dir() else package.parent / "experiments"

@@ -13,14 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
 
 from gn_det.classification import Settings, pretrain
 from gn_det.compare.columns import AP_METRICS
-from gn_det.compare.plan import Job, build_empty
+from gn_det.compare.plan import Job, Plan, build_empty
 from gn_det.config import parse_config
 from gn_det.engine import run
 from gn_det.engine.engines import Engine
@@ -45,92 +45,76 @@ class Outcome:
     config: str = ""
 
 
-class Executor(Protocol):
-    """Runs a job in a folder, resuming from a checkpoint where one is there."""
+def execute(job: Job, folder: Path, weights: str, *, plan: Plan, measuring: bool = True) -> Outcome:
+    """Run ``job`` in ``folder``: a detection row on the plan's engine, a pre-training row by gn_det.classification.
 
-    def __call__(self, job: Job, folder: Path, weights: str) -> Outcome: ...
+    Args:
+        job: from the plan.
+        folder: of the run; an interrupted one is resumed.
+        weights: initial weights of a detection row that starts from a pre-training row, else "".
+        plan: names the engine and the processes of the run.
+        measuring: this process measures; other ranks of torchrun only train.
 
-
-@dataclass(frozen=True)
-class Trainer:
-    """The executor: detection rows on an engine, pre-training rows by gn_det.classification.
-
-    Attributes:
-        engine: of the detection rows.
-        num_gpus: processes of each run.
-        measuring: this process writes results; other ranks of torchrun only train.
+    Raises:
+        UserError: it cannot be run.
     """
-
-    engine: Engine
-    num_gpus: int = 1
-    measuring: bool = True
-
-    def __call__(self, job: Job, folder: Path, weights: str) -> Outcome:
-        """Run ``job`` in ``folder``.
-
-        Args:
-            job: from the plan.
-            folder: of the run; an interrupted one is resumed.
-            weights: initial weights of a detection row that starts from a pre-training row, else "".
-
-        Raises:
-            UserError: it cannot be run.
-        """
-        _reset_peak_memory()
-        if job.cfg is None:
-            return self._pretrain(job, folder)
-        cfg = job.cfg.clone()
-        cfg.defrost()
-        cfg.OUTPUT_DIR = str(folder)
-        cfg.MODEL.WEIGHTS = weights or cfg.MODEL.WEIGHTS
-        results = run.train(cfg, self.engine, resume=True, num_gpus=self.num_gpus)
-        return self._measured(job, cfg, folder, results) if self.measuring else Outcome({})
-
-    def _pretrain(self, job: Job, folder: Path) -> Outcome:
+    _reset_peak_memory()
+    if job.cfg is None:
         settings = Settings.from_dict({**job.settings, "output": str(folder)})
-        summary = pretrain(settings, resume=True, num_gpus=self.num_gpus)
-        if not self.measuring:
-            return Outcome({})
-        names = {"x": "epoch", "loss": "train_loss", "top1_error": "val_error"}
-        curve = summary["curve"]
-        return Outcome(
-            {"top1_error": summary["top1_error"], "train_error": curve[-1].get("train_error") if curve else None},
-            [{name: float(point[key]) for name, key in names.items()} for point in curve],
-            {
-                "s_per_iter": summary.get("seconds_per_iteration"),
-                "memory_mb": summary.get("peak_memory_mb"),
-                "s_per_image": summary.get("inference_seconds_per_image"),
-            },
-            {"parameters": summary.get("parameters")},
-            folder / FINAL,
-            json.dumps(settings.to_dict(), indent=1),
-        )
+        summary = pretrain(settings, resume=True, num_gpus=plan.num_gpus)
+        return _of_pretraining(settings, folder, summary) if measuring else Outcome({})
+    cfg = job.cfg.clone()
+    cfg.defrost()
+    cfg.OUTPUT_DIR = str(folder)
+    cfg.MODEL.WEIGHTS = weights or cfg.MODEL.WEIGHTS
+    results = run.train(cfg, plan.engine, resume=True, num_gpus=plan.num_gpus)
+    return _of_detection(job, cfg, plan.engine, results) if measuring else Outcome({})
 
-    def _measured(self, job: Job, cfg: CfgNode, folder: Path, results: Mapping[str, float]) -> Outcome:
-        from gn_det.data.sets import load_first_test_set
-        from gn_det.engine.predictor import load_predictor
 
-        text = (folder / "config.yaml").read_text(encoding="utf-8")
-        model = build_empty(replace(job, cfg=parse_config(text, str(folder / "config.yaml"))), self.engine)
-        held_out = load_first_test_set(cfg)
-        metrics = detection_metrics(results)
-        if metrics.get("box_ap") is None:
-            if not held_out.object_counts.any():
-                raise TrainingError(f"data: {held_out.json_file} has no object, so there is no AP to compare")
-            # a model that detects nothing has no precision; as a result of a comparison that is zero
-            tasks = ("box", "mask") if cfg.MODEL.MASK_ON else ("box",)
-            metrics = {f"{task}_ap{limit}": 0.0 for task in tasks for limit in ("", "50", "75")}
-        predictor = load_predictor(folder / FINAL, device=cfg.MODEL.DEVICE, engine=self.engine)
-        images = [Path(r["file_name"]) for r in held_out.records[: UNTIMED + TIMED]]
-        entries = read_metrics(folder / METRICS)
-        times = [e["time"] for e in entries if isinstance(e.get("time"), (int, float))]
-        cost = {
-            "s_per_iter": statistics.median(times) if times else None,  # None: too short to time
-            "memory_mb": _logged_memory_mb(folder),
-            "s_per_image": seconds_per_image(predictor.detect, images),
-        }
-        size: dict[str, float | None] = {"parameters": float(sum(p.numel() for p in model.parameters()))}
-        return Outcome(metrics, detection_curve(entries), cost, size, folder / FINAL, text)
+def _of_pretraining(settings: Settings, folder: Path, summary: Mapping[str, Any]) -> Outcome:
+    curve = summary["curve"]
+    points = {"x": "epoch", "loss": "train_loss", "top1_error": "val_error"}
+    costs = {
+        "s_per_iter": "seconds_per_iteration",
+        "memory_mb": "peak_memory_mb",
+        "s_per_image": "inference_seconds_per_image",
+    }
+    return Outcome(
+        {"top1_error": summary["top1_error"], "train_error": curve[-1].get("train_error") if curve else None},
+        [{name: float(point[key]) for name, key in points.items()} for point in curve],
+        {name: summary.get(key) for name, key in costs.items()},
+        {"parameters": summary.get("parameters")},
+        folder / FINAL,
+        json.dumps(settings.to_dict(), indent=1),
+    )
+
+
+def _of_detection(job: Job, cfg: CfgNode, engine: Engine, results: Mapping[str, float]) -> Outcome:
+    from gn_det.data.sets import load_first_test_set
+    from gn_det.engine.predictor import load_predictor
+
+    folder = Path(cfg.OUTPUT_DIR)
+    text = (folder / "config.yaml").read_text(encoding="utf-8")
+    model = build_empty(replace(job, cfg=parse_config(text, str(folder / "config.yaml"))), engine)
+    held_out = load_first_test_set(cfg)
+    metrics = detection_metrics(results)
+    if metrics.get("box_ap") is None:
+        if not held_out.object_counts.any():
+            raise TrainingError(f"data: {held_out.json_file} has no object, so there is no AP to compare")
+        # a model that detects nothing has no precision; as a result of a comparison that is zero
+        tasks = ("box", "mask") if cfg.MODEL.MASK_ON else ("box",)
+        metrics = {f"{task}_ap{limit}": 0.0 for task in tasks for limit in ("", "50", "75")}
+    predictor = load_predictor(folder / FINAL, device=cfg.MODEL.DEVICE, engine=engine)
+    images = [Path(r["file_name"]) for r in held_out.records[: UNTIMED + TIMED]]
+    entries = read_metrics(folder / METRICS)
+    times = [e["time"] for e in entries if isinstance(e.get("time"), (int, float))]
+    cost = {
+        "s_per_iter": statistics.median(times) if times else None,  # None: too short to time
+        "memory_mb": _logged_memory_mb(folder),
+        "s_per_image": seconds_per_image(predictor.detect, images),
+    }
+    size: dict[str, float | None] = {"parameters": float(sum(p.numel() for p in model.parameters()))}
+    return Outcome(metrics, detection_curve(entries), cost, size, folder / FINAL, text)
 
 
 def detection_metrics(results: Mapping[str, float]) -> dict[str, float | None]:

@@ -161,10 +161,12 @@ def make_plan(
     Raises:
         SuiteError: ``only`` names no row; too many runs.
     """
+    if seeds is not None and not 1 <= seeds <= MAX_SEEDS:
+        raise SuiteError("--seeds", f"is {seeds}; it must be from 1 to {MAX_SEEDS}")
     wanted = _wanted(suite, only)
     of_rows = {row.id: tuple(range(1, seeds + 1)) if seeds else row.seeds for row in suite.rows}
     runs = sum(len(of_rows[identity]) for identity in wanted)
-    if runs > MAX_RUNS or (seeds or 1) > MAX_SEEDS:
+    if runs > MAX_RUNS:
         raise SuiteError(f"{suite.source}: rows", f"and seeds make {runs} runs; at most {MAX_RUNS} are possible")
     jobs: list[tuple[int, bool, int, Job]] = []
     problems: list[Problem] = []

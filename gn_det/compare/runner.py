@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from gn_det.checkpoint.catalog import local_path
-from gn_det.compare.execute import Executor
+from gn_det.compare.execute import Outcome
 from gn_det.compare.plan import Job, Plan, file_hash
 from gn_det.engine import choice as engines
 from gn_det.engine import dist
@@ -188,28 +188,13 @@ def run_key(settings_key: str, version: str) -> str:
 
 
 @dataclass
-class Summary:
-    """What came of a suite.
-
-    Attributes:
-        done: runs that were finished now or before.
-        skipped: of those, the ones that were there already.
-        failed: name of the run -> reason.
-    """
-
-    done: int = 0
-    skipped: int = 0
-    failed: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass
 class Runner:
     """Runs the jobs of a plan one after another.
 
     Attributes:
         plan: checked.
         store: where they are kept.
-        execute: runs one.
+        execute: runs one in a folder from initial weights ("" for the config's), resuming what is there.
         any_version: runs of another version of gn_det count too.
         say: receives a line for every run.
         recording: this process writes the records; the other ranks of torchrun only read them.
@@ -217,13 +202,13 @@ class Runner:
 
     plan: Plan
     store: Store
-    execute: Executor
+    execute: Callable[[Job, Path, str], Outcome]
     any_version: bool = False
-    say: Callable[[str], None] = say
+    say: Callable[[object], None] = say
     recording: bool = True
 
-    def run(self) -> Summary:
-        """Run all jobs; what fails is recorded and said.
+    def run(self) -> dict[str, str]:
+        """Run all jobs; returns the name of each that failed -> why.
 
         Raises:
             InUse: another comparison runs in the store.
@@ -235,34 +220,31 @@ class Runner:
         try:
             check_writable(self.store.root)
             with alone_in(self.store.root, key="--output"):
-                return self._run_all()
+                reasons = {job.name: self._run(job, number) for number, job in enumerate(self.plan.jobs, 1)}
         finally:
             if dist.under_torchrun():
                 dist.stop_group()
+        return {name: reason for name, reason in reasons.items() if reason}
 
-    def _run_all(self) -> Summary:
-        summary = Summary()
-        for number, job in enumerate(self.plan.jobs, 1):
-            head = f"[{number}/{len(self.plan.jobs)}] {job.name}"
-            # What rank 0 finds on disk, on every rank of torchrun: the others would look before it has written.
-            record, weights, reason = dist.broadcast(self._decide(job) if dist.rank() == 0 else None)
-            if record is not None and record.status == DONE:
-                summary.done, summary.skipped = summary.done + 1, summary.skipped + 1
-                self.say(f"{head}: already done ({self.store.folder_of(record)})")
-                continue
-            if record is not None:
-                started = time.perf_counter()
-                verb = "resuming" if record.sessions else "starting"
-                self.say(f"{head}: {verb} in {self.store.folder_of(record)}")
-                self._run_one(job, record, weights)
-                reason = record.reason
-            if record is not None and record.status == DONE:
-                summary.done += 1
-                self.say(f"{head}: {_numbers(record)} ({time.perf_counter() - started:.0f} s)")
-            else:
-                summary.failed[job.name] = reason
-                self.say(f"{head}: failed: {reason}")
-        return summary
+    def _run(self, job: Job, number: int) -> str:
+        """Run a job unless it is done; returns why it failed, "" where it did not."""
+        head = f"[{number}/{len(self.plan.jobs)}] {job.name}"
+        # What rank 0 finds on disk, on every rank of torchrun: the others would look before it has written.
+        record, weights, reason = dist.broadcast(self._decide(job) if dist.rank() == 0 else None)
+        if record is None:
+            self.say(f"{head}: failed: {reason}")
+            return str(reason)
+        folder = self.store.folder_of(record)
+        if record.status == DONE:
+            self.say(f"{head}: already done ({folder})")
+            return ""
+        self.say(f"{head}: {'resuming' if record.sessions else 'starting'} in {folder}")
+        self._execute(job, record, folder, weights)
+        if record.status == DONE:
+            self.say(f"{head}: {_numbers(record)} ({record.sessions[-1]['seconds']:.0f} s)")
+        else:
+            self.say(f"{head}: failed: {record.reason}")
+        return str(record.reason)
 
     def _decide(self, job: Job) -> tuple[Record | None, str, str]:
         """Record and initial weights of a job; no record, and why, where the run that it starts from failed."""
@@ -274,8 +256,7 @@ class Runner:
             record.status = RUNNING  # its weights were deleted: a row that starts from them would fail
         return record, weights, ""
 
-    def _run_one(self, job: Job, record: Record, weights: str) -> None:
-        folder = self.store.folder_of(record)
+    def _execute(self, job: Job, record: Record, folder: Path, weights: str) -> None:
         record.status, record.reason = RUNNING, ""
         record.sessions.append(_session(job, self.plan.num_gpus))
         engine = "pretrain" if job.cfg is None else f"{self.plan.engine.name} ({self.plan.engine.version()})"

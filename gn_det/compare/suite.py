@@ -9,6 +9,7 @@ import dataclasses
 import fnmatch
 import itertools
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -480,3 +481,46 @@ def _ids(value: Any, rows: Sequence[Row], where: str) -> tuple[str, ...]:
 def matching(pattern: str, ids: Sequence[str]) -> list[str]:
     """Ids that are the pattern, or match its ``*`` where no id is the pattern."""
     return [pattern] if pattern in ids else fnmatch.filter(ids, pattern) if "*" in pattern else []
+
+
+# ------------------------------------------------------------ which suite
+
+
+def own_suite(configs: Sequence[str], data: Mapping[str, str]) -> Suite:
+    """A suite of one row per config on own data, the first being the baseline of the others."""
+    ids: list[str] = []
+    for config in configs:
+        base = re.sub(r"[^\w.+-]", "_", Path(config).stem).lstrip("._-+") or "config"
+        names = itertools.chain([base], (f"{base}_{count}" for count in itertools.count(2)))
+        ids.append(next(name for name in names if name not in ids))
+    own = {"data": dict(data)} if data else {}
+    rows = [{"id": name, "config": config, "baseline": ids[0], **own} for name, config in zip(ids, configs)]
+    return parse_suite({"name": "own", "title": f"Comparison of {', '.join(ids)}", "rows": rows}, "--configs")
+
+
+def shipped_suites() -> list[str]:
+    """Names of the suites that ship with gn_det."""
+    return sorted(path.name for path in _experiments().glob("*.yaml"))
+
+
+def find_suite(name: str) -> Path:
+    """A path where a file is there, otherwise the shipped suite of that name.
+
+    Raises:
+        ConfigError: neither.
+    """
+    path = Path(os.path.expanduser(name))
+    if os.path.isfile(path):
+        return path
+    shipped = _experiments() / (path.name if path.suffix in (".yaml", ".yml") else f"{path.name}.yaml")
+    if os.path.isfile(shipped) and len(path.parts) == 1 + (path.parts[0] == "experiments"):
+        return shipped
+    names = ", ".join(shipped_suites())
+    raise ConfigError(f"suite {shown(name)} is neither a file nor shipped; shipped suites are {names}")
+
+
+def _experiments() -> Path:
+    """Inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    inside = package / "experiments"
+    return inside if inside.is_dir() else package.parent / "experiments"

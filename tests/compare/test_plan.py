@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from gn_det.cli.compare import resolve_suite, shipped_suites
 from gn_det.compare.plan import make_plan
-from gn_det.compare.suite import load_suite
+from gn_det.compare.suite import find_suite, load_suite, shipped_suites
 from gn_det.engine.engines import Engine
 from tests.compare.cases import plan_of, pretrain_row
 
@@ -34,7 +33,7 @@ def test_every_row_builds(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     """All that may be missing is data and weights; models are built on the meta device while planning."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
-    suite = load_suite(resolve_suite(f"experiments/{name}"))
+    suite = load_suite(find_suite(f"experiments/{name}"))
     assert len(suite.rows) == ROWS[name]
     plan = make_plan(suite, Engine(), num_gpus=1)
     wrong = [str(p) for p in plan.problems if not p.absent]
@@ -44,20 +43,20 @@ def test_every_row_builds(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_small_needs_no_files_and_orders_pretraining_first() -> None:
-    plan = make_plan(load_suite(resolve_suite("small")), Engine(), seeds=2)
+    plan = make_plan(load_suite(find_suite("small")), Engine(), seeds=2)
     assert plan.problems == ()
     kinds = [(job.seed, job.row.kind) for job in plan.jobs]
     assert kinds == [(1, "pretrain")] * 3 + [(1, "detect")] * 8 + [(2, "pretrain")] * 3 + [(2, "detect")] * 8
     gn = next(job for job in plan.jobs if job.row.id == "gn" and job.seed == 2)
     assert gn.needs == ("pretrain/gn", 2)
-    written = make_plan(load_suite(resolve_suite("small")), Engine()).jobs
+    written = make_plan(load_suite(find_suite("small")), Engine()).jobs
     assert [(j.row.id, j.seed) for j in written[11:]] == [("bn", 2), ("gn", 2), ("bn", 3), ("gn", 3)]
     assert {j.needs for j in written[11:]} == {("pretrain/bn", 1), ("pretrain/gn", 1)}
 
 
 def test_rows_of_small_differ_in_norms_heads_and_weights_alone() -> None:
     """Both sides of the comparison have the same data, batch, learning rate and schedule."""
-    plan = make_plan(load_suite(resolve_suite("small")), Engine())
+    plan = make_plan(load_suite(find_suite("small")), Engine())
     allowed = ("MODEL.WEIGHTS", "NORM", "FREEZE_AT")
     rows = [job.cfg for job in plan.jobs if job.cfg is not None and job.seed == 1]
     assert len(rows) == 8

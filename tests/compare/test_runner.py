@@ -14,15 +14,14 @@ from typing import Any
 import pytest
 import yaml
 
-from gn_det.cli import compare as command
 from gn_det.cli import main
-from gn_det.cli.compare import own_suite
-from gn_det.compare import outcomes, runner
+from gn_det.compare import execute, outcomes, runner
 from gn_det.compare.document import write_report
 from gn_det.compare.execute import Outcome
 from gn_det.compare.outcomes import collect
 from gn_det.compare.plan import Job
-from gn_det.compare.runner import DONE, Record, Runner, Store, Summary, choose, finite, package_commit, run_key
+from gn_det.compare.runner import DONE, Record, Runner, Store, choose, finite, package_commit, run_key
+from gn_det.compare.suite import own_suite
 from gn_det.engine.hooks import Interrupted
 from gn_det.errors import TrainingError
 from tests.compare.cases import Fake, plan_of, pretrain_row
@@ -34,7 +33,7 @@ ROWS = [
 ]
 
 
-def run(root: Path, fake: Fake, *, rows: list[dict[str, Any]] = ROWS, seeds: int = 2, **keys: Any) -> Summary:
+def run(root: Path, fake: Fake, *, rows: list[dict[str, Any]] = ROWS, seeds: int = 2, **keys: Any) -> dict[str, str]:
     return Runner(plan_of(rows, seeds), Store(root), fake, say=lambda line: None, **keys).run()
 
 
@@ -69,7 +68,7 @@ def test_a_killed_suite_goes_on_to_the_same_results(tmp_path: Path) -> None:
     """SIGKILL in the third run, then in the sixth; the rest is run once, and nothing is run twice but the killed."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     fake = Fake()
-    assert run(whole, fake) == Summary(done=6)
+    assert run(whole, fake) == {}
     assert fake.calls == [f"{row}, seed {seed}" for seed in (1, 2) for row in ("pre", "bn", "gn")]
     for name in ("gn, seed 1", "gn, seed 2"):
         status = in_fork(lambda name=name: run(cut, Fake(on={name: killed})))  # type: ignore[misc]
@@ -77,7 +76,7 @@ def test_a_killed_suite_goes_on_to_the_same_results(tmp_path: Path) -> None:
     statuses = {r["id"]: r["status"] for r in results(cut)["rows"]}
     assert statuses == {"pre": "done", "bn": "done", "gn": "1 of 2 seeds"}
     after = Fake()
-    assert run(cut, after) == Summary(done=6, skipped=5)
+    assert run(cut, after) == {}
     assert after.calls == ["gn, seed 2"]
     assert results(cut) == results(whole)
 
@@ -85,7 +84,7 @@ def test_a_killed_suite_goes_on_to_the_same_results(tmp_path: Path) -> None:
 def test_done_rows_are_skipped_and_more_seeds_add_runs(tmp_path: Path) -> None:
     run(tmp_path, Fake(), seeds=1)
     again, more = Fake(), Fake()
-    assert run(tmp_path, again, seeds=1) == Summary(done=3, skipped=3) and again.calls == []
+    assert run(tmp_path, again, seeds=1) == {} and again.calls == []
     run(tmp_path, more, seeds=2)
     assert more.calls == ["pre, seed 2", "bn, seed 2", "gn, seed 2"]
     changed = Fake()
@@ -173,19 +172,18 @@ def fail(error: BaseException) -> Callable[[], None]:
 
 def test_a_failing_row_is_marked_and_the_others_go_on(tmp_path: Path) -> None:
     fake = Fake(on={"bn, seed 1": fail(TrainingError("the loss is nan\nat 7")), "pre, seed 2": fail(ValueError("bug"))})
-    summary = run(tmp_path, fake)
-    assert summary.failed == {
+    assert run(tmp_path, fake) == {
         "bn, seed 1": "the loss is nan at 7",
         "pre, seed 2": "ValueError: bug",
         "gn, seed 2": "it starts from 'pre' (seed 2), which is failed",
     }
-    assert summary.done == 3 and "gn, seed 1" in fake.calls and "gn, seed 2" not in fake.calls
+    assert "gn, seed 1" in fake.calls and "gn, seed 2" not in fake.calls
     rows = {r["id"]: r for r in results(tmp_path)["rows"]}
     assert rows["bn"]["status"] == "1 of 2 seeds" and rows["bn"]["reasons"] == ["seed 1: the loss is nan at 7"]
     trace = next(tmp_path.glob("runs/pre/seed-2-*/trace.txt")).read_text()
     assert "ValueError: bug" in trace
     assert "failed: seed 1: the loss is nan at 7" in (tmp_path / "report.md").read_text()
-    assert run(tmp_path, Fake()) == Summary(done=6, skipped=3)  # what failed is tried again
+    assert run(tmp_path, Fake()) == {}  # what failed is tried again
 
 
 @pytest.mark.parametrize("error", [Interrupted("stopped by SIGTERM", 143), KeyboardInterrupt()])
@@ -200,7 +198,7 @@ def test_exit_codes_and_reports_of_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake = Fake(on={"bn, seed 1": fail(TrainingError("no luck"))})
-    monkeypatch.setattr(command, "Trainer", lambda *args, **kwargs: fake)
+    monkeypatch.setattr(execute, "execute", lambda *args, **options: fake(*args))
     monkeypatch.chdir(tmp_path)
     Path("s.yaml").write_text(yaml.safe_dump({"name": "s", "rows": ROWS, "samples": {"images": 0}}))
     words = ["compare", "s.yaml", "--engine", "embedded"]

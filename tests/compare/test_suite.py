@@ -185,7 +185,7 @@ def test_bad_suites(
         (["nowhere.yaml"], "small.yaml"),
         (["small", "--configs", "gn_fpn.yaml"], "not both"),
         (["small", "--rows", "nobody"], "no row 'nobody'"),
-        (["small", "--seeds", "0"], "--seeds 0"),
+        (["small", "--seeds", "0"], "--seeds is 0"),
         (["small", "--train-json", "a.json"], "--configs"),
         (["small", "SOLVER.BASE_LRR", "1"], "SOLVER.BASE_LRR"),
         (["--configs", "quickstart.yaml", "--train-json", "a.json", "--train-images", "i"], "val_json"),

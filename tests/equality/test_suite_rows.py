@@ -14,16 +14,15 @@ pytest.importorskip("detectron2.modeling", reason="compares with an installed De
 
 from tests.equality.test_model_equality import assert_same_detections, assert_same_training
 
-from gn_det.cli.compare import resolve_suite, shipped_suites
 from gn_det.compare.plan import Plan, make_plan
-from gn_det.compare.suite import DETECT, load_suite
+from gn_det.compare.suite import DETECT, find_suite, load_suite, shipped_suites
 from gn_det.detectron2.engine import Detectron2Engine
 from gn_det.engine.engines import Engine
 from tests.golden.model_cases import BATCHES, NUM_CLASSES
 
 pytestmark = pytest.mark.detectron2
 
-SMALL = load_suite(resolve_suite("small"))
+SMALL = load_suite(find_suite("small"))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +52,7 @@ def test_every_row_of_every_suite_builds(name: str, tmp_path: Path, monkeypatch:
     """As on the embedded engine (tests/compare/test_suites.py): only data and weights may be missing."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
-    suite = load_suite(resolve_suite(name))
+    suite = load_suite(find_suite(name))
     plan = make_plan(suite, Detectron2Engine())
     assert [str(p) for p in plan.problems if not p.absent] == []
     assert {job.row.id for job in plan.jobs} | set(plan.left_out) == {row.id for row in suite.rows}
