@@ -9,12 +9,31 @@ from typing import TYPE_CHECKING, Any
 from gn_det.about import __version__
 
 if TYPE_CHECKING:
-    from gn_det.api import Model, Result, load_model
+    from gn_det.api import Model, Result, evaluate, load_model, train
+    from gn_det.config import load_config
+    from gn_det.engine.loop import Hook
+    from gn_det.norm import GroupNorm
 
-__all__ = ["Model", "Result", "__version__", "config_file", "load_model"]
+__all__ = [
+    "GroupNorm",
+    "Hook",
+    "Model",
+    "Result",
+    "__version__",
+    "config_file",
+    "evaluate",
+    "load_config",
+    "load_model",
+    "train",
+]
 
 #: Module of each name that is imported when it is first used: they need torch, which ``import gn_det`` does not load.
-_ON_USE = {"Model": "gn_det.api", "Result": "gn_det.api", "load_model": "gn_det.api"}
+_ON_USE = {
+    **dict.fromkeys(("Model", "Result", "evaluate", "load_model", "train"), "gn_det.api"),
+    "GroupNorm": "gn_det.norm",
+    "Hook": "gn_det.engine.loop",
+    "load_config": "gn_det.config",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -17,10 +17,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    chosen = choice.choose(args.engine)
-    cfg = flags.config_from_args(args, chosen.name)
-    engine = choice.load(chosen)
-    from gn_det.engine.run import evaluate
+    from gn_det.api import evaluate
 
-    evaluate(cfg, engine)
+    evaluate(flags.config_from_args(args, choice.choose(args.engine).name), engine=args.engine)
     return 0

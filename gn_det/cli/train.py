@@ -36,19 +36,22 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    chosen = choice.choose(args.engine)
-    cfg = flags.config_from_args(args, chosen.name)
-    engine = choice.load(chosen)
-    from gn_det.engine import run as runs
+    from gn_det import api
 
     if args.dry_run:
-        runs.dry_run(cfg, engine, num_gpus=args.num_gpus, num_machines=args.num_machines)
-    elif args.eval_only:
-        runs.evaluate(cfg, engine, num_gpus=args.num_gpus)
+        from gn_det.engine.run import dry_run
+
+        chosen = choice.choose(args.engine)
+        cfg = flags.config_from_args(args, chosen.name)
+        dry_run(cfg, choice.load(chosen), num_gpus=args.num_gpus, num_machines=args.num_machines)
+        return 0
+    cfg = flags.config_from_args(args, choice.choose(args.engine).name)
+    if args.eval_only:
+        api.evaluate(cfg, engine=args.engine, num_gpus=args.num_gpus)
     else:
-        runs.train(
+        api.train(
             cfg,
-            engine,
+            engine=args.engine,
             resume=args.resume,
             overwrite=args.overwrite,
             num_gpus=args.num_gpus,

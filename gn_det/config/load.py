@@ -25,6 +25,9 @@ from gn_det.errors import ConfigError
 from gn_det.text import nearest, one_line, shown
 from gn_det.values import is_number
 
+#: Values of keys: ``{"SEED": 1}``, or ``KEY VALUE`` pairs and ``KEY=VALUE`` arguments as on the command line.
+Overrides = Mapping[str, Any] | Sequence[str]
+
 #: Files that a config and its bases may be.
 MAX_FILES = 100
 
@@ -174,7 +177,7 @@ def _known(loaded: Mapping[str, Any], source: str, prefix: str = "") -> Iterator
 def _typed(value: Any, default: Any) -> Any:
     """``value`` in the type of ``default`` if it can have it: text is read as Python, integers pass for floats."""
     if isinstance(default, str):
-        return str(value) if isinstance(value, (str, int, float)) else value
+        return str(value) if isinstance(value, (str, int, float, os.PathLike)) else value
     if isinstance(value, str):
         try:
             value = {"true": True, "false": False, "none": None}.get(value.lower(), value)
@@ -271,18 +274,18 @@ def merge_file(cfg: CN, path: Path) -> None:
         _set(cfg, name, value, source)
 
 
-def merge_overrides(cfg: CN, overrides: Sequence[str], source: str = "command line") -> None:
-    """Merge ``KEY VALUE`` pairs and ``KEY=VALUE`` arguments; keys of the schedule are then taken literally.
+def merge_overrides(cfg: CN, overrides: Overrides, source: str = "command line") -> None:
+    """Set the keys that ``overrides`` names; those of the schedule are then taken literally.
 
     ``source`` says in an error where they come from.
     """
-    for name, text in _pairs(overrides):
+    for name, value in overrides.items() if isinstance(overrides, Mapping) else _pairs(overrides):
         if name in _SECTIONS:
             keys = [key.removeprefix(f"{name}.") for key in KEYS if key.startswith(f"{name}.")]
             raise ConfigError(f"{source}: {name} is a section, name one of its keys ({', '.join(keys)})")
         if name not in KEYS:
             raise _unknown_key(name, source)
-        _set(cfg, name, text, source)
+        _set(cfg, name, value, source)
         if name in _SCHEDULE_KEYS and name not in cfg.SOLVER.NO_RESCALE:
             cfg.SOLVER.NO_RESCALE = (*cfg.SOLVER.NO_RESCALE, name)
 
@@ -303,19 +306,19 @@ def _pairs(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield key, value
 
 
-def load_config(name_or_path: str, overrides: Sequence[str] = (), *, check: bool = True) -> CN:
+def load_config(name_or_path: str | os.PathLike[str], overrides: Overrides = (), *, check: bool = True) -> CN:
     """Read a config by path or shipped name, apply overrides, check it.
 
     Args:
         name_or_path: see :func:`resolve_config`.
-        overrides: ``["SOLVER.BASE_LR", "0.01", "SEED=1"]``.
+        overrides: see :data:`Overrides`.
         check: refuse what the embedded engine does not implement, and values that contradict each other.
 
     Raises:
         ConfigError: missing file, invalid YAML, unknown or duplicate key, a value that the key does not take.
     """
     cfg = get_cfg()
-    merge_file(cfg, resolve_config(name_or_path))
+    merge_file(cfg, resolve_config(os.fspath(name_or_path)))
     merge_overrides(cfg, overrides)
     if check:
         check_config(cfg)
