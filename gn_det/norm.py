@@ -115,7 +115,7 @@ class GroupNorm(nn.GroupNorm):
 
         N may be 0; gamma and beta then get zero gradients.
         """
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined, unused-ignore]
             return group_norm_act(
                 x,
                 self.num_groups,
@@ -196,8 +196,8 @@ class FrozenBatchNorm2d(nn.Module):
         if bn.affine:
             frozen.weight = bn.weight.detach().clone()
             frozen.bias = bn.bias.detach().clone()
-        frozen.running_mean = bn.running_mean
-        frozen.running_var = bn.running_var
+        frozen.running_mean = bn.get_buffer("running_mean")
+        frozen.running_var = bn.get_buffer("running_var")
         frozen.num_batches_tracked = bn.num_batches_tracked
         return frozen
 

@@ -27,7 +27,8 @@ def rasterize_polygons(polygons: Sequence[np.ndarray], height: int, width: int) 
     if len(polygons) == 0:
         return np.zeros((height, width), dtype=bool)
     rles = coco_mask.frPyObjects(list(polygons), height, width)
-    return coco_mask.decode(coco_mask.merge(rles)).astype(bool)
+    bitmap: np.ndarray = coco_mask.decode(coco_mask.merge(rles))
+    return bitmap.astype(bool)
 
 
 def rasterize_polygons_within_box(polygons: Sequence[np.ndarray], box: np.ndarray, size: int) -> np.ndarray:

@@ -122,7 +122,7 @@ class ArraySource:
 
     def val_batches(self, numbers: Sequence[int], size: int) -> Iterator[Batch]:
         images, labels = self._val
-        for chosen in torch.as_tensor(numbers).split(size):
+        for chosen in torch.split(torch.as_tensor(numbers), size):
             yield images[chosen], labels[chosen]
 
 

@@ -1,9 +1,11 @@
 """gn_det's ResNet and FPN as Detectron2 backbones."""
 
+# mypy: disallow-subclassing-any=False, disallow-untyped-decorators=False
+
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_resnet_backbone
@@ -72,7 +74,7 @@ class GNFPN(FPN, Backbone):
         in_features: Sequence[str],
         out_channels: int,
         norm: NormSpec = "GN",
-        top_block: nn.Module | None = None,
+        top_block: Any = None,
         fuse_type: str = "sum",
         square_pad: int = 0,
     ) -> None:
@@ -85,7 +87,7 @@ class GNFPN(FPN, Backbone):
             specs=_specs(bottom_up),
         )
         self.square_pad = square_pad
-        self.top_block = top_block
+        self.top_block: Any = top_block
         # Detectron2 registers the bottom-up network after the top block: the order of its optimizer states.
         del self.bottom_up
         self.bottom_up = bottom_up
@@ -103,7 +105,7 @@ class GNFPN(FPN, Backbone):
         return _shapes(self.feature_specs)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        return ScriptableFPN(self, self.top_block, self.square_pad)
+        return ScriptableFPN(self, self.bottom_up, self.top_block, self.square_pad)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(N, 3, H, W), H and W multiples of ``size_divisibility``, to {"p2": ..., ...}, fine to coarse."""

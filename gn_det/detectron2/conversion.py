@@ -20,9 +20,9 @@ class MixedMasks(Masks):
     """
 
     def __getitem__(self, index: int | Tensor | np.ndarray | slice | Sequence[int]) -> MixedMasks:
-        one = isinstance(index, (int, np.integer)) or (isinstance(index, Tensor) and index.dim() == 0)
-        chosen = [int(index)] if one else index  # type: ignore[arg-type]
-        return MixedMasks(super().__getitem__(chosen).masks)
+        if isinstance(index, (int, np.integer)) or (isinstance(index, Tensor) and index.dim() == 0):
+            index = [int(index)]
+        return MixedMasks(super().__getitem__(index).masks)
 
     def __iter__(self) -> Iterator[InstanceMask]:
         return iter(self.masks)

@@ -6,7 +6,11 @@ Detectron2's own backbones, a scripted model therefore has other parameter names
 that was scripted, because torch puts these forms into it: script a copy of a model that is to be saved or trained on.
 """
 
+# mypy: disallow-subclassing-any=False, disallow-untyped-decorators=False
+
 from __future__ import annotations
+
+from typing import Any
 
 from detectron2.modeling.roi_heads import BaseMaskRCNNHead
 from torch import Tensor, nn
@@ -52,22 +56,22 @@ class ScriptableResNet(nn.Module):
 
 
 class ScriptableFPN(nn.Module):
-    """Inference of :class:`gn_det.detectron2.backbone.GNFPN`; ``top_block`` and ``square_pad`` are its own."""
+    """Inference of :class:`gn_det.detectron2.backbone.GNFPN`; the other arguments are its own attributes."""
 
-    def __init__(self, fpn: FPN, top_block: nn.Module | None, square_pad: int) -> None:
+    def __init__(self, fpn: FPN, bottom_up: Any, top_block: Any, square_pad: int) -> None:
         super().__init__()
         self.size_divisibility: int = fpn.size_divisibility
         self.padding_constraints: dict[str, int] = {"square_size": square_pad}
         self.average = fpn.average
-        self.bottom_up = fpn.bottom_up
+        self.bottom_up = bottom_up
         coarse_first = list(reversed(fpn.levels))
         self.laterals = nn.ModuleList([getattr(fpn, f"fpn_lateral{level}") for level in coarse_first])
         self.outputs = nn.ModuleList([getattr(fpn, f"fpn_output{level}") for level in coarse_first])
         self.inputs: list[str] = list(reversed(fpn.in_features))
         self.names: list[str] = list(fpn.feature_specs)
         self.top_block = top_block
-        source = "" if self.top_block is None else str(self.top_block.in_feature)
-        self.from_bottom_up = source in fpn.bottom_up.output_shape()
+        source = "" if top_block is None else str(top_block.in_feature)
+        self.from_bottom_up = source in bottom_up.output_shape()
         self.source = source
         _keep(self, fpn)
 
@@ -119,4 +123,5 @@ class ScriptableMaskHead(BaseMaskRCNNHead):
         _keep(self, head)
 
     def layers(self, x: Tensor) -> Tensor:
-        return self.stack(x)
+        logits: Tensor = self.stack(x)
+        return logits

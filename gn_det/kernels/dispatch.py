@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gn_det.kernels import launch, recompute
+from gn_det.kernels.reference import memory_format
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def takes_kernels(x: Tensor, fused: str) -> bool:
 
 
 # A constant to torch.compile: what is asked here (Triton, the device's name, a warning) would break the graph.
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def _chosen(device: torch.device, dtype: torch.dtype, fused: str) -> bool:
     able = launch.can_launch_on(device.type, dtype)
     if fused == "auto":
@@ -96,7 +97,8 @@ def _say_plain(kind: str, dtype: torch.dtype) -> None:
 
 def _exporting() -> bool:
     """An exported graph must run where gn_det is not installed."""
-    return bool(torch.jit.is_tracing() or torch.onnx.is_in_onnx_export())
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call, unused-ignore]
+    return bool(tracing or torch.onnx.is_in_onnx_export())
 
 
 def _fused(
@@ -161,4 +163,4 @@ def _slow_on_cpu(x: Tensor) -> bool:
     """
     if x.dtype not in (torch.bfloat16, torch.float16) or x.device.type != "cpu" or x.dim() != 4 or _exporting():
         return False
-    return x.shape[0] >= 8 and x.shape[2] * x.shape[3] <= 256 and launch.memory_format(x) is torch.channels_last
+    return x.shape[0] >= 8 and x.shape[2] * x.shape[3] <= 256 and memory_format(x) is torch.channels_last

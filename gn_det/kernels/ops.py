@@ -7,6 +7,8 @@ Triton's interpreter they launch the kernels, elsewhere they run :mod:`gn_det.ke
 An operator's outputs are tensors: what was not asked for comes back with 0 elements. There is no second derivative.
 """
 
+# mypy: disallow-untyped-calls=False
+
 from __future__ import annotations
 
 from typing import Any

@@ -149,8 +149,8 @@ class BoxPredictor(nn.Module):
     ) -> list[Detections]:
         """Detections of each image at network resolution, without masks, best first."""
         counts = [len(b) for b in boxes]
-        decoded = self.coder.decode(deltas, torch.cat(list(boxes))).split(counts)
-        scores = F.softmax(logits.float(), dim=-1).split(counts)
+        decoded = torch.split(self.coder.decode(deltas, torch.cat(list(boxes))), counts)
+        scores = torch.split(F.softmax(logits.float(), dim=-1), counts)
         return [self._detect_image(b, s, size) for b, s, size in zip(decoded, scores, image_sizes)]
 
     def _detect_image(self, boxes: Tensor, scores: Tensor, image_size: tuple[int, int]) -> Detections:
@@ -213,7 +213,8 @@ class MaskHead(nn.Module):
             x = getattr(self, name)(x)
         with saving(x):
             x = self.deconv(x)
-        return self.predictor(F.relu_(x))
+        logits: Tensor = self.predictor(F.relu_(x))
+        return logits
 
 
 def mask_loss(logits: Tensor, classes: Tensor, targets: Tensor, metrics: Metrics) -> Tensor:

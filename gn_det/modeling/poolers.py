@@ -79,9 +79,10 @@ class RoIPooler(nn.Module):
         by_level = levels.argsort(stable=True)
         back = torch.empty_like(by_level)
         back[by_level] = torch.arange(len(by_level), device=by_level.device)
-        parts = rois[by_level].split(counts)
+        parts = torch.split(rois[by_level], counts)
         pooled = torch.cat([self._pool(features[k], parts[k], self.scales[k]) for k in used])
-        return _Reorder.apply(pooled, back, by_level)
+        ordered: Tensor = _Reorder.apply(pooled, back, by_level)
+        return ordered
 
     def _levels(self, boxes: Tensor) -> Tensor:
         size = torch.sqrt(box_ops.area(boxes))
@@ -92,4 +93,5 @@ class RoIPooler(nn.Module):
         if feature.dtype != rois.dtype and not torch.is_autocast_enabled(feature.device.type):
             rois = rois.to(feature.dtype)  # under autocast roi_align computes in float32 by itself
         size = (self.output_size, self.output_size)
-        return roi_align(feature, rois, size, scale, self.sampling_ratio, self.aligned)
+        pooled: Tensor = roi_align(feature, rois, size, scale, self.sampling_ratio, self.aligned)
+        return pooled

@@ -72,7 +72,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int, threshold
 
 def _sample(masks: Tensor, boxes: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
     """(N, rows, columns) mask values at the centres of the pixels in the given ranges; 0 outside the boxes."""
-    x0, y0, x1, y1 = boxes.split(1, dim=1)
+    x0, y0, x1, y1 = torch.split(boxes, 1, dim=1)
     y = torch.arange(*rows, dtype=torch.float32, device=masks.device) + 0.5
     x = torch.arange(*columns, dtype=torch.float32, device=masks.device) + 0.5
     y = (y - y0) / (y1 - y0) * 2 - 1

@@ -57,7 +57,7 @@ class BasicStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) to (N, out_channels, ceil(H / 4), ceil(W / 4))."""
         x = self.conv1(x)
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined, unused-ignore]
             with saving(x):
                 return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
         return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
@@ -96,7 +96,8 @@ class BasicBlock(ResidualBlock):
         """(N, in_channels, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride))."""
         out = self.conv1(x)
         # After the branch, as in Detectron2: the gradients that meet in x are added in this order's reverse.
-        return self.conv2(out, x if self.shortcut is None else self.shortcut(x))
+        y: Tensor = self.conv2(out, x if self.shortcut is None else self.shortcut(x))
+        return y
 
 
 class BottleneckBlock(ResidualBlock):
@@ -149,7 +150,8 @@ class BottleneckBlock(ResidualBlock):
         """(N, in_channels, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride))."""
         out = self.conv2(self.conv1(x))
         # After the branch, as in Detectron2: the gradients that meet in x are added in this order's reverse.
-        return self.conv3(out, x if self.shortcut is None else self.shortcut(x))
+        y: Tensor = self.conv3(out, x if self.shortcut is None else self.shortcut(x))
+        return y
 
 
 def make_stage(

@@ -142,7 +142,7 @@ class RoIHeads(nn.Module):
     @staticmethod
     def _attach_masks(logits: Tensor, detections: Sequence[Detections]) -> None:
         probabilities = mask_probabilities(logits, torch.cat([d.classes for d in detections]))
-        for d, p in zip(detections, probabilities.split([len(d) for d in detections])):
+        for d, p in zip(detections, torch.split(probabilities, [len(d) for d in detections])):
             d.masks = p
 
 
@@ -240,6 +240,6 @@ class Res5RoIHeads(RoIHeads):
         losses = self._box_losses(shared.mean(dim=(2, 3)), sampled, metrics)
         if self.mask_head is not None:
             # Foreground comes first in each image, so slices do.
-            parts = [x[: s.num_foreground] for x, s in zip(shared.split([len(s) for s in sampled]), sampled)]
+            parts = [x[: s.num_foreground] for x, s in zip(torch.split(shared, [len(s) for s in sampled]), sampled)]
             losses["loss_mask"] = self._mask_loss(self.mask_head(torch.cat(parts)), sampled, metrics)
         return losses
