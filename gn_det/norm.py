@@ -20,6 +20,9 @@ from torch.nn import functional as F
 from gn_det.errors import ConfigError
 from gn_det.kernels import group_norm_act, takes_kernels
 
+#: torch does not export it for type checkers; a comment in a method would be read by TorchScript.
+is_scripting = torch.jit.is_scripting  # type: ignore[attr-defined, unused-ignore]
+
 NORM_NAMES = ("GN", "LN", "IN", "BN", "SyncBN", "FrozenBN", "")
 
 #: A norm: a name with Detectron2's defaults, a callable ``num_channels -> module``, or None or "" for no norm.
@@ -115,7 +118,7 @@ class GroupNorm(nn.GroupNorm):
 
         N may be 0; gamma and beta then get zero gradients.
         """
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined, unused-ignore]
+        if not is_scripting():
             return group_norm_act(
                 x,
                 self.num_groups,

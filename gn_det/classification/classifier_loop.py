@@ -26,7 +26,7 @@ from gn_det.engine.loop import Hook, Loop
 from gn_det.engine.output import BEST
 from gn_det.engine.scalars import peak_memory_mb
 from gn_det.errors import TrainingError
-from gn_det.files import open_append
+from gn_det.files import atomic_write
 
 LAST = "last.ckpt"
 METRICS = "metrics.jsonl"
@@ -174,8 +174,8 @@ class Epochs(Hook):
             facts = {"epoch": done.epochs, "val_error": done.best["val_error"], "date": utc_now()}
             assert isinstance(state.model, Classifier)
             write_weights(self.folder / BEST, state.model, self.settings, self.source, facts)
-        with open_append(self.folder, METRICS) as file:
-            file.write(json.dumps(done.curve[-1]) + "\n")
+        # whole: a killed run may have left a row beyond its checkpoint
+        atomic_write(self.folder / METRICS, "".join(json.dumps(row) + "\n" for row in done.curve))
         save_checkpoint(
             self.folder / LAST,
             {

@@ -123,10 +123,7 @@ def _check_early(settings: Settings) -> None:
 
 
 def _device(settings: Settings) -> str:
-    try:
-        device = dist.resolve_device(settings.device)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("MODEL.DEVICE", "pretrain device")) from None
+    device = dist.resolve_device(settings.device, "pretrain device")
     if settings.amp == "fp16" and not device.startswith("cuda"):
         raise ConfigError("pretrain amp is fp16, which needs a GPU; use bf16 or off")
     return device
@@ -159,7 +156,7 @@ def _rank(settings: Settings, resume: bool, overwrite: bool) -> dict[str, Any]:
 
 
 def _train(settings: Settings, resume: bool) -> dict[str, Any]:
-    folder, device = Path(settings.output), dist.local_device(_device(settings))
+    folder, device = Path(settings.output), dist.local_device(settings.device)
     source = open_source(settings)
     seed_everything(settings.seed)
     model = build_classifier(settings, len(source.class_names), len(source.input.mean))
@@ -184,7 +181,6 @@ def _train(settings: Settings, resume: bool) -> dict[str, Any]:
     loggers: list[Logger] = []
     if dist.rank() == 0:
         remove_leftovers(folder)
-        _rewrite_metrics(folder, done)
         loggers.append(TensorBoardLogger(os.fspath(folder), state.iteration))
     metrics = Metrics(loggers)
     metrics.DIVERGED = math.inf  # its advice names keys of detection
@@ -275,34 +271,21 @@ def _plan(settings: Settings, source: Source, processes: int) -> Plan:
 
 
 def _describe(settings: Settings, source: Source, model: Classifier, plan: Plan, processes: int) -> None:
-    given = (
-        f"{settings.groups} groups"
-        if not settings.channels_per_group
-        else f"{settings.channels_per_group} channels per group"
+    groups, per_group = settings.group_rule
+    division = f", {per_group} channels per group" if per_group else f", {groups} groups"
+    logger.info(
+        f"{settings.arch}, {settings.norm}{division if settings.norm == 'GN' else ''}, "
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; {settings.data}: "
+        f"{len(source.class_names)} classes, {source.train_images} training and {source.val_images} validation images "
+        f"of {settings.side} px"
     )
-    norm = (
-        settings.norm
-        if settings.norm != "GN"
-        else f"GN, {given if settings.groups or settings.channels_per_group else '32 groups'}"
-    )
-    steps = ", ".join(f"{step * settings.epochs:g}" for step in settings.steps)
+    steps = ", ".join(f"{step * settings.epochs:g}" for step in settings.steps) or "none"
     why = "" if settings.lr is not None else " (0.1 for a batch of 256, linear)"
     logger.info(
-        "%s, %s, %.2f M parameters; %s: %d classes, %d training and %d validation images of %d px",
-        settings.arch,
-        norm,
-        sum(p.numel() for p in model.parameters()) / 1e6,
-        settings.data,
-        len(source.class_names),
-        source.train_images,
-        source.val_images,
-        settings.side,
-    )
-    logger.info(
-        "batch %d x %d process(es), %g epochs = %d iterations, lr %g%s, x %g after epochs %s; weight decay %g on all "
-        "weights, gamma and beta included; last gamma of each block begins at 0; autocast %s; seed %d",
-        *(settings.batch_size, processes, settings.epochs, plan.total, plan.lr, why, settings.gamma, steps or "none"),
-        *(settings.weight_decay, settings.amp, settings.seed),
+        f"batch {settings.batch_size * processes} ({processes} process(es) x {settings.batch_size} images), "
+        f"{settings.epochs:g} epochs = {plan.total} iterations, lr {plan.lr:g}{why}, x {settings.gamma:g} after epochs "
+        f"{steps}; weight decay {settings.weight_decay:g} on all weights, gamma and beta included; last gamma of each "
+        f"block begins at 0; autocast {settings.amp}; seed {settings.seed}"
     )
 
 
@@ -343,11 +326,6 @@ def _finished(folder: Path, settings: Settings) -> dict[str, Any] | None:
     return dict(summary) if (folder / FINAL).is_file() else None
 
 
-def _rewrite_metrics(folder: Path, done: Progressed) -> None:
-    """metrics.jsonl as of the checkpoint: a killed run may have written one line more."""
-    atomic_write(folder / METRICS, "".join(json.dumps(row) + "\n" for row in done.curve))
-
-
 def _summary(settings: Settings, done: Progressed, model: Classifier, weights: Path, device: str) -> dict[str, Any]:
     return {
         "settings": settings.to_dict(),
@@ -362,7 +340,7 @@ def _summary(settings: Settings, done: Progressed, model: Classifier, weights: P
         "best": {**done.best, "weights": os.fspath(weights.with_name(BEST))},
         "date": utc_now(),
         "machine": {
-            "name": torch.cuda.get_device_name() if device.startswith("cuda") else cpu_name(),
+            "name": dist.device_name(device),
             "device": device,
             "threads": torch.get_num_threads(),
             "processes": dist.world_size(),
@@ -375,13 +353,3 @@ def _summary(settings: Settings, done: Progressed, model: Classifier, weights: P
         },
         "finished": True,
     }
-
-
-def cpu_name() -> str:
-    """The processor's name, as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -307,8 +307,9 @@ def fetch_weights(plan: Plan) -> None:
 def _session(job: Job, num_gpus: int) -> dict[str, Any]:
     """Machine and day of a start; costs are compared within one of both only."""
     now = datetime.now().astimezone()
-    cuda = job.device.startswith("cuda")
-    device = torch.cuda.get_device_name() if cuda else f"{_processor()}, {torch.get_num_threads()} thread(s)"
+    device = dist.device_name(job.device)
+    if not job.device.startswith("cuda"):
+        device += f", {torch.get_num_threads()} thread(s)"
     return {
         "host": platform.node(),
         "device": f"{num_gpus} x {device}" if num_gpus > 1 else device,
@@ -316,14 +317,6 @@ def _session(job: Job, num_gpus: int) -> dict[str, Any]:
         "started": now.isoformat(timespec="seconds"),
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
     }
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine() or "CPU"
 
 
 @functools.lru_cache(maxsize=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import platform
 import signal
 import socket
 import sys
@@ -124,6 +125,17 @@ def local_device(name: str) -> str:
     """:func:`resolve_device`, with the number of this process's GPU."""
     device = resolve_device(name)
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and world_size() > 1 else device
+
+
+def device_name(device: str) -> str:
+    """Name of the GPU, or of the processor."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine() or "CPU"
 
 
 def under_torchrun() -> bool:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from typing import NamedTuple, TypeAlias
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gn_det.kernels import saving
-from gn_det.norm import NormSpec, get_norm, norm_act
+from gn_det.norm import NormSpec, get_norm, is_scripting, norm_act
 
 #: Layers that the fills initialise.
 Filled: TypeAlias = nn.Conv2d | nn.ConvTranspose2d | nn.Linear
@@ -63,7 +62,7 @@ class ConvNorm(nn.Conv2d):
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """(N, C, H, W) to (N, out_channels, H', W'); N may be 0. ``shortcut``, of that shape, is added to the norm."""
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined, unused-ignore]
+        if not is_scripting():
             with saving(x):
                 x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
             return norm_act(self.norm, x, shortcut, self.relu)

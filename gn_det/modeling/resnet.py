@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gn_det.errors import ConfigError
 from gn_det.kernels import saving
 from gn_det.modeling.layers import ConvNorm, FeatureSpec, c2_msra_fill
-from gn_det.norm import NormSpec, freeze_batch_norm
+from gn_det.norm import NormSpec, freeze_batch_norm, is_scripting
 
 #: Residual blocks in res2 .. res5.
 BLOCKS_PER_STAGE: dict[int, tuple[int, int, int, int]] = {
@@ -57,7 +56,7 @@ class BasicStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) to (N, out_channels, ceil(H / 4), ceil(W / 4))."""
         x = self.conv1(x)
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined, unused-ignore]
+        if not is_scripting():
             with saving(x):
                 return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
         return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)

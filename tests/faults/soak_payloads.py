@@ -353,7 +353,7 @@ class _Pretraining:
     def read(self, parts: tuple[Any, ...]) -> Callable[[], None]:
         from types import SimpleNamespace
 
-        from gn_det.classification.pretraining import _restore, _rewrite_metrics, _summary
+        from gn_det.classification.pretraining import _restore, _summary
 
         model, optimizer = parts
         state = SimpleNamespace(model=model, optimizer=optimizer, scaler=None)
@@ -363,7 +363,6 @@ class _Pretraining:
             optimizer.zero_grad()
             model(torch.ones(2, 3, 6, 6)).sum().backward()
             optimizer.step()
-            _rewrite_metrics(self.path.parent, done)
             if done.curve:
                 json.dumps(_summary(self.settings, done, model, self.path, "cpu"))
 
