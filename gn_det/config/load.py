@@ -124,18 +124,6 @@ def resolve_config(name_or_path: str) -> Path:
 
 # ------------------------------------------------------------ keys and values
 
-#: Keys that scaling to another batch rewrites, unless they were given on the command line.
-_SCHEDULE_KEYS = (
-    "SOLVER.BASE_LR",
-    "SOLVER.MAX_ITER",
-    "SOLVER.STEPS",
-    "SOLVER.WARMUP_ITERS",
-    "SOLVER.CHECKPOINT_PERIOD",
-    "SOLVER.IMS_PER_BATCH",
-    "TEST.EVAL_PERIOD",
-)
-
-
 #: What the schedules of shipped configs, and of configs built on them, are written for: GPUs and images of a batch (0:
 #: not scaled by it). Not part of the YAML, because Detectron2 would scale by it what its user sets in Python.
 _WRITTEN_FOR = {
@@ -286,7 +274,7 @@ def merge_overrides(cfg: CN, overrides: Overrides, source: str = "command line")
         if name not in KEYS:
             raise _unknown_key(name, source)
         _set(cfg, name, value, source)
-        if name in _SCHEDULE_KEYS and name not in cfg.SOLVER.NO_RESCALE:
+        if KEYS[name].rescaled and name not in cfg.SOLVER.NO_RESCALE:
             cfg.SOLVER.NO_RESCALE = (*cfg.SOLVER.NO_RESCALE, name)
 
 

@@ -43,6 +43,7 @@ class Key:
         embedded: the only values that the embedded engine implements, where Detectron2 implements more.
         detectron2: the only values that ``--engine detectron2`` implements, where ``embedded`` is given.
         ours: Detectron2 does not have this key.
+        rescaled: scaling to another batch rewrites the value, unless it was given on the command line.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Key:
     embedded: tuple[Any, ...] | None = None
     detectron2: tuple[Any, ...] | None = None
     ours: bool = False
+    rescaled: bool = False
 
     def implemented(self, engine: str) -> tuple[Any, ...] | None:
         """The only values that ``engine`` implements; None for all that pass ``check``."""
@@ -376,22 +378,22 @@ _KEYS = (
 
     Key("SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR", _NAME, "Learning rate schedule.",
         known=("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")),
-    Key("SOLVER.MAX_ITER", 40000, _ITERATIONS, "Iterations of the run."),
-    Key("SOLVER.BASE_LR", 0.001, number(0, 1000, above=True), "Learning rate after the warm-up."),
+    Key("SOLVER.MAX_ITER", 40000, _ITERATIONS, "Iterations of the run.", rescaled=True),
+    Key("SOLVER.BASE_LR", 0.001, number(0, 1000, above=True), "Learning rate after the warm-up.", rescaled=True),
     Key("SOLVER.BASE_LR_END", 0.0, _RATE, "Final learning rate of WarmupCosineLR."),
     Key("SOLVER.MOMENTUM", 0.9, number(0, 1, below=True), "Momentum of SGD."),
     Key("SOLVER.NESTEROV", False, FLAG, "Nesterov momentum."),
     Key("SOLVER.WEIGHT_DECAY", 0.0001, _RATE, "Weight decay."),
     Key("SOLVER.WEIGHT_DECAY_NORM", 0.0, _RATE, "Weight decay of gamma and beta; 0 is the paper's fine-tuning recipe."),
     Key("SOLVER.GAMMA", 0.1, number(0, 10), "Factor of the learning rate at each of STEPS."),
-    Key("SOLVER.STEPS", (30000,), _rising(_ITERATIONS, 0, 1000), "Iterations at which the learning rate drops."),
+    Key("SOLVER.STEPS", (30000,), _rising(_ITERATIONS, 0, 1000), "Iterations at which the rate drops.", rescaled=True),
     Key("SOLVER.NUM_DECAYS", 3, integer(0, 1000), "Of WarmupStepWithFixedGammaLR."),
     Key("SOLVER.WARMUP_FACTOR", 0.001, number(0, 10), "The learning rate starts at WARMUP_FACTOR * BASE_LR."),
-    Key("SOLVER.WARMUP_ITERS", 1000, _PERIOD, "Iterations of the warm-up."),
+    Key("SOLVER.WARMUP_ITERS", 1000, _PERIOD, "Iterations of the warm-up.", rescaled=True),
     Key("SOLVER.WARMUP_METHOD", "linear", one_of("linear", "constant"), "Shape of the warm-up."),
     Key("SOLVER.RESCALE_INTERVAL", False, FLAG, "Rescale the warm-up's end so that it joins the schedule."),
-    Key("SOLVER.CHECKPOINT_PERIOD", 5000, _ITERATIONS, "Iterations between checkpoints."),
-    Key("SOLVER.IMS_PER_BATCH", 16, _BATCH, "Images of one optimizer step over all GPUs."),
+    Key("SOLVER.CHECKPOINT_PERIOD", 5000, _ITERATIONS, "Iterations between checkpoints.", rescaled=True),
+    Key("SOLVER.IMS_PER_BATCH", 16, _BATCH, "Images of one optimizer step over all GPUs.", rescaled=True),
     Key("SOLVER.REFERENCE_WORLD_SIZE", 0, integer(0, 65_536),
         "> 0: GPUs that the schedule was written for; another number scales batch, learning rate and iterations."),
     Key("SOLVER.BIAS_LR_FACTOR", 1.0, _RATE, "Learning rate of biases relative to BASE_LR."),
@@ -423,7 +425,7 @@ _KEYS = (
     Key("TEST.EXPECTED_RESULTS", [], _EXPECTED,
         'Rows [task, metric, value, tolerance], such as ["bbox", "AP", 38.5, 0.2]; a final result beyond its tolerance '
         "fails the run."),
-    Key("TEST.EVAL_PERIOD", 0, _PERIOD, "Iterations between evaluations; 0: only at the end."),
+    Key("TEST.EVAL_PERIOD", 0, _PERIOD, "Iterations between evaluations; 0: only at the end.", rescaled=True),
     _unused("TEST.KEYPOINT_OKS_SIGMAS", [], items(_WEIGHT, 0, 1000), "Of keypoint evaluation."),
     Key("TEST.DETECTIONS_PER_IMAGE", 100, integer(1, 100_000), "Detections of an image that are kept."),
     _unused("TEST.AUG.ENABLED", False, FLAG, "Test-time augmentation."),

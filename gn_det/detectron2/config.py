@@ -16,12 +16,13 @@ from gn_det.checkpoint.io import read_checkpoint
 from gn_det.checkpoint.meta import read_meta
 from gn_det.config import parse_config
 from gn_det.config.check import check_values
-from gn_det.config.defaults import add_gn_keys
+from gn_det.config.defaults import add_gn_keys, flatten, get_value, set_value
 from gn_det.detectron2.datasets import is_own, register_named, register_own, take_mixed_masks
 from gn_det.engine.schedule import scale_schedule
 from gn_det.errors import ConfigError, DataError, UserError
 from gn_det.modeling.build import group_rule
 from gn_det.modeling.census import norms_off_rule
+from gn_det.values import InvalidValue, number, one_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,24 +32,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Keys of SOLVER that scaling changes.
-_SCALED = (
-    *("IMS_PER_BATCH", "BASE_LR", "BASE_LR_END", "MAX_ITER", "STEPS", "WARMUP_ITERS", "CHECKPOINT_PERIOD"),
-    *("REFERENCE_WORLD_SIZE", "REFERENCE_BATCH"),
-)
-
 #: Norm names that gn_det builds: Detectron2 has no "IN", means something else by "LN" and fixes GN's groups.
 GROUP_NORMS = ("GN", "LN", "IN")
 
 #: Detectron2's own default, which gn_det replaces by 0 (= taken from the training set).
 _THEIR_NUM_CLASSES = 80
 
-#: Keys of gn_det's trainer, with the values at which they change nothing.
-_TRAINER_KEYS = (
-    ("SOLVER", "ACCUMULATE", 1),
-    ("SOLVER", "EPOCHS", 0.0),
-    ("TEST", "PATIENCE", 0),
-)
+#: Samplers of gn_det's loader, and the key that the last one reads; Detectron2's defaults do not have it.
+_SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler")
+_SUBSET = "DATALOADER.RANDOM_SUBSET_RATIO"
+
+#: Architectures of Detectron2's that need other ground truth, or give something else than objects.
+_NO_INSTANCES = ("PanopticFPN", "SemanticSegmentor", "ProposalNetwork")
+
+#: Sections of architectures that have a number of classes of their own.
+_OWN_CLASSES = {"RetinaNet": "RETINANET", "FCOS": "FCOS"}
+_WITHOUT_ROI_HEADS = (*_OWN_CLASSES, "ProposalNetwork", "SemanticSegmentor")
 
 
 def add_gn_config(cfg: CfgNode) -> None:
@@ -101,9 +100,9 @@ def scale_to_machine(cfg: CfgNode, num_gpus: int | None = None, *, written_for: 
     scaled.SOLVER.EPOCHS = 0.0  # counted by gn_det.detectron2.Trainer, which knows the images
     scaled, sentences = scale_schedule(scaled, num_gpus, images=0)
     with _thawed(cfg):
-        for key in _SCALED:
-            cfg.SOLVER[key] = scaled.SOLVER[key]
-        cfg.TEST.EVAL_PERIOD = scaled.TEST.EVAL_PERIOD
+        scaled.SOLVER.EPOCHS = cfg.SOLVER.EPOCHS
+        for name, value in flatten(scaled):
+            set_value(cfg, name, value)
     for sentence in sentences:
         logger.info(sentence)
     return sentences
@@ -142,9 +141,6 @@ def prepare_config(cfg: CfgNode) -> None:
     _mention_what_is_not_read(cfg)
 
 
-_WITHOUT_ROI_HEADS = ("RetinaNet", "FCOS", "ProposalNetwork", "SemanticSegmentor")
-
-
 def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -152,24 +148,14 @@ def _device() -> str:
 def _count_classes(cfg: CfgNode) -> int:
     if cfg.MODEL.CLASS_NAMES:
         return len(cfg.MODEL.CLASS_NAMES)
-    if not cfg.DATASETS.TRAIN:
-        raise ConfigError(
-            "MODEL.ROI_HEADS.NUM_CLASSES is 0 and DATASETS.TRAIN names no set to take it from: set one of them"
-        )
-    name = cfg.DATASETS.TRAIN[0]
-    if MetadataCatalog.get(name).get("thing_classes") is None:
-        if name not in DatasetCatalog:
-            raise ConfigError(
-                f"MODEL.ROI_HEADS.NUM_CLASSES is 0 and dataset {name!r} is not in Detectron2's DatasetCatalog: set the "
-                "number, or register the set"
-            )
+    name = cfg.DATASETS.TRAIN[0] if cfg.DATASETS.TRAIN else ""
+    if name in DatasetCatalog and MetadataCatalog.get(name).get("thing_classes") is None:
         DatasetCatalog.get(name)  # most sets learn their classes when they are read
-    classes = MetadataCatalog.get(name).get("thing_classes")
+    classes = MetadataCatalog.get(name).get("thing_classes") if name in DatasetCatalog else None
     if not classes:
-        raise ConfigError(
-            f"MODEL.ROI_HEADS.NUM_CLASSES is 0 and the metadata of dataset {name!r} has no thing_classes: "
-            "set the number, or thing_classes"
-        )
+        why = "has no thing_classes in its metadata" if name in DatasetCatalog else "is not in Detectron2's catalog"
+        why = f"the training set {name!r} {why}" if name else "DATASETS.TRAIN is empty"
+        raise ConfigError(f"MODEL.ROI_HEADS.NUM_CLASSES is 0 and {why}: set the number of classes, or register the set")
     logger.info("MODEL.ROI_HEADS.NUM_CLASSES: %d, the classes of %s.", len(classes), name)
     return len(classes)
 
@@ -190,35 +176,24 @@ def trainer_keys_are_read() -> Iterator[None]:
 
 
 def _mention_what_is_not_read(cfg: CfgNode) -> None:
-    """Warn, once each, of keys that neither Detectron2's trainer nor its own GN layers read."""
-    texts = [
-        f"{section}.{key} is {cfg[section][key]!r}: Detectron2's DefaultTrainer does not read this key, "
-        "gn_det.detectron2.Trainer does."
-        for section, key, idle in _TRAINER_KEYS
-        if cfg[section][key] != idle and not _read
-    ]
-    solver = cfg.SOLVER
-    if not _read and not solver.REFERENCE_WORLD_SIZE and solver.REFERENCE_BATCH not in (0, solver.IMS_PER_BATCH):
-        texts.append(
-            f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH} and the schedule was written for SOLVER.REFERENCE_BATCH "
-            f"{solver.REFERENCE_BATCH}: Detectron2's DefaultTrainer scales by REFERENCE_WORLD_SIZE only; set BASE_LR, "
-            "MAX_ITER and STEPS yourself, or take gn_det.detectron2.Trainer."
-        )
-    if not _read and cfg.INPUT.BIT_DEPTH:
-        foreign = [n for n in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) if not is_own(n)]
-        if foreign:
-            texts.append(
-                f"INPUT.BIT_DEPTH is {cfg.INPUT.BIT_DEPTH!r}: Detectron2 reads the pictures of {foreign[0]!r} without "
-                "it and clips those of more than 8 bits; name the set json@images, or take gn_det.detectron2.Trainer."
-            )
-    for text in texts:
+    """Warn, once each, of keys that Detectron2's trainer and loader do not read."""
+    if _read:
+        return
+    solver, sets = cfg.SOLVER, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    unread = {
+        "SOLVER.ACCUMULATE": solver.ACCUMULATE != 1,
+        "SOLVER.EPOCHS": solver.EPOCHS != 0,
+        "TEST.PATIENCE": cfg.TEST.PATIENCE != 0,
+        # Detectron2 scales by REFERENCE_WORLD_SIZE.
+        "SOLVER.REFERENCE_BATCH": not solver.REFERENCE_WORLD_SIZE
+        and solver.REFERENCE_BATCH not in (0, solver.IMS_PER_BATCH),
+        "INPUT.BIT_DEPTH": cfg.INPUT.BIT_DEPTH and not all(map(is_own, sets)),
+    }
+    for name in [name for name, set_ in unread.items() if set_]:
+        text = f"{name} is {get_value(cfg, name)!r}: Detectron2's DefaultTrainer and loader do not read this key, "
         if text not in _mentioned:
             _mentioned.add(text)
-            logger.warning(text)
-
-
-#: Layers that a message names of each kind.
-_NAMED = 4
+            logger.warning("%sgn_det.detectron2.Trainer does.", text)
 
 
 #: Models whose norms were spoken of.
@@ -233,15 +208,10 @@ def warn_of_norms(cfg: CfgNode, model: nn.Module) -> None:
     rule = group_rule(cfg)
     wanted = f"groups of {rule.channels_per_group} channels" if rule.channels_per_group else f"{rule.num_groups} groups"
     for what, names in norms_off_rule(model, rule).items():
-        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
         logger.warning(
-            "%d norm layer(s) do not follow MODEL.GN (%s, eps %g): %s%s have %s; they are not gn_det's.",
-            len(names),
-            wanted,
-            rule.eps,
-            ", ".join(names[:_NAMED]),
-            more,
-            what,
+            f"{len(names)} norm layer(s) do not follow MODEL.GN ({wanted}, eps {rule.eps:g}): "
+            f"{', '.join(names[:4])}{more} have {what}; they are not gn_det's."
         )
 
 
@@ -264,7 +234,7 @@ def check_for_trainer(cfg: CfgNode, *, own_loader: bool, own_results: bool) -> N
         ConfigError: names the key, and what to override or to take instead.
     """
     check_values(cfg)
-    model, loader = cfg.MODEL, cfg.DATALOADER
+    model, sampler = cfg.MODEL, cfg.DATALOADER.SAMPLER_TRAIN
     check_device(cfg, _device() if model.DEVICE == "auto" else model.DEVICE)
     instead = "or train with Detectron2's DefaultTrainer"
     if cfg.TEST.PRECISE_BN.ENABLED:
@@ -272,38 +242,28 @@ def check_for_trainer(cfg: CfgNode, *, own_loader: bool, own_results: bool) -> N
             "TEST.PRECISE_BN.ENABLED True is not implemented by gn_det.detectron2.Trainer: set it False and add "
             f"detectron2.engine.hooks.PreciseBN in build_hooks, {instead}"
         )
-    overrides = f"override build_train_loader and build_evaluator, {instead}"
-    for key, refused in (("KEYPOINT_ON", "keypoints"), ("LOAD_PROPOSALS", "precomputed proposals")):
-        if model[key] and not (own_loader and own_results):
-            raise ConfigError(f"MODEL.{key} True: gn_det's loader and evaluation have no {refused}; {overrides}")
-    if model.META_ARCHITECTURE in _NO_INSTANCES and not (own_loader and own_results):
+    others = {
+        "KEYPOINT_ON": model.KEYPOINT_ON,
+        "LOAD_PROPOSALS": model.LOAD_PROPOSALS,
+        "META_ARCHITECTURE": model.META_ARCHITECTURE in _NO_INSTANCES,
+    }
+    for key in [key for key, given in others.items() if given and not (own_loader and own_results)]:
         raise ConfigError(
-            f"MODEL.META_ARCHITECTURE {model.META_ARCHITECTURE}: gn_det's loader and evaluation are for boxes and "
-            f"masks of objects; {overrides}"
+            f"MODEL.{key} {model[key]}: gn_det's loader and evaluation are for boxes and masks of objects; override "
+            f"build_train_loader and build_evaluator, {instead}"
         )
     if own_loader:
         return
-    if loader.SAMPLER_TRAIN not in _SAMPLERS:
+    if sampler not in _SAMPLERS:
         raise ConfigError(
-            f"DATALOADER.SAMPLER_TRAIN {loader.SAMPLER_TRAIN!r}: gn_det's loader knows {', '.join(_SAMPLERS)}; "
-            "override build_train_loader for another one"
+            f"DATALOADER.SAMPLER_TRAIN {sampler!r}: gn_det's loader knows {', '.join(_SAMPLERS)}; override "
+            "build_train_loader for another one"
         )
-    ratio, subset = loader.get("RANDOM_SUBSET_RATIO", 1.0), _SAMPLERS[-1] == loader.SAMPLER_TRAIN
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
-        raise ConfigError(f"DATALOADER.RANDOM_SUBSET_RATIO = {ratio!r} must be above 0 and at most 1")
-    if ratio != 1 and not subset:
-        raise ConfigError(
-            f"DATALOADER.RANDOM_SUBSET_RATIO {ratio:g} is read by DATALOADER.SAMPLER_TRAIN {_SAMPLERS[-1]} alone, and "
-            f"that is {loader.SAMPLER_TRAIN}"
-        )
-
-
-#: Architectures of Detectron2's that need other ground truth, or give something else than objects.
-_NO_INSTANCES = ("PanopticFPN", "SemanticSegmentor", "ProposalNetwork")
-_SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler")
-
-#: Sections of architectures that have a number of classes of their own.
-_OWN_CLASSES = {"RetinaNet": "RETINANET", "FCOS": "FCOS"}
+    ratio = cfg.DATALOADER.get("RANDOM_SUBSET_RATIO", 1.0)
+    try:
+        (number(0, 1, above=True) if sampler == _SAMPLERS[-1] else one_of(1.0, 1))(ratio, _SUBSET)
+    except InvalidValue as error:
+        raise ConfigError(f"{error} with DATALOADER.SAMPLER_TRAIN {sampler}") from None
 
 
 def _settle_own_classes(cfg: CfgNode) -> None:

@@ -213,10 +213,10 @@ def test_retinanet_takes_the_classes_of_the_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "text"),
     [
-        (["MODEL.KEYPOINT_ON", True], "MODEL.KEYPOINT_ON True: gn_det's loader and evaluation have no keypoints"),
+        (["MODEL.KEYPOINT_ON", True], "MODEL.KEYPOINT_ON True: gn_det's loader and evaluation are for boxes"),
         (
             ["MODEL.LOAD_PROPOSALS", True],
-            "MODEL.LOAD_PROPOSALS True: gn_det's loader and evaluation have no precomputed",
+            "MODEL.LOAD_PROPOSALS True: gn_det's loader and evaluation are for boxes",
         ),
         (["MODEL.META_ARCHITECTURE", "PanopticFPN"], "MODEL.META_ARCHITECTURE PanopticFPN: gn_det's loader"),
         (["MODEL.META_ARCHITECTURE", "SemanticSegmentor"], "MODEL.META_ARCHITECTURE SemanticSegmentor"),
@@ -276,10 +276,11 @@ def test_detectron2s_yaml_builds_or_is_refused_by_name(name: str, caplog: pytest
 
 @pytest.mark.parametrize("ratio", [0.0, 1.5, "half", True, 0.5])
 def test_random_subset_is_checked(ratio: Any, tmp_path: Path) -> None:
-    """0.5 is a ratio, but no sampler reads it here."""
+    """0.5 is a ratio that RandomSubsetTrainingSampler alone reads."""
     cfg = plugin_cfg("quickstart.yaml", "OUTPUT_DIR", str(tmp_path))
     cfg.DATALOADER.RANDOM_SUBSET_RATIO = ratio
-    said = "is read by" if ratio == 0.5 else "must be above 0 and at most 1"
+    cfg.DATALOADER.SAMPLER_TRAIN = "TrainingSampler" if ratio == 0.5 else "RandomSubsetTrainingSampler"
+    said = "it must be one of 1.0, 1 with DATALOADER.SAMPLER_TRAIN Tr" if ratio == 0.5 else "a number above 0 up to 1"
     with pytest.raises(ConfigError, match=f"RANDOM_SUBSET_RATIO .*{said}"):
         Trainer(cfg)
 
