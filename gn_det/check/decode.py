@@ -1,4 +1,4 @@
-"""Decoding every image of a dataset on all cores, in processes that a broken picture may take down."""
+"""Decode every image of a dataset on all cores, in worker processes, so that a corrupt image cannot crash the check."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, TimeoutError
+from concurrent.futures import ProcessPoolExecutor, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
@@ -66,27 +66,27 @@ def digest_of(path: str) -> bytes:
 def decode(job: DecodeJob) -> Decoded:
     """Decode one image as training does."""
     record = Record(file_name=job.path, width=job.width, height=job.height)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    digest = digest_of(job.path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
             pixels = read_record_image(record, job.reader)
-    except ImageError as error:
-        return Decoded(error.kind, error.text, digest_of(job.path))
-    if one_colour(pixels):
-        value = ", ".join(dict.fromkeys(str(v) for v in pixels[0, 0].tolist()))
-        return Decoded("image-constant", value, digest_of(job.path))
-    return Decoded(*_checksum_problem(job.path), digest_of(job.path))
+        except ImageError as error:
+            return Decoded(error.kind, error.text, digest)
+        if one_colour(pixels):
+            value = ", ".join(dict.fromkeys(str(v) for v in pixels[0, 0].tolist()))
+            return Decoded("image-constant", value, digest)
+        return Decoded(*_checksum_problem(job.path), digest)
 
 
 def _checksum_problem(path: str) -> tuple[str, str]:
-    """Pillow decodes a PNG without looking at the checksums after its pixels; those of the pixels our reader checks."""
+    """A wrong checksum of a PNG beside its pixels; Pillow ignores it, and the reader checks those of the pixels."""
     try:
         with open_regular(path) as file:
             if file.read(8) != b"\x89PNG\r\n\x1a\n":
                 return "", ""
             file.seek(0)
-            with warnings.catch_warnings(), Image.open(file) as image:
-                warnings.simplefilter("ignore")
+            with Image.open(file) as image:
                 image.verify()
     except Exception as error:
         return "image-checksum", f"{path}: {error}: get this file again"
@@ -98,62 +98,48 @@ def _decode_chunk(jobs: Sequence[DecodeJob]) -> list[Decoded]:
 
 
 def decode_all(jobs: Sequence[DecodeJob], workers: int | None = None) -> Iterator[Decoded]:
-    """Results in the order of ``jobs``. A picture that kills or holds up the decoder is one more damaged picture."""
-    workers = cores() if workers is None else workers
+    """Results in the order of ``jobs``. An image that kills or hangs the decoder is one more damaged image.
+
+    Where a pool breaks, some chunk in flight did it. The next one is then done image by image in one process, where it
+    is known which image it was, and all goes on as before.
+    """
     chunks = [jobs[i : i + _CHUNK] for i in range(0, len(jobs), _CHUNK)]
-    if workers <= 1 or len(chunks) <= 1:
-        # One process more all the same: what kills the decoder must not kill the check.
-        workers = 1
-    position = 0
-    while position < len(chunks):
-        with _pool(workers) as pool:
+    workers = cores() if workers is None else workers
+    careful = False
+    while chunks:
+        parts = [[job] for job in chunks[0]] if careful else chunks
+        done, problem = 0, ""
+        # One process more even for a single chunk: what kills the decoder must not kill the check.
+        with _pool(1 if careful else max(min(workers, len(parts)), 1)) as pool:
             try:
-                for found in _in_order(pool, chunks[position:], 4 * workers):
-                    position += 1
+                for waiting in [pool.submit(_decode_chunk, part) for part in parts]:
+                    found = waiting.result(timeout=len(parts[0]) * SECONDS)
+                    done += 1
                     yield from found
-                continue
-            except (BrokenProcessPool, TimeoutError):
-                _kill(pool)
-        # Some chunk in flight did it. The next one is done picture by picture, then all goes on as before.
-        for job in chunks[position]:
-            yield _decode_alone(job)
-        position += 1
+            except BrokenProcessPool:
+                problem = "the decoder crashes on this image: replace it"
+            except TimeoutError:
+                problem = f"not decoded within {SECONDS:g} s: replace it, or check the storage that holds it"
+            finally:
+                if problem:  # a process that hangs would hold up everything that waits for the pool
+                    for process in list((pool._processes or {}).values()):
+                        process.kill()
+                pool.shutdown(wait=False, cancel_futures=True)
+        if not careful:
+            del chunks[:done]
+            careful = bool(problem)
+            continue
+        if problem:
+            path = chunks[0][done].path
+            yield Decoded("image-damaged", f"{path}: {problem}", b"")
+            done += 1
+        chunks[0] = chunks[0][done:]
+        if not chunks[0]:
+            del chunks[0]
+            careful = False
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
     # Forked processes start at once; elsewhere they import what they need.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context(method), initializer=end_with_parent)
-
-
-def _in_order(pool: ProcessPoolExecutor, chunks: Sequence[Sequence[DecodeJob]], ahead: int) -> Iterator[list[Decoded]]:
-    """Results chunk by chunk, no more than ``ahead`` of them waiting."""
-    waiting: list[Future[list[Decoded]]] = []
-    following = iter(chunks)
-    for chunk in following:
-        waiting.append(pool.submit(_decode_chunk, chunk))
-        if len(waiting) >= ahead:
-            break
-    while waiting:
-        yield waiting.pop(0).result(timeout=_CHUNK * SECONDS)
-        for chunk in following:
-            waiting.append(pool.submit(_decode_chunk, chunk))
-            break
-
-
-def _decode_alone(job: DecodeJob) -> Decoded:
-    with _pool(1) as pool:
-        try:
-            return pool.submit(decode, job).result(timeout=SECONDS)
-        except BrokenProcessPool:
-            return Decoded("image-damaged", f"{job.path}: the decoder crashes on this image: replace it", b"")
-        except TimeoutError:
-            _kill(pool)
-            what = f"not decoded within {SECONDS:g} s: replace it, or look at the storage it lies on"
-            return Decoded("image-damaged", f"{job.path}: {what}", b"")
-
-
-def _kill(pool: ProcessPoolExecutor) -> None:
-    """End its processes at once: one that hangs would hold up everything that waits for the pool."""
-    for process in list((pool._processes or {}).values()):
-        process.kill()

@@ -59,36 +59,31 @@ def _warning(title: str, text: str = "{}") -> Kind:
     return Kind("warning", title, "", text)
 
 
+def _note(title: str, text: str = "") -> Kind:
+    return Kind("note", title, "", text)
+
+
 #: Every kind there is.
+# fmt: off
 KINDS: dict[str, Kind] = {
     # the file as a whole
     "json-unreadable": _stop("the annotation file cannot be read"),
     "json-structure": _stop("not COCO's instances format", "{}: give a COCO instances json"),
-    "categories-missing": _stop(
-        "no categories", 'no \'categories\': add one entry {{"id": 1, "name": ...}} for each class'
-    ),
-    "category-malformed": _stop(
-        "categories without integer id or name", "category {} needs an integer 'id' and a text 'name'"
-    ),
-    "category-id-repeated": _stop(
-        "category ids used twice", "category id {} appears more than once ({}, {}): give every category its own id"
-    ),
+    "categories-missing": _stop("no categories",
+        "no 'categories': add one entry {{\"id\": 1, \"name\": ...}} for each class"),
+    "category-malformed": _stop("categories without integer id or name",
+        "category {} needs an integer 'id' and a text 'name'"),
+    "category-id-repeated": _stop("category ids used twice",
+        "category id {} appears more than once ({}, {}): give every category its own id"),
     "category-copy": _error("categories listed twice", _COPY_OUT, "category id {} appears more than once"),
-    "category-name-repeated": _error(
-        "category names used twice",
-        "merged into the lowest id",
-        "category name {} is used by ids {}: give every category its own name",
-    ),
+    "category-name-repeated": _error("category names used twice", "merged into the lowest id",
+        "category name {} is used by ids {}: give every category its own name"),
     "images-missing": _stop("no images", "no 'images': give a COCO instances json that lists at least one image"),
-    "image-no-id": _error(
-        "images without id", "the image is left out", "entry {} of 'images' has no 'id' (an integer): add it"
-    ),
+    "image-no-id": _error("images without id", "the image is left out",
+        "entry {} of 'images' has no 'id' (an integer): add it"),
     "image-copy": _error("images listed twice", _COPY_OUT, "image id {} appears more than once ({}, {})"),
-    "image-id-repeated": _error(
-        "image ids used by several images",
-        "all images of that id are left out",
-        "image id {} appears more than once ({}, {}): give every image its own id",
-    ),
+    "image-id-repeated": _error("image ids used by several images", "all images of that id are left out",
+        "image id {} appears more than once ({}, {}): give every image its own id"),
     "image-folder": _stop("the image folder cannot be used"),
     "classes-differ": _stop("train and val have different categories"),
     "num-classes": _stop("MODEL.ROI_HEADS.NUM_CLASSES does not fit the categories"),
@@ -102,81 +97,48 @@ KINDS: dict[str, Kind] = {
     "image-depth": _error("images of more than 8 bits: INPUT.BIT_DEPTH says how to scale them", _IMAGE_OUT),
     "image-large": _error("images of more pixels than INPUT.MAX_PIXELS", _IMAGE_OUT),
     # annotations that are dropped
-    "annotation-entry": _error(
-        "annotations that are not objects", _OUT, "entry {} of 'annotations' is not an object: {}"
-    ),
-    "image-unknown": _error(
-        "annotations of images that are not listed",
-        _OUT,
-        "image_id {} is not in 'images': add the image, or remove the annotation",
-    ),
-    "category-unknown": _error(
-        "annotations of categories that are not listed", _OUT, "category_id {} is not in the json's categories ({})"
-    ),
-    "ignore": _error(
-        "annotations with 'ignore'",
-        _OUT,
-        "'ignore' is not part of COCO's instances format: mark regions to ignore with iscrowd 1",
-    ),
+    "annotation-entry": _error("annotations that are not objects", _OUT,
+        "entry {} of 'annotations' is not an object: {}"),
+    "image-unknown": _error("annotations of images that are not listed", _OUT,
+        "image_id {} is not in 'images': add the image, or remove the annotation"),
+    "category-unknown": _error("annotations of categories that are not listed", _OUT,
+        "category_id {} is not in the json's categories ({})"),
+    "ignore": _error("annotations with 'ignore'", _OUT,
+        "'ignore' is not part of COCO's instances format: mark regions to ignore with iscrowd 1"),
     "iscrowd": _error("iscrowd other than 0 or 1", _OUT, "iscrowd {} is not 0 or 1"),
-    "bbox-format": _error(
-        "boxes that are not four finite numbers", _OUT, "bbox {} is not [x, y, width, height] in finite numbers"
-    ),
-    "bbox-no-area": _error(
-        "boxes without area", _OUT, "bbox {} has no area (COCO boxes are [x, y, width, height]): fix or remove it"
-    ),
+    "bbox-format": _error("boxes that are not four finite numbers", _OUT,
+        "bbox {} is not [x, y, width, height] in finite numbers"),
+    "bbox-no-area": _error("boxes without area", _OUT,
+        "bbox {} has no area (COCO boxes are [x, y, width, height]): fix or remove it"),
     "bbox-outside": _error("boxes outside their image", _OUT, "bbox {} lies outside the {}x{} image: fix or remove it"),
-    "bbox-far": _error(
-        "boxes that reach far outside their image",
-        _OUT,
-        "bbox {} reaches far outside the {}x{} image: coordinates are pixels; fix or remove it",
-    ),
-    "segmentation-format": _error(
-        "segmentations that are neither polygons nor RLE",
-        _OUT,
-        "segmentation is neither a list of polygons [[x0, y0, x1, y1, ...], ...] nor an RLE (size, counts)",
-    ),
-    "polygon-no-number": _error(
-        "polygon coordinates that are not finite numbers",
-        _OUT,
-        "segmentation has polygon coordinates that are not finite numbers: a polygon is [x0, y0, x1, y1, ...]",
-    ),
-    "polygon-short": _error(
-        "masks without a polygon of 3 points or more",
-        _OUT,
+    "bbox-far": _error("boxes that reach far outside their image", _OUT,
+        "bbox {} reaches far outside the {}x{} image: coordinates are pixels; fix or remove it"),
+    "segmentation-format": _error("segmentations that are neither polygons nor RLE", _OUT,
+        "segmentation is neither a list of polygons [[x0, y0, x1, y1, ...], ...] nor an RLE (size, counts)"),
+    "polygon-no-number": _error("polygon coordinates that are not finite numbers", _OUT,
+        "segmentation has polygon coordinates that are not finite numbers: a polygon is [x0, y0, x1, y1, ...]"),
+    "polygon-short": _error("masks without a polygon of 3 points or more", _OUT,
         "segmentation has no usable polygon (3 points or more, an even number of coordinates): draw it again or "
-        "remove the annotation",
-    ),
-    "polygon-far": _error(
-        "polygons that reach far outside their image",
-        _OUT,
-        "segmentation has a vertex at ({:g}, {:g}), far outside the {}x{} image: coordinates are pixels; fix or remove "
-        "it",
-    ),
+        "remove the annotation"),
+    "polygon-far": _error("polygons that reach far outside their image", _OUT,
+        "segmentation has a vertex at ({:g}, {:g}), far outside the {}x{} image: coordinates are pixels; fix or "
+        "remove it"),
     "rle-format": _error("damaged RLE", _OUT, "RLE {}: encode the mask again"),
     "rle-size": _error("RLE of another size than the image", _OUT, "RLE size {} is not the image's [height, width] {}"),
-    "rle-length": _error(
-        "RLE of a wrong length",
-        _OUT,
-        "RLE counts cover {} pixels, the image has {}: the mask is damaged or belongs to another image size, encode it "
-        "again",
-    ),
+    "rle-length": _error("RLE of a wrong length", _OUT,
+        "RLE counts cover {} pixels, the image has {}: the mask is damaged or belongs to another image size, encode "
+        "it again"),
     "rle-empty": _error("RLE without foreground", _OUT, "RLE has no foreground pixel: remove the annotation"),
     "no-mask": _error("objects without a mask", _OUT, _NO_MASK),
     # all boxes together
-    "bbox-corners": _error(
-        "boxes written as [x1, y1, x2, y2]",
-        "written as [x, y, width, height]",
-        "boxes are written as [x1, y1, x2, y2], COCO boxes are [x, y, width, height]: {}: write "
-        "[x1, y1, x2 - x1, y2 - y1], as gn-det check --fix does",
-    ),
+    "bbox-corners": _error("boxes written as [x1, y1, x2, y2]", "written as [x, y, width, height]",
+        "boxes are written as [x1, y1, x2, y2], COCO boxes are [x, y, width, height]: {}: write [x1, y1, x2 - x1, y2 "
+        "- y1], as gn-det check --fix does"),
     # what training repairs in memory
     "id-type": _repaired("ids written as 77.0 or as text", "read as whole numbers"),
     "image-no-size": _repaired("images without usable width and height", "taken from the image files"),
-    "image-name": _repaired(
-        "file names that differ from the files in backslash, letter case, Unicode form or %20",
-        "the names of the files are taken",
-    ),
+    "image-name": _repaired("file names that differ from the files in backslash, letter case, Unicode form or %20",
+        "the names of the files are taken"),
     "bbox-missing": _repaired("annotations without a box", _FROM_MASK),
     "bbox-unusable": _repaired("unusable boxes of objects that have a mask", _FROM_MASK),
     "annotation-no-id": _repaired("annotations without integer id", _NEW_ID),
@@ -187,58 +149,39 @@ KINDS: dict[str, Kind] = {
     "area-missing": _repaired("annotations without usable area", "computed from mask or box"),
     "polygon-piece": _repaired("polygon pieces with fewer than 3 points or half a point", "the piece is left out"),
     # what training takes as it is, and what may still be wrong
-    "polygon-empty": _repaired("polygons that cover no pixel", "nothing can be learnt from them, --fix removes them"),
+    "polygon-empty": _repaired("polygons that cover no pixel", "kept in training, left out of the copy"),
     "image-constant": _warning("images of one colour all over", "every pixel is {}: nothing can be seen in it"),
     "bbox-mask": _warning("boxes that do not fit their masks", "bbox {}, its mask lies in {}: {}"),
-    "bbox-normalised": _warning(
-        "boxes in fractions of the image, not in pixels",
-        "bbox {} is below one pixel: multiply by the width and height of the image",
-    ),
+    "bbox-normalised": _warning("boxes in fractions of the image, not in pixels",
+        "bbox {} is below one pixel: multiply by the width and height of the image"),
     "object-twice": _warning("objects annotated twice (same image, category and box)", "remove one of the two"),
-    "object-vanishes": _warning(
-        "objects below one pixel at training size",
-        "bbox {} is {:.2g}x{:.2g} pixels at training size: remove it, or raise INPUT.MIN_SIZE_TRAIN",
-    ),
+    "object-vanishes": _warning("objects below one pixel at training size",
+        "bbox {} is {:.2g}x{:.2g} pixels at training size: remove it, or raise INPUT.MIN_SIZE_TRAIN"),
     "image-checksum": _warning("PNG files with a wrong checksum beside the pixels: they decode"),
-    "file-twice": _warning(
-        "image files used by several images", "the same file as image {}: put all annotations under one image"
-    ),
+    "file-twice": _warning("image files used by several images",
+        "the same file as image {}: put all annotations under one image"),
     "content-twice": _warning("equal images under different names", "the same pixels as image {} ({}): remove one"),
-    "overlap-file": _warning(
-        "image files in both train and val",
-        "image {} of val is the same file: AP on it would be too good; remove it from one of the two",
-    ),
-    "overlap-content": _warning(
-        "equal images in both train and val",
-        "the same picture as image {} ({}) of val: AP on it would be too good; remove it from one of the two",
-    ),
+    "overlap-file": _warning("image files in both train and val",
+        "image {} of val is the same file: AP on it would be too good; remove it from one of the two"),
+    "overlap-content": _warning("equal images in both train and val",
+        "the same picture as image {} ({}) of val: AP on it would be too good; remove it from one of the two"),
     "no-mask-val": _warning("objects without a mask in val", _NO_MASK),
-    "many-objects": _warning(
-        "images with more objects than the caps on detections let count",
-        "{} objects, {} of which cannot be found: set {}",
-    ),
+    "many-objects": _warning("images with more objects than the caps on detections let count",
+        "{} objects, {} of which cannot be found: set {}"),
     "no-truth": _warning("no annotations in val: nothing can be measured", "{} has no 'annotations'"),
-    "class-ids-differ": Kind(
-        "note",
-        "train and val number the same classes differently",
-        text="{}: gn_det goes by the names; other tools go by the ids",
-    ),
-    "bbox-reaches-out": Kind(
-        "note",
-        "boxes that reach past the image border (training cuts them)",
-        text="bbox {} reaches past the {}x{} image",
-    ),
-    "classes-lacking": Kind("note", "classes of train that val lacks: no AP for them", text="{} has no category {}"),
-    "no-mask-unused": Kind("note", "objects without a mask (MODEL.MASK_ON is False)", text=_NO_MASK),
-    "small-for-anchors": Kind(
-        "note",
-        "many objects are small for the anchors",
-        text="{:.0%} of the objects are smaller than half the smallest anchor ({:g} pixels): raise "
-        "INPUT.MIN_SIZE_TRAIN, or add smaller anchors (MODEL.ANCHOR_GENERATOR.SIZES)",
-    ),
-    "image-empty": Kind("note", "images without objects (training leaves them out by default)"),
-    "class-empty": Kind("note", "classes without an object", text="no object of {}"),
+    "class-ids-differ": _note("train and val number the same classes differently",
+        "{}: gn_det goes by the names; other tools go by the ids"),
+    "bbox-reaches-out": _note("boxes that reach past the image border (training cuts them)",
+        "bbox {} reaches past the {}x{} image"),
+    "classes-lacking": _note("classes of train that val lacks: no AP for them", "{} has no category {}"),
+    "no-mask-unused": _note("objects without a mask (MODEL.MASK_ON is False)", _NO_MASK),
+    "small-for-anchors": _note("many objects are small for the anchors",
+        "{:.0%} of the objects are smaller than half the smallest anchor ({:g} pixels): raise INPUT.MIN_SIZE_TRAIN, "
+        "or add smaller anchors (MODEL.ANCHOR_GENERATOR.SIZES)"),
+    "image-empty": _note("images without objects (training leaves them out by default)"),
+    "class-empty": _note("classes without an object", "no object of {}"),
 }
+# fmt: on
 
 
 class Where(NamedTuple):

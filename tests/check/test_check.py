@@ -292,7 +292,7 @@ def test_a_picture_that_holds_up_the_decoder_is_one_damaged_picture(
         return np.arange(2).reshape(1, 2, 1)
 
     monkeypatch.setattr(decode, "read_record_image", slow)
-    monkeypatch.setattr(decode, "SECONDS", 3)
+    monkeypatch.setattr(decode, "SECONDS", 1.5)
     monkeypatch.setattr(decode, "_CHUNK", 2)
     names = [f"{'slow' if i == 5 else 'good'} {i}" for i in range(12)]
     for name in names:
@@ -300,7 +300,7 @@ def test_a_picture_that_holds_up_the_decoder_is_one_damaged_picture(
     jobs = [decode.DecodeJob(str(tmp_path / name), 1, 1, ImageReader()) for name in names]
     found = list(decode.decode_all(jobs, 2))
     assert [f.kind for f in found] == ["image-damaged" if "slow" in name else "" for name in names]
-    assert "slow 5: not decoded within 3 s: replace it" in found[5].text
+    assert "slow 5: not decoded within 1.5 s: replace it" in found[5].text
 
 
 def test_wrong_folder_is_one_mistake_and_annotations_are_read_all_the_same(tmp_path: Path) -> None:

@@ -169,6 +169,17 @@ def test_table_of_sizes(tmp_path: Path) -> None:
     assert max(*whole, narrow) < 0.5 and sizes.fit == (0.0, 0.0)
 
 
+def test_sizes_on_a_border_belong_to_the_larger_bar(tmp_path: Path) -> None:
+    """An object of 8x8 pixels is one of 16 at twice the size: the bar is 16-32."""
+    cfg = load_config("gn_fpn", ["INPUT.MIN_SIZE_TRAIN", "(60,)"])
+
+    def square(content: dict[str, Any]) -> None:
+        content["annotations"] = [{**content["annotations"][0], "bbox": [2, 3, 8, 8]}]
+
+    sizes = size_table([load_coco(write(tmp_path, square), max_bad=0)], Training.of(cfg), cfg)
+    assert sizes.labels()[3] == "16-32" and sizes.counts == (0, 0, 0, 1, 0, 0, 0, 0, 0, 0)
+
+
 @pytest.mark.parametrize("flag", ["--fix", "--json", "--html"])
 def test_never_over_the_input(tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str) -> None:
     source = write(tmp_path, bad_box)

@@ -275,6 +275,19 @@ def test_boxes_as_corners_of_their_masks(tmp_path: Path, capsys: pytest.CaptureF
     assert "[bbox-corners]" in out and "1 error" in out and "bbox-mask" not in out
     fixed = load_coco(DatasetSource("own", str(tmp_path / "fixed.json"), source.image_root), max_bad=0)
     assert same_records(fixed, right) and not fixed.notes
+
+    def crowded(content: Content) -> None:  # boxes of crowds are not judged, so they stay as they are
+        masked(content, corners=corners)
+        rle = {"size": [30, 40], "counts": [0, 30, 1170]}
+        content["annotations"].append(
+            {"id": 50, "image_id": 5, "category_id": 2, "bbox": [2, 3, 9, 11], "area": 99, "iscrowd": 1,
+             "segmentation": rle}
+        )  # fmt: skip
+
+    source = write(tmp_path, crowded)
+    assert main([*words, source.json_file, "--fix", str(tmp_path / "fixed.json")]) == 2
+    crowd = json.loads((tmp_path / "fixed.json").read_text())["annotations"][-1]
+    assert (crowd["id"], crowd["bbox"], crowd["area"]) == (50, [2, 3, 9, 11], 99)
     # a few wrong boxes are a few wrong boxes
     few = write(tmp_path, lambda c: masked(c, corners=3))
     assert load_coco(few, max_bad=0).object_counts.sum() == 10
