@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from gn_det.checkpoint.io import tensor_problem
 from gn_det.errors import WeightsError
 from gn_det.text import shown
 from gn_det.values import (
@@ -64,79 +65,65 @@ class OtherGroups(InvalidValue):
 # ------------------------------------------------------------ tensors
 
 
-def plain_tensor(value: Any, where: str) -> None:
-    """A dense tensor in host memory."""
-    if type(value) not in (Tensor, nn.Parameter):
-        raise InvalidValue(where, f"is {shown(value)}, not a tensor")
-    if value.layout is not torch.strided or value.is_nested:
-        raise InvalidValue(where, "is not a dense tensor")
-    if value.device.type != "cpu" or value.is_quantized:
-        raise InvalidValue(where, f"is a {'quantized' if value.is_quantized else value.device.type} tensor")
-
-
-def tensor_like(model: Tensor) -> Check:
-    """A tensor that can be copied into ``model`` to the last bit: its shape, its kind of numbers, all finite."""
+def tensor(shape: Sequence[int | None], *dtypes: torch.dtype, finite: bool = False) -> Check:
+    """A dense tensor in host memory, of one of ``dtypes``; None in ``shape`` stands for any length."""
 
     def check(value: Any, where: str) -> None:
-        plain_tensor(value, where)
-        if value.shape != model.shape:
-            raise InvalidValue(where, f"has shape {_shape(value)}; the model has {_shape(model)}")
-        if model.is_floating_point():
-            if value.dtype not in _FLOATS:
-                raise InvalidValue(where, f"is of type {_dtype(value)}; the model's is {_dtype(model)}")
-            if not torch.isfinite(value).all():
-                raise InvalidValue(where, "holds nan or infinity")
-        elif value.dtype != model.dtype:
-            raise InvalidValue(where, f"is of type {_dtype(value)}; the model's is {_dtype(model)}")
+        if problem := tensor_problem(value):
+            raise InvalidValue(where, problem)
+        if len(shape) != value.dim() or any(n not in (None, have) for n, have in zip(shape, value.shape)):
+            raise InvalidValue(where, f"has shape {_shape(value.shape)}; it must have {_shape(shape)}")
+        if value.dtype not in dtypes:
+            wanted = " or ".join(map(_name, dtypes))
+            raise InvalidValue(where, f"is of type {_name(value.dtype)}; it must be {wanted}")
+        if finite and not torch.isfinite(value).all():
+            raise InvalidValue(where, "holds nan or infinity")
 
     return check
 
 
-def _shape(value: Tensor) -> str:
-    return "x".join(map(str, value.shape[:8])) or "()"
+def _shape(shape: Sequence[int | None]) -> str:
+    return "x".join("?" if n is None else str(n) for n in shape[:8]) or "()"
 
 
-def _dtype(value: Tensor) -> str:
-    return str(value.dtype).removeprefix("torch.")
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def bytes_tensor(most: int) -> Check:
-    """A vector of bytes."""
-
-    def check(value: Any, where: str) -> None:
-        plain_tensor(value, where)
-        if value.dtype != torch.uint8 or value.dim() != 1 or value.numel() > most:
-            raise InvalidValue(where, f"is not a vector of at most {most} bytes")
-
-    return check
+def tensor_like(own: Tensor, *, finite: bool = True) -> Check:
+    """A tensor that can be copied into ``own``."""
+    floating = own.is_floating_point()
+    return tensor(own.shape, *(_FLOATS if floating else (own.dtype,)), finite=finite and floating)
 
 
-def weights_of(model: nn.Module) -> Check:
+def weights_of(model: nn.Module, *, finite: bool = True) -> Check:
     """All tensors of ``model`` and no others."""
-    own = model.state_dict()
+    own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
 
     def check(value: Any, where: str) -> None:
         if not isinstance(value, Mapping):
             raise InvalidValue(where, f"is {shown(value)}, not a dict of tensors")
-        differing = [name for name in own if name not in value or _of_other_shape(value[name], own[name])]
-        differing += [name for name in value if name not in own]
+        differing = [name for name in own if getattr(value.get(name), "shape", own[name].shape) != own[name].shape]
+        differing += [name for name in {**own, **value} if name not in own or name not in value]
         if differing:
-            first = shown(differing[0])
             raise OtherModel(
-                where, f"has {len(differing)} tensors that differ from the configured model (first: {first})"
+                where,
+                f"has {len(differing)} tensors that differ from the configured model (first: {shown(differing[0])})",
             )
         for name, tensor in own.items():
-            if isinstance(tensor, Tensor):
-                tensor_like(tensor)(value[name], f"{where}.{name}")
+            tensor_like(tensor, finite=finite)(value[name], f"{where}.{name}")
 
     return check
 
 
-def _of_other_shape(value: Any, own: Any) -> bool:
-    return isinstance(value, Tensor) and isinstance(own, Tensor) and value.shape != own.shape
-
-
 # ------------------------------------------------------------ optimizer
+
+_SAVED = record(
+    {
+        "state": table(integer(0, 10**7), table(text(60), ANYTHING, 20), 10**6),
+        "param_groups": items(record({"params": items(integer(0, 10**7), 0, 10**6)}), 1, 10**5),
+    }
+)
 
 
 def restore_slots(optimizer: Optimizer, saved: Any, where: str) -> Callable[[], None]:
@@ -148,7 +135,6 @@ def restore_slots(optimizer: Optimizer, saved: Any, where: str) -> Callable[[], 
         InvalidValue: an entry cannot be used.
         OtherGroups: the groups hold other numbers of parameters.
     """
-    number_of_parameter = integer(0, 10**7)
     _SAVED(saved, where)
     groups, ours = saved["param_groups"], optimizer.state_dict()["param_groups"]
     counts, wanted = ([len(g["params"]) for g in part] for part in (groups, ours))
@@ -159,46 +145,29 @@ def restore_slots(optimizer: Optimizer, saved: Any, where: str) -> Callable[[], 
         raise InvalidValue(f"{where}.param_groups", "name a parameter twice in their params")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     names = [key for group in ours for key in group["params"]]
-    place = dict(zip(theirs, zip(names, parameters)))
-    slots: dict[int, dict[str, Any]] = {}
-    for key, slot in saved["state"].items():
-        number_of_parameter(key, f"a key of {where}.state")
-        if key in place:
-            name, parameter = place[key]
-            slots[name] = _slot(optimizer, parameter, slot, f"{where}.state[{key}]")
-
-    def put() -> None:
-        optimizer.load_state_dict({"state": slots, "param_groups": ours})
-
-    return put
+    slots = {
+        name: _slot(optimizer, parameter, saved["state"][key], f"{where}.state[{key}]")
+        for key, name, parameter in zip(theirs, names, parameters)
+        if key in saved["state"]
+    }
+    return lambda: optimizer.load_state_dict({"state": slots, "param_groups": ours})
 
 
 def _slot(optimizer: Optimizer, parameter: Tensor, slot: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Copies of one parameter's buffers; of SGD only momentum, the one that it reads."""
     out: dict[str, Any] = {}
+    sgd = isinstance(optimizer, SGD)
     for name, value in slot.items():
-        inside = f"{where}.{shown(name) if not isinstance(name, str) or not name.isidentifier() else name[:60]}"
-        if isinstance(optimizer, SGD) and name != "momentum_buffer":
+        if sgd and name != "momentum_buffer":
             continue
-        text(60)(name, f"a key of {where}")
-        if isinstance(value, Tensor) and value.dim() == 0 and not isinstance(optimizer, SGD):
-            tensor_like(torch.zeros(()))(value, inside)
-            out[name] = value.detach().clone()
-        elif value is None or (isinstance(value, (int, float)) and not isinstance(optimizer, SGD)):
+        if value is None or (isinstance(value, (int, float)) and not sgd):
             out[name] = value
-        else:
-            tensor_like(parameter)(value, inside)
-            with torch.no_grad():
-                out[name] = torch.empty_like(parameter, requires_grad=False).copy_(value)
+            continue
+        like = value.new_zeros(()) if isinstance(value, Tensor) and value.dim() == 0 and not sgd else parameter
+        tensor_like(like)(value, f"{where}.{name if name.isidentifier() else shown(name)}")
+        with torch.no_grad():
+            out[name] = torch.empty_like(like, requires_grad=False).copy_(value)
     return out
-
-
-_SAVED = record(
-    {
-        "state": table(integer(0, 10**7), table(text(60), ANYTHING, 20), 10**6),
-        "param_groups": items(record({"params": items(integer(0, 10**7), 0, 10**6)}), 1, 10**5),
-    }
-)
 
 
 # ------------------------------------------------------------ a detection run
@@ -269,30 +238,27 @@ def numpy_state(value: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def _words(value: Any, where: str) -> None:
-    plain_tensor(value, where)
-    if value.dtype != torch.int64 or value.shape != (624,) or int(value.min()) < 0 or int(value.max()) >= 2**32:
-        raise InvalidValue(where, "is not a vector of 624 words")
+    tensor((624,), torch.int64)(value, where)
+    if int(value.min()) < 0 or int(value.max()) >= 2**32:
+        raise InvalidValue(where, "holds numbers of more than 32 bits")
 
 
 def _cuda(value: Any, where: str) -> None:
-    bytes_tensor(1 << 16)(value, where)
+    _BYTES(value, where)
     if torch.cuda.is_available():
         _accepted_by("CUDA", torch.Generator("cuda").set_state)(value, where)
 
 
-_TORCH_RNG = every(bytes_tensor(1 << 16), _accepted_by("torch", lambda v: torch.Generator().set_state(v)))
+_BYTES = tensor((None,), torch.uint8)
+_TORCH_RNG = every(_BYTES, _accepted_by("torch", lambda v: torch.Generator().set_state(v)))
 _RNG = record(
     {
-        "python": every(
-            row(one_of(3), items(integer(0, 2**32 - 1), 625, 625), optional(FINITE)), _accepted_by("python", _python)
-        ),
-        "numpy": every(
-            row(text(20), _words, integer(0, 624), integer(0, 1), FINITE), _accepted_by("numpy", _numpy)
-        ),
+        "python": every(row(one_of(3), items(ANYTHING, 625, 625), optional(FINITE)), _accepted_by("python", _python)),
+        "numpy": every(row(text(20), _words, integer(0, 624), integer(0, 1), FINITE), _accepted_by("numpy", _numpy)),
         "torch": _TORCH_RNG,
     },
     cuda=optional(_cuda),
-)  # fmt: skip
+)
 
 
 def check_run(payload: Mapping[str, Any], model: nn.Module, batch: int, processes: int) -> None:
@@ -307,15 +273,15 @@ def check_run(payload: Mapping[str, Any], model: nn.Module, batch: int, processe
     Raises:
         InvalidValue: names the entry.
     """
-    weights = weights_of(model)
-    states = payload.get("rng")
+    weights, states = weights_of(model), payload.get("rng")
+    of_this_run = isinstance(states, (list, tuple)) and len(states) == processes
     record(
         {"model": weights},
         iteration=_COUNT,
         gn_det=_BLOCK if isinstance(payload.get("gn_det"), dict) else ANYTHING,
         ema=_or_nothing(record({"steps": integer(0, MOST_ITERATIONS), "learning": weights})),
         grad_scaler=_or_nothing(_SCALER),
-        rng=optional(items(_RNG if _length(states) == processes else ANYTHING, 0, 10**6)),
+        rng=optional(items(_RNG if of_this_run else ANYTHING, 0, 10**6)),
         logs=_or_nothing(_LOGS),
     )(payload, "")
     _check_together(payload, batch)
@@ -329,10 +295,6 @@ def _or_nothing(check: Check) -> Check:
             check(value, where)
 
     return either
-
-
-def _length(value: Any) -> int:
-    return len(value) if isinstance(value, (list, tuple)) else -1
 
 
 def _check_together(payload: Mapping[str, Any], batch: int) -> None:
@@ -429,35 +391,25 @@ check_summary = record(
 # ------------------------------------------------------------ a kept batch
 
 
-def _array(dims: int, *dtypes: torch.dtype, last: int | None = None) -> Check:
-    """A dense tensor of ``dims`` dimensions and one of ``dtypes``; ``last`` is the length of its last dimension."""
-
-    def check(value: Any, where: str) -> None:
-        plain_tensor(value, where)
-        if value.dim() != dims or value.dtype not in dtypes or (last is not None and value.shape[-1] != last):
-            raise InvalidValue(where, f"has shape {_shape(value)} and type {_dtype(value)}, which no batch has")
-
-    return check
-
-
 _SIDE = integer(1, 1 << 16)
-_POLYGONS = items(_array(1, torch.float32, torch.float64), 0, 10**5)
+_POLYGONS = items(tensor((None,), torch.float32, torch.float64), 0, 10**5)
+_BITMAP = tensor((None, None), torch.bool, torch.uint8)
 
 
 def _mask(value: Any, where: str) -> None:
-    (_POLYGONS if isinstance(value, list) else _array(2, torch.bool, torch.uint8))(value, where)
+    (_POLYGONS if isinstance(value, list) else _BITMAP)(value, where)
 
 
 _SAMPLE = record(
-    {"image": _array(3, torch.uint8, torch.float32)},
+    {"image": tensor((None, None, None), torch.uint8, torch.float32)},
     file_name=text(10_000),
     height=_SIDE,
     width=_SIDE,
     targets=record(
         {
             "image_size": row(_SIDE, _SIDE),
-            "boxes": _array(2, torch.float32, last=4),
-            "classes": _array(1, torch.int64),
+            "boxes": tensor((None, 4), torch.float32),
+            "classes": tensor((None,), torch.int64),
             "masks": optional(items(_mask, 0, 10**5)),
         }
     ),
@@ -489,13 +441,7 @@ def check_replay(payload: Mapping[str, Any], model: nn.Module, classes: int) -> 
             raise InvalidValue(f"batch[{index}].targets", "hold different numbers of boxes, classes and masks")
         if len(found) and not 0 <= int(found.min()) <= int(found.max()) < classes:
             raise InvalidValue(f"batch[{index}].targets.classes", f"go beyond the {classes} classes of the model")
-    weights, own = payload["model"], model.state_dict()
-    if not isinstance(weights, Mapping) or weights.keys() != own.keys():
-        raise OtherModel("model", "has other weights than the configured model")
-    for name, tensor in own.items():
-        plain_tensor(weights[name], f"model.{name}")
-        if weights[name].shape != tensor.shape or weights[name].dtype != tensor.dtype:
-            raise OtherModel(f"model.{name}", "has another shape or type than in the configured model")
+    weights_of(model, finite=False)(payload["model"], "model")
 
 
 def refuse(

@@ -148,7 +148,7 @@ def test_the_message_says_where_what_and_what_to_do(folder: Path, tmp_path: Path
         resume(folder, payload, tmp_path)
     assert str(error.value) == (
         f"{tmp_path}/model_0000004.pth: cannot resume from this checkpoint: optimizer.state[3].momentum_buffer has "
-        "shape 3; the model has 8; delete that file to resume from an older checkpoint, or start a new run with "
+        "shape 3; it must have 8; delete that file to resume from an older checkpoint, or start a new run with "
         "MODEL.WEIGHTS"
     )
 
