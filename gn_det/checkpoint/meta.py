@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,8 @@ KEY = "gn_det"
 # LVIS has 1,203 classes.
 _MAX_CLASSES = 20_000
 _MAX_NAME = 1000
-# A config of all keys has some 10 kB and 5 levels.
-_MAX_TEXT = 8 << 20  # characters of the whole block
+#: Keys that a stored config does not decide: where files are written, what else is loaded, and on which device.
+NOT_OF_THE_FILE = ("OUTPUT_DIR", "MODEL.WEIGHTS", "MODEL.DEVICE")
 
 
 def build_meta(cfg: CfgNode, class_names: Sequence[str], category_ids: Sequence[int], **extra: Any) -> dict[str, Any]:
@@ -55,22 +56,13 @@ def config_of_checkpoint(path_or_uri: StrPath) -> CfgNode:
     from gn_det.checkpoint.catalog import local_path
     from gn_det.checkpoint.io import read_any
     from gn_det.config import parse_config
+    from gn_det.config.defaults import set_value
+    from gn_det.config.schema import KEYS
 
     meta = read_meta(read_any(local_path(path_or_uri)), path_or_uri)
     if meta is None or not meta["config"]:
         raise WeightsError(f"{path_or_uri}: stores no config (not written by gn_det); name one with --config")
-    return without_places(parse_config(meta["config"], str(path_or_uri)))
-
-
-#: Keys that a stored config does not decide: where files are written, what else is loaded, and on which device.
-NOT_OF_THE_FILE = ("OUTPUT_DIR", "MODEL.WEIGHTS", "MODEL.DEVICE")
-
-
-def without_places(cfg: CfgNode) -> CfgNode:
-    """``cfg`` after its :data:`NOT_OF_THE_FILE` were set to their defaults: a file must not choose where we write."""
-    from gn_det.config.defaults import set_value
-    from gn_det.config.schema import KEYS
-
+    cfg = parse_config(meta["config"], str(path_or_uri))
     for name in NOT_OF_THE_FILE:
         set_value(cfg, name, KEYS[name].default)
     return cfg
@@ -88,29 +80,25 @@ def read_meta(payload: Mapping[str, Any], source: StrPath = "") -> dict[str, Any
         source: that file, for the message.
 
     Raises:
-        WeightsError: a block of more than plain values, or with more text than any needs.
+        WeightsError: a block of more than plain values, or with more class names than any data set has.
     """
     block = payload.get(KEY)
     if not isinstance(block, dict):
         return None
     try:
-        _check_plain(block)
+        json.dumps(block)  # what the readers return is bounded, but may hold tensors and bytes
         names = names_of_classes(block.get("class_names"))
-    except WeightsError as error:
-        raise WeightsError(f"{one_line(str(source), 400)}: {error}" if source else str(error)) from None
-    ids = block.get("category_ids")
-    good_ids = isinstance(ids, (list, tuple)) and all(type(i) is int for i in ids)
-    iteration, best, config = block.get("iteration"), block.get("best_metric"), block.get("config")
-    if len(names) > _MAX_CLASSES or any(len(name) > _MAX_NAME for name in names):
+    except (TypeError, ValueError, WeightsError) as error:
+        where = f"{one_line(str(source), 400)}: " if source else ""
         raise WeightsError(
-            f"{one_line(str(source), 400)}{': ' if source else ''}has {len(names)} class names, the longest of "
-            f"{max(map(len, names))} characters; at most {_MAX_CLASSES} of {_MAX_NAME} are read"
-        )
+            f"{where}its gn_det metadata cannot be used ({error}); only plain values may be in it"
+        ) from None
+    ids, iteration, best, config = (block.get(k) for k in ("category_ids", "iteration", "best_metric", "config"))
     return {
         **block,
         "version": one_line(block.get("version", ""), 40),
         "class_names": names,
-        "category_ids": tuple(ids) if good_ids and ids is not None else (),
+        "category_ids": tuple(ids) if isinstance(ids, (list, tuple)) and all(type(i) is int for i in ids) else (),
         "config": config if isinstance(config, str) else "",
         "iteration": iteration if type(iteration) is int else None,
         "best_metric": float(best) if isinstance(best, (int, float)) and not abs(best) > 2**63 else None,
@@ -132,25 +120,3 @@ def names_of_classes(value: Any) -> tuple[str, ...]:
             f"{_MAX_NAME} characters are read"
         )
     return tuple(value)
-
-
-def _check_plain(block: dict[Any, Any]) -> None:
-    """Refuse what cannot be written as JSON again, and text that stands in many places at once.
-
-    Raises:
-        WeightsError: such a value; the message does not name the file.
-    """
-    characters = 0
-    waiting: list[Any] = [block]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, dict):
-            waiting += [*value, *value.values()]
-        elif isinstance(value, (list, tuple)):
-            waiting += value
-        elif isinstance(value, str):
-            characters += len(value)
-            if characters > _MAX_TEXT:
-                raise WeightsError(f"its gn_det metadata have more than {_MAX_TEXT} characters of text")
-        elif not isinstance(value, (int, float, type(None))):
-            raise WeightsError(f"its gn_det metadata hold a {type(value).__name__}; only plain values belong there")

@@ -30,6 +30,7 @@ from gn_det.text import one_line
 MAX_OPCODES = 500_000
 MAX_PLACES = 500_000
 MAX_DEPTH = 64
+MAX_TEXT = 8 << 20  # characters
 MAX_KEY = 512  # characters of a dict's key
 _MAX_BITS = 256  # of an integer
 _MAX_DIMS = 32
@@ -86,15 +87,18 @@ def check_values(value: Any) -> None:
     """Check that dicts, lists and tuples have few levels and places, so that others may walk through them.
 
     Raises:
-        Refused: too many (shared values count each time), or an integer of more than 256 bits.
+        Refused: too many (shared values count each time), too much text, or an integer of more than 256 bits.
     """
-    level, places = [value], 0
+    level, places, text = [value], 0, 0
     for _ in range(MAX_DEPTH + 1):
         nested = (v.values() if isinstance(v, dict) else v for v in level if isinstance(v, (dict, list, tuple)))
         level = list(itertools.islice(itertools.chain.from_iterable(nested), MAX_PLACES + 1 - places))
         places += len(level)
+        text += sum(len(v) for v in level if isinstance(v, str))
         if not level:
             return
+        if text > MAX_TEXT:
+            raise Refused(f"holds more than {MAX_TEXT} characters of text (shared ones count each time)")
         if places > MAX_PLACES:
             raise Refused(
                 f"holds more than {MAX_PLACES} values (shared ones count each time), which no weights file does"

@@ -458,7 +458,7 @@ def test_only_regular_files(tmp_path: Path) -> None:
         ({"class_names": ["x"] * 20_001}, "has 20001 class names, the longest of 1 characters"),
         ({"class_names": ["x" * 1001]}, "has 1 class names, the longest of 1001 characters"),
         ({"provenance": ["x" * 100_000] * 100}, "more than 8388608 characters of text"),
-        ({"weights": torch.ones(2)}, "hold a Tensor"),
+        ({"weights": torch.ones(2)}, "Object of type Tensor is not JSON serializable"),
         ({"config": "a: " + "9" * 5000}, "a number of 5000 characters"),
         ({"config": "[" * 40 + "]" * 40}, "more than 32 levels of nesting"),
         ({"config": "x" * 600_001}, "is larger than 512 kB"),

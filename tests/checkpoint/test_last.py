@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -62,7 +61,7 @@ def test_falls_back_to_the_newest_readable_with_a_warning(
     assert str(expected) in caplog.text
     for file in tmp_path.glob("*.pth"):
         file.write_bytes(b"x")
-    with pytest.raises(WeightsError, match="none of its"):
+    with pytest.raises(WeightsError, match="none of the 2 checkpoints"):
         read_last(tmp_path)
 
 
@@ -91,7 +90,7 @@ def test_a_damaged_newest_checkpoint_falls_back(tmp_path: Path, damage: str, cap
         assert not torch.equal(torch.load(paths[1])["model"]["w"], torch.full((3000,), 1.5))
     with caplog.at_level(logging.WARNING):
         assert read_last(tmp_path) == paths[0]  # not model_best.pth, which has no momentum to go on with
-    assert paths[1].name in caplog.text and f"going on from {paths[0]}" in caplog.text
+    assert paths[1].name in caplog.text and f"resuming from {paths[0]}" in caplog.text
 
 
 def test_leftovers_of_killed_processes(tmp_path: Path) -> None:
@@ -103,9 +102,10 @@ def test_leftovers_of_killed_processes(tmp_path: Path) -> None:
     dead, own, alive, other = (
         tmp_path / f".model_0000001.pth.tmp-{n}" for n in (gone.pid, os.getpid(), os.getppid(), "x")
     )
-    for file in (dead, own, alive, other):
+    huge = tmp_path / ".model_0000001.pth.tmp-99999999999999999999"
+    for file in (dead, own, alive, other, huge):
         file.touch()
-    assert set(remove_leftovers(tmp_path)) == {dead, own}
+    assert set(remove_leftovers(tmp_path)) == {dead, own, huge}
     assert alive.exists() and other.exists()
 
 
@@ -115,13 +115,8 @@ def test_prune_keeps_the_last_ones_and_what_has_a_name(tmp_path: Path) -> None:
     save(tmp_path, 1, "model_best.pth")
     save(tmp_path, 20, "model_final.pth")
     write_last(tmp_path, "model_0000002.pth")
-    stale, fresh = tmp_path / ".model_0000001.pth.tmp-1", tmp_path / ".model_0000001.pth.tmp-2"
-    stale.touch()
-    fresh.touch()
-    os.utime(stale, (time.time() - 9999,) * 2)
-    deleted = {f.name for f in prune(tmp_path, 2)}
-    assert deleted == {"model_0000001.pth", "model_0000003.pth", stale.name}
-    assert prune(tmp_path, 0) == [] and fresh.exists()
+    assert {f.name for f in prune(tmp_path, 2)} == {"model_0000001.pth", "model_0000003.pth"}
+    assert prune(tmp_path, 0) == []
 
 
 def test_meta_round_trip(tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ def test_last_checkpoint_stays_in_its_folder(name: str, tmp_path: Path, caplog: 
     (folder / "loop.pth").symlink_to(folder / "loop.pth")
     (folder / "last_checkpoint").write_text(name)
     assert read_last(folder) == folder / "model_0000004.pth"
-    assert "going on from" in caplog.text and all(len(r.getMessage()) < 1500 for r in caplog.records)
+    assert "resuming from" in caplog.text and all(len(r.getMessage()) < 1500 for r in caplog.records)
 
 
 def test_kept_batches_are_no_checkpoints(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_kept_batches_are_no_checkpoints(tmp_path: Path) -> None:
 def test_pipes_in_the_folder_hang_nothing(tmp_path: Path) -> None:
     for name in ("last_checkpoint", "model_0000004.pth", "metrics.json", "log.txt"):
         os.mkfifo(tmp_path / name)
-    with pytest.raises(WeightsError, match="none of its 1 checkpoints"):
+    with pytest.raises(WeightsError, match="none of the 1 checkpoints"):
         read_last(tmp_path)
     assert last_name(tmp_path) == ""
     with pytest.raises(TrainingError, match=r"metrics\.json: cannot be appended to"):
@@ -240,7 +240,7 @@ def test_pipes_in_the_folder_hang_nothing(tmp_path: Path) -> None:
         raise AssertionError
     (tmp_path / "last_checkpoint").unlink()
     (tmp_path / "last_checkpoint").write_text("model_0000004.pth")
-    with pytest.raises(WeightsError, match="none of its 1 checkpoints"):
+    with pytest.raises(WeightsError, match="none of the 1 checkpoints"):
         read_last(tmp_path)
 
 
