@@ -88,7 +88,7 @@ def read_last(folder: StrPath) -> Path | None:
         except (WeightsError, OSError) as error:
             logger.warning("skipped: %s", error)
     if not ranked:
-        raise WeightsError(f"{problem}; none of the {len(files)} checkpoints there can be read: start without --resume")
+        raise WeightsError(f"{problem}; no other checkpoint there can be read: start without --resume")
     newest = max(ranked)[1]
     logger.warning("%s; resuming from %s instead", problem, newest)
     return newest
