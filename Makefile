@@ -1,11 +1,11 @@
-# make install | quickstart | test | test-versions | soak | test-detectron2 | lint | docs | bench | wheel | clean
+# make install | quickstart | test | test-versions | soak | test-detectron2 | lint | docs | bench | verify-weights | wheel | clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # Two processes by default: the suite is written for two cores.
 JOBS ?= 2
 
-.PHONY: install dev quickstart test test-versions soak test-slow test-detectron2 lint format docs bench wheel clean
+.PHONY: install dev quickstart test test-versions soak test-slow test-detectron2 lint format docs bench verify-weights wheel clean
 
 install: $(VENV)/.installed
 
@@ -87,6 +87,10 @@ docs: $(VENV)/.installed-docs
 $(VENV)/.installed-docs: setup.cfg pyproject.toml | $(BIN)/python
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable '.[docs]'
 	@touch $@
+
+# Needs a network: fetches every published weights file that gn_det names and loads it; compares AP where COCO is present.
+verify-weights: install
+	$(BIN)/python benchmarks/verify_weights.py
 
 bench: install
 	$(BIN)/python benchmarks/coco_eval.py
