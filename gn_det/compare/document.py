@@ -82,8 +82,7 @@ def _configs(results: Results) -> list[dict[str, Any]]:
     out = []
     for result in results.rows:
         text = result.done[0].config if result.done else ""
-        base = results.row(result.row.baseline) if result.row.baseline else None
-        changed = []
+        base, changed = result.base, []
         if base is not None and base.done and base.done[0].config:
             before, after = base.done[0].config.splitlines(), text.splitlines()
             lines = list(difflib.unified_diff(before, after, lineterm="", n=0))[2:]
@@ -188,8 +187,8 @@ def sample_rows(results: Results) -> list[RowResult]:
     """Whose predictions are drawn: those the suite names, else the first row with a baseline behind that baseline."""
     named = [results.row(identity) for identity in results.plan.suite.sample_rows]
     if not named:
-        compared = (r for r in results.rows if r.row.kind == DETECT and r.row.baseline and r.done)
-        named = [row for first in [*compared][:1] for row in (results.row(str(first.row.baseline)), first)]
+        compared = ([r.base, r] for r in results.rows if r.row.kind == DETECT and r.base is not None and r.done)
+        named = next(compared, [])
     return [r for r in named if r.done and r.done[0].weights and r.row.kind == DETECT]
 
 

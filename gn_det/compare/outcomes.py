@@ -45,7 +45,7 @@ class Difference:
 
     Attributes:
         value: difference of the means over the seeds that were compared.
-        half: half the width of the 95 % interval; None where the noise is not known.
+        half: half the width of the 95% interval; None where the noise is not known.
         n: seeds of the row and of the baseline that were compared (the number of pairs where paired).
         paired: seed by seed, so that what a seed does to both rows cancels.
         assumed: one side has one seed, and is taken to spread as the other does.
@@ -141,6 +141,7 @@ class RowResult:
         records: by seed, the one that counts; of any status.
         remarks: what a reader must know of them: other versions, other settings.
         left_out: why an optional row is not run; "" for others.
+        base: the baseline that it is compared with.
     """
 
     row: Row
@@ -148,6 +149,7 @@ class RowResult:
     records: dict[int, Record] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
     left_out: str = ""
+    base: RowResult | None = None
 
     @property
     def done(self) -> list[Record]:
@@ -174,6 +176,15 @@ class RowResult:
     def spread(self, column: str) -> Spread | None:
         return spread(self.values(column))
 
+    def difference(self, column: str) -> Difference | None:
+        """Row minus its baseline; None without a baseline, or where a side has no number."""
+        return None if self.base is None else difference(self.values(column), self.base.values(column))
+
+    def neither_learned(self, column: str) -> bool:
+        """Whether a precision is 0 in every run of a row and of its baseline, so that their difference says nothing."""
+        sides = [list(side.values(column).values()) for side in (self, self.base) if side is not None]
+        return len(sides) == 2 and all(sides) and not any(map(any, sides)) and not COLUMNS[column].lower_is_better
+
     def size(self, column: str) -> float | None:
         return next((r.size[column] for r in self.done if r.size.get(column) is not None), None)
 
@@ -193,18 +204,6 @@ class Results:
 
     def row(self, identity: str) -> RowResult:
         return next(r for r in self.rows if r.row.id == identity)
-
-    def difference(self, result: RowResult, column: str) -> Difference | None:
-        """Row minus its baseline; None without a baseline, or where a side has no number."""
-        if result.row.baseline is None:
-            return None
-        return difference(result.values(column), self.row(result.row.baseline).values(column))
-
-    def neither_learned(self, result: RowResult, column: str) -> bool:
-        """Whether a precision is 0 in every run of a row and of its baseline, so that their difference says nothing."""
-        sides = [result, self.row(result.row.baseline)] if result.row.baseline is not None else []
-        values = [list(side.values(column).values()) for side in sides]
-        return all(values) and not any(map(any, values)) and bool(sides) and not COLUMNS[column].lower_is_better
 
 
 def collect(plan: Plan, store: Store, *, any_version: bool = False, any_settings: bool = False) -> Results:
@@ -229,6 +228,8 @@ def collect(plan: Plan, store: Store, *, any_version: bool = False, any_settings
             if remark:
                 result.remarks.append(f"seed {job.seed}: {remark}")
         rows.append(result)
+    for result in rows:
+        result.base = next((r for r in rows if r.row.id == result.row.baseline), None)
     return Results(plan, rows)
 
 
@@ -264,11 +265,11 @@ def common_place(rows: Sequence[RowResult]) -> Place | None:
 def as_json(results: Results, findings: Mapping[str, Sequence[str]], date: str) -> dict[str, Any]:
     """Everything, for machines."""
     suite = results.plan.suite
-    rows = [_row_json(results, result, findings.get(result.row.id, ())) for result in results.rows]
+    rows = [_row_json(result, findings.get(result.row.id, ())) for result in results.rows]
     return {"suite": suite.name, "title": suite.title, "gn_det": __version__, "date": date, "rows": rows}
 
 
-def _row_json(results: Results, result: RowResult, findings: Sequence[str]) -> dict[str, Any]:
+def _row_json(result: RowResult, findings: Sequence[str]) -> dict[str, Any]:
     row = result.row
     spreads = {c: s for c, what in COLUMNS.items() if what.what == METRIC and (s := result.spread(c)) is not None}
     place = common_place([result])
@@ -284,7 +285,7 @@ def _row_json(results: Results, result: RowResult, findings: Sequence[str]) -> d
         "remarks": result.remarks,
         "baseline": row.baseline,
         "metrics": {column: asdict(found) for column, found in spreads.items()},
-        "difference": {c: asdict(d) for c in spreads if (d := results.difference(result, c)) is not None},
+        "difference": {c: asdict(d) for c in spreads if (d := result.difference(c)) is not None},
         "parameters": result.size("parameters"),
         "cost": {c: result.cost(c, place) for c, column in COLUMNS.items() if column.what == COST},
         "findings": list(findings),

@@ -11,7 +11,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from gn_det.compare.columns import COLUMNS, EXPECTED, SIZE, SOURCES, Reference, 
 from gn_det.config.reader import read_yaml
 from gn_det.errors import ConfigError
 from gn_det.text import did_you_mean, one_line, shown
-from gn_det.values import ANYTHING, FLAG, Check, InvalidValue, Value, integer, items, number, one_of, optional
+from gn_det.values import ANYTHING, FLAG, Check, InvalidValue, Value, integer, items, number, one_of
 
 DETECT, PRETRAIN = "detect", "pretrain"
 #: Rows of a suite, seeds of a row, and values and characters that ``each`` may write.
@@ -41,6 +41,94 @@ class SuiteError(ConfigError):
         self.where, self.problem = where, problem
 
 
+# ------------------------------------------------------------ values
+
+
+def _plain_text(most: int) -> Value:
+    expected = f"text or a number of at most {most} characters"
+    return Value(expected, lambda v: isinstance(v, (str, int, float)) and len(str(v)) <= most)
+
+
+def _listed(what: str, most: int) -> Value:
+    return Value(f"a list of 1 to {most} {what}", lambda v: isinstance(v, list) and 1 <= len(v) <= most)
+
+
+def _mapping(values: Check = ANYTHING) -> Value:
+    """Keys and values of one kind."""
+
+    def inside(value: Any, where: str) -> None:
+        for key, item in value.items():
+            values(item, f"{where}: {one_line(key)}")
+
+    return Value("keys and values", lambda v: isinstance(v, Mapping), inside)
+
+
+def _keys(keys: Mapping[str, Check]) -> Value:
+    """Some of these keys, each with a value of its own kind; a key without a value counts as not written."""
+
+    def inside(content: Any, where: str) -> None:
+        for key, value in content.items():
+            if key not in keys:
+                hint = did_you_mean(str(key), keys) or f"; it takes {', '.join(keys)}"
+                raise InvalidValue(f"{where}:", f"unknown key {one_line(key)}{hint}")
+            if value is not None:
+                keys[key](value, f"{where}: {key}")
+
+    return Value("keys and values", lambda v: isinstance(v, Mapping), inside)
+
+
+def _is_id(value: Any, parts: int = 100) -> bool:
+    """Of a row: also a folder below that of the results."""
+    if not isinstance(value, (str, int, float)) or len(text := str(value)) > 200:
+        return False
+    names = text.split("/")
+    return len(names) <= parts and all(re.fullmatch(r"[A-Za-z0-9][\w.+*-]{0,99}", name) for name in names)
+
+
+def _are_seeds(value: Any) -> bool:
+    seeds = value if isinstance(value, list) else [value]
+    good = all(isinstance(s, int) and not isinstance(s, bool) and 0 <= s < 2**63 for s in seeds)
+    count = len(seeds) if isinstance(value, list) else value
+    return good and 1 <= count <= MAX_SEEDS and len(set(seeds)) == len(seeds)
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    return tuple(map(str, [value] if isinstance(value, str) else value))
+
+
+_TEXT, _NOTE, _PATH = _plain_text(1000), _plain_text(20_000), _plain_text(4096)
+_NAMES = Value(
+    "a name or a list of names",
+    lambda v: isinstance(v, (str, list, tuple)),
+    lambda v, where: items(_TEXT, 0, 1000)([v] if isinstance(v, str) else v, where),
+)
+_SEEDS = Value(f"a number of runs (at most {MAX_SEEDS}) or a list of different whole numbers >= 0", _are_seeds)
+_OVERRIDES = _mapping(Value("a value; write SECTION.KEY: value", lambda v: not isinstance(v, Mapping)))
+_DATA = ("train_json", "train_images", "val_json", "val_images")
+_EXPECTED = {name: number(-1e9, 1e9) for name, column in COLUMNS.items() if column.what != SIZE}
+#: Fields of the settings; output folder and seed belong to the runner.
+_SETTINGS = [f.name for f in dataclasses.fields(Settings) if f.name not in ("output", "seed")]
+
+
+def _key(check: Check, default: Any, read: Callable[[Any], Any] = lambda value: value) -> Any:
+    """A field that is a key of the file: how its value is checked, and what becomes of it."""
+    metadata = {"check": check, "read": read}
+    return (
+        field(default_factory=dict, metadata=metadata) if default == {} else field(default=default, metadata=metadata)
+    )
+
+
+def _checks(kind: type) -> dict[str, Check]:
+    return {f.name: f.metadata["check"] for f in dataclasses.fields(kind) if f.metadata}
+
+
+def _read(kind: type, content: Mapping[str, Any], names: Iterable[str] | None = None) -> dict[str, Any]:
+    """Fields of a dataclass from checked content."""
+    known = {f.name: f.metadata["read"] for f in dataclasses.fields(kind) if f.metadata}
+    wanted = known if names is None else names
+    return {name: known[name](content[name]) for name in wanted if content.get(name) is not None}
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of a table: what is trained, with which seeds.
@@ -49,42 +137,56 @@ class Row:
         id: unique in the suite; also the folder of its runs.
         kind: "detect" or "pretrain".
         title: how tables and curves call it.
+        seeds: one run each.
+        baseline: id of the row that it is compared with; None for none.
+        labels: column -> text in tables; what tells the rows apart.
+        reference: ids of published results.
+        expected: column -> number that should come out, and their "source".
+        note: a sentence for the report.
+        optional: left out, and said so, where its weights or data are missing.
         config: of a detection: path or shipped name.
         overrides: of a detection: config keys of this row alone.
         weights: of a detection: path, URI, id of a pre-training row, "" for none; None leaves the config's.
         data: of a detection: ``train_json`` ... ``val_images``; empty leaves the config's.
         settings: of a pre-training: fields of :class:`gn_det.classification.Settings`.
-        seeds: one run each.
-        baseline: id of the row that it is compared with.
-        labels: column -> text in tables; what tells the rows apart.
-        references: what is known of it from elsewhere: what the suite expects, then published rows.
-        note: a sentence for the report.
-        optional: left out, and said so, where its weights or data are missing.
     """
 
-    id: str
-    kind: str
-    title: str
-    config: str = ""
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-    weights: str | None = None
-    data: Mapping[str, str] = field(default_factory=dict)
+    id: str = _key(Value("of letters, digits and . _ + * -, with / between parts of at most 100", _is_id), "", str)
+    kind: str = _key(one_of(DETECT, PRETRAIN), DETECT)
+    title: str = _key(_TEXT, "", str)
+    seeds: tuple[int, ...] = _key(_SEEDS, (1,), lambda v: tuple(v if isinstance(v, list) else range(1, v + 1)))
+    baseline: str | None = _key(_TEXT, None, str)
+    labels: Mapping[str, str] = _key(_mapping(_TEXT), {}, lambda v: {str(k): str(text) for k, text in v.items()})
+    reference: tuple[str, ...] = _key(_NAMES, (), _names)
+    expected: Mapping[str, Any] = _key(_keys({"source": _TEXT, **_EXPECTED}), {})
+    note: str = _key(_NOTE, "", str)
+    optional: bool = _key(FLAG, False)
+    config: str = _key(_TEXT, "", str)
+    overrides: Mapping[str, Any] = _key(_OVERRIDES, {})
+    weights: str | None = _key(_PATH, None, str)
+    data: Mapping[str, str] = _key(_keys(dict.fromkeys(_DATA, _PATH)), {})
     settings: Mapping[str, Any] = field(default_factory=dict)
-    seeds: tuple[int, ...] = (1,)
-    baseline: str | None = None
-    labels: Mapping[str, str] = field(default_factory=dict)
-    references: tuple[Reference, ...] = ()
-    note: str = ""
-    optional: bool = False
+
+    @property
+    def references(self) -> list[Reference]:
+        """What is known of it from elsewhere: what the suite expects, then published rows."""
+        known, _ = load_references()
+        values = {column: float(value) for column, value in self.expected.items() if column != "source"}
+        source = str(self.expected.get("source"))
+        expected = Reference(f"expected of {self.id}", EXPECTED, source, source, values)
+        return [*([expected] if values else []), *(known[name] for name in self.reference)]
+
+
+_OF_DETECTION = ("config", "overrides", "weights", "data")
 
 
 @dataclass(frozen=True)
 class Grid:
     """A table of one number over two labels, as the paper's Table 2: ``value`` by ``rows`` and ``columns``."""
 
-    rows: str
-    columns: str
-    value: str
+    rows: str = _key(_TEXT, "", str)
+    columns: str = _key(_TEXT, "", str)
+    value: str = _key(one_of(*COLUMNS), "")
 
 
 @dataclass(frozen=True)
@@ -101,12 +203,12 @@ class Table:
         grid: where the table is one number over two labels.
     """
 
-    title: str
-    rows: tuple[str, ...]
-    labels: tuple[str, ...] = ()
-    columns: tuple[str, ...] = ()
-    reference: str = ""
-    note: str = ""
+    title: str = _key(_TEXT, "", str)
+    rows: tuple[str, ...] = _key(_NAMES, (), _names)
+    labels: tuple[str, ...] = _key(_NAMES, (), _names)
+    columns: tuple[str, ...] = _key(items(one_of(*COLUMNS), 0, 100), (), tuple)
+    reference: str = _key(one_of(*SOURCES), "")
+    note: str = _key(_NOTE, "", str)
     grid: Grid | None = None
 
 
@@ -118,23 +220,32 @@ class Suite:
         name: of the output folder.
         title: heading of the report.
         note: paragraph below it.
+        overrides: config keys of every detection row, so that all sides get the same.
         rows: in the order of the file.
         tables: at least one.
-        overrides: config keys of every detection row, so that all sides get the same.
         sample_rows: ids whose predictions are drawn side by side; empty chooses.
         sample_images: validation images drawn for each.
         source: where it comes from, for messages.
     """
 
-    name: str
-    title: str
-    note: str
-    rows: tuple[Row, ...]
-    tables: tuple[Table, ...]
-    overrides: Mapping[str, Any] = field(default_factory=dict)
+    name: str = _key(Value("of letters, digits and . _ + -, at most 100", lambda v: _is_id(v, parts=1)), "", str)
+    title: str = _key(_TEXT, "", str)
+    note: str = _key(_NOTE, "", lambda v: str(v).strip())
+    overrides: Mapping[str, Any] = _key(_OVERRIDES, {})
+    rows: tuple[Row, ...] = ()
+    tables: tuple[Table, ...] = ()
     sample_rows: tuple[str, ...] = ()
     sample_images: int = 4
     source: str = ""
+
+
+_SUITE: dict[str, Check] = {
+    **_checks(Suite),
+    "defaults": _keys({DETECT: _mapping(), PRETRAIN: _mapping(), "seeds": _SEEDS}),
+    "rows": _listed("rows", MAX_ROWS),
+    "tables": _listed("tables", 100),
+    "samples": _keys({"rows": _NAMES, "images": integer(0, 1000)}),
+}
 
 
 def load_suite(path: Path) -> Suite:
@@ -149,153 +260,29 @@ def load_suite(path: Path) -> Suite:
 
 def parse_suite(content: Mapping[str, Any], source: str) -> Suite:
     """A suite from its YAML content; see :func:`load_suite`."""
-    suite = _checked(content, _SUITE, source)
-    if not suite["rows"]:
-        raise SuiteError(f"{source}: rows", f"is missing; give {_ROWS.expected}")
-    defaults = _checked(suite["defaults"], _DEFAULTS, f"{source}: defaults")
-    rows = tuple(_row(entry, defaults, source) for entry in _expanded(suite["rows"], source))
+    try:
+        return _parse(content, source)
+    except InvalidValue as error:
+        raise SuiteError(error.where, error.problem) from None
+
+
+def _parse(content: Mapping[str, Any], source: str) -> Suite:
+    _keys(_SUITE)(content, source)
+    if content.get("rows") is None:
+        raise InvalidValue(f"{source}: rows", f"is missing; give a list of 1 to {MAX_ROWS} rows")
+    rows = tuple(_row(entry, content.get("defaults") or {}, source) for entry in _expanded(content["rows"], source))
     _check_ids(rows, source)
-    samples = _checked(suite["samples"], _SAMPLES, f"{source}: samples")
-    name = _text(suite["name"]) or Path(source).stem
+    samples = content.get("samples") or {}
+    images = samples.get("images")
+    found = {"name": Path(source).stem, **_read(Suite, content)}
     return Suite(
-        name=name,
-        title=_text(suite["title"]) or name,
-        note=_text(suite["note"]).strip(),
+        **{"title": found["name"], **found},
         rows=rows,
-        tables=_tables(suite["tables"], rows, source),
-        overrides=suite["overrides"] or {},
-        sample_rows=_ids(samples["rows"], rows, f"{source}: samples: rows"),
-        sample_images=4 if samples["images"] is None else samples["images"],
+        tables=_tables(content.get("tables"), rows, source),
+        sample_rows=_ids(_names(samples.get("rows") or ()), rows, f"{source}: samples: rows"),
+        sample_images=4 if images is None else images,
         source=source,
     )
-
-
-# ------------------------------------------------------------ values
-
-
-def _plain_text(most: int) -> Value:
-    return Value(
-        f"text or a number of at most {most} characters",
-        lambda v: v is None or (isinstance(v, (str, int, float)) and len(str(v)) <= most),
-    )
-
-
-_ID = re.compile(r"[A-Za-z0-9][\w.+*-]*(/[A-Za-z0-9][\w.+*-]*)*")
-
-
-def _is_id(value: Any) -> bool:
-    """Of a row: also a folder below that of the results."""
-    if not isinstance(value, (str, int, float)) or not _ID.fullmatch(text := str(value)):
-        return False
-    return len(text) <= 200 and max(map(len, text.split("/"))) <= 100
-
-
-def _are_seeds(value: Any) -> bool:
-    seeds = value if isinstance(value, list) else [value]
-    good = all(isinstance(s, int) and not isinstance(s, bool) and 0 <= s < 2**63 for s in seeds)
-    count = len(seeds) if isinstance(value, list) else value
-    return good and 1 <= count <= MAX_SEEDS and len(set(seeds)) == len(seeds)
-
-
-def _mapping(values: Check = ANYTHING) -> Value:
-    """Keys and values, none where nothing is written; each value of one kind."""
-
-    def inside(value: Any, where: str) -> None:
-        for key, item in (value or {}).items():
-            values(item, f"{where}: {one_line(key)}")
-
-    return Value("keys and values", lambda v: v is None or isinstance(v, Mapping), inside)
-
-
-def _listed(what: str, most: int) -> Value:
-    return Value(f"a list of 1 to {most} {what}", lambda v: v is None or (isinstance(v, list) and 1 <= len(v) <= most))
-
-
-_TEXT, _NOTE, _PATH = _plain_text(1000), _plain_text(20_000), _plain_text(4096)
-_NAMES = Value(
-    "a name or a list of names",
-    lambda v: isinstance(v, (str, list, tuple)) or v is None,
-    lambda v, where: items(_TEXT, 0, 1000)([v] if isinstance(v, str) else v or [], where),
-)
-_KEYS = _mapping(Value("a value; write SECTION.KEY: value", lambda v: not isinstance(v, Mapping)))
-_ROWS = _listed("rows", MAX_ROWS)
-_SUITE: dict[str, Check] = {
-    "name": Value(
-        "of letters, digits and . _ + -, at most 100", lambda v: v is None or (_is_id(v) and "/" not in str(v))
-    ),
-    "title": _TEXT,
-    "note": _NOTE,
-    "defaults": _mapping(),
-    "overrides": _KEYS,
-    "rows": _ROWS,
-    "tables": _listed("tables", 100),
-    "samples": _mapping(),
-}
-_DEFAULTS: dict[str, Check] = {DETECT: _mapping(), PRETRAIN: _mapping(), "seeds": ANYTHING}
-_SAMPLES: dict[str, Check] = {"rows": _NAMES, "images": optional(integer(0, 1000))}
-_ROW: dict[str, Check] = {
-    "id": Value("of letters, digits and . _ + * -, with / between parts of at most 100", _is_id),
-    "kind": optional(one_of(DETECT, PRETRAIN)),
-    "title": _TEXT,
-    "each": _mapping(Value("a list of values", lambda v: isinstance(v, list) and bool(v))),
-    "seeds": Value(
-        f"a number of runs (at most {MAX_SEEDS}) or a list of different whole numbers >= 0",
-        lambda v: v is None or _are_seeds(v),
-    ),
-    "baseline": _TEXT,
-    "labels": _mapping(_TEXT),
-    "reference": _NAMES,
-    "expected": _mapping(),
-    "note": _NOTE,
-    "optional": optional(FLAG),
-}
-_DETECT: dict[str, Check] = {**_ROW, "config": _TEXT, "overrides": _KEYS, "weights": _PATH, "data": _mapping(_PATH)}
-#: Fields of the settings; output folder and seed belong to the runner.
-_SETTINGS = [f.name for f in dataclasses.fields(Settings) if f.name not in ("output", "seed")]
-_PRETRAIN: dict[str, Check] = {**_ROW, **dict.fromkeys(_SETTINGS, ANYTHING)}
-_DATA = ("train_json", "train_images", "val_json", "val_images")
-_EXPECTED: dict[str, Check] = {
-    "source": _TEXT,
-    **{name: optional(number(-1e9, 1e9)) for name, column in COLUMNS.items() if column.what != SIZE},
-}
-_TABLE: dict[str, Check] = {
-    "title": _TEXT,
-    "rows": _NAMES,
-    "labels": _NAMES,
-    "columns": optional(items(one_of(*COLUMNS), 0, 100)),
-    "reference": optional(one_of(*SOURCES)),
-    "note": _NOTE,
-    "grid": _mapping(_TEXT),
-}
-_GRID: dict[str, Check] = {"rows": _TEXT, "columns": _TEXT, "value": one_of(*COLUMNS)}
-
-
-def _checked(content: Any, keys: Mapping[str, Check], where: str) -> dict[str, Any]:
-    """The value of each key, None for those that are not written.
-
-    Raises:
-        SuiteError: no keys and values, an unknown key, or a value that cannot be used.
-    """
-    if not isinstance(content, Mapping | None):
-        raise SuiteError(where, f"is {shown(content)}; it must be keys and values")
-    content = {str(key): value for key, value in (content or {}).items()}
-    for key, value in content.items():
-        if key not in keys:
-            hint = did_you_mean(key, keys) or f"; it takes {', '.join(keys)}"
-            raise SuiteError(f"{where}:", f"unknown key {one_line(key)}{hint}")
-        try:
-            keys[key](value, f"{where}: {key}")
-        except InvalidValue as error:
-            raise SuiteError(error.where, error.problem) from None
-    return {**dict.fromkeys(keys), **content}
-
-
-def _text(value: Any) -> str:
-    return "" if value is None else str(value)
-
-
-def _names(value: Any) -> tuple[str, ...]:
-    return tuple(map(str, [value] if isinstance(value, str) else value or ()))
 
 
 # ------------------------------------------------------------ rows
@@ -308,11 +295,12 @@ def _expanded(written: Sequence[Any], source: str) -> Iterable[Mapping[str, Any]
     for number_, entry in enumerate(written, 1):
         where = f"{source}: row {number_}"
         if not isinstance(entry, Mapping):
-            raise SuiteError(where, f"is {shown(entry)}; it must be keys and values")
-        each = _checked({"each": entry.get("each")}, {"each": _ROW["each"]}, where)["each"] or {}
+            raise InvalidValue(where, f"is {shown(entry)}; it must be keys and values")
+        each = entry.get("each") or {}
+        _mapping(Value("a list of values", lambda v: isinstance(v, list) and bool(v)))(each, f"{where}: each")
         rows += math.prod(map(len, each.values()))
         if rows > MAX_ROWS:
-            raise SuiteError(f"{where}: each", f"makes more than {MAX_ROWS} rows")
+            raise InvalidValue(f"{where}: each", f"makes more than {MAX_ROWS} rows")
         plain = {key: value for key, value in entry.items() if key != "each"}
         for combination in itertools.product(*each.values()):
             together: dict[str, Any] = {}
@@ -345,7 +333,7 @@ class _Filler:
             place = f"{{{name}}}"
             if place in text:
                 if not isinstance(value, (str, int, float)):
-                    raise SuiteError(f"{self.where}: {one_line(name)}", "inside a text must be text or a number")
+                    raise InvalidValue(f"{self.where}: {one_line(name)}", "inside a text must be text or a number")
                 self._spend(text.count(place) * len(str(value)))
                 text = text.replace(place, str(value))
         self._spend(len(text))
@@ -354,76 +342,47 @@ class _Filler:
     def _spend(self, amount: int) -> None:
         self.left -= amount
         if self.left < 0:
-            raise SuiteError(self.where, f"writes more than {_MAX_WRITTEN} values and characters")
+            raise InvalidValue(self.where, f"writes more than {_MAX_WRITTEN} values and characters")
 
 
 def _row(entry: Mapping[str, Any], defaults: Mapping[str, Any], source: str) -> Row:
-    identity = entry.get("id", "")
+    identity, kind = entry.get("id", ""), entry.get("kind", DETECT)
     where = f"{source}: row {shown(identity)}"
-    kind = entry.get("kind", DETECT)
     common = (defaults.get(kind) if isinstance(kind, str) else None) or {}
-    merged = {**common, **entry, "id": identity}
+    merged = {"seeds": defaults.get("seeds"), **common, **entry, "id": identity}
     for key in ("overrides", "labels"):
         if isinstance(common.get(key), Mapping) and isinstance(entry.get(key), Mapping):
             merged[key] = {**common[key], **entry[key]}
-    row = _checked(merged, _DETECT if kind != PRETRAIN else _PRETRAIN, where)
-    name, seeds = str(identity), row["seeds"] or _checked({"seeds": defaults["seeds"]}, _ROW, where)["seeds"] or 1
-    if kind == DETECT and not row["config"]:
-        raise SuiteError(f"{where}: config", "is missing; name a .yaml file or a shipped config (gn-det configs)")
-    own_data = row["data"] if kind == DETECT else None
-    data = _checked(own_data, dict.fromkeys(_DATA, _PATH), f"{where}: data")
-    lacking = [key for key in _DATA if not data[key]]
-    if lacking and len(lacking) < len(_DATA):
-        raise SuiteError(f"{where}: data", f"lacks {', '.join(lacking)}; without a validation set there is no AP")
-    return Row(
-        id=name,
-        kind=kind,
-        title=_text(row["title"]) or name,
-        config=_text(row.get("config")),
-        overrides=row.get("overrides") or {},
-        weights=None if row.get("weights") is None else str(row["weights"]),
-        data={} if lacking else {key: str(value) for key, value in data.items()},
-        settings={k: v for k, v in merged.items() if k not in _ROW} if kind == PRETRAIN else {},
-        seeds=tuple(seeds) if isinstance(seeds, list) else tuple(range(1, seeds + 1)),
-        baseline=None if _text(row["baseline"]) in ("", name) else str(row["baseline"]),
-        labels={str(key): _text(value) for key, value in (row["labels"] or {}).items()},
-        references=(*_expected(row["expected"], name, where), *_published(row["reference"], where)),
-        note=_text(row["note"]),
-        optional=bool(row["optional"]),
-    )
-
-
-def _expected(value: Any, row: str, where: str) -> Iterable[Reference]:
-    """What a row itself says that should come out: ``{box_ap: 40.3, source: "Table 6"}``."""
-    if not value:
-        return
-    found = {key: item for key, item in _checked(value, _EXPECTED, f"{where}: expected").items() if item is not None}
-    source = _text(found.pop("source", "")).strip()
-    if not source or not found:
-        raise SuiteError(f"{where}: expected", "needs a source, and a number for box_ap, mask_ap or another column")
-    yield Reference(f"expected of {row}", EXPECTED, source, source, {key: float(item) for key, item in found.items()})
-
-
-def _published(value: Any, where: str) -> Iterable[Reference]:
-    known, _ = load_references()
-    for name in _names(value):
-        if name not in known:
-            raise SuiteError(f"{where}: reference:", f"no published row {shown(name)}{did_you_mean(name, known)}")
-        yield known[name]
+    settings = dict.fromkeys(_SETTINGS if kind == PRETRAIN else (), ANYTHING)
+    checks = {key: check for key, check in _checks(Row).items() if not settings or key not in _OF_DETECTION}
+    _keys({**checks, **settings})(merged, where)
+    found = {"title": str(identity), **_read(Row, merged, checks)}
+    row = Row(**found, settings={key: value for key, value in merged.items() if key in settings})
+    if row.kind == DETECT and not row.config:
+        raise InvalidValue(f"{where}: config", "is missing; name a .yaml file or a shipped config (gn-det configs)")
+    lacking = [key for key in _DATA if not row.data.get(key)]
+    if row.data and lacking:
+        raise InvalidValue(f"{where}: data", f"lacks {', '.join(lacking)}; without a validation set there is no AP")
+    if row.expected and (not str(row.expected.get("source") or "").strip() or len(row.expected) == 1):
+        raise InvalidValue(f"{where}: expected", "needs a source, and a number for box_ap, mask_ap or another column")
+    for name in row.reference:
+        if name not in (known := load_references()[0]):
+            raise InvalidValue(f"{where}: reference:", f"no published row {shown(name)}{did_you_mean(name, known)}")
+    return dataclasses.replace(row, baseline=None) if row.baseline in ("", row.id) else row
 
 
 def _check_ids(rows: Sequence[Row], source: str) -> None:
     kinds: dict[str, str] = {}
     for row in rows:
         if row.id in kinds:
-            raise SuiteError(f"{source}: row '{row.id}':", "duplicate id; give every row its own")
+            raise InvalidValue(f"{source}: row '{row.id}':", "duplicate id; give every row its own")
         kinds[row.id] = row.kind
     for row in rows:
         where = f"{source}: row '{row.id}': baseline:"
         if row.baseline is not None and row.baseline not in kinds:
-            raise SuiteError(where, f"no row {shown(row.baseline)}{did_you_mean(row.baseline, kinds)}")
+            raise InvalidValue(where, f"no row {shown(row.baseline)}{did_you_mean(row.baseline, kinds)}")
         if row.baseline is not None and kinds[row.baseline] != row.kind:
-            raise SuiteError(where, f"'{row.baseline}' is a {kinds[row.baseline]} row, not {row.kind}")
+            raise InvalidValue(where, f"'{row.baseline}' is a {kinds[row.baseline]} row, not {row.kind}")
 
 
 # ------------------------------------------------------------ tables
@@ -439,41 +398,32 @@ def _tables(value: Any, rows: Sequence[Row], source: str) -> tuple[Table, ...]:
 
 
 def _table(entry: Any, rows: Sequence[Row], number_: int, where: str) -> Table:
-    table = _checked(entry, _TABLE, where)
-    ids = _ids(table["rows"], rows, f"{where}: rows")
+    _keys({**_checks(Table), "grid": _keys(_checks(Grid))})(entry, where)
+    grid = Grid(**_read(Grid, entry["grid"])) if entry.get("grid") else None
+    table = Table(**{"title": f"Table {number_}", **_read(Table, entry)}, grid=grid)
+    ids = _ids(table.rows, rows, f"{where}: rows")
     if not ids:
-        raise SuiteError(f"{where}: rows", "is missing; name the ids of its rows")
+        raise InvalidValue(f"{where}: rows", "is missing; name the ids of its rows")
     mine = [row for row in rows if row.id in ids]
     if len({row.kind for row in mine}) > 1:
-        raise SuiteError(f"{where}: rows", f"mixes {DETECT} and {PRETRAIN} rows; make two tables")
-    grid = None
-    if table["grid"]:
-        axes = _checked(table["grid"], _GRID, f"{where}: grid")
-        for key in _GRID:
-            lacking = next((row.id for row in mine if key != "value" and axes[key] not in row.labels), None)
-            if not axes[key] or lacking is not None:
-                problem = "is missing" if not axes[key] else f"row '{lacking}' has no label {shown(axes[key])}"
-                raise SuiteError(f"{where}: grid: {key}", problem)
-        grid = Grid(**axes)
-    return Table(
-        title=_text(table["title"]) or f"Table {number_}",
-        rows=ids,
-        labels=_names(table["labels"]),
-        columns=_names(table["columns"]),
-        reference=_text(table["reference"]),
-        note=_text(table["note"]),
-        grid=grid,
-    )
+        raise InvalidValue(f"{where}: rows", f"mixes {DETECT} and {PRETRAIN} rows; make two tables")
+    for key, label in vars(grid).items() if grid else ():
+        if not label:
+            raise InvalidValue(f"{where}: grid: {key}", "is missing")
+        lacking = next((row.id for row in mine if key != "value" and label not in row.labels), None)
+        if lacking is not None:
+            raise InvalidValue(f"{where}: grid: {key}:", f"row '{lacking}' has no label {shown(label)}")
+    return dataclasses.replace(table, rows=ids)
 
 
-def _ids(value: Any, rows: Sequence[Row], where: str) -> tuple[str, ...]:
+def _ids(patterns: Sequence[str], rows: Sequence[Row], where: str) -> tuple[str, ...]:
     """Ids of rows; ``*`` stands for any text."""
     known = [row.id for row in rows]
     out: list[str] = []
-    for pattern in _names(value):
+    for pattern in patterns:
         found = matching(pattern, known)
         if not found:
-            raise SuiteError(f"{where}:", f"no row {shown(pattern)}{did_you_mean(pattern, known)}")
+            raise InvalidValue(f"{where}:", f"no row {shown(pattern)}{did_you_mean(pattern, known)}")
         out += found
     return tuple(dict.fromkeys(out))
 

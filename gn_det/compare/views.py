@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -91,29 +92,26 @@ class Finding:
 
 def findings(results: Results) -> dict[str, Finding]:
     """Row id -> finding, for the rows that have a baseline."""
-    return {r.row.id: _finding(results, r) for r in results.rows if r.row.baseline is not None and not r.left_out}
+    return {r.row.id: _finding(r, r.base) for r in results.rows if r.base is not None and not r.left_out}
 
 
-def _finding(results: Results, result: RowResult) -> Finding:
-    base = results.row(str(result.row.baseline))
+def _finding(result: RowResult, base: RowResult) -> Finding:
     column = DECIDING[result.row.kind]
-    found = results.difference(result, column)
+    found = result.difference(column)
     name = "points of top-1 error" if column == "top1_error" else COLUMNS[column].heading
     if found is None:
         missing = result if base.done else base
         return Finding(f"{result.row.title}: no difference available: {missing.row.title} is {missing.status}.")
     head = f"{result.row.title} against {base.row.title}"
-    if results.neither_learned(result, column):
+    if result.neither_learned(column):
         return Finding(f"{head}: neither learned ({name} 0.0 on both sides).")
+    published, contradicts = "", False
+    for mine, other in itertools.product(result.row.references, base.row.references):
+        delta = published_difference(mine, other, column)
+        if delta is not None and not published:
+            published, contradicts = _against(found, mine, other, delta, column)
     text = f"{head}: {signed(found.value)} {name}, {_noise(found, column)}"
-    beyond = bool(found.beyond_noise)
-    for mine in result.row.references:
-        for other in base.row.references:
-            delta = published_difference(mine, other, column)
-            if delta is not None:
-                published, against = _against(found, mine, other, delta, column)
-                return Finding(text, published, beyond, against)
-    return Finding(text, beyond_noise=beyond)
+    return Finding(text, published, bool(found.beyond_noise), contradicts)
 
 
 def _noise(found: Difference, column: str) -> str:
@@ -122,7 +120,7 @@ def _noise(found: Difference, column: str) -> str:
         return "one seed each: the noise is not known, so this may be chance."
     how = f"{found.n[0]} paired seeds" if found.paired else f"{found.n[0]} and {found.n[1]} seeds"
     how += ", if both rows spread alike" if found.assumed else ""
-    interval = f"95 % interval {signed(found.value - found.half)} to {signed(found.value + found.half)} over {how}"
+    interval = f"95% interval {signed(found.value - found.half)} to {signed(found.value + found.half)} over {how}"
     if not found.beyond_noise:
         return f"{interval}: not larger than the noise."
     better = (found.value < 0) == COLUMNS[column].lower_is_better
@@ -141,9 +139,11 @@ def _against(found: Difference, row: Reference, other: Reference, delta: float, 
     if round(delta, 3) == 0 or (found.half is None and abs(found.value) < 0.05):
         return f"{head}.", False
     if found.half is None:
-        rest = "the same direction here, on one seed" if same else (
-            "the opposite direction here; with one seed it cannot be told from noise"
-        )  # fmt: skip
+        here = (
+            "the opposite direction here; with one seed it cannot be told from noise",
+            "the same direction here, on one seed",
+        )
+        rest = here[same]
     elif not found.beyond_noise:
         rest = "neither confirmed nor contradicted here"
     else:
@@ -194,9 +194,9 @@ def view(results: Results, table: Table, *, minor: bool = False) -> View:
         for column in columns:
             cells.append(_cell(result, column, place))
             if column in compared:
-                cells.append(_EMPTY if result.row.id in bases else _difference_cell(results, result, column))
+                cells.append(_EMPTY if result.row.id in bases else _difference_cell(result, column))
         body.append(cells + [_published_cell(reference, c) for c in published])
-    notes = _notes(results, rows, columns, place, compared, table.note) + ([] if minor else _row_notes(rows))
+    notes = _notes(rows, columns, place, compared, table.note) + ([] if minor else _row_notes(rows))
     return View(table.title, head, body, notes, _sentence_on(source, references) if published else "", minor)
 
 
@@ -263,11 +263,11 @@ def _cell(result: RowResult, column: str, place: Place | None) -> Cell:
     return Cell(what.show(found.mean) + ("" if found.std is None else f" ± {what.show(found.std)}"))
 
 
-def _difference_cell(results: Results, result: RowResult, column: str) -> Cell:
-    found = results.difference(result, column)
+def _difference_cell(result: RowResult, column: str) -> Cell:
+    found = result.difference(column)
     if found is None:
         return _EMPTY if result.row.baseline is None else _NOTHING
-    if results.neither_learned(result, column):
+    if result.neither_learned(column):
         return Cell("neither learned", faint=True)
     noise = f"± {found.half:.1f}" if found.half is not None else "(?)"
     return Cell(f"{signed(found.value)} {noise}", strong=bool(found.beyond_noise))
@@ -305,7 +305,6 @@ def _sentence_on(source: str, found: Sequence[Reference | None]) -> str:
 
 
 def _notes(
-    results: Results,
     rows: Sequence[RowResult],
     columns: Sequence[str],
     place: Place | None,
@@ -316,8 +315,8 @@ def _notes(
     if any(len(r.done) > 1 for r in rows) and any(COLUMNS[c].what == METRIC for c in columns):
         notes.append("Mean ± standard deviation over seeds.")
     if compared:
-        found = [d for r in rows for c in compared if (d := results.difference(r, c)) is not None]
-        text = "Δ: against the row's baseline, ± half of its 95 % interval; bold: larger than the noise"
+        found = [d for r in rows for c in compared if (d := r.difference(c)) is not None]
+        text = "Δ: against the row's baseline, ± half of its 95% interval; bold: larger than the noise"
         text += "; (?): one seed, so the noise is not known" if any(d.half is None for d in found) else ""
         text += "; a row of one seed is taken to spread as the other" if any(d.assumed for d in found) else ""
         notes.append(f"{text}.")
