@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
@@ -20,7 +20,7 @@ CLOSED_PIPE = 141
 
 
 class Screen:
-    """A text stream that escapes what a terminal would obey and survives its reader.
+    """Text stream that escapes what a terminal would obey and survives the loss of its reader.
 
     Attributes:
         error: what happened to the first output that was lost, None where all was written.
@@ -29,7 +29,7 @@ class Screen:
     def __init__(self, stream: TextIO | None, keep: str = "\n\t") -> None:
         """``stream`` is None where the descriptor was closed before Python started; ``keep`` as in ``printable``."""
         self._closed = stream is None
-        self._stream = open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: SIM115
+        self._stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         self._keep = keep
         self.error: OSError | None = None
 
@@ -39,11 +39,9 @@ class Screen:
     def write(self, text: str) -> int:
         if self._closed and text and self.error is None:
             self.error = OSError(errno.EBADF, os.strerror(errno.EBADF))
-        if self.error is None:
-            try:
-                self._stream.write(self._encodable(printable(text, self._keep)))
-            except OSError as error:
-                self._lose(error)
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        line = printable(text, self._keep).encode(encoding, "backslashreplace").decode(encoding)
+        self._try(lambda: self._stream.write(line))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -51,31 +49,23 @@ class Screen:
             self.write(line)
 
     def flush(self) -> None:
-        if self.error is None:
-            try:
-                self._stream.flush()
-            except OSError as error:
-                self._lose(error)
+        self._try(self._stream.flush)
 
-    def _encodable(self, text: str) -> str:
-        """The text with escapes for the characters that the encoding of the stream lacks."""
-        encoding = getattr(self._stream, "encoding", None) or "utf-8"
-        return (
-            text
-            if encoding.lower() in ("utf-8", "utf8")
-            else text.encode(encoding, "backslashreplace").decode(encoding)
-        )
-
-    def _lose(self, error: OSError) -> None:
-        """Remember the error; what is buffered goes nowhere, so that closing the stream cannot fail again."""
-        self.error = error
-        with suppress(OSError):  # a stream without a descriptor
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+    def _try(self, call: Callable[[], object]) -> None:
+        """Make a call on the stream; after an error nothing reaches it, so that closing it cannot fail again."""
+        if self.error is not None:
+            return
+        try:
+            call()
+        except OSError as error:
+            self.error = error
+            with suppress(OSError):  # a stream without a descriptor
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)
 
     def status(self, code: int) -> int:
-        """Exit status of a command that ended with ``code``: not 0 where output was lost."""
+        """Return the exit status of a command that ended with ``code``: not 0 where output was lost."""
         self.flush()
         if code or self.error is None:
             return code
@@ -86,8 +76,8 @@ class Screen:
 
 
 def guard() -> Screen:
-    """Put a :class:`Screen` in the place of ``sys.stdout`` and ``sys.stderr``; returns that of standard output."""
-    # A progress bar goes back to the start of its line; only a terminal sees one.
+    """Replace ``sys.stdout`` and ``sys.stderr`` by a :class:`Screen` each; return that of standard output."""
+    # A progress bar returns to the start of its line; only a terminal sees one.
     returns = sys.stderr is not None and sys.stderr.isatty()
     screen = Screen(sys.stdout)
     sys.stdout = cast(TextIO, screen)
@@ -97,7 +87,7 @@ def guard() -> Screen:
 
 @contextmanager
 def guarded(*, for_good: bool = False) -> Iterator[Screen]:
-    """:func:`guard` as long as the context lasts.
+    """:func:`guard` while the context lasts.
 
     Args:
         for_good: the process is ours, so the streams stay guarded for a stack trace and for Python's last flush.
@@ -115,7 +105,7 @@ def guarded(*, for_good: bool = False) -> Iterator[Screen]:
 
 
 def _open_missing_descriptors() -> None:
-    """Point closed standard descriptors nowhere: the next file opened would get their numbers, and library output."""
+    """Open the null device on closed standard descriptors, whose numbers the next opened file would get."""
     for number in range(3):
         try:
             os.fstat(number)
