@@ -143,7 +143,10 @@ class MlflowLogger:
         from mlflow import MlflowClient
 
         self.written = written
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or (folder / "mlruns").resolve().as_uri()
+        uri = os.environ.get("MLFLOW_TRACKING_URI")
+        if not uri:
+            uri = (folder / "mlruns").resolve().as_uri()
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         self._client: Any = MlflowClient(tracking_uri=uri)
         known = _read_id(folder / "mlflow_run") if written >= 0 else None
         if known is None:
@@ -203,4 +206,13 @@ def open_loggers(cfg: CfgNode, iteration: int, written: int | None) -> list[Logg
         trim_metrics(folder, iteration, written)
     # the last evaluation of a finished run stands one beyond its last iteration
     start = min(written if written is not None else iteration, iteration)
-    return [JsonLogger(folder / METRICS, start), *(LOGGERS[name][0](folder, start) for name in cfg.LOGGERS)]
+    out: list[Logger] = [JsonLogger(folder / METRICS, start)]
+    for name in cfg.LOGGERS:
+        try:
+            out.append(LOGGERS[name][0](folder, start))
+        except TrainingError:
+            raise
+        except Exception as error:  # of any kind: no account, no network ...
+            reason = one_line(error, 300)
+            raise TrainingError(f"LOGGERS (--logger): {name} cannot be started ({reason}); leave it out") from error
+    return out

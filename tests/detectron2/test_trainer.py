@@ -233,7 +233,7 @@ def test_best_and_patience(
     data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values = iter([1.0, 3.0, 2.0, float("nan"), 9.0])
-    monkeypatch.setattr("gn_det.engine.evaluator.evaluate_model", lambda *_: {"segm/AP": next(values)})
+    monkeypatch.setattr("gn_det.engine.run.evaluate_model", lambda *_: {"segm/AP": next(values)})
     keys = ("SOLVER.MAX_ITER", "9", "TEST.EVAL_PERIOD", "1", "TEST.PATIENCE", "2")
     assert main(tiny(data, tmp_path, *keys)) == 0
     best, final = (read_checkpoint(tmp_path / f"model_{name}.pth") for name in ("best", "final"))
