@@ -31,8 +31,6 @@ NORM_MODULES: tuple[type[nn.Module], ...] = (
     nn.LocalResponseNorm,
 )
 
-CLIP_TYPES = ("value", "norm", "full_model")
-
 
 @dataclass(frozen=True)
 class GroupRow:
@@ -103,11 +101,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
     """SGD over :func:`optimizer_groups`.
 
     Raises:
-        ConfigError: every parameter is frozen, or the clipping type is unknown.
+        ConfigError: every parameter is frozen.
     """
-    clip = cfg.SOLVER.CLIP_GRADIENTS
-    if clip.ENABLED and clip.CLIP_TYPE not in CLIP_TYPES:
-        raise ConfigError(f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is '{clip.CLIP_TYPE}'; use one of {', '.join(CLIP_TYPES)}")
     groups = optimizer_groups(cfg, model)
     if not groups:
         raise ConfigError("every parameter of the model is frozen; lower MODEL.BACKBONE.FREEZE_AT")
@@ -122,14 +117,12 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
 
 
 def clip_gradients(cfg: CfgNode, parameters: Iterable[nn.Parameter]) -> None:
-    """Clip gradients in place as ``SOLVER.CLIP_GRADIENTS`` says; does nothing when it is off.
+    """Clip gradients in place as ``SOLVER.CLIP_GRADIENTS`` says.
 
     ``value`` and ``norm`` treat every parameter tensor alone, as Detectron2 does; ``full_model`` clips the norm over
     all of them together.
     """
     clip = cfg.SOLVER.CLIP_GRADIENTS
-    if not clip.ENABLED:
-        return
     if clip.CLIP_TYPE == "full_model":
         nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, clip.NORM_TYPE)
         return

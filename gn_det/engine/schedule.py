@@ -6,7 +6,6 @@ whose first ``WARMUP_ITERS`` iterations are replaced by a ramp that ends where t
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Callable, Collection
 
@@ -25,53 +24,39 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from gn_det.errors import ConfigError
 
-SCHEDULES = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
-
 
 def _main_curve(cfg: CfgNode) -> ParamScheduler:
     """The curve without warm-up, a function of progress in [0, 1] that starts at 1."""
     solver = cfg.SOLVER
-    name = solver.LR_SCHEDULER_NAME
-    if name == "WarmupMultiStepLR":
+    if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
         steps = [s for s in solver.STEPS if s <= solver.MAX_ITER]
-        if any(a >= b for a, b in itertools.pairwise(steps)):
-            raise ConfigError(f"SOLVER.STEPS {tuple(solver.STEPS)} must increase")
         values = [solver.GAMMA**k for k in range(len(steps) + 1)]
         return MultiStepParamScheduler(values=values, milestones=steps, num_updates=solver.MAX_ITER)
-    if name == "WarmupCosineLR":
+    if solver.LR_SCHEDULER_NAME == "WarmupCosineLR":
         end = solver.BASE_LR_END / solver.BASE_LR
-        if not 0.0 <= end <= 1.0:
-            raise ConfigError(f"SOLVER.BASE_LR_END {solver.BASE_LR_END:g} must lie between 0 and SOLVER.BASE_LR")
+        if end > 1.0:
+            raise ConfigError(f"SOLVER.BASE_LR_END {solver.BASE_LR_END:g} must not exceed SOLVER.BASE_LR")
         return CosineParamScheduler(1, end)
-    if name == "WarmupStepWithFixedGammaLR":
-        return StepWithFixedGammaParamScheduler(
-            base_value=1.0, gamma=solver.GAMMA, num_decays=solver.NUM_DECAYS, num_updates=solver.MAX_ITER
-        )
-    raise ConfigError(f"SOLVER.LR_SCHEDULER_NAME is '{name}'; use one of {', '.join(SCHEDULES)}")
+    return StepWithFixedGammaParamScheduler(
+        base_value=1.0, gamma=solver.GAMMA, num_decays=solver.NUM_DECAYS, num_updates=solver.MAX_ITER
+    )
 
 
 def lr_multiplier(cfg: CfgNode) -> Callable[[int], float]:
     """Factor on every group's learning rate as a function of the 0-based iteration, defined on [0, MAX_ITER].
 
     Raises:
-        ConfigError: a key of the schedule is out of range.
+        ConfigError: SOLVER.BASE_LR_END exceeds SOLVER.BASE_LR.
     """
-    solver = cfg.SOLVER
-    max_iter = int(solver.MAX_ITER)
-    if max_iter < 1:
-        raise ConfigError(f"SOLVER.MAX_ITER is {max_iter}; it must be at least 1")
-    if solver.BASE_LR <= 0:
-        raise ConfigError(f"SOLVER.BASE_LR is {solver.BASE_LR:g}; it must be above 0")
+    solver, max_iter = cfg.SOLVER, int(cfg.SOLVER.MAX_ITER)
     curve = _main_curve(cfg)
     length = min(solver.WARMUP_ITERS / max_iter, 1.0)
     start = solver.WARMUP_FACTOR * curve(0.0)
     ramp: ParamScheduler
     if solver.WARMUP_METHOD == "linear":
         ramp = LinearParamScheduler(start, curve(0.0) if solver.RESCALE_INTERVAL else curve(length))
-    elif solver.WARMUP_METHOD == "constant":
-        ramp = ConstantParamScheduler(start)
     else:
-        raise ConfigError(f"SOLVER.WARMUP_METHOD is '{solver.WARMUP_METHOD}'; use linear or constant")
+        ramp = ConstantParamScheduler(start)
     whole = CompositeParamScheduler(
         [ramp, curve],
         lengths=[length, 1 - length],
@@ -98,10 +83,6 @@ def set_iteration(scheduler: LRScheduler, iteration: int) -> None:
     scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
 
 
-def _scaled(iterations: int, scale: float) -> int:
-    return round(iterations / scale)
-
-
 def _scale_iterations(cfg: CfgNode, scale: float, literal: Collection[str], *, warmup: bool = True) -> None:
     """Divide everything counted in iterations by ``scale`` but the keys in ``literal``; a period that is on stays on.
 
@@ -110,24 +91,41 @@ def _scale_iterations(cfg: CfgNode, scale: float, literal: Collection[str], *, w
     if "SOLVER.MAX_ITER" in literal:
         return
     solver = cfg.SOLVER
-    for node, section, key in (
-        (solver, "SOLVER", "MAX_ITER"),
-        (cfg.TEST, "TEST", "EVAL_PERIOD"),
-        (solver, "SOLVER", "CHECKPOINT_PERIOD"),
+    for node, key, name in (
+        (solver, "MAX_ITER", "SOLVER.MAX_ITER"),
+        (cfg.TEST, "EVAL_PERIOD", "TEST.EVAL_PERIOD"),
+        (solver, "CHECKPOINT_PERIOD", "SOLVER.CHECKPOINT_PERIOD"),
     ):
-        value = getattr(node, key)
-        if value > 0 and f"{section}.{key}" not in literal:
-            setattr(node, key, max(_scaled(value, scale), 1))
+        if node[key] > 0 and name not in literal:
+            node[key] = max(round(node[key] / scale), 1)
     if warmup and "SOLVER.WARMUP_ITERS" not in literal:
-        solver.WARMUP_ITERS = _scaled(solver.WARMUP_ITERS, scale)
+        solver.WARMUP_ITERS = round(solver.WARMUP_ITERS / scale)
     if "SOLVER.STEPS" not in literal:
-        solver.STEPS = tuple(_scaled(s, scale) for s in solver.STEPS)
+        solver.STEPS = tuple(round(s / scale) for s in solver.STEPS)
+
+
+def _scale_all(cfg: CfgNode, scale: float, literal: Collection[str]) -> str:
+    """Scale learning rate and iterations; returns what became of them, in words."""
+    solver = cfg.SOLVER
+    lr, iterations = solver.BASE_LR, solver.MAX_ITER
+    rate = f"learning rate {lr:g} as given"
+    if "SOLVER.BASE_LR" not in literal:
+        solver.BASE_LR, solver.BASE_LR_END = lr * scale, solver.BASE_LR_END * scale
+        rate = f"learning rate scaled linearly {lr:g} -> {solver.BASE_LR:g}"
+    _scale_iterations(cfg, scale, literal)
+    if "SOLVER.MAX_ITER" in literal:
+        return f"{rate}, {iterations} iterations as given"
+    return f"{rate}, {iterations} -> {solver.MAX_ITER} iterations (the same epochs), {_steps_and_warmup(cfg)}"
+
+
+def _steps_and_warmup(cfg: CfgNode) -> str:
+    return f"steps {tuple(cfg.SOLVER.STEPS)}, warm-up {cfg.SOLVER.WARMUP_ITERS} iterations"
 
 
 def _for_world_size(cfg: CfgNode, world_size: int, literal: Collection[str]) -> list[str]:
     """Detectron2's ``auto_scale_workers``: batch and lr follow the number of GPUs, iterations go the other way."""
     solver = cfg.SOLVER
-    reference = solver.REFERENCE_WORLD_SIZE
+    reference, end = solver.REFERENCE_WORLD_SIZE, solver.BASE_LR_END
     if reference <= 0 or reference == world_size:
         return []
     solver.REFERENCE_WORLD_SIZE = world_size
@@ -138,53 +136,27 @@ def _for_world_size(cfg: CfgNode, world_size: int, literal: Collection[str]) -> 
             f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} is not a multiple of SOLVER.REFERENCE_WORLD_SIZE {reference}"
             ": set SOLVER.REFERENCE_WORLD_SIZE 0 to take batch, learning rate and iterations as they are"
         )
-    scale = world_size / reference
-    before = (solver.IMS_PER_BATCH, solver.BASE_LR, solver.MAX_ITER)
-    solver.IMS_PER_BATCH = round(solver.IMS_PER_BATCH * scale)
-    if "SOLVER.BASE_LR" not in literal:
-        solver.BASE_LR = solver.BASE_LR * scale
-    _scale_iterations(cfg, scale, literal)
-    if solver.REFERENCE_BATCH > 0:  # both rules on: batch and lr have moved together, so must the reference
+    scale, batch = world_size / reference, solver.IMS_PER_BATCH
+    solver.IMS_PER_BATCH = round(batch * scale)
+    if solver.REFERENCE_BATCH > 0:  # both rules on: batch and lr move together, so must the reference
         solver.REFERENCE_BATCH = round(solver.REFERENCE_BATCH * scale)
+    scaled = _scale_all(cfg, scale, literal)
+    solver.BASE_LR_END = end  # which Detectron2 leaves as it is
     return [
         f"Written for {reference} GPUs, running on {world_size} (SOLVER.REFERENCE_WORLD_SIZE, 0 turns this off): "
-        f"batch {before[0]} -> {solver.IMS_PER_BATCH}, {_told(cfg, before[1], before[2], literal)}."
+        f"batch {batch} -> {solver.IMS_PER_BATCH}, {scaled}."
     ]
-
-
-def _told(cfg: CfgNode, lr: float, iterations: int, literal: Collection[str]) -> str:
-    """What became of learning rate and iterations, in words."""
-    solver = cfg.SOLVER
-    if "SOLVER.BASE_LR" in literal:
-        rate = f"learning rate {solver.BASE_LR:g} as given"
-    else:
-        rate = f"learning rate scaled linearly {lr:g} -> {solver.BASE_LR:g}"
-    if "SOLVER.MAX_ITER" in literal:
-        return f"{rate}, {solver.MAX_ITER} iterations as given"
-    return f"{rate}, {iterations} -> {solver.MAX_ITER} iterations (the same epochs), {_rest(cfg)}"
-
-
-def _rest(cfg: CfgNode) -> str:
-    solver = cfg.SOLVER
-    return f"steps {tuple(solver.STEPS)}, warm-up {solver.WARMUP_ITERS} iterations"
 
 
 def _for_batch(cfg: CfgNode, literal: Collection[str]) -> list[str]:
     """Linear scaling from the batch that the schedule was written for."""
-    solver = cfg.SOLVER
-    reference, batch = solver.REFERENCE_BATCH, solver.IMS_PER_BATCH
+    reference, batch = cfg.SOLVER.REFERENCE_BATCH, cfg.SOLVER.IMS_PER_BATCH
     if reference <= 0 or reference == batch:
         return []
-    scale = batch / reference
-    before = (solver.BASE_LR, solver.MAX_ITER)
-    if "SOLVER.BASE_LR" not in literal:
-        solver.BASE_LR = solver.BASE_LR * scale
-        solver.BASE_LR_END = solver.BASE_LR_END * scale
-    _scale_iterations(cfg, scale, literal)
-    solver.REFERENCE_BATCH = batch
+    cfg.SOLVER.REFERENCE_BATCH = batch
     return [
         f"Written for a batch of {reference}, running with {batch} (SOLVER.REFERENCE_BATCH, 0 turns this off): "
-        f"{_told(cfg, *before, literal)}."
+        f"{_scale_all(cfg, batch / reference, literal)}."
     ]
 
 
@@ -195,8 +167,7 @@ def _for_epochs(cfg: CfgNode, images: int, literal: Collection[str]) -> list[str
         return []
     if images <= 0:
         raise ConfigError(f"SOLVER.EPOCHS {solver.EPOCHS:g} needs a training set; set SOLVER.MAX_ITER instead")
-    iterations = max(round(solver.EPOCHS * images / solver.IMS_PER_BATCH), 1)
-    before = solver.MAX_ITER
+    iterations, before = max(round(solver.EPOCHS * images / solver.IMS_PER_BATCH), 1), solver.MAX_ITER
     if iterations == before:
         return []
     _scale_iterations(cfg, before / iterations, set(literal) - {"SOLVER.MAX_ITER"}, warmup=False)
@@ -205,7 +176,7 @@ def _for_epochs(cfg: CfgNode, images: int, literal: Collection[str]) -> list[str
         solver.WARMUP_ITERS = min(solver.WARMUP_ITERS, iterations // 10)
     return [
         f"SOLVER.EPOCHS {solver.EPOCHS:g} over {images} images in batches of {solver.IMS_PER_BATCH}: "
-        f"{before} -> {iterations} iterations, {_rest(cfg)}."
+        f"{before} -> {iterations} iterations, {_steps_and_warmup(cfg)}."
     ]
 
 
@@ -233,13 +204,11 @@ def scale_schedule(cfg: CfgNode, world_size: int, images: int) -> tuple[CfgNode,
     solver = cfg.SOLVER
     late = [s for s in solver.STEPS if s > solver.MAX_ITER]
     if late and solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
-        hint = ""
-        if len(late) == len(solver.STEPS):
-            last = solver.STEPS[-1] * 1.1
-            kept = tuple(round(s / last * solver.MAX_ITER) for s in solver.STEPS)
-            hint = f': the learning rate never drops; SOLVER.STEPS "{kept}" would lower it in time'
+        kept = tuple(round(s / (solver.STEPS[-1] * 1.1) * solver.MAX_ITER) for s in solver.STEPS)
+        hint = f': the learning rate never drops; SOLVER.STEPS "{kept}" would lower it in time'
         sentences.append(
-            f"SOLVER.STEPS {tuple(late)} lie beyond the last iteration {solver.MAX_ITER} and are ignored{hint}."
+            f"SOLVER.STEPS {tuple(late)} lie beyond the last iteration {solver.MAX_ITER} and are ignored"
+            f"{hint if len(late) == len(solver.STEPS) else ''}."
         )
     if solver.WARMUP_ITERS >= solver.MAX_ITER:
         sentences.append(
@@ -259,8 +228,6 @@ def images_per_rank(cfg: CfgNode, world_size: int) -> int:
         ConfigError: it is not a whole number of at least 1.
     """
     batch, accumulate = int(cfg.SOLVER.IMS_PER_BATCH), int(cfg.SOLVER.ACCUMULATE)
-    if accumulate < 1:
-        raise ConfigError(f"SOLVER.ACCUMULATE is {accumulate}; it must be at least 1")
     parts = world_size * accumulate
     if batch < parts or batch % parts:
         raise ConfigError(
