@@ -240,57 +240,43 @@ def _spawn(function: Callable[..., Any], args: tuple[Any, ...], plan: tuple[Any,
     workers = [context.Process(target=_worker, args=(i, function, args, plan)) for i in range(count)]
     for worker in workers:
         worker.start()
-    received: list[int] = []
 
     def forward(number: int, _frame: Any) -> None:
         """A Ctrl-C reaches the workers by itself; other signals reach only us."""
-        received.append(number)
         for worker in workers:
             if worker.pid and worker.is_alive() and number != signal.SIGINT:
                 os.kill(worker.pid, number)
 
     old = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)} if in_main_thread() else {}
-    ended: list[tuple[int, int]] = []
     try:
-        ended = _wait(workers)
+        _wait(workers)
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+        failed = [(i, w.exitcode) for i, w in enumerate(workers) if w.exitcode]
         for worker in workers:
-            if worker.is_alive():
-                worker.kill()
-    _raise_first_error(Path(plan[-1]), ended)
+            worker.kill()
+    _raise_first_error(Path(plan[-1]), failed)
 
 
 def in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-def _wait(workers: list[Any]) -> list[tuple[int, int]]:
-    """Until all are done, or one failed and the others had time to notice.
-
-    Returns:
-        (number, exit code) of those that failed by themselves: first those ended by a signal, then in order of time.
-    """
-    ended: list[tuple[int, int]] = []
-    seen: set[int] = set()
-    failed_at: float | None = None
-    while len(seen) < len(workers):
-        wait_for([w.sentinel for i, w in enumerate(workers) if i not in seen], timeout=0.2)
-        for index, worker in enumerate(workers):
-            if index not in seen and worker.exitcode is not None:
-                seen.add(index)
-                if worker.exitcode:
-                    ended.append((index, worker.exitcode))
-                    failed_at = failed_at or time.monotonic()
-        if failed_at is not None and time.monotonic() - failed_at > _GRACE_SECONDS:
-            break
-    # a process that loses its partner fails a moment later, and at times is seen first
-    return sorted(ended, key=lambda pair: pair[1] > 0)
+def _wait(workers: list[Any]) -> None:
+    """Until all are done, or one failed and the others had time to notice."""
+    end = float("inf")
+    while time.monotonic() < end and any(w.exitcode is None for w in workers):
+        wait_for([w.sentinel for w in workers if w.exitcode is None], timeout=0.2)
+        if end == float("inf") and any(w.exitcode for w in workers):
+            end = time.monotonic() + _GRACE_SECONDS
 
 
-def _raise_first_error(box: Path, ended: list[tuple[int, int]]) -> None:
-    """The error that explains the others, which only lost their partner.
+def _raise_first_error(box: Path, failed: list[tuple[int, int]]) -> None:
+    """Raise the error that explains the others, which only lost their partner.
+
+    Args:
+        failed: number and exit code of the processes that failed by themselves.
 
     Raises:
         UserError: a user's mistake, whoever made it; or a process was killed by the system.
@@ -301,24 +287,18 @@ def _raise_first_error(box: Path, ended: list[tuple[int, int]]) -> None:
     for _, error in errors:
         if isinstance(error, UserError):
             raise error
-    for index, code in ended:
+    for index, code in failed:
         if code < 0:
+            name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
             raise TrainingError(
-                f"training process {index} was ended by {_signal_name(-code)}, most likely for lack of memory, and the "
-                "others with it: lower SOLVER.IMS_PER_BATCH, DATALOADER.NUM_WORKERS or INPUT.MAX_SIZE_TRAIN, or give "
-                "the machine more memory, then go on with --resume"
+                f"training process {index} was ended by {name}, most likely for lack of memory, and the others with "
+                "it: lower SOLVER.IMS_PER_BATCH, DATALOADER.NUM_WORKERS or INPUT.MAX_SIZE_TRAIN, or give the machine "
+                "more memory, then continue with --resume"
             )
     for index, error in errors:
         raise RuntimeError(f"training process {index} failed first:\n{error}")
-    for index, code in ended:
-        raise RuntimeError(f"training process {index} ended with exit code {code} and without a word")
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
+    for index, code in failed:
+        raise RuntimeError(f"training process {index} exited with code {code} and no error message")
 
 
 def _worker(index: int, function: Callable[..., Any], args: tuple[Any, ...], plan: tuple[Any, ...]) -> None:

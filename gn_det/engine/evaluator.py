@@ -79,7 +79,9 @@ def _evaluate_one(
     results = run_inference(model, loader, ids, on_progress=progress, total=loader.num_images)
     seconds = time.perf_counter() - start
     parts = dist.gather_objects(results)
-    return dist.on_first_rank(lambda: _score(cfg, dataset, merge_results(parts), class_names, ids, folder, seconds))
+    return dist.on_first_rank(
+        lambda: _score(cfg, dataset, merge_results(parts), class_names, ids, folder, seconds)
+    )  # an error is raised on all ranks, which would wait for the result otherwise
 
 
 def _score(
