@@ -43,14 +43,16 @@ class Detectron2Engine(Engine):
 
     def build_model(self, cfg: AnyCfgNode) -> nn.Module:
         with trainer_keys_are_read():
-            return detectron2.modeling.build_model(model_config(cfg))
+            model: nn.Module = detectron2.modeling.build_model(model_config(cfg))
+        return model
 
     def build_optimizer(self, cfg: AnyCfgNode, model: nn.Module) -> Optimizer:
         check_device(cfg, next(model.parameters()).device.type)
         return build_optimizer(to_detectron2(cfg), model, clips=False)
 
     def build_scheduler(self, cfg: AnyCfgNode, optimizer: Optimizer) -> LRScheduler:
-        return detectron2.solver.build_lr_scheduler(to_detectron2(cfg), optimizer)
+        scheduler: LRScheduler = detectron2.solver.build_lr_scheduler(to_detectron2(cfg), optimizer)
+        return scheduler
 
     def detector(self, model: nn.Module) -> Callable[[list[Sample]], list[Detections]]:
         return detector(model)

@@ -162,4 +162,5 @@ def build_optimizer(cfg: CfgNode, model: nn.Module, *, clips: bool = True) -> Op
         cfg = cfg.clone()
         cfg.defrost()
         cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
-    return detectron2.solver.build_optimizer(cfg, model)
+    optimizer: Optimizer = detectron2.solver.build_optimizer(cfg, model)
+    return optimizer

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -88,16 +88,16 @@ def on_first_rank(call: Callable[[], T]) -> T:
     Raises:
         UserError: as ``call`` did.
     """
-    outcome: tuple[Any, UserError | None] = (None, None)
+    outcome: T | UserError | None = None
     if rank() == 0:
         try:
-            outcome = (call(), None)
+            outcome = call()
         except UserError as error:
-            outcome = (None, error)
-    value, problem = broadcast(outcome)
-    if problem is not None:
-        raise problem
-    return value
+            outcome = error
+    outcome = broadcast(outcome)
+    if isinstance(outcome, UserError):
+        raise outcome
+    return cast(T, outcome)
 
 
 def resolve_device(name: str, key: str = "MODEL.DEVICE") -> str:

@@ -23,7 +23,7 @@ from gn_det.engine.loop import Hook, Loop
 from gn_det.engine.output import BEST, FINAL, numbered
 from gn_det.engine.scalars import Metrics
 from gn_det.engine.state import ModelMeta, build_payload, capture_rng, restore_rng
-from gn_det.errors import TrainingError, UserError, WriteError
+from gn_det.errors import TrainingError, WriteError
 
 logger = logging.getLogger(__name__)
 
@@ -97,20 +97,17 @@ class Checkpoint(Hook):
         Raises:
             TrainingError: on every rank: the file cannot be written, or the weights are not finite.
         """
-        rng = dist.gather_objects(capture_rng()) if collective else [capture_rng()]
-        path = self.path(loop)
-        problem: UserError | None = None
-        if dist.rank() == 0:
-            try:
-                self.write(path.name, build_payload(loop.state, self.meta, rng=rng, logs=self.metrics.dump()))
-                write_last(self.folder, path.name)
-                prune(self.folder, self.keep)
-            except UserError as error:
-                problem = error
+        rng, path = dist.gather_objects(capture_rng()) if collective else [capture_rng()], self.path(loop)
+
+        def write() -> None:
+            self.write(path.name, build_payload(loop.state, self.meta, rng=rng, logs=self.metrics.dump()))
+            write_last(self.folder, path.name)
+            prune(self.folder, self.keep)
+
         if collective:
-            problem = dist.broadcast(problem)
-        if problem is not None:
-            raise problem
+            dist.on_first_rank(write)
+        elif dist.rank() == 0:
+            write()
         loop.state.saved = os.fspath(path)
 
     def write(self, name: str, payload: Mapping[str, Any]) -> None:

@@ -7,10 +7,16 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, TextIO
 
 from gn_det.errors import TrainingError
 from gn_det.files import open_append
 from gn_det.text import as_line, one_line, printable
+
+if TYPE_CHECKING:
+    _StreamHandler = logging.StreamHandler[TextIO]
+else:
+    _StreamHandler = logging.StreamHandler
 
 LOG_FILE = "log.txt"
 
@@ -21,7 +27,7 @@ _LONGEST = 10_000
 FILE_ONLY = {"file_only": True}
 
 
-class _Console(logging.StreamHandler):
+class _Console(_StreamHandler):
     """Writes around a tqdm line, if one is there."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -40,7 +46,7 @@ class _Console(logging.StreamHandler):
             super().handleError(record)
 
 
-class _File(logging.StreamHandler):
+class _File(_StreamHandler):
     """A full disk costs lines of the log; that it is full is told by what needs it: metrics and checkpoints."""
 
     def handleError(self, record: logging.LogRecord) -> None:

@@ -187,7 +187,7 @@ class Loop:
                     losses = self._losses(batch)
                     total = torch.stack([v.float() for v in losses.values()]).sum()
                 total = total / self.accumulate if self.accumulate > 1 else total
-                (total if scaler is None else scaler.scale(total)).backward()
+                torch.autograd.backward(total if scaler is None else scaler.scale(total))
             self._look(losses, waited)
         self.losses = {n: sum(m[n] for m in self._micro) / len(self._micro) for n in self._micro[0]}
         self.lr = float(state.optimizer.param_groups[self._largest_group]["lr"])
