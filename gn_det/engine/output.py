@@ -17,8 +17,9 @@ from torch import nn
 
 from gn_det.checkpoint.catalog import split_options
 from gn_det.checkpoint.last import LAST
+from gn_det.data.workers import script_in_worker
 from gn_det.engine import dist
-from gn_det.errors import TrainingError, UserError
+from gn_det.errors import TrainingError
 from gn_det.files import Busy, NotRegularFile, atomic_write, lock
 from gn_det.text import one_line
 
@@ -86,31 +87,27 @@ def alone_in(
         TrainingError: the lock file cannot be made.
     """
     with ExitStack() as stack:
-        problem: UserError | None = None
-        if dist.rank() == 0:
-            try:
-                stack.enter_context(lock(Path(folder) / LOCK, patience=PATIENCE if patience is None else patience))
-            except Busy as error:
-                from gn_det.data.workers import script_in_worker
 
+        def take_lock() -> None:
+            path = Path(folder) / LOCK
+            try:
+                stack.enter_context(lock(path, patience=PATIENCE if patience is None else patience))
+            except Busy as error:
                 whose = f"another run ({error.holder})" if error.holder else "another run"
-                problem = script_in_worker() or InUse(
+                raise script_in_worker() or InUse(
                     f"{key} {folder} is in use by {whose}; wait for it to end, or set {key} to another folder"
-                )
+                ) from None
             except OSError as error:
                 if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
                     logger.warning("%s %s: this file system has no locks; do not start another run there.", key, folder)
-                else:
-                    advice = (
-                        "delete it"
-                        if isinstance(error, NotRegularFile) or error.errno == errno.ELOOP
-                        else (f"set {key} to a folder that can be written")
-                    )
-                    reason = one_line(error.strerror or error)
-                    problem = TrainingError(f"{Path(folder) / LOCK}: cannot be locked ({reason}); {advice}")
-        problem = dist.broadcast(problem)
-        if problem is not None:
-            raise problem
+                    return
+                odd = isinstance(error, NotRegularFile) or error.errno == errno.ELOOP
+                raise TrainingError(
+                    f"{path}: cannot be locked ({one_line(error.strerror or error)}); "
+                    f"{'delete it' if odd else f'set {key} to a folder that can be written'}"
+                ) from None
+
+        dist.on_first_rank(take_lock)
         yield
 
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import nn
 
 from gn_det.config import get_cfg
-from gn_det.engine.loop import Loop
 from gn_det.engine.optimizer import build_optimizer, clip_gradients, format_groups, group_rows
-from gn_det.engine.state import TrainState
 from gn_det.errors import ConfigError
 from tests.engine.cases import Tiny
 
@@ -89,29 +84,3 @@ def test_a_bias_decay_of_zero_is_a_decay() -> None:
     assert decay_of(model, build_optimizer(cfg, model))["conv.bias"] == 0.0
     cfg.SOLVER.WEIGHT_DECAY_BIAS = None
     assert decay_of(model, build_optimizer(cfg, model))["conv.bias"] == 1e-4
-
-
-def test_the_rate_of_most_tensors_is_the_one_that_is_logged() -> None:
-    """As Detectron2 logs it, wherever that group stands."""
-    few, many = [nn.Parameter(torch.zeros(9))], [nn.Parameter(torch.zeros(1)) for _ in range(2)]
-    optimizer = torch.optim.SGD([{"params": few, "lr": 0.3}, {"params": many, "lr": 0.2}], lr=0.1)
-    state = TrainState(nn.Linear(1, 1), optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0))
-    loop = Loop(state, lambda batch: {"loss": many[0].sum()}, total=1)
-    loop.run(lambda: [None])
-    assert loop.lr == 0.2
-
-
-def test_waiting_for_data_and_losses_of_micro_batches() -> None:
-    """The time adds up; losses are means."""
-    model = nn.Linear(1, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    state = TrainState(model, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0))
-
-    def slow() -> Iterator[float]:
-        for value in (1.0, 3.0):
-            time.sleep(0.05)
-            yield value
-
-    loop = Loop(state, lambda value: {"loss": model.bias.sum() * 0 + value}, total=1, accumulate=2)
-    loop.run(slow)
-    assert loop.losses == {"loss": 2.0} and 0.1 <= loop.data_time < 0.5 and state.iteration == 0
