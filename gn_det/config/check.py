@@ -15,8 +15,8 @@ from gn_det.errors import ConfigError
 from gn_det.text import nearest, shown
 from gn_det.values import InvalidValue
 
-#: Channels of a layer, and weights of a model; the largest published ones have 0.2 billion.
-_MAX_CHANNELS, _MAX_WEIGHTS = 8192, 2**30
+#: Weights of a model; the largest published ones have 0.2 billion.
+_MAX_WEIGHTS = 2**30
 
 
 def check_value(name: str, value: Any, source: str = "") -> None:
@@ -97,24 +97,16 @@ def _as_lists(value: Any) -> Any:
 
 
 def check_size(cfg: CN, source: str = "") -> None:
-    """Refuse models with more channels or weights than any machine can hold.
+    """Refuse models with more weights than any machine can hold.
 
     Raises:
-        ConfigError: names ``source`` and what is too large.
+        ConfigError: names ``source``.
     """
-    where = f"{source}: " if source else ""
-    resnets = cfg.MODEL.RESNETS
-    width = resnets.NUM_GROUPS * resnets.WIDTH_PER_GROUP
-    if width > _MAX_CHANNELS:
-        raise ConfigError(
-            f"{where}MODEL.RESNETS.NUM_GROUPS x MODEL.RESNETS.WIDTH_PER_GROUP is {width}; at most {_MAX_CHANNELS} "
-            "channels are possible"
-        )
     weights = _least_weights(cfg)
     if weights > _MAX_WEIGHTS:
         raise ConfigError(
-            f"{where}MODEL describes about {weights} weights, and at most {_MAX_WEIGHTS} are possible; make channels, "
-            "classes or MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION smaller"
+            f"{source}{': ' if source else ''}MODEL describes about {weights} weights, and at most {_MAX_WEIGHTS} are "
+            "possible; make channels, classes or MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION smaller"
         )
 
 

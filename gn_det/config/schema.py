@@ -22,6 +22,7 @@ from gn_det.values import (
     Value,
     every,
     integer,
+    is_number,
     items,
     number,
     one_of,
@@ -99,6 +100,7 @@ _TEXT = Value("text of at most 4096 characters without control characters", _is_
 _NAME = Value("a name without control characters", lambda v: _is_text(v) and v != "")
 _PATH = Value(f"a path of at most {_MAX_PATH} bytes, each part of at most {_MAX_PART}", _is_path)
 _FOLDER = Value(f"the path of a folder, each part of at most {_MAX_PART} bytes", lambda v: _is_path(v) and v.strip())
+_NAME_OR_NUMBER = Value("a name or a number", lambda v: _NAME.holds(v) or (is_number(v) and abs(v) <= 10**6))
 _NAMES = items(_NAME, 0, 50_000)
 _SETS = items(Value(_PATH.expected, lambda v: _is_path(v) and v != ""), 0, 1000)
 _FEATURES = every(items(_NAME, 1, 1000), Value("free of duplicates", lambda v: len(set(v)) == len(v)))
@@ -121,9 +123,18 @@ NORMS = ("", "GN", "LN", "IN", "BN", "SyncBN", "FrozenBN")
 THEIR_NORMS = ("nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 
 
-def _unused(name: str, default: Any, check: Check, doc: str) -> Key:
-    """A key of Detectron2 that neither engine implements: only its default is accepted."""
-    return Key(name, default, check, doc, known=(default,))
+def _unused(section: str, doc: str, **defaults: Any) -> list[Key]:
+    """Keys of Detectron2 that neither engine implements: only their defaults are accepted."""
+    dot = f"{section}." if section else ""
+    return [Key(f"{dot}{name}", value, _like(value), doc, known=(value,)) for name, value in defaults.items()]
+
+
+def _like(default: Any) -> Check:
+    """Values of the type of ``default``."""
+    if isinstance(default, (list, tuple)):
+        return items(_like(default[0]) if default else _NAME_OR_NUMBER, 0, 1000)
+    kinds = {bool: FLAG, int: integer(-(10**6), 10**6), float: number(-(10**6), 10**6), str: _TEXT}
+    return kinds[type(default)]
 
 
 def _theirs(name: str, default: Any, check: Check, doc: str) -> Key:
@@ -159,8 +170,8 @@ _KEYS = (
     Key("CUDNN_BENCHMARK", False, FLAG, "Let cuDNN search algorithms; pays only if image sizes hardly vary."),
     Key("FLOAT32_PRECISION", "", one_of("", "highest", "high", "medium"),
         'Argument of torch.set_float32_matmul_precision; "" leaves torch\'s own.'),
-    _unused("VIS_PERIOD", 0, _PERIOD, "Iterations between images drawn during training."),
-    _unused("GLOBAL.HACK", 1.0, number(-(10**9), 10**9), "Detectron2's scratch space for experiments."),
+    *_unused("", "Iterations between images drawn during training.", VIS_PERIOD=0),
+    *_unused("GLOBAL", "Detectron2's scratch space for experiments.", HACK=1.0),
 
     Key("MODEL.META_ARCHITECTURE", "GeneralizedRCNN", _NAME, "Kind of detector.",
         embedded=("GeneralizedRCNN",), detectron2=("GeneralizedRCNN", "RetinaNet")),
@@ -263,10 +274,9 @@ _KEYS = (
     _pooler("MODEL.ROI_BOX_HEAD.POOLER_TYPE"),
     _theirs("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", False, FLAG, "One box regression for all classes."),
     _theirs("MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES", False, FLAG, "Train the mask head on predicted boxes."),
-    _unused("MODEL.ROI_BOX_HEAD.USE_FED_LOSS", False, FLAG, "Federated loss."),
+    *_unused("MODEL.ROI_BOX_HEAD", "Federated loss.", USE_FED_LOSS=False),
     _theirs("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", False, FLAG, "Sigmoid in place of softmax classification."),
-    _unused("MODEL.ROI_BOX_HEAD.FED_LOSS_FREQ_WEIGHT_POWER", 0.5, _RATE, "Of the federated loss."),
-    _unused("MODEL.ROI_BOX_HEAD.FED_LOSS_NUM_CLASSES", 50, _CLASSES, "Of the federated loss."),
+    *_unused("MODEL.ROI_BOX_HEAD", "Of the federated loss.", FED_LOSS_FREQ_WEIGHT_POWER=0.5, FED_LOSS_NUM_CLASSES=50),
     Key("MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead", _NAME, "Mask head.",
         embedded=("MaskRCNNConvUpsampleHead",), detectron2=("MaskRCNNConvUpsampleHead", "GNMaskRCNNConvUpsampleHead")),
     Key("MODEL.ROI_MASK_HEAD.NUM_CONV", 0, _LAYERS, "3x3 convolutions of the mask head."),
@@ -281,28 +291,15 @@ _KEYS = (
             ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0)), items(_FOUR, 1, 64),
             "As in MODEL.ROI_BOX_HEAD, for each stage of a Cascade R-CNN."),
     _theirs("MODEL.ROI_BOX_CASCADE_HEAD.IOUS", (0.5, 0.6, 0.7), items(_FRACTION, 1, 64), "IoU of each stage."),
-    _unused("MODEL.ROI_KEYPOINT_HEAD.NAME", "KRCNNConvDeconvUpsampleHead", _NAME, "Keypoint head."),
-    _unused("MODEL.ROI_KEYPOINT_HEAD.POOLER_RESOLUTION", 14, _RESOLUTION, "Side of the pooled features."),
-    _unused("MODEL.ROI_KEYPOINT_HEAD.POOLER_SAMPLING_RATIO", 0, _SAMPLING, "As in MODEL.ROI_BOX_HEAD."),
-    _unused("MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", (512,) * 8, items(_CHANNELS, 0, 64), "Channels of the convolutions."),
-    _unused("MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 17, _CLASSES, "Keypoints of an object."),
-    _unused("MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE", 1, _CLASSES, "Images with fewer are dropped."),
-    _unused("MODEL.ROI_KEYPOINT_HEAD.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS", True, FLAG, "How the loss is normalized."),
-    _unused("MODEL.ROI_KEYPOINT_HEAD.LOSS_WEIGHT", 1.0, _WEIGHT, "Weight of the loss."),
-    _unused("MODEL.ROI_KEYPOINT_HEAD.POOLER_TYPE", "ROIAlignV2", _NAME, "RoI pooling."),
-    _unused("MODEL.SEM_SEG_HEAD.NAME", "SemSegFPNHead", _NAME, "Semantic segmentation head."),
-    _unused("MODEL.SEM_SEG_HEAD.IN_FEATURES", ["p2", "p3", "p4", "p5"], _FEATURES, "Its feature maps."),
-    _unused("MODEL.SEM_SEG_HEAD.IGNORE_VALUE", 255, integer(-1, 10**6), "Label without a loss."),
-    _unused("MODEL.SEM_SEG_HEAD.NUM_CLASSES", 54, _CLASSES, "Its classes."),
-    _unused("MODEL.SEM_SEG_HEAD.CONVS_DIM", 128, _CHANNELS, "Its channels."),
-    _unused("MODEL.SEM_SEG_HEAD.COMMON_STRIDE", 4, integer(1, 1024), "Stride of its output."),
-    _unused("MODEL.SEM_SEG_HEAD.NORM", "GN", _TEXT, "Its norm."),
-    _unused("MODEL.SEM_SEG_HEAD.LOSS_WEIGHT", 1.0, _WEIGHT, "Weight of its loss."),
-    _unused("MODEL.PANOPTIC_FPN.INSTANCE_LOSS_WEIGHT", 1.0, _WEIGHT, "Weight of the instance losses."),
-    _unused("MODEL.PANOPTIC_FPN.COMBINE.ENABLED", True, FLAG, "Combine both outputs."),
-    _unused("MODEL.PANOPTIC_FPN.COMBINE.OVERLAP_THRESH", 0.5, _FRACTION, "Largest overlap of instances."),
-    _unused("MODEL.PANOPTIC_FPN.COMBINE.STUFF_AREA_LIMIT", 4096, _PERIOD, "Smallest stuff area in pixels."),
-    _unused("MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH", 0.5, _FRACTION, "Lowest score of instances."),
+    *_unused("MODEL.ROI_KEYPOINT_HEAD", "Keypoint head.", NAME="KRCNNConvDeconvUpsampleHead", POOLER_RESOLUTION=14,
+             POOLER_SAMPLING_RATIO=0, CONV_DIMS=(512,) * 8, NUM_KEYPOINTS=17, MIN_KEYPOINTS_PER_IMAGE=1,
+             NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS=True, LOSS_WEIGHT=1.0, POOLER_TYPE="ROIAlignV2"),
+    *_unused("MODEL.SEM_SEG_HEAD", "Semantic segmentation head.", NAME="SemSegFPNHead",
+             IN_FEATURES=["p2", "p3", "p4", "p5"], IGNORE_VALUE=255, NUM_CLASSES=54, CONVS_DIM=128, COMMON_STRIDE=4,
+             NORM="GN", LOSS_WEIGHT=1.0),
+    *_unused("MODEL.PANOPTIC_FPN", "Panoptic segmentation.", INSTANCE_LOSS_WEIGHT=1.0),
+    *_unused("MODEL.PANOPTIC_FPN.COMBINE", "Panoptic segmentation.", ENABLED=True, OVERLAP_THRESH=0.5,
+             STUFF_AREA_LIMIT=4096, INSTANCES_CONFIDENCE_THRESH=0.5),
     _theirs("MODEL.RETINANET.NUM_CLASSES", 80, _CLASSES, "Number of classes; 0 and 80: that of the training set."),
     _theirs("MODEL.RETINANET.IN_FEATURES", ["p3", "p4", "p5", "p6", "p7"], _FEATURES, "Feature maps of the head."),
     _theirs("MODEL.RETINANET.NUM_CONVS", 4, _LAYERS, "Convolutions of the head."),
@@ -357,10 +354,8 @@ _KEYS = (
 
     Key("DATASETS.TRAIN", (), _SETS, "Names (such as coco_2017_train) or annotations.json@folder/of/images."),
     Key("DATASETS.TEST", (), _SETS, "The sets to evaluate on."),
-    _unused("DATASETS.PROPOSAL_FILES_TRAIN", (), _SETS, "Precomputed proposals."),
-    _unused("DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN", 2000, _PROPOSALS, "Of precomputed proposals."),
-    _unused("DATASETS.PROPOSAL_FILES_TEST", (), _SETS, "Precomputed proposals."),
-    _unused("DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST", 1000, _PROPOSALS, "Of precomputed proposals."),
+    *_unused("DATASETS", "Precomputed proposals.", PROPOSAL_FILES_TRAIN=(), PRECOMPUTED_PROPOSAL_TOPK_TRAIN=2000,
+             PROPOSAL_FILES_TEST=(), PRECOMPUTED_PROPOSAL_TOPK_TEST=1000),
     Key("DATASETS.TRAIN_JSON", "", _PATH, "COCO annotations of your own; replace DATASETS.TRAIN.", ours=True),
     Key("DATASETS.TRAIN_IMAGES", "", _PATH, "Folder of their images.", ours=True),
     Key("DATASETS.VAL_JSON", "", _PATH, "COCO annotations of your own; replace DATASETS.TEST.", ours=True),
@@ -426,14 +421,11 @@ _KEYS = (
         'Rows [task, metric, value, tolerance], such as ["bbox", "AP", 38.5, 0.2]; a final result beyond its tolerance '
         "fails the run."),
     Key("TEST.EVAL_PERIOD", 0, _PERIOD, "Iterations between evaluations; 0: only at the end.", rescaled=True),
-    _unused("TEST.KEYPOINT_OKS_SIGMAS", [], items(_WEIGHT, 0, 1000), "Of keypoint evaluation."),
+    *_unused("TEST", "Of keypoint evaluation.", KEYPOINT_OKS_SIGMAS=[]),
     Key("TEST.DETECTIONS_PER_IMAGE", 100, integer(1, 100_000), "Detections of an image that are kept."),
-    _unused("TEST.AUG.ENABLED", False, FLAG, "Test-time augmentation."),
-    _unused("TEST.AUG.MIN_SIZES", (400, 500, 600, 700, 800, 900, 1000, 1100, 1200), items(_PIXELS, 1, 1000), "Sizes."),
-    _unused("TEST.AUG.MAX_SIZE", 4000, _PIXELS, "Upper bound of the longer side."),
-    _unused("TEST.AUG.FLIP", True, FLAG, "Flipped images, too."),
-    _unused("TEST.PRECISE_BN.ENABLED", False, FLAG, "Recompute BN statistics before evaluation."),
-    _unused("TEST.PRECISE_BN.NUM_ITER", 200, _PERIOD, "Iterations of it."),
+    *_unused("TEST.AUG", "Test-time augmentation.", ENABLED=False,
+             MIN_SIZES=(400, 500, 600, 700, 800, 900, 1000, 1100, 1200), MAX_SIZE=4000, FLIP=True),
+    *_unused("TEST.PRECISE_BN", "Recompute BN statistics before evaluation.", ENABLED=False, NUM_ITER=200),
     Key("TEST.MAX_DETS", 100, integer(1, 100_000),
         "Detections of a class that count in an image (COCOeval's maxDets); raise it with DETECTIONS_PER_IMAGE if "
         "images have more objects.", ours=True),

@@ -54,7 +54,7 @@ def add_gn_config(cfg: CfgNode) -> None:
     """Add gn_det's keys to ``cfg`` in place, so that it merges gn_det's configs; call it before merging.
 
     A config with these keys builds gn_det's modules wherever a norm is GN, LN or IN (see :mod:`gn_det.detectron2`).
-    Two of Detectron2's defaults change with it, where they still stand: ``MODEL.ROI_HEADS.NUM_CLASSES`` becomes 0, the
+    Two of Detectron2's defaults change unless you set them before: ``MODEL.ROI_HEADS.NUM_CLASSES`` becomes 0, the
     number of classes of the training set; ``MODEL.DEVICE`` becomes ``"cpu"`` on a machine without a GPU.
 
     Args:
@@ -80,8 +80,8 @@ def scale_to_machine(cfg: CfgNode, num_gpus: int | None = None, *, written_for: 
     Args:
         cfg: a config that went through :func:`add_gn_config`.
         num_gpus: processes of the run, one GPU each; None for those that run now.
-        written_for: GPUs that the schedule was written for, where SOLVER.REFERENCE_WORLD_SIZE does not say it; 8 in
-            gn_det's configs and in Detectron2's model zoo.
+        written_for: GPUs that the schedule was written for if SOLVER.REFERENCE_WORLD_SIZE is 0; 8 in gn_det's configs
+            and in Detectron2's model zoo.
 
     Returns:
         What was changed, one sentence each; they are logged, too.
@@ -114,18 +114,18 @@ def has_gn_keys(cfg: CfgNode) -> bool:
 
 
 def prepare_config(cfg: CfgNode) -> None:
-    """Replace, in place, what the outside world decides; done whenever a model is built from a config.
+    """Fill in, in place, what machine and data sets decide; called whenever a model is built from a config.
 
     ``MODEL.DEVICE`` "auto" becomes a device. ``DATASETS.TRAIN_JSON`` / ``VAL_JSON`` and ``json@images`` names are
     registered in Detectron2's catalogs, and the former become ``DATASETS.TRAIN`` / ``TEST``.
     ``MODEL.ROI_HEADS.NUM_CLASSES`` 0 becomes the number of ``MODEL.CLASS_NAMES``, or else of the classes of the first
-    training set; so does ``MODEL.RETINANET.NUM_CLASSES`` where a RetinaNet is built and it is Detectron2's 80. Training
-    on the generated shapes takes masks as bitmaps. Call it yourself only to read these values, or to use the datasets,
-    before a model is built.
+    training set; so does ``MODEL.RETINANET.NUM_CLASSES`` if a RetinaNet is built and it is Detectron2's 80. Training on
+    the generated shapes uses bitmap masks. Call it yourself only to read these values, or to use the datasets, before a
+    model is built.
 
     Raises:
-        ConfigError: the number of classes cannot be told.
-        DataError: the training json, which is needed for it, cannot be used.
+        ConfigError: the number of classes is unknown.
+        DataError: the training json cannot be used.
     """
     if not has_gn_keys(cfg):
         return
@@ -148,15 +148,16 @@ def _device() -> str:
 def _count_classes(cfg: CfgNode) -> int:
     if cfg.MODEL.CLASS_NAMES:
         return len(cfg.MODEL.CLASS_NAMES)
-    name = cfg.DATASETS.TRAIN[0] if cfg.DATASETS.TRAIN else ""
-    if name in DatasetCatalog and MetadataCatalog.get(name).get("thing_classes") is None:
-        DatasetCatalog.get(name)  # most sets learn their classes when they are read
-    classes = MetadataCatalog.get(name).get("thing_classes") if name in DatasetCatalog else None
-    if not classes:
+    classes, why = None, "DATASETS.TRAIN is empty"
+    for name in cfg.DATASETS.TRAIN[:1]:
+        if MetadataCatalog.get(name).get("thing_classes") is None and name in DatasetCatalog:
+            DatasetCatalog.get(name)  # most sets learn their classes when they are read
+        classes = MetadataCatalog.get(name).get("thing_classes")
         why = "has no thing_classes in its metadata" if name in DatasetCatalog else "is not in Detectron2's catalog"
-        why = f"the training set {name!r} {why}" if name else "DATASETS.TRAIN is empty"
+        why = f"the training set {name!r} {why}"
+    if not classes:
         raise ConfigError(f"MODEL.ROI_HEADS.NUM_CLASSES is 0 and {why}: set the number of classes, or register the set")
-    logger.info("MODEL.ROI_HEADS.NUM_CLASSES: %d, the classes of %s.", len(classes), name)
+    logger.info("MODEL.ROI_HEADS.NUM_CLASSES: %d, the classes of %s.", len(classes), cfg.DATASETS.TRAIN[0])
     return len(classes)
 
 
@@ -166,7 +167,7 @@ _read = False
 
 @contextmanager
 def trainer_keys_are_read() -> Iterator[None]:
-    """While a model is built for a trainer of gn_det's, there is nothing to mention."""
+    """Context in which a model is built for gn_det's trainer: no warnings about unread keys."""
     global _read
     before, _read = _read, True
     try:
@@ -196,15 +197,15 @@ def _mention_what_is_not_read(cfg: CfgNode) -> None:
             logger.warning("%sgn_det.detectron2.Trainer does.", text)
 
 
-#: Models whose norms were spoken of.
-_told_of_norms: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+#: Models that were checked.
+_checked_norms: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def warn_of_norms(cfg: CfgNode, model: nn.Module) -> None:
     """Warn of norms that do not follow MODEL.GN, with their names: modules of Detectron2's or of the user's own."""
-    if model in _told_of_norms:
+    if model in _checked_norms:
         return
-    _told_of_norms.add(model)
+    _checked_norms.add(model)
     rule = group_rule(cfg)
     wanted = f"groups of {rule.channels_per_group} channels" if rule.channels_per_group else f"{rule.num_groups} groups"
     for what, names in norms_off_rule(model, rule).items():
@@ -292,7 +293,7 @@ def _settle_own_classes(cfg: CfgNode) -> None:
 
 
 def mention_other_groups(cfg: CfgNode) -> None:
-    """Warn where MODEL.WEIGHTS is a checkpoint of gn_det's that was trained with another MODEL.GN."""
+    """Warn if MODEL.WEIGHTS is a checkpoint of gn_det's that was trained with another MODEL.GN."""
     path = str(cfg.MODEL.WEIGHTS)
     if _read or not path.endswith(".pth") or not os.path.isfile(path):
         return
@@ -303,8 +304,8 @@ def mention_other_groups(cfg: CfgNode) -> None:
         return
     if stored is not None and group_rule(stored) != group_rule(cfg):
         ours, theirs = ({k: node.MODEL.GN[k] for k in _GROUP_KEYS} for node in (cfg, stored))
-        told = ", ".join(f"MODEL.GN.{k} is {ours[k]}, there {theirs[k]}" for k in _GROUP_KEYS if ours[k] != theirs[k])
-        logger.warning("MODEL.WEIGHTS %s was trained with other groups: %s; set them alike.", path, told)
+        told = [f"MODEL.GN.{k} is {ours[k]}, there {theirs[k]}" for k in _GROUP_KEYS if ours[k] != theirs[k]]
+        logger.warning("MODEL.WEIGHTS %s was trained with other groups: %s; set them alike.", path, ", ".join(told))
 
 
 _GROUP_KEYS = ("NUM_GROUPS", "CHANNELS_PER_GROUP", "EPS")

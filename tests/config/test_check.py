@@ -111,11 +111,6 @@ def test_sections_of_other_models_are_refused_where_they_are_not_read() -> None:
             check_config(put("MODEL.SEM_SEG_HEAD.CONVS_DIM", 7), engine)
 
 
-def test_groups_times_width_is_bounded() -> None:
-    with pytest.raises(ConfigError, match=r"NUM_GROUPS x MODEL\.RESNETS\.WIDTH_PER_GROUP is 1048576"):
-        load_config("gn_fpn", ["MODEL.RESNETS.NUM_GROUPS", "1024", "MODEL.RESNETS.WIDTH_PER_GROUP", "1024"])
-
-
 def test_weights_of_a_model_are_bounded() -> None:
     """At 2^30: a box head of 32 x 32 x 256 x FC_DIM weights, and 0.03 billion of the rest."""
     keys = ["MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", "32", "MODEL.ROI_BOX_HEAD.FC_DIM"]

@@ -65,10 +65,11 @@ NUMERIC += [key.name for key in KEYS.values() if isinstance(key.default, (list, 
 )
 def test_no_number_is_endless(value: str) -> None:
     """Nor in a list, or in a list of lists; "nan" is the name of something in lists of names."""
+    cfg = get_cfg()
     for name in [name for name in NUMERIC if value != "nan" or refuses(KEYS[name], ["nan"])]:
         for text in (value, f"[[{value}]]"):
             with pytest.raises(ConfigError) as e:
-                merge_overrides(get_cfg(), [name, text])
+                merge_overrides(cfg, [name, text])
             assert name in str(e.value) and str(e.value).isprintable() and len(str(e.value)) < 400, name
 
 
