@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, TimeoutError
@@ -16,6 +15,7 @@ from PIL import Image
 from gn_det.data.image import ImageError, ImageReader, one_colour
 from gn_det.data.mapper import read_record_image
 from gn_det.data.records import Record
+from gn_det.data.workers import cores
 from gn_det.files import open_regular
 from gn_det.parent_watch import end_with_parent
 
@@ -44,11 +44,6 @@ class Decoded(NamedTuple):
     kind: str
     text: str
     digest: bytes
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def digest_of(path: str) -> bytes:

@@ -87,7 +87,8 @@ def size_table(datasets: Sequence[CocoDataset], training: Training, cfg: Any) ->
 def _at_training_size(dataset: CocoDataset, training: Training, side: int) -> np.ndarray:
     """(M, 2) widths and heights of all objects of a set, in pixels of the resized images."""
     scales = np.array([training.scale(width, height, side) for width, height in dataset.sizes.tolist()]).reshape(-1, 2)
-    return dataset.object_sizes.astype(np.float64) * scales[dataset.object_images]
+    sizes: np.ndarray = dataset.object_sizes.astype(np.float64) * scales[dataset.object_images]
+    return sizes
 
 
 def anchor_shapes(sizes: Sequence[float], ratios: Sequence[float]) -> np.ndarray:

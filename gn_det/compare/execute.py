@@ -105,7 +105,7 @@ def _of_detection(job: Job, cfg: CfgNode, engine: Engine, results: Mapping[str, 
         tasks = ("box", "mask") if cfg.MODEL.MASK_ON else ("box",)
         metrics = {f"{task}_ap{limit}": 0.0 for task in tasks for limit in ("", "50", "75")}
     predictor = load_predictor(folder / FINAL, device=cfg.MODEL.DEVICE, engine=engine)
-    images = [Path(r["file_name"]) for r in held_out.records[: UNTIMED + TIMED]]
+    images = [Path(r["file_name"]) for r, _ in zip(held_out.records, range(UNTIMED + TIMED))]
     entries = read_metrics(folder / METRICS)
     times = [e["time"] for e in entries if isinstance(e.get("time"), (int, float))]
     cost = {

@@ -230,7 +230,7 @@ def decode_counts(counts: Any) -> np.ndarray:
     place = np.arange(len(raw)) - np.repeat(starts, lengths)
     values = np.add.reduceat((raw & 0x1F) << (5 * place), starts)
     values -= np.where(raw[ends] & 0x10, np.left_shift(np.int64(1), 5 * lengths), 0)
-    runs = values.copy()
+    runs: np.ndarray = values.copy()
     runs[1::2] = np.cumsum(values[1::2])
     runs[2::2] = np.cumsum(values[2::2])
     return runs

@@ -251,7 +251,7 @@ def _check_png(file: BinaryIO) -> None:
     while at + 12 <= len(data):
         end = at + 8 + int.from_bytes(data[at : at + 4], "big")
         stored = int.from_bytes(data[end : end + 4], "big")
-        if data[at + 4 : at + 8] == b"IDAT" and zlib.crc32(data[at + 4 : end]) != stored:
+        if bytes(data[at + 4 : at + 8]) == b"IDAT" and zlib.crc32(data[at + 4 : end]) != stored:
             raise ValueError("the checksum of its pixels is wrong: get this file again")
         at = end + 4
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.utils.data import get_worker_info
 from gn_det.data.coco import CocoDataset, check_trainable, refuse_if_too_many
 from gn_det.data.image import one_colour
 from gn_det.data.mapper import InferenceMapper, TrainMapper
-from gn_det.data.records import Record
+from gn_det.data.records import Record, RecordList
 from gn_det.data.samplers import (
     Draw,
     augmentation_state,
@@ -30,7 +29,7 @@ from gn_det.data.samplers import (
     shuffled_stream,
     subset_stream,
 )
-from gn_det.data.workers import WorkerData, load_batches, pack_samples, shared_memory_fits, unpack_samples
+from gn_det.data.workers import WorkerData, cores, load_batches, pack_samples, shared_memory_fits, unpack_samples
 from gn_det.errors import ConfigError, DataError
 from gn_det.structures import Sample
 from gn_det.text import one_line
@@ -45,13 +44,13 @@ class _Images(WorkerData):
     """The images of some sets, one after the other; maps a batch to its samples (packed in a worker) and failures."""
 
     def __init__(self, datasets: Sequence[CocoDataset], where: np.ndarray, max_bad: int, shared_memory: bool) -> None:
-        self.records = [d.records for d in datasets]
+        self.records: list[RecordList] = [d.records for d in datasets]
         self.known_bad = [entry for d in datasets for entry in d.bad]
         self.where = where  # (N, 2): set, and index into it
         self.max_bad, self.shared_memory = max_bad, shared_memory
 
     def record(self, index: int) -> Record:
-        dataset, i = self.where[index]
+        dataset, i = map(int, self.where[index])
         return self.records[dataset][i]
 
     def name_of(self, index: int) -> str:
@@ -279,5 +278,4 @@ def _index_stream(cfg: Any, data: _Images, seed: int) -> Iterator[int]:
 def _workers(cfg: Any, num_workers: int | None) -> int:
     if num_workers is not None:
         return num_workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(0, min(int(cfg.DATALOADER.NUM_WORKERS), cores))
+    return min(int(cfg.DATALOADER.NUM_WORKERS), cores())

@@ -155,8 +155,7 @@ def _moved_box(bbox: Sequence[float], transforms: Sequence[Transform], shape: tu
     box = torch.tensor(list(bbox))
     box[2:] += box[:2]
     corners = np.array(box.tolist())
-    moved = apply_to_box(transforms, corners).clip(min=0)
-    return np.minimum(moved, [shape[1], shape[0], shape[1], shape[0]])
+    return apply_to_box(transforms, corners).clip(0, [shape[1], shape[0], shape[1], shape[0]])
 
 
 def _moved_mask(

@@ -8,7 +8,7 @@ shared memory, and a record exists as objects only while it is used.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeAlias, TypedDict
 
 import numpy as np
@@ -39,7 +39,7 @@ class Record(TypedDict, total=False):
     annotations: list[Annotation]
 
 
-class RecordList(Sequence[Record]):
+class RecordList:
     """Read-only sequence of records over one byte buffer; items are decoded on access and free to be changed."""
 
     def __init__(self, records: Iterable[Record]) -> None:
@@ -51,16 +51,10 @@ class RecordList(Sequence[Record]):
     def __len__(self) -> int:
         return len(self._starts) - 1
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        i = int(index)
-        if i < 0:
-            i += len(self)
-        if not 0 <= i < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
+    def __getitem__(self, index: int) -> Record:
+        i = range(len(self))[index]
         start, end = self._starts[i : i + 2].tolist()
-        return _unpack(pickle.loads(memoryview(self._buffer[start:end].numpy())))
+        return _unpack(pickle.loads(self._buffer[start:end].numpy().data))
 
     def __iter__(self) -> Iterator[Record]:
         return (self[i] for i in range(len(self)))

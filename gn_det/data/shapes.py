@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from gn_det.data.annotations import decode_counts
 from gn_det.data.catalog import DatasetSource
 from gn_det.data.shapes_draw import CLASSES, Drawn, draw_scene
 from gn_det.errors import DataError
@@ -68,7 +69,7 @@ def make_shapes(
     return source
 
 
-def _stamp_of(place: Path) -> dict[str, Any] | None:
+def _stamp_of(place: Path) -> Any:
     try:
         return json.loads((place / "stamp.json").read_text())
     except (OSError, ValueError):
@@ -78,21 +79,17 @@ def _stamp_of(place: Path) -> dict[str, Any] | None:
 def _put_in_place(building: Path, place: Path, stamp: dict[str, Any]) -> None:
     """Swap the finished folder in; where another process was faster with the same set, keep that one."""
     building.chmod(0o755)
-    if _stamp_of(place) == stamp:
-        return
-    if place.exists():
-        old = Path(tempfile.mkdtemp(prefix=".old-", dir=place.parent))
-        try:
-            place.rename(old / "set")
-            building.rename(place)
-        finally:
-            shutil.rmtree(old, ignore_errors=True)
-        return
+    old = Path(tempfile.mkdtemp(prefix=".old-", dir=place.parent))
     try:
-        building.rename(place)
+        if _stamp_of(place) != stamp:
+            if place.exists():
+                place.rename(old / "set")
+            building.rename(place)
     except OSError:
         if _stamp_of(place) != stamp:
             raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_split(folder: Path, split: str, count: int, seed: int, stamp: dict[str, Any]) -> None:
@@ -124,25 +121,18 @@ def _write_split(folder: Path, split: str, count: int, seed: int, stamp: dict[st
 
 def _annotation(number: int, image_id: int, drawn: Drawn) -> dict[str, Any]:
     """Whole objects as polygons; rings and objects that others cover as RLE, compressed for every other one."""
-    mask = drawn.visible
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    x0, y0, x1, y1 = (float(v) for v in (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
-    segmentation: Any
+    mask = coco_mask.encode(np.asfortranarray(drawn.visible, dtype=np.uint8))
+    segmentation: Any = {"size": list(drawn.visible.shape), "counts": mask["counts"].decode()}
     if drawn.outline is not None:
         segmentation = [[round(float(v), 2) for v in drawn.outline.reshape(-1)]]
-    else:
-        column_major = mask.T.reshape(-1)
-        changes = np.flatnonzero(np.diff(np.concatenate([[False], column_major])))
-        runs = np.diff(np.concatenate([[0], changes, [column_major.size]])).tolist()
-        segmentation = {"size": list(mask.shape), "counts": runs}
-        if number % 2:
-            segmentation["counts"] = coco_mask.frPyObjects(segmentation, *mask.shape)["counts"].decode()
+    elif number % 2 == 0:
+        segmentation["counts"] = decode_counts(mask["counts"]).tolist()
     return {
         "id": number,
         "image_id": image_id,
         "category_id": CATEGORY_IDS[drawn.category],
-        "bbox": [x0, y0, x1 - x0, y1 - y0],
-        "area": int(mask.sum()),
+        "bbox": coco_mask.toBbox(mask).tolist(),
+        "area": int(coco_mask.area(mask)),
         "iscrowd": 0,
         "segmentation": segmentation,
     }

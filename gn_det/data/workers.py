@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import RawArray
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -94,6 +94,11 @@ class WorkerData(Dataset[Any]):
         """Record that image ``index`` is being read; -1 for none."""
         if self.heartbeat is not None:
             self.heartbeat.note(index)
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def load_batches(data: WorkerData, batches: Iterable[Any], workers: int) -> Iterator[Any]:
@@ -212,7 +217,7 @@ def _unchanged(loaded: Any) -> Any:
 def _start_worker(worker: int) -> None:
     info = get_worker_info()
     if info is not None:
-        info.dataset.note(-1)  # it has started
+        cast(WorkerData, info.dataset).note(-1)  # it has started
     # Ctrl-C reaches the whole process group; the main process alone answers it and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # So may SIGTERM (timeout, batch systems): a worker that died of it would keep the main process from saving. Only
@@ -257,7 +262,7 @@ def unpack_samples(packed: PackedSamples | list[Sample]) -> list[Sample]:
     """Undo :func:`pack_samples`; lists of samples pass unchanged."""
     if isinstance(packed, list):
         return packed
-    images = torch.as_tensor(packed.pixels).split([int(np.prod(shape)) for shape in packed.shapes])
+    images = torch.split(torch.as_tensor(packed.pixels), [int(np.prod(shape)) for shape in packed.shapes])
     samples = []
     for image, shape, rest, targets in zip(images, packed.shapes, packed.rest, packed.targets):
         sample = Sample(image=image.view(shape), **rest)  # type: ignore[typeddict-item]

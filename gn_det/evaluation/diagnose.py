@@ -242,7 +242,7 @@ def _read_as_corners(boxes: np.ndarray) -> np.ndarray:
 
 def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """(M, N) IoU of XYWH boxes, 0 for those without area."""
-    return coco_mask.iou(np.maximum(a, _FLAT), np.maximum(b, _FLAT), [0] * len(b))
+    return np.asarray(coco_mask.iou(np.maximum(a, _FLAT), np.maximum(b, _FLAT), [0] * len(b)))
 
 
 def _bad_boxes(objects: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]]) -> list[str]:
