@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.sharedctypes import RawArray
 from typing import Any, cast
 
@@ -122,6 +122,7 @@ def load_batches(data: WorkerData, batches: Iterable[Any], workers: int) -> Iter
         batch_size=None,
         num_workers=workers,
         collate_fn=_unchanged,
+        pin_memory=torch.cuda.is_initialized(),  # the model is on a GPU: models copy images without waiting
         timeout=TIMEOUT if workers else 0,
         worker_init_fn=_start_worker,
     )
@@ -246,6 +247,10 @@ class PackedSamples:
     shapes: list[tuple[int, ...]]
     rest: list[dict[str, Any]]
     targets: list[tuple[Any, ...] | None]
+
+    def pin_memory(self) -> PackedSamples:
+        """The batch with its pixels in page-locked memory; called by torch's loader."""
+        return replace(self, pixels=torch.as_tensor(self.pixels).pin_memory())
 
 
 def pack_samples(samples: list[Sample], shared_memory: bool = True) -> PackedSamples:

@@ -344,3 +344,14 @@ def test_shared_memory_that_runs_out_is_named() -> None:
     assert "pass a batch by shared memory: lower DATALOADER.NUM_WORKERS" in str(worker_failure(error))
     killed = RuntimeError("DataLoader worker (pid 1) is killed by signal: Bus error. It is possible that ...")
     assert "of /dev/shm are free" in str(worker_failure(killed)) or not Path("/dev/shm").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_are_pinned_where_the_model_is_on_a_gpu(shapes: CocoDataset, workers: int) -> None:
+    """Models copy them without waiting, which only page-locked memory allows."""
+    torch.zeros(1, device="cuda")
+    loader = build_train_loader(_cfg(), [shapes], images_per_rank=2, seed=0, num_workers=workers)
+    samples = next(iter(loader))
+    assert all(s["image"].is_pinned() for s in samples)

@@ -299,3 +299,24 @@ def test_a_margin_of_zero_leaves_out_what_leaves_the_image() -> None:
         rpn = tiny(MODEL__RPN__BOUNDARY_THRESH=threshold).proposal_generator
         positive, negative, _ = rpn.sample_anchors(anchors, target)
         assert sorted([*positive.tolist(), *negative.tolist()]) == expected
+
+
+def test_evaluation_leaves_out_proposals_that_are_not_finite() -> None:
+    """Only training stops: an image that overflows (fp16) still gets the proposals of its other anchors."""
+    rpn = tiny().proposal_generator
+    anchors = torch.tensor([[0.0, 0, 8, 8], [8, 8, 16, 16], [0, 8, 8, 16]])
+    logits, deltas = torch.tensor([[3.0, 2.0, 1.0]]), torch.zeros(1, 3, 4)
+    logits[0, 0], deltas[0, 1, 2] = float("inf"), float("nan")
+    (found,) = rpn.eval().propose([anchors], [logits], [deltas], [(16, 16)])
+    assert torch.equal(found.boxes, anchors[2:]) and found.logits.tolist() == [1.0]
+    with pytest.raises(FloatingPointError):
+        rpn.train().propose([anchors], [logits], [deltas], [(16, 16)])
+
+
+def test_sampled_anchors_come_in_anchor_order() -> None:
+    """Whatever is drawn: losses are summed in that order, as Detectron2 sums them."""
+    anchors = torch.tensor([[0.0, 0, 8, 8]]).repeat(20, 1)
+    target = Targets(image_size=(16, 16), boxes=anchors[:1], classes=torch.zeros(1, dtype=torch.int64))
+    torch.manual_seed(0)
+    positive, _, matched = tiny().proposal_generator.sample_anchors(anchors, target)
+    assert positive.tolist() == list(range(20)) and torch.equal(matched, anchors)
