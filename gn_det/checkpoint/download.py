@@ -6,7 +6,6 @@ is right. A lock beside it makes other processes wait for the one download.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import http.client
 import logging
@@ -14,23 +13,11 @@ import os
 import re
 import ssl
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlparse
-from urllib.request import (
-    HTTPDefaultErrorHandler,
-    HTTPErrorProcessor,
-    HTTPHandler,
-    HTTPRedirectHandler,
-    HTTPSHandler,
-    OpenerDirector,
-    ProxyHandler,
-    Request,
-    UnknownHandler,
-)
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from gn_det.checkpoint.io import not_weights
 from gn_det.text import one_line
@@ -54,31 +41,8 @@ class DownloadFailed(Exception):
     """The reason in one line, without the URL."""
 
 
-@dataclass
-class _Progress:
-    """What is known of the file being fetched."""
-
-    have: int = 0
-    total: int | None = None
-    validator: str = ""  # ETag or date by which the server recognises the version we hold a part of
-    sha256: str = ""
-    begun: int = 0  # times from the first byte
-    digest: Any = field(default_factory=hashlib.sha256)
-
-    def restart(self, file: Any) -> None:
-        """Drop what we have."""
-        file.seek(0)
-        file.truncate()
-        self.have, self.total, self.validator, self.digest = 0, None, "", hashlib.sha256()
-        self.begun += 1
-
-
-class _Anew(ConnectionError):
-    """What the server sent is not the rest of what we have; another attempt begins with nothing."""
-
-
 def fetch(url: str, target: Path, *, source: str = "", sha256: str = "") -> Path:
-    """``target``, downloaded from ``url`` when it is not there.
+    """Return ``target``, downloaded from ``url`` when it is not there.
 
     Args:
         url: http(s).
@@ -91,7 +55,9 @@ def fetch(url: str, target: Path, *, source: str = "", sha256: str = "") -> Path
             behind.
     """
     from iopath.common.file_io import file_lock
+    from tqdm import tqdm
 
+    name = one_line(target.name, 40)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with file_lock(str(target)):
@@ -101,8 +67,13 @@ def fetch(url: str, target: Path, *, source: str = "", sha256: str = "") -> Path
                 stale.unlink(missing_ok=True)
             part = target.with_name(f".{target.name}.part-{os.getpid()}")
             try:
-                _fetch(source or url, part, sha256 or _published_hash(url))
-                with open(part, "rb") as file:
+                logger.info("Downloading %s", url)
+                unit = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
+                with open(part, "w+b") as file, tqdm(desc=name, disable=None, delay=1, **unit) as bar:
+                    _Download(source or url, file, bar, sha256 or _published_hash(url)).run()
+                    file.flush()
+                    os.fsync(file.fileno())
+                    file.seek(0)
                     if what := not_weights(file.read(64)):
                         raise DownloadFailed(f"the server sent no weights but {what}")
                 os.replace(part, target)
@@ -119,63 +90,88 @@ def _published_hash(url: str) -> str:
     return match[1] if match and parsed.hostname in _HASHING_HOSTS else ""
 
 
-def _fetch(url: str, part: Path, sha256: str) -> None:
-    state = _Progress(sha256=sha256)
-    failures = 0
-    with open(part, "wb") as file, _bar(url) as bar:
-        while state.total is None or state.have < state.total:
-            before = state.have
+class _Download:
+    """One file being fetched, over as many connections as it takes."""
+
+    total: int | None
+
+    def __init__(self, url: str, file: BinaryIO, bar: Any, sha256: str) -> None:
+        self.url, self.file, self.bar, self.sha256 = url, file, bar, sha256
+        self.begun = -1  # times from the first byte, beside this one
+        self.restart()
+
+    def restart(self) -> None:
+        """Drop what we have."""
+        self.file.seek(0)
+        self.file.truncate()
+        self.have, self.total, self.digest = 0, None, hashlib.sha256()
+        self.validator = ""  # ETag or date by which the server recognises the version we hold a part of
+        self.begun += 1
+
+    def run(self) -> None:
+        failures = 0
+        while True:
+            before = self.have
             try:
-                _attempt(url, file, state, bar)
-                if state.total is None:
-                    break  # the server told no length and closed the connection: that was all
-                reason = f"retrieval incomplete: got only {state.have} out of {state.total} bytes"
+                self.attempt()
+                if self.total in (None, self.have):
+                    break  # without a length, the closed connection is the end
+                reason = f"retrieval incomplete: got only {self.have} out of {self.total} bytes"
             except HTTPError as error:
-                if error.code == 416 and state.have:  # it has another length by now
-                    state.restart(file)
-                elif error.code not in _BUSY:
-                    raise DownloadFailed(f"{error.code} {one_line(error.reason)}") from error
                 reason = f"{error.code} {one_line(error.reason)}"
+                if error.code == 416 and self.have:  # it has another length by now
+                    self.restart()
+                elif error.code not in _BUSY:
+                    raise DownloadFailed(reason) from error
             except _NETWORK as error:  # any other OSError is the disk's
                 reason = one_line(getattr(error, "reason", "") or str(error) or type(error).__name__)
-                if state.have == 0 and isinstance(error, URLError):
+                if self.have == 0 and isinstance(error, URLError):
                     raise DownloadFailed(reason) from error  # no such host, no network: waiting will not help
             except ValueError as error:  # a URL or an answer that http.client cannot express
                 raise DownloadFailed(one_line(error)) from error
-            if state.total is not None and state.have >= state.total:
-                break
-            failures = 0 if state.have > before else failures + 1
-            if failures >= ATTEMPTS or state.begun > _RESTARTS:
-                raise DownloadFailed(f"{reason}, {ATTEMPTS if failures >= ATTEMPTS else state.begun} attempts")
+            failures = 0 if self.have > before else failures + 1
+            if failures >= ATTEMPTS or self.begun > _RESTARTS:
+                raise DownloadFailed(f"{reason}, {ATTEMPTS if failures >= ATTEMPTS else self.begun} attempts")
             time.sleep(_WAIT * 2 ** max(0, failures - 1))
-        file.flush()
-        os.fsync(file.fileno())
-    if state.have == 0:
-        raise DownloadFailed("the server sent an empty file")
-    found = state.digest.hexdigest()
-    if state.sha256 and not found.startswith(state.sha256.lower()):
-        raise DownloadFailed(f"its sha256 is {found}, expected {state.sha256}: damaged on the way, or another file")
+        if self.have == 0:
+            raise DownloadFailed("the server sent an empty file")
+        found = self.digest.hexdigest()
+        if not found.startswith(self.sha256.lower()):
+            raise DownloadFailed(f"its sha256 is {found}, expected {self.sha256}: damaged on the way, or another file")
 
+    def attempt(self) -> None:
+        """Read until the end or until the connection breaks; continues at ``have`` where the server lets us."""
+        headers = {"User-Agent": "gn_det", "Accept-Encoding": "identity"}
+        if self.have and self.validator:
+            headers |= {"Range": f"bytes={self.have}-", "If-Range": self.validator}
+        redirects = _Redirects()
+        with build_opener(redirects).open(Request(self.url, headers=headers), timeout=TIMEOUT) as response:
+            if response.status == 206:
+                if "Range" not in headers or not self._is_rest(response.headers):
+                    self.restart()
+                    raise ConnectionError("the server sent another part of the file than the missing one")
+            else:
+                self.restart()
+                length = response.headers.get("Content-Length", "")
+                self.total = int(length) if re.fullmatch(r"[0-9]{1,15}", length) else None
+                etag = response.headers.get("ETag", "")
+                strong = etag and not etag.startswith("W/")
+                self.validator = etag if strong else response.headers.get("Last-Modified", "")
+                self.sha256 = self.sha256 or redirects.sha256
+                self.bar.reset(self.total)
+            self._read(response)
 
-def _attempt(url: str, file: Any, state: _Progress, bar: Any) -> None:
-    """Read until the end or until the connection breaks; goes on at ``state.have`` where the server lets us."""
-    headers = {"User-Agent": "gn_det", "Accept-Encoding": "identity"}
-    if state.have and state.validator:
-        headers |= {"Range": f"bytes={state.have}-", "If-Range": state.validator}
-    redirects = _Redirects()
-    with _opener(redirects).open(Request(url, headers=headers), timeout=TIMEOUT) as response:
-        if response.status == 206:
-            _check_rest(response.headers, state, asked="Range" in headers, file=file)
-        else:
-            state.restart(file)
-            length = response.headers.get("Content-Length", "")
-            state.total = int(length) if re.fullmatch(r"[0-9]{1,15}", length) else None
-            etag = response.headers.get("ETag", "")
-            weak = etag.startswith("W/")
-            state.validator = response.headers.get("Last-Modified", "") if weak or not etag else etag
-            state.sha256 = state.sha256 or redirects.sha256
-            if bar is not None:
-                bar.reset(state.total)
+    def _is_rest(self, headers: Any) -> bool:
+        """Whether an answer of a part is the rest of the very file that we have the beginning of."""
+        part = re.fullmatch(
+            r"bytes (\d{1,15})-(\d{1,15})/(\d{1,15}|\*)", headers.get("Content-Range", "").strip(), re.A
+        )
+        validator = headers.get("ETag" if self.validator.startswith('"') else "Last-Modified", "")
+        if not part or validator != self.validator or int(part[1]) != self.have:
+            return False
+        return self.total is None or (int(part[2]) == self.total - 1 and part[3] in ("*", str(self.total)))
+
+    def _read(self, response: Any) -> None:
         while True:
             try:
                 block = response.read1(_BLOCK)
@@ -183,45 +179,13 @@ def _attempt(url: str, file: Any, state: _Progress, bar: Any) -> None:
                 block = error.partial
             if not block:
                 return
-            if state.have + len(block) > (_MAX_BYTES if state.total is None else state.total):
-                announced = (
-                    f"than {_MAX_BYTES} bytes without announcing it"
-                    if state.total is None
-                    else f"than the {state.total} bytes announced"
-                )
-                raise DownloadFailed(f"the server sends more {announced}")
-            file.write(block)
-            state.digest.update(block)
-            state.have += len(block)
-            if bar is not None:
-                bar.update(len(block))
-
-
-def _check_rest(headers: Any, state: _Progress, asked: bool, file: Any) -> None:
-    """Check that an answer of a part is the rest of the very file that we have the beginning of.
-
-    Raises:
-        _Anew: it is not; what we have is dropped.
-    """
-    match = re.fullmatch(
-        r"bytes ([0-9]{1,15})-([0-9]{1,15})/([0-9]{1,15}|\*)", headers.get("Content-Range", "").strip()
-    )
-    same = state.validator == headers.get("ETag" if state.validator.startswith('"') else "Last-Modified", "")
-    if asked and match and same and match[1] == str(state.have):
-        total = state.total
-        if total is None or (match[3] in ("*", str(total)) and match[2] == str(total - 1)):
-            return
-    state.restart(file)
-    raise _Anew("the server sent another part of the file than the missing one")
-
-
-def _opener(redirects: HTTPRedirectHandler) -> OpenerDirector:
-    """http and https alone: a redirect to file: or ftp: finds no handler."""
-    opener = OpenerDirector()
-    handlers = (ProxyHandler, UnknownHandler, HTTPHandler, HTTPSHandler, HTTPDefaultErrorHandler, HTTPErrorProcessor)
-    for handler in (*(kind() for kind in handlers), redirects):
-        opener.add_handler(handler)
-    return opener
+            if self.have + len(block) > (most := _MAX_BYTES if self.total is None else self.total):
+                announced = "announced" if self.total is not None else "that are read without an announced length"
+                raise DownloadFailed(f"the server sends more than the {most} bytes {announced}")
+            self.file.write(block)
+            self.digest.update(block)
+            self.have += len(block)
+            self.bar.update(len(block))
 
 
 class _Redirects(HTTPRedirectHandler):
@@ -235,17 +199,3 @@ class _Redirects(HTTPRedirectHandler):
         told = headers.get("X-Linked-ETag", "").strip('"')
         self.sha256 = told if re.fullmatch(r"[0-9a-f]{64}", told) else self.sha256
         return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-@contextlib.contextmanager
-def _bar(url: str) -> Iterator[Any]:
-    """A progress bar on a terminal, a line in the log elsewhere."""
-    logger.info("Downloading %s", url)
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        yield None
-        return
-    name = one_line(urlparse(url).path.rsplit("/", 1)[-1], 40)
-    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, desc=name, disable=None, delay=1) as bar:
-        yield bar
