@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from gn_det.about import __version__
-from gn_det.checkpoint.catalog import local_path, sha256_of, split_options
 from gn_det.checkpoint.formats import torchvision
 from gn_det.checkpoint.formats.common import State, Weights
 from gn_det.checkpoint.io import read_head, save_checkpoint
@@ -24,6 +23,7 @@ from gn_det.checkpoint.open_weights import open_weights
 from gn_det.checkpoint.parameter_names import architecture_of, shorten
 from gn_det.checkpoint.preprocessing import CAFFE, STEM, TORCH, Preprocessing, fold, show
 from gn_det.checkpoint.safetensors_file import write_safetensors
+from gn_det.checkpoint.weights_uri import local_path, sha256_of, split_options
 from gn_det.errors import WeightsError
 from gn_det.files import StrPath, check_regular
 from gn_det.text import one_line

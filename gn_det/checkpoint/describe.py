@@ -6,12 +6,12 @@ import os
 from collections import Counter
 from typing import Any
 
-from gn_det.checkpoint.catalog import local_path, sha256_of
 from gn_det.checkpoint.compatibility import NORM_NAMES
 from gn_det.checkpoint.formats.common import Weights
 from gn_det.checkpoint.open_weights import open_weights
 from gn_det.checkpoint.parameter_names import PARTS, Architecture, architecture_of, part_of, shorten
 from gn_det.checkpoint.preprocessing import Preprocessing, show
+from gn_det.checkpoint.weights_uri import local_path, sha256_of
 from gn_det.text import one_line
 
 _WHERE = {"": "a backbone: backbone.bottom_up with FPN, backbone and roi_heads.res5 without", "FPN": "an FPN detector"}

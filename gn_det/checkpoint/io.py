@@ -77,7 +77,7 @@ def read_checkpoint(path: StrPath, *, mmap: bool = False, verify: bool = False) 
     """Read a ``torch.save`` file on the CPU; nothing in it is executed, and nothing it claims is believed.
 
     Args:
-        path: a local file (see :func:`gn_det.checkpoint.catalog.local_path` for URIs).
+        path: a local file (see :func:`gn_det.checkpoint.weights_uri.local_path` for URIs).
         mmap: map the tensors from the file instead of reading them; right when they are copied at once and dropped.
         verify: compare every record with the checksum in the archive, which torch does not: one flipped bit is found.
             Reads the file once more (about 1 s a GB).

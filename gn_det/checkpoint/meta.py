@@ -53,8 +53,8 @@ def config_of_checkpoint(path_or_uri: StrPath) -> CfgNode:
         WeightsError: unreadable file, or one that stores no configuration.
         ConfigError: the stored configuration has keys that this version does not know.
     """
-    from gn_det.checkpoint.catalog import local_path
     from gn_det.checkpoint.io import read_any
+    from gn_det.checkpoint.weights_uri import local_path
     from gn_det.config import parse_config
     from gn_det.config.defaults import set_value
     from gn_det.config.schema import KEYS

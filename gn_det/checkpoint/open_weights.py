@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from gn_det.checkpoint.catalog import local_path, published_file, published_preprocessing, split_options
 from gn_det.checkpoint.formats import caffe2, detectron2, mmdet, torchvision
 from gn_det.checkpoint.formats.common import State, Weights
 from gn_det.checkpoint.io import check_tensors, read_any
 from gn_det.checkpoint.meta import read_meta
 from gn_det.checkpoint.preprocessing import Preprocessing
+from gn_det.checkpoint.weights_uri import local_path, published_file, published_preprocessing, split_options
 from gn_det.config.reader import parse_yaml
 from gn_det.errors import ConfigError, WeightsError
 from gn_det.files import StrPath
@@ -75,7 +75,7 @@ def open_weights(path_or_uri: StrPath, *, must_know: bool = True) -> Weights:
         must_know: refuse a file whose preprocessing nothing tells.
 
     Raises:
-        WeightsError: see :func:`read_weights` and :func:`gn_det.checkpoint.catalog.local_path`; or a file whose
+        WeightsError: see :func:`read_weights` and :func:`gn_det.checkpoint.weights_uri.local_path`; or a file whose
             preprocessing nothing tells.
     """
     uri, options = split_options(os.fspath(path_or_uri))

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from gn_det.checkpoint.catalog import split_options
 from gn_det.checkpoint.compatibility import check_architecture, check_norm, check_preprocessing
 from gn_det.checkpoint.formats.common import Weights
 from gn_det.checkpoint.load_report import LoadReport, Outcome, Shape, format_report
 from gn_det.checkpoint.open_weights import lookup, open_weights
 from gn_det.checkpoint.parameter_names import BOTTOM_UP, architecture_of, part_of, shorten
 from gn_det.checkpoint.preprocessing import fold, preprocessing_of_config, show
+from gn_det.checkpoint.weights_uri import split_options
 from gn_det.errors import WeightsError
 from gn_det.files import StrPath
 from gn_det.text import one_line
@@ -59,7 +59,7 @@ def load_weights(
 
     Args:
         model: its state dict has Detectron2's names (``backbone.``, ``proposal_generator.``, ``roi_heads.``).
-        path_or_uri: local path, or a URI (see :mod:`gn_det.checkpoint.catalog`), with ``?allow_partial=True`` or
+        path_or_uri: local path, or a URI (see :mod:`gn_det.checkpoint.weights_uri`), with ``?allow_partial=True`` or
             ``?preprocessing=...`` behind it where wanted.
         cfg: the resolved configuration the model was built from.
         allow_partial: load what fits and report the rest, instead of refusing a part that fits only partly.

@@ -133,7 +133,7 @@ def config_from_args(args: argparse.Namespace, engine: str = "embedded") -> CfgN
         cfg.DATASETS.TEST = ()  # the config's own test set belongs to its own training set
     merge_overrides(cfg, args.overrides)
     if given.get("allow_partial"):
-        from gn_det.checkpoint.catalog import with_option
+        from gn_det.checkpoint.weights_uri import with_option
 
         cfg.MODEL.WEIGHTS = with_option(cfg.MODEL.WEIGHTS, "allow_partial=True")
     check_config(cfg, engine)

@@ -16,7 +16,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from gn_det.checkpoint.catalog import cache_path, mirrored, resolve_url, sha256_of, split_digest, split_options
+from gn_det.checkpoint.weights_uri import cache_path, mirrored, resolve_url, sha256_of, split_digest, split_options
 from gn_det.classification import Settings
 from gn_det.classification.settings import BUILTIN
 from gn_det.compare.suite import DETECT, MAX_SEEDS, Row, Suite, SuiteError, matching

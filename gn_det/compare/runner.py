@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from gn_det.checkpoint.catalog import local_path
+from gn_det.checkpoint.weights_uri import local_path
 from gn_det.compare.execute import Outcome
 from gn_det.compare.plan import Job, Plan, file_hash
 from gn_det.engine import choice as engines

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from torch import nn
 
-from gn_det.checkpoint.catalog import split_options
 from gn_det.checkpoint.last import LAST
+from gn_det.checkpoint.weights_uri import split_options
 from gn_det.data.workers import script_in_worker
 from gn_det.engine import dist
 from gn_det.errors import TrainingError

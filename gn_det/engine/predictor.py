@@ -156,10 +156,10 @@ def load_predictor(
         WeightsError: unreadable file, no stored config and none given, or weights that do not fill the model.
         ConfigError: unusable config or device.
     """
-    from gn_det.checkpoint.catalog import local_path
     from gn_det.checkpoint.io import read_any
     from gn_det.checkpoint.meta import read_meta
     from gn_det.checkpoint.weights import load_weights
+    from gn_det.checkpoint.weights_uri import local_path
     from gn_det.config import load_config, parse_config
     from gn_det.data.mapper import InferenceMapper
 

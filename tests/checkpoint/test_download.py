@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from gn_det.checkpoint import download
-from gn_det.checkpoint.catalog import CATALOG, MIRROR, cache_path, local_path
+from gn_det.checkpoint.weights_uri import CATALOG, MIRROR, cache_path, local_path
 from gn_det.errors import WeightsError
 
 CONTENT = (b"PK\x03\x04" + bytes(range(4, 256))) * 1200  # 300 kB that begin as an archive of torch.save
@@ -262,7 +262,7 @@ def test_a_mirror_in_a_folder_is_a_copy_of_a_cache(tmp_path: Path, monkeypatch: 
 
 
 def test_hub_mirror(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gn_det.checkpoint.catalog import resolve_url
+    from gn_det.checkpoint.weights_uri import resolve_url
 
     monkeypatch.setenv("HF_ENDPOINT", "https://hub.example.org/")
     assert resolve_url("hf://a/b") == "https://hub.example.org/a/b/resolve/main/model.safetensors"
@@ -282,7 +282,7 @@ def test_two_at_once_download_once(server: Server) -> None:
 
 def test_a_killed_download_leaves_nothing_that_passes_for_the_file(server: Server, tmp_path: Path) -> None:
     url = f"{server.url}/stuck/w.pth"
-    code = f"from gn_det.checkpoint.catalog import local_path; local_path({url!r})"
+    code = f"from gn_det.checkpoint.weights_uri import local_path; local_path({url!r})"
     process = subprocess.Popen([sys.executable, "-c", code], env=os.environ, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not any(f.stat().st_size == STEP for f in (tmp_path / "cache").rglob(".w.pth.part-*")):

@@ -290,6 +290,18 @@ def test_what_a_file_of_torch_may_claim(tmp_path: Path, value: bytes, expected: 
     assert read.tolist() in (numbers.tolist(), numbers.ravel().reshape(2, 3).T.tolist(), [])
 
 
+@pytest.mark.parametrize(("more", "good"), [(b"", True), (b"N", True), (b"K\x01", False), (b"NN", False)])
+def test_a_storage_is_named_as_torch_names_it(tmp_path: Path, more: bytes, good: bool) -> None:
+    """Five parts, or None as a sixth, which old versions write for a view."""
+    pid = rebuilt((6,), (1,)).replace(b"tQ", more + b"tQ")
+    (tmp_path / "x.pth").write_bytes(repacked({"data.pkl": pickled(pid), "data/0": bytes(24)}))
+    if good:
+        assert open_weights(tmp_path / "x.pth").state["stem.conv1.weight"].tolist() == [0.0] * 6
+    else:
+        with pytest.raises(WeightsError, match="refers to a storage in a way that torch"):
+            open_weights(tmp_path / "x.pth")
+
+
 def test_limits_hold_at_their_edges(tmp_path: Path) -> None:
     """What is just inside a limit is read."""
     for name, good, bad in (

@@ -689,7 +689,7 @@ def one_url(number: int) -> str:
 
 
 def _of_urls(folder: Path, first: int, count: int) -> dict[str, Any]:
-    from gn_det.checkpoint import catalog, download
+    from gn_det.checkpoint import download, weights_uri
     from gn_det.errors import WeightsError
 
     cache, mirror, outside = (folder / name for name in ("deep/cache", "deep/mirror", "outside"))
@@ -710,9 +710,9 @@ def _of_urls(folder: Path, first: int, count: int) -> dict[str, Any]:
         def outcome() -> str:
             results = set()
             for call in (
-                catalog.local_path,
-                lambda u: catalog.cache_path(catalog.resolve_url(u) or ""),
-                catalog.cache_path,
+                weights_uri.local_path,
+                lambda u: weights_uri.cache_path(weights_uri.resolve_url(u) or ""),
+                weights_uri.cache_path,
             ):
                 try:
                     place = call(url)

@@ -60,7 +60,6 @@ _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
 _MAX_URI = 2000
 # Of one part of a path, in bytes: file systems take 255, and a download adds its own ending.
 _MAX_PART = 200
-_SHA256 = re.compile(r"#sha256=([^#]*)$", re.IGNORECASE)
 #: Environment variable: a server or folder to fetch from instead of the original hosts.
 MIRROR = "GN_DET_MIRROR"
 
@@ -72,58 +71,47 @@ def resolve_url(uri: str) -> str | None:
         WeightsError: unknown scheme, or a name that is not in the catalog (the nearest is named).
     """
     match = _SCHEME.match(uri)
-    scheme = match.group(1).lower() if match else "file"
-    rest = uri[match.end() :] if match else uri
-    if scheme == "file":
+    scheme = match[1].lower() if match else "file"
+    if match is None or scheme == "file":
         return None
     if len(uri) > _MAX_URI or not uri.isprintable() or " " in uri:
         raise WeightsError(
             f"{one_line(uri)}: is not a URL: it has a space, a control character or more than {_MAX_URI} characters "
             "(MODEL.WEIGHTS)"
         )
+    rest = uri[match.end() :]
+    plain = rest.split("?", 1)[0]  # Detectron2 puts options such as ?matching_heuristics=True behind the name
     if scheme in ("http", "https"):
-        # Detectron2 puts options such as ?matching_heuristics=True behind the name.
-        return f"{scheme}://{rest.split('?', 1)[0]}"
+        return f"{scheme}://{plain}"
     if scheme == "detectron2":
-        return f"{_D2}/{rest.split('?', 1)[0]}"
+        return f"{_D2}/{plain}"
     if scheme in ("hf", "timm"):
-        return _hub_url(uri, rest if scheme == "hf" else f"timm/{_TIMM_TAGS.get(rest, rest)}")
-    if scheme == "open-mmlab":
-        if rest not in OPEN_MMLAB:
-            raise WeightsError(f"{one_line(uri, 200)}: open-mmlab:// knows {', '.join(OPEN_MMLAB)} (MODEL.WEIGHTS)")
-        return OPEN_MMLAB[rest]
-    if scheme == "catalog":
-        if rest not in CATALOG:
-            near = get_close_matches(rest, CATALOG, n=1, cutoff=0.0)[0]
-            raise WeightsError(
-                f"{one_line(uri, 200)}: not in the catalog; the nearest name is catalog://{near} (MODEL.WEIGHTS)"
-            )
-        return CATALOG[rest]
-    raise WeightsError(
-        f"{one_line(uri, 200)}: scheme {one_line(scheme, 40)}:// is not known; MODEL.WEIGHTS takes a local path, "
-        f"{', '.join(SCHEMES)}"
-    )
-
-
-def _hub_url(uri: str, rest: str) -> str:
-    """``owner/name[/file]`` on Hugging Face's hub; the file is ``model.safetensors`` unless named."""
-    owner, _, name = rest.partition("/")
-    name, _, file = name.partition("/")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", f"{owner}/{name}"):
-        raise WeightsError(
-            f"{one_line(uri, 200)}: give timm://NAME, or hf://OWNER/NAME and, behind a slash, the file (MODEL.WEIGHTS)"
+        found = re.fullmatch(
+            r"([\w.-]+/[\w.-]+)(?:/(.*))?", rest if scheme == "hf" else f"timm/{_TIMM_TAGS.get(rest, rest)}"
         )
-    hub = os.getenv("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    return f"{hub}/{owner}/{name}/resolve/main/{file or 'model.safetensors'}"
+        if found is None:
+            problem = "give timm://NAME, or hf://OWNER/NAME and, behind a slash, the file"
+        else:
+            hub = os.getenv("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+            return f"{hub}/{found[1]}/resolve/main/{found[2] or 'model.safetensors'}"
+    elif scheme in ("catalog", "open-mmlab"):
+        names = CATALOG if scheme == "catalog" else OPEN_MMLAB
+        if rest in names:
+            return names[rest]
+        near = [f"{scheme}://{name}" for name in get_close_matches(rest, names, n=2, cutoff=0.0)]
+        problem = f"not in the catalog; the nearest names are {' and '.join(near)}"
+    else:
+        problem = f"scheme {one_line(scheme, 40)}:// is not known; give a local path, {', '.join(SCHEMES)}"
+    raise WeightsError(f"{one_line(uri, 200)}: {problem} (MODEL.WEIGHTS)")
 
 
 def published_preprocessing(uri: str) -> Preprocessing | None:
-    """What a published backbone expects, told by its URI or its path in the cache; None when unknown."""
+    """Return what a published backbone expects, told by its URI or its path in the cache; None when unknown."""
     return next((needs for pattern, needs in _PUBLISHED if pattern.search(uri)), None)
 
 
 def published_file(path: StrPath) -> Preprocessing | None:
-    """What a published backbone expects, told by its sha256; None when unknown."""
+    """Return what a published backbone expects, told by its sha256; None when unknown."""
     return _PUBLISHED_FILES.get(sha256_of(path)[:8])
 
 
@@ -172,12 +160,32 @@ def sha256_of(path: StrPath) -> str:
 
 
 def cache_path(url: str) -> Path:
-    """Where the file of an https URL lies, or would lie, in the cache (nothing is created).
+    """Return where the file of an https URL is, or would be, in the cache (nothing is created).
 
     Raises:
         WeightsError: the URL's path leads out of the cache folder, or cannot name a file in it.
     """
     return _placed(os.path.expanduser(os.getenv("FVCORE_CACHE", "~/.torch/iopath_cache")), url, "FVCORE_CACHE")
+
+
+def mirrored(url: str) -> str:
+    """Return where to fetch a URL: the mirror's URL or file where the environment names one, else the URL itself.
+
+    A mirror is a copy of the cache folder: the path behind the host of the original URL, on a server or on a disk.
+
+    Raises:
+        WeightsError: the URL's path leads out of the mirror's folder.
+    """
+    mirror = os.getenv(MIRROR, "").strip()
+    if not mirror:
+        return url
+    if re.match(r"https?://", mirror, flags=re.IGNORECASE):
+        return f"{mirror.rstrip('/')}/{urlparse(url).path.lstrip('/')}"
+    return str(_placed(_without_scheme(mirror).expanduser(), url, MIRROR))
+
+
+def _without_scheme(path: str) -> Path:
+    return Path(re.sub("^file://", "", path, flags=re.IGNORECASE))
 
 
 def _placed(folder: StrPath, url: str, variable: str) -> Path:
@@ -186,13 +194,12 @@ def _placed(folder: StrPath, url: str, variable: str) -> Path:
     Servers and file systems differ in what they decode, so every form of the path must be a plain one.
     """
     try:
-        written = re.sub("/+", "/", urlparse(url).path).removeprefix("/")
-        form = written
+        written = form = re.sub("/+", "/", urlparse(url).path).removeprefix("/")
         for _ in range(4):
             inside(folder, form)
-            if (decoded := unquote(form, errors="surrogateescape")) == form:
+            form, before = unquote(form, errors="surrogateescape"), form
+            if form == before:
                 break
-            form = decoded
         else:
             raise ValueError("the name is encoded many times over")
         if any(len(part.encode("utf-8", "surrogateescape")) > _MAX_PART for part in written.split("/")):
@@ -206,25 +213,22 @@ def _placed(folder: StrPath, url: str, variable: str) -> Path:
 
 
 def split_digest(uri: str) -> tuple[str, str]:
-    """The URI without ``#sha256=HEX``, and the digest (or its beginning) in lower case; "" where there is none.
+    """Return the URI without ``#sha256=HEX``, and the digest (or its beginning) in lower case; "" if there is none.
 
     Raises:
         WeightsError: another fragment behind a URL, or a digest that is none.
     """
-    match = _SHA256.search(uri)
-    rest = uri[: match.start()] if match else uri
-    if match and not re.fullmatch(r"[0-9a-fA-F]{8,64}", match[1]):
-        raise WeightsError(f"{one_line(uri, 400)}: behind #sha256= stand 8 to 64 hexadecimal digits (MODEL.WEIGHTS)")
+    rest, name, digest = re.fullmatch(r"(.*?)(?:(#sha256=)([^#]*))?", uri, re.IGNORECASE | re.DOTALL).groups("")  # type: ignore[union-attr]
+    if name and not re.fullmatch(r"[0-9a-fA-F]{8,64}", digest):
+        raise WeightsError(f"{one_line(uri, 400)}: #sha256= takes 8 to 64 hexadecimal digits (MODEL.WEIGHTS)")
     if "#" in rest and _SCHEME.match(rest):
-        raise WeightsError(
-            f"{one_line(uri, 400)}: #{one_line(rest.partition('#')[2], 60)} is not known; behind a URL may stand "
-            "#sha256=HEX (MODEL.WEIGHTS)"
-        )
-    return rest, match[1].lower() if match else ""
+        fragment = one_line(rest.partition("#")[2], 60)
+        raise WeightsError(f"{one_line(uri, 400)}: #{fragment} is not known, only #sha256=HEX (MODEL.WEIGHTS)")
+    return rest, digest.lower()
 
 
 def local_path(path_or_uri: StrPath) -> Path:
-    """A local file for a path or URI; downloads (to a temporary file, then renamed) when the cache lacks it.
+    """Return a local file for a path or URI; downloads when the cache lacks it.
 
     Raises:
         WeightsError: empty string, unknown name, a place outside the cache, or no download possible; the message names
@@ -236,63 +240,36 @@ def local_path(path_or_uri: StrPath) -> Path:
     uri, sha256 = split_digest(uri)
     url = resolve_url(uri)
     shown = one_line(uri, 400)
-    if url is None:
-        try:
-            cached = Path(re.sub("^file://", "", uri, flags=re.IGNORECASE)).expanduser()
-        except RuntimeError as error:  # ~ of a user who does not exist
-            raise WeightsError(f"{shown}: {one_line(error)} (MODEL.WEIGHTS)") from None
-        if not sha256:
-            return cached
-    else:
-        cached = cache_path(url)
-        source = mirrored(url)
-        if cached.is_dir():
-            raise WeightsError(f"{shown}: {cached} is a folder; give the URL of a file (MODEL.WEIGHTS)")
-        if not cached.is_file():
-            if "://" not in source:
-                cached = Path(source)
-                if not cached.is_file():
-                    raise WeightsError(f"{shown}: the mirror has no file {cached} ({MIRROR})")
-            else:
-                cached = _download(shown, url, cached, source, sha256)
-    if sha256:
-        try:
-            found = sha256_of(cached)
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", "") or error
-            raise WeightsError(f"{shown}: cannot be read ({one_line(reason)}) (MODEL.WEIGHTS)") from None
-        if not found.startswith(sha256):
-            advice = "delete it and download it again" if url else "it is another file, or damaged"
-            raise WeightsError(f"{shown}: {cached} has sha256 {found}, not {sha256}: {advice}")
-    return cached
-
-
-def mirrored(url: str) -> str:
-    """Where to fetch a URL: the mirror's URL or file where the environment names one, else the URL itself.
-
-    A mirror is a copy of the cache folder: the path behind the host of the original URL, on a server or on a disk.
-
-    Raises:
-        WeightsError: the URL's path leads out of the mirror's folder.
-    """
-    mirror = os.getenv(MIRROR, "").strip()
-    if not mirror:
-        return url
-    if re.match(r"https?://", mirror, flags=re.IGNORECASE):
-        return f"{mirror.rstrip('/')}/{urlparse(url).path.lstrip('/')}"
-    return str(_placed(Path(re.sub("^file://", "", mirror, flags=re.IGNORECASE)).expanduser(), url, MIRROR))
-
-
-def _download(uri: str, url: str, cached: Path, source: str, sha256: str) -> Path:
     try:
-        from gn_det.checkpoint.download import DownloadFailed, fetch
+        path = _without_scheme(uri).expanduser() if url is None else _cached(shown, url, sha256)
+        found = sha256_of(path) if sha256 else ""
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~ of a user who does not exist
+        reason = one_line(getattr(error, "strerror", "") or error)
+        raise WeightsError(f"{shown}: cannot be read ({reason}) (MODEL.WEIGHTS)") from None
+    if not found.startswith(sha256):
+        advice = "delete it and download it again" if url else "it is another file, or damaged"
+        raise WeightsError(f"{shown}: {path} has sha256 {found}, not {sha256}: {advice}")
+    return path
 
+
+def _cached(shown: str, url: str, sha256: str) -> Path:
+    """The file of a URL in the cache or a mirror's folder, downloaded where it is not there."""
+    cached, source = cache_path(url), mirrored(url)
+    if cached.is_dir():
+        raise WeightsError(f"{shown}: {cached} is a folder; give the URL of a file (MODEL.WEIGHTS)")
+    if cached.is_file():
+        return cached
+    if "://" not in source:
+        if not os.path.isfile(source):
+            raise WeightsError(f"{shown}: the mirror has no file {source} ({MIRROR})")
+        return Path(source)
+    from gn_det.checkpoint.download import DownloadFailed, fetch
+
+    try:
         return fetch(url, cached, source=source, sha256=sha256)
-    except ImportError:
-        raise WeightsError(f"{uri}: downloading needs the package iopath; or place {url} at {cached}") from None
     except DownloadFailed as error:
         mirror = f" from the mirror {source}" if source != url else ""
         raise WeightsError(
-            f"{uri}: cannot download {url}{mirror} ({error}); place the file at {cached}, or set MODEL.WEIGHTS to a "
+            f"{shown}: cannot download {url}{mirror} ({error}); place the file at {cached}, or set MODEL.WEIGHTS to a "
             "local path"
         ) from error

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gn_det.checkpoint import download
-from gn_det.checkpoint.catalog import CATALOG, MIRROR, cache_path, local_path, resolve_url
+from gn_det.checkpoint.weights_uri import CATALOG, MIRROR, cache_path, local_path, resolve_url
 from gn_det.errors import WeightsError
 
 BASE = "https://dl.fbaipublicfiles.com"
@@ -62,7 +62,7 @@ def test_urls(uri: str, url: str | None) -> None:
     [
         ("catalog://ImageNetPretrained/FAIR/R-50GN", "catalog://ImageNetPretrained/FAIR/R-50-GN"),
         ("zoo://resnet50_gn", "scheme zoo:// is not known"),
-        ("open-mmlab://resnet50_gn", "open-mmlab:// knows detectron/resnet50_gn"),
+        ("open-mmlab://resnet50_gn", "open-mmlab://detectron/resnet50_gn"),
         ("hf://resnet50_gn", "hf://OWNER/NAME"),
         ("", "MODEL.WEIGHTS is empty"),
     ],
