@@ -33,6 +33,8 @@ from gn_det.text import one_line, shown
 MAX_RUNS = 2000
 #: Keys that say where and how fast, not what comes out.
 _NOT_RESULT = ["OUTPUT_DIR", "", "MODEL.WEIGHTS", "", "DATALOADER.NUM_WORKERS", 0]
+#: Top-level keys of the same kind that came later: left out altogether, so that runs from before them still count.
+_LEFT_OUT = ("LOGGERS",)
 
 
 @dataclass(frozen=True)
@@ -71,15 +73,20 @@ class Job:
         Args:
             weights_sha: sha256 of the initial weights, "" for none.
         """
-        content: dict[str, Any] = {"kind": self.row.kind, "weights": weights_sha, "seed": self.seed, **self.inputs}
-        if self.cfg is not None:
-            cfg = self.cfg.clone()
-            cfg.defrost()
-            cfg.merge_from_list(_NOT_RESULT)
-            content["config"] = dump_config(cfg)
-        else:
-            content["settings"] = {k: v for k, v in self.settings.items() if k not in ("output", "workers")}
+        content = {**self._decides, "weights": weights_sha}
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    @functools.cached_property
+    def _decides(self) -> dict[str, Any]:
+        content: dict[str, Any] = {"kind": self.row.kind, "seed": self.seed, **self.inputs}
+        if self.cfg is None:
+            return content | {"settings": {k: v for k, v in self.settings.items() if k not in ("output", "workers")}}
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.merge_from_list(_NOT_RESULT)
+        for key in _LEFT_OUT:
+            cfg.pop(key, None)
+        return content | {"config": dump_config(cfg)}
 
     def initial_sha(self) -> str:
         """Of the weights that the config names, with the options behind the name; "" for none, or none here yet."""
@@ -176,7 +183,7 @@ def make_plan(
         if row.id not in wanted:
             continue
         try:
-            of_row = [_job(suite, row, seed, engine, overrides, num_gpus, of_rows) for seed in of_rows[row.id]]
+            of_row = _jobs(suite, row, engine, overrides, num_gpus, of_rows)
             found = _absent(of_row[0])
             model = row.id if of_row[0].cfg is None else str(of_row[0].cfg.MODEL)
             if model not in built:
@@ -206,37 +213,21 @@ def _wanted(suite: Suite, only: Sequence[str]) -> set[str]:
     return wanted | {str(row.weights) for row in suite.rows if row.id in wanted and row.weights in ids}
 
 
-def _job(
+def _jobs(
     suite: Suite,
     row: Row,
-    seed: int,
     engine: Engine,
     overrides: Sequence[str],
     num_gpus: int,
     seeds: Mapping[str, Sequence[int]],
-) -> Job:
-    """One run of a row, checked as far as its words go."""
+) -> list[Job]:
+    """The runs of a row, checked as far as its words go."""
     inputs: dict[str, Any] = {"processes": int(os.environ["WORLD_SIZE"]) if dist.under_torchrun() else num_gpus}
+    mine = seeds[row.id]
     if row.kind != DETECT:
-        settings = Settings.from_dict({**row.settings, "output": "-", "seed": seed})
-        return Job(row, seed, settings=settings.to_dict(), inputs=inputs)
-    cfg = _config(suite, row, seed, overrides)
-    source = next((r for r in suite.rows if r.id == row.weights), None)
-    if source is not None and source.kind == DETECT:
-        raise ConfigError(f"weights: '{source.id}' is a detection row; name a pre-training row or a file")
-    needs = (source.id, seed if seed in seeds[source.id] else seeds[source.id][0]) if source is not None else None
-    check_config(cfg, engine.name)
-    if not cfg.DATASETS.TEST and not cfg.DATASETS.VAL_JSON:
-        raise ConfigError("data: no validation set (DATASETS.TEST is empty); without one there is no AP to compare")
-    run.check_run(cfg, dist.resolve_device(cfg.MODEL.DEVICE), num_gpus)
-    run.check_freeze(cfg)
-    files = [s.json_file for s in _sources(cfg) if os.path.isfile(s.json_file)]
-    inputs |= {"engine": engine.name, "data": {file: file_hash(Path(file)) for file in files}}
-    return Job(row, seed, cfg=cfg, needs=needs, inputs=inputs)
-
-
-def _config(suite: Suite, row: Row, seed: int, overrides: Sequence[str]) -> CfgNode:
-    """File, then data and weights of the row, then the suite's keys, the row's, the command line's."""
+        of_seeds = [Settings.from_dict({**row.settings, "output": "-", "seed": seed}) for seed in mine]
+        return [Job(row, s.seed, settings=s.to_dict(), inputs=inputs) for s in of_seeds]
+    # File, then data and weights of the row, then the suite's keys, the row's, the command line's.
     cfg = load_config(row.config, check=False)
     merge_overrides(cfg, as_argv({f"DATASETS.{key.upper()}": value for key, value in row.data.items()}), "data")
     if row.weights is not None:
@@ -244,8 +235,24 @@ def _config(suite: Suite, row: Row, seed: int, overrides: Sequence[str]) -> CfgN
     merge_overrides(cfg, as_argv(suite.overrides), "overrides of the suite")
     merge_overrides(cfg, as_argv(row.overrides), "overrides")
     merge_overrides(cfg, overrides)
-    cfg.SEED = seed
-    return cfg
+    cfg.SEED = max(mine)
+    source = next((r for r in suite.rows if r.id == row.weights), None)
+    if source is not None and source.kind == DETECT:
+        raise ConfigError(f"weights: '{source.id}' is a detection row; name a pre-training row or a file")
+    check_config(cfg, engine.name)
+    if not cfg.DATASETS.TEST and not cfg.DATASETS.VAL_JSON:
+        raise ConfigError("data: no validation set (DATASETS.TEST is empty); without one there is no AP to compare")
+    run.check_run(cfg, dist.resolve_device(cfg.MODEL.DEVICE), num_gpus)
+    run.check_freeze(cfg)
+    files = [s.json_file for s in _sources(cfg) if os.path.isfile(s.json_file)]
+    inputs |= {"engine": engine.name, "data": {file: file_hash(Path(file)) for file in files}}
+    jobs = []
+    for seed in mine:
+        own = cfg.clone()
+        own.SEED = seed
+        needs = None if source is None else (source.id, seed if seed in seeds[source.id] else seeds[source.id][0])
+        jobs.append(Job(row, seed, cfg=own, needs=needs, inputs=inputs))
+    return jobs
 
 
 def as_argv(overrides: Mapping[str, Any]) -> list[str]:

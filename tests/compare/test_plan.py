@@ -99,7 +99,7 @@ def test_what_decides_a_detection(tmp_path: Path) -> None:
 
 def test_what_does_not_decide_a_detection() -> None:
     row = {**DETECT, "title": "other", "labels": {"a": "b"}, "note": "n", "reference": "fpn_gn"}
-    row["overrides"] = {"OUTPUT_DIR": "elsewhere", "DATALOADER.NUM_WORKERS": 7}
+    row["overrides"] = {"OUTPUT_DIR": "elsewhere", "DATALOADER.NUM_WORKERS": 7, "LOGGERS": "('csv',)"}
     assert key(row) == key({**DETECT}) == key({**DETECT, "id": "renamed"})
 
 
@@ -109,3 +109,10 @@ def test_what_does_not_decide_a_detection() -> None:
 def test_what_decides_a_pretraining(change: dict[str, Any]) -> None:
     assert key(pretrain_row("row", **change)) != key(pretrain_row("row"))
     assert key(pretrain_row("row", workers=2, title="t")) == key(pretrain_row("row"))
+
+
+def test_keys_are_those_of_runs_recorded_long_ago() -> None:
+    """A config key that is new must not make every finished run count as another: see ``_LEFT_OUT``."""
+    jobs = {job.name: job for job in make_plan(load_suite(find_suite("small")), Engine()).jobs}
+    assert jobs["pretrain/gn, seed 1"].settings_key("x") == "0420a17ab5f4d766"
+    assert jobs["gn, seed 3"].settings_key("x") == "3d8a0ac47a673712"
