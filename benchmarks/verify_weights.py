@@ -21,10 +21,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gn_det.checkpoint.catalog import local_path, sha256_of, split_options
-
 import gn_det
 from gn_det.checkpoint.weights import load_weights
+from gn_det.checkpoint.weights_uri import local_path, sha256_of, split_options
 from gn_det.errors import UserError
 from gn_det.files import atomic_write, json_bytes
 from gn_det.modeling.build import build_model

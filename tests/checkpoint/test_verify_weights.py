@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from gn_det.checkpoint.catalog import MIRROR, resolve_url
 
 from benchmarks.verify_weights import FILES, Published, run
+from gn_det.checkpoint.weights_uri import MIRROR, resolve_url
 from gn_det.config import load_config
 from gn_det.modeling.build import build_model
 
