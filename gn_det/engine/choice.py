@@ -115,7 +115,8 @@ def load(choice: Choice) -> Engine:
     for message in (r"torch\.meshgrid", r".*broadcast_buffers", r".*torch\.jit\.script"):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("torch.fx._symbolic_trace").addFilter(lambda record: "is_fx_tracing" not in str(record.msg))
-    return module.Detectron2Engine(choice.why)
+    engine: Engine = module.Detectron2Engine(choice.why)
+    return engine
 
 
 def import_detectron2() -> None:
