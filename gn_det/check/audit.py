@@ -177,7 +177,7 @@ def survey(
             result.data = parse(source)
             result.content = structure(result.data, findings, need_annotations=split == "train")
         except FileProblem as error:
-            findings.add(error.problem.kind, error.problem.where, *error.problem.details)
+            findings.add(error.problem.kind, Where(file=error.path), *error.problem.details)
             return result
         unusable = _look_at_images(result, result.content, decode, progress)
         result.images = [i for i in result.content.images if i["id"] not in unusable and i["width"]]
@@ -199,7 +199,7 @@ def _look_at_images(result: Survey, content: CocoJson, decode: bool, progress: b
         with _bar(progress, len(images), f"{result.split}: image headers") as bar:
             unusable = look_at_images(images, result.source, findings, bar.update, result.reader)
     except FileProblem as error:
-        findings.add(error.problem.kind, error.problem.where, *error.problem.details)
+        findings.add(error.problem.kind, Where(file=error.path), *error.problem.details)
         return set()
     if len(unusable) == len(images):
         return set()

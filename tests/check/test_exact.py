@@ -381,6 +381,7 @@ def test_unreadable_json(clean: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert main([*words, "--json", str(tmp_path / "r.json")]) == 2
     (problem,) = json.loads((tmp_path / "r.json").read_text())["sets"][0]["problems"]
     assert problem["kind"] == "json-unreadable"
+    assert f"{tmp_path / 'a.json'}: not a json file" in capsys.readouterr().out
 
 
 def test_anchors_are_high_by_their_ratio_and_corners_keep_the_area_of_a_mask() -> None:
