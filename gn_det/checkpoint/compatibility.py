@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 from gn_det.checkpoint.formats.common import Weights
-from gn_det.checkpoint.open_weights import NORM_KEYS, lookup
+from gn_det.checkpoint.open_weights import NORM_KEYS
 from gn_det.checkpoint.parameter_names import Architecture
 from gn_det.checkpoint.preprocessing import show
+from gn_det.config.defaults import get_value
 from gn_det.errors import WeightsError
 from gn_det.text import one_line
 
@@ -54,7 +55,7 @@ def check_norm(source: str, weights: Weights, found: Architecture, cfg: Any, all
     Raises:
         WeightsError: the config's norm computes something else with these weights.
     """
-    wanted = lookup(cfg, "MODEL.RESNETS.NORM")
+    wanted = get_value(cfg, "MODEL.RESNETS.NORM")
     if not found.blocks or wanted is None:
         return []
     norm = weights.norm or found.norm
@@ -69,13 +70,13 @@ def check_norm(source: str, weights: Weights, found: Architecture, cfg: Any, all
             f"take weights trained with {wanted or 'no norm'} (scale and shift do not carry over)"
         )
     for key in NORM_KEYS:  # GN, LN and IN have the same tensors and compute different things
-        theirs, ours = lookup(weights.config, key), lookup(cfg, key)
+        theirs, ours = get_value(weights.config, key), get_value(cfg, key)
         if theirs != ours and theirs in ("GN", "LN", "IN") and ours in ("GN", "LN", "IN"):
             raise WeightsError(
                 f"{source}: was trained with {key} {theirs!r}, but the config says {ours!r}: set {key} {theirs}"
             )
-    number, per_group = lookup(cfg, "MODEL.GN.NUM_GROUPS"), lookup(cfg, "MODEL.GN.CHANNELS_PER_GROUP") or 0
-    has_gn = any(lookup(cfg, key) == "GN" for key in NORM_KEYS)
+    number, per_group = get_value(cfg, "MODEL.GN.NUM_GROUPS"), get_value(cfg, "MODEL.GN.CHANNELS_PER_GROUP") or 0
+    has_gn = any(get_value(cfg, key) == "GN" for key in NORM_KEYS)
     if has_gn and weights.groups and number is not None:
         wanted_number, wanted_per_group = weights.groups
         if per_group != wanted_per_group or (not per_group and number != wanted_number):
@@ -109,7 +110,7 @@ def check_preprocessing(source: str, weights: Weights, cfg: Any) -> None:
     wrong = {
         key: (have, need)
         for key, need in keys.items()
-        if need is not None and (have := lookup(cfg, key)) is not None and not _agree(need, have)
+        if need is not None and (have := get_value(cfg, key)) is not None and not _agree(need, have)
     }
     if wrong:
         have = ", ".join(f"{key} is {_show(value)}" for key, (value, _) in wrong.items())

@@ -21,6 +21,7 @@ from gn_det.checkpoint.io import check_tensors, read_any
 from gn_det.checkpoint.meta import read_meta
 from gn_det.checkpoint.preprocessing import Preprocessing
 from gn_det.checkpoint.weights_uri import local_path, published_file, published_preprocessing, split_options
+from gn_det.config.defaults import get_value
 from gn_det.config.reader import parse_yaml
 from gn_det.errors import ConfigError, WeightsError
 from gn_det.files import StrPath
@@ -183,26 +184,18 @@ def _parse_config(path: StrPath, text: str) -> dict[str, Any] | None:
     return config if isinstance(config, dict) else None
 
 
-def lookup(config: Any, dotted: str) -> Any:
-    """Return ``config["A"]["B"]`` for "A.B", or None where the path ends early."""
-    for key in dotted.split("."):
-        if not isinstance(config, Mapping) or key not in config:
-            return None
-        config = config[key]
-    return config
-
-
 def _facts_of_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    norm = lookup(config, "MODEL.RESNETS.NORM")
-    has_gn = any(lookup(config, key) == "GN" for key in NORM_KEYS)
+    norm = get_value(config, "MODEL.RESNETS.NORM")
+    has_gn = any(get_value(config, key) == "GN" for key in NORM_KEYS)
     return {
         "norm": norm if norm in ("GN", "LN", "IN") else "",
-        "groups": [lookup(config, "MODEL.GN.NUM_GROUPS"), lookup(config, "MODEL.GN.CHANNELS_PER_GROUP") or 0] * has_gn,
+        "groups": [get_value(config, "MODEL.GN.NUM_GROUPS"), get_value(config, "MODEL.GN.CHANNELS_PER_GROUP") or 0]
+        * has_gn,
         "preprocessing": {
-            "format": lookup(config, "INPUT.FORMAT"),
-            "pixel_mean": lookup(config, "MODEL.PIXEL_MEAN"),
-            "pixel_std": lookup(config, "MODEL.PIXEL_STD"),
-            "stride_in_1x1": lookup(config, "MODEL.RESNETS.STRIDE_IN_1X1"),
+            "format": get_value(config, "INPUT.FORMAT"),
+            "pixel_mean": get_value(config, "MODEL.PIXEL_MEAN"),
+            "pixel_std": get_value(config, "MODEL.PIXEL_STD"),
+            "stride_in_1x1": get_value(config, "MODEL.RESNETS.STRIDE_IN_1X1"),
         },
     }
 

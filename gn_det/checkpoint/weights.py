@@ -17,10 +17,11 @@ from torch import nn
 from gn_det.checkpoint.compatibility import check_architecture, check_norm, check_preprocessing
 from gn_det.checkpoint.formats.common import Weights
 from gn_det.checkpoint.load_report import LoadReport, Outcome, Shape, format_report
-from gn_det.checkpoint.open_weights import lookup, open_weights
+from gn_det.checkpoint.open_weights import open_weights
 from gn_det.checkpoint.parameter_names import BOTTOM_UP, architecture_of, part_of, shorten
 from gn_det.checkpoint.preprocessing import fold, preprocessing_of_config, show
 from gn_det.checkpoint.weights_uri import split_options
+from gn_det.config.defaults import get_value
 from gn_det.errors import WeightsError
 from gn_det.files import StrPath
 from gn_det.text import one_line
@@ -183,7 +184,7 @@ def _rows_by_name(weights: Weights, cfg: Any, placed: Placed, ours: Mapping[str,
     Rows of classes that the file does not have stay as the model has them. Nothing is done where the classes are the
     same, or no name is.
     """
-    names, theirs = tuple(lookup(cfg, "MODEL.CLASS_NAMES") or ()), weights.class_names
+    names, theirs = tuple(get_value(cfg, "MODEL.CLASS_NAMES") or ()), weights.class_names
     kept = [name for name in names if name in theirs]
     if not kept or names == theirs:
         return []
@@ -227,7 +228,7 @@ def _some_names(names: Sequence[str]) -> str:
 
 
 def _class_notes(weights: Weights, cfg: Any, report: LoadReport) -> list[str]:
-    names = tuple(lookup(cfg, "MODEL.CLASS_NAMES") or ())
+    names = tuple(get_value(cfg, "MODEL.CLASS_NAMES") or ())
     theirs = weights.class_names
     if names and theirs and names != theirs and not report.reinitialised and "box head" in report.by_part():
         return [f"as many classes as the file, but other names ({shorten(theirs)}): its predictors are kept"]
@@ -282,7 +283,7 @@ def _describe(part: Outcome) -> str:
 def _refuse_untrained(report: LoadReport, cfg: Any, weights: Weights) -> None:
     if report.reinitialised:
         classes = weights.num_classes
-        wanted = lookup(cfg, "MODEL.ROI_HEADS.NUM_CLASSES")
+        wanted = get_value(cfg, "MODEL.ROI_HEADS.NUM_CLASSES")
         raise WeightsError(
             f"{report.source}: was trained with {classes} classes, but MODEL.ROI_HEADS.NUM_CLASSES is {wanted}: set "
             f"it to {classes}, or train first"
