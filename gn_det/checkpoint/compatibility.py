@@ -122,7 +122,7 @@ def check_preprocessing(source: str, weights: Weights, cfg: Any) -> None:
 def _agree(need: Any, have: Any) -> bool:
     if isinstance(need, tuple):
         return len(need) == len(have) and all(abs(a - b) <= _TOLERANCE for a, b in zip(need, have))
-    return need == have
+    return bool(need == have)
 
 
 def _show(value: Any) -> str:

@@ -67,41 +67,49 @@ def convert(source: StrPath, target: StrPath, to: str = "", *, fold_stem: bool =
         WriteError: the target cannot be written.
     """
     target = Path(target)
-    to, as_safetensors = _layout(target, to)
-    path = local_path(source)
+    _check_target(target, to)
+    path, name = local_path(source), os.fspath(source)
     read_head(path)
     if target.exists() and os.path.samefile(path, target):
         raise WeightsError(f"{target}: would replace its own source; give another name")
     weights = open_weights(source, must_know=fold_stem)
     if fold_stem:
-        _fold(os.fspath(source), weights, LAYOUTS[to])
+        _fold(name, weights, LAYOUTS[to or "detectron2"])
     state = {**weights.state, **weights.aside}
     left_out = [name for name in weights.ignored if not (weights.aside and _CLASSIFIER.match(name))]
-    if to in ("torchvision", "timm"):
-        state, heads = _as_layers(os.fspath(source), weights, state)
+    layered = to in ("torchvision", "timm")
+    if layered:
+        state, heads = _as_layers(name, weights, state)
         left_out += heads
-    block = _block(source, path, weights, whole=to in ("detectron2", "safetensors") and not fold_stem)
-    _write(target, state, block, to, as_safetensors)
+    block = _block(name, path, weights, whole=not layered and not fold_stem)
+    own = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+    if target.suffix.lower() == ".safetensors":
+        write_safetensors(target, own, block)
+    elif layered:
+        save_checkpoint(target, {"state_dict": own, "gn_det": block})
+    else:
+        # Detectron2 finds where bare names belong only when told to search.
+        extra = {"matching_heuristics": True} if STEM[-1] in own and not architecture_of(own).style else {}
+        save_checkpoint(target, {"model": own, "__author__": f"gn_det {__version__}", **extra, "gn_det": block})
     return Converted(target, weights.kind, len(state), tuple(left_out), weights.preprocessing)
 
 
-def _layout(target: Path, to: str) -> tuple[str, bool]:
-    """(layout, whether the container is safetensors)."""
+def _check_target(target: Path, to: str) -> None:
+    problem, suffix = "", target.suffix.lower()
     try:
         check_regular(target)
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:
-        reason = one_line(getattr(error, "strerror", "") or error)
-        raise WeightsError(f"{one_line(str(target), 400)}: cannot be written ({reason}); give another name") from None
-    suffix = target.suffix.lower()
+        problem = f"cannot be written ({one_line(getattr(error, 'strerror', '') or error)}); give another name"
     if suffix not in (".pth", ".pt", ".bin", ".safetensors"):
-        raise WeightsError(f"{target}: name the new file .pth or .safetensors")
+        problem = problem or "name the new file .pth or .safetensors"
     if to == "safetensors" and suffix != ".safetensors":
-        raise WeightsError(f"{target}: name the new file .safetensors, or leave --to out")
+        problem = problem or "name the new file .safetensors, or leave --to out"
+    if problem:
+        raise WeightsError(f"{one_line(str(target), 400)}: {problem}")
     if to not in ("", *LAYOUTS):
         raise WeightsError(f"--to {to}: one of {', '.join(LAYOUTS)}")
-    return to or "detectron2", suffix == ".safetensors"
 
 
 def _fold(source: str, weights: Weights, usual: Preprocessing) -> None:
@@ -133,15 +141,9 @@ def _as_layers(source: str, weights: Weights, state: State) -> tuple[State, list
             f"{source}: strides in the 1x1 convolutions; torchvision and timm stride in the 3x3 and would compute "
             "other features"
         )
-    layers: State = {}
-    rest = []
-    for name, value in state.items():
-        match = _BOTTOM_UP.match(name)
-        theirs = torchvision.name_back(match.group(1)) if match else None
-        if theirs is None:
-            rest.append(name)
-        else:
-            layers[theirs] = value
+    names = {name: torchvision.name_back(match[1]) for name in state if (match := _BOTTOM_UP.match(name))}
+    layers: State = {theirs: state[name] for name, theirs in names.items() if theirs is not None}
+    rest = [name for name in state if names.get(name) is None]
     if "conv1.weight" not in layers or not any(name.startswith("layer4.") for name in layers):
         raise WeightsError(f"{source}: {weights.kind} has no ResNet of stem and res2 to res5 (it has {shorten(state)})")
     if weights.norm == "affine BN":
@@ -152,13 +154,14 @@ def _as_layers(source: str, weights: Weights, state: State) -> tuple[State, list
     return layers, rest
 
 
-def _block(source: StrPath, path: Path, weights: Weights, whole: bool) -> dict[str, Any]:
+def _block(source: str, path: Path, weights: Weights, whole: bool) -> dict[str, Any]:
     """The ``gn_det`` block; ``whole``: the config of one of our own checkpoints still describes the file."""
     before = dict(weights.meta or {})
-    sha = sha256_of(path)
-    provenance = {"source": _plain_source(source, path), "sha256": sha, "kind": weights.kind}
-    earlier = before.get("provenance")
-    steps = list(earlier) if isinstance(earlier, (list, tuple)) else []
+    steps = before.get("provenance")
+    uri, _ = split_options(source)
+    # A URI as it was given; of a local file the name alone, for its folder is nobody's business.
+    step = {"source": uri if "://" in uri else path.name, "sha256": sha256_of(path), "kind": weights.kind}
+    needs = None if weights.preprocessing is None else asdict(weights.preprocessing)
     return {
         **before,
         "version": __version__,
@@ -170,34 +173,9 @@ def _block(source: StrPath, path: Path, weights: Weights, whole: bool) -> dict[s
         "weights": {
             "norm": weights.norm or ("GN" if weights.groups else ""),
             "groups": list(weights.groups) if weights.groups else None,
-            "preprocessing": _as_dict(weights.preprocessing),
+            "preprocessing": needs and {key: list(v) if isinstance(v, tuple) else v for key, v in needs.items()},
             "foldable": weights.foldable,
             "asks": weights.asks and weights.preprocessing is None,
         },
-        "provenance": [*steps, provenance],
+        "provenance": [*(steps if isinstance(steps, (list, tuple)) else ()), step],
     }
-
-
-def _plain_source(source: StrPath, path: Path) -> str:
-    """A URI as it was given; of a local file the name alone, for its folder is nobody's business."""
-    uri, _ = split_options(os.fspath(source))
-    return uri if "://" in uri else path.name
-
-
-def _as_dict(needs: Preprocessing | None) -> dict[str, Any] | None:
-    if needs is None:
-        return None
-    return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(needs).items()}
-
-
-def _write(target: Path, state: State, block: dict[str, Any], to: str, as_safetensors: bool) -> None:
-    own = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
-    if as_safetensors:
-        write_safetensors(target, own, block)
-    elif to in ("torchvision", "timm"):
-        save_checkpoint(target, {"state_dict": own, "gn_det": block})
-    else:
-        bare = not architecture_of(own).style
-        # Detectron2 finds where bare names belong only when told to search.
-        extra = {"matching_heuristics": True} if bare and STEM[-1] in own else {}
-        save_checkpoint(target, {"model": own, "__author__": f"gn_det {__version__}", **extra, "gn_det": block})

@@ -59,7 +59,8 @@ def _array(stream: Stream, shape: Any, dtype: Any, data: Any, order: Any = "C") 
             f"{one_line(size)}"
         )
     # A dtype of its own: that of the pickle may get another byte order afterwards.
-    return np.frombuffer(data, np.dtype(dtype.str)).reshape(shape, order="F" if order == "F" else "C")
+    flat: np.ndarray = np.frombuffer(data, np.dtype(dtype.str))
+    return flat.reshape(shape, order="F" if order == "F" else "C")
 
 
 def _constructors(stream: Stream) -> Table:

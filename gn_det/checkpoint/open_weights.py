@@ -128,8 +128,9 @@ def read_weights(path: StrPath) -> Weights:
 def _state_of(path: StrPath, payload: Mapping[str, Any]) -> Mapping[Any, Any]:
     """The dict of tensors inside the wrappings in use: Detectron2/ours, Detectron, Lightning/mmdetection, none."""
     for key in ("model", "blobs", "state_dict"):
-        if isinstance(payload.get(key), Mapping) and payload[key]:
-            return payload[key]
+        inner = payload.get(key)
+        if isinstance(inner, Mapping) and inner:
+            return inner
     if not any(isinstance(v, (torch.Tensor, np.ndarray)) for v in payload.values()):
         keys = ", ".join(one_line(k, 30) for k in list(payload)[:5]) or "nothing"
         raise WeightsError(f"{path}: holds no weights (its entries: {keys}); give a file with a 'model' state dict")

@@ -192,7 +192,7 @@ def _unpickler(stream: Stream, size: int, content: Content, swapped: bool = Fals
             found = content(key, nbytes, dtype.itemsize)
             if swapped and nbytes:
                 found = found.clone()
-                found.untyped_storage().byteswap(dtype)
+                found.untyped_storage().byteswap(dtype)  # type: ignore[no-untyped-call, unused-ignore]
             known[key] = _Storage(dtype, found)
         if known[key].content.numel() != nbytes or (swapped and known[key].dtype != dtype):
             raise Refused("is damaged: it gives two lengths to one storage")

@@ -135,7 +135,7 @@ _OPCODES = (
 )
 
 
-class Unpickler(_Base):
+class Unpickler(_Base):  # type: ignore[misc, unused-ignore]
     """Opcodes that only build values.
 
     Args:
@@ -304,7 +304,7 @@ def check_shape(shape: Any) -> tuple[int, ...]:
         good = good and 0 <= n < 1 << 48 and size <= 1 << 60
     if not good:
         raise Refused(f"holds an array of shape {one_line(shape, 60)}")
-    return shape
+    return shape  # type: ignore[no-any-return, unused-ignore]
 
 
 def plain_constructors(stream: Stream) -> Table:
