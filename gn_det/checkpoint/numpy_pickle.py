@@ -59,8 +59,8 @@ def _array(stream: Stream, shape: Any, dtype: Any, data: Any, order: Any = "C") 
             f"{one_line(size)}"
         )
     # A dtype of its own: that of the pickle may get another byte order afterwards.
-    flat: np.ndarray = np.frombuffer(data, np.dtype(dtype.str))
-    return flat.reshape(shape, order="F" if order == "F" else "C")
+    made: np.ndarray = np.frombuffer(data, np.dtype(dtype.str)).reshape(shape, order="F" if order == "F" else "C")
+    return made
 
 
 def _constructors(stream: Stream) -> Table:
@@ -82,7 +82,8 @@ def _constructors(stream: Stream) -> Table:
         # Since numpy 2.4, of an array whose axes are in another order, such as channels last.
         if type(axes) is not tuple or not all(type(n) is int for n in axes) or sorted(axes) != list(range(found.ndim)):
             raise Refused("is damaged: an array has an impossible order of axes")
-        return found.transpose(axes)
+        found = found.transpose(axes)
+        return found
 
     table: Table = {("numpy", "ndarray"): None, ("numpy", "dtype"): dtype, **plain_constructors(stream)}
     for core in ("numpy.core", "numpy._core"):

@@ -245,21 +245,17 @@ def _refuse_partial(report: LoadReport, whole: bool) -> None:
     """
     problems, keys = [], []
     for name, part in report.by_part().items():
-        if not (part.missing or part.unexpected or part.shape_differs):
-            continue
-        in_model = bool(part.loaded or part.missing or part.shape_differs or part.reinitialised)
-        in_file = bool(part.loaded or part.unexpected or part.shape_differs or part.reinitialised)
-        needed = name in BOTTOM_UP or name == "res5 head"
+        fits = not (part.missing or part.unexpected or part.shape_differs)
+        shared = part.loaded or part.shape_differs or part.reinitialised or (part.missing and part.unexpected)
         if name == "other":
             # Another task's head (keypoints, panoptic) does no harm; a stray tensor of a bare backbone or of the
             # backbone's is one that no table explains.
-            part_is_fine = not part.missing and whole and not any(n.startswith("backbone.") for n in part.unexpected)
+            absent = not part.missing and whole and not any(n.startswith("backbone.") for n in part.unexpected)
         else:
-            part_is_fine = not needed and not (in_model and in_file)
-        if part_is_fine:
-            continue
-        problems.append(f"{name}: {_describe(part)}")
-        keys.append(_KEYS["res" if name.startswith("res") else name])
+            absent = not shared and name not in BOTTOM_UP and name != "res5 head"
+        if not fits and not absent:
+            problems.append(f"{name}: {_describe(part)}")
+            keys.append(_KEYS["res" if name.startswith("res") else name])
     if problems:
         more = f" (and {len(problems) - 3} more parts)" if len(problems) > 3 else ""
         raise WeightsError(
@@ -309,8 +305,6 @@ def _refuse_frozen(report: LoadReport, model: nn.Module) -> None:
 
 def _refuse_non_finite(source: str, state: Placed) -> None:
     for name, value in state.items():
-        value = value.float() if value.is_floating_point() and value.element_size() == 1 else value  # float8 has no sum
-        if not value.is_floating_point() or bool(torch.isfinite(value.sum())):
-            continue
-        if not bool(torch.isfinite(value).all()):  # the quick sum may also overflow
+        # The quick sum may also overflow.
+        if value.is_floating_point() and not torch.isfinite(value.sum()) and not torch.isfinite(value).all():
             raise WeightsError(f"{source}: {name} holds NaN or infinity; take an earlier checkpoint")
