@@ -8,7 +8,6 @@ takes ``SOLVER.WEIGHT_DECAY_BIAS`` and ``SOLVER.BIAS_LR_FACTOR`` where they are 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,29 +29,6 @@ NORM_MODULES: tuple[type[nn.Module], ...] = (
     nn.LayerNorm,
     nn.LocalResponseNorm,
 )
-
-
-@dataclass(frozen=True)
-class GroupRow:
-    """One line of the optimizer table.
-
-    Attributes:
-        kind: ``"gamma/beta"``, ``"bias"`` or ``"weight"``.
-        lr: learning rate before the schedule's multiplier; None when frozen.
-        weight_decay: L2 factor; None when frozen.
-        tensors: number of parameter tensors.
-        elements: number of scalars in them.
-    """
-
-    kind: str
-    lr: float | None
-    weight_decay: float | None
-    tensors: int
-    elements: int
-
-    @property
-    def frozen(self) -> bool:
-        return self.lr is None
 
 
 def _own_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
@@ -126,49 +102,33 @@ def clip_gradients(cfg: CfgNode, parameters: Iterable[nn.Parameter]) -> None:
     if clip.CLIP_TYPE == "full_model":
         nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, clip.NORM_TYPE)
         return
-    for param in parameters:
-        if param.grad is None:
-            continue
+    for param in (p for p in parameters if p.grad is not None):
         if clip.CLIP_TYPE == "value":
             nn.utils.clip_grad_value_(param, clip.CLIP_VALUE)
         else:
             nn.utils.clip_grad_norm_(param, clip.CLIP_VALUE, clip.NORM_TYPE)
 
 
-def group_rows(cfg: CfgNode, model: nn.Module) -> list[GroupRow]:
-    """Count parameter tensors by kind and hyperparameters; frozen ones apart (they are in no optimizer group)."""
-    counts: dict[tuple[str, float | None, float | None], tuple[int, int]] = {}
+def format_groups(cfg: CfgNode, model: nn.Module) -> str:
+    """Parameter tensors by kind and hyperparameters as a table, ending in one sentence on gamma and beta."""
+    kinds = ("gamma/beta", "bias", "weight")
+    counts: dict[tuple[int, float | None, float | None], list[int]] = {}  # (kind, lr, decay): elements of each tensor
     for module, name, param in _own_parameters(model):
-        kind = "gamma/beta" if isinstance(module, NORM_MODULES) else "bias" if name == "bias" else "weight"
-        lr: float | None = None
-        decay: float | None = None
+        kind = 0 if isinstance(module, NORM_MODULES) else 1 if name == "bias" else 2
+        lr = decay = None  # frozen
         if param.requires_grad:
             explicit = _hyperparameters(cfg, module, name)
             lr, decay = explicit["lr"], explicit.get("weight_decay", float(cfg.SOLVER.WEIGHT_DECAY))
-        tensors, elements = counts.get((kind, lr, decay), (0, 0))
-        counts[kind, lr, decay] = (tensors + 1, elements + param.numel())
-    order = {"gamma/beta": 0, "bias": 1, "weight": 2}
-    keys = sorted(counts, key=lambda k: (k[1] is None, order[k[0]], -(k[2] or 0.0)))
-    return [GroupRow(*key, *counts[key]) for key in keys]
-
-
-def format_groups(rows: Iterable[GroupRow]) -> str:
-    """The optimizer table as text, ending in one sentence on gamma and beta."""
-    rows = list(rows)
+        counts.setdefault((kind, lr, decay), []).append(param.numel())
     lines = ["Optimizer groups", f"  {'kind':<12}{'tensors':>8}{'parameters':>13}{'lr':>10}{'weight decay':>14}"]
-    for row in rows:
-        lr = "frozen" if row.lr is None else f"{row.lr:g}"
-        decay = "-" if row.weight_decay is None else f"{row.weight_decay:g}"
-        lines.append(f"  {row.kind:<12}{row.tensors:>8}{row.elements:>13,}{lr:>10}{decay:>14}")
-    lines.append(f"  {_norm_sentence(rows)}")
+    norms = []
+    for kind, lr, decay in sorted(counts, key=lambda k: (k[1] is None, k[0], -(k[2] or 0.0))):
+        sizes = counts[kind, lr, decay]
+        rate, factor = ("frozen", "-") if lr is None else (f"{lr:g}", f"{decay:g}")
+        lines.append(f"  {kinds[kind]:<12}{len(sizes):>8}{sum(sizes):>13,}{rate:>10}{factor:>14}")
+        if kind == 0:
+            how = "frozen by MODEL.BACKBONE.FREEZE_AT" if lr is None else f"trained with weight decay {factor}"
+            norms.append((len(sizes), f"{len(sizes)} {how}"))
+    total, parts = sum(count for count, _ in norms), ", ".join(part for _, part in norms)
+    lines.append(f"  {total} gamma/beta tensors{': ' if norms else ''}{parts}.")
     return "\n".join(lines)
-
-
-def _norm_sentence(rows: list[GroupRow]) -> str:
-    norm = [r for r in rows if r.kind == "gamma/beta"]
-    total = sum(r.tensors for r in norm)
-    if not total:
-        return "The model has no trainable or frozen gamma and beta tensors (norm layers without parameters, or none)."
-    parts = [f"{r.tensors} trained with weight decay {r.weight_decay:g}" for r in norm if r.weight_decay is not None]
-    parts += [f"{r.tensors} frozen by MODEL.BACKBONE.FREEZE_AT" for r in norm if r.frozen]
-    return f"{total} gamma/beta tensors: {', '.join(parts)}."

@@ -37,7 +37,7 @@ from gn_det.engine.evaluator import evaluate_model, verify_expected
 from gn_det.engine.log import FILE_ONLY, run_log
 from gn_det.engine.loggers import check_loggers
 from gn_det.engine.loop import Hook
-from gn_det.engine.optimizer import format_groups, group_rows
+from gn_det.engine.optimizer import format_groups
 from gn_det.engine.output import alone_in, check_output_name, check_space, check_writable, refuse_old_run, start_afresh
 from gn_det.engine.schedule import format_schedule, images_per_rank, lr_multiplier, scale_schedule
 from gn_det.engine.state import ModelMeta, find_resume, seed_everything
@@ -323,7 +323,7 @@ def describe_model(cfg: CfgNode, model: nn.Module) -> None:
     logger.info("Norm layers\n%s", _indent(format_census(rows)))
     if half_gn(rows):
         logger.info(half_gn(rows))
-    logger.info(format_groups(group_rows(cfg, model)))
+    logger.info(format_groups(cfg, model))
 
 
 def load_initial(cfg: CfgNode, model: nn.Module, images: int) -> None:

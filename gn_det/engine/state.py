@@ -22,6 +22,7 @@ from gn_det.checkpoint.io import read_checkpoint
 from gn_det.checkpoint.last import read_last
 from gn_det.checkpoint.meta import build_meta, read_meta
 from gn_det.config import parse_config
+from gn_det.config.defaults import flatten
 from gn_det.engine import dist
 from gn_det.engine.payload import check_run, numpy_state, refuse, restore_slots
 from gn_det.engine.schedule import set_iteration
@@ -309,10 +310,7 @@ def _momentum(payload: Mapping[str, Any], model: nn.Module, optimizer: Optimizer
     if saved is None:
         return lambda: None, "It holds no optimizer state: momentum starts at zero."
     if list(payload["model"]) != list(model.state_dict()):
-        return (
-            lambda: None,
-            "Its tensors come in another order (another engine or version wrote it): momentum starts at zero.",
-        )
+        return lambda: None, "Its tensors have another order (of another engine or version): momentum starts at zero."
     return restore_slots(optimizer, saved, where), ""
 
 
@@ -336,22 +334,15 @@ def changed_keys(payload: Mapping[str, Any], cfg: CfgNode) -> list[str]:
     try:
         if not block or not block["config"]:
             return []
-        old = _flat(parse_config(block["config"], "checkpoint"))
+        old = dict(flatten(parse_config(block["config"], "checkpoint")))
     except (ConfigError, ValueError):  # of a version with other keys, or damaged: nothing of it is used
         return []
-    new = _flat(cfg)
     return [
-        f"{k} {one_line(old[k])} -> {one_line(v)}"
-        for k, v in new.items()
-        if k in old and old[k] != v and k not in _SILENT
+        f"{name} {one_line(old[name])} -> {one_line(value)}"
+        for name, value in flatten(cfg)
+        if name in old and _as_list(old[name]) != _as_list(value) and name not in _SILENT
     ]
 
 
-def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for name, value in node.items():
-        if isinstance(value, Mapping):
-            out.update(_flat(value, f"{prefix}{name}."))
-        else:
-            out[prefix + name] = list(value) if isinstance(value, (list, tuple)) else value
-    return out
+def _as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

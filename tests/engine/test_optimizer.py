@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gn_det.config import get_cfg
-from gn_det.engine.optimizer import build_optimizer, clip_gradients, format_groups, group_rows
+from gn_det.engine.optimizer import build_optimizer, clip_gradients, format_groups
 from gn_det.errors import ConfigError
 from tests.engine.cases import Tiny
 
@@ -47,7 +47,7 @@ def test_shared_parameter_is_optimized_once() -> None:
 
 
 def test_table_counts_gamma_beta_and_frozen() -> None:
-    text = format_groups(group_rows(get_cfg(), Tiny()))
+    text = format_groups(get_cfg(), Tiny())
     assert "6 gamma/beta tensors: 4 trained with weight decay 0, 2 frozen by MODEL.BACKBONE.FREEZE_AT." in text
 
 
