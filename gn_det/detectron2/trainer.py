@@ -7,6 +7,7 @@ import inspect
 import logging
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ from gn_det.engine.advice import explain_oom
 from gn_det.engine.detector_loop import first_batch, make_loop
 from gn_det.engine.evaluator import evaluate_model, verify_expected
 from gn_det.engine.log import run_log
+from gn_det.engine.loggers import check_loggers
 from gn_det.engine.loop import Loop, parallel
 from gn_det.engine.output import alone_in, check_writable, refuse_old_run
 from gn_det.engine.run import (
@@ -86,7 +88,7 @@ class Trainer(DefaultTrainer):
     them); SOLVER.EPOCHS and, where it is set, SOLVER.REFERENCE_BATCH are read. Norm census and optimizer groups are
     printed, DATASETS.TEST is evaluated with COCO AP, ``model_best.pth`` is kept (TEST.BEST_METRIC), TEST.PATIENCE stops
     early, SOLVER.ACCUMULATE, AMP.DTYPE and CHECKPOINT_KEEP are read, a non-finite loss stops the run and names the
-    images, a signal saves before it ends the run, and a resumed run goes on exactly where it was.
+    images, a signal saves before it ends the run, and a resumed run continues exactly where it was.
 
     ``build_model``, ``build_optimizer``, ``build_lr_scheduler``, ``build_train_loader``, ``build_evaluator`` and
     ``build_hooks`` can be overridden as ever; they get the names of data sets as ``cfg`` has them. Hooks of your own
@@ -103,6 +105,8 @@ class Trainer(DefaultTrainer):
         UserError: configuration, data, weights or folder cannot be used.
     """
 
+    _hooks: list[Any]
+
     def __init__(self, cfg: CfgNode, *, overwrite: bool = False) -> None:
         TrainerBase.__init__(self)
         if not has_gn_keys(cfg):
@@ -110,6 +114,7 @@ class Trainer(DefaultTrainer):
         self._overwrite = overwrite
         self._folder = check_writable(cfg.OUTPUT_DIR)
         check_for_trainer(cfg, own_loader=self._overridden("build_train_loader"), own_results=self._own_results())
+        check_loggers(cfg)
         if not self._own_results():  # else the names are those of the user's evaluator
             check_metric(cfg)
         with self._log(), trainer_keys_are_read():
@@ -138,7 +143,7 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Go on from the last checkpoint of OUTPUT_DIR, of either engine; without one, load MODEL.WEIGHTS.
+        """Continue from the last checkpoint of OUTPUT_DIR, of either engine; without one, load MODEL.WEIGHTS.
 
         Args:
             resume: False starts a new run; OUTPUT_DIR must not hold an earlier one then, unless ``overwrite``.
@@ -163,7 +168,7 @@ class Trainer(DefaultTrainer):
             refuse_old_run(self._folder, overwrite=self._overwrite)
         except TrainingError:
             raise TrainingError(
-                f"OUTPUT_DIR {self._folder} holds checkpoints of an earlier run: go on with it by "
+                f"OUTPUT_DIR {self._folder} holds checkpoints of an earlier run: continue it by "
                 "resume_or_load(resume=True), replace it by Trainer(cfg, overwrite=True), or set another OUTPUT_DIR"
             ) from None
 
@@ -207,13 +212,12 @@ class Trainer(DefaultTrainer):
             batches.start, batches.seed = first_batch(self._run_cfg, self._state), self._state.seed
         self._trainer.loop = self._hook.loop = loop
         hooks = list(self._hooks)
-        if (
-            self._hook not in hooks
-        ):  # an overridden build_hooks without gn_det's: after the last that moves the schedule
+        self.register_hooks([self._hook, EndHook(self._hook)])
+        if self._hook in hooks:
+            del self._hooks[-2]
+        else:  # an overridden build_hooks without gn_det's: it comes after the last that moves the schedule
             place = max((i for i, hook in enumerate(hooks, start=1) if isinstance(hook, LRScheduler)), default=0)
-            self.register_hooks([self._hook])
-            self._hooks: list[Any] = [*hooks[:place], self._hook, *hooks[place:]]
-        self.register_hooks([EndHook(self._hook)])
+            self._hooks.insert(place, self._hooks.pop(-2))
         try:
             with train_quietly(), explain_oom(self._run_cfg, loop):
                 TrainerBase.train(self, self.start_iter, self.max_iter)
@@ -284,8 +288,5 @@ def _nested(results: Mapping[str, float]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, value in results.items():
         *path, last = name.split("/")
-        inner = out
-        for part in path:
-            inner = inner.setdefault(part, {})
-        inner[last] = value
+        reduce(lambda inner, part: inner.setdefault(part, {}), path, out)[last] = value
     return out

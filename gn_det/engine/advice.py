@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
@@ -14,9 +14,7 @@ from gn_det.engine import dist
 from gn_det.engine.loop import Loop
 from gn_det.engine.schedule import images_per_rank
 from gn_det.errors import TrainingError
-
-if TYPE_CHECKING:
-    from gn_det.modeling.census import CensusRow
+from gn_det.modeling.census import CensusRow
 
 _BACKBONE = ("stem", "res2", "res3", "res4", "res5", "res5 head")
 _KEYS = {"fpn": "MODEL.FPN.NORM", "box head": "MODEL.ROI_BOX_HEAD.NORM", "mask head": "MODEL.ROI_MASK_HEAD.NORM"}
@@ -33,14 +31,12 @@ def half_gn(rows: Sequence[CensusRow]) -> str:
     for row in rows:
         if row.stage != "rpn":
             kinds.setdefault("backbone" if row.stage in _BACKBONE else row.stage, set()).add(row.norm)
-    if not any("GN" in found for found in kinds.values()):
+    others = {part: found for part, found in kinds.items() if found != {"GN"}}
+    if not others or not any("GN" in found for found in kinds.values()):
         return ""
-    without = {part: found - {"GN"} for part, found in kinds.items() if found != {"GN"}}
-    if not without:
-        return ""
-    told = ", ".join(f"{part}: {' and '.join(sorted(found | kinds[part]))}" for part, found in without.items())
-    keys = [f"{_KEYS.get(part, 'MODEL.RESNETS.NORM')} GN" for part in without]
-    return f"GN is in a part of the model only ({told}); the published GN models have it everywhere: {', '.join(keys)}."
+    parts = ", ".join(f"{part}: {' and '.join(sorted(found))}" for part, found in others.items())
+    keys = ", ".join(f"{_KEYS.get(part, 'MODEL.RESNETS.NORM')} GN" for part in others)
+    return f"GN is in a part of the model only ({parts}); the published GN models have it everywhere: {keys}."
 
 
 def short_for_scratch(cfg: CfgNode, images: int) -> str:
@@ -126,12 +122,8 @@ def _smaller(cfg: CfgNode) -> list[str]:
         )
     if not cfg.SOLVER.AMP.ENABLED:
         out.append("set SOLVER.AMP.ENABLED True (activations take up to half the memory)")
-    sizes = tuple(_four_fifths(s) for s in cfg.INPUT.MIN_SIZE_TRAIN)
-    out.append(
-        f'set INPUT.MIN_SIZE_TRAIN "{sizes}" INPUT.MAX_SIZE_TRAIN {_four_fifths(cfg.INPUT.MAX_SIZE_TRAIN)} (36% fewer '
-        "pixels)"
-    )
-    return out
+    sizes, longest = tuple(map(_four_fifths, cfg.INPUT.MIN_SIZE_TRAIN)), _four_fifths(cfg.INPUT.MAX_SIZE_TRAIN)
+    return [*out, f'set INPUT.MIN_SIZE_TRAIN "{sizes}" INPUT.MAX_SIZE_TRAIN {longest} (36% fewer pixels)']
 
 
 def describe_batch(batch: Sequence[Any]) -> str:

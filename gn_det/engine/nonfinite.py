@@ -10,7 +10,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from gn_det.checkpoint.io import read_checkpoint, save_checkpoint
 from gn_det.checkpoint.meta import config_of_checkpoint
@@ -141,11 +142,10 @@ def find_origin(model: nn.Module, forward: Callable[[], Any]) -> str:
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if not found and not _finite(output):
-                kind = type(module).__name__
-                inputs = _largest(args)
-                size = "" if inputs is None else f", whose inputs reach {inputs:.3g}"
-                found.append(f"the first activations to go bad are those of {name} ({kind}){size}")
+            if not found and not all(bool(torch.isfinite(t).all()) for t in _numbers(output)):
+                inputs = [float(t.abs().max()) for t in _numbers(args)]
+                size = f", whose inputs reach {max(inputs):.3g}" if inputs else ""
+                found.append(f"the first activations to go bad are those of {name} ({type(module).__name__}){size}")
 
         return hook
 
@@ -161,24 +161,9 @@ def find_origin(model: nn.Module, forward: Callable[[], Any]) -> str:
     return found[0] if found else "all activations are finite: the objects of these images are what to look at"
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-
-
-def _finite(value: Any) -> bool:
-    return all(bool(torch.isfinite(t).all()) for t in _tensors(value) if t.is_floating_point())
-
-
-def _largest(value: Any) -> float | None:
-    sizes = [float(t.detach().abs().max()) for t in _tensors(value) if t.is_floating_point() and t.numel()]
-    return max(sizes, default=None)
+def _numbers(value: Any) -> list[Tensor]:
+    """Floating point tensors inside nested containers."""
+    return [t.detach() for t in tree_leaves(value) if isinstance(t, Tensor) and t.is_floating_point() and t.numel()]
 
 
 # ------------------------------------------------------------ the file

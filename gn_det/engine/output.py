@@ -125,8 +125,8 @@ def refuse_old_run(folder: Path, *, overwrite: bool) -> None:
     found = checkpoints(folder)
     if found and not overwrite:
         raise TrainingError(
-            f"OUTPUT_DIR {folder} holds {len(found)} checkpoint(s) of an earlier run (such as {found[0].name}): go on "
-            "with it by --resume, replace it by --overwrite, or set OUTPUT_DIR to a new folder"
+            f"OUTPUT_DIR {folder} holds {len(found)} checkpoint(s) of an earlier run (such as {found[0].name}): "
+            "continue it with --resume, replace it with --overwrite, or set OUTPUT_DIR to a new folder"
         )
 
 
