@@ -15,7 +15,7 @@ from PIL import Image
 import gn_det
 from gn_det.checkpoint.io import read_checkpoint
 from gn_det.cli import main
-from gn_det.cli.quickstart import draw_comparison
+from gn_det.cli.outcome import draw_comparison
 from gn_det.config import load_config
 from gn_det.data.sets import load_first_test_set
 from gn_det.data.shapes import make_shapes
@@ -57,6 +57,8 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_leaves_what_the_readme_names(trained: Path) -> None:
     names = {p.name for p in trained.iterdir()}
     assert {"model_best.pth", "model_final.pth", "last_checkpoint", "metrics.json"} <= names
+    for drawing in ("curves.png", "predictions.png"):
+        assert np.asarray(Image.open(trained / drawing)).std() > 1
     last = json.loads((trained / "metrics.json").read_text().splitlines()[-1])
     assert {"iteration", "bbox/AP", "segm/AP", "bbox/AP50", "segm/APs"} <= set(last)
 

@@ -71,8 +71,9 @@ def _run(argv: Sequence[str], prog: str | None) -> int:
         with _ended_by_sigterm():
             return int(command.run(args))
     except UserError as e:
-        print(f"gn-det: error: {as_line(e)}", file=sys.stderr)
-        # An interrupted run says so to the shell: 130 for Ctrl-C, 143 for SIGTERM.
+        # An interrupted run is no error, and says so to the shell: 130 for Ctrl-C, 143 for SIGTERM.
+        interrupted = hasattr(e, "exit_code")
+        print(f"gn-det: {'' if interrupted else 'error: '}{as_line(e)}", file=sys.stderr)
         return int(getattr(e, "exit_code", 2))
     except MemoryError as e:
         print(f"gn-det: error: out of memory ({as_line(e) or 'allocation failed'}); {_LESS_MEMORY}", file=sys.stderr)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import time
 
 from gn_det.cli import flags
+from gn_det.cli.outcome import show_outcome
 from gn_det.engine import choice
 
 
@@ -49,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
     if args.eval_only:
         api.evaluate(cfg, engine=args.engine, num_gpus=args.num_gpus)
     else:
-        api.train(
+        started = time.perf_counter()
+        results = api.train(
             cfg,
             engine=args.engine,
             resume=args.resume,
@@ -59,4 +62,6 @@ def run(args: argparse.Namespace) -> int:
             machine_rank=args.machine_rank,
             dist_url=args.dist_url,
         )
+        if args.machine_rank == 0:
+            show_outcome(cfg, results, time.perf_counter() - started)
     return 0

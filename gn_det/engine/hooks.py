@@ -163,8 +163,8 @@ class Signals(Hook):
         self.checkpoint.metrics.write()
         number = int(loop.flags["signal"] or loop.agreed.get("signal", signal.SIGTERM))
         raise Interrupted(
-            f"stopped by {signal.Signals(number).name} after iteration {loop.state.iteration}; "
-            f"{self.checkpoint.path(loop)} is written: continue with the same command and --resume",
+            f"interrupted ({signal.Signals(number).name}) after iteration {loop.state.iteration}; saved "
+            f"{self.checkpoint.path(loop)}. Rerun with --resume to continue",
             128 + number,
         )
 

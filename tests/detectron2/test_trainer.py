@@ -145,7 +145,7 @@ def test_stopped_and_resumed_is_bit_identical(
         stop(patch, 4)
         assert main(tiny(data, tmp_path, *keys)) == 143
     err = capsys.readouterr().err
-    assert "stopped by SIGTERM after iteration 4" in err and "--resume" in err and err.count("\n") == 1
+    assert "interrupted (SIGTERM) after iteration 4" in err and "--resume" in err and err.count("\n") == 1
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000004.pth"
     assert main(tiny(data, tmp_path, *keys, "--resume", engine=second)) == 0
     assert "momentum starts at zero" not in capsys.readouterr().out

@@ -30,7 +30,7 @@ def sent(folder: Path) -> list[tuple[int, str, float]]:
 def cut_and_resumed(folder: Path, *names: str) -> None:
     """25 iterations with evaluations, interrupted after iteration 22."""
     keys = ["LOGGERS", names, "TEST.EVAL_PERIOD", 10, "SOLVER.STEPS", (20,)]
-    with pytest.raises(Exception, match="stopped by SIGTERM"):
+    with pytest.raises(Exception, match=r"interrupted \(SIGTERM\)"):
         run(folder, keys, max_iter=25, evaluate=scripted([1.0, 2.0]), make_loader=stop_at(22))
     run(folder, keys, max_iter=25, evaluate=scripted([3.0]), resume=True)
 

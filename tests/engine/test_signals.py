@@ -47,6 +47,6 @@ def test_sigterm_to_the_process_group_saves(tmp_path: Path) -> None:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 143, err
-    assert "stopped by SIGTERM after iteration" in err and "--resume" in err
+    assert "interrupted (SIGTERM) after iteration" in err and "--resume" in err
     (checkpoint,) = (tmp_path / "run").glob("model_0*.pth")
     assert torch.load(checkpoint, weights_only=True)["iteration"] >= 19
