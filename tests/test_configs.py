@@ -15,6 +15,7 @@ from torch import nn
 
 from gn_det import config_file
 from gn_det.config import load_config, shipped_configs
+from gn_det.config.defaults import get_value
 from gn_det.engine.optimizer import build_optimizer
 from gn_det.modeling.build import build_model
 
@@ -79,9 +80,8 @@ EXPERIMENTS: dict[str, tuple[str, float | None, float | None, str, dict[str, Any
 
 
 def value_of(cfg: Any, key: str) -> Any:
-    for part in key.split("."):
-        cfg = cfg[part]
-    return tuple(cfg) if isinstance(cfg, list) else cfg
+    value = get_value(cfg, key)
+    return tuple(value) if isinstance(value, list) else value
 
 
 @pytest.mark.parametrize("row", [k for k, v in EXPERIMENTS.items() if "/" not in v[3]])

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fvcore.common.config import CfgNode
 
 from gn_det import config_file
 from gn_det.config import dump_config, get_cfg, load_config, parse_config, shipped_configs
+from gn_det.config import load as loading
+from gn_det.config.defaults import flatten
 from gn_det.config.load import merge_overrides, resolve_config, shipped_config
 from gn_det.errors import ConfigError
 
@@ -74,7 +79,9 @@ def test_dump_round_trips() -> None:
         (["SOLVER.BASE_LR", "1e999"], "is inf; it must be"),
         (["SOLVER", "1"], "is a section"),
         (["--frobnicate"], "unknown option --frobnicate"),
-        (["MODEL.RESNETS.NORM", "BatchNorm"], "'FrozenBN'"),
+        (["MODEL.RESNETS.NORM", "BatchNorm"], "it knows '' or 'GN' or 'LN' or 'IN' or 'BN' or 'SyncBN' or 'FrozenBN'"),
+        (["MODEL.RESNETS.NORM", "FrozenBn"], "did you mean 'FrozenBN'?"),
+        (["SOLVER.AMP.DTYPE", "bf61"], "is 'bf61', did you mean 'bf16'?; it must be one of 'bf16', 'fp16'"),
         (["MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "giou"], "not implemented by the embedded engine"),
         (["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True"], "not implemented by the embedded engine"),
         (["MODEL.KEYPOINT_ON", "True"], "MODEL.KEYPOINT_ON"),
@@ -240,6 +247,98 @@ def test_types_are_those_of_the_defaults_whatever_was_set_before() -> None:
 def test_bytes_of_a_file_name_survive_being_stored() -> None:
     cfg = load_config("quickstart.yaml", ["OUTPUT_DIR", "caf\udce9/名前"])
     assert parse_config(dump_config(cfg), "model.pth").OUTPUT_DIR == "caf\udce9/名前"
+
+
+# ------------------------------------------------------------ _BASE_
+
+
+def merged(path: Path) -> dict[str, Any]:
+    return {name: value for name, (value, _) in loading._Files().load(path).items()}
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_bases_merge_as_in_fvcore(name: str) -> None:
+    path = Path(config_file(name))
+    assert merged(path) == dict(flatten(CfgNode.load_yaml_with_base(str(path))))
+
+
+def test_lists_of_bases_and_links_merge_as_in_fvcore(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later bases win over earlier ones; a link's bases are looked for beside the link; ``~`` is the home folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder in ("there", "here"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.yaml").write_text(f"OUTPUT_DIR: {folder}\nSOLVER: {{GAMMA: 0.5, MAX_ITER: 3}}\n")
+    (tmp_path / "b.yaml").write_text("SOLVER: {MAX_ITER: 4, STEPS: [1, 2]}\n")
+    (tmp_path / "there" / "c.yaml").write_text("_BASE_: [a.yaml, ~/b.yaml]\nSOLVER: {STEPS: [3]}\n")
+    link = tmp_path / "here" / "c.yaml"
+    link.symlink_to(tmp_path / "there" / "c.yaml")
+    assert merged(link) == dict(flatten(CfgNode.load_yaml_with_base(str(link))))
+    assert merged(link) == {"OUTPUT_DIR": "here", "SOLVER.GAMMA": 0.5, "SOLVER.MAX_ITER": 4, "SOLVER.STEPS": [3]}
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files that are read from now on."""
+    read: list[Path] = []
+    real = loading.read_yaml
+
+    def read_yaml(path: Path, *words: Any) -> dict[str, Any]:
+        read.append(path)
+        return real(path, *words)
+
+    monkeypatch.setattr(loading, "read_yaml", read_yaml)
+    return read
+
+
+def test_a_diamond_is_read_once_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """24 levels of two files, each with both files of the next level as bases: 2^24 paths."""
+    for level in range(24):
+        bases = "" if level == 23 else f"_BASE_: [a{level + 1}.yaml, b{level + 1}.yaml]\n"
+        for name in "ab":
+            (tmp_path / f"{name}{level}.yaml").write_text(f"{bases}SOLVER: {{MAX_ITER: {level + 1}}}\n")
+    read = counted(monkeypatch)
+    assert load_config(str(tmp_path / "a0.yaml")).SOLVER.MAX_ITER == 1
+    assert len(read) == len(set(read)) == 47
+
+
+@pytest.mark.parametrize("size", [0, 30_000])
+def test_endless_bases_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    for number in range(150):
+        text = f"_BASE_: {number + 1}.yaml\n#{'x' * size}\n"
+        (tmp_path / f"{number}.yaml").write_text(text)
+    read = counted(monkeypatch)
+    with pytest.raises(ConfigError, match="leads to more than 100 files or 512 kB"):
+        load_config(str(tmp_path / "0.yaml"))
+    assert len(read) <= (100 if size == 0 else 18)
+
+
+@pytest.mark.parametrize(
+    ("base", "word"),
+    [
+        ("http://host/c.yaml", "is a URL"),
+        ("s3://bucket/c.yaml", "is a URL"),
+        ("sub/c.yaml", "leads back to the file itself"),
+        ("pipe", "is neither a file"),
+        ("/dev/zero", "is neither a file"),
+        (".", "is neither a file"),
+        ("~nobody-here/c.yaml", "is neither a file"),
+        ("x" * 5000, "is neither a file"),
+        ("[a.yaml, [b.yaml]]", "must name a file"),
+    ],
+)
+def test_bases_that_are_no_file(tmp_path: Path, base: str, word: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "a.yaml").write_text("SEED: 1\n")
+    (tmp_path / "sub").symlink_to(tmp_path)
+    (tmp_path / "c.yaml").write_text(f"_BASE_: {base}\n")
+    with pytest.raises(ConfigError) as e:
+        load_config(str(tmp_path / "c.yaml"))
+    assert word in str(e.value) and str(e.value).isprintable() and len(str(e.value)) < 800
+
+
+def test_a_base_inside_a_section_is_an_unknown_key(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("SOLVER: {_BASE_: c.yaml}\n")
+    with pytest.raises(ConfigError, match=r"unknown key SOLVER\._BASE_"):
+        load_config(str(tmp_path / "c.yaml"))
 
 
 # ------------------------------------------------------------ names of files
