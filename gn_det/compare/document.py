@@ -98,34 +98,28 @@ def _configs(results: Results) -> list[dict[str, Any]]:
 def _charts(results: Results, table: Table) -> list[dict[str, Any]]:
     """Title, drawing and legend of every chart of a table that has something to show."""
     rows = [results.row(identity) for identity in table.rows]
-    error = ("epochs", "top-1 error (%)")
-    if rows[0].row.kind == DETECT and table.grid is None:
-        place = common_place(rows)
-        costs = [result.cost("s_per_iter", place) for result in rows]
-        minutes = [None if cost is None else cost / 60 for cost in costs]
-        charts = [
-            _chart("box AP over iterations", _curves(rows, "box_ap"), "iterations", "box AP", from_zero=True),
-            _chart("mask AP over iterations", _curves(rows, "mask_ap"), "iterations", "mask AP", from_zero=True),
-            _chart("box AP against training time", _curves(rows, "box_ap", minutes), "minutes of training", "box AP",
-                   from_zero=True),
-            _chart("Loss", _curves(rows, "loss"), "iterations", "total loss", dots=False, from_zero=True),
-        ]  # fmt: skip
-    elif table.grid is None:
-        charts = [_chart("Validation error over epochs", _curves(rows, "top1_error"), *error, dots=False)]
-    else:
-        grid = table.grid
+    kind, grid, charts = rows[0].row.kind, table.grid, []
+    if grid is not None:
         names = list(dict.fromkeys(r.row.labels[grid.rows] for r in rows))
         across = list(dict.fromkeys(r.row.labels[grid.columns] for r in rows))
         heading = COLUMNS[grid.value].heading
-        title = f"{heading} by {grid.columns}"
-        charts = [_chart(title, _by_label(rows, grid, names, across), grid.columns, heading, categories=across)]
-        for column in across if rows[0].row.kind != DETECT else ():
+        lines = _by_label(rows, grid, names, across)
+        charts.append(_chart(f"{heading} by {grid.columns}", lines, grid.columns, heading, categories=across))
+        for column in across if kind != DETECT else ():
             part = [r for r in rows if r.row.labels[grid.columns] == column]
-            lines = _curves(part, "top1_error")
-            for line, result in zip(lines, (r for r in part if r.row.title in {line.name for line in lines})):
-                line.name = result.row.labels[grid.rows]
-                line.index = names.index(line.name)
-            charts.append(_chart(f"{grid.columns} {column}", lines, *error, dots=False))
+            lines = _curves(part, "top1_error", label=grid.rows, names=names)
+            charts.append(_chart(f"{grid.columns} {column}", lines, "epochs", "top-1 error (%)", dots=False))
+    elif kind == DETECT:
+        for ap in ("box AP", "mask AP"):
+            curves = _curves(rows, ap.lower().replace(" ", "_"))
+            charts.append(_chart(f"{ap} over iterations", curves, "iterations", ap, from_zero=True))
+        curves = _curves(rows, "box_ap", by_time=True)
+        charts.append(_chart("box AP against training time", curves, "minutes of training", "box AP", from_zero=True))
+        loss = _curves(rows, "loss")
+        charts.append(_chart("Loss", loss, "iterations", "total loss", dots=False, from_zero=True))
+    else:
+        error = _curves(rows, "top1_error")
+        charts.append(_chart("Validation error over epochs", error, "epochs", "top-1 error (%)", dots=False))
     return [chart for chart in charts if chart["lines"]]
 
 
@@ -133,24 +127,31 @@ def _chart(title: str, lines: list[Line], x: str, y: str, **options: Any) -> dic
     return {"title": title, "lines": lines, "svg": plot_lines(lines, x, y, **options) if lines else Markup()}
 
 
-def _curves(rows: Sequence[RowResult], key: str, scale: Sequence[float | None] | None = None) -> list[Line]:
+def _curves(
+    rows: Sequence[RowResult], key: str, *, by_time: bool = False, label: str = "", names: Sequence[str] = ()
+) -> list[Line]:
     """One line a row that has points: the mean over seeds, the single seeds faintly behind it.
 
     Args:
         key: of a curve's points.
-        scale: factor on x of each row; None leaves a row out.
+        by_time: x is minutes of training, for rows that were timed on the common machine and day.
+        label: whose text names the lines in the order of ``names``; "" takes the titles.
     """
+    place = common_place(rows)
     lines = []
-    for index, result in enumerate(rows):
-        factor = 1.0 if scale is None else scale[index]
+    for position, result in enumerate(rows):
+        seconds = result.cost("s_per_iter", place) if by_time else 60.0
         runs = []
-        for record in result.done if factor is not None else ():
-            points = np.array([(p["x"] * (factor or 1.0), p[key]) for p in record.curve if key in p]).reshape(-1, 2)
+        for record in result.done if seconds is not None else ():
+            points = np.array([(p["x"], p[key]) for p in record.curve if key in p]).reshape(-1, 2)
+            points[:, 0] *= (seconds or 0.0) / 60
             if key == "loss" and len(points) >= 4 * _SMOOTH:  # losses jump from batch to batch
                 points[:, 1] = smooth(points[:, 1], _SMOOTH)
             runs += [thin(points)] if len(points) else []
         if runs:
-            lines.append(Line(result.row.title, mean_curve(runs), index, runs if len(runs) > 1 else ()))
+            name = result.row.labels[label] if label else result.row.title
+            index = names.index(name) if label else position
+            lines.append(Line(name, mean_curve(runs), index, runs if len(runs) > 1 else ()))
     return lines
 
 

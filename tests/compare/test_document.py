@@ -157,3 +157,13 @@ def test_long_curves_are_thinned_to_their_means() -> None:
     points = np.stack([np.arange(1000.0), np.arange(1000.0)], 1)
     assert thin(points)[:2].tolist() == [[2, 2], [7, 7]] and len(thin(points)) == 200
     assert thin(points[:150]) is not points and (thin(points[:150]) == points[:150]).all()
+
+
+def test_minutes_are_those_of_the_common_machine(tmp_path: Path) -> None:
+    """Half a second an iteration; a row that was timed elsewhere has no line."""
+    found = results(tmp_path, [BN, GN])
+    assert [line.points[:, 0].tolist() for line in _curves(found.rows, "box_ap")] == [[10, 20]] * 2
+    found.rows[1].done[0].sessions[0]["host"] = "elsewhere"
+    found.rows[0].done[0].sessions[0]["day"] = "9999-01-01"
+    (line,) = _curves(found.rows, "box_ap", by_time=True)
+    assert line.points[:, 0].tolist() == pytest.approx([10 / 120, 20 / 120]) and line.name == "bn"
