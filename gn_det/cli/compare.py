@@ -139,10 +139,12 @@ def _show(plan: Plan, store: Store, *, any_version: bool) -> int:
 
 
 def _described(job: Job, images: dict[str, int]) -> str:
+    from shlex import join
+
     from gn_det.compare.plan import as_argv
 
     if job.cfg is not None:
-        words = (job.row.config, _length(job.cfg, job.inputs["processes"], images), *as_argv(job.row.overrides))
+        words = (job.row.config, _length(job.cfg, job.inputs["processes"], images), join(as_argv(job.row.overrides)))
         return " ".join(word for word in words if word)
     return "{arch} {norm} on {data}, batch {batch_size}".format(**job.settings)
 
