@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,3 +77,16 @@ def test_command_lines(capsys: pytest.CaptureFixture[str]) -> None:
         commands[words[0]] = known
         wrong += [f"{page_id(page)}: gn-det {words[0]} {flag}" for flag in flags - known]
     assert {"train", "check", "compare", "convert"} <= commands.keys() and not wrong
+
+
+@pytest.mark.slow
+def test_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All cells in order, in one namespace; the model learns something and finds something."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
+    names: dict[str, Any] = {}
+    for cell in json.loads((ROOT / "docs" / "tutorial.ipynb").read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), str(cell["id"]), "exec"), names)
+    assert names["metrics"]["bbox/AP"] > 20 and names["losses"][-1][1] < names["losses"][0][1]
+    assert len(names["result"]) > 0
