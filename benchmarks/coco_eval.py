@@ -33,7 +33,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from gn_det.evaluation.coco import evaluate_coco
+from gn_det.evaluation.coco_eval import evaluate_coco
 from gn_det.evaluation.results import METRICS
 
 TARGETS = {"bbox": 5.0, "segm": 3.0}

@@ -15,7 +15,7 @@ from gn_det.data.loader import build_test_loader
 from gn_det.data.sets import model_category_ids
 from gn_det.engine import dist
 from gn_det.errors import TrainingError
-from gn_det.evaluation.coco import evaluate_coco, merge_results
+from gn_det.evaluation.coco_eval import evaluate_coco, merge_results
 from gn_det.evaluation.diagnose import Caps
 from gn_det.evaluation.inference import InferenceProgress, run_inference
 from gn_det.evaluation.results import format_results

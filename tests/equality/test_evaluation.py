@@ -18,7 +18,7 @@ from detectron2.data import MetadataCatalog  # noqa: E402
 from detectron2.evaluation import COCOEvaluator, print_csv_format  # noqa: E402
 from detectron2.structures import Boxes, Instances  # noqa: E402
 
-from gn_det.evaluation.coco import evaluate_coco  # noqa: E402
+from gn_det.evaluation.coco_eval import evaluate_coco  # noqa: E402
 from gn_det.evaluation.inference import run_inference  # noqa: E402
 from gn_det.evaluation.results import format_results  # noqa: E402
 from gn_det.structures import Detections  # noqa: E402

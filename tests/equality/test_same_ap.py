@@ -34,7 +34,7 @@ from gn_det.config import get_cfg
 from gn_det.data.catalog import DatasetSource
 from gn_det.data.coco import CocoDataset, load_coco
 from gn_det.data.loader import build_test_loader
-from gn_det.evaluation.coco import evaluate_coco
+from gn_det.evaluation.coco_eval import evaluate_coco
 from gn_det.evaluation.inference import run_inference
 from gn_det.modeling import build_model
 from tests.equality.pairs import make_pair

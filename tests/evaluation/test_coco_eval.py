@@ -9,7 +9,7 @@ import math
 import pytest
 
 from gn_det.errors import DataError
-from gn_det.evaluation.coco import evaluate_coco
+from gn_det.evaluation.coco_eval import evaluate_coco
 from tests.evaluation.coco_oracle import oracle, random_set
 
 

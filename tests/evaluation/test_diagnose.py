@@ -6,7 +6,7 @@ import copy
 import math
 from typing import Any
 
-from gn_det.evaluation.coco import evaluate_coco
+from gn_det.evaluation.coco_eval import evaluate_coco
 from tests.evaluation.coco_oracle import compressed, ellipse
 
 Json = dict[str, Any]
