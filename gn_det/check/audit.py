@@ -45,7 +45,7 @@ class Findings(Problems):
         found: the first :data:`KEPT` of each kind.
         dropped_images: id of an image that training drops to the kind of problem.
         dropped_annotations: the same for annotations (new ids, where they were given).
-        mended: id of an annotation to the kinds of repair it needs.
+        repaired: id of an annotation to the kinds of repair it needs.
     """
 
     def __init__(self, path: str) -> None:
@@ -54,7 +54,7 @@ class Findings(Problems):
         self.found: dict[str, list[Problem]] = {}
         self.dropped_images: dict[Any, str] = {}
         self.dropped_annotations: dict[Any, str] = {}
-        self.mended: dict[Any, frozenset[str]] = {}
+        self.repaired: dict[Any, frozenset[str]] = {}
         self._kind_sets: dict[frozenset[str], frozenset[str]] = {}
 
     def add(self, kind: str, where: Where = NOWHERE, *details: Any, count: int = 1) -> None:
@@ -80,9 +80,9 @@ class Findings(Problems):
     def repair(self, kind: str, where: Where, count: int = 1) -> None:
         self.add(kind, where, count=count)
         if where.annotation is not None and not kind.startswith("annotation-"):  # those are known by their position
-            kinds = self.mended.get(where.annotation, frozenset()) | {kind}
+            kinds = self.repaired.get(where.annotation, frozenset()) | {kind}
             # One set for all annotations with the same repairs: a whole COCO may lack iscrowd.
-            self.mended[where.annotation] = self._kind_sets.setdefault(kinds, kinds)
+            self.repaired[where.annotation] = self._kind_sets.setdefault(kinds, kinds)
 
     def of(self, severity: str) -> list[tuple[str, Kind, int]]:
         """(name, kind, count) of the kinds found, in the order of ``KINDS``."""

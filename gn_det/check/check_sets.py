@@ -33,8 +33,8 @@ def check(
         cfg: DATASETS names the sets; INPUT, MODEL and DATALOADER say what training would make of them.
         config: name of ``cfg``, for the report.
         decode: decode every image, on all cores.
-        json_out: where to write the report for machines.
-        html_out: where to write it as one page with pictures.
+        json_out: where to write the report as JSON.
+        html_out: where to write it as one HTML page with images.
         fix_out: where to write a cleaned copy of the training annotations.
 
     Returns:
@@ -78,7 +78,7 @@ def _fix(report: Report, target: str) -> None:
         say(f"  ... and {len(cleaner.changes) - _CHANGES} more")
     say(f"  all changes: {changes_file(target)}")
     for line in report.not_fixed:
-        say(f"  not mended: {line}")
+        say(f"  not fixed: {line}")
 
 
 def _not_fixed(report: Report) -> list[str]:
@@ -96,9 +96,9 @@ def _not_fixed(report: Report) -> list[str]:
 def _write_reports(report: Report, json_out: str | None, html_out: str | None) -> None:
     if json_out:
         atomic_write(json_out, json.dumps(as_json(report), indent=1, default=str))
-        say(f"{json_out}: this report for machines")
+        say(f"{json_out}: this report as JSON")
     if html_out:
         from gn_det.check.page import as_html
 
         atomic_write(html_out, as_html(report).encode("utf-8", "backslashreplace"))
-        say(f"{html_out}: this report with pictures")
+        say(f"{html_out}: this report with images")

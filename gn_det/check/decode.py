@@ -37,7 +37,7 @@ class DecodeJob(NamedTuple):
 class Decoded(NamedTuple):
     """What became of one file.
 
-    ``kind`` is empty for a good picture, a key of ``KINDS`` otherwise; ``digest`` is the hash of the file, empty where
+    ``kind`` is empty for a good image, a key of ``KINDS`` otherwise; ``digest`` is the hash of the file, empty where
     it cannot be read.
     """
 
@@ -96,7 +96,7 @@ def decode_all(jobs: Sequence[DecodeJob], workers: int | None = None) -> Iterato
     """Results in the order of ``jobs``. An image that kills or hangs the decoder is one more damaged image.
 
     Where a pool breaks, some chunk in flight did it. The next one is then done image by image in one process, where it
-    is known which image it was, and all goes on as before.
+    is known which image it was, and the pool is started again.
     """
     chunks = [jobs[i : i + _CHUNK] for i in range(0, len(jobs), _CHUNK)]
     workers = cores() if workers is None else workers

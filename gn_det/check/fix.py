@@ -140,7 +140,7 @@ class Cleaner:
         if not isinstance(entry, dict):
             return self._left_out(f"entry {position} of 'annotations'", why)
         place = f"annotation {entry.get('id')} of image {entry.get('image_id')}"
-        return self._left_out(place, why) if why else self._changed(place, entry, self._mended(position, entry))
+        return self._left_out(place, why) if why else self._changed(place, entry, self._repaired(position, entry))
 
     def _number(self, position: int, entry: dict[str, Any]) -> Any:
         return self.content.new_ids.get(position, whole(entry.get("id")))
@@ -152,16 +152,16 @@ class Cleaner:
             return KINDS[kind].title if kind else "its image is left out"
         number = self._number(position, entry)
         kind = self.findings.dropped_annotations.get(number, "")
-        if not kind and "polygon-empty" in self.findings.mended.get(number, ()):
+        if not kind and "polygon-empty" in self.findings.repaired.get(number, ()):
             kind = "polygon-empty"
         if kind:
             return KINDS[kind].title
         return "" if resolve_id(entry.get("image_id"), self.image_of) is not None else "its image is left out"
 
-    def _mended(self, position: int, entry: dict[str, Any]) -> dict[str, Any]:
+    def _repaired(self, position: int, entry: dict[str, Any]) -> dict[str, Any]:
         """What the annotation should hold."""
         number = self._number(position, entry)
-        kinds = self.findings.mended.get(number, frozenset())
+        kinds = self.findings.repaired.get(number, frozenset())
         category = resolve_id(entry["category_id"], self.reader.index_of)
         image = self.image_of[resolve_id(entry["image_id"], self.image_of)]
         what: dict[str, Any] = {}

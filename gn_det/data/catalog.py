@@ -91,7 +91,7 @@ def resolve(name: str, origin: str = "DATASETS.TRAIN/TEST") -> DatasetSource:
 def datasets_for(cfg: Any, split: str) -> list[DatasetSource]:
     """Sources of ``split`` ("train" or "test"): TRAIN_JSON / VAL_JSON where given, else DATASETS.TRAIN / TEST.
 
-    Where the image folder is left empty, images are looked for beside the json. Files of the same name are told apart
+    Where the image folder is left empty, images are looked for beside the json. Files of the same name are kept apart
     by their folders (``train_instances``, ``val_instances``): logs, metrics and result folders go by the name.
     """
     everywhere = {source.json_file: source for s in ("train", "test") for source in _sources(cfg, s)}

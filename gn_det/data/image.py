@@ -177,7 +177,7 @@ class ImageReader:
             raise _unreadable(path, error) from error
 
     def _to_8_bits(self, path: StrPath, image: Image.Image, values: np.ndarray) -> np.ndarray:
-        """(H, W) values of any type as uint8: LOW becomes 0, HIGH 255, what lies outside is cut."""
+        """(H, W) values of any type as uint8: LOW becomes 0, HIGH 255; values outside are clipped."""
         if not self.bit_depth:
             raise _too_deep(path, image.mode, values)
         span = bit_depth_range(self.bit_depth)

@@ -36,7 +36,7 @@ def collect_images(
 
     Args:
         inputs: files, folders and globs.
-        exclude: a folder that is not searched where it lies inside an input folder (earlier drawings).
+        exclude: a folder that is not searched inside an input folder (earlier drawings).
 
     Raises:
         DataError: an input does not exist, a glob matches nothing, or no image is left.

@@ -36,7 +36,7 @@ def subset_stream(size: int, ratio: float, seed: int) -> Iterator[int]:
 def repeat_stream(repeat_factors: Tensor, seed: int, *, shuffle: bool = True) -> Iterator[int]:
     """Infinite stream where index i occurs ``repeat_factors[i]`` times an epoch on average.
 
-    Fractions are rounded at random anew in every epoch, so epochs differ a little in length.
+    Fractions are rounded at random in every epoch, so epochs differ a little in length.
     """
     generator = torch.Generator().manual_seed(seed)
     whole = torch.trunc(repeat_factors)

@@ -24,9 +24,9 @@ from gn_det.data.catalog import DatasetSource
 from gn_det.data.shapes_draw import CLASSES, Drawn, draw_scene
 from gn_det.errors import DataError
 
-#: Raise it when the drawing changes: sets of another version are made anew.
+#: Raise it when the drawing changes: sets of another version are generated again.
 VERSION = 3
-#: Images by split, where :func:`make_shapes` is not told otherwise.
+#: Default number of images by split.
 NUM_IMAGES = {"train": 600, "val": 100}
 #: json category ids have gaps, as COCO's do, so that the mapping to contiguous indices is always exercised.
 CATEGORY_IDS = (1, 2, 4, 7, 8)

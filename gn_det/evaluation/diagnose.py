@@ -1,7 +1,7 @@
 """Why an AP is 0 or undefined, in plain sentences.
 
-COCO's evaluators answer -1 or nan without a word; the causes are few and can be told apart from the ground truth and
-the results alone.
+COCO's evaluators answer -1 or nan without an explanation; the causes are few, and ground truth and results alone show
+which it is.
 """
 
 from __future__ import annotations
@@ -246,7 +246,7 @@ def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _bad_boxes(objects: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What is wrong with boxes or classes, where one can tell."""
+    """What is wrong with boxes or classes, where that shows."""
     if any("bbox" not in r for r in results):
         return []
     for what, entries in (("the ground-truth boxes", objects), ("the detected boxes", results)):

@@ -59,7 +59,7 @@ def load_ground_truth(source: StrPath | Mapping[str, Any] | CocoDataset | Ground
 
     Args:
         source: path of a COCO json, its content as a dict, a set that was loaded for training or testing (what was
-            dropped and repaired there is not told again), or a :class:`GroundTruth` (returned as it is).
+            dropped and repaired there is not reported again), or a :class:`GroundTruth` (returned as it is).
 
     Raises:
         DataError: the file cannot be used, as in training; of an image only ``id``, ``height`` and ``width`` are

@@ -16,7 +16,7 @@ from gn_det.structures import Detections, Sample
 
 @dataclass(frozen=True)
 class InferenceProgress:
-    """Where an evaluation stands.
+    """Progress of an evaluation.
 
     Attributes:
         images: images done on this rank.

@@ -265,5 +265,5 @@ def test_what_training_drops_does_not_count_here_either() -> None:
         same(out[task], metrics)
     told = [w.partition(": ignored ")[2] for w in out.warnings if "ignored" in w]
     assert [" ".join(line.split()[:2]) for line in told] == [f"annotation {a['id']}" for a in (first, second, third)]
-    assert "no usable polygon" in told[0] and "RLE" in told[1] and "lies outside" in told[2]
+    assert "no usable polygon" in told[0] and "RLE" in told[1] and "is outside" in told[2]
     assert any("annotations without integer id" in w for w in out.warnings)
