@@ -17,13 +17,14 @@ from tqdm import tqdm
 
 from gn_det.check.decode import DecodeJob, decode_all
 from gn_det.data.annotations import AnnotationReader, mask_box
-from gn_det.data.catalog import DatasetSource, prepare
+from gn_det.data.catalog import DatasetSource
 from gn_det.data.coco import CocoDataset, build_dataset
 from gn_det.data.coco_json import CocoJson, collector_paused, parse, structure
 from gn_det.data.image import ImageReader
 from gn_det.data.image_files import look_at_images
 from gn_det.data.problems import KINDS, NOWHERE, FileProblem, Kind, Problem, Problems, Where
 from gn_det.data.records import Annotation
+from gn_det.data.shapes import prepare
 from gn_det.data.transforms import resized_shape
 from gn_det.evaluation.diagnose import Caps
 

@@ -125,13 +125,3 @@ def _sources(cfg: Any, split: str) -> list[DatasetSource]:
     names = cfg.DATASETS[names_key]
     names = (names,) if isinstance(names, str) else names
     return [resolve(str(name), f"DATASETS.{names_key}") for name in names if name]
-
-
-def prepare(source: DatasetSource) -> None:
-    """Generate ``source`` where it is one of the generated sets and absent; do nothing otherwise."""
-    split = GENERATED.get(source.name)
-    if split is None or source.origin != "DETECTRON2_DATASETS":
-        return
-    from gn_det.data.shapes import make_shapes
-
-    make_shapes(datasets_root() / "shapes", split)

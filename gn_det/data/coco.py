@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 
 from gn_det.data.annotations import AnnotationReader
-from gn_det.data.catalog import DatasetSource, prepare
+from gn_det.data.catalog import DatasetSource
 from gn_det.data.coco_json import CocoJson, collector_paused, read_coco_json
 from gn_det.data.image import ImageReader
 from gn_det.data.image_files import look_at_images
 from gn_det.data.problems import Problem, Problems, Where
 from gn_det.data.records import Annotation, Record, RecordList
+from gn_det.data.shapes import prepare
 from gn_det.errors import DataError
 from gn_det.text import printable, shown, some
 

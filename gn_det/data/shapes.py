@@ -20,7 +20,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from gn_det.data.annotations import decode_counts
-from gn_det.data.catalog import DatasetSource
+from gn_det.data.catalog import GENERATED, DatasetSource, datasets_root
 from gn_det.data.shapes_draw import CLASSES, Drawn, draw_scene
 from gn_det.errors import DataError
 
@@ -30,6 +30,13 @@ VERSION = 3
 NUM_IMAGES = {"train": 600, "val": 100}
 #: json category ids have gaps, as COCO's do, so that the mapping to contiguous indices is always exercised.
 CATEGORY_IDS = (1, 2, 4, 7, 8)
+
+
+def prepare(source: DatasetSource) -> None:
+    """Generate ``source`` where it is one of the generated sets and absent; do nothing otherwise."""
+    split = GENERATED.get(source.name)
+    if split is not None and source.origin == "DETECTRON2_DATASETS":
+        make_shapes(datasets_root() / "shapes", split)
 
 
 def make_shapes(

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from gn_det.config import get_cfg
-from gn_det.data.catalog import datasets_for, prepare, resolve
+from gn_det.data.catalog import datasets_for, resolve
+from gn_det.data.shapes import prepare
 from gn_det.errors import ConfigError
 
 
