@@ -98,7 +98,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Problem:
-    """What stands in the way of a row.
+    """Reason why a row cannot run.
 
     Attributes:
         row: its id.
@@ -221,7 +221,7 @@ def _jobs(
     num_gpus: int,
     seeds: Mapping[str, Sequence[int]],
 ) -> list[Job]:
-    """The runs of a row, checked as far as its words go."""
+    """Runs of a row, with its config resolved and checked."""
     inputs: dict[str, Any] = {"processes": int(os.environ["WORLD_SIZE"]) if dist.under_torchrun() else num_gpus}
     mine = seeds[row.id]
     if row.kind != DETECT:

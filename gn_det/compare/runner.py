@@ -37,7 +37,7 @@ from gn_det.terminal import say
 from gn_det.text import one_line
 
 #: Raise it by one with every change of gn_det that can change the result of a run (model, loss, schedule, data,
-#: evaluation, pre-training): finished runs of another number are then run again, or told apart in the report.
+#: evaluation, pre-training): finished runs of another number are then run again, and marked in reports.
 #: Until November 2026 a hash of the source stood here, which differs from every number.
 RESULTS_VERSION = 1
 

@@ -417,7 +417,7 @@ def _table(entry: Any, rows: Sequence[Row], number_: int, where: str) -> Table:
 
 
 def _ids(patterns: Sequence[str], rows: Sequence[Row], where: str) -> tuple[str, ...]:
-    """Ids of rows; ``*`` stands for any text."""
+    """Ids of rows; ``*`` matches any text."""
     known = [row.id for row in rows]
     out: list[str] = []
     for pattern in patterns:

@@ -140,7 +140,7 @@ def _against(found: Difference, row: Reference, other: Reference, delta: float, 
         return f"{head}.", False
     if found.half is None:
         here = (
-            "the opposite direction here; with one seed it cannot be told from noise",
+            "the opposite direction here; with one seed it cannot be distinguished from noise",
             "the same direction here, on one seed",
         )
         rest = here[same]
@@ -181,7 +181,7 @@ def view(results: Results, table: Table, *, minor: bool = False) -> View:
     references = _published(rows, source)
     published = [c for c in columns if not minor and any(_published_cell(r, c).text for r in references)]
     compared = [c for c in (DECIDING[kind], "mask_ap") if c in columns and any(r.row.baseline for r in rows)]
-    # What the other rows are compared with, unless its own baseline stands here too.
+    # What the other rows are compared with, unless its own baseline is in the table too.
     bases = {r.row.baseline for r in rows} - {r.row.id for r in rows if r.row.baseline in table.rows}
     head = [(LABEL, text) for text in table.labels or ["row"]]
     for column in columns:

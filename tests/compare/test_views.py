@@ -51,7 +51,7 @@ def test_a_result_that_contradicts_the_paper_says_so(tmp_path: Path) -> None:
     assert findings(found)["gn"].contradicts
     one = results(tmp_path / "one", [BN, GN], 1, Fake(values={"bn": 32.0, "gn": 30.0}))
     text = " ".join(findings(one)["gn"].sentences)
-    assert "one seed each: the noise is not known" in text and "cannot be told from noise" in text
+    assert "one seed each: the noise is not known" in text and "cannot be distinguished from noise" in text
     assert "contradicts the paper" not in text
 
 
