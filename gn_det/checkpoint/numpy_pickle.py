@@ -82,8 +82,8 @@ def _constructors(stream: Stream) -> Table:
         # Since numpy 2.4, of an array whose axes are in another order, such as channels last.
         if type(axes) is not tuple or not all(type(n) is int for n in axes) or sorted(axes) != list(range(found.ndim)):
             raise Refused("is damaged: an array has an impossible order of axes")
-        found = found.transpose(axes)
-        return found
+        moved: np.ndarray = found.transpose(axes)
+        return moved
 
     table: Table = {("numpy", "ndarray"): None, ("numpy", "dtype"): dtype, **plain_constructors(stream)}
     for core in ("numpy.core", "numpy._core"):
