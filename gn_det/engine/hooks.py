@@ -7,8 +7,8 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -100,8 +100,9 @@ class Checkpoint(Hook):
         rng, path = dist.gather_objects(capture_rng()) if collective else [capture_rng()], self.path(loop)
 
         def write() -> None:
-            self.write(path.name, build_payload(loop.state, self.meta, rng=rng, logs=self.metrics.dump()))
-            write_last(self.folder, path.name)
+            with _naming_resume():
+                save_checkpoint(path, build_payload(loop.state, self.meta, rng=rng, logs=self.metrics.dump()))
+                write_last(self.folder, path.name)
             prune(self.folder, self.keep)
 
         if collective:
@@ -110,16 +111,13 @@ class Checkpoint(Hook):
             write()
         loop.state.saved = os.fspath(path)
 
-    def write(self, name: str, payload: Mapping[str, Any]) -> None:
-        """Write a file of the run.
 
-        Raises:
-            TrainingError: it cannot be written.
-        """
-        try:
-            save_checkpoint(self.folder / name, payload)
-        except WriteError as error:
-            raise TrainingError(f"{error}, then rerun with --resume") from None
+@contextmanager
+def _naming_resume() -> Iterator[None]:
+    try:
+        yield
+    except WriteError as error:
+        raise TrainingError(f"{error}, then rerun with --resume") from None
 
 
 class Signals(Hook):
@@ -279,7 +277,8 @@ class Evaluate(Hook):
             state.best, state.best_iteration, state.stale = float(value), state.iteration, 0
             checkpoint = self.signals.checkpoint
             if dist.rank() == 0:
-                checkpoint.write(BEST, build_payload(state, checkpoint.meta, resumable=False))
+                with _naming_resume():
+                    save_checkpoint(checkpoint.folder / BEST, build_payload(state, checkpoint.meta, resumable=False))
             logger.info("%s %.4f is the best so far: %s written.", name, value, checkpoint.folder / BEST)
 
 

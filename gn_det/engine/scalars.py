@@ -110,50 +110,20 @@ def peak_memory_mb() -> float:
 
 def progress_line(log: EventLog, iteration: int) -> str:
     """Detectron2's log line: losses as medians of 20, times as means, in a form that its parsers read."""
-    histories = log.histories
+    found = log.histories
     parts = []
-    if "eta_seconds" in histories:
-        parts.append(f"eta: {datetime.timedelta(seconds=int(histories['eta_seconds'].latest()))}")
+    if "eta_seconds" in found:
+        parts.append(f"eta: {datetime.timedelta(seconds=int(found['eta_seconds'].latest()))}")
     parts.append(f"iter: {iteration}")
-    parts += [f"{name}: {h.median():.4g}" for name, h in histories.items() if "loss" in name]
-    if "time" in histories:
-        parts += [f"time: {histories['time'].mean:.4f}", f"last_time: {histories['time'].latest():.4f}"]
-    if "data_time" in histories:
-        parts.append(f"data_time: {histories['data_time'].average():.4f}")
-        parts.append(f"last_data_time: {histories['data_time'].latest():.4f}")
-    if "lr" in histories:
-        parts.append(f"lr: {histories['lr'].latest():.5g}")
-    parts.append(f"max_mem: {peak_memory_mb():.0f}M")
-    return "  ".join(parts)
-
-
-class Progress:
-    """A tqdm line on a terminal; one log line every ``period`` iterations in log.txt, elsewhere on screen too."""
-
-    def __init__(self, start: int, total: int, *, period: int = 20, terminal: bool | None = None) -> None:
-        self._period = period
-        self._total = total
-        self._bar = None
-        self._since = 0.0
-        if _is_terminal() if terminal is None else terminal:
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, initial=start, dynamic_ncols=True, unit="it", mininterval=0.5, desc="train")
-
-    def update(self, log: EventLog, iteration: int) -> None:
-        """Called after every iteration (0-based)."""
-        if self._bar is not None:
-            now = time.monotonic()
-            if now - self._since > 0.5:
-                self._bar.set_postfix_str(_short(log), refresh=False)
-                self._since = now
-            self._bar.update(1)
-        if (iteration + 1) % self._period == 0 or iteration + 1 == self._total:
-            logger.info(progress_line(log, iteration), extra=None if self._bar is None else FILE_ONLY)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+    parts += [f"{name}: {h.median():.4g}" for name, h in found.items() if "loss" in name]
+    if "time" in found:
+        parts.append(f"time: {found['time'].mean:.4f}  last_time: {found['time'].latest():.4f}")
+    if "data_time" in found:
+        times = found["data_time"]
+        parts.append(f"data_time: {times.average():.4f}  last_data_time: {times.latest():.4f}")
+    if "lr" in found:
+        parts.append(f"lr: {found['lr'].latest():.5g}")
+    return "  ".join([*parts, f"max_mem: {peak_memory_mb():.0f}M"])
 
 
 def _is_terminal() -> bool:
@@ -165,29 +135,18 @@ def _is_terminal() -> bool:
 
 
 def _short(log: EventLog) -> str:
-    """Losses under short names, lr and memory: what fits on one terminal line beside tqdm's own rate and ETA."""
-    h = log.histories
-    shown = []
-    for name, short in (
-        ("total_loss", "loss"),
-        ("loss_cls", "cls"),
-        ("loss_box_reg", "box"),
-        ("loss_mask", "mask"),
-        ("loss_rpn_cls", "rpn"),
-        ("loss_rpn_loc", "loc"),
-    ):
-        if name in h:
-            shown.append(f"{short} {h[name].median():.3g}")
-    if "lr" in h:
-        shown.append(f"lr {h['lr'].latest():.2g}")
-    if "time" in h:
-        shown.append(f"{h['time'].median():.2f} s/it")
-    shown.append(f"{peak_memory_mb():.0f} MB")
-    return " ".join(shown)
+    """Losses, lr, time and memory: what fits on one terminal line beside tqdm's own rate and ETA."""
+    found = log.histories
+    parts = [f"{name.removeprefix('loss_')} {h.median():.3g}" for name, h in found.items() if "loss" in name]
+    parts += [f"lr {found['lr'].latest():.2g}"] if "lr" in found else []
+    parts += [f"{found['time'].median():.2f} s/it"] if "time" in found else []
+    return " ".join([*parts, f"{peak_memory_mb():.0f} MB"])
 
 
 class Metrics(Hook):
     """Losses, lr, times and further scalars of every iteration, under Detectron2's names; rank 0 alone.
+
+    A terminal shows a progress bar; log.txt, and elsewhere the screen, get a line every :data:`WINDOW` iterations.
 
     Args:
         loggers: where they are written; closed at the end of the training.
@@ -201,14 +160,14 @@ class Metrics(Hook):
         self.log, self.loggers = EventLog(), loggers
         self.lowest: tuple[float, int] | None = None
         self._warned, self._terminal = False, terminal
-        self._progress: Progress | None = None
+        self._bar: Any = None
         self._mark, self._first, self._records = 0.0, 0, False
 
     def before_train(self, loop: Loop) -> None:
         self._mark, self._first = time.perf_counter(), loop.state.iteration + 1
         self._records = dist.rank() == 0
         if self._records:
-            self._progress = Progress(self._first, loop.total, period=WINDOW, terminal=self._terminal)
+            self._open_bar(loop.total)
 
     def after_step(self, loop: Loop) -> None:
         loop.scalars |= getattr(loop.state.model, "pop_metrics", dict)()
@@ -227,8 +186,11 @@ class Metrics(Hook):
             log.put("eta_seconds", log.histories["time"].median(1000) * left, iteration, smooth=False)
         if (iteration + 1) % WINDOW == 0:
             self._look_for_divergence(iteration, loop.lr)
-        if self._progress is not None:
-            self._progress.update(log, iteration)
+        if self._bar is not None:
+            self._bar.set_postfix_str(_short(log), refresh=False)
+            self._bar.update(1)
+        if (iteration + 1) % WINDOW == 0 or loop.last:
+            logger.info(progress_line(log, iteration), extra=None if self._bar is None else FILE_ONLY)
 
     def after_eval(self, loop: Loop) -> None:
         # Detectron2 writes the last evaluation under MAX_ITER, one beyond the last iteration.
@@ -243,8 +205,8 @@ class Metrics(Hook):
         self._mark = time.perf_counter()  # evaluation and checkpoints do not count for the next iteration
 
     def after_train(self, loop: Loop) -> None:
-        if self._progress is not None:
-            self._progress.close()
+        if self._bar is not None:
+            self._bar.close()
         for one in self.loggers:
             one.close()
 
@@ -275,6 +237,12 @@ class Metrics(Hook):
         """Inverse of :meth:`dump`; what is written is the loggers' own."""
         self.log.restore(dumped["scalars"])
         self.lowest = dumped["lowest"]
+
+    def _open_bar(self, total: int) -> None:
+        if _is_terminal() if self._terminal is None else self._terminal:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, initial=self._first, dynamic_ncols=True, unit="it", mininterval=0.5)
 
     def _take_scalars(self, loop: Loop) -> None:
         self.log.put_all(loop.scalars, loop.state.iteration)
