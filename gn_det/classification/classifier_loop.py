@@ -254,16 +254,12 @@ def write_weights(path: Path, model: Classifier, settings: Settings, source: Sou
     }
     block = {
         "version": __version__,
-        "class_names": [],
-        "category_ids": [],
-        "config": "",
         "weights": {
             "norm": settings.norm,
             "groups": list(settings.group_rule) if settings.norm == "GN" else None,
             "preprocessing": preprocessing if backbone else None,
             # Channel order and std may be folded into the stem for a config that wants others.
             "foldable": backbone,
-            "asks": False,
         },
         "provenance": [run],
     }

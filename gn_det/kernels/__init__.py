@@ -1,6 +1,6 @@
-"""Fused GroupNorm + residual + ReLU: Triton kernels, torch operators, lean memory, and the plain way.
+"""Fused GroupNorm + residual + ReLU: Triton kernels, torch operators, recomputation, and plain torch.
 
-Importing this needs torch alone; Triton is imported when a kernel is launched.
+Importing this needs only torch; Triton is imported when a kernel is launched.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The door to fused GroupNorm: which way is taken, and the plain one."""
+"""How GroupNorm + residual + ReLU is computed: by Triton kernels, with recomputation, or by plain torch."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 ACTIVATIONS = ("relu", "none")
 MODES = ("auto", "on", "off")
 
-#: (device name, dtype) for which benchmarks/group_norm.py found the kernels to be better than torch's. It is empty
-#: because no GPU has run them yet: "auto" is the plain way everywhere.
+#: (device name, dtype) for which benchmarks/group_norm.py found the kernels faster than torch's. Empty as long as no
+#: GPU has been benchmarked: "auto" uses plain torch everywhere.
 MEASURED_BETTER: frozenset[tuple[str, torch.dtype]] = frozenset()
 
 
@@ -36,20 +36,20 @@ def group_norm_act(
 ) -> Tensor:
     """``act(group_norm(x) + residual)``.
 
-    The plain way is ``F.group_norm``, an in-place add and an in-place ReLU. The fused way is one operator whose
-    arithmetic is fp32 and rounded once; under autocast it answers in the dtype of ``x``.
+    Plain torch is ``F.group_norm``, an in-place add and an in-place ReLU. The fused operator computes in fp32 and
+    rounds once; under autocast its result has the dtype of ``x``.
 
     Args:
-        x: (N, C, ...), N may be 0; NCHW or channels_last, answered in the same layout by the fused way.
+        x: (N, C, ...), N may be 0; NCHW or channels_last, a layout that the fused operator keeps.
         num_groups: G; divides C.
-        weight, bias: gamma and beta (C,), any floating dtype, or None (plain way).
+        weight, bias: gamma and beta (C,), any floating dtype, or None (plain torch).
         eps: added to the variance.
         residual: added before the activation, shape of ``x``.
         act: "relu" or "none".
-        fused: "on" takes the Triton kernels wherever they can run; "off" never; "auto" where they were measured to be
-            better (:data:`MEASURED_BETTER`).
-        recompute: with a ReLU and no residual, keep x instead of the result and make it again in the backward pass;
-            for the reader see :func:`gn_det.kernels.recompute.saving`.
+        fused: "on" uses the Triton kernels wherever they can run, "off" never, "auto" where they have been benchmarked
+            as faster (:data:`MEASURED_BETTER`).
+        recompute: with a ReLU and no residual, keep x instead of the result and compute it again in the backward pass;
+            the layer that reads it needs :func:`gn_det.kernels.recompute.saving`.
 
     Raises:
         ValueError: unknown ``act`` or ``fused``.
@@ -69,18 +69,18 @@ def group_norm_act(
 def takes_kernels(x: Tensor, fused: str) -> bool:
     """Whether :func:`group_norm_act` launches kernels for ``x``."""
     if fused == "off" or (fused == "auto" and not MEASURED_BETTER) or _exporting():
-        return False  # decided at once: this runs for every layer
+        return False  # the fast path: this runs for every layer
     return bool(_chosen(x.device, x.dtype, fused))
 
 
-# A constant to torch.compile: what is asked here (Triton, the device's name, a warning) would break the graph.
+# A constant to torch.compile: looking for Triton and the device's name, and warning, would break the graph.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def _chosen(device: torch.device, dtype: torch.dtype, fused: str) -> bool:
     able = launch.can_launch_on(device.type, dtype)
     if fused == "auto":
         return able and (_name(device), dtype) in MEASURED_BETTER
     if not able:
-        _say_plain(device.type, dtype)
+        _warn_plain(device.type, dtype)
     return able
 
 
@@ -90,9 +90,9 @@ def _name(device: torch.device) -> str:
 
 
 @functools.cache
-def _say_plain(kind: str, dtype: torch.dtype) -> None:
-    why = "Triton is not installed" if kind == "cuda" and not launch.has_triton() else f"{kind} and {dtype}"
-    logger.warning("fused GroupNorm was asked for; torch's own is used (%s has no kernel).", why)
+def _warn_plain(kind: str, dtype: torch.dtype) -> None:
+    why = "Triton is not installed" if kind == "cuda" and not launch.has_triton() else f"device {kind}, {dtype}"
+    logger.warning("MODEL.GN.FUSED on: no fused kernel can run (%s); using torch's GroupNorm.", why)
 
 
 def _exporting() -> bool:
@@ -137,7 +137,7 @@ def plain(
     residual: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """torch's own operations, one after the other."""
+    """Apply torch's own operations one after the other."""
     y = group_norm(x, num_groups, weight, bias, eps)
     if residual is not None:
         y += residual
@@ -156,7 +156,7 @@ def group_norm(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor |
 
 
 def _slow_on_cpu(x: Tensor) -> bool:
-    """Whether the way over NCHW is faster: low precision in channels_last, for RoI-sized maps.
+    """Whether a detour over NCHW is faster: low precision in channels_last, for RoI-sized maps.
 
     Measured forward and backward on one core in process time (torch 2.15; medians of 9): at 128x256x7x7 4.2 times
     frozen BN's time, 2.8 this way; at 64x256x14x14 10.7 and 7.8. On maps of whole images it does not always pay.

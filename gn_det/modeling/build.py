@@ -42,7 +42,7 @@ def group_rule(cfg: Cfg) -> GroupRule:
     fused, recompute = gn.get("FUSED", "auto"), bool(gn.get("RECOMPUTE", False))
     if fused not in MODES:
         raise ConfigError(f"MODEL.GN.FUSED = {fused!r}: use one of {', '.join(MODES)}")
-    _say(fused, str(cfg.MODEL.DEVICE))
+    _log_kernels(fused, str(cfg.MODEL.DEVICE))
     return GroupRule(gn.NUM_GROUPS, gn.CHANNELS_PER_GROUP, gn.EPS, fused, recompute)
 
 
@@ -53,14 +53,14 @@ def norm_factory(cfg: Cfg, section: str) -> NormFactory | None:
 
 
 @functools.cache
-def _say(fused: str, device: str) -> None:
-    """Once: on a GPU, which kernels GN runs on."""
+def _log_kernels(fused: str, device: str) -> None:
+    """Log once, on a GPU, which kernels GN runs on."""
     if not device.startswith("cuda"):
         return
     if fused == "on":
         logger.info("GN: fused Triton kernels (MODEL.GN.FUSED on).")
     else:
-        why = ": the fused kernels have not been timed on a GPU yet, on takes them" if fused == "auto" else ""
+        why = ": the fused kernels have not been benchmarked on a GPU yet; on enables them" if fused == "auto" else ""
         logger.info("GN: torch's own kernels (MODEL.GN.FUSED %s%s).", fused, why)
 
 
