@@ -47,9 +47,8 @@ def _refused(problem: str, mark: Any) -> ConstructorError:
 class _Loader(yaml.SafeLoader):
     """PyYAML's scanner, parser and composer with a limit on depth and on the number of nodes, aliases expanded."""
 
-    def __init__(self, text: str, python_tags: bool = False):
+    def __init__(self, text: str):
         super().__init__(text)
-        self.python_tags = python_tags
         self.depth = self.nodes = 0
         self.sizes: dict[int, int] = {}
         self.merged: set[int] = set()
@@ -88,19 +87,12 @@ class _Loader(yaml.SafeLoader):
         kind = node.tag.removeprefix(_PREFIX)
         if isinstance(node, yaml.SequenceNode) and node.tag == _EVAL:
             return _evaluated(node)
-        if self.python_tags and kind.startswith("python/"):
-            kind = (
-                "map" if isinstance(node, yaml.MappingNode) else "seq" if isinstance(node, yaml.SequenceNode) else "str"
-            )
         if isinstance(node, yaml.MappingNode) and kind == "map":
             return self.section(node)
         if isinstance(node, yaml.SequenceNode) and kind == "seq":
             return [self.value(item) for item in node.value]
-        if isinstance(node, yaml.ScalarNode):
-            if kind == "binary" and self.python_tags:
-                return self.construct_yaml_binary(node)
-            if kind in ("null", "bool", "int", "float", "str"):
-                return self.scalar(node, kind)
+        if isinstance(node, yaml.ScalarNode) and kind in ("null", "bool", "int", "float", "str"):
+            return self.scalar(node, kind)
         raise _refused(f"tag {shown(node.tag)} is not allowed; only text, numbers, lists and keys are", node.start_mark)
 
     def scalar(self, node: yaml.ScalarNode, kind: str) -> Any:
@@ -169,14 +161,12 @@ def read_yaml(path: Path, what: str = "config file") -> dict[str, Any]:
     return loaded
 
 
-def parse_yaml(text: str | bytes, source: str, *, python_tags: bool = False) -> Any:
+def parse_yaml(text: str | bytes, source: str) -> Any:
     """Return the value of a YAML text: None, bool, int, float, str, list or dict with text keys.
 
     Args:
         text: at most :data:`MAX_BYTES`; bytes are UTF-8, with or without a byte order mark.
         source: names the text in messages.
-        python_tags: read what Python's dumper tagged (``!!python/...``) as the plain list, section or text below the
-            tag, and ``!!binary`` as bytes. Nothing is called.
 
     Raises:
         ConfigError: not valid or not plain YAML, or too large; one line with the source and the place.
@@ -184,7 +174,7 @@ def parse_yaml(text: str | bytes, source: str, *, python_tags: bool = False) -> 
     if len(text) > MAX_BYTES:
         raise ConfigError(f"{source} is larger than {MAX_BYTES // 1024} kB")
     try:
-        loader = _Loader(text.decode("utf-8-sig") if isinstance(text, bytes) else text, python_tags)
+        loader = _Loader(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
         node = loader.get_single_node()
         return None if node is None else loader.value(node)
     except UnicodeDecodeError:
