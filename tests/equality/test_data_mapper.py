@@ -137,7 +137,7 @@ def _assert_same_training_samples(cfg: Any, d2_cfg: Any, data: CocoDataset, imag
     ours, theirs = TrainMapper(cfg), DatasetMapper(d2_cfg, is_train=True)
     d2_records = _d2_records(data)
     assert [r["file_name"] for r in d2_records] == [r["file_name"] for r in data.records]
-    for seed, (record, d2_record) in enumerate(zip(data.records[:images], d2_records)):
+    for seed, (record, d2_record) in enumerate(zip(list(data.records)[:images], d2_records)):
         np.random.seed(seed)
         want = theirs(copy.deepcopy(d2_record))
         got = ours(record, np.random.RandomState(seed))
