@@ -23,6 +23,7 @@ def run(script: str, output: Path, *arguments: str) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.slow
 def test_group_norm(tmp_path: Path) -> None:
     rows = run("group_norm.py", tmp_path / "a.json", "--dtypes", "float32,bfloat16", "--layouts", "channels_last")[
         "rows"
@@ -35,6 +36,7 @@ def test_group_norm(tmp_path: Path) -> None:
         assert 0 < low <= median <= high
 
 
+@pytest.mark.slow
 def test_train_step(tmp_path: Path) -> None:
     (row,) = run("train_step.py", tmp_path / "b.json", "--dtypes", "float32")["rows"]
     assert set(row["train_s"]) == {"bn*", "gn", "gn recompute", "gn torch"}
