@@ -91,7 +91,7 @@ def plan_weights(
     found = architecture_of(weights.state)
     if all(part_of(name) == "other" for name in weights.state):
         raise WeightsError(
-            f"{source}: {weights.kind}, does not match the configured architecture: it has {shorten(weights.state)}; "
+            f"{source}: {weights.kind} does not match the configured architecture: it has {shorten(weights.state)}; "
             f"the configured model has {shorten(in_model)} (MODEL.WEIGHTS)"
         )
     check_architecture(source, found, architecture_of(in_model))

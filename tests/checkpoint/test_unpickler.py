@@ -183,6 +183,19 @@ def test_shape_and_contents_must_agree(tmp_path: Path) -> None:
     refused(tmp_path / "x.pkl", pickle.dumps({"w": np.zeros(2, dtype=[("a", "f4")])}, 2))
 
 
+def test_a_dtype_that_changes_after_its_array_leaves_the_array_alone(tmp_path: Path) -> None:
+    """And numpy's own dtype, which every array of the process shares."""
+    order = b"h\x05(K\x03X\x01\x00\x00\x00>NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85C\x01btR(K\x01K\x02\x85h\x05\x89C\x08"
+    array += np.ones(2, "<f4").tobytes() + b"tb"
+    dtype = b"\x80\x02cnumpy\ndtype\n(X\x02\x00\x00\x00f4K\x00K\x01tRq\x050"
+    path = tmp_path / "x.pkl"
+    path.write_bytes(dtype + b"}(X\x01\x00\x00\x00w" + array + b"X\x01\x00\x00\x00d" + order + b"u.")
+    read = read_any(path)
+    assert read["w"].tolist() == [1.0, 1.0] and read["d"] == np.dtype(">f4")
+    assert np.frombuffer(np.ones(1, "<f4").tobytes(), "f4").tolist() == [1.0]
+
+
 def test_not_a_dict_and_damaged(tmp_path: Path) -> None:
     assert "list, not a dict" in refused(tmp_path / "x.pkl", pickle.dumps([1], 2))
     whole = pickle.dumps({"w": np.ones(50)}, 2)
