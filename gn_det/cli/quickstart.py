@@ -23,11 +23,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from gn_det import api
+    from gn_det.api import train
+    from gn_det.config import load_config
 
-    cfg = api.load_config("quickstart.yaml", ["OUTPUT_DIR", args.output, *args.overrides])
+    cfg = load_config("quickstart.yaml", ["OUTPUT_DIR", args.output, *args.overrides])
     started = time.perf_counter()
-    results = api.train(cfg, engine=args.engine, overwrite=True)
+    results = train(cfg, engine=args.engine, overwrite=True)
     weights = Path(args.output) / "model_best.pth"
     if not weights.is_file():
         raise TrainingError(f"{weights} was not written: no evaluation gave an AP; train longer (SOLVER.MAX_ITER)")

@@ -122,7 +122,8 @@ def load_batches(data: WorkerData, batches: Iterable[Any], workers: int) -> Iter
         batch_size=None,
         num_workers=workers,
         collate_fn=_unchanged,
-        pin_memory=torch.cuda.is_initialized(),  # the model is on a GPU: models copy images without waiting
+        # Where the model is on a GPU, it copies images without waiting.
+        pin_memory=torch.cuda.is_initialized(),  # type: ignore[no-untyped-call]
         timeout=TIMEOUT if workers else 0,
         worker_init_fn=_start_worker,
     )
