@@ -81,6 +81,13 @@ def test_page_is_self_contained_and_escapes_names(tmp_path: Path, monkeypatch: p
     assert text == written(found, tmp_path)  # the same every time
 
 
+@pytest.fixture()
+def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They cost most of the time of a report."""
+    monkeypatch.setattr(document, "_charts", lambda results, table: [])
+
+
+@pytest.mark.usefixtures("no_charts")
 def test_markdown_tables_are_tables(tmp_path: Path) -> None:
     """Head, rule and rows of one length on lines of their own, with an empty line before and behind."""
     written(results(tmp_path, [BN, GN], 3), tmp_path)
@@ -92,8 +99,8 @@ def test_markdown_tables_are_tables(tmp_path: Path) -> None:
 
 
 def test_a_report_of_many_rows_and_long_curves_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """15 rows of 2 seeds and 4,000 logged points, 4 sample images of 40 kB for each of 16 lines."""
-    found = results(tmp_path, [BN, *({**GN, "id": f"gn{i}", "title": EVIL} for i in range(14))], 2)
+    """15 rows and 4,000 logged points, 4 sample images of 40 kB for each of 16 lines."""
+    found = results(tmp_path, [BN, *({**GN, "id": f"gn{i}", "title": EVIL} for i in range(14))], 1)
     rng = np.random.default_rng(0)
     for result in found.rows:
         for record in result.done:
@@ -105,6 +112,7 @@ def test_a_report_of_many_rows_and_long_curves_stays_small(tmp_path: Path, monke
     assert text.count("<img") == 64 and 64 * 50_000 < len(text) < 5_000_000
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_many_findings_within_the_noise_are_folded(tmp_path: Path) -> None:
     rows = [BN, *({**GN, "id": f"gn{i}", "reference": []} for i in range(9))]
     values = {"bn": 30.0, "gn0": 35.0, **{f"gn{i}": 30.0 for i in range(1, 9)}}
@@ -114,6 +122,7 @@ def test_many_findings_within_the_noise_are_folded(tmp_path: Path) -> None:
     assert "About 1 in 20 intervals excludes zero by chance" in folded
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_settings_are_shown_by_their_difference(tmp_path: Path) -> None:
     found = results(tmp_path, [BN, GN])
     found.rows[1].done[0].config = "MODEL:\n  MASK_ON: false\nSEED: 3"

@@ -16,12 +16,12 @@ import yaml
 
 from gn_det.cli import main
 from gn_det.compare import execute, outcomes, runner
-from gn_det.compare.document import write_report
 from gn_det.compare.execute import Outcome
-from gn_det.compare.outcomes import collect
+from gn_det.compare.outcomes import as_json, collect
 from gn_det.compare.plan import Job
 from gn_det.compare.runner import DONE, Record, Runner, Store, choose, finite, package_commit, run_key
 from gn_det.compare.suite import own_suite
+from gn_det.compare.views import findings, views
 from gn_det.engine.hooks import Interrupted
 from gn_det.errors import TrainingError
 from tests.compare.cases import Fake, plan_of, pretrain_row
@@ -39,8 +39,9 @@ def run(root: Path, fake: Fake, *, rows: list[dict[str, Any]] = ROWS, seeds: int
 
 def results(root: Path, rows: list[dict[str, Any]] = ROWS, seeds: int = 2) -> dict[str, Any]:
     """results.json without what a clock or a machine says."""
-    write_report(collect(plan_of(rows, seeds), Store(root)), Store(root), "today")
-    content = json.loads((root / "results.json").read_text())
+    found = collect(plan_of(rows, seeds), Store(root))
+    sentences = {identity: finding.sentences for identity, finding in findings(found).items()}
+    content: dict[str, Any] = json.loads(json.dumps(finite(as_json(found, sentences, "today"))))
     for row in content["rows"]:
         del row["cost"]
         for one in row["runs"]:
@@ -182,7 +183,9 @@ def test_a_failing_row_is_marked_and_the_others_go_on(tmp_path: Path) -> None:
     assert rows["bn"]["status"] == "1 of 2 seeds" and rows["bn"]["reasons"] == ["seed 1: the loss is nan at 7"]
     trace = next(tmp_path.glob("runs/pre/seed-2-*/trace.txt")).read_text()
     assert "ValueError: bug" in trace
-    assert "failed: seed 1: the loss is nan at 7" in (tmp_path / "report.md").read_text()
+    shown = collect(plan_of(ROWS, 2), Store(tmp_path))
+    notes = [note for part in views(shown, shown.plan.suite.tables[0]) for note in part.notes]
+    assert "bn: failed: seed 1: the loss is nan at 7" in notes
     assert run(tmp_path, Fake()) == {}  # what failed is tried again
 
 
