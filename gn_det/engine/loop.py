@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
@@ -255,4 +256,8 @@ def parallel(model: nn.Module) -> nn.Module:
 
 def make_scaler(dtype: torch.dtype | None, device: str) -> torch.amp.GradScaler | None:
     """The gradient scaler that fp16 needs; None for other types."""
-    return torch.amp.GradScaler(device) if dtype is torch.float16 else None
+    if dtype is not torch.float16:
+        return None
+    # A step with infinite gradients is skipped, the schedule goes on: torch warns if that is the first one.
+    warnings.filterwarnings("ignore", message=r".*lr_scheduler\.step\(\)")
+    return torch.amp.GradScaler(device)
