@@ -32,7 +32,6 @@ Paths = list[tuple[Any, ...]]
 
 def mutations(case: Case) -> None:
     """As many of each of the three readers."""
-    import lightning  # noqa: F401
     import torchvision  # noqa: F401
 
     torch.manual_seed(0)
