@@ -79,6 +79,12 @@ def test_mistaken_flags_are_one_line(words: list[str], capsys: pytest.CaptureFix
     assert ended.value.code == 2 and err.count("\n") == 1 and "error: " in err and "train --help" in err
 
 
+def test_an_unknown_flag_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--config", "quickstart", "--wieghts=w.pth", "SEED", "1"])
+    assert "unrecognized arguments: --wieghts=w.pth; did you mean '--weights'?; see" in capsys.readouterr().err
+
+
 def test_own_training_set_alone_leaves_the_configs_test_set_out() -> None:
     own = ["--config", "gn_fpn", "--train-json", "a.json", "--train-images", "imgs"]
     assert tuple(parse(own).DATASETS.TEST) == ()
