@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import importlib.abc
+import importlib.machinery
 import os
-from typing import TYPE_CHECKING, Any
+import sys
+import warnings
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from gn_det.about import __version__
 
@@ -46,6 +51,27 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports modules that moved by their old names, with a DeprecationWarning."""
+
+    names: ClassVar[dict[str, str]] = {
+        "gn_det.draw": "gn_det.visualize.draw",
+        "gn_det.predict": "gn_det.engine.predictor",
+        "gn_det.pretrain": "gn_det.classification",
+    }
+
+    def find_spec(self, fullname: str, *_: Any) -> importlib.machinery.ModuleSpec | None:
+        return importlib.machinery.ModuleSpec(fullname, self) if fullname in self.names else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        new = self.names[module.__name__]
+        warnings.warn(f"{module.__name__} is now {new}", DeprecationWarning, stacklevel=2)
+        sys.modules[module.__name__] = importlib.import_module(new)
+
+
+sys.meta_path.append(_Moved())
 
 
 def config_file(name: str) -> str:

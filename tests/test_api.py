@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +133,12 @@ def test_what_cannot_be_loaded(tmp_path: Path, model: gn_det.Model, pixels: np.n
         gn_det.load_model(tmp_path / "none.pth")
     with pytest.raises(ConfigError, match="did you mean 'star'"):
         model.predict(pixels, classes=["stat"])
+
+
+@pytest.mark.parametrize("name", ["draw", "predict", "pretrain"])
+def test_old_module_names_are_the_new_modules(name: str) -> None:
+    new = {"draw": "visualize.draw", "predict": "engine.predictor", "pretrain": "classification"}[name]
+    sys.modules.pop(f"gn_det.{name}", None)
+    with pytest.warns(DeprecationWarning, match=f"gn_det.{name} is now gn_det.{new}"):
+        old = importlib.import_module(f"gn_det.{name}")
+    assert old is importlib.import_module(f"gn_det.{new}") and old.__name__ == f"gn_det.{new}"
