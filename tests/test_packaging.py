@@ -53,8 +53,8 @@ def test_wheel_holds_every_file(wheel: Path) -> None:
     held = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("gn_det/")}
     wanted = {p.relative_to(ROOT).as_posix() for p in (ROOT / "gn_det").rglob("*.*") if "__pycache__" not in p.parts}
     for folder in ("configs", "experiments"):
-        wanted |= {f"gn_det/{folder}/{p.name}" for p in (ROOT / folder).iterdir()}
-    assert held == {name for name in wanted if not name.endswith(".md")}
+        wanted |= {f"gn_det/{folder}/{p.name}" for p in (ROOT / folder).glob("*.yaml")}
+    assert held == wanted
 
 
 def test_quickstart_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
