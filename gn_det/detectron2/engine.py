@@ -33,6 +33,7 @@ class Detectron2Engine(Engine):
     """See :class:`gn_det.engine.engines.Engine`."""
 
     name: ClassVar[str] = "detectron2"
+    autocast_cache: ClassVar[bool] = True
 
     def __reduce__(self) -> Any:
         # another process imports Detectron2 as this one did: quietly

@@ -190,6 +190,7 @@ class Trainer(DefaultTrainer):
             loop = make_loop(
                 cfg, self._state, self._trainer.model, [], self._meta, evaluate, self._point, clip=not own_clip
             )
+            loop.autocast_cache = True  # as Detectron2's own trainer
             self._run(loop)
             self._last_eval_results = _nested(self._state.results)
             verify_expected(cfg, self._state.results)

@@ -69,6 +69,7 @@ def fit(
         restore(resume, state, cfg)
     first = [*engine.hooks(), Schedule()]
     loop = make_loop(cfg, state, parallel(model), [*first, *hooks], meta, evaluate, resume, terminal=terminal)
+    loop.autocast_cache = engine.autocast_cache
 
     with explain_oom(cfg, loop):
         loop.run(lambda: engine.inputs(make_loader(first_batch(cfg, state), state.seed)))

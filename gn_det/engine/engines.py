@@ -27,10 +27,12 @@ class Engine:
     Attributes:
         why: why it was chosen, for the log; "" says nothing.
         name: as ``--engine`` names it.
+        autocast_cache: see :class:`gn_det.engine.loop.Loop`.
     """
 
     why: str = ""
     name: ClassVar[str] = "embedded"
+    autocast_cache: ClassVar[bool] = False
 
     def version(self) -> str:
         """Library that the model comes from, for the log."""

@@ -191,7 +191,7 @@ def check_loggers(cfg: CfgNode) -> None:
         package = LOGGERS[name][1]
         if package and importlib.util.find_spec(package) is None:
             raise ConfigError(
-                f"LOGGERS (--logger) names {name}, which is not installed: pip install 'gn_det[{name}]' or leave it out"
+                f"LOGGERS (--logger) names {name}, which is not installed: pip install {name}, or leave it out"
             )
 
 

@@ -71,6 +71,8 @@ class Loop:
         agreed: maximum over ranks of each flag, as of the last look at the losses; equal on all ranks.
         stopping: a hook ended the training; this iteration is the last one.
         about: further content of the file of a non-finite loss.
+        autocast_cache: cast a weight once per forward pass, as Detectron2's trainer does. False: each use of a shared
+            weight casts it, and gets its gradient in float32.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Loop:
         self.total, self.accumulate, self.images = total, accumulate, images
         self.autocast, self.clip, self.folder = autocast, clip, folder
         self.about: dict[str, Any] = {}
+        self.autocast_cache = False
         self.losses: dict[str, float] = {}
         self.scalars: dict[str, float] = {}
         self.flags: dict[str, float] = {}
@@ -205,8 +208,9 @@ class Loop:
         state.images_seen += self.images
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        # Without the cache each use of a shared weight gets its gradient in float32.
-        return torch.autocast(self._device.type, self.autocast, cache_enabled=False) if self.autocast else nullcontext()
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self._device.type, self.autocast, cache_enabled=self.autocast_cache)
 
     def _next_batch(self) -> tuple[Any, float]:
         start = time.perf_counter()

@@ -193,7 +193,9 @@ def build_roi_heads(cfg: Cfg, specs: dict[str, FeatureSpec]) -> RoIHeads:
 
 def _pooler(node: Cfg, levels: list[FeatureSpec]) -> RoIPooler:
     if node.POOLER_TYPE not in ("ROIAlignV2", "ROIAlign"):
-        raise ConfigError(f"POOLER_TYPE {node.POOLER_TYPE!r} is not implemented by the embedded engine; use ROIAlignV2")
+        raise ConfigError(
+            f"POOLER_TYPE {node.POOLER_TYPE!r} is not implemented by the embedded engine; use ROIAlignV2 or ROIAlign"
+        )
     return RoIPooler(
         node.POOLER_RESOLUTION,
         strides=[s.stride for s in levels],
