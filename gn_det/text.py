@@ -88,3 +88,8 @@ def some(values: Iterable[object], limit: int = 5) -> str:
     every = list(values)
     more = f" and {len(every) - limit} more" if len(every) > limit else ""
     return ", ".join(one_line(value, 60) for value in every[:limit]) + more
+
+
+def count(number: int, noun: str, plural: str = "") -> str:
+    """Return ``"1 image"`` or ``"2 images"``; ``plural`` is ``noun`` with an s unless given."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

@@ -23,6 +23,7 @@ from gn_det.data.image import ImageError, ImageReader
 from gn_det.data.inputs import IMAGE_SUFFIXES
 from gn_det.data.workers import WorkerData, load_batches
 from gn_det.errors import DataError
+from gn_det.text import count
 
 # Eigenvectors (columns) and eigenvalues of ImageNet's RGB colours in [0, 1], published with AlexNet.
 _VECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
@@ -44,7 +45,7 @@ def scan(folder: Path) -> tuple[list[str], list[Entry]]:
         )
     names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
     if len(names) < 2:
-        raise DataError(f"{folder}: holds {len(names)} class folder(s); classification needs at least 2")
+        raise DataError(f"{folder}: holds {count(len(names), 'class folder')}; classification needs at least 2")
     entries: list[Entry] = []
     for index, name in enumerate(names):
         files = sorted(e.path for e in os.scandir(folder / name) if Path(e.name).suffix.lower() in IMAGE_SUFFIXES)
@@ -69,7 +70,8 @@ class FolderSource:
             only = sorted(set(names) ^ set(val_names))
             where = "train" if only[0] in names else "val"
             raise DataError(
-                f"{root}: class {only[0]!r} is only in {where}/ ({len(only)} such class(es)); make both the same"
+                f"{root}: class {only[0]!r} is only in {where}/ ({count(len(only), 'such class', 'such classes')}); "
+                "make both the same"
             )
         self.class_names = tuple(names)
         self.train_images, self.val_images = len(self._train), len(self._val)

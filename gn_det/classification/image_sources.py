@@ -72,8 +72,8 @@ def epoch_batches(settings: Settings, epoch: int, images: int, rank: int, proces
     size = settings.batch_size * processes
     if images < size:
         raise DataError(
-            f"{settings.data}: {images} training images do not fill one batch of {settings.batch_size} on {processes} "
-            "process(es); lower batch_size or add images"
+            f"{settings.data}: {images} training images do not fill one batch of {settings.batch_size} × {processes} "
+            "processes; lower batch_size or add images"
         )
     order = np.random.default_rng([settings.seed, epoch]).permutation(images)
     return [order[k : k + size][rank::processes] for k in range(0, images - size + 1, size)]

@@ -51,7 +51,7 @@ from gn_det.engine.state import TrainState, seed_everything
 from gn_det.errors import ConfigError, DataError, TrainingError, UserError, WeightsError
 from gn_det.files import atomic_write, json_bytes, open_regular
 from gn_det.terminal import say
-from gn_det.text import as_line, shown
+from gn_det.text import as_line, count, shown
 from gn_det.values import InvalidValue
 
 SUMMARY = "summary.json"
@@ -197,8 +197,8 @@ def _train(settings: Settings, resume: bool) -> dict[str, Any]:
         write_weights(weights, model, settings, source, facts)
         atomic_write(folder / SUMMARY, json_bytes(summary, indent=1))
     logger.info(
-        "Top-1 error %.2f %% (median of the last %d epoch(s)), best %.2f %%. Weights: %s",
-        *(summary["top1_error"], summary["median_of_epochs"], done.best["val_error"], weights),
+        "Top-1 error %.2f %% (median of the last %s), best %.2f %%. Weights: %s",
+        *(summary["top1_error"], count(summary["median_of_epochs"], "epoch"), done.best["val_error"], weights),
     )
     return summary
 
@@ -225,7 +225,8 @@ def _restore(path: Path, settings: Settings, state: TrainState) -> Progressed:
         _same_settings(path, payload["settings"], settings)
         if payload["processes"] != dist.world_size():
             raise ConfigError(
-                f"{path}: was trained by {payload['processes']} process(es), not {dist.world_size()}, so the batch "
+                f"{path}: was trained by {count(payload['processes'], 'process', 'processes')}, not "
+                f"{dist.world_size()}, so the batch "
                 "would change; resume with as many, or start anew with --overwrite"
             )
         check_pretraining(payload, state.model)
@@ -282,7 +283,8 @@ def _describe(settings: Settings, source: Source, model: Classifier, plan: Plan,
     steps = ", ".join(f"{step * settings.epochs:g}" for step in settings.steps) or "none"
     why = "" if settings.lr is not None else " (0.1 for a batch of 256, linear)"
     logger.info(
-        f"batch {settings.batch_size * processes} ({processes} process(es) x {settings.batch_size} images), "
+        f"batch {settings.batch_size * processes} ({count(processes, 'process', 'processes')} × "
+        f"{count(settings.batch_size, 'image')}), "
         f"{settings.epochs:g} epochs = {plan.total} iterations, lr {plan.lr:g}{why}, x {settings.gamma:g} after epochs "
         f"{steps}; weight decay {settings.weight_decay:g} on all weights, gamma and beta included; last gamma of each "
         f"block begins at 0; autocast {settings.amp}; seed {settings.seed}"

@@ -211,7 +211,7 @@ def warn_of_norms(cfg: CfgNode, model: nn.Module) -> None:
     for what, names in norms_off_rule(model, rule).items():
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
         logger.warning(
-            f"{len(names)} norm layer(s) do not follow MODEL.GN ({wanted}, eps {rule.eps:g}): "
+            f"norm layers that do not follow MODEL.GN ({wanted}, eps {rule.eps:g}): "
             f"{', '.join(names[:4])}{more} have {what}; they are not gn_det's."
         )
 

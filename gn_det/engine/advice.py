@@ -15,6 +15,7 @@ from gn_det.engine.loop import Loop
 from gn_det.engine.schedule import images_per_rank
 from gn_det.errors import TrainingError
 from gn_det.modeling.census import CensusRow
+from gn_det.text import count
 
 _BACKBONE = ("stem", "res2", "res3", "res4", "res5", "res5 head")
 _KEYS = {"fpn": "MODEL.FPN.NORM", "box head": "MODEL.ROI_BOX_HEAD.NORM", "mask head": "MODEL.ROI_MASK_HEAD.NORM"}
@@ -132,4 +133,4 @@ def describe_batch(batch: Sequence[Any]) -> str:
     held = [s.get("targets", s.get("instances")) for s in batch]
     objects = sum(len(h) for h in held if h is not None)
     height, width = (max(side) for side in zip(*shapes)) if shapes else (0, 0)
-    return f"{len(batch)} image(s), padded to {height}x{width}, with {objects} objects"
+    return f"{count(len(batch), 'image')} padded to {height}x{width}, with {count(objects, 'object')}"

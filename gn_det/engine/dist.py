@@ -27,7 +27,7 @@ from torch import Tensor
 from gn_det.errors import ConfigError, TrainingError, UserError
 from gn_det.parent_watch import end_with_parent
 from gn_det.terminal import guard
-from gn_det.text import shown
+from gn_det.text import count, shown
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -113,11 +113,11 @@ def resolve_device(name: str, key: str = "MODEL.DEVICE") -> str:
     kind, _, index = name.partition(":")
     if kind != "cuda" or (index and not index.isdigit()):
         raise ConfigError(f"{key} is {shown(name)}; use auto, cpu, cuda or cuda:N")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not count:
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not found:
         raise ConfigError(f"{key} is '{name}' but torch finds no GPU; set {key} to cpu or auto")
-    if index and int(index) >= count:
-        raise ConfigError(f"{key} is '{name}' but torch finds {count} GPU(s), from cuda:0")
+    if index and int(index) >= found:
+        raise ConfigError(f"{key} is '{name}' but torch finds {count(found, 'GPU')}, from cuda:0")
     return name
 
 
@@ -220,7 +220,9 @@ def _check_counts(device: str, num_gpus: int, num_machines: int, machine_rank: i
     if not 0 <= machine_rank < num_machines:
         raise ConfigError(f"--machine-rank {machine_rank} must lie between 0 and {num_machines - 1}")
     if device.startswith("cuda") and num_gpus > torch.cuda.device_count():
-        raise ConfigError(f"--num-gpus {num_gpus}: torch finds {torch.cuda.device_count()} GPU(s) on this machine")
+        raise ConfigError(
+            f"--num-gpus {num_gpus}: torch finds {count(torch.cuda.device_count(), 'GPU')} on this machine"
+        )
     if ":" in device and num_gpus > 1:
         raise ConfigError(f"MODEL.DEVICE {device} names one GPU; use MODEL.DEVICE cuda with --num-gpus {num_gpus}")
     if num_machines > 1 and dist_url == "auto":

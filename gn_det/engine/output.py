@@ -21,7 +21,7 @@ from gn_det.data.workers import script_in_worker
 from gn_det.engine import dist
 from gn_det.errors import TrainingError
 from gn_det.files import Busy, NotRegularFile, atomic_write, lock
-from gn_det.text import one_line
+from gn_det.text import count, one_line
 
 METRICS = "metrics.json"
 BEST = "model_best.pth"
@@ -125,7 +125,7 @@ def refuse_old_run(folder: Path, *, overwrite: bool) -> None:
     found = checkpoints(folder)
     if found and not overwrite:
         raise TrainingError(
-            f"OUTPUT_DIR {folder} holds {len(found)} checkpoint(s) of an earlier run (such as {found[0].name}): "
+            f"OUTPUT_DIR {folder} holds {count(len(found), 'checkpoint')} of an earlier run (such as {found[0].name}): "
             "continue it with --resume, replace it with --overwrite, or set OUTPUT_DIR to a new folder"
         )
 
@@ -207,4 +207,4 @@ def trim_lines(path: Path, keep: Callable[[str], bool]) -> None:
                 kept.append(line)
     if len(kept) < len(lines):
         atomic_write(path, "".join(f"{line}\n" for line in kept))
-        logger.info("%d line(s) of %s dropped; they are written again.", len(lines) - len(kept), path)
+        logger.info("Dropped %s of %s, which are written again.", count(len(lines) - len(kept), "line"), path)

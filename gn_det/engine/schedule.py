@@ -23,6 +23,7 @@ from fvcore.common.param_scheduler import (
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from gn_det.errors import ConfigError
+from gn_det.text import count
 
 
 def _main_curve(cfg: CfgNode) -> ParamScheduler:
@@ -231,7 +232,8 @@ def images_per_rank(cfg: CfgNode, world_size: int) -> int:
     parts = world_size * accumulate
     if batch < parts or batch % parts:
         raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH {batch} cannot be shared by {world_size} GPU(s) x SOLVER.ACCUMULATE {accumulate}; "
+            f"SOLVER.IMS_PER_BATCH {batch} cannot be shared by {count(world_size, 'process', 'processes')} x "
+            f"SOLVER.ACCUMULATE {accumulate}; "
             f"use a multiple of {parts}, such as {max(round(batch / parts), 1) * parts}"
         )
     return batch // parts
@@ -255,9 +257,10 @@ def format_schedule(cfg: CfgNode, images: int, world_size: int = 0) -> str:
     steps = [both(s) for s in solver.STEPS if s <= solver.MAX_ITER] if "Cosine" not in solver.LR_SCHEDULER_NAME else []
     batch = f"batch {solver.IMS_PER_BATCH}"
     if world_size:
-        batch += f" = {images_per_rank(cfg, world_size)} images x {world_size} GPU(s)"
-    if world_size and solver.ACCUMULATE > 1:
-        batch += f" x {solver.ACCUMULATE} accumulated micro-batches"
+        parts = [count(world_size, "process", "processes"), count(images_per_rank(cfg, world_size), "image")]
+        if solver.ACCUMULATE > 1:
+            parts.insert(1, f"{solver.ACCUMULATE} micro-batches")
+        batch += f" ({' × '.join(parts)})"
     lines = [
         f"Schedule: {solver.LR_SCHEDULER_NAME}, {both(solver.MAX_ITER)}, {batch}",
         f"  learning rate {solver.BASE_LR:g}, {solver.WARMUP_METHOD} warm-up over {both(solver.WARMUP_ITERS)}",

@@ -19,6 +19,7 @@ from gn_det.evaluation.diagnose import Caps
 from gn_det.evaluation.ground_truth import GroundTruth, load_ground_truth
 from gn_det.evaluation.results import METRICS, detections_to_coco, merge_results, write_results
 from gn_det.files import StrPath
+from gn_det.text import count
 
 __all__ = ["EvalResult", "detections_to_coco", "evaluate_coco", "load_ground_truth", "merge_results"]
 
@@ -132,7 +133,7 @@ def _check_results(gt: GroundTruth, results: Sequence[Mapping[str, Any]]) -> Non
     unknown = {r["image_id"] for r in results} - known
     if unknown:
         raise DataError(
-            f"{gt.source}: {len(unknown)} image id(s) of the results are not in this json, e.g. "
+            f"{gt.source}: {count(len(unknown), 'image id')} of the results not in this json, e.g. "
             f"{next(iter(unknown))!r} (it has e.g. {next(iter(known))!r}); evaluate on the json that was predicted on"
         )
 

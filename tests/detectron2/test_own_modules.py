@@ -136,8 +136,8 @@ def test_fpn_and_heads_with_gn_on_any_backbone(
     assert gn_modules(trainer.model) == {"GNFPN", "GNFastRCNNConvFCHead", "GNMaskRCNNConvUpsampleHead"}
     texts = [r.message for r in caplog.records if "do not follow" in r.message]
     assert texts == [
-        "1 norm layer(s) do not follow MODEL.GN (32 groups, eps 1e-05): backbone.bottom_up.a.1 have 4 groups; they are "
-        "not gn_det's."
+        "norm layers that do not follow MODEL.GN (32 groups, eps 1e-05): backbone.bottom_up.a.1 have 4 groups; they "
+        "are not gn_det's."
     ]
     trainer.resume_or_load(resume=False)
     trainer.train()
@@ -157,15 +157,15 @@ def test_norms_that_ignore_the_groups_are_named(
     told = (
         "backbone.fpn_lateral2.norm, backbone.fpn_output2.norm, backbone.fpn_lateral3.norm, backbone.fpn_output3.norm"
     )
-    assert f"5 norm layer(s) do not follow MODEL.GN (8 groups, eps 1e-05): {told} and 1 more have 32" in caplog.text
-    assert "1 norm layer(s) do not follow MODEL.GN (8 groups, eps 1e-05): backbone.bottom_up.a.1 have 4" in caplog.text
+    assert f"norm layers that do not follow MODEL.GN (8 groups, eps 1e-05): {told} and 1 more have 32" in caplog.text
+    assert "norm layers that do not follow MODEL.GN (8 groups, eps 1e-05): backbone.bottom_up.a.1 have 4" in caplog.text
     caplog.clear()
     retina = ["MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone"]
     retina += ["MODEL.RPN.IN_FEATURES", ["p3"], "MODEL.RETINANET.NORM", "GN", "MODEL.GN.NUM_GROUPS", 16]
     levels = ["MODEL.ANCHOR_GENERATOR.SIZES", [[32]], "MODEL.FPN.IN_FEATURES", ["res3", "res4", "res5"]]
     with caplog.at_level("WARNING", logger="gn_det"):
         on_meta(plugin_cfg("gn_fpn.yaml", *retina, *levels))
-    assert "8 norm layer(s) do not follow MODEL.GN (16 groups, eps 1e-05): head.cls_subnet.1" in caplog.text
+    assert "norm layers that do not follow MODEL.GN (16 groups, eps 1e-05): head.cls_subnet.1" in caplog.text
     caplog.clear()
     with caplog.at_level("WARNING", logger="gn_det"):
         on_meta(plugin_cfg("gn_fpn.yaml", *retina, *levels, "MODEL.RETINANET.NORM", "LN", "MODEL.GN.NUM_GROUPS", 32))

@@ -133,7 +133,7 @@ def test_three_processes_on_uneven_data(tmp_path: Path) -> None:
     assert code == 0, text[-2000:]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.json").read_text().splitlines()]
     assert [e["iteration"] for e in lines if "bbox/AP" in e] == [1, 4]
-    assert "batch 3 = 1 images x 3 GPU(s)" in text and "detections in 2 images" in text
+    assert "batch 3 (3 processes × 1 image)" in text and "detections in 2 images" in text
 
 
 def test_accumulation_equals_the_larger_batch(one_batch: Path, tmp_path: Path) -> None:
