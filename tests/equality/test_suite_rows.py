@@ -12,12 +12,11 @@ import torch
 
 pytest.importorskip("detectron2.modeling", reason="compares with an installed Detectron2")
 
-from tests.equality.test_model_equality import assert_same_detections, assert_same_training
-
 from gn_det.compare.plan import Plan, make_plan
 from gn_det.compare.suite import DETECT, find_suite, load_suite, shipped_suites
 from gn_det.detectron2.engine import Detectron2Engine
 from gn_det.engine.engines import Engine
+from tests.equality.test_model import assert_same_detections, assert_same_training
 from tests.golden.model_cases import BATCHES, NUM_CLASSES
 
 pytestmark = pytest.mark.detectron2
