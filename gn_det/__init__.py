@@ -58,6 +58,7 @@ class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     names: ClassVar[dict[str, str]] = {
         "gn_det.draw": "gn_det.visualize.draw",
+        "gn_det.evaluation.coco": "gn_det.evaluation.coco_eval",
         "gn_det.predict": "gn_det.engine.predictor",
         "gn_det.pretrain": "gn_det.classification",
     }

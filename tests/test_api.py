@@ -135,10 +135,17 @@ def test_what_cannot_be_loaded(tmp_path: Path, model: gn_det.Model, pixels: np.n
         model.predict(pixels, classes=["stat"])
 
 
-@pytest.mark.parametrize("name", ["draw", "predict", "pretrain"])
-def test_old_module_names_are_the_new_modules(name: str) -> None:
-    new = {"draw": "visualize.draw", "predict": "engine.predictor", "pretrain": "classification"}[name]
-    sys.modules.pop(f"gn_det.{name}", None)
-    with pytest.warns(DeprecationWarning, match=f"gn_det.{name} is now gn_det.{new}"):
-        old = importlib.import_module(f"gn_det.{name}")
-    assert old is importlib.import_module(f"gn_det.{new}") and old.__name__ == f"gn_det.{new}"
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("draw", "visualize.draw"),
+        ("evaluation.coco", "evaluation.coco_eval"),
+        ("predict", "engine.predictor"),
+        ("pretrain", "classification"),
+    ],
+)
+def test_old_module_names_are_the_new_modules(old: str, new: str) -> None:
+    sys.modules.pop(f"gn_det.{old}", None)
+    with pytest.warns(DeprecationWarning, match=f"gn_det.{old} is now gn_det.{new}"):
+        module = importlib.import_module(f"gn_det.{old}")
+    assert module is importlib.import_module(f"gn_det.{new}") and module.__name__ == f"gn_det.{new}"
