@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+import textwrap
+
+_FOR_WHOM = """\
+First try             quickstart.yaml (generated images, minutes on a CPU)
+Your own data         gn_fpn.yaml; compare it with bn_fpn_4conv1fc.yaml
+From scratch          gn_fpn_scratch.yaml
+The paper's tables    all others; * marks frozen batch norm
+"""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +25,9 @@ def run(args: argparse.Namespace) -> int:
     if args.keys:
         print(key_reference(), end="")
         return 0
+    print(_FOR_WHOM)
+    width = min(max(shutil.get_terminal_size().columns, 60), 120)
     for name in shipped_configs():
         comment = [line[2:].strip() for line in shipped_config(name).read_text(encoding="utf-8").splitlines()[:2]]
-        print(f"{name:28s} {' '.join(comment)}")
+        print(textwrap.fill(" ".join(comment), width, initial_indent=f"{name:26s}", subsequent_indent=" " * 26))
     return 0

@@ -1,4 +1,4 @@
-"""Where a run's sentences go: standard output, and ``log.txt`` in OUTPUT_DIR."""
+"""The log of a run: standard output, and ``log.txt`` in OUTPUT_DIR."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class _Console(_StreamHandler):
 
 
 class _File(_StreamHandler):
-    """A full disk costs lines of the log; that it is full is told by what needs it: metrics and checkpoints."""
+    """On a full disk, drop log lines; the writers of metrics and checkpoints raise the error."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exc_info()[1], OSError):
@@ -60,11 +60,16 @@ class _File(_StreamHandler):
 
 
 class _Printable(logging.Formatter):
-    """Escapes control characters; a message that is one line in the code stays one, whatever its values hold."""
+    """Marks warnings and errors, and escapes control characters.
+
+    A message that is one line in the code stays one, whatever its values hold.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         message = record.getMessage()
         safe = printable(message) if "\n" in str(record.msg) else as_line(message, _LONGEST)
+        if record.levelno >= logging.WARNING:
+            safe = f"{record.levelname}: {safe}"
         return printable(super().format(logging.makeLogRecord({**vars(record), "msg": safe, "args": None})))
 
 

@@ -7,6 +7,7 @@ import errno
 import io
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from gn_det.about import __version__
 from gn_det.cli import main
 from gn_det.cli import parse as parse_flags
 from gn_det.cli.flags import config_from_args
+from gn_det.config.load import shipped_configs
 from gn_det.engine.log import run_log
 from gn_det.terminal import Screen, guarded, say
 
@@ -117,10 +119,14 @@ def test_no_command_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert __version__ in capsys.readouterr().out
 
 
-def test_configs_lists_every_experiment(capsys: pytest.CaptureFixture[str]) -> None:
+def test_configs_lists_every_experiment(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal of 80 columns; each shipped config once, after a line that says which is for whom."""
+    monkeypatch.setenv("COLUMNS", "80")
     assert main(["configs"]) == 0
     out = capsys.readouterr().out
-    assert "gn_fpn_long.yaml" in out and "40.8 / 36.1" in out and "Base-" not in out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "40.8 / 36.1" in " ".join(out.split()) and "Base-" not in out and "Your own data" in out
+    assert [line.split()[0] for line in out.splitlines() if re.match(r"\w+\.yaml", line)] == shipped_configs()
 
 
 #: A title sequence, a C1 control, a direction mark, a forged line.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -284,3 +285,11 @@ def test_a_worker_that_imports_the_script_is_told_so(tmp_path: Path, monkeypatch
         monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
         with pytest.raises(DataError, match="if __name__ == '__main__':"), alone_in(tmp_path, patience=0):
             pass
+
+
+def test_warnings_are_marked_in_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with run_log(tmp_path):
+        logging.getLogger("gn_det.x").info("plain")
+        logging.getLogger("gn_det.x").warning("look %s", "here\x1b")
+    first, second = (tmp_path / "log.txt").read_text().splitlines()
+    assert first.endswith("] plain") and second.endswith("] WARNING: look here\\x1b")
