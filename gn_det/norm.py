@@ -9,6 +9,7 @@ Shape letters: N samples (images or RoIs), C channels, H, W rows and columns.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -272,6 +273,14 @@ def get_norm(norm: NormSpec, num_channels: int) -> nn.Module | None:
     if norm is None or norm == "":
         return None
     return (NormFactory(norm) if isinstance(norm, str) else norm)(num_channels)
+
+
+def norm_with_groups(norm: NormSpec, groups: GroupRule | None) -> NormSpec:
+    """``norm`` with ``groups``, which used to be a keyword of its own; now ``NormFactory(norm, groups)`` says both."""
+    if groups is None or not isinstance(norm, str) or not norm:
+        return norm
+    warnings.warn("groups= is deprecated: pass norm=NormFactory(kind, groups)", DeprecationWarning, stacklevel=3)
+    return NormFactory(norm, groups)
 
 
 _BATCH_NORMS: dict[str, Callable[[int], nn.Module]] = {

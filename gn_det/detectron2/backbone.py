@@ -18,7 +18,7 @@ from gn_det.modeling.build import fpn_arguments, group_rule, resnet_arguments
 from gn_det.modeling.fpn import FPN
 from gn_det.modeling.layers import FeatureSpec
 from gn_det.modeling.resnet import ResNet
-from gn_det.norm import GroupRule, NormSpec
+from gn_det.norm import GroupRule, NormSpec, norm_with_groups
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -42,6 +42,9 @@ class GNResNet(ResNet, Backbone):
     Parameter names, strides and initial weights (from the same seed) are those of Detectron2's ResNet.
     """
 
+    def __init__(self, *, norm: NormSpec = "BN", groups: GroupRule | None = None, **others: Any) -> None:
+        super().__init__(norm=norm_with_groups(norm, groups), **others)
+
     def output_shape(self) -> dict[str, ShapeSpec]:
         """Channels and stride by feature name."""
         return _shapes(self.feature_specs)
@@ -62,6 +65,7 @@ class GNFPN(FPN, Backbone):
             that feature): ``LastLevelMaxPool`` for R-CNN, ``LastLevelP6P7`` for RetinaNet; None for no such level.
         fuse_type: "sum" or "avg" of the lateral and the top-down feature.
         square_pad: if positive, images are padded to squares of this side.
+        groups: deprecated, see :func:`gn_det.norm.norm_with_groups`.
     """
 
     #: Set for each instance; here it takes the place of Backbone's property.
@@ -77,12 +81,13 @@ class GNFPN(FPN, Backbone):
         top_block: Any = None,
         fuse_type: str = "sum",
         square_pad: int = 0,
+        groups: GroupRule | None = None,
     ) -> None:
         super().__init__(
             bottom_up,
             in_features=in_features,
             out_channels=out_channels,
-            norm=norm,
+            norm=norm_with_groups(norm, groups),
             fuse_type=fuse_type,
             specs=_specs(bottom_up),
         )

@@ -22,7 +22,7 @@ from gn_det.detectron2.scripting import ScriptableMaskHead, scriptable_box_head
 from gn_det.errors import ConfigError
 from gn_det.modeling.build import build_res5, norm_factory
 from gn_det.modeling.heads import BoxHead, MaskHead
-from gn_det.norm import NormSpec
+from gn_det.norm import GroupRule, NormSpec, norm_with_groups
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -37,6 +37,7 @@ class GNFastRCNNConvFCHead(BoxHead):
         conv_dims: output channels of the convolutions.
         fc_dims: output sizes of the fully connected layers.
         conv_norm: see :data:`gn_det.norm.NormSpec`; without a norm the convolutions have biases.
+        groups: deprecated, see :func:`gn_det.norm.norm_with_groups`.
     """
 
     @configurable
@@ -47,6 +48,7 @@ class GNFastRCNNConvFCHead(BoxHead):
         conv_dims: Sequence[int],
         fc_dims: Sequence[int],
         conv_norm: NormSpec = "GN",
+        groups: GroupRule | None = None,
     ) -> None:
         if input_shape.height != input_shape.width:
             raise ConfigError(f"box head: takes square RoI features, got {input_shape.height}x{input_shape.width}")
@@ -55,7 +57,7 @@ class GNFastRCNNConvFCHead(BoxHead):
             input_shape.height,
             conv_dims=conv_dims,
             fc_dims=fc_dims,
-            norm=conv_norm,
+            norm=norm_with_groups(conv_norm, groups),
         )
 
     @classmethod
@@ -86,6 +88,7 @@ class GNMaskRCNNConvUpsampleHead(MaskHead, BaseMaskRCNNHead):
         num_classes: masks per RoI; 1 for class-agnostic ones.
         conv_dims: output channels of the convolutions, and last of the deconvolution.
         conv_norm: see :data:`gn_det.norm.NormSpec`; without a norm the convolutions have biases.
+        groups: deprecated, see :func:`gn_det.norm.norm_with_groups`.
         loss_weight, vis_period: see Detectron2's BaseMaskRCNNHead.
     """
 
@@ -100,10 +103,13 @@ class GNMaskRCNNConvUpsampleHead(MaskHead, BaseMaskRCNNHead):
         num_classes: int,
         conv_dims: Sequence[int],
         conv_norm: NormSpec = "GN",
+        groups: GroupRule | None = None,
         loss_weight: float = 1.0,
         vis_period: int = 0,
     ) -> None:
-        super().__init__(input_shape.channels, num_classes, conv_dims=conv_dims, norm=conv_norm)
+        super().__init__(
+            input_shape.channels, num_classes, conv_dims=conv_dims, norm=norm_with_groups(conv_norm, groups)
+        )
         self.loss_weight = loss_weight
         self.vis_period = vis_period
 

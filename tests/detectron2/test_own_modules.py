@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,12 @@ from detectron2.modeling.roi_heads import ROI_BOX_HEAD_REGISTRY, ROI_HEADS_REGIS
 from gn_det.checkpoint.io import save_checkpoint
 from gn_det.checkpoint.meta import build_meta
 from gn_det.detectron2 import GNFPN, Trainer
+from gn_det.detectron2.backbone import GNResNet
 from gn_det.detectron2.config import check_for_trainer
+from gn_det.detectron2.gn_heads import GNFastRCNNConvFCHead, GNMaskRCNNConvUpsampleHead
 from gn_det.detectron2.routing import ROUTES
 from gn_det.errors import ConfigError
+from gn_det.norm import GroupRule, NormFactory
 from tests.detectron2.cases import TINY, gn_modules, own_data, plugin_cfg
 
 pytestmark = pytest.mark.detectron2
@@ -300,3 +304,20 @@ def test_predictor_tells_of_other_groups(tmp_path: Path, caplog: pytest.LogCaptu
         cfg.MODEL.GN.NUM_GROUPS = 32
         DefaultPredictor(cfg)(image)
     assert "was trained with other groups: MODEL.GN.NUM_GROUPS is 32, there 8; set them alike" in caplog.text
+
+
+def test_groups_is_still_a_keyword() -> None:
+    """The old spelling ``norm="GN", groups=GroupRule(8)`` gives the layers of ``norm=NormFactory("GN", GroupRule(8))``."""
+    rule, shape = GroupRule(8), ShapeSpec(channels=32, height=7, width=7)
+    bottom = GNResNet(depth=18, out_features=("res2", "res3"), res2_channels=64)
+    layers = {"in_features": ("res2", "res3"), "out_channels": 32}
+    box, mask = {"conv_dims": [32], "fc_dims": [16]}, {"num_classes": 2, "conv_dims": [32, 32]}
+    for build, norm in (
+        (partial(GNResNet, depth=18, out_features=("res2",), res2_channels=64), "norm"),
+        (partial(GNFPN, bottom, **layers), "norm"),
+        (partial(GNFastRCNNConvFCHead, shape, **box), "conv_norm"),
+        (partial(GNMaskRCNNConvUpsampleHead, shape, **mask), "conv_norm"),
+    ):
+        with pytest.warns(DeprecationWarning, match="NormFactory"):
+            old = build(**{norm: "GN", "groups": rule})
+        assert str(old) == str(build(**{norm: NormFactory("GN", rule)})) and "GroupNorm(8, " in str(old)
