@@ -307,7 +307,7 @@ def test_predictor_tells_of_other_groups(tmp_path: Path, caplog: pytest.LogCaptu
 
 
 def test_groups_is_still_a_keyword() -> None:
-    """The old spelling ``norm="GN", groups=GroupRule(8)`` gives the layers of ``norm=NormFactory("GN", GroupRule(8))``."""
+    """``norm="GN", groups=GroupRule(8)``, as it was written once, is ``norm=NormFactory("GN", GroupRule(8))``."""
     rule, shape = GroupRule(8), ShapeSpec(channels=32, height=7, width=7)
     bottom = GNResNet(depth=18, out_features=("res2", "res3"), res2_channels=64)
     layers = {"in_features": ("res2", "res3"), "out_channels": 32}
