@@ -100,7 +100,7 @@ class Reference:
 
     @property
     def kind(self) -> str:
-        """Of model, whatever its depth: "C4", "FPN" or "ImageNet"; "" of an expected row, whose suite knows why."""
+        """Model without its depth: "C4", "FPN" or "ImageNet"; "" where a suite's ``expected`` gives the value."""
         return "" if self.source == EXPECTED else self.model.replace("-", " ").split()[-1]
 
 

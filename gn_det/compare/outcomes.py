@@ -111,7 +111,7 @@ def _half(std: float | None, factor: float, freedom: float) -> float | None:
 
 @functools.lru_cache(maxsize=256)
 def t_quantile(p: float, freedom: float) -> float:
-    """The value below which a t-distributed number lies with probability ``p`` in (0, 1); ``freedom`` >= 1 degrees.
+    """Return the quantile of Student's t at probability ``p`` in (0, 1) with ``freedom`` >= 1 degrees of freedom.
 
     With t = sqrt(v) tan(a) the density of the angle a is proportional to cos(a) ** (v - 1), which Gauss-Legendre
     quadrature integrates to about 1e-10; the angle is found by bisection.

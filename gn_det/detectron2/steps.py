@@ -124,7 +124,7 @@ def scalars_of(storage: EventStorage, iteration: int) -> dict[str, float]:
 
 @contextmanager
 def train_quietly() -> Iterator[None]:
-    """An early end is none to Detectron2's log, and an exception is told once, by whoever catches it."""
+    """Keep Detectron2 from logging an early stop as an error, and an exception that its catcher reports."""
     log = logging.getLogger("detectron2.engine.train_loop")
 
     def told_elsewhere(record: logging.LogRecord) -> bool:

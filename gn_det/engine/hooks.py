@@ -92,7 +92,7 @@ class Checkpoint(Hook):
         """Write the checkpoint of this iteration and make it the one to resume from.
 
         Args:
-            collective: False: the other ranks do not take part; their random streams start anew on resuming.
+            collective: False: the other ranks do not take part; their random streams are re-seeded on resuming.
 
         Raises:
             TrainingError: on every rank: the file cannot be written, or the weights are not finite.

@@ -62,7 +62,7 @@ class _File(_StreamHandler):
 class _Printable(logging.Formatter):
     """Marks warnings and errors, and escapes control characters.
 
-    A message that is one line in the code stays one, whatever its values hold.
+    A message without a line break in its format stays on one line, whatever its values contain.
     """
 
     def format(self, record: logging.LogRecord) -> str:

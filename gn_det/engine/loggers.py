@@ -204,7 +204,7 @@ def open_loggers(cfg: CfgNode, iteration: int, written: int | None) -> list[Logg
     folder = Path(cfg.OUTPUT_DIR)
     if iteration >= 0:
         trim_metrics(folder, iteration, written)
-    # the last evaluation of a finished run stands one beyond its last iteration
+    # the last evaluation of a finished run is logged one iteration after its last
     start = min(written if written is not None else iteration, iteration)
     out: list[Logger] = [JsonLogger(folder / METRICS, start)]
     for name in cfg.LOGGERS:

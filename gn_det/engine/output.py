@@ -190,7 +190,7 @@ def trim_metrics(folder: Path, iteration: int, written: int | None = None) -> No
 
     def keep(line: str) -> bool:
         record = json.loads(line)
-        # the last evaluation of a finished run stands one beyond its last iteration
+        # the last evaluation of a finished run is logged one iteration after its last
         return bool(record["iteration"] <= (iteration + ("total_loss" not in record) if written is None else written))
 
     trim_lines(folder / METRICS, keep)
