@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 import platform
 import statistics
-from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +17,9 @@ import torchvision
 from torch.optim.lr_scheduler import LambdaLR
 
 from gn_det.about import __version__
-from gn_det.checkpoint.io import read_checkpoint
 from gn_det.checkpoint.last import remove_leftovers
 from gn_det.classification.classifier_loop import (
     LAST,
-    METRICS,
     ClassifierLoop,
     ClassifierLoss,
     Epochs,
@@ -33,6 +29,7 @@ from gn_det.classification.classifier_loop import (
     utc_now,
     write_weights,
 )
+from gn_det.classification.earlier_run import SUMMARY, finished, refuse_old, restore
 from gn_det.classification.image_folder import FolderSource
 from gn_det.classification.image_sources import Batch, Source, epoch_batches, load_digits, load_shapes
 from gn_det.classification.network import Classifier, build_classifier, build_optimizer
@@ -44,20 +41,13 @@ from gn_det.engine.log import FILE_ONLY, run_log
 from gn_det.engine.loggers import Logger, TensorBoardLogger
 from gn_det.engine.loop import make_scaler, parallel
 from gn_det.engine.output import BEST, FINAL, alone_in, check_writable
-from gn_det.engine.payload import check_origin, check_pretraining, check_summary, refuse, restore_slots
 from gn_det.engine.scalars import Metrics
 from gn_det.engine.schedule import set_iteration
 from gn_det.engine.state import TrainState, seed_everything
-from gn_det.errors import ConfigError, DataError, TrainingError, UserError, WeightsError
-from gn_det.files import atomic_write, json_bytes, open_regular
+from gn_det.errors import ConfigError, DataError, TrainingError, UserError
+from gn_det.files import atomic_write, json_bytes
 from gn_det.terminal import say
-from gn_det.text import as_line, count, shown
-from gn_det.values import InvalidValue
-
-SUMMARY = "summary.json"
-_MOST_BYTES = 64 << 20
-#: May differ between a run and its continuation.
-_FREE = ("workers", "device", "output")
+from gn_det.text import as_line, count
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +59,7 @@ def pretrain(settings: Settings, *, resume: bool = False, overwrite: bool = Fals
     epoch, ``metrics.jsonl``, TensorBoard events, ``log.txt``, and at the very end ``summary.json``.
 
     Args:
-        resume: go on after the last finished epoch; where there is none, start; where all is done, return the summary.
+        resume: continue after the last finished epoch; without one, start; if all are done, return the summary.
         overwrite: replace an earlier run in the folder.
         num_gpus: processes on this machine, one GPU each (on a CPU: plain processes); torchrun decides by itself.
 
@@ -84,9 +74,8 @@ def pretrain(settings: Settings, *, resume: bool = False, overwrite: bool = Fals
     _check_early(settings)
     folder = check_writable(settings.output)
     if not resume:
-        _refuse_old(folder, overwrite)
-    done = _finished(folder, settings) if resume else None
-    if done is not None:
+        refuse_old(folder, overwrite)
+    elif (done := finished(folder, settings)) is not None:
         say(f"{folder}: finished already, top-1 error {done['top1_error']:.2f} %.")
         return done
     result: dict[str, Any] = dist.launch(_rank, (settings, resume, overwrite), device=device, num_gpus=num_gpus)
@@ -155,6 +144,11 @@ def _rank(settings: Settings, resume: bool, overwrite: bool) -> dict[str, Any]:
             raise
 
 
+def _clear(folder: Path, overwrite: bool) -> None:
+    for file in refuse_old(folder, overwrite):
+        file.unlink()
+
+
 def _train(settings: Settings, resume: bool) -> dict[str, Any]:
     folder, device = Path(settings.output), dist.local_device(settings.device)
     source = open_source(settings)
@@ -172,7 +166,7 @@ def _train(settings: Settings, resume: bool) -> dict[str, Any]:
     state = TrainState(model, optimizer, scheduler, settings.seed, make_scaler(autocast, torch.device(device).type))
     done = Progressed()
     if resume and (folder / LAST).is_file():
-        done = _restore(folder / LAST, settings, state)
+        done = restore(folder / LAST, settings, state)
         logger.info("Resumed from %s: epoch %d of %d is done.", folder / LAST, done.epochs, plan.epochs)
     elif resume:
         logger.info("--resume: %s holds no %s; the run starts from the beginning.", folder, LAST)
@@ -208,46 +202,6 @@ def _batches(settings: Settings, source: Source, plan: Plan, first: int) -> Iter
     for epoch in range(first, plan.epochs):
         numbers = epoch_batches(settings, epoch, source.train_images, dist.rank(), dist.world_size())
         yield from source.train_batches(epoch, numbers[: plan.total - epoch * plan.per_epoch])
-
-
-def _restore(path: Path, settings: Settings, state: TrainState) -> Progressed:
-    """Put weights, momentum and loss scale of ``last.ckpt`` into ``state``; the curve is returned.
-
-    Raises:
-        ConfigError: the run was started with other settings.
-        WeightsError: the file cannot be used.
-    """
-    payload = read_checkpoint(path, verify=True)
-    if not {"model", "optimizer", "done", "settings"} <= set(payload):
-        raise WeightsError(f"{path}: is no checkpoint of gn-det pretrain; start anew with --overwrite")
-    try:
-        check_origin(payload, "")
-        _same_settings(path, payload["settings"], settings)
-        if payload["processes"] != dist.world_size():
-            raise ConfigError(
-                f"{path}: was trained by {count(payload['processes'], 'process', 'processes')}, not "
-                f"{dist.world_size()}, so the batch "
-                "would change; resume with as many, or start anew with --overwrite"
-            )
-        check_pretraining(payload, state.model)
-        put_momentum = restore_slots(state.optimizer, payload["optimizer"], "optimizer")
-    except InvalidValue as error:
-        raise refuse(str(path), error, "start anew with --overwrite") from None
-    state.model.load_state_dict(dict(payload["model"]))
-    put_momentum()
-    if state.scaler is not None and payload.get("scaler"):
-        state.scaler.load_state_dict(payload["scaler"])
-    return Progressed(**{f.name: payload["done"][f.name] for f in fields(Progressed)})
-
-
-def _same_settings(path: Path, theirs: Mapping[str, Any], settings: Settings) -> None:
-    for name, value in settings.to_dict().items():
-        old = list(theirs[name]) if isinstance(theirs.get(name), tuple) else theirs.get(name)
-        if name not in _FREE and old != value:
-            raise ConfigError(
-                f"{path}: was started with {name} {shown(old)}, not {value!r}; resume with the same, or start anew "
-                "with --overwrite"
-            )
 
 
 # ------------------------------------------------------------ small parts
@@ -289,43 +243,6 @@ def _describe(settings: Settings, source: Source, model: Classifier, plan: Plan,
         f"{steps}; weight decay {settings.weight_decay:g} on all weights, gamma and beta included; last gamma of each "
         f"block begins at 0; autocast {settings.amp}; seed {settings.seed}"
     )
-
-
-def _refuse_old(folder: Path, overwrite: bool) -> list[Path]:
-    """Stop before an earlier run is lost; return its files where it may be replaced.
-
-    Raises:
-        TrainingError: there is one and ``overwrite`` is False.
-    """
-    files = [folder / name for name in (SUMMARY, LAST, METRICS, FINAL, BEST)]
-    there = [file for file in files if file.exists()]
-    if there and not overwrite:
-        raise TrainingError(
-            f"{folder} holds an earlier run ({there[0].name}): go on with it by --resume, replace it by --overwrite, "
-            "or choose another --output"
-        )
-    return [*there, *folder.glob("events.out.tfevents.*")]
-
-
-def _clear(folder: Path, overwrite: bool) -> None:
-    for file in _refuse_old(folder, overwrite):
-        file.unlink()
-
-
-def _finished(folder: Path, settings: Settings) -> dict[str, Any] | None:
-    """The summary of a finished run of these settings.
-
-    Raises:
-        ConfigError: it is of other settings.
-    """
-    try:
-        with open_regular(folder / SUMMARY) as file:
-            summary = json.loads(file.read(_MOST_BYTES))
-        check_summary(summary, "")
-    except (OSError, ValueError, RecursionError):  # InvalidValue is a ValueError
-        return None
-    _same_settings(folder / SUMMARY, summary["settings"], settings)
-    return dict(summary) if (folder / FINAL).is_file() else None
 
 
 def _summary(settings: Settings, done: Progressed, model: Classifier, weights: Path, device: str) -> dict[str, Any]:

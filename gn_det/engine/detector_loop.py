@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,13 +16,15 @@ from gn_det.checkpoint.meta import build_meta
 from gn_det.engine import dist
 from gn_det.engine.advice import explain_oom
 from gn_det.engine.engines import Engine
-from gn_det.engine.hooks import Average, Checkpoint, Evaluate, Evaluator, Schedule, Signals, TimeLimit
+from gn_det.engine.hooks import Checkpoint, Evaluate, Evaluator, Schedule, Signals, TimeLimit
 from gn_det.engine.loggers import open_loggers
 from gn_det.engine.loop import Hook, Loop, make_scaler, parallel
 from gn_det.engine.optimizer import clip_gradients
 from gn_det.engine.scalars import Metrics
 from gn_det.engine.schedule import images_per_rank
 from gn_det.engine.state import ModelMeta, Resume, TrainState, WeightAverage, restore
+
+logger = logging.getLogger(__name__)
 
 #: ``make_loader(start_batch, seed)``: batches of this rank from ``start_batch`` on, forever.
 LoaderFactory = Callable[[int, int], Iterable[Any]]
@@ -100,9 +103,13 @@ def make_loop(
     if state.scaler is not None and payload.get("grad_scaler"):
         state.scaler.load_state_dict(dict(payload["grad_scaler"]))
     if cfg.SOLVER.EMA.ENABLED:
-        state.average = WeightAverage(state.model, float(cfg.SOLVER.EMA.DECAY))
+        average = state.average = WeightAverage(state.model, float(cfg.SOLVER.EMA.DECAY))
         if payload.get("ema"):
-            state.average.restore(payload["model"], payload["ema"]["steps"])
+            average.restore(payload["model"], payload["ema"]["steps"])
+        logger.info(
+            "SOLVER.EMA: the average of the weights (decay %g) is evaluated and saved; it %s.",
+            *(average.decay, f"continues after {average.steps} steps" if average.steps else "starts at these weights"),
+        )
     folder = Path(cfg.OUTPUT_DIR)
     logs = payload.get("logs")  # a file of another tool has none
     written = logs["written"] if logs else None
@@ -114,7 +121,7 @@ def make_loop(
         folder, meta, metrics, period=int(solver.CHECKPOINT_PERIOD), keep=int(solver.CHECKPOINT_KEEP)
     )
     signals, limit = Signals(checkpoint), TimeLimit(float(solver.MAX_HOURS), checkpoint)
-    hooks: list[Hook] = [Average(), *own, metrics, signals, limit, checkpoint]
+    hooks: list[Hook] = [*own, metrics, signals, limit, checkpoint]
     if evaluate is not None:
         hooks.append(Evaluate(cfg, evaluate, signals, limit))
     loop = Loop(

@@ -1,4 +1,4 @@
-"""The hooks of a detection run: schedule, weight average, signals, time limit, checkpoints and evaluation."""
+"""The hooks of a detection run: schedule, signals, time limit, checkpoints and evaluation."""
 
 from __future__ import annotations
 
@@ -43,31 +43,14 @@ class Interrupted(TrainingError):
 
 
 class Schedule(Hook):
-    """Steps the learning rate's schedule."""
+    """Steps the learning rate schedule."""
 
     def after_step(self, loop: Loop) -> None:
         loop.state.scheduler.step()
 
 
-class Average(Hook):
-    """Updates ``loop.state.average`` (SOLVER.EMA), where there is one."""
-
-    def before_train(self, loop: Loop) -> None:
-        average = loop.state.average
-        if average is not None:
-            start = f"continues after {average.steps} steps" if average.steps else "starts at these weights"
-            logger.info(
-                "SOLVER.EMA: the average of the weights (decay %g) is evaluated and saved; it %s.",
-                *(average.decay, start),
-            )
-
-    def after_step(self, loop: Loop) -> None:
-        if loop.state.average is not None:
-            loop.state.average.update(loop.state.model)
-
-
 class Checkpoint(Hook):
-    """Saves every ``period`` iterations and at the end; again after an evaluation, with what it found."""
+    """Saves every ``period`` iterations and at the end; again after an evaluation, with its results."""
 
     def __init__(self, folder: Path, meta: ModelMeta, metrics: Metrics, *, period: int, keep: int) -> None:
         self.folder, self.meta, self.metrics, self.period, self.keep = folder, meta, metrics, period, keep
@@ -121,7 +104,7 @@ def _naming_resume() -> Iterator[None]:
 
 
 class Signals(Hook):
-    """SIGINT and SIGTERM end the run after the iteration at hand, with a checkpoint; a second one ends it at once."""
+    """SIGINT and SIGTERM end the run after the current iteration, with a checkpoint; a second one ends it at once."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -151,7 +134,7 @@ class Signals(Hook):
         self._old = {}
 
     def interrupt(self, loop: Loop, *, collective: bool = True) -> None:
-        """Save, unless that was done, and end the run.
+        """Save, unless this iteration has a checkpoint already, and end the run.
 
         Raises:
             Interrupted: always.
@@ -168,14 +151,11 @@ class Signals(Hook):
 
 
 class TimeLimit(Hook):
-    """Ends the training after ``hours``, in time for a last evaluation and checkpoint (SOLVER.MAX_HOURS); 0 never.
-
-    Attributes:
-        reserve: seconds kept back for what comes after the last iteration: the longest evaluation so far.
-    """
+    """Ends the training after ``hours``, in time for a last evaluation and checkpoint (SOLVER.MAX_HOURS); 0 never."""
 
     def __init__(self, hours: float, checkpoint: Checkpoint) -> None:
-        self.hours, self.checkpoint, self.reserve = hours, checkpoint, 0.0
+        self.hours, self.checkpoint = hours, checkpoint
+        self.reserve = 0.0  # seconds for what follows the last iteration: the longest evaluation so far
         self._start = time.monotonic()
 
     def before_train(self, loop: Loop) -> None:
@@ -197,11 +177,7 @@ class TimeLimit(Hook):
 
 
 class Evaluate(Hook):
-    """Evaluates every ``TEST.EVAL_PERIOD`` iterations and at the end, keeps the best model, stops early.
-
-    Args:
-        evaluate: called on all ranks; the random streams of the training are restored after it.
-    """
+    """Evaluates every ``TEST.EVAL_PERIOD`` iterations and at the end, keeps the best model, stops early."""
 
     def __init__(self, cfg: CfgNode, evaluate: Evaluator, signals: Signals, limit: TimeLimit) -> None:
         self.evaluate, self.signals, self.limit = evaluate, signals, limit
@@ -211,7 +187,7 @@ class Evaluate(Hook):
             self.metric = self.metric.replace("segm/", "bbox/")
 
     def before_train(self, loop: Loop) -> None:
-        """Make up for the evaluation that an interrupted run owes."""
+        """Run the evaluation that an interrupted run did not finish."""
         state = loop.state
         if state.iteration >= 0 and state.evaluated_at != state.iteration and self._due(loop):
             logger.info("The evaluation due after iteration %d did not finish; it runs now.", state.iteration)
@@ -227,7 +203,7 @@ class Evaluate(Hook):
         return loop.last or loop.stopping or (self.period > 0 and (loop.state.iteration + 1) % self.period == 0)
 
     def run(self, loop: Loop) -> None:
-        """Evaluate on all ranks; weights and random streams of the training come out untouched."""
+        """Evaluate; weights and random streams of the training stay as they are."""
         state, model = loop.state, loop.state.model
         rng, start, training = capture_rng(), time.monotonic(), model.training
 

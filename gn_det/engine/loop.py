@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gn_det.engine import dist
-from gn_det.engine.nonfinite import Pass, not_finite, stop_non_finite
+from gn_det.engine.nonfinite import Pass, diagnose
 from gn_det.engine.state import TrainState, restore_rng
+from gn_det.errors import TrainingError
 
 logger = logging.getLogger(__name__)
 
@@ -113,15 +115,13 @@ class Loop:
         """Train up to ``total`` iterations, or until a hook ends it.
 
         Args:
-            make_batches: called where there is something to train; gives at least the micro-batches that are needed.
+            make_batches: called if there is something to train; must yield at least the micro-batches needed.
         """
         try:
             self.begin()
             if not (self.last or self.stopping):
                 self.batches = iter(make_batches())
-            for _ in range(self.state.iteration + 1, self.total):
-                if self.stopping:
-                    break
+            while not (self.last or self.stopping):
                 self.call("before_step")
                 self.step()
                 self.call("after_step")
@@ -133,7 +133,7 @@ class Loop:
         """Do what comes before the first iteration."""
         self.call("before_train")
         if self.state.iteration >= 0:
-            self.call("end_step")  # what a killed run did not get to
+            self.call("end_step")  # a killed run may not have reached it
         if self.last:
             logger.info(
                 "Nothing left to train: iteration %d is done and SOLVER.MAX_ITER is %d; raise SOLVER.MAX_ITER to "
@@ -142,7 +142,7 @@ class Loop:
             )
 
     def end(self) -> None:
-        """Release the batches, whose workers end then, and what the hooks opened; however many of them fail."""
+        """Release the batches, which ends their workers, and call ``after_train`` of every hook even if some fail."""
         self.batches = iter(())
         with ExitStack() as stack:
             for hook in reversed(self.hooks):
@@ -169,7 +169,7 @@ class Loop:
 
     @property
     def finished(self) -> bool:
-        """Whether the training came to its end: by ``total``, or by a hook for good."""
+        """Whether the result is final: all iterations are done, or a hook ended the training for good."""
         return self.last or self._finished
 
     # ------------------------------------------------------------ one iteration
@@ -187,8 +187,10 @@ class Loop:
         for part in range(1, self.accumulate + 1):
             batch, waited = self._next_batch()
             with self._ddp.no_sync() if self._ddp is not None and part < self.accumulate else nullcontext():
-                with self._autocast():
-                    losses = self._losses(batch)
+                with torch.autocast(
+                    self._device.type, self.autocast, self.autocast is not None, cache_enabled=self.autocast_cache
+                ):
+                    losses = self._forward(batch)
                     total = torch.stack([v.float() for v in losses.values()]).sum()
                 total = total / self.accumulate if self.accumulate > 1 else total
                 torch.autograd.backward(total if scaler is None else scaler.scale(total))
@@ -204,33 +206,28 @@ class Loop:
         else:
             scaler.step(state.optimizer)
             scaler.update()
+        if state.average is not None:
+            state.average.update(state.model)
         state.iteration += 1
         state.images_seen += self.images
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.autocast is None:
-            return nullcontext()
-        return torch.autocast(self._device.type, self.autocast, cache_enabled=self.autocast_cache)
 
     def _next_batch(self) -> tuple[Any, float]:
         start = time.perf_counter()
         batch = next(self.batches)
         waited = time.perf_counter() - start
-        if self.state.rng is not None:  # the last moment: building loaders draws from the random streams, too
+        if self.state.rng is not None:  # as late as possible: building loaders draws from the random streams, too
             restore_rng(self.state.rng)
             self.state.rng = None
         return batch, waited
 
-    def _losses(self, batch: Sequence[Any]) -> Mapping[str, Tensor]:
-        rng = {
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state() if self._device.type == "cuda" else None,
-        }
-        self.current = Pass(batch, rng, self._device.type, self.autocast)
+    def _forward(self, batch: Sequence[Any]) -> Mapping[str, Tensor]:
+        cuda = torch.cuda.get_rng_state() if self._device.type == "cuda" else None
+        self.current = Pass(batch, {"torch": torch.get_rng_state(), "cuda": cuda}, self._device.type, self.autocast)
         try:
             return self.forward(batch)
-        except FloatingPointError as error:  # the model cannot go on with such predictions: there is no loss to look at
-            raise not_finite(self.state, self.current, error, self.folder, self.about) from None
+        except FloatingPointError as error:  # the model cannot make proposals of such predictions: there is no loss
+            what = f"loss_rpn_cls, loss_rpn_loc, images {self.current.images()} ({error})"
+            raise self._not_finite(what, [self._diagnose()]) from None
 
     def _look(self, losses: Mapping[str, Tensor], waited: float) -> None:
         """Look at the losses while the device still works on the backward pass; all ranks together."""
@@ -241,16 +238,43 @@ class Loop:
         else:
             rows = [[*row.tolist(), *extra]]
         count = len(losses)
-        if any(not all(abs(v) < float("inf") for v in r[:count]) for r in rows):
+        if not all(math.isfinite(v) for r in rows for v in r[:count]):
             self.stop_non_finite(list(losses), rows)
         self._micro.append({name: sum(r[i] for r in rows) / len(rows) for i, name in enumerate(losses)})
         self.data_time += max(r[-1] for r in rows)
         self.agreed = {name: max(r[count + i] for r in rows) for i, name in enumerate(self.flags)}
 
     def stop_non_finite(self, names: Sequence[str], rows: Sequence[Sequence[float]]) -> NoReturn:
-        """Raise the error of a loss that is not finite; ``rows`` begin with every rank's losses. All ranks together."""
+        """Raise the error for a loss that is not finite; ``rows`` begin with every rank's losses. All ranks together.
+
+        Raises:
+            TrainingError: names losses, images, and the layer that failed first.
+        """
         assert self.current is not None
-        stop_non_finite(self.state, self.current, names, rows, self.folder, self.about)
+        own = {n: v for n, v in zip(names, rows[dist.rank()]) if not math.isfinite(v)}
+        mine = (own, self.current.images(), self._diagnose() if own else "")
+        parts, origins = [], []
+        for rank, (losses, images, origin) in enumerate(dist.broadcast(dist.gather_objects(mine))):
+            if losses:
+                where = f" on GPU {rank}" if len(rows) > 1 else ""
+                parts.append(f"{', '.join(f'{n} = {v:g}' for n, v in losses.items())}{where}, images {images}")
+                origins.append(origin)
+        raise self._not_finite("; ".join(parts), origins)
+
+    def _diagnose(self) -> str:
+        if self.folder is None or self.current is None:
+            return ""
+        about = {**self.about, "iteration": self.state.iteration + 1}
+        return diagnose(self.current, self.state.model, self.folder, about)
+
+    def _not_finite(self, what: str, origins: Sequence[str]) -> TrainingError:
+        state = self.state
+        kept = f"the last good checkpoint is {state.saved}" if state.saved else "no checkpoint was written yet"
+        return TrainingError(
+            f"loss is not finite at iteration {state.iteration + 1}: {what}; the weights were not updated, {kept}: "
+            "look at the objects of these images, lower SOLVER.BASE_LR or set SOLVER.CLIP_GRADIENTS.ENABLED True"
+            + "".join(f"; {origin}" for origin in origins if origin)
+        )
 
 
 def parallel(model: nn.Module) -> nn.Module:
@@ -262,6 +286,6 @@ def make_scaler(dtype: torch.dtype | None, device: str) -> torch.amp.GradScaler 
     """The gradient scaler that fp16 needs; None for other types."""
     if dtype is not torch.float16:
         return None
-    # A step with infinite gradients is skipped, the schedule goes on: torch warns if that is the first one.
+    # If the very first step is skipped for infinite gradients, torch warns that the schedule moves on.
     warnings.filterwarnings("ignore", message=r".*lr_scheduler\.step\(\)")
     return torch.amp.GradScaler(device)

@@ -1,4 +1,4 @@
-"""A non-finite loss: which layer it came from, and the batch saved in a file that can be replayed.
+"""A non-finite loss: find the layer it came from, and save the batch for a replay.
 
 ``python -m gn_det.engine.nonfinite OUTPUT_DIR/nonfinite_....pth`` repeats the step on any machine: the file holds
 batch, weights, random streams and configuration.
@@ -11,33 +11,32 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_leaves
 
 from gn_det.checkpoint.io import read_checkpoint, save_checkpoint
 from gn_det.checkpoint.meta import config_of_checkpoint
 from gn_det.config.check import check_config
 from gn_det.engine import dist
-from gn_det.engine.payload import check_replay, refuse
-from gn_det.engine.state import TrainState
-from gn_det.errors import TrainingError, UserError, WeightsError, WriteError
+from gn_det.engine.payload import TORCH_RNG, refuse, tensor, weights_of
+from gn_det.errors import UserError, WeightsError, WriteError
 from gn_det.structures import Masks, Sample, Targets
 from gn_det.text import as_line, printable
-from gn_det.values import InvalidValue
+from gn_det.values import InvalidValue, every, integer, items, one_of, optional, record, row, text
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Pass:
-    """A forward pass as it can be repeated.
+    """A forward pass that can be repeated.
 
     Attributes:
         batch: samples of gn_det or inputs of Detectron2.
@@ -56,108 +55,73 @@ class Pass:
         torch.set_rng_state(self.rng["torch"])
         if self.rng["cuda"] is not None:
             torch.cuda.set_rng_state(self.rng["cuda"])
-        context = nullcontext() if self.dtype is None else torch.autocast(self.device, dtype=self.dtype)
-        with context:
+        with torch.autocast(self.device, self.dtype, self.dtype is not None):
             return model(self.batch)
 
+    def images(self) -> str:
+        """Ids and file names, as far as the samples have them."""
+        names = []
+        for sample in self.batch:
+            name, file = str(sample.get("image_id")), sample.get("file_name")
+            names.append(f"{name} ({file})" if file and str(file) != name else name)
+        return ", ".join(names)
 
-def stop_non_finite(
-    state: TrainState,
-    done: Pass,
-    names: Sequence[str],
-    rows: Sequence[Sequence[float]],
-    folder: Path | None,
-    about: Mapping[str, Any],
-) -> NoReturn:
-    """Raise the error of a run in which a loss of some rank is not finite; all ranks together.
+
+def diagnose(done: Pass, model: nn.Module, folder: Path, about: Mapping[str, Any]) -> str:
+    """Save the batch, repeat the pass, and return in one line what was found.
 
     Args:
-        done: the micro-batch of this rank.
-        names: of the losses.
-        rows: every rank's losses, in the order of ``names``.
-        folder, about: see :class:`gn_det.engine.loop.Loop`.
-
-    Raises:
-        TrainingError: names losses, images, and the layer that failed first.
+        model: the bare module, with the weights that the losses were computed with.
+        about: further plain values to save; ``iteration`` is part of the file's name.
     """
-    own = {n: v for n, v in zip(names, rows[dist.rank()]) if not abs(v) < float("inf")}
-    origin = _diagnose(state, done, folder, about) if own else ""
-    found = [r for r in dist.broadcast(dist.gather_objects((dist.rank(), own, _image_names(done), origin))) if r[1]]
-    parts = []
-    for rank, losses, images, _ in found:
-        where = f" on GPU {rank}" if len(rows) > 1 else ""
-        parts.append(f"{', '.join(f'{n} = {v:g}' for n, v in losses.items())}{where}, images {images}")
-    raise _error(state, "; ".join(parts), [r[-1] for r in found])
-
-
-def not_finite(
-    state: TrainState, done: Pass, error: FloatingPointError, folder: Path | None, about: Mapping[str, Any]
-) -> TrainingError:
-    """The error of a run whose model cannot make proposals of its predictions, so that there is no loss to look at."""
-    what = f"loss_rpn_cls, loss_rpn_loc, images {_image_names(done)} ({error})"
-    return _error(state, what, [_diagnose(state, done, folder, about)])
-
-
-def _error(state: TrainState, what: str, origins: Sequence[str]) -> TrainingError:
-    kept = f"the last good checkpoint is {state.saved}" if state.saved else "no checkpoint was written yet"
-    return TrainingError(
-        f"loss is not finite at iteration {state.iteration + 1}: {what}; the weights were not updated, {kept}: "
-        "look at the objects of these images, lower SOLVER.BASE_LR or set SOLVER.CLIP_GRADIENTS.ENABLED True"
-        + "".join(f"; {origin}" for origin in origins if origin)
-    )
-
-
-def _image_names(done: Pass) -> str:
-    """Ids and file names, as far as the samples have them."""
-    names = []
-    for sample in done.batch:
-        name, file = str(sample.get("image_id")), sample.get("file_name")
-        names.append(f"{name} ({file})" if file and str(file) != name else name)
-    return ", ".join(names)
-
-
-def _diagnose(state: TrainState, done: Pass, folder: Path | None, about: Mapping[str, Any]) -> str:
-    """Save the batch, repeat the pass, and say in one line what was found; "" where there is no folder for it."""
-    if folder is None:
-        return ""
-    model, iteration = state.model, state.iteration + 1
-    path = folder / f"nonfinite_{iteration:07d}_rank{dist.rank()}.pth"
-    saved = save_batch(path, done, model, {**about, "iteration": iteration})
+    path = folder / f"nonfinite_{about['iteration']:07d}_rank{dist.rank()}.pth"
+    try:
+        save_checkpoint(
+            path,
+            {
+                **about,
+                "batch": [_plain(sample) for sample in done.batch],
+                "rng": done.rng,
+                "autocast": str(done.dtype or ""),
+                "model": {k: v.detach().cpu() for k, v in model.state_dict().items()},
+            },
+        )
+        saved = f"batch and weights are in {path}: python -m gn_det.engine.nonfinite {path}"
+    except (WriteError, TypeError, AttributeError) as error:  # a batch of the user's own making
+        saved = f"the batch could not be saved ({error})"
     if any("Sync" in type(m).__name__ for m in model.modules()) and dist.world_size() > 1:
         return saved  # such layers talk to the other processes, which do not repeat theirs
     return f"{find_origin(model, lambda: done.again(model))}; {saved}"
 
 
 def find_origin(model: nn.Module, forward: Callable[[], Any]) -> str:
-    """One sentence: the layer whose output was the first that is not finite, and what went into it.
+    """Name, in one sentence, the first layer whose output is not finite, and the size of its inputs.
 
     Args:
-        model: the bare module; hooks are put on all of its modules meanwhile.
-        forward: runs it once, as in training; whatever it raises is passed over.
+        model: the bare module.
+        forward: runs it once, as in training; exceptions it raises are ignored.
     """
-    for name, tensor in model.named_parameters():  # running statistics may be spoilt by this very pass
-        if not bool(torch.isfinite(tensor).all()):
+    for name, parameter in model.named_parameters():  # running statistics may be spoilt by this very pass
+        if not bool(torch.isfinite(parameter).all()):
             return f"the weights hold nan or inf already, first in {name}: an earlier update went wrong"
+    names = {module: name for name, module in model.named_modules() if name}
     found: list[str] = []
 
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if not found and not all(bool(torch.isfinite(t).all()) for t in _numbers(output)):
-                inputs = [float(t.abs().max()) for t in _numbers(args)]
-                size = f", whose inputs reach {max(inputs):.3g}" if inputs else ""
-                found.append(f"the first activations to go bad are those of {name} ({type(module).__name__}){size}")
+    def watch(module: nn.Module, args: Any, output: Any) -> None:
+        if not found and module in names and not all(bool(torch.isfinite(t).all()) for t in _numbers(output)):
+            inputs = [float(t.abs().max()) for t in _numbers(args)]
+            size = f", whose inputs reach {max(inputs):.3g}" if inputs else ""
+            layer = f"{names[module]} ({type(module).__name__})"
+            found.append(f"the first activations to go bad are those of {layer}{size}")
 
-        return hook
-
-    handles = [m.register_forward_hook(watch(n)) for n, m in model.named_modules() if n]
+    handle = register_module_forward_hook(watch)
     try:
         with torch.no_grad():
             forward()
-    except Exception as error:  # proposals cannot be made of nan; the hooks have seen what led there
+    except Exception as error:  # proposals cannot be made of nan; the hook has seen what led there
         logger.debug("replay ended by %s", error)
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
     return found[0] if found else "all activations are finite: the objects of these images are what to look at"
 
 
@@ -169,71 +133,93 @@ def _numbers(value: Any) -> list[Tensor]:
 # ------------------------------------------------------------ the file
 
 
-def save_batch(path: Path, done: Pass, model: nn.Module, extra: dict[str, Any]) -> str:
-    """Write what :func:`replay` needs; returns a sentence, also where it cannot be written.
-
-    Args:
-        path: in OUTPUT_DIR.
-        done: the pass.
-        model: its weights as they were when the losses were computed.
-        extra: further plain values, such as the iteration.
-    """
-    weights = {k: v.detach().cpu() for k, v in model.state_dict().items()}
-    try:
-        batch = [_plain(s) for s in done.batch]
-        payload = {**extra, "batch": batch, "rng": done.rng, "autocast": str(done.dtype or ""), "model": weights}
-        save_checkpoint(path, payload)
-    except (WriteError, TypeError, AttributeError) as error:  # a batch of the user's own making
-        return f"the batch could not be kept ({error})"
-    return f"batch and weights are in {path}: python -m gn_det.engine.nonfinite {path}"
-
-
 def _plain(sample: Mapping[str, Any]) -> dict[str, Any]:
     """A sample of either engine as tensors and plain values."""
     out: dict[str, Any] = {"image": sample["image"].cpu()}
     out |= {k: sample[k] for k in ("image_id", "file_name", "height", "width") if type(sample.get(k)) in (int, str)}
     targets, instances = sample.get("targets"), sample.get("instances")
     if targets is not None:
-        masks = None if targets.masks is None else targets.masks.masks
-        out["targets"] = _plain_targets(targets.image_size, targets.boxes, targets.classes, masks)
+        size, boxes, classes, masks = targets.image_size, targets.boxes, targets.classes, targets.masks
     elif instances is not None:
+        size, boxes, classes = instances.image_size, instances.gt_boxes.tensor, instances.gt_classes
         masks = instances.gt_masks if instances.has("gt_masks") else None
-        masks = getattr(masks, "masks", None) or getattr(masks, "polygons", None) or getattr(masks, "tensor", None)
-        out["targets"] = _plain_targets(instances.image_size, instances.gt_boxes.tensor, instances.gt_classes, masks)
+    else:
+        return out
+    each = next((getattr(masks, name) for name in ("masks", "polygons", "tensor") if hasattr(masks, name)), None)
+    if each is not None:
+        each = [[torch.tensor(p) for p in m] if isinstance(m, list) else torch.tensor(m) for m in each]
+    out["targets"] = {
+        "image_size": [int(v) for v in size], "boxes": boxes.cpu(), "classes": classes.cpu(), "masks": each
+    }  # fmt: skip
     return out
 
 
-def _plain_targets(size: Sequence[int], boxes: Tensor, classes: Tensor, masks: Any) -> dict[str, Any]:
-    plain = None
-    if masks is not None:
-        plain = [[torch.tensor(p) for p in m] if isinstance(m, list) else torch.tensor(m) for m in masks]
-    return {"image_size": [int(v) for v in size], "boxes": boxes.cpu(), "classes": classes.cpu(), "masks": plain}
+def _sample(entry: Mapping[str, Any]) -> Sample:
+    """Inverse of :func:`_plain`, of a checked entry."""
+    sample: Sample = {k: v for k, v in entry.items() if k != "targets"}  # type: ignore[assignment]
+    if "targets" in entry:
+        t = entry["targets"]
+        each = t["masks"]
+        if each is not None:
+            each = Masks([[p.numpy() for p in m] if isinstance(m, list) else np.asarray(m) for m in each])
+        sample["targets"] = Targets(tuple(t["image_size"]), t["boxes"], t["classes"], each)
+    return sample
 
 
-def load_batch(entries: Sequence[Mapping[str, Any]]) -> list[Sample]:
-    """Inverse of what :func:`save_batch` does to samples."""
-    samples = []
-    for entry in entries:
-        sample = Sample(**{k: v for k, v in entry.items() if k != "targets"})  # type: ignore[typeddict-item]
-        if "targets" in entry:
-            t = entry["targets"]
-            plain = t["masks"]
-            if plain is not None:
-                plain = Masks([[p.numpy() for p in m] if isinstance(m, list) else np.asarray(m) for m in plain])
-            sample["targets"] = Targets(tuple(t["image_size"]), t["boxes"], t["classes"], plain)
-        samples.append(sample)
-    return samples
+_SIDE = integer(1, 1 << 16)
+_POLYGONS = items(tensor((None,), torch.float32, torch.float64), 0, 10**5)
+_BITMAP = tensor((None, None), torch.bool, torch.uint8)
+
+
+def _mask(value: Any, where: str) -> None:
+    (_POLYGONS if isinstance(value, list) else _BITMAP)(value, where)
+
+
+def _same_lengths(targets: Any, where: str) -> None:
+    lengths = {len(targets[name]) for name in ("boxes", "classes", "masks") if targets[name] is not None}
+    if len(lengths) != 1:
+        raise InvalidValue(where, "hold different numbers of boxes, classes and masks")
+
+
+def _check(content: Mapping[str, Any], model: nn.Module, num_classes: int) -> None:
+    """Check a saved batch, its random states and weights, which may hold nan and infinity.
+
+    Raises:
+        InvalidValue: names the entry.
+    """
+
+    def classes(value: Any, where: str) -> None:
+        tensor((None,), torch.int64)(value, where)
+        if len(value) and not 0 <= int(value.min()) <= int(value.max()) < num_classes:
+            raise InvalidValue(where, f"go beyond the {num_classes} classes of the model")
+
+    boxes, masks = tensor((None, 4), torch.float32), optional(items(_mask, 0, 10**5))
+    targets = record({"image_size": row(_SIDE, _SIDE), "boxes": boxes, "classes": classes, "masks": masks})
+    sample = record(
+        {"image": tensor((None, None, None), torch.uint8, torch.float32)},
+        file_name=text(10_000),
+        height=_SIDE,
+        width=_SIDE,
+        targets=every(targets, _same_lengths),
+    )
+    record(
+        {
+            "batch": items(sample, 1, 1 << 16),
+            "rng": record({"torch": TORCH_RNG}),
+            "autocast": one_of("", "torch.float16", "torch.bfloat16"),
+            "model": weights_of(model, finite=False),
+        }
+    )(content, "")
 
 
 # ------------------------------------------------------------ replay
 
 
 def replay(path: str | os.PathLike[str]) -> str:
-    """What happened, as text: the losses, one line each, and the layer that was the first to go bad.
+    """Repeat a saved pass on the CPU; return the losses, one line each, and the layer that was the first to go bad.
 
     Args:
-        path: a file written when a loss was not finite, by either engine; the embedded engine's model repeats it, on
-            the CPU.
+        path: a file written by either engine; the embedded engine's model repeats it.
 
     Raises:
         WeightsError: not such a file, or its weights do not fit.
@@ -248,15 +234,14 @@ def replay(path: str | os.PathLike[str]) -> str:
     check_config(cfg, "embedded")
     model = build_model(cfg)
     try:
-        check_replay(content, model, int(cfg.MODEL.ROI_HEADS.NUM_CLASSES))
+        _check(content, model, int(cfg.MODEL.ROI_HEADS.NUM_CLASSES))
     except InvalidValue as error:
         raise refuse(os.fspath(path), error, "give a file as a run of this version wrote it", "replay it") from None
     model.load_state_dict(content["model"])
     model.train()
     dtype = getattr(torch, content["autocast"].removeprefix("torch.")) if content["autocast"] else None
-    samples = load_batch(content["batch"])
-    done = Pass(samples, {**content["rng"], "cuda": None}, "cpu", dtype)
-    lines = [f"image {s.get('image_id')} {s.get('file_name', '')}".rstrip() for s in samples]
+    done = Pass([_sample(e) for e in content["batch"]], {**content["rng"], "cuda": None}, "cpu", dtype)
+    lines = [f"image {s.get('image_id')} {s.get('file_name', '')}".rstrip() for s in done.batch]
     try:
         with torch.no_grad():
             lines += [f"{name} = {float(value):g}" for name, value in done.again(model).items()]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,6 @@ from gn_det.values import (
     POSITIVE,
     Check,
     InvalidValue,
-    every,
     integer,
     items,
     one_of,
@@ -42,7 +42,6 @@ MOST_ITERATIONS = 10**9
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 #: Images of one iteration, in case the batch was larger before: a resumed run skips all images seen, one by one.
 _LARGEST_BATCH = 1024
-
 
 _REMEDY = "delete that file to resume from an older checkpoint, or start a new run with MODEL.WEIGHTS"
 
@@ -127,9 +126,9 @@ _SAVED = record(
 
 
 def restore_slots(optimizer: Optimizer, saved: Any, where: str) -> Callable[[], None]:
-    """Check a saved optimizer state; return the function that puts its buffers into ``optimizer``.
+    """Check a saved optimizer state; return the function that puts copies of its buffers into ``optimizer``.
 
-    Hyperparameters stay the optimizer's own. Its buffers are copied, so that nothing of the file is shared.
+    Hyperparameters stay the optimizer's own.
 
     Raises:
         InvalidValue: an entry cannot be used.
@@ -187,7 +186,7 @@ _BLOCK = record(
     config=text(1 << 20),
 )
 
-_SCALER = record(
+SCALER = record(
     {
         "scale": POSITIVE,
         "growth_factor": POSITIVE,
@@ -197,44 +196,38 @@ _SCALER = record(
     }
 )
 
-#: One name -> [smooth, values, iteration, count, mean]; see :meth:`gn_det.engine.events.EventLog.dump`.
+#: Of each scalar [smooth, values, iteration, ...]; see :meth:`gn_det.engine.scalars.EventLog.dump`.
+_SCALAR = row(FLAG, items(NUMBER, 1, 1000), _COUNT, integer(0, MOST_ITERATIONS), NUMBER)
 _LOGS = record(
     {
-        "scalars": table(
-            text(200, printable=True),
-            row(FLAG, items(NUMBER, 1, 1000), _COUNT, integer(0, MOST_ITERATIONS), NUMBER),
-            10_000,
-        ),
+        "scalars": table(text(200, printable=True), _SCALAR, 10_000),
         "written": _COUNT,
         "lowest": optional(row(FINITE, _COUNT)),
     }
 )
 
 
-def _accepted_by(what: str, take: Callable[[Any], Any]) -> Check:
-    """The library itself takes the value, on an object of no consequence."""
+def set_stream(generator: Any, state: Any) -> None:
+    """Put a state of a checkpoint into one of python's, numpy's or torch's generators, or into their modules'."""
+    if isinstance(state, Tensor):
+        generator.set_state(state)
+    elif len(state) == 3:
+        generator.setstate((state[0], tuple(state[1]), state[2]))
+    else:  # numpy's words have 32 bits; the tensor has 64
+        generator.set_state((state[0], state[1].numpy().astype(np.uint32), *state[2:]))
 
-    def check(value: Any, where: str) -> None:
+
+def _taken_by(make: Callable[[], Any], check: Check) -> Check:
+    """What ``check`` accepts and a generator of that kind takes, tried on a new one."""
+
+    def both(value: Any, where: str) -> None:
+        check(value, where)
         try:
-            take(value)
+            set_stream(make(), value)
         except Exception:  # python, numpy and torch raise many types
-            raise InvalidValue(where, f"is not a state of {what}'s random generator") from None
+            raise InvalidValue(where, "is not a state of that random generator") from None
 
-    return check
-
-
-def _python(value: Any) -> None:
-    random.Random().setstate((value[0], tuple(value[1]), value[2]))
-
-
-def _numpy(value: Any) -> None:
-    np.random.RandomState().set_state(numpy_state(value))
-
-
-def numpy_state(value: Sequence[Any]) -> tuple[Any, ...]:
-    """A stored state as numpy takes it: a word of a tensor is 32 bits, kept in 64."""
-    name, keys, position, has_gauss, cached = value
-    return (name, keys.numpy().astype(np.uint32), position, has_gauss, cached)
+    return both
 
 
 def _words(value: Any, where: str) -> None:
@@ -244,31 +237,28 @@ def _words(value: Any, where: str) -> None:
 
 
 def _cuda(value: Any, where: str) -> None:
-    _BYTES(value, where)
-    if torch.cuda.is_available():
-        _accepted_by("CUDA", torch.Generator("cuda").set_state)(value, where)
+    known = torch.cuda.is_available()
+    (_taken_by(partial(torch.Generator, "cuda"), _BYTES) if known else _BYTES)(value, where)
 
 
 _BYTES = tensor((None,), torch.uint8)
-_TORCH_RNG = every(_BYTES, _accepted_by("torch", lambda v: torch.Generator().set_state(v)))
+TORCH_RNG = _taken_by(torch.Generator, _BYTES)
 _RNG = record(
     {
-        "python": every(row(one_of(3), items(ANYTHING, 625, 625), optional(FINITE)), _accepted_by("python", _python)),
-        "numpy": every(row(text(20), _words, integer(0, 624), integer(0, 1), FINITE), _accepted_by("numpy", _numpy)),
-        "torch": _TORCH_RNG,
+        "python": _taken_by(random.Random, row(one_of(3), items(ANYTHING, 625, 625), optional(FINITE))),
+        "numpy": _taken_by(np.random.RandomState, row(text(20), _words, integer(0, 624), integer(0, 1), FINITE)),
+        "torch": TORCH_RNG,
     },
     cuda=optional(_cuda),
 )
 
 
 def check_run(payload: Mapping[str, Any], model: nn.Module, batch: int, processes: int) -> None:
-    """Check all that a resumed detection run reads of a checkpoint, but the optimizer (:func:`restore_slots`).
+    """Check all that a resumed detection run reads of a checkpoint, except the optimizer (:func:`restore_slots`).
 
     Args:
-        payload: content of the file.
-        model: of the run.
-        batch: its SOLVER.IMS_PER_BATCH.
-        processes: of this run; random states of another number of processes are not used.
+        batch: SOLVER.IMS_PER_BATCH of the run.
+        processes: of the run; random states of another number of processes are not used.
 
     Raises:
         InvalidValue: names the entry.
@@ -279,28 +269,27 @@ def check_run(payload: Mapping[str, Any], model: nn.Module, batch: int, processe
         {"model": weights},
         iteration=_COUNT,
         gn_det=_BLOCK if isinstance(payload.get("gn_det"), dict) else ANYTHING,
-        ema=_or_nothing(record({"steps": integer(0, MOST_ITERATIONS), "learning": weights})),
-        grad_scaler=_or_nothing(_SCALER),
+        ema=or_nothing(record({"steps": integer(0, MOST_ITERATIONS), "learning": weights})),
+        grad_scaler=or_nothing(SCALER),
         rng=optional(items(_RNG if of_this_run else ANYTHING, 0, 10**6)),
-        logs=_or_nothing(_LOGS),
+        logs=or_nothing(_LOGS),
     )(payload, "")
     _check_together(payload, batch)
 
 
-def _or_nothing(check: Check) -> Check:
+def or_nothing(check: Check) -> Check:
     """An empty dict or None stands for an absent entry."""
 
     def either(value: Any, where: str) -> None:
-        if value is not None and not (isinstance(value, Mapping) and not value):
+        if value is not None and value != {}:
             check(value, where)
 
     return either
 
 
 def _check_together(payload: Mapping[str, Any], batch: int) -> None:
-    """What no run can write: numbers beyond the iteration that the checkpoint was made after."""
-    iteration = payload.get("iteration", -1)
-    block = payload.get("gn_det")
+    """Refuse numbers beyond the iteration that the checkpoint was made after, which no run can write."""
+    iteration, block, logs = payload.get("iteration", -1), payload.get("gn_det"), payload.get("logs") or {}
     block = block if isinstance(block, dict) else {}
     most = max(_LARGEST_BATCH, 64 * batch)
     if block.get("images_seen", 0) > (iteration + 1) * most:
@@ -309,139 +298,11 @@ def _check_together(payload: Mapping[str, Any], batch: int) -> None:
             f"is {block['images_seen']}: more than {most} images an iteration, with {iteration + 1} done",
         )
     numbers = {f"gn_det.{name}": block.get(name, -1) for name in ("best_iteration", "evaluated_at")}
-    logs = payload.get("logs") or {}
-    for name, entry in logs.get("scalars", {}).items():
-        numbers[f"logs.scalars[{shown(name)}][2]"] = entry[2]
-    numbers["logs.written"] = logs.get("written", -1) - 1  # a last evaluation is one beyond the last iteration
+    numbers |= {f"logs.scalars[{shown(name)}][2]": entry[2] for name, entry in logs.get("scalars", {}).items()}
+    numbers["logs.written"] = logs.get("written", -1) - 1  # the last evaluation is one beyond the last iteration
     for where, value in numbers.items():
         if value > iteration:
             raise InvalidValue(where, f"lies beyond the checkpoint's iteration {iteration}")
-
-
-# ------------------------------------------------------------ a pretraining run
-
-
-def _setting(value: Any, where: str) -> None:
-    """A plain value of a setting, or a list of numbers."""
-    if isinstance(value, (list, tuple)):
-        items(NUMBER, 0, 1000)(value, where)
-    elif isinstance(value, str):
-        text(10_000)(value, where)
-    elif value is not None and not isinstance(value, bool):
-        NUMBER(value, where)
-
-
-_SETTINGS = table(text(100), _setting, 1000)
-
-#: Of whom a checkpoint of pretraining is; checked and compared before its content.
-check_origin = record({"settings": _SETTINGS, "processes": integer(1, 10**6)})
-
-_METRICS = table(text(200, printable=True), NUMBER, 1000)
-
-
-def check_pretraining(payload: Mapping[str, Any], model: nn.Module) -> None:
-    """Check all that ``gn-det pretrain --resume`` reads of ``last.ckpt``, but the optimizer.
-
-    Raises:
-        InvalidValue: names the entry.
-    """
-    record(
-        {
-            "model": weights_of(model),
-            "done": record(
-                {
-                    "epochs": integer(0, MOST_ITERATIONS),
-                    "curve": items(every(_METRICS, _CURVE_ROW), 0, 10**6),
-                    "best": _or_nothing(
-                        every(_METRICS, record({"epoch": integer(0, MOST_ITERATIONS), "val_error": NUMBER}))
-                    ),
-                    "peak_memory_mb": NUMBER,
-                }
-            ),
-        },
-        scaler=_or_nothing(_SCALER),
-    )(payload, "")
-    done = payload["done"]
-    if len(done["curve"]) != done["epochs"] or (done["epochs"] and not done["best"]):
-        raise InvalidValue("done.curve", f"has {len(done['curve'])} rows, not one for each of {done['epochs']} epochs")
-
-
-_CURVE_ROW = record(
-    {
-        "epoch": integer(1, MOST_ITERATIONS),
-        **dict.fromkeys(("train_loss", "train_error", "val_error", "lr"), NUMBER),
-        **dict.fromkeys(("seconds_per_iteration", "inference_seconds_per_image"), NUMBER),
-    }
-)
-
-#: What is read of the ``summary.json`` of a finished pretraining run.
-check_summary = record(
-    {
-        "settings": _SETTINGS,
-        "top1_error": NUMBER,
-        "curve": items(every(_METRICS, _CURVE_ROW), 1, 10**6),
-    },
-    seconds_per_iteration=optional(NUMBER),
-    peak_memory_mb=optional(NUMBER),
-    inference_seconds_per_image=optional(NUMBER),
-    parameters=optional(NUMBER),
-)
-
-
-# ------------------------------------------------------------ a kept batch
-
-
-_SIDE = integer(1, 1 << 16)
-_POLYGONS = items(tensor((None,), torch.float32, torch.float64), 0, 10**5)
-_BITMAP = tensor((None, None), torch.bool, torch.uint8)
-
-
-def _mask(value: Any, where: str) -> None:
-    (_POLYGONS if isinstance(value, list) else _BITMAP)(value, where)
-
-
-_SAMPLE = record(
-    {"image": tensor((None, None, None), torch.uint8, torch.float32)},
-    file_name=text(10_000),
-    height=_SIDE,
-    width=_SIDE,
-    targets=record(
-        {
-            "image_size": row(_SIDE, _SIDE),
-            "boxes": tensor((None, 4), torch.float32),
-            "classes": tensor((None,), torch.int64),
-            "masks": optional(items(_mask, 0, 10**5)),
-        }
-    ),
-)
-
-
-_REPLAY = record(
-    {
-        "batch": items(_SAMPLE, 1, 1 << 16),
-        "rng": record({"torch": _TORCH_RNG}),
-        "autocast": one_of("", "torch.float16", "torch.bfloat16"),
-    }
-)
-
-
-def check_replay(payload: Mapping[str, Any], model: nn.Module, classes: int) -> None:
-    """Check a kept batch (``nonfinite_*.pth``): batch, random states and weights, which may hold nan and infinity.
-
-    Raises:
-        InvalidValue: names the entry.
-    """
-    _REPLAY(payload, "")
-    for index, sample in enumerate(payload["batch"]):
-        targets = sample.get("targets")
-        if targets is None:
-            continue
-        found, masks = targets["classes"], targets["masks"]
-        if len(targets["boxes"]) != len(found) or (masks is not None and len(masks) != len(found)):
-            raise InvalidValue(f"batch[{index}].targets", "hold different numbers of boxes, classes and masks")
-        if len(found) and not 0 <= int(found.min()) <= int(found.max()) < classes:
-            raise InvalidValue(f"batch[{index}].targets.classes", f"go beyond the {classes} classes of the model")
-    weights_of(model, finite=False)(payload["model"], "model")
 
 
 def refuse(

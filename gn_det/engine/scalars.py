@@ -9,15 +9,13 @@ from __future__ import annotations
 import datetime
 import logging
 import os
-import statistics
 import sys
 import time
-from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from fvcore.common.history_buffer import HistoryBuffer
 
 from gn_det.engine import dist
 from gn_det.engine.log import FILE_ONLY
@@ -32,68 +30,45 @@ WINDOW = 20
 _OF_THIS_MACHINE = ("time", "eta_seconds")
 
 
-@dataclass
-class History:
-    """Values of one scalar: the last few for medians, a running mean over all."""
-
-    smooth: bool
-    values: deque[float] = field(default_factory=lambda: deque(maxlen=1000))
-    iteration: int = -1
-    count: int = 0
-    mean: float = 0.0
-
-    def add(self, value: float, iteration: int) -> None:
-        self.values.append(value)
-        self.iteration = iteration
-        self.count += 1
-        self.mean += (value - self.mean) / self.count
-
-    def latest(self) -> float:
-        return self.values[-1]
-
-    def median(self, window: int = WINDOW) -> float:
-        return statistics.median(list(self.values)[-window:])
-
-    def average(self, window: int = WINDOW) -> float:
-        return statistics.fmean(list(self.values)[-window:])
-
-
 class EventLog:
-    """Scalars by name, each with the 0-based iteration of its last value."""
+    """Scalars by name, each value with its 0-based iteration; writers take the latest of those in ``exact``."""
 
     def __init__(self) -> None:
-        self.histories: dict[str, History] = {}
+        self.histories: dict[str, HistoryBuffer] = {}
+        self.exact: set[str] = set()
 
-    def put(self, name: str, value: float, iteration: int, *, smooth: bool = True) -> None:
-        """Add one value; ``smooth`` False means that writers take it as it is."""
-        if name not in self.histories:
-            self.histories[name] = History(smooth)
-        self.histories[name].add(float(value), iteration)
-
-    def put_all(self, values: Mapping[str, float], iteration: int, *, smooth: bool = True) -> None:
+    def put(self, values: Mapping[str, float], iteration: int, *, smooth: bool = True) -> None:
+        """Add one value of each scalar; writers give the median of a window unless ``smooth`` is False."""
         for name, value in values.items():
-            self.put(name, value, iteration, smooth=smooth)
+            self.histories.setdefault(name, HistoryBuffer(1000)).update(float(value), iteration)
+        if not smooth:
+            self.exact |= values.keys()
 
     def newer_than(self, iteration: int) -> dict[int, dict[str, float]]:
         """Scalars put after ``iteration``: {their iteration: {name: median of the window, or the latest value}}."""
         out: dict[int, dict[str, float]] = {}
         for name, history in self.histories.items():
-            if history.iteration > iteration:
-                value = history.median() if history.smooth else history.latest()
-                out.setdefault(history.iteration, {})[name] = value
+            latest, at = history.values()[-1]
+            if at > iteration:
+                out.setdefault(int(at), {})[name] = latest if name in self.exact else float(history.median(WINDOW))
         return dict(sorted(out.items()))
 
     def dump(self) -> dict[str, Any]:
-        """What a resumed run needs in order to write the same medians: the last window of every smoothed scalar."""
-        kept = {k: h for k, h in self.histories.items() if (h.smooth or k == "lr") and k not in _OF_THIS_MACHINE}
-        return {name: [h.smooth, list(h.values)[-WINDOW:], h.iteration, h.count, h.mean] for name, h in kept.items()}
+        """What a resumed run needs to write the same medians: the last window of lr and every smoothed scalar."""
+        out = {}
+        for name, history in self.histories.items():
+            if (name not in self.exact or name == "lr") and name not in _OF_THIS_MACHINE:
+                values = history.values()[-WINDOW:]
+                # count and mean: earlier versions read them
+                out[name] = [name not in self.exact, [v for v, _ in values], values[-1][1], 0, 0.0]
+        return out
 
     def restore(self, dumped: Mapping[str, Any]) -> None:
         """Inverse of :meth:`dump`, of a checked checkpoint."""
-        for name, (smooth, values, iteration, count, mean) in dumped.items():
+        for name, (smooth, values, iteration, *_) in dumped.items():
             if name not in _OF_THIS_MACHINE:
-                self.histories[name] = History(smooth, iteration=iteration, count=count, mean=float(mean))
-                self.histories[name].values.extend(map(float, values))
+                for value in values:
+                    self.put({name: value}, iteration, smooth=smooth)
 
 
 def peak_memory_mb() -> float:
@@ -115,19 +90,19 @@ def progress_line(log: EventLog, iteration: int) -> str:
     if "eta_seconds" in found:
         parts.append(f"eta: {datetime.timedelta(seconds=int(found['eta_seconds'].latest()))}")
     parts.append(f"iter: {iteration}")
-    parts += [f"{name}: {h.median():.4g}" for name, h in found.items() if "loss" in name]
+    parts += [f"{name}: {h.median(WINDOW):.4g}" for name, h in found.items() if "loss" in name]
     if "time" in found:
-        parts.append(f"time: {found['time'].mean:.4f}  last_time: {found['time'].latest():.4f}")
+        parts.append(f"time: {found['time'].global_avg():.4f}  last_time: {found['time'].latest():.4f}")
     if "data_time" in found:
         times = found["data_time"]
-        parts.append(f"data_time: {times.average():.4f}  last_data_time: {times.latest():.4f}")
+        parts.append(f"data_time: {times.avg(WINDOW):.4f}  last_data_time: {times.latest():.4f}")
     if "lr" in found:
         parts.append(f"lr: {found['lr'].latest():.5g}")
     return "  ".join([*parts, f"max_mem: {peak_memory_mb():.0f}M"])
 
 
 def _is_terminal() -> bool:
-    """A terminal with a size: those of CI services claim to be one, but have 0 lines."""
+    """Whether stderr is a terminal with a size: those of CI services claim to be one, but have 0 lines."""
     try:
         return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).lines > 0
     except (OSError, ValueError):
@@ -137,9 +112,9 @@ def _is_terminal() -> bool:
 def _short(log: EventLog) -> str:
     """Losses, lr, time and memory: what fits on one terminal line beside tqdm's own rate and ETA."""
     found = log.histories
-    parts = [f"{name.removeprefix('loss_')} {h.median():.3g}" for name, h in found.items() if "loss" in name]
+    parts = [f"{name.removeprefix('loss_')} {h.median(WINDOW):.3g}" for name, h in found.items() if "loss" in name]
     parts += [f"lr {found['lr'].latest():.2g}"] if "lr" in found else []
-    parts += [f"{found['time'].median():.2f} s/it"] if "time" in found else []
+    parts += [f"{found['time'].median(WINDOW):.2f} s/it"] if "time" in found else []
     return " ".join([*parts, f"{peak_memory_mb():.0f} MB"])
 
 
@@ -166,24 +141,25 @@ class Metrics(Hook):
     def before_train(self, loop: Loop) -> None:
         self._mark, self._first = time.perf_counter(), loop.state.iteration + 1
         self._records = dist.rank() == 0
-        if self._records:
-            self._open_bar(loop.total)
+        if self._records and (_is_terminal() if self._terminal is None else self._terminal):
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=loop.total, initial=self._first, dynamic_ncols=True, unit="it", mininterval=0.5)
 
     def after_step(self, loop: Loop) -> None:
         loop.scalars |= getattr(loop.state.model, "pop_metrics", dict)()
         if not self._records:
             return
         log, iteration = self.log, loop.state.iteration
-        log.put("data_time", loop.data_time, iteration)
-        log.put("total_loss", sum(loop.losses.values()), iteration)
+        log.put({"data_time": loop.data_time, "total_loss": sum(loop.losses.values())}, iteration)
         if len(loop.losses) > 1:
-            log.put_all(loop.losses, iteration)
+            log.put(loop.losses, iteration)
         self._take_scalars(loop)
-        log.put("lr", loop.lr, iteration, smooth=False)
+        log.put({"lr": loop.lr}, iteration, smooth=False)
         if iteration - self._first >= self.WARMUP:
-            log.put("time", time.perf_counter() - self._mark, iteration)
+            log.put({"time": time.perf_counter() - self._mark}, iteration)
             left = loop.total - iteration - 1
-            log.put("eta_seconds", log.histories["time"].median(1000) * left, iteration, smooth=False)
+            log.put({"eta_seconds": log.histories["time"].median(1000) * left}, iteration, smooth=False)
         if (iteration + 1) % WINDOW == 0:
             self._look_for_divergence(iteration, loop.lr)
         if self._bar is not None:
@@ -194,7 +170,7 @@ class Metrics(Hook):
 
     def after_eval(self, loop: Loop) -> None:
         # Detectron2 writes the last evaluation under MAX_ITER, one beyond the last iteration.
-        self.log.put_all(loop.state.results, loop.state.iteration + loop.last, smooth=False)
+        self.log.put(loop.state.results, loop.state.iteration + loop.last, smooth=False)
         self.write()  # now: the log keeps only the latest evaluation
 
     def end_step(self, loop: Loop) -> None:
@@ -238,19 +214,13 @@ class Metrics(Hook):
         self.log.restore(dumped["scalars"])
         self.lowest = dumped["lowest"]
 
-    def _open_bar(self, total: int) -> None:
-        if _is_terminal() if self._terminal is None else self._terminal:
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, initial=self._first, dynamic_ncols=True, unit="it", mininterval=0.5)
-
     def _take_scalars(self, loop: Loop) -> None:
-        self.log.put_all(loop.scalars, loop.state.iteration)
+        self.log.put(loop.scalars, loop.state.iteration)
         loop.scalars = {}
 
     def _look_for_divergence(self, iteration: int, lr: float) -> None:
         """Warn once when the loss has risen far above its lowest median."""
-        median = self.log.histories["total_loss"].median()
+        median = float(self.log.histories["total_loss"].median(WINDOW))
         if self.lowest is None or median < self.lowest[0]:
             self.lowest = (median, iteration)
         low, at = self.lowest

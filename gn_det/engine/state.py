@@ -24,7 +24,7 @@ from gn_det.checkpoint.meta import build_meta, read_meta
 from gn_det.config import parse_config
 from gn_det.config.defaults import flatten
 from gn_det.engine import dist
-from gn_det.engine.payload import check_run, numpy_state, refuse, restore_slots
+from gn_det.engine.payload import check_run, refuse, restore_slots, set_stream
 from gn_det.engine.schedule import set_iteration
 from gn_det.errors import ConfigError, TrainingError
 from gn_det.text import one_line
@@ -37,15 +37,7 @@ class WeightAverage:
     """Moving average of parameters and buffers: ``average = d * average + (1 - d) * weights`` after every step.
 
     ``d`` is ``min(decay, (1 + n) / (10 + n))`` after n steps, TensorFlow's rule, so that the random start is soon
-    forgotten. Integer tensors are copied. Equal on all ranks, as the weights are.
-
-    Args:
-        model: where the average starts; it stays on the same device.
-        decay: at least 0 and below 1.
-
-    Attributes:
-        steps: how many steps are averaged.
-        tensors: the averages by name.
+    forgotten. Integer tensors are copied. The average is the same on all ranks and starts at the weights of ``model``.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -90,7 +82,7 @@ def _copy_into(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> N
 
 @dataclass
 class TrainState:
-    """What trains, and the counters of its run; all but the objects survives an interruption.
+    """Model, optimizer and schedule, and the counters of their run, which survive an interruption.
 
     Attributes:
         model: the bare module, not wrapped for several processes.
@@ -153,10 +145,8 @@ def capture_rng() -> dict[str, Any]:
 
 def restore_rng(state: Mapping[str, Any]) -> None:
     """Inverse of :func:`capture_rng`; a GPU state is skipped where there is no GPU."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    np.random.set_state(numpy_state(state["numpy"]))
-    torch.set_rng_state(state["torch"])
+    for name, generator in (("python", random), ("numpy", np.random), ("torch", torch.default_generator)):
+        set_stream(generator, state[name])
     if state.get("cuda") is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
 
@@ -168,12 +158,6 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def weights_are_finite(model: nn.Module) -> bool:
-    """True when no parameter or buffer holds nan or inf (one device synchronisation)."""
-    floating = [t for t in model.state_dict().values() if isinstance(t, Tensor) and t.is_floating_point()]
-    return not floating or bool(torch.stack([torch.isfinite(t).all() for t in floating]).all())
-
-
 def build_payload(
     state: TrainState,
     meta: ModelMeta,
@@ -182,10 +166,10 @@ def build_payload(
     rng: Sequence[Mapping[str, Any]] = (),
     logs: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Content of a checkpoint file.
+    """Return the content of a checkpoint file.
 
-    With ``state.average`` that is the ``model``, which is what was evaluated; the weights that learn are stored beside
-    it, for resuming.
+    With ``state.average``, ``model`` holds the averages, which are what was evaluated; the weights that learn are
+    stored under ``ema``.
 
     Args:
         resumable: False: weights and metadata only (``model_best.pth``).
@@ -196,12 +180,13 @@ def build_payload(
         TrainingError: the weights hold nan or inf; an older checkpoint is worth more than this one.
     """
     model, average = state.model, state.average
-    if not weights_are_finite(model):
+    weights = model.state_dict()  # an OrderedDict of its own, whose version metadata is worth keeping
+    floating = [t for t in weights.values() if isinstance(t, Tensor) and t.is_floating_point()]
+    if floating and not torch.stack([torch.isfinite(t).all() for t in floating]).all():  # one device synchronisation
         raise TrainingError(
             f"the weights hold nan or inf after iteration {state.iteration}, so no checkpoint is written (an older one "
             "is kept); lower SOLVER.BASE_LR or set SOLVER.CLIP_GRADIENTS.ENABLED True"
         )
-    weights = model.state_dict()  # an OrderedDict of its own, whose version metadata is worth keeping
     for name in weights:
         weights[name] = _on_cpu(weights[name] if average is None else average.tensors[name])
     extra = {name: getattr(state, name) for name in _COUNTERS}
@@ -213,25 +198,17 @@ def build_payload(
         ),
     }
     if resumable:
-        payload["optimizer"] = _on_cpu(state.optimizer.state_dict())
-        payload["scheduler"] = {
-            "base_lrs": list(state.scheduler.base_lrs), "last_epoch": int(state.scheduler.last_epoch)
-        }  # fmt: skip
-        payload["grad_scaler"] = state.scaler.state_dict() if state.scaler is not None else None
-        payload["rng"] = list(rng)
-        payload["logs"] = dict(logs or {})
+        optimizer = _on_cpu(state.optimizer.state_dict())
+        scheduler = {"base_lrs": list(state.scheduler.base_lrs), "last_epoch": int(state.scheduler.last_epoch)}
+        scaler = state.scaler.state_dict() if state.scaler is not None else None
+        payload |= {"optimizer": optimizer, "scheduler": scheduler, "grad_scaler": scaler}
+        payload |= {"rng": list(rng), "logs": dict(logs or {})}
         if average is not None:
             payload["ema"] = {"steps": average.steps, "learning": _on_cpu(dict(model.state_dict()))}
-        payload["trainer"] = _for_detectron2(payload)
+        # The same objects where Detectron2's own trainer looks for them; the file holds them once.
+        inner = {"iteration": state.iteration, "optimizer": optimizer, **({"grad_scaler": scaler} if scaler else {})}
+        payload["trainer"] = {"iteration": state.iteration, "hooks": {"LRScheduler": scheduler}, "_trainer": inner}
     return payload
-
-
-def _for_detectron2(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """The same states where Detectron2's own trainer looks for them, to go on with; the file holds them once."""
-    inner = {"iteration": payload["iteration"], "optimizer": payload["optimizer"]}
-    if payload["grad_scaler"]:
-        inner["grad_scaler"] = payload["grad_scaler"]
-    return {"iteration": payload["iteration"], "hooks": {"LRScheduler": payload["scheduler"]}, "_trainer": inner}
 
 
 def _on_cpu(value: Any) -> Any:
@@ -287,26 +264,29 @@ def restore(resume: Resume, state: TrainState, cfg: CfgNode) -> None:
     state.model.load_state_dict(dict((payload.get("ema") or {}).get("learning", payload["model"])))
     put_momentum()
     set_iteration(state.scheduler, state.iteration + 1)
-    states = payload.get("rng") or []
-    if len(states) == dist.world_size():
+    states, processes = payload.get("rng") or [], dist.world_size()
+    if len(states) == processes:
         state.rng = states[dist.rank()]
     elif states:
-        logger.info(
-            "The run had %d processes and now has %d: random streams start anew.", len(states), dist.world_size()
-        )
+        logger.info("The run had %d processes and now has %d: random streams start anew.", len(states), processes)
     logger.info(
         "Resumed from %s: iteration %d done, %d to go.",
         *(resume.path, state.iteration, max(int(cfg.SOLVER.MAX_ITER) - state.iteration - 1, 0)),
     )
     if sentence:
         logger.info(sentence)
-    changed = changed_keys(payload, cfg)
+    changed = _changed_keys(block, cfg)
     if changed:
         logger.info("Changed since that checkpoint, and used as given now: %s.", "; ".join(changed))
 
 
 def _momentum(payload: Mapping[str, Any], model: nn.Module, optimizer: Optimizer) -> tuple[Callable[[], None], str]:
-    where, saved = _saved_optimizer(payload)
+    """What restores the optimizer's state, of our checkpoints or those of Detectron2's own trainer, and a remark."""
+    where, saved = "optimizer", payload.get("optimizer")
+    if saved is None:
+        where, saved = "trainer._trainer.optimizer", payload
+        for name in ("trainer", "_trainer", "optimizer"):
+            saved = saved.get(name) if isinstance(saved, Mapping) else None
     if saved is None:
         return lambda: None, "It holds no optimizer state: momentum starts at zero."
     if list(payload["model"]) != list(model.state_dict()):
@@ -314,27 +294,15 @@ def _momentum(payload: Mapping[str, Any], model: nn.Module, optimizer: Optimizer
     return restore_slots(optimizer, saved, where), ""
 
 
-def _saved_optimizer(payload: Mapping[str, Any]) -> tuple[str, Any]:
-    """Place and content of the optimizer's state in our checkpoints, or in those of Detectron2's own trainer."""
-    if payload.get("optimizer") is not None:
-        return "optimizer", payload["optimizer"]
-    trainer = payload.get("trainer")
-    inner = trainer.get("_trainer") if isinstance(trainer, Mapping) else None
-    return "trainer._trainer.optimizer", inner.get("optimizer") if isinstance(inner, Mapping) else None
-
-
-#: Keys that may differ between a run and its continuation without being worth a word.
+#: Keys whose change between a run and its continuation is not reported.
 _SILENT = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "MODEL.WEIGHTS", "MODEL.DEVICE", "MODEL.CLASS_NAMES", "SEED",
            "LOGGERS", "SOLVER.NO_RESCALE", "SOLVER.CHECKPOINT_KEEP", "SOLVER.MAX_HOURS")  # fmt: skip
 
 
-def changed_keys(payload: Mapping[str, Any], cfg: CfgNode) -> list[str]:
-    """``KEY old -> new`` for every key in which the checkpoint's configuration differs from ``cfg``."""
-    block = read_meta(payload)
+def _changed_keys(block: Mapping[str, Any], cfg: CfgNode) -> list[str]:
+    """``KEY old -> new`` for every key in which a checkpoint's configuration differs from ``cfg``."""
     try:
-        if not block or not block["config"]:
-            return []
-        old = dict(flatten(parse_config(block["config"], "checkpoint")))
+        old = dict(flatten(parse_config(block["config"], "checkpoint"))) if block.get("config") else {}
     except (ConfigError, ValueError):  # of a version with other keys, or damaged: nothing of it is used
         return []
     return [

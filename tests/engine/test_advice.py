@@ -71,7 +71,7 @@ def test_divergence_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     metrics = Metrics([])
     for iteration, median in enumerate((3.0, 1.0, 2.5, 2.9, 4.0, 9.0)):
         metrics.log.histories.clear()
-        metrics.log.put("total_loss", median, iteration)
+        metrics.log.put({"total_loss": median}, iteration)
         metrics._look_for_divergence(iteration, 0.02)
         assert len(caplog.messages) == (iteration >= 4)
     (text,) = caplog.messages

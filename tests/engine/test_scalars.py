@@ -21,11 +21,11 @@ def test_median_of_the_last_twenty(tmp_path: Path) -> None:
     metrics = Metrics([writer])
     log = metrics.log
     for i in range(40):
-        log.put("total_loss", 1000.0 if i < 20 else float(i), i)
-        log.put("lr", i / 100, i, smooth=False)
+        log.put({"total_loss": 1000.0 if i < 20 else float(i)}, i)
+        log.put({"lr": i / 100}, i, smooth=False)
     metrics.write()
     metrics.write()
-    log.put("bbox/AP", math.nan, 40, smooth=False)
+    log.put({"bbox/AP": math.nan}, 40, smooth=False)
     metrics.write()
     writer.close()
     first, second = (tmp_path / "metrics.json").read_text().splitlines()
@@ -35,10 +35,10 @@ def test_median_of_the_last_twenty(tmp_path: Path) -> None:
 
 def test_log_line_has_detectron2s_fields() -> None:
     log = EventLog()
-    log.put_all({"data_time": 0.01, "total_loss": 1.5, "loss_cls": 1.0, "loss_mask": 0.5}, 19)
-    log.put("lr", 0.02, 19, smooth=False)
-    log.put("time", 0.25, 19)
-    log.put("eta_seconds", 3661.0, 19, smooth=False)
+    log.put({"data_time": 0.01, "total_loss": 1.5, "loss_cls": 1.0, "loss_mask": 0.5}, 19)
+    log.put({"lr": 0.02}, 19, smooth=False)
+    log.put({"time": 0.25}, 19)
+    log.put({"eta_seconds": 3661.0}, 19, smooth=False)
     line = progress_line(log, 19)
     assert re.search(
         r"eta: 1:01:01  iter: 19  total_loss: 1\.5  loss_cls: 1  loss_mask: 0\.5  time: 0\.2500  last_time: 0\.2500  "

@@ -352,11 +352,12 @@ class _Pretraining:
     def read(self, parts: tuple[Any, ...]) -> Callable[[], None]:
         from types import SimpleNamespace
 
-        from gn_det.classification.pretraining import _restore, _summary
+        from gn_det.classification.earlier_run import restore
+        from gn_det.classification.pretraining import _summary
 
         model, optimizer = parts
         state = SimpleNamespace(model=model, optimizer=optimizer, scaler=None)
-        done = _restore(self.path, self.settings, state)  # type: ignore[arg-type]
+        done = restore(self.path, self.settings, state)  # type: ignore[arg-type]
 
         def use() -> None:
             optimizer.zero_grad()
