@@ -9,15 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 import numpy as np
-import torch
-from torch import Tensor
-from torchvision.ops import roi_align
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 #: One object's mask: polygons as flat float64 arrays ``x0, y0, x1, y1, ...`` in pixels, or a (H, W) bool bitmap.
 InstanceMask = list[np.ndarray] | np.ndarray
+
+
+def to_numpy(values: Any) -> np.ndarray:
+    """A tensor, array or sequence as an array in host memory."""
+    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
 
 
 def rasterize_polygons(polygons: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
@@ -61,7 +67,7 @@ class Masks:
         """Select objects by a bool mask (N,), integer indices or a slice; always returns :class:`Masks`."""
         if isinstance(index, slice):
             return Masks(self.masks[index])
-        idx = np.asarray(index.cpu() if isinstance(index, Tensor) else index)
+        idx = to_numpy(index)
         if idx.dtype == bool:
             idx = np.flatnonzero(idx)
         return Masks([self.masks[int(i)] for i in idx])
@@ -77,6 +83,9 @@ class Masks:
             (N, S, S) bool on the device of ``boxes``. Polygons are rasterised inside the box; bitmaps are cropped
             with aligned RoIAlign (one sample grid per bin, adaptive) and thresholded at 0.5, as Detectron2 does.
         """
+        import torch
+        from torchvision.ops import roi_align
+
         if len(boxes) != len(self.masks):
             raise ValueError(f"{len(boxes)} boxes for {len(self.masks)} masks")
         out = torch.zeros((len(self.masks), size, size), dtype=torch.bool)
@@ -135,6 +144,22 @@ class Detections:
 
     def __len__(self) -> int:
         return len(self.boxes)
+
+
+class AnyDetections(Protocol):
+    """What is drawn and written: :class:`Detections`, or the same in NumPy arrays."""
+
+    @property
+    def image_size(self) -> tuple[int, int]: ...
+    @property
+    def boxes(self) -> Tensor | np.ndarray: ...
+    @property
+    def scores(self) -> Tensor | np.ndarray: ...
+    @property
+    def classes(self) -> Tensor | np.ndarray: ...
+    @property
+    def masks(self) -> Tensor | np.ndarray | None: ...
+    def __len__(self) -> int: ...
 
 
 class Sample(TypedDict, total=False):

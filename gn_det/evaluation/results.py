@@ -5,18 +5,19 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from pycocotools import mask as coco_mask
 from tabulate import tabulate
-from torch import Tensor
 
 from gn_det.errors import DataError
 from gn_det.files import StrPath, atomic_write, json_bytes
-from gn_det.structures import Detections
+from gn_det.structures import AnyDetections, to_numpy
 from gn_det.text import one_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: Name of the results file, as Detectron2 writes it.
 RESULTS_FILE = "coco_instances_results.json"
@@ -24,7 +25,7 @@ RESULTS_FILE = "coco_instances_results.json"
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
-def detections_to_coco(image_id: Any, det: Detections, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+def detections_to_coco(image_id: Any, det: AnyDetections, category_ids: Sequence[int]) -> list[dict[str, Any]]:
     """One result entry per detection.
 
     Args:
@@ -42,10 +43,9 @@ def detections_to_coco(image_id: Any, det: Detections, category_ids: Sequence[in
     n = len(det)
     if n == 0:
         return []
-    boxes = det.boxes.detach().to("cpu", torch.float32).clone()
+    boxes = np.array(to_numpy(det.boxes), dtype=np.float32)
     boxes[:, 2:] -= boxes[:, :2]
-    scores = det.scores.detach().cpu().tolist()
-    classes = det.classes.detach().cpu().tolist()
+    scores, classes = det.scores.tolist(), det.classes.tolist()
     if max(classes) >= len(category_ids) or min(classes) < 0:
         raise DataError(
             f"image {image_id!r}: the model predicts class index {max(classes)} but the data set has "
@@ -61,14 +61,13 @@ def detections_to_coco(image_id: Any, det: Detections, category_ids: Sequence[in
     return results
 
 
-def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
+def encode_masks(masks: Tensor | np.ndarray) -> list[dict[str, Any]]:
     """Compressed RLE of (N, H, W) masks, any dtype, nonzero is inside: ``{"size": [H, W], "counts": text}``.
 
     The same text as pycocotools' encoder writes. Runs go down columns, and an object covers few columns of its image:
     only those are brought into column order, which is most of the work.
     """
-    bitmaps = (masks.detach() != 0).cpu().numpy() if masks.dtype != torch.bool else masks.detach().cpu().numpy()
-    return [_encode(bitmap) for bitmap in bitmaps]
+    return [_encode(mask.astype(bool, copy=False)) for mask in to_numpy(masks)]
 
 
 def _encode(bitmap: np.ndarray) -> dict[str, Any]:

@@ -243,4 +243,4 @@ def mask_loss(logits: Tensor, classes: Tensor, targets: Tensor, metrics: Metrics
 
 def mask_probabilities(logits: Tensor, classes: Tensor) -> Tensor:
     """(P, K, S, S) logits and (P,) predicted classes to float32 (P, S, S) probabilities of those classes' masks."""
-    return logits[torch.arange(len(logits), device=logits.device), classes].float().sigmoid()
+    return logits[torch.arange(logits.shape[0], device=logits.device), classes].float().sigmoid()

@@ -69,27 +69,27 @@ class RoIPooler(nn.Module):
         all_boxes = torch.cat(list(boxes))
         rois = torch.cat([index, all_boxes], dim=1)
         if len(features) == 1:
-            return self._pool(features[0], rois, self.scales[0])
-        levels = self._levels(all_boxes)
+            return self.pool(features[0], rois, self.scales[0])
+        levels = self.levels(all_boxes)
         counts = torch.bincount(levels, minlength=len(features)).tolist()
         used = [k for k, count in enumerate(counts) if count]
         if len(used) <= 1:
             k = used[0] if used else 0
-            return self._pool(features[k], rois, self.scales[k])
+            return self.pool(features[k], rois, self.scales[k])
         by_level = levels.argsort(stable=True)
         back = torch.empty_like(by_level)
         back[by_level] = torch.arange(len(by_level), device=by_level.device)
         parts = torch.split(rois[by_level], counts)
-        pooled = torch.cat([self._pool(features[k], parts[k], self.scales[k]) for k in used])
+        pooled = torch.cat([self.pool(features[k], parts[k], self.scales[k]) for k in used])
         ordered: Tensor = _Reorder.apply(pooled, back, by_level)
         return ordered
 
-    def _levels(self, boxes: Tensor) -> Tensor:
+    def levels(self, boxes: Tensor) -> Tensor:
         size = torch.sqrt(box_ops.area(boxes))
         level = torch.floor(4 + torch.log2(size / 224 + 1e-8))
         return level.clamp(min=self.min_level, max=self.max_level).to(torch.int64) - self.min_level
 
-    def _pool(self, feature: Tensor, rois: Tensor, scale: float) -> Tensor:
+    def pool(self, feature: Tensor, rois: Tensor, scale: float) -> Tensor:
         if feature.dtype != rois.dtype and not torch.is_autocast_enabled(feature.device.type):
             rois = rois.to(feature.dtype)  # under autocast roi_align computes in float32 by itself
         size = (self.output_size, self.output_size)

@@ -6,13 +6,16 @@ import bisect
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
-from gn_det.data.records import Record
-from gn_det.structures import Detections, rasterize_polygons
+from gn_det.structures import AnyDetections, rasterize_polygons, to_numpy
 from gn_det.visualize.colors import Color, class_color
+
+if TYPE_CHECKING:
+    from gn_det.data.records import Record
 
 Box = tuple[float, float, float, float]
 
@@ -26,7 +29,7 @@ _LONGEST = 200
 
 def draw_detections(
     image_rgb: np.ndarray,
-    detections: Detections,
+    detections: AnyDetections,
     class_names: Sequence[str],
     *,
     min_size: int = 640,
@@ -50,11 +53,11 @@ def draw_detections(
 
     def mask_of(index: int, height: int, width: int) -> np.ndarray:
         assert masks is not None
-        return _resized(masks[index].detach().cpu().numpy().astype(bool, copy=False), height, width)
+        return _resized(to_numpy(masks[index]).astype(bool, copy=False), height, width)
 
-    boxes = detections.boxes.detach().cpu().numpy().astype(float)
-    classes = detections.classes.detach().cpu().tolist()
-    scores = detections.scores.detach().cpu().tolist() if show_scores else None
+    boxes = to_numpy(detections.boxes).astype(float)
+    classes = detections.classes.tolist()
+    scores = detections.scores.tolist() if show_scores else None
     draw_masks = None if masks is None else mask_of
     return _draw(image_rgb, boxes, classes, scores, class_names, draw_masks, min_size, max_size)
 
