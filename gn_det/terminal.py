@@ -1,19 +1,24 @@
 """Standard output and standard error of the command line, safe against what is printed and where it goes.
 
-Whatever is printed while :func:`guarded` lasts reaches the terminal without control characters, in the encoding of the
-terminal, and output that nobody can read any more (a closed pipe, a full disk) does not stop the command.
+Whatever is printed inside :func:`guarded` reaches the terminal without control characters, in its encoding and in lines
+that fit its width. Output that nobody can read any more (a closed pipe, a full disk) does not stop the command.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
 from gn_det.text import as_line, printable
+
+#: Terminals with fewer columns break lines themselves.
+_LEAST_COLUMNS = 40
 
 #: Exit status of a command whose reader has gone, as the shell gives it for SIGPIPE.
 CLOSED_PIPE = 141
@@ -41,6 +46,8 @@ class Screen:
             self.error = OSError(errno.EBADF, os.strerror(errno.EBADF))
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
         line = printable(text, self._keep).encode(encoding, "backslashreplace").decode(encoding)
+        if len(text) > _LEAST_COLUMNS and "\r" not in text and self._stream.isatty():
+            line = wrapped(line, shutil.get_terminal_size().columns)
         self._try(lambda: self._stream.write(line))
         return len(text)
 
@@ -73,6 +80,18 @@ class Screen:
             return CLOSED_PIPE
         print(f"gn-det: error: standard output cannot be written ({self.error.strerror})", file=sys.stderr)
         return 2
+
+
+def wrapped(text: str, columns: int) -> str:
+    """Break lines longer than a terminal between words; paths and other long words stay whole."""
+    lines = text.split("\n")
+    for number, line in enumerate(lines):
+        if len(line) > columns >= _LEAST_COLUMNS and not line.startswith("|"):
+            indent = " " * (len(line) - len(line.lstrip()) + 2)
+            lines[number] = textwrap.fill(
+                line, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+            )
+    return "\n".join(lines)
 
 
 def guard() -> Screen:

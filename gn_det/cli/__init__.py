@@ -1,13 +1,14 @@
 """The command line: ``gn-det COMMAND ...``, one module of this package a command.
 
-A command's module has ``add_flags(parser)`` and ``run(args)``, which returns the exit status; the first line of its
-docstring is its help. The modules import what is heavy inside ``run``, so ``--help`` answers at once. A
-:class:`~gn_det.errors.UserError` ends as one line on stderr and exit status 2.
+A command's module has ``add_flags(parser)`` and ``run(args)``, which returns the exit status; its docstring is the
+help. Heavy imports are inside ``run``, so that ``--help`` is quick. A :class:`~gn_det.errors.UserError` ends in one
+line on stderr and exit status 2.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -24,26 +25,26 @@ from gn_det.text import as_line, did_you_mean, shown
 
 #: Commands in the order of the help; each is a module here.
 COMMANDS = {
-    "train": "fine-tune, train from scratch or evaluate",
-    "eval": "COCO AP of a checkpoint",
-    "predict": "detect objects in images and draw them",
-    "check": "find what is wrong with a dataset before training does",
-    "pretrain": "train a backbone with any norm by the paper's recipe",
-    "compare": "run a suite of rows and report them side by side",
     "quickstart": "train on generated shapes and show the result",
-    "weights": "show what a weights file is and where it would load",
-    "convert": "write weights in another layout, bit for bit",
+    "check": "find problems in a dataset before training",
+    "train": "fine-tune, or train from scratch",
+    "eval": "evaluate a checkpoint: COCO box and mask AP",
+    "predict": "detect objects in images and draw them",
+    "compare": "run a suite of experiments and report them side by side",
+    "pretrain": "train a backbone with the paper's recipe and any norm",
+    "weights": "show what a weights file contains and what it would load",
+    "convert": "convert weights to another layout, bit for bit",
     "configs": "list the shipped configs",
-    "doctor": "show what is installed, what works, and how to fix what does not",
+    "doctor": "check the installation and show how to fix it",
 }
 
-_LESS_MEMORY = "give the machine more memory, or give this command smaller or fewer images"
+_LESS_MEMORY = "use fewer or smaller images, or a machine with more memory"
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run a command; returns the exit status.
 
-    0 done, 2 a user's mistake, 130 or 143 interrupted; 141 or 2 where all was done and the output could not be printed.
+    0 done, 2 a user's mistake, 130 or 143 interrupted; 141 or 2 if the work is done but the output cannot be printed.
     """
     with guarded(for_good=argv is None) as screen:
         try:
@@ -53,9 +54,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def _run(argv: Sequence[str], prog: str | None) -> int:
+    if argv and argv[0] == "help":  # gn-det help [COMMAND]
+        argv = [*argv[1:2], "--help"]
     if not argv or argv[0] in ("-h", "--help"):
         print(f"gn-det {__version__}: fine-tune Mask R-CNN with Group Normalization\n\nusage: gn-det COMMAND ...\n")
-        print("commands (gn-det COMMAND --help shows the flags):")
+        print("commands (gn-det help COMMAND shows its flags):")
         print("\n".join(f"  {name:12s}{what}" for name, what in COMMANDS.items()))
         return 0 if argv else 2
     name = argv[0]
@@ -67,11 +70,13 @@ def _run(argv: Sequence[str], prog: str | None) -> int:
         print(f"gn-det: error: unknown command {shown(name)}{hint}", file=sys.stderr)
         return 2
     command, args = parse(name, argv[1:], prog)
+    if getattr(args, "verbose", False):
+        os.environ["GN_DET_VERBOSE"] = "1"  # also for the processes that a run starts
     try:
         with _ended_by_sigterm():
             return int(command.run(args))
     except UserError as e:
-        # An interrupted run is no error, and says so to the shell: 130 for Ctrl-C, 143 for SIGTERM.
+        # An interrupted run is not an error; its exit code is 130 for Ctrl-C, 143 for SIGTERM.
         interrupted = hasattr(e, "exit_code")
         print(f"gn-det: {'' if interrupted else 'error: '}{as_line(e)}", file=sys.stderr)
         return int(getattr(e, "exit_code", 2))
@@ -93,7 +98,7 @@ def parse(name: str, words: Sequence[str], prog: str | None = None) -> tuple[Any
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM unwind like Ctrl-C, so that no temporary file is left; training has its own way to stop."""
+    """Let SIGTERM unwind like Ctrl-C, so that no temporary files remain; training handles it in its own way."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

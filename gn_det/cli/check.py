@@ -1,4 +1,4 @@
-"""Find what is wrong with a dataset before training does: every problem, where it is, what to do."""
+"""Find problems in a dataset before training: what is wrong, where, and what to do about it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from gn_det.errors import ConfigError
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
-        "Exit status: 0 clean (notes do not count), 1 warnings only, 2 errors: training would refuse the set or drop "
-        "entries of it."
+        "Exit status: 0 no problems (notes do not count), 1 warnings only, 2 errors: training would refuse the dataset "
+        "or drop entries."
     )
     flags.add_config(parser)
     flags.add_data(parser, "train", "val")
@@ -21,14 +21,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fix",
         metavar="FILE",
-        help="write a copy of --train-json with repairs made and without what training drops; changes are listed "
-        "beside it",
+        help="write a repaired copy of --train-json without the entries that training drops, and a list of the "
+        "changes beside it",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     if not vars(args)["DATASETS.TRAIN_JSON"] and not args.config:
-        raise ConfigError("give --train-json and --train-images, or a --config that names the sets to check")
+        raise ConfigError("give --train-json and --train-images, or a --config that names the datasets")
     args.config = args.config or "gn_fpn.yaml"
     cfg = flags.config_from_args(args)
     from gn_det.check.check_sets import check

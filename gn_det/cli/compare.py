@@ -1,4 +1,4 @@
-"""Run the rows of a suite that are missing, and report them side by side with their noise."""
+"""Run a suite of experiments (only the missing runs) and report them side by side, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ if TYPE_CHECKING:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "Exit status: 0 all rows done, 1 a row failed (the others are reported), 2 refused before any run."
+    parser.epilog = (
+        "Exit status: 0 all rows done, 1 a row failed (the others are reported), 2 refused before the first run."
+    )
     add = parser.add_argument
     add("words", nargs="*", metavar="SUITE.yaml | KEY VALUE", help="a suite, and " + flags.OVERRIDES)
     add("--output", metavar="DIR", help="folder of runs and report (default output/compare/NAME)")
-    add("--rows", metavar="A,B", help="only these rows, by id, * for any text")
-    add("--seeds", type=int, metavar="N", help="N runs of every row, with seeds 1 to N")
+    add("--rows", metavar="A,B", help="run only these rows, by id; * matches anything")
+    add("--seeds", type=int, metavar="N", help="run every row N times, with seeds 1 to N")
     text = "train every detection row for N passes over the data"
     flags.add_key(parser, "--epochs", "SOLVER.EPOCHS", text, type=float, metavar="N")
-    flags.add_gpus(parser, "GPUs of each run on this machine")
-    add("--dry-run", action="store_true", help="print the rows and what is missing, then exit")
-    add("--report-only", action="store_true", help="report what has been run, without running anything")
-    add("--any-version", action="store_true", help="count finished runs of another version of gn_det as done")
+    flags.add_gpus(parser, "GPUs per run")
+    add("--dry-run", action="store_true", help="list the rows and what is missing, then exit")
+    add("--report-only", action="store_true", help="write the report of finished runs; run nothing")
+    add("--any-version", action="store_true", help="accept finished runs of other versions of gn_det")
     flags.add_engine(parser)
     flags.add_data(parser, "train", "val")
-    add("--configs", nargs="+", metavar="FILE", help="rows on your own data; the first is the baseline")
+    add("--configs", nargs="+", metavar="FILE", help="configs to compare on your own data; the first is the baseline")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run what is missing and write the report; returns 1 where a row failed."""
     import os
     from datetime import datetime
     from functools import partial
@@ -71,29 +72,29 @@ def run(args: argparse.Namespace) -> int:
             tell = say if first_rank else _silent
             failed = Runner(plan, store, runs, args.any_version, say=tell, recording=first_rank).run()
     except InUse:
-        writes_report = False  # the comparison that runs there writes it
+        writes_report = False  # the comparison that is running there writes it
         raise
     finally:
         if writes_report:
             results = collect(whole, store, any_version=args.any_version, any_settings=args.report_only)
             write_report(results, store, datetime.now().astimezone().strftime("%Y-%m-%d"))
     if not first_rank:
-        return 0  # torchrun ends all ranks when one fails, and rank 0 may still be measuring
+        return 0  # torchrun stops all ranks when one fails, and rank 0 may still be measuring
     for name, reason in failed.items():
         say(f"failed: {name}: {reason}")
     return 1 if failed else 0
 
 
 def _silent(line: object) -> None:
-    """Of the other ranks, rank 0 speaks."""
+    """Print nothing: rank 0 reports for all ranks."""
 
 
 def _suite_and_overrides(args: argparse.Namespace) -> tuple[Suite, list[str]]:
-    """A suite file, a shipped one, or one made of configs and own data; and the config keys of the command line."""
+    """Return the suite (a file, a shipped one, or --configs with own data) and the config keys given."""
     from gn_det.compare.suite import find_suite, load_suite, own_suite, shipped_suites
     from gn_det.errors import ConfigError
 
-    # --configs takes all words up to the next flag, and overrides may be among them
+    # --configs takes all words up to the next flag, which may include overrides
     named = list(args.configs or ())
     cut = next((i for i, word in enumerate(named) if _is_key(word)), len(named))
     words, configs = named[cut:] + args.words, named[:cut]
@@ -106,9 +107,9 @@ def _suite_and_overrides(args: argparse.Namespace) -> tuple[Suite, list[str]]:
     if configs:
         return own_suite(configs, {key.split(".")[1].lower(): value for key, value in flagged.items()}), overrides
     if flagged:
-        raise ConfigError("own data (--train-json ...) needs --configs; a suite names its data itself")
+        raise ConfigError("--train-json and the like need --configs; a suite names its own data")
     if not name:
-        raise ConfigError(f"name a suite, or --configs; shipped suites are {', '.join(shipped_suites())}")
+        raise ConfigError(f"name a suite or give --configs; shipped suites: {', '.join(shipped_suites())}")
     return load_suite(find_suite(name)), overrides
 
 
@@ -118,7 +119,7 @@ def _is_key(word: str) -> bool:
 
 
 def _show(plan: Plan, store: Store, *, any_version: bool) -> int:
-    """Print what would be run; returns 2 where a row is wrong (missing data or weights are listed but not errors)."""
+    """Print what would run; return 2 if a row is wrong (missing data or weights are listed but are not errors)."""
     from gn_det.compare.runner import DONE, MissingWeights, find
     from gn_det.terminal import say
 

@@ -15,7 +15,7 @@ The paper's tables    all others; * marks frozen batch norm
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--keys", action="store_true", help="print the reference of all config keys (Markdown) instead")
+    parser.add_argument("--keys", action="store_true", help="print the reference of all config keys (Markdown)")
 
 
 def run(args: argparse.Namespace) -> int:

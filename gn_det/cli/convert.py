@@ -1,4 +1,4 @@
-"""Write weights of any known source in another layout, bit for bit."""
+"""Convert weights of any known source to another layout, bit for bit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
     from gn_det.text import one_line
 
     done = convert(args.source, args.target, args.to, fold_stem=args.fold)
-    say(f"{done.path}: {done.tensors} tensors of {args.source} ({one_line(done.kind)})")
+    say(f"Wrote {done.path}: {done.tensors} tensors of {args.source} ({one_line(done.kind)})")
     if done.left_out:
         say(f"  left out: {shorten(done.left_out)}")
     if done.preprocessing is not None:

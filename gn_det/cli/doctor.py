@@ -1,11 +1,12 @@
-"""Show what is installed, what works, which engine runs and why, and how to fix what does not.
+"""Check the installation: what is installed, what works, which engine runs and why, and how to fix the rest.
 
-Everything is tried in a fresh interpreter, so that a library that crashes on import is reported like any other.
+Each library is imported in a fresh interpreter, so one that crashes is reported like any other.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import platform
 import re
@@ -16,18 +17,15 @@ from dataclasses import dataclass
 
 from gn_det.about import __version__
 from gn_det.engine.choice import INSTALL_PAGE, fix, installed_version
-from gn_det.text import as_line
+from gn_det.text import as_line, count
 
-#: The distributions that gn_det requires, as in setup.cfg.
-REQUIRED = (
-    *("torch", "torchvision", "fvcore", "iopath", "portalocker", "numpy", "pyyaml", "safetensors", "pillow"),
-    *("pycocotools", "faster-coco-eval", "tensorboard", "matplotlib", "jinja2", "shapely", "tabulate", "tqdm"),
-)
 #: Import names that are not the distribution's name with "_" for "-".
 _MODULES = {"pyyaml": "yaml", "pillow": "PIL"}
 
-#: Distributions that all provide ``cv2``; those without "headless" need a display library. gn_det does not use it, but
-#: parts of Detectron2 do (its visualizer, some augmentations), which does not declare it: the extra ``detectron2``.
+#: Extras for work on gn_det itself, which a user does not miss.
+_FOR_DEVELOPERS = {"dev", "docs", "test"}
+
+#: Distributions that all provide ``cv2``; those without "headless" need a display library.
 _OPENCV = ("opencv-python-headless", "opencv-python", "opencv-contrib-python", "opencv-contrib-python-headless")
 
 _TRY_TORCHVISION = "import torch, torchvision; torchvision.ops.nms(torch.zeros(0, 4), torch.zeros(0), 0.5)"
@@ -43,7 +41,7 @@ _TRY_ZOO = "import detectron2.model_zoo"
 
 @dataclass(frozen=True)
 class Trial:
-    """How a piece of Python ended in a fresh interpreter."""
+    """Outcome of a piece of Python in a fresh interpreter."""
 
     ok: bool
     output: str = ""
@@ -55,9 +53,9 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        mark: "ok", "note" (works, worth knowing) or "broken".
+        mark: "ok", "note" or "broken".
         what: what was examined, and its state.
-        fix: what to do about it, "" where nothing is.
+        fix: what to do about it, or "".
     """
 
     mark: str
@@ -80,12 +78,12 @@ def run(args: argparse.Namespace) -> int:
     findings = examine()
     print(*findings, sep="\n")
     broken = sum(f.mark == "broken" for f in findings)
-    print(f"\n{broken} broken" if broken else "\nNo problems found")
+    print(f"\n{count(broken, 'problem')} found" if broken else "\nNo problems found")
     return 1 if broken else 0
 
 
 def try_python(code: str) -> Trial:
-    """Run ``code`` in a fresh interpreter; ``error`` is its last line of stderr, or how it died."""
+    """Run ``code`` in a fresh interpreter; the error is its last line of stderr, or the signal that killed it."""
     try:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
     except subprocess.TimeoutExpired:
@@ -96,21 +94,55 @@ def try_python(code: str) -> Trial:
     return Trial(False, error=f"the interpreter died of signal {-done.returncode}" if done.returncode < 0 else last)
 
 
-def examine(trial: Try = try_python, version_of: VersionOf = installed_version) -> list[Finding]:
+def requirements(declared: Iterable[str]) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Parse requirements of a distribution's metadata, such as ``torch>=2.6`` or ``wandb; extra == "wandb"``.
+
+    Returns:
+        Lowest versions ("" for any) by name; and the names of each extra for users.
+    """
+    required: dict[str, str] = {}
+    extras: dict[str, list[str]] = {}
+    for line in declared:
+        name, least = re.match(r"([\w.-]+)[^;>]*(?:>=\s*([\d.]+))?", line).groups("")  # type: ignore[union-attr]
+        extra = re.search(r"extra\s*==\s*[\"'](\w+)", line)
+        if extra is None:
+            required[name.lower()] = least
+        elif extra[1] not in _FOR_DEVELOPERS:
+            extras.setdefault(extra[1], []).append(name.lower())
+    return required, extras
+
+
+def examine(
+    trial: Try = try_python, version_of: VersionOf = installed_version, declared: Iterable[str] | None = None
+) -> list[Finding]:
     """Return all findings; the arguments are replaceable for tests."""
+    first = Finding("ok", f"gn_det {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    if declared is None:
+        if (known := installed_version("gn-det")) != __version__:
+            what = f"pip knows gn_det {known}" if known else "gn_det runs from a folder and is not installed"
+            return [first, Finding("broken", what, "pip install . in the checkout (-e . to work on it)")]
+        declared = importlib.metadata.requires("gn-det") or ()
+    required, extras = requirements(declared)
     return [
-        Finding("ok", f"gn_det {__version__}, Python {platform.python_version()}, {platform.platform()}"),
-        *(_package(name, trial, version_of) for name in REQUIRED),
+        first,
+        *(_package(name, trial, version_of, least=least) for name, least in required.items()),
         *_opencv(trial, version_of),
+        *(_extra(name, parts, version_of) for name, parts in extras.items()),
         *_gpus(trial),
         *_detectron2(trial, version_of),
     ]
 
 
-def _package(name: str, trial: Try, version_of: VersionOf, module: str = "") -> Finding:
+def _numbers(version: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", version)[:3]]
+
+
+def _package(name: str, trial: Try, version_of: VersionOf, module: str = "", least: str = "") -> Finding:
     version = version_of(name)
     module = module or _MODULES.get(name, name.replace("-", "_"))
     tried = trial(_TRY_TORCHVISION if name == "torchvision" else f"import {module}")
+    if version and _numbers(version) < _numbers(least):
+        return Finding("broken", f"{name} {version} is too old", f"pip install --upgrade '{name}>={least}'")
     if tried.ok:
         return Finding("ok", f"{name} {version or '(unknown version)'}")
     if version is None:
@@ -124,6 +156,16 @@ def _package(name: str, trial: Try, version_of: VersionOf, module: str = "") -> 
     return Finding("broken", what, f"pip install --force-reinstall {name}")
 
 
+def _extra(name: str, parts: list[str], version_of: VersionOf) -> Finding:
+    """Optional packages; their versions only, because importing them all would take long."""
+    absent = [part for part in parts if version_of(part) is None]
+    if absent:
+        return Finding(
+            "note", f"optional [{name}]: {', '.join(absent)} not installed", f"pip install {' '.join(absent)}"
+        )
+    return Finding("ok", f"optional [{name}]: {', '.join(f'{part} {version_of(part)}' for part in parts)}")
+
+
 def _headless(installed: Iterable[str]) -> str:
     return f"pip uninstall -y {' '.join(installed)} && pip install opencv-python-headless"
 
@@ -132,7 +174,7 @@ def _opencv(trial: Try, version_of: VersionOf) -> list[Finding]:
     installed = [d for d in _OPENCV if version_of(d)]
     findings = [_package(installed[0], trial, version_of, "cv2")] if installed else []
     if len(installed) > 1:
-        what = f"{' and '.join(installed)} are both installed: they overwrite each other's cv2"
+        what = f"{' and '.join(installed)} overwrite each other's cv2; keep one"
         findings.append(Finding("note", what, _headless(installed)))
     return findings
 
@@ -144,8 +186,8 @@ def _gpus(trial: Try) -> list[Finding]:
     found = json.loads(tried.output.splitlines()[-1])
     if not found["gpus"]:
         built = f"built for CUDA {found['cuda']}" if found["cuda"] else "built without CUDA"
-        remedy = "if this machine has one, check the driver with nvidia-smi" if found["cuda"] else ""
-        return [Finding("note", f"no GPU: training runs on the CPU, slowly (torch is {built})", remedy)]
+        remedy = "if this machine has a GPU, check the driver with nvidia-smi" if found["cuda"] else ""
+        return [Finding("note", f"no GPU found: training on the CPU is slow (torch is {built})", remedy)]
     return [
         Finding("ok", f"GPU {i}: {name}, {gib:.0f} GiB{', bf16' if bf16 else ', no bf16: use SOLVER.AMP.DTYPE fp16'}")
         for i, (name, gib, bf16) in enumerate(found["gpus"])
@@ -153,7 +195,7 @@ def _gpus(trial: Try) -> list[Finding]:
 
 
 def _detectron2(trial: Try, version_of: VersionOf) -> list[Finding]:
-    """Detectron2 and the plugin, and what this means for the choice of the engine."""
+    """Detectron2, the plugin, and the engine that follows."""
     engine = "engine of gn-det train, eval and quickstart"
     version = version_of("detectron2")
     tried = trial(_TRY_DETECTRON2)
@@ -169,14 +211,14 @@ def _detectron2(trial: Try, version_of: VersionOf) -> list[Finding]:
         what = f"{name} is installed, but cannot be used: {tried.error}"
         return [
             Finding("broken", what, fix(tried.error, version_of)),
-            Finding("note", f"{engine}: none until that is fixed; --engine embedded runs without Detectron2"),
+            Finding("note", f"{engine}: none until this is fixed; --engine embedded works without Detectron2"),
         ]
     findings = [Finding("ok", f"{name} and its plugin: import gn_det.detectron2")]
     if not (zoo := trial(_TRY_ZOO)).ok:
         what = f"detectron2.model_zoo cannot be imported: {zoo.error}; gn_det does not need it"
         findings.append(Finding("note", what, fix(zoo.error, version_of)))
     iopath = version_of("iopath")
-    if iopath and [int(n) for n in re.findall(r"\d+", iopath)[:3]] >= [0, 1, 10]:
+    if iopath and _numbers(iopath) >= [0, 1, 10]:
         what = f"Detectron2 requires iopath < 0.1.10, but {iopath} is installed"
         findings.append(Finding("note", what, "pip install 'iopath>=0.1.7,<0.1.10'"))
     return [*findings, Finding("ok", f"{engine}: detectron2, because it is installed; or --engine embedded")]

@@ -1,7 +1,6 @@
-"""What the commands of :mod:`gn_det.cli` share: the parser, common flags, and the config they describe.
+"""Parser, common flags, and the config that they describe.
 
-A flag that sets a config key has the key as its ``dest``. Nothing heavy is imported at the top, so ``--help`` answers
-at once.
+A flag that sets a config key has the key as its ``dest``. Nothing heavy is imported at the top, so ``--help`` is quick.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ from gn_det.text import as_line, did_you_mean, shown
 if TYPE_CHECKING:
     from fvcore.common.config import CfgNode
 
-OVERRIDES = "config keys after the flags, as in SOLVER.BASE_LR 0.01 or SEED=1; they win over flags and file"
+OVERRIDES = "config keys, such as SOLVER.BASE_LR 0.01 or SEED=1; they override flags and the config file"
 
 #: Upper limit of counts of processes, machines and the like.
 _MOST = 1_000_000
 
 
 class Parser(argparse.ArgumentParser):
-    """Parser whose errors are one line, like any other mistake; the usage is left to --help."""
+    """Parser whose errors are one line, like any other error; --help shows the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {as_line(message, 300)}; see {self.prog} --help\n")
@@ -38,7 +37,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole(least: int) -> Callable[[str], int]:
-    """Return an argparse type: whole numbers from ``least`` to a million."""
+    """Return an argparse type for whole numbers from ``least`` to a million."""
 
     def read(word: str) -> int:
         number = int(word)
@@ -46,7 +45,7 @@ def whole(least: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{shown(word)} must be a whole number from {least} to {_MOST}")
         return number
 
-    read.__name__ = "int"  # argparse names the type where a word is no number at all
+    read.__name__ = "int"  # the name that argparse prints for a word that is not a number
     return read
 
 
@@ -56,7 +55,7 @@ def add_config(parser: argparse.ArgumentParser, *, required: bool = False, overr
         "--config-file",
         metavar="FILE",
         required=required,
-        help="a YAML file or the name of a shipped config (gn-det configs lists them)",
+        help="YAML file or name of a shipped config (see gn-det configs)",
     )
     if overrides:
         parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help=OVERRIDES)
@@ -70,9 +69,9 @@ def add_key(parser: Any, flag: str, key: str, text: str, **options: Any) -> None
 def add_data(parser: argparse.ArgumentParser, *splits: str) -> None:
     group = parser.add_argument_group("your own data in COCO format")
     for split in splits:
-        key = f"DATASETS.{split.upper()}"
-        add_key(group, f"--{split}-json", f"{key}_JSON", f"{split} annotations", metavar="FILE")
-        add_key(group, f"--{split}-images", f"{key}_IMAGES", f"folder of the {split} images", metavar="DIR")
+        key, name = f"DATASETS.{split.upper()}", {"train": "training", "val": "validation"}[split]
+        add_key(group, f"--{split}-json", f"{key}_JSON", f"{name} annotations", metavar="FILE")
+        add_key(group, f"--{split}-images", f"{key}_IMAGES", f"folder of {name} images", metavar="DIR")
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +79,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         "--engine",
         choices=ENGINES,
         default="auto",
-        help="auto (default) uses detectron2 if it is installed; embedded needs nothing but gn_det",
+        help="auto (default) uses Detectron2 if it is installed; embedded does not need it",
     )
 
 
@@ -89,6 +88,12 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     add_key(parser, "--output", "OUTPUT_DIR", "output folder", metavar="DIR")
     add_engine(parser)
     add_key(parser, "--device", "MODEL.DEVICE", "auto, cpu, cuda or cuda:1", metavar="NAME")
+    add_verbose(parser)
+
+
+def add_verbose(parser: argparse.ArgumentParser) -> None:
+    text = "show what log.txt holds: all losses, tables of norm layers and parameter groups"
+    parser.add_argument("--verbose", action="store_true", help=text)
 
 
 def add_gpus(parser: Any, text: str = "GPUs on this machine") -> None:

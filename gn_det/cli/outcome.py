@@ -1,4 +1,4 @@
-"""What a finished run shows: AP, its curves, predictions beside the truth, and the next command."""
+"""Summary of a finished run: AP, training curves, predictions beside the ground truth, and the next command."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DRAWN = 1920
 def show_outcome(cfg: CfgNode, results: Mapping[str, float], seconds: float, next_command: str = "") -> None:
     """Draw ``curves.png`` and ``predictions.png`` into OUTPUT_DIR and print where everything is.
 
-    A drawing that fails is mentioned; the run itself has succeeded.
+    A drawing that fails is only reported: the run itself has succeeded.
     """
     if os.environ.get("RANK", "0") != "0":  # torchrun starts the command once per process
         return
@@ -41,7 +41,7 @@ def show_outcome(cfg: CfgNode, results: Mapping[str, float], seconds: float, nex
         drawn.append(("curves.png", "losses, AP and learning rate"))
         if results and weights is not None:
             draw_comparison(load_first_test_set(cfg), weights, folder / "predictions.png", device=cfg.MODEL.DEVICE)
-            drawn.append(("predictions.png", "truth and predictions on validation images"))
+            drawn.append(("predictions.png", "ground truth and predictions on validation images"))
     except UserError as error:
         problems.append(f"  not drawn: {as_line(error)}")
     if weights is not None:
@@ -56,7 +56,7 @@ def show_outcome(cfg: CfgNode, results: Mapping[str, float], seconds: float, nex
 
 
 def draw_comparison(dataset: CocoDataset, weights: Path, path: Path, device: str = "auto") -> None:
-    """Draw the ground truth of some images above what the model of ``weights`` finds in them, as one PNG."""
+    """Draw the ground truth of some images above the detections of a model, as one PNG."""
     from gn_det.engine.predictor import load_predictor, select, write_png
     from gn_det.visualize.draw import draw_annotations, draw_detections, draw_grid
 
@@ -69,5 +69,5 @@ def draw_comparison(dataset: CocoDataset, weights: Path, path: Path, device: str
         truths.append(draw_annotations(pixels, record, dataset.class_names, max_size=_DRAWN))
         detections = select(predictor.detect(file), 0.5, None)
         found.append(draw_detections(pixels, detections, dataset.class_names, max_size=_DRAWN))
-    titles = ["truth"] * len(truths) + ["predictions"] * len(found)
+    titles = ["ground truth"] * len(truths) + ["predictions"] * len(found)
     write_png(path, draw_grid(truths + found, titles, columns=max(len(truths), 1)))

@@ -1,4 +1,4 @@
-"""Train a classifier by the paper's recipe: a backbone with any norm for MODEL.WEIGHTS."""
+"""Train a classifier with the paper's recipe and any norm: a backbone for MODEL.WEIGHTS."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--arch", required=True, metavar="NAME", help="resnet18|34|50|101, or resnet8|14|20 (tiny images)")
     add("--norm", required=True, metavar="NAME", help="BN, LN, IN or GN")
-    add("--data", required=True, metavar="DIR", help="folder with train/<class>/* and val/<class>/*; or digits, shapes")
+    add("--data", required=True, metavar="DIR", help="folder with train/CLASS/* and val/CLASS/*; or digits, shapes")
     add("--output", metavar="DIR", help="default output/pretrain_ARCH_NORM")
-    add("--groups", type=int, metavar="N", help="GN's groups in every layer (default 32)")
-    add("--channels-per-group", type=int, metavar="N", help="GN's channels per group instead")
+    add("--groups", type=int, metavar="N", help="number of GN groups (default 32)")
+    add("--channels-per-group", type=int, metavar="N", help="size of GN groups, instead of --groups")
     add("--batch-size", type=int, metavar="N", help="images per process (default 32)")
-    add("--epochs", type=float, metavar="N", help="default 100; lr drops after 30, 60 and 90 %% of them")
-    add("--lr", type=float, metavar="X", help="default 0.1 per 256 images in an iteration, linear")
+    add("--epochs", type=float, metavar="N", help="default 100; the learning rate drops after 30, 60 and 90%%")
+    add("--lr", type=float, metavar="X", help="learning rate (default 0.1 x batch / 256)")
     add("--seed", type=int, metavar="N", help="default 1")
     add("--image-size", type=int, metavar="N", help="side of the crops (default 224)")
-    add("--images", type=int, metavar="N", help="number of generated training images of --data shapes")
-    add("--no-color", dest="color", action="store_false", default=None, help="no colour augmentation")
+    add("--images", type=int, metavar="N", help="number of training images that --data shapes generates")
+    add("--no-color", dest="color", action="store_false", default=None, help="turn off color augmentation")
     add(
         "--stride-in-1x1",
         action="store_true",
         default=None,
-        help="stride in the first 1x1 of a bottleneck, as the bn_* configs have it (default: in the 3x3, as gn_*)",
+        help="stride in the first 1x1 of each bottleneck, as in the bn_* configs (default: in the 3x3, as in gn_*)",
     )
     add("--amp", metavar="TYPE", help="autocast: bf16, fp16 or off (default)")
     add("--device", metavar="NAME", help="auto, cpu, cuda or cuda:1")
-    add("--workers", type=int, metavar="N", help="processes that read images (default 4)")
+    add("--workers", type=int, metavar="N", help="data loading processes (default 4)")
     flags.add_gpus(parser, "GPUs on this machine; or use torchrun")
     flags.add_restart(parser, dry_run="print data, network and recipe, then exit")
 

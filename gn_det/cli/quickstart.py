@@ -1,4 +1,4 @@
-"""Train a small GN Mask R-CNN on generated shapes, evaluate it, and draw what it sees."""
+"""Train a small GN Mask R-CNN on generated shapes, evaluate it, and draw its predictions."""
 
 from __future__ import annotations
 
@@ -17,8 +17,14 @@ Your own data in COCO format:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", default="output/quickstart", metavar="DIR", help="an earlier run there is replaced")
+    parser.add_argument(
+        "--output",
+        default="output/quickstart",
+        metavar="DIR",
+        help="output folder; an earlier run in it is replaced (default output/quickstart)",
+    )
     flags.add_engine(parser)
+    flags.add_verbose(parser)
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help=flags.OVERRIDES)
 
 
@@ -31,6 +37,6 @@ def run(args: argparse.Namespace) -> int:
     results = train(cfg, engine=args.engine, overwrite=True)
     weights = Path(args.output) / "model_best.pth"
     if not weights.is_file():
-        raise TrainingError(f"{weights} was not written: no evaluation gave an AP; train longer (SOLVER.MAX_ITER)")
+        raise TrainingError(f"no evaluation gave an AP, so {weights} was not written; train longer (SOLVER.MAX_ITER)")
     show_outcome(cfg, results, time.perf_counter() - started, _OWN_DATA)
     return 0

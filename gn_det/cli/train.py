@@ -15,22 +15,22 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add_data(parser, "train", "val")
     flags.add_run(parser)
     flags.add_key(parser, "--weights", "MODEL.WEIGHTS", "initial weights, a path or URI", metavar="FILE")
-    parser.add_argument("--allow-partial", action="store_true", help="load matching tensors and report the others")
+    parser.add_argument("--allow-partial", action="store_true", help="load matching tensors and report the rest")
     flags.add_key(parser, "--epochs", "SOLVER.EPOCHS", "train for N passes over the data", type=float, metavar="N")
     flags.add_key(
-        parser, "--max-hours", "SOLVER.MAX_HOURS", "stop after H hours, evaluated and saved", type=float, metavar="H"
+        parser, "--max-hours", "SOLVER.MAX_HOURS", "evaluate, save and stop after H hours", type=float, metavar="H"
     )
     flags.add_key(
         parser,
         "--logger",
         "LOGGERS",
-        "where metrics go besides metrics.json: tensorboard (default), wandb, mlflow, csv",
+        "loggers besides metrics.json: tensorboard (default), wandb, mlflow, csv",
         type=lambda words: repr(tuple(filter(None, words.split(",")))),
         metavar="NAMES",
     )
     flags.add_restart(parser, dry_run="print the resolved config, model and schedule, then exit; needs no data")
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS without training")
-    group = parser.add_argument_group("several GPUs or machines (or launch with torchrun)")
+    group = parser.add_argument_group("several GPUs or machines (torchrun works too)")
     flags.add_gpus(group)
     group.add_argument("--num-machines", type=flags.whole(1), default=1, metavar="N")
     group.add_argument("--machine-rank", type=flags.whole(0), default=0, metavar="R")

@@ -1,4 +1,4 @@
-"""Show what a weights file is, where it would load, and which preprocessing it expects."""
+"""Show what a weights file contains, which preprocessing it expects, and what it would load into a model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _fit(path_or_uri: str, config: str, overrides: list[str]) -> str:
-    """Report what would load where into the model of a config (``?allow_partial=True`` as on loading).
+    """Report what would load into the model of a config (``?allow_partial=True`` as in training).
 
     Raises:
         WeightsError: the weights do not fit; the message names the keys to set.

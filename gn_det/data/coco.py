@@ -26,7 +26,7 @@ from gn_det.data.problems import Problem, Problems, Where
 from gn_det.data.records import Annotation, Record, RecordList
 from gn_det.data.shapes import prepare
 from gn_det.errors import DataError
-from gn_det.text import printable, shown, some
+from gn_det.text import count, printable, shown, some
 
 #: What every message about dropped or refused entries ends with.
 CHECK_HINT = "gn-det check lists all of them, and --fix writes a copy without them"
@@ -93,13 +93,13 @@ class CocoDataset:
 
     def summary(self) -> str:
         """What was read, in a few lines for the log."""
+        classes = count(self.num_classes, "class", "classes")
+        lines = [f"{count(len(self), 'image')}, {count(len(self.object_images), 'object')} of {classes}"]
         empty = int((self.object_counts == 0).sum())
-        lines = [
-            f"{len(self)} images, {len(self.object_images)} objects of {self.num_classes} classes, {self.crowds} crowd "
-            f"regions, {empty} images without objects, {len(self.bad)} bad entries dropped "
-            f"({self.records.nbytes / 2**20:.1f} MiB in memory)"
-        ]
-        missing = [name for name, count in zip(self.class_names, self.class_counts) if count == 0]
+        lines[0] += f", {count(self.crowds, 'crowd region')}" if self.crowds else ""
+        lines[0] += f", {count(empty, 'image')} without objects" if empty else ""
+        lines[0] += f", {count(len(self.bad), 'bad entry', 'bad entries')} dropped" if self.bad else ""
+        missing = [name for name, number in zip(self.class_names, self.class_counts) if number == 0]
         if missing and len(self.object_images):
             lines.append(f"no object of {some(missing)}")
         lines += [*self.notes, *(f"dropped {entry}" for entry in self.bad)]
@@ -230,12 +230,12 @@ def build_dataset(
 
 def refuse_if_too_many(bad: Sequence[str], max_bad: int, where: str, *, total: int | None = None) -> None:
     """Raise DataError when more than ``max_bad`` entries (``total`` of them) are bad, quoting the first few."""
-    count = len(bad) if total is None else total
-    if count > max_bad:
+    number = len(bad) if total is None else total
+    if number > max_bad:
         quoted = "; ".join(bad[:_QUOTED])
-        more = f"; and {count - _QUOTED} more" if count > _QUOTED else ""
+        more = f"; and {number - _QUOTED} more" if number > _QUOTED else ""
         raise DataError(
-            f"{where}: {count} bad images or annotations, DATALOADER.MAX_BAD allows {max_bad}: {quoted}{more}. Fix "
+            f"{where}: {number} bad images or annotations, DATALOADER.MAX_BAD allows {max_bad}: {quoted}{more}. Fix "
             f"them ({CHECK_HINT}), or raise DATALOADER.MAX_BAD to drop them"
         )
 

@@ -32,7 +32,7 @@ from gn_det.data.samplers import (
 from gn_det.data.workers import WorkerData, cores, load_batches, pack_samples, shared_memory_fits, unpack_samples
 from gn_det.errors import ConfigError, DataError
 from gn_det.structures import Sample
-from gn_det.text import one_line
+from gn_det.text import count, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -166,9 +166,11 @@ class TrainLoader(Loader):
 
     def summary(self) -> str:
         """How many images are drawn from, for the log."""
-        fate = "kept" if self.kept else "left out"
-        key = "DATALOADER.FILTER_EMPTY_ANNOTATIONS"
-        return f"training draws from {self.num_images} images; {self.num_empty} images without objects {fate} ({key})"
+        text = f"Training on {count(self.num_images, 'image')}"
+        if not self.num_empty:
+            return text
+        fate = "included" if self.kept else "left out"
+        return f"{text}; {self.num_empty} without objects {fate} (DATALOADER.FILTER_EMPTY_ANNOTATIONS)"
 
     def _look_for_one_colour(self, samples: Sequence[Sample]) -> None:
         """Warn of the first image in which nothing can be seen."""

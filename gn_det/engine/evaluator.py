@@ -14,6 +14,7 @@ from gn_det.data.coco import CocoDataset
 from gn_det.data.loader import build_test_loader
 from gn_det.data.sets import model_category_ids
 from gn_det.engine import dist
+from gn_det.engine.log import on_screen
 from gn_det.errors import TrainingError
 from gn_det.evaluation.coco_eval import evaluate_coco, merge_results
 from gn_det.evaluation.diagnose import Caps
@@ -108,7 +109,8 @@ def _score(
         proposals=caps.proposals,
     )
     if scores:
-        logger.info(format_results(scores))
+        text = format_results(scores)
+        logger.info(text, extra=on_screen(text.partition("\ncopypaste:")[0]))
     return {task: dict(metrics) for task, metrics in scores.items()}
 
 

@@ -23,16 +23,30 @@ LOG_FILE = "log.txt"
 #: Characters of a message of one line; what is longer is cut.
 _LONGEST = 10_000
 
+#: Environment variable that ``--verbose`` sets to 1 for all processes of a run: the screen shows what log.txt holds.
+VERBOSE = "GN_DET_VERBOSE"
+
+
+def on_screen(text: str) -> dict[str, str]:
+    """Return the ``extra=`` of a record that the screen shows as ``text``, unless ``--verbose`` is given."""
+    return {"on_screen": text}
+
+
 #: ``extra=FILE_ONLY`` keeps a record off the screen.
-FILE_ONLY = {"file_only": True}
+FILE_ONLY = on_screen("")
 
 
 class _Console(_StreamHandler):
-    """Writes around a tqdm line, if one is there."""
+    """Writes around a tqdm line, if one is there; shows the short form of a record that has one."""
+
+    verbose = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        if getattr(record, "file_only", False):
+        short = getattr(record, "on_screen", None)
+        if short == "":
             return
+        if short is not None and not self.verbose:
+            record = logging.makeLogRecord({**vars(record), "msg": short, "args": None})
         tqdm = sys.modules.get("tqdm")
         if tqdm is None or not sys.stderr.isatty():
             self.stream = sys.stdout  # looked up now: it may have been redirected
@@ -74,34 +88,40 @@ class _Printable(logging.Formatter):
 
 
 @contextmanager
-def run_log(folder: str | os.PathLike[str] | None, *, rank: int = 0, times: bool = True) -> Iterator[None]:
+def run_log(
+    folder: str | os.PathLike[str] | None, *, rank: int = 0, times: bool = True, verbose: bool = False
+) -> Iterator[None]:
     """Show gn_det's log on standard output, and append it to ``folder/log.txt``, as long as the context lasts.
 
     Args:
         folder: OUTPUT_DIR; None writes no file.
         rank: processes other than 0 show warnings only and write no file.
-        times: begin lines with date and time.
+        times: begin lines with the time, in the file also with the date.
+        verbose: show long forms on the screen, as the environment variable GN_DET_VERBOSE does.
     """
     package = logging.getLogger("gn_det")
     old_level, old_propagate = package.level, package.propagate
     handlers: list[logging.Handler] = []
-    formatter = _Printable("[%(asctime)s] %(message)s" if times else "%(message)s", "%m/%d %H:%M:%S")
+    layout = "[%(asctime)s] %(message)s" if times else "%(message)s"
     if not package.handlers:
         console = _Console(sys.stdout)
         console.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+        console.setFormatter(_Printable(layout, "%H:%M:%S"))
+        console.verbose = verbose or os.environ.get(VERBOSE, "0") not in ("", "0")
         handlers.append(console)
         # libraries install handlers on the root logger behind our back; pytest's are wanted
         package.propagate = "pytest" in sys.modules
     if folder is not None and rank == 0:
         try:
-            handlers.append(_File(open_append(folder, LOG_FILE)))
+            file = _File(open_append(folder, LOG_FILE))
         except OSError as error:
             path = os.path.join(folder, LOG_FILE)
             raise TrainingError(
                 f"{path}: cannot be appended to ({one_line(error.strerror or error)}); move it away"
             ) from None
+        file.setFormatter(_Printable(layout, "%m/%d %H:%M:%S"))
+        handlers.append(file)
     for handler in handlers:
-        handler.setFormatter(formatter)
         package.addHandler(handler)
     package.setLevel(logging.INFO)
     try:

@@ -15,6 +15,7 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from gn_det.errors import ConfigError
+from gn_det.text import count
 
 #: Module classes whose parameters count as gamma and beta.
 NORM_MODULES: tuple[type[nn.Module], ...] = (
@@ -109,8 +110,8 @@ def clip_gradients(cfg: CfgNode, parameters: Iterable[nn.Parameter]) -> None:
             nn.utils.clip_grad_norm_(param, clip.CLIP_VALUE, clip.NORM_TYPE)
 
 
-def format_groups(cfg: CfgNode, model: nn.Module) -> str:
-    """Parameter tensors by kind and hyperparameters as a table, ending in one sentence on gamma and beta."""
+def format_groups(cfg: CfgNode, model: nn.Module) -> tuple[str, str]:
+    """Return a table of parameter tensors by kind and hyperparameters, and its last line, about gamma and beta."""
     kinds = ("gamma/beta", "bias", "weight")
     counts: dict[tuple[int, float | None, float | None], list[int]] = {}  # (kind, lr, decay): elements of each tensor
     for module, name, param in _own_parameters(model):
@@ -129,6 +130,6 @@ def format_groups(cfg: CfgNode, model: nn.Module) -> str:
         if kind == 0:
             how = "frozen by MODEL.BACKBONE.FREEZE_AT" if lr is None else f"trained with weight decay {factor}"
             norms.append((len(sizes), f"{len(sizes)} {how}"))
-    total, parts = sum(count for count, _ in norms), ", ".join(part for _, part in norms)
-    lines.append(f"  {total} gamma/beta tensors{': ' if norms else ''}{parts}.")
-    return "\n".join(lines)
+    total, parts = sum(number for number, _ in norms), ", ".join(part for _, part in norms)
+    sentence = f"{count(total, 'gamma/beta tensor')}{': ' if norms else ''}{parts}."
+    return "\n".join([*lines, f"  {sentence}"]), sentence

@@ -138,17 +138,20 @@ def start_afresh(folder: Path, *, keep: str = "") -> None:
         keep: MODEL.WEIGHTS; a file of that path is not deleted.
     """
     keep, _ = split_options(keep)
+    done = []
     metrics = folder / METRICS
     if metrics.exists() and metrics.stat().st_size:
         number = 1
         while (folder / f"{METRICS}.{number}").exists():
             number += 1
         metrics.rename(folder / f"{METRICS}.{number}")
-        logger.info("%s of an earlier run moved to %s.%d.", metrics, METRICS, number)
+        done.append(f"{METRICS} moved to {METRICS}.{number}")
     for file in [*checkpoints(folder), folder / LAST]:
         if file.exists() and not (keep and os.path.exists(keep) and os.path.samefile(file, keep)):
             file.unlink()
-            logger.info("%s of the earlier run deleted (--overwrite).", file)
+            done.append(f"{file.name} deleted")
+    if done:
+        logger.info("Earlier run in %s: %s.", folder, ", ".join(done))
 
 
 def check_space(folder: Path, model: nn.Module, *, replaced: bool) -> None:

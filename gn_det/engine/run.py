@@ -34,7 +34,7 @@ from gn_det.engine.advice import half_gn, short_for_scratch
 from gn_det.engine.detector_loop import fit
 from gn_det.engine.engines import Engine
 from gn_det.engine.evaluator import evaluate_model, verify_expected
-from gn_det.engine.log import FILE_ONLY, run_log
+from gn_det.engine.log import FILE_ONLY, on_screen, run_log
 from gn_det.engine.loggers import check_loggers
 from gn_det.engine.loop import Hook
 from gn_det.engine.optimizer import format_groups
@@ -43,7 +43,7 @@ from gn_det.engine.schedule import format_schedule, images_per_rank, lr_multipli
 from gn_det.engine.state import ModelMeta, find_resume, seed_everything
 from gn_det.errors import ConfigError, WeightsError
 from gn_det.files import atomic_write
-from gn_det.modeling.census import format_census, norm_census
+from gn_det.modeling.census import format_census, norm_census, sum_census
 from gn_det.text import as_line
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ def dry_run(cfg: CfgNode, engine: Engine | None = None, *, num_gpus: int = 1, nu
     """
     engine = engine or Engine()
     check_output_name(cfg.OUTPUT_DIR)
-    with run_log(None, times=False):
+    with run_log(None, times=False, verbose=True):
         sizes = estimate_sizes(cfg)
         for line in (str(engine), *sizes.lines):
             logger.info("%s", line)
@@ -320,10 +320,12 @@ def with_classes(cfg: CfgNode, count: int, names: tuple[str, ...]) -> CfgNode:
 def describe_model(cfg: CfgNode, model: nn.Module) -> None:
     """Log the norm census and the optimizer groups."""
     rows = norm_census(model)
-    logger.info("Norm layers\n%s", _indent(format_census(rows)))
+    short = on_screen(f"Norm layers: {sum_census(rows)}")
+    logger.info("Norm layers\n%s", _indent(format_census(rows)), extra=short)
     if half_gn(rows):
         logger.info(half_gn(rows))
-    logger.info(format_groups(cfg, model))
+    table, sentence = format_groups(cfg, model)
+    logger.info(table, extra=on_screen(f"Weight decay {cfg.SOLVER.WEIGHT_DECAY:g}; {sentence}"))
 
 
 def load_initial(cfg: CfgNode, model: nn.Module, images: int) -> None:

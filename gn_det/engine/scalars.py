@@ -18,7 +18,7 @@ import torch
 from fvcore.common.history_buffer import HistoryBuffer
 
 from gn_det.engine import dist
-from gn_det.engine.log import FILE_ONLY
+from gn_det.engine.log import FILE_ONLY, on_screen
 from gn_det.engine.loggers import Logger
 from gn_det.engine.loop import Hook, Loop
 from gn_det.errors import TrainingError
@@ -109,19 +109,17 @@ def _is_terminal() -> bool:
         return False
 
 
-def _short(log: EventLog) -> str:
-    """Losses, lr, time and memory: what fits on one terminal line beside tqdm's own rate and ETA."""
+def short_line(log: EventLog) -> str:
+    """Return loss, learning rate and time per iteration: what fits on one line of a terminal."""
     found = log.histories
-    parts = [f"{name.removeprefix('loss_')} {h.median(WINDOW):.3g}" for name, h in found.items() if "loss" in name]
-    parts += [f"lr {found['lr'].latest():.2g}"] if "lr" in found else []
-    parts += [f"{found['time'].median(WINDOW):.2f} s/it"] if "time" in found else []
-    return " ".join([*parts, f"{peak_memory_mb():.0f} MB"])
+    parts = [f"loss {found['total_loss'].median(WINDOW):.4g}", f"lr {found['lr'].latest():.3g}"]
+    return "  ".join([*parts, *([f"{found['time'].median(WINDOW):.2f} s/it"] if "time" in found else [])])
 
 
 class Metrics(Hook):
     """Losses, lr, times and further scalars of every iteration, under Detectron2's names; rank 0 alone.
 
-    A terminal shows a progress bar; log.txt, and elsewhere the screen, get a line every :data:`WINDOW` iterations.
+    A terminal shows a progress bar; log.txt and other outputs get a line every :data:`WINDOW` iterations.
 
     Args:
         loggers: where they are written; closed at the end of the training.
@@ -144,7 +142,10 @@ class Metrics(Hook):
         if self._records and (_is_terminal() if self._terminal is None else self._terminal):
             from tqdm import tqdm
 
-            self._bar = tqdm(total=loop.total, initial=self._first, dynamic_ncols=True, unit="it", mininterval=0.5)
+            layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+            self._bar = tqdm(
+                total=loop.total, initial=self._first, dynamic_ncols=True, mininterval=0.5, bar_format=layout
+            )
 
     def after_step(self, loop: Loop) -> None:
         loop.scalars |= getattr(loop.state.model, "pop_metrics", dict)()
@@ -163,10 +164,13 @@ class Metrics(Hook):
         if (iteration + 1) % WINDOW == 0:
             self._look_for_divergence(iteration, loop.lr)
         if self._bar is not None:
-            self._bar.set_postfix_str(_short(log), refresh=False)
+            self._bar.set_postfix_str(short_line(log), refresh=False)
             self._bar.update(1)
         if (iteration + 1) % WINDOW == 0 or loop.last:
-            logger.info(progress_line(log, iteration), extra=None if self._bar is None else FILE_ONLY)
+            short = f"iter {iteration + 1}/{loop.total}  {short_line(log)}"
+            if "eta_seconds" in log.histories:
+                short += f"  {datetime.timedelta(seconds=int(log.histories['eta_seconds'].latest()))} left"
+            logger.info(progress_line(log, iteration), extra=on_screen(short) if self._bar is None else FILE_ONLY)
 
     def after_eval(self, loop: Loop) -> None:
         # Detectron2 writes the last evaluation under MAX_ITER, one beyond the last iteration.

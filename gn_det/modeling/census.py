@@ -118,24 +118,28 @@ def _row(stage: str, kind: str, modules: Sequence[nn.Module]) -> CensusRow:
     return CensusRow(stage, kind, len(modules), tuple(sorted(groups)), trainable, frozen)
 
 
-def format_census(rows: Sequence[CensusRow]) -> str:
-    """The rows as a table, and a last line with the sums per part."""
-    lines = [f"{'stage':<10} {'norm':<9} {'layers':>6}  {'groups':<12} gamma/beta tensors"]
-    for row in rows:
-        groups = ", ".join(map(str, row.groups)) or "-"
-        state = [f"{n} {what}" for n, what in ((row.trainable, "trainable"), (row.frozen, "frozen")) if n]
-        lines.append(f"{row.stage:<10} {row.norm:<9} {row.layers:>6}  {groups:<12} {', '.join(state) or '-'}")
+def sum_census(rows: Sequence[CensusRow]) -> str:
+    """Return the number of norm layers of each kind in each part, in one line."""
     parts: dict[str, dict[str, int]] = {}
     for row in rows:
         if row.layers:
             kinds = parts.setdefault("backbone" if row.stage in _BACKBONE else row.stage, {})
             kinds[row.norm] = kinds.get(row.norm, 0) + row.layers
-    sums = [f"{n} {kind} in {part}" for part, kinds in parts.items() for kind, n in kinds.items()]
+    return " + ".join(f"{n} {kind} in {part}" for part, kinds in parts.items() for kind, n in kinds.items()) or "none"
+
+
+def format_census(rows: Sequence[CensusRow]) -> str:
+    """Return the rows as a table, and a last line with the sums per part."""
+    lines = [f"{'stage':<10} {'norm':<9} {'layers':>6}  {'groups':<12} gamma/beta tensors"]
+    for row in rows:
+        groups = ", ".join(map(str, row.groups)) or "-"
+        state = [f"{n} {what}" for n, what in ((row.trainable, "trainable"), (row.frozen, "frozen")) if n]
+        lines.append(f"{row.stage:<10} {row.norm:<9} {row.layers:>6}  {groups:<12} {', '.join(state) or '-'}")
     trainable, frozen = sum(r.trainable for r in rows), sum(r.frozen for r in rows)
     total = f"{trainable + frozen} gamma/beta tensors: {trainable} trainable, {frozen} frozen"
     as_frozen_bn = sum(r.frozen for r in rows if r.norm == "FrozenBN")
     reasons = ((as_frozen_bn, "as FrozenBN"), (frozen - as_frozen_bn, "by MODEL.BACKBONE.FREEZE_AT"))
     if frozen:
         total += f" ({', '.join(f'{n} {why}' for n, why in reasons if n)})"
-    lines.append(f"total: {' + '.join(sums) or 'no norm layers'}; {total}")
+    lines.append(f"total: {sum_census(rows)}; {total}")
     return "\n".join(lines)

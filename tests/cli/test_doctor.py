@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
 
 from gn_det.cli import doctor, main
-from gn_det.cli.doctor import REQUIRED, Finding, Trial, examine, try_python
+from gn_det.cli.doctor import Finding, Trial, examine, requirements, try_python
 from gn_det.engine.choice import INSTALL_PAGE
 
-VERSIONS = {d: "1.0" for d in REQUIRED} | {"iopath": "0.1.9", "detectron2": "0.6", "torch": "2.9.0"}
+#: As pip writes them into the metadata.
+DECLARED = ["torch>=2.6", "torchvision>=0.21", "numpy", "iopath", "tensorboard", "faster-coco-eval>=1.6"]
+DECLARED += ['wandb; extra == "wandb"', "opencv-python-headless; extra == 'detectron2'", 'ruff; extra == "dev"']
+VERSIONS = dict.fromkeys(requirements(DECLARED)[0], "9.0") | {"iopath": "0.1.9", "detectron2": "0.6", "torch": "2.9.0"}
 VERSIONS["opencv-python-headless"] = "4.9"
 NO_GPU = Trial(True, '{"cuda": null, "gpus": []}\n')
 
@@ -26,14 +28,15 @@ def report(errors: dict[str, str], versions: dict[str, str] | None = None) -> li
                 return Trial(False, error=error)
         return NO_GPU
 
-    return examine(run, (VERSIONS if versions is None else versions).get)
+    return examine(run, (VERSIONS if versions is None else versions).get, DECLARED)
 
 
 def test_all_works() -> None:
     findings = report({})
     assert {f.mark for f in findings} == {"ok", "note"}
     assert [f.what for f in findings if f.mark == "note"] == [
-        "no GPU: training runs on the CPU, slowly (torch is built without CUDA)"
+        "optional [wandb]: wandb not installed",
+        "no GPU found: training on the CPU is slow (torch is built without CUDA)",
     ]
     assert "engine of gn-det train, eval and quickstart: detectron2, because it is installed" in findings[-1].what
 
@@ -69,7 +72,7 @@ def test_detectron2_installed_but_broken(error: str, fix: str) -> None:
 def test_parts_of_detectron2_that_gn_det_does_not_need() -> None:
     errors = {"model_zoo": "ModuleNotFoundError: No module named 'pkg_resources'"}
     notes = [f for f in report(errors, VERSIONS | {"iopath": "0.1.10"}) if f.mark == "note"]
-    assert "setuptools<81" in notes[1].fix and "iopath>=0.1.7,<0.1.10" in notes[2].fix
+    assert "setuptools<81" in notes[-2].fix and "iopath>=0.1.7,<0.1.10" in notes[-1].fix
 
 
 def test_opencv_that_needs_a_display() -> None:
@@ -89,11 +92,25 @@ def test_missing_and_mismatched_packages() -> None:
     assert "built for another torch than 2.9.0" in broken["torchvision"]
 
 
-def test_required_is_what_setup_cfg_requires() -> None:
+def test_too_old() -> None:
+    assert [f.fix for f in report({}, VERSIONS | {"torch": "2.5.1"}) if f.mark == "broken"] == [
+        "pip install --upgrade 'torch>=2.6'"
+    ]
+
+
+def test_every_requirement_is_parsed() -> None:
+    """All of setup.cfg's, with lowest versions; extras for users by name."""
     setup = ConfigParser()
     setup.read(Path(__file__).parents[2] / "setup.cfg")
-    required = setup["options"]["install_requires"].split()
-    assert [re.split("[<>=]", line)[0] for line in required] == list(REQUIRED)
+    declared = setup["options"]["install_requires"].split()
+    declared += [
+        f'{line}; extra == "{extra}"'
+        for extra, lines in setup["options.extras_require"].items()
+        for line in lines.split()
+    ]
+    required, extras = requirements(declared)
+    assert len(required) == len(setup["options"]["install_requires"].split()) and required["torch"] == "2.6"
+    assert extras.keys() == setup["options.extras_require"].keys() - {"dev", "docs", "test"}
 
 
 def test_trials() -> None:
@@ -106,6 +123,6 @@ def test_trials() -> None:
 def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(doctor, "examine", lambda: [Finding("broken", "x is not installed", "pip install x")])
     assert main(["doctor"]) == 1
-    assert "broken  x is not installed\n        fix: pip install x\n\n1 broken" in capsys.readouterr().out
+    assert "broken  x is not installed\n        fix: pip install x\n\n1 problem found" in capsys.readouterr().out
     monkeypatch.setattr(doctor, "examine", lambda: [Finding("ok", "x 1.0")])
     assert main(["doctor"]) == 0

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 
 from gn_det.about import __version__
-from gn_det.cli import main
+from gn_det.cli import COMMANDS, main
 from gn_det.cli import parse as parse_flags
 from gn_det.cli.flags import config_from_args
 from gn_det.config.load import shipped_configs
-from gn_det.engine.log import run_log
-from gn_det.terminal import Screen, guarded, say
+from gn_det.engine.log import on_screen, run_log
+from gn_det.terminal import Screen, guarded, say, wrapped
 
 
 def parse(words: list[str]) -> object:
@@ -111,6 +111,26 @@ def test_sigterm_unwinds(capsys: pytest.CaptureFixture[str], tmp_path: Path, mon
         main(["predict", "--weights", "w", "--output", str(tmp_path), "a.jpg"])
     assert ended.value.code == 143 and cleaned and signal.getsignal(signal.SIGTERM) is before
     assert capsys.readouterr().err == "gn-det: terminated\n"
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """``gn-det help`` is ``gn-det --help``, ``gn-det help COMMAND`` is ``gn-det COMMAND --help``."""
+    assert main(["help"]) == 0 and (whole := capsys.readouterr().out)
+    assert main(["--help"]) == 0 and capsys.readouterr().out == whole
+    with pytest.raises(SystemExit) as ended:
+        main(["help", "train"])
+    assert ended.value.code == 0 and "usage: gn-det train" in capsys.readouterr().out
+    assert main(["help", "trian"]) == 2 and "did you mean 'train'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_80_columns(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) < 80
 
 
 def test_no_command_and_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -331,3 +351,36 @@ def test_log_holds_one_line_for_a_message_of_one_line(
     lines = [f"skipped: {SAFE}", "a table", "| b\\x1b |"]
     for text in (capsys.readouterr().out, (tmp_path / "log.txt").read_text(encoding="utf-8")):
         assert text.splitlines()[:3] == lines and len(text) < 11_000 and text.endswith("(1000006 characters)\n")
+
+
+def test_long_lines_are_broken_between_words_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is lost; long words, tables and progress bars stay whole, and so does output to a file."""
+    monkeypatch.setenv("COLUMNS", "60")
+    path, table = "/data/" + "x" * 80, "| " + "y" * 70
+    text = f"[12:00:00] {'word ' * 30}{path} end\n{table}\n  {'indented ' * 12}\nshort\n"
+    screen, file = Stream(terminal=True), Stream()
+    Screen(screen).write(text)
+    Screen(file).write(text)
+    lines = screen.getvalue().splitlines()
+    assert file.getvalue() == text and screen.getvalue().split() == text.split()
+    assert [line for line in lines if len(line) > 60] == [f"  {path}", table] and lines[-1] == "short"
+    assert wrapped("  a " + "b " * 40, 60).splitlines()[1].startswith("    b")
+    bar = Stream(terminal=True)
+    Screen(bar, "\n\t\r").write("\r" + "z" * 90)
+    assert bar.getvalue() == "\r" + "z" * 90
+
+
+def test_screen_shows_the_short_form_unless_verbose(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """log.txt has the long form in any case, with the date."""
+    monkeypatch.setattr(logging.getLogger("gn_det"), "handlers", [])
+    for verbose in ("0", "1"):
+        monkeypatch.setenv("GN_DET_VERBOSE", verbose)
+        (tmp_path / verbose).mkdir()
+        with run_log(tmp_path / verbose):
+            logging.getLogger("gn_det.test").info("a table\n  of %d rows", 2, extra=on_screen("2 rows"))
+        shown = re.sub(r"^\[\d\d:\d\d:\d\d\] ", "", capsys.readouterr().out)
+        assert shown == ("a table\n  of 2 rows\n" if verbose == "1" else "2 rows\n")
+        written = (tmp_path / verbose / "log.txt").read_text()
+        assert re.fullmatch(r"\[\d\d/\d\d \d\d:\d\d:\d\d\] a table\n  of 2 rows\n", written)

@@ -33,7 +33,7 @@ def test_everything_arrives(tmp_path: Path) -> None:
     assert data.crowds == 1
     assert data.sizes.tolist() == [[40, 30]] * 4
     assert not data.bad and not data.notes
-    assert "4 images, 3 objects of 2 classes, 1 crowd regions, 2 images without objects, 0 bad" in data.summary()
+    assert "4 images, 3 objects of 2 classes, 1 crowd region, 2 images without objects" in data.summary()
 
 
 def test_ground_truth_is_the_file_again(tmp_path: Path) -> None:

@@ -78,11 +78,11 @@ def test_both_engines_write_the_same_numbers(data: list[str], tmp_path: Path, mo
     assert equal(tmp_path / "embedded" / "model_final.pth", tmp_path / "detectron2" / "model_final.pth")
 
 
-def test_files_and_sentences(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_and_sentences(data: list[str], tmp_path: Path) -> None:
     """Engine and reason, census, optimizer groups, scaled schedule; the files that the README names."""
     words = tiny(data, tmp_path, "SOLVER.REFERENCE_BATCH", "8", "SOLVER.CHECKPOINT_PERIOD", "1", "--epochs", "1")
     assert main([*words, "SOLVER.CHECKPOINT_KEEP", "2"]) == 0
-    out = capsys.readouterr().out
+    out = (tmp_path / "log.txt").read_text()
     for text in (
         "Engine: detectron2 (Detectron2 ",
         "as --engine says",
@@ -208,9 +208,7 @@ def test_overwrite_and_an_earlier_run(
 
 
 @pytest.mark.parametrize("engine", ["detectron2", "embedded"])
-def test_evaluation_and_prediction_on_either_engine(
-    data: list[str], whole: Path, tmp_path: Path, engine: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluation_and_prediction_on_either_engine(data: list[str], whole: Path, tmp_path: Path, engine: str) -> None:
     """eval and train --eval-only give the run's own AP to the last digit; predict draws from the checkpoint."""
     weights = str(whole / "model_final.pth")
     words = ["eval", "--engine", engine, "--weights", weights, "--output", str(tmp_path / "e"), *data[4:]]
@@ -222,7 +220,8 @@ def test_evaluation_and_prediction_on_either_engine(
         for folder in (whole, tmp_path / "e", tmp_path / "t")
     ]
     assert results[0] == results[1] == results[2] and len(results[0]) > 0
-    rows = re.findall(r"copypaste: (\d.*)", capsys.readouterr().out)
+    logs = "".join((tmp_path / folder / "log.txt").read_text() for folder in "et")
+    rows = re.findall(r"copypaste: (\d.*)", logs)
     assert len(rows) == 4 and rows[:2] == rows[2:]
     if engine == "embedded":
         words = ["predict", "--weights", weights, data[7], "--output", str(tmp_path / "p"), "--threshold", "0.0"]

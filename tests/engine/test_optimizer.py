@@ -47,8 +47,9 @@ def test_shared_parameter_is_optimized_once() -> None:
 
 
 def test_table_counts_gamma_beta_and_frozen() -> None:
-    text = format_groups(get_cfg(), Tiny())
-    assert "6 gamma/beta tensors: 4 trained with weight decay 0, 2 frozen by MODEL.BACKBONE.FREEZE_AT." in text
+    table, sentence = format_groups(get_cfg(), Tiny())
+    assert sentence == "6 gamma/beta tensors: 4 trained with weight decay 0, 2 frozen by MODEL.BACKBONE.FREEZE_AT."
+    assert table.splitlines()[-1].strip() == sentence
 
 
 def test_all_frozen_is_an_error() -> None:

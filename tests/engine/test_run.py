@@ -77,7 +77,8 @@ def test_train_resume_evaluate(shapes: list[str], tmp_path: Path, capsys: pytest
     assert "bbox/AP" in last and "segm/AP" in last
     for name in ("config.yaml", "log.txt", "last_checkpoint", "inference/coco_instances_results.json"):
         assert (whole / name).is_file()
-    text = capsys.readouterr().out
+    assert "Seed 1." in capsys.readouterr().out
+    text = (whole / "log.txt").read_text()
     assert "Seed 1." in text and "gamma/beta" in text and "copypaste" in text
     again = engine.evaluate(small(shapes, tmp_path / "eval", "MODEL.WEIGHTS", str(whole / "model_final.pth")))
     for name, value in results.items():
