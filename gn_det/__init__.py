@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from gn_det.about import __version__
 
 if TYPE_CHECKING:
-    from gn_det.api import Model, Result, evaluate, load_model, train
+    from gn_det.api import Model, evaluate, load_model, train
     from gn_det.config import load_config
     from gn_det.engine.loop import Hook
     from gn_det.norm import GroupNorm
+    from gn_det.result import Result
 
 __all__ = [
     "GroupNorm",
@@ -34,9 +35,10 @@ __all__ = [
 
 #: Module of each name that is imported when it is first used: they need torch, which ``import gn_det`` does not load.
 _ON_USE = {
-    **dict.fromkeys(("Model", "Result", "evaluate", "load_model", "train"), "gn_det.api"),
+    **dict.fromkeys(("Model", "evaluate", "load_model", "train"), "gn_det.api"),
     "GroupNorm": "gn_det.norm",
     "Hook": "gn_det.engine.loop",
+    "Result": "gn_det.result",
     "load_config": "gn_det.config",
 }
 
