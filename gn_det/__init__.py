@@ -5,18 +5,20 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import os
 import sys
 import warnings
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from gn_det.about import __version__
 
 if TYPE_CHECKING:
-    from gn_det.api import Model, evaluate, load_model, train
+    from gn_det.api import Model, load_model
     from gn_det.config import load_config
     from gn_det.engine.loop import Hook
+    from gn_det.engine.run import evaluate, train
     from gn_det.norm import GroupNorm
     from gn_det.result import Result
 
@@ -35,7 +37,8 @@ __all__ = [
 
 #: Module of each name that is imported when it is first used: they need torch, which ``import gn_det`` does not load.
 _ON_USE = {
-    **dict.fromkeys(("Model", "evaluate", "load_model", "train"), "gn_det.api"),
+    **dict.fromkeys(("Model", "load_model"), "gn_det.api"),
+    **dict.fromkeys(("evaluate", "train"), "gn_det.engine.run"),
     "GroupNorm": "gn_det.norm",
     "Hook": "gn_det.engine.loop",
     "Result": "gn_det.result",
@@ -55,14 +58,16 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports modules that moved by their old names, with a DeprecationWarning."""
+class _Moved(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
+    """Imports or runs (``python -m``) modules by names that they had before, with a DeprecationWarning or a note."""
 
     names: ClassVar[dict[str, str]] = {
         "gn_det.draw": "gn_det.visualize.draw",
         "gn_det.evaluation.coco": "gn_det.evaluation.coco_eval",
         "gn_det.predict": "gn_det.engine.predictor",
         "gn_det.pretrain": "gn_det.classification",
+        "gn_det.run": "gn_det.engine",
+        "gn_det.run.replay": "gn_det.engine.nonfinite",
     }
 
     def find_spec(self, fullname: str, *_: Any) -> importlib.machinery.ModuleSpec | None:
@@ -72,6 +77,15 @@ class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         new = self.names[module.__name__]
         warnings.warn(f"{module.__name__} is now {new}", DeprecationWarning, stacklevel=2)
         sys.modules[module.__name__] = importlib.import_module(new)
+
+    def get_code(self, fullname: str) -> CodeType | None:
+        new = self.names[fullname]
+        print(f"note: {fullname} is now {new}", file=sys.stderr)
+        spec = importlib.util.find_spec(new)
+        return spec.loader.get_code(new) if spec and isinstance(spec.loader, importlib.abc.InspectLoader) else None
+
+    def get_source(self, fullname: str) -> None:
+        """None: it is found under the new name."""
 
 
 sys.meta_path.append(_Moved())

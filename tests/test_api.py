@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,7 @@ def test_what_cannot_be_loaded(tmp_path: Path, model: gn_det.Model, pixels: np.n
         ("evaluation.coco", "evaluation.coco_eval"),
         ("predict", "engine.predictor"),
         ("pretrain", "classification"),
+        ("run", "engine"),
     ],
 )
 def test_old_module_names_are_the_new_modules(old: str, new: str) -> None:
@@ -149,3 +151,10 @@ def test_old_module_names_are_the_new_modules(old: str, new: str) -> None:
     with pytest.warns(DeprecationWarning, match=f"gn_det.{old} is now gn_det.{new}"):
         module = importlib.import_module(f"gn_det.{old}")
     assert module is importlib.import_module(f"gn_det.{new}") and module.__name__ == f"gn_det.{new}"
+
+
+def test_a_module_that_moved_still_runs(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "gn_det.run.replay", str(tmp_path / "none.pth")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "none.pth" in done.stderr
+    assert done.stderr.startswith("note: gn_det.run.replay is now gn_det.engine.nonfinite\n")

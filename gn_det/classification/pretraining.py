@@ -93,7 +93,7 @@ def dry_run(settings: Settings, *, num_gpus: int = 1) -> None:
     with run_log(None, times=False):
         source = open_source(settings)
         model = build_classifier(settings, len(source.class_names), len(source.input.mean))
-        processes = int(os.environ["WORLD_SIZE"]) if dist.under_torchrun() else num_gpus
+        processes = dist.planned_world_size(num_gpus)
         _describe(settings, source, model, _plan(settings, source, processes), processes)
         logger.info(
             "Device: %s\nOutput: %s\nDry run: nothing was trained or written.", device, as_line(settings.output)

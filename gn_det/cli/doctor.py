@@ -34,9 +34,11 @@ _TRY_GPU = (
     "print(json.dumps({'cuda': torch.version.cuda, 'gpus': [[torch.cuda.get_device_name(i), "
     "torch.cuda.get_device_properties(i).total_memory / 2**30, torch.cuda.is_bf16_supported()] for i in range(n)]}))"
 )
-_TRY_DETECTRON2 = "from gn_det.engine.choice import import_detectron2; import_detectron2()"
-_TRY_PLUGIN = "import gn_det.detectron2.engine"
-_TRY_ZOO = "import detectron2.model_zoo"
+# Where an import fails, the fix is printed.
+_FIND_DETECTRON2 = "from gn_det.engine.choice import is_installed; raise SystemExit(not is_installed())"
+_TRY_DETECTRON2 = "from gn_det.engine.choice import probe; probe()"
+_TRY_PLUGIN = "from gn_det.engine.choice import probe; probe('gn_det.detectron2.engine')"
+_TRY_ZOO = "from gn_det.engine.choice import probe; probe('detectron2.model_zoo')"
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,9 @@ def try_python(code: str) -> Trial:
         return Trial(False, error="no answer in 5 minutes")
     if done.returncode == 0:
         return Trial(True, done.stdout)
-    last = (done.stderr.strip().splitlines() or [""])[-1].strip()
-    return Trial(False, error=f"the interpreter died of signal {-done.returncode}" if done.returncode < 0 else last)
+    if done.returncode < 0:
+        return Trial(False, error=f"the interpreter died of signal {-done.returncode}")
+    return Trial(False, done.stdout, (done.stderr.strip().splitlines() or [""])[-1].strip())
 
 
 def requirements(declared: Iterable[str]) -> tuple[dict[str, str], dict[str, list[str]]]:
@@ -198,25 +201,25 @@ def _detectron2(trial: Try, version_of: VersionOf) -> list[Finding]:
     """Detectron2, the plugin, and the engine that follows."""
     engine = "engine of gn-det train, eval and quickstart"
     version = version_of("detectron2")
-    tried = trial(_TRY_DETECTRON2)
-    if version is None and re.search(r"No module named '?detectron2'?$", tried.error):
+    if version is None and not trial(_FIND_DETECTRON2).ok:
         return [
             Finding("note", "Detectron2 is not installed; only --engine detectron2 needs it", INSTALL_PAGE),
             Finding("ok", f"{engine}: embedded, because Detectron2 is not installed"),
         ]
     name = f"Detectron2 {version or '(unknown version)'}"
+    tried = trial(_TRY_DETECTRON2)
     if tried.ok:
         tried = trial(_TRY_PLUGIN)
     if not tried.ok:
         what = f"{name} is installed, but cannot be used: {tried.error}"
         return [
-            Finding("broken", what, fix(tried.error, version_of)),
+            Finding("broken", what, tried.output.strip() or fix(None)),
             Finding("note", f"{engine}: none until this is fixed; --engine embedded works without Detectron2"),
         ]
     findings = [Finding("ok", f"{name} and its plugin: import gn_det.detectron2")]
     if not (zoo := trial(_TRY_ZOO)).ok:
         what = f"detectron2.model_zoo cannot be imported: {zoo.error}; gn_det does not need it"
-        findings.append(Finding("note", what, fix(zoo.error, version_of)))
+        findings.append(Finding("note", what, zoo.output.strip()))
     iopath = version_of("iopath")
     if iopath and _numbers(iopath) >= [0, 1, 10]:
         what = f"Detectron2 requires iopath < 0.1.10, but {iopath} is installed"

@@ -17,7 +17,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from gn_det.api import evaluate
+    from gn_det.engine.run import evaluate
 
     evaluate(flags.config_from_args(args, choice.choose(args.engine).name), engine=args.engine)
     return 0

@@ -29,8 +29,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from gn_det.api import train
     from gn_det.config import load_config
+    from gn_det.engine.run import train
 
     cfg = load_config("quickstart.yaml", ["OUTPUT_DIR", args.output, *args.overrides])
     started = time.perf_counter()

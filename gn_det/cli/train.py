@@ -38,21 +38,19 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from gn_det import api
+    from gn_det.engine.run import dry_run, evaluate, train
 
     if args.dry_run:
-        from gn_det.engine.run import dry_run
-
         chosen = choice.choose(args.engine)
         cfg = flags.config_from_args(args, chosen.name)
         dry_run(cfg, choice.load(chosen), num_gpus=args.num_gpus, num_machines=args.num_machines)
         return 0
     cfg = flags.config_from_args(args, choice.choose(args.engine).name)
     if args.eval_only:
-        api.evaluate(cfg, engine=args.engine, num_gpus=args.num_gpus)
+        evaluate(cfg, engine=args.engine, num_gpus=args.num_gpus)
     else:
         started = time.perf_counter()
-        results = api.train(
+        results = train(
             cfg,
             engine=args.engine,
             resume=args.resume,

@@ -67,7 +67,7 @@ def execute(job: Job, folder: Path, weights: str, *, plan: Plan, measuring: bool
     cfg.defrost()
     cfg.OUTPUT_DIR = str(folder)
     cfg.MODEL.WEIGHTS = weights or cfg.MODEL.WEIGHTS
-    results = run.train(cfg, plan.engine, resume=True, num_gpus=plan.num_gpus)
+    results = run.train(cfg, engine=plan.engine, resume=True, num_gpus=plan.num_gpus)
     return _of_detection(job, cfg, plan.engine, results) if measuring else Outcome({})
 
 

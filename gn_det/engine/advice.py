@@ -1,8 +1,7 @@
-"""Sentences about a run that is likely to disappoint, or that ran out of memory: what it is, and what to change."""
+"""What to change in a run that is likely to disappoint, or that ran out of memory."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +14,7 @@ from gn_det.engine.loop import Loop
 from gn_det.engine.schedule import images_per_rank
 from gn_det.errors import TrainingError
 from gn_det.modeling.census import CensusRow
-from gn_det.text import count
+from gn_det.text import count, one_line
 
 _BACKBONE = ("stem", "res2", "res3", "res4", "res5", "res5 head")
 _KEYS = {"fpn": "MODEL.FPN.NORM", "box head": "MODEL.ROI_BOX_HEAD.NORM", "mask head": "MODEL.ROI_MASK_HEAD.NORM"}
@@ -24,7 +23,7 @@ _SCRATCH_EPOCHS = 36
 
 
 def half_gn(rows: Sequence[CensusRow]) -> str:
-    """A sentence where a model has GN in some of its parts only; "" where it has it everywhere or nowhere.
+    """A sentence for a model with GN in only some of its parts; "" where it has GN everywhere or nowhere.
 
     The RPN does not count: no published model has a norm there.
     """
@@ -41,7 +40,7 @@ def half_gn(rows: Sequence[CensusRow]) -> str:
 
 
 def short_for_scratch(cfg: CfgNode, images: int) -> str:
-    """A sentence where training starts from nothing and ends long before published runs from scratch do.
+    """A sentence for training from scratch that ends long before published runs do; "" for all other runs.
 
     Args:
         cfg: after :func:`gn_det.engine.schedule.scale_schedule`.
@@ -63,13 +62,16 @@ def short_for_scratch(cfg: CfgNode, images: int) -> str:
 
 # ------------------------------------------------------------ memory
 
+#: torch's allocator for host memory raises a bare RuntimeError (torch 2.6 to 2.14), which its name alone tells apart.
+_HOST_ALLOCATOR = "DefaultCPUAllocator"
+
 
 @contextmanager
 def explain_oom(cfg: CfgNode, loop: Loop) -> Iterator[None]:
     """Turn running out of memory into one line that says what to lower.
 
     Raises:
-        TrainingError: in place of torch.OutOfMemoryError, MemoryError, or the allocator's RuntimeError on a CPU.
+        TrainingError: in place of torch.OutOfMemoryError, MemoryError, or the RuntimeError of the host's allocator.
     """
     try:
         yield
@@ -81,30 +83,20 @@ def explain_oom(cfg: CfgNode, loop: Loop) -> Iterator[None]:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` means that the device or the machine has no memory left."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    host = isinstance(error, RuntimeError) and _HOST_ALLOCATOR in str(error)
+    return host or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def _no_memory(cfg: CfgNode, loop: Loop, error: BaseException) -> str:
-    wanted = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
     state = loop.state
-    text = f"out of memory at iteration {state.iteration + 1}"
-    text += f" (failed to allocate {wanted.group(1)}{_in_use(cfg)})" if wanted else _in_use(cfg)
+    text = f"out of memory at iteration {state.iteration + 1} ({one_line(error, 200)})"
     if not state.model.training:
         lower = f"INPUT.MIN_SIZE_TEST {_four_fifths(cfg.INPUT.MIN_SIZE_TEST)} INPUT.MAX_SIZE_TEST "
         lower += f"{_four_fifths(cfg.INPUT.MAX_SIZE_TEST)} (36% fewer pixels)"
         return f"{text} while evaluating: set {lower}, or lower TEST.DETECTIONS_PER_IMAGE; then continue with --resume"
-    text += f" in a batch of {describe_batch(loop.current.batch if loop.current is not None else ())}"
+    text += f" in a batch of {_describe_batch(loop.current.batch if loop.current is not None else ())}"
     kept = "continue with --resume" if state.saved else "start again"
     return f"{text}: {'; or '.join(_smaller(cfg))}; then {kept}"
-
-
-def _in_use(cfg: CfgNode) -> str:
-    if not torch.cuda.is_available() or str(cfg.MODEL.DEVICE) == "cpu":
-        return ""
-    free, total = torch.cuda.mem_get_info()
-    return f", {(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB in use"
 
 
 def _four_fifths(side: int) -> int:
@@ -127,7 +119,7 @@ def _smaller(cfg: CfgNode) -> list[str]:
     return [*out, f'set INPUT.MIN_SIZE_TRAIN "{sizes}" INPUT.MAX_SIZE_TRAIN {longest} (36% fewer pixels)']
 
 
-def describe_batch(batch: Sequence[Any]) -> str:
+def _describe_batch(batch: Sequence[Any]) -> str:
     """Number, size and objects of a micro-batch of either engine."""
     shapes = [tuple(s["image"].shape[-2:]) for s in batch if "image" in s]
     held = [s.get("targets", s.get("instances")) for s in batch]

@@ -9,10 +9,8 @@ import importlib
 import importlib.metadata
 import importlib.util
 import logging
-import re
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,20 +26,21 @@ ENGINES = ("auto", "embedded", "detectron2")
 
 _WITHOUT_IT = "--engine embedded runs without it"
 
-#: What an error on importing Detectron2 contains -> the fix; "{torch}" is the installed version of torch.
+#: Package that a failing import of Detectron2 ends in -> the fix.
 _FIXES = {
     "pkg_resources": "pip install 'setuptools<81' (it has pkg_resources, which this Detectron2 still imports)",
     "iopath": "pip install 'iopath>=0.1.7,<0.1.10'",
-    "too old|PIL.Image": "this Detectron2 is too old: install its current source",
-    "libGL|libgthread": "pip uninstall -y opencv-python && pip install opencv-python-headless",
-    "undefined symbol|cannot open shared object|_C|signal|ABI": (
-        "its compiled part does not fit torch {torch}: rebuild Detectron2 with this torch"
-    ),
+    "cv2": "pip uninstall -y opencv-python && pip install opencv-python-headless",
+    "PIL": "this Detectron2 is too old: install its current source",
 }
 
 
 class EngineError(UserError):
     """Detectron2 was asked for, or is installed, and cannot be used."""
+
+
+class _TooOld(ImportError):
+    """Detectron2 lacks something that the plugin needs."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,9 @@ def load(choice: Choice) -> Engine:
             import_detectron2()
             module = importlib.import_module("gn_det.detectron2.engine")
     except Exception as error:
-        raise EngineError(describe(error_line(error))) from error
+        name = f"Detectron2 {installed_version('detectron2') or ''}".strip()
+        what = f"{name} is installed, but cannot be used ({error_line(error)}): {fix(error)}"
+        raise EngineError(f"{what}; {_WITHOUT_IT}") from error
     # Warnings that a newer torch gives about Detectron2's code do not concern its user.
     for message in (r"torch\.meshgrid", r".*broadcast_buffers", r".*torch\.jit\.script"):
         warnings.filterwarnings("ignore", message=message)
@@ -129,7 +130,7 @@ def import_detectron2() -> None:
     for name in ("detectron2", "detectron2._C", "detectron2.modeling", "detectron2.engine"):
         importlib.import_module(name)
     if not hasattr(sys.modules["detectron2.modeling"].Backbone, "padding_constraints"):
-        raise ImportError("too old: detectron2.modeling.Backbone has no padding_constraints")
+        raise _TooOld("too old: detectron2.modeling.Backbone has no padding_constraints")
 
 
 def error_line(error: BaseException) -> str:
@@ -137,16 +138,34 @@ def error_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].removesuffix(": ")
 
 
-def describe(error: str, version_of: Callable[[str], str | None] = installed_version) -> str:
-    """Return one line on a Detectron2 that is installed and cannot be used: cause, fix, page, way around."""
-    name = f"Detectron2 {version_of('detectron2') or ''}".strip()
-    return f"{name} is installed, but cannot be used ({error}): {fix(error, version_of)}; {_WITHOUT_IT}"
+def probe(module: str = "") -> None:
+    """For a fresh interpreter: import Detectron2, and ``module``; on failure print the fix, and raise."""
+    try:
+        importlib.import_module(module) if module else import_detectron2()
+    except Exception as error:
+        print(fix(error))
+        raise
 
 
-def fix(error: str, version_of: Callable[[str], str | None] = installed_version) -> str:
-    """Return the fix for an error on importing Detectron2, with the installation page."""
-    found = next((remedy for signs, remedy in _FIXES.items() if re.search(signs, error)), "")
-    if not found:
-        missing = re.search(r"No module named '(?!detectron2)(\w+)", error)
-        found = f"pip install {missing.group(1)}" if missing else "install it again"
-    return f"{found.format(torch=version_of('torch'))}; see {INSTALL_PAGE}"
+def fix(error: BaseException | None) -> str:
+    """Return the fix for an exception on importing Detectron2, with the installation page.
+
+    Args:
+        error: None: the interpreter died, which a compiled part built for another torch does.
+    """
+    place = error.name if isinstance(error, ImportError) else None
+    if isinstance(error, AttributeError):  # a name that a module does not have, or no longer
+        place = getattr(error.obj, "__name__", None)
+    package = (place or "").partition(".")[0]
+    if error is None or (package == "detectron2" and isinstance(error, ImportError)):
+        torch = installed_version("torch")
+        found = f"its compiled part does not fit torch {torch}: rebuild Detectron2 with this torch"
+    elif isinstance(error, _TooOld):
+        found = _FIXES["PIL"]
+    elif package in _FIXES:
+        found = _FIXES[package]
+    elif isinstance(error, ModuleNotFoundError) and package:
+        found = f"pip install {package}"
+    else:
+        found = "install it again"
+    return f"{found}; see {INSTALL_PAGE}"

@@ -142,6 +142,11 @@ def under_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ and "LOCAL_RANK" in os.environ
 
 
+def planned_world_size(count: int) -> int:
+    """Processes of a run that is asked for ``count``; torchrun's number where it started this process."""
+    return int(os.environ["WORLD_SIZE"]) if under_torchrun() else count
+
+
 def start_group(device: str, init_method: str = "env://") -> None:
     """Join the process group that RANK and WORLD_SIZE describe; nothing for a single process."""
     size = int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,7 +1,4 @@
-"""Train, evaluate, or only show what would be done, as the command line does.
-
-``train`` and ``evaluate`` start processes where several GPUs are asked for; what follows happens in each of them.
-"""
+"""Train, evaluate, or only show what a run would do; ``train`` and ``evaluate`` are the package's."""
 
 from __future__ import annotations
 
@@ -23,13 +20,15 @@ from torch import nn
 from gn_det.about import __version__
 from gn_det.checkpoint.io import read_checkpoint
 from gn_det.checkpoint.last import remove_leftovers
-from gn_det.checkpoint.meta import read_meta
+from gn_det.checkpoint.meta import config_of_checkpoint, read_meta
 from gn_det.checkpoint.weights import format_report, load_weights
-from gn_det.config import dump_config
+from gn_det.config import dump_config, load_config
+from gn_det.config.check import check_config
+from gn_det.config.load import Overrides, merge_overrides
 from gn_det.data.loader import build_train_loader
 from gn_det.data.sets import RunData, estimate_sizes, load_run_data, load_test_sets
 from gn_det.data.workers import worker_failure
-from gn_det.engine import dist
+from gn_det.engine import choice, dist
 from gn_det.engine.advice import half_gn, short_for_scratch
 from gn_det.engine.detector_loop import fit
 from gn_det.engine.engines import Engine
@@ -50,9 +49,10 @@ logger = logging.getLogger(__name__)
 
 
 def train(
-    cfg: CfgNode,
-    engine: Engine | None = None,
+    config: CfgNode | str | os.PathLike[str],
+    overrides: Overrides = (),
     *,
+    engine: str | Engine = "auto",
     resume: bool = False,
     overwrite: bool = False,
     hooks: Sequence[Hook] = (),
@@ -61,25 +61,30 @@ def train(
     machine_rank: int = 0,
     dist_url: str = "auto",
 ) -> dict[str, float]:
-    """Train as ``cfg`` says and evaluate; everything is written to ``OUTPUT_DIR``.
+    """Train and evaluate, as ``gn-det train`` does; everything is written to ``OUTPUT_DIR``.
+
+    A script that calls this with several GPUs or data workers needs ``if __name__ == "__main__":``.
 
     Args:
-        cfg: from :func:`gn_det.config.load_config`; not changed.
-        engine: what builds and feeds the model; None is the embedded engine.
-        resume: continue from the newest checkpoint of OUTPUT_DIR; where there is none, start.
-        overwrite: allow OUTPUT_DIR to hold an earlier run: its checkpoints are deleted, its metrics.json moved aside.
-        hooks: your own, see :class:`gn_det.engine.loop.Hook`; with several processes they travel there by pickle.
-        num_gpus: processes on this machine, one GPU each (on a CPU: plain processes).
-        num_machines: machines that take part; each runs this call with its own ``machine_rank``.
+        config: a path, the name of a shipped config, or what :func:`load_config` returned; it is not changed.
+        overrides: values of keys, such as ``{"SOLVER.EPOCHS": 12, "OUTPUT_DIR": "output/a"}``.
+        engine: ``"auto"`` (Detectron2 where it is installed), ``"embedded"`` or ``"detectron2"``.
+        resume: continue from the newest checkpoint in OUTPUT_DIR; start where there is none.
+        overwrite: replace an earlier run in OUTPUT_DIR: delete its checkpoints, move its metrics.json aside.
+        hooks: your own :class:`gn_det.engine.loop.Hook` objects; several processes get them by pickle.
+        num_gpus: processes on this machine, one per GPU (on a CPU: plain processes).
+        num_machines: machines that take part; each makes this call with its own ``machine_rank``.
         machine_rank: 0-based number of this machine.
-        dist_url: ``tcp://address-of-machine-0:port``; "auto" on one machine.
+        dist_url: ``tcp://host:port`` of machine 0; ``"auto"`` on one machine.
 
     Returns:
-        Metrics of the last evaluation: ``{"bbox/AP": ..., "segm/AP": ..., ...}`` in percent; empty without a test set.
+        Metrics of the last evaluation in percent, such as ``{"bbox/AP": 40.3, "segm/AP": 35.7}``; empty without a
+        test set.
 
     Raises:
-        UserError: configuration, data, weights or folder cannot be used; a non-finite loss; an interruption.
+        UserError: the config, data, weights or folder cannot be used, a loss is not finite, or the run was interrupted.
     """
+    cfg, engine = _resolve(config, overrides, engine)
     device = dist.resolve_device(cfg.MODEL.DEVICE)
     check_run(cfg, device, num_gpus * num_machines)
     folder = check_writable(cfg.OUTPUT_DIR)
@@ -87,7 +92,7 @@ def train(
         refuse_old_run(folder, overwrite=overwrite)
     result: dict[str, float] = dist.launch(
         _train_rank,
-        (cfg, engine or Engine(), resume, overwrite, hooks),
+        (cfg, engine, resume, overwrite, hooks),
         device=device,
         num_gpus=num_gpus,
         num_machines=num_machines,
@@ -97,36 +102,69 @@ def train(
     return result
 
 
-def evaluate(cfg: CfgNode, engine: Engine | None = None, *, num_gpus: int = 1) -> dict[str, float]:
-    """Evaluate ``MODEL.WEIGHTS`` on the test sets; returns what :func:`train` returns.
+def evaluate(
+    config: CfgNode | str | os.PathLike[str] | None = None,
+    overrides: Overrides = (),
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    engine: str | Engine = "auto",
+    num_gpus: int = 1,
+) -> dict[str, float]:
+    """Evaluate weights on the test sets of a config, as ``gn-det eval`` does.
+
+    Args:
+        config: as for :func:`train`; None takes the config stored in ``weights``.
+        overrides: values of keys, such as ``{"DATASETS.VAL_JSON": "b.json", "DATASETS.VAL_IMAGES": "imgs"}``.
+        weights: takes the place of ``MODEL.WEIGHTS``.
+        engine: as for :func:`train`.
+        num_gpus: processes on this machine, one per GPU.
+
+    Returns:
+        COCO metrics in percent, such as ``{"bbox/AP": 40.3, "segm/AP": 35.7}``.
 
     Raises:
-        UserError: no weights or test set given, or they cannot be used.
+        UserError: no weights or no test set is given, or they cannot be used.
     """
+    if config is None:
+        if weights is None:
+            raise ConfigError("evaluate needs weights, a config, or both")
+        config = config_of_checkpoint(weights)
+    cfg, engine = _resolve(config, overrides, engine)
+    if weights is not None:
+        merge_overrides(cfg, {"MODEL.WEIGHTS": os.fspath(weights)})
     if not cfg.MODEL.WEIGHTS:
         raise ConfigError("MODEL.WEIGHTS is empty; give the checkpoint to evaluate (--weights output/model_best.pth)")
     check_writable(cfg.OUTPUT_DIR)
     device = dist.resolve_device(cfg.MODEL.DEVICE)
-    result: dict[str, float] = dist.launch(
-        _evaluate_rank, (cfg, engine or Engine()), device=device, num_gpus=num_gpus
-    )  # fmt: skip
+    result: dict[str, float] = dist.launch(_evaluate_rank, (cfg, engine), device=device, num_gpus=num_gpus)
     return result
 
 
-def dry_run(cfg: CfgNode, engine: Engine | None = None, *, num_gpus: int = 1, num_machines: int = 1) -> None:
-    """Print what a run would be: config, model, optimizer, schedule, data sets; needs neither data nor weights.
+def _resolve(
+    config: CfgNode | str | os.PathLike[str], overrides: Overrides, engine: str | Engine
+) -> tuple[CfgNode, Engine]:
+    """An own copy of ``config`` with ``overrides``, checked for the engine, and the engine."""
+    chosen = choice.choose(engine) if isinstance(engine, str) else engine
+    cfg = load_config(config, check=False) if isinstance(config, (str, os.PathLike)) else config.clone()
+    cfg.defrost()
+    merge_overrides(cfg, overrides, "overrides")
+    check_config(cfg, chosen.name)
+    return cfg, choice.load(chosen) if isinstance(chosen, choice.Choice) else chosen
+
+
+def dry_run(cfg: CfgNode, engine: Engine, *, num_gpus: int = 1, num_machines: int = 1) -> None:
+    """Print config, model, optimizer, schedule and data sets of a run; needs neither data nor weights.
 
     Raises:
         ConfigError: the configuration contradicts itself.
         TrainingError: OUTPUT_DIR cannot be a folder.
     """
-    engine = engine or Engine()
     check_output_name(cfg.OUTPUT_DIR)
     with run_log(None, times=False, verbose=True):
         sizes = estimate_sizes(cfg)
         for line in (str(engine), *sizes.lines):
             logger.info("%s", line)
-        world = int(os.environ["WORLD_SIZE"]) if dist.under_torchrun() else num_gpus * num_machines
+        world = dist.planned_world_size(num_gpus * num_machines)
         written = format_schedule(cfg, sizes.images)
         cfg, sentences = scale_schedule(cfg, world, sizes.images)
         cfg = with_classes(cfg, sizes.classes or int(cfg.MODEL.ROI_HEADS.NUM_CLASSES), sizes.class_names)
@@ -160,8 +198,7 @@ def _train_rank(cfg: CfgNode, engine: Engine, resume: bool, overwrite: bool, hoo
             return _train(cfg, engine, resume, hooks)
         except Exception as error:
             failure = worker_failure(error) if isinstance(error, RuntimeError) else None
-            # into log.txt alone: the command line shows it by itself
-            logger.error("stopped: %s", failure or error, extra=FILE_ONLY)
+            logger.error("stopped: %s", failure or error, extra=FILE_ONLY)  # the command line shows it by itself
             if failure is not None:
                 raise failure from error
             raise
@@ -256,7 +293,6 @@ class Prepared:
 
     Attributes:
         cfg: with the classes of the data and the schedule for this number of processes.
-        data: training and test sets.
         seed: of initialisation and data stream; equal on every rank.
     """
 
@@ -281,7 +317,7 @@ class Prepared:
 
 
 def prepare(cfg: CfgNode) -> Prepared:
-    """Read the data, settle classes and schedule, seed this process; all ranks together. Logs what was settled.
+    """Read the data, settle and log classes and schedule, seed this process; all ranks together.
 
     Raises:
         UserError: the data cannot be used, or the configuration does not fit it; the same on every rank.
@@ -300,20 +336,17 @@ def prepare(cfg: CfgNode) -> Prepared:
 
 
 def with_classes(cfg: CfgNode, count: int, names: tuple[str, ...]) -> CfgNode:
-    """``cfg`` with the number and names of classes filled in.
+    """Return a copy of ``cfg`` with the number and names of classes filled in.
 
     Raises:
         ConfigError: the number is unknown (0).
     """
     if count < 1:
         raise ConfigError("the number of classes is not known: set MODEL.ROI_HEADS.NUM_CLASSES or name a training json")
-    frozen = cfg.is_frozen()
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = count
     cfg.MODEL.CLASS_NAMES = tuple(names)
-    if frozen:
-        cfg.freeze()
     return cfg
 
 
@@ -322,8 +355,8 @@ def describe_model(cfg: CfgNode, model: nn.Module) -> None:
     rows = norm_census(model)
     short = on_screen(f"Norm layers: {sum_census(rows)}")
     logger.info("Norm layers\n%s", _indent(format_census(rows)), extra=short)
-    if half_gn(rows):
-        logger.info(half_gn(rows))
+    if advice := half_gn(rows):
+        logger.info(advice)
     table, sentence = format_groups(cfg, model)
     logger.info(table, extra=on_screen(f"Weight decay {cfg.SOLVER.WEIGHT_DECAY:g}; {sentence}"))
 
@@ -342,8 +375,8 @@ def load_initial(cfg: CfgNode, model: nn.Module, images: int) -> None:
 
 
 def _warn_if_short(cfg: CfgNode, images: int) -> None:
-    if short_for_scratch(cfg, images):
-        logger.warning(short_for_scratch(cfg, images))
+    if advice := short_for_scratch(cfg, images):
+        logger.warning(advice)
 
 
 def prepare_folder(cfg: CfgNode, model: nn.Module, *, fresh: bool) -> None:
@@ -391,8 +424,7 @@ def check_run(cfg: CfgNode, device: str, world_size: int) -> None:
     """
     check_metric(cfg)
     check_loggers(cfg)
-    world = int(os.environ["WORLD_SIZE"]) if dist.under_torchrun() else world_size
-    if world > 0:
+    if (world := dist.planned_world_size(world_size)) > 0:
         scale_schedule(cfg, world, images=1)
     if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "fp16" and not device.startswith("cuda"):
         raise ConfigError("SOLVER.AMP.DTYPE fp16 needs a GPU; use bf16 or SOLVER.AMP.ENABLED False")

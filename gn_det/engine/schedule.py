@@ -191,13 +191,11 @@ def scale_schedule(cfg: CfgNode, world_size: int, images: int) -> tuple[CfgNode,
         images: training images in an epoch; only used with ``SOLVER.EPOCHS``.
 
     Returns:
-        A config of its own (frozen if ``cfg`` was) and one plain sentence for every adjustment made. Applying it again
-        to the result changes nothing.
+        A copy and one plain sentence for every adjustment made. Applying it again to the result changes nothing.
 
     Raises:
         ConfigError: the batch cannot be divided as asked, or epochs are asked for without a training set.
     """
-    frozen = cfg.is_frozen()
     cfg = cfg.clone()
     cfg.defrost()
     literal = tuple(cfg.SOLVER.NO_RESCALE)
@@ -217,8 +215,6 @@ def scale_schedule(cfg: CfgNode, world_size: int, images: int) -> tuple[CfgNode,
             "rate never reaches SOLVER.BASE_LR; lower SOLVER.WARMUP_ITERS."
         )
     images_per_rank(cfg, world_size)
-    if frozen:
-        cfg.freeze()
     return cfg, sentences
 
 

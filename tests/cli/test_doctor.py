@@ -44,35 +44,30 @@ def test_all_works() -> None:
 def test_without_detectron2() -> None:
     """Absent is no defect."""
     versions = {k: v for k, v in VERSIONS.items() if k != "detectron2"}
-    findings = report({"detectron2": "ModuleNotFoundError: No module named 'detectron2'"}, versions)
+    findings = report({"is_installed": "", "probe": "not tried"}, versions)
     assert "broken" not in {f.mark for f in findings}
     assert findings[-2].fix == INSTALL_PAGE and findings[-1].what.endswith("Detectron2 is not installed")
 
 
-@pytest.mark.parametrize(
-    ("error", "fix"),
-    [
-        ("ImportError: /x/_C.so: undefined symbol: _ZN3c10", "rebuild Detectron2 with this torch"),
-        ("ImportError: libcudart.so.11.0: cannot open shared object file", "does not fit torch 2.9.0"),
-        ("the interpreter died of signal 11", "rebuild Detectron2"),
-        ("ImportError: too old: detectron2.modeling.Backbone has no", "too old: install its current source"),
-        ("AttributeError: module 'PIL.Image' has no attribute 'LINEAR'", "too old"),
-        ("ModuleNotFoundError: No module named 'pkg_resources'", "setuptools<81"),
-        ("ModuleNotFoundError: No module named 'omegaconf'", "pip install omegaconf"),
-        ("ImportError: cannot import name 'x' from 'iopath.common'", "iopath>=0.1.7,<0.1.10"),
-        ("RuntimeError: something else", INSTALL_PAGE),
-    ],
-)
-def test_detectron2_installed_but_broken(error: str, fix: str) -> None:
-    """Reported, and not passed over in silence."""
-    broken = [f for f in report({"import_detectron2": error}) if f.mark == "broken"]
-    assert len(broken) == 1 and error in broken[0].what and fix in broken[0].fix
+@pytest.mark.parametrize("code", ["probe()", "probe('gn_det.detectron2.engine')"])
+def test_detectron2_installed_but_broken(code: str) -> None:
+    """Reported, and not passed over in silence; the fix is what the other interpreter printed."""
+    trial = lambda tried: Trial(False, "pip install omegaconf\n", "an error") if code in tried else NO_GPU  # noqa: E731
+    broken = [f for f in examine(trial, VERSIONS.get) if f.mark == "broken"]
+    assert [(f.what, f.fix) for f in broken] == [
+        ("Detectron2 0.6 is installed, but cannot be used: an error", "pip install omegaconf")
+    ]
+
+
+def test_detectron2_that_kills_the_interpreter() -> None:
+    (broken,) = [f for f in report({"probe()": "the interpreter died of signal 11"}) if f.mark == "broken"]
+    assert "signal 11" in broken.what and "rebuild Detectron2" in broken.fix
 
 
 def test_parts_of_detectron2_that_gn_det_does_not_need() -> None:
     errors = {"model_zoo": "ModuleNotFoundError: No module named 'pkg_resources'"}
     notes = [f for f in report(errors, VERSIONS | {"iopath": "0.1.10"}) if f.mark == "note"]
-    assert "setuptools<81" in notes[-2].fix and "iopath>=0.1.7,<0.1.10" in notes[-1].fix
+    assert "gn_det does not need it" in notes[-2].what and "iopath>=0.1.7,<0.1.10" in notes[-1].fix
 
 
 def test_opencv_that_needs_a_display() -> None:
@@ -116,6 +111,7 @@ def test_every_requirement_is_parsed() -> None:
 def test_trials() -> None:
     assert try_python("print(3)") == Trial(True, "3\n")
     assert try_python("import nowhere_at_all").error == "ModuleNotFoundError: No module named 'nowhere_at_all'"
+    assert try_python("print('do this'); 1 / 0") == Trial(False, "do this\n", "ZeroDivisionError: division by zero")
     died = try_python("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
     assert died.error == "the interpreter died of signal 11"
 

@@ -42,7 +42,7 @@ def test_out_of_memory_says_what_to_lower_and_to_what(tmp_path: Path, error: Exc
         run(tmp_path, model=Full(error, 6))
     message = str(told.value)
     assert message.startswith("out of memory at iteration 6") and "\n" not in message
-    assert ("failed to allocate 2.50 GiB" in message) == (error is CUDA)
+    assert ("Tried to allocate 2.50 GiB" in message) == (error is CUDA)
     for part in (
         "4 images padded to 6x6, with 0 objects",
         "set SOLVER.ACCUMULATE 2 (the same batch, 2 instead of 4 images",

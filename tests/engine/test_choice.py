@@ -16,7 +16,7 @@ from gn_det.cli import main
 from gn_det.config import load_config
 from gn_det.config.check import check_config
 from gn_det.engine import choice as engines
-from gn_det.engine.choice import INSTALL_PAGE, Choice, EngineError, choose, describe
+from gn_det.engine.choice import INSTALL_PAGE, Choice, EngineError, choose
 from gn_det.errors import ConfigError
 
 
@@ -42,7 +42,7 @@ DRY = ("train", "--config", "quickstart.yaml", "--dry-run", "MODEL.DEVICE", "cpu
     ("files", "cause", "fix"),
     [
         (
-            {"_C": "raise ImportError('/x/_C.so: undefined symbol: _ZN3c105ErrorC2')"},
+            {"_C": "raise ImportError('/x/_C.so: undefined symbol: _ZN3c105ErrorC2', name=__name__)"},
             "undefined symbol: _ZN3c105ErrorC2",
             "rebuild Detectron2 with this torch",
         ),
@@ -53,14 +53,27 @@ DRY = ("train", "--config", "quickstart.yaml", "--dry-run", "MODEL.DEVICE", "cpu
             "pip install a_library_that_is_not_there",
         ),
         (
-            {"_C": "", "modeling": "raise ModuleNotFoundError(\"No module named 'pkg_resources'\")"},
+            {
+                "_C": "",
+                "modeling": "raise ModuleNotFoundError(\"No module named 'pkg_resources'\", name='pkg_resources')",
+            },
             "No module named 'pkg_resources'",
             "pip install 'setuptools<81'",
         ),
         (
-            {"_C": "", "modeling": "raise ImportError(\"cannot import name 'g' from 'iopath.common'\")"},
+            {"_C": "", "modeling": "from iopath.common import a_name_that_is_gone"},
             "iopath.common",
             "pip install 'iopath>=0.1.7,<0.1.10'",
+        ),
+        (
+            {"_C": "", "modeling": "import PIL.Image; PIL.Image.A_NAME_THAT_IS_GONE"},
+            "module 'PIL.Image' has no attribute 'A_NAME_THAT_IS_GONE'",
+            "this Detectron2 is too old: install its current source",
+        ),
+        (
+            {"_C": "", "modeling": "raise ImportError('libGL.so.1: cannot open shared object file', name='cv2')"},
+            "libGL.so.1",
+            "pip install opencv-python-headless",
         ),
         (
             {"_C": "", "modeling": "class Backbone: pass", "engine": ""},
@@ -151,11 +164,6 @@ def test_absent_detectron2_on_every_command(
     err = capsys.readouterr().err
     assert "Detectron2 is not installed" in err and INSTALL_PAGE in err and err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
-
-
-def test_description_without_metadata() -> None:
-    """A checkout on the path has no version to name."""
-    assert describe("ImportError: x", lambda _: None).startswith("Detectron2 is installed, but cannot be used")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 
 from gn_det.config import load_config
 from gn_det.engine import run as engine
+from gn_det.engine.engines import Engine
 from gn_det.errors import ConfigError, DataError, TrainingError, WeightsError
 
 SMALL = [
@@ -46,7 +47,7 @@ def test_dry_run_of_the_papers_long_schedule(
     """Neither data nor weights are there; the schedule is shown as written and as it would run here."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "nowhere"))
     monkeypatch.chdir(tmp_path)
-    engine.dry_run(load_config("gn_fpn_long.yaml"))
+    engine.dry_run(load_config("gn_fpn_long.yaml"), Engine())
     text = capsys.readouterr().out
     assert "270000 iterations" in text and "epochs" in text
     assert "118287 images assumed for coco_2017_train" in text
@@ -58,7 +59,7 @@ def test_dry_run_of_the_papers_long_schedule(
 def test_dry_run_reads_the_json_as_the_run_would(shapes: list[str], tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(DataError, match=r"list\.json: holds a list"):
-        engine.dry_run(small(shapes, tmp_path / "out", "DATASETS.TRAIN_JSON", str(tmp_path / "list.json")))
+        engine.dry_run(small(shapes, tmp_path / "out", "DATASETS.TRAIN_JSON", str(tmp_path / "list.json")), Engine())
     assert not (tmp_path / "out").exists()
 
 
