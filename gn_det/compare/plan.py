@@ -24,8 +24,9 @@ from gn_det.config import dump_config, load_config
 from gn_det.config.check import check_config
 from gn_det.config.load import merge_overrides
 from gn_det.data.catalog import GENERATED, datasets_for
-from gn_det.engine import dist, run
+from gn_det.engine import dist
 from gn_det.engine.engines import Engine
+from gn_det.engine.prepare import check_freeze, check_run
 from gn_det.errors import ConfigError, UserError
 from gn_det.text import one_line, shown
 
@@ -242,8 +243,8 @@ def _jobs(
     check_config(cfg, engine.name)
     if not cfg.DATASETS.TEST and not cfg.DATASETS.VAL_JSON:
         raise ConfigError("data: no validation set (DATASETS.TEST is empty); without one there is no AP to compare")
-    run.check_run(cfg, dist.resolve_device(cfg.MODEL.DEVICE), num_gpus)
-    run.check_freeze(cfg)
+    check_run(cfg, dist.resolve_device(cfg.MODEL.DEVICE), num_gpus)
+    check_freeze(cfg)
     files = [s.json_file for s in _sources(cfg) if os.path.isfile(s.json_file)]
     inputs |= {"engine": engine.name, "data": {file: file_hash(Path(file)) for file in files}}
     jobs = []

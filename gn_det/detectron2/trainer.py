@@ -46,7 +46,7 @@ from gn_det.engine.log import run_log
 from gn_det.engine.loggers import check_loggers
 from gn_det.engine.loop import Loop, parallel
 from gn_det.engine.output import alone_in, check_writable, refuse_old_run
-from gn_det.engine.run import (
+from gn_det.engine.prepare import (
     Prepared,
     check_freeze,
     check_metric,

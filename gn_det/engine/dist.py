@@ -191,7 +191,8 @@ def launch(
 ) -> Any:
     """Call ``function(*args)`` in ``num_gpus * num_machines`` processes and return rank 0's result.
 
-    Under torchrun the processes are there already and the counts are torchrun's. On CPU, ``num_gpus`` counts processes.
+    Under torchrun the processes are there already and the counts are torchrun's. On a CPU, ``num_gpus`` counts
+    processes.
 
     Raises:
         ConfigError: counts, rank or url make no sense on this machine.
@@ -214,7 +215,7 @@ def launch(
         dist_url = f"tcp://127.0.0.1:{_free_port()}"
     with tempfile.TemporaryDirectory(prefix="gn_det-") as box:
         plan = (device, num_gpus, num_machines, machine_rank, dist_url, box)
-        _spawn(function, args, plan, num_gpus)
+        _spawn(function, args, plan)
         result = Path(box) / "result-0"
         return pickle.loads(result.read_bytes()) if result.is_file() else None
 
@@ -225,9 +226,8 @@ def _check_counts(device: str, num_gpus: int, num_machines: int, machine_rank: i
     if not 0 <= machine_rank < num_machines:
         raise ConfigError(f"--machine-rank {machine_rank} must lie between 0 and {num_machines - 1}")
     if device.startswith("cuda") and num_gpus > torch.cuda.device_count():
-        raise ConfigError(
-            f"--num-gpus {num_gpus}: torch finds {count(torch.cuda.device_count(), 'GPU')} on this machine"
-        )
+        found = count(torch.cuda.device_count(), "GPU")
+        raise ConfigError(f"--num-gpus {num_gpus}: torch finds {found} on this machine")
     if ":" in device and num_gpus > 1:
         raise ConfigError(f"MODEL.DEVICE {device} names one GPU; use MODEL.DEVICE cuda with --num-gpus {num_gpus}")
     if num_machines > 1 and dist_url == "auto":
@@ -240,11 +240,15 @@ def _free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def _spawn(function: Callable[..., Any], args: tuple[Any, ...], plan: tuple[Any, ...], count: int) -> None:
+def in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _spawn(function: Callable[..., Any], args: tuple[Any, ...], plan: tuple[Any, ...]) -> None:
     context = mp.get_context("spawn")
     # Without this a process whose partner stopped prints C++ frames around the one line that says why.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    workers = [context.Process(target=_worker, args=(i, function, args, plan)) for i in range(count)]
+    workers = [context.Process(target=_worker, args=(i, function, args, plan)) for i in range(plan[1])]
     for worker in workers:
         worker.start()
 
@@ -256,45 +260,36 @@ def _spawn(function: Callable[..., Any], args: tuple[Any, ...], plan: tuple[Any,
 
     old = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)} if in_main_thread() else {}
     try:
-        _wait(workers)
+        end = float("inf")  # once one has failed, the others get time to notice
+        while time.monotonic() < end and any(w.exitcode is None for w in workers):
+            wait_for([w.sentinel for w in workers if w.exitcode is None], timeout=0.2)
+            if end == float("inf") and any(w.exitcode for w in workers):
+                end = time.monotonic() + _GRACE_SECONDS
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-        failed = [(i, w.exitcode) for i, w in enumerate(workers) if w.exitcode]
+        failed = {i: w.exitcode for i, w in enumerate(workers) if w.exitcode}
         for worker in workers:
             worker.kill()
     _raise_first_error(Path(plan[-1]), failed)
 
 
-def in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
-
-
-def _wait(workers: list[Any]) -> None:
-    """Until all are done, or one failed and the others had time to notice."""
-    end = float("inf")
-    while time.monotonic() < end and any(w.exitcode is None for w in workers):
-        wait_for([w.sentinel for w in workers if w.exitcode is None], timeout=0.2)
-        if end == float("inf") and any(w.exitcode for w in workers):
-            end = time.monotonic() + _GRACE_SECONDS
-
-
-def _raise_first_error(box: Path, failed: list[tuple[int, int]]) -> None:
+def _raise_first_error(box: Path, failed: dict[int, int]) -> None:
     """Raise the error that explains the others, which only lost their partner.
 
     Args:
-        failed: number and exit code of the processes that failed by themselves.
+        failed: exit codes of the processes that failed by themselves.
 
     Raises:
         UserError: a user's mistake, whoever made it; or a process was killed by the system.
         RuntimeError: a defect, with the trace of the process that failed first.
     """
     files = sorted(box.glob("error-*"), key=lambda f: f.stat().st_mtime_ns)
-    errors = [(int(f.name.removeprefix("error-")), pickle.loads(f.read_bytes())) for f in files]
-    for _, error in errors:
+    errors = {int(f.name.removeprefix("error-")): pickle.loads(f.read_bytes()) for f in files}
+    for error in errors.values():
         if isinstance(error, UserError):
             raise error
-    for index, code in failed:
+    for index, code in failed.items():
         if code < 0:
             name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
             raise TrainingError(
@@ -302,9 +297,9 @@ def _raise_first_error(box: Path, failed: list[tuple[int, int]]) -> None:
                 "it: lower SOLVER.IMS_PER_BATCH, DATALOADER.NUM_WORKERS or INPUT.MAX_SIZE_TRAIN, or give the machine "
                 "more memory, then continue with --resume"
             )
-    for index, error in errors:
+    for index, error in errors.items():
         raise RuntimeError(f"training process {index} failed first:\n{error}")
-    for index, code in failed:
+    for index, code in failed.items():
         raise RuntimeError(f"training process {index} exited with code {code} and no error message")
 
 
@@ -312,14 +307,13 @@ def _worker(index: int, function: Callable[..., Any], args: tuple[Any, ...], pla
     end_with_parent()
     guard()
     device, num_gpus, num_machines, machine_rank, dist_url, box = plan
-    number = machine_rank * num_gpus + index
+    address, _, port = dist_url.removeprefix("tcp://").partition(":")
     os.environ.update(
-        RANK=str(number),
+        RANK=str(machine_rank * num_gpus + index),
         LOCAL_RANK=str(index),
         WORLD_SIZE=str(num_gpus * num_machines),
         LOCAL_WORLD_SIZE=str(num_gpus),
     )
-    address, _, port = dist_url.removeprefix("tcp://").partition(":")
     os.environ.setdefault("MASTER_ADDR", address)
     os.environ.setdefault("MASTER_PORT", port or "29500")
     if device == "cpu":

@@ -36,7 +36,28 @@ def on_screen(text: str) -> dict[str, str]:
 FILE_ONLY = on_screen("")
 
 
-class _Console(_StreamHandler):
+def open_log(path: str | os.PathLike[str]) -> TextIO:
+    """Open a regular file for appending text.
+
+    Raises:
+        TrainingError: it cannot be appended to.
+    """
+    try:
+        return open_append(*os.path.split(path))
+    except OSError as error:
+        reason = one_line(error.strerror or error)
+        raise TrainingError(f"{os.fspath(path)}: cannot be appended to ({reason}); move it away") from None
+
+
+class _Handler(_StreamHandler):
+    """Drops lines that cannot be written: to a full disk, or to a pipe that nobody reads any more."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
+class _Console(_Handler):
     """Writes around a tqdm line, if one is there; shows the short form of a record that has one."""
 
     verbose = False
@@ -54,18 +75,9 @@ class _Console(_StreamHandler):
         else:
             tqdm.tqdm.write(self.format(record), file=sys.stdout)
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        """What nobody can read any more (a closed pipe) does not stop a run; log.txt has it."""
-        if not isinstance(sys.exc_info()[1], OSError):
-            super().handleError(record)
 
-
-class _File(_StreamHandler):
-    """On a full disk, drop log lines; the writers of metrics and checkpoints raise the error."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):
-            super().handleError(record)
+class _File(_Handler):
+    """log.txt; closing it on a full disk is no error: the writers of metrics and checkpoints raise one."""
 
     def close(self) -> None:
         with suppress(OSError):
@@ -112,13 +124,7 @@ def run_log(
         # libraries install handlers on the root logger behind our back; pytest's are wanted
         package.propagate = "pytest" in sys.modules
     if folder is not None and rank == 0:
-        try:
-            file = _File(open_append(folder, LOG_FILE))
-        except OSError as error:
-            path = os.path.join(folder, LOG_FILE)
-            raise TrainingError(
-                f"{path}: cannot be appended to ({one_line(error.strerror or error)}); move it away"
-            ) from None
+        file = _File(open_log(os.path.join(folder, LOG_FILE)))
         file.setFormatter(_Printable(layout, "%m/%d %H:%M:%S"))
         handlers.append(file)
     for handler in handlers:

@@ -4,50 +4,50 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import io
 import json
 import math
 import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from fvcore.common.config import CfgNode
 
+from gn_det.engine.log import open_log
 from gn_det.engine.output import METRICS, trim_lines, trim_metrics
 from gn_det.errors import ConfigError, TrainingError
-from gn_det.files import atomic_write, open_append
+from gn_det.files import atomic_write
 from gn_det.text import one_line
 
 
-class Logger(Protocol):
+class Logger:
     """Receives scalars now and then.
 
     Attributes:
         written: last iteration that it has; set by the caller.
     """
 
-    written: int
+    def __init__(self, written: int = -1) -> None:
+        self.written = written
 
-    def write(self, iteration: int, scalars: Mapping[str, float]) -> None: ...
+    def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
+        """Take the scalars of an iteration."""
+        raise NotImplementedError
 
-    def flush(self) -> None: ...
+    def flush(self) -> None:
+        """Make what was written durable, if that does not happen by itself."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Release what is open; nothing is written after it."""
 
 
-class _TextLogger:
+class _TextLogger(Logger):
     """Lines appended to a file."""
 
     def __init__(self, path: str | os.PathLike[str], written: int = -1) -> None:
-        self.written = written
-        try:
-            self._file = open_append(os.path.dirname(path) or ".", os.path.basename(path))
-        except OSError as error:
-            raise TrainingError(
-                f"{path}: cannot be appended to ({one_line(error.strerror or error)}); move it away"
-            ) from None
+        super().__init__(written)
+        self._file = open_log(path)
 
     def flush(self) -> None:
         self._file.flush()
@@ -72,22 +72,23 @@ class CsvLogger(_TextLogger):
         path = folder / "metrics.csv"
         trim_lines(path, lambda line: line.startswith("iteration,") or int(line.partition(",")[0]) <= written)
         super().__init__(path, written)
+        self._csv = csv.writer(self._file, lineterminator="\n")
         if not path.stat().st_size:
-            self._file.write("iteration,name,value\n")
+            self._csv.writerow(("iteration", "name", "value"))
 
     def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
-        rows = io.StringIO()
-        csv.writer(rows, lineterminator="\n").writerows((iteration, name, value) for name, value in scalars.items())
-        self._file.write(rows.getvalue())
+        self._csv.writerows((iteration, name, value) for name, value in scalars.items())
 
 
-class TensorBoardLogger:
+class TensorBoardLogger(Logger):
     """TensorBoard scalars; the event file is made at the first write."""
 
+    _writer: Any = None
+
     def __init__(self, folder: str | os.PathLike[str], written: int = -1) -> None:
-        self._folder, self.written = os.fspath(folder), written
+        super().__init__(written)
+        self._folder = os.fspath(folder)
         self._purge = None if written < 0 else written + 1  # what a killed run drew beyond it is hidden
-        self._writer: Any = None
 
     def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
         if any("\ud800" <= character <= "\udfff" for character in self._folder):
@@ -108,7 +109,7 @@ class TensorBoardLogger:
             self._writer.close()
 
 
-class WandbLogger:
+class WandbLogger(Logger):
     """Weights & Biases; its own environment variables apply (WANDB_PROJECT, WANDB_MODE=offline ...).
 
     A resumed run continues the one whose id is in ``wandb_run`` of the folder.
@@ -117,23 +118,19 @@ class WandbLogger:
     def __init__(self, folder: Path, written: int = -1) -> None:
         import wandb
 
-        self.written = written
-        known = _read_id(folder / "wandb_run") if written >= 0 else None
-        project = os.environ.get("WANDB_PROJECT", "gn_det")
+        super().__init__(written)
+        known, project = _read_id(folder / "wandb_run", written), os.environ.get("WANDB_PROJECT", "gn_det")
         self._run: Any = wandb.init(project=project, name=folder.name, dir=os.fspath(folder), id=known, resume="allow")
         atomic_write(folder / "wandb_run", str(self._run.id))
 
     def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
         self._run.log(dict(scalars), step=iteration)
 
-    def flush(self) -> None:
-        """Nothing: it sends in the background."""
-
     def close(self) -> None:
         self._run.finish()
 
 
-class MlflowLogger:
+class MlflowLogger(Logger):
     """MLflow; MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME apply, without them ``mlruns`` of the folder is written.
 
     A resumed run continues the one whose id is in ``mlflow_run`` of the folder.
@@ -142,13 +139,13 @@ class MlflowLogger:
     def __init__(self, folder: Path, written: int = -1) -> None:
         from mlflow import MlflowClient
 
-        self.written = written
+        super().__init__(written)
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         if not uri:
             uri = (folder / "mlruns").resolve().as_uri()
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         self._client: Any = MlflowClient(tracking_uri=uri)
-        known = _read_id(folder / "mlflow_run") if written >= 0 else None
+        known = _read_id(folder / "mlflow_run", written)
         if known is None:
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "gn_det")
             found = self._client.get_experiment_by_name(name)
@@ -161,15 +158,15 @@ class MlflowLogger:
         for name, value in scalars.items():
             self._client.log_metric(self._id, re.sub(r"[^\w\-. /]", "_", name), value, step=iteration)
 
-    def flush(self) -> None:
-        """Nothing: every value is sent at once."""
-
     def close(self) -> None:
         self._client.set_terminated(self._id)
 
 
-def _read_id(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8").strip()[:200] or None if path.is_file() else None
+def _read_id(path: Path, written: int) -> str | None:
+    """Id of the logger's run that a resumed run continues."""
+    if written < 0 or not path.is_file():
+        return None
+    return path.read_text(encoding="utf-8").strip()[:200] or None
 
 
 #: Names in ``LOGGERS``: the logger, called with folder and last written iteration, and the package that it needs.
@@ -182,10 +179,10 @@ LOGGERS: dict[str, tuple[Callable[[Path, int], Logger], str]] = {
 
 
 def check_loggers(cfg: CfgNode) -> None:
-    """Find out before a run whether the packages of its loggers are installed.
+    """Refuse, before a run, loggers whose package is not installed.
 
     Raises:
-        ConfigError: one is not; says how to install it.
+        ConfigError: says how to install it.
     """
     for name in cfg.LOGGERS:
         package = LOGGERS[name][1]

@@ -5,10 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import re
-import secrets
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,30 +16,35 @@ from torch import nn
 
 from gn_det.about import __version__
 from gn_det.checkpoint.io import read_checkpoint
-from gn_det.checkpoint.last import remove_leftovers
 from gn_det.checkpoint.meta import config_of_checkpoint, read_meta
 from gn_det.checkpoint.weights import format_report, load_weights
 from gn_det.config import dump_config, load_config
 from gn_det.config.check import check_config
 from gn_det.config.load import Overrides, merge_overrides
-from gn_det.data.loader import build_train_loader
-from gn_det.data.sets import RunData, estimate_sizes, load_run_data, load_test_sets
+from gn_det.data.sets import estimate_sizes, load_test_sets
 from gn_det.data.workers import worker_failure
 from gn_det.engine import choice, dist
-from gn_det.engine.advice import half_gn, short_for_scratch
 from gn_det.engine.detector_loop import fit
 from gn_det.engine.engines import Engine
 from gn_det.engine.evaluator import evaluate_model, verify_expected
-from gn_det.engine.log import FILE_ONLY, on_screen, run_log
-from gn_det.engine.loggers import check_loggers
+from gn_det.engine.log import FILE_ONLY, run_log
 from gn_det.engine.loop import Hook
-from gn_det.engine.optimizer import format_groups
-from gn_det.engine.output import alone_in, check_output_name, check_space, check_writable, refuse_old_run, start_afresh
-from gn_det.engine.schedule import format_schedule, images_per_rank, lr_multiplier, scale_schedule
-from gn_det.engine.state import ModelMeta, find_resume, seed_everything
+from gn_det.engine.output import alone_in, check_output_name, check_writable, refuse_old_run
+from gn_det.engine.prepare import (
+    check_freeze,
+    check_metric,
+    check_run,
+    describe_model,
+    indented,
+    load_initial,
+    prepare,
+    prepare_folder,
+    warn_if_short,
+    with_classes,
+)
+from gn_det.engine.schedule import format_schedule, lr_multiplier, scale_schedule
+from gn_det.engine.state import ModelMeta, find_resume
 from gn_det.errors import ConfigError, WeightsError
-from gn_det.files import atomic_write
-from gn_det.modeling.census import format_census, norm_census, sum_census
 from gn_det.text import as_line
 
 logger = logging.getLogger(__name__)
@@ -168,23 +170,21 @@ def dry_run(cfg: CfgNode, engine: Engine, *, num_gpus: int = 1, num_machines: in
         written = format_schedule(cfg, sizes.images)
         cfg, sentences = scale_schedule(cfg, world, sizes.images)
         cfg = with_classes(cfg, sizes.classes or int(cfg.MODEL.ROI_HEADS.NUM_CLASSES), sizes.class_names)
-        logger.info("Resolved configuration\n%s", _indent(dump_config(cfg, implemented_only=engine.name == "embedded")))
+        logger.info(
+            "Resolved configuration\n%s", indented(dump_config(cfg, implemented_only=engine.name == "embedded"))
+        )
         check_metric(cfg)
         check_freeze(cfg, strict=False)
         describe_model(cfg, engine.build_model(cfg))
         if sentences:
-            logger.info("As configured\n%s", _indent(written))
+            logger.info("As configured\n%s", indented(written))
         for sentence in sentences:
             logger.info("%s", sentence)
-        logger.info("As it would run here\n%s", _indent(format_schedule(cfg, sizes.images, world)))
+        logger.info("As it would run here\n%s", indented(format_schedule(cfg, sizes.images, world)))
         lr_multiplier(cfg)
-        _warn_if_short(cfg, sizes.images)
+        warn_if_short(cfg, sizes.images)
         weights, output = as_line(cfg.MODEL.WEIGHTS) or "none (from scratch)", as_line(cfg.OUTPUT_DIR)
         logger.info("Weights: %s\nOutput: %s\nDry run: nothing was trained or written.", weights, output)
-
-
-def _indent(text: str) -> str:
-    return "\n".join(f"  {line}" for line in text.rstrip().splitlines())
 
 
 # ------------------------------------------------------------ in each process
@@ -282,164 +282,3 @@ def _log_environment(cfg: CfgNode, engine: Engine) -> None:
     logger.info("%s", engine)
     if cfg.FLOAT32_PRECISION:
         torch.set_float32_matmul_precision(cfg.FLOAT32_PRECISION)
-
-
-# ------------------------------------------------------------ before training, whichever loop follows
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A run that is ready to build its model.
-
-    Attributes:
-        cfg: with the classes of the data and the schedule for this number of processes.
-        seed: of initialisation and data stream; equal on every rank.
-    """
-
-    cfg: CfgNode
-    data: RunData
-    seed: int
-
-    def make_loader(self, start_batch: int, seed: int) -> Iterable[Any]:
-        """This rank's endless micro-batches; see :data:`gn_det.engine.detector_loop.LoaderFactory`."""
-        world = dist.world_size()
-        loader = build_train_loader(
-            self.cfg,
-            self.data.train,
-            images_per_rank=images_per_rank(self.cfg, world),
-            start_batch=start_batch,
-            rank=dist.rank(),
-            world_size=world,
-            seed=seed,
-        )
-        logger.info(loader.summary())
-        return loader
-
-
-def prepare(cfg: CfgNode) -> Prepared:
-    """Read the data, settle and log classes and schedule, seed this process; all ranks together.
-
-    Raises:
-        UserError: the data cannot be used, or the configuration does not fit it; the same on every rank.
-    """
-    loaded: list[RunData] = []
-    dist.on_first_rank(lambda: loaded.append(load_run_data(cfg)))  # rank 0 first, which writes generated sets
-    data = loaded[0] if loaded else load_run_data(cfg)
-    cfg = with_classes(cfg, len(data.class_names), data.class_names)
-    cfg, sentences = scale_schedule(cfg, dist.world_size(), data.images)
-    for sentence in [*sentences, format_schedule(cfg, data.images, dist.world_size())]:
-        logger.info(sentence)
-    seed = dist.broadcast(int(cfg.SEED) if cfg.SEED >= 0 else secrets.randbelow(2**31))
-    logger.info("Seed %d%s.", seed, "" if cfg.SEED >= 0 else " (drawn; SEED repeats the run)")
-    seed_everything(seed + dist.rank())
-    return Prepared(cfg, data, seed)
-
-
-def with_classes(cfg: CfgNode, count: int, names: tuple[str, ...]) -> CfgNode:
-    """Return a copy of ``cfg`` with the number and names of classes filled in.
-
-    Raises:
-        ConfigError: the number is unknown (0).
-    """
-    if count < 1:
-        raise ConfigError("the number of classes is not known: set MODEL.ROI_HEADS.NUM_CLASSES or name a training json")
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = count
-    cfg.MODEL.CLASS_NAMES = tuple(names)
-    return cfg
-
-
-def describe_model(cfg: CfgNode, model: nn.Module) -> None:
-    """Log the norm census and the optimizer groups."""
-    rows = norm_census(model)
-    short = on_screen(f"Norm layers: {sum_census(rows)}")
-    logger.info("Norm layers\n%s", _indent(format_census(rows)), extra=short)
-    if advice := half_gn(rows):
-        logger.info(advice)
-    table, sentence = format_groups(cfg, model)
-    logger.info(table, extra=on_screen(f"Weight decay {cfg.SOLVER.WEIGHT_DECAY:g}; {sentence}"))
-
-
-def load_initial(cfg: CfgNode, model: nn.Module, images: int) -> None:
-    """Load MODEL.WEIGHTS, checked against the configuration, and log the result; warn of a short run from scratch.
-
-    Raises:
-        WeightsError: they cannot be used.
-    """
-    if cfg.MODEL.WEIGHTS:
-        logger.info(format_report(load_weights(model, cfg.MODEL.WEIGHTS, cfg)))
-    else:
-        logger.info("Training from scratch: MODEL.WEIGHTS is empty.")
-    _warn_if_short(cfg, images)
-
-
-def _warn_if_short(cfg: CfgNode, images: int) -> None:
-    if advice := short_for_scratch(cfg, images):
-        logger.warning(advice)
-
-
-def prepare_folder(cfg: CfgNode, model: nn.Module, *, fresh: bool) -> None:
-    """Make OUTPUT_DIR ready for a run (rank 0): leftovers and, if ``fresh``, an earlier run go; config.yaml is written.
-
-    Raises:
-        TrainingError: there is no space for a checkpoint.
-    """
-    if dist.rank() == 0:
-        folder = Path(cfg.OUTPUT_DIR)
-        remove_leftovers(folder)
-        check_space(folder, model, replaced=fresh)
-        if fresh:
-            start_afresh(folder, keep=cfg.MODEL.WEIGHTS)
-        atomic_write(folder / "config.yaml", dump_config(cfg))
-
-
-# ------------------------------------------------------------ checks across keys
-
-
-def check_freeze(cfg: CfgNode, *, strict: bool = True) -> None:
-    """Refuse (or, not strict, warn of) layers that would be frozen at random values.
-
-    Raises:
-        ConfigError: FREEZE_AT > 0 without weights.
-    """
-    at = int(cfg.MODEL.BACKBONE.FREEZE_AT)
-    if at <= 0 or cfg.MODEL.WEIGHTS:
-        return
-    message = (
-        f"MODEL.BACKBONE.FREEZE_AT is {at} but MODEL.WEIGHTS is empty: the first stages would stay frozen at random "
-        "values; set MODEL.BACKBONE.FREEZE_AT 0 to train from scratch, or give MODEL.WEIGHTS"
-    )
-    if strict:
-        raise ConfigError(message)
-    logger.warning(message)
-
-
-def check_run(cfg: CfgNode, device: str, world_size: int) -> None:
-    """Refuse what no run on these devices can do, before a process is started or a file is written.
-
-    Raises:
-        ConfigError: the batch cannot be shared, a logger is not installed, or fp16 without a GPU; or see
-            :func:`check_metric`.
-    """
-    check_metric(cfg)
-    check_loggers(cfg)
-    if (world := dist.planned_world_size(world_size)) > 0:
-        scale_schedule(cfg, world, images=1)
-    if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "fp16" and not device.startswith("cuda"):
-        raise ConfigError("SOLVER.AMP.DTYPE fp16 needs a GPU; use bf16 or SOLVER.AMP.ENABLED False")
-
-
-def check_metric(cfg: CfgNode) -> None:
-    """Refuse a metric for model_best.pth that no evaluation gives, before hours are spent.
-
-    Raises:
-        ConfigError: TEST.BEST_METRIC is not such as "segm/AP", or TEST.PATIENCE is set without TEST.EVAL_PERIOD.
-    """
-    name = str(cfg.TEST.BEST_METRIC)
-    if not re.search(r"(^|/)(bbox|segm)/AP(50|75|s|m|l|-.+)?$", name):
-        raise ConfigError(
-            f"TEST.BEST_METRIC is '{name}'; use bbox/ or segm/ with AP, AP50, AP75, APs, APm, APl or AP-NAME"
-        )
-    if cfg.TEST.PATIENCE > 0 and cfg.TEST.EVAL_PERIOD <= 0:
-        raise ConfigError(f"TEST.PATIENCE {cfg.TEST.PATIENCE} counts evaluations; set TEST.EVAL_PERIOD too")

@@ -80,9 +80,9 @@ def _run(folder: Path, allowed: int, resume: bool) -> dict[str, Any]:
         file = open(path, mode, *args, **kwargs)  # noqa: SIM115
         return _File(file, quota) if set(mode) & set("wa") else file
 
-    appended = loggers.open_append
+    appended = loggers.open_log
     files.open = limited  # type: ignore[attr-defined]
-    loggers.open_append = lambda *words: _File(appended(*words), quota)  # type: ignore[assignment,misc,return-value]
+    loggers.open_log = lambda path: _File(appended(path), quota)  # type: ignore[assignment,misc,return-value]
     pairs = [k if i % 2 == 0 else int(k) for i, k in enumerate(KEYS)] + ["TEST.BEST_METRIC", "bbox/AP"]
     told = ""
     try:
