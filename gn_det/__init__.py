@@ -64,7 +64,8 @@ class _Moved(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
     names: ClassVar[dict[str, str]] = {
         "gn_det.draw": "gn_det.visualize.draw",
         "gn_det.evaluation.coco": "gn_det.evaluation.coco_eval",
-        "gn_det.predict": "gn_det.engine.predictor",
+        "gn_det.engine.predictor": "gn_det.prediction.images",
+        "gn_det.predict": "gn_det.prediction.images",
         "gn_det.pretrain": "gn_det.classification",
         "gn_det.run": "gn_det.engine",
         "gn_det.run.replay": "gn_det.engine.nonfinite",

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
-from gn_det.engine.predictor import Predictor, load_predictor, select, wanted_classes
 from gn_det.engine.run import evaluate, train
+from gn_det.prediction.predictor import Predictor, Selection, load_predictor, wanted_classes
 from gn_det.result import ImageLike, Images, Result, checked_images, checked_threshold
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Model:
         return results if isinstance(images, (list, tuple)) else results[0]
 
     def _predict_one(self, image: Path | np.ndarray, threshold: float, wanted: set[int] | None) -> Result:
-        found = select(self._predictor.detect(image), threshold, wanted)
+        found = Selection(threshold, wanted)(self._predictor.detect(image))
         return Result(
             boxes=found.boxes.float().numpy(),
             scores=found.scores.float().numpy(),
@@ -89,7 +89,7 @@ class Model:
             class_names=self.class_names,
             category_ids=self.category_ids,
             _source=image,
-            _read=self._predictor.read,
+            _read=self._predictor.reader.read,
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
 
 import numpy as np
 
@@ -52,6 +52,29 @@ def rasterize_polygons_within_box(polygons: Sequence[np.ndarray], box: np.ndarra
         p[1::2] = (p[1::2] - float(y0)) * ratio_h
         moved.append(p)
     return rasterize_polygons(moved, size, size)
+
+
+class MaskCrop(NamedTuple):
+    """The part of an (H, W) mask that holds all of its pixels.
+
+    Attributes:
+        top, left: row and column of the crop's first pixel in the image.
+        bitmap: (h, w) bool; (0, 0) for an empty mask.
+    """
+
+    top: int
+    left: int
+    bitmap: np.ndarray
+
+
+def crop_mask(mask: np.ndarray, top: int = 0, left: int = 0) -> MaskCrop:
+    """Cut the (H, W) bool ``mask``, whose first pixel is at ``top``, ``left`` of its image, to its own pixels."""
+    columns = np.flatnonzero(mask.any(axis=0))
+    if len(columns) == 0:
+        return MaskCrop(top, left, mask[:0, :0])
+    strip = mask[:, columns[0] : columns[-1] + 1]
+    rows = np.flatnonzero(strip.any(axis=1))
+    return MaskCrop(top + int(rows[0]), left + int(columns[0]), strip[rows[0] : rows[-1] + 1])
 
 
 class Masks:

@@ -141,7 +141,7 @@ def test_what_cannot_be_loaded(tmp_path: Path, model: gn_det.Model, pixels: np.n
     [
         ("draw", "visualize.draw"),
         ("evaluation.coco", "evaluation.coco_eval"),
-        ("predict", "engine.predictor"),
+        ("predict", "prediction.images"),
         ("pretrain", "classification"),
         ("run", "engine"),
     ],

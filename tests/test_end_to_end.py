@@ -19,8 +19,8 @@ from gn_det.cli.outcome import draw_comparison
 from gn_det.config import load_config
 from gn_det.data.sets import load_first_test_set
 from gn_det.data.shapes import make_shapes
-from gn_det.engine.predictor import PREDICTIONS_FILE, load_predictor
 from gn_det.errors import DataError
+from gn_det.prediction.images import PREDICTIONS_FILE, load_predictor
 
 TOY = [
     *("MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_BOX_HEAD.CONV_DIM", "32", "MODEL.ROI_BOX_HEAD.FC_DIM", "32"),

@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "gn_det": {"about", "api", "config", "engine", "norm", "result"},
     "about": set(),
     "result": MIDDLE,
-    "api": MIDDLE | {"engine", "result"},
+    "api": MIDDLE | {"engine", "prediction", "result"},
     "errors": set(),
     "text": set(),
     "terminal": {"text"},
@@ -42,9 +42,10 @@ ALLOWED: dict[str, set[str]] = {
     "check": MIDDLE,
     "engine": MIDDLE | {"modeling", "norm"},
     "classification": MIDDLE | {"modeling", "norm", "engine"},
-    "compare": MIDDLE | {"engine", "classification"},
+    "prediction": MIDDLE | {"engine", "result"},
+    "compare": MIDDLE | {"engine", "classification", "prediction"},
     "detectron2": MIDDLE | {"modeling", "norm", "kernels", "engine"},
-    "cli": MIDDLE | {"api", "modeling", "check", "engine", "classification", "compare"},
+    "cli": MIDDLE | {"api", "modeling", "check", "engine", "classification", "compare", "prediction"},
     "__main__": {"cli"},
 }
 

@@ -57,7 +57,8 @@ def show_outcome(cfg: CfgNode, results: Mapping[str, float], seconds: float, nex
 
 def draw_comparison(dataset: CocoDataset, weights: Path, path: Path, device: str = "auto") -> None:
     """Draw the ground truth of some images above the detections of a model, as one PNG."""
-    from gn_det.engine.predictor import load_predictor, select, write_png
+    from gn_det.prediction.images import write_png
+    from gn_det.prediction.predictor import Selection, load_predictor
     from gn_det.visualize.draw import draw_annotations, draw_detections, draw_grid
 
     predictor = load_predictor(weights, device=device)
@@ -65,9 +66,9 @@ def draw_comparison(dataset: CocoDataset, weights: Path, path: Path, device: str
     for index in sorted({round(i * (len(dataset) - 1) / (_SHOWN - 1)) for i in range(_SHOWN)}) if len(dataset) else ():
         record = dataset.records[index]
         file = Path(record["file_name"])
-        pixels = predictor.read(file)
+        pixels = predictor.reader.read(file)
         truths.append(draw_annotations(pixels, record, dataset.class_names, max_size=_DRAWN))
-        detections = select(predictor.detect(file), 0.5, None)
+        detections = Selection(0.5)(predictor.detect(file))
         found.append(draw_detections(pixels, detections, dataset.class_names, max_size=_DRAWN))
     titles = ["ground truth"] * len(truths) + ["predictions"] * len(found)
     write_png(path, draw_grid(truths + found, titles, columns=max(len(truths), 1)))

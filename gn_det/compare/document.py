@@ -228,7 +228,7 @@ def _draw(
     """Draw images spread over the validation set, those with objects first, and keep them in the folder."""
     from gn_det.data.image import ImageReader
     from gn_det.data.sets import load_first_test_set
-    from gn_det.engine.predictor import load_predictor, select
+    from gn_det.prediction.predictor import Selection, load_predictor
     from gn_det.visualize.draw import draw_annotations, draw_detections
 
     cfg = next(j.cfg for j in results.plan.jobs if j.row.id == result.row.id)
@@ -248,8 +248,8 @@ def _draw(
             drawn = draw_annotations(read(found["file_name"]), found, dataset.class_names, **size)
         else:
             path = Path(found["file_name"])
-            shown = select(predictor.detect(path), _THRESHOLD, None)
-            drawn = draw_detections(predictor.read(path), shown, predictor.class_names, **size)
+            shown = Selection(_THRESHOLD)(predictor.detect(path))
+            drawn = draw_detections(predictor.reader.read(path), shown, predictor.class_names, **size)
         image = Image.fromarray(drawn)
         image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()

@@ -91,7 +91,7 @@ def _of_pretraining(settings: Settings, folder: Path, summary: Mapping[str, Any]
 
 def _of_detection(job: Job, cfg: CfgNode, engine: Engine, results: Mapping[str, float]) -> Outcome:
     from gn_det.data.sets import load_first_test_set
-    from gn_det.engine.predictor import load_predictor
+    from gn_det.prediction.predictor import load_predictor
 
     folder = Path(cfg.OUTPUT_DIR)
     text = (folder / "config.yaml").read_text(encoding="utf-8")

@@ -104,17 +104,24 @@ class ImageReader:
             ImageError: the file is missing, unreadable, not an image, truncated, too large, or of more than 8 bits
                 without ``bit_depth``.
         """
+        pixels = np.asarray(self.decode(path))
+        if self.image_format == "BGR":
+            return pixels[:, :, ::-1]
+        return pixels[:, :, None] if self.image_format == "L" else pixels
+
+    def decode(self, path: StrPath) -> Image.Image:
+        """Decode one image as :meth:`read` does, of mode ``"RGB"``, or ``"L"`` for that format."""
+        mode = "RGB" if self.image_format == "BGR" else self.image_format
         with self._opened(path) as (file, opened):
             opened.load()  # now: PNG's getexif() would do it, and its errors do not count
             image = _upright(opened)
             if opened.mode in _DEEP:
                 image = Image.fromarray(self._to_8_bits(path, opened, np.asarray(image)))
-            pixels = np.asarray(image.convert("RGB" if self.image_format == "BGR" else self.image_format))
+            if image.mode != mode:  # convert() copies an image of the same mode
+                image = image.convert(mode)
             if opened.format == "PNG":
                 _check_png(file)
-        if self.image_format == "BGR":
-            return pixels[:, :, ::-1]
-        return pixels[:, :, None] if self.image_format == "L" else pixels
+        return image
 
     def size(self, path: StrPath) -> tuple[int, int]:
         """(width, height) in pixels after EXIF orientation, from the header alone.
@@ -245,15 +252,19 @@ def _too_large(path: StrPath, size: str, limit: int) -> ImageError:
 
 def _check_png(file: BinaryIO) -> None:
     """Raise ValueError where a checksum of compressed pixels is wrong."""
-    file.seek(0)
-    data = memoryview(file.read())
-    at = 8  # chunks: length, type, content, CRC-32 of type and content
-    while at + 12 <= len(data):
-        end = at + 8 + int.from_bytes(data[at : at + 4], "big")
-        stored = int.from_bytes(data[end : end + 4], "big")
-        if bytes(data[at + 4 : at + 8]) == b"IDAT" and zlib.crc32(data[at + 4 : end]) != stored:
+    file.seek(8)
+    while len(head := file.read(8)) == 8:  # chunks: length, type, content, CRC-32 of type and content
+        left, kind = int.from_bytes(head[:4], "big"), head[4:]
+        if kind != b"IDAT":
+            file.seek(left + 4, os.SEEK_CUR)
+            continue
+        checksum = zlib.crc32(kind)
+        while left and (piece := file.read(min(left, 1 << 20))):
+            checksum = zlib.crc32(piece, checksum)
+            left -= len(piece)
+        stored = file.read(4)
+        if not left and len(stored) == 4 and int.from_bytes(stored, "big") != checksum:
             raise ValueError("the checksum of its pixels is wrong: get this file again")
-        at = end + 4
 
 
 def _ends_with(file: BinaryIO, end: bytes) -> bool:

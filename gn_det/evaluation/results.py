@@ -13,7 +13,7 @@ from tabulate import tabulate
 
 from gn_det.errors import DataError
 from gn_det.files import StrPath, atomic_write, json_bytes
-from gn_det.structures import AnyDetections, to_numpy
+from gn_det.structures import AnyDetections, MaskCrop, crop_mask, to_numpy
 from gn_det.text import one_line
 
 if TYPE_CHECKING:
@@ -64,22 +64,24 @@ def detections_to_coco(image_id: Any, det: AnyDetections, category_ids: Sequence
 def encode_masks(masks: Tensor | np.ndarray) -> list[dict[str, Any]]:
     """Compressed RLE of (N, H, W) masks, any dtype, nonzero is inside: ``{"size": [H, W], "counts": text}``.
 
-    The same text as pycocotools' encoder writes. Runs go down columns, and an object covers few columns of its image:
-    only those are brought into column order, which is most of the work.
+    The same text as pycocotools' encoder writes. Only the part of a mask that holds its pixels is brought into column
+    order, which is most of the work.
     """
-    return [_encode(mask.astype(bool, copy=False)) for mask in to_numpy(masks)]
+    bitmaps = (to_numpy(mask).astype(bool, copy=False) for mask in masks)
+    return [encode_crop(crop_mask(bitmap), *bitmap.shape) for bitmap in bitmaps]
 
 
-def _encode(bitmap: np.ndarray) -> dict[str, Any]:
-    height, width = bitmap.shape
-    columns = np.flatnonzero(bitmap.any(axis=0))
-    edges = np.zeros(0, dtype=np.int64)
-    if len(columns):
-        first, end = int(columns[0]), int(columns[-1]) + 1
-        flat = bitmap[:, first:end].T.ravel()
-        edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1 + first * height
-        edges = np.concatenate([[first * height] * int(flat[0]), edges, [end * height] * int(flat[-1])])
-    counts = np.diff(np.concatenate([[0], edges, [height * width]])).astype(np.int64)
+def encode_crop(crop: MaskCrop, height: int, width: int) -> dict[str, Any]:
+    """:func:`encode_masks` of one mask of a (height, width) image, given by the part that holds its pixels."""
+    top, left, bitmap = crop
+    columns = np.zeros((bitmap.shape[1], bitmap.shape[0] + 2), dtype=np.int8)
+    columns[:, 1:-1] = bitmap.T
+    column, row = np.nonzero(np.diff(columns))  # where runs begin and end, in turn
+    edges = (column + left) * height + row + top
+    # A run that reaches the bottom continues at the top of the next column.
+    joined = np.flatnonzero(edges[1:-1:2] == edges[2::2]) * 2 + 1
+    edges = np.delete(edges, np.concatenate([joined, joined + 1]))
+    counts = np.diff(np.concatenate([[0], edges, [height * width]]))
     if len(counts) > 1 and counts[-1] == 0:
         counts = counts[:-1]
     rle = coco_mask.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)

@@ -6,18 +6,23 @@ import bisect
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
-from gn_det.structures import AnyDetections, rasterize_polygons, to_numpy
+from gn_det.structures import AnyDetections, MaskCrop, crop_mask, rasterize_polygons, to_numpy
 from gn_det.visualize.colors import Color, class_color
 
 if TYPE_CHECKING:
     from gn_det.data.records import Record
 
 Box = tuple[float, float, float, float]
+#: Which labels are drawn: all, those that fit (in a crowded image no label is larger than its object or covers
+#: another one), or none.
+Labels = Literal["all", "fit", "none"]
+#: What a colour stands for.
+Colors = Literal["class", "instance"]
 
 #: Fill opacity of a mask.
 _ALPHA = 0.45
@@ -25,6 +30,8 @@ _ALPHA = 0.45
 _ROWS = 128
 #: Characters of a name that are looked at for its label.
 _LONGEST = 200
+#: An image with more objects is crowded.
+_CROWD = 12
 
 
 def draw_detections(
@@ -35,6 +42,9 @@ def draw_detections(
     min_size: int = 640,
     max_size: int | None = None,
     show_scores: bool = True,
+    labels: Labels = "all",
+    colors: Colors = "class",
+    crops: Sequence[MaskCrop] | None = None,
 ) -> np.ndarray:
     """Draw detections on a copy of the image, with memory for one mask at a time.
 
@@ -45,21 +55,26 @@ def draw_detections(
         min_size: a smaller image is scaled up to about this longer side by a whole factor, to keep labels legible.
         max_size: a larger image is scaled down to this longer side before anything is drawn; None draws at full size.
         show_scores: add the score in percent to the label.
+        labels: which labels are drawn.
+        colors: one colour a class or an instance.
+        crops: the masks of the detections, if they are not in ``detections``.
 
     Returns:
         (H * k, W * k, 3) uint8 with k a whole number >= 1, or less where ``max_size`` says so.
     """
-    masks = detections.masks
+    masks, given = detections.masks, crops
 
-    def mask_of(index: int, height: int, width: int) -> np.ndarray:
+    def mask_of(index: int, height: int, width: int) -> MaskCrop:
+        if given is not None:
+            return _resized_crop(given[index], detections.image_size, height, width)
         assert masks is not None
-        return _resized(to_numpy(masks[index]).astype(bool, copy=False), height, width)
+        return crop_mask(_resized(to_numpy(masks[index]).astype(bool, copy=False), height, width))
 
     boxes = to_numpy(detections.boxes).astype(float)
     classes = detections.classes.tolist()
     scores = detections.scores.tolist() if show_scores else None
-    draw_masks = None if masks is None else mask_of
-    return _draw(image_rgb, boxes, classes, scores, class_names, draw_masks, min_size, max_size)
+    draw_masks = None if masks is None and given is None else mask_of
+    return _draw(image_rgb, boxes, classes, scores, class_names, draw_masks, min_size, max_size, labels, colors)
 
 
 def draw_annotations(
@@ -73,15 +88,15 @@ def draw_annotations(
     """Draw the annotations of an image as :func:`draw_detections` does; a mask is made when it is drawn."""
     annotations = record["annotations"]
 
-    def mask_of(index: int, height: int, width: int) -> np.ndarray:
+    def mask_of(index: int, height: int, width: int) -> MaskCrop:
         segmentation = annotations[index].get("segmentation")
         if isinstance(segmentation, dict):
             from pycocotools import mask as coco_mask
 
-            return _resized(coco_mask.decode(segmentation).astype(bool), height, width)
+            return crop_mask(_resized(coco_mask.decode(segmentation).astype(bool), height, width))
         scale = width / record["width"], height / record["height"]
         polygons = [np.asarray(p, float) * np.resize(scale, len(p)) for p in segmentation or []]
-        return rasterize_polygons(polygons, height, width)
+        return crop_mask(rasterize_polygons(polygons, height, width))
 
     boxes = np.array([a["bbox"] for a in annotations], dtype=np.float32).reshape(-1, 4).astype(float)
     boxes[:, 2:] += boxes[:, :2]
@@ -95,9 +110,11 @@ def _draw(
     classes: Sequence[int],
     scores: Sequence[float] | None,
     class_names: Sequence[str],
-    mask_of: Callable[[int, int, int], np.ndarray] | None,
+    mask_of: Callable[[int, int, int], MaskCrop] | None,
     min_size: int,
     max_size: int | None,
+    labels: Labels = "all",
+    colors: Colors = "class",
 ) -> np.ndarray:
     """Boxes (N, 4) XYXY, and masks by (index, height, width), on a copy of the image."""
     image = Image.fromarray(np.ascontiguousarray(image_rgb))
@@ -110,6 +127,7 @@ def _draw(
     if scale > 1:
         image = image.resize((width * scale, height * scale), Image.Resampling.BICUBIC)
     line = max(2, round(max(image.size) / 400))
+    color_of = [class_color(i if colors == "instance" else c) for i, c in enumerate(classes)]
     boxes = boxes * scale
     # Large objects first: what lies in front of them stays visible.
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
@@ -117,17 +135,21 @@ def _draw(
     if mask_of is not None:
         pixels = np.array(image)
         for i in order:
-            _paint_mask(pixels, mask_of(i, height, width), scale, class_color(classes[i]), line)
+            _paint_mask(pixels, mask_of(i, height, width), scale, color_of[i], line)
         image = Image.fromarray(pixels)
     canvas = ImageDraw.Draw(image)
     for i in order:
-        canvas.rectangle(_inside(boxes[i], image.size), outline=class_color(classes[i]), width=line)
+        canvas.rectangle(_inside(boxes[i], image.size), outline=color_of[i], width=line)
+    if labels == "none":
+        return np.array(image)
+    fit = labels == "fit" and len(boxes) > _CROWD
     font_size = max(13, round(max(image.size) / 48))
     taken: list[Box] = []
     for i in range(len(boxes)) if scores is None else np.argsort(-np.array(scores), kind="stable").tolist():
         text = _class_text(classes[i], class_names, 0.45 * image.width, font_size)
         text += "" if scores is None else f" {scores[i]:.0%}"
-        taken.append(_draw_label(canvas, text, font_size, boxes[i], class_color(classes[i]), taken, image.size))
+        spot = _draw_label(canvas, text, font_size, boxes[i], color_of[i], taken, image.size, fit)
+        taken += [] if spot is None else [spot]
     return np.array(image)
 
 
@@ -135,6 +157,16 @@ def _resized(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     if mask.shape == (height, width):
         return mask
     return np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
+
+
+def _resized_crop(crop: MaskCrop, size: tuple[int, int], height: int, width: int) -> MaskCrop:
+    """The part of a mask of an image of (height, width) ``size`` in the image resized to (height, width)."""
+    if size == (height, width) or 0 in crop.bitmap.shape:
+        return crop
+    y, x = height / size[0], width / size[1]
+    rows, columns = crop.bitmap.shape
+    small = max(round(rows * y), 1), max(round(columns * x), 1)
+    return MaskCrop(round(crop.top * y), round(crop.left * x), _resized(crop.bitmap, *small))
 
 
 def draw_grid(
@@ -186,14 +218,18 @@ def _inside(box: np.ndarray, size: tuple[int, int]) -> Box:
     return x0, y0, max(x0, x1), max(y0, y1)
 
 
-def _paint_mask(pixels: np.ndarray, mask: np.ndarray, scale: int, color: Color, line: int) -> None:
-    """Fill a (H, W) bool mask translucently and draw its outline, in place on the scaled pixels."""
-    rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if len(rows) == 0:
+def _paint_mask(pixels: np.ndarray, crop: MaskCrop, scale: int, color: Color, line: int) -> None:
+    """Fill a mask translucently and draw its outline, in place on the scaled pixels."""
+    bitmap = crop.bitmap
+    if bitmap.size == 0:
         return
     # A margin, so that the outline of a cut-out is that of the object.
-    top, left = max(rows[0] - 2, 0), max(cols[0] - 2, 0)
-    part = mask[top : rows[-1] + 3, left : cols[-1] + 3]
+    height, width = pixels.shape[0] // scale, pixels.shape[1] // scale
+    top, left = max(crop.top - 2, 0), max(crop.left - 2, 0)
+    bottom, right = min(crop.top + bitmap.shape[0] + 2, height), min(crop.left + bitmap.shape[1] + 2, width)
+    part = np.zeros((bottom - top, right - left), dtype=bool)
+    inside = part[crop.top - top :, crop.left - left :][: bitmap.shape[0], : bitmap.shape[1]]
+    inside[:] = bitmap[: inside.shape[0], : inside.shape[1]]
     stencil = Image.fromarray(part.astype(np.uint8) * 255)
     if scale > 1:
         # Blurred before it is cut at one half: the stairs of the small mask become a smooth line.
@@ -246,13 +282,19 @@ def _draw_label(
     color: Color,
     taken: Sequence[Box],
     size: tuple[int, int],
-) -> Box:
-    """Write a label on a filled ground at the box, inside the image, where it hides the fewest other labels."""
+    fit: bool,
+) -> Box | None:
+    """Write a label on a filled ground at the box, inside the image, where it hides the fewest other labels.
+
+    With ``fit`` a label is left out that is larger than its box or would hide another one; None is returned then.
+    """
     font = _font_for(text, font_size)
     pad = max(2, font_size // 5)
     left, _, right, _ = canvas.textbbox((0, 0), text, font=font)
     width, height = right - left + 2 * pad, font_size + 2 * pad
     x0, y0, x1, y1 = _inside(box, size)
+    if fit and width * height > (x1 - x0) * (y1 - y0):
+        return None
     spots = [(x0, y0 - height), (x0, y0), (x1 - width, y0 - height), (x0, y1), (x1 - width, y1), (x0, y1 - height)]
     spots += [(x0, y0 + k * height) for k in (1, 2)]
     placed = []
@@ -261,6 +303,8 @@ def _draw_label(
         placed.append((x, y, x + width, y + height))
     # min() keeps the first of equals: the order above is the order of preference.
     spot = min(placed, key=lambda s: sum(_overlap(s, other) for other in taken))
+    if fit and any(_overlap(spot, other) for other in taken):
+        return None
     canvas.rounded_rectangle(spot, radius=pad, fill=color)
     dark = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] < 150
     middle = (spot[0] + pad - left, spot[1] + height / 2)

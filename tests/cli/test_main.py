@@ -48,7 +48,7 @@ def test_config_file_is_an_alias() -> None:
         (["train", "--config", "nothing.yaml"], "neither a file nor a shipped config"),
         (["train", "--config", "gn_fpn", "SOLVER.BASELR", "1"], "did you mean SOLVER.BASE_LR"),
         (["train", "--config", "gn_fpn", "--train-json", "a.json"], "DATASETS.TRAIN_IMAGES is missing"),
-        (["predict", "--weights", "w", "--output", "o", "--threshold", "2", "a.jpg"], "between 0 and 1"),
+        (["predict", "--weights", "w", "--output", "o", "--threshold", "2", "a.jpg"], "give a number from 0 to 1"),
         (["predict", "--weights", "nowhere.pth", "--output", "o", "a.jpg"], "a.jpg: no such image"),
         (["eval", "--weights", "nowhere.pth"], "nowhere.pth"),
         (["trian"], "unknown command 'trian'; did you mean 'train'?"),
@@ -105,7 +105,7 @@ def test_sigterm_unwinds(capsys: pytest.CaptureFixture[str], tmp_path: Path, mon
         finally:
             cleaned.append(True)
 
-    monkeypatch.setattr("gn_det.engine.predictor.predict", predict)
+    monkeypatch.setattr("gn_det.prediction.images.predict", predict)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as ended:
         main(["predict", "--weights", "w", "--output", str(tmp_path), "a.jpg"])

@@ -17,9 +17,9 @@ pytest.importorskip("detectron2.config", reason="needs an installed Detectron2")
 
 from gn_det.checkpoint.io import read_checkpoint
 from gn_det.cli import main
-from gn_det.engine.predictor import PREDICTIONS_FILE
 from gn_det.engine.scalars import Metrics
 from gn_det.errors import UserError
+from gn_det.prediction.images import PREDICTIONS_FILE
 from tests.detectron2.cases import TINY, lines, own_data, state, tiny
 
 pytestmark = pytest.mark.detectron2

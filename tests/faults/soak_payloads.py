@@ -296,8 +296,8 @@ class _Weights:
 
     def read(self, parts: tuple[Any, ...]) -> Callable[[], None]:
         from gn_det.checkpoint.meta import config_of_checkpoint
-        from gn_det.engine.predictor import load_predictor
         from gn_det.engine.run import _classes_of
+        from gn_det.prediction.predictor import load_predictor
 
         outer = self
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,30 +14,37 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from gn_det.data.image import ImageReader
 from gn_det.engine.dist import resolve_device
-from gn_det.engine.predictor import Predictor, predict, select
 from gn_det.errors import ConfigError, DataError, UserError, WeightsError
 from gn_det.files import atomic_write
-from gn_det.structures import Detections
+from gn_det.prediction.images import predict
+from gn_det.prediction.predictor import Predictor, Selection
+from gn_det.structures import Detections, Sample
 
 NAMES = ("Kreis", "日本", "square")
 
 
-def detect(path: Path) -> Detections:
-    """Three objects wherever the file is an image, the second one below a threshold of 0.5."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            width, height = image.size
-    except OSError:
-        raise DataError(f"{path}: truncated") from None
+def find(sample: Sample) -> Detections:
+    """Three objects on every image, the second one below a threshold of 0.5."""
+    height, width = sample["height"], sample["width"]
     masks = torch.zeros(3, height, width, dtype=torch.bool)
     masks[:, 4:10, 5:20] = True
     boxes = torch.tensor([[5.0, 4, 20, 10]]).repeat(3, 1)
     return Detections((height, width), boxes, torch.tensor([0.6, 0.3, 0.9]), torch.tensor([0, 1, 2]), masks)
 
 
-PREDICTOR = Predictor(detect, NAMES, (7, 8, 19))
+def sample_of(image: Path | np.ndarray) -> Sample:
+    pixels = ImageReader("RGB").read(image) if isinstance(image, Path) else image
+    return Sample(image=torch.from_numpy(pixels.copy()), height=pixels.shape[0], width=pixels.shape[1])
+
+
+def fake(infer: Callable[[Sample], Detections], **more: Any) -> Predictor:
+    """A predictor of three classes that finds what ``infer`` says."""
+    return Predictor(sample_of, infer, NAMES, (7, 8, 19), **more)
+
+
+PREDICTOR = fake(find)
 
 
 def run(images, output: Path, **kwargs):
@@ -89,7 +98,7 @@ def test_threshold_and_classes(photos: Path, tmp_path: Path) -> None:
     assert found(threshold=0.95) == []
     with pytest.raises(ConfigError, match="did you mean 'square'"):
         run(image, tmp_path / "out", classes=["sqare"])
-    with pytest.raises(ConfigError, match="between 0 and 1"):
+    with pytest.raises(ConfigError, match="give a number from 0 to 1"):
         run(image, tmp_path / "out", threshold=50)
 
 
@@ -175,27 +184,28 @@ def test_names_that_are_not_utf_8_come_back_from_the_json(tmp_path: Path) -> Non
 
 
 def test_an_image_too_large_for_the_memory_costs_only_itself(photos: Path, tmp_path: Path) -> None:
-    def hungry(path: Path) -> Detections:
-        if path.name == "x.jpg":
+    seen = []
+
+    def hungry(sample: Sample) -> Detections:
+        seen.append(sample)
+        if len(seen) == 2:  # x.jpg
             raise RuntimeError(
                 "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
             )
-        return detect(path)
+        return find(sample)
 
     with pytest.raises(DataError, match=r"1 of 4 images could not be read.*x\.jpg: too little memory"):
-        predict(
-            "w", [photos], tmp_path / "out", predictor=Predictor(hungry, NAMES, (7, 8, 19)), report=lambda line: None
-        )
+        predict("w", [photos], tmp_path / "out", predictor=fake(hungry), report=lambda line: None)
     assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())["images"]) == 3
 
 
 def test_masks_of_the_best_are_not_copied() -> None:
     masks = torch.zeros(4, 8, 8, dtype=torch.bool)
     det = Detections((8, 8), torch.zeros(4, 4), torch.tensor([0.9, 0.8, 0.8, 0.1]), torch.tensor([0, 1, 0, 1]), masks)
-    kept = select(det, 0.5, None).masks
+    kept = Selection(0.5)(det).masks
     assert kept is not None and len(kept) == 3 and kept.data_ptr() == masks.data_ptr()
     masks[2] = True
-    some = select(det, 0.5, {0}).masks
+    some = Selection(0.5, {0})(det).masks
     assert some is not None and some.flatten(1).all(1).tolist() == [False, True]
 
 
@@ -213,7 +223,7 @@ def test_output_is_a_folder_or_nothing(photos: Path, tmp_path: Path) -> None:
 def test_the_threshold_itself_is_kept() -> None:
     """\"Lowest score kept\", also where it is no round number in binary; best first."""
     scores = torch.tensor([0.25, 0.5, 0.75])
-    found = select(Detections((4, 4), torch.zeros(3, 4), scores, torch.zeros(3, dtype=torch.int64)), 0.5, None)
+    found = Selection(0.5)(Detections((4, 4), torch.zeros(3, 4), scores, torch.zeros(3, dtype=torch.int64)))
     assert found.scores.tolist() == [0.75, 0.5]
 
 
@@ -222,12 +232,12 @@ def test_area_is_that_of_the_mask(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.new("RGB", (40, 30)).save(path)
 
-    def sparse(path: Path) -> Detections:
-        found = detect(path)
+    def sparse(sample: Sample) -> Detections:
+        found = find(sample)
         assert found.masks is not None
         found.masks[:, 5:] = False
         return found
 
-    predict("unused.pth", [path], tmp_path / "out", predictor=Predictor(sparse, NAMES, (7, 8, 19)))
+    predict("unused.pth", [path], tmp_path / "out", predictor=fake(sparse))
     areas = [a["area"] for a in json.loads((tmp_path / "out" / "predictions.json").read_text())["annotations"]]
     assert areas == [15.0, 15.0]

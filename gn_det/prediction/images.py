@@ -1,0 +1,306 @@
+"""Detect objects on images and write drawings, one COCO-style json and other formats.
+
+Loading, drawing and writing run in threads beside the model. Images are not put into one batch: on a CPU that is no
+faster, and the statistics of GN would change with the padding.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from gn_det.config.load import Overrides
+from gn_det.data.inputs import collect_images, output_names
+from gn_det.engine.advice import out_of_memory
+from gn_det.errors import ConfigError, DataError, UserError
+from gn_det.evaluation.results import detections_to_coco, encode_crop
+from gn_det.files import atomic_write
+from gn_det.prediction.outputs import PREDICTIONS_FILE, check_outputs, write_outputs
+from gn_det.prediction.pipeline import AHEAD, in_thread
+from gn_det.prediction.predictor import THRESHOLD, Predictor, Selection, crops_of, load_predictor
+from gn_det.prediction.tiles import LargeImage, Tiling, detect_tiles
+from gn_det.result import checked_threshold
+from gn_det.structures import Detections, MaskCrop, Sample
+from gn_det.terminal import say
+from gn_det.text import count, one_line, shown
+from gn_det.visualize.draw import Colors, Labels, draw_detections
+
+__all__ = ["PREDICTIONS_FILE", "Predictor", "load_predictor", "predict"]
+
+#: Longer side of the drawing of an image that is predicted in tiles.
+_LARGE = 4096
+
+
+def predict(
+    weights: str | os.PathLike[str],
+    inputs: Sequence[str | os.PathLike[str]] | str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    threshold: float | None = None,
+    classes: Sequence[str] | None = None,
+    agnostic_nms: bool = False,
+    save: Sequence[str] = ("drawings", "coco"),
+    labels: Labels = "fit",
+    colors: Colors = "class",
+    tiling: Tiling | None = None,
+    config: str | None = None,
+    overrides: Overrides = (),
+    device: str = "auto",
+    predictor: Predictor | None = None,
+    report: Callable[[str], None] = say,
+) -> dict[str, Any]:
+    """Detect on every image; write a drawing of each, ``predictions.json`` and other formats into ``output``.
+
+    Args:
+        weights: checkpoint of gn_det (config and classes come from it), or other weights with ``config``.
+        inputs: images, folders (searched with subfolders) and globs.
+        output: folder, made if absent.
+        threshold: lowest score kept, in [0, 1]; None takes those of the checkpoint, or 0.5.
+        classes: only these class names; None keeps all.
+        agnostic_nms: drop detections that overlap a better one of another class.
+        save: what is written; see :data:`gn_det.prediction.outputs.OUTPUTS`.
+        labels, colors: as for :func:`gn_det.visualize.draw.draw_detections`.
+        tiling: cut images into tiles; None predicts them whole.
+        config: path or shipped name; None takes the config stored in the checkpoint.
+        overrides: config keys and values that win over the config.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` ...
+        predictor: replaces ``weights`` and ``config``.
+        report: receives one line per image, and the notes.
+
+    Returns:
+        The content of ``predictions.json``: ``images`` (``id``, ``file_name``, ``height``, ``width``, ``drawing``),
+        ``categories``, ``annotations`` (COCO, with ``score`` and ``category_name``; RLE masks).
+
+    Raises:
+        UserError: nothing to do, unknown class or unusable weights; or, after all other images are done and written,
+            images that could not be read, named with their reasons.
+    """
+    check_outputs(save)
+    checked_threshold(THRESHOLD if threshold is None else threshold)
+    folder = named_folder(output)
+    given = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
+    paths, notes = collect_images(given, exclude=folder)
+    for note in notes:
+        report(f"note: {note}")
+    names = output_names(paths)
+    make_folder(folder)
+    _refuse_to_overwrite(folder, paths, names)
+    predictor = predictor or load_predictor(weights, config=config, overrides=overrides, device=device)
+    keep = Selection.of(predictor, threshold, classes, agnostic_nms)
+    categories = [{"id": i, "name": name} for i, name in zip(predictor.category_ids, predictor.class_names)]
+    document: dict[str, list[Any]] = {"images": [], "categories": categories, "annotations": []}
+    drawn = names if "drawings" in save else [""] * len(names)
+    job = _Job(predictor, keep, folder, labels, colors, tiling)
+    failed: list[str] = []
+    best, started = 0.0, time.perf_counter()
+    try:
+        for number, (path, name, result) in enumerate(zip(paths, names, job.run(paths, drawn)), 1):
+            if isinstance(result, str):
+                failed.append(result)
+                report(f"[{number}/{len(paths)}] skipped: {result}")
+                continue
+            best = max(best, result.best)
+            _add(document, path, name, result, predictor)
+            report(f"[{number}/{len(paths)}] {path}: {_summary(result.found, predictor.class_names)}")
+            for note in result.notes:
+                report(f"note: {path}: {note}")
+    finally:  # also what an interruption leaves
+        if document["images"]:
+            for note in write_outputs(save, document, folder):
+                report(f"note: {note}")
+    seconds = time.perf_counter() - started
+    some = "; ".join(one_line(f, 400) for f in failed[:3]) + ("; ..." if len(failed) > 3 else "")
+    done = len(document["images"])
+    if not done:
+        raise DataError(f"no image could be read: {some}")
+    report(f"{count(done, 'image')} in {seconds:.1f} s ({done / seconds:.2f} a second); {', '.join(save)} in {folder}")
+    if not document["annotations"]:
+        report(f"note: no object was found with {keep}; the best score was {best:.2f}")
+    if failed:
+        raise DataError(f"{len(failed)} of {len(paths)} images could not be read, the others are done: {some}")
+    return document
+
+
+class _Result(NamedTuple):
+    """What was found on one image: detections without masks, their entries in the json, and the best score of all."""
+
+    found: Detections
+    entries: list[dict[str, Any]]
+    best: float
+    notes: list[str]
+
+
+class _Job:
+    """Three stages for each image: load (a thread), detect (the caller's thread), draw and write (a thread)."""
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        keep: Selection,
+        folder: Path,
+        labels: Labels,
+        colors: Colors,
+        tiling: Tiling | None,
+    ) -> None:
+        self.predictor, self.keep, self.folder, self.tiling = predictor, keep, folder, tiling
+        self.labels: Labels = labels
+        self.colors: Colors = colors
+
+    def run(self, paths: Sequence[Path], drawings: Sequence[str]) -> Iterator[_Result | str]:
+        """Yield the result of each image in order, or why it has none; a drawing without name is not made."""
+        waiting: deque[tuple[Path, Future[_Result] | str]] = deque()
+        with ThreadPoolExecutor(1) as writer:
+            try:
+                for path, drawing, loading in zip(paths, drawings, in_thread(self._load, paths)):
+                    try:
+                        work = self._detect(loading)
+                        waiting.append((path, writer.submit(self._finish, drawing, *work)))
+                    except (DataError, RuntimeError, MemoryError) as error:
+                        waiting.append((path, _failure(path, error)))
+                    if len(waiting) > AHEAD:
+                        yield _outcome(*waiting.popleft())
+                while waiting:
+                    yield _outcome(*waiting.popleft())
+            finally:
+                writer.shutdown(wait=True, cancel_futures=True)
+
+    def _load(self, path: Path) -> tuple[Sample, np.ndarray] | LargeImage:
+        return self.predictor.load(path) if self.tiling is None else LargeImage(path, self.predictor.reader)
+
+    def _detect(
+        self, loading: Future[tuple[Sample, np.ndarray] | LargeImage]
+    ) -> tuple[Detections, list[MaskCrop] | None, np.ndarray | LargeImage, float, list[str]]:
+        loaded = loading.result()
+        if isinstance(loaded, LargeImage):
+            assert self.tiling is not None
+            found = detect_tiles(self.predictor, loaded, self.tiling, self.keep)
+            return found.detections, found.crops, loaded, found.best, found.notes
+        det = self.predictor.infer(loaded[0])
+        best = det.scores.max().item() if len(det) else 0.0
+        kept = self.keep(det)
+        return kept, crops_of(kept), loaded[1], best, []
+
+    def _finish(
+        self,
+        drawing: str,
+        det: Detections,
+        crops: list[MaskCrop] | None,
+        pixels: np.ndarray | LargeImage,
+        best: float,
+        notes: list[str],
+    ) -> _Result:
+        det.masks = None
+        if drawing:
+            if isinstance(pixels, LargeImage):
+                pixels = pixels.thumbnail(_LARGE)
+            write_png(self.folder / drawing, draw_scaled(pixels, det, crops, self.predictor, self.labels, self.colors))
+        return _Result(det, entries_of(det, crops, self.predictor), best, notes)
+
+
+def _outcome(path: Path, waiting: Future[_Result] | str) -> _Result | str:
+    if isinstance(waiting, str):
+        return waiting
+    try:
+        return waiting.result()
+    except (DataError, RuntimeError, MemoryError) as error:
+        return _failure(path, error)
+
+
+def _failure(path: Path, error: Exception) -> str:
+    """Why an image has no result; any other error than a bad image or too little memory is raised."""
+    if isinstance(error, DataError):
+        return str(error)
+    if not out_of_memory(error):
+        raise error
+    return f"{path}: too little memory for this image of {os.path.getsize(path)} bytes"
+
+
+def draw_scaled(
+    pixels: np.ndarray,
+    det: Detections,
+    crops: list[MaskCrop] | None,
+    predictor: Predictor,
+    labels: Labels,
+    colors: Colors,
+) -> np.ndarray:
+    """Draw detections on ``pixels``, which may be smaller than the image that they refer to."""
+    rows, columns = pixels.shape[0] / det.image_size[0], pixels.shape[1] / det.image_size[1]
+    if rows != 1 or columns != 1:
+        boxes = det.boxes * det.boxes.new_tensor([columns, rows, columns, rows])
+        det = Detections(det.image_size, boxes, det.scores, det.classes)
+    return draw_detections(pixels, det, predictor.class_names, labels=labels, colors=colors, crops=crops)
+
+
+def named_folder(output: str | os.PathLike[str]) -> Path:
+    """Return the output folder; raises ConfigError for a name that no folder can have."""
+    if not os.fspath(output) or "\0" in os.fspath(output):
+        raise ConfigError(f"output folder {shown(os.fspath(output))}: no folder can have this name; give another")
+    return Path(os.path.expanduser(output))
+
+
+def make_folder(folder: Path) -> None:
+    """Make the output folder before the model runs, so that an hour's work is not lost to a typo.
+
+    Raises:
+        UserError: it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another output folder") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: is not writable; choose another output folder")
+
+
+def _refuse_to_overwrite(folder: Path, paths: Sequence[Path], names: Sequence[str]) -> None:
+    images = {path.resolve() for path in paths}
+    for name in names:
+        if (folder / name).resolve() in images:
+            raise ConfigError(f"output folder {folder}: {name} would overwrite an input; choose another folder")
+
+
+def write_png(path: Path, picture: np.ndarray) -> None:
+    """Write an (H, W, 3) uint8 RGB image atomically."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="PNG", compress_level=1)
+    atomic_write(path, buffer.getvalue())
+
+
+def _summary(det: Detections, names: Sequence[str]) -> str:
+    """``3 objects: 2 dog, 1 cat``."""
+    counts = Counter(names[index] for index in det.classes.tolist()).most_common()
+    parts = [f"{n} {one_line(name, 60)}" for name, n in counts]
+    some = ", ".join(parts[:5]) + (", ..." if len(parts) > 5 else "")
+    return f"{count(len(det), 'object')}" + (f": {some}" if some else "")
+
+
+def entries_of(det: Detections, crops: list[MaskCrop] | None, predictor: Predictor) -> list[dict[str, Any]]:
+    """Return the annotation of each detection, without ids; ``crops`` are the masks."""
+    entries = []
+    for i, (index, result) in enumerate(zip(det.classes.tolist(), detections_to_coco(0, det, predictor.category_ids))):
+        del result["image_id"]
+        area = result["bbox"][2] * result["bbox"][3]
+        if crops is not None:
+            result["segmentation"] = encode_crop(crops[i], *det.image_size)
+            area = float(np.count_nonzero(crops[i].bitmap))
+        entries.append({**result, "category_name": predictor.class_names[index], "area": area, "iscrowd": 0})
+    return entries
+
+
+def _add(document: dict[str, list[Any]], path: Path, drawing: str, result: _Result, predictor: Predictor) -> None:
+    """Add an image and its detections to the json."""
+    image_id = len(document["images"]) + 1
+    height, width = result.found.image_size
+    image = {"id": image_id, "file_name": path.as_posix(), "height": height, "width": width, "drawing": drawing}
+    document["images"].append(image)
+    for number, entry in enumerate(result.entries, len(document["annotations"]) + 1):
+        document["annotations"].append({"id": number, "image_id": image_id, **entry})

@@ -1,0 +1,29 @@
+"""Stages that run in threads beside the model."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+#: Calls that are made before their results are asked for.
+AHEAD = 2
+
+
+def in_thread(function: Callable[[In], Out], items: Iterable[In], ahead: int = AHEAD) -> Iterator[Future[Out]]:
+    """Yield the finished or running call of each item in order, made in one thread at most ``ahead`` items early."""
+    waiting: deque[Future[Out]] = deque()
+    pool = ThreadPoolExecutor(1)
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > ahead:
+                yield waiting.popleft()
+        while waiting:
+            yield waiting.popleft()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,257 @@
+"""A trained model that takes images and gives detections, and which of these are kept."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.ops import nms
+
+from gn_det.data.image import ImageReader
+from gn_det.engine.dist import resolve_device
+from gn_det.errors import ConfigError, WeightsError
+from gn_det.result import checked_threshold
+from gn_det.structures import Detections, MaskCrop, Sample, crop_mask
+from gn_det.text import nearest, one_line, shown
+
+if TYPE_CHECKING:
+    from fvcore.common.config import CfgNode
+    from torch import nn
+
+    from gn_det.config.load import Overrides
+    from gn_det.engine.engines import Engine
+
+#: Lowest score kept where neither the user nor the checkpoint says one.
+THRESHOLD = 0.5
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A model and the names of what it finds.
+
+    Attributes:
+        sample: path of an image, or an (H, W, 3) uint8 array in RGB order (OpenCV frames are BGR: pass
+            ``frame[:, :, ::-1]``) -> what the model takes; raises DataError for an unreadable image.
+        infer: one sample -> its detections at the (upright) original size.
+        class_names: name of each class index.
+        category_ids: json category id of each class index.
+        reader: reads the RGB pixels of an image file, for drawing.
+        module: the model, in evaluation mode.
+        config: its resolved configuration.
+        thresholds: lowest score of each class, as the checkpoint stores it; () where it stores none.
+    """
+
+    sample: Callable[[Path | np.ndarray], Sample]
+    infer: Callable[[Sample], Detections]
+    class_names: Sequence[str]
+    category_ids: Sequence[int]
+    reader: ImageReader = field(default_factory=lambda: ImageReader("RGB"))
+    module: nn.Module | None = None
+    config: CfgNode | None = None
+    thresholds: Sequence[float] = ()
+
+    def detect(self, image: Path | np.ndarray) -> Detections:
+        """Return the detections of one image; see ``sample`` and ``infer``."""
+        return self.infer(self.sample(image))
+
+    def load(self, path: Path) -> tuple[Sample, np.ndarray]:
+        """Return what the model takes, and the RGB pixels, with the file decoded once where that gives both."""
+        pixels = self.reader.read(path)
+        # Pillow's way from some modes to gray is not that through RGB.
+        gray = self.config is not None and self.config.INPUT.FORMAT == "L"
+        return self.sample(path if gray else pixels), pixels
+
+
+def load_predictor(
+    weights: str | os.PathLike[str],
+    *,
+    config: str | None = None,
+    overrides: Overrides = (),
+    device: str = "auto",
+    engine: Engine | None = None,
+) -> Predictor:
+    """Build the model that a checkpoint describes and load it; ``engine`` None takes the embedded one if that has it.
+
+    Raises:
+        WeightsError: unreadable file, no stored config and none given, or weights that do not fill the model.
+        ConfigError: unusable config or device.
+    """
+    from gn_det.checkpoint.io import read_any
+    from gn_det.checkpoint.meta import read_meta
+    from gn_det.checkpoint.weights import load_weights
+    from gn_det.checkpoint.weights_uri import local_path
+    from gn_det.config import load_config, parse_config
+    from gn_det.config.load import merge_overrides
+    from gn_det.data.mapper import InferenceMapper
+
+    meta = read_meta(read_any(local_path(weights)), weights) or {}
+    if config is not None:
+        cfg = load_config(config)
+    elif meta.get("config"):
+        cfg = parse_config(meta["config"], os.fspath(weights))
+    else:
+        raise WeightsError(
+            f"{os.fspath(weights)}: no config is stored in this file; name the one it was trained with by --config"
+        )
+    merge_overrides(cfg, overrides)
+    names, ids = _classes_of(meta, cfg)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(names)
+    target = resolve_device(device, "device")
+    engine = engine or _engine_for(cfg, os.fspath(weights))
+    model = engine.build_model(cfg).eval()
+    load_weights(model, weights, cfg, require_all=True)
+    model.to(target)
+    detector = engine.detector(model)
+
+    @torch.inference_mode()
+    def infer(sample: Sample) -> Detections:
+        return detector([sample])[0]
+
+    return Predictor(
+        InferenceMapper(cfg), infer, names, ids, ImageReader.of(cfg, "RGB"), model, cfg, _thresholds(meta, len(names))
+    )
+
+
+def _engine_for(cfg: Any, source: str) -> Engine:
+    """Return the embedded engine, or Detectron2 for a model that only it implements.
+
+    Raises:
+        UserError: the model needs Detectron2, which is not installed or cannot be used.
+    """
+    from gn_det.config.check import check_config
+    from gn_det.engine import choice
+
+    name = "embedded"
+    try:
+        check_config(cfg)
+    except ConfigError as error:
+        with contextlib.suppress(ConfigError):  # neither engine implements the config: the model may not depend on it
+            check_config(cfg, "detectron2")
+            name = "detectron2"
+        if name == "detectron2" and not choice.is_installed():
+            raise ConfigError(
+                f"{source} needs Detectron2, which is not installed ({error}); see {choice.INSTALL_PAGE}"
+            ) from None
+    return choice.load(choice.Choice(name, ""))
+
+
+def _classes_of(meta: dict[str, Any], cfg: Any) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Names and ids: from the checkpoint, else from the config, else numbers."""
+    names, ids = tuple(meta.get("class_names") or ()), tuple(meta.get("category_ids") or ())
+    if not names:
+        names = tuple(cfg.MODEL.CLASS_NAMES)
+    if not names:
+        count = int(cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+        if count < 1:
+            raise ConfigError("MODEL.ROI_HEADS.NUM_CLASSES is 0 and the checkpoint stores no classes; set it")
+        names = tuple(f"class {i}" for i in range(count))
+    return names, ids if len(ids) == len(names) else tuple(range(1, len(names) + 1))
+
+
+def _thresholds(meta: dict[str, Any], count: int) -> tuple[float, ...]:
+    """The lowest score of each class that a checkpoint stores; () where it stores none that can be used."""
+    given = meta.get("thresholds")
+    if not isinstance(given, (list, tuple)) or len(given) != count:
+        return ()
+    return tuple(given) if all(isinstance(t, (int, float)) and 0 <= t <= 1 for t in given) else ()
+
+
+def wanted_classes(classes: Sequence[str] | None, names: Sequence[str]) -> set[int] | None:
+    """Indices of the named classes, whatever their case; None for all.
+
+    Raises:
+        ConfigError: an unknown name, or an empty list.
+    """
+    if classes is None:
+        return None
+    if not classes:
+        raise ConfigError("the list of classes is empty; name at least one, or leave it out for all")
+    lower = {name.lower(): i for i, name in enumerate(names)}
+    indices = set()
+    for name in classes:
+        index = names.index(name) if name in names else lower.get(name.lower())
+        if index is None:
+            near = nearest(name.lower(), lower, 1)
+            known = ", ".join(one_line(n, 60) for n in names[:10])
+            hint = f"did you mean {shown(names[lower[near[0]]])}?" if near else f"the model knows {known}"
+            raise ConfigError(f"class {shown(name)} is not one of the model's {len(names)} classes; {hint}")
+        indices.add(index)
+    return indices
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which detections are kept, best first.
+
+    Attributes:
+        threshold: lowest score, or one of each class, in [0, 1].
+        wanted: class indices; None keeps all.
+        agnostic_iou: drop a detection whose box overlaps that of a better one of any class by more; None drops none.
+    """
+
+    threshold: float | Sequence[float] = THRESHOLD
+    wanted: set[int] | None = None
+    agnostic_iou: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        predictor: Predictor,
+        threshold: float | None = None,
+        classes: Sequence[str] | None = None,
+        agnostic_nms: bool = False,
+    ) -> Selection:
+        """Check what a user asks for; without a ``threshold`` those of the checkpoint apply, or 0.5.
+
+        Raises:
+            ConfigError: a threshold outside [0, 1], or a class that the model does not know.
+        """
+        chosen: float | Sequence[float] = predictor.thresholds or THRESHOLD
+        if threshold is not None:
+            chosen = checked_threshold(threshold)
+        iou = None
+        if agnostic_nms:
+            cfg = predictor.config
+            iou = float(cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST) if cfg is not None else 0.5
+        return cls(chosen, wanted_classes(classes, predictor.class_names), iou)
+
+    def __str__(self) -> str:
+        if isinstance(self.threshold, (int, float)):
+            return f"a score of {self.threshold:g} or more"
+        return f"the score that the checkpoint asks of its class ({min(self.threshold):g} to {max(self.threshold):g})"
+
+    def __call__(self, det: Detections) -> Detections:
+        """Return the detections that are kept, on the CPU."""
+        scores, classes = det.scores.cpu(), det.classes.cpu()
+        lowest: Any = self.threshold
+        if not isinstance(lowest, (int, float)):
+            lowest = torch.tensor(lowest, dtype=scores.dtype)[classes]
+        keep = scores >= lowest
+        if self.wanted is not None:
+            keep &= torch.isin(classes, torch.tensor(sorted(self.wanted)))
+        index = torch.nonzero(keep).flatten()
+        index = index[scores[index].argsort(descending=True, stable=True)]
+        boxes = det.boxes.cpu()
+        if self.agnostic_iou is not None:
+            index = index[nms(boxes[index], scores[index], self.agnostic_iou)]
+        return Detections(det.image_size, boxes[index], scores[index], classes[index], _masks_at(det.masks, index))
+
+
+def _masks_at(masks: Tensor | None, index: Tensor) -> Tensor | None:
+    if masks is None:
+        return None
+    # The best ones usually come first: then no mask is copied.
+    first = torch.equal(index, torch.arange(len(index)))
+    return (masks[: len(index)] if first else masks[index.to(masks.device)]).cpu()
+
+
+def crops_of(det: Detections) -> list[MaskCrop] | None:
+    """Return the part of each mask that holds its pixels; None without masks."""
+    return None if det.masks is None else [crop_mask(mask) for mask in det.masks.numpy()]
