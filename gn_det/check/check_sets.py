@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from typing import Any
 
+from PIL import Image
+
 from gn_det.check.audit import Training, survey
 from gn_det.check.fix import Cleaner, changes_file, refuse_overwriting
 from gn_det.check.report import Report, as_json, as_text, look_across
-from gn_det.data.catalog import datasets_for
+from gn_det.data.catalog import DatasetSource, datasets_for
+from gn_det.data.sets import load_set
 from gn_det.errors import ConfigError, UserError
 from gn_det.files import atomic_write
 from gn_det.terminal import say
@@ -26,6 +30,7 @@ def check(
     json_out: str | None = None,
     html_out: str | None = None,
     fix_out: str | None = None,
+    augmented_out: str | None = None,
 ) -> int:
     """Check the training and validation sets of ``cfg`` and print the report.
 
@@ -36,6 +41,7 @@ def check(
         json_out: where to write the report as JSON.
         html_out: where to write it as one HTML page with images.
         fix_out: where to write a cleaned copy of the training annotations.
+        augmented_out: where to draw training images as the model sees them.
 
     Returns:
         0 clean (notes do not count), 1 warnings only, 2 errors.
@@ -50,7 +56,7 @@ def check(
         raise ConfigError("no training set is named: give --train-json, or a --config that names one")
     if fix_out and len(train) > 1:
         raise UserError(f"--fix {fix_out}: {len(train)} training sets are named; clean them one by one (--train-json)")
-    outputs = {"--fix": fix_out, "--json": json_out, "--html": html_out}
+    outputs = {"--fix": fix_out, "--json": json_out, "--html": html_out, "--augmented": augmented_out}
     refuse_overwriting(outputs, [s.json_file for s, _ in sources])
     training = Training.of(cfg)
     shown = sys.stderr.isatty()
@@ -62,6 +68,8 @@ def check(
             _fix(report, fix_out)
     finally:
         _write_reports(report, json_out, html_out)
+    if augmented_out:
+        _draw_augmented(cfg, train[0], augmented_out)
     return report.exit_code
 
 
@@ -102,3 +110,12 @@ def _write_reports(report: Report, json_out: str | None, html_out: str | None) -
 
         atomic_write(html_out, as_html(report).encode("utf-8", "backslashreplace"))
         say(f"{html_out}: this report with images")
+
+
+def _draw_augmented(cfg: Any, source: DatasetSource, target: str) -> None:
+    from gn_det.check.augmented import draw_augmented
+
+    buffer = io.BytesIO()
+    Image.fromarray(draw_augmented(cfg, load_set(cfg, source, quiet=True))).save(buffer, "PNG")
+    atomic_write(target, buffer.getvalue())
+    say(f"{target}: training images as the model sees them")

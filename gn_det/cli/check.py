@@ -15,9 +15,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     flags.add_config(parser)
     flags.add_data(parser, "train", "val")
+    flags.add_augment(parser)
     parser.add_argument("--images", action="store_true", help="decode every image, on all cores")
     parser.add_argument("--json", metavar="FILE", help="write the report as JSON")
     parser.add_argument("--html", metavar="FILE", help="write the report as one HTML page with drawn samples")
+    parser.add_argument("--augmented", metavar="FILE", help="draw training images as the model sees them (PNG)")
     parser.add_argument(
         "--fix",
         metavar="FILE",
@@ -33,4 +35,12 @@ def run(args: argparse.Namespace) -> int:
     cfg = flags.config_from_args(args)
     from gn_det.check.check_sets import check
 
-    return check(cfg, config=args.config, decode=args.images, json_out=args.json, html_out=args.html, fix_out=args.fix)
+    return check(
+        cfg,
+        config=args.config,
+        decode=args.images,
+        json_out=args.json,
+        html_out=args.html,
+        fix_out=args.fix,
+        augmented_out=args.augmented,
+    )

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 OVERRIDES = "config keys, such as SOLVER.BASE_LR 0.01 or SEED=1; they override flags and the config file"
 
+#: Presets of gn_det.config.presets, which imports too much for --help.
+AUGMENTATIONS = ("none", "light", "strong", "lsj")
+
 #: Upper limit of counts of processes, machines and the like.
 _MOST = 1_000_000
 
@@ -72,6 +75,15 @@ def add_data(parser: argparse.ArgumentParser, *splits: str) -> None:
         key, name = f"DATASETS.{split.upper()}", {"train": "training", "val": "validation"}[split]
         add_key(group, f"--{split}-json", f"{key}_JSON", f"{name} annotations", metavar="FILE")
         add_key(group, f"--{split}-images", f"{key}_IMAGES", f"folder of {name} images", metavar="DIR")
+
+
+def add_augment(parser: Any) -> None:
+    parser.add_argument(
+        "--augment",
+        choices=AUGMENTATIONS,
+        metavar="PRESET",
+        help=f"{', '.join(AUGMENTATIONS)}: replaces the augmentation of the config",
+    )
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
@@ -136,7 +148,11 @@ def config_from_args(args: argparse.Namespace, engine: str = "embedded") -> CfgN
     merge_overrides(cfg, flag_keys(args))
     if given.get("DATASETS.TRAIN_JSON") and not given["DATASETS.VAL_JSON"]:
         cfg.DATASETS.TEST = ()  # the config's own test set belongs to its own training set
-    merge_overrides(cfg, args.overrides)
+    literal = merge_overrides(cfg, args.overrides)
+    if given.get("augment"):
+        from gn_det.config.presets import apply_augmentation
+
+        apply_augmentation(cfg, args.augment, literal)
     if given.get("allow_partial"):
         from gn_det.checkpoint.weights_uri import with_option
 

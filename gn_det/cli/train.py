@@ -13,6 +13,7 @@ from gn_det.engine import choice
 def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add_config(parser, required=True)
     flags.add_data(parser, "train", "val")
+    flags.add_augment(parser)
     flags.add_run(parser)
     flags.add_key(parser, "--weights", "MODEL.WEIGHTS", "initial weights, a path or URI", metavar="FILE")
     parser.add_argument("--allow-partial", action="store_true", help="load matching tensors and report the rest")

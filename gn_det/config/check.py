@@ -147,6 +147,11 @@ def _check_data(cfg: CN) -> None:
         raise ConfigError(f"INPUT.CROP.SIZE is {shown(size)}; it must be fractions up to 1 for TYPE {kind}")
     if kind.startswith("absolute") and (min(size) < 1 or any(isinstance(side, float) for side in size)):
         raise ConfigError(f"INPUT.CROP.SIZE is {shown(size)}; it must be whole pixels for TYPE {kind}")
+    if cfg.INPUT.COPY_PASTE and not cfg.MODEL.MASK_ON:
+        raise ConfigError(
+            f"INPUT.COPY_PASTE {cfg.INPUT.COPY_PASTE:g} pastes objects by their masks, but MODEL.MASK_ON is False; set "
+            "INPUT.COPY_PASTE 0"
+        )
     for split in ("TRAIN", "VAL"):
         parts = (f"{split}_JSON", f"{split}_IMAGES")
         missing = [part for part in parts if not cfg.DATASETS[part]]

@@ -262,12 +262,13 @@ def merge_file(cfg: CN, path: Path) -> None:
         _set(cfg, name, value, source)
 
 
-def merge_overrides(cfg: CN, overrides: Overrides, source: str = "command line") -> None:
-    """Set the keys that ``overrides`` names; those of the schedule are then taken literally.
+def merge_overrides(cfg: CN, overrides: Overrides, source: str = "command line") -> set[str]:
+    """Set the keys that ``overrides`` names, and return them; those of the schedule are then taken literally.
 
     ``source`` says in an error where they come from.
     """
-    for name, value in overrides.items() if isinstance(overrides, Mapping) else _pairs(overrides):
+    pairs = dict(overrides.items() if isinstance(overrides, Mapping) else _pairs(overrides))
+    for name, value in pairs.items():
         if name in _SECTIONS:
             keys = [key.removeprefix(f"{name}.") for key in KEYS if key.startswith(f"{name}.")]
             raise ConfigError(f"{source}: {name} is a section, name one of its keys ({', '.join(keys)})")
@@ -276,6 +277,7 @@ def merge_overrides(cfg: CN, overrides: Overrides, source: str = "command line")
         _set(cfg, name, value, source)
         if KEYS[name].rescaled and name not in cfg.SOLVER.NO_RESCALE:
             cfg.SOLVER.NO_RESCALE = (*cfg.SOLVER.NO_RESCALE, name)
+    return set(pairs)
 
 
 def _pairs(argv: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import get_worker_info
 
+from gn_det.data.augment import OwnTransform
 from gn_det.data.coco import CocoDataset, check_trainable, refuse_if_too_many
 from gn_det.data.image import one_colour
 from gn_det.data.mapper import InferenceMapper, TrainMapper
@@ -30,7 +31,7 @@ from gn_det.data.samplers import (
     subset_stream,
 )
 from gn_det.data.workers import WorkerData, cores, load_batches, pack_samples, shared_memory_fits, unpack_samples
-from gn_det.errors import ConfigError, DataError
+from gn_det.errors import ConfigError, DataError, UserError
 from gn_det.structures import Sample
 from gn_det.text import count, one_line
 
@@ -58,7 +59,10 @@ class _Images(WorkerData):
 
     def __getitem__(self, batch: Sequence[Any]) -> tuple[Any, list[_Failure]]:
         failures: list[_Failure] = []
-        samples = [s for entry in batch if (s := self.load(entry, failures)) is not None]
+        try:
+            samples = [s for entry in batch if (s := self.load(entry, failures)) is not None]
+        except UserError as error:  # torch would bring it to the main process as a stack trace
+            return error, []
         self.note(-1)
         return samples if get_worker_info() is None else pack_samples(samples, self.shared_memory), failures
 
@@ -84,11 +88,14 @@ class _TrainImages(_Images):
                 self.note(candidate)
                 record = self.record(candidate)
                 try:
-                    return self.mapper(record, augmentation_state(self.seed, position))
+                    return self.mapper(record, augmentation_state(self.seed, position), self._another)
                 except DataError as error:
                     self._unreadable[candidate] = (record["file_name"], str(error))
             failures.append(self._unreadable[candidate])
         return None
+
+    def _another(self, rng: np.random.RandomState) -> Record:
+        return self.record(int(rng.randint(len(self.where))))
 
     def _candidates(self, index: int) -> Iterator[int]:
         """``index``, the images after it in its aspect group, then the others; one more than may be bad."""
@@ -131,6 +138,8 @@ class Loader:
 
     def _loaded(self) -> Iterator[list[Sample]]:
         for packed, failures in load_batches(self._data, self._batches(), self._workers):
+            if isinstance(packed, UserError):
+                raise packed
             for name, why in failures:
                 if name not in self.skipped:
                     self.skipped[name] = why
@@ -195,6 +204,7 @@ def build_train_loader(
     world_size: int = 1,
     seed: int,
     num_workers: int | None = None,
+    augment: OwnTransform | None = None,
 ) -> TrainLoader:
     """Endless training batches of ``images_per_rank`` samples, from batch ``start_batch`` on.
 
@@ -203,6 +213,7 @@ def build_train_loader(
         datasets: from :func:`gn_det.data.coco.load_coco`; more than one are concatenated.
         seed: non-negative; the same on every rank.
         num_workers: processes; default DATALOADER.NUM_WORKERS, at most the cores that this process may use.
+        augment: see :class:`gn_det.data.mapper.TrainMapper`.
 
     Raises:
         DataError: no image with objects, different classes, or no masks where MODEL.MASK_ON needs them.
@@ -217,9 +228,9 @@ def build_train_loader(
     keep = np.ones_like(has_objects) if kept else has_objects
     where = np.array([(d, i) for d, data in enumerate(datasets) for i in range(len(data))], np.int64).reshape(-1, 2)
     sizes = np.concatenate([d.sizes for d in datasets])[keep]
-    mapper = TrainMapper(cfg)
+    mapper = TrainMapper(cfg, augment)
     workers = _workers(cfg, num_workers)
-    shared_memory = shared_memory_fits(workers, images_per_rank * 3 * max(mapper.sizes) * mapper.max_size)
+    shared_memory = shared_memory_fits(workers, images_per_rank * 3 * mapper.max_pixels)
     data = _TrainImages(
         datasets, where[keep], int(cfg.DATALOADER.MAX_BAD), shared_memory, mapper=mapper, sizes=sizes, seed=seed
     )
@@ -237,7 +248,7 @@ def build_train_loader(
         len(sizes),
         num_empty=int((~has_objects).sum()),
         kept=kept,
-        warn_of_one_colour=not mapper.crop,  # a crop of sky is no mistake
+        warn_of_one_colour=not mapper.cuts,  # a crop of sky is no mistake
     )
 
 

@@ -1,4 +1,4 @@
-"""A record becomes a :class:`Sample`: read, crop, resize, flip, and ground truth moved along.
+"""A record becomes a :class:`Sample`: image read and augmented, ground truth moved along.
 
 Equal to Detectron2's ``DatasetMapper`` on the same record and the same random numbers: image tensor, boxes, classes and
 masks. Beyond it, one image may mix polygon and RLE objects whatever ``INPUT.MASK_FORMAT`` says.
@@ -7,24 +7,29 @@ masks. Beyond it, one image may mix polygon and RLE objects whatever ``INPUT.MAS
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
 
+from gn_det.data.augment import OwnTransform, apply_own, copy_paste, jitter_color, tight_box
 from gn_det.data.image import ImageReader, wrong_size
 from gn_det.data.records import Annotation, Record
 from gn_det.data.transforms import (
     Resize,
     Transform,
     apply_to_box,
+    apply_to_image,
     draw_crop,
     draw_flip,
+    draw_jitter,
     draw_resize,
+    draw_rotation,
     resized_shape,
 )
-from gn_det.errors import ConfigError
+from gn_det.errors import ConfigError, DataError
 from gn_det.structures import InstanceMask, Masks, Sample, Targets, rasterize_polygons
 
 #: Boxes with a side at or below this many pixels are no ground truth.
@@ -32,42 +37,92 @@ _MIN_SIDE = 1e-5
 
 
 class TrainMapper:
-    """Training samples with random crop, resize and flip drawn from an explicit random state."""
+    """Training samples, augmented as INPUT says by an explicit random state.
 
-    def __init__(self, cfg: Any) -> None:
-        size, crop = cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.CROP
+    Args:
+        cfg: INPUT and MODEL.MASK_ON are read.
+        augment: applied last, a transform of torchvision.transforms.v2.
+
+    Attributes:
+        cuts: an image may lose a part, so that boxes come from the masks.
+        max_pixels: of a sample's image.
+    """
+
+    def __init__(self, cfg: Any, augment: OwnTransform | None = None) -> None:
+        given, crop = cfg.INPUT, cfg.INPUT.CROP
+        size = given.MIN_SIZE_TRAIN
         self.sizes: tuple[int, ...] = (size, size) if isinstance(size, int) else tuple(size)
-        self.style = cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
+        self.style = given.MIN_SIZE_TRAIN_SAMPLING
         if self.style == "range" and len(self.sizes) != 2:
             raise ConfigError(f"INPUT.MIN_SIZE_TRAIN {size} needs (low, high) for MIN_SIZE_TRAIN_SAMPLING range")
-        self.max_size = cfg.INPUT.MAX_SIZE_TRAIN
-        self.flip = cfg.INPUT.RANDOM_FLIP
+        self.max_size = given.MAX_SIZE_TRAIN
+        self.flip = given.RANDOM_FLIP
         self.reader = ImageReader.of(cfg)
-        self.mask_format = cfg.INPUT.MASK_FORMAT
+        self.bgr = self.reader.image_format == "BGR"
+        self.mask_format = given.MASK_FORMAT
         self.masks_on = bool(cfg.MODEL.MASK_ON)
         self.crop: tuple[str, Sequence[float]] | None = (crop.TYPE, crop.SIZE) if crop.ENABLED else None
+        self.jitter: tuple[int, Sequence[float]] | None = (
+            (given.LSJ.SIZE, given.LSJ.SCALE) if given.LSJ.ENABLED else None
+        )
+        self.rotation, self.color, self.paste = float(given.ROTATION), given.COLOR_JITTER, float(given.COPY_PASTE)
+        self.augment = augment
+        self.cuts = bool(self.crop or self.jitter or self.rotation)
+        self.max_pixels = self.jitter[0] ** 2 if self.jitter else max(self.sizes) * self.max_size
 
-    def __call__(self, record: Record, rng: np.random.RandomState) -> Sample:
-        """Map one record; the result is a pure function of the record, its image file and the state of ``rng``.
+    def __call__(
+        self,
+        record: Record,
+        rng: np.random.RandomState,
+        other: Callable[[np.random.RandomState], Record] | None = None,
+    ) -> Sample:
+        """Map one record; the result is a function of the records, their image files and the state of ``rng`` alone.
+
+        Args:
+            other: draws the record that INPUT.COPY_PASTE pastes objects from.
 
         Raises:
             DataError: the image is missing, truncated, or not of the size that the record says.
+            ConfigError: the user's transform fails.
         """
+        sample = self._mapped(record, rng)
+        if self.paste and other is not None and rng.uniform() < self.paste:
+            with suppress(DataError):  # an unreadable image is counted when it is drawn itself
+                sample = copy_paste(sample, self._mapped(other(rng), rng), rng)
+        if self.augment is not None:
+            sample = apply_own(sample, self.augment, rng, bgr=self.bgr)
+        return sample
+
+    def _mapped(self, record: Record, rng: np.random.RandomState) -> Sample:
         pixels = read_record_image(record, self.reader)
+        # The reader's BGR is a view of RGB; what follows is faster on the RGB itself.
+        order = slice(None, None, -1 if pixels.strides[-1] < 0 else 1)
+        pixels = pixels[:, :, order]
         transforms: list[Transform] = []
-        draws: tuple[Callable[[tuple[int, int]], Transform | None], ...] = (
-            lambda shape: draw_crop(shape, *self.crop, rng) if self.crop else None,
-            lambda shape: draw_resize(shape, self.sizes, self.max_size, self.style, rng),
-            lambda shape: draw_flip(shape, self.flip, rng) if self.flip != "none" else None,
-        )
-        for draw in draws:
-            transform = draw(_shape(pixels))
-            if transform is not None:
-                transforms.append(transform)
-                pixels = transform.image(pixels)
-        sample = _sample(record, pixels)
+        for draw in self._draws(rng):
+            drawn = draw(_shape(pixels))
+            transforms += drawn
+            pixels = apply_to_image(drawn, pixels)
+        if any(self.color):
+            pixels = jitter_color(pixels, self.color, rng, bgr=self.bgr and order.step == 1)
+        sample = _sample(record, pixels[:, :, order])
         sample["targets"] = self.targets(record["annotations"], transforms, _shape(pixels))
         return sample
+
+    def _draws(self, rng: np.random.RandomState) -> Iterator[Callable[[tuple[int, int]], list[Transform]]]:
+        """Functions from an image's shape to transforms, in Detectron2's order."""
+        if self.jitter:
+            side, scale = self.jitter
+            yield lambda shape: draw_jitter(shape, side, scale, rng)
+        else:
+            if self.crop:
+                kind, size = self.crop
+                yield lambda shape: [draw_crop(shape, kind, size, rng)]
+            yield lambda shape: _some(draw_resize(shape, self.sizes, self.max_size, self.style, rng))
+        if self.flip != "none":
+            yield lambda shape: _some(draw_flip(shape, self.flip, rng))
+        if self.rotation:
+            yield lambda shape: [draw_rotation(shape, self.rotation, rng)]
 
     def targets(
         self, annotations: Sequence[Annotation], transforms: Sequence[Transform], shape: tuple[int, int]
@@ -84,9 +139,9 @@ class TrainMapper:
         masks = None
         if self.masks_on:
             masks = Masks([_moved_mask(a, transforms, shape, self.mask_format) for a in objects])
-            if self.crop:
-                # A crop leaves part of an object: its tight box is known from its mask only.
-                boxes = torch.from_numpy(np.array([_mask_box(m) for m in masks.masks], np.float32).reshape(-1, 4))
+            if self.cuts:
+                # Of what a cut or a rotation leaves of an object, only the mask gives the tight box.
+                boxes = torch.from_numpy(np.array([tight_box(m) for m in masks.masks], np.float32).reshape(-1, 4))
         keep = (boxes[:, 2] - boxes[:, 0] > _MIN_SIDE) & (boxes[:, 3] - boxes[:, 1] > _MIN_SIDE)
         if masks is not None:
             keep &= torch.tensor([_has_pixels(m) for m in masks.masks], dtype=torch.bool)
@@ -140,9 +195,13 @@ def _shape(pixels: np.ndarray) -> tuple[int, int]:
     return int(pixels.shape[0]), int(pixels.shape[1])
 
 
+def _some(transform: Transform | None) -> list[Transform]:
+    return [] if transform is None else [transform]
+
+
 def _sample(record: Record, pixels: np.ndarray) -> Sample:
     return Sample(
-        image=torch.as_tensor(np.array(pixels.transpose(2, 0, 1), order="C")),
+        image=torch.from_numpy(np.stack([pixels[:, :, c] for c in range(pixels.shape[2])])),  # faster than a transpose
         height=record["height"],
         width=record["width"],
         image_id=record["image_id"],
@@ -178,16 +237,3 @@ def _moved_mask(
 
 def _has_pixels(mask: InstanceMask) -> bool:
     return len(mask) > 0 if isinstance(mask, list) else bool(mask.any())
-
-
-def _mask_box(mask: InstanceMask) -> np.ndarray:
-    """Tight XYXY float32 box of a mask; without area where the mask is empty."""
-    if isinstance(mask, list):
-        if not mask:
-            return np.zeros(4, dtype=np.float32)
-        points = np.concatenate(mask).reshape(-1, 2).astype(np.float32)
-        return np.concatenate([points.min(axis=0), np.maximum(points.max(axis=0), 0)])
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if len(rows) == 0:
-        return np.zeros(4, dtype=np.float32)
-    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], dtype=np.float32)

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from gn_det.errors import UserError
+#: Gray that fills what lies outside the image, as in Detectron2's FixedSizeCrop.
+PAD_VALUE = 128
 
 
 class Transform:
-    """What every geometric transform offers. Arrays passed as coordinates may be changed in place."""
+    """Interface of a geometric transform. Arrays passed as coordinates may be changed in place."""
 
     def image(self, pixels: np.ndarray) -> np.ndarray:
         """(H, W, C) uint8 to (H', W', C) uint8."""
@@ -59,9 +61,21 @@ class Resize(Transform):
         points[:, 1] = points[:, 1] * (self.new_height * 1.0 / self.height)
         return points
 
+    def window(self, pixels: np.ndarray, crop: Crop) -> np.ndarray:
+        """What ``crop`` keeps of :meth:`image`, equal to the bit for less work.
+
+        Pillow scales along rows first, to 8 bits, and then along columns: columns outside the crop can go in between.
+        """
+        left, right = crop.x0, min(crop.x0 + crop.width, self.new_width)
+        top, bottom = crop.y0, min(crop.y0 + crop.height, self.new_height)
+        wide = _pillow(pixels).resize((self.new_width, self.height), Image.Resampling.BILINEAR)
+        columns = wide.crop((left, 0, right, self.height))
+        high = columns.resize((right - left, self.new_height), Image.Resampling.BILINEAR)
+        out = np.asarray(high.crop((0, top, right - left, bottom)))
+        return out.reshape(*out.shape[:2], *pixels.shape[2:])
+
     def _resize(self, pixels: np.ndarray, how: Image.Resampling) -> np.ndarray:
-        flat = pixels[:, :, 0] if pixels.shape[2:] == (1,) else pixels
-        out = np.asarray(Image.fromarray(flat).resize((self.new_width, self.new_height), how))
+        out = np.asarray(_pillow(pixels).resize((self.new_width, self.new_height), how))
         return out.reshape(*out.shape[:2], *pixels.shape[2:])
 
 
@@ -99,13 +113,7 @@ class Crop(Transform):
 
     def polygons(self, polygons: list[np.ndarray]) -> list[np.ndarray]:
         """Intersections with the window; invalid polygons are repaired by a zero-width buffer or dropped."""
-        try:
-            from shapely import geometry
-        except ImportError as error:
-            raise UserError(
-                "INPUT.CROP.ENABLED with polygon masks needs shapely: pip install shapely, or set INPUT.CROP.ENABLED "
-                "False"
-            ) from error
+        from shapely import geometry
 
         window = geometry.box(self.x0, self.y0, self.x0 + self.width, self.y0 + self.height).buffer(0.0)
         pieces = []
@@ -119,6 +127,75 @@ class Crop(Transform):
                 if isinstance(piece, geometry.Polygon) and not piece.is_empty and piece.is_valid:
                     pieces.append(np.asarray(piece.exterior.coords)[:-1])
         return [self.coords(p) for p in pieces]
+
+
+@dataclass(frozen=True)
+class Pad(Transform):
+    """Add rows below and columns to the right, up to ``height`` x ``width``: gray in images, empty in masks."""
+
+    height: int
+    width: int
+
+    def image(self, pixels: np.ndarray) -> np.ndarray:
+        return self._pad(pixels, PAD_VALUE)
+
+    def mask(self, bitmap: np.ndarray) -> np.ndarray:
+        return self._pad(bitmap, 0)
+
+    def coords(self, points: np.ndarray) -> np.ndarray:
+        return points
+
+    def _pad(self, array: np.ndarray, value: int) -> np.ndarray:
+        out = np.full((self.height, self.width, *array.shape[2:]), value, dtype=array.dtype)
+        out[: array.shape[0], : array.shape[1]] = array
+        return out
+
+
+@dataclass(frozen=True)
+class Rotate(Transform):
+    """Rotate counter-clockwise by ``degrees`` about the centre of a ``height`` x ``width`` image, whose size stays."""
+
+    height: int
+    width: int
+    degrees: float
+
+    def image(self, pixels: np.ndarray) -> np.ndarray:
+        return self._rotate(pixels, Image.Resampling.BILINEAR, PAD_VALUE)
+
+    def mask(self, bitmap: np.ndarray) -> np.ndarray:
+        return self._rotate(bitmap, Image.Resampling.NEAREST, 0)
+
+    def coords(self, points: np.ndarray) -> np.ndarray:
+        sin, cos = np.sin(np.deg2rad(self.degrees)), np.cos(np.deg2rad(self.degrees))
+        centre = np.array([self.width / 2, self.height / 2])
+        rotated: np.ndarray = (points - centre) @ np.array([[cos, -sin], [sin, cos]]) + centre
+        return rotated
+
+    def polygons(self, polygons: list[np.ndarray]) -> list[np.ndarray]:
+        """Rotated polygons, cut to the image."""
+        return Crop(0, 0, self.width, self.height).polygons([self.coords(p) for p in polygons])
+
+    def _rotate(self, array: np.ndarray, how: Image.Resampling, fill: int) -> np.ndarray:
+        picture = _pillow(array)
+        color: Any = (fill,) * len(picture.getbands()) if picture.mode != "L" else fill
+        return np.asarray(picture.rotate(self.degrees, how, fillcolor=color)).reshape(array.shape)
+
+
+def _pillow(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2:] == (1,) else pixels)
+
+
+def apply_to_image(transforms: Sequence[Transform], pixels: np.ndarray) -> np.ndarray:
+    """(H, W, C) uint8 pixels through all transforms."""
+    rest = list(transforms)
+    while rest:
+        transform = rest.pop(0)
+        if isinstance(transform, Resize) and rest and isinstance(rest[0], Crop):
+            crop = rest.pop(0)
+            pixels = transform.window(pixels, crop)  # type: ignore[arg-type]
+        else:
+            pixels = transform.image(pixels)
+    return pixels
 
 
 def resized_shape(height: int, width: int, short_side: int, max_size: int) -> tuple[int, int]:
@@ -167,6 +244,27 @@ def draw_crop(shape: tuple[int, int], kind: str, size: Sequence[float], rng: np.
     y0 = int(rng.randint(height - crop_h + 1))
     x0 = int(rng.randint(width - crop_w + 1))
     return Crop(x0, y0, int(crop_w), int(crop_h))
+
+
+def draw_jitter(
+    shape: tuple[int, int], size: int, scale: Sequence[float], rng: np.random.RandomState
+) -> list[Transform]:
+    """Large-scale jitter: fit the image into a square of ``size`` times a drawn factor, then cut and pad to ``size``.
+
+    Args:
+        scale: smallest and largest factor.
+    """
+    side = size * rng.uniform(scale[0], scale[1])
+    factor = min(side / shape[0], side / shape[1])
+    height, width = (max(round(length * factor), 1) for length in shape)
+    part = rng.uniform(0.0, 1.0)  # places the window along both axes
+    y0, x0 = (round(max(length - size, 0) * part) for length in (height, width))
+    return [Resize(*shape, height, width), Crop(x0, y0, size, size), Pad(size, size)]
+
+
+def draw_rotation(shape: tuple[int, int], degrees: float, rng: np.random.RandomState) -> Rotate:
+    """Rotate by an angle drawn from [-degrees, degrees]."""
+    return Rotate(*shape, float(rng.uniform(-degrees, degrees)))
 
 
 def apply_to_box(transforms: Sequence[Transform], box: np.ndarray) -> np.ndarray:

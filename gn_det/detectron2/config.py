@@ -188,6 +188,10 @@ def _mention_what_is_not_read(cfg: CfgNode) -> None:
         # Detectron2 scales by REFERENCE_WORLD_SIZE.
         "SOLVER.REFERENCE_BATCH": not solver.REFERENCE_WORLD_SIZE
         and solver.REFERENCE_BATCH not in (0, solver.IMS_PER_BATCH),
+        "INPUT.LSJ.ENABLED": cfg.INPUT.LSJ.ENABLED,
+        "INPUT.ROTATION": cfg.INPUT.ROTATION,
+        "INPUT.COLOR_JITTER": any(cfg.INPUT.COLOR_JITTER),
+        "INPUT.COPY_PASTE": cfg.INPUT.COPY_PASTE,
         "INPUT.BIT_DEPTH": cfg.INPUT.BIT_DEPTH and not all(map(is_own, sets)),
     }
     for name in [name for name, set_ in unread.items() if set_]:

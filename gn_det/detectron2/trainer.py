@@ -20,6 +20,7 @@ from torch import nn
 
 from gn_det.checkpoint.last import last_name
 from gn_det.checkpoint.meta import build_meta
+from gn_det.data.augment import OwnTransform
 from gn_det.detectron2.config import (
     check_for_trainer,
     has_gn_keys,
@@ -100,6 +101,7 @@ class Trainer(DefaultTrainer):
     Args:
         cfg: a config that went through :func:`gn_det.detectron2.add_gn_config`; not changed.
         overwrite: allow OUTPUT_DIR to hold an earlier run, whose checkpoints are then deleted.
+        augment: a transform of torchvision.transforms.v2 of your own, see :func:`gn_det.train`.
 
     Raises:
         UserError: configuration, data, weights or folder cannot be used.
@@ -107,7 +109,7 @@ class Trainer(DefaultTrainer):
 
     _hooks: list[Any]
 
-    def __init__(self, cfg: CfgNode, *, overwrite: bool = False) -> None:
+    def __init__(self, cfg: CfgNode, *, overwrite: bool = False, augment: OwnTransform | None = None) -> None:
         TrainerBase.__init__(self)
         if not has_gn_keys(cfg):
             raise ConfigError("the config lacks gn_det's keys: call gn_det.detectron2.add_gn_config(cfg) first")
@@ -118,7 +120,7 @@ class Trainer(DefaultTrainer):
         if not self._own_results():  # else the names are those of the user's evaluator
             check_metric(cfg)
         with self._log(), trainer_keys_are_read():
-            prepared = prepare(name_by_files(cfg))
+            prepared = prepare(name_by_files(cfg), augment)
             self.cfg = cfg = _with_names(prepared.cfg, cfg)
             prepare_config(cfg)
             model = self.build_model(cfg)

@@ -17,6 +17,7 @@ from torch import nn
 from gn_det.checkpoint.last import remove_leftovers
 from gn_det.checkpoint.weights import format_report, load_weights
 from gn_det.config import dump_config
+from gn_det.data.augment import OwnTransform
 from gn_det.data.loader import build_train_loader
 from gn_det.data.sets import RunData, load_run_data
 from gn_det.engine import dist
@@ -46,11 +47,13 @@ class Prepared:
     Attributes:
         cfg: with the classes of the data and the schedule for this number of processes.
         seed: of initialisation and data stream; equal on every rank.
+        augment: the user's transform.
     """
 
     cfg: CfgNode
     data: RunData
     seed: int
+    augment: OwnTransform | None = None
 
     def make_loader(self, start_batch: int, seed: int) -> Iterable[Any]:
         """This rank's endless micro-batches; see :data:`gn_det.engine.detector_loop.LoaderFactory`."""
@@ -63,12 +66,13 @@ class Prepared:
             rank=dist.rank(),
             world_size=world,
             seed=seed,
+            augment=self.augment,
         )
         logger.info(loader.summary())
         return loader
 
 
-def prepare(cfg: CfgNode) -> Prepared:
+def prepare(cfg: CfgNode, augment: OwnTransform | None = None) -> Prepared:
     """Read the data, settle and log classes and schedule, seed this process; all ranks together.
 
     Raises:
@@ -84,7 +88,7 @@ def prepare(cfg: CfgNode) -> Prepared:
     seed = dist.broadcast(int(cfg.SEED) if cfg.SEED >= 0 else secrets.randbelow(2**31))
     logger.info("Seed %d%s.", seed, "" if cfg.SEED >= 0 else " (drawn; SEED repeats the run)")
     seed_everything(seed + dist.rank())
-    return Prepared(cfg, data, seed)
+    return Prepared(cfg, data, seed, augment)
 
 
 def with_classes(cfg: CfgNode, count: int, names: tuple[str, ...]) -> CfgNode:

@@ -21,6 +21,8 @@ from gn_det.checkpoint.weights import format_report, load_weights
 from gn_det.config import dump_config, load_config
 from gn_det.config.check import check_config
 from gn_det.config.load import Overrides, merge_overrides
+from gn_det.config.presets import apply_augmentation
+from gn_det.data.augment import OwnTransform
 from gn_det.data.sets import estimate_sizes, load_test_sets
 from gn_det.data.workers import worker_failure
 from gn_det.engine import choice, dist
@@ -58,6 +60,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     hooks: Sequence[Hook] = (),
+    augment: str | OwnTransform | None = None,
     num_gpus: int = 1,
     num_machines: int = 1,
     machine_rank: int = 0,
@@ -74,6 +77,9 @@ def train(
         resume: continue from the newest checkpoint in OUTPUT_DIR; start where there is none.
         overwrite: replace an earlier run in OUTPUT_DIR: delete its checkpoints, move its metrics.json aside.
         hooks: your own :class:`gn_det.engine.loop.Hook` objects; several processes get them by pickle.
+        augment: ``"none"``, ``"light"``, ``"strong"`` or ``"lsj"`` in place of the config's augmentation; or a transform
+            of ``torchvision.transforms.v2`` that is applied after it, to an RGB image and a dict of boxes, labels and
+            masks.
         num_gpus: processes on this machine, one per GPU (on a CPU: plain processes).
         num_machines: machines that take part; each makes this call with its own ``machine_rank``.
         machine_rank: 0-based number of this machine.
@@ -86,7 +92,8 @@ def train(
     Raises:
         UserError: the config, data, weights or folder cannot be used, a loss is not finite, or the run was interrupted.
     """
-    cfg, engine = _resolve(config, overrides, engine)
+    preset, augment = (augment, None) if isinstance(augment, str) else (None, augment)
+    cfg, engine = _resolve(config, overrides, engine, preset)
     device = dist.resolve_device(cfg.MODEL.DEVICE)
     check_run(cfg, device, num_gpus * num_machines)
     folder = check_writable(cfg.OUTPUT_DIR)
@@ -94,7 +101,7 @@ def train(
         refuse_old_run(folder, overwrite=overwrite)
     result: dict[str, float] = dist.launch(
         _train_rank,
-        (cfg, engine, resume, overwrite, hooks),
+        (cfg, engine, resume, overwrite, hooks, augment),
         device=device,
         num_gpus=num_gpus,
         num_machines=num_machines,
@@ -143,13 +150,15 @@ def evaluate(
 
 
 def _resolve(
-    config: CfgNode | str | os.PathLike[str], overrides: Overrides, engine: str | Engine
+    config: CfgNode | str | os.PathLike[str], overrides: Overrides, engine: str | Engine, preset: str | None = None
 ) -> tuple[CfgNode, Engine]:
-    """An own copy of ``config`` with ``overrides``, checked for the engine, and the engine."""
+    """An own copy of ``config`` with an augmentation preset and ``overrides``, checked, and the engine."""
     chosen = choice.choose(engine) if isinstance(engine, str) else engine
     cfg = load_config(config, check=False) if isinstance(config, (str, os.PathLike)) else config.clone()
     cfg.defrost()
-    merge_overrides(cfg, overrides, "overrides")
+    literal = merge_overrides(cfg, overrides, "overrides")
+    if preset is not None:
+        apply_augmentation(cfg, preset, literal)
     check_config(cfg, chosen.name)
     return cfg, choice.load(chosen) if isinstance(chosen, choice.Choice) else chosen
 
@@ -190,12 +199,14 @@ def dry_run(cfg: CfgNode, engine: Engine, *, num_gpus: int = 1, num_machines: in
 # ------------------------------------------------------------ in each process
 
 
-def _train_rank(cfg: CfgNode, engine: Engine, resume: bool, overwrite: bool, hooks: Sequence[Hook]) -> dict[str, float]:
+def _train_rank(
+    cfg: CfgNode, engine: Engine, resume: bool, overwrite: bool, hooks: Sequence[Hook], augment: OwnTransform | None
+) -> dict[str, float]:
     with alone_in(cfg.OUTPUT_DIR), run_log(cfg.OUTPUT_DIR, rank=dist.rank()):
         try:
             if not resume and not overwrite:  # again: a run may have ended since
                 dist.on_first_rank(partial(refuse_old_run, Path(cfg.OUTPUT_DIR), overwrite=False))
-            return _train(cfg, engine, resume, hooks)
+            return _train(cfg, engine, resume, hooks, augment)
         except Exception as error:
             failure = worker_failure(error) if isinstance(error, RuntimeError) else None
             logger.error("stopped: %s", failure or error, extra=FILE_ONLY)  # the command line shows it by itself
@@ -204,12 +215,14 @@ def _train_rank(cfg: CfgNode, engine: Engine, resume: bool, overwrite: bool, hoo
             raise
 
 
-def _train(cfg: CfgNode, engine: Engine, resume: bool, hooks: Sequence[Hook]) -> dict[str, float]:
+def _train(
+    cfg: CfgNode, engine: Engine, resume: bool, hooks: Sequence[Hook], augment: OwnTransform | None
+) -> dict[str, float]:
     _log_environment(cfg, engine)
     point = find_resume(cfg.OUTPUT_DIR) if resume else None
     if point is None:
         check_freeze(cfg)
-    prepared = prepare(cfg)
+    prepared = prepare(cfg, augment)
     cfg, data = prepared.cfg, prepared.data
     model = engine.build_model(cfg)
     describe_model(cfg, model)

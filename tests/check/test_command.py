@@ -180,7 +180,18 @@ def test_sizes_on_a_border_belong_to_the_larger_bar(tmp_path: Path) -> None:
     assert sizes.labels()[3] == "16-32" and sizes.counts == (0, 0, 0, 1, 0, 0, 0, 0, 0, 0)
 
 
-@pytest.mark.parametrize("flag", ["--fix", "--json", "--html"])
+def test_augmented_images_are_drawn(tmp_path: Path) -> None:
+    """One sheet for one seed; another preset gives another."""
+    source, sheets = in_folder(tmp_path / "a"), []
+    for n, preset in enumerate(("none", "strong", "strong")):
+        out = tmp_path / f"{n}.png"
+        assert main(words(source, None, "--augment", preset, "--augmented", str(out), "SEED", "1")) < 2
+        sheets.append(np.asarray(Image.open(out)))
+    assert sheets[0].shape[1] > 1900 and np.array_equal(sheets[1], sheets[2])
+    assert sheets[0].shape != sheets[1].shape or not np.array_equal(sheets[0], sheets[1])
+
+
+@pytest.mark.parametrize("flag", ["--fix", "--json", "--html", "--augmented"])
 def test_never_over_the_input(tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str) -> None:
     source = write(tmp_path, bad_box)
     before = Path(source.json_file).read_bytes()

@@ -262,10 +262,10 @@ def test_hanging_worker_is_one_line(shapes: CocoDataset, monkeypatch: pytest.Mon
 
     mapper = loader_module.TrainMapper.__call__
 
-    def hangs(self: Any, record: Any, state: Any) -> Any:
+    def hangs(self: Any, record: Any, *others: Any) -> Any:
         if record["file_name"].endswith("000005.jpg"):
             time.sleep(3600)
-        return mapper(self, record, state)
+        return mapper(self, record, *others)
 
     monkeypatch.setattr(workers_module, "TIMEOUT", 5)
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)  # how long torch waits for its workers

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from gn_det.config import get_cfg
+from gn_det.data.augment import tight_box
 from gn_det.data.coco import load_coco
-from gn_det.data.mapper import InferenceMapper, TrainMapper, _mask_box
+from gn_det.data.mapper import InferenceMapper, TrainMapper
 from gn_det.data.transforms import (
     Crop,
     Flip,
@@ -154,8 +155,8 @@ def test_box_of_a_mask_holds_its_pixels() -> None:
     """Continuous coordinates: pixel i covers [i, i + 1). The corners of a polygon are its own."""
     bitmap = np.zeros((5, 7), dtype=bool)
     bitmap[2, 3] = True
-    assert _mask_box(bitmap).tolist() == [3, 2, 4, 3]
+    assert tight_box(bitmap).tolist() == [3, 2, 4, 3]
     bitmap[4, 6] = True
-    assert _mask_box(bitmap).tolist() == [3, 2, 7, 5]
-    assert _mask_box([np.array([1.5, 2.0, 4.0, 2.5, 3.0, 6.0])]).tolist() == [1.5, 2, 4, 6]
-    assert _mask_box(np.zeros((5, 7), dtype=bool)).tolist() == _mask_box([]).tolist() == [0, 0, 0, 0]
+    assert tight_box(bitmap).tolist() == [3, 2, 7, 5]
+    assert tight_box([np.array([1.5, 2.0, 4.0, 2.5, 3.0, 6.0])]).tolist() == [1.5, 2, 4, 6]
+    assert tight_box(np.zeros((5, 7), dtype=bool)).tolist() == tight_box([]).tolist() == [0, 0, 0, 0]

@@ -131,13 +131,15 @@ def test_train_samples_are_equal(
     _assert_same_training_samples(cfg, d2_cfg, data)
 
 
-def _assert_same_training_samples(cfg: Any, d2_cfg: Any, data: CocoDataset, images: int = 10) -> None:
+def _assert_same_training_samples(
+    cfg: Any, d2_cfg: Any, data: CocoDataset, images: int = 10, theirs: Any = None, first_seed: int = 0
+) -> None:
     from detectron2.data import DatasetMapper
 
-    ours, theirs = TrainMapper(cfg), DatasetMapper(d2_cfg, is_train=True)
+    ours, theirs = TrainMapper(cfg), theirs or DatasetMapper(d2_cfg, is_train=True)
     d2_records = _d2_records(data)
     assert [r["file_name"] for r in d2_records] == [r["file_name"] for r in data.records]
-    for seed, (record, d2_record) in enumerate(zip(list(data.records)[:images], d2_records)):
+    for seed, (record, d2_record) in enumerate(zip(list(data.records)[:images], d2_records), first_seed):
         np.random.seed(seed)
         want = theirs(copy.deepcopy(d2_record))
         got = ours(record, np.random.RandomState(seed))
@@ -170,6 +172,28 @@ def test_train_samples_of_the_shipped_configs(
 def test_cropped_polygons_are_equal(tmp_path: Path) -> None:
     pytest.importorskip("shapely", reason="polygons are cropped by shapely in both")
     test_train_samples_are_equal(tmp_path, "polygon", "polygon", True, "horizontal", "choice", False)
+
+
+@pytest.mark.parametrize(("kind", "mask_format"), [("polygon", "polygon"), ("polygon", "bitmask"), ("rle", "bitmask")])
+def test_large_scale_jitter_is_equal(tmp_path: Path, kind: str, mask_format: str) -> None:
+    """ResizeScale, FixedSizeCrop and RandomFlip of Detectron2's new baselines: pixels, boxes, masks.
+
+    Detectron2's default fills the padding of bitmaps with 255, which its masks take for object; 0 is meant.
+    """
+    from detectron2.data import DatasetMapper
+    from detectron2.data import transforms as T
+
+    data = load_coco(_make_dataset(tmp_path, kind=kind), max_bad=0)
+    cfg, d2_cfg = _cfgs(mask_format, crop=False, flip="horizontal", sampling="choice")
+    cfg.INPUT.LSJ.ENABLED, cfg.INPUT.LSJ.SIZE = True, 96
+    jitter = [
+        T.ResizeScale(0.1, 2.0, 96, 96),
+        T.FixedSizeCrop((96, 96), seg_pad_value=0),
+        T.RandomFlip(horizontal=True),
+    ]
+    theirs = DatasetMapper(d2_cfg, is_train=True, augmentations=jitter, recompute_boxes=True)
+    for round_ in range(3):
+        _assert_same_training_samples(cfg, d2_cfg, data, theirs=theirs, first_seed=100 * round_)
 
 
 def test_test_samples_are_equal(tmp_path: Path) -> None:
