@@ -6,7 +6,8 @@ import math
 from collections.abc import Collection
 from typing import Any
 
-from gn_det.config.defaults import CN
+from fvcore.common.config import CfgNode as CN
+
 from gn_det.config.load import merge_overrides
 from gn_det.errors import ConfigError
 from gn_det.text import shown

@@ -77,9 +77,9 @@ def train(
         resume: continue from the newest checkpoint in OUTPUT_DIR; start where there is none.
         overwrite: replace an earlier run in OUTPUT_DIR: delete its checkpoints, move its metrics.json aside.
         hooks: your own :class:`gn_det.engine.loop.Hook` objects; several processes get them by pickle.
-        augment: ``"none"``, ``"light"``, ``"strong"`` or ``"lsj"`` in place of the config's augmentation; or a transform
-            of ``torchvision.transforms.v2`` that is applied after it, to an RGB image and a dict of boxes, labels and
-            masks.
+        augment: ``"none"``, ``"light"``, ``"strong"`` or ``"lsj"`` in place of the config's augmentation; or your own
+            transform of ``torchvision.transforms.v2``, applied after it to an RGB image and a dict of boxes, labels
+            and masks.
         num_gpus: processes on this machine, one per GPU (on a CPU: plain processes).
         num_machines: machines that take part; each makes this call with its own ``machine_rank``.
         machine_rank: 0-based number of this machine.
