@@ -18,14 +18,13 @@ import torch
 from gn_det.about import __version__
 from gn_det.checkpoint.formats import torchvision
 from gn_det.checkpoint.formats.common import State, Weights
-from gn_det.checkpoint.io import read_head, save_checkpoint
+from gn_det.checkpoint.io import read_head, save_checkpoint, write_safetensors
 from gn_det.checkpoint.open_weights import open_weights
 from gn_det.checkpoint.parameter_names import architecture_of, shorten
 from gn_det.checkpoint.preprocessing import CAFFE, STEM, TORCH, Preprocessing, fold, show
-from gn_det.checkpoint.safetensors_file import write_safetensors
 from gn_det.checkpoint.weights_uri import local_path, sha256_of, split_options
 from gn_det.errors import WeightsError
-from gn_det.files import StrPath, check_regular
+from gn_det.files import StrPath
 from gn_det.text import one_line
 
 #: Layouts that can be written, and the preprocessing their users apply.
@@ -70,7 +69,7 @@ def convert(source: StrPath, target: StrPath, to: str = "", *, fold_stem: bool =
     _check_target(target, to)
     path, name = local_path(source), os.fspath(source)
     read_head(path)
-    if target.exists() and os.path.samefile(path, target):
+    if os.path.exists(target) and os.path.samefile(path, target):
         raise WeightsError(f"{target}: would replace its own source; give another name")
     weights = open_weights(source, must_know=fold_stem)
     if fold_stem:
@@ -95,21 +94,11 @@ def convert(source: StrPath, target: StrPath, to: str = "", *, fold_stem: bool =
 
 
 def _check_target(target: Path, to: str) -> None:
-    problem, suffix = "", target.suffix.lower()
-    try:
-        check_regular(target)
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        problem = f"cannot be written ({one_line(getattr(error, 'strerror', '') or error)}); give another name"
-    if suffix not in (".pth", ".pt", ".bin", ".safetensors"):
-        problem = problem or "name the new file .pth or .safetensors"
-    if to == "safetensors" and suffix != ".safetensors":
-        problem = problem or "name the new file .safetensors, or leave --to out"
-    if problem:
-        raise WeightsError(f"{one_line(str(target), 400)}: {problem}")
     if to not in ("", *LAYOUTS):
         raise WeightsError(f"--to {to}: one of {', '.join(LAYOUTS)}")
+    suffixes = [".safetensors"] if to == "safetensors" else [".pth", ".pt", ".bin", ".safetensors"]
+    if target.suffix.lower() not in suffixes:
+        raise WeightsError(f"{one_line(str(target), 400)}: name the new file {' or '.join(suffixes)}")
 
 
 def _fold(source: str, weights: Weights, usual: Preprocessing) -> None:

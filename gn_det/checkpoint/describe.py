@@ -24,40 +24,26 @@ def describe(path_or_uri: str) -> list[str]:
         WeightsError: unreadable.
     """
     weights = open_weights(path_or_uri, must_know=False)
-    path = local_path(path_or_uri)
-    found = architecture_of(weights.state)
+    path, state = local_path(path_or_uri), weights.state
+    found = architecture_of(state)
     norm = weights.norm or found.norm
-    parts = (weights.kind, *((found.resnet, NORM_NAMES.get(norm, norm)) if found.blocks else ()))
+    kind = (weights.kind, *((found.resnet, NORM_NAMES.get(norm, norm)) if found.blocks else ()))
+    dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in state.values()})
+    parts = Counter(map(part_of, state))
+    names = f": {one_line(shorten(weights.class_names, 5), 400)}" if weights.class_names else ""
     rows = {
         "file": f"{os.path.getsize(path) / 1e6:.1f} MB, sha256 {sha256_of(path)}",
-        "holds": one_line(", ".join(filter(None, parts))),
-        "tensors": _tensors(weights),
-        "parts": _parts(weights),
-        "classes": _classes(weights),
+        "holds": one_line(", ".join(filter(None, kind))),
+        "tensors": f"{len(state)}, {sum(v.numel() for v in state.values()) / 1e6:.1f} M numbers, {', '.join(dtypes)}",
+        "parts": ", ".join(f"{part} {parts[part]}" for part in PARTS if parts[part]),
+        "classes": f"{weights.num_classes}{names}" if weights.num_classes else "",
         "goes into": _WHERE.get(found.style, "a C4 detector") if found.blocks else "no known model",
-        "preprocessing": preprocessing_sentence(weights),
+        "preprocessing": _preprocessing(weights),
         "config keys": _keys(weights, found),
         "not used": shorten(weights.ignored) if weights.ignored else "",
         "provenance": _provenance(weights),
     }
     return [path_or_uri, *(f"  {name:14s}{value}" for name, value in rows.items() if value)]
-
-
-def _tensors(weights: Weights) -> str:
-    values = sum(value.numel() for value in weights.state.values())
-    dtypes = Counter(str(value.dtype).removeprefix("torch.") for value in weights.state.values())
-    return f"{len(weights.state)}, {values / 1e6:.1f} M numbers, {', '.join(sorted(dtypes))}"
-
-
-def _parts(weights: Weights) -> str:
-    counts = Counter(part_of(name) for name in weights.state)
-    return ", ".join(f"{part} {counts[part]}" for part in PARTS if counts[part])
-
-
-def _classes(weights: Weights) -> str:
-    number = weights.num_classes
-    names = f": {one_line(shorten(weights.class_names, 5), 400)}" if weights.class_names else ""
-    return f"{number}{names}" if number else ""
 
 
 def expects(needs: Preprocessing) -> str:
@@ -67,7 +53,7 @@ def expects(needs: Preprocessing) -> str:
     return f"{needs.format or 'channel order unknown'}, mean {mean}, std {std} (of 0-255){stride}"
 
 
-def preprocessing_sentence(weights: Weights) -> str:
+def _preprocessing(weights: Weights) -> str:
     """What the weights expect, and what loading makes of it."""
     if weights.preprocessing is None:
         ask = "; put ?preprocessing=caffe or ?preprocessing=torch behind the name" if weights.asks else ""
@@ -101,20 +87,13 @@ def _keys(weights: Weights, found: Architecture) -> str:
 
 def _provenance(weights: Weights) -> str:
     steps = (weights.meta or {}).get("provenance")
-    if not isinstance(steps, (list, tuple)):
-        return ""
-    said = [
-        _trained(step)
-        if step.get("trained") is True
-        else f"{one_line(step.get('source', ''), 80)} (sha256 {one_line(step.get('sha256', ''), 64)[:12]})"
-        for step in steps
-        if isinstance(step, dict)
-    ]
-    return " -> ".join(said)
+    return " -> ".join(_step(s) for s in steps if isinstance(s, dict)) if isinstance(steps, (list, tuple)) else ""
 
 
-def _trained(step: dict[str, Any]) -> str:
-    """What ``gn-det pretrain`` wrote: which classifier, of which epoch, how good."""
+def _step(step: dict[str, Any]) -> str:
+    """The source of a conversion, or the classifier that ``gn-det pretrain`` wrote: of which epoch, how good."""
+    if step.get("trained") is not True:
+        return f"{one_line(step.get('source', ''), 80)} (sha256 {one_line(step.get('sha256', ''), 64)[:12]})"
     error = step.get("top1_error", step.get("val_error"))
-    told = f", top-1 error {error:.2f} %" if isinstance(error, float) else ""
-    return f"{one_line(step.get('kind', ''), 80)} (epoch {one_line(step.get('epoch', '?'), 12)}{told})"
+    shown = f", top-1 error {error:.2f} %" if isinstance(error, float) else ""
+    return f"{one_line(step.get('kind', ''), 80)} (epoch {one_line(step.get('epoch', '?'), 12)}{shown})"

@@ -2,11 +2,12 @@
 
 A checkpoint is one ``torch.save`` archive ``{"model": state_dict, "iteration": int, ..., "gn_det": metadata}`` holding
 tensors and plain values alone, so that ``torch.load(weights_only=True)`` and Detectron2's ``DetectionCheckpointer``
-both read it.
+both read it. A safetensors file of ours has the metadata as JSON in its header.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections import OrderedDict
@@ -15,10 +16,8 @@ from typing import Any
 
 import torch
 
-from gn_det.checkpoint.numpy_pickle import read_pickle
-from gn_det.checkpoint.safetensors_file import read_safetensors
-from gn_det.checkpoint.torch_archive import DTYPES, check_view, read_archive, read_legacy, wrong_record
-from gn_det.checkpoint.unpickler import Refused
+from gn_det.checkpoint.torch_archive import DTYPES, NOT_SAVED, read_archive, read_legacy
+from gn_det.checkpoint.unpickler import MAX_KEY, Refused, check_values, read_pickle
 from gn_det.errors import WeightsError
 from gn_det.files import NotRegularFile, StrPath, atomic_write, open_regular
 from gn_det.text import one_line
@@ -28,10 +27,14 @@ _CONTAINERS = (dict, OrderedDict, list, tuple)
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
 # Tied weights have two names, seldom more; what is read may be this many times the file.
 _SHARED = 4
+# A ResNet-101 detector has some 60 kB of header; safetensors' own limit of 100 MB would become gigabytes of dicts.
+_MAX_HEADER = 8 << 20
+_META = "gn_det"
 
 _ZIP = b"PK\x03\x04"  # torch.save since 1.6
 _LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # before, a magic number as the first pickle
-_PICKLE = b"\x80"  # pickles since protocol 2
+# Protocol 0 and 1 have no mark: an empty dict, or a mark and a dict, or a dict's class.
+_PICKLE = re.compile(rb"\x80[\x01-\x05]|\(d[p.]|\}[q.(]|ccollections\n")
 _NOT_WEIGHTS = (
     (b"<", "a web page or XML, probably a failed download; download it again"),
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself; run `git lfs pull`"),
@@ -39,8 +42,6 @@ _NOT_WEIGHTS = (
     (b"\xff\xd8\xff", "a picture"),
     (b"\x1f\x8b", "a gzip archive; unpack it first"),
 )
-# Pickles of protocol 0 and 1 have no mark: an empty dict, or a mark and a dict, or a dict's class.
-_OLD_PICKLE = re.compile(rb"\(d[p.]|\}[q.(]|ccollections\n")
 
 
 def save_checkpoint(path: StrPath, payload: Mapping[str, Any]) -> None:
@@ -67,9 +68,8 @@ def check_payload(value: Any, where: str = "payload") -> None:
             f"{where} is a {type(value).__module__}.{type(value).__qualname__}; a checkpoint holds only tensors, "
             "dicts, lists, tuples, strings, numbers, booleans and None, so that it loads with weights_only=True"
         )
-    for key in value if isinstance(value, dict) else ():
-        check_payload(key, f"a key of {where}")
     for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        check_payload(key, f"a key of {where}")
         check_payload(item, f"{where}[{key!r}]")
 
 
@@ -100,29 +100,28 @@ def read_any(path: StrPath) -> dict[str, Any]:
     """
 
     def read(head: bytes) -> Any:
-        if looks_like_safetensors(head):
-            return read_safetensors(path)
-        if head.startswith((_ZIP, _LEGACY)) or not (head.startswith(_PICKLE) or str(path).endswith(".pkl")):
-            return _read_torch(path, head, mmap=True)
-        return read_pickle(path)
+        if _looks_like_safetensors(head):
+            return _read_safetensors(path)
+        pickled = head.startswith(b"\x80") or str(path).endswith(".pkl")
+        if pickled and not head.startswith((_ZIP, _LEGACY)):
+            return read_pickle(path)
+        return _read_torch(path, head, mmap=True)
 
     return _guarded(path, read)
 
 
 def _read_torch(path: StrPath, head: bytes, *, mmap: bool, verify: bool = False) -> Any:
-    if head.startswith(_PICKLE):
+    if head.startswith(b"\x80"):
         return read_legacy(path)
     if not head.startswith(_ZIP):
-        raise Refused("is not a checkpoint: torch.save did not write it; copy or download it again")
-    if verify and (broken := wrong_record(path)):
-        raise Refused(f"is damaged (checksum of {one_line(broken, 100)} is wrong); copy, download or train it again")
-    return read_archive(path, map_tensors=mmap)
+        raise Refused(NOT_SAVED)
+    return read_archive(path, map_tensors=mmap, verify=verify)
 
 
 def _guarded(path: StrPath, read: Callable[[bytes], Any]) -> dict[str, Any]:
     """The dict that ``read`` makes of a file that begins with the given bytes; whatever it raises names the file."""
     head, where = read_head(path), one_line(str(path), 400)
-    if mistake := known_mistake(head):
+    if mistake := _known_mistake(head):
         raise WeightsError(f"{where}: not a checkpoint but {mistake}")
     try:
         loaded = read(head)
@@ -135,6 +134,58 @@ def _guarded(path: StrPath, read: Callable[[bytes], Any]) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise WeightsError(f"{where}: holds a {type(loaded).__name__}, not a dict of weights")
     return loaded
+
+
+# ------------------------------------------------------------ safetensors
+
+
+def _read_safetensors(path: StrPath) -> dict[str, Any]:
+    """``{"model": tensors, "gn_det": block}``, or ``{"state_dict": ..., "metadata": ...}`` of a foreign file.
+
+    The tensors are mapped from the file; the library checks that they lie inside it and do not overlap.
+    """
+    from safetensors import safe_open
+
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        claimed = int.from_bytes(file.read(8), "little")
+    if claimed > min(_MAX_HEADER, size - 8):
+        raise Refused(
+            f"is a truncated or damaged safetensors file (it claims a header of {claimed} bytes, the file has {size}); "
+            "copy or download it again"
+        )
+    with safe_open(os.fspath(path), framework="pt", device="cpu") as file:
+        metadata = dict(file.metadata() or {})
+        names = list(file.keys())
+        if any(len(name) > MAX_KEY for name in names):
+            raise Refused(f"holds a tensor with a name of more than {MAX_KEY} characters")
+        tensors = {name: file.get_tensor(name) for name in names}
+    if _META not in metadata:
+        return {"state_dict": tensors, "metadata": metadata}
+    block = json.loads(metadata[_META])
+    check_values(block)
+    return {"model": tensors, _META: block}
+
+
+def write_safetensors(path: StrPath, state: Mapping[str, torch.Tensor], block: Mapping[str, Any]) -> None:
+    """Write tensors and the ``gn_det`` block atomically; the same content gives the same bytes.
+
+    Args:
+        path: target file.
+        state: contiguous tensors that do not share memory.
+        block: plain values.
+
+    Raises:
+        WriteError: the file cannot be written; an older one of that name is kept.
+    """
+    from safetensors.torch import save
+
+    data = save(dict(state), metadata={"format": "pt", _META: json.dumps(block, sort_keys=True)})
+    # The library writes the metadata in the order of a hash table, which changes from run to run.
+    begin = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:begin]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    atomic_write(path, (len(header).to_bytes(8, "little"), header, memoryview(data)[begin:]))
 
 
 # ------------------------------------------------------------ the first bytes of a file
@@ -163,22 +214,21 @@ def read_head(path: StrPath, size: int = 64) -> bytes:
     return head
 
 
-def looks_like_safetensors(head: bytes) -> bool:
+def _looks_like_safetensors(head: bytes) -> bool:
     """Whether the first bytes are a header's length and its opening brace."""
     return head[8:9] == b"{" and not head.startswith(_ZIP)
 
 
-def known_mistake(head: bytes) -> str:
-    """Return what a file that is not weights seems to be, and what to do; "" when it looks like nothing known."""
+def _known_mistake(head: bytes) -> str:
+    """What a file that is not weights seems to be, and what to do; "" when it looks like nothing known."""
     return next((what for magic, what in _NOT_WEIGHTS if head.lstrip().startswith(magic)), "")
 
 
 def not_weights(head: bytes) -> str:
     """Return what a file is instead of weights, by its first bytes; "" where it can be weights."""
-    pickled = re.match(rb"\x80[\x01-\x05]", head) or _OLD_PICKLE.match(head)
-    if head.startswith(_ZIP) or looks_like_safetensors(head) or pickled:
+    if head.startswith(_ZIP) or _looks_like_safetensors(head) or _PICKLE.match(head):
         return ""
-    return known_mistake(head) or f"something that begins with {one_line(head[:16], 80)}"
+    return _known_mistake(head) or f"something that begins with {one_line(head[:16], 80)}"
 
 
 # ------------------------------------------------------------ tensors
@@ -204,16 +254,9 @@ def check_tensors(path: StrPath, tensors: Mapping[str, Any]) -> None:
     """
     where, claimed, size = one_line(str(path), 400), 0, os.path.getsize(path)
     for name, value in tensors.items():
-        problem = tensor_problem(value)
-        if not problem:
-            items = value.untyped_storage().nbytes() // value.element_size()
-            try:
-                check_view(items, value.storage_offset(), tuple(value.shape), value.stride())
-            except Refused as error:
-                problem = str(error)
-            claimed += value.numel() * value.element_size()
-        if problem:
+        if problem := tensor_problem(value):
             raise WeightsError(f"{where}: entry {one_line(name, 60)!r} {problem}")
+        claimed += value.numel() * value.element_size()
         if claimed > _SHARED * size + 1024:
             raise WeightsError(
                 f"{where}: its entries share their contents so often that they are more than {_SHARED} times the file; "

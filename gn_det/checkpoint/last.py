@@ -14,12 +14,11 @@ from typing import Any
 
 from gn_det.checkpoint.io import read_checkpoint
 from gn_det.errors import WeightsError
-from gn_det.files import StrPath, atomic_write, check_regular, inside, open_regular
+from gn_det.files import StrPath, atomic_write, inside, open_regular
 from gn_det.text import one_line
 
 LAST = "last_checkpoint"
 _NUMBERED = re.compile(r"model_(\d+)\.pth$")
-_LONGEST_NAME = 255
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +32,7 @@ def last_name(folder: StrPath) -> str:
     """What ``last_checkpoint`` of ``folder`` says, as untrusted as any file; "" where there is no such file."""
     try:
         with open_regular(inside(folder, LAST)) as file:
-            return file.read(_LONGEST_NAME + 1).decode("utf-8", "replace").strip()
+            return file.read(256).decode("utf-8", "replace").strip()
     except (OSError, ValueError):
         return ""
 
@@ -42,17 +41,12 @@ def _read(folder: Path, name: str) -> dict[str, Any]:
     """Content of a file of ``folder``, checksums included.
 
     Raises:
-        WeightsError: it cannot be read, is not a regular file, or the name or a link leads out of the folder.
+        WeightsError: it cannot be read, or the name or a link leads out of the folder.
     """
     try:
-        if "/" in name or len(name) > _LONGEST_NAME:
-            raise ValueError("it is not the name of a file in that folder")
-        path = inside(folder, name)
-        check_regular(path)
+        return read_checkpoint(inside(folder, name), mmap=True, verify=True)
     except (OSError, ValueError) as error:
-        reason = one_line(getattr(error, "strerror", None) or error)
-        raise WeightsError(f"{one_line(os.fspath(folder / name), 300)}: cannot be used ({reason})") from None
-    return read_checkpoint(path, mmap=True, verify=True)
+        raise WeightsError(f"{one_line(os.fspath(folder / name), 300)}: cannot be used ({one_line(error)})") from None
 
 
 def read_last(folder: StrPath) -> Path | None:
@@ -98,19 +92,15 @@ def prune(folder: StrPath, keep: int) -> list[Path]:
     """Delete all but the ``keep`` newest ``model_<iteration>.pth`` of ``folder``; returns what was deleted.
 
     ``model_best.pth``, ``model_final.pth`` and the file ``last_checkpoint`` names always stay; ``keep <= 0`` keeps all.
-    A file that cannot be deleted is reported as a warning: a run does not stop for it.
+    A file that cannot be deleted is a warning: a run does not stop for it.
     """
-    folder = Path(folder)
-    numbered = sorted((int(m[1]), f) for f in folder.glob("model_*.pth") if (m := _NUMBERED.match(f.name)))
+    numbered = sorted((int(m[1]), f) for f in Path(folder).glob("model_*.pth") if (m := _NUMBERED.match(f.name)))
     last = last_name(folder)
     return _delete(file for _, file in numbered[:-keep] if file.name != last) if keep > 0 else []
 
 
 def remove_leftovers(folder: StrPath) -> list[Path]:
-    """Delete the temporary files that killed processes of this machine left in ``folder``; returns them.
-
-    A run that is killed while it writes, again and again, must not fill the disk with halves of checkpoints.
-    """
+    """Delete the temporary files that killed processes of this machine left in ``folder``; returns them."""
     files = [(file.name.rpartition("-")[2], file) for file in Path(folder).glob(".*.tmp-*")]
     return _delete(file for number, file in files if number.isdigit() and not _is_alive(int(number)))
 

@@ -1,7 +1,4 @@
-"""Recognise a weights file by its content and translate it: one row of :data:`FORMATS` per project.
-
-To add a format: a module in ``formats`` with its name table and ``translate``, and one row here.
-"""
+"""Recognise a weights file by its content and translate it: one row of :data:`FORMATS` per project."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,37 +29,27 @@ _CHANNELS = 16  # of an image, at most
 _OTHER_LAYERED = re.compile(r"(?:\w+\.)*layer[1-4]\.\d+\.conv1\.")
 
 
-@dataclass(frozen=True)
-class Format:
-    """One project: how its tensor names look, and how they become ours.
-
-    Attributes:
-        name: for messages.
-        recognises: whether the tensors with these names are of this format.
-        translate: from the tensors and the whole file; None for a format that is known but not read.
-        advice: what to do about a format that is not read.
-    """
-
-    name: str
-    recognises: Callable[[Collection[str]], bool]
-    translate: Callable[[State, Mapping[str, Any]], Weights] | None
-    advice: str = ""
+def _other_layered(names: Collection[str]) -> bool:
+    return any(_OTHER_LAYERED.match(name) for name in names)
 
 
-# First row that recognises the names wins; the last takes everything, so that the error can name the tensors.
-FORMATS: tuple[Format, ...] = (
-    Format("a Caffe2 / Detectron detector", caffe2.recognises_detector, caffe2.translate_detector),
-    Format("a Caffe2 / Detectron ImageNet backbone", caffe2.recognises_backbone, caffe2.translate_backbone),
-    Format("an mmdetection detector", mmdet.recognises, mmdet.translate),
-    Format("a torchvision, timm or mmdetection ResNet", torchvision.recognises, torchvision.translate),
-    Format(
-        "a torchvision or mmdetection model of another architecture",
-        lambda names: any(_OTHER_LAYERED.match(name) for name in names),
-        None,
-        "of those, plain ResNets (a state dict with conv1, layer1 ... layer4) and mmdetection's FPN detectors are read",
-    ),
-    Format("Detectron2", detectron2.recognises, detectron2.translate),
-    Format("an unknown model", lambda names: True, lambda state, _: Weights(state, "state dict of another model")),
+def _refuse_layered(state: State, payload: Mapping[str, Any]) -> Weights:
+    raise WeightsError(
+        "holds weights of a torchvision or mmdetection model of another architecture; of those, plain ResNets (a state "
+        "dict with conv1, layer1 ... layer4) and mmdetection's FPN detectors are read"
+    )
+
+
+# Whether tensor names are of a project, and what translates its tensors and the whole file. The first row that
+# recognises the names wins; the last takes everything, so that the error can name the tensors.
+FORMATS: tuple[tuple[Callable[[Collection[str]], bool], Callable[[State, Mapping[str, Any]], Weights]], ...] = (
+    (caffe2.recognises_detector, caffe2.translate_detector),
+    (caffe2.recognises_backbone, caffe2.translate_backbone),
+    (mmdet.recognises, mmdet.translate),
+    (torchvision.recognises, torchvision.translate),
+    (_other_layered, _refuse_layered),
+    (detectron2.recognises, detectron2.translate),
+    (lambda names: True, lambda state, _: Weights(state, "state dict of another model")),
 )
 
 
@@ -105,11 +91,9 @@ def read_weights(path: StrPath) -> Weights:
     payload = read_any(path)
     meta = read_meta(payload, path)
     state = _tensors(path, _state_of(path, payload))
-    layout = next(f for f in FORMATS if f.recognises(state.keys()))
-    if layout.translate is None:
-        raise WeightsError(f"{path}: holds weights of {layout.name}; {layout.advice}")
+    translate = next(translate for recognises, translate in FORMATS if recognises(state.keys()))
     try:
-        weights = layout.translate(state, payload)
+        weights = translate(state, payload)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
     if meta is not None:

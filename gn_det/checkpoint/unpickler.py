@@ -1,15 +1,14 @@
 """Read pickles without executing anything, in bounded time and memory.
 
 :class:`Unpickler` follows the opcodes that build plain values; a name in the pickle resolves to a constructor of ours
-or is refused. It reads ``.pkl`` files of numpy arrays (``numpy_pickle``) and torch's files (``torch_archive``).
+or is refused. :func:`read_pickle` reads numpy arrays with it, ``torch_archive`` torch's files.
 
-It is built on the standard library's pure-Python unpickler: its memo is a dict, so a hostile memo index costs nothing,
-whereas the C one allocates a table of that size. A weights file has few thousand opcodes, so speed does not matter.
+It extends the standard library's pure-Python unpickler, whose memo is a dict: the C one allocates a table as long as
+the largest memo index. A weights file has a few thousand opcodes, so speed does not matter.
 
-What a few hundred bytes can do to any other reader, and what stops it here: dict keys whose hash takes for ever (keys
-are short strings or integers), millions of levels, containers that hold themselves or share their contents so often
-that walking through them never ends (:func:`check_values`), and a long text that is decoded again and again
-(:meth:`Stream.copies`).
+A few hundred bytes can keep any other reader busy forever. What stops them here: dict keys are short strings or
+integers (hashing nested tuples takes exponential time), :func:`check_values` limits levels and places (containers may
+hold themselves, or share their contents exponentially often), and :meth:`Stream.copies` limits repeated copying.
 """
 
 from __future__ import annotations
@@ -18,12 +17,13 @@ import itertools
 import mmap
 import pickle
 import re
-import struct
-import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import numpy as np
+
+from gn_det.files import StrPath, open_regular
 from gn_det.text import one_line
 
 # A Mask R-CNN R-50-FPN with its optimizer has some 20,000 opcodes and 8 levels.
@@ -33,30 +33,21 @@ MAX_DEPTH = 64
 MAX_TEXT = 8 << 20  # characters
 MAX_KEY = 512  # characters of a dict's key
 _MAX_BITS = 256  # of an integer
-_MAX_DIMS = 32
-_MAX_LINE = 250  # bytes of a number or a name written as text
-
 # Longer Python 2 strings are array contents: kept as bytes instead of a detour through latin1 text.
 _LONG_STRING = 256
-_LONG_READ = 1 << 16  # the protocols keep what is longer out of their frames
-# Contents of an array may be written as latin1 text; one wider character would make four bytes of each.
-_LONG_TEXT = 1 << 20
-_WIDE = re.compile(rb"[\xc4-\xff]")
-_WIDE_ESCAPE = re.compile(rb"\\(?:U|u(?!00))")
+_LONG_READ = 1 << 16  # longer values are never inside a pickle's frame
+_DTYPE = re.compile(r"[<>|=]?(?:b1|[iu][1248]|f[248])$")
 
 #: What a pickle may name, by module and name: functions that it may call instead, and values.
 Table = dict[tuple[str, str], Any]
 
 
 class Refused(Exception):
-    """The file asks for something that is not allowed; the message follows the file's name."""
+    """The file holds something that is not allowed; the message follows the file's name."""
 
 
 class Stream:
-    """Part of a mapped file that never promises more bytes than it has: a claimed length costs no memory.
-
-    Long reads are views of the mapping, so that the contents of arrays are not copied here.
-    """
+    """Part of a mapped file as a file object. A claimed length costs no memory: long reads are views of the mapping."""
 
     def __init__(self, mapped: mmap.mmap, begin: int = 0, size: int | None = None) -> None:
         self._map, self._view, self.at = mapped, memoryview(mapped), begin
@@ -84,7 +75,7 @@ class Stream:
 
 
 def check_values(value: Any) -> None:
-    """Check that dicts, lists and tuples have few levels and places, so that others may walk through them.
+    """Check that dicts, lists and tuples have few levels and places, so that it is cheap to walk through them.
 
     Raises:
         Refused: too many (shared values count each time), too much text, or an integer of more than 256 bits.
@@ -100,26 +91,24 @@ def check_values(value: Any) -> None:
         if text > MAX_TEXT:
             raise Refused(f"holds more than {MAX_TEXT} characters of text (shared ones count each time)")
         if places > MAX_PLACES:
-            raise Refused(
-                f"holds more than {MAX_PLACES} values (shared ones count each time), which no weights file does"
-            )
+            raise Refused(f"holds more than {MAX_PLACES} values (shared ones count each time)")
         if any(isinstance(v, int) and v.bit_length() > _MAX_BITS for v in level):
             raise Refused(f"holds an integer of more than {_MAX_BITS} bits, which no weights file does")
     raise Refused(f"nests its values more than {MAX_DEPTH} levels deep, which no weights file does")
 
 
-class Pending:
+class _Pending:
     """An array between its creation and its BUILD opcode."""
 
     array: Any = None
 
 
 class _Memo(dict[int, Any]):
-    """The memo of an unpickler; it gives the array of a :class:`Pending`."""
+    """Memo of an unpickler that replaces a :class:`_Pending` by its array."""
 
     def __getitem__(self, key: int) -> Any:
         value = super().__getitem__(key)
-        return value.array if isinstance(value, Pending) and value.array is not None else value
+        return value.array if isinstance(value, _Pending) and value.array is not None else value
 
 
 # Any: the attributes that opcodes work on (stack, memo, read) are not in the type stubs.
@@ -129,9 +118,9 @@ _Stop: Any = pickle._Stop  # type: ignore[attr-defined, unused-ignore]
 # Left out: INST, OBJ, NEWOBJ, PERSID, the extension registry, sets, buffers. No weights file has them.
 _OPCODES = (
     "PROTO FRAME STOP POP POP_MARK DUP MARK NONE NEWTRUE NEWFALSE INT LONG LONG1 LONG4 BININT BININT1 BININT2 FLOAT "
-    "BINFLOAT BINSTRING SHORT_BINSTRING SHORT_BINUNICODE BINBYTES SHORT_BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE TUPLE1 "
-    "TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE "
-    "GLOBAL STACK_GLOBAL BINPERSID"
+    "BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES "
+    "BINBYTES8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT GET BINGET LONG_BINGET "
+    "PUT BINPUT LONG_BINPUT MEMOIZE GLOBAL STACK_GLOBAL BINPERSID REDUCE"
 )
 
 
@@ -140,7 +129,7 @@ class Unpickler(_Base):  # type: ignore[misc, unused-ignore]
 
     Args:
         stream: where to read; several pickles may follow each other.
-        table: what the pickle may name.
+        table: what the pickle may name, beside plain containers.
         storages: gives the storage of a persistent id, by which torch refers to data outside the pickle.
         build: what BUILD gives for a value and its state, for values other than dicts.
     """
@@ -156,8 +145,7 @@ class Unpickler(_Base):  # type: ignore[misc, unused-ignore]
         build: Callable[[Any, Any], Any] | None = None,
     ) -> None:
         super().__init__(stream, encoding="latin1")
-        self._table, self._storages, self._build = table, storages, build
-        self._longest_line = _MAX_LINE
+        self._table, self._storages, self._build = _plain_constructors(stream) | table, storages, build
 
     def load(self) -> Any:
         """Return the one value of a pickle.
@@ -167,7 +155,7 @@ class Unpickler(_Base):  # type: ignore[misc, unused-ignore]
             Exception: of any type, for damaged bytes.
         """
         self._unframer = _Unframer(self._file_read, self._file_readline)
-        self.read, self.memo = self._unframer.read, _Memo()
+        self.read, self.readline, self.memo = self._unframer.read, self._unframer.readline, _Memo()
         self.stack: list[Any] = []
         self.metastack: list[list[Any]] = []
         self.append = self.stack.append
@@ -178,12 +166,6 @@ class Unpickler(_Base):  # type: ignore[misc, unused-ignore]
             check_values(stop.value)
             return stop.value
         raise Refused(f"has more than {MAX_OPCODES} pickle opcodes, which no weights file does")
-
-    def readline(self) -> bytes:
-        line: bytes = self._unframer.readline()
-        if len(line) > self._longest_line:
-            raise Refused(f"writes a number or a name with {len(line)} characters, which no weights file does")
-        return line
 
     def find_class(self, module: str, name: str) -> Any:
         try:
@@ -204,45 +186,21 @@ class Unpickler(_Base):  # type: ignore[misc, unused-ignore]
 
     # The opcodes that are not the standard library's.
 
-    def _load_string(self) -> None:
-        self._longest_line = sys.maxsize
-        _Base.load_string(self)
-        self._longest_line = _MAX_LINE
-
-    def _load_unicode(self) -> None:
-        self._append_text(self._unframer.readline()[:-1], "raw-unicode-escape", _WIDE_ESCAPE)
-
-    def _load_text(self, form: str) -> None:
-        (size,) = struct.unpack(form, self.read(struct.calcsize(form)))
-        self._append_text(self.read(size), "utf-8", _WIDE)
-
-    def _append_text(self, data: bytes | memoryview, encoding: str, wide: re.Pattern[bytes]) -> None:
-        if len(data) > _LONG_TEXT and wide.search(data):
-            raise Refused("holds a text of several megabytes, which no weights file does")
-        self.append(str(data, encoding, "surrogatepass"))
-
     def _load_bytearray(self) -> None:  # the standard one allocates what is claimed
-        (size,) = struct.unpack("<Q", self.read(8))
-        self.append(self.read(size))
+        self.append(self.read(int.from_bytes(self.read(8), "little")))
 
     def _load_dict(self) -> None:
         items = self.pop_mark()
         self.append({})
-        set_items(self.stack[-1], items)
+        _set_items(self.stack[-1], items)
 
     def _load_setitem(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
-        set_items(self.stack[-1], [key, value])
+        _set_items(self.stack[-1], [key, value])
 
     def _load_setitems(self) -> None:
         items = self.pop_mark()
-        set_items(self.stack[-1], items)
-
-    def _load_reduce(self) -> None:
-        args, function = self.stack.pop(), self.stack[-1]
-        if not callable(function) or type(args) is not tuple:
-            raise Refused("calls something that is not a constructor")
-        self.stack[-1] = function(*args)
+        _set_items(self.stack[-1], items)
 
     def _load_build(self) -> None:
         state, top = self.stack.pop(), self.stack[-1]
@@ -253,9 +211,7 @@ class Unpickler(_Base):  # type: ignore[misc, unused-ignore]
         self.stack[-1] = self._build(top, state)
 
     def _load_refused(self) -> None:
-        raise Refused(
-            "uses pickle opcodes that no weights file does, which are not followed because they could run code"
-        )
+        raise Refused("uses pickle opcodes that no weights file does and that could run code")
 
 
 def _code(opcode: str) -> int:
@@ -265,56 +221,32 @@ def _code(opcode: str) -> int:
 Unpickler.dispatch = dict.fromkeys(range(256), Unpickler._load_refused)
 Unpickler.dispatch |= {_code(opcode): _Base.dispatch[_code(opcode)] for opcode in _OPCODES.split()}
 Unpickler.dispatch |= {
-    _code("STRING"): Unpickler._load_string,
-    _code("UNICODE"): Unpickler._load_unicode,
-    _code("BINUNICODE"): lambda self: self._load_text("<I"),
-    _code("BINUNICODE8"): lambda self: self._load_text("<Q"),
     _code("BYTEARRAY8"): Unpickler._load_bytearray,
     _code("DICT"): Unpickler._load_dict,
     _code("SETITEM"): Unpickler._load_setitem,
     _code("SETITEMS"): Unpickler._load_setitems,
-    _code("REDUCE"): Unpickler._load_reduce,
     _code("BUILD"): Unpickler._load_build,
 }
 
 
-def set_items(target: Any, items: list[Any]) -> None:
+def _set_items(target: Any, items: list[Any]) -> None:
     """Put ``[key, value, key, value ...]`` into a dict."""
     if type(target) not in (dict, OrderedDict, Counter):
         raise Refused(f"sets items of a {type(target).__name__}, which no weights file does")
-    keys, values = items[::2], items[1::2]
-    for key in keys:
+    for key, value in zip(items[::2], items[1::2], strict=True):
         if not (type(key) is str and len(key) <= MAX_KEY) and not (type(key) is int and -(2**63) <= key < 2**63):
-            kind = f"a text of {len(key)} characters" if type(key) is str else f"of type {type(key).__name__}"
-            raise Refused(f"has a dict with a key that is {kind}; keys are short strings or integers")
-    for key, value in zip(keys, values, strict=True):
+            raise Refused(f"has a dict key of type {type(key).__name__}; keys are short strings or integers")
         target[key] = value
 
 
-def check_shape(shape: Any) -> tuple[int, ...]:
-    """Return the shape that a file gives, if it is one.
-
-    Raises:
-        Refused: not a tuple of plain sizes.
-    """
-    size = 1
-    good = type(shape) is tuple and len(shape) <= _MAX_DIMS and all(type(n) is int for n in shape)
-    for n in shape if good else ():
-        size *= max(n, 1)
-        good = good and 0 <= n < 1 << 48 and size <= 1 << 60
-    if not good:
-        raise Refused(f"holds an array of shape {one_line(shape, 60)}")
-    return shape  # type: ignore[no-any-return, unused-ignore]
-
-
-def plain_constructors(stream: Stream) -> Table:
+def _plain_constructors(stream: Stream) -> Table:
     """What any pickle may name: bytes of old protocols, and special dicts.
 
     Made for each file: nothing that a file does to them reaches the next one.
     """
 
     def encode(text: Any, encoding: Any = "latin1") -> bytes:
-        if not isinstance(encoding, str) or encoding not in ("latin1", "latin-1") or not isinstance(text, str):
+        if encoding not in ("latin1", "latin-1") or not isinstance(text, str):
             raise Refused("holds bytes in an unknown encoding")
         stream.copies(len(text))
         return text.encode("latin1")
@@ -323,19 +255,16 @@ def plain_constructors(stream: Stream) -> Table:
         return b""
 
     def ordered(items: Any = ()) -> Any:
-        if type(items) not in (list, tuple) or not all(type(i) in (list, tuple) and len(i) == 2 for i in items):
-            raise Refused("makes a dict of something that is not a list of pairs")
         stream.copies(200 * len(items))
         made: Any = OrderedDict()
-        set_items(made, [part for item in items for part in item])
+        for pair in items:
+            _set_items(made, list(pair))
         return made
 
     def counter(items: Any = None) -> Any:
-        if type(items) not in (dict, type(None)):
-            raise Refused("makes a Counter of something that is not a dict")
         stream.copies(200 * len(items or ()))
         made: Any = Counter()
-        dict.update(made, items or {})
+        _set_items(made, [part for pair in (items or {}).items() for part in pair])
         return made
 
     return {
@@ -345,3 +274,69 @@ def plain_constructors(stream: Stream) -> Table:
         ("collections", "OrderedDict"): ordered,
         ("collections", "Counter"): counter,
     }
+
+
+# ------------------------------------------------------------ numpy
+
+
+def read_pickle(path: StrPath) -> Any:
+    """Return the value in a pickle of numpy arrays and plain values (Python 2 or 3), as Detectron's model zoos have it.
+
+    Raises:
+        Refused: it holds any other object; the message does not name the file.
+        Exception: of any type, for damaged bytes.
+    """
+    with open_regular(path) as file:
+        stream = Stream(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        return Unpickler(stream, _array_constructors(stream), build=lambda *args: _build(stream, *args)).load()
+
+
+def _build(stream: Stream, top: Any, state: Any) -> Any:
+    """Set the byte order of a dtype or the contents of an array."""
+    if isinstance(top, np.dtype):
+        if state[1] not in ("<", ">", "|", "=") or state[2:5] != (None, None, None):
+            raise Refused("holds an array of a structured dtype; only plain numbers are read")
+        top.__setstate__((3, state[1], None, None, None, -1, -1, 0))  # type: ignore[attr-defined]
+        return top
+    if not isinstance(top, _Pending):
+        raise Refused(f"sets the state of a {type(top).__name__}, which no weights file does")
+    _, shape, dtype, fortran, data = state
+    top.array = _array(stream, shape, dtype, data, "F" if fortran is True else "C")
+    return top.array
+
+
+def _array(stream: Stream, shape: Any, dtype: Any, data: Any, order: Any) -> np.ndarray:
+    if isinstance(data, str):  # Python 2's str, decoded as latin1
+        stream.copies(len(data))
+        data = data.encode("latin1")
+    if not isinstance(data, (bytes, memoryview)) or not isinstance(dtype, np.dtype):
+        raise Refused("holds an array without plain contents or dtype")
+    # A dtype of its own: that of the pickle may get another byte order afterwards.
+    made: np.ndarray = np.frombuffer(data, np.dtype(dtype.str)).reshape(shape, order="F" if order == "F" else "C")
+    return made
+
+
+def _array_constructors(stream: Stream) -> Table:
+    def reconstruct(kind: Any, shape: Any, code: Any) -> _Pending:
+        return _Pending()
+
+    def dtype(code: Any, align: Any = False, copy: Any = False) -> np.dtype:
+        if not isinstance(code, str) or not _DTYPE.match(code):
+            raise Refused(f"holds an array of dtype {one_line(code, 40)!r}; only plain numbers are read")
+        return np.dtype(code, copy=True)  # never numpy's own object: its byte order may be set
+
+    def scalar(kind: Any, data: Any) -> Any:
+        return _array(stream, (), kind, data, "C")[()]
+
+    def frombuffer(data: Any, kind: Any, shape: Any, order: Any, axes: Any = None) -> np.ndarray:
+        found = _array(stream, shape, kind, data, order)
+        if axes is not None:  # since numpy 2.4, such as channels last
+            found = found.transpose(axes)
+        return found
+
+    table: Table = {("numpy", "ndarray"): None, ("numpy", "dtype"): dtype}
+    for core in ("numpy.core", "numpy._core"):
+        table[f"{core}.multiarray", "_reconstruct"] = reconstruct
+        table[f"{core}.multiarray", "scalar"] = scalar
+        table[f"{core}.numeric", "_frombuffer"] = frombuffer
+    return table

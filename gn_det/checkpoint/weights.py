@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from gn_det.checkpoint.weights_uri import split_options
 from gn_det.config.defaults import get_value
 from gn_det.errors import WeightsError
 from gn_det.files import StrPath
-from gn_det.text import one_line
+from gn_det.text import some
 
 __all__ = ["LoadReport", "format_report", "load_weights", "plan_weights"]
 
@@ -143,11 +143,10 @@ def _place(weights: Weights, in_model: Mapping[str, Shape], skip_norms: bool) ->
         placed[target] = value
     if weights.norm == "affine BN":
         # Scale and shift alone: identity statistics, as Detectron2 leaves them (variance 1, so off by BN's epsilon).
-        for name in [n for n in placed if n.endswith(".norm.weight")]:
-            stem = name[: -len("weight")]
-            for statistic, fill in (("running_mean", torch.zeros), ("running_var", torch.ones)):
-                if stem + statistic in in_model:
-                    placed.setdefault(stem + statistic, fill(in_model[stem + statistic]))
+        for name, shape in in_model.items():
+            module, _, leaf = name.rpartition(".")
+            if leaf in ("running_mean", "running_var") and f"{module}.weight" in placed:
+                placed.setdefault(name, torch.full(shape, float(leaf == "running_var")))
     return placed
 
 
@@ -188,43 +187,28 @@ def _rows_by_name(weights: Weights, cfg: Any, placed: Placed, ours: Mapping[str,
     kept = [name for name in names if name in theirs]
     if not kept or names == theirs:
         return []
-    changed = [
-        name
-        for name, value in placed.items()
-        if _PREDICTORS.match(name)
-        and name in ours
-        and _classes_in(name, value, len(theirs))
-        and _classes_in(name, ours[name], len(names))
-        and value.shape[1:] == ours[name].shape[1:]
-    ]
-    for name in changed:
-        if ours[name].is_meta:
+    changed = False
+    for name in [name for name in placed if name in ours and _PREDICTORS.match(name)]:
+        old, rows = placed[name], ours[name]
+        per_class, background = 4 if "bbox_pred" in name else 1, int("cls_score" in name)
+        lengths = [(per_class * len(classes) + background,) for classes in (theirs, names)]
+        if [old.shape[:1], rows.shape[:1]] != lengths or old.shape[1:] != rows.shape[1:]:
+            continue  # such as class-agnostic ones
+        changed = True
+        if rows.is_meta:
             continue
-        old, rows = placed[name], ours[name].detach().clone()
-        per_class = 4 if "bbox_pred" in name else 1
+        placed[name] = rows = rows.detach().clone()
         for index, known in enumerate(names):
             if known in theirs:
                 start = theirs.index(known) * per_class
                 rows[index * per_class : (index + 1) * per_class] = old[start : start + per_class]
-        if "cls_score" in name:
-            rows[-1] = old[-1]  # background
-        placed[name] = rows
+        if background:
+            rows[-1] = old[-1]
     if not changed:
         return []
     new, gone = [n for n in names if n not in theirs], [n for n in theirs if n not in names]
     parts = {"kept by name": kept, "new and initialised": new, "only in the file": gone}
-    return [f"rows of the predictors {'; '.join(f'{what}: {_some_names(n)}' for what, n in parts.items() if n)}"]
-
-
-def _classes_in(name: str, value: torch.Tensor, classes: int) -> bool:
-    """Whether a predictor's tensor has rows for that many classes; class-agnostic ones have none of their own."""
-    rows = classes + 1 if "cls_score" in name else 4 * classes if "bbox_pred" in name else classes
-    return value.dim() > 0 and value.shape[0] == rows
-
-
-def _some_names(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(one_line(name, 40) for name in names[:5]) + more
+    return [f"rows of the predictors {'; '.join(f'{what}: {some(n)}' for what, n in parts.items() if n)}"]
 
 
 def _class_notes(weights: Weights, cfg: Any, report: LoadReport) -> list[str]:
@@ -235,7 +219,7 @@ def _class_notes(weights: Weights, cfg: Any, report: LoadReport) -> list[str]:
     return []
 
 
-# ----------------------------------------------------------------------------------------------------------- refusals
+# ------------------------------------------------------------ refusals
 
 
 def _refuse_partial(report: LoadReport, whole: bool) -> None:
@@ -293,7 +277,7 @@ def _refuse_untrained(report: LoadReport, cfg: Any, weights: Weights) -> None:
 
 
 def _refuse_frozen(report: LoadReport, model: nn.Module) -> None:
-    """Layers that are frozen and were not loaded would stay random for ever."""
+    """Layers that are frozen and were not loaded would stay random forever."""
     lost = {*report.missing, *report.shape_differs}
     frozen = [name for name, p in model.named_parameters() if name in lost and not p.requires_grad]
     if frozen:

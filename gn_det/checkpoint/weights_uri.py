@@ -16,7 +16,7 @@ import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from urllib.parse import unquote, urlparse
+from urllib.parse import urlparse
 
 from gn_det.checkpoint.preprocessing import CAFFE, PREPROCESSINGS, TORCH, Preprocessing
 from gn_det.errors import WeightsError
@@ -58,8 +58,6 @@ _PUBLISHED_FILES = {"9186a21c": CAFFE, "cac0ab98": CAFFE, "ad1730dd": TORCH}
 SCHEMES = ("https://", "detectron2://", "catalog://", "timm://", "hf://", "open-mmlab://")
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
 _MAX_URI = 2000
-# Of one part of a path, in bytes: file systems take 255, and a download adds its own ending.
-_MAX_PART = 200
 #: Environment variable: a server or folder to fetch from instead of the original hosts.
 MIRROR = "GN_DET_MIRROR"
 
@@ -86,14 +84,11 @@ def resolve_url(uri: str) -> str | None:
     if scheme == "detectron2":
         return f"{_D2}/{plain}"
     if scheme in ("hf", "timm"):
-        found = re.fullmatch(
-            r"([\w.-]+/[\w.-]+)(?:/(.*))?", rest if scheme == "hf" else f"timm/{_TIMM_TAGS.get(rest, rest)}"
-        )
-        if found is None:
-            problem = "give timm://NAME, or hf://OWNER/NAME and, behind a slash, the file"
-        else:
+        name = rest if scheme == "hf" else f"timm/{_TIMM_TAGS.get(rest, rest)}"
+        if found := re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/(.*))?", name):
             hub = os.getenv("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
             return f"{hub}/{found[1]}/resolve/main/{found[2] or 'model.safetensors'}"
+        problem = "give timm://NAME, hf://OWNER/NAME or hf://OWNER/NAME/FILE"
     elif scheme in ("catalog", "open-mmlab"):
         names = CATALOG if scheme == "catalog" else OPEN_MMLAB
         if rest in names:
@@ -101,7 +96,7 @@ def resolve_url(uri: str) -> str | None:
         near = [f"{scheme}://{name}" for name in get_close_matches(rest, names, n=2, cutoff=0.0)]
         problem = f"not in the catalog; the nearest names are {' and '.join(near)}"
     else:
-        problem = f"scheme {one_line(scheme, 40)}:// is not known; give a local path, {', '.join(SCHEMES)}"
+        problem = f"unknown scheme {one_line(scheme, 40)}://; give a local path, {', '.join(SCHEMES)}"
     raise WeightsError(f"{one_line(uri, 200)}: {problem} (MODEL.WEIGHTS)")
 
 
@@ -117,7 +112,7 @@ def published_file(path: StrPath) -> Preprocessing | None:
 
 @dataclass(frozen=True)
 class Options:
-    """What a user says behind a name, as in ``x.pth?preprocessing=torch&allow_partial=True``."""
+    """Options after a name, as in ``x.pth?preprocessing=torch&allow_partial=True``."""
 
     preprocessing: Preprocessing | None = None
     allow_partial: bool = False
@@ -127,7 +122,7 @@ _OPTIONS = re.compile(r"\?((?:(?:preprocessing|allow_partial|matching_heuristics
 
 
 def split_options(uri: str) -> tuple[str, Options]:
-    """The name without its options, and those. Detectron2's ``matching_heuristics`` is admitted: we always search.
+    """Split a name and its options. Detectron2's ``matching_heuristics`` is accepted and has no effect.
 
     Raises:
         WeightsError: an unknown value.
@@ -135,14 +130,14 @@ def split_options(uri: str) -> tuple[str, Options]:
     match = _OPTIONS.search(uri)
     if not match:
         return uri, Options()
-    words = dict(word.split("=", 1) for word in match[1].split("&") if word)
-    needs, partial = words.get("preprocessing"), words.get("allow_partial", "False")
-    if needs is not None and needs not in PREPROCESSINGS:
-        raise WeightsError(f"{one_line(uri, 400)}: preprocessing is one of {', '.join(PREPROCESSINGS)}")
-    for name, value in (("allow_partial", partial), ("matching_heuristics", words.get("matching_heuristics", "True"))):
-        if value not in ("True", "False"):
-            raise WeightsError(f"{one_line(uri, 400)}: {name} is True or False")
-    return uri[: match.start()], Options(PREPROCESSINGS[needs] if needs else None, partial == "True")
+    given = dict(word.split("=", 1) for word in match[1].split("&") if word)
+    for name, value in given.items():
+        values = PREPROCESSINGS if name == "preprocessing" else ("True", "False")
+        if value not in values:
+            raise WeightsError(f"{one_line(uri, 400)}: {name} must be {' or '.join(values)}")
+    return uri[: match.start()], Options(
+        PREPROCESSINGS.get(given.get("preprocessing", "")), given.get("allow_partial") == "True"
+    )
 
 
 def with_option(uri: str, option: str) -> str:
@@ -168,108 +163,102 @@ def cache_path(url: str) -> Path:
     return _placed(os.path.expanduser(os.getenv("FVCORE_CACHE", "~/.torch/iopath_cache")), url, "FVCORE_CACHE")
 
 
-def mirrored(url: str) -> str:
-    """Return where to fetch a URL: the mirror's URL or file where the environment names one, else the URL itself.
+def _mirrored(url: str) -> str:
+    """Where to fetch a URL: the mirror's URL or file where the environment names one, else the URL itself.
 
-    A mirror is a copy of the cache folder: the path behind the host of the original URL, on a server or on a disk.
-
-    Raises:
-        WeightsError: the URL's path leads out of the mirror's folder.
+    A mirror is a copy of the cache folder, on a server or on a disk.
     """
     mirror = os.getenv(MIRROR, "").strip()
     if not mirror:
         return url
     if re.match(r"https?://", mirror, flags=re.IGNORECASE):
         return f"{mirror.rstrip('/')}/{urlparse(url).path.lstrip('/')}"
-    return str(_placed(_without_scheme(mirror).expanduser(), url, MIRROR))
+    return str(_placed(_local(mirror), url, MIRROR))
 
 
-def _without_scheme(path: str) -> Path:
-    return Path(re.sub("^file://", "", path, flags=re.IGNORECASE))
+def _local(path: str) -> Path:
+    return Path(os.path.expanduser(re.sub("^file://", "", path, flags=re.IGNORECASE)))
 
 
 def _placed(folder: StrPath, url: str, variable: str) -> Path:
-    """The file of a URL in ``folder``: the path behind the host, as iopath's cache has it.
-
-    Servers and file systems differ in what they decode, so every form of the path must be a plain one.
-    """
+    """The file of a URL in ``folder``: the path behind the host, as iopath's cache has it."""
     try:
-        written = form = re.sub("/+", "/", urlparse(url).path).removeprefix("/")
-        for _ in range(4):
-            inside(folder, form)
-            form, before = unquote(form, errors="surrogateescape"), form
-            if form == before:
-                break
-        else:
-            raise ValueError("the name is encoded many times over")
-        if any(len(part.encode("utf-8", "surrogateescape")) > _MAX_PART for part in written.split("/")):
-            raise ValueError(f"a part of the name is longer than {_MAX_PART} bytes")
-        return inside(folder, written)
-    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+        path = re.sub("/+", "/", urlparse(url).path).removeprefix("/")
+        if re.search("%(25)*(2e|2f|5c|00)", path, flags=re.IGNORECASE):  # a server or a proxy may decode them
+            raise ValueError("the name has encoded dots or slashes")
+        return inside(folder, path)
+    except (ValueError, OSError) as error:
         raise WeightsError(
             f"{one_line(url, 400)}: names no file inside the folder {one_line(str(folder), 200)} ({one_line(error)}; "
             f"{variable} sets the folder); give another URL or a local path (MODEL.WEIGHTS)"
         ) from None
 
 
-def split_digest(uri: str) -> tuple[str, str]:
-    """Return the URI without ``#sha256=HEX``, and the digest (or its beginning) in lower case; "" if there is none.
+def _split_digest(uri: str) -> tuple[str, str]:
+    """The URI without ``#sha256=HEX``, and the digest (or its beginning) in lower case; "" if there is none.
 
     Raises:
-        WeightsError: another fragment behind a URL, or a digest that is none.
+        WeightsError: another fragment after a URL, or a digest that is none.
     """
     rest, name, digest = re.fullmatch(r"(.*?)(?:(#sha256=)([^#]*))?", uri, re.IGNORECASE | re.DOTALL).groups("")  # type: ignore[union-attr]
     if name and not re.fullmatch(r"[0-9a-fA-F]{8,64}", digest):
         raise WeightsError(f"{one_line(uri, 400)}: #sha256= takes 8 to 64 hexadecimal digits (MODEL.WEIGHTS)")
     if "#" in rest and _SCHEME.match(rest):
         fragment = one_line(rest.partition("#")[2], 60)
-        raise WeightsError(f"{one_line(uri, 400)}: #{fragment} is not known, only #sha256=HEX (MODEL.WEIGHTS)")
+        raise WeightsError(f"{one_line(uri, 400)}: unknown fragment #{fragment}, only #sha256=HEX (MODEL.WEIGHTS)")
     return rest, digest.lower()
+
+
+def locate(path_or_uri: StrPath) -> tuple[Path, str]:
+    """Return where the file of a path or URI is or would be, and the URL to download it from; "" for no download.
+
+    Raises:
+        WeightsError: empty string, unknown name, or a place outside the cache or the mirror.
+    """
+    uri, _ = split_options(os.fspath(path_or_uri))
+    if not uri.strip():
+        raise WeightsError(f"MODEL.WEIGHTS is empty; give a path, {', '.join(SCHEMES)}")
+    uri, _ = _split_digest(uri)
+    url = resolve_url(uri)
+    if url is None:
+        return _local(uri), ""
+    cached, source = cache_path(url), _mirrored(url)
+    if cached.is_dir():
+        raise WeightsError(f"{one_line(uri, 400)}: {cached} is a folder; give the URL of a file (MODEL.WEIGHTS)")
+    if cached.is_file():
+        return cached, ""
+    return (cached, source) if "://" in source else (Path(source), "")
 
 
 def local_path(path_or_uri: StrPath) -> Path:
     """Return a local file for a path or URI; downloads when the cache lacks it.
 
     Raises:
-        WeightsError: empty string, unknown name, a place outside the cache, or no download possible; the message names
-            the URL, and the file to place and where. Whether a local path exists is left to the reader.
+        WeightsError: see :func:`locate`; or no download possible, where the message names the URL, and the file to
+            place and where. Whether a local path exists is left to the reader.
     """
-    uri, _ = split_options(os.fspath(path_or_uri))
-    if not uri.strip():
-        raise WeightsError(f"MODEL.WEIGHTS is empty; give a path, {', '.join(SCHEMES)}")
-    uri, sha256 = split_digest(uri)
-    url = resolve_url(uri)
-    shown = one_line(uri, 400)
+    path, source = locate(path_or_uri)
+    uri, sha256 = _split_digest(split_options(os.fspath(path_or_uri))[0])
+    url, shown = resolve_url(uri), one_line(uri, 400)
+    if source:
+        from gn_det.checkpoint.download import DownloadFailed, fetch
+
+        try:
+            fetch(str(url), path, source=source, sha256=sha256)
+        except DownloadFailed as error:
+            mirror = f" from the mirror {source}" if source != url else ""
+            raise WeightsError(
+                f"{shown}: cannot download {url}{mirror} ({error}); place the file at {path}, or set MODEL.WEIGHTS to "
+                "a local path"
+            ) from error
+    if url and not path.is_file():
+        raise WeightsError(f"{shown}: the mirror has no file {path} ({MIRROR})")
     try:
-        path = _without_scheme(uri).expanduser() if url is None else _cached(shown, url, sha256)
         found = sha256_of(path) if sha256 else ""
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~ of a user who does not exist
+    except (OSError, ValueError) as error:
         reason = one_line(getattr(error, "strerror", "") or error)
         raise WeightsError(f"{shown}: cannot be read ({reason}) (MODEL.WEIGHTS)") from None
     if not found.startswith(sha256):
         advice = "delete it and download it again" if url else "it is another file, or damaged"
         raise WeightsError(f"{shown}: {path} has sha256 {found}, not {sha256}: {advice}")
     return path
-
-
-def _cached(shown: str, url: str, sha256: str) -> Path:
-    """The file of a URL in the cache or a mirror's folder, downloaded where it is not there."""
-    cached, source = cache_path(url), mirrored(url)
-    if cached.is_dir():
-        raise WeightsError(f"{shown}: {cached} is a folder; give the URL of a file (MODEL.WEIGHTS)")
-    if cached.is_file():
-        return cached
-    if "://" not in source:
-        if not os.path.isfile(source):
-            raise WeightsError(f"{shown}: the mirror has no file {source} ({MIRROR})")
-        return Path(source)
-    from gn_det.checkpoint.download import DownloadFailed, fetch
-
-    try:
-        return fetch(url, cached, source=source, sha256=sha256)
-    except DownloadFailed as error:
-        mirror = f" from the mirror {source}" if source != url else ""
-        raise WeightsError(
-            f"{shown}: cannot download {url}{mirror} ({error}); place the file at {cached}, or set MODEL.WEIGHTS to a "
-            "local path"
-        ) from error

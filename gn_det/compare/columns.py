@@ -9,20 +9,13 @@ from pathlib import Path
 
 from gn_det.config.reader import read_yaml
 
+#: Kinds of columns: a metric differs by seed, a cost by machine, a size is the model's.
 METRIC, COST, SIZE = "metric", "cost", "size"
 
 
 @dataclass(frozen=True)
 class Column:
-    """A number of a run.
-
-    Attributes:
-        heading: in tables.
-        decimals: shown.
-        what: "metric" (differs by seed), "cost" (of the machine), "size" (of the model).
-        lower_is_better: an error rather than a precision.
-        factor: multiplies the stored value for showing.
-    """
+    """A number of a run; ``factor`` multiplies the stored value for showing."""
 
     heading: str
     decimals: int = 1
@@ -73,21 +66,13 @@ SOURCES = {
     "d2": "Detectron2",
     "mmdet": "MMDetection",
 }
-_TEXTS = ("id", "source", "model", "where")
 
 
 @dataclass(frozen=True)
 class Reference:
-    """One row of somebody's table.
+    """One row of a published table: numbers by column, or only their difference to the row ``delta_to``.
 
-    Attributes:
-        id: as suites name it.
-        source: one of :data:`SOURCES`.
-        model: backbone; rows of different ones are not compared. Of an expected row the text of its source.
-        where: table or section.
-        values: column -> number as published.
-        delta_to: id of the row that ``delta`` is measured from, where only a difference is published; else "".
-        delta: column -> published difference.
+    Rows of different ``model`` are not compared. A suite's ``expected`` has the text of its source there.
     """
 
     id: str
@@ -112,7 +97,7 @@ def load_references() -> tuple[dict[str, Reference], dict[str, str]]:
     for entry in [*content["coco"], *content["imagenet"]]:
         delta = dict(entry.pop("delta", None) or {})
         to = str(delta.pop("to", ""))
-        name, source, model, where = (str(entry.pop(key)) for key in _TEXTS)
+        name, source, model, where = (str(entry.pop(key)) for key in ("id", "source", "model", "where"))
         rows[name] = Reference(name, source, model, where, {k: float(v) for k, v in entry.items()}, to, delta or None)
     return rows, dict(content["sources"])
 

@@ -26,13 +26,7 @@ Place = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean over seeds.
-
-    Attributes:
-        mean: arithmetic mean.
-        std: sample standard deviation (divided by n - 1); None with one value.
-        n: number of values.
-    """
+    """Mean over n seeds, and their sample standard deviation (divided by n - 1; None with one value)."""
 
     mean: float
     std: float | None
@@ -41,21 +35,13 @@ class Spread:
 
 @dataclass(frozen=True)
 class Difference:
-    """A row minus its baseline.
-
-    Attributes:
-        value: difference of the means over the seeds that were compared.
-        half: half the width of the 95% interval; None where the noise is not known.
-        n: seeds of the row and of the baseline that were compared (the number of pairs where paired).
-        paired: seed by seed, so that what a seed does to both rows cancels.
-        assumed: one side has one seed, and is taken to spread as the other does.
-    """
+    """A row minus its baseline: difference of the means over the seeds that were compared."""
 
     value: float
-    half: float | None
-    n: tuple[int, int]
-    paired: bool
-    assumed: bool = False
+    half: float | None  # half the width of the 95% interval; None where the noise is not known
+    n: tuple[int, int]  # seeds of the row and of the baseline that were compared
+    paired: bool  # seed by seed, so that what a seed does to both rows cancels
+    assumed: bool = False  # one side has one seed, and is taken to spread as the other does
 
     @property
     def beyond_noise(self) -> bool | None:
@@ -133,22 +119,13 @@ def t_quantile(p: float, freedom: float) -> float:
 
 @dataclass
 class RowResult:
-    """A row with what is known of it.
-
-    Attributes:
-        row: as written.
-        wanted: seeds that the plan asks for.
-        records: by seed, the one that counts; of any status.
-        remarks: what a reader must know of them: other versions, other settings.
-        left_out: why an optional row is not run; "" for others.
-        base: the baseline that it is compared with.
-    """
+    """A row with what is known of it."""
 
     row: Row
-    wanted: tuple[int, ...]
-    records: dict[int, Record] = field(default_factory=dict)
-    remarks: list[str] = field(default_factory=list)
-    left_out: str = ""
+    wanted: tuple[int, ...]  # seeds that the plan asks for
+    records: dict[int, Record] = field(default_factory=dict)  # by seed, the one that counts; of any status
+    remarks: list[str] = field(default_factory=list)  # what a reader must know: other versions, other settings
+    left_out: str = ""  # why an optional row is not run
     base: RowResult | None = None
 
     @property

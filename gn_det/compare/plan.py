@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +15,10 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from gn_det.checkpoint.weights_uri import cache_path, mirrored, resolve_url, sha256_of, split_digest, split_options
+from gn_det.checkpoint.weights_uri import locate, sha256_of, split_options
 from gn_det.classification import Settings
 from gn_det.classification.settings import BUILTIN
-from gn_det.compare.suite import DETECT, MAX_SEEDS, Row, Suite, SuiteError, matching
+from gn_det.compare.suite import DETECT, MAX_SEEDS, Row, Suite, matching
 from gn_det.config import dump_config, load_config
 from gn_det.config.check import check_config
 from gn_det.config.load import merge_overrides
@@ -40,22 +39,15 @@ _LEFT_OUT = ("LOGGERS",)
 
 @dataclass(frozen=True)
 class Job:
-    """One run: a row with one seed.
-
-    Attributes:
-        row: what is run.
-        seed: of the run.
-        cfg: of a detection, resolved but for OUTPUT_DIR and the weights of ``needs``; None for a pre-training.
-        settings: of a pre-training, without its output; empty for a detection.
-        needs: (row id, seed) of the pre-training whose weights it starts from.
-        inputs: what else its result depends on: engine, processes, contents of the annotation files.
-    """
+    """One run: a row with one seed."""
 
     row: Row
     seed: int
+    #: of a detection, resolved but for OUTPUT_DIR and the weights of ``needs``; None for a pre-training
     cfg: CfgNode | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    needs: tuple[str, int] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of a pre-training, without its output
+    needs: tuple[str, int] | None = None  # row id and seed of the pre-training whose weights it starts from
+    #: what else its result depends on: engine, processes, contents of the annotation files
     inputs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -92,20 +84,14 @@ class Job:
     def initial_sha(self) -> str:
         """Of the weights that the config names, with the options behind the name; "" for none, or none here yet."""
         uri = str(self.cfg.MODEL.WEIGHTS) if self.cfg is not None and self.needs is None else ""
-        plain, options = split_options(uri)
-        place = _place_of(plain) if uri else None
-        return f"{file_hash(place)} {options}" if place is not None and place.is_file() else ""
+        if not uri or not (path := locate(uri)[0]).is_file():
+            return ""
+        return f"{file_hash(path)} {split_options(uri)[1]}"
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Reason why a row cannot run.
-
-    Attributes:
-        row: its id.
-        text: one line with the key.
-        absent: something is missing (data, weights), rather than wrong.
-    """
+    """Reason why a row cannot run; ``absent``: data or weights are missing, rather than something wrong."""
 
     row: str
     text: str
@@ -117,34 +103,25 @@ class Problem:
 
 @dataclass(frozen=True)
 class Plan:
-    """Runs in their order, and what is wrong with them.
-
-    Attributes:
-        suite: as written.
-        engine: that trains the detection rows.
-        jobs: pre-trainings before what needs them; every row once before any row twice.
-        problems: none may be left when the first run starts.
-        left_out: id -> why an optional row is not run.
-        num_gpus: processes of each run.
-    """
+    """Runs in their order, and what is wrong with them."""
 
     suite: Suite
     engine: Engine
-    jobs: tuple[Job, ...]
-    problems: tuple[Problem, ...] = ()
-    left_out: Mapping[str, str] = field(default_factory=dict)
-    num_gpus: int = 1
+    jobs: tuple[Job, ...]  # pre-trainings before what needs them; every row once before any row twice
+    problems: tuple[Problem, ...] = ()  # none may be left when the first run starts
+    left_out: Mapping[str, str] = field(default_factory=dict)  # id -> why an optional row is not run
+    num_gpus: int = 1  # processes of each run
 
     def check(self) -> None:
         """Refuse to start with a problem.
 
         Raises:
-            SuiteError: the first problem, and how many more there are.
+            ConfigError: the first problem, and how many more there are.
         """
         if self.problems:
             more = len(self.problems) - 1
             rest = f" (and {more} more: gn-det compare --dry-run lists them)" if more else ""
-            raise SuiteError(f"{self.suite.source}:", f"{self.problems[0]}{rest}")
+            raise ConfigError(f"{self.suite.source}: {self.problems[0]}{rest}")
 
 
 def make_plan(
@@ -167,15 +144,15 @@ def make_plan(
         num_gpus: processes of each run.
 
     Raises:
-        SuiteError: ``only`` names no row; too many runs.
+        ConfigError: ``only`` names no row; too many runs.
     """
     if seeds is not None and not 1 <= seeds <= MAX_SEEDS:
-        raise SuiteError("--seeds", f"is {seeds}; it must be from 1 to {MAX_SEEDS}")
+        raise ConfigError(f"--seeds is {seeds}; it must be from 1 to {MAX_SEEDS}")
     wanted = _wanted(suite, only)
     of_rows = {row.id: tuple(range(1, seeds + 1)) if seeds else row.seeds for row in suite.rows}
     runs = sum(len(of_rows[identity]) for identity in wanted)
     if runs > MAX_RUNS:
-        raise SuiteError(f"{suite.source}: rows", f"and seeds make {runs} runs; at most {MAX_RUNS} are possible")
+        raise ConfigError(f"{suite.source}: rows and seeds make {runs} runs; at most {MAX_RUNS} are possible")
     jobs: list[tuple[int, bool, int, Job]] = []
     problems: list[Problem] = []
     left_out: dict[str, str] = {}
@@ -209,7 +186,7 @@ def _wanted(suite: Suite, only: Sequence[str]) -> set[str]:
         found = matching(pattern, ids)
         if not found:
             names = one_line(", ".join(ids), 1000)
-            raise SuiteError(f"{suite.source}: --rows:", f"no row {shown(pattern)}; they are {names}")
+            raise ConfigError(f"{suite.source}: --rows: no row {shown(pattern)}; they are {names}")
         wanted.update(found)
     return wanted | {str(row.weights) for row in suite.rows if row.id in wanted and row.weights in ids}
 
@@ -301,24 +278,12 @@ def _absent(job: Job) -> Problem | None:
             if not exists(path):
                 return Problem(row, f"data: {path} does not exist ({source.origin or 'DATASETS'})", absent=True)
     uri = str(job.cfg.MODEL.WEIGHTS)
-    plain = split_options(uri)[0]
-    if job.needs is not None or not uri or _place_of(plain).is_file():
+    if job.needs is not None or not uri:
         return None
-    url = resolve_url(split_digest(plain)[0])
-    if url is not None and "://" in mirrored(url):
-        return None  # it can be downloaded
-    where = f"no file {_place_of(plain)}, and no row has this id" if url is None else f"not in {mirrored(url)}"
-    return Problem(row, f"weights: {shown(uri)}: {where}", absent=True)
-
-
-def _place_of(uri: str) -> Path:
-    """Where the file of a path or URI is, or would be after the download."""
-    plain, _ = split_digest(uri)
-    url = resolve_url(plain)
-    if url is None:
-        return Path(os.path.expanduser(re.sub("^file://", "", plain, flags=re.IGNORECASE)))
-    source = mirrored(url)
-    return Path(source) if "://" not in source and not cache_path(url).is_file() else cache_path(url)
+    path, download = locate(uri)
+    if download or path.is_file():
+        return None
+    return Problem(row, f"weights: {shown(uri)}: no file {path}, and no row has this id", absent=True)
 
 
 def file_hash(path: Path) -> str:

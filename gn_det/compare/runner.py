@@ -47,42 +47,24 @@ RECORD = "run.json"
 
 @dataclass
 class Record:
-    """What is known of one run.
-
-    Attributes:
-        row, seed: of which.
-        key: hash of settings and version; names the folder.
-        settings_key: hash of the settings, data and weights alone.
-        version: :data:`RESULTS_VERSION` as text.
-        status: "running" (also: killed), "done", "failed" or "interrupted".
-        reason: why it failed, in one line.
-        sessions: one entry for each start: host, device, day.
-        software: versions of torch and of the engine, and the commit of gn_det where it has one.
-        metrics: column -> percent; None where an evaluation gives no number.
-        cost: column -> number, or None where it could not be measured.
-        size: column -> number, of the model.
-        curve: points of the course of training.
-        weights: final weights, relative to the record.
-        weights_sha: their sha256.
-        config: resolved config or settings, as text.
-    """
+    """What is known of one run; metrics, cost and size by column, None where a number could not be had."""
 
     row: str
     seed: int
-    key: str
-    settings_key: str
-    version: str
-    status: str = RUNNING
-    reason: str = ""
-    sessions: list[dict[str, Any]] = field(default_factory=list)
+    key: str  # hash of settings_key and version; names the folder
+    settings_key: str  # hash of settings, data and weights
+    version: str  # RESULTS_VERSION
+    status: str = RUNNING  # also of a killed run
+    reason: str = ""  # why it failed, in one line
+    sessions: list[dict[str, Any]] = field(default_factory=list)  # host, device and day of each start
     software: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float | None] = field(default_factory=dict)
     cost: dict[str, float | None] = field(default_factory=dict)
     size: dict[str, float | None] = field(default_factory=dict)
     curve: list[dict[str, float]] = field(default_factory=list)
-    weights: str = ""
+    weights: str = ""  # final weights, relative to the record
     weights_sha: str = ""
-    config: str = ""
+    config: str = ""  # resolved config or settings, as text
 
 
 class Store:
@@ -191,13 +173,8 @@ def run_key(settings_key: str, version: str) -> str:
 class Runner:
     """Runs the jobs of a plan one after another.
 
-    Attributes:
-        plan: checked.
-        store: where they are kept.
-        execute: runs one in a folder from initial weights ("" for the config's), resuming what is there.
-        any_version: runs of another version of gn_det count too.
-        say: receives a line for every run.
-        recording: this process writes the records; the other ranks of torchrun only read them.
+    ``execute`` runs one in a folder from initial weights ("" for the config's), resuming what is there. With
+    ``any_version`` runs of another version of gn_det count too. Of the ranks of torchrun only one is ``recording``.
     """
 
     plan: Plan

@@ -27,20 +27,6 @@ DETECT, PRETRAIN = "detect", "pretrain"
 #: Rows of a suite, seeds of a row, and values and characters that ``each`` may write.
 MAX_ROWS, MAX_SEEDS, _MAX_WRITTEN = 500, 1000, 2_000_000
 
-
-class SuiteError(ConfigError):
-    """A suite that cannot be run as it is written.
-
-    Attributes:
-        where: file, row or table, and key.
-        problem: what is wrong there; follows ``where`` in a sentence.
-    """
-
-    def __init__(self, where: str, problem: str) -> None:
-        super().__init__(f"{where} {problem}")
-        self.where, self.problem = where, problem
-
-
 # ------------------------------------------------------------ values
 
 
@@ -49,30 +35,16 @@ def _plain_text(most: int) -> Value:
     return Value(expected, lambda v: isinstance(v, (str, int, float)) and len(str(v)) <= most)
 
 
-def _listed(what: str, most: int) -> Value:
-    return Value(f"a list of 1 to {most} {what}", lambda v: isinstance(v, list) and 1 <= len(v) <= most)
-
-
-def _mapping(values: Check = ANYTHING) -> Value:
-    """Keys and values of one kind."""
-
-    def inside(value: Any, where: str) -> None:
-        for key, item in value.items():
-            values(item, f"{where}: {one_line(key)}")
-
-    return Value("keys and values", lambda v: isinstance(v, Mapping), inside)
-
-
-def _keys(keys: Mapping[str, Check]) -> Value:
-    """Some of these keys, each with a value of its own kind; a key without a value counts as not written."""
+def _mapping(values: Check = ANYTHING, keys: Mapping[str, Check] | None = None) -> Value:
+    """Keys and values, all of one kind; or some of ``keys``, where a key without a value counts as not written."""
 
     def inside(content: Any, where: str) -> None:
         for key, value in content.items():
-            if key not in keys:
+            if keys is not None and key not in keys:
                 hint = did_you_mean(str(key), keys) or f"; it takes {', '.join(keys)}"
                 raise InvalidValue(f"{where}:", f"unknown key {one_line(key)}{hint}")
-            if value is not None:
-                keys[key](value, f"{where}: {key}")
+            if keys is None or value is not None:
+                (values if keys is None else keys[key])(value, f"{where}: {one_line(key)}")
 
     return Value("keys and values", lambda v: isinstance(v, Mapping), inside)
 
@@ -112,43 +84,26 @@ _SETTINGS = [f.name for f in dataclasses.fields(Settings) if f.name not in ("out
 
 def _key(check: Check, default: Any, read: Callable[[Any], Any] = lambda value: value) -> Any:
     """A field that is a key of the file: how its value is checked, and what becomes of it."""
-    metadata = {"check": check, "read": read}
-    return (
-        field(default_factory=dict, metadata=metadata) if default == {} else field(default=default, metadata=metadata)
-    )
+    start: dict[str, Any] = {"default_factory": dict} if default == {} else {"default": default}
+    return field(**start, metadata={"check": check, "read": read})
 
 
 def _checks(kind: type) -> dict[str, Check]:
     return {f.name: f.metadata["check"] for f in dataclasses.fields(kind) if f.metadata}
 
 
-def _read(kind: type, content: Mapping[str, Any], names: Iterable[str] | None = None) -> dict[str, Any]:
-    """Fields of a dataclass from checked content."""
+def _made(kind: Any, content: Mapping[str, Any], **given: Any) -> Any:
+    """A dataclass from checked content, whose keys win over those that are given."""
     known = {f.name: f.metadata["read"] for f in dataclasses.fields(kind) if f.metadata}
-    wanted = known if names is None else names
-    return {name: known[name](content[name]) for name in wanted if content.get(name) is not None}
+    read = {name: known[name](content[name]) for name in known if content.get(name) is not None}
+    return kind(**{**given, **read})
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: what is trained, with which seeds.
+    """One line of a table: what is trained, with which seeds. ``weights`` None leaves the config's.
 
-    Attributes:
-        id: unique in the suite; also the folder of its runs.
-        kind: "detect" or "pretrain".
-        title: how tables and curves call it.
-        seeds: one run each.
-        baseline: id of the row that it is compared with; None for none.
-        labels: column -> text in tables; what tells the rows apart.
-        reference: ids of published results.
-        expected: column -> number that should come out, and their "source".
-        note: a sentence for the report.
-        optional: left out, and said so, where its weights or data are missing.
-        config: of a detection: path or shipped name.
-        overrides: of a detection: config keys of this row alone.
-        weights: of a detection: path, URI, id of a pre-training row, "" for none; None leaves the config's.
-        data: of a detection: ``train_json`` ... ``val_images``; empty leaves the config's.
-        settings: of a pre-training: fields of :class:`gn_det.classification.Settings`.
+    ``settings`` of a pre-training are fields of :class:`gn_det.classification.Settings`.
     """
 
     id: str = _key(Value("of letters, digits and . _ + * -, with / between parts of at most 100", _is_id), "", str)
@@ -158,13 +113,13 @@ class Row:
     baseline: str | None = _key(_TEXT, None, str)
     labels: Mapping[str, str] = _key(_mapping(_TEXT), {}, lambda v: {str(k): str(text) for k, text in v.items()})
     reference: tuple[str, ...] = _key(_NAMES, (), _names)
-    expected: Mapping[str, Any] = _key(_keys({"source": _TEXT, **_EXPECTED}), {})
+    expected: Mapping[str, Any] = _key(_mapping(keys={"source": _TEXT, **_EXPECTED}), {})
     note: str = _key(_NOTE, "", str)
     optional: bool = _key(FLAG, False)
     config: str = _key(_TEXT, "", str)
     overrides: Mapping[str, Any] = _key(_OVERRIDES, {})
     weights: str | None = _key(_PATH, None, str)
-    data: Mapping[str, str] = _key(_keys(dict.fromkeys(_DATA, _PATH)), {})
+    data: Mapping[str, str] = _key(_mapping(keys=dict.fromkeys(_DATA, _PATH)), {})
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -191,17 +146,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows shown together.
-
-    Attributes:
-        title: heading.
-        rows: ids in order, all of one kind.
-        labels: label columns; empty shows the rows' titles.
-        columns: names of :data:`gn_det.compare.columns.COLUMNS`; empty takes those of the kind.
-        reference: source of the published numbers beside it; "" takes the one that most rows have.
-        note: a sentence below.
-        grid: where the table is one number over two labels.
-    """
+    """Rows shown together. Without ``columns`` it has those of its kind, without ``labels`` the rows' titles."""
 
     title: str = _key(_TEXT, "", str)
     rows: tuple[str, ...] = _key(_NAMES, (), _names)
@@ -214,19 +159,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Suite:
-    """A comparison as written.
-
-    Attributes:
-        name: of the output folder.
-        title: heading of the report.
-        note: paragraph below it.
-        overrides: config keys of every detection row, so that all sides get the same.
-        rows: in the order of the file.
-        tables: at least one.
-        sample_rows: ids whose predictions are drawn side by side; empty chooses.
-        sample_images: validation images drawn for each.
-        source: where it comes from, for messages.
-    """
+    """A comparison as written, with the path it comes from. Without ``sample_rows``, the report chooses."""
 
     name: str = _key(Value("of letters, digits and . _ + -, at most 100", lambda v: _is_id(v, parts=1)), "", str)
     title: str = _key(_TEXT, "", str)
@@ -239,21 +172,22 @@ class Suite:
     source: str = ""
 
 
-_SUITE: dict[str, Check] = {
-    **_checks(Suite),
-    "defaults": _keys({DETECT: _mapping(), PRETRAIN: _mapping(), "seeds": _SEEDS}),
-    "rows": _listed("rows", MAX_ROWS),
-    "tables": _listed("tables", 100),
-    "samples": _keys({"rows": _NAMES, "images": integer(0, 1000)}),
-}
+_SUITE = _mapping(
+    keys={
+        **_checks(Suite),
+        "defaults": _mapping(keys={DETECT: _mapping(), PRETRAIN: _mapping(), "seeds": _SEEDS}),
+        "rows": Value(f"a list of 1 to {MAX_ROWS} rows", lambda v: isinstance(v, list) and 0 < len(v) <= MAX_ROWS),
+        "tables": Value("a list of 1 to 100 tables", lambda v: isinstance(v, list) and 0 < len(v) <= 100),
+        "samples": _mapping(keys={"rows": _NAMES, "images": integer(0, 1000)}),
+    }
+)
 
 
 def load_suite(path: Path) -> Suite:
     """Read a suite file.
 
     Raises:
-        SuiteError: the first mistake, as one line with the file, the row and the key.
-        ConfigError: no valid YAML; a duplicate key.
+        ConfigError: the first mistake, as one line with the file, the row and the key; no valid YAML.
     """
     return parse_suite(read_yaml(path, "suite"), one_line(str(path), 300))
 
@@ -261,28 +195,24 @@ def load_suite(path: Path) -> Suite:
 def parse_suite(content: Mapping[str, Any], source: str) -> Suite:
     """A suite from its YAML content; see :func:`load_suite`."""
     try:
-        return _parse(content, source)
+        _SUITE(content, source)
+        if content.get("rows") is None:
+            raise InvalidValue(f"{source}: rows", f"is missing; give a list of 1 to {MAX_ROWS} rows")
+        defaults, samples = content.get("defaults") or {}, content.get("samples") or {}
+        rows = tuple(_row(entry, defaults, source) for entry in _expanded(content["rows"], source))
+        _check_ids(rows, source)
+        name, images = Path(source).stem, samples.get("images")
+        parts: dict[str, Any] = {
+            "title": str(content.get("name") or name),
+            "rows": rows,
+            "tables": _tables(content.get("tables"), rows, source),
+            "sample_rows": _ids(_names(samples.get("rows") or ()), rows, f"{source}: samples: rows"),
+            "sample_images": 4 if images is None else images,
+        }
     except InvalidValue as error:
-        raise SuiteError(error.where, error.problem) from None
-
-
-def _parse(content: Mapping[str, Any], source: str) -> Suite:
-    _keys(_SUITE)(content, source)
-    if content.get("rows") is None:
-        raise InvalidValue(f"{source}: rows", f"is missing; give a list of 1 to {MAX_ROWS} rows")
-    rows = tuple(_row(entry, content.get("defaults") or {}, source) for entry in _expanded(content["rows"], source))
-    _check_ids(rows, source)
-    samples = content.get("samples") or {}
-    images = samples.get("images")
-    found = {"name": Path(source).stem, **_read(Suite, content)}
-    return Suite(
-        **{"title": found["name"], **found},
-        rows=rows,
-        tables=_tables(content.get("tables"), rows, source),
-        sample_rows=_ids(_names(samples.get("rows") or ()), rows, f"{source}: samples: rows"),
-        sample_images=4 if images is None else images,
-        source=source,
-    )
+        raise ConfigError(str(error)) from None
+    suite: Suite = _made(Suite, content, name=name, source=source, **parts)
+    return suite
 
 
 # ------------------------------------------------------------ rows
@@ -290,12 +220,11 @@ def _parse(content: Mapping[str, Any], source: str) -> Suite:
 
 def _expanded(written: Sequence[Any], source: str) -> Iterable[Mapping[str, Any]]:
     """Every row with ``each`` once per combination of its values, ``{name}`` replaced in all its texts."""
-    filler = _Filler(source)
+    fill = _filler(f"{source}: rows: each")
     rows = 0
-    for number_, entry in enumerate(written, 1):
-        where = f"{source}: row {number_}"
-        if not isinstance(entry, Mapping):
-            raise InvalidValue(where, f"is {shown(entry)}; it must be keys and values")
+    for place, entry in enumerate(written, 1):
+        where = f"{source}: row {place}"
+        _mapping()(entry, where)
         each = entry.get("each") or {}
         _mapping(Value("a list of values", lambda v: isinstance(v, list) and bool(v)))(each, f"{where}: each")
         rows += math.prod(map(len, each.values()))
@@ -306,43 +235,43 @@ def _expanded(written: Sequence[Any], source: str) -> Iterable[Mapping[str, Any]
             together: dict[str, Any] = {}
             for name, value in zip(each, combination):
                 together |= value if isinstance(value, Mapping) else {name: value}  # several that go together
-            yield filler.fill(plain, together)
+            yield fill(plain, together)
 
 
-class _Filler:
-    """Writes values in the place of ``{name}``, up to a limit: a few lines could otherwise make gigabytes."""
+def _filler(where: str) -> Callable[[Any, Mapping[str, Any]], Any]:
+    """A function that writes values in the place of ``{name}``, up to a limit: a few lines could make gigabytes."""
+    left = _MAX_WRITTEN
 
-    def __init__(self, source: str):
-        self.where, self.left = f"{source}: rows: each", _MAX_WRITTEN
+    def spend(amount: int) -> None:
+        nonlocal left
+        left -= amount
+        if left < 0:
+            raise InvalidValue(where, f"writes more than {_MAX_WRITTEN} values and characters")
 
-    def fill(self, value: Any, values: Mapping[str, Any]) -> Any:
-        self._spend(1)
+    def fill_text(text: str, values: Mapping[str, Any]) -> str:
+        for name, value in values.items():
+            if (place := f"{{{name}}}") in text:
+                if not isinstance(value, (str, int, float)):
+                    raise InvalidValue(f"{where}: {one_line(name)}", "inside a text must be text or a number")
+                spend(text.count(place) * len(str(value)))
+                text = text.replace(place, str(value))
+        spend(len(text))
+        return text
+
+    def fill(value: Any, values: Mapping[str, Any]) -> Any:
+        spend(1)
         if isinstance(value, Mapping):
-            return {self._fill_text(str(k), values): self.fill(v, values) for k, v in value.items()}
+            return {fill_text(str(k), values): fill(v, values) for k, v in value.items()}
         if isinstance(value, list):
-            return [self.fill(item, values) for item in value]
+            return [fill(item, values) for item in value]
         if not isinstance(value, str):
             return value
         whole = re.fullmatch(r"\{(\w+)\}", value)
         if whole and whole[1] in values:
-            return self.fill(values[whole[1]], {})  # a number stays one
-        return self._fill_text(value, values)
+            return fill(values[whole[1]], {})  # a number stays one
+        return fill_text(value, values)
 
-    def _fill_text(self, text: str, values: Mapping[str, Any]) -> str:
-        for name, value in values.items():
-            place = f"{{{name}}}"
-            if place in text:
-                if not isinstance(value, (str, int, float)):
-                    raise InvalidValue(f"{self.where}: {one_line(name)}", "inside a text must be text or a number")
-                self._spend(text.count(place) * len(str(value)))
-                text = text.replace(place, str(value))
-        self._spend(len(text))
-        return text
-
-    def _spend(self, amount: int) -> None:
-        self.left -= amount
-        if self.left < 0:
-            raise InvalidValue(self.where, f"writes more than {_MAX_WRITTEN} values and characters")
+    return fill
 
 
 def _row(entry: Mapping[str, Any], defaults: Mapping[str, Any], source: str) -> Row:
@@ -355,9 +284,9 @@ def _row(entry: Mapping[str, Any], defaults: Mapping[str, Any], source: str) -> 
             merged[key] = {**common[key], **entry[key]}
     settings = dict.fromkeys(_SETTINGS if kind == PRETRAIN else (), ANYTHING)
     checks = {key: check for key, check in _checks(Row).items() if not settings or key not in _OF_DETECTION}
-    _keys({**checks, **settings})(merged, where)
-    found = {"title": str(identity), **_read(Row, merged, checks)}
-    row = Row(**found, settings={key: value for key, value in merged.items() if key in settings})
+    _mapping(keys={**checks, **settings})(merged, where)
+    own = {key: value for key, value in merged.items() if key in settings}
+    row: Row = _made(Row, {key: merged.get(key) for key in checks}, title=str(identity), settings=own)
     if row.kind == DETECT and not row.config:
         raise InvalidValue(f"{where}: config", "is missing; name a .yaml file or a shipped config (gn-det configs)")
     lacking = [key for key in _DATA if not row.data.get(key)]
@@ -394,13 +323,13 @@ def _tables(value: Any, rows: Sequence[Row], source: str) -> tuple[Table, ...]:
         headings = {DETECT: "Detection", PRETRAIN: "Classification"}
         of_kind = {kind: tuple(row.id for row in rows if row.kind == kind) for kind in headings}
         return tuple(Table(headings[kind], ids) for kind, ids in of_kind.items() if ids)
-    return tuple(_table(entry, rows, number_, f"{source}: table {number_}") for number_, entry in enumerate(value, 1))
+    return tuple(_table(entry, rows, i, f"{source}: table {i}") for i, entry in enumerate(value, 1))
 
 
-def _table(entry: Any, rows: Sequence[Row], number_: int, where: str) -> Table:
-    _keys({**_checks(Table), "grid": _keys(_checks(Grid))})(entry, where)
-    grid = Grid(**_read(Grid, entry["grid"])) if entry.get("grid") else None
-    table = Table(**{"title": f"Table {number_}", **_read(Table, entry)}, grid=grid)
+def _table(entry: Any, rows: Sequence[Row], place: int, where: str) -> Table:
+    _mapping(keys={**_checks(Table), "grid": _mapping(keys=_checks(Grid))})(entry, where)
+    grid = _made(Grid, entry["grid"]) if entry.get("grid") else None
+    table: Table = _made(Table, entry, title=f"Table {place}", grid=grid)
     ids = _ids(table.rows, rows, f"{where}: rows")
     if not ids:
         raise InvalidValue(f"{where}: rows", "is missing; name the ids of its rows")
@@ -448,9 +377,11 @@ def own_suite(configs: Sequence[str], data: Mapping[str, str]) -> Suite:
     return parse_suite({"name": "own", "title": f"Comparison of {', '.join(ids)}", "rows": rows}, "--configs")
 
 
-def shipped_suites() -> list[str]:
-    """Names of the suites that ship with gn_det."""
-    return sorted(path.name for path in _experiments().glob("*.yaml"))
+def shipped_suites() -> dict[str, Path]:
+    """The suites that ship with gn_det by file name: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    folder = next(f for f in (package / "experiments", package.parent / "experiments") if f.is_dir())
+    return {path.name: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def find_suite(name: str) -> Path:
@@ -459,18 +390,10 @@ def find_suite(name: str) -> Path:
     Raises:
         ConfigError: neither.
     """
-    path = Path(os.path.expanduser(name))
+    path, suites = Path(os.path.expanduser(name)), shipped_suites()
     if os.path.isfile(path):
         return path
-    shipped = _experiments() / (path.name if path.suffix in (".yaml", ".yml") else f"{path.name}.yaml")
-    if os.path.isfile(shipped) and len(path.parts) == 1 + (path.parts[0] == "experiments"):
-        return shipped
-    names = ", ".join(shipped_suites())
-    raise ConfigError(f"suite {shown(name)} is neither a file nor shipped; shipped suites are {names}")
-
-
-def _experiments() -> Path:
-    """Inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parent.parent
-    inside = package / "experiments"
-    return inside if inside.is_dir() else package.parent / "experiments"
+    found = suites.get(path.name) or suites.get(f"{path.name}.yaml")
+    if found is None or len(path.parts) > 1 + (path.parts[0] == "experiments"):
+        raise ConfigError(f"suite {shown(name)} is neither a file nor shipped; shipped suites are {', '.join(suites)}")
+    return found

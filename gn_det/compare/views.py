@@ -42,23 +42,14 @@ _EMPTY, _NOTHING = Cell("", faint=True), Cell("–", faint=True)
 
 @dataclass
 class View:
-    """A table to be written.
-
-    Attributes:
-        title: heading.
-        head: (kind, text) of each column.
-        body: rows of cells.
-        notes: sentences below.
-        reference: what the reference columns hold, "" without any.
-        minor: may be folded where it is long.
-    """
+    """A table to be written."""
 
     title: str
-    head: list[tuple[str, str]]
+    head: list[tuple[str, str]]  # (kind, text) of each column
     body: list[list[Cell]]
-    notes: list[str] = field(default_factory=list)
-    reference: str = ""
-    minor: bool = False
+    notes: list[str] = field(default_factory=list)  # sentences below
+    reference: str = ""  # what the reference columns hold
+    minor: bool = False  # may be folded where it is long
 
     @property
     def published(self) -> int:
@@ -71,19 +62,12 @@ class View:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a row has against its baseline.
-
-    Attributes:
-        text: the difference and whether it is larger than the noise.
-        published: what a published result says of the same difference; "" for none.
-        beyond_noise: whether the difference is larger than the noise.
-        contradicts: it is, and points the other way than the published one.
-    """
+    """How a row compares with its baseline, and with a published result on the same difference."""
 
     text: str
     published: str = ""
     beyond_noise: bool = False
-    contradicts: bool = False
+    contradicts: bool = False  # beyond the noise, and opposite to the published one
 
     @property
     def sentences(self) -> list[str]:

@@ -22,7 +22,7 @@ from gn_det.checkpoint.open_weights import open_weights
 from gn_det.checkpoint.preprocessing import CAFFE, TORCH
 from gn_det.checkpoint.weights import load_weights
 from gn_det.cli import main
-from gn_det.errors import WeightsError
+from gn_det.errors import UserError, WeightsError
 from tests.checkpoint import layouts
 from tests.checkpoint.layouts import real_shapes, write_pickle
 from tests.checkpoint.skeleton import backbone_shapes, caffe2_blobs, config, detector_shapes, module, random_state
@@ -191,7 +191,7 @@ def test_only_the_backbone_goes_to_torchvision(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "to", "fold", "expected"),
     [
-        ("x.pkl", "", False, "name the new file .pth or .safetensors"),
+        ("x.pkl", "", False, "name the new file .pth or .pt or .bin or .safetensors"),
         ("x.pth", "safetensors", False, "name the new file .safetensors"),
         ("x.pth", "onnx", False, "one of detectron2, safetensors, torchvision, timm"),
         ("x.pth", "timm", False, "strides in the 1x1 convolutions"),
@@ -202,7 +202,7 @@ def test_only_the_backbone_goes_to_torchvision(tmp_path: Path) -> None:
 def test_refusals(tmp_path: Path, target: str, to: str, fold: bool, expected: str) -> None:
     write_pickle(tmp_path / "source.pth", caffe2_blobs(50, "affine", backbone_shapes(50, "FrozenBN")))
     (tmp_path / "folder").write_text("in the way")
-    with pytest.raises(WeightsError) as caught:
+    with pytest.raises(UserError) as caught:
         convert(tmp_path / "source.pth", tmp_path / target, to, fold_stem=fold)
     assert expected in str(caught.value) and "\n" not in str(caught.value)
     assert sorted(os.listdir(tmp_path)) == ["folder", "source.pth"]
@@ -291,7 +291,7 @@ def test_options_behind_a_name(tmp_path: Path) -> None:
     report = load_weights(module(shapes), f"{tmp_path}/m.pth?allow_partial=True", config())
     assert report.missing == ["backbone.bottom_up.res3.1.conv2.weight"] and report.source == f"{tmp_path}/m.pth"
     load_weights(module(shapes), f"{tmp_path}/m.pth?matching_heuristics=True&allow_partial=True", config())
-    with pytest.raises(WeightsError, match="allow_partial is True or False"):
+    with pytest.raises(WeightsError, match="allow_partial must be True or False"):
         load_weights(module(shapes), f"{tmp_path}/m.pth?allow_partial=yes", config())
     save_checkpoint(tmp_path / "odd?name=1.pth", {"model": random_state(shapes)})
     load_weights(module(shapes), tmp_path / "odd?name=1.pth", config())

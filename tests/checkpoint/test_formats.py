@@ -390,7 +390,7 @@ def test_mmdetection_backbones_ask(tmp_path: Path) -> None:
     cfg = config()
     with pytest.raises(WeightsError, match=r"\?preprocessing=caffe .* or \?preprocessing=torch"):
         load_weights(model_of(cfg), path, cfg)
-    with pytest.raises(WeightsError, match="preprocessing is one of caffe, torch"):
+    with pytest.raises(WeightsError, match="preprocessing must be caffe or torch"):
         load_weights(model_of(cfg), f"{path}?preprocessing=rgb", cfg)
     stem = "backbone.bottom_up.stem.conv1.weight"
     caffe, from_torch = model_of(cfg), model_of(cfg)

@@ -160,25 +160,23 @@ def test_absurd_claims_cost_nothing(tmp_path: Path, content: bytes) -> None:
         tracemalloc.stop()
 
 
-def test_long_texts_and_numbers_are_refused_before_they_are_made(tmp_path: Path) -> None:
-    """One wide character makes four bytes of each of the others; latin1 text, as old pickles keep arrays, is read."""
+def test_long_texts_are_read_and_long_numbers_refused(tmp_path: Path) -> None:
+    """Old pickles keep arrays as latin1 text; parsing a decimal number takes quadratic time."""
     path, letters = tmp_path / "x.pkl", b"a" * (1 << 20)
-    for text in (b"V\\u0100" + letters + b"\n", b"X" + struct.pack("<I", (1 << 20) + 2) + "\u0100".encode() + letters):
-        assert "a text of several megabytes" in refused(path, b"\x80\x02" + text + b".")
     for text in (b"V\xff" + letters + b"\n", b"X" + struct.pack("<I", (1 << 20) + 2) + "\xff".encode() + letters):
         path.write_bytes(b"\x80\x02}K\x01" + text + b"s.")
         assert read_any(path) == {1: "\xff" + letters.decode()}
-    for number in (b"I", b"L", b"F"):
-        assert "a number or a name with 251 characters" in refused(path, number + b"1" * 250 + b"\n.")
+    for number in (b"I", b"L"):
+        refused(path, number + b"1" * 1_000_000 + b"\n.")
 
 
 def test_shape_and_contents_must_agree(tmp_path: Path) -> None:
     good = pickle.dumps({"w": np.ones((2, 3), np.float32)}, 2)
     bad = good.replace(b"K\x02K\x03\x86", b"K\x02K\x04\x86")
     assert bad != good
-    assert "24 bytes instead of 32" in refused(tmp_path / "x.pkl", bad)
+    assert "size 6 into shape (2,4)" in refused(tmp_path / "x.pkl", bad)
     bad = good.replace(b"K\x02K\x03\x86", b"K\x01K\x03\x86")
-    assert "24 bytes instead of 12" in refused(tmp_path / "x.pkl", bad)
+    assert "size 6 into shape (1,3)" in refused(tmp_path / "x.pkl", bad)
     refused(tmp_path / "x.pkl", pickle.dumps({"w": np.array([object, None], dtype=object)}, 2))
     refused(tmp_path / "x.pkl", pickle.dumps({"w": np.zeros(2, dtype=[("a", "f4")])}, 2))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from gn_det.checkpoint import download
+from gn_det.checkpoint.io import read_head
 from gn_det.checkpoint.weights_uri import CATALOG, MIRROR, cache_path, local_path, resolve_url
 from gn_det.errors import WeightsError
 
@@ -61,7 +62,7 @@ def test_urls(uri: str, url: str | None) -> None:
     ("uri", "expected"),
     [
         ("catalog://ImageNetPretrained/FAIR/R-50GN", "catalog://ImageNetPretrained/FAIR/R-50-GN"),
-        ("zoo://resnet50_gn", "scheme zoo:// is not known"),
+        ("zoo://resnet50_gn", "unknown scheme zoo://"),
         ("open-mmlab://resnet50_gn", "open-mmlab://detectron/resnet50_gn"),
         ("hf://resnet50_gn", "hf://OWNER/NAME"),
         ("", "MODEL.WEIGHTS is empty"),
@@ -165,7 +166,6 @@ UP = "/".join([".."] * 12)
         "http://host",
         "http://",
         "http://[/a.pth",
-        "http://host/" + "n" * 201 + ".pth",
         "http://host/" + "a/" * 1500 + "w.pth",
         "http://host/a b.pth",
         "http://host/link/zz.pth",
@@ -249,10 +249,10 @@ def test_a_digest_counts_in_any_letter_case(tmp_path: Path, name: str, place: st
 
 def test_other_fragments_are_errors(tmp_path: Path) -> None:
     for uri in ("http://host/w.pth#md5=12345678", "timm://resnet50_gn#x", "http://h/w.pth#sha256=12345678#x"):
-        with pytest.raises(WeightsError, match=r"is not known|8 to 64 hexadecimal"):
+        with pytest.raises(WeightsError, match=r"unknown fragment|8 to 64 hexadecimal"):
             local_path(uri)
-    with pytest.raises(WeightsError, match="matching_heuristics is True or False"):
+    with pytest.raises(WeightsError, match="matching_heuristics must be True or False"):
         local_path(f"http://host/w.pth?matching_heuristics=True#sha256={'0' * 64}")
     assert local_path("a#b.pth") == Path("a#b.pth")  # a local file may be named so
-    with pytest.raises(WeightsError, match="home directory"):
-        local_path("~no_such_user_here/w.pth")
+    with pytest.raises(WeightsError, match="no such file"):
+        read_head(local_path("~no_such_user_here/w.pth"))

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from gn_det.cli import main
-from gn_det.compare.suite import SuiteError, load_suite, matching, parse_suite
+from gn_det.compare.suite import load_suite, matching, parse_suite
 from gn_det.errors import ConfigError
 from tests.compare.cases import plan_of, pretrain_row
 
@@ -227,5 +227,5 @@ def test_defaults_are_of_a_kind_and_rows_win() -> None:
     rows = {r.id: r for r in parse_suite(content, "s.yaml").rows}
     assert rows["a"].overrides == {"SEED": 1, "SOLVER.GAMMA": 0.2} and rows["a"].seeds == (1, 2)
     assert rows["b"].seeds == (7,) and rows["p"].settings["norm"] == "BN"
-    with pytest.raises(SuiteError, match="mixes"):
+    with pytest.raises(ConfigError, match="mixes"):
         parse_suite({**content, "tables": [{"rows": ["a", "p"]}]}, "s.yaml")
