@@ -1,6 +1,6 @@
 """Whether weights suit the configuration beyond names and shapes: depth, style, norm, groups, preprocessing.
 
-Every mismatch here would load without a word and train or predict badly, so each is an error that names the keys.
+Every mismatch here would load silently and train or predict badly, so each is an error that names the keys.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 from gn_det.checkpoint.formats.common import Weights
 from gn_det.checkpoint.open_weights import NORM_KEYS
 from gn_det.checkpoint.parameter_names import Architecture
-from gn_det.checkpoint.preprocessing import show
+from gn_det.checkpoint.preprocessing import Preprocessing, show
 from gn_det.config.defaults import get_value
 from gn_det.errors import WeightsError
 from gn_det.text import one_line
@@ -47,10 +47,7 @@ def check_architecture(source: str, found: Architecture, wanted: Architecture) -
 
 
 def check_norm(source: str, weights: Weights, found: Architecture, cfg: Any, allow_partial: bool) -> list[str]:
-    """Norm and groups of the bottom-up network.
-
-    Returns:
-        With ``allow_partial``, sentences about norms that must not be loaded; otherwise an empty list.
+    """Norm and groups of the bottom-up network; with ``allow_partial`` returns why its norms must not be loaded.
 
     Raises:
         WeightsError: the config's norm computes something else with these weights.
@@ -76,14 +73,12 @@ def check_norm(source: str, weights: Weights, found: Architecture, cfg: Any, all
                 f"{source}: was trained with {key} {theirs!r}, but the config says {ours!r}: set {key} {theirs}"
             )
     number, per_group = get_value(cfg, "MODEL.GN.NUM_GROUPS"), get_value(cfg, "MODEL.GN.CHANNELS_PER_GROUP") or 0
-    has_gn = any(get_value(cfg, key) == "GN" for key in NORM_KEYS)
-    if has_gn and weights.groups and number is not None:
-        wanted_number, wanted_per_group = weights.groups
-        if per_group != wanted_per_group or (not per_group and number != wanted_number):
+    if weights.groups and number is not None and any(get_value(cfg, key) == "GN" for key in NORM_KEYS):
+        theirs, ours = _groups(*weights.groups), _groups(number, per_group)
+        if theirs != ours:
             raise WeightsError(
-                f"{source}: these weights were trained with {_groups(*weights.groups)}, the config says "
-                f"{_groups(number, per_group)}: set MODEL.GN.NUM_GROUPS {wanted_number} MODEL.GN.CHANNELS_PER_GROUP "
-                f"{wanted_per_group}"
+                f"{source}: these weights were trained with {theirs}, the config says {ours}: set MODEL.GN.NUM_GROUPS "
+                f"{weights.groups[0]} MODEL.GN.CHANNELS_PER_GROUP {weights.groups[1]}"
             )
     return []
 
@@ -98,25 +93,20 @@ def check_preprocessing(source: str, weights: Weights, cfg: Any) -> None:
     Raises:
         WeightsError: they contradict each other; all keys to set are named.
     """
-    needs = weights.preprocessing
-    if needs is None:
-        return
+    needs = weights.preprocessing or Preprocessing()
     keys = {
         "INPUT.FORMAT": needs.format,
         "MODEL.PIXEL_MEAN": needs.pixel_mean,
         "MODEL.PIXEL_STD": needs.pixel_std,
         "MODEL.RESNETS.STRIDE_IN_1X1": needs.stride_in_1x1,
     }
-    wrong = {
-        key: (have, need)
-        for key, need in keys.items()
-        if need is not None and (have := get_value(cfg, key)) is not None and not _agree(need, have)
-    }
+    have = {key: get_value(cfg, key) for key, need in keys.items() if need is not None}
+    wrong = [key for key, value in have.items() if value is not None and not _agree(keys[key], value)]
     if wrong:
-        have = ", ".join(f"{key} is {_show(value)}" for key, (value, _) in wrong.items())
-        sets = " ".join(f"{key} {_show(value)}" for key, (_, value) in wrong.items())
+        now = ", ".join(f"{key} is {_show(have[key])}" for key in wrong)
+        sets = " ".join(f"{key} {_show(keys[key])}" for key in wrong)
         kind = ", ".join(filter(None, (weights.kind, weights.norm)))
-        raise WeightsError(f"{source}: {have}, but these weights ({kind}) need: {sets}")
+        raise WeightsError(f"{source}: {now}, but these weights ({kind}) need: {sets}")
 
 
 def _agree(need: Any, have: Any) -> bool:

@@ -18,7 +18,7 @@ import torch
 from gn_det.about import __version__
 from gn_det.checkpoint.formats import torchvision
 from gn_det.checkpoint.formats.common import State, Weights
-from gn_det.checkpoint.io import read_head, save_checkpoint, write_safetensors
+from gn_det.checkpoint.io import save_checkpoint, write_safetensors
 from gn_det.checkpoint.open_weights import open_weights
 from gn_det.checkpoint.parameter_names import architecture_of, shorten
 from gn_det.checkpoint.preprocessing import CAFFE, STEM, TORCH, Preprocessing, fold, show
@@ -35,21 +35,13 @@ _CLASSIFIER = re.compile(r"(?:stem\.)?(?:fc|pred|fc1000)[._]\w+$")  # ignored on
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written.
-
-    Attributes:
-        path: the new file.
-        kind: what the source was.
-        tensors: how many were written.
-        left_out: names of the source that the target has no place for (heads, momentum, anchors).
-        preprocessing: what the written weights expect; None = unknown.
-    """
+    """What was written: to which path, from a source of which kind, how many tensors."""
 
     path: Path
     kind: str
     tensors: int
-    left_out: tuple[str, ...]
-    preprocessing: Preprocessing | None
+    left_out: tuple[str, ...]  # names that the target has no place for (heads, momentum, anchors)
+    preprocessing: Preprocessing | None  # that the written weights expect; None = unknown
 
 
 def convert(source: StrPath, target: StrPath, to: str = "", *, fold_stem: bool = False) -> Converted:
@@ -67,11 +59,9 @@ def convert(source: StrPath, target: StrPath, to: str = "", *, fold_stem: bool =
     """
     target = Path(target)
     _check_target(target, to)
-    path, name = local_path(source), os.fspath(source)
-    read_head(path)
+    weights, path, name = open_weights(source, must_know=fold_stem), local_path(source), os.fspath(source)
     if os.path.exists(target) and os.path.samefile(path, target):
         raise WeightsError(f"{target}: would replace its own source; give another name")
-    weights = open_weights(source, must_know=fold_stem)
     if fold_stem:
         _fold(name, weights, LAYOUTS[to or "detectron2"])
     state = {**weights.state, **weights.aside}
@@ -109,22 +99,18 @@ def _fold(source: str, weights: Weights, usual: Preprocessing) -> None:
     now = fold(weights.state, needs, usual)
     if now.format != usual.format or now.pixel_std != usual.pixel_std:
         raise WeightsError(f"{source}: has no stem convolution of three channels to fold a preprocessing into")
-    mean = now.pixel_mean
-    if mean is None or usual.pixel_mean is None or any(abs(a - b) > 0.01 for a, b in zip(mean, usual.pixel_mean)):
+    mean, wanted = now.pixel_mean or (), usual.pixel_mean or ()
+    if not mean or any(abs(a - b) > 0.01 for a, b in zip(mean, wanted)):
         raise WeightsError(
-            f"{source}: its mean {show(mean or ())} is not {show(usual.pixel_mean or ())}, and a mean cannot be folded "
-            "exactly (it would show at the border); convert without --fold and set MODEL.PIXEL_MEAN"
+            f"{source}: its mean {show(mean)} is not {show(wanted)}, and a mean cannot be folded exactly (it would "
+            "show at the border); convert without --fold and set MODEL.PIXEL_MEAN"
         )
     weights.preprocessing = now
     weights.foldable = True  # a reader may fold it back
 
 
 def _as_layers(source: str, weights: Weights, state: State) -> tuple[State, list[str]]:
-    """The bottom-up network by torchvision's and timm's names, and the names that have no place there.
-
-    Raises:
-        WeightsError: no ResNet, or one that those libraries compute otherwise.
-    """
+    """The bottom-up network by torchvision's and timm's names, and the names that have no place there."""
     if weights.preprocessing is not None and weights.preprocessing.stride_in_1x1:
         raise WeightsError(
             f"{source}: strides in the 1x1 convolutions; torchvision and timm stride in the 3x3 and would compute "
@@ -150,7 +136,6 @@ def _block(source: str, path: Path, weights: Weights, whole: bool) -> dict[str, 
     uri, _ = split_options(source)
     # A URI as it was given; of a local file the name alone, for its folder is nobody's business.
     step = {"source": uri if "://" in uri else path.name, "sha256": sha256_of(path), "kind": weights.kind}
-    needs = None if weights.preprocessing is None else asdict(weights.preprocessing)
     return {
         **before,
         "version": __version__,
@@ -161,8 +146,8 @@ def _block(source: str, path: Path, weights: Weights, whole: bool) -> dict[str, 
         "best_metric": before.get("best_metric"),
         "weights": {
             "norm": weights.norm or ("GN" if weights.groups else ""),
-            "groups": list(weights.groups) if weights.groups else None,
-            "preprocessing": needs and {key: list(v) if isinstance(v, tuple) else v for key, v in needs.items()},
+            "groups": weights.groups,
+            "preprocessing": None if weights.preprocessing is None else asdict(weights.preprocessing),
             "foldable": weights.foldable,
             "asks": weights.asks and weights.preprocessing is None,
         },

@@ -13,40 +13,25 @@ Shape = tuple[int, ...]
 
 @dataclass
 class Outcome:
-    """Names of tensors by what became of them.
-
-    Attributes:
-        loaded: copied into the model.
-        missing: only in the model.
-        unexpected: only in the file.
-        shape_differs: name -> shape in the file and in the model.
-        reinitialised: the same, of predictors that differ because the number of classes does.
-    """
+    """Names of tensors by what became of them, with the shapes in the file and in the model where they differ."""
 
     loaded: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # only in the model
+    unexpected: list[str] = field(default_factory=list)  # only in the file
     shape_differs: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
+    #: predictors whose shape differs because the number of classes does
     reinitialised: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
 
 
 @dataclass
 class LoadReport(Outcome):
-    """Result of :func:`gn_det.checkpoint.weights.load_weights`.
-
-    Attributes:
-        source: the path or URI as given.
-        kind: what the file was recognised as, such as "Caffe2 ImageNet backbone, ResNet-50, GN".
-        ignored: names in the file that no detector uses (ImageNet classifier, momentum, anchors ...).
-        notes: sentences worth showing the user.
-        meta: the ``gn_det`` block of the file, or None.
-    """
+    """Result of :func:`gn_det.checkpoint.weights.load_weights`."""
 
     source: str = ""
-    kind: str = ""
-    ignored: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    meta: dict[str, Any] | None = None
+    kind: str = ""  # what the file was recognised as, such as "Caffe2 ImageNet backbone, ResNet-50, GN"
+    ignored: tuple[str, ...] = ()  # names that no detector uses (ImageNet classifier, momentum, anchors ...)
+    notes: tuple[str, ...] = ()  # sentences worth showing the user
+    meta: dict[str, Any] | None = None  # the gn_det block of the file
 
     def by_part(self) -> dict[str, Outcome]:
         """Return the parts of :data:`PARTS` that the model or the file has, in that order."""

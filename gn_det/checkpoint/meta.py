@@ -27,8 +27,7 @@ def build_meta(cfg: CfgNode, class_names: Sequence[str], category_ids: Sequence[
 
     Args:
         cfg: the resolved configuration; stored as the YAML text of all its keys.
-        class_names: one name per class, in the model's order.
-        category_ids: the json category id of each class, in the same order.
+        class_names, category_ids: name and json id of each class, in the model's order.
         extra: further plain values, such as ``iteration`` (int) and ``best_metric`` (float or None).
     """
     from gn_det.config import dump_config
@@ -45,9 +44,7 @@ def build_meta(cfg: CfgNode, class_names: Sequence[str], category_ids: Sequence[
 
 
 def config_of_checkpoint(path_or_uri: StrPath) -> CfgNode:
-    """The configuration stored in one of our checkpoints, checked as a config file is.
-
-    What belongs to the machine and the run that wrote it has its default: :data:`NOT_OF_THE_FILE`.
+    """The configuration stored in one of our checkpoints, checked as a config file is; without NOT_OF_THE_FILE.
 
     Raises:
         WeightsError: unreadable file, or one that stores no configuration.
@@ -69,15 +66,11 @@ def config_of_checkpoint(path_or_uri: StrPath) -> CfgNode:
 
 
 def read_meta(payload: Mapping[str, Any], source: StrPath = "") -> dict[str, Any] | None:
-    """The metadata block of a checkpoint, or None when the file is not gn_det's.
+    """The metadata block of a checkpoint (of the file ``source``), or None when the file is not gn_det's.
 
     Missing or ill-typed entries come back empty, so that callers can rely on ``version`` (str), ``class_names``
     (tuple of str), ``category_ids`` (tuple of int), ``config`` (YAML text, "" when unknown), ``iteration`` (int or
     None) and ``best_metric`` (float or None).
-
-    Args:
-        payload: of a file.
-        source: that file, for the message.
 
     Raises:
         WeightsError: a block of more than plain values, or with more class names than any data set has.
@@ -90,9 +83,7 @@ def read_meta(payload: Mapping[str, Any], source: StrPath = "") -> dict[str, Any
         names = names_of_classes(block.get("class_names"))
     except (TypeError, ValueError, WeightsError) as error:
         where = f"{one_line(str(source), 400)}: " if source else ""
-        raise WeightsError(
-            f"{where}its gn_det metadata cannot be used ({error}); only plain values may be in it"
-        ) from None
+        raise WeightsError(f"{where}its gn_det metadata cannot be used ({error}); they must be plain values") from None
     ids, iteration, best, config = (block.get(k) for k in ("category_ids", "iteration", "best_metric", "config"))
     return {
         **block,

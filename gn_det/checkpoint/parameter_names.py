@@ -39,29 +39,19 @@ def part_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Facts read from a state dict with Detectron2's names.
+    """Facts read from a state dict with Detectron2's names."""
 
-    Attributes:
-        depth: 18, 34, 50, 101, 152, or 0 when the blocks are of no known ResNet.
-        blocks: number of blocks in res2, res3, res4; () without any.
-        bottleneck: whether blocks have three convolutions.
-        style: "FPN" or "C4" for a whole detector, "" for a bare backbone.
-        norm: "BN" (with running statistics), "affine" (scale and shift alone: GN, LN, IN or folded BN), "" (none).
-    """
-
-    depth: int
-    blocks: tuple[int, ...]
-    bottleneck: bool
-    style: str
-    norm: str
+    depth: int  # 18, 34, 50, 101, 152, or 0 when the blocks are of no known ResNet
+    blocks: tuple[int, ...]  # number of blocks in res2, res3, res4; () without any
+    bottleneck: bool  # whether blocks have three convolutions
+    style: str  # "FPN" or "C4" for a whole detector, "" for a bare backbone
+    norm: str  # "BN" (with running statistics), "affine" (scale and shift alone: GN, LN, IN or folded BN), "" (none)
 
     @property
     def resnet(self) -> str:
-        if self.depth:
-            return f"ResNet-{self.depth}"
-        return (
-            f"a ResNet of {list(self.blocks)} {'bottleneck' if self.bottleneck else 'basic'} blocks in res2, res3, res4"
-        )
+        kind = "bottleneck" if self.bottleneck else "basic"
+        other = f"a ResNet of {list(self.blocks)} {kind} blocks in res2, res3, res4"
+        return f"ResNet-{self.depth}" if self.depth else other
 
 
 def architecture_of(names: Iterable[str]) -> Architecture:

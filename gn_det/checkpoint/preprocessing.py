@@ -48,11 +48,6 @@ def fold(state: MutableMapping[str, torch.Tensor], needs: Preprocessing, target:
     std[c]`` gives the same numbers everywhere. With another mean there is no such W': the difference is a constant
     inside the image and none in the padding. So the mean is not folded, and the caller compares it.
 
-    Args:
-        state: by Detectron2's names; the stem's weight is (out, 3, kernel, kernel).
-        needs: what the weights expect; a part that is None is not changed.
-        target: what they shall expect; format, std of three positive numbers.
-
     Returns:
         What the weights expect now: ``target``'s order and std, and their own mean in that order. ``needs`` unchanged
         where nothing can be folded.

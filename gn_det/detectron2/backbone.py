@@ -27,11 +27,6 @@ if TYPE_CHECKING:
 THEIR_NORMS = ("nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 
 
-def _specs(backbone: Backbone) -> dict[str, FeatureSpec]:
-    shapes = backbone.output_shape()
-    return {name: FeatureSpec(shape.channels, shape.stride) for name, shape in shapes.items()}
-
-
 def _shapes(specs: dict[str, FeatureSpec]) -> dict[str, ShapeSpec]:
     return {name: ShapeSpec(channels=spec.channels, stride=spec.stride) for name, spec in specs.items()}
 
@@ -57,12 +52,11 @@ class GNFPN(FPN, Backbone):
     """:class:`gn_det.modeling.fpn.FPN` under Detectron2's backbone contract.
 
     Args:
-        bottom_up: any Detectron2 ``Backbone``, such as :class:`GNResNet`; ``output_shape()`` says what it makes.
+        bottom_up: any Detectron2 ``Backbone``, such as :class:`GNResNet`.
         in_features: its features from fine to coarse, strides doubling.
         out_channels: channels of every level.
         norm: of lateral and output convolutions, see :data:`gn_det.norm.NormSpec`; without one they have biases.
-        top_block: makes the levels above the last, in Detectron2's manner (``num_levels``, ``in_feature``, called with
-            that feature): ``LastLevelMaxPool`` for R-CNN, ``LastLevelP6P7`` for RetinaNet; None for no such level.
+        top_block: makes the levels above the last, as Detectron2's ``LastLevelMaxPool`` and ``LastLevelP6P7`` do.
         fuse_type: "sum" or "avg" of the lateral and the top-down feature.
         square_pad: if positive, images are padded to squares of this side.
         groups: deprecated, see :func:`gn_det.norm.norm_with_groups`.
@@ -89,15 +83,15 @@ class GNFPN(FPN, Backbone):
             out_channels=out_channels,
             norm=norm_with_groups(norm, groups),
             fuse_type=fuse_type,
-            specs=_specs(bottom_up),
+            specs={name: FeatureSpec(s.channels, s.stride) for name, s in bottom_up.output_shape().items()},
         )
         self.square_pad = square_pad
         self.top_block: Any = top_block
         # Detectron2 registers the bottom-up network after the top block: the order of its optimizer states.
         del self.bottom_up
         self.bottom_up = bottom_up
-        top = self.levels[-1]
-        levels = [*self.levels, *range(top + 1, top + 1 + (top_block.num_levels if top_block is not None else 0))]
+        first, more = self.levels[-1] + 1, top_block.num_levels if top_block is not None else 0
+        levels = [*self.levels, *range(first, first + more)]
         self.feature_specs = {f"p{k}": FeatureSpec(out_channels, 2**k) for k in levels}
 
     @property
@@ -123,42 +117,33 @@ class GNFPN(FPN, Backbone):
         return dict(zip(self.feature_specs, outputs))
 
 
-def _resnet(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """gn_det's ResNet; Detectron2's where only that has the convolutions or the norm asked for."""
+@BACKBONE_REGISTRY.register()
+def build_gn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """ResNet of MODEL.RESNETS with the norms of MODEL.GN; Detectron2's where only that has the convolutions or norm."""
     resnets = cfg.MODEL.RESNETS
     deformable = any(resnets.DEFORM_ON_PER_STAGE)
     if deformable and (resnets.NORM in ("LN", "IN") or (resnets.NORM == "GN" and group_rule(cfg) != GroupRule())):
         raise ConfigError(
-            "MODEL.RESNETS.DEFORM_ON_PER_STAGE: gn_det's ResNet has no deformable convolutions; Detectron2's has, and "
-            f"is taken unless MODEL.RESNETS.NORM ({resnets.NORM}) is LN or IN, or GN with a MODEL.GN of your own"
+            "MODEL.RESNETS.DEFORM_ON_PER_STAGE: gn_det's ResNet has no deformable convolutions; Detectron2's has no "
+            f"MODEL.RESNETS.NORM {resnets.NORM} with this MODEL.GN; use GN with the default MODEL.GN"
         )
     if deformable or resnets.NORM in THEIR_NORMS:
         return build_resnet_backbone(cfg, input_shape)
     return GNResNet(in_channels=input_shape.channels, **resnet_arguments(cfg))
 
 
-def _fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module) -> GNFPN:
-    return GNFPN(bottom_up, top_block=top_block, **fpn_arguments(cfg))
-
-
-@BACKBONE_REGISTRY.register()
-def build_gn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """ResNet of MODEL.RESNETS with the norms of MODEL.GN."""
-    return _resnet(cfg, input_shape)
-
-
 @BACKBONE_REGISTRY.register()
 def build_gn_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> GNFPN:
     """FPN of MODEL.FPN on that ResNet, and one more level by subsampling the coarsest (p6 of p5)."""
-    fpn = _fpn(cfg, _resnet(cfg, input_shape), LastLevelMaxPool())
-    assert isinstance(fpn.top_block, LastLevelMaxPool)
-    fpn.top_block.in_feature = f"p{fpn.levels[-1]}"  # Detectron2 says p5, whatever the coarsest level is
+    top = LastLevelMaxPool()
+    fpn = GNFPN(build_gn_resnet_backbone(cfg, input_shape), top_block=top, **fpn_arguments(cfg))
+    top.in_feature = f"p{fpn.levels[-1]}"  # Detectron2 says p5, whatever the coarsest level is
     return fpn
 
 
 @BACKBONE_REGISTRY.register()
 def build_gn_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> GNFPN:
     """FPN on that ResNet, p6 and p7 by convolutions on res5."""
-    bottom_up = _resnet(cfg, input_shape)
-    channels = bottom_up.output_shape()["res5"].channels
-    return _fpn(cfg, bottom_up, LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS))
+    bottom_up = build_gn_resnet_backbone(cfg, input_shape)
+    top = LastLevelP6P7(bottom_up.output_shape()["res5"].channels, cfg.MODEL.FPN.OUT_CHANNELS)
+    return GNFPN(bottom_up, top_block=top, **fpn_arguments(cfg))

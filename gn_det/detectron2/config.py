@@ -80,8 +80,7 @@ def scale_to_machine(cfg: CfgNode, num_gpus: int | None = None, *, written_for: 
     Args:
         cfg: a config that went through :func:`add_gn_config`.
         num_gpus: processes of the run, one GPU each; None for those that run now.
-        written_for: GPUs that the schedule was written for if SOLVER.REFERENCE_WORLD_SIZE is 0; 8 in gn_det's configs
-            and in Detectron2's model zoo.
+        written_for: GPUs that the schedule was written for if SOLVER.REFERENCE_WORLD_SIZE is 0.
 
     Returns:
         What was changed, one sentence each; they are logged, too.
@@ -89,8 +88,7 @@ def scale_to_machine(cfg: CfgNode, num_gpus: int | None = None, *, written_for: 
     Raises:
         ConfigError: the batch is not a multiple of ``written_for``, or too small for ``num_gpus``.
     """
-    if not has_gn_keys(cfg):
-        raise ConfigError("the config lacks gn_det's keys: call gn_det.detectron2.add_gn_config(cfg) first")
+    require_gn_keys(cfg)
     num_gpus = comm.get_world_size() if num_gpus is None else num_gpus
     if num_gpus < 1 or written_for < 1:
         raise ConfigError(f"scale_to_machine: num_gpus {num_gpus} and written_for {written_for} must be at least 1")
@@ -111,6 +109,12 @@ def scale_to_machine(cfg: CfgNode, num_gpus: int | None = None, *, written_for: 
 def has_gn_keys(cfg: CfgNode) -> bool:
     """Whether ``cfg`` went through :func:`add_gn_config`."""
     return "GN" in cfg.MODEL
+
+
+def require_gn_keys(cfg: CfgNode) -> None:
+    """Raise ConfigError unless ``cfg`` went through :func:`add_gn_config`."""
+    if not has_gn_keys(cfg):
+        raise ConfigError("the config lacks gn_det's keys: call gn_det.detectron2.add_gn_config(cfg) first")
 
 
 def prepare_config(cfg: CfgNode) -> None:
@@ -276,18 +280,16 @@ def _settle_own_classes(cfg: CfgNode) -> None:
     section = _OWN_CLASSES.get(cfg.MODEL.META_ARCHITECTURE, "")
     if section not in cfg.MODEL:
         return
-    node, default = cfg.MODEL[section], (0, _THEIR_NUM_CLASSES)
-    names = cfg.DATASETS.TRAIN
+    node, names = cfg.MODEL[section], cfg.DATASETS.TRAIN
+    is_default = node.NUM_CLASSES in (0, _THEIR_NUM_CLASSES)
     known = cfg.MODEL.CLASS_NAMES or (MetadataCatalog.get(names[0]).get("thing_classes") if names else None)
-    if not known and node.NUM_CLASSES not in default:
-        return
     try:
-        count = len(known) if known else _count_classes(cfg)
+        count = len(known) if known else _count_classes(cfg) if is_default else node.NUM_CLASSES
     except (ConfigError, DataError, OSError):  # a model to predict with, whose data set is not there
         return
     if count == node.NUM_CLASSES:
         return
-    if node.NUM_CLASSES not in default:
+    if not is_default:
         raise ConfigError(
             f"MODEL.{section}.NUM_CLASSES is {node.NUM_CLASSES}, but the training set has {count} classes: set it to "
             f"{count}, or to 0 to take it from the data set"

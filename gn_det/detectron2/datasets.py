@@ -53,24 +53,18 @@ class _Source:
 
     def __call__(self) -> list[dict[str, Any]]:
         dataset = _load(self.source, self.max_bad, self.reader)
-        _describe(self.name, self.source, dataset.class_names, dataset.category_ids)
+        _describe(self.name, dataset.class_names, dataset.category_ids)
         records = [_record(record) for record in dataset.records]
-        if self.polygons_only:
-            self._refuse_rle(records)
-        if self.reader.bit_depth:
-            for record in records:
-                record["file_name"] = EightBits.name(record["file_name"], self.reader)
+        # Detectron2 leaves crowds out before it looks at masks.
+        masks = (a for r in records for a in r["annotations"] if isinstance(a.get("segmentation"), dict))
+        if self.polygons_only and (rle := next((a["id"] for a in masks if not a["iscrowd"]), None)) is not None:
+            raise DataError(
+                f"{self.source.json_file}: annotation {rle} has an RLE mask, which Detectron2's mapper takes only as a "
+                "bitmap: set INPUT.MASK_FORMAT bitmask"
+            )
+        for record in records if self.reader.bit_depth else ():
+            record["file_name"] = EightBits.name(record["file_name"], self.reader)
         return records
-
-    def _refuse_rle(self, records: list[dict[str, Any]]) -> None:
-        for record in records:
-            for a in record["annotations"]:
-                # Detectron2 leaves crowds out before it looks at masks.
-                if isinstance(a.get("segmentation"), dict) and not a["iscrowd"]:
-                    raise DataError(
-                        f"{self.source.json_file}: annotation {a['id']} has an RLE mask, which Detectron2's mapper "
-                        "takes only as a bitmap: set INPUT.MASK_FORMAT bitmask"
-                    )
 
 
 class EightBits(PathHandler):
@@ -100,10 +94,8 @@ class EightBits(PathHandler):
 def register_shapes() -> None:
     """Register ``shapes_train`` and ``shapes_val``; they are drawn when they are first read."""
     for name in GENERATED:
-        if name not in DatasetCatalog:
-            source = resolve(name)
-            DatasetCatalog.register(name, _Source(name, source))
-            _describe(name, source, CLASSES, CATEGORY_IDS)
+        _enter(name, resolve(name))
+        _describe(name, CLASSES, CATEGORY_IDS)
 
 
 def register_own(cfg: CfgNode) -> None:
@@ -257,11 +249,7 @@ def _to_coco(annotation: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def register_files(name: str) -> None:
-    """Register one ``path/to.json@path/to/images`` name.
-
-    Raises:
-        DataError: no such name, or no such file.
-    """
+    """Register one ``path/to.json@path/to/images`` name; raises DataError where there is no such file."""
     _enter(name, resolve(name, "DATASETS"))
 
 
@@ -289,14 +277,9 @@ def _load(source: DatasetSource, max_bad: int, reader: ImageReader) -> CocoDatas
     return dataset
 
 
-def _describe(name: str, source: DatasetSource, class_names: Any, category_ids: Any) -> None:
-    MetadataCatalog.get(name).set(
-        json_file=source.json_file,
-        image_root=source.image_root,
-        evaluator_type="coco",
-        thing_classes=list(class_names),
-        thing_dataset_id_to_contiguous_id={category: index for index, category in enumerate(category_ids)},
-    )
+def _describe(name: str, class_names: Sequence[str], category_ids: Sequence[int]) -> None:
+    contiguous = {category: index for index, category in enumerate(category_ids)}
+    MetadataCatalog.get(name).set(thing_classes=list(class_names), thing_dataset_id_to_contiguous_id=contiguous)
 
 
 def _record(record: Any) -> dict[str, Any]:

@@ -44,7 +44,8 @@ ROUTES: tuple[tuple[Registry, str, Callable[..., Any], tuple[str, ...]], ...] = 
 def route_names() -> None:
     """Install the routes; a second call does nothing."""
     for registry, name, build, sections in ROUTES:
-        _replace(registry, name, functools.partial(_choose, build, sections))
+        # fvcore's Registry refuses to register a name twice and has no public way to replace one.
+        registry._obj_map[name] = _routed(registry.get(name), functools.partial(_choose, build, sections))
     if not isinstance(META_ARCH_REGISTRY._obj_map, _Architectures):
         META_ARCH_REGISTRY._obj_map = _Architectures(META_ARCH_REGISTRY._obj_map)
 
@@ -59,19 +60,13 @@ class _Architectures(dict[str, Any]):
         super().__setitem__(name, _routed(entry, _prepare))
 
 
-def _replace(registry: Registry, name: str, wrapper: Callable[..., Any]) -> None:
-    # fvcore's Registry refuses to register a name twice and has no public way to replace one.
-    registry._obj_map[name] = _routed(registry.get(name), wrapper)
-
-
 def _routed(stock: Any, wrapper: Callable[..., Any]) -> Any:
     """``stock`` such that calling it goes to ``wrapper``; as it is where it is routed already."""
     if "gn_det_stock" in getattr(stock, "__dict__", ()):
         return stock
-    return _routed_class(stock, wrapper) if isinstance(stock, type) else _routed_function(stock, wrapper)
+    if isinstance(stock, type):
+        return _routed_class(stock, wrapper)
 
-
-def _routed_function(stock: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
     def routed(*args: Any, **kwargs: Any) -> Any:
         return wrapper(stock, *args, **kwargs)
@@ -108,11 +103,10 @@ def _prepare(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def _choose(
     ours: Callable[..., Any], sections: tuple[str, ...], stock: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    cfg = _config_in(args, kwargs)
-    if cfg is None:
-        return stock(*args, **kwargs)
-    prepare_config(cfg)
-    build = ours if _is_ours(cfg, sections) else stock
+    build, cfg = stock, _config_in(args, kwargs)
+    if cfg is not None:
+        prepare_config(cfg)
+        build = ours if _is_ours(cfg, sections) else stock
     return build(*args, **kwargs)
 
 
@@ -124,14 +118,13 @@ def _config_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _is_ours(cfg: Any, sections: tuple[str, ...]) -> bool:
     """Whether a norm of these sections, or a pyramid without res5, takes gn_det's module, and that can be had."""
-    norms = [cfg.MODEL[section].NORM for section in sections]
+    norms = {cfg.MODEL[section].NORM for section in sections}
     if "FPN" in sections and "res5" not in cfg.MODEL.FPN.IN_FEATURES:
         return True
-    if not any(norm in GROUP_NORMS for norm in norms):
+    if not norms & set(GROUP_NORMS):
         return False
-    only_theirs = any(norm in backbone.THEIR_NORMS for norm in norms)
-    if "RESNETS" in sections:
-        only_theirs = only_theirs or any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE)
-    same_there = group_rule(cfg) == GroupRule() and not {"LN", "IN"} & set(norms)
+    deformable = "RESNETS" in sections and any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE)
+    only_theirs = deformable or norms & set(backbone.THEIR_NORMS)
+    same_there = group_rule(cfg) == GroupRule() and not norms & {"LN", "IN"}
     # What neither can build, gn_det's module refuses by name.
     return not (only_theirs and same_there)

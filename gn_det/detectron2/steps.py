@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
@@ -65,19 +66,18 @@ class LoopHook(HookBase):
     :class:`EndHook`.
     """
 
+    loop: Loop  # set before the training
+
     def __init__(self) -> None:
-        self.loop: Loop | None = None
         #: names that the storage got up to here in this iteration
         self.known: set[str] = set()
 
     def before_train(self) -> None:
-        assert self.loop is not None
         self.loop.begin()
         if self.loop.stopping:
             raise Ended
 
     def after_step(self) -> None:
-        assert self.loop is not None
         loop, storage = self.loop, get_event_storage()
         found = scalars_of(storage, storage.iter)
         loop.scalars |= {k: v for k, v in found.items() if k not in ("lr", "time")}  # the loop has its own
@@ -88,7 +88,6 @@ class LoopHook(HookBase):
         self.known = set(scalars_of(storage, storage.iter))
 
     def after_train(self) -> None:
-        assert self.loop is not None
         self.loop.end()
 
 
@@ -100,7 +99,6 @@ class EndHook(HookBase):
 
     def after_step(self) -> None:
         loop, storage = self.first.loop, get_event_storage()
-        assert loop is not None
         loop.scalars |= {k: v for k, v in scalars_of(storage, storage.iter).items() if k not in self.first.known}
         loop.call("end_step")
         if loop.stopping:
@@ -111,13 +109,8 @@ def scalars_of(storage: EventStorage, iteration: int) -> dict[str, float]:
     """What was put into the storage in ``iteration``: the mean of each name's defined values."""
     means = {}
     for name, history in storage.histories().items():
-        values = []
-        for value, at in reversed(history.values()):
-            if at != iteration:
-                break
-            if not math.isnan(value):
-                values.append(float(value))
-        if values:
+        latest = itertools.takewhile(lambda entry: entry[1] == iteration, reversed(history.values()))
+        if values := [float(value) for value, _ in latest if not math.isnan(value)]:
             means[name] = sum(values) / len(values)
     return means
 

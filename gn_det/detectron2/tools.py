@@ -76,20 +76,14 @@ def tool_words(words: list[str]) -> list[str]:
     Raises:
         ConfigError: neither a file nor such a name.
     """
-    out = list(words)
-    for i, word in enumerate(words):
-        flag, equals, value = word.partition("=")
-        if flag != "--config-file":
-            continue
-        if equals:
-            out[i] = f"{flag}={_config(value)}"
-        elif i + 1 < len(words):
-            out[i + 1] = _config(words[i + 1])
+    out: list[str] = []
+    for word in words:
+        flag = "" if out[-1:] == ["--config-file"] else "--config-file="
+        name = word.removeprefix(flag)
+        if word.startswith(flag) and name.endswith((".yaml", ".yml")):
+            word = f"{flag}{resolve_config(name)}"
+        out.append(word)
     return out
-
-
-def _config(name: str) -> str:
-    return os.fspath(resolve_config(name)) if name.endswith((".yaml", ".yml")) else name
 
 
 if __name__ in ("__main__", "__mp_main__"):

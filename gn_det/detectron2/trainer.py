@@ -23,8 +23,8 @@ from gn_det.checkpoint.meta import build_meta
 from gn_det.data.augment import OwnTransform
 from gn_det.detectron2.config import (
     check_for_trainer,
-    has_gn_keys,
     prepare_config,
+    require_gn_keys,
     trainer_keys_are_read,
     warn_of_norms,
 )
@@ -57,7 +57,7 @@ from gn_det.engine.prepare import (
     prepare_folder,
 )
 from gn_det.engine.state import ModelMeta, Resume, TrainState, find_resume, restore
-from gn_det.errors import ConfigError, TrainingError
+from gn_det.errors import TrainingError
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -111,8 +111,7 @@ class Trainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode, *, overwrite: bool = False, augment: OwnTransform | None = None) -> None:
         TrainerBase.__init__(self)
-        if not has_gn_keys(cfg):
-            raise ConfigError("the config lacks gn_det's keys: call gn_det.detectron2.add_gn_config(cfg) first")
+        require_gn_keys(cfg)
         self._overwrite = overwrite
         self._folder = check_writable(cfg.OUTPUT_DIR)
         check_for_trainer(cfg, own_loader=self._overridden("build_train_loader"), own_results=self._own_results())

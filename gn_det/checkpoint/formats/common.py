@@ -18,9 +18,8 @@ State = dict[str, torch.Tensor]
 class NameTable:
     """Table of tensor names: called with a foreign name, it returns Detectron2's, or None when no row matches.
 
-    Args:
-        rows: a pattern of the whole foreign name, and Detectron2's name: a template such as ``res\\1.weight``, or a
-            function of the match. The first row that matches decides.
+    A row is a pattern of the whole foreign name, and Detectron2's name as a template (``res\\1.weight``) or a function
+    of the match. The first row that matches decides.
     """
 
     def __init__(self, *rows: tuple[str, str | Callable[[re.Match[str]], str]]) -> None:
@@ -35,39 +34,31 @@ class NameTable:
 
 @dataclass
 class Weights:
-    """A weights file after translation.
+    """A weights file after translation; what the source does not say is None or empty.
 
     Attributes:
         state: tensors by Detectron2's names, of a whole model (``backbone.bottom_up.res2...``) or of a bare backbone
             (``res2...``). Names that no table knows stay as they were and end up as unexpected.
-        kind: what the file is, for people.
-        norm: norm of the bottom-up network where the source tells: "GN", "LN", "IN", "BN" (with statistics),
-            "affine BN" (folded into scale and shift); "" = read it from the names.
-        groups: GN's (NUM_GROUPS, CHANNELS_PER_GROUP) where the source tells.
-        ignored: names that are known and not meant for a detector.
-        preprocessing: what the weights expect; None = unknown and unchecked.
-        config: the configuration the weights were trained with, as nested dicts; None when the file has none.
-        meta: the ``gn_det`` block, see :func:`gn_det.checkpoint.meta.read_meta`.
-        foldable: the stem convolution may be rewritten for the config's channel order and std: the weights come from
-            a world with another convention than Detectron2's, so a difference is no contradiction.
+        norm: norm of the bottom-up network: "GN", "LN", "IN", "BN" (with statistics), "affine BN" (folded into scale
+            and shift); "" = read it from the names.
+        foldable: the stem convolution may be rewritten for the config's channel order and std, because the source has
+            another convention than Detectron2.
         asks: the preprocessing is unknown and decides the numbers, so the user must say it.
         aside: the ignored ImageNet classifier by Detectron2's names (``stem.fc.weight``), so that conversion keeps it.
-        notes: sentences worth showing the user.
-        class_names: of a detector, where the file tells.
     """
 
     state: State
-    kind: str
+    kind: str  # what the file is, for people
     norm: str = ""
-    groups: tuple[int, int] | None = None
-    ignored: tuple[str, ...] = ()
+    groups: tuple[int, int] | None = None  # GN's NUM_GROUPS and CHANNELS_PER_GROUP
+    ignored: tuple[str, ...] = ()  # names that are known and not meant for a detector
     preprocessing: Preprocessing | None = None
-    config: dict[str, Any] | None = None
-    meta: dict[str, Any] | None = None
+    config: dict[str, Any] | None = None  # that the weights were trained with
+    meta: dict[str, Any] | None = None  # see gn_det.checkpoint.meta.read_meta
     foldable: bool = False
     asks: bool = False
     aside: State = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # sentences worth showing the user
     class_names: tuple[str, ...] = ()
 
     @property
