@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from PIL import Image
 
 from gn_det.compare.columns import COLUMNS
 from gn_det.compare.outcomes import Results, RowResult, as_json, common_place
-from gn_det.compare.runner import Record, Store, write_json
+from gn_det.compare.runner import Store, write_json
 from gn_det.compare.suite import DETECT, Grid, Table
 from gn_det.compare.views import findings, full_view, run_view, views
+from gn_det.engine.engines import Engine
 from gn_det.errors import UserError
 from gn_det.files import atomic_write
 from gn_det.terminal import say
@@ -36,16 +37,7 @@ _OWN = ("OUTPUT_DIR:", '"output":', "SEED:", "WEIGHTS:")
 
 
 def write_report(results: Results, store: Store, date: str) -> None:
-    """Write all three files into the folder of the store, each atomically.
-
-    Args:
-        results: of the whole suite.
-        store: where its runs are kept.
-        date: of today, as text.
-
-    Raises:
-        WriteError: the folder cannot be written.
-    """
+    """Write all three files into the folder of the store, each atomically; raises WriteError where it cannot."""
     found = findings(results)
     suite = results.plan.suite
     content: dict[str, Any] = {
@@ -130,12 +122,10 @@ def _chart(title: str, lines: list[Line], x: str, y: str, **options: Any) -> dic
 def _curves(
     rows: Sequence[RowResult], key: str, *, by_time: bool = False, label: str = "", names: Sequence[str] = ()
 ) -> list[Line]:
-    """One line a row that has points: the mean over seeds, the single seeds faintly behind it.
+    """One line a row that has points ``key``: the mean over seeds, the single seeds faintly behind it.
 
-    Args:
-        key: of a curve's points.
-        by_time: x is minutes of training, for rows that were timed on the common machine and day.
-        label: whose text names the lines in the order of ``names``; "" takes the titles.
+    With ``by_time`` x is minutes of training, for rows that were timed on the common machine and day. The text of
+    ``label`` names the lines, in the order of ``names``; "" takes the titles.
     """
     place = common_place(rows)
     lines = []
@@ -194,55 +184,54 @@ def sample_rows(results: Results) -> list[RowResult]:
 
 
 def _samples(results: Results, store: Store) -> list[tuple[str, list[Markup]]]:
-    """(title, images) of the truth and of each row, on the same images; empty where nothing can be drawn.
-
-    Images are kept below ``samples/``, so that a report of finished runs needs no model.
-    """
+    """(title, images) of the truth and of each row, on the same images; empty where nothing can be drawn."""
     rows = sample_rows(results)
-    count = min(results.plan.suite.sample_images, _MOST_SAMPLES)
-    if not rows or not count:
+    if not rows or not results.plan.suite.sample_images:
         return []
     try:
-        out = [("truth", _drawn(rows[0], None, results, store, count))]
-        out += [(f"{r.row.title} (score ≥ {_THRESHOLD:g})", _drawn(r, r.done[0], results, store, count)) for r in rows]
+        out = [("truth", _drawn(rows[0], results, store, truth=True))]
+        return out + [(f"{r.row.title} (score ≥ {_THRESHOLD:g})", _drawn(r, results, store)) for r in rows]
     except (UserError, OSError) as error:  # the images or weights are gone: the numbers are still worth a report
         say(f"No sample predictions in the report: {error}")
         return []
-    return out
 
 
-def _drawn(result: RowResult, record: Record | None, results: Results, store: Store, count: int) -> list[Markup]:
-    """Images with what a run finds on them, or with the truth, as URIs."""
-    first = result.done[0]
-    name = re.sub(r"[^\w.-]", "_", f"{first.row}-{first.seed}-{first.key[:8]}")
-    folder = store.root / "samples" / (f"truth-{name}" if record is None else name)
+def _drawn(result: RowResult, results: Results, store: Store, *, truth: bool = False) -> list[Markup]:
+    """Images with what a row finds on them, or with the truth, as URIs.
+
+    They are kept below ``samples/``, so that a report of finished runs needs no model.
+    """
+    record, count = result.done[0], min(results.plan.suite.sample_images, _MOST_SAMPLES)
+    name = re.sub(r"[^\w.-]", "_", f"{record.row}-{record.seed}-{record.key[:8]}")
+    folder = store.root / "samples" / (f"truth-{name}" if truth else name)
     kept = sorted(folder.glob("*.jpg"))[:count]
     if len(kept) < count:
-        kept = _draw(result, record, results, store, folder, count)
+        weights = None if truth else store.folder_of(record) / record.weights
+        cfg = next(j.cfg for j in results.plan.jobs if j.row.id == result.row.id)
+        kept = []
+        for image in _drawings(cfg, weights, results.plan.engine, count):
+            image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+            buffer = io.BytesIO()
+            image.save(buffer, "JPEG", quality=88)
+            kept.append(folder / f"{len(kept)}.jpg")
+            atomic_write(kept[-1], buffer.getvalue())
     return [jpeg_uri(path.read_bytes()) for path in kept]
 
 
-def _draw(
-    result: RowResult, record: Record | None, results: Results, store: Store, folder: Path, count: int
-) -> list[Path]:
-    """Draw images spread over the validation set, those with objects first, and keep them in the folder."""
+def _drawings(cfg: Any, weights: Path | None, engine: Engine, count: int) -> Iterator[Image.Image]:
+    """Images spread over the validation set, those with objects first, with what a model finds, or with the truth."""
     from gn_det.data.image import ImageReader
     from gn_det.data.sets import load_first_test_set
     from gn_det.prediction.predictor import Selection, load_predictor
     from gn_det.visualize.draw import draw_annotations, draw_detections
 
-    cfg = next(j.cfg for j in results.plan.jobs if j.row.id == result.row.id)
-    assert cfg is not None
     dataset = load_first_test_set(cfg)
     having = [i for i, n in enumerate(dataset.object_counts) if n] or list(range(len(dataset)))
     places = np.linspace(0, len(having) - 1, min(count, len(having))).round().astype(int)
-    predictor = None
-    if record is not None:
-        predictor = load_predictor(store.folder_of(record) / record.weights, engine=results.plan.engine)
+    predictor = None if weights is None else load_predictor(weights, engine=engine)
     read = ImageReader.of(cfg, "RGB").read
-    written = []
     size: Any = {"min_size": _SIDE, "max_size": 4 * _SIDE}
-    for number, index in enumerate(dict.fromkeys(having[place] for place in places)):
+    for index in dict.fromkeys(having[place] for place in places):
         found = dataset.records[index]
         if predictor is None:
             drawn = draw_annotations(read(found["file_name"]), found, dataset.class_names, **size)
@@ -250,10 +239,4 @@ def _draw(
             path = Path(found["file_name"])
             shown = Selection(_THRESHOLD)(predictor.detect(path))
             drawn = draw_detections(predictor.reader.read(path), shown, predictor.class_names, **size)
-        image = Image.fromarray(drawn)
-        image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=88)
-        written.append(folder / f"{number}.jpg")
-        atomic_write(written[-1], buffer.getvalue())
-    return written
+        yield Image.fromarray(drawn)

@@ -46,17 +46,11 @@ class Outcome:
 
 
 def execute(job: Job, folder: Path, weights: str, *, plan: Plan, measuring: bool = True) -> Outcome:
-    """Run ``job`` in ``folder``: a detection row on the plan's engine, a pre-training row by gn_det.classification.
+    """Run or resume ``job`` in ``folder``: a detection row on the plan's engine, or a pre-training row.
 
     Args:
-        job: from the plan.
-        folder: of the run; an interrupted one is resumed.
         weights: initial weights of a detection row that starts from a pre-training row, else "".
-        plan: names the engine and the processes of the run.
         measuring: this process measures; other ranks of torchrun only train.
-
-    Raises:
-        UserError: it cannot be run.
     """
     _reset_peak_memory()
     if job.cfg is None:

@@ -79,15 +79,15 @@ def difference(row: Mapping[int, float], baseline: Mapping[int, float]) -> Diffe
     a, b = spread(row), spread(baseline)
     if a is None or b is None:
         return None
-    if (a.n == 1) != (b.n == 1):
-        known = a if b.n == 1 else b
-        return Difference(a.mean - b.mean, _half(known.std, 1 + 1 / known.n, known.n - 1), (a.n, b.n), False, True)
     half = None
     if a.std is not None and b.std is not None:
         va, vb = a.std**2 / a.n, b.std**2 / b.n
         freedom = (va + vb) ** 2 / (va**2 / (a.n - 1) + vb**2 / (b.n - 1)) if va + vb else 1.0
         half = _half(math.sqrt(va + vb), 1, freedom)
-    return Difference(a.mean - b.mean, half, (a.n, b.n), False)
+    elif a.n + b.n > 2:
+        known = b if a.n == 1 else a
+        half = _half(known.std, 1 + 1 / known.n, known.n - 1)
+    return Difference(a.mean - b.mean, half, (a.n, b.n), False, assumed=(a.n == 1) != (b.n == 1))
 
 
 def _half(std: float | None, factor: float, freedom: float) -> float | None:
@@ -194,20 +194,18 @@ def collect(plan: Plan, store: Store, *, any_version: bool = False, any_settings
         any_settings: take the newest finished run of a row where none has the settings of the plan; for a report of
             what is there. Either is remarked.
     """
-    rows = []
-    for row in plan.suite.rows:
-        jobs = [job for job in plan.jobs if job.row.id == row.id]
-        result = RowResult(row, tuple(job.seed for job in jobs), left_out=plan.left_out.get(row.id, ""))
-        for job in jobs:
-            record, remark = _record_of(job, plan, store, any_version, any_settings)
-            if record is not None:
-                result.records[job.seed] = record
-            if remark:
-                result.remarks.append(f"seed {job.seed}: {remark}")
-        rows.append(result)
-    for result in rows:
-        result.base = next((r for r in rows if r.row.id == result.row.baseline), None)
-    return Results(plan, rows)
+    rows = {row.id: RowResult(row, (), left_out=plan.left_out.get(row.id, "")) for row in plan.suite.rows}
+    for job in plan.jobs:
+        result = rows[job.row.id]
+        result.wanted += (job.seed,)
+        record, remark = _record_of(job, plan, store, any_version, any_settings)
+        if record is not None:
+            result.records[job.seed] = record
+        if remark:
+            result.remarks.append(f"seed {job.seed}: {remark}")
+    for result in rows.values():
+        result.base = rows.get(result.row.baseline or "")
+    return Results(plan, list(rows.values()))
 
 
 def _record_of(job: Job, plan: Plan, store: Store, any_version: bool, any_settings: bool) -> tuple[Record | None, str]:

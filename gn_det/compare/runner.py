@@ -185,11 +185,10 @@ class Runner:
     recording: bool = True
 
     def run(self) -> dict[str, str]:
-        """Run all jobs; returns the name of each that failed -> why.
+        """Run all jobs; returns the name of each that failed -> why. On a signal, what ran is recorded as interrupted.
 
         Raises:
             InUse: another comparison runs in the store.
-            Interrupted, KeyboardInterrupt, SystemExit: asked to stop; what ran is recorded as interrupted.
             WriteError: a record cannot be written.
         """
         if dist.under_torchrun() and self.plan.jobs:
@@ -208,20 +207,21 @@ class Runner:
         head = f"[{number}/{len(self.plan.jobs)}] {job.name}"
         # What rank 0 finds on disk, on every rank of torchrun: the others would look before it has written.
         record, weights, reason = dist.broadcast(self._decide(job) if dist.rank() == 0 else None)
-        if record is None:
-            self.say(f"{head}: failed: {reason}")
-            return str(reason)
-        folder = self.store.folder_of(record)
-        if record.status == DONE:
-            self.say(f"{head}: already done ({folder})")
-            return ""
-        self.say(f"{head}: {'resuming' if record.sessions else 'starting'} in {folder}")
-        self._execute(job, record, folder, weights)
-        if record.status == DONE:
-            self.say(f"{head}: {_numbers(record)} ({record.sessions[-1]['seconds']:.0f} s)")
-        else:
-            self.say(f"{head}: failed: {record.reason}")
-        return str(record.reason)
+        if record is not None:
+            folder = self.store.folder_of(record)
+            if record.status == DONE:
+                self.say(f"{head}: already done ({folder})")
+                return ""
+            self.say(f"{head}: {'resuming' if record.sessions else 'starting'} in {folder}")
+            self._execute(job, record, folder, weights)
+            reason = record.reason
+        end = (
+            f"failed: {reason}"
+            if record is None or reason
+            else f"{_numbers(record)} ({record.sessions[-1]['seconds']:.0f} s)"
+        )
+        self.say(f"{head}: {end}")
+        return str(reason)
 
     def _decide(self, job: Job) -> tuple[Record | None, str, str]:
         """Record and initial weights of a job; no record, and why, where the run that it starts from failed."""

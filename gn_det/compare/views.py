@@ -122,12 +122,10 @@ def _against(found: Difference, row: Reference, other: Reference, delta: float, 
     same = (found.value > 0) == (delta > 0)
     if round(delta, 3) == 0 or (found.half is None and abs(found.value) < 0.05):
         return f"{head}.", False
-    if found.half is None:
-        here = (
-            "the opposite direction here; with one seed it cannot be distinguished from noise",
-            "the same direction here, on one seed",
-        )
-        rest = here[same]
+    if found.half is None and same:
+        rest = "the same direction here, on one seed"
+    elif found.half is None:
+        rest = "the opposite direction here; with one seed it cannot be distinguished from noise"
     elif not found.beyond_noise:
         rest = "neither confirmed nor contradicted here"
     else:
@@ -180,7 +178,8 @@ def view(results: Results, table: Table, *, minor: bool = False) -> View:
             if column in compared:
                 cells.append(_EMPTY if result.row.id in bases else _difference_cell(result, column))
         body.append(cells + [_published_cell(reference, c) for c in published])
-    notes = _notes(rows, columns, place, compared, table.note) + ([] if minor else _row_notes(rows))
+    notes = [table.note] * bool(table.note) + _notes(rows, columns, place, compared)
+    notes += [] if minor else _row_notes(rows)
     return View(table.title, head, body, notes, _sentence_on(source, references) if published else "", minor)
 
 
@@ -288,14 +287,8 @@ def _sentence_on(source: str, found: Sequence[Reference | None]) -> str:
 # ------------------------------------------------------------ notes
 
 
-def _notes(
-    rows: Sequence[RowResult],
-    columns: Sequence[str],
-    place: Place | None,
-    compared: Sequence[str],
-    written: str,
-) -> list[str]:
-    notes = [written] if written else []
+def _notes(rows: list[RowResult], columns: Sequence[str], place: Place | None, compared: list[str]) -> list[str]:
+    notes = []
     if any(len(r.done) > 1 for r in rows) and any(COLUMNS[c].what == METRIC for c in columns):
         notes.append("Mean ± standard deviation over seeds.")
     if compared:
@@ -315,9 +308,7 @@ def _notes(
 
 def _row_notes(rows: Sequence[RowResult]) -> list[str]:
     notes = []
-    for result in rows:
-        remarks = [f"left out: {result.left_out}"] if result.left_out else []
-        remarks += [f"failed: {reason}" for reason in result.reasons]
-        remarks += [result.row.note] if result.row.note else []
-        notes += [f"{result.row.title}: {remark}" for remark in remarks]
+    for r in rows:
+        remarks = (r.left_out and f"left out: {r.left_out}", *(f"failed: {why}" for why in r.reasons), r.row.note)
+        notes += [f"{r.row.title}: {remark}" for remark in remarks if remark]
     return notes
