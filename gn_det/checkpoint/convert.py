@@ -77,7 +77,7 @@ def convert(source: StrPath, target: StrPath, to: str = "", *, fold_stem: bool =
     elif layered:
         save_checkpoint(target, {"state_dict": own, "gn_det": block})
     else:
-        # Detectron2 finds where bare names belong only when told to search.
+        # Detectron2 matches bare names only with this flag.
         extra = {"matching_heuristics": True} if STEM[-1] in own and not architecture_of(own).style else {}
         save_checkpoint(target, {"model": own, "__author__": f"gn_det {__version__}", **extra, "gn_det": block})
     return Converted(target, weights.kind, len(state), tuple(left_out), weights.preprocessing)
@@ -94,7 +94,7 @@ def _check_target(target: Path, to: str) -> None:
 def _fold(source: str, weights: Weights, usual: Preprocessing) -> None:
     needs = weights.preprocessing
     if needs is None:
-        raise WeightsError(f"{source}: does not tell what preprocessing it expects, so nothing can be folded")
+        raise WeightsError(f"{source}: does not store its preprocessing, so nothing can be folded")
     weights.state = dict(weights.state)
     now = fold(weights.state, needs, usual)
     if now.format != usual.format or now.pixel_std != usual.pixel_std:
@@ -134,7 +134,7 @@ def _block(source: str, path: Path, weights: Weights, whole: bool) -> dict[str, 
     before = dict(weights.meta or {})
     steps = before.get("provenance")
     uri, _ = split_options(source)
-    # A URI as it was given; of a local file the name alone, for its folder is nobody's business.
+    # Of a local file only the name: its folder is private.
     step = {"source": uri if "://" in uri else path.name, "sha256": sha256_of(path), "kind": weights.kind}
     return {
         **before,

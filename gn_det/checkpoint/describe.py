@@ -56,7 +56,7 @@ def expects(needs: Preprocessing) -> str:
 def _preprocessing(weights: Weights) -> str:
     """What the weights expect, and what loading makes of it."""
     if weights.preprocessing is None:
-        ask = "; put ?preprocessing=caffe or ?preprocessing=torch behind the name" if weights.asks else ""
+        ask = "; append ?preprocessing=caffe or ?preprocessing=torch to the name" if weights.asks else ""
         return f"unknown{ask}"
     folded = "; order and std are folded into the stem on load" if weights.foldable else ""
     return expects(weights.preprocessing) + folded

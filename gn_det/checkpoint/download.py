@@ -29,7 +29,7 @@ ATTEMPTS = 5  # in a row without a single new byte
 _RESTARTS = 10  # from the first byte, because the server gave something else than the rest
 _WAIT = 0.5  # seconds before the second attempt, doubled for each further one
 _BLOCK = 1 << 20
-_MAX_BYTES = 1 << 34  # from a server that does not tell how much it will send
+_MAX_BYTES = 1 << 34  # from a server that does not announce a length
 _NETWORK = (URLError, ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException)
 _BUSY = (408, 429, 500, 502, 503, 504)  # worth another attempt
 # Publishers who put the beginning of the sha256 into the file name.
@@ -48,7 +48,7 @@ def fetch(url: str, target: Path, *, source: str = "", sha256: str = "") -> Path
         url: http(s).
         target: in the cache; its folder is created.
         source: where to fetch it really, when a mirror takes the place of ``url``.
-        sha256: hex digest, or the beginning of one; "" = what the publisher tells, if anything.
+        sha256: hex digest, or the beginning of one; "" = the published one, if known.
 
     Raises:
         DownloadFailed: no connection, not found, broken off too often, another sha256, or no weights. Nothing is left
@@ -189,13 +189,13 @@ class _Download:
 
 
 class _Redirects(HTTPRedirectHandler):
-    """Hugging Face tells the sha256 of a large file in the answer that redirects to its storage."""
+    """Hugging Face sends the sha256 of a large file in the response that redirects to its storage."""
 
     sha256 = ""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         if urlparse(newurl).scheme not in ("http", "https"):
             raise DownloadFailed(f"the server redirects to {one_line(newurl)}, which is neither http nor https")
-        told = headers.get("X-Linked-ETag", "").strip('"')
-        self.sha256 = told if re.fullmatch(r"[0-9a-f]{64}", told) else self.sha256
+        digest = headers.get("X-Linked-ETag", "").strip('"')
+        self.sha256 = digest if re.fullmatch(r"[0-9a-f]{64}", digest) else self.sha256
         return super().redirect_request(req, fp, code, msg, headers, newurl)

@@ -25,7 +25,7 @@ from gn_det.text import one_line
 _PLAIN = (str, int, float, bool, type(None))
 _CONTAINERS = (dict, OrderedDict, list, tuple)
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
-# Tied weights have two names, seldom more; what is read may be this many times the file.
+# Tied weights rarely have more than two names; the tensors may be this many times the file.
 _SHARED = 4
 # A ResNet-101 detector has some 60 kB of header; safetensors' own limit of 100 MB would become gigabytes of dicts.
 _MAX_HEADER = 8 << 20
@@ -93,7 +93,7 @@ def read_checkpoint(path: StrPath, *, mmap: bool = False, verify: bool = False) 
 
 
 def read_any(path: StrPath) -> dict[str, Any]:
-    """Read the top-level dict of a torch file, a pickle of arrays, or a safetensors file, told apart by content.
+    """Read the top-level dict of a torch file, a pickle of arrays, or a safetensors file, recognized by content.
 
     Raises:
         WeightsError: see :func:`read_checkpoint`.
@@ -142,7 +142,7 @@ def _guarded(path: StrPath, read: Callable[[bytes], Any]) -> dict[str, Any]:
 def _read_safetensors(path: StrPath) -> dict[str, Any]:
     """``{"model": tensors, "gn_det": block}``, or ``{"state_dict": ..., "metadata": ...}`` of a foreign file.
 
-    The tensors are mapped from the file; the library checks that they lie inside it and do not overlap.
+    The tensors are mapped from the file; the library checks that they are inside it and do not overlap.
     """
     from safetensors import safe_open
 

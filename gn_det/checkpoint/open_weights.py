@@ -57,13 +57,12 @@ def open_weights(path_or_uri: StrPath, *, must_know: bool = True) -> Weights:
     """Fetch and read a weights file, and find out what preprocessing it expects.
 
     Args:
-        path_or_uri: local path or URI, with ``?preprocessing=caffe`` or ``?preprocessing=torch`` behind it for a file
-            that does not tell.
-        must_know: refuse a file whose preprocessing nothing tells.
+        path_or_uri: local path or URI; ``?preprocessing=caffe`` or ``?preprocessing=torch`` after it states the
+            preprocessing of a file that does not store it.
+        must_know: refuse a file whose preprocessing is unknown.
 
     Raises:
-        WeightsError: see :func:`read_weights` and :func:`gn_det.checkpoint.weights_uri.local_path`; or a file whose
-            preprocessing nothing tells.
+        WeightsError: see :func:`read_weights` and :func:`gn_det.checkpoint.weights_uri.local_path`.
     """
     uri, options = split_options(os.fspath(path_or_uri))
     path = local_path(uri)
@@ -75,9 +74,9 @@ def open_weights(path_or_uri: StrPath, *, must_know: bool = True) -> Weights:
         weights.preprocessing, weights.foldable = known, True
     if must_know and weights.asks and weights.preprocessing is None:
         raise WeightsError(
-            f"{uri}: {weights.kind} that does not tell how its images were normalised: put ?preprocessing=caffe (BGR, "
+            f"{uri}: {weights.kind} that does not store how images were normalised: append ?preprocessing=caffe (BGR, "
             "0-255, as open-mmlab://detectron/resnet50_gn) or ?preprocessing=torch (RGB, ImageNet mean and std, as "
-            "open-mmlab://contrib/resnet50_gn) behind its name"
+            "open-mmlab://contrib/resnet50_gn) to its name"
         )
     return weights
 
@@ -146,7 +145,7 @@ def _from_numpy(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array if array.flags.c_contiguous else array.copy())
 
 
-# ------------------------------------------------------------ what our own files tell
+# ------------------------------------------------------------ the metadata of our own files
 
 
 def _kind(meta: Mapping[str, Any]) -> str:

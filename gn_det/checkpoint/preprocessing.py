@@ -11,7 +11,7 @@ import torch
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What weights expect of their input and of the network; None where the source does not tell.
+    """What weights expect of their input and of the network; None if unknown.
 
     Attributes:
         format: channel order, "BGR" or "RGB".
@@ -29,7 +29,7 @@ class Preprocessing:
 CAFFE = Preprocessing("BGR", (103.530, 116.280, 123.675), (1.0, 1.0, 1.0), stride_in_1x1=False)
 #: Input of torchvision's and timm's ImageNet models, in 0-255 units: mean (0.485, 0.456, 0.406) of 1 in RGB, and std.
 TORCH = Preprocessing("RGB", (123.675, 116.280, 103.530), (58.395, 57.120, 57.375), stride_in_1x1=False)
-#: What a user may say of a file that does not tell, as in ``MODEL.WEIGHTS r50_gn.pth?preprocessing=torch``.
+#: What a user may state for a file that does not store it, as in ``MODEL.WEIGHTS r50_gn.pth?preprocessing=torch``.
 PREPROCESSINGS = {"caffe": CAFFE, "torch": TORCH}
 #: Names of the stem convolution with FPN, with C4, and of a bare backbone.
 STEM = ("backbone.bottom_up.stem.conv1.weight", "backbone.stem.conv1.weight", "stem.conv1.weight")

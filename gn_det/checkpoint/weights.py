@@ -61,7 +61,7 @@ def load_weights(
     Args:
         model: its state dict has Detectron2's names (``backbone.``, ``proposal_generator.``, ``roi_heads.``).
         path_or_uri: local path, or a URI (see :mod:`gn_det.checkpoint.weights_uri`), with ``?allow_partial=True`` or
-            ``?preprocessing=...`` behind it where wanted.
+            ``?preprocessing=...`` appended where wanted.
         cfg: the resolved configuration the model was built from.
         allow_partial: load what fits and report the rest, instead of refusing a part that fits only partly.
         require_all: also refuse missing or re-initialised heads: for evaluation and prediction, where an

@@ -46,7 +46,7 @@ OPEN_MMLAB = {
 # timm's names without the tag of the training recipe.
 _TIMM_TAGS = {"resnet50_gn": "resnet50_gn.a1h_in1k"}
 
-# Backbones whose file does not tell what they were trained with, by their published place ...
+# Preprocessing of published backbones whose files do not store it, by their URI or path ...
 _PUBLISHED = (
     (re.compile(r"ImageNetPretrained/torchvision/"), TORCH),
     (re.compile(r"open-mmlab://detectron/resnet(?:50|101)_gn$"), CAFFE),
@@ -78,7 +78,7 @@ def resolve_url(uri: str) -> str | None:
             "(MODEL.WEIGHTS)"
         )
     rest = uri[match.end() :]
-    plain = rest.split("?", 1)[0]  # Detectron2 puts options such as ?matching_heuristics=True behind the name
+    plain = rest.split("?", 1)[0]  # Detectron2 appends options such as ?matching_heuristics=True
     if scheme in ("http", "https"):
         return f"{scheme}://{plain}"
     if scheme == "detectron2":
@@ -101,12 +101,12 @@ def resolve_url(uri: str) -> str | None:
 
 
 def published_preprocessing(uri: str) -> Preprocessing | None:
-    """Return what a published backbone expects, told by its URI or its path in the cache; None when unknown."""
+    """Return what a published backbone expects, by its URI or its path in the cache; None if unknown."""
     return next((needs for pattern, needs in _PUBLISHED if pattern.search(uri)), None)
 
 
 def published_file(path: StrPath) -> Preprocessing | None:
-    """Return what a published backbone expects, told by its sha256; None when unknown."""
+    """Return what a published backbone expects, by its sha256; None if unknown."""
     return _PUBLISHED_FILES.get(sha256_of(path)[:8])
 
 
@@ -181,7 +181,7 @@ def _local(path: str) -> Path:
 
 
 def _placed(folder: StrPath, url: str, variable: str) -> Path:
-    """The file of a URL in ``folder``: the path behind the host, as iopath's cache has it."""
+    """The file of a URL in ``folder``: the path after the host, as in iopath's cache."""
     try:
         path = re.sub("/+", "/", urlparse(url).path).removeprefix("/")
         if re.search("%(25)*(2e|2f|5c|00)", path, flags=re.IGNORECASE):  # a server or a proxy may decode them
@@ -198,7 +198,7 @@ def _split_digest(uri: str) -> tuple[str, str]:
     """The URI without ``#sha256=HEX``, and the digest (or its beginning) in lower case; "" if there is none.
 
     Raises:
-        WeightsError: another fragment after a URL, or a digest that is none.
+        WeightsError: another fragment after a URL, or an invalid digest.
     """
     rest, name, digest = re.fullmatch(r"(.*?)(?:(#sha256=)([^#]*))?", uri, re.IGNORECASE | re.DOTALL).groups("")  # type: ignore[union-attr]
     if name and not re.fullmatch(r"[0-9a-fA-F]{8,64}", digest):

@@ -175,7 +175,7 @@ def _by_label(rows: Sequence[RowResult], grid: Grid, names: Sequence[str], acros
 
 
 def sample_rows(results: Results) -> list[RowResult]:
-    """Whose predictions are drawn: those the suite names, else the first row with a baseline behind that baseline."""
+    """Rows whose predictions are drawn: those the suite names, else a baseline and the first row compared with it."""
     named = [results.row(identity) for identity in results.plan.suite.sample_rows]
     if not named:
         compared = ([r.base, r] for r in results.rows if r.row.kind == DETECT and r.base is not None and r.done)

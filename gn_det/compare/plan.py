@@ -82,7 +82,7 @@ class Job:
         return content | {"config": dump_config(cfg)}
 
     def initial_sha(self) -> str:
-        """Of the weights that the config names, with the options behind the name; "" for none, or none here yet."""
+        """sha256 and options of the weights that the config names; "" without any, or before they are downloaded."""
         uri = str(self.cfg.MODEL.WEIGHTS) if self.cfg is not None and self.needs is None else ""
         if not uri or not (path := locate(uri)[0]).is_file():
             return ""

@@ -174,7 +174,7 @@ class Runner:
     """Runs the jobs of a plan one after another.
 
     ``execute`` runs one in a folder from initial weights ("" for the config's), resuming what is there. With
-    ``any_version`` runs of another version of gn_det count too. Of the ranks of torchrun only one is ``recording``.
+    ``any_version`` runs of another version of gn_det count too. Only one rank of torchrun is ``recording``.
     """
 
     plan: Plan

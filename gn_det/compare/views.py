@@ -143,7 +143,7 @@ def signed(value: float) -> str:
 
 
 def views(results: Results, table: Table) -> list[View]:
-    """A table, and behind one that names no columns what its rows cost."""
+    """A table, followed by one of costs where it names no columns."""
     shown = [view(results, table)]
     if not table.columns and any(results.row(i).done for i in table.rows):
         cost = Table(f"{table.title.partition(' (')[0]}: cost", table.rows, table.labels, COSTS)
@@ -200,7 +200,7 @@ def run_view(results: Results) -> View:
     for result in results.rows:
         for seed, record in sorted(result.records.items()):
             last = record.sessions[-1] if record.sessions else {}
-            # Of all starts; what one took that was killed, nobody wrote down.
+            # Sum over all starts; the time of a killed one is unknown.
             known = [float(s["seconds"]) for s in record.sessions if s.get("seconds") is not None]
             minutes = f"{'> ' if len(known) < len(record.sessions) else ''}{sum(known) / 60:.1f}"
             commit = record.software.get("commit", "")

@@ -8,7 +8,7 @@ Importing this module registers, and does nothing else::
     gn_det.detectron2.add_gn_config(cfg)
     cfg.merge_from_file(gn_det.config_file("gn_fpn_long.yaml"))
 
-What is set in ``cfg`` is taken literally, as ever in Detectron2; :func:`scale_to_machine` scales a schedule that was
+What is set in ``cfg`` is taken literally, as always in Detectron2; :func:`scale_to_machine` scales a schedule that was
 written for 8 GPUs to this machine. ``python -m gn_det.detectron2 TOOL ...`` runs a script of Detectron2's, or one like
 it, with gn_det's keys and names in place.
 

@@ -310,8 +310,8 @@ def mention_other_groups(cfg: CfgNode) -> None:
         return
     if stored is not None and group_rule(stored) != group_rule(cfg):
         ours, theirs = ({k: node.MODEL.GN[k] for k in _GROUP_KEYS} for node in (cfg, stored))
-        told = [f"MODEL.GN.{k} is {ours[k]}, there {theirs[k]}" for k in _GROUP_KEYS if ours[k] != theirs[k]]
-        logger.warning("MODEL.WEIGHTS %s was trained with other groups: %s; set them alike.", path, ", ".join(told))
+        keys = [f"MODEL.GN.{k} {theirs[k]} instead of {ours[k]}" for k in _GROUP_KEYS if ours[k] != theirs[k]]
+        logger.warning("MODEL.WEIGHTS %s was trained with other groups: set %s.", path, ", ".join(keys))
 
 
 _GROUP_KEYS = ("NUM_GROUPS", "CHANNELS_PER_GROUP", "EPS")

@@ -114,7 +114,7 @@ def register_own(cfg: CfgNode) -> None:
 
 
 def register_named(cfg: CfgNode) -> None:
-    """Register the ``path/to.json@path/to/images`` names of DATASETS.TRAIN and TEST; others are the user's affair."""
+    """Register the ``path/to.json@path/to/images`` names of DATASETS.TRAIN and TEST; others are left alone."""
     for key in ("TEST", "TRAIN"):
         for name in cfg.DATASETS[key]:
             if ".json@" in name:

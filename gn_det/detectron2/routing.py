@@ -1,7 +1,7 @@
 """Detectron2's own module names build gn_det's modules, for configs that have gn_det's keys.
 
 A config names its modules (``build_resnet_fpn_backbone``, ``FastRCNNConvFCHead`` ...), and the same YAML must run on
-both engines. Leaving the choice to Detectron2's modules would ignore MODEL.GN without a word (their GN always has 32
+both engines. Leaving the choice to Detectron2's modules would silently ignore MODEL.GN (their GN always has 32
 groups) and give "LN" another meaning. So the registry entries of these names look at the config first; an entry that
 is a class stays one, so that it can be subclassed. A config without MODEL.GN, which only ``add_gn_config`` adds, gets
 Detectron2's own module as ever, so nothing else in the process is affected; so does one whose norms are not GN, LN or
@@ -61,7 +61,7 @@ class _Architectures(dict[str, Any]):
 
 
 def _routed(stock: Any, wrapper: Callable[..., Any]) -> Any:
-    """``stock`` such that calling it goes to ``wrapper``; as it is where it is routed already."""
+    """Return ``stock`` with calls redirected to ``wrapper``; unchanged if it is routed already."""
     if "gn_det_stock" in getattr(stock, "__dict__", ()):
         return stock
     if isinstance(stock, type):

@@ -1,7 +1,7 @@
 """TorchScript forms of gn_det's modules.
 
 ``torch.jit.script`` asks a module for ``__prepare_scriptable__`` and compiles what that returns instead. The modules
-themselves look their layers up by name, which TorchScript cannot; here the same layers stand in lists. As with
+themselves look their layers up by name, which TorchScript cannot; here the same layers are in lists. As with
 Detectron2's own backbones, a scripted model therefore has other parameter names than the model, and so has the model
 that was scripted, because torch puts these forms into it: script a copy of a model that is to be saved or trained on.
 """
@@ -35,7 +35,7 @@ class ScriptableResNet(nn.Module):
     def __init__(self, resnet: ResNet) -> None:
         super().__init__()
         self.size_divisibility: int = 0
-        # 0: no square; TorchScript cannot tell the type of an empty dict.
+        # 0: no square; TorchScript cannot infer the type of an empty dict.
         self.padding_constraints: dict[str, int] = {"square_size": 0}
         self.stem = resnet.stem
         self.stages = nn.ModuleList([getattr(resnet, name) for name in resnet.stage_names])

@@ -92,7 +92,7 @@ class Trainer(DefaultTrainer):
     images, a signal saves before it ends the run, and a resumed run continues exactly where it was.
 
     ``build_model``, ``build_optimizer``, ``build_lr_scheduler``, ``build_train_loader``, ``build_evaluator`` and
-    ``build_hooks`` can be overridden as ever; they get the names of data sets as ``cfg`` has them. Hooks of your own
+    ``build_hooks`` can be overridden as usual; they get the names of data sets as ``cfg`` has them. Hooks of your own
     run after the evaluation, whose results are in ``trainer.storage`` (``"segm/AP"``), and before the log is written.
     Batches come from gn_det's loader unless ``build_train_loader`` is overridden; APs from its evaluation, equal to
     ``COCOEvaluator``'s, unless ``build_evaluator``, ``build_test_loader`` or ``test`` is. A data set that is registered

@@ -268,7 +268,7 @@ def test_weights_command_of_a_file_that_does_not_tell(tmp_path: Path, capsys: py
     pairs = layouts.layered_backbone(50, "gn")
     torch.save({theirs: random_state(shapes)[ours] for theirs, ours in pairs}, tmp_path / "mm.pth")
     assert main(["weights", str(tmp_path / "mm.pth")]) == 0
-    assert "put ?preprocessing=caffe or ?preprocessing=torch behind the name" in capsys.readouterr().out
+    assert "append ?preprocessing=caffe or ?preprocessing=torch to the name" in capsys.readouterr().out
     assert main(["weights", f"{tmp_path}/mm.pth?preprocessing=caffe"]) == 0
     assert "BGR, mean [103.53,116.28,123.675]" in capsys.readouterr().out
 

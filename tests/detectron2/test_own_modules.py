@@ -303,7 +303,7 @@ def test_predictor_tells_of_other_groups(tmp_path: Path, caplog: pytest.LogCaptu
         assert "other groups" not in caplog.text
         cfg.MODEL.GN.NUM_GROUPS = 32
         DefaultPredictor(cfg)(image)
-    assert "was trained with other groups: MODEL.GN.NUM_GROUPS is 32, there 8; set them alike" in caplog.text
+    assert "was trained with other groups: set MODEL.GN.NUM_GROUPS 8 instead of 32" in caplog.text
 
 
 def test_groups_is_still_a_keyword() -> None:

@@ -63,7 +63,7 @@ class Weights:
 
     @property
     def num_classes(self) -> int:
-        """Number of a detector's classes, 0 where nothing tells."""
+        """Number of a detector's classes, 0 if unknown."""
         for name, others in (("box_predictor.cls_score", 1), ("mask_head.predictor", 0)):
             rows = self.state.get(f"roi_heads.{name}.weight")
             if rows is not None and rows.dim():

@@ -13,7 +13,7 @@ theirs (``roi_head.`` is absent in version 1)   ours
 ``roi_head.mask_head.{upsample,conv_logits}``   ``roi_heads.mask_head.{deconv,predictor}``
 ==============================================  ==================================================
 
-Background is the last class since version 2 and was the first before; the number of rows of ``fc_reg`` tells.
+Background is the last class since version 2 and was the first before; the number of rows of ``fc_reg`` shows which.
 """
 
 from __future__ import annotations

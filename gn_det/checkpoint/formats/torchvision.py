@@ -14,8 +14,8 @@ theirs                              ours
 ``fc``                              ``stem.fc`` (set aside)
 ==================================  ==========================
 
-torchvision names a norm ``bn`` whatever it is, so a ResNet built with ``norm_layer=partial(nn.GroupNorm, 32)`` tells
-its norm only by having no running statistics.
+torchvision names every norm ``bn``, so a ResNet built with ``norm_layer=partial(nn.GroupNorm, 32)`` is recognized only
+by its lack of running statistics.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def translate(state: State, payload: Mapping[str, Any]) -> Weights:
     """A classification ResNet, by bare names (``res2.0.conv1.weight``).
 
     torchvision's and timm's expect RGB with ImageNet's mean and std, which is folded on load. mmdetection's come in
-    both conventions and their files do not tell which.
+    both conventions, and their files do not say which.
     """
     ignored = tuple(name for name in state if name in ("fc.weight", "fc.bias"))
     kept = {map_name(name) or name: value for name, value in state.items() if name not in ignored}
