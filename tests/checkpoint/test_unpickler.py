@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import pickle
 import pickletools
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from gn_det.checkpoint.io import read_any
+from gn_det.checkpoint.unpickler import Refused, Stream
 from gn_det.errors import WeightsError
 
 
@@ -168,6 +170,18 @@ def test_long_texts_are_read_and_long_numbers_refused(tmp_path: Path) -> None:
         assert read_any(path) == {1: "\xff" + letters.decode()}
     for number in (b"I", b"L"):
         refused(path, number + b"1" * 1_000_000 + b"\n.")
+
+
+def test_a_part_of_a_file_ends_where_it_ends(tmp_path: Path) -> None:
+    """To the byte: what follows a record of an archive is not the record's."""
+    path = tmp_path / "x"
+    path.write_bytes(b"0123456789\n")
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        assert Stream(mapped, 2, 5).read(5) == b"23456"
+        for read in (lambda stream: stream.read(6), lambda stream: stream.readline()):
+            with pytest.raises(Refused):
+                read(Stream(mapped, 2, 5))
+        assert Stream(mapped).readline() == b"0123456789\n"
 
 
 def test_shape_and_contents_must_agree(tmp_path: Path) -> None:
