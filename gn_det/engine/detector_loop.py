@@ -1,4 +1,4 @@
-"""Put model, data, hooks and evaluation together under the loop, resumable at every checkpoint."""
+"""Put model, data, hooks and evaluation of a detector under the loop."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from gn_det.engine.state import ModelMeta, Resume, TrainState, WeightAverage, re
 
 logger = logging.getLogger(__name__)
 
-#: ``make_loader(start_batch, seed)``: batches of this rank from ``start_batch`` on, forever.
+#: ``make_loader(start_batch, seed)``: endless batches of this rank; batch k depends on the seed and k alone.
 LoaderFactory = Callable[[int, int], Iterable[Any]]
 
 
@@ -46,14 +46,10 @@ def fit(
     """Train ``model`` from iteration 0, or from ``resume``, to ``SOLVER.MAX_ITER``.
 
     Args:
-        engine: builds optimizer and schedule.
-        cfg: resolved (:func:`gn_det.engine.schedule.scale_schedule` applied).
+        cfg: after :func:`gn_det.engine.schedule.scale_schedule`.
         model: the engine's, on the CPU.
-        make_loader: see :data:`LoaderFactory`; batch k must depend on the seed and k alone.
-        meta: classes and configuration for the checkpoints.
         seed: of the data stream; a resumed run takes the checkpoint's.
-        evaluate: ``evaluate(model, on_progress)`` gives flat metrics, called on every rank; None never evaluates.
-        resume: checkpoint to continue; its weights replace the model's.
+        evaluate: called on every rank; None never evaluates.
         hooks: the user's.
         terminal: show a progress bar; None finds out.
 
@@ -70,10 +66,9 @@ def fit(
     state = TrainState(model, optimizer, engine.build_scheduler(cfg, optimizer), seed)
     if resume is not None:
         restore(resume, state, cfg)
-    first = [*engine.hooks(), Schedule()]
-    loop = make_loop(cfg, state, parallel(model), [*first, *hooks], meta, evaluate, resume, terminal=terminal)
+    own = [*engine.hooks(), Schedule(), *hooks]
+    loop = make_loop(cfg, state, parallel(model), own, meta, evaluate, resume, terminal=terminal)
     loop.autocast_cache = engine.autocast_cache
-
     with explain_oom(cfg, loop):
         loop.run(lambda: engine.inputs(make_loader(first_batch(cfg, state), state.seed)))
     return state.results
@@ -91,19 +86,20 @@ def make_loop(
     clip: bool = True,
     terminal: bool | None = None,
 ) -> Loop:
-    """The loop of a run from ``state`` on; opens the files of OUTPUT_DIR, which ``loop.end()`` closes.
+    """Build the loop of a run from ``state`` on; opens the files of OUTPUT_DIR, which ``loop.end()`` closes.
 
     Args:
         state: after :func:`gn_det.engine.state.restore`; gets scaler and average.
         own: hooks that come before those of a detection run.
         clip: False: the optimizer clips gradients by itself.
     """
-    payload = resume.payload if resume is not None else {}
-    state.scaler = make_scaler(autocast_dtype(cfg), next(state.model.parameters()).device.type)
+    payload, solver = resume.payload if resume is not None else {}, cfg.SOLVER
+    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}[solver.AMP.DTYPE] if solver.AMP.ENABLED else None
+    state.scaler = make_scaler(autocast, next(state.model.parameters()).device.type)
     if state.scaler is not None and payload.get("grad_scaler"):
         state.scaler.load_state_dict(dict(payload["grad_scaler"]))
-    if cfg.SOLVER.EMA.ENABLED:
-        average = state.average = WeightAverage(state.model, float(cfg.SOLVER.EMA.DECAY))
+    if solver.EMA.ENABLED:
+        average = state.average = WeightAverage(state.model, float(solver.EMA.DECAY))
         if payload.get("ema"):
             average.restore(payload["model"], payload["ema"]["steps"])
         logger.info(
@@ -116,10 +112,7 @@ def make_loop(
     metrics = Metrics(open_loggers(cfg, state.iteration, written) if dist.rank() == 0 else [], terminal=terminal)
     if logs:
         metrics.restore(logs)
-    solver = cfg.SOLVER
-    checkpoint = Checkpoint(
-        folder, meta, metrics, period=int(solver.CHECKPOINT_PERIOD), keep=int(solver.CHECKPOINT_KEEP)
-    )
+    checkpoint = Checkpoint(folder, meta, metrics, period=solver.CHECKPOINT_PERIOD, keep=solver.CHECKPOINT_KEEP)
     signals, limit = Signals(checkpoint), TimeLimit(float(solver.MAX_HOURS), checkpoint)
     hooks: list[Hook] = [*own, metrics, signals, limit, checkpoint]
     if evaluate is not None:
@@ -131,17 +124,12 @@ def make_loop(
         total=int(solver.MAX_ITER),
         accumulate=int(solver.ACCUMULATE),
         images=int(solver.IMS_PER_BATCH),
-        autocast=autocast_dtype(cfg),
+        autocast=autocast,
         clip=partial(clip_gradients, cfg) if clip and solver.CLIP_GRADIENTS.ENABLED else None,
         folder=folder,
     )
     loop.about = {"gn_det": build_meta(cfg, meta.class_names, meta.category_ids)}
     return loop
-
-
-def autocast_dtype(cfg: CfgNode) -> torch.dtype | None:
-    """dtype of mixed precision; None where it is off."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}[cfg.SOLVER.AMP.DTYPE] if cfg.SOLVER.AMP.ENABLED else None
 
 
 def first_batch(cfg: CfgNode, state: TrainState) -> int:

@@ -50,7 +50,7 @@ def gather_rows(row: Tensor) -> list[list[float]]:
         return [row.tolist()]
     rows = [torch.empty_like(row) for _ in range(world_size())]
     dist.all_gather(rows, row)
-    return [list(map(float, r)) for r in torch.stack(rows).tolist()]
+    return torch.stack(rows).tolist()
 
 
 _objects: Any = None

@@ -1,4 +1,4 @@
-"""The interface of a training engine, and the embedded one, which implements it with gn_det's own model."""
+"""The interface of a training engine, and the embedded engine, which implements it with gn_det's own model."""
 
 from __future__ import annotations
 
@@ -25,9 +25,7 @@ class Engine:
     This class is the embedded engine; others override its methods. Instances travel to other processes by pickle.
 
     Attributes:
-        why: why it was chosen, for the log; "" says nothing.
-        name: as ``--engine`` names it.
-        autocast_cache: see :class:`gn_det.engine.loop.Loop`.
+        why: half a sentence for the log on why it was chosen.
     """
 
     why: str = ""
@@ -39,17 +37,17 @@ class Engine:
         return f"torch {torch.__version__}"
 
     def build_model(self, cfg: CfgNode) -> nn.Module:
-        """The configured model with fresh weights, on the CPU; parameter names and their order are Detectron2's."""
+        """Build the model on the CPU, with fresh weights and Detectron2's parameter names in Detectron2's order."""
         from gn_det.modeling.build import build_model
 
         return build_model(cfg)
 
     def build_optimizer(self, cfg: CfgNode, model: nn.Module) -> Optimizer:
-        """Its groups are those of :func:`gn_det.engine.optimizer.optimizer_groups`; it does not clip gradients."""
+        """Build an optimizer that does not clip gradients."""
         return build_optimizer(cfg, model)
 
     def build_scheduler(self, cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
-        """Stepped once an iteration."""
+        """Build the schedule that is stepped once an iteration."""
         return build_lr_scheduler(cfg, optimizer)
 
     def detector(self, model: nn.Module) -> Callable[[list[Sample]], list[Detections]]:
@@ -61,7 +59,7 @@ class Engine:
         return batches
 
     def hooks(self) -> list[Hook]:
-        """What the model needs around the steps; these hooks come first."""
+        """Hooks that the model needs; they come first."""
         return []
 
     def __str__(self) -> str:

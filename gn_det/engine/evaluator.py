@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 #: A model as a function from samples to detections at original size.
 Detector = Callable[[list[Sample]], list[Detections]]
+Scores = Mapping[str, Mapping[str, float]]
 
 _SAY_EVERY_SECONDS = 15.0
 
@@ -46,12 +47,11 @@ def evaluate_model(
     """
     flat: dict[str, float] = {}
     for dataset in test_sets:
-        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
-        if len(test_sets) > 1:
-            folder = os.path.join(folder, dataset.name)
-        results = _evaluate_one(cfg, model, dataset, class_names, folder, on_progress)
-        prefix = f"{dataset.name}/" if len(test_sets) > 1 else ""
-        flat |= {f"{prefix}{task}/{name}": float(v) for task, part in results.items() for name, v in part.items()}
+        name = dataset.name if len(test_sets) > 1 else ""
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference", name)
+        scores = _evaluate_one(cfg, model, dataset, class_names, folder, on_progress)
+        for task, part in scores.items():
+            flat |= {"/".join(filter(None, (name, task, metric))): float(value) for metric, value in part.items()}
     return flat
 
 
@@ -62,7 +62,7 @@ def _evaluate_one(
     class_names: Sequence[str],
     folder: str,
     on_progress: Callable[[Any], None] | None,
-) -> Mapping[str, Mapping[str, float]]:
+) -> Scores:
     ids = model_category_ids(dataset, class_names)
     loader = build_test_loader(cfg, dataset, dist.rank(), dist.world_size())
     start = said = time.perf_counter()
@@ -80,38 +80,27 @@ def _evaluate_one(
     results = run_inference(model, loader, ids, on_progress=progress, total=loader.num_images)
     seconds = time.perf_counter() - start
     parts = dist.gather_objects(results)
-    return dist.on_first_rank(
-        lambda: _score(cfg, dataset, merge_results(parts), class_names, ids, folder, seconds)
-    )  # an error is raised on all ranks, which would wait for the result otherwise
 
+    def score() -> Scores:
+        merged, caps = merge_results(parts), Caps.of(cfg)
+        logger.info("%s: %d detections in %d images, %.1f s.", dataset.name, len(merged), len(dataset), seconds)
+        scores: Scores = evaluate_coco(
+            dataset,
+            merged,
+            class_names,
+            ids,
+            iou_types=("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",),
+            output_dir=folder,
+            max_dets=caps.max_dets,
+            detections_per_image=caps.detections,
+            proposals=caps.proposals,
+        )
+        if scores:
+            text = format_results(scores)
+            logger.info(text, extra=on_screen(text.partition("\ncopypaste:")[0]))
+        return {task: dict(metrics) for task, metrics in scores.items()}
 
-def _score(
-    cfg: CfgNode,
-    dataset: CocoDataset,
-    results: list[dict[str, Any]],
-    class_names: Sequence[str],
-    ids: Sequence[int],
-    folder: str,
-    seconds: float,
-) -> dict[str, dict[str, float]]:
-    logger.info("%s: %d detections in %d images, %.1f s.", dataset.name, len(results), len(dataset), seconds)
-    tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
-    caps = Caps.of(cfg)
-    scores = evaluate_coco(
-        dataset,
-        results,
-        class_names,
-        ids,
-        iou_types=tasks,
-        output_dir=folder,
-        max_dets=caps.max_dets,
-        detections_per_image=caps.detections,
-        proposals=caps.proposals,
-    )
-    if scores:
-        text = format_results(scores)
-        logger.info(text, extra=on_screen(text.partition("\ncopypaste:")[0]))
-    return {task: dict(metrics) for task, metrics in scores.items()}
+    return dist.on_first_rank(score)  # an error is raised on all ranks, which would wait for the result otherwise
 
 
 def verify_expected(cfg: CfgNode, results: Mapping[str, float]) -> None:

@@ -32,14 +32,11 @@ Evaluator = Callable[[nn.Module, Callable[[Any], None]], Mapping[str, float]]
 
 
 class Interrupted(TrainingError):
-    """The run was asked to stop by a signal; a checkpoint was written. ``exit_code`` is 128 + the signal's number."""
+    """A signal ended the run after a checkpoint was written; ``exit_code`` is 128 + the signal's number."""
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
         self.exit_code = exit_code
-
-    def __reduce__(self) -> Any:
-        return (Interrupted, (str(self), self.exit_code))
 
 
 class Schedule(Hook):

@@ -54,14 +54,12 @@ class Loop:
     """One training run in this process.
 
     Args:
-        state: what trains.
         forward: maps a micro-batch to its losses; usually ``state.model``, wrapped by :func:`parallel`.
-        hooks: see :class:`Hook`.
-        total: iterations of the run, those before ``state.iteration`` included.
+        total: iterations of the run, including those up to ``state.iteration``.
         accumulate: micro-batches of an iteration.
         images: images of an iteration, over all micro-batches and processes.
         autocast: dtype of mixed precision, None for float32.
-        clip: changes the gradients of the parameters that the optimizer has.
+        clip: clips the gradients of the optimizer's parameters.
         folder: where the batch of a non-finite loss is saved; None saves none.
 
     Attributes:
@@ -73,8 +71,8 @@ class Loop:
         agreed: maximum over ranks of each flag, as of the last look at the losses; equal on all ranks.
         stopping: a hook ended the training; this iteration is the last one.
         about: further content of the file of a non-finite loss.
-        autocast_cache: cast a weight once per forward pass, as Detectron2's trainer does. False: each use of a shared
-            weight casts it, and gets its gradient in float32.
+        autocast_cache: cast a weight once per forward pass, as Detectron2's trainer does. False: cast it at each use,
+            whose gradients are then summed in float32.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """SGD and its parameter groups, as Detectron2's ``get_default_optimizer_params`` forms them.
 
-A parameter belongs to a norm layer when its *module* is one of :data:`NORM_MODULES` (never by name), so a
-:class:`torch.nn.GroupNorm` subclass is found and gets ``SOLVER.WEIGHT_DECAY_NORM``. A parameter *named* ``bias`` then
-takes ``SOLVER.WEIGHT_DECAY_BIAS`` and ``SOLVER.BIAS_LR_FACTOR`` where they are set, the beta of a norm layer included.
+Parameters of a *module* in :data:`NORM_MODULES` (subclasses included) get ``SOLVER.WEIGHT_DECAY_NORM``. A parameter
+*named* ``bias`` then takes ``SOLVER.WEIGHT_DECAY_BIAS`` and ``SOLVER.BIAS_LR_FACTOR`` where they are set, the beta of a
+norm layer included.
 """
 
 from __future__ import annotations
@@ -57,15 +57,9 @@ def _hyperparameters(cfg: CfgNode, module: nn.Module, name: str) -> dict[str, fl
 
 
 def optimizer_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
-    """Parameter groups for :class:`torch.optim.SGD`, in Detectron2's order.
+    """Parameter groups of what requires a gradient, one for each distinct set of hyperparameters.
 
-    Args:
-        cfg: reads ``SOLVER.BASE_LR``, ``WEIGHT_DECAY_NORM``, ``WEIGHT_DECAY_BIAS`` and ``BIAS_LR_FACTOR``.
-        model: only parameters that require a gradient are taken.
-
-    Returns:
-        One dict for each distinct set of hyperparameters, with ``params`` in module order; the same order as
-        Detectron2's, so that a momentum buffer has the same index in both.
+    Their order is Detectron2's, so that a momentum buffer has the same index in both.
     """
     merged: dict[tuple[tuple[str, float], ...], list[nn.Parameter]] = {}
     for module, name, param in _own_parameters(model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import logging
 import os
@@ -38,7 +39,7 @@ def check_writable(folder: str | os.PathLike[str]) -> Path:
     """Make the folder and try to write in it.
 
     Raises:
-        TrainingError: it cannot be made or written.
+        TrainingError: that fails.
     """
     path = Path(folder)
     try:
@@ -54,10 +55,10 @@ def check_writable(folder: str | os.PathLike[str]) -> Path:
 
 
 def check_output_name(folder: str | os.PathLike[str]) -> None:
-    """Refuse what :func:`check_writable` would, as far as the name tells; nothing is made.
+    """Refuse a path that cannot become a folder; nothing is made.
 
     Raises:
-        TrainingError: the folder, or one that it would lie in, is something else than a folder.
+        TrainingError: it, or a folder that it would be in, is something else.
     """
     path = Path(folder)
     there = next((p for p in (path, *path.parents) if os.path.lexists(p)), None)
@@ -131,19 +132,12 @@ def refuse_old_run(folder: Path, *, overwrite: bool) -> None:
 
 
 def start_afresh(folder: Path, *, keep: str = "") -> None:
-    """Put an earlier run out of the way: metrics.json is moved aside, checkpoints are deleted.
-
-    Args:
-        folder: OUTPUT_DIR, after :func:`refuse_old_run`.
-        keep: MODEL.WEIGHTS; a file of that path is not deleted.
-    """
+    """Move metrics.json of an earlier run aside and delete its checkpoints, except ``keep`` (MODEL.WEIGHTS)."""
     keep, _ = split_options(keep)
     done = []
     metrics = folder / METRICS
     if metrics.exists() and metrics.stat().st_size:
-        number = 1
-        while (folder / f"{METRICS}.{number}").exists():
-            number += 1
+        number = next(n for n in itertools.count(1) if not (folder / f"{METRICS}.{n}").exists())
         metrics.rename(folder / f"{METRICS}.{number}")
         done.append(f"{METRICS} moved to {METRICS}.{number}")
     for file in [*checkpoints(folder), folder / LAST]:
@@ -158,12 +152,10 @@ def check_space(folder: Path, model: nn.Module, *, replaced: bool) -> None:
     """Refuse to train for hours towards a checkpoint that cannot be written.
 
     Args:
-        folder: OUTPUT_DIR.
-        model: what will be trained; a checkpoint holds its tensors, and momentum for those that are trained.
         replaced: the checkpoints of an earlier run are about to be deleted.
 
     Raises:
-        TrainingError: not even one checkpoint fits.
+        TrainingError: not even one checkpoint (tensors and momentum) fits.
     """
     tensors = [*model.parameters(), *model.buffers(), *(p for p in model.parameters() if p.requires_grad)]
     needed = sum(t.numel() * t.element_size() for t in tensors)
@@ -186,9 +178,7 @@ def trim_metrics(folder: Path, iteration: int, written: int | None = None) -> No
     """Drop the lines of metrics.json that a run resumed after ``iteration`` writes again.
 
     Args:
-        folder: OUTPUT_DIR.
-        iteration: last one of the checkpoint.
-        written: last one in the file when the checkpoint was made, where that is known.
+        written: last iteration in the file when the checkpoint was made, where that is known.
     """
 
     def keep(line: str) -> bool:
@@ -200,7 +190,7 @@ def trim_metrics(folder: Path, iteration: int, written: int | None = None) -> No
 
 
 def trim_lines(path: Path, keep: Callable[[str], bool]) -> None:
-    """Drop the lines of a file for which ``keep`` is False or raises: they were cut short, or are written again."""
+    """Drop the lines of a file for which ``keep`` is False, or raises because they were cut short."""
     if not path.is_file():
         return
     lines, kept = path.read_text(encoding="utf-8", errors="replace").splitlines(), []

@@ -1,8 +1,7 @@
 """Schema of the checkpoints that runs are resumed from: every value is checked before any of it is used.
 
-A checkpoint comes from outside. What torch.load returns is still any nesting of any plain values, so each entry that a
-resumed run reads is described here: type, range, and for tensors dtype and shape. Entries that nothing reads are
-ignored, whatever they hold.
+A checkpoint comes from outside, and what torch.load returns is any nesting of plain values. Each entry that a resumed
+run reads is described here: type, range, and for tensors dtype and shape. All other entries are ignored.
 """
 
 from __future__ import annotations

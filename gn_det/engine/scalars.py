@@ -1,4 +1,4 @@
-"""Numbers of every iteration: collected, smoothed, and given to the loggers and the progress line.
+"""Scalars of every iteration: collected, smoothed, and given to the loggers and the progress line.
 
 Names and rules are Detectron2's: losses, lr, time and the model's own metrics are written every 20 iterations as the
 median of the last 20 values; evaluation results are written as they are, at the iteration they belong to.

@@ -22,6 +22,7 @@ from fvcore.common.param_scheduler import (
 )
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from gn_det.config.defaults import get_value, set_value
 from gn_det.errors import ConfigError
 from gn_det.text import count
 
@@ -85,20 +86,16 @@ def set_iteration(scheduler: LRScheduler, iteration: int) -> None:
 
 
 def _scale_iterations(cfg: CfgNode, scale: float, literal: Collection[str], *, warmup: bool = True) -> None:
-    """Divide everything counted in iterations by ``scale`` but the keys in ``literal``; a period that is on stays on.
+    """Divide everything counted in iterations by ``scale``, except the keys in ``literal``; no period becomes 0.
 
-    A MAX_ITER typed by the user is the length she wants: then nothing counted in iterations is scaled.
+    If the user gave MAX_ITER, nothing counted in iterations is scaled.
     """
     if "SOLVER.MAX_ITER" in literal:
         return
     solver = cfg.SOLVER
-    for node, key, name in (
-        (solver, "MAX_ITER", "SOLVER.MAX_ITER"),
-        (cfg.TEST, "EVAL_PERIOD", "TEST.EVAL_PERIOD"),
-        (solver, "CHECKPOINT_PERIOD", "SOLVER.CHECKPOINT_PERIOD"),
-    ):
-        if node[key] > 0 and name not in literal:
-            node[key] = max(round(node[key] / scale), 1)
+    for name in ("SOLVER.MAX_ITER", "TEST.EVAL_PERIOD", "SOLVER.CHECKPOINT_PERIOD"):
+        if name not in literal and get_value(cfg, name) > 0:
+            set_value(cfg, name, max(round(get_value(cfg, name) / scale), 1))
     if warmup and "SOLVER.WARMUP_ITERS" not in literal:
         solver.WARMUP_ITERS = round(solver.WARMUP_ITERS / scale)
     if "SOLVER.STEPS" not in literal:
@@ -106,7 +103,7 @@ def _scale_iterations(cfg: CfgNode, scale: float, literal: Collection[str], *, w
 
 
 def _scale_all(cfg: CfgNode, scale: float, literal: Collection[str]) -> str:
-    """Scale learning rate and iterations; returns what became of them, in words."""
+    """Scale learning rate and iterations; return a description of the changes."""
     solver = cfg.SOLVER
     lr, iterations = solver.BASE_LR, solver.MAX_ITER
     rate = f"learning rate {lr:g} as given"
@@ -185,8 +182,8 @@ def scale_schedule(cfg: CfgNode, world_size: int, images: int) -> tuple[CfgNode,
     """Adapt a schedule to the number of GPUs, the batch and the wanted epochs, in this order.
 
     Args:
-        cfg: not changed. Keys named in ``SOLVER.NO_RESCALE`` (those typed on the command line) are taken as they are
-            by all rules; without such keys the GPU rule is Detectron2's.
+        cfg: not changed. No rule changes the keys in ``SOLVER.NO_RESCALE`` (those given on the command line); without
+            such keys the GPU rule is Detectron2's.
         world_size: number of processes, one GPU each.
         images: training images in an epoch; only used with ``SOLVER.EPOCHS``.
 
@@ -194,7 +191,7 @@ def scale_schedule(cfg: CfgNode, world_size: int, images: int) -> tuple[CfgNode,
         A copy and one plain sentence for every adjustment made. Applying it again to the result changes nothing.
 
     Raises:
-        ConfigError: the batch cannot be divided as asked, or epochs are asked for without a training set.
+        ConfigError: the batch cannot be divided, or SOLVER.EPOCHS is set without a training set.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -236,12 +233,11 @@ def images_per_rank(cfg: CfgNode, world_size: int) -> int:
 
 
 def format_schedule(cfg: CfgNode, images: int, world_size: int = 0) -> str:
-    """The schedule in iterations and epochs, as text of a few lines.
+    """Describe the schedule in iterations and epochs, in a few lines.
 
     Args:
-        cfg: after :func:`scale_schedule`.
-        images: training images in an epoch; 0 when unknown, then epochs are left out.
-        world_size: number of GPUs; 0 when it is not settled (the schedule as configured).
+        images: training images in an epoch; 0 (unknown) leaves epochs out.
+        world_size: number of processes; 0 describes the schedule as configured.
     """
     solver = cfg.SOLVER
 

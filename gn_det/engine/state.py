@@ -17,6 +17,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils._pytree import tree_map_only
 
 from gn_det.checkpoint.io import read_checkpoint
 from gn_det.checkpoint.last import read_last
@@ -42,7 +43,7 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self.steps = decay, 0
-        self.tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        self.tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -60,8 +61,8 @@ class WeightAverage:
 
     @contextmanager
     def swapped_in(self, model: nn.Module) -> Iterator[None]:
-        """The model holds the averages while the context lasts."""
-        kept = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        """Let the model hold the averages while the context lasts."""
+        kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         _copy_into(model.state_dict(), self.tensors)
         try:
             yield
@@ -86,10 +87,9 @@ class TrainState:
 
     Attributes:
         model: the bare module, not wrapped for several processes.
-        scheduler: stepped once an iteration.
         seed: of the data stream and of initialisation.
-        scaler: gradient scaler of fp16, or None.
-        average: moving average of the weights (SOLVER.EMA), or None.
+        scaler: gradient scaler of fp16.
+        average: moving average of the weights (SOLVER.EMA).
         iteration: last finished iteration, 0-based; -1 before the first.
         images_seen: training images consumed by finished iterations, over all GPUs.
         best: best value of the metric that chooses model_best.pth; None before the first.
@@ -174,7 +174,7 @@ def build_payload(
     Args:
         resumable: False: weights and metadata only (``model_best.pth``).
         rng: random streams of all ranks.
-        logs: of the metrics, see :meth:`gn_det.engine.scalars.Metrics.dump`.
+        logs: from :meth:`gn_det.engine.scalars.Metrics.dump`.
 
     Raises:
         TrainingError: the weights hold nan or inf; an older checkpoint is worth more than this one.
@@ -212,15 +212,8 @@ def build_payload(
 
 
 def _on_cpu(value: Any) -> Any:
-    """A copy with tensors in host memory, so that a file written on a GPU loads anywhere.
-
-    Never in place: an optimizer's state dict shares its inner dicts with the optimizer.
-    """
-    if isinstance(value, Tensor):
-        return value.cpu()
-    if isinstance(value, dict):
-        return {key: _on_cpu(item) for key, item in value.items()}
-    return value
+    """A copy with tensors in host memory, so that a file written on a GPU loads anywhere."""
+    return tree_map_only(Tensor, Tensor.cpu, value)
 
 
 @dataclass
@@ -232,7 +225,7 @@ class Resume:
 
 
 def find_resume(folder: str | os.PathLike[str]) -> Resume | None:
-    """Read the newest checkpoint of ``folder``; None (and a sentence) when there is none."""
+    """Read the newest checkpoint of ``folder``; None where there is none."""
     path = read_last(Path(folder)) if os.path.isdir(folder) else None
     if path is None:
         logger.info("--resume: OUTPUT_DIR %s holds no checkpoint; the run starts from the beginning.", folder)
@@ -243,12 +236,11 @@ def find_resume(folder: str | os.PathLike[str]) -> Resume | None:
 def restore(resume: Resume, state: TrainState, cfg: CfgNode) -> None:
     """Put weights, momentum, average and counters of a checkpoint into ``state``; hyperparameters stay ``cfg``'s.
 
-    Everything that a resumed run reads of the payload is checked first; on an error nothing has changed. What the
-    checkpoint does not have (another tool's file) stays as it is in ``state``.
+    Everything that a resumed run reads is checked first; on an error nothing has changed. What the checkpoint does not
+    have (another tool's file) stays as it is in ``state``.
 
     Raises:
-        WeightsError: an entry cannot be used, names or shapes differ from the configured model, or the optimizer's
-            groups do not match (another FREEZE_AT or other weight decay keys).
+        WeightsError: an entry cannot be used, or is of another model or optimizer than the configured ones.
     """
     payload, source = resume.payload, os.fspath(resume.path)
     try:
@@ -275,8 +267,7 @@ def restore(resume: Resume, state: TrainState, cfg: CfgNode) -> None:
     )
     if sentence:
         logger.info(sentence)
-    changed = _changed_keys(block, cfg)
-    if changed:
+    if changed := _changed_keys(block, cfg):
         logger.info("Changed since that checkpoint, and used as given now: %s.", "; ".join(changed))
 
 
