@@ -77,6 +77,28 @@ def crop_mask(mask: np.ndarray, top: int = 0, left: int = 0) -> MaskCrop:
     return MaskCrop(top + int(rows[0]), left + int(columns[0]), strip[rows[0] : rows[-1] + 1])
 
 
+def encode_crop(crop: MaskCrop, height: int, width: int) -> dict[str, Any]:
+    """Compressed RLE of a mask of a (height, width) image, given by the part that holds its pixels.
+
+    The same text as pycocotools' encoder writes: ``{"size": [height, width], "counts": text}``.
+    """
+    from pycocotools import mask as coco_mask
+
+    top, left, bitmap = crop
+    columns = np.zeros((bitmap.shape[1], bitmap.shape[0] + 2), dtype=np.int8)
+    columns[:, 1:-1] = bitmap.T
+    column, row = np.nonzero(np.diff(columns))  # where runs begin and end, in turn
+    edges = (column + left) * height + row + top
+    # A run that reaches the bottom continues at the top of the next column.
+    joined = np.flatnonzero(edges[1:-1:2] == edges[2::2]) * 2 + 1
+    edges = np.delete(edges, np.concatenate([joined, joined + 1]))
+    counts = np.diff(np.concatenate([[0], edges, [height * width]]))
+    if len(counts) > 1 and counts[-1] == 0:
+        counts = counts[:-1]
+    rle = coco_mask.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
+    return {"size": [height, width], "counts": rle["counts"].decode("utf-8")}
+
+
 class Masks:
     """The ground-truth masks of one image's N objects; polygons and bitmaps may be mixed."""
 

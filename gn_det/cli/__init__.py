@@ -27,6 +27,7 @@ from gn_det.text import as_line, did_you_mean, shown
 COMMANDS = {
     "quickstart": "train on generated shapes and show the result",
     "check": "find problems in a dataset before training",
+    "dataset": "convert YOLO, VOC, LabelMe, CVAT or PNG masks to COCO json and back",
     "train": "fine-tune, or train from scratch",
     "eval": "evaluate a checkpoint: COCO box and mask AP",
     "predict": "detect objects in images and draw them",

@@ -22,7 +22,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--save",
         metavar="A,B",
         default="drawings,coco",
-        help="what to write: drawings, coco (predictions.json), csv (default drawings,coco)",
+        help="drawings, coco (predictions.json), csv, labelme, cvat, yolo, masks (default drawings,coco)",
     )
     parser.add_argument("--labels", choices=("fit", "all", "none"), default="fit", help="labels drawn (default fit)")
     parser.add_argument("--colors", choices=("class", "instance"), default="class", help="one colour a class or object")

@@ -8,12 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pycocotools import mask as coco_mask
 from tabulate import tabulate
 
 from gn_det.errors import DataError
 from gn_det.files import StrPath, atomic_write, json_bytes
-from gn_det.structures import AnyDetections, MaskCrop, crop_mask, to_numpy
+from gn_det.structures import AnyDetections, crop_mask, encode_crop, to_numpy
 from gn_det.text import one_line
 
 if TYPE_CHECKING:
@@ -69,23 +68,6 @@ def encode_masks(masks: Tensor | np.ndarray) -> list[dict[str, Any]]:
     """
     bitmaps = (to_numpy(mask).astype(bool, copy=False) for mask in masks)
     return [encode_crop(crop_mask(bitmap), *bitmap.shape) for bitmap in bitmaps]
-
-
-def encode_crop(crop: MaskCrop, height: int, width: int) -> dict[str, Any]:
-    """:func:`encode_masks` of one mask of a (height, width) image, given by the part that holds its pixels."""
-    top, left, bitmap = crop
-    columns = np.zeros((bitmap.shape[1], bitmap.shape[0] + 2), dtype=np.int8)
-    columns[:, 1:-1] = bitmap.T
-    column, row = np.nonzero(np.diff(columns))  # where runs begin and end, in turn
-    edges = (column + left) * height + row + top
-    # A run that reaches the bottom continues at the top of the next column.
-    joined = np.flatnonzero(edges[1:-1:2] == edges[2::2]) * 2 + 1
-    edges = np.delete(edges, np.concatenate([joined, joined + 1]))
-    counts = np.diff(np.concatenate([[0], edges, [height * width]]))
-    if len(counts) > 1 and counts[-1] == 0:
-        counts = counts[:-1]
-    rle = coco_mask.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
-    return {"size": [height, width], "counts": rle["counts"].decode("utf-8")}
 
 
 def merge_results(parts: Iterable[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -22,14 +22,14 @@ from gn_det.config.load import Overrides
 from gn_det.data.inputs import collect_images, output_names
 from gn_det.engine.advice import out_of_memory
 from gn_det.errors import ConfigError, DataError, UserError
-from gn_det.evaluation.results import detections_to_coco, encode_crop
+from gn_det.evaluation.results import detections_to_coco
 from gn_det.files import atomic_write
 from gn_det.prediction.outputs import PREDICTIONS_FILE, check_outputs, write_outputs
 from gn_det.prediction.pipeline import AHEAD, in_thread
 from gn_det.prediction.predictor import THRESHOLD, Predictor, Selection, crops_of, load_predictor
 from gn_det.prediction.tiles import LargeImage, Tiling, detect_tiles
 from gn_det.result import checked_threshold
-from gn_det.structures import Detections, MaskCrop, Sample
+from gn_det.structures import Detections, MaskCrop, Sample, encode_crop
 from gn_det.terminal import say
 from gn_det.text import count, one_line, shown
 from gn_det.visualize.draw import Colors, Labels, draw_detections

@@ -15,8 +15,8 @@ from gn_det.text import nearest, shown
 #: Name of the json beside the drawings.
 PREDICTIONS_FILE = "predictions.json"
 CSV_FILE = "predictions.csv"
-#: What can be written for images; each of ``FORMATS`` becomes a folder of that name.
-OUTPUTS = ("drawings", "coco", "csv")
+#: What can be written for images; a dataset format becomes a folder of that name.
+OUTPUTS = ("drawings", "coco", "csv", "labelme", "cvat", "yolo", "masks")
 
 
 def check_outputs(save: Sequence[str]) -> None:
@@ -39,7 +39,7 @@ def write_outputs(save: Sequence[str], document: dict[str, list[Any]], folder: P
         elif name == "csv":
             atomic_write(folder / CSV_FILE, _csv(document))
         elif name != "drawings":
-            from gn_det.data.formats import write
+            from gn_det.data.formats.exchange import write
 
             stems = [Path(image["drawing"]).stem for image in document["images"]]
             notes += write(name, document, folder / name, Path.cwd(), stems, outlines=name != "masks")

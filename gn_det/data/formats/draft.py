@@ -1,0 +1,310 @@
+"""A dataset while it is read from another format, and what all readers and writers share.
+
+A *document* is the content of a COCO json. An annotation may also hold the flags :data:`FLAGS`, set to 1; it has
+``segmentation`` (polygons, or compressed RLE) or only a box.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+
+from gn_det.data.annotations import decode_counts
+from gn_det.data.image import ImageReader
+from gn_det.data.inputs import IMAGE_SUFFIXES
+from gn_det.errors import DataError
+from gn_det.files import inside, open_regular
+from gn_det.structures import MaskCrop, crop_mask, encode_crop
+from gn_det.text import count, one_line, shown, some
+
+Document = dict[str, Any]
+
+#: What formats say of an object beside its class and outline.
+FLAGS = ("difficult", "truncated", "occluded")
+#: Text files with annotations of one image are not longer.
+_MOST_BYTES = 256 << 20
+#: Outlines of masks are simplified by at most so many pixels.
+_TOLERANCE = 0.5
+
+
+class Losses(Counter[str]):
+    """What a format cannot hold, and how often."""
+
+    def lines(self, target: str) -> list[str]:
+        return [f"{target} cannot hold {what}: {number:,}" for what, number in self.items() if number]
+
+
+class Draft:
+    """Collects images and objects; numbers them from 1 in the order of their names.
+
+    Attributes:
+        problems: one line for each entry that is wrong and was left out.
+    """
+
+    def __init__(self, names: Sequence[str] = ()) -> None:
+        """``names`` are all classes there are; without them every class that is met is taken, sorted by name."""
+        repeated = [name for name, number in Counter(names).items() if number > 1]
+        if repeated:
+            raise DataError(f"class {shown(repeated[0])} is listed twice; give every class its own name")
+        self._fixed = bool(names)
+        self._names = list(names)
+        self._images: dict[str, dict[str, Any]] = {}
+        self._objects: dict[str, list[dict[str, Any]]] = {}
+        self.problems: list[str] = []
+
+    def image(self, file_name: str, size: tuple[int, int], where: str) -> str | None:
+        """Add an image of (width, height) ``size``; returns its key, or None where the name was used before."""
+        if file_name in self._images:
+            self.problems.append(f"{where}: image {shown(file_name)} is described twice")
+            return None
+        self._images[file_name] = {"file_name": file_name, "width": size[0], "height": size[1]}
+        self._objects[file_name] = []
+        return file_name
+
+    def add(
+        self,
+        image: str,
+        name: str,
+        where: str,
+        *,
+        box: Sequence[float] | None = None,
+        polygons: Sequence[Sequence[float]] = (),
+        mask: MaskCrop | None = None,
+        flags: Sequence[str] = (),
+        crowd: bool = False,
+    ) -> None:
+        """Add an object by its XYXY ``box``, its polygons or its mask; an unknown class is a problem."""
+        if self._fixed and name not in self._names:
+            self.problems.append(f"{where}: class {shown(name)} is not one of {some(self._names)}")
+            return
+        entry: dict[str, Any] = {"name": name, "iscrowd": int(crowd), **dict.fromkeys(flags, 1)}
+        if mask is not None:
+            height, width = self._images[image]["height"], self._images[image]["width"]
+            rows, columns = mask.bitmap.shape
+            entry["segmentation"] = encode_crop(mask, height, width)
+            entry["area"] = float(np.count_nonzero(mask.bitmap))
+            box = (mask.left, mask.top, mask.left + columns, mask.top + rows)
+        elif polygons:
+            points = np.concatenate([np.asarray(p, float) for p in polygons]).reshape(-1, 2)
+            entry["segmentation"] = [list(p) for p in polygons]
+            entry["area"] = float(sum(map(polygon_area, polygons)))
+            box = (*points.min(axis=0).tolist(), *points.max(axis=0).tolist())
+        assert box is not None
+        x0, y0, x1, y1 = (float(v) for v in box)
+        entry.setdefault("area", (x1 - x0) * (y1 - y0))
+        entry["bbox"] = [x0, y0, _difference(x1, x0), _difference(y1, y0)]
+        self._objects[image].append(entry)
+
+    def document(self) -> Document:
+        """Return everything as a COCO document."""
+        names = self._names or sorted({o["name"] for objects in self._objects.values() for o in objects})
+        ids = {name: i for i, name in enumerate(names, 1)}
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        for number, file_name in enumerate(sorted(self._images), 1):
+            images.append({"id": number, **self._images[file_name]})
+            for entry in self._objects[file_name]:
+                category = ids[entry.pop("name")]
+                annotations.append({"id": len(annotations) + 1, "image_id": number, "category_id": category, **entry})
+        categories = [{"id": i, "name": name} for name, i in ids.items()]
+        return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def _difference(a: float, b: float) -> float:
+    """``a - b`` without the rounding of binary fractions in its last digits."""
+    return round(a - b, 9)
+
+
+def polygon_area(polygon: Sequence[float]) -> float:
+    """Area of a flat polygon x0, y0, x1, y1 ... in square pixels."""
+    points = np.asarray(polygon, float).reshape(-1, 2)
+    x, y = points[:, 0], points[:, 1]
+    return abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))) / 2
+
+
+# ------------------------------------------------------------ reading
+
+
+def text_of(path: Path) -> str:
+    """The content of a UTF-8 text file; raises DataError where it cannot be read."""
+    try:
+        with open_regular(path) as file:
+            data = file.read(_MOST_BYTES + 1)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or one_line(error)})") from None
+    if len(data) > _MOST_BYTES:
+        raise DataError(f"{path}: is larger than {_MOST_BYTES >> 20} MiB; is it an annotation file?")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
+
+
+def xml_of(path: Path) -> ElementTree.Element:
+    """The root of an XML file; raises DataError where it cannot be read or defines entities (which may explode)."""
+    text = text_of(path)
+    if "<!DOCTYPE" in text or "<!ENTITY" in text:
+        raise DataError(f"{path}: has a DOCTYPE or entities, which annotation files do not need; remove them")
+    try:
+        return ElementTree.fromstring(text)
+    except (ElementTree.ParseError, ValueError) as error:
+        raise DataError(f"{path}: is not XML ({one_line(error)})") from None
+
+
+def class_list(folder: Path, given: Sequence[str], *names: str) -> list[str]:
+    """Classes given by the user, or one a line in the first of the files ``names`` of ``folder`` that exists."""
+    if given:
+        return list(given)
+    for name in names:
+        if (folder / name).is_file():
+            return [line.strip() for line in text_of(folder / name).splitlines() if line.strip()]
+    return []
+
+
+def files_of(folder: Path, suffix: str) -> list[Path]:
+    """Files of a folder and its subfolders with an ending, sorted; raises DataError where there is none."""
+    found = sorted(
+        Path(root) / name
+        for root, _, names in os.walk(folder)
+        for name in names
+        if name.lower().endswith(suffix) and not name.startswith(".")
+    )
+    if not found:
+        raise DataError(f"{folder}: no file with the ending {suffix} in this folder")
+    return found
+
+
+class Images:
+    """The image files of a folder, found by their names without extension."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files: dict[str, str] = {}
+        for root, _, names in os.walk(folder):
+            for name in names:
+                if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
+                    file = (Path(root) / name).relative_to(folder).as_posix()
+                    stem = os.path.splitext(file)[0]
+                    if stem in self.files:
+                        raise DataError(
+                            f"{folder}: {self.files[stem]} and {file} share one annotation file; rename one of them"
+                        )
+                    self.files[stem] = file
+        if not self.files:
+            raise DataError(f"{folder}: no image in this folder; give the folder of the images with --images")
+        self._reader = ImageReader(max_pixels=2**40)  # only headers are read
+
+    def size(self, file: str) -> tuple[int, int]:
+        """(width, height); raises ImageError where the file is not an image."""
+        return self._reader.size(self.folder / file)
+
+
+# ------------------------------------------------------------ writing
+
+
+def place(folder: Path, image: dict[str, Any], ending: str) -> Path:
+    """Where the annotations of an image are written; raises DataError for a name that leads out of ``folder``."""
+    stem = os.path.splitext(PurePosixPath(image.get("stem", image["file_name"])))[0]
+    try:
+        return inside(folder, f"{stem}{ending}")
+    except ValueError as error:
+        raise DataError(f"image {image['id']}: file_name {shown(image['file_name'])}: {error}; rename it") from None
+
+
+def refuse_collisions(document: Document) -> None:
+    """Raise DataError where two images would share one annotation file (``a.jpg`` and ``a.png``)."""
+    seen: dict[str, str] = {}
+    for image in document["images"]:
+        name = image["file_name"]
+        stem = os.path.splitext(image.get("stem", name))[0].casefold()
+        if stem in seen:
+            raise DataError(f"{name} and {seen[stem]} would be written to one annotation file; rename one of them")
+        seen[stem] = name
+
+
+def by_image(document: Document) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Images with their annotations."""
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for annotation in document["annotations"]:
+        groups.setdefault(annotation["image_id"], []).append(annotation)
+    for image in document["images"]:
+        yield image, groups.get(image["id"], [])
+
+
+def names_of(document: Document) -> dict[int, str]:
+    """Class name of each category id, in the order of the ids."""
+    return {c["id"]: c["name"] for c in sorted(document["categories"], key=lambda c: c["id"])}
+
+
+def flags_of(annotation: dict[str, Any]) -> list[str]:
+    """The flags that are set."""
+    return [flag for flag in FLAGS if annotation.get(flag)]
+
+
+def corners(annotation: dict[str, Any]) -> tuple[float, float, float, float]:
+    """The box as XYXY."""
+    x, y, w, h = annotation["bbox"]
+    return x, y, round(x + w, 9), round(y + h, 9)
+
+
+def crop_of_rle(rle: dict[str, Any]) -> MaskCrop:
+    """The pixels of a compressed or plain COCO RLE, without decoding the rest of the image."""
+    height = int(rle["size"][0])
+    counts = rle["counts"]
+    runs = np.asarray(counts) if isinstance(counts, list) else decode_counts(counts)
+    ends = np.cumsum(runs)
+    starts, stops = ends[:-1:2], ends[1::2]
+    starts = starts[: len(stops)]
+    if len(starts) == 0 or height == 0:
+        return MaskCrop(0, 0, np.zeros((0, 0), dtype=bool))
+    first, last = int(starts[0]) // height, (int(stops[-1]) - 1) // height
+    change = np.zeros((last - first + 1) * height + 1, dtype=np.int32)
+    np.add.at(change, starts - first * height, 1)
+    np.add.at(change, stops - first * height, -1)
+    columns = np.cumsum(change[:-1]).astype(bool).reshape(-1, height)
+    return crop_mask(columns.T, 0, first)
+
+
+def outlines(crop: MaskCrop, losses: Losses) -> list[list[float]]:
+    """Polygons around the pieces of a mask, simplified; holes are filled."""
+    import contourpy
+    import shapely
+
+    if not crop.bitmap.any():
+        return []
+    generator = contourpy.contour_generator(
+        z=np.pad(crop.bitmap, 1).astype(np.float32), fill_type=contourpy.FillType.OuterOffset
+    )
+    polygons = []
+    for points, offsets in zip(*generator.filled(0.5, 2.0)):
+        losses["holes in masks"] += len(offsets) - 2
+        # the centre of the first pixel is at (1, 1) of the padded grid and at (0.5, 0.5) of the crop
+        ring = points[: offsets[1]] - 0.5 + np.array([crop.left, crop.top])
+        simple = shapely.simplify(shapely.Polygon(ring), _TOLERANCE)
+        polygons.append(np.asarray(simple.exterior.coords)[:-1].round(2).reshape(-1).tolist())
+    return polygons
+
+
+def to_outlines(document: Document, losses: Losses) -> Document:
+    """A copy whose masks are polygons; an object too small for one keeps its box."""
+    annotations = []
+    for annotation in document["annotations"]:
+        if isinstance(annotation.get("segmentation"), dict):
+            polygons = outlines(crop_of_rle(annotation["segmentation"]), losses)
+            annotation = {**annotation, "segmentation": polygons}
+            if not polygons:
+                del annotation["segmentation"]
+        annotations.append(annotation)
+    return {**document, "annotations": annotations}
+
+
+def problem_text(problems: Sequence[str]) -> str:
+    """The first problems and how many more there are."""
+    quoted = "; ".join(one_line(p, 300) for p in problems[:3])
+    return f"{count(len(problems), 'wrong entry', 'wrong entries')}: {quoted}" + ("; ..." if problems[3:] else "")

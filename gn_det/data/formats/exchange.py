@@ -1,0 +1,213 @@
+"""Convert datasets between COCO json and the formats of other tools, checked as training checks them."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import random
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gn_det.data.annotations import AnnotationReader
+from gn_det.data.catalog import DatasetSource
+from gn_det.data.coco_json import collector_paused, read_coco_json, structure
+from gn_det.data.formats.draft import FLAGS, Document, Losses, problem_text, refuse_collisions, to_outlines
+from gn_det.data.problems import Problems
+from gn_det.errors import ConfigError, DataError, UserError
+from gn_det.files import atomic_write, inside, json_bytes
+from gn_det.text import count, shown, some
+
+#: Module of each format that is not COCO json.
+FORMATS = {"yolo": "yolo", "voc": "voc", "labelme": "labelme", "cvat": "cvat", "masks": "png_masks"}
+ALL = ("coco", *FORMATS)
+#: Names of the parts of a split.
+PARTS = ("train", "val", "test")
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"gn_det.data.formats.{FORMATS[name]}")
+
+
+def detect_format(source: Path) -> str:
+    """The format of a file or folder, by the files that are in it.
+
+    Raises:
+        DataError: it does not exist or looks like none of them.
+    """
+    if not source.exists():
+        raise DataError(f"{source}: no such file or folder")
+    if source.is_file():
+        found = {".json": "coco", ".xml": "cvat"}.get(source.suffix.lower(), "")
+    else:
+        rules = (
+            ("cvat", "annotations.xml"),
+            ("voc", "Annotations/**/*.xml"),
+            ("voc", "*.xml"),
+            ("yolo", "labels/**/*.txt"),
+            ("masks", "masks/**/*.png"),
+            ("labelme", "**/*.json"),
+        )
+        found = next((name for name, pattern in rules if next(source.glob(pattern), None)), "")
+    if not found:
+        raise DataError(f"{source}: the format cannot be told; name it with --from ({', '.join(ALL)})")
+    return found
+
+
+def read(
+    name: str, source: Path, images: Path | None = None, classes: Sequence[str] = (), *, max_bad: int = 0
+) -> tuple[Document, list[str]]:
+    """Read a dataset as a COCO document that training accepts.
+
+    Args:
+        name: one of :data:`ALL`.
+        source: file or folder.
+        images: folder of the images; None looks where the format keeps them.
+        classes: all classes, in their order; () takes them from the dataset.
+        max_bad: how many entries may be left out because they are wrong.
+
+    Returns:
+        The document and one line for each entry that was left out.
+
+    Raises:
+        DataError: nothing usable, or more than ``max_bad`` wrong entries; names files and lines.
+    """
+    with collector_paused():
+        if name == "coco":
+            problems = Problems(str(source))
+            content = read_coco_json(DatasetSource(source.stem, str(source), "", "the path"), problems)
+            bad: list[str] = []
+        else:
+            draft = _module(name).read(source, images, classes)
+            bad = draft.problems
+            _refuse(source, bad, max_bad)
+            problems = Problems(str(source))
+            document = draft.document()
+            if not document["categories"]:
+                raise DataError(f"{source}: no object, so that no class is known; name the classes with --classes")
+            content = structure(document, problems)
+        document = _checked(content, problems)
+    bad = [*bad, *problems.bad]
+    _refuse(source, bad, max_bad)
+    return document, bad
+
+
+def _refuse(source: Path, bad: Sequence[str], max_bad: int) -> None:
+    if len(bad) > max_bad:
+        raise DataError(f"{source}: {problem_text(bad)} (--max-bad {len(bad)} leaves them out)")
+
+
+def _checked(content: Any, problems: Problems) -> Document:
+    """The entries that training would use, with their flags."""
+    reader = AnnotationReader(content.category_ids, problems)
+    annotations: list[dict[str, Any]] = []
+    for image in content.images:
+        for raw in content.annotations_of.get(image["id"], ()):
+            checked = reader.read(raw, image)
+            if checked is None:
+                continue
+            entry: dict[str, Any] = {**checked, "image_id": image["id"]}
+            entry["category_id"] = content.category_ids[checked["category_id"]]
+            segmentation = checked.get("segmentation")
+            if isinstance(segmentation, dict):
+                entry["segmentation"] = {**segmentation, "counts": segmentation["counts"].decode("ascii")}
+            elif segmentation is not None:
+                entry["segmentation"] = [polygon.tolist() for polygon in segmentation]
+            entry |= {flag: 1 for flag in FLAGS if raw.get(flag) in (1, True)}
+            annotations.append(entry)
+    reader.refuse_corners()
+    categories = [{"id": i, "name": n} for i, n in zip(content.category_ids, content.class_names)]
+    return {"images": content.images, "annotations": annotations, "categories": categories}
+
+
+def write(
+    name: str,
+    document: Document,
+    folder: Path,
+    root: Path,
+    stems: Sequence[str] | None = None,
+    *,
+    outlines: bool = False,
+) -> list[str]:
+    """Write a document in a format; returns what could not be carried over.
+
+    Args:
+        name: one of :data:`ALL`.
+        document: images, annotations and categories.
+        folder: made if absent.
+        root: folder that ``file_name`` is relative to.
+        stems: names of the annotation files of the images; None takes those of the images.
+        outlines: write masks as polygons that can be corrected by hand.
+
+    Raises:
+        UserError: a file cannot be written, or two images would share one.
+    """
+    losses = Losses()
+    if stems is not None:
+        images = [{**image, "stem": f"{stem}.x"} for image, stem in zip(document["images"], stems)]
+        document = {**document, "images": images}
+    if outlines:
+        document = to_outlines(document, losses)
+    if name == "coco":
+        atomic_write(folder / "annotations.json", json_bytes(document))
+    else:
+        refuse_collisions(document)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be made ({error.strerror})") from None
+        _module(name).write(document, folder, root, losses)
+    return losses.lines(name)
+
+
+def split(document: Document, shares: Sequence[float], seed: int) -> dict[str, Document]:
+    """Split images at random by shares, such as (0.8, 0.2) for train and val; the same seed gives the same split.
+
+    Raises:
+        ConfigError: shares that are not two or three positive numbers with a sum of 1, or too few images.
+    """
+    if not 2 <= len(shares) <= 3 or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
+        raise ConfigError(f"--split {','.join(f'{s:g}' for s in shares)}: give 2 or 3 positive shares whose sum is 1")
+    images = sorted(document["images"], key=lambda image: str(image["file_name"]))
+    random.Random(seed).shuffle(images)
+    ends = [round(sum(shares[: k + 1]) * len(images)) for k in range(len(shares))]
+    parts: dict[str, Document] = {}
+    for name, start, end in zip(PARTS, [0, *ends], ends):
+        if start == end:
+            raise ConfigError(f"--split leaves {name} without images; there are {len(images)}")
+        chosen = sorted(images[start:end], key=lambda image: str(image["file_name"]))
+        ids = {image["id"] for image in chosen}
+        annotations = [a for a in document["annotations"] if a["image_id"] in ids]
+        parts[name] = {**document, "images": chosen, "annotations": annotations}
+    return parts
+
+
+def summary(document: Document) -> str:
+    """``12 images, 40 objects of 2 classes, 1 image without objects``, and the classes that have none."""
+    classes = Counter(a["category_id"] for a in document["annotations"])
+    empty = len({i["id"] for i in document["images"]} - {a["image_id"] for a in document["annotations"]})
+    text = (
+        f"{count(len(document['images']), 'image')}, {count(len(document['annotations']), 'object')} of "
+        f"{count(len(document['categories']), 'class', 'classes')}, {count(empty, 'image')} without objects"
+    )
+    unused = [c["name"] for c in document["categories"] if c["id"] not in classes]
+    return text + (f"; no object of {some(unused)}" if unused else "")
+
+
+def copy_images(document: Document, root: Path, folder: Path) -> None:
+    """Copy the images of a document below ``folder`` with their subfolders.
+
+    Raises:
+        UserError: an image is missing, its name leads out of ``folder``, or the disk is full.
+    """
+    for image in document["images"]:
+        name = image["file_name"]
+        try:
+            target = inside(folder, name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(root / name, target)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"image {shown(os.fspath(root / name))} cannot be copied ({reason})") from None

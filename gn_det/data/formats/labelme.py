@@ -1,0 +1,174 @@
+"""LabelMe: one json an image with polygons, rectangles, circles and masks; pieces of an object share a group_id."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from gn_det.data.formats.draft import (
+    FLAGS,
+    Document,
+    Draft,
+    Losses,
+    by_image,
+    class_list,
+    corners,
+    crop_of_rle,
+    files_of,
+    flags_of,
+    names_of,
+    place,
+    text_of,
+)
+from gn_det.errors import DataError
+from gn_det.files import atomic_write, json_bytes
+from gn_det.structures import MaskCrop
+from gn_det.text import one_line, shown
+
+CLASSES = "labels.txt"
+_CORNERS_OF_CIRCLE = 36
+
+
+def read(source: Path, images: Path | None, classes: Sequence[str]) -> Draft:
+    """Read every json of a folder; ``imagePath`` names the image, relative to ``images`` or to the json."""
+    draft = Draft(class_list(source, classes, CLASSES))
+    for path in files_of(source, ".json"):
+        try:
+            content = json.loads(text_of(path))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}: is not json ({one_line(error)})") from None
+        if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
+            draft.problems.append(f"{path}: has no list 'shapes'; it is not a LabelMe file")
+            continue
+        width, height = content.get("imageWidth"), content.get("imageHeight")
+        if not (type(width) is int and type(height) is int and min(width, height) > 0):
+            draft.problems.append(f"{path}: imageWidth and imageHeight must be numbers of pixels")
+            continue
+        name = str(content.get("imagePath") or "").replace("\\", "/")
+        # Subfolders of the json are those of the image; where LabelMe keeps images elsewhere, --images says so.
+        stem = path.relative_to(source).with_suffix(Path(name).suffix or ".jpg")
+        image = draft.image(stem.as_posix(), (width, height), str(path))
+        if image is not None:
+            _read_shapes(draft, image, content["shapes"], (width, height), path)
+    return draft
+
+
+def _read_shapes(draft: Draft, image: str, shapes: list[Any], size: tuple[int, int], path: Path) -> None:
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for number, shape in enumerate(shapes, 1):
+        if not isinstance(shape, dict) or not isinstance(shape.get("label"), str) or not _points(shape):
+            draft.problems.append(f"{path} shape {number}: needs a label and points in finite numbers")
+            continue
+        group = shape.get("group_id")
+        key = (group, shape["label"]) if isinstance(group, (int, str)) and _kind(shape) == "polygon" else number
+        groups.setdefault(key, []).append(shape)
+    for parts in groups.values():
+        where = f"{path}: {shown(parts[0]['label'])}"
+        given = parts[0].get("flags")
+        flags = given if isinstance(given, dict) else {}
+        more: dict[str, Any] = {
+            "flags": [flag for flag in FLAGS if flags.get(flag)],
+            "crowd": bool(flags.get("iscrowd")),
+        }
+        kind, points = _kind(parts[0]), _points(parts[0])
+        if kind == "polygon" and all(len(_points(part)) >= 3 for part in parts):
+            polygons = [[v for point in _points(part) for v in point] for part in parts]
+            draft.add(image, parts[0]["label"], where, polygons=polygons, **more)
+        elif kind == "rectangle" and len(points) >= 2:
+            (x0, x1), (y0, y1) = (sorted(p[k] for p in points[:: len(points) - 1][:2]) for k in (0, 1))
+            if len(points) == 4:  # LabelMe 5.5 writes all corners
+                (x0, x1), (y0, y1) = ((min(p[k] for p in points), max(p[k] for p in points)) for k in (0, 1))
+            draft.add(image, parts[0]["label"], where, box=(x0, y0, x1, y1), **more)
+        elif kind == "circle" and len(points) == 2:
+            (x, y), radius = points[0], math.dist(*points)
+            angles = [2 * math.pi * k / _CORNERS_OF_CIRCLE for k in range(_CORNERS_OF_CIRCLE)]
+            ring = [v for a in angles for v in (x + radius * math.cos(a), y + radius * math.sin(a))]
+            draft.add(image, parts[0]["label"], where, polygons=[ring], **more)
+        elif kind == "mask" and (mask := _mask(parts[0], size)) is not None:
+            draft.add(image, parts[0]["label"], where, mask=mask, **more)
+        else:
+            draft.problems.append(f"{where}: shape of type {shown(kind)} with {len(points)} points has no area")
+
+
+def _kind(shape: dict[str, Any]) -> str:
+    return str(shape.get("shape_type") or "polygon")
+
+
+def _points(shape: dict[str, Any]) -> list[list[float]]:
+    """The points of a shape, [] where they cannot be used."""
+    points = shape.get("points")
+    try:
+        values = np.asarray(points, dtype=float).reshape(-1, 2)
+    except (TypeError, ValueError):
+        return []
+    return values.tolist() if np.isfinite(values).all() else []
+
+
+def _mask(shape: dict[str, Any], size: tuple[int, int]) -> MaskCrop | None:
+    """The mask of a shape, which is a PNG between its two corner pixels; None where it is damaged or empty."""
+    (x0, y0), (x1, y1) = _points(shape)[:2] if len(_points(shape)) >= 2 else ((1, 1), (0, 0))
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(shape["mask"], validate=True))) as image:
+            if image.size != (x1 - x0 + 1, y1 - y0 + 1) or x0 < 0 or y0 < 0 or x1 >= size[0] or y1 >= size[1]:
+                return None
+            bitmap = np.asarray(image.convert("L")) > 0
+    except Exception:  # Pillow raises nearly anything on damaged files
+        return None
+    return MaskCrop(int(y0), int(x0), bitmap) if bitmap.any() else None
+
+
+def write(document: Document, folder: Path, root: Path, losses: Losses) -> None:
+    """Write one json an image, whose ``imagePath`` leads to the image in ``root``, and the list of classes."""
+    names = names_of(document)
+    for image, objects in by_image(document):
+        path = place(folder, image, ".json")
+        shapes: list[dict[str, Any]] = []
+        for group, a in enumerate(objects, 1):
+            flags = dict.fromkeys([*flags_of(a), *(["iscrowd"] if a.get("iscrowd") else [])], True)
+            base: dict[str, Any] = {
+                "label": names[a["category_id"]],
+                "group_id": None,
+                "description": "",
+                "flags": flags,
+            }
+            if "score" in a:
+                base["description"] = f"score {a['score']:.3f}"
+            segmentation = a.get("segmentation")
+            if isinstance(segmentation, dict):
+                shapes.append({**base, **_mask_shape(crop_of_rle(segmentation))})
+            elif segmentation:
+                base["group_id"] = group if len(segmentation) > 1 else None
+                for polygon in segmentation:
+                    points = np.asarray(polygon, float).reshape(-1, 2).tolist()
+                    shapes.append({**base, "points": points, "shape_type": "polygon", "mask": None})
+            else:
+                x0, y0, x1, y1 = corners(a)
+                shapes.append({**base, "points": [[x0, y0], [x1, y1]], "shape_type": "rectangle", "mask": None})
+        content = {
+            "version": "5.5.0",
+            "flags": {},
+            "shapes": shapes,
+            "imagePath": os.path.relpath(root / image["file_name"], path.parent).replace(os.sep, "/"),
+            "imageData": None,
+            "imageHeight": image["height"],
+            "imageWidth": image["width"],
+        }
+        atomic_write(path, json_bytes(content, indent=1))
+    atomic_write(folder / CLASSES, "".join(f"{name}\n" for name in names.values()))
+
+
+def _mask_shape(crop: MaskCrop) -> dict[str, Any]:
+    file = io.BytesIO()
+    Image.fromarray(crop.bitmap).save(file, "PNG")
+    rows, columns = crop.bitmap.shape
+    first, last = [crop.left, crop.top], [crop.left + columns - 1, crop.top + rows - 1]
+    return {"points": [first, last], "shape_type": "mask", "mask": base64.b64encode(file.getvalue()).decode()}

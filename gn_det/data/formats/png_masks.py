@@ -1,0 +1,125 @@
+"""PNG masks: ``NAME/CLASS/NUMBER.png`` holds one object of ``NAME.jpg``, white on black, as large as the image.
+
+Also read: ``NAME/ANYTHING/*.png`` and ``NAME.png`` whose values number the objects, both of a single class.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from gn_det.data.formats.draft import (
+    Document,
+    Draft,
+    Images,
+    Losses,
+    by_image,
+    class_list,
+    crop_of_rle,
+    flags_of,
+    names_of,
+    place,
+)
+from gn_det.data.image import MAX_PIXELS
+from gn_det.errors import DataError
+from gn_det.files import atomic_write, inside, open_regular
+from gn_det.structures import MaskCrop, crop_mask, rasterize_polygons
+from gn_det.text import one_line, shown
+
+CLASSES = "classes.txt"
+
+
+def read(source: Path, images: Path | None, classes: Sequence[str]) -> Draft:
+    """Read the masks below ``source`` (or ``source/masks``) for the images in ``images`` or ``source/images``."""
+    names = class_list(source, classes, CLASSES)
+    if not names:
+        raise DataError(f"{source}: no class names; give classes.txt, or name them with --classes")
+    masks = source / "masks" if (source / "masks").is_dir() else source
+    files = Images(images or source / "images")
+    draft = Draft(names)
+    for stem, file in files.files.items():
+        size = files.size(file)
+        image = draft.image(file, size, file)
+        if image is None:
+            continue
+        for path, name in _masks_of(masks, stem, names):
+            if name is None:
+                draft.problems.append(f"{path}: its folder is not one of the classes {', '.join(names)}")
+                continue
+            try:
+                found = list(_objects(path, size))
+            except DataError as error:
+                draft.problems.append(str(error))
+                continue
+            for crop in found:
+                draft.add(image, name, str(path), mask=crop)
+    return draft
+
+
+def _masks_of(masks: Path, stem: str, names: Sequence[str]) -> Iterator[tuple[Path, str | None]]:
+    """The mask files of an image, each with its class; None where that is not known."""
+    only = names[0] if len(names) == 1 else None
+    if (masks / f"{stem}.png").is_file():
+        yield masks / f"{stem}.png", only
+    for root, folders, files in os.walk(masks / stem):
+        folders.sort()
+        for file in sorted(f for f in files if f.lower().endswith(".png")):
+            folder = Path(root).name
+            yield Path(root) / file, folder if folder in names else only
+
+
+def _objects(path: Path, size: tuple[int, int]) -> Iterator[MaskCrop]:
+    """One object for each value but 0."""
+    try:
+        with open_regular(path) as file, Image.open(file) as image:
+            if image.size != size:
+                raise DataError(
+                    f"{path}: is {image.width}x{image.height} pixels, its image {size[0]}x{size[1]}; make them equal"
+                )
+            if size[0] * size[1] > MAX_PIXELS:
+                raise DataError(f"{path}: has more than {MAX_PIXELS} pixels")
+            values = np.asarray(image if image.mode in ("1", "L", "P", "I", "I;16") else image.convert("L"))
+    except DataError:
+        raise
+    except Exception as error:  # Pillow raises nearly anything on damaged files
+        raise DataError(f"{path}: cannot be read ({one_line(error)})") from None
+    found = [value for value in np.unique(values).tolist() if value]
+    if not found:
+        raise DataError(f"{path}: the mask is empty; remove it")
+    for value in found:
+        yield crop_mask(values == value)
+
+
+def write(document: Document, folder: Path, root: Path, losses: Losses) -> None:
+    """Write one PNG an object and the list of classes."""
+    names = names_of(document)
+    for name in names.values():
+        try:
+            inside(folder, name)
+        except ValueError:
+            raise DataError(f"class {shown(name)} cannot be the name of a folder; rename it") from None
+    for image, objects in by_image(document):
+        size = image["height"], image["width"]
+        for number, a in enumerate(objects, 1):
+            if "segmentation" not in a or a.get("iscrowd"):
+                losses["crowd regions" if a.get("iscrowd") else "objects without a mask"] += 1
+                continue
+            for flag in flags_of(a):
+                losses[f"'{flag}' flags"] += 1
+            bitmap = np.zeros(size, dtype=bool)
+            if isinstance(a["segmentation"], dict):
+                top, left, part = crop_of_rle(a["segmentation"])
+                bitmap[top : top + part.shape[0], left : left + part.shape[1]] = part
+            else:
+                bitmap = rasterize_polygons([np.asarray(p, float) for p in a["segmentation"]], *size)
+            file = io.BytesIO()
+            Image.fromarray(bitmap).save(file, "PNG")
+            atomic_write(
+                place(folder / "masks", image, "") / names[a["category_id"]] / f"{number:04d}.png", file.getvalue()
+            )
+    atomic_write(folder / CLASSES, "".join(f"{name}\n" for name in names.values()))

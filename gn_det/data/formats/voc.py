@@ -1,0 +1,111 @@
+"""Pascal VOC: ``Annotations/NAME.xml`` for ``JPEGImages/NAME.jpg``, boxes with flags.
+
+Pixels are counted from 1 and the last one is inside: ``xmin`` 1 and ``xmax`` W cover the whole width.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from xml.etree import ElementTree
+
+from gn_det.data.formats.draft import (
+    FLAGS,
+    Document,
+    Draft,
+    Images,
+    Losses,
+    by_image,
+    class_list,
+    corners,
+    files_of,
+    names_of,
+    place,
+    xml_of,
+)
+from gn_det.files import atomic_write
+
+#: File with one class a line, which VOC itself does not have.
+CLASSES = "labels.txt"
+
+
+def read(source: Path, images: Path | None, classes: Sequence[str]) -> Draft:
+    """Read ``source/Annotations`` (or ``source``); images are in ``source/JPEGImages`` or ``images``."""
+    folder = source / "Annotations" if (source / "Annotations").is_dir() else source
+    found = images or source / "JPEGImages"
+    files = Images(found) if found.is_dir() else None
+    draft = Draft(class_list(source, classes, CLASSES))
+    for path in files_of(folder, ".xml"):
+        root = xml_of(path)
+        if root.tag != "annotation":
+            draft.problems.append(f"{path}: its root is <{root.tag}>, not <annotation>")
+            continue
+        stem = os.path.splitext(path.relative_to(folder).as_posix())[0]
+        file = (files.files.get(stem) if files else None) or f"{stem}{Path(root.findtext('filename', '')).suffix}"
+        size = _size(root)
+        if size is None:
+            if files is None or file not in files.files.values():
+                draft.problems.append(f"{path}: has no usable <size>, and its image is not there")
+                continue
+            size = files.size(file)
+        image = draft.image(file, size, str(path))
+        for number, entry in enumerate(root.iter("object") if image else (), 1):
+            _read_object(draft, image or "", entry, f"{path} object {number}")
+    return draft
+
+
+def _size(root: ElementTree.Element) -> tuple[int, int] | None:
+    try:
+        width, height = (int(float(root.findtext(f"size/{side}", "0"))) for side in ("width", "height"))
+    except (ValueError, OverflowError):
+        return None
+    return (width, height) if width > 0 and height > 0 else None
+
+
+def _read_object(draft: Draft, image: str, entry: ElementTree.Element, where: str) -> None:
+    name = (entry.findtext("name") or "").strip()
+    try:
+        x0, y0, x1, y1 = (float(entry.findtext(f"bndbox/{side}", "")) for side in ("xmin", "ymin", "xmax", "ymax"))
+    except ValueError:
+        draft.problems.append(f"{where}: has no <bndbox> of four numbers")
+        return
+    if not name:
+        draft.problems.append(f"{where}: has no <name>")
+    elif not (x0 - 1 < x1 and y0 - 1 < y1):
+        draft.problems.append(f"{where}: the box {x0:g} {y0:g} {x1:g} {y1:g} has no area")
+    else:
+        flags = [flag for flag in FLAGS if (entry.findtext(flag) or "").strip() in ("1", "true")]
+        draft.add(image, name, where, box=(x0 - 1, y0 - 1, x1, y1), flags=flags)
+
+
+def write(document: Document, folder: Path, root: Path, losses: Losses) -> None:
+    """Write ``Annotations/`` and the list of classes."""
+    names = names_of(document)
+    for image, objects in by_image(document):
+        xml = ElementTree.Element("annotation")
+        _text(xml, "filename", Path(image["file_name"]).name)
+        size = ElementTree.SubElement(xml, "size")
+        for key, value in (("width", image["width"]), ("height", image["height"]), ("depth", 3)):
+            _text(size, key, value)
+        for a in objects:
+            if a.get("iscrowd"):
+                losses["crowd regions"] += 1
+                continue
+            losses["masks"] += "segmentation" in a
+            entry = ElementTree.SubElement(xml, "object")
+            _text(entry, "name", names[a["category_id"]])
+            for flag in FLAGS:
+                _text(entry, flag, int(bool(a.get(flag))))
+            box = ElementTree.SubElement(entry, "bndbox")
+            x0, y0, x1, y1 = corners(a)
+            for key, value in (("xmin", x0 + 1), ("ymin", y0 + 1), ("xmax", x1), ("ymax", y1)):
+                _text(box, key, f"{round(value, 6):.12g}")
+        ElementTree.indent(xml)
+        atomic_write(place(folder / "Annotations", image, ".xml"), ElementTree.tostring(xml, encoding="utf-8"))
+    atomic_write(folder / CLASSES, "".join(f"{name}\n" for name in names.values()))
+
+
+def _text(parent: ElementTree.Element, tag: str, value: object) -> None:
+    # XML has no control characters
+    ElementTree.SubElement(parent, tag).text = "".join(c if c.isprintable() else "_" for c in str(value))

@@ -1,0 +1,137 @@
+"""YOLO: ``labels/NAME.txt`` for ``images/NAME.jpg``, one line an object in shares of the image's width and height.
+
+``CLASS cx cy w h`` is a box, ``CLASS x0 y0 x1 y1 x2 y2 ...`` a polygon. An image without file or lines has no objects.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gn_det.data.formats.draft import (
+    Document,
+    Draft,
+    Images,
+    Losses,
+    by_image,
+    class_list,
+    corners,
+    flags_of,
+    names_of,
+    place,
+    polygon_area,
+    text_of,
+    to_outlines,
+)
+from gn_det.errors import DataError
+from gn_det.files import atomic_write
+
+#: Coordinates may leave the image by so much: tools round.
+_ROUNDING = 1e-3
+#: Digits after the point of a coordinate in pixels.
+_DIGITS = 6
+
+
+def read(source: Path, images: Path | None, classes: Sequence[str]) -> Draft:
+    """Read ``source/labels`` (or ``source``) for the images in ``source/images``, or in ``images``."""
+    labels = source / "labels" if (source / "labels").is_dir() else source
+    files = Images(images or source / "images")
+    names = list(classes) or _names(source) or class_list(source, (), "classes.txt", "labels.txt")
+    if not names:
+        raise DataError(f"{source}: no class names; give data.yaml or classes.txt, or name them with --classes")
+    draft = Draft(names)
+    for stem, file in files.files.items():
+        path = labels / f"{stem}.txt"
+        width, height = files.size(file)
+        image = draft.image(file, (width, height), str(path))
+        if image is not None and path.is_file():
+            _read_lines(draft, image, path, names, (width, height))
+    known = {f"{stem}.txt" for stem in files.files} | {"classes.txt", "labels.txt"}
+    for path in sorted(labels.rglob("*.txt")):
+        if path.relative_to(labels).as_posix() not in known:
+            draft.problems.append(f"{path}: no image of this name in {files.folder}")
+    return draft
+
+
+def _read_lines(draft: Draft, image: str, path: Path, names: Sequence[str], size: tuple[int, int]) -> None:
+    width, height = size
+    for number, line in enumerate(text_of(path).splitlines(), 1):
+        words = line.split()
+        if not words:
+            continue
+        where = f"{path} line {number}"
+        try:
+            index, values = int(words[0]), [float(word) for word in words[1:]]
+        except ValueError:
+            draft.problems.append(f"{where}: is not a class number and coordinates")
+            continue
+        if not 0 <= index < len(names):
+            draft.problems.append(f"{where}: class {index} is out of range, there are {len(names)} classes")
+        elif len(values) != 4 and (len(values) < 6 or len(values) % 2):
+            draft.problems.append(f"{where}: has {len(values)} coordinates; a box has 4, a polygon 6 or more in pairs")
+        elif not all(-_ROUNDING <= v <= 1 + _ROUNDING for v in values):  # nan fails, too
+            draft.problems.append(f"{where}: coordinates must be shares of the image, from 0 to 1")
+        elif len(values) == 4:
+            cx, cy, w, h = values
+            if w <= 0 or h <= 0:
+                draft.problems.append(f"{where}: the box has no area")
+                continue
+            box = ((cx - w / 2) * width, (cy - h / 2) * height, (cx + w / 2) * width, (cy + h / 2) * height)
+            draft.add(image, names[index], where, box=[round(v, _DIGITS) for v in box])
+        else:
+            points = [round(v * (height if k % 2 else width), _DIGITS) for k, v in enumerate(values)]
+            draft.add(image, names[index], where, polygons=[points])
+
+
+def _names(source: Path) -> list[str]:
+    """Classes of ``data.yaml``; [] where there is none."""
+    import yaml
+
+    path = next((p for p in (source / "data.yaml", source.parent / "data.yaml") if p.is_file()), None)
+    if path is None:
+        return []
+    try:
+        content: Any = yaml.safe_load(text_of(path))
+        names = content["names"]
+        ordered = [names[i] for i in range(len(names))]
+    except (yaml.YAMLError, TypeError, KeyError):
+        ordered = [None]
+    if not ordered or not all(isinstance(name, str) for name in ordered):
+        raise DataError(f"{path}: 'names' must list the classes as [a, b] or {{0: a, 1: b}}")
+    return ordered
+
+
+def write(document: Document, folder: Path, root: Path, losses: Losses) -> None:
+    """Write ``labels/`` and ``data.yaml``: polygons where every object has a mask, boxes otherwise."""
+    import yaml
+
+    document = to_outlines(document, losses)
+    names = names_of(document)
+    index = {category: i for i, category in enumerate(names)}
+    masks = sum("segmentation" in a for a in document["annotations"])
+    outlined = masks == len(document["annotations"])
+    if not outlined:
+        losses["masks beside boxes without mask (boxes are written)"] += masks
+    for image, objects in by_image(document):
+        width, height = image["width"], image["height"]
+        lines = []
+        for a in objects:
+            if a.get("iscrowd"):
+                losses["crowd regions"] += 1
+                continue
+            for flag in flags_of(a):
+                losses[f"'{flag}' flags"] += 1
+            if outlined:
+                losses["further pieces of an object"] += len(a["segmentation"]) - 1
+                points = max(a["segmentation"], key=polygon_area)
+                values = [v / (height if k % 2 else width) for k, v in enumerate(points)]
+            else:
+                x0, y0, x1, y1 = corners(a)
+                values = [(x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height]
+            numbers = " ".join(f"{min(max(v, 0.0), 1.0):.12g}" for v in values if math.isfinite(v))
+            lines.append(f"{index[a['category_id']]} {numbers}\n")
+        atomic_write(place(folder / "labels", image, ".txt"), "".join(lines))
+    content = {"path": ".", "train": "images", "val": "images", "names": dict(enumerate(names.values()))}
+    atomic_write(folder / "data.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))

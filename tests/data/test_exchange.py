@@ -1,0 +1,302 @@
+"""Formats of other tools: a round trip gives the same dataset, bad files are one line, and losses are said."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from gn_det.cli import main
+from gn_det.data.formats import exchange
+from gn_det.data.formats.draft import Losses, crop_of_rle, outlines
+from gn_det.errors import ConfigError, DataError
+from gn_det.structures import MaskCrop, encode_crop
+
+NAMES = ("cat", "dog", "unused", "日本 x")
+SIZES = {"a.jpg": (60, 40), "sub/b.png": (31, 57), "empty.jpg": (20, 20)}
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    for name, size in SIZES.items():
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size, "gray").save(path)
+    return tmp_path / "images"
+
+
+def rle(seed: int, width: int, height: int) -> tuple[dict[str, Any], list[float], float]:
+    """A ragged mask with a hole: its RLE, box and area."""
+    rng = np.random.RandomState(seed)
+    bitmap = np.zeros((height, width), dtype=bool)
+    bitmap[5:30, 3:25] = True
+    bitmap[10:15, 8:12] = False
+    bitmap &= rng.rand(height, width) < 0.9
+    encoded = coco_mask.encode(np.asfortranarray(bitmap.astype(np.uint8)))
+    box = coco_mask.toBbox(encoded).tolist()
+    return {"size": [height, width], "counts": encoded["counts"].decode()}, box, float(bitmap.sum())
+
+
+def document(*, masks: str = "mixed", flags: bool = True, crowd: bool = True) -> dict[str, Any]:
+    """Boxes, polygons of one and several pieces, RLE, a crowd, flags, an empty image and an unused class."""
+    polygon = [5.25, 6.0, 20.5, 7.0, 14.0, 30.75]
+    pieces = [[2.0, 2.0, 8.0, 2.0, 8.0, 8.0, 2.0, 8.0], [12.0, 2.0, 18.0, 2.0, 18.0, 8.0, 12.0, 8.0]]
+    mask, box, area = rle(0, 60, 40)
+    every = {
+        "polygon": {"bbox": [5.25, 6.0, 15.25, 24.75], "area": 184.34375, "segmentation": [polygon], "difficult": 1},
+        "pieces": {"bbox": [2.0, 2.0, 16.0, 6.0], "area": 72.0, "segmentation": pieces, "truncated": 1, "occluded": 1},
+        "box": {"bbox": [3.0, 4.0, 10.5, 12.0], "area": 126.0},
+        "rle": {"bbox": box, "area": area, "segmentation": mask},
+    }
+    kinds = {"mixed": list(every), "boxes": ["box"], "polygons": ["polygon"], "rle": ["rle"]}[masks]
+    annotations = []
+    for kind in kinds:
+        for image in (1, 3) if kind != "rle" else (1,):
+            entry = {"image_id": image, "category_id": 4 if image == 3 else 1, "iscrowd": 0, **every[kind]}
+            annotations.append(entry)
+    if crowd and masks in ("mixed", "rle"):
+        annotations.append({"image_id": 1, "category_id": 2, "iscrowd": 1, **every["rle"]})
+    annotations.sort(key=lambda a: a["image_id"])
+    for number, entry in enumerate(annotations, 1):
+        entry["id"] = number
+        if not flags:
+            for flag in ("difficult", "truncated", "occluded"):
+                entry.pop(flag, None)
+    listed = [
+        {"id": i, "file_name": n, "width": w, "height": h} for i, (n, (w, h)) in enumerate(sorted(SIZES.items()), 1)
+    ]
+    categories = [{"id": i, "name": n} for i, n in enumerate(NAMES, 1)]
+    return {"images": listed, "annotations": copy.deepcopy(annotations), "categories": categories}
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("coco", document()),
+        ("labelme", document()),
+        ("cvat", document()),
+        ("voc", document(masks="boxes")),
+        ("yolo", document(masks="boxes")),
+        ("yolo", document(masks="polygons", flags=False)),
+        ("masks", document(masks="rle", crowd=False)),
+    ],
+)
+def test_a_round_trip_gives_the_same_dataset(name: str, given: dict[str, Any], images: Path, tmp_path: Path) -> None:
+    """Images (the empty one, too), classes (the unused one, too), boxes, outlines, RLE, flags and crowds; no loss."""
+    before = copy.deepcopy(given)
+    assert exchange.write(name, given, tmp_path / "out", images) == []
+    assert given == before
+    source = tmp_path / "out"
+    assert exchange.detect_format(source / "annotations.json" if name == "coco" else source) == name
+    read, bad = exchange.read(name, source / "annotations.json" if name == "coco" else source, images)
+    assert bad == []
+    assert read["images"] == given["images"] and read["categories"] == given["categories"]
+    key = lambda a: (a["image_id"], a["category_id"], a["bbox"], str(a.get("segmentation")))  # noqa: E731
+    for got, expected in zip(sorted(read["annotations"], key=key), sorted(given["annotations"], key=key), strict=True):
+        assert {**got, "id": 0} == {**expected, "id": 0}
+
+
+@pytest.mark.parametrize(
+    ("name", "losses"),
+    [
+        ("voc", ["voc cannot hold crowd regions: 1", "voc cannot hold masks: 5"]),
+        (
+            "yolo",
+            [
+                "yolo cannot hold 'difficult' flags: 2",
+                "yolo cannot hold 'occluded' flags: 2",
+                "yolo cannot hold 'truncated' flags: 2",
+                "yolo cannot hold crowd regions: 1",
+                "yolo cannot hold masks beside boxes without mask (boxes are written): 6",
+            ],
+        ),
+        (
+            "masks",
+            [
+                "masks cannot hold 'difficult' flags: 2",
+                "masks cannot hold 'occluded' flags: 2",
+                "masks cannot hold 'truncated' flags: 2",
+                "masks cannot hold crowd regions: 1",
+                "masks cannot hold objects without a mask: 2",
+            ],
+        ),
+    ],
+)
+def test_what_a_format_cannot_hold_is_said(name: str, losses: list[str], images: Path, tmp_path: Path) -> None:
+    notes = exchange.write(name, document(), tmp_path / "out", images)
+    assert [n for n in sorted(notes) if "holes" not in n] == losses
+
+
+def test_images_keep_their_place_and_training_accepts_the_json(images: Path, tmp_path: Path) -> None:
+    """YOLO files that another tool wrote become a json that gn-det check finds clean, with split and copied images."""
+    exchange.write("yolo", document(masks="polygons"), tmp_path / "y", images)
+    words = ["dataset", str(tmp_path / "y"), "--images", str(images), "--output", str(tmp_path / "c")]
+    assert main([*words, "--split", "0.7,0.3", "--seed", "3", "--copy-images"]) == 0
+    names = []
+    for part in ("train", "val"):
+        content = json.loads((tmp_path / "c" / part / "annotations.json").read_text("utf-8"))
+        names += [image["file_name"] for image in content["images"]]
+        assert all((tmp_path / "c" / part / "images" / n["file_name"]).is_file() for n in content["images"])
+    assert sorted(names) == sorted(SIZES)
+    again = exchange.split(document(), (0.7, 0.3), 3)
+    assert [i["file_name"] for part in again.values() for i in part["images"]] == names
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("9 0.5 0.5 0.1 0.1", "a.txt line 1: class 9 is out of range, there are 4 classes"),
+        ("0 0.5 0.5 nan 0.1", "a.txt line 1: coordinates must be shares"),
+        ("0 50 50 10 10", "a.txt line 1: coordinates must be shares"),
+        ("\n0 0.5 0.5 0.1", "a.txt line 2: has 3 coordinates"),
+        ("0 0.5 0.5 0.1 0", "line 1: the box has no area"),
+        ("cat 0.5 0.5 0.1 0.1", "line 1: is not a class number"),
+    ],
+)
+def test_a_bad_line_of_yolo_is_named(text: str, message: str, images: Path, tmp_path: Path) -> None:
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "a.txt").write_text(text)
+    with pytest.raises(DataError, match="1 wrong entry") as raised:
+        exchange.read("yolo", tmp_path, classes=NAMES)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+    read, bad = exchange.read("yolo", tmp_path, classes=NAMES, max_bad=1)
+    assert len(bad) == 1 and message in bad[0] and read["annotations"] == [] and len(read["images"]) == 3
+
+
+def test_labels_without_image_and_images_that_share_a_name(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "zz.txt").write_text("0 0.5 0.5 0.1 0.1")
+    with pytest.raises(DataError, match=r"zz\.txt: no image of this name"):
+        exchange.read("yolo", tmp_path, classes=NAMES)
+    Image.new("RGB", (5, 5)).save(images / "a.png")
+    with pytest.raises(DataError, match=r"a\.(jpg|png) and a\.(png|jpg) share one annotation file"):
+        exchange.read("yolo", tmp_path, classes=NAMES)
+    given = document()
+    given["images"][0]["file_name"], given["images"][1]["file_name"] = "x.jpg", "X.png"
+    with pytest.raises(DataError, match=r"X\.png and x\.jpg would be written to one annotation file"):
+        exchange.write("voc", given, tmp_path / "out", images)
+
+
+@pytest.mark.parametrize("name", ["yolo", "voc", "labelme", "masks"])
+def test_no_name_leads_out_of_the_folder(name: str, images: Path, tmp_path: Path) -> None:
+    given = document(masks="rle", crowd=False)
+    given["images"][0]["file_name"] = "../../evil.jpg"
+    with pytest.raises(DataError, match="evil"):
+        exchange.write(name, given, tmp_path / "in" / "out", images)
+    assert not list(tmp_path.glob("evil*"))
+    given = document(masks="rle", crowd=False)
+    given["categories"][0]["name"] = "../evil"
+    if name == "masks":
+        with pytest.raises(DataError, match="cannot be the name of a folder"):
+            exchange.write(name, given, tmp_path / "in" / "out", images)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("cvat", "<a", "is not XML"),
+        ("cvat", '<!DOCTYPE a [<!ENTITY b "c">]><annotations/>', "DOCTYPE or entities"),
+        ("cvat", "<annotation/>", "not <annotations>"),
+        ("cvat", "<annotations><image name='a.jpg' width='9' height='0'/></annotations>", "no name, width and height"),
+        (
+            "cvat",
+            "<annotations><image name='a.jpg' width='9' height='9'><mask label='x' left='0' top='0' width='9' "
+            "height='9' rle='99999999999'/></image></annotations>",
+            "has no area or unusable coordinates",
+        ),
+        ("labelme", "[1", "is not json"),
+        ("labelme", '{"shapes": 3}', "has no list 'shapes'"),
+        ("labelme", '{"shapes": [], "imageWidth": 0, "imageHeight": 5}', "imageWidth and imageHeight"),
+        (
+            "labelme",
+            '{"imageWidth": 9, "imageHeight": 9, "shapes": [{"label": "x", "points": [[NaN, 1]]}]}',
+            "needs a label and points",
+        ),
+        (
+            "labelme",
+            '{"imageWidth": 9, "imageHeight": 9, "shapes": [{"label": "x", "points": [[1, 1]], '
+            '"shape_type": "point"}]}',
+            "of type 'point' with 1 points has no area",
+        ),
+        ("voc", "<annotation><filename>a.jpg</filename></annotation>", "has no usable <size>"),
+        (
+            "voc",
+            "<annotation><size><width>9</width><height>9</height></size><object><name>x</name></object></annotation>",
+            "no <bndbox>",
+        ),
+    ],
+)
+def test_hostile_files_are_one_line(name: str, content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "in" / {"cvat": "annotations.xml", "labelme": "a.json", "voc": "a.xml"}[name]
+    path.parent.mkdir()
+    path.write_text(content)
+    with pytest.raises(DataError) as raised:
+        exchange.read(name, tmp_path / "in")
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_unknown_classes_are_refused(images: Path, tmp_path: Path) -> None:
+    exchange.write("cvat", document(), tmp_path / "out", images)
+    with pytest.raises(DataError, match="class 'cat' is not one of dog, 日本 x"):
+        exchange.read("cvat", tmp_path / "out", classes=("dog", "日本 x"))
+    with pytest.raises(DataError, match="is listed twice"):
+        exchange.read("cvat", tmp_path / "out", classes=("dog", "dog"))
+
+
+def test_masks_of_other_layouts(images: Path, tmp_path: Path) -> None:
+    """A folder of masks per image, and one picture whose values number the objects."""
+    bitmap = np.zeros((40, 60), np.uint8)
+    bitmap[2:9, 3:20] = 255
+    (tmp_path / "one" / "a" / "masks").mkdir(parents=True)
+    Image.fromarray(bitmap).save(tmp_path / "one" / "a" / "masks" / "x.png")
+    read, _ = exchange.read("masks", tmp_path / "one", images, ["cell"])
+    assert [a["bbox"] for a in read["annotations"]] == [[3, 2, 17, 7]]
+    values = np.zeros((40, 60), np.int32)
+    values[0:5, 0:5], values[10:20, 10:30] = 1, 700
+    (tmp_path / "two").mkdir()
+    Image.fromarray(values.astype(np.uint16)).save(tmp_path / "two" / "a.png")
+    read, _ = exchange.read("masks", tmp_path / "two", images, ["cell"])
+    assert [(a["bbox"], a["area"]) for a in read["annotations"]] == [([0, 0, 5, 5], 25), ([10, 10, 20, 10], 200)]
+    Image.new("L", (7, 7), 255).save(tmp_path / "two" / "a.png")
+    with pytest.raises(DataError, match="is 7x7 pixels, its image 60x40"):
+        exchange.read("masks", tmp_path / "two", images, ["cell"])
+
+
+def test_a_crop_of_an_rle_is_its_mask() -> None:
+    rng = np.random.RandomState(1)
+    for _ in range(300):
+        height, width = rng.randint(1, 14, 2)
+        bitmap = rng.rand(height, width) < rng.choice([0, 0.2, 0.8, 1])
+        encoded = coco_mask.encode(np.asfortranarray(bitmap.astype(np.uint8)))
+        top, left, part = crop_of_rle(encoded)
+        full = np.zeros((height, width), bool)
+        full[top : top + part.shape[0], left : left + part.shape[1]] = part
+        assert np.array_equal(full, bitmap)
+        assert encode_crop(MaskCrop(top, left, part), height, width)["counts"] == encoded["counts"].decode()
+
+
+@pytest.mark.parametrize("radius", [3, 8, 40])
+def test_outlines_have_few_points_and_cover_the_mask(radius: int) -> None:
+    """IoU of the polygon with the mask it came from, and a tenth of the points that a pixel outline has."""
+    ys, xs = np.mgrid[:100, :120]
+    bitmap = (ys - 50) ** 2 + (xs - 60) ** 2 <= radius**2
+    losses = Losses()
+    (polygon,) = outlines(MaskCrop(0, 0, bitmap), losses)
+    again = coco_mask.decode(coco_mask.frPyObjects([polygon], 100, 120))[:, :, 0].astype(bool)
+    assert (again & bitmap).sum() / (again | bitmap).sum() > 0.9 and len(polygon) // 2 <= 8 * radius // 3
+    assert not losses.lines("x")
+    bitmap[49:52, 59:62] = False
+    outlines(MaskCrop(0, 0, bitmap), losses)
+    assert losses.lines("x") == ["x cannot hold holes in masks: 1"]
+
+
+def test_split_refuses_what_makes_no_sense() -> None:
+    for shares in ((1.0,), (0.5, 0.6), (0.9, -0.1, 0.2), (0.99, 0.01)):
+        with pytest.raises(ConfigError, match="--split"):
+            exchange.split(document(), shares, 0)
