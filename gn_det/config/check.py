@@ -1,7 +1,4 @@
-"""Check configs: every value by its key's schema, what the engine implements, and values that must agree.
-
-Values that an engine does not implement are refused by name, never ignored.
-"""
+"""Check configs: every value by its key's schema, what the engine implements, and values that must agree."""
 
 from __future__ import annotations
 
@@ -32,7 +29,7 @@ def check_value(name: str, value: Any, source: str = "") -> None:
 
 
 def check_values(cfg: CN) -> None:
-    """Refuse values that no engine can use, and those that contradict each other, of the keys that ``cfg`` has.
+    """Refuse values that no engine can use or that contradict each other, of the keys that ``cfg`` has.
 
     Raises:
         ConfigError: names the key, its value and what is allowed.
@@ -49,8 +46,7 @@ def check_config(cfg: CN, engine: str = "embedded") -> None:
     """Refuse values that are out of range, contradict each other, or that the engine does not implement.
 
     Args:
-        cfg: merged from files and command line.
-        engine: "embedded" or "detectron2", the one that is to run.
+        engine: "embedded" or "detectron2".
 
     Raises:
         ConfigError: names the key, its value and what is allowed, and the other engine if that one implements it.
@@ -158,11 +154,6 @@ def _check_data(cfg: CN) -> None:
         if len(missing) == 1:
             flag = f"--{missing[0].lower().replace('_', '-')}"
             raise ConfigError(f"DATASETS.{missing[0]} is missing (flag {flag}); set both or none")
-    solver = cfg.SOLVER
-    if solver.IMS_PER_BATCH % solver.ACCUMULATE:
-        raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} must be a multiple of SOLVER.ACCUMULATE {solver.ACCUMULATE}"
-        )
 
 
 def _check_model(cfg: CN) -> None:

@@ -1,8 +1,7 @@
-"""Finding, reading and overriding configs, with every mistake named.
+"""Find, read and override configs: Detectron2's YAML, with ``_BASE_`` inheritance as in fvcore.
 
-A config is a Detectron2 YAML file with ``_BASE_`` inheritance as in fvcore. Unknown keys, duplicate keys and values
-that no engine accepts are errors that name file and key; :func:`gn_det.config.check.check_config` then refuses what
-the chosen engine does not implement.
+Unknown keys, duplicate keys and values that no engine accepts are errors that name file and key;
+:func:`gn_det.config.check.check_config` then refuses what the chosen engine does not implement.
 """
 
 from __future__ import annotations
@@ -63,6 +62,10 @@ def _by_name(folder: Path, name: str) -> Path | None:
     return folder / wanted if os.path.isfile(folder / wanted) else None
 
 
+def _hint(near: Sequence[str]) -> str:
+    return f"; did you mean {', '.join(near)}?" if near else ""
+
+
 def shipped_config(name: str) -> Path:
     """Path of a shipped config by its bare name, with or without ``.yaml``.
 
@@ -70,26 +73,21 @@ def shipped_config(name: str) -> Path:
         ConfigError: there is none; the message lists the nearest names.
     """
     path = None if "/" in name else _by_name(_configs_dir(), name)
-    if path is not None:
-        return path
-    near = nearest(_with_ending(name), shipped_configs()) or shipped_configs()
-    raise ConfigError(f"config {shown(name)} is neither a file nor a shipped config; did you mean {', '.join(near)}?")
-
-
-def _zoo_dir() -> Path | None:
-    """Folder of Detectron2's own YAML files if it is installed; found without importing it."""
-    try:
-        spec = importlib.util.find_spec("detectron2")
-    except (ImportError, ValueError):
-        return None
-    roots = (spec.submodule_search_locations or []) if spec else []
-    folders = [Path(root) / "model_zoo" / "configs" for root in roots]
-    return next((folder for folder in folders if folder.is_dir()), None)
+    if path is None:
+        near = nearest(_with_ending(name), shipped_configs()) or shipped_configs()
+        raise ConfigError(f"config {shown(name)} is neither a file nor a shipped config{_hint(near)}")
+    return path
 
 
 def _zoo_config(name: str) -> Path:
     """Detectron2's own config of a name as in its model zoo (``Misc/mask_rcnn_R_50_FPN_3x_gn.yaml``)."""
-    folder = _zoo_dir()
+    try:
+        spec = importlib.util.find_spec("detectron2")  # does not import it
+    except (ImportError, ValueError):
+        spec = None
+    roots = (spec.submodule_search_locations or []) if spec else []
+    folders = [Path(root) / "model_zoo" / "configs" for root in roots]
+    folder = next((folder for folder in folders if folder.is_dir()), None)
     path = None if folder is None else _by_name(folder, name)
     if path is not None:
         return path
@@ -97,16 +95,15 @@ def _zoo_config(name: str) -> Path:
     if name.partition("/")[0] not in {n.partition("/")[0] for n in names}:
         missing = "" if folder else " (names of Detectron2's model zoo need Detectron2 installed)"
         raise ConfigError(f"config {shown(name)} does not exist{missing}")
-    near = nearest(name, names)
-    hint = f"; did you mean {', '.join(near)}?" if near else ""
-    raise ConfigError(f"config {shown(name)} is neither a file nor in Detectron2's model zoo{hint}")
+    raise ConfigError(
+        f"config {shown(name)} is neither a file nor in Detectron2's model zoo{_hint(nearest(name, names))}"
+    )
 
 
 def resolve_config(name_or_path: str) -> Path:
     """A path if a file is there, otherwise the config of that name.
 
-    ``gn_fpn_long.yaml`` is one of gn_det's; ``Misc/mask_rcnn_R_50_FPN_3x_gn.yaml`` is one of Detectron2's, if that is
-    installed.
+    ``gn_fpn_long.yaml`` is gn_det's; ``Misc/mask_rcnn_R_50_FPN_3x_gn.yaml`` is Detectron2's, where that is installed.
 
     Raises:
         ConfigError: neither; the message lists the nearest names.
@@ -124,8 +121,8 @@ def resolve_config(name_or_path: str) -> Path:
 
 # ------------------------------------------------------------ keys and values
 
-#: What the schedules of shipped configs, and of configs built on them, are written for: GPUs and images of a batch (0:
-#: not scaled by it). Not part of the YAML, because Detectron2 would scale by it what its user sets in Python.
+#: GPUs and batch that the schedules of shipped configs, and of configs built on them, are written for (0: not scaled by
+#: it). Not part of the YAML, because Detectron2 would scale by it what its user sets in Python.
 _WRITTEN_FOR = {
     "Base-RCNN-FPN.yaml": (8, 16),
     "Base-RCNN-C4.yaml": (8, 8),
@@ -137,12 +134,10 @@ _WRITTEN_FOR = {
 
 def _unknown_key(name: str, source: str) -> ConfigError:
     """The error for an unknown key, with those of the same last part, or else those that are spelled most like it."""
-    last = name.rpartition(".")[2].upper()
-    tails = {key: key.rpartition(".")[2] for key in KEYS}
+    last, tails = name.rpartition(".")[2].upper(), {key: key.rpartition(".")[2] for key in KEYS}
     near = [key for key in KEYS if tails[key] == last] or nearest(name.upper(), KEYS, 1, 0.75)
-    if not near:
-        close = nearest(last, sorted(set(tails.values())), 1)
-        near = [key for key in KEYS if tails[key] in close]
+    close = nearest(last, sorted(set(tails.values())), 1)
+    near = near or [key for key in KEYS if tails[key] in close]
     hint = f"did you mean {' or '.join(near[:3])}?" if near else "gn-det configs --keys lists all keys"
     return ConfigError(f"{source}: unknown key {one_line(name)}; {hint}")
 
@@ -188,16 +183,12 @@ def _set(cfg: CN, name: str, value: Any, source: str) -> None:
 # ------------------------------------------------------------ files
 
 
-#: A file, and the folder in which its bases are looked for (another one than the file's if it is a link).
+#: A file, and the folder of its bases: for a link the link's, not the file's.
 _Place = tuple[Path, Path]
 
 
 class _Files:
-    """A config file and its bases: each is read once, however many files name it.
-
-    Attributes:
-        written_for: GPUs and batch of the outermost shipped file's schedule.
-    """
+    """A config file and its bases, each read once; ``written_for``: of the outermost shipped file."""
 
     def __init__(self) -> None:
         self.written_for: tuple[int, int] | None = None
@@ -244,10 +235,9 @@ def _base_path(path: Path, base: str, source: str) -> Path:
     shipped = None if "/" in base else _by_name(_configs_dir(), base)
     if shipped is None:
         near = [] if "/" in base else nearest(_with_ending(base), [p.name for p in _configs_dir().glob("*.yaml")])
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
-        looked = one_line(str(found), 300)
         raise ConfigError(
-            f"{source}: {BASE_KEY} {shown(base)} is neither a file (looked for {looked}) nor a shipped config{hint}"
+            f"{source}: {BASE_KEY} {shown(base)} is neither a file (looked for {one_line(str(found), 300)}) nor a "
+            f"shipped config{_hint(near)}"
         )
     return shipped
 
@@ -287,12 +277,10 @@ def _pairs(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
             raise ConfigError(
                 f"command line: unknown option {one_line(argument)}; see --help (config keys are written KEY VALUE)"
             )
-        key, equals, value = argument.partition("=")
-        if not equals:
-            try:
-                value = next(it)
-            except StopIteration:
-                raise ConfigError(f"command line: key {one_line(argument)} has no value; write KEY VALUE") from None
+        key, equals, text = argument.partition("=")
+        value = text if equals else next(it, None)
+        if value is None:
+            raise ConfigError(f"command line: key {one_line(argument)} has no value; write KEY VALUE")
         yield key, value
 
 
@@ -300,8 +288,6 @@ def load_config(name_or_path: str | os.PathLike[str], overrides: Overrides = (),
     """Read a config by path or shipped name, apply overrides, check it.
 
     Args:
-        name_or_path: see :func:`resolve_config`.
-        overrides: see :data:`Overrides`.
         check: refuse what the embedded engine does not implement, and values that contradict each other.
 
     Raises:
@@ -329,7 +315,6 @@ def dump_config(cfg: CN, *, implemented_only: bool = False) -> str:
     """YAML text that :func:`parse_config` and Detectron2 read back.
 
     Args:
-        cfg: any config.
         implemented_only: leave out the sections of models that the embedded engine does not have.
     """
 

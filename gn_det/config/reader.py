@@ -1,8 +1,7 @@
 """Read YAML from outside in bounded time and memory: plain text, numbers, lists and sections, nothing else.
 
-Every YAML file and every YAML text of a checkpoint goes through :func:`parse_yaml`. It gives what PyYAML's SafeLoader
-gives, except that duplicate keys, keys that are not text, several documents, unknown tags and endless structures are
-errors, and that dates stay text.
+:func:`parse_yaml` gives what PyYAML's SafeLoader gives, except that duplicate keys, keys that are not text, several
+documents, unknown tags and endless structures are errors, and that dates stay text.
 """
 
 from __future__ import annotations
@@ -136,11 +135,7 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def read_yaml(path: Path, what: str = "config file") -> dict[str, Any]:
-    """Return the keys and values of a YAML file.
-
-    Args:
-        path: a regular file of at most :data:`MAX_BYTES`, in UTF-8.
-        what: names the file in messages.
+    """Return the keys and values of a YAML file; messages call it ``what``.
 
     Raises:
         ConfigError: missing, not readable, not valid YAML, or no keys and values; see :func:`parse_yaml`.
@@ -166,7 +161,6 @@ def parse_yaml(text: str | bytes, source: str) -> Any:
 
     Args:
         text: at most :data:`MAX_BYTES`; bytes are UTF-8, with or without a byte order mark.
-        source: names the text in messages.
 
     Raises:
         ConfigError: not valid or not plain YAML, or too large; one line with the source and the place.

@@ -61,15 +61,6 @@ def test_a_json_and_its_images_come_together(split: str, given: str, missing: st
         check_config(put(f"DATASETS.{split}_{given}", "a"))
 
 
-def test_a_batch_is_divided_evenly() -> None:
-    cfg = get_cfg()
-    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE = 6, 3
-    check_config(cfg)
-    cfg.SOLVER.ACCUMULATE = 4
-    with pytest.raises(ConfigError, match=r"must be a multiple of SOLVER\.ACCUMULATE 4"):
-        check_config(cfg)
-
-
 def test_the_other_engine_is_named_where_it_takes_the_value() -> None:
     for key, value, named in (
         ("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIPool", True),
