@@ -82,16 +82,8 @@ def build_model(cfg: Cfg) -> MaskRCNN:
 
 def build_backbone(cfg: Cfg) -> FPN | ResNet:
     """ResNet, or FPN on it; ``feature_specs`` of the result name its features."""
-    name = cfg.MODEL.BACKBONE.NAME
-    if name not in ("build_resnet_backbone", "build_resnet_fpn_backbone"):
-        raise ConfigError(
-            f"MODEL.BACKBONE.NAME {name!r} is not implemented by the embedded engine; "
-            "use build_resnet_backbone or build_resnet_fpn_backbone"
-        )
-    channels = len(cfg.MODEL.PIXEL_MEAN)  # 1 with INPUT.FORMAT L
-    if name == "build_resnet_backbone":
-        return ResNet(in_channels=channels, **resnet_arguments(cfg))
-    return FPN(ResNet(in_channels=channels, **resnet_arguments(cfg)), **fpn_arguments(cfg))
+    resnet = ResNet(in_channels=len(cfg.MODEL.PIXEL_MEAN), **resnet_arguments(cfg))  # 1 with INPUT.FORMAT L
+    return FPN(resnet, **fpn_arguments(cfg)) if cfg.MODEL.BACKBONE.NAME == "build_resnet_fpn_backbone" else resnet
 
 
 def resnet_arguments(cfg: Cfg) -> dict[str, Any]:
@@ -122,12 +114,12 @@ def fpn_arguments(cfg: Cfg) -> dict[str, Any]:
 
 
 def _select(specs: dict[str, FeatureSpec], names: list[str], key: str) -> list[FeatureSpec]:
-    for name in names:
-        if name not in specs:
-            raise ConfigError(f"{key}: the backbone makes no feature {name!r}; it makes {', '.join(specs)}")
+    missing = [name for name in names if name not in specs]
+    if missing:  # what the backbone makes depends on more than the keys of features
+        raise ConfigError(f"{key}: the backbone makes no feature {missing[0]!r}; it makes {', '.join(specs)}")
     selected = [specs[name] for name in names]
-    if not selected or len({s.channels for s in selected}) != 1:
-        raise ConfigError(f"{key} {list(names)}: needs one or more features with the same number of channels")
+    if len({s.channels for s in selected}) != 1:
+        raise ConfigError(f"{key} {list(names)}: needs features with the same number of channels")
     return selected
 
 
@@ -181,21 +173,11 @@ def build_roi_heads(cfg: Cfg, specs: dict[str, FeatureSpec]) -> RoIHeads:
         append_gt=heads.PROPOSAL_APPEND_GT,
     )
     levels = _select(specs, heads.IN_FEATURES, "MODEL.ROI_HEADS.IN_FEATURES")
-    if heads.NAME == "Res5ROIHeads":
-        return _build_res5_heads(cfg, sampler, levels)
-    if heads.NAME == "StandardROIHeads":
-        return _build_standard_heads(cfg, sampler, levels)
-    raise ConfigError(
-        f"MODEL.ROI_HEADS.NAME {heads.NAME!r} is not implemented by the embedded engine; "
-        "use StandardROIHeads or Res5ROIHeads"
-    )
+    build = _build_res5_heads if heads.NAME == "Res5ROIHeads" else _build_standard_heads
+    return build(cfg, sampler, levels)
 
 
 def _pooler(node: Cfg, levels: list[FeatureSpec]) -> RoIPooler:
-    if node.POOLER_TYPE not in ("ROIAlignV2", "ROIAlign"):
-        raise ConfigError(
-            f"POOLER_TYPE {node.POOLER_TYPE!r} is not implemented by the embedded engine; use ROIAlignV2 or ROIAlign"
-        )
     return RoIPooler(
         node.POOLER_RESOLUTION,
         strides=[s.stride for s in levels],

@@ -171,8 +171,6 @@ def test_groups_by_channels() -> None:
         ({"MODEL__FPN__IN_FEATURES": ["res2", "res4"]}, ["MODEL.FPN.IN_FEATURES"]),
         ({"MODEL__ANCHOR_GENERATOR__SIZES": [[32], [64]]}, ["MODEL.ANCHOR_GENERATOR.SIZES"]),
         ({"MODEL__RPN__IOU_LABELS": [0, 1]}, ["IOU_LABELS"]),
-        ({"MODEL__ROI_HEADS__NAME": "CascadeROIHeads"}, ["MODEL.ROI_HEADS.NAME", "CascadeROIHeads"]),
-        ({"MODEL__BACKBONE__NAME": "build_swin"}, ["MODEL.BACKBONE.NAME", "build_swin"]),
         ({"MODEL__RESNETS__DEPTH": 51}, ["MODEL.RESNETS.DEPTH"]),
     ],
 )
