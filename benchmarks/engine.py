@@ -231,7 +231,6 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
-        "detectron2": __import__("detectron2").__version__,
         "device": cpu,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -245,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     height, width = (int(v) for v in args.image_size.lower().split("x"))
     try:
-        import detectron2.modeling  # noqa: F401
+        import detectron2.modeling
     except ImportError:
         print("Detectron2 is not installed: there is nothing to compare with (the embedded engine works without it)")
         return 2
@@ -259,6 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     results: dict[str, Any] = {"config": Path(args.config).name, "ours": args.ours, "image_size": [height, width]}
     results["batch"] = args.batch
     results |= {"overrides": args.overrides, "repeats": args.repeats, "target": TARGET, "environment": environment()}
+    results["environment"]["detectron2"] = detectron2.__version__
     engines = (args.ours, "detectron2")
     both = [make_steps(engine, cfg, (height, width), args.batch) for engine in engines]
     for name in both[0]:

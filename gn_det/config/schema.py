@@ -322,8 +322,9 @@ _KEYS = (
         "> 0: channels of each group, in place of NUM_GROUPS (the paper's other division).", ours=True),
     Key("MODEL.GN.EPS", 1e-5, number(0, 1, above=True), "Added to the variance.", ours=True),
     Key("MODEL.GN.FUSED", "auto", one_of("auto", "on", "off"),
-        'Kernels that fuse GN, add and ReLU: "on" where they can run (a GPU with Triton), "off" never, "auto" on GPUs '
-        "where they were measured to be faster (none so far). Quote on and off in YAML: the bare words are booleans.",
+        'Kernels that fuse GN, add and ReLU, and on a CPU RoIAlign: "on" where they can run (a GPU with Triton; a CPU '
+        'with a C++ compiler, for channels_last maps), "off" never, "auto" where they were measured to be faster: on '
+        "CPUs (no GPU so far). Quote on and off in YAML: the bare words are booleans.",
         ours=True),
     Key("MODEL.GN.RECOMPUTE", False, FLAG,
         "Keep one activation less for each GN + ReLU in training, and recompute it in the backward pass.", ours=True),

@@ -1,4 +1,4 @@
-"""How GroupNorm + residual + ReLU is computed: by Triton kernels, with recomputation, or by plain torch."""
+"""How GroupNorm + residual + ReLU is computed: by compiled kernels, with recomputation, or by plain torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gn_det.kernels import launch, recompute
+from gn_det.kernels import launch, native, recompute
 from gn_det.kernels.reference import memory_format
 
 logger = logging.getLogger(__name__)
@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 ACTIVATIONS = ("relu", "none")
 MODES = ("auto", "on", "off")
 
-#: (device name, dtype) for which benchmarks/group_norm.py found the kernels faster than torch's. Empty as long as no
-#: GPU has been benchmarked: "auto" uses plain torch everywhere.
+#: (device name, dtype) for which benchmarks/group_norm.py found the Triton kernels faster than torch's. Empty as long
+#: as no GPU has been benchmarked: "auto" uses plain torch there. On a CPU it takes native.cpp for channels_last maps.
 MEASURED_BETTER: frozenset[tuple[str, torch.dtype]] = frozenset()
 
 
@@ -36,8 +36,8 @@ def group_norm_act(
 ) -> Tensor:
     """``act(group_norm(x) + residual)``.
 
-    Plain torch is ``F.group_norm``, an in-place add and an in-place ReLU. The fused operator computes in fp32 and
-    rounds once; under autocast its result has the dtype of ``x``.
+    Plain torch is ``F.group_norm``, an in-place add and an in-place ReLU. The fused operator (Triton on a GPU,
+    native.cpp on a CPU) computes in fp32 and rounds once; under autocast its result has the dtype of ``x``.
 
     Args:
         x: (N, C, ...), N may be 0; NCHW or channels_last, a layout that the fused operator keeps.
@@ -46,8 +46,8 @@ def group_norm_act(
         eps: added to the variance.
         residual: added before the activation, shape of ``x``.
         act: "relu" or "none".
-        fused: "on" uses the Triton kernels wherever they can run, "off" never, "auto" where they have been benchmarked
-            as faster (:data:`MEASURED_BETTER`).
+        fused: "on" uses the kernels wherever they can run, "off" never, "auto" where they have been benchmarked as
+            faster: for channels_last maps on a CPU, and on GPUs of :data:`MEASURED_BETTER`.
         recompute: with a ReLU and no residual, keep x instead of the result and compute it again in the backward pass;
             the layer that reads it needs :func:`gn_det.kernels.recompute.saving`.
 
@@ -68,9 +68,18 @@ def group_norm_act(
 
 def takes_kernels(x: Tensor, fused: str) -> bool:
     """Whether :func:`group_norm_act` launches kernels for ``x``."""
-    if fused == "off" or (fused == "auto" and not MEASURED_BETTER) or _exporting():
+    if fused == "off" or _exporting():
+        return False
+    if native.can_run(x):
+        return True
+    if fused == "auto" and not MEASURED_BETTER:
         return False  # the fast path: this runs for every layer
     return bool(_chosen(x.device, x.dtype, fused))
+
+
+def takes_native_roi_align(x: Tensor, fused: str) -> bool:
+    """Whether :func:`gn_det.kernels.native.roi_align` pools ``x``; else torchvision does."""
+    return fused != "off" and not torch.compiler.is_compiling() and not _exporting() and native.can_run(x)
 
 
 # A constant to torch.compile: looking for Triton and the device's name, and warning, would break the graph.
@@ -92,6 +101,8 @@ def _name(device: torch.device) -> str:
 @functools.cache
 def _warn_plain(kind: str, dtype: torch.dtype) -> None:
     why = "Triton is not installed" if kind == "cuda" and not launch.has_triton() else f"device {kind}, {dtype}"
+    if kind == "cpu" and dtype in native.DTYPES:
+        why = "on a CPU it needs MODEL.CHANNELS_LAST True and a C++ compiler"
     logger.warning("MODEL.GN.FUSED on: no fused kernel can run (%s); using torch's GroupNorm.", why)
 
 

@@ -2,7 +2,8 @@
 
 As operators they carry a fake version (torch.compile, meta tensors) and a gradient. They have no autocast rule on
 purpose: under autocast they take bf16 or fp16 x beside fp32 gamma and beta, and nothing is cast up. On a GPU and under
-Triton's interpreter they launch the kernels, elsewhere they run :mod:`gn_det.kernels.reference`.
+Triton's interpreter they launch the kernels, for what :mod:`gn_det.kernels.native` takes they call that, and elsewhere
+they run :mod:`gn_det.kernels.reference`.
 
 An operator's outputs are tensors: what was not asked for comes back with 0 elements. There is no second derivative.
 """
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gn_det.kernels import launch, reference
+from gn_det.kernels import launch, native, reference
 
 _LIBRARY = torch.library.Library("gn_det", "DEF")
 _LIBRARY.define(
@@ -38,7 +39,7 @@ _KEY = "CompositeExplicitAutograd"
 
 def _way(x: Tensor) -> Any:
     """The module that computes."""
-    return launch if launch.can_launch(x) else reference
+    return launch if launch.can_launch(x) else native if native.can_run(x) else reference
 
 
 def _empty(x: Tensor) -> Tensor:

@@ -177,12 +177,13 @@ def build_roi_heads(cfg: Cfg, specs: dict[str, FeatureSpec]) -> RoIHeads:
     return build(cfg, sampler, levels)
 
 
-def _pooler(node: Cfg, levels: list[FeatureSpec]) -> RoIPooler:
+def _pooler(cfg: Cfg, node: Cfg, levels: list[FeatureSpec]) -> RoIPooler:
     return RoIPooler(
         node.POOLER_RESOLUTION,
         strides=[s.stride for s in levels],
         sampling_ratio=node.POOLER_SAMPLING_RATIO,
         aligned=node.POOLER_TYPE == "ROIAlignV2",
+        fused=group_rule(cfg).fused,
     )
 
 
@@ -227,10 +228,10 @@ def _build_standard_heads(cfg: Cfg, sampler: RoISampler, levels: list[FeatureSpe
     return StandardRoIHeads(
         sampler=sampler,
         in_features=cfg.MODEL.ROI_HEADS.IN_FEATURES,
-        box_pooler=_pooler(box, levels),
+        box_pooler=_pooler(cfg, box, levels),
         box_head=box_head,
         box_predictor=_box_predictor(cfg, box_head.output_size),
-        mask_pooler=_pooler(mask, levels) if cfg.MODEL.MASK_ON else None,
+        mask_pooler=_pooler(cfg, mask, levels) if cfg.MODEL.MASK_ON else None,
         mask_head=_mask_head(cfg, channels),
     )
 
@@ -247,7 +248,7 @@ def _build_res5_heads(cfg: Cfg, sampler: RoISampler, levels: list[FeatureSpec]) 
     return Res5RoIHeads(
         sampler=sampler,
         in_features=cfg.MODEL.ROI_HEADS.IN_FEATURES,
-        pooler=_pooler(cfg.MODEL.ROI_BOX_HEAD, levels),
+        pooler=_pooler(cfg, cfg.MODEL.ROI_BOX_HEAD, levels),
         res5=res5,
         box_predictor=_box_predictor(cfg, out_channels),
         mask_head=_mask_head(cfg, out_channels),

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from gn_det.errors import ConfigError
+from gn_det.kernels import native, takes_native_roi_align
+from gn_det.kernels.reference import memory_format
 from gn_det.modeling import boxes as box_ops
 
 
@@ -24,12 +26,18 @@ class _Reorder(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)
-        return x.index_select(0, order)
+        return _take(x, order)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
-        return grads[0].index_select(0, inverse), None, None
+        return _take(grads[0], inverse), None, None
+
+
+def _take(x: Tensor, order: Tensor) -> Tensor:
+    if memory_format(x) is torch.channels_last:  # which index_select does not keep
+        return x.permute(0, 2, 3, 1).index_select(0, order).permute(0, 3, 1, 2)
+    return x.index_select(0, order)
 
 
 class RoIPooler(nn.Module):
@@ -40,10 +48,18 @@ class RoIPooler(nn.Module):
         strides: of the levels, fine to coarse, doubling powers of two.
         sampling_ratio: samples per bin and direction; 0 takes as many as the bin has cells.
         aligned: shift by half a pixel (ROIAlignV2).
+        fused: "off" always takes torchvision's RoIAlign; else channels_last maps on a CPU take gn_det's where it is
+            built, which is equal but for rounding.
     """
 
     def __init__(
-        self, output_size: int, *, strides: Sequence[int], sampling_ratio: int = 0, aligned: bool = True
+        self,
+        output_size: int,
+        *,
+        strides: Sequence[int],
+        sampling_ratio: int = 0,
+        aligned: bool = True,
+        fused: str = "auto",
     ) -> None:
         super().__init__()
         levels = [math.log2(s) for s in strides]
@@ -54,6 +70,7 @@ class RoIPooler(nn.Module):
         self.min_level, self.max_level = int(levels[0]), int(levels[-1])
         self.sampling_ratio = sampling_ratio
         self.aligned = aligned
+        self.fused = fused
 
     def forward(self, features: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
         """Pool the boxes of each image.
@@ -90,6 +107,8 @@ class RoIPooler(nn.Module):
         return level.clamp(min=self.min_level, max=self.max_level).to(torch.int64) - self.min_level
 
     def pool(self, feature: Tensor, rois: Tensor, scale: float) -> Tensor:
+        if takes_native_roi_align(feature, self.fused):
+            return native.roi_align(feature, rois, self.output_size, scale, self.sampling_ratio, self.aligned)
         if feature.dtype != rois.dtype and not torch.is_autocast_enabled(feature.device.type):
             rois = rois.to(feature.dtype)  # under autocast roi_align computes in float32 by itself
         size = (self.output_size, self.output_size)

@@ -1,0 +1,209 @@
+"""Builds native.cpp where a C++ compiler is installed, and calls it: fused GroupNorm and RoIAlign on a CPU.
+
+The library is compiled on first use (a few seconds) for this very CPU and kept in ``~/.cache/gn_det``. It handles
+channels_last maps in float32 and bfloat16; everything else, and machines without a compiler, stay with plain torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gn_det.kernels.reference import memory_format
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+#: Elements of a chunk, which stays in a core's cache between the passes over it.
+_CHUNK = 1 << 16
+_SOURCE = Path(__file__).with_name("native.cpp")
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+
+
+def can_run(x: Tensor) -> bool:
+    """Whether :func:`forward` and :func:`roi_align` take ``x``; builds the library at the first map that fits."""
+    return x.device.type == "cpu" and x.dtype in DTYPES and memory_format(x) is torch.channels_last and available()
+
+
+# A constant to torch.compile, which cannot trace a compiler.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def available() -> bool:
+    """Whether the library is built and loaded; says once why not."""
+    return _library() is not None
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
+    if compiler is None:
+        logger.info("No C++ compiler (c++, g++, clang++): GN and RoIAlign run on torch's kernels, which take longer.")
+        return None
+    try:
+        return ctypes.CDLL(os.fspath(_build(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        output = getattr(error, "stderr", None) or str(error)
+        reason = output.strip().splitlines()[-1][:200] if output.strip() else type(error).__name__
+        logger.warning("%s cannot build gn_det's kernels (%s): GN and RoIAlign run on torch's.", compiler, reason)
+        return None
+
+
+def _build(compiler: str) -> Path:
+    """The shared library of this source, compiler and CPU; other processes may build it at the same time."""
+    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=30).stdout
+    parts = (_SOURCE.read_text(), version, str(_FLAGS), platform.machine(), _cpu_features())
+    folder = _private_folder()
+    library = folder / f"native-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}.so"
+    if library.is_file():
+        return library
+    made = folder / f"{library.name}.{os.getpid()}"
+    command = [compiler, *_FLAGS, os.fspath(_SOURCE), "-o", os.fspath(made)]
+    logger.info("Compiling gn_det's CPU kernels once (%s).", compiler)
+    try:
+        done = subprocess.run([*command, "-fopenmp"], check=False, capture_output=True, timeout=300)
+        if done.returncode:  # perhaps it has no OpenMP: one thread
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+        os.replace(made, library)
+    finally:
+        made.unlink(missing_ok=True)
+    return library
+
+
+def _private_folder() -> Path:
+    """A folder that nobody else can write to: code is loaded from it."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "gn_det"
+    try:
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = cache.stat()
+        if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(cache, os.W_OK):
+            return cache
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="gn_det-"))
+
+
+def _cpu_features() -> str:
+    """Flags of the CPU: on a shared home directory machines must not load each other's code."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def _pointer(t: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if t is None else t.data_ptr())
+
+
+def _call(name: str, x: Tensor, tensors: tuple[Tensor | None, ...], numbers: tuple[Any, ...]) -> None:
+    function = getattr(_library(), f"{name}_{DTYPES[x.dtype]}")
+    kinds = {int: ctypes.c_int64, float: ctypes.c_float, bool: ctypes.c_int}
+    threads = ctypes.c_int(torch.get_num_threads())
+    function(*map(_pointer, tensors), *(threads if n is None else kinds[type(n)](n) for n in numbers))
+
+
+def _map(t: Tensor, x: Tensor) -> Tensor:
+    return t.to(x.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _cut(x: Tensor, groups: int) -> tuple[int, int, int, int, int]:
+    """N, C, pixels, groups, pixels of a chunk."""
+    n, c, h, w = x.shape
+    rows = max(_CHUNK // c, 16)
+    return n, c, h * w, groups, min(rows, h * w)
+
+
+def _scratch(cut: tuple[int, int, int, int, int]) -> Tensor:
+    n, c, pixels, groups, rows = cut
+    return torch.empty(2 * n * (-(-pixels // rows) * c + groups), dtype=torch.float32)
+
+
+# ------------------------------------------------------------ GroupNorm: the signatures of gn_det.kernels.reference
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, groups: int, eps: float, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y like ``x``, and fp32 mean and 1 / std (N, G). ``x`` is not empty; ``residual`` has its shape."""
+    residual = None if residual is None else _map(residual, x)
+    weight, bias, cut = weight.float().contiguous(), bias.float().contiguous(), _cut(x, groups)
+    y, mean = torch.empty_like(x), torch.empty((len(x), groups), dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    tensors = (x, residual, weight, bias, y, mean, rstd, _scratch(cut))
+    _call("gn_forward", x, tensors, (*cut, None, float(eps), bool(relu)))
+    return y, mean, rstd
+
+
+def apply(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int, relu: bool) -> Tensor:
+    """y again, from ``x`` and the statistics of :func:`forward`."""
+    weight, bias, y = weight.float().contiguous(), bias.float().contiguous(), torch.empty_like(x)
+    _call("gn_apply", x, (x, weight, bias, y, mean, rstd), (*_cut(x, groups), None, bool(relu)))
+    return y
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    out: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    relu: bool,
+    need: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, of the residual, of gamma and of beta; see :func:`gn_det.kernels.launch.backward`."""
+    dy, cut = _map(dy, x), _cut(x, groups)
+    w, b = weight.float().contiguous(), bias.float().contiguous()
+    dx = torch.empty_like(x) if need[0] else None
+    dres = torch.empty_like(x) if need[1] else None
+    dw, db = (torch.empty_like(w), torch.empty_like(b)) if need[2] else (None, None)
+    mask = 0 if not relu else 1 if out is None else 2
+    tensors = (dy, x, out, w, b, mean, rstd, dx, dres, dw, db, _scratch(cut))
+    _call("gn_backward", x, tensors, (*cut, None, bool(mask) if mask < 2 else 2))
+    return dx, dres, None if dw is None else dw.to(weight.dtype), None if db is None else db.to(bias.dtype)
+
+
+# ------------------------------------------------------------ RoIAlign
+
+
+class _RoIAlign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rois: Tensor, size: int, scale: float, ratio: int, aligned: bool) -> Tensor:
+        _, c, h, w = x.shape
+        ctx.save_for_backward(rois)
+        ctx.shape, ctx.numbers = x.shape, (len(rois), h, w, c, size, None, float(scale), ratio, aligned)
+        y = x.new_empty((len(rois), c, size, size)).contiguous(memory_format=torch.channels_last)
+        _call("roi_align", x, (x, rois, y), ctx.numbers)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (rois,) = ctx.saved_tensors
+        dy = grads[0].contiguous(memory_format=torch.channels_last)
+        dx = torch.zeros(ctx.shape, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
+        _call("roi_align_backward", dy, (dy, rois, dx), ctx.numbers)
+        return dx.to(dy.dtype), None, None, None, None, None
+
+
+def roi_align(x: Tensor, rois: Tensor, size: int, scale: float, ratio: int, aligned: bool) -> Tensor:
+    """``torchvision.ops.roi_align`` of a map that :func:`can_run`; the result has its dtype and layout.
+
+    Args:
+        rois: (K, 5) float32, index of the sample and x0, y0, x1, y1.
+    """
+    y: Tensor = _RoIAlign.apply(x, rois.contiguous(), size, scale, ratio, aligned)
+    return y
