@@ -1,4 +1,4 @@
-"""Detect objects in images and draw them."""
+"""Detect objects in images and videos and draw them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from gn_det.cli import flags
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("inputs", nargs="+", metavar="IMAGE", help="images, folders or globs")
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="images, folders, globs, videos, 0 (a camera), rtsp://..."
+    )
     parser.add_argument("--weights", metavar="FILE", required=True, help="checkpoint of gn-det train")
     parser.add_argument("--output", metavar="DIR", required=True, help="folder for what is written")
     parser.add_argument(
@@ -30,30 +32,51 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     tiles.add_argument("--tiles", type=flags.whole(1), metavar="N", help="cut images into tiles of N x N pixels")
     tiles.add_argument("--overlap", type=float, metavar="P", help="share of a tile in the next one (default 0.2)")
     flags.add_key(tiles, "--max-pixels", "INPUT.MAX_PIXELS", "pixels of the largest image that is read", metavar="N")
+    videos = parser.add_argument_group("videos, cameras and streams")
+    videos.add_argument("--every", type=flags.whole(1), default=1, metavar="N", help="use every N-th frame (default 1)")
+    videos.add_argument("--max-frames", type=flags.whole(1), metavar="N", help="stop after N frames")
+    videos.add_argument("--resume", action="store_true", help="keep the frames that an interrupted run has done")
     flags.add_config(parser, overrides=False)
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:1")
 
 
 def run(args: argparse.Namespace) -> int:
+    from gn_det.data.video_frames import is_video
     from gn_det.errors import ConfigError
     from gn_det.prediction.images import predict
     from gn_det.prediction.tiles import Tiling
+    from gn_det.prediction.video import predict_videos
 
+    videos = [word for word in args.inputs if is_video(word)]
+    images = [word for word in args.inputs if not is_video(word)]
     if args.overlap is not None and args.tiles is None:
         raise ConfigError("--overlap needs --tiles")
-    predict(
-        args.weights,
-        args.inputs,
-        args.output,
-        threshold=args.threshold,
-        classes=None if args.classes is None else flags.comma_separated(args.classes),
-        agnostic_nms=args.agnostic_nms,
-        save=flags.comma_separated(args.save),
-        labels=args.labels,
-        colors=args.colors,
-        tiling=None if args.tiles is None else Tiling(args.tiles, 0.2 if args.overlap is None else args.overlap),
-        config=args.config,
-        overrides=flags.flag_keys(args),
-        device=args.device,
-    )
+    if videos and args.tiles is not None:
+        raise ConfigError("--tiles is for images; leave it out for videos")
+    if not videos and (args.resume or args.max_frames or args.every > 1):
+        raise ConfigError("--every, --max-frames and --resume are for videos")
+    options = {
+        "threshold": args.threshold,
+        "classes": None if args.classes is None else flags.comma_separated(args.classes),
+        "agnostic_nms": args.agnostic_nms,
+        "save": flags.comma_separated(args.save),
+        "labels": args.labels,
+        "colors": args.colors,
+        "config": args.config,
+        "overrides": flags.flag_keys(args),
+        "device": args.device,
+    }
+    if images:
+        tiling = None if args.tiles is None else Tiling(args.tiles, 0.2 if args.overlap is None else args.overlap)
+        predict(args.weights, images, args.output, tiling=tiling, **options)
+    if videos:
+        predict_videos(
+            args.weights,
+            videos,
+            args.output,
+            every=args.every,
+            max_frames=args.max_frames,
+            resume=args.resume,
+            **options,
+        )
     return 0

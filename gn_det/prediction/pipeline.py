@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -14,7 +14,9 @@ Out = TypeVar("Out")
 AHEAD = 2
 
 
-def in_thread(function: Callable[[In], Out], items: Iterable[In], ahead: int = AHEAD) -> Iterator[Future[Out]]:
+def in_thread(
+    function: Callable[[In], Out], items: Iterable[In], ahead: int = AHEAD
+) -> Generator[Future[Out], None, None]:
     """Yield the finished or running call of each item in order, made in one thread at most ``ahead`` items early."""
     waiting: deque[Future[Out]] = deque()
     pool = ThreadPoolExecutor(1)

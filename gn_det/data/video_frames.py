@@ -1,0 +1,222 @@
+"""Frames of video files, cameras and streams, read by OpenCV, which is imported on use."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gn_det.data.image import MAX_PIXELS
+from gn_det.errors import ConfigError, DataError
+from gn_det.files import check_regular
+from gn_det.text import one_line
+
+VIDEO_SUFFIXES = frozenset(
+    {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".mts", ".wmv", ".flv", ".ogv", ".3gp"}
+)
+_STREAM = re.compile(r"(rtsp|rtsps|rtmp|http|https|udp|tcp)://", re.IGNORECASE)
+#: FFmpeg's readers that a file may choose: none that opens further files or addresses (playlists).
+_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,mpeg,mpegts,mpegvideo,asf,flv,ogg,m4v,h264,hevc,mjpeg"
+#: Milliseconds to wait for a stream.
+_PATIENCE = 10_000
+#: Frames a second of a video that does not say it.
+_FPS = 25.0
+
+
+class Frame(NamedTuple):
+    """``number`` counts from 0; ``seconds`` from the start; ``pixels`` (H, W, 3) uint8 RGB."""
+
+    number: int
+    seconds: float
+    pixels: np.ndarray
+
+
+def is_video(word: str) -> bool:
+    """Whether an input is a video by its name: a file ending, the number of a camera, or the address of a stream."""
+    if _STREAM.match(word):
+        return True
+    if re.fullmatch(r"\d{1,2}", word):
+        return not os.path.exists(word)
+    return Path(word).suffix.lower() in VIDEO_SUFFIXES
+
+
+def import_cv2() -> Any:
+    """Return OpenCV, silent about what this package reports itself; raises ConfigError where it is not installed."""
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    try:
+        import cv2
+    except ImportError:
+        raise ConfigError("videos need OpenCV: pip install opencv-python-headless") from None
+    cv2.utils.logging.setLogLevel(0)
+    return cv2
+
+
+class VideoFrames:
+    """An open video; iterating gives every ``every``-th frame. Close it, or use it as a context.
+
+    Attributes:
+        name: for messages.
+        live: a camera or stream: it has no end, and frames that nobody waits for are dropped.
+        fps: frames a second, every frame counted.
+        total: number of frames as the file says it; None where it does not.
+        dropped: frames of a live source that were not read.
+        notes: what was found odd.
+    """
+
+    def __init__(self, source: str, *, every: int = 1, max_pixels: int = MAX_PIXELS) -> None:
+        """Open a file, a camera by its number, or a stream by its address.
+
+        Raises:
+            ConfigError: OpenCV is not installed.
+            DataError: it does not exist or cannot be opened.
+        """
+        self._cv2 = import_cv2()
+        self.every, self._limit = every, max_pixels
+        self.live = bool(_STREAM.match(source)) or bool(re.fullmatch(r"\d{1,2}", source) and not os.path.exists(source))
+        self.name = one_line(source, 200)
+        self.dropped = 0
+        self.notes: list[str] = []
+        self._capture = self._open(source)
+        if not self._capture.isOpened():
+            self._capture.release()
+            raise DataError(f"{self.name}: {self._advice(source)}")
+        fps, total = (float(self._capture.get(p)) for p in (self._cv2.CAP_PROP_FPS, self._cv2.CAP_PROP_FRAME_COUNT))
+        self.fps = fps if 0 < fps <= 1000 else _FPS
+        self.total = int(total) if not self.live and math.isfinite(total) and 0 < total < 2**40 else None
+        width, height = (
+            self._capture.get(p) for p in (self._cv2.CAP_PROP_FRAME_WIDTH, self._cv2.CAP_PROP_FRAME_HEIGHT)
+        )
+        if width * height > max_pixels:
+            self.close()
+            raise DataError(
+                f"{self.name}: frames of {width:.0f}x{height:.0f} pixels are larger than INPUT.MAX_PIXELS "
+                f"({max_pixels}): make the video smaller, or raise INPUT.MAX_PIXELS if you trust it"
+            )
+
+    def _open(self, source: str) -> Any:
+        cv2 = self._cv2
+        if _STREAM.match(source):
+            timeouts = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, _PATIENCE, cv2.CAP_PROP_READ_TIMEOUT_MSEC, _PATIENCE]
+            return cv2.VideoCapture(source, cv2.CAP_FFMPEG, timeouts)
+        if self.live:
+            return cv2.VideoCapture(int(source))
+        try:
+            check_regular(source)
+        except FileNotFoundError:
+            raise DataError(f"{self.name}: no such video") from None
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self.name}: {error.strerror if isinstance(error, OSError) else error}") from None
+        with _option(f"protocol_whitelist;file|format_whitelist;{_CONTAINERS}"):
+            return cv2.VideoCapture(os.path.abspath(source), cv2.CAP_FFMPEG)
+
+    def _advice(self, source: str) -> str:
+        if _STREAM.match(source):
+            return f"no video from this address within {_PATIENCE // 1000} s; check it with a player such as ffplay"
+        if self.live:
+            return "no such camera; check its number and that nothing else uses it"
+        return "cannot be read as a video; convert it, for example with ffmpeg -i IN OUT.mp4"
+
+    def __enter__(self) -> VideoFrames:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the file, camera or stream."""
+        self._capture.release()
+
+    def __iter__(self) -> Generator[Frame, None, None]:
+        """Yield frames of one size until the video ends.
+
+        Raises:
+            DataError: the video has no frame that can be decoded.
+        """
+        frames = _latest(self) if self.live else self._frames()
+        size: tuple[int, ...] = ()
+        number = -1
+        for number, seconds, pixels in frames:
+            if not size:
+                size = pixels.shape
+            elif pixels.shape != size:
+                if not any("size" in note for note in self.notes):
+                    self.notes.append(f"frames change their size at frame {number}; they are scaled to the first one's")
+                pixels = self._cv2.resize(pixels, (size[1], size[0]), interpolation=self._cv2.INTER_AREA)
+            yield Frame(number, seconds, np.ascontiguousarray(pixels[:, :, ::-1]))
+        if number < 0:
+            raise DataError(f"{self.name}: no frame can be decoded")
+        if self.total is not None and number + self.every < 0.9 * self.total:
+            self.notes.append(f"ends after {number + 1} of {self.total} frames; the rest cannot be decoded")
+
+    def _frames(self) -> Iterator[Frame]:
+        """BGR frames in order; those between every ``every``-th are not decoded where that can be left out."""
+        number = 0
+        while True:
+            if number % self.every:
+                if not self._capture.grab():
+                    return
+            else:
+                good, pixels = self._capture.read()
+                if not good or pixels is None or pixels.ndim != 3 or pixels.shape[0] * pixels.shape[1] > self._limit:
+                    return
+                yield Frame(number, number / self.fps, pixels)
+            number += 1
+
+
+def _latest(video: VideoFrames) -> Iterator[Frame]:
+    """The newest frame whenever one is asked for; a thread reads all, so that none grows old in a buffer."""
+    newest: list[Frame] = []
+    changed = threading.Condition()
+    state = {"ended": False, "stopped": False}
+
+    def read() -> None:
+        try:
+            for frame in video._frames():
+                with changed:
+                    video.dropped += len(newest)
+                    newest[:] = [frame]
+                    changed.notify()
+                    if state["stopped"]:
+                        return
+        finally:
+            with changed:
+                state["ended"] = True
+                changed.notify()
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    try:
+        while True:
+            with changed:
+                while not newest and not state["ended"]:
+                    changed.wait(0.2)  # returns now and then, so that Ctrl-C is heard
+                if not newest:
+                    return
+                frame = newest.pop()
+            yield frame
+    finally:
+        with changed:
+            state["stopped"] = True
+        thread.join(timeout=_PATIENCE / 1000)
+
+
+@contextmanager
+def _option(value: str) -> Iterator[None]:
+    """Set what FFmpeg is told while a file is opened; OpenCV has no other way than the environment."""
+    key = "OPENCV_FFMPEG_CAPTURE_OPTIONS"
+    before = os.environ.get(key)
+    os.environ[key] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[key]
+        else:
+            os.environ[key] = before

@@ -1,0 +1,342 @@
+"""Detect objects in videos, cameras and streams: an annotated video, and one line of json a frame."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import time
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from itertools import islice, repeat
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from gn_det.checkpoint.weights_uri import local_path, sha256_of
+from gn_det.config.load import Overrides
+from gn_det.data.formats.draft import crop_of_rle
+from gn_det.data.inputs import output_names
+from gn_det.data.video_frames import Frame, VideoFrames, import_cv2
+from gn_det.errors import ConfigError, DataError, UserError, WriteError
+from gn_det.files import open_append
+from gn_det.prediction.images import draw_scaled, entries_of, make_folder, named_folder
+from gn_det.prediction.pipeline import AHEAD, in_thread
+from gn_det.prediction.predictor import Predictor, Selection, crops_of, load_predictor
+from gn_det.structures import Detections, MaskCrop, Sample
+from gn_det.terminal import say
+from gn_det.text import count, shown
+from gn_det.visualize.draw import Colors, Labels
+
+#: Codec and file ending of annotated videos: what every build of OpenCV writes.
+_CODEC, _SUFFIX = "mp4v", ".mp4"
+#: Seconds between two lines of progress.
+_PROGRESS = 10.0
+#: Frames of a live source after which its real speed is known.
+_WARM_UP = 5
+
+
+class _Work(NamedTuple):
+    """A frame and its detections; ``known`` where an interrupted run had found them."""
+
+    frame: Frame
+    found: Detections
+    crops: list[MaskCrop] | None
+    known: bool
+
+
+def predict_videos(
+    weights: str | os.PathLike[str],
+    sources: Sequence[str],
+    output: str | os.PathLike[str],
+    *,
+    threshold: float | None = None,
+    classes: Sequence[str] | None = None,
+    agnostic_nms: bool = False,
+    save: Sequence[str] = ("drawings", "coco"),
+    labels: Labels = "fit",
+    colors: Colors = "class",
+    every: int = 1,
+    max_frames: int | None = None,
+    resume: bool = False,
+    config: str | None = None,
+    overrides: Overrides = (),
+    device: str = "auto",
+    predictor: Predictor | None = None,
+    report: Callable[[str], None] = say,
+) -> None:
+    """Detect in each video; write ``NAME.mp4`` (drawings) and ``NAME.jsonl`` (coco) into ``output``.
+
+    The first line of ``NAME.jsonl`` describes the video and the run, each further line is a frame: ``frame`` (its
+    number), ``time`` (seconds) and ``annotations`` as in ``predictions.json``.
+
+    Args:
+        sources: video files, cameras by number, addresses of streams.
+        every: only every so manieth frame is read, and written with the speed of the original.
+        max_frames: stop after so many frames; None reads to the end.
+        resume: keep what an interrupted run found in the same files; frames are drawn again.
+        weights, output, threshold, classes, agnostic_nms, save, labels, colors, config, overrides, device, predictor,
+            report: as for :func:`gn_det.prediction.images.predict`.
+
+    Raises:
+        UserError: a video cannot be opened, an output cannot be written, or a run cannot be resumed. What was written
+            so far stays.
+    """
+    unknown = [name for name in save if name not in ("drawings", "coco")]
+    if unknown or not save:
+        raise ConfigError(f"--save {shown(','.join(save))}: of videos drawings and coco can be saved")
+    folder = named_folder(output)
+    make_folder(folder)
+    names = output_names([Path(_stem(source)) for source in sources], _SUFFIX)
+    predictor = predictor or load_predictor(weights, config=config, overrides=overrides, device=device)
+    keep = Selection.of(predictor, threshold, classes, agnostic_nms)
+    run = {
+        "weights": sha256_of(local_path(weights)) if predictor.module is not None else os.fspath(weights),
+        "threshold": keep.threshold,
+        "classes": None if keep.wanted is None else sorted(keep.wanted),
+        "agnostic_iou": keep.agnostic_iou,
+        "every": every,
+    }
+    limit = int(predictor.config.INPUT.MAX_PIXELS) if predictor.config is not None else None
+    for source, name in zip(sources, names):
+        if os.path.exists(source) and os.path.realpath(source) == os.path.realpath(folder / name):
+            raise ConfigError(f"output folder {folder}: {name} would overwrite an input; choose another folder")
+        with VideoFrames(source, every=every, **({} if limit is None else {"max_pixels": limit})) as video:
+            if resume and video.live:
+                raise ConfigError(f"{video.name}: a camera or stream cannot be resumed; leave out --resume")
+            job = _VideoJob(video, predictor, keep, folder / name, labels, colors, report)
+            job.run(run, save, resume, max_frames)
+
+
+def _stem(source: str) -> str:
+    """Name of the outputs: that of the file, ``camera-0`` or ``stream``."""
+    if "://" in source:
+        return "stream"
+    return f"camera-{source}.x" if source.isdigit() and not os.path.exists(source) else source
+
+
+class _VideoJob:
+    """One video: read (a thread), detect (the caller's thread), draw and write (a thread)."""
+
+    def __init__(
+        self,
+        video: VideoFrames,
+        predictor: Predictor,
+        keep: Selection,
+        target: Path,
+        labels: Labels,
+        colors: Colors,
+        report: Callable[[str], None],
+    ) -> None:
+        self.video, self.predictor, self.keep, self.target, self.report = video, predictor, keep, target, report
+        self.labels: Labels = labels
+        self.colors: Colors = colors
+
+    def run(self, settings: dict[str, Any], save: Sequence[str], resume: bool, max_frames: int | None) -> None:
+        """Process the video; its end, an error and an interruption leave what was written so far."""
+        lines = _Lines(self.target.with_suffix(".jsonl"), self._header(settings), resume) if "coco" in save else None
+        known = lines.known if lines is not None else {}
+        if resume and lines is None:
+            raise ConfigError("--resume reads what was found from the json lines; add coco to --save")
+        started = said = time.perf_counter()
+        done = objects = 0
+        with ExitStack() as stack:
+            if lines is not None:
+                stack.callback(lines.close)
+            film = stack.enter_context(_Film(self.target, self.video)) if "drawings" in save else None
+            writer = stack.enter_context(ThreadPoolExecutor(1))
+            waiting: list[Future[None]] = []
+            detected = stack.enter_context(closing(self._detected(known)))
+            for work in islice(detected, max_frames):
+                waiting.append(writer.submit(self._write, work, film, lines))
+                if len(waiting) > AHEAD:
+                    waiting.pop(0).result()
+                done, objects, now = done + 1, objects + len(work.found), time.perf_counter()
+                if now - said >= _PROGRESS:
+                    said = now
+                    total = "" if self.video.total is None else f" of {self.video.total}"
+                    speed = done / (now - started)
+                    self.report(f"{self.video.name}: frame {work.frame.number + 1}{total}, {speed:.1f} fps")
+            for future in waiting:
+                future.result()
+        for note in self.video.notes:
+            self.report(f"note: {self.video.name}: {note}")
+        if self.video.dropped:
+            dropped = count(self.video.dropped, "frame")
+            self.report(f"note: {self.video.name}: {dropped} came faster than the model and were dropped")
+        seconds = time.perf_counter() - started
+        reused = f", {len(known):,} of them from the interrupted run" if known else ""
+        self.report(
+            f"{self.video.name}: {count(done, 'frame')} in {seconds:.1f} s ({done / seconds:.1f} fps{reused}), "
+            f"{count(objects, 'object')}; {', '.join(save)} in {self.target.parent}"
+        )
+
+    def _header(self, settings: dict[str, Any]) -> dict[str, Any]:
+        categories = [{"id": i, "name": n} for i, n in zip(self.predictor.category_ids, self.predictor.class_names)]
+        return {"video": self.video.name, "fps": self.video.fps, "categories": categories, "run": settings}
+
+    def _detected(self, known: dict[int, list[dict[str, Any]]]) -> Generator[_Work, None, None]:
+        """Frames with their detections, in order."""
+
+        # A live source gives its newest frame when asked, so none is asked for early.
+        ahead = 0 if self.video.live else AHEAD
+        frames = iter(self.video)
+
+        def load(_: None) -> tuple[Frame, Sample | None] | None:
+            frame = next(frames, None)
+            if frame is None:
+                return None
+            return frame, None if frame.number in known else self.predictor.sample(frame.pixels)
+
+        loading = in_thread(load, repeat(None), ahead)
+        try:
+            for future in loading:
+                item = future.result()
+                if item is None:
+                    return
+                frame, given = item
+                if given is None:
+                    yield _Work(frame, *self._remembered(known[frame.number], frame), True)
+                    continue
+                found = self.keep(self.predictor.infer(given))
+                crops = crops_of(found)
+                found.masks = None
+                yield _Work(frame, found, crops, False)
+        finally:  # nothing may read a video that is closed
+            loading.close()
+            frames.close()
+
+    def _remembered(self, entries: list[dict[str, Any]], frame: Frame) -> tuple[Detections, list[MaskCrop] | None]:
+        index = {category: i for i, category in enumerate(self.predictor.category_ids)}
+        boxes = torch.tensor([a["bbox"] for a in entries], dtype=torch.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        crops = [crop_of_rle(a["segmentation"]) for a in entries if "segmentation" in a]
+        classes = torch.tensor([index[a["category_id"]] for a in entries], dtype=torch.int64)
+        scores = torch.tensor([a["score"] for a in entries])
+        size = frame.pixels.shape[0], frame.pixels.shape[1]
+        return Detections(size, boxes, scores, classes), crops if len(crops) == len(entries) else None
+
+    def _write(self, work: _Work, film: _Film | None, lines: _Lines | None) -> None:
+        if film is not None:
+            drawn = draw_scaled(work.frame.pixels, work.found, work.crops, self.predictor, self.labels, self.colors)
+            film.add(drawn)
+        if lines is not None and not work.known:
+            entries = entries_of(work.found, work.crops, self.predictor)
+            lines.add({"frame": work.frame.number, "time": round(work.frame.seconds, 6), "annotations": entries})
+
+
+class _Lines:
+    """The json lines of a video; ``known`` are the annotations by frame that an interrupted run left."""
+
+    def __init__(self, path: Path, header: dict[str, Any], resume: bool) -> None:
+        self._path = path
+        self.known: dict[int, list[dict[str, Any]]] = {}
+        if resume and path.is_file():
+            self._read(header)
+        else:
+            path.unlink(missing_ok=True)
+        try:
+            self._file: io.TextIOBase = open_append(path.parent, path.name)  # type: ignore[assignment]
+        except OSError as error:
+            raise WriteError(f"{path}: cannot be written ({error.strerror})") from None
+        if path.stat().st_size == 0:
+            self.add(header)
+
+    def _read(self, header: dict[str, Any]) -> None:
+        """Take the whole lines of an earlier run and cut off what a kill left of the last one."""
+        end = 0
+        with self._path.open("rb") as file:
+            for number, raw in enumerate(file):
+                try:
+                    line = json.loads(raw) if raw.endswith(b"\n") else None
+                except ValueError:
+                    line = None
+                if line is None:
+                    break
+                if number == 0:
+                    if line != json.loads(json.dumps(header)):
+                        raise ConfigError(
+                            f"{self._path}: was made from another video or with other weights or settings; use these "
+                            f"again, or leave out --resume to start over"
+                        )
+                elif not _is_frame(line, {c["id"] for c in header["categories"]}):
+                    raise DataError(f"{self._path} line {number + 1}: is not a frame; leave out --resume to start over")
+                else:
+                    self.known[line["frame"]] = line["annotations"]
+                end += len(raw)
+        os.truncate(self._path, end)
+
+    def add(self, line: dict[str, Any]) -> None:
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise WriteError(f"{self._path}: cannot be written ({error.strerror})") from None
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _is_frame(line: Any, categories: set[int]) -> bool:
+    """Whether a line is a frame as :class:`_VideoJob` writes them."""
+    try:
+        if type(line["frame"]) is not int:
+            return False
+        for a in line["annotations"]:
+            np.asarray(a["bbox"], np.float32).reshape(4)
+            float(a["score"])
+            if a["category_id"] not in categories or ("segmentation" in a and len(crop_of_rle(a["segmentation"])) != 3):
+                return False
+    except (TypeError, KeyError, ValueError, UserError):
+        return False
+    return True
+
+
+class _Film:
+    """The annotated video, written beside its place and moved there when it is closed, whatever ended it."""
+
+    def __init__(self, path: Path, video: VideoFrames) -> None:
+        self._cv2, self._path, self._video = import_cv2(), path, video
+        self._part = path.with_name(f".{path.stem}.part{_SUFFIX}")
+        self._writer: Any = None
+        self._early: list[np.ndarray] = []
+        self._started = time.perf_counter()
+
+    def __enter__(self) -> _Film:
+        return self
+
+    def add(self, pixels: np.ndarray) -> None:
+        """Append a frame; the speed of a live source is measured on the first ones."""
+        self._early.append(pixels)
+        if self._writer is None and (not self._video.live or len(self._early) >= _WARM_UP):
+            self._open()
+        if self._writer is not None:
+            for early in self._early:
+                self._writer.write(np.ascontiguousarray(early[:, :, ::-1]))
+            self._early.clear()
+
+    def _open(self) -> None:
+        fps = self._video.fps / self._video.every
+        if self._video.live:
+            fps = len(self._early) / max(time.perf_counter() - self._started, 1e-3)
+        height, width = self._early[0].shape[:2]
+        code = self._cv2.VideoWriter.fourcc(*_CODEC)
+        self._writer = self._cv2.VideoWriter(os.fspath(self._part), code, min(max(fps, 0.1), 240.0), (width, height))
+        if not self._writer.isOpened():
+            self._part.unlink(missing_ok=True)
+            raise WriteError(
+                f"{self._path}: OpenCV cannot write a video of {width}x{height} pixels with the codec {_CODEC} there; "
+                f"check the folder, or use --save coco"
+            )
+
+    def __exit__(self, *_: object) -> None:
+        if self._writer is None and self._early:  # a live source of a few frames
+            self._open()
+            self.add(self._early.pop())
+        if self._writer is not None:
+            self._writer.release()
+            if self._part.exists():
+                os.replace(self._part, self._path)
