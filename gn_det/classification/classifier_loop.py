@@ -68,13 +68,10 @@ class Plan:
 class Normalize(nn.Module):
     """Pixels on the 0-255 scale to the network's input, on its device."""
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, given: Input) -> None:
         super().__init__()
-        for name, values in (("mean", given.mean), ("std", given.std)):
-            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
+        self.mean = nn.Buffer(torch.tensor(given.mean).view(1, -1, 1, 1), persistent=False)
+        self.std = nn.Buffer(torch.tensor(given.std).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return (pixels.to(self.mean.device, non_blocking=True).float() - self.mean) / self.std
@@ -83,19 +80,17 @@ class Normalize(nn.Module):
 class ClassifierLoss(nn.Module):
     """Cross entropy of a classifier; ``mistakes`` counts the images that it got wrong."""
 
-    mistakes: Tensor
-
     def __init__(self, classifier: nn.Module, given: Input) -> None:
         super().__init__()
         self.classifier = classifier
         self.normalize = Normalize(given)
-        self.register_buffer("mistakes", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.mistakes = nn.Buffer(torch.zeros((), dtype=torch.int64), persistent=False)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         pixels, labels = batch
         labels = labels.to(self.mistakes.device, non_blocking=True)
         scores = self.classifier(self.normalize(pixels))
-        self.mistakes += (scores.detach().argmax(dim=1) != labels).sum()
+        self.mistakes.add_((scores.detach().argmax(dim=1) != labels).sum())
         return {"loss": F.cross_entropy(scores.float(), labels)}
 
 
@@ -111,13 +106,7 @@ class ClassifierLoop(Loop):
 
 
 class Epochs(Hook):
-    """Ends every epoch: validation, a row of the curve, best weights, checkpoint.
-
-    Args:
-        loss: the loop's forward, bare.
-        done: of the run so far; updated.
-        folder: where rank 0 writes.
-    """
+    """Ends every epoch: validation, a row of the curve in ``done``, best weights, checkpoint in ``folder``."""
 
     def __init__(
         self, settings: Settings, source: Source, plan: Plan, loss: ClassifierLoss, done: Progressed, folder: Path
@@ -190,7 +179,7 @@ class Epochs(Hook):
 
 
 def validate(loss: ClassifierLoss, source: Source, autocast: torch.dtype | None = None) -> dict[str, float]:
-    """Error (percent) on all validation images, and seconds for one of them; training mode comes back.
+    """Error (percent) on all validation images, and seconds for one of them; leaves the model in training mode.
 
     All processes take part. BN's running statistics become those of rank 0, whose weights are written.
     """
@@ -222,13 +211,13 @@ def _wait(device: torch.device) -> None:
 
 
 def write_weights(path: Path, model: Classifier, settings: Settings, source: Source, facts: dict[str, Any]) -> None:
-    """Write ``model`` for MODEL.WEIGHTS of either engine, with what a detection config must know of it.
+    """Write ``model`` for MODEL.WEIGHTS of either engine, with the preprocessing and norm that a config must match.
 
-    Trunk tensors are named ``stem.conv1.weight``, ``res2.0.conv1.weight`` ...; the classifier goes along as
-    ``stem.fc``, which detectors pass over and conversion to torchvision's layout keeps.
+    Trunk tensors are named ``stem.conv1.weight``, ``res2.0.conv1.weight`` ...; the linear layer is stored as
+    ``stem.fc``, which detectors ignore and conversion to torchvision's layout keeps.
 
     Args:
-        facts: plain values of the run to keep in the provenance (epoch, error, date).
+        facts: plain values of the run for the provenance (epoch, error, date).
 
     Raises:
         WriteError: the file cannot be written.

@@ -1,7 +1,6 @@
 """Where classification images come from: a folder in ImageNet's layout, scikit-learn's digits, generated shapes.
 
-What an epoch shows, in which order and how augmented is a function of (seed, epoch) alone, not of the number of
-workers or of where a run was interrupted.
+Images, order and augmentation of an epoch depend on (seed, epoch) alone, not on the number of workers or interruptions.
 """
 
 from __future__ import annotations
@@ -80,12 +79,7 @@ def epoch_batches(settings: Settings, epoch: int, images: int, rank: int, proces
 
 
 class ArraySource:
-    """Images in memory. Augmentation: shift by up to ``shift`` pixels (edges repeated), and flip if asked for.
-
-    Args:
-        train, val: images of the two parts.
-        seed: of the augmentation.
-    """
+    """Images in memory, shifted by up to ``shift`` pixels (edges repeated) and perhaps flipped in training."""
 
     def __init__(
         self,
@@ -127,10 +121,9 @@ class ArraySource:
 
 
 def load_digits(settings: Settings) -> ArraySource:
-    """scikit-learn's 1797 handwritten digits: real images of 8x8 pixels, enlarged to ``settings.side``.
+    """scikit-learn's 1797 handwritten digits of 8x8 pixels, enlarged to ``settings.side``, without augmentation.
 
-    Every other image of a class is for validation, whatever the seed. They are not augmented: 8 pixels have none to
-    spare.
+    Every other image of a class is for validation, whatever the seed.
 
     Raises:
         ConfigError: scikit-learn is not installed.
@@ -154,10 +147,9 @@ def load_digits(settings: Settings) -> ArraySource:
 
 
 def load_shapes(settings: Settings) -> ArraySource:
-    """One object of the ``shapes`` set on its kind of background, BGR: ``settings.images`` (3000) for training.
+    """One object of the ``shapes`` set on its kind of background, BGR; a fifth as many images for validation.
 
-    A fifth of that is for validation. Every image is a function of (part, number, side). Drawing one takes
-    milliseconds.
+    Every image is a function of (part, number, side).
     """
     count, side = settings.images or NUM_SHAPES, settings.side
     train, val = draw_set("train", count, side), draw_set("val", max(count // 5, len(CLASSES)), side)

@@ -36,9 +36,10 @@ from gn_det.classification.network import Classifier, build_classifier, build_op
 from gn_det.classification.settings import BUILTIN, Settings, base_lr, lr_factor
 from gn_det.data.workers import worker_failure
 from gn_det.engine import dist
+from gn_det.engine.advice import out_of_memory
 from gn_det.engine.hooks import Schedule
 from gn_det.engine.log import FILE_ONLY, run_log
-from gn_det.engine.loggers import Logger, TensorBoardLogger
+from gn_det.engine.loggers import TensorBoardLogger
 from gn_det.engine.loop import make_scaler, parallel
 from gn_det.engine.output import BEST, FINAL, alone_in, check_writable
 from gn_det.engine.scalars import Metrics
@@ -64,8 +65,7 @@ def pretrain(settings: Settings, *, resume: bool = False, overwrite: bool = Fals
         num_gpus: processes on this machine, one GPU each (on a CPU: plain processes); torchrun decides by itself.
 
     Returns:
-        The content of ``summary.json``: settings, top1_error, curve, seconds_per_iteration, peak_memory_mb,
-        inference_seconds_per_image, parameters, weights, best, date, machine, versions, finished.
+        The content of ``summary.json``.
 
     Raises:
         UserError: settings, data or folder cannot be used; the training diverged.
@@ -83,7 +83,7 @@ def pretrain(settings: Settings, *, resume: bool = False, overwrite: bool = Fals
 
 
 def dry_run(settings: Settings, *, num_gpus: int = 1) -> None:
-    """Print what a run would be: data, network, recipe.
+    """Print data, network and recipe of a run.
 
     Raises:
         UserError: settings or data cannot be used.
@@ -130,12 +130,12 @@ def _rank(settings: Settings, resume: bool, overwrite: bool) -> dict[str, Any]:
         except UserError as error:
             logger.error("stopped: %s", error, extra=FILE_ONLY)
             raise
-        except torch.OutOfMemoryError:
-            raise TrainingError(
-                f"no memory left on the GPU with batch_size {settings.batch_size}: lower it, or use amp bf16"
-            ) from None
-        except RuntimeError as error:
-            failure = worker_failure(error)
+        except (RuntimeError, MemoryError) as error:
+            failure: UserError | None = worker_failure(error) if isinstance(error, RuntimeError) else None
+            if out_of_memory(error):
+                failure = TrainingError(
+                    f"out of memory with batch_size {settings.batch_size}: lower it, or use amp bf16"
+                )
             if failure is None:
                 raise
             raise failure from error
@@ -172,17 +172,13 @@ def _train(settings: Settings, resume: bool) -> dict[str, Any]:
         logger.info("--resume: %s holds no %s; the run starts from the beginning.", folder, LAST)
     state.iteration = min(done.epochs * plan.per_epoch, plan.total) - 1
     set_iteration(scheduler, state.iteration + 1)
-    loggers: list[Logger] = []
     if dist.rank() == 0:
         remove_leftovers(folder)
-        loggers.append(TensorBoardLogger(os.fspath(folder), state.iteration))
-    metrics = Metrics(loggers)
+    metrics = Metrics([TensorBoardLogger(folder, state.iteration)] if dist.rank() == 0 else [])
     metrics.DIVERGED = math.inf  # its advice names keys of detection
-    epochs = Epochs(settings, source, plan, loss, done, folder)
-    images = settings.batch_size * dist.world_size()
     if done.epochs < plan.epochs:
-        hooks = [Schedule(), metrics, epochs]
-        loop = ClassifierLoop(state, parallel(loss), hooks, total=plan.total, images=images, autocast=autocast)
+        hooks = [Schedule(), metrics, Epochs(settings, source, plan, loss, done, folder)]
+        loop = ClassifierLoop(state, parallel(loss), hooks, total=plan.total, autocast=autocast)
         loop.run(partial(_batches, settings, source, plan, done.epochs))
     weights = folder / FINAL
     summary = _summary(settings, done, model, weights, device)
@@ -208,16 +204,12 @@ def _batches(settings: Settings, source: Source, plan: Plan, first: int) -> Iter
 
 
 def open_source(settings: Settings) -> Source:
-    """The checked set that ``settings.data`` names.
+    """Open the set that ``settings.data`` names.
 
     Raises:
         DataError: a folder that is missing, empty, or whose two parts have different classes.
     """
-    if settings.data == "digits":
-        return load_digits(settings)
-    if settings.data == "shapes":
-        return load_shapes(settings)
-    return FolderSource(settings)
+    return {"digits": load_digits, "shapes": load_shapes}.get(settings.data, FolderSource)(settings)
 
 
 def _plan(settings: Settings, source: Source, processes: int) -> Plan:
