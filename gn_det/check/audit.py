@@ -13,17 +13,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from gn_det.check.decode import DecodeJob, decode_all
-from gn_det.data.annotations import AnnotationReader, mask_box
+from gn_det.data.annotation_table import AnnotationTable, check_annotations, refuse_corners
+from gn_det.data.annotations import AnnotationReader
 from gn_det.data.catalog import DatasetSource
 from gn_det.data.coco import CocoDataset, build_dataset
-from gn_det.data.coco_json import CocoJson, collector_paused, parse, structure
+from gn_det.data.coco_json import CocoJson, collector_paused, read_coco_json
 from gn_det.data.image import ImageReader
 from gn_det.data.image_files import look_at_images
 from gn_det.data.problems import KINDS, NOWHERE, FileProblem, Kind, Problem, Problems, Where
-from gn_det.data.records import Annotation
 from gn_det.data.shapes import prepare
 from gn_det.data.transforms import resized_shape
 from gn_det.evaluation.diagnose import Caps
@@ -135,7 +136,6 @@ class Survey:
         findings: everything that is wrong.
         reader: reads its images as training does.
         dataset: what training would have read, but for the objects without a mask; None where nothing could be read.
-        data: the parsed json, for ``--fix``; None where it is no json.
         content: its checked structure.
         images: usable images, entries of ``content.images`` in the order of ``dataset``.
         digests: content hash by image id, where every image was decoded.
@@ -147,7 +147,6 @@ class Survey:
     findings: Findings
     reader: ImageReader = field(default_factory=ImageReader)
     dataset: CocoDataset | None = None
-    data: Any = None
     content: CocoJson | None = None
     images: list[dict[str, Any]] = field(default_factory=list)
     digests: dict[Any, bytes] = field(default_factory=dict)
@@ -175,8 +174,7 @@ def survey(
     result = Survey(source, split, findings, training.reader)
     with collector_paused():
         try:
-            result.data = parse(source)
-            result.content = structure(result.data, findings, need_annotations=split == "train")
+            result.content = read_coco_json(source, findings, need_annotations=split == "train")
         except FileProblem as error:
             findings.add(error.problem.kind, Where(file=error.path), *error.problem.details)
             return result
@@ -227,49 +225,86 @@ def _read_annotations(
     """All annotations of all images; those of unusable images are looked at, but not counted."""
     findings = result.findings
     reader = AnnotationReader(content.category_ids, findings)
+    table = check_annotations(content, result.images, reader)
+    # Of an image without size, or with another one than the json says, annotations cannot be judged.
+    others = [
+        image
+        for image in content.images
+        if image["id"] in unusable and image["width"] and findings.dropped_images[image["id"]] != "image-size"
+    ]
+    with _bar(progress, len(result.images) + len(others), f"{result.split}: annotations") as bar:
+        _look_at_objects(table, training, result, bar)
+        _look_at_objects(check_annotations(content, others, reader), training, result, bar)
+    objects = table[~table.crowd]
+    bounds = objects.bounds().tolist()
     capped: list[tuple[Where, int, int]] = []
-
-    def look(image: dict[str, Any], annotations: list[Annotation], usable: bool = True) -> None:
-        bar.update()
-        objects = [a for a in annotations if not a["iscrowd"]]
-        _look_at_objects(image, objects, training, result)
-        if usable and not objects:
-            findings.add("image-empty", Where(image["id"], image["file_name"]))
-        if usable and result.split == "val" and (lost := training.caps.lost([a["category_id"] for a in objects])):
-            capped.append((Where(image["id"], image["file_name"]), len(objects), lost))
-
-    with _bar(progress, len(content.images), f"{result.split}: annotations") as bar:
-        dataset = build_dataset(result.source, content, result.images, reader, look)
-        for image in content.images:
-            # Of an image without size, or with another one than the json says, annotations cannot be judged.
-            if image["id"] in unusable and image["width"] and findings.dropped_images[image["id"]] != "image-size":
-                raws = content.annotations_of.get(image["id"], ())
-                look(image, [a for raw in raws if (a := reader.read(raw, image))], usable=False)
+    for image, start, end in zip(result.images, bounds, bounds[1:]):
+        where = Where(image["id"], image["file_name"])
+        if start == end:
+            findings.add("image-empty", where)
+        if result.split == "val" and (lost := training.caps.lost(objects.category[start:end].tolist())):
+            capped.append((where, end - start, lost))
     keys = training.caps.keys_for(max((count for _, count, _ in capped), default=0))
     for where, count, lost in capped:
         findings.add("many-objects", where, count, lost, keys)
-    reader.refuse_corners()
+    refuse_corners(table, findings)
     if "bbox-corners" in findings.counts:
         for kind in ("bbox-mask", "bbox-reaches-out"):  # what such boxes look like one by one
             findings.counts.pop(kind, None)
-    return dataset
+    return build_dataset(result.source, content, table)
 
 
-def _look_at_objects(image: dict[str, Any], objects: Sequence[Annotation], training: Training, result: Survey) -> None:
-    """Look at what the loader accepts in one image."""
+def _look_at_objects(table: AnnotationTable, training: Training, result: Survey, bar: tqdm[Any]) -> None:
+    """Look at what the loader accepts: closely where a quick look at all objects finds something."""
+    objects = table[~table.crowd]
+    bounds = objects.bounds().tolist()
+    for index in np.unique(objects.image[_suspicious(objects, training)]).tolist():
+        rows = slice(bounds[index], bounds[index + 1])
+        _look_at_image(objects.images[index], objects, range(len(objects))[rows], training, result)
+    bar.update(len(table.images))
+
+
+def _suspicious(objects: AnnotationTable, training: Training) -> np.ndarray:
+    """(M,) bool; True wherever :func:`_look_at_image` finds something, and at times elsewhere."""
+    box, mask, size = _corners(objects.bbox), objects.hull, objects.sizes
+    sizes, of = np.unique(size, axis=0, return_inverse=True)
+    scale = np.array([training.scale(w, h, min(training.short_sides)) for w, h in sizes.tolist()]).reshape(-1, 2)[of]
+    limits = np.concatenate([size, size], axis=1)
+    cut, cut_mask = box.clip(0, limits), mask.clip(0, limits)
+    longest = np.max([objects.bbox[:, 2], objects.bbox[:, 3], *(cut_mask[:, 2:] - cut_mask[:, :2]).T], axis=0)
+    apart = np.abs(cut - cut_mask).max(axis=1, initial=0) > np.maximum(_FIT_PIXELS, _FIT_PART * longest)
+    out = np.maximum(-box[:, :2], box[:, 2:] - size).max(axis=1, initial=-np.inf) > 1
+    small = ((cut[:, 2:] - cut[:, :2]) * scale).min(axis=1, initial=np.inf) < VISIBLE
+    tiny = objects.bbox.max(axis=1, initial=-np.inf) <= 1
+    key = objects.image * 1_000_003 + objects.category  # equal objects have equal keys, few others have
+    for column in objects.bbox.T:
+        key = key * 1_000_003 ^ (column + 0.0).view(np.int64)
+    _, first, count = np.unique(key, return_inverse=True, return_counts=True)
+    found: np.ndarray = ~objects.has_mask | apart | out | small | tiny | (count[first] > 1)
+    return found
+
+
+def _corners(bbox: np.ndarray) -> np.ndarray:
+    """XYWH to XYXY."""
+    return np.concatenate([bbox[:, :2], bbox[:, :2] + bbox[:, 2:]], axis=1)
+
+
+def _look_at_image(
+    image: dict[str, Any], objects: AnnotationTable, rows: range, training: Training, result: Survey
+) -> None:
     findings = result.findings
     scale = training.scale(image["width"], image["height"], min(training.short_sides))
     seen: set[tuple[Any, ...]] = set()
-    for a in objects:
-        where = Where(image["id"], image["file_name"], a["id"])
-        _look_at_box(a["bbox"], image, scale, findings, where)
-        key = (a["category_id"], *a["bbox"])
+    for row in rows:
+        bbox, hull = objects.bbox[row].tolist(), objects.hull[row].tolist()
+        where = Where(image["id"], image["file_name"], int(objects.id[row]))
+        _look_at_box(bbox, image, scale, findings, where)
+        key = (int(objects.category[row]), *bbox)
         if key in seen:
             findings.add("object-twice", where)
         seen.add(key)
-        segmentation = a.get("segmentation")
-        if segmentation is not None:
-            _compare(a["bbox"], mask_box(segmentation), image, findings, where)
+        if objects.has_mask[row]:
+            _compare(bbox, (hull[0], hull[1], hull[2], hull[3]), image, findings, where)
         elif not training.masks_on:
             findings.add("no-mask-unused", where)
         elif result.split == "val":

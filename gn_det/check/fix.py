@@ -16,7 +16,7 @@ from gn_det.data.annotations import (
     usable_pieces,
     whole,
 )
-from gn_det.data.coco_json import category_id
+from gn_det.data.coco_json import category_id, read_json
 from gn_det.data.problems import KINDS, Problems
 from gn_det.errors import DataError, UserError
 from gn_det.files import NotRegularFile, atomic_write, check_regular, json_bytes
@@ -55,10 +55,10 @@ class Cleaner:
         self.survey, self.findings = survey, survey.findings
         self.changes: list[str] = []
         blocking = [k for k in self.findings.counts if KINDS[k].blocks]
-        if blocking or survey.content is None or survey.data is None:
+        if blocking or survey.content is None:
             first = self.findings.found[blocking[0]][0] if blocking else "it cannot be read"
             raise DataError(f"--fix: {survey.source.json_file} needs a person first ({first}); nothing was written")
-        self.content, self.data = survey.content, survey.data
+        self.content = survey.content
         self.reader = AnnotationReader(self.content.category_ids, Problems(survey.source.json_file))
         self.image_of = {image["id"]: image for image in survey.images}
         self.corners = "bbox-corners" in self.findings.counts
@@ -84,7 +84,7 @@ class Cleaner:
         fixed = {"images": self._image, "annotations": self._annotation, "categories": self._category}
         self._seen: dict[str, set[Any]] = {key: set() for key in fixed}
         yield b"{"
-        for number, (key, value) in enumerate(self.data.items()):
+        for number, (key, value) in enumerate(read_json(self.survey.source.json_file).items()):
             yield (b",\n" if number else b"\n") + json_bytes(key) + b": "
             if key not in fixed:
                 yield json_bytes(value)

@@ -156,11 +156,10 @@ def draw_problem(survey: Survey, finding: Problem) -> np.ndarray | None:
     where = finding.where
     if survey.content is None or where.annotation is None or not finding.kind.startswith(_VISIBLE):
         return None
-    image = next((i for i in survey.content.images if i["id"] == where.image), None)
-    entries = survey.content.annotations_of.get(where.image, ())
-    raw = next((a for a in entries if a.get("id") == where.annotation), None)
-    if image is None or raw is None:
+    found = survey.content.find(where.image, where.annotation)
+    if found is None:
         return None
+    image, raw = found
     box, polygons = _drawable_box(raw.get("bbox"), image), _drawable_polygons(raw.get("segmentation"), image)
     pixels = _read(survey, image) if box or polygons else None
     if pixels is None:

@@ -14,16 +14,14 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from gn_det.data.problems import KINDS, NOWHERE, Problems, Where
+from gn_det.data.problems import KINDS, Problems, Where
 from gn_det.data.records import Annotation, Segmentation
 from gn_det.text import one_line, shown, some
 
 #: The COCO mask API upsamples polygon edges; a vertex more than this many image sides outside is surely an error.
-_FAR_OUTSIDE = 2.0
-#: Shares of boxes that leave their image as XYWH, and that fit as corners, where a set is surely written in corners.
-_LEAVING, _CORNERS = 0.2, 0.99
-#: The same by masks: the share of boxes that are the corners of their mask, to a pixel, and are not its XYWH box.
-_MASK_CORNERS, _SAME_PIXELS = 0.5, 1.0
+FAR_OUTSIDE = 2.0
+#: A box and that of its mask are the same where no edge is farther away.
+SAME_PIXELS = 1.0
 
 
 class Defect(Exception):
@@ -81,7 +79,7 @@ def check_box(bbox: Any, height: int, width: int) -> list[float]:
         raise Defect("bbox-no-area", one_line(bbox, 60))
     if min(x + w, width) - max(x, 0) <= 0 or min(y + h, height) - max(y, 0) <= 0:
         raise Defect("bbox-outside", one_line(bbox, 60), width, height)
-    far_x, far_y = _FAR_OUTSIDE * width, _FAR_OUTSIDE * height
+    far_x, far_y = FAR_OUTSIDE * width, FAR_OUTSIDE * height
     if min(x + far_x, y + far_y) < 0 or x + w > width + far_x or y + h > height + far_y:
         raise Defect("bbox-far", one_line(bbox, 60), width, height)
     return list(bbox)
@@ -125,14 +123,14 @@ def _check_polygon(piece: Sequence[Any], height: int, width: int) -> np.ndarray:
     # Nearly all polygons pass here, with two reductions; NaN fails any comparison.
     side = min(height, width)
     low, high = np.minimum.reduce(points), np.maximum.reduce(points)
-    if low >= -_FAR_OUTSIDE * side and high <= (1 + _FAR_OUTSIDE) * side:
+    if low >= -FAR_OUTSIDE * side and high <= (1 + FAR_OUTSIDE) * side:
         return points
     if not np.isfinite(points).all():
         raise Defect("polygon-no-number")
     # A vertex may lie outside (tools draw past the border), but not a multiple of the image away.
     corners = points.reshape(-1, 2)
     away = np.abs(corners / (width, height) - 0.5).max(axis=1)
-    if away.max() > 0.5 + _FAR_OUTSIDE:
+    if away.max() > 0.5 + FAR_OUTSIDE:
         x, y = corners[away.argmax()]
         raise Defect("polygon-far", x, y, width, height)
     return points
@@ -245,10 +243,6 @@ class AnnotationReader:
         self.problems = problems
         self._raw: dict[str, Any] = {}
         self._image: dict[str, Any] = {}
-        #: Boxes of objects; those that leave their image as XYWH; those that fit into it as corners.
-        self._boxes = self._leaving = self._corners = 0
-        #: Boxes with a mask; those that are its corners and not its XYWH box.
-        self._masks = self._mask_corners = 0
 
     def read(self, raw: dict[str, Any], image: dict[str, Any]) -> Annotation | None:
         """The annotation with a contiguous category; None where it is dropped, which ``problems`` hears of."""
@@ -258,19 +252,6 @@ class AnnotationReader:
         except Defect as defect:
             self.problems.drop(defect.kind, self._where(), *defect.details)
             return None
-
-    def refuse_corners(self) -> None:
-        """Refuse a set whose boxes are written as [x1, y1, x2, y2].
-
-        Most of them are the corners of their masks; or many leave their images as XYWH, and all fit as corners.
-        """
-        if self._mask_corners >= max(2, _MASK_CORNERS * self._masks):
-            why = f"{self._mask_corners} of {self._masks} boxes are the corners of their masks"
-        elif self._leaving >= max(2, _LEAVING * self._boxes) and self._corners >= _CORNERS * self._boxes:
-            why = f"{self._leaving} of {self._boxes} boxes leave their image as XYWH, {self._corners} fit as corners"
-        else:
-            return
-        self.problems.refuse("bbox-corners", NOWHERE, why)
 
     def _where(self) -> Where:
         return Where(self._image["id"], self._image["file_name"], self._raw.get("id"))
@@ -301,8 +282,6 @@ class AnnotationReader:
         segmentation, left_out = check_segmentation(raw.get("segmentation"), height, width)
         if bbox is None or unusable is not None:
             bbox = self._box_of(segmentation, height, width, unusable)
-        elif not iscrowd:
-            self._count_corners(bbox, segmentation, height, width)
         if iscrowd is None:
             self._repair("iscrowd-missing")
         if left_out:
@@ -334,24 +313,8 @@ class AnnotationReader:
         self._repair("bbox-missing" if unusable is None else "bbox-unusable")
         return box
 
-    def _count_corners(self, bbox: Sequence[float], segmentation: Any, height: int, width: int) -> None:
-        x, y, w, h = bbox
-        self._boxes += 1
-        # Tools are off by a few pixels at the border; this is far more.
-        self._leaving += x + w > 1.1 * width + 1 or y + h > 1.1 * height + 1
-        self._masks += segmentation is not None
-        if 0 <= x < w <= width + 1 and 0 <= y < h <= height + 1:
-            self._corners += 1
-            if segmentation is not None:  # few boxes come here by chance
-                mask = mask_box(segmentation)
-                self._mask_corners += _same(bbox, mask) and not fits_as_written(bbox, mask)
-
 
 def fits_as_written(bbox: Sequence[float], mask: Sequence[float]) -> bool:
     """Whether the XYWH ``bbox`` is the XYXY box of its mask, to a pixel."""
     x, y, w, h = bbox
-    return _same((x, y, x + w, y + h), mask)
-
-
-def _same(a: Sequence[float], b: Sequence[float]) -> bool:
-    return max(abs(p - q) for p, q in zip(a, b)) <= _SAME_PIXELS
+    return max(abs(p - q) for p, q in zip((x, y, x + w, y + h), mask)) <= SAME_PIXELS

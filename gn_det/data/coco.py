@@ -9,21 +9,26 @@ differ from the only matching file in how they are written) is repaired in memor
 
 from __future__ import annotations
 
-import os
-from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from msgspec.structs import asdict
 
+from gn_det.data.annotation_table import (
+    AnnotationTable,
+    check_annotations,
+    image_sizes,
+    refuse_corners,
+)
 from gn_det.data.annotations import AnnotationReader
 from gn_det.data.catalog import DatasetSource
 from gn_det.data.coco_json import CocoJson, collector_paused, read_coco_json
 from gn_det.data.image import ImageReader
 from gn_det.data.image_files import look_at_images
 from gn_det.data.problems import Problem, Problems, Where
-from gn_det.data.records import Annotation, Record, RecordList
+from gn_det.data.records import RecordList
 from gn_det.data.shapes import prepare
 from gn_det.errors import DataError
 from gn_det.text import count, printable, shown, some
@@ -49,7 +54,7 @@ class CocoDataset:
         sizes: (N, 2) int64 width and height of every image.
         object_images, object_classes: (M,) int64 index of its image and its class, of every object that is no crowd.
         object_sizes: (M, 2) float32 width and height of their boxes in pixels, at most 1e9.
-        crowds: number of crowd regions.
+        crowd_images, crowd_classes: the same of every crowd region.
         without_mask: objects without segmentation, which only box training can use.
         maskless: one line for each of these (the first 1000).
         bad: one line for every image and annotation that was dropped.
@@ -67,7 +72,8 @@ class CocoDataset:
     object_images: np.ndarray
     object_classes: np.ndarray
     object_sizes: np.ndarray
-    crowds: int = 0
+    crowd_images: np.ndarray
+    crowd_classes: np.ndarray
     without_mask: int = 0
     maskless: list[str] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
@@ -80,6 +86,11 @@ class CocoDataset:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @property
+    def crowds(self) -> int:
+        """Number of crowd regions."""
+        return len(self.crowd_images)
 
     @property
     def object_counts(self) -> np.ndarray:
@@ -114,19 +125,14 @@ class CocoDataset:
         """
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
-        for record in self.records:
-            name = os.path.relpath(record["file_name"], self.image_root)
-            size = {"height": record["height"], "width": record["width"]}
-            images.append({"id": record["image_id"], "file_name": name, **size})
-            for a in record["annotations"]:
-                category = self.category_ids[a["category_id"]]
-                entry = {**a, "id": len(annotations) + 1, "image_id": record["image_id"], "category_id": category}
-                segmentation = a.get("segmentation")
-                if isinstance(segmentation, dict):
-                    entry["segmentation"] = segmentation | {"counts": segmentation["counts"].decode("ascii")}
-                elif segmentation is not None:
-                    entry["segmentation"] = [p.tolist() for p in segmentation]
-                annotations.append(entry)
+        for index in range(len(self)):
+            (name, height, width, number), entries = self.records.entries(index)
+            images.append({"id": number, "file_name": name, "height": height, "width": width})
+            for entry in entries:
+                a = {**asdict(entry), "id": len(annotations) + 1, "image_id": number}
+                if not entry.segmentation:
+                    del a["segmentation"]
+                annotations.append(a)
         categories = [{"id": i, "name": n} for i, n in zip(self.category_ids, self.class_names)]
         truth = {"images": images, "annotations": annotations, "categories": categories}
         return truth if self.has_annotations else {k: v for k, v in truth.items() if k != "annotations"}
@@ -165,65 +171,43 @@ def load_coco(
                 "'width' and 'height' must be positive pixel counts",
             )
         annotations = AnnotationReader(content.category_ids, problems)
-        dataset = build_dataset(source, content, [i for i in images if i["width"]], annotations)
-    annotations.refuse_corners()
-    refuse_if_too_many(problems.bad, max_bad, source.json_file)
+        table = check_annotations(content, [i for i in images if i["width"]], annotations)
+        refuse_corners(table, problems)
+        refuse_if_too_many(problems.bad, max_bad, source.json_file)
+        dataset = build_dataset(source, content, table)
     dataset.bad, dataset.notes = problems.bad, problems.notes()
     return dataset
 
 
-def build_dataset(
-    source: DatasetSource,
-    content: CocoJson,
-    images: Sequence[dict[str, Any]],
-    reader: AnnotationReader,
-    look: Callable[[dict[str, Any], list[Annotation]], object] | None = None,
-) -> CocoDataset:
-    """The dataset of ``images``, whose annotations ``reader`` checks; ``look`` sees those of each image."""
-    objects: tuple[array[int], array[int], array[float]] = array("q"), array("q"), array("f")
-    crowds = without_mask = 0
-    maskless: list[str] = []
-
-    def records() -> Iterator[Record]:
-        nonlocal crowds, without_mask
-        for position, image in enumerate(images):
-            raws = content.annotations_of.get(image["id"], ())
-            annotations = [a for raw in raws if (a := reader.read(raw, image)) is not None]
-            if look is not None:
-                look(image, annotations)
-            for a in annotations:
-                if a["iscrowd"]:
-                    crowds += 1
-                    continue
-                objects[0].append(position)
-                objects[1].append(a["category_id"])
-                objects[2].extend((min(a["bbox"][2], 1e9), min(a["bbox"][3], 1e9)))
-                if "segmentation" not in a:
-                    without_mask += 1
-                    if len(maskless) < _LISTED:
-                        maskless.append(str(Problem("no-mask", Where(image["id"], image["file_name"], a["id"]))))
-            yield Record(
-                file_name=os.path.join(source.image_root, image["file_name"]),
-                height=image["height"],
-                width=image["width"],
-                image_id=image["id"],
-                annotations=annotations,
-            )
-
+def build_dataset(source: DatasetSource, content: CocoJson, table: AnnotationTable) -> CocoDataset:
+    """The dataset of the images and annotations of ``table``."""
+    records = RecordList(
+        source.image_root,
+        content.category_ids,
+        [(i["file_name"], i["height"], i["width"], i["id"]) for i in table.images],
+        table.bounds(),
+        content.entries.text,
+        content.entries.spans[table.position],
+        {row: table.texts[p] for row, p in enumerate(table.position.tolist()) if p in table.texts},
+    )
+    objects, crowds = table[~table.crowd], table[table.crowd]
+    maskless = objects[~objects.has_mask]
+    where = ((objects.images[i], a) for i, a in zip(maskless.image[:_LISTED].tolist(), maskless.id.tolist()))
     return CocoDataset(
         name=source.name,
         json_file=source.json_file,
         image_root=source.image_root,
-        records=RecordList(records()),
+        records=records,
         class_names=content.class_names,
         category_ids=content.category_ids,
-        sizes=np.array([(i["width"], i["height"]) for i in images], dtype=np.int64).reshape(-1, 2),
-        object_images=np.array(objects[0], dtype=np.int64),
-        object_classes=np.array(objects[1], dtype=np.int64),
-        object_sizes=np.array(objects[2], dtype=np.float32).reshape(-1, 2),
-        crowds=crowds,
-        without_mask=without_mask,
-        maskless=maskless,
+        sizes=image_sizes(table.images),
+        object_images=objects.image,
+        object_classes=objects.category,
+        object_sizes=objects.bbox[:, 2:].clip(max=1e9).astype(np.float32),
+        crowd_images=crowds.image,
+        crowd_classes=crowds.category,
+        without_mask=len(maskless),
+        maskless=[str(Problem("no-mask", Where(i["id"], i["file_name"], a))) for i, a in where],
         has_annotations=content.has_annotations,
     )
 

@@ -1,21 +1,26 @@
-"""Annotations kept compact in memory and shared between worker processes.
+"""Records of a dataset, kept as json text in one buffer that all processes share.
 
-A COCO-sized list of nested dicts costs gigabytes per worker, because touching a Python object copies its page. Here
-every record is pickled once into one flat byte tensor: forked workers read the same pages, spawned ones map the same
-shared memory, and a record exists as objects only while it is used.
+A COCO-sized list of nested dicts costs gigabytes per worker, because touching a Python object copies its page. Here the
+annotations of an image stay the text that the json has, checked but not kept parsed: forked workers read the same
+pages, spawned ones map the same shared memory, and a record exists as objects only while it is used.
 """
 
 from __future__ import annotations
 
+import os
 import pickle
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypedDict
 
+import msgspec
 import numpy as np
 import torch
 
 #: Polygons as flat arrays x0, y0, x1, y1 ... (float64; int64 where the json has only integers), or compressed RLE.
 Segmentation: TypeAlias = "list[np.ndarray] | dict[str, Any]"
+#: File name relative to the image folder, height, width and id of an image.
+Head: TypeAlias = "tuple[str, int, int, Any]"
 
 
 class Annotation(TypedDict, total=False):
@@ -39,22 +44,68 @@ class Record(TypedDict, total=False):
     annotations: list[Annotation]
 
 
-class RecordList:
-    """Read-only sequence of records over one byte buffer; items are decoded on access and free to be changed."""
+class Entry(msgspec.Struct, gc=False):
+    """A checked annotation with the values of the json."""
 
-    def __init__(self, records: Iterable[Record]) -> None:
-        chunks = [pickle.dumps(_pack(record), protocol=pickle.HIGHEST_PROTOCOL) for record in records]
-        ends = np.cumsum([len(c) for c in chunks], dtype=np.int64)
-        self._starts = torch.from_numpy(np.concatenate([np.zeros(1, dtype=np.int64), ends]))
-        self._buffer = torch.from_numpy(np.frombuffer(b"".join(chunks) or b"\0", dtype=np.uint8).copy())
+    id: int
+    category_id: int
+    bbox: list[Any]
+    area: Any
+    iscrowd: int
+    segmentation: Any = None
+
+
+_ENTRIES = msgspec.json.Decoder(list[Entry])
+
+
+class RecordList:
+    """Read-only sequence of records; items are decoded on access and free to be changed.
+
+    Args:
+        root: folder of the images.
+        category_ids: json category id by contiguous index.
+        heads: one for each image.
+        bounds: where the annotations of each image begin in ``spans``, and where those of the last one end.
+        text: json, with checked annotations: polygons with usable pieces only, RLE compressed.
+        spans: (A, 2) int64, where each annotation begins and ends in ``text``.
+        others: annotations by index that are not in ``text``.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        category_ids: Sequence[int],
+        heads: Sequence[Head],
+        bounds: np.ndarray,
+        text: bytearray,
+        spans: np.ndarray,
+        others: Mapping[int, bytes],
+    ) -> None:
+        self.root = root
+        self._class_of = {category: i for i, category in enumerate(category_ids)}
+        rest, ends, spans = bytearray(b"\0"), array("q", [1]), spans.copy()
+        for head in heads:
+            rest += pickle.dumps(head)
+            ends.append(len(rest))
+        for index, other in others.items():
+            spans[index] = -len(rest), -len(rest) - len(other)
+            rest += other
+        self._head_ends = torch.frombuffer(ends, dtype=torch.int64)
+        self._bounds, self._spans = torch.from_numpy(bounds), torch.from_numpy(spans)
+        self._text, self._rest = (torch.frombuffer(data or bytearray(1), dtype=torch.uint8) for data in (text, rest))
 
     def __len__(self) -> int:
-        return len(self._starts) - 1
+        return len(self._bounds) - 1
 
     def __getitem__(self, index: int) -> Record:
-        i = range(len(self))[index]
-        start, end = self._starts[i : i + 2].tolist()
-        return _unpack(pickle.loads(self._buffer[start:end].numpy().data))
+        (name, height, width, number), entries = self.entries(index)
+        return Record(
+            file_name=os.path.join(self.root, name),
+            height=height,
+            width=width,
+            image_id=number,
+            annotations=[self._annotation(entry) for entry in entries],
+        )
 
     def __iter__(self) -> Iterator[Record]:
         return (self[i] for i in range(len(self)))
@@ -62,30 +113,23 @@ class RecordList:
     @property
     def nbytes(self) -> int:
         """Bytes that all records take together."""
-        return self._buffer.numel() + 8 * self._starts.numel()
+        tensors = (self._text, self._rest, self._spans, self._bounds, self._head_ends)
+        return sum(tensor.nbytes for tensor in tensors)
 
+    def entries(self, index: int) -> tuple[Head, list[Entry]]:
+        """One image and its annotations as the json has them."""
+        i = range(len(self))[index]
+        text, rest = self._text.numpy().data, self._rest.numpy().data
+        start, end = self._head_ends[i : i + 2].tolist()
+        first, last = self._bounds[i : i + 2].tolist()
+        found = (text[a:b] if a >= 0 else rest[-a:-b] for a, b in self._spans[first:last].tolist())
+        return pickle.loads(rest[start:end]), _ENTRIES.decode(b"[%b]" % b",".join(found))
 
-def _pack(record: Record) -> tuple[Any, ...]:
-    """Tuples and raw bytes: field names and array headers would be repeated for every object."""
-    objects = []
-    for a in record["annotations"]:
-        segmentation: Any = a.get("segmentation")
-        if isinstance(segmentation, dict):
-            segmentation = (*segmentation["size"], segmentation["counts"])
-        elif segmentation is not None:
-            segmentation = [(p.dtype.char, p.tobytes()) for p in segmentation]
-        objects.append((a["id"], tuple(a["bbox"]), a["category_id"], a["iscrowd"], a["area"], segmentation))
-    return record["file_name"], record["height"], record["width"], record["image_id"], objects
-
-
-def _unpack(packed: tuple[Any, ...]) -> Record:
-    file_name, height, width, image_id, objects = packed
-    annotations: list[Annotation] = []
-    for number, bbox, category, iscrowd, area, segmentation in objects:
-        a = Annotation(id=number, bbox=list(bbox), category_id=category, iscrowd=iscrowd, area=area)
-        if isinstance(segmentation, tuple):
-            a["segmentation"] = {"size": [segmentation[0], segmentation[1]], "counts": segmentation[2]}
-        elif segmentation is not None:
-            a["segmentation"] = [np.frombuffer(raw, dtype=char).copy() for char, raw in segmentation]
-        annotations.append(a)
-    return Record(file_name=file_name, height=height, width=width, image_id=image_id, annotations=annotations)
+    def _annotation(self, entry: Entry) -> Annotation:
+        category, found = self._class_of[entry.category_id], entry.segmentation
+        a = Annotation(id=entry.id, bbox=entry.bbox, category_id=category, iscrowd=entry.iscrowd, area=entry.area)
+        if isinstance(found, dict):
+            a["segmentation"] = {"size": found["size"], "counts": found["counts"].encode("ascii")}
+        elif found:
+            a["segmentation"] = [np.asarray(piece) for piece in found]
+        return a

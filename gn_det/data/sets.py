@@ -175,6 +175,6 @@ def _size_of(cfg: CfgNode, source: DatasetSource, split: str) -> tuple[int, tupl
     without = ""
     if split == "train" and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         total = count
-        count = sum(not all(a.get("iscrowd") for a in found) for found in content.annotations_of.values())
+        count = len(content.images_with_objects())
         without = f", {total - count} without objects left out" if count != total else ""
     return count, names, f"{count} images{without}, {len(names)} classes in {source.name} ({source.json_file})"

@@ -9,13 +9,15 @@ json it evaluates to the same numbers.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gn_det.data.annotations import AnnotationReader, usable_pieces
-from gn_det.data.coco import CocoDataset
-from gn_det.data.coco_json import CocoJson, collector_paused, read_json, structure
+from gn_det.data.annotation_table import check_annotations
+from gn_det.data.annotations import AnnotationReader
+from gn_det.data.catalog import DatasetSource
+from gn_det.data.coco import CocoDataset, build_dataset
+from gn_det.data.coco_json import collector_paused, read_json, structure
 from gn_det.data.problems import Problems
 from gn_det.files import StrPath
 
@@ -67,38 +69,26 @@ def load_ground_truth(source: StrPath | Mapping[str, Any] | CocoDataset | Ground
     """
     if isinstance(source, GroundTruth):
         return source
-    if isinstance(source, CocoDataset):
-        truth = source.ground_truth()
-        annotations = truth.get("annotations", [])
-        return GroundTruth(
-            source.json_file, truth["images"], truth["categories"], annotations, [], source.has_annotations
-        )
-    name = "ground truth" if isinstance(source, Mapping) else os.fspath(source)
-    problems = Problems(name)
+    warnings: list[str] = []
+    if not isinstance(source, CocoDataset):
+        problems = Problems("ground truth" if isinstance(source, Mapping) else os.fspath(source))
+        source = _read(source, problems)
+        found = (*problems.notes(), *(f"ignored {bad}" for bad in problems.bad))
+        warnings = [f"{problems.path}: {line}" for line in found]
+    truth = source.ground_truth()
+    annotations = truth.get("annotations", [])
+    return GroundTruth(
+        source.json_file, truth["images"], truth["categories"], annotations, warnings, source.has_annotations
+    )
+
+
+def _read(source: StrPath | Mapping[str, Any], problems: Problems) -> CocoDataset:
     with collector_paused():
-        data = source if isinstance(source, Mapping) else read_json(source, advice=_ADVICE)
+        data = source if isinstance(source, Mapping) else read_json(source, advice=_ADVICE, keep_text=True)
         entries = data.get("images") if isinstance(data, Mapping) else None
         if isinstance(entries, list):  # no image is opened: its name does not matter
             entries = [{"file_name": "-", **e} if isinstance(e, Mapping) else e for e in entries]
             data = {**data, "images": entries}
         content = structure(data, problems, need_annotations=False)
-        annotations = list(_annotations(content, AnnotationReader(content.category_ids, problems)))
-    warnings = [f"{name}: {line}" for line in (*problems.notes(), *(f"ignored {bad}" for bad in problems.bad))]
-    categories = [{"id": i, "name": n} for i, n in zip(content.category_ids, content.class_names)]
-    return GroundTruth(name, content.images, categories, annotations, warnings, content.has_annotations)
-
-
-def _annotations(content: CocoJson, reader: AnnotationReader) -> Iterator[dict[str, Any]]:
-    """The usable annotations, with segmentations as the json has them."""
-    number = 0
-    for image in content.images:
-        for raw in content.annotations_of.get(image["id"], ()):
-            a = reader.read(raw, image)
-            if a is None:
-                continue
-            number += 1
-            entry = {**a, "id": number, "image_id": image["id"], "category_id": reader.category_ids[a["category_id"]]}
-            if "segmentation" in a:
-                pieces = raw["segmentation"]
-                entry["segmentation"] = pieces if isinstance(pieces, dict) else usable_pieces(pieces)
-            yield entry
+        table = check_annotations(content, content.images, AnnotationReader(content.category_ids, problems))
+        return build_dataset(DatasetSource(problems.path, problems.path, ""), content, table)

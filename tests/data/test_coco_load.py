@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from gn_det.data.coco import check_num_classes, check_same_classes, load_coco
-from gn_det.data.records import RecordList
 from gn_det.errors import DataError
 from tests.data.own_coco import write
 
@@ -128,4 +127,3 @@ def test_records_are_a_flat_buffer(tmp_path: Path) -> None:
     assert data.records[-1]["image_id"] == 8
     with pytest.raises(IndexError):
         data.records[4]
-    assert len(RecordList([])) == 0

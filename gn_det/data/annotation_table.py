@@ -1,0 +1,181 @@
+"""The annotations that training uses, as columns of numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from gn_det.data.annotations import FAR_OUTSIDE, SAME_PIXELS, AnnotationReader, mask_box
+from gn_det.data.coco_json import CocoJson
+from gn_det.data.entries import LARGEST_ID
+from gn_det.data.problems import NOWHERE, Problems
+from gn_det.data.records import Annotation
+
+#: Shares of boxes that leave their image as XYWH, and that fit as corners, where a set is surely written in corners.
+_LEAVING, _CORNERS = 0.2, 0.99
+#: The same by masks: the share of boxes that are the corners of their mask, to a pixel, and are not its XYWH box.
+_MASK_CORNERS = 0.5
+
+
+@dataclass
+class AnnotationTable:
+    """Checked annotations, grouped by image.
+
+    Attributes:
+        images: the images; M annotations in all.
+        position: (M,) int64 position in the json.
+        image: (M,) int64 index into ``images``, ascending.
+        id, category: (M,) int64; the category is contiguous.
+        crowd: (M,) bool.
+        bbox: (M, 4) float64 XYWH.
+        hull: (M, 4) float64 XYXY box of the mask, NaN where there is none.
+        as_written: (M,) bool, whether the box is the json's own.
+        texts: json of those that are not as in the file, by position.
+    """
+
+    images: Sequence[dict[str, Any]]
+    position: np.ndarray
+    image: np.ndarray
+    id: np.ndarray
+    category: np.ndarray
+    crowd: np.ndarray
+    bbox: np.ndarray
+    hull: np.ndarray
+    as_written: np.ndarray
+    texts: dict[int, bytes]
+
+    def __len__(self) -> int:
+        return len(self.position)
+
+    def __getitem__(self, rows: np.ndarray) -> AnnotationTable:
+        """The rows chosen by a mask or by indices."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return AnnotationTable(**{k: v[rows] if isinstance(v, np.ndarray) else v for k, v in values.items()})
+
+    @property
+    def has_mask(self) -> np.ndarray:
+        """(M,) bool."""
+        found: np.ndarray = np.isfinite(self.hull[:, 0])
+        return found
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """(M, 2) width and height of the image of each annotation."""
+        return np.take(image_sizes(self.images), self.image, axis=0)
+
+    def bounds(self) -> np.ndarray:
+        """Where the rows of each image begin, and where those of the last one end."""
+        return np.searchsorted(self.image, np.arange(len(self.images) + 1))
+
+
+def image_sizes(images: Sequence[dict[str, Any]]) -> np.ndarray:
+    """(N, 2) int64 width and height, at most 2^31."""
+    sizes = [(min(i["width"], 2**31), min(i["height"], 2**31)) for i in images]
+    return np.array(sizes, dtype=np.int64).reshape(-1, 2)
+
+
+def check_annotations(content: CocoJson, images: Sequence[dict[str, Any]], reader: AnnotationReader) -> AnnotationTable:
+    """Check the annotations of ``images``, which are some of ``content.images`` in the same order.
+
+    What is sound passes here; ``reader`` judges the rest one by one.
+    """
+    wanted = {image["id"]: i for i, image in enumerate(images)}
+    index = np.array([wanted.get(image["id"], -1) for image in content.images] + [-1])  # the last for those without
+    image = index[content.image_of]
+    position = np.flatnonzero(image >= 0)
+    position = position[np.argsort(image[position], kind="stable")]
+    entries = content.entries
+    category, known = _classes(entries.category_id[position], content.category_ids)
+    table = AnnotationTable(
+        images,
+        position,
+        image[position],
+        entries.id[position],
+        category,
+        entries.crowd[position],
+        entries.bbox[position],
+        entries.hull[position],
+        np.ones(len(position), bool),
+        {},
+    )
+    good = entries.sound[position] & known & _inside(table)
+    good &= ~np.isin(position, np.fromiter(content.changed, np.int64, len(content.changed)))
+    keep = np.ones(len(position), bool)
+    for row in np.flatnonzero(~good).tolist():
+        raw = content.annotation(int(position[row]))
+        annotation = reader.read(raw, images[int(table.image[row])])
+        keep[row] = annotation is not None
+        if annotation is not None:
+            table.id[row], table.category[row] = annotation["id"], annotation["category_id"]
+            table.crowd[row], table.bbox[row] = annotation["iscrowd"], annotation["bbox"]
+            segmentation = annotation.get("segmentation")
+            table.hull[row] = np.nan if segmentation is None else mask_box(segmentation)
+            table.as_written[row] = raw.get("bbox") == annotation["bbox"]
+            table.texts[int(position[row])] = _as_text(annotation, content.category_ids)
+    return table[keep]
+
+
+def _classes(categories: np.ndarray, category_ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Contiguous index of json category ids, and whether they are known."""
+    pairs = [(c, i) for i, c in enumerate(category_ids) if abs(c) <= LARGEST_ID] or [(LARGEST_ID + 1, 0)]
+    ids, index = np.array(pairs, np.int64).T
+    at = np.searchsorted(ids, categories).clip(max=len(ids) - 1)
+    return index[at], ids[at] == categories
+
+
+def _inside(table: AnnotationTable) -> np.ndarray:
+    """(M,) bool, whether boxes cover some of their images, and neither they nor masks reach far outside.
+
+    As :func:`gn_det.data.annotations.check_box` and ``check_segmentation`` have it, but for a few masks that reach far
+    outside on the longer side only.
+    """
+    (x, y, w, h), (width, height) = table.bbox.T, table.sizes.T
+    (x0, y0, x1, y1), side = table.hull.T, np.minimum(width, height)
+    good = (np.minimum(x + w, width) - np.maximum(x, 0) > 0) & (np.minimum(y + h, height) - np.maximum(y, 0) > 0)
+    good &= (np.minimum(x + FAR_OUTSIDE * width, y + FAR_OUTSIDE * height) >= 0) & (
+        (x + w <= width + FAR_OUTSIDE * width) & (y + h <= height + FAR_OUTSIDE * height)
+    )
+    far = (np.minimum(x0, y0) < -FAR_OUTSIDE * side) | (np.maximum(x1, y1) > (1 + FAR_OUTSIDE) * side)
+    good &= ~far
+    result: np.ndarray = good
+    return result
+
+
+def _as_text(annotation: Annotation, category_ids: Sequence[int]) -> bytes:
+    """The json of a checked annotation."""
+    entry: dict[str, Any] = {**annotation, "category_id": category_ids[annotation["category_id"]]}
+    if annotation["area"] > LARGEST_ID:  # whole numbers of any length are no problem to json's own reader only
+        entry["area"] = float(annotation["area"])
+    segmentation = annotation.get("segmentation")
+    if isinstance(segmentation, dict):
+        entry["segmentation"] = {"size": segmentation["size"], "counts": segmentation["counts"].decode("ascii")}
+    elif segmentation is not None:
+        entry["segmentation"] = [piece.tolist() for piece in segmentation]
+    return json.dumps(entry).encode()
+
+
+def refuse_corners(table: AnnotationTable, problems: Problems) -> None:
+    """Refuse a set whose boxes are written as [x1, y1, x2, y2].
+
+    Most of them are the corners of their masks; or many leave their images as XYWH, and all fit as corners.
+    """
+    table = table[table.as_written & ~table.crowd]
+    (x, y, w, h), (width, height) = table.bbox.T, table.sizes.T
+    # Tools are off by a few pixels at the border; this is far more.
+    leaving = np.count_nonzero((x + w > 1.1 * width + 1) | (y + h > 1.1 * height + 1))
+    fits = (x >= 0) & (x < w) & (w <= width + 1) & (y >= 0) & (y < h) & (h <= height + 1)
+    corners, boxes, masks = np.count_nonzero(fits), len(table), np.count_nonzero(table.has_mask)
+    as_corners = np.abs(table.bbox - table.hull).max(axis=1, initial=0) <= SAME_PIXELS
+    as_box = np.abs(np.stack([x, y, x + w, y + h], axis=1) - table.hull).max(axis=1, initial=0) <= SAME_PIXELS
+    mask_corners = np.count_nonzero(fits & as_corners & ~as_box)
+    if mask_corners >= max(2, _MASK_CORNERS * masks):
+        why = f"{mask_corners} of {masks} boxes are the corners of their masks"
+    elif leaving >= max(2, _LEAVING * boxes) and corners >= _CORNERS * boxes:
+        why = f"{leaving} of {boxes} boxes leave their image as XYWH, {corners} fit as corners"
+    else:
+        return
+    problems.refuse("bbox-corners", NOWHERE, why)
