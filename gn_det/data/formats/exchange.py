@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import random
 import shutil
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gn_det.data.annotation_table import check_annotations, refuse_corners
 from gn_det.data.annotations import AnnotationReader
 from gn_det.data.catalog import DatasetSource
 from gn_det.data.coco_json import collector_paused, read_coco_json, structure
@@ -101,23 +103,18 @@ def _refuse(source: Path, bad: Sequence[str], max_bad: int) -> None:
 
 def _checked(content: Any, problems: Problems) -> Document:
     """The entries that training would use, with their flags."""
-    reader = AnnotationReader(content.category_ids, problems)
+    table = check_annotations(content, content.images, AnnotationReader(content.category_ids, problems))
+    refuse_corners(table, problems)
     annotations: list[dict[str, Any]] = []
-    for image in content.images:
-        for raw in content.annotations_of.get(image["id"], ()):
-            checked = reader.read(raw, image)
-            if checked is None:
-                continue
-            entry: dict[str, Any] = {**checked, "image_id": image["id"]}
-            entry["category_id"] = content.category_ids[checked["category_id"]]
-            segmentation = checked.get("segmentation")
-            if isinstance(segmentation, dict):
-                entry["segmentation"] = {**segmentation, "counts": segmentation["counts"].decode("ascii")}
-            elif segmentation is not None:
-                entry["segmentation"] = [polygon.tolist() for polygon in segmentation]
-            entry |= {flag: 1 for flag in FLAGS if raw.get(flag) in (1, True)}
-            annotations.append(entry)
-    reader.refuse_corners()
+    for image, position in zip(table.image.tolist(), table.position.tolist()):
+        raw = content.annotation(position)
+        checked = json.loads(table.texts[position]) if position in table.texts else raw
+        entry = {key: checked[key] for key in ("id", "bbox", "category_id", "iscrowd", "area")}
+        entry["image_id"] = content.images[image]["id"]
+        if checked.get("segmentation"):
+            entry["segmentation"] = checked["segmentation"]
+        entry |= {flag: 1 for flag in FLAGS if raw.get(flag) in (1, True)}
+        annotations.append(entry)
     categories = [{"id": i, "name": n} for i, n in zip(content.category_ids, content.class_names)]
     return {"images": content.images, "annotations": annotations, "categories": categories}
 
