@@ -76,7 +76,8 @@ _SUMMARY = record(
 
 def _check_settings(path: Path, theirs: Mapping[str, Any], settings: Settings) -> None:
     for name, value in settings.to_dict().items():
-        old = list(theirs[name]) if isinstance(theirs.get(name), tuple) else theirs.get(name)
+        old = theirs.get(name, getattr(Settings, name, None))  # of a version before this setting: its default
+        old = list(old) if isinstance(old, tuple) else old
         if name not in _FREE and old != value:
             raise ConfigError(
                 f"{path}: was started with {name} {shown(old)}, not {value!r}; resume with the same, or start anew "
@@ -117,6 +118,23 @@ def restore(path: Path, settings: Settings, state: TrainState) -> Progressed:
     if state.scaler is not None and payload.get("scaler"):
         state.scaler.load_state_dict(payload["scaler"])
     return done
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """The settings of the run in ``folder``; empty where none can be read."""
+    try:
+        with open_regular(folder / SUMMARY) as file:
+            found = json.loads(file.read(_MOST_BYTES))["settings"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        try:
+            found = read_checkpoint(folder / LAST, mmap=True)["settings"]
+        except (WeightsError, KeyError):
+            return {}
+    try:
+        _SETTINGS(found, "settings")
+    except InvalidValue:
+        return {}
+    return dict(found)
 
 
 def finished(folder: Path, settings: Settings) -> dict[str, Any] | None:

@@ -29,7 +29,7 @@ from gn_det.classification.classifier_loop import (
     utc_now,
     write_weights,
 )
-from gn_det.classification.earlier_run import SUMMARY, finished, refuse_old, restore
+from gn_det.classification.earlier_run import SUMMARY, finished, refuse_old, restore, settings_of
 from gn_det.classification.image_folder import FolderSource
 from gn_det.classification.image_sources import Batch, Source, epoch_batches, load_digits, load_shapes
 from gn_det.classification.network import Classifier, build_classifier, build_optimizer
@@ -42,6 +42,7 @@ from gn_det.engine.log import FILE_ONLY, run_log
 from gn_det.engine.loggers import TensorBoardLogger
 from gn_det.engine.loop import make_scaler, parallel
 from gn_det.engine.output import BEST, FINAL, alone_in, check_writable
+from gn_det.engine.precision import DTYPES
 from gn_det.engine.scalars import Metrics
 from gn_det.engine.schedule import set_iteration
 from gn_det.engine.state import TrainState, seed_everything
@@ -73,6 +74,7 @@ def pretrain(settings: Settings, *, resume: bool = False, overwrite: bool = Fals
     device = _device(settings)
     _check_early(settings)
     folder = check_writable(settings.output)
+    settings = settings.settled(device, settings_of(folder) if resume else {})
     if not resume:
         refuse_old(folder, overwrite)
     elif (done := finished(folder, settings)) is not None:
@@ -89,6 +91,7 @@ def dry_run(settings: Settings, *, num_gpus: int = 1) -> None:
         UserError: settings or data cannot be used.
     """
     device = _device(settings)
+    settings = settings.settled(device, {})
     _check_early(settings)
     with run_log(None, times=False):
         source = open_source(settings)
@@ -160,9 +163,11 @@ def _train(settings: Settings, resume: bool) -> dict[str, Any]:
         torch.backends.cudnn.benchmark = True  # all images have one size
         torch.cuda.reset_peak_memory_stats()
     loss = ClassifierLoss(model, source.input).to(device)
+    if settings.channels_last:
+        loss.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(settings, model, plan.lr)
     scheduler = LambdaLR(optimizer, lambda iteration: lr_factor(settings, iteration, plan.total))
-    autocast = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.amp]
+    autocast = DTYPES.get(settings.amp)
     state = TrainState(model, optimizer, scheduler, settings.seed, make_scaler(autocast, torch.device(device).type))
     done = Progressed()
     if resume and (folder / LAST).is_file():
@@ -233,7 +238,8 @@ def _describe(settings: Settings, source: Source, model: Classifier, plan: Plan,
         f"{count(settings.batch_size, 'image')}), "
         f"{settings.epochs:g} epochs = {plan.total} iterations, lr {plan.lr:g}{why}, x {settings.gamma:g} after epochs "
         f"{steps}; weight decay {settings.weight_decay:g} on all weights, gamma and beta included; last gamma of each "
-        f"block begins at 0; autocast {settings.amp}; seed {settings.seed}"
+        f"block begins at 0; autocast {settings.amp}{', channels_last' if settings.channels_last else ''}; "
+        f"seed {settings.seed}"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from gn_det.errors import ConfigError
@@ -60,7 +60,8 @@ class Settings:
         gamma: see ``steps``.
         seed: of initial weights, order and augmentation.
         workers: processes that read images from a folder.
-        amp: "off", "bf16" or "fp16" autocast.
+        amp: "off", "bf16" or "fp16" autocast, or "auto": bf16 on a CPU that computes in it, else "off".
+        channels_last: keep weights and activations in this layout; "auto": where amp "auto" takes bf16.
         device: "auto", "cpu", "cuda" or "cuda:N".
         image_size: side of the square that the network sees; None: 224, for digits 8, for shapes 32.
         images: generated training images of "shapes"; None: 3000.
@@ -87,7 +88,8 @@ class Settings:
     gamma: float = _setting(number(0, 1, above=True), 0.1)
     seed: int = _setting(integer(0, 2**63 - 1), 1)
     workers: int = _setting(integer(0, 1024), 4)
-    amp: str = _setting(one_of("off", "bf16", "fp16"), "off")
+    amp: str = _setting(one_of("off", "bf16", "fp16", "auto"), "off")
+    channels_last: bool | str = _setting(one_of(False, True, "auto"), False)
     device: str = _setting(_TEXT, "auto")
     image_size: int | None = _setting(optional(integer(8, 4096)), None)
     images: int | None = _setting(optional(integer(10, 1_000_000)), None)
@@ -134,6 +136,15 @@ class Settings:
     def group_rule(self) -> tuple[int, int]:
         """(groups, channels per group) as MODEL.GN.NUM_GROUPS and CHANNELS_PER_GROUP have them."""
         return self.groups or 32, self.channels_per_group or 0
+
+    def settled(self, device: str, old: Mapping[str, Any]) -> Settings:
+        """Without "auto": as the earlier run with the settings ``old`` chose, else as the CPU's features say."""
+        from gn_det.engine.precision import chosen_by_auto
+
+        taken, _ = chosen_by_auto(device)
+        choices = {"amp": "bf16" if taken else "off", "channels_last": taken}
+        unsettled = {name: choice for name, choice in choices.items() if getattr(self, name) == "auto"}
+        return replace(self, **{name: old.get(name, choice) for name, choice in unsettled.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values by field, fit for JSON."""

@@ -37,6 +37,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     videos.add_argument("--max-frames", type=flags.whole(1), metavar="N", help="stop after N frames")
     videos.add_argument("--resume", action="store_true", help="keep the frames that an interrupted run has done")
     flags.add_config(parser, overrides=False)
+    flags.add_key(
+        parser,
+        "--amp",
+        "TEST.AMP",
+        "mixed precision, bf16 on a CPU; auto: where the CPU computes in it",
+        choices=("True", "False", "auto"),
+    )
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:1")
 
 

@@ -29,7 +29,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="stride in the first 1x1 of each bottleneck, as in the bn_* configs (default: in the 3x3, as in gn_*)",
     )
-    add("--amp", metavar="TYPE", help="autocast: bf16, fp16 or off (default)")
+    add("--amp", metavar="TYPE", help="autocast: bf16, fp16, off (default), or auto: bf16 where a CPU computes in it")
+    add(
+        "--channels-last",
+        nargs="?",
+        const=True,
+        choices=("auto",),
+        help="keep activations in this layout, faster on CPUs; auto: where --amp auto takes bf16",
+    )
     add("--device", metavar="NAME", help="auto, cpu, cuda or cuda:1")
     add("--workers", type=int, metavar="N", help="data loading processes (default 4)")
     flags.add_gpus(parser, "GPUs on this machine; or use torchrun")

@@ -32,7 +32,8 @@ def run(args: argparse.Namespace) -> int:
     from gn_det.config import load_config
     from gn_det.engine.run import train
 
-    cfg = load_config("quickstart.yaml", ["OUTPUT_DIR", args.output, *args.overrides])
+    fastest = ["SOLVER.AMP.ENABLED", "auto", "MODEL.CHANNELS_LAST", "auto"]
+    cfg = load_config("quickstart.yaml", ["OUTPUT_DIR", args.output, *fastest, *args.overrides])
     started = time.perf_counter()
     results = train(cfg, engine=args.engine, overwrite=True)
     weights = Path(args.output) / "model_best.pth"

@@ -25,6 +25,7 @@ from gn_det.config.load import merge_overrides
 from gn_det.data.catalog import GENERATED, datasets_for
 from gn_det.engine import dist
 from gn_det.engine.engines import Engine
+from gn_det.engine.precision import settle
 from gn_det.engine.prepare import check_freeze, check_run
 from gn_det.errors import ConfigError, UserError
 from gn_det.text import one_line, shown
@@ -73,12 +74,18 @@ class Job:
     def _decides(self) -> dict[str, Any]:
         content: dict[str, Any] = {"kind": self.row.kind, "seed": self.seed, **self.inputs}
         if self.cfg is None:
-            return content | {"settings": {k: v for k, v in self.settings.items() if k not in ("output", "workers")}}
+            kept = {k: v for k, v in self.settings.items() if k not in ("output", "workers")}
+            if kept.get("channels_last") is False:  # a later setting, left out at its default
+                kept.pop("channels_last")
+            return content | {"settings": kept}
         cfg = self.cfg.clone()
         cfg.defrost()
         cfg.merge_from_list(_NOT_RESULT)
         for key in _LEFT_OUT:
             cfg.pop(key, None)
+        for section, key in (("MODEL", "CHANNELS_LAST"), ("TEST", "AMP")):  # later keys, left out at their default
+            if cfg[section][key] is False:
+                cfg[section].pop(key)
         return content | {"config": dump_config(cfg)}
 
     def initial_sha(self) -> str:
@@ -204,7 +211,8 @@ def _jobs(
     mine = seeds[row.id]
     if row.kind != DETECT:
         of_seeds = [Settings.from_dict({**row.settings, "output": "-", "seed": seed}) for seed in mine]
-        return [Job(row, s.seed, settings=s.to_dict(), inputs=inputs) for s in of_seeds]
+        settled = [s.settled(dist.resolve_device(s.device), {}) for s in of_seeds]
+        return [Job(row, s.seed, settings=s.to_dict(), inputs=inputs) for s in settled]
     # File, then data and weights of the row, then the suite's keys, the row's, the command line's.
     cfg = load_config(row.config, check=False)
     merge_overrides(cfg, as_argv({f"DATASETS.{key.upper()}": value for key, value in row.data.items()}), "data")
@@ -218,6 +226,7 @@ def _jobs(
     if source is not None and source.kind == DETECT:
         raise ConfigError(f"weights: '{source.id}' is a detection row; name a pre-training row or a file")
     check_config(cfg, engine.name)
+    cfg = settle(cfg, dist.resolve_device(cfg.MODEL.DEVICE))  # the same for all rows, wherever the suite continues
     if not cfg.DATASETS.TEST and not cfg.DATASETS.VAL_JSON:
         raise ConfigError("data: no validation set (DATASETS.TEST is empty); without one there is no AP to compare")
     check_run(cfg, dist.resolve_device(cfg.MODEL.DEVICE), num_gpus)

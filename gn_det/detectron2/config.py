@@ -189,6 +189,8 @@ def _mention_what_is_not_read(cfg: CfgNode) -> None:
         "SOLVER.ACCUMULATE": solver.ACCUMULATE != 1,
         "SOLVER.EPOCHS": solver.EPOCHS != 0,
         "TEST.PATIENCE": cfg.TEST.PATIENCE != 0,
+        "TEST.AMP": cfg.TEST.AMP is not False,
+        "MODEL.CHANNELS_LAST": cfg.MODEL.CHANNELS_LAST is not False,
         # Detectron2 scales by REFERENCE_WORLD_SIZE.
         "SOLVER.REFERENCE_BATCH": not solver.REFERENCE_WORLD_SIZE
         and solver.REFERENCE_BATCH not in (0, solver.IMS_PER_BATCH),

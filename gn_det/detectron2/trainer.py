@@ -47,6 +47,7 @@ from gn_det.engine.log import run_log
 from gn_det.engine.loggers import check_loggers
 from gn_det.engine.loop import Loop, parallel
 from gn_det.engine.output import alone_in, check_writable, refuse_old_run
+from gn_det.engine.precision import lay_out, settle
 from gn_det.engine.prepare import (
     Prepared,
     check_freeze,
@@ -119,7 +120,8 @@ class Trainer(DefaultTrainer):
         if not self._own_results():  # else the names are those of the user's evaluator
             check_metric(cfg)
         with self._log(), trainer_keys_are_read():
-            prepared = prepare(name_by_files(cfg), augment)
+            device = dist.resolve_device(cfg.MODEL.DEVICE)
+            prepared = prepare(settle(name_by_files(cfg), device), augment)
             self.cfg = cfg = _with_names(prepared.cfg, cfg)
             prepare_config(cfg)
             model = self.build_model(cfg)
@@ -127,7 +129,7 @@ class Trainer(DefaultTrainer):
             #: what a run is resumed by and checkpoints store: the files of the sets instead of their names
             self._run_cfg = _with_names(cfg, prepared.cfg)
             self._prepared = dataclasses.replace(prepared, cfg=self._run_cfg)
-            describe_model(cfg, model)
+            describe_model(cfg, lay_out(model, cfg))
             optimizer = self.build_optimizer(cfg, model)
             self.scheduler = self.build_lr_scheduler(cfg, optimizer)
             self._state = TrainState(model, optimizer, self.scheduler, prepared.seed)

@@ -20,6 +20,7 @@ from gn_det.engine.hooks import Checkpoint, Evaluate, Evaluator, Schedule, Signa
 from gn_det.engine.loggers import open_loggers
 from gn_det.engine.loop import Hook, Loop, make_scaler, parallel
 from gn_det.engine.optimizer import clip_gradients
+from gn_det.engine.precision import DTYPES, lay_out
 from gn_det.engine.scalars import Metrics
 from gn_det.engine.schedule import images_per_rank
 from gn_det.engine.state import ModelMeta, Resume, TrainState, WeightAverage, restore
@@ -61,7 +62,7 @@ def fit(
         WeightsError: the checkpoint does not fit.
     """
     torch.backends.cudnn.benchmark = bool(cfg.CUDNN_BENCHMARK)
-    model.train().to(dist.local_device(cfg.MODEL.DEVICE))
+    lay_out(model.train().to(dist.local_device(cfg.MODEL.DEVICE)), cfg)
     optimizer = engine.build_optimizer(cfg, model)
     state = TrainState(model, optimizer, engine.build_scheduler(cfg, optimizer), seed)
     if resume is not None:
@@ -94,7 +95,7 @@ def make_loop(
         clip: False: the optimizer clips gradients by itself.
     """
     payload, solver = resume.payload if resume is not None else {}, cfg.SOLVER
-    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}[solver.AMP.DTYPE] if solver.AMP.ENABLED else None
+    autocast = DTYPES[solver.AMP.DTYPE] if solver.AMP.ENABLED else None
     state.scaler = make_scaler(autocast, next(state.model.parameters()).device.type)
     if state.scaler is not None and payload.get("grad_scaler"):
         state.scaler.load_state_dict(dict(payload["grad_scaler"]))

@@ -15,6 +15,7 @@ from gn_det.data.loader import build_test_loader
 from gn_det.data.sets import model_category_ids
 from gn_det.engine import dist
 from gn_det.engine.log import on_screen
+from gn_det.engine.precision import inference_autocast
 from gn_det.errors import TrainingError
 from gn_det.evaluation.coco_eval import evaluate_coco, merge_results
 from gn_det.evaluation.diagnose import Caps
@@ -77,7 +78,8 @@ def _evaluate_one(
         if on_progress is not None:
             on_progress(p)
 
-    results = run_inference(model, loader, ids, on_progress=progress, total=loader.num_images)
+    with inference_autocast(cfg, dist.resolve_device(cfg.MODEL.DEVICE)):
+        results = run_inference(model, loader, ids, on_progress=progress, total=loader.num_images)
     seconds = time.perf_counter() - start
     parts = dist.gather_objects(results)
 

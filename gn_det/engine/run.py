@@ -32,6 +32,7 @@ from gn_det.engine.evaluator import evaluate_model, verify_expected
 from gn_det.engine.log import FILE_ONLY, run_log
 from gn_det.engine.loop import Hook
 from gn_det.engine.output import alone_in, check_output_name, check_writable, refuse_old_run
+from gn_det.engine.precision import lay_out, settle
 from gn_det.engine.prepare import (
     check_freeze,
     check_metric,
@@ -45,7 +46,7 @@ from gn_det.engine.prepare import (
     with_classes,
 )
 from gn_det.engine.schedule import format_schedule, lr_multiplier, scale_schedule
-from gn_det.engine.state import ModelMeta, find_resume
+from gn_det.engine.state import ModelMeta, find_resume, stored_config
 from gn_det.errors import ConfigError, WeightsError
 from gn_det.text import as_line
 
@@ -172,6 +173,7 @@ def dry_run(cfg: CfgNode, engine: Engine, *, num_gpus: int = 1, num_machines: in
     """
     check_output_name(cfg.OUTPUT_DIR)
     with run_log(None, times=False, verbose=True):
+        cfg = settle(cfg, dist.resolve_device(cfg.MODEL.DEVICE))
         sizes = estimate_sizes(cfg)
         for line in (str(engine), *sizes.lines):
             logger.info("%s", line)
@@ -220,6 +222,7 @@ def _train(
 ) -> dict[str, float]:
     _log_environment(cfg, engine)
     point = find_resume(cfg.OUTPUT_DIR) if resume else None
+    cfg = settle(cfg, dist.resolve_device(cfg.MODEL.DEVICE), stored_config(point))
     if point is None:
         check_freeze(cfg)
     prepared = prepare(cfg, augment)
@@ -262,10 +265,10 @@ def _evaluate_rank(cfg: CfgNode, engine: Engine) -> dict[str, float]:
                 f"MODEL.ROI_HEADS.NUM_CLASSES is {cfg.MODEL.ROI_HEADS.NUM_CLASSES} but there are {len(names)} classes "
                 f"({', '.join(names[:5])} ...); remove the key or set it to {len(names)}"
             )
-        cfg = with_classes(cfg, len(names), names)
+        cfg = settle(with_classes(cfg, len(names), names), dist.resolve_device(cfg.MODEL.DEVICE))
         model = engine.build_model(cfg)
         logger.info(format_report(load_weights(model, cfg.MODEL.WEIGHTS, cfg, require_all=True)))
-        model.to(dist.local_device(cfg.MODEL.DEVICE)).eval()
+        lay_out(model.to(dist.local_device(cfg.MODEL.DEVICE)).eval(), cfg)
         results = evaluate_model(cfg, engine.detector(model), test, names)
         logger.info("Log and detections are in %s.", cfg.OUTPUT_DIR)
         verify_expected(cfg, results)
@@ -286,7 +289,7 @@ def _classes_of(weights: str) -> tuple[str, ...] | None:
 def _log_environment(cfg: CfgNode, engine: Engine) -> None:
     device = dist.resolve_device(cfg.MODEL.DEVICE)
     name = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
-    amp = f", {cfg.SOLVER.AMP.DTYPE} autocast" if cfg.SOLVER.AMP.ENABLED else ""
+    amp = f", {cfg.SOLVER.AMP.DTYPE} autocast" if cfg.SOLVER.AMP.ENABLED is True else ""
     processes = f"{dist.world_size()} processes" if dist.world_size() > 1 else "1 process"
     logger.info(
         "gn_det %s, torch %s, python %s; %s on %s%s",

@@ -267,7 +267,7 @@ def restore(resume: Resume, state: TrainState, cfg: CfgNode) -> None:
     )
     if sentence:
         logger.info(sentence)
-    if changed := _changed_keys(block, cfg):
+    if changed := _changed_keys(resume, cfg):
         logger.info("Changed since that checkpoint, and used as given now: %s.", "; ".join(changed))
 
 
@@ -290,12 +290,18 @@ _SILENT = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "MODEL.WEIGHTS", "MODEL.DEVIC
            "LOGGERS", "SOLVER.NO_RESCALE", "SOLVER.CHECKPOINT_KEEP", "SOLVER.MAX_HOURS")  # fmt: skip
 
 
-def _changed_keys(block: Mapping[str, Any], cfg: CfgNode) -> list[str]:
-    """``KEY old -> new`` for every key in which a checkpoint's configuration differs from ``cfg``."""
+def stored_config(resume: Resume | None) -> CfgNode | None:
+    """The configuration in a checkpoint; None without one, or where it is damaged or of a version with other keys."""
+    block = (read_meta(resume.payload) or {}) if resume is not None else {}
     try:
-        old = dict(flatten(parse_config(block["config"], "checkpoint"))) if block.get("config") else {}
-    except (ConfigError, ValueError):  # of a version with other keys, or damaged: nothing of it is used
-        return []
+        return parse_config(block["config"], "checkpoint") if block.get("config") else None
+    except (ConfigError, ValueError):
+        return None
+
+
+def _changed_keys(resume: Resume, cfg: CfgNode) -> list[str]:
+    """``KEY old -> new`` for every key in which a checkpoint's configuration differs from ``cfg``."""
+    old = dict(flatten(stored_config(resume) or {}))
     return [
         f"{name} {one_line(old[name])} -> {one_line(value)}"
         for name, value in flatten(cfg)

@@ -90,6 +90,7 @@ def load_predictor(
     from gn_det.config import load_config, parse_config
     from gn_det.config.load import merge_overrides
     from gn_det.data.mapper import InferenceMapper
+    from gn_det.engine.precision import inference_autocast, lay_out, settle
 
     meta = read_meta(read_any(local_path(weights)), weights) or {}
     if config is not None:
@@ -107,12 +108,14 @@ def load_predictor(
     engine = engine or _engine_for(cfg, os.fspath(weights))
     model = engine.build_model(cfg).eval()
     load_weights(model, weights, cfg, require_all=True)
-    model.to(target)
+    cfg = settle(cfg, target)
+    lay_out(model.to(target), cfg)
     detector = engine.detector(model)
 
     @torch.inference_mode()
     def infer(sample: Sample) -> Detections:
-        return detector([sample])[0]
+        with inference_autocast(cfg, target):
+            return detector([sample])[0]
 
     return Predictor(
         InferenceMapper(cfg), infer, names, ids, ImageReader.of(cfg, "RGB"), model, cfg, _thresholds(meta, len(names))

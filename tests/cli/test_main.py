@@ -57,8 +57,8 @@ def test_config_file_is_an_alias() -> None:
             "of 12",
         ),
         (
-            ["train", "--config", "quickstart", "MODEL.DEVICE", "cpu", "SOLVER.AMP.ENABLED=1"],
-            "SOLVER.AMP.ENABLED is 1; it must be True or False",
+            ["train", "--config", "quickstart", "MODEL.DEVICE", "cpu", "SOLVER.EMA.ENABLED=1"],
+            "SOLVER.EMA.ENABLED is 1; it must be True or False",
         ),
         (["train", "--config", "quickstart", "TEST.BEST_METRIC", "AP"], "TEST.BEST_METRIC is 'AP'"),
     ],

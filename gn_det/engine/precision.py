@@ -1,0 +1,86 @@
+"""Mixed precision and memory layout of a run: what ``auto`` means here, and how a model is put into them.
+
+``auto`` looks at the CPU's features alone, never at a clock, so that it means the same on every start. It becomes True
+or False before anything is built: config.yaml, checkpoints and the rows of a suite store what was chosen.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import nn
+
+from gn_det.config.defaults import get_value, set_value
+
+logger = logging.getLogger(__name__)
+
+#: CPU features, any of which computes in bf16; without them torch emulates it, slower than float32.
+BF16_FEATURES = ("amx_bf16", "avx512_bf16", "bf16")  # two of x86, one of Arm
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+#: Keys that may be "auto".
+AUTO = ("SOLVER.AMP.ENABLED", "TEST.AMP", "MODEL.CHANNELS_LAST")
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+@functools.cache
+def cpu_features() -> frozenset[str]:
+    """Features that Linux reports of this CPU; empty on other systems."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    found = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return frozenset(found.partition(":")[2].split())
+
+
+def chosen_by_auto(device: str) -> tuple[bool, str]:
+    """Whether ``auto`` takes bf16 and channels_last on ``device``, and why."""
+    if not device.startswith("cpu"):
+        return False, "no GPU has been measured yet"
+    has = [feature for feature in BF16_FEATURES if feature in cpu_features()]
+    return bool(has), f"this CPU has {has[0]}" if has else f"this CPU has none of {', '.join(BF16_FEATURES)}"
+
+
+def settle(cfg: CfgNode, device: str, stored: Mapping[str, Any] | None = None) -> CfgNode:
+    """``cfg`` with True or False for every "auto"; warns of bf16 that this CPU only emulates.
+
+    Args:
+        device: resolved, such as "cpu".
+        stored: config of the checkpoint that is resumed, whose choice stays.
+    """
+    chosen, why = chosen_by_auto(device)
+    unsettled = [key for key in AUTO if get_value(cfg, key) == "auto"]
+    if unsettled:
+        frozen, cfg = cfg.is_frozen(), cfg.clone()
+        cfg.defrost()
+        for key in unsettled:
+            old = None if stored is None else get_value(stored, key)
+            value = old if isinstance(old, bool) else chosen
+            set_value(cfg, key, value)
+            logger.info("%s auto: %s (%s).", key, value, "as the checkpoint has it" if isinstance(old, bool) else why)
+        if frozen:
+            cfg.freeze()
+    if device.startswith("cpu") and (cfg.SOLVER.AMP.ENABLED or cfg.TEST.AMP) and not chosen and cpu_features():
+        logger.warning("bf16 is emulated and slower than float32: %s.", why)
+    return cfg
+
+
+def lay_out(model: ModuleT, cfg: CfgNode) -> ModuleT:
+    """``model`` with its weights in the layout of MODEL.CHANNELS_LAST, which convolutions pass on to activations."""
+    return model.to(memory_format=torch.channels_last) if cfg.MODEL.CHANNELS_LAST is True else model
+
+
+def inference_autocast(cfg: CfgNode, device: str) -> AbstractContextManager[Any]:
+    """Context in which evaluation and prediction run: autocast with TEST.AMP, else nothing."""
+    if cfg.TEST.AMP is not True:
+        return nullcontext()
+    kind = torch.device(device).type
+    return torch.autocast(kind, torch.bfloat16 if kind == "cpu" else DTYPES[cfg.SOLVER.AMP.DTYPE])
