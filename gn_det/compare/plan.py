@@ -21,7 +21,9 @@ from gn_det.classification.settings import BUILTIN
 from gn_det.compare.suite import DETECT, MAX_SEEDS, Row, Suite, matching
 from gn_det.config import dump_config, load_config
 from gn_det.config.check import check_config
+from gn_det.config.defaults import get_value
 from gn_det.config.load import merge_overrides
+from gn_det.config.schema import KEYS
 from gn_det.data.catalog import GENERATED, datasets_for
 from gn_det.engine import dist
 from gn_det.engine.engines import Engine
@@ -36,6 +38,12 @@ MAX_RUNS = 2000
 _NOT_RESULT = ["OUTPUT_DIR", "", "MODEL.WEIGHTS", "", "DATALOADER.NUM_WORKERS", 0]
 #: Top-level keys of the same kind that came later: left out altogether, so that runs from before them still count.
 _LEFT_OUT = ("LOGGERS",)
+#: Keys and settings that came later and change the result: left out at their default, for the same reason.
+_LATER = (
+    *("INPUT.COLOR_JITTER", "INPUT.COPY_PASTE", "INPUT.LSJ.ENABLED", "INPUT.LSJ.SIZE", "INPUT.LSJ.SCALE"),
+    *("INPUT.ROTATION", "MODEL.CHANNELS_LAST", "TEST.AMP"),
+)
+_LATER_SETTINGS = {"channels_last": False}
 
 
 @dataclass(frozen=True)
@@ -75,17 +83,16 @@ class Job:
         content: dict[str, Any] = {"kind": self.row.kind, "seed": self.seed, **self.inputs}
         if self.cfg is None:
             kept = {k: v for k, v in self.settings.items() if k not in ("output", "workers")}
-            if kept.get("channels_last") is False:  # a later setting, left out at its default
-                kept.pop("channels_last")
-            return content | {"settings": kept}
+            return content | {"settings": {k: v for k, v in kept.items() if _LATER_SETTINGS.get(k, ...) != v}}
         cfg = self.cfg.clone()
         cfg.defrost()
         cfg.merge_from_list(_NOT_RESULT)
         for key in _LEFT_OUT:
             cfg.pop(key, None)
-        for section, key in (("MODEL", "CHANNELS_LAST"), ("TEST", "AMP")):  # later keys, left out at their default
-            if cfg[section][key] is False:
-                cfg[section].pop(key)
+        for key in _LATER:
+            section, _, last = key.rpartition(".")
+            if get_value(cfg, key) == KEYS[key].default:
+                get_value(cfg, section).pop(last)
         return content | {"config": dump_config(cfg)}
 
     def initial_sha(self) -> str:
