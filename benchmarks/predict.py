@@ -1,0 +1,119 @@
+"""``gn-det predict`` on a folder against one image after the other: images a second, and where the CPU time goes.
+
+    python benchmarks/predict.py --weights output/model_best.pth --images photos/ --repeats 5
+
+"sequential" is what predict did before its stages overlapped: decode for the model, detect, decode again, draw with the
+masks of the whole image, encode, write PNGs at level 3. Both take turns in one process and must find the same. Writes
+benchmarks/results/predict.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from gn_det.data.inputs import collect_images
+from gn_det.evaluation.results import detections_to_coco
+from gn_det.files import atomic_write, json_bytes
+from gn_det.prediction.images import predict
+from gn_det.prediction.predictor import Predictor, Selection, load_predictor
+from gn_det.visualize.draw import draw_detections
+
+RESULTS = Path(__file__).parent / "results" / "predict.json"
+
+
+@contextmanager
+def timed(spent: dict[str, float], stage: str) -> Iterator[None]:
+    """Add CPU seconds of this process."""
+    start = time.process_time()
+    yield
+    spent[stage] += time.process_time() - start
+
+
+def sequential(predictor: Predictor, paths: list[Path], folder: Path, spent: dict[str, float]) -> list[dict[str, Any]]:
+    """One image after the other."""
+    results: list[dict[str, Any]] = []
+    keep = Selection()
+    for number, path in enumerate(paths, 1):
+        with timed(spent, "load"):
+            sample = predictor.sample(path)
+        with timed(spent, "model"):
+            found = keep(predictor.infer(sample))
+        with timed(spent, "load"):
+            pixels = predictor.reader.read(path)
+        with timed(spent, "draw"):
+            drawn = draw_detections(pixels, found, predictor.class_names)
+        with timed(spent, "encode"):
+            results += detections_to_coco(number, found, predictor.category_ids)
+        with timed(spent, "write"):
+            file = io.BytesIO()
+            Image.fromarray(drawn).save(file, "PNG", compress_level=3)
+            atomic_write(folder / f"{number}.png", file.getvalue())
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--images", required=True)
+    parser.add_argument("--limit", type=int, default=20, help="images taken")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 keeps torch's choice")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    paths = collect_images([args.images])[0][: args.limit]
+    predictor = load_predictor(args.weights, device="cpu")
+    ratios, cpu_ratios, spent = [], [], defaultdict(float)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        sequential(predictor, paths[:2], folder, defaultdict(float))
+        for _ in range(args.repeats):
+            wall, cpu = time.perf_counter(), time.process_time()
+            before = sequential(predictor, paths, folder, spent)
+            middle, cpu_middle = time.perf_counter(), time.process_time()
+            found = predict(args.weights, paths, folder / "out", predictor=predictor, report=lambda line: None)
+            end, cpu_end = time.perf_counter(), time.process_time()
+            ratios.append((middle - wall) / (end - middle))
+            cpu_ratios.append((cpu_middle - cpu) / (cpu_end - cpu_middle))
+            keys = ("image_id", "category_id", "bbox", "score", "segmentation")
+            same = [{k: a[k] for k in keys if k in a} for a in found["annotations"]] == before
+            if not same:
+                raise SystemExit("the pipeline finds something else than single images")
+    stages = {stage: seconds / len(paths) / args.repeats for stage, seconds in spent.items()}
+    result = {
+        "images": len(paths),
+        "objects": len(found["annotations"]),
+        "speedup_wall": {"median": statistics.median(ratios), "all": ratios},
+        "speedup_cpu": {"median": statistics.median(cpu_ratios), "all": cpu_ratios},
+        "cpu_seconds_per_image_sequential": stages,
+        "load_average": os.getloadavg()[0],
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    atomic_write(RESULTS, json_bytes(result, indent=1))
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
