@@ -111,7 +111,7 @@ for name in gn_det.cli.COMMANDS:
 """
     result = run_blocked({"torch", "numpy", "yaml", "fvcore"}, code)
     assert result.returncode == 0 and result.stderr == ""
-    assert "--dry-run" in result.stdout and result.stdout.count("usage: gn-det ") == 13
+    assert "--dry-run" in result.stdout and result.stdout.count("usage: gn-det ") == 14
 
 
 def test_model_needs_little_beside_torch() -> None:

@@ -35,6 +35,7 @@ COMMANDS = {
     "pretrain": "train a backbone with the paper's recipe and any norm",
     "weights": "show what a weights file contains and what it would load",
     "convert": "convert weights to another layout, bit for bit",
+    "push": "push a trained model to the Hugging Face Hub",
     "configs": "list the shipped configs",
     "doctor": "check the installation and show how to fix it",
 }

@@ -1,0 +1,138 @@
+"""Push a trained model to the Hugging Face Hub; ``hf://owner/name/model.pth`` loads it again.
+
+The account is that of ``huggingface_hub`` (``hf auth login``, or the variable HF_TOKEN); gn_det never sees it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gn_det.checkpoint.io import read_any
+from gn_det.checkpoint.meta import config_of_checkpoint, read_meta
+from gn_det.checkpoint.weights_uri import local_path
+from gn_det.config import dump_config
+from gn_det.errors import ConfigError, UserError, WeightsError
+from gn_det.files import StrPath, open_regular
+from gn_det.text import one_line, shown, some
+
+if TYPE_CHECKING:
+    from fvcore.common.config import CfgNode
+
+#: Names in the repository.
+MODEL, CONFIG, CARD = "model.pth", "config.yaml", "README.md"
+_PARTS = {
+    "backbone": "MODEL.RESNETS.NORM",
+    "FPN": "MODEL.FPN.NORM",
+    "box head": "MODEL.ROI_BOX_HEAD.NORM",
+    "mask head": "MODEL.ROI_MASK_HEAD.NORM",
+}
+#: Keys whose values name files and folders of the machine that trained.
+_LOCAL = (
+    "DATASETS.TRAIN_JSON", "DATASETS.TRAIN_IMAGES", "DATASETS.VAL_JSON", "DATASETS.VAL_IMAGES", "OUTPUT_DIR",
+    "MODEL.WEIGHTS",
+)  # fmt: skip
+
+
+def push(weights: StrPath, repo: str, *, private: bool = False, license_name: str = "") -> str:
+    """Create the repository if it does not exist, and upload the checkpoint, its config and a model card.
+
+    Args:
+        weights: checkpoint of gn_det.
+        repo: ``owner/name``.
+        private: make a new repository private.
+        license_name: an identifier of the Hub, such as ``apache-2.0``; "" states none.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ConfigError: ``huggingface_hub`` is not installed, or ``repo`` is not owner/name.
+        UserError: the Hub refuses (no account, no permission, no network).
+        WeightsError: the checkpoint is unreadable or stores no config.
+    """
+    if not re.fullmatch(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", repo):
+        raise ConfigError(f"--repo {shown(repo)}: give OWNER/NAME")
+    try:
+        from huggingface_hub import CommitOperationAdd, HfApi
+        from huggingface_hub.errors import HfHubHTTPError
+    except ImportError:
+        raise ConfigError("pushing needs the client of the Hub: pip install huggingface_hub") from None
+    path = Path(local_path(weights))
+    payload = read_any(path)
+    cfg, meta = config_of_checkpoint(path), read_meta(payload, path)
+    if meta is None:
+        raise WeightsError(f"{path}: was not written by gn_det")
+    if "optimizer" in payload:
+        raise WeightsError(f"{path}: holds the state of its training; push model_best.pth, which is half as large")
+    for key in _LOCAL:
+        cfg.defrost()
+        node, _, leaf = key.rpartition(".")
+        (_node(cfg, node) if node else cfg)[leaf] = ""
+    files: list[tuple[str, Any]] = [
+        (MODEL, path),
+        (CONFIG, dump_config(cfg).encode()),
+        (CARD, model_card(repo, cfg, meta, _metrics(path), license_name).encode()),
+    ]
+    try:
+        api = HfApi()
+        api.create_repo(repo, private=private, exist_ok=True)
+        operations = [CommitOperationAdd(name, content) for name, content in files]
+        return str(api.create_commit(repo, operations, commit_message="Model trained with gn_det").commit_url)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise UserError(
+            f"{repo}: the Hub does not take it ({one_line(error, 300)}); log in with 'hf auth login', and check the "
+            f"name and the network"
+        ) from None
+
+
+def _node(cfg: CfgNode, path: str) -> Any:
+    for name in path.split("."):
+        cfg = cfg[name]
+    return cfg
+
+
+def _metrics(weights: Path) -> dict[str, float]:
+    """The AP of the evaluation that the checkpoint's folder knows: the best one by mask AP, or by box AP."""
+    found: list[dict[str, float]] = []
+    try:
+        with open_regular(weights.parent / "metrics.json") as file:
+            for line in file:
+                entry = json.loads(line)
+                if isinstance(entry, Mapping) and isinstance(entry.get("bbox/AP"), (int, float)):
+                    found.append({k: v for k, v in entry.items() if isinstance(v, (int, float))})
+    except (OSError, ValueError):
+        return {}
+    return max(found, key=lambda entry: entry.get("segm/AP", entry["bbox/AP"]), default={})
+
+
+def model_card(
+    repo: str, cfg: CfgNode, meta: Mapping[str, Any], metrics: Mapping[str, float], license_name: str = ""
+) -> str:
+    """README.md of the repository: what the model finds, its norms, its data, its AP, and how to use it."""
+    names = {part: str(_node(cfg, key)) or "none" for part, key in _PARTS.items()}
+    if not cfg.MODEL.MASK_ON:
+        del names["mask head"]
+    data = some([*cfg.DATASETS.TRAIN]) if any(cfg.DATASETS.TRAIN) else "own data"
+    front = ["library_name: gn_det", "pipeline_tag: object-detection"]
+    front += ["tags: [mask-rcnn, group-normalization, instance-segmentation]"]
+    front += [f"license: {license_name}"] if license_name else []
+    rows = [(f"{task} AP", metrics.get(key)) for task, key in (("box", "bbox/AP"), ("mask", "segm/AP"))]
+    scores = [f"| {name} | {value:.1f} |" for name, value in rows if value is not None]
+    if scores:
+        scores = ["COCO metrics on the validation set:", "", "| metric | value |", "|---|---:|", *scores, ""]
+    classes = [f"- {one_line(name, 100)}".replace("<", "&lt;") for name in meta["class_names"]]
+    lines = [
+        "---", *front, "---", "",
+        f"# {repo.partition('/')[2]}", "",
+        f"Mask R-CNN ({cfg.MODEL.BACKBONE.NAME}, ResNet-{cfg.MODEL.RESNETS.DEPTH}), trained with gn_det "
+        f"{meta['version']} on {data}.", "",
+        "| part | norm |", "|---|---|", *(f"| {part} | {norm} |" for part, norm in names.items()), "",
+        *scores,
+        "```", f"gn-det predict --weights hf://{repo}/{MODEL} photos/ --output out/", "```", "",
+        "## Classes", "", *classes, "",
+    ]  # fmt: skip
+    return "\n".join(lines)
