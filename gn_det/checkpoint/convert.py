@@ -58,7 +58,11 @@ def convert(source: StrPath, target: StrPath, to: str = "", *, fold_stem: bool =
         WriteError: the target cannot be written.
     """
     target = Path(target)
-    _check_target(target, to)
+    if to not in ("", *LAYOUTS):
+        raise WeightsError(f"--to {to}: one of {', '.join(LAYOUTS)}")
+    suffixes = [".safetensors"] if to == "safetensors" else [".pth", ".pt", ".bin", ".safetensors"]
+    if target.suffix.lower() not in suffixes:
+        raise WeightsError(f"{one_line(str(target), 400)}: name the new file {' or '.join(suffixes)}")
     weights, path, name = open_weights(source, must_know=fold_stem), local_path(source), os.fspath(source)
     if os.path.exists(target) and os.path.samefile(path, target):
         raise WeightsError(f"{target}: would replace its own source; give another name")
@@ -81,14 +85,6 @@ def convert(source: StrPath, target: StrPath, to: str = "", *, fold_stem: bool =
         extra = {"matching_heuristics": True} if STEM[-1] in own and not architecture_of(own).style else {}
         save_checkpoint(target, {"model": own, "__author__": f"gn_det {__version__}", **extra, "gn_det": block})
     return Converted(target, weights.kind, len(state), tuple(left_out), weights.preprocessing)
-
-
-def _check_target(target: Path, to: str) -> None:
-    if to not in ("", *LAYOUTS):
-        raise WeightsError(f"--to {to}: one of {', '.join(LAYOUTS)}")
-    suffixes = [".safetensors"] if to == "safetensors" else [".pth", ".pt", ".bin", ".safetensors"]
-    if target.suffix.lower() not in suffixes:
-        raise WeightsError(f"{one_line(str(target), 400)}: name the new file {' or '.join(suffixes)}")
 
 
 def _fold(source: str, weights: Weights, usual: Preprocessing) -> None:

@@ -42,22 +42,19 @@ class DownloadFailed(Exception):
 
 
 def fetch(url: str, target: Path, *, source: str = "", sha256: str = "") -> Path:
-    """Return ``target``, downloaded from ``url`` when it is not there.
+    """Return ``target``, downloaded from ``url``, or from the mirror ``source``, when it is not there.
 
-    Args:
-        url: http(s).
-        target: in the cache; its folder is created.
-        source: where to fetch it really, when a mirror takes the place of ``url``.
-        sha256: hex digest, or the beginning of one; "" = the published one, if known.
+    ``sha256`` is a hex digest, or the beginning of one; "" takes the published one, if known.
 
     Raises:
-        DownloadFailed: no connection, not found, broken off too often, another sha256, or no weights. Nothing is left
-            behind.
+        DownloadFailed: no connection, not found, broken off too often, another sha256, or no weights. No file is left.
     """
     from iopath.common.file_io import file_lock
     from tqdm import tqdm
 
-    name = one_line(target.name, 40)
+    name, parsed = one_line(target.name, 40), urlparse(url)
+    published = _HASH_IN_NAME.search(parsed.path) if parsed.hostname in _HASHING_HOSTS else None
+    sha256 = sha256 or (published[1] if published else "")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with file_lock(str(target)):
@@ -70,7 +67,7 @@ def fetch(url: str, target: Path, *, source: str = "", sha256: str = "") -> Path
                 logger.info("Downloading %s", url)
                 unit = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
                 with open(part, "w+b") as file, tqdm(desc=name, disable=None, delay=1, **unit) as bar:
-                    _Download(source or url, file, bar, sha256 or _published_hash(url)).run()
+                    _Download(source or url, file, bar, sha256).run()
                     file.flush()
                     os.fsync(file.fileno())
                     file.seek(0)
@@ -82,12 +79,6 @@ def fetch(url: str, target: Path, *, source: str = "", sha256: str = "") -> Path
     except OSError as error:
         raise DownloadFailed(one_line(error.strerror or error)) from error
     return target
-
-
-def _published_hash(url: str) -> str:
-    parsed = urlparse(url)
-    match = _HASH_IN_NAME.search(parsed.path)
-    return match[1] if match and parsed.hostname in _HASHING_HOSTS else ""
 
 
 class _Download:

@@ -38,11 +38,7 @@ def last_name(folder: StrPath) -> str:
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
-    """Content of a file of ``folder``, checksums included.
-
-    Raises:
-        WeightsError: it cannot be read, or the name or a link leads out of the folder.
-    """
+    """Content of a file of ``folder``, checksums included."""
     try:
         return read_checkpoint(inside(folder, name), mmap=True, verify=True)
     except (OSError, ValueError) as error:

@@ -29,10 +29,6 @@ _CHANNELS = 16  # of an image, at most
 _OTHER_LAYERED = re.compile(r"(?:\w+\.)*layer[1-4]\.\d+\.conv1\.")
 
 
-def _other_layered(names: Collection[str]) -> bool:
-    return any(_OTHER_LAYERED.match(name) for name in names)
-
-
 def _refuse_layered(state: State, payload: Mapping[str, Any]) -> Weights:
     raise WeightsError(
         "holds weights of a torchvision or mmdetection model of another architecture; of those, plain ResNets (a state "
@@ -47,7 +43,7 @@ FORMATS: tuple[tuple[Callable[[Collection[str]], bool], Callable[[State, Mapping
     (caffe2.recognises_backbone, caffe2.translate_backbone),
     (mmdet.recognises, mmdet.translate),
     (torchvision.recognises, torchvision.translate),
-    (_other_layered, _refuse_layered),
+    (lambda names: any(map(_OTHER_LAYERED.match, names)), _refuse_layered),
     (detectron2.recognises, detectron2.translate),
     (lambda names: True, lambda state, _: Weights(state, "state dict of another model")),
 )
@@ -97,9 +93,13 @@ def read_weights(path: StrPath) -> Weights:
         raise WeightsError(f"{path}: {error}") from None
     if meta is not None:
         weights.kind, weights.meta, weights.class_names = _kind(meta), meta, meta["class_names"]
-        weights.config = _parse_config(path, meta["config"])
-        if weights.config is not None:
-            _take(weights, _facts_of_config(weights.config))
+        try:
+            config = parse_yaml(meta["config"], f"{one_line(str(path), 400)}: the config it stores")
+        except ConfigError as error:
+            raise WeightsError(str(error)) from None
+        if isinstance(config, dict):
+            weights.config = config
+            _take(weights, _facts_of_config(config))
         elif isinstance(about := meta.get("weights"), Mapping):  # written by `gn-det convert`
             _take(weights, about)
             weights.foldable, weights.asks = about.get("foldable") is True, about.get("asks") is True
@@ -158,14 +158,6 @@ def _kind(meta: Mapping[str, Any]) -> str:
         return ours
     done = "trained" if step.get("trained") is True else "converted"
     return f"{one_line(before.split(', converted by')[0], 60)}, {done} by {ours}"
-
-
-def _parse_config(path: StrPath, text: str) -> dict[str, Any] | None:
-    try:
-        config = parse_yaml(text, f"{one_line(str(path), 400)}: the config it stores")
-    except ConfigError as error:
-        raise WeightsError(str(error)) from None
-    return config if isinstance(config, dict) else None
 
 
 def _facts_of_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -113,11 +113,7 @@ def _read(file: BinaryIO, tensor: torch.Tensor, begin: int) -> torch.Tensor:
 
 
 def _records(file: BinaryIO, mapped: mmap.mmap, verify: bool) -> dict[str, tuple[int, int]]:
-    """Offset and size of each record, by its name, after checking that reading them is cheap.
-
-    Raises:
-        Refused: damaged, compressed, ambiguous, outside the file, or larger together than it.
-    """
+    """Offset and size of each record, by its name, after checking that reading them is cheap."""
     end: Any = zipfile._EndRecData(file)  # type: ignore[attr-defined]  # the very place that ZipFile reads next
     if not end:
         raise Refused("is truncated or damaged (no directory at its end); copy, download or train it again")
@@ -208,11 +204,7 @@ def _are_sizes(value: Any) -> bool:
 
 
 def _check_view(items: int, offset: Any, size: Any, stride: Any) -> None:
-    """Check that a view of a storage of ``items`` numbers is inside it, and that no two of its elements overlap.
-
-    Raises:
-        Refused: it does not.
-    """
+    """Check that a view of a storage of ``items`` numbers is inside it, and that no two of its elements overlap."""
     good = _are_sizes(size) and _are_sizes(stride) and len(size) == len(stride) and type(offset) is int and offset >= 0
     good = good and math.prod(max(n, 1) for n in size) < 1 << 60
     last = 0

@@ -195,11 +195,7 @@ def _placed(folder: StrPath, url: str, variable: str) -> Path:
 
 
 def _split_digest(uri: str) -> tuple[str, str]:
-    """The URI without ``#sha256=HEX``, and the digest (or its beginning) in lower case; "" if there is none.
-
-    Raises:
-        WeightsError: another fragment after a URL, or an invalid digest.
-    """
+    """The URI without ``#sha256=HEX``, and the digest (or its beginning) in lower case; "" if there is none."""
     rest, name, digest = re.fullmatch(r"(.*?)(?:(#sha256=)([^#]*))?", uri, re.IGNORECASE | re.DOTALL).groups("")  # type: ignore[union-attr]
     if name and not re.fullmatch(r"[0-9a-fA-F]{8,64}", digest):
         raise WeightsError(f"{one_line(uri, 400)}: #sha256= takes 8 to 64 hexadecimal digits (MODEL.WEIGHTS)")

@@ -31,9 +31,8 @@ def _fit(path_or_uri: str, config: str, overrides: list[str]) -> str:
     """
     import torch
 
-    from gn_det.checkpoint.load_report import format_report
     from gn_det.checkpoint.open_weights import open_weights
-    from gn_det.checkpoint.weights import plan_weights
+    from gn_det.checkpoint.weights import format_report, plan_weights
     from gn_det.checkpoint.weights_uri import split_options
     from gn_det.config import load_config
     from gn_det.modeling.build import build_model

@@ -134,7 +134,9 @@ class Trainer(DefaultTrainer):
             self.scheduler = self.build_lr_scheduler(cfg, optimizer)
             self._state = TrainState(model, optimizer, self.scheduler, prepared.seed)
             join_local_group()
-            self._trainer = Step(parallel(model), self._batches(cfg), optimizer)
+            own_loader = self._overridden("build_train_loader")
+            batches = self.build_train_loader(cfg) if own_loader else _OwnBatches(self._prepared)
+            self._trainer = Step(parallel(model), batches, optimizer)
         self._point: Resume | None = None
         self._last = ""
         self._last_eval_results: dict[str, Any] = {}
@@ -241,10 +243,6 @@ class Trainer(DefaultTrainer):
 
     def _overridden(self, name: str) -> bool:
         return inspect.getattr_static(type(self), name) is not inspect.getattr_static(Trainer, name)
-
-    def _batches(self, cfg: CfgNode) -> Iterable[Any]:
-        own = not self._overridden("build_train_loader")
-        return _OwnBatches(self._prepared) if own else self.build_train_loader(cfg)
 
     def _log(self) -> Any:
         return run_log(self._folder, rank=dist.rank())
