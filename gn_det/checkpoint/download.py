@@ -52,9 +52,7 @@ def fetch(url: str, target: Path, *, source: str = "", sha256: str = "") -> Path
     from iopath.common.file_io import file_lock
     from tqdm import tqdm
 
-    name, parsed = one_line(target.name, 40), urlparse(url)
-    published = _HASH_IN_NAME.search(parsed.path) if parsed.hostname in _HASHING_HOSTS else None
-    sha256 = sha256 or (published[1] if published else "")
+    name = one_line(target.name, 40)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with file_lock(str(target)):
@@ -67,7 +65,7 @@ def fetch(url: str, target: Path, *, source: str = "", sha256: str = "") -> Path
                 logger.info("Downloading %s", url)
                 unit = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
                 with open(part, "w+b") as file, tqdm(desc=name, disable=None, delay=1, **unit) as bar:
-                    _Download(source or url, file, bar, sha256).run()
+                    _Download(source or url, file, bar, sha256 or _published_hash(url)).run()
                     file.flush()
                     os.fsync(file.fileno())
                     file.seek(0)
@@ -79,6 +77,12 @@ def fetch(url: str, target: Path, *, source: str = "", sha256: str = "") -> Path
     except OSError as error:
         raise DownloadFailed(one_line(error.strerror or error)) from error
     return target
+
+
+def _published_hash(url: str) -> str:
+    parsed = urlparse(url)
+    match = _HASH_IN_NAME.search(parsed.path)
+    return match[1] if match and parsed.hostname in _HASHING_HOSTS else ""
 
 
 class _Download:

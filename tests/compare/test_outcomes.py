@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gn_det.compare.outcomes import common_place, difference, place_of_run, spread, t_quantile
-from tests.compare.cases import BN, results
+from tests.compare.cases import BN, GN, results
 
 
 @pytest.mark.parametrize("p", [0.6, 0.75, 0.9, 0.975, 0.9995])
@@ -103,3 +103,12 @@ def test_a_run_that_went_on_on_another_day_has_no_place(tmp_path: Path) -> None:
     for other in ({"day": "2001-01-02"}, {"host": "c"}, {"device": "d"}):
         record.sessions = [session, session | other]
         assert place_of_run(record) is None
+
+
+def test_the_common_place_is_that_of_most_runs_and_then_the_later_day(tmp_path: Path) -> None:
+    rows = results(tmp_path, [BN, GN]).rows
+    for row, (host, day) in zip(rows, (("z", "2001-01-01"), ("a", "2001-01-02"))):
+        row.done[0].sessions = [{"host": host, "device": "b", "day": day}]
+    assert common_place(rows) == common_place(rows[::-1]) == ("a", "b", "2001-01-02")
+    assert common_place([rows[0], *rows, rows[0]]) == ("z", "b", "2001-01-01")
+    assert common_place([]) is None
