@@ -71,7 +71,7 @@ class Stream:
         """Account for bytes that a constructor copies; a pickle can call it again and again on the same value."""
         self._may_copy -= size
         if self._may_copy < 0:
-            raise Refused("copies its contents again and again, which no weights file does")
+            raise Refused("copies its contents over and over, which no weights file does")
 
 
 def check_values(value: Any) -> None:
@@ -159,13 +159,14 @@ class Unpickler(_Base):  # type: ignore[misc, unused-ignore]
         self.stack: list[Any] = []
         self.metastack: list[list[Any]] = []
         self.append = self.stack.append
+        read, dispatch = self.read, self.dispatch
         try:
             for _ in range(MAX_OPCODES):
-                self.dispatch[self.read(1)[0]](self)
+                dispatch[read(1)[0]](self)
         except _Stop as stop:
             check_values(stop.value)
             return stop.value
-        raise Refused(f"has more than {MAX_OPCODES} pickle opcodes, which no weights file does")
+        raise Refused(f"has more than {MAX_OPCODES} pickle opcodes; no weights file has so many")
 
     def find_class(self, module: str, name: str) -> Any:
         try:
@@ -211,7 +212,7 @@ class Unpickler(_Base):  # type: ignore[misc, unused-ignore]
         self.stack[-1] = self._build(top, state)
 
     def _load_refused(self) -> None:
-        raise Refused("uses pickle opcodes that no weights file does and that could run code")
+        raise Refused("uses pickle opcodes that could run code and that no weights file needs")
 
 
 def _code(opcode: str) -> int:
