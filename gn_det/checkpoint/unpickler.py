@@ -35,7 +35,7 @@ MAX_KEY = 512  # characters of a dict's key
 _MAX_BITS = 256  # of an integer
 # Longer Python 2 strings are array contents: kept as bytes instead of a detour through latin1 text.
 _LONG_STRING = 256
-_LONG_READ = 1 << 16  # longer values are never inside a pickle's frame
+_LONG_READ = 1 << 16
 _DTYPE = re.compile(r"[<>|=]?(?:b1|[iu][1248]|f[248])$")
 
 #: What a pickle may name, by module and name: functions that it may call instead, and values.
@@ -55,10 +55,10 @@ class Stream:
         self._may_copy = 2 * len(mapped) + (1 << 20)
 
     def read(self, size: int) -> bytes | memoryview:
-        begin, end = self.at, self.at + size
+        begin = self.at
+        self.at = end = begin + size
         if size < 0 or end > self._end:
             raise Refused("is truncated or damaged (it claims more bytes than it has); download it again")
-        self.at = end
         return self._map[begin:end] if size < _LONG_READ else self._view[begin:end]
 
     def readline(self) -> bytes:
@@ -113,11 +113,10 @@ class _Memo(dict[int, Any]):
 
 # Any: the attributes that opcodes work on (stack, memo, read) are not in the type stubs.
 _Base: Any = pickle._Unpickler  # type: ignore[attr-defined, unused-ignore]
-_Unframer: Any = pickle._Unframer  # type: ignore[attr-defined, unused-ignore]
 _Stop: Any = pickle._Stop  # type: ignore[attr-defined, unused-ignore]
 # Left out: INST, OBJ, NEWOBJ, PERSID, the extension registry, sets, buffers. No weights file has them.
 _OPCODES = (
-    "PROTO FRAME STOP POP POP_MARK DUP MARK NONE NEWTRUE NEWFALSE INT LONG LONG1 LONG4 BININT BININT1 BININT2 FLOAT "
+    "PROTO STOP POP POP_MARK DUP MARK NONE NEWTRUE NEWFALSE INT LONG LONG1 LONG4 BININT BININT1 BININT2 FLOAT "
     "BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES "
     "BINBYTES8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT GET BINGET LONG_BINGET "
     "PUT BINPUT LONG_BINPUT MEMOIZE GLOBAL STACK_GLOBAL BINPERSID REDUCE"
@@ -145,6 +144,7 @@ class Unpickler(_Base):  # type: ignore[misc, unused-ignore]
         build: Callable[[Any, Any], Any] | None = None,
     ) -> None:
         super().__init__(stream, encoding="latin1")
+        self.read, self.readline = stream.read, stream.readline
         self._table, self._storages, self._build = _plain_constructors(stream) | table, storages, build
 
     def load(self) -> Any:
@@ -154,8 +154,7 @@ class Unpickler(_Base):  # type: ignore[misc, unused-ignore]
             Refused: a limit, or something that is not allowed.
             Exception: of any type, for damaged bytes.
         """
-        self._unframer = _Unframer(self._file_read, self._file_readline)
-        self.read, self.readline, self.memo = self._unframer.read, self._unframer.readline, _Memo()
+        self.memo = _Memo()
         self.stack: list[Any] = []
         self.metastack: list[list[Any]] = []
         self.append = self.stack.append
@@ -222,6 +221,7 @@ def _code(opcode: str) -> int:
 Unpickler.dispatch = dict.fromkeys(range(256), Unpickler._load_refused)
 Unpickler.dispatch |= {_code(opcode): _Base.dispatch[_code(opcode)] for opcode in _OPCODES.split()}
 Unpickler.dispatch |= {
+    _code("FRAME"): lambda self: self.read(8),  # only says how much to read ahead
     _code("BYTEARRAY8"): Unpickler._load_bytearray,
     _code("DICT"): Unpickler._load_dict,
     _code("SETITEM"): Unpickler._load_setitem,
