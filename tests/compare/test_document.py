@@ -6,14 +6,18 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from gn_det.compare import document
-from gn_det.compare.document import _curves, mean_curve, thin, write_report
+from gn_det.compare.document import _curves, _drawings, mean_curve, thin, write_report
 from gn_det.compare.outcomes import Results
 from gn_det.compare.runner import Store
+from gn_det.config import get_cfg
+from gn_det.engine.engines import Engine
 from gn_det.visualize.html import jpeg_uri
 from tests.compare.cases import BN, GN, Fake, pretrain_row, results
 
@@ -176,3 +180,26 @@ def test_minutes_are_those_of_the_common_machine(tmp_path: Path) -> None:
     found.rows[0].done[0].sessions[0]["day"] = "9999-01-01"
     (line,) = _curves(found.rows, "box_ap", by_time=True)
     assert line.points[:, 0].tolist() == pytest.approx([10 / 120, 20 / 120]) and line.name == "bn"
+
+
+def test_samples_are_spread_over_the_images_with_objects(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Images(SimpleNamespace):
+        class_names = ("a",)
+        records = tuple({"file_name": f"{number}.png"} for number in range(5))
+
+        def __len__(self) -> int:
+            return 5
+
+    dataset, drawn = Images(), list[str]()
+
+    def draw(image: str, *_: Any, **size: Any) -> np.ndarray:
+        drawn.append(image)
+        return np.zeros((4, 4, 3), np.uint8)
+
+    monkeypatch.setattr("gn_det.data.sets.load_first_test_set", lambda cfg: dataset)
+    monkeypatch.setattr("gn_det.data.image.ImageReader.read", lambda self, path: path)
+    monkeypatch.setattr("gn_det.visualize.draw.draw_annotations", draw)
+    for found, expected in (([0, 1, 0, 2, 1], ["1.png", "4.png"]), ([0] * 5, ["0.png", "4.png"])):
+        dataset.object_counts = found
+        drawn.clear()
+        assert len(list(_drawings(get_cfg(), None, Engine(), 2))) == 2 and drawn == expected
