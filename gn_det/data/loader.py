@@ -7,7 +7,6 @@ once, and counted against ``DATALOADER.MAX_BAD``.
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -25,10 +24,10 @@ from gn_det.data.samplers import (
     augmentation_state,
     batch_stream,
     inference_shard,
+    repeat_epochs,
     repeat_factors,
-    repeat_stream,
-    shuffled_stream,
-    subset_stream,
+    shuffled_epochs,
+    subset_epochs,
 )
 from gn_det.data.workers import WorkerData, cores, load_batches, pack_samples, shared_memory_fits, unpack_samples
 from gn_det.errors import ConfigError, DataError, UserError
@@ -237,9 +236,10 @@ def build_train_loader(
 
     def batches() -> Iterator[list[Draw]]:
         grouping = sizes if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
-        stream = _index_stream(cfg, data, seed)
-        all_batches = batch_stream(stream, images_per_rank, rank=rank, world_size=world_size, sizes=grouping)
-        return itertools.islice(all_batches, start_batch, None)
+        epochs = _epochs(cfg, datasets, keep, seed)
+        return batch_stream(
+            epochs, images_per_rank, rank=rank, world_size=world_size, sizes=grouping, start=start_batch
+        )
 
     return TrainLoader(
         data,
@@ -272,16 +272,21 @@ def build_test_loader(
     return Loader(data, lambda: batches, workers, len(shard))
 
 
-def _index_stream(cfg: Any, data: _Images, seed: int) -> Iterator[int]:
-    name, size = cfg.DATALOADER.SAMPLER_TRAIN, len(data.where)
+def _epochs(cfg: Any, datasets: Sequence[CocoDataset], keep: np.ndarray, seed: int) -> Iterator[np.ndarray]:
+    """Indices into the images of all sets that are kept."""
+    name, size = cfg.DATALOADER.SAMPLER_TRAIN, int(keep.sum())
     if name == "TrainingSampler":
-        return shuffled_stream(size, seed)
+        return shuffled_epochs(size, seed)
     if name == "RepeatFactorTrainingSampler":
-        classes = [[a["category_id"] for a in data.record(i)["annotations"]] for i in range(size)]
+        starts = np.cumsum([0, *map(len, datasets)])
+        images = np.concatenate([np.append(d.object_images, d.crowd_images) + s for d, s in zip(datasets, starts)])
+        classes = np.concatenate([np.append(d.object_classes, d.crowd_classes) for d in datasets])
+        images, classes = (np.cumsum(keep) - 1)[images[keep[images]]], classes[keep[images]]
         root = cfg.DATALOADER.REPEAT_SQRT
-        return repeat_stream(repeat_factors(classes, cfg.DATALOADER.REPEAT_THRESHOLD, square_root=root), seed)
+        factors = repeat_factors(images, classes, size, cfg.DATALOADER.REPEAT_THRESHOLD, square_root=root)
+        return repeat_epochs(factors, seed)
     if name == "RandomSubsetTrainingSampler":
-        return subset_stream(size, float(cfg.DATALOADER.get("RANDOM_SUBSET_RATIO", 1.0)), seed)
+        return subset_epochs(size, float(cfg.DATALOADER.get("RANDOM_SUBSET_RATIO", 1.0)), seed)
     raise ConfigError(
         f"DATALOADER.SAMPLER_TRAIN {name!r} is not implemented: use TrainingSampler, RepeatFactorTrainingSampler or "
         f"RandomSubsetTrainingSampler"

@@ -1,15 +1,12 @@
 """Which images form batch k: pure functions of (seed, position).
 
-A stream is infinite and known in advance, so a resumed run skips to its place without reading data, and the number of
-worker processes changes nothing. With the same seed the streams are Detectron2's.
+The indices are infinite and known in advance, so a resumed run skips to its place without reading data, and the number
+of worker processes changes nothing. With the same seed they are Detectron2's.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -19,22 +16,22 @@ from torch import Tensor
 Draw = tuple[int, int]
 
 
-def shuffled_stream(size: int, seed: int, *, shuffle: bool = True) -> Iterator[int]:
-    """Infinite ``shuffle(range(size)) + shuffle(range(size)) + ...``."""
+def shuffled_epochs(size: int, seed: int, *, shuffle: bool = True) -> Iterator[np.ndarray]:
+    """Infinite ``shuffle(range(size))``, ``shuffle(range(size))``, ..."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        yield from (torch.randperm(size, generator=generator) if shuffle else torch.arange(size)).tolist()
+        yield (torch.randperm(size, generator=generator) if shuffle else torch.arange(size)).numpy()
 
 
-def subset_stream(size: int, ratio: float, seed: int) -> Iterator[int]:
+def subset_epochs(size: int, ratio: float, seed: int) -> Iterator[np.ndarray]:
     """Infinite shuffles of one random part of the set; the part is drawn from the seed, too."""
     generator = torch.Generator().manual_seed(seed)
-    part = torch.randperm(size, generator=generator)[: max(1, int(size * ratio))]
-    return (int(part[i]) for i in shuffled_stream(len(part), seed))
+    part = torch.randperm(size, generator=generator)[: max(1, int(size * ratio))].numpy()
+    return (part[epoch] for epoch in shuffled_epochs(len(part), seed))
 
 
-def repeat_stream(repeat_factors: Tensor, seed: int, *, shuffle: bool = True) -> Iterator[int]:
-    """Infinite stream where index i occurs ``repeat_factors[i]`` times an epoch on average.
+def repeat_epochs(repeat_factors: Tensor, seed: int, *, shuffle: bool = True) -> Iterator[np.ndarray]:
+    """Infinite epochs in which index i occurs ``repeat_factors[i]`` times on average.
 
     Fractions are rounded at random in every epoch, so epochs differ a little in length.
     """
@@ -44,50 +41,83 @@ def repeat_stream(repeat_factors: Tensor, seed: int, *, shuffle: bool = True) ->
     while True:
         times = whole + (torch.rand(len(fraction), generator=generator) < fraction).float()
         indices = torch.repeat_interleave(torch.arange(len(times)), times.to(torch.int64))
-        if shuffle:
-            indices = indices[torch.randperm(len(indices), generator=generator)]
-        yield from indices.tolist()
+        yield (indices[torch.randperm(len(indices), generator=generator)] if shuffle else indices).numpy()
 
 
-def repeat_factors(classes_of: Sequence[Sequence[int]], threshold: float, *, square_root: bool = True) -> Tensor:
+def repeat_factors(
+    images: np.ndarray, classes: np.ndarray, num_images: int, threshold: float, *, square_root: bool = True
+) -> Tensor:
     """How often an epoch should show each image, by its rarest class (LVIS paper, appendix B.2).
 
     Args:
-        classes_of: the classes in each image.
+        images, classes: (M,) image and class of every object.
+        num_images: N.
         threshold: classes in fewer than this fraction of the images are repeated.
         square_root: repeat by the root of threshold / frequency instead of the ratio itself.
 
     Returns:
         (N,) float32, at least 1.
     """
-    images_with = Counter(c for classes in classes_of for c in set(classes))
-    ratio = {c: threshold / (n / len(classes_of)) for c, n in images_with.items()}
-    of_class = {c: max(1.0, math.sqrt(r) if square_root else r) for c, r in ratio.items()}
-    factors = [max((of_class[c] for c in set(classes)), default=1.0) for classes in classes_of]
+    images, classes = np.unique(np.stack([images, classes]), axis=1)
+    images_with = np.bincount(classes).clip(min=1)
+    ratio = threshold / (images_with / num_images)
+    factors = np.ones(num_images)
+    np.maximum.at(factors, images, (np.sqrt(ratio) if square_root else ratio)[classes])
     return torch.tensor(factors, dtype=torch.float32)
 
 
 def batch_stream(
-    stream: Iterator[int], batch_size: int, *, rank: int = 0, world_size: int = 1, sizes: np.ndarray | None = None
+    epochs: Iterator[np.ndarray],
+    batch_size: int,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    sizes: np.ndarray | None = None,
+    start: int = 0,
 ) -> Iterator[list[Draw]]:
-    """Cut one rank's share of ``stream`` into batches.
+    """Cut one rank's share of ``epochs`` into batches.
 
     Args:
-        stream: infinite dataset indices, the same on every rank.
+        epochs: infinite dataset indices, the same on every rank.
         batch_size: images a batch on this rank.
         rank, world_size: this rank takes positions rank, rank + world_size, ...
         sizes: (N, 2) width and height; where given, wide (w > h) and other images never share a batch, and a batch is
             complete when either group has filled up.
+        start: batches to leave out; whole epochs of them are counted, not made.
     """
-    wide = None if sizes is None else (sizes[:, 0] > sizes[:, 1]).tolist()
     waiting: tuple[list[Draw], list[Draw]] = ([], [])
-    for position, index in itertools.islice(enumerate(stream), rank, None, world_size):
-        group = waiting[1 if wide is not None and wide[index] else 0]
-        group.append((index, position))
-        if len(group) == batch_size:
-            batch = group[:]
-            group.clear()
-            yield batch
+    position = 0
+    for indices in _long_pieces(epochs):
+        first = (rank - position) % world_size
+        places = np.arange(position + first, position + len(indices), world_size)
+        position, indices = position + len(indices), indices[first::world_size]
+        wide = np.zeros(len(indices), bool) if sizes is None else (sizes[:, 0] > sizes[:, 1])[indices]
+        counts = [len(group) + int(n) for group, n in zip(waiting, np.bincount(wide, minlength=2))]
+        complete = sum(n // batch_size for n in counts)
+        if complete <= start:
+            start -= complete
+            for group, n, mine in zip(waiting, counts, (~wide, wide)):
+                last = zip(indices[mine][-batch_size:].tolist(), places[mine][-batch_size:].tolist())
+                group[:] = [*group, *last][-(n % batch_size) :] if n % batch_size else []
+            continue
+        for index, place, k in zip(indices.tolist(), places.tolist(), wide.tolist()):
+            group = waiting[k]
+            group.append((index, place))
+            if len(group) == batch_size:
+                if start == 0:
+                    yield group[:]
+                start = max(start - 1, 0)
+                group.clear()
+
+
+def _long_pieces(epochs: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """The same indices in pieces of some thousands: small sets have short epochs."""
+    pieces: list[np.ndarray] = []
+    for epoch in epochs:
+        pieces.append(epoch)
+        if len(pieces) * max(len(epoch), 1) >= 4096:
+            yield np.concatenate(pieces)
+            pieces.clear()
 
 
 def inference_shard(size: int, rank: int = 0, world_size: int = 1) -> range:

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("detectron2.config", reason="compares with an installed Detectron2")
 
-from gn_det.data.samplers import batch_stream, inference_shard, repeat_factors, repeat_stream, shuffled_stream
+from gn_det.data.samplers import batch_stream, inference_shard, repeat_epochs, repeat_factors, shuffled_epochs
 
 pytestmark = pytest.mark.detectron2
 
@@ -19,13 +19,15 @@ def _take(stream, count: int) -> list:
     return list(itertools.islice(stream, count))
 
 
-def test_shuffled_stream_is_training_sampler() -> None:
+def test_shuffled_epochs_are_those_of_training_sampler() -> None:
     from detectron2.data.samplers import TrainingSampler
 
-    assert _take(shuffled_stream(13, 7), 60) == _take(iter(TrainingSampler(13, seed=7)), 60)
+    assert _take(itertools.chain.from_iterable(shuffled_epochs(13, 7)), 60) == _take(
+        iter(TrainingSampler(13, seed=7)), 60
+    )
 
 
-def test_repeat_stream_is_repeat_factor_sampler() -> None:
+def test_repeat_epochs_are_those_of_repeat_factor_sampler() -> None:
     from detectron2.data.samplers import RepeatFactorTrainingSampler as Sampler
 
     rng = np.random.default_rng(1)
@@ -34,9 +36,10 @@ def test_repeat_stream_is_repeat_factor_sampler() -> None:
     records = [{"annotations": [{"category_id": c} for c in of_image]} for of_image in classes]
     for root in (True, False):
         want = Sampler.repeat_factors_from_category_frequency(records, 0.3, sqrt=root)
-        got = repeat_factors(classes, 0.3, square_root=root)
+        images = np.repeat(np.arange(40), [len(c) for c in classes])
+        got = repeat_factors(images, np.concatenate(classes).astype(int), 40, 0.3, square_root=root)
         assert torch.equal(got, want)
-    assert _take(repeat_stream(got, 3), 300) == _take(iter(Sampler(want, seed=3)), 300)
+    assert _take(itertools.chain.from_iterable(repeat_epochs(got, 3)), 300) == _take(iter(Sampler(want, seed=3)), 300)
 
 
 def test_batches_are_aspect_ratio_grouped_alike() -> None:
@@ -47,7 +50,7 @@ def test_batches_are_aspect_ratio_grouped_alike() -> None:
     sizes = rng.integers(20, 30, (17, 2))  # squares occur
     dicts = [{"width": int(w), "height": int(h), "i": i} for i, (w, h) in enumerate(sizes)]
     want = AspectRatioGroupedDataset((dicts[i] for i in iter(TrainingSampler(17, seed=5))), 3)
-    got = batch_stream(shuffled_stream(17, 5), 3, sizes=sizes)
+    got = batch_stream(shuffled_epochs(17, 5), 3, sizes=sizes)
     for ours, theirs in zip(_take(got, 40), _take(iter(want), 40)):
         assert [index for index, _ in ours] == [d["i"] for d in theirs]
 
