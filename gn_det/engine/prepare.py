@@ -27,6 +27,7 @@ from gn_det.engine.loggers import check_loggers
 from gn_det.engine.optimizer import format_groups
 from gn_det.engine.output import check_space, start_afresh
 from gn_det.engine.schedule import format_schedule, images_per_rank, scale_schedule
+from gn_det.engine.shared_copy import load_once
 from gn_det.engine.state import seed_everything
 from gn_det.errors import ConfigError
 from gn_det.files import atomic_write
@@ -78,9 +79,7 @@ def prepare(cfg: CfgNode, augment: OwnTransform | None = None) -> Prepared:
     Raises:
         UserError: the data cannot be used, or the configuration does not fit it; the same on every rank.
     """
-    loaded: list[RunData] = []
-    dist.on_first_rank(lambda: loaded.append(load_run_data(cfg)))  # rank 0 first, which writes generated sets
-    data = loaded[0] if loaded else load_run_data(cfg)
+    data = load_once(lambda: load_run_data(cfg))
     cfg = with_classes(cfg, len(data.class_names), data.class_names)
     cfg, sentences = scale_schedule(cfg, dist.world_size(), data.images)
     for sentence in [*sentences, format_schedule(cfg, data.images, dist.world_size())]:

@@ -46,6 +46,7 @@ from gn_det.engine.prepare import (
     with_classes,
 )
 from gn_det.engine.schedule import format_schedule, lr_multiplier, scale_schedule
+from gn_det.engine.shared_copy import load_once
 from gn_det.engine.state import ModelMeta, find_resume, stored_config
 from gn_det.errors import ConfigError, WeightsError
 from gn_det.text import as_line
@@ -256,7 +257,7 @@ def _evaluate_rank(cfg: CfgNode, engine: Engine) -> dict[str, float]:
     with alone_in(cfg.OUTPUT_DIR), run_log(cfg.OUTPUT_DIR, rank=dist.rank()):
         _log_environment(cfg, engine)
         names = _classes_of(cfg.MODEL.WEIGHTS)
-        test = load_test_sets(cfg, names)
+        test = load_once(lambda: load_test_sets(cfg, names))
         if not test:
             raise ConfigError("DATASETS.TEST is empty; name a test set, or give --val-json and --val-images")
         names = names or test[0].class_names
