@@ -80,7 +80,7 @@ format: dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The site is written to build/site; open build/site/index.html.
+# The site is written to build/site; open index.html there. Search needs a server: python -m http.server -d build/site
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 

@@ -8,6 +8,7 @@ the peak memory of each in a process of its own.
     python benchmarks/engine.py --config gn_fpn.yaml --repeats 15 --image-size 480x640
     python benchmarks/engine.py --ours registered --config gn_fpn.yaml --repeats 15 --image-size 480x640
     python benchmarks/engine.py --quick
+    python benchmarks/engine.py --predict    # Model.predict against the model alone; without Detectron2
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import platform
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
@@ -43,6 +45,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--image-size", default="480x640", help="HEIGHTxWIDTH of the network input")
     parser.add_argument("--batch", type=int, default=2, help="images per training step; inference takes 1")
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 keeps torch's choice")
+    parser.add_argument("--predict", action="store_true", help="Model.predict on an array, against the model alone")
     parser.add_argument("--quick", action="store_true", help="small images, few RoIs, 3 pairs: checks that it runs")
     parser.add_argument(
         "--output", default="", help="json file; default benchmarks/results/{engine,plugin}_<config>_<size>.json"
@@ -183,9 +186,9 @@ def measure_pairs(first: Callable[[], Any], second: Callable[[], Any], repeats: 
     return seconds
 
 
-def summarize(seconds: np.ndarray, ours: str) -> dict[str, float]:
+def summarize(seconds: np.ndarray, ours: str, theirs: str = "detectron2") -> dict[str, float]:
     """Medians in seconds, and quantiles of the pairwise ratios; CPU time hardly feels other work on the machine."""
-    row = {f"{engine}_s": float(np.median(seconds[i, 0])) for i, engine in enumerate((ours, "detectron2"))}
+    row = {f"{engine}_s": float(np.median(seconds[i, 0])) for i, engine in enumerate((ours, theirs))}
     for clock, name in enumerate(("ratio", "cpu_ratio")):
         pairs = seconds[0, clock] / seconds[1, clock]
         row[name], row[f"{name}_p20"], row[f"{name}_p80"] = np.quantile(pairs, [0.5, 0.2, 0.8]).tolist()
@@ -216,6 +219,29 @@ def own_peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024)
 
 
+def measure_predict(cfg: Any, size: tuple[int, int], repeats: int) -> dict[str, float]:
+    """Model.predict on an array of ``size``, as a ratio to the model alone, which gets the resized image."""
+    import gn_det
+    from gn_det.checkpoint.io import save_checkpoint
+    from gn_det.checkpoint.meta import build_meta
+
+    names = [f"class {i}" for i in range(cfg.MODEL.ROI_HEADS.NUM_CLASSES)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.pth"
+        meta = build_meta(cfg, names, list(range(len(names))))
+        save_checkpoint(path, {"model": build("embedded", cfg).state_dict(), "gn_det": meta})
+        model = gn_det.load_model(path, device="cpu")
+    pixels = np.random.RandomState(0).randint(0, 256, (*size, 3)).astype(np.uint8)
+    predictor = model._predictor
+    sample = predictor.sample(pixels)
+    print(
+        f"{len(model.predict(pixels))} detections on {size[0]}x{size[1]}, network input {tuple(sample['image'].shape)}"
+    )
+    return summarize(
+        measure_pairs(lambda: model.predict(pixels), lambda: predictor.infer(sample), repeats), "predict", "model"
+    )
+
+
 def environment() -> dict[str, Any]:
     """Versions and machine."""
     import torchvision
@@ -243,6 +269,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     height, width = (int(v) for v in args.image_size.lower().split("x"))
+    if args.predict:
+        row = measure_predict(load_cfg(args.config, args.overrides), (height, width), args.repeats)
+        measured = {"config": Path(args.config).name, "image_size": [height, width], "environment": environment()}
+        write({**measured, "repeats": args.repeats, "predict": row}, args, "predict")
+        return 0
     try:
         import detectron2.modeling
     except ImportError:
@@ -276,11 +307,16 @@ def main(argv: list[str] | None = None) -> int:
     print(f"detections {results['detections']}, losses equal: {results['losses_equal']}")
     results["peak_memory_mb"] = {engine: round(peak_memory(engine, args)) for engine in engines}
     print(", ".join(f"peak memory of {e}: {mb} MB" for e, mb in results["peak_memory_mb"].items()))
-    output = Path(args.output or RESULTS / f"{OURS[args.ours]}_{Path(args.config).stem}_{height}x{width}.json")
+    write(results, args, OURS[args.ours])
+    return 0
+
+
+def write(results: Mapping[str, Any], args: argparse.Namespace, name: str) -> None:
+    """Write the result file, and print its path and the row of a single measurement."""
+    output = Path(args.output or RESULTS / f"{name}_{Path(args.config).stem}_{args.image_size.lower()}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(results, indent=2) + "\n")
-    print(f"written to {output}")
-    return 0
+    print(*([json.dumps(results[name])] if name in results else []), f"written to {output}", sep="\n")
 
 
 if __name__ == "__main__":

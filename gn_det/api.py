@@ -67,7 +67,7 @@ class Model:
             classes: keep these class names only; None keeps all.
 
         Returns:
-            One :class:`Result`, or a list of them in the order of ``images``.
+            One ``Result`` for one image, or a list of them in the order of ``images``.
 
         Raises:
             DataError: an image is missing, damaged or not of the expected form, or the list is empty.

@@ -84,7 +84,7 @@ def _checksum_problem(path: str) -> tuple[str, str]:
             with Image.open(file) as image:
                 image.verify()
     except Exception as error:
-        return "image-checksum", f"{path}: {error}: get this file again"
+        return "image-checksum", f"{path}: {error}: download or copy this file again"
     return "", ""
 
 

@@ -40,7 +40,7 @@ def refuse_overwriting(outputs: dict[str, str | None], inputs: list[str]) -> Non
         for source in inputs:
             same = os.path.realpath(path) == os.path.realpath(source)
             if same or (os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source)):
-                raise UserError(f"{flag} {path}: this is the file that is checked; give another name")
+                raise UserError(f"{flag} {path}: would overwrite the file that is checked; give another name")
 
 
 def changes_file(target: str) -> str:
@@ -57,7 +57,10 @@ class Cleaner:
         blocking = [k for k in self.findings.counts if KINDS[k].blocks]
         if blocking or survey.content is None:
             first = self.findings.found[blocking[0]][0] if blocking else "it cannot be read"
-            raise DataError(f"--fix: {survey.source.json_file} needs a person first ({first}); nothing was written")
+            raise DataError(
+                f"--fix: {survey.source.json_file} cannot be repaired automatically ({first}): correct that first; "
+                "nothing was written"
+            )
         self.content = survey.content
         self.reader = AnnotationReader(self.content.category_ids, Problems(survey.source.json_file))
         self.image_of = {image["id"]: image for image in survey.images}
@@ -212,5 +215,5 @@ def merged_categories(ids: tuple[int, ...], names: tuple[str, ...]) -> dict[Any,
 
 def _in_words(key: str, entry: dict[str, Any], value: Any) -> str:
     if key == "segmentation":
-        return f"{len(entry[key]) - len(value)} of {len(entry[key])} polygon pieces left out"
+        return f"{len(entry[key]) - len(value)} of {len(entry[key])} polygon parts left out"
     return f"{key} {value} (was {shown(entry[key])})" if key in entry else f"{key} {value} added"

@@ -67,8 +67,8 @@ class Report:
         ]
         meaning = {
             CLEAN: "clean",
-            WARNINGS: "training takes this set as it is; look at the warnings",
-            ERRORS: "training refuses the set or drops entries of it",
+            WARNINGS: "training would use this dataset as it is; see the warnings",
+            ERRORS: "training would refuse this dataset or drop entries",
         }
         found = ", ".join(parts) or "no problem found"
         return f"{found}: {meaning[self.exit_code]} (exit code {self.exit_code})"
@@ -175,7 +175,7 @@ def facts(survey: Survey) -> str:
     """What a set holds, in a line."""
     dataset = survey.dataset
     if dataset is None:
-        return "nothing of it could be read"
+        return "could not be read"
     objects, crowds = len(dataset.object_images), dataset.crowds
     empty = int((dataset.object_counts == 0).sum())
     share = crowds / max(objects + crowds, 1)
@@ -196,7 +196,7 @@ def as_text(report: Report) -> str:
         lines += [f"{survey.split}  {survey.source.json_file}", f"  {facts(survey)}; {how}"]
         lines += [*_finding_lines(survey.findings), ""]
     if report.across.counts:
-        lines += ["all sets and the config together", *_finding_lines(report.across), ""]
+        lines += ["all datasets and the config", *_finding_lines(report.across), ""]
     if any(s.dataset is not None for s in report.surveys):
         lines += [*_class_lines(report), ""]
     if report.sizes is not None:

@@ -65,7 +65,7 @@ def convert(source: StrPath, target: StrPath, to: str = "", *, fold_stem: bool =
         raise WeightsError(f"{one_line(str(target), 400)}: name the new file {' or '.join(suffixes)}")
     weights, path, name = open_weights(source, must_know=fold_stem), local_path(source), os.fspath(source)
     if os.path.exists(target) and os.path.samefile(path, target):
-        raise WeightsError(f"{target}: would replace its own source; give another name")
+        raise WeightsError(f"{target}: would overwrite its source; give another name")
     if fold_stem:
         _fold(name, weights, LAYOUTS[to or "detectron2"])
     state = {**weights.state, **weights.aside}

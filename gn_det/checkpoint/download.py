@@ -70,7 +70,7 @@ def fetch(url: str, target: Path, *, source: str = "", sha256: str = "") -> Path
                     os.fsync(file.fileno())
                     file.seek(0)
                     if what := not_weights(file.read(64)):
-                        raise DownloadFailed(f"the server sent no weights but {what}")
+                        raise DownloadFailed(f"instead of weights the server sent {what}")
                 os.replace(part, target)
             finally:
                 part.unlink(missing_ok=True)
@@ -132,7 +132,7 @@ class _Download:
             raise DownloadFailed("the server sent an empty file")
         found = self.digest.hexdigest()
         if not found.startswith(self.sha256.lower()):
-            raise DownloadFailed(f"its sha256 is {found}, expected {self.sha256}: damaged on the way, or another file")
+            raise DownloadFailed(f"its sha256 is {found}, expected {self.sha256}: it is damaged or a different file")
 
     def attempt(self) -> None:
         """Read until the end or until the connection breaks; continues at ``have`` where the server lets us."""
@@ -144,7 +144,7 @@ class _Download:
             if response.status == 206:
                 if "Range" not in headers or not self._is_rest(response.headers):
                     self.restart()
-                    raise ConnectionError("the server sent another part of the file than the missing one")
+                    raise ConnectionError("the server sent the wrong part of the file")
             else:
                 self.restart()
                 length = response.headers.get("Content-Length", "")

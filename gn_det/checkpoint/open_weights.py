@@ -70,7 +70,7 @@ def open_weights(path_or_uri: StrPath, *, must_know: bool = True) -> Weights:
         weights.preprocessing, weights.foldable = known, True
     if must_know and weights.asks and weights.preprocessing is None:
         raise WeightsError(
-            f"{uri}: {weights.kind} that does not store how images were normalised: append ?preprocessing=caffe (BGR, "
+            f"{uri}: {weights.kind} that does not store how images were normalized: append ?preprocessing=caffe (BGR, "
             "0-255, as open-mmlab://detectron/resnet50_gn) or ?preprocessing=torch (RGB, ImageNet mean and std, as "
             "open-mmlab://contrib/resnet50_gn) to its name"
         )

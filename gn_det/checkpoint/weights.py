@@ -315,7 +315,7 @@ def _refuse_frozen(report: LoadReport, model: nn.Module) -> None:
     frozen = [name for name, p in model.named_parameters() if name in lost and not p.requires_grad]
     if frozen:
         raise WeightsError(
-            f"{report.source}: gives no weights for {shorten(frozen)}, which are frozen and would stay random: set "
+            f"{report.source}: has no weights for {shorten(frozen)}, which are frozen and would stay random: set "
             "MODEL.BACKBONE.FREEZE_AT 0"
         )
 

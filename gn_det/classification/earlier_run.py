@@ -97,14 +97,14 @@ def restore(path: Path, settings: Settings, state: TrainState) -> Progressed:
     """
     payload, processes = read_checkpoint(path, verify=True), dist.world_size()
     if not {"model", "optimizer", "done", "settings"} <= set(payload):
-        raise WeightsError(f"{path}: is no checkpoint of gn-det pretrain; start anew with --overwrite")
+        raise WeightsError(f"{path}: is not a checkpoint of gn-det pretrain; start over with --overwrite")
     try:
         record({"settings": _SETTINGS, "processes": integer(1, 10**6)})(payload, "")
         _check_settings(path, payload["settings"], settings)
         if payload["processes"] != processes:
             raise ConfigError(
                 f"{path}: was trained by {count(payload['processes'], 'process', 'processes')}, not {processes}, so "
-                "the batch would change; resume with as many, or start anew with --overwrite"
+                "the batch would change; resume with as many, or start over with --overwrite"
             )
         record({"model": weights_of(state.model), "done": _DONE}, scaler=or_nothing(SCALER))(payload, "")
         done = Progressed(**{f.name: payload["done"][f.name] for f in fields(Progressed)})
@@ -112,7 +112,7 @@ def restore(path: Path, settings: Settings, state: TrainState) -> Progressed:
             raise InvalidValue("done.curve", f"has {len(done.curve)} rows, not one for each of {done.epochs} epochs")
         put_momentum = restore_slots(state.optimizer, payload["optimizer"], "optimizer")
     except InvalidValue as error:
-        raise refuse(str(path), error, "start anew with --overwrite") from None
+        raise refuse(str(path), error, "start over with --overwrite") from None
     state.model.load_state_dict(dict(payload["model"]))
     put_momentum()
     if state.scaler is not None and payload.get("scaler"):

@@ -133,7 +133,7 @@ class _Images(WorkerData):
                 raise ImageError(
                     f"{file}: image holds more than 8 bits: pretrain cannot scale it, convert it first"
                 ) from None
-            raise ImageError(f"{error} (pretrain cannot leave it out: mend or remove the file)") from None
+            raise ImageError(f"{error} (pretrain cannot leave it out: repair or remove the file)") from None
         if self._epoch is None:
             return _as_bgr(self._transform(image))
         with torch.random.fork_rng(devices=[]):

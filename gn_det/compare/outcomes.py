@@ -158,9 +158,10 @@ class RowResult:
         return None if self.base is None else difference(self.values(column), self.base.values(column))
 
     def neither_learned(self, column: str) -> bool:
-        """Whether a precision is 0 in every run of a row and of its baseline, so that their difference says nothing."""
+        """Whether every run of a row and of its baseline has AP 0.0, so that their difference says nothing."""
         sides = [list(side.values(column).values()) for side in (self, self.base) if side is not None]
-        return len(sides) == 2 and all(sides) and not any(map(any, sides)) and not COLUMNS[column].lower_is_better
+        nothing = len(sides) == 2 and all(sides) and max(map(max, sides)) < 0.05  # shown as 0.0
+        return nothing and not COLUMNS[column].lower_is_better
 
     def size(self, column: str) -> float | None:
         return next((r.size[column] for r in self.done if r.size.get(column) is not None), None)

@@ -34,7 +34,7 @@ from gn_det.engine.output import alone_in, check_writable
 from gn_det.errors import UserError, WeightsError
 from gn_det.files import atomic_write, json_bytes
 from gn_det.terminal import say
-from gn_det.text import one_line
+from gn_det.text import count, one_line
 
 #: Raise it by one with every change of gn_det that can change the result of a run (model, loss, schedule, data,
 #: evaluation, pre-training): finished runs of another number are then run again, and marked in reports.
@@ -286,7 +286,7 @@ def _session(job: Job, num_gpus: int) -> dict[str, Any]:
     now = datetime.now().astimezone()
     device = dist.device_name(job.device)
     if not job.device.startswith("cuda"):
-        device += f", {torch.get_num_threads()} thread(s)"
+        device += f", {count(torch.get_num_threads(), 'thread')}"
     return {
         "host": platform.node(),
         "device": f"{num_gpus} x {device}" if num_gpus > 1 else device,

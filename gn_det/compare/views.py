@@ -101,9 +101,9 @@ def _finding(result: RowResult, base: RowResult) -> Finding:
 def _noise(found: Difference, column: str) -> str:
     """The rest of a sentence: interval and verdict."""
     if found.half is None:
-        return "one seed each: the noise is not known, so this may be chance."
+        return "one seed each: the noise is unknown, so this may be chance."
     how = f"{found.n[0]} paired seeds" if found.paired else f"{found.n[0]} and {found.n[1]} seeds"
-    how += ", if both rows spread alike" if found.assumed else ""
+    how += ", assuming both rows vary alike" if found.assumed else ""
     interval = f"95% interval {signed(found.value - found.half)} to {signed(found.value + found.half)} over {how}"
     if not found.beyond_noise:
         return f"{interval}: not larger than the noise."
@@ -294,8 +294,8 @@ def _notes(rows: list[RowResult], columns: Sequence[str], place: Place | None, c
     if compared:
         found = [d for r in rows for c in compared if (d := r.difference(c)) is not None]
         text = "Δ: against the row's baseline, ± half of its 95% interval; bold: larger than the noise"
-        text += "; (?): one seed, so the noise is not known" if any(d.half is None for d in found) else ""
-        text += "; a row of one seed is taken to spread as the other" if any(d.assumed for d in found) else ""
+        text += "; (?): one seed, so the noise is unknown" if any(d.half is None for d in found) else ""
+        text += "; a row with one seed is assumed to vary like the other" if any(d.assumed for d in found) else ""
         notes.append(f"{text}.")
     costs = [c for c in columns if COLUMNS[c].what == COST]
     if costs and place is not None:

@@ -168,7 +168,7 @@ _KEYS = (
         "Where scalars are written besides metrics.json.", ours=True),
     Key("SEED", -1, integer(-(2**63), 2**63 - 1),
         "Seed of initialisation, sampling and augmentation; negative: drawn at the start and printed."),
-    Key("CUDNN_BENCHMARK", False, FLAG, "Let cuDNN search algorithms; pays only if image sizes hardly vary."),
+    Key("CUDNN_BENCHMARK", False, FLAG, "Let cuDNN search algorithms; worthwhile only if image sizes hardly vary."),
     Key("FLOAT32_PRECISION", "", one_of("", "highest", "high", "medium"),
         'Argument of torch.set_float32_matmul_precision; "" leaves torch\'s own.'),
     *_unused("", "Iterations between images drawn during training.", VIS_PERIOD=0),

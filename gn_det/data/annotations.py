@@ -89,7 +89,7 @@ def check_segmentation(segmentation: Any, height: int, width: int) -> tuple[Segm
     """Polygons or compressed RLE, verified.
 
     Returns:
-        The segmentation (None where the json has none) and the number of polygon pieces left out because they have
+        The segmentation (None where the json has none) and the number of polygon parts left out because they have
         fewer than 3 points or an odd number of coordinates, as Detectron2 leaves them out.
 
     Raises:

@@ -173,7 +173,7 @@ class ImageReader:
                 if image.width * image.height > limit:
                     raise _too_large(path, f"size of {image.width}x{image.height} pixels", limit)
                 if image.format == "EPS":
-                    raise ValueError("EPS is a program that draws, not an image: convert it to PNG")
+                    raise ValueError("EPS files are programs, not images: convert it to PNG")
                 yield file, image
         except ImageError:
             raise
@@ -264,7 +264,7 @@ def _check_png(file: BinaryIO) -> None:
             left -= len(piece)
         stored = file.read(4)
         if not left and len(stored) == 4 and int.from_bytes(stored, "big") != checksum:
-            raise ValueError("the checksum of its pixels is wrong: get this file again")
+            raise ValueError("the checksum of its pixels is wrong: download or copy this file again")
 
 
 def _ends_with(file: BinaryIO, end: bytes) -> bool:
@@ -295,7 +295,7 @@ def _unreadable(path: StrPath, error: Exception) -> ImageError:
     elif os.stat(path).st_size == 0:
         reason = "the file is empty, 0 bytes"
     elif isinstance(error, UnidentifiedImageError):
-        reason = "not an image that Pillow knows"
+        reason = "not an image that Pillow can read"
     return ImageError(f"{name}: image cannot be read ({reason})")
 
 

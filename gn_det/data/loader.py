@@ -186,7 +186,7 @@ class TrainLoader(Loader):
             if one_colour(sample["image"].numpy().transpose(1, 2, 0)):
                 self._warn_of_one_colour = False
                 logger.warning(
-                    "%s: every pixel has the same colour, nothing can be learnt from it; gn-det check --images lists "
+                    "%s: every pixel has the same color, so there is nothing to learn; gn-det check --images lists "
                     "all such images (training names only the first)",
                     one_line(sample["file_name"], 300),
                 )

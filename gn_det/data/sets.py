@@ -59,17 +59,17 @@ def load_run_data(cfg: CfgNode) -> RunData:
     test = load_test_sets(cfg, train[0].class_names)
     images = int(has_objects.sum()) if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS else len(has_objects)
     if not test:
-        logger.info("No test set is named (DATASETS.TEST, --val-json): nothing is evaluated, no model_best.pth.")
+        logger.info("No test set (DATASETS.TEST, --val-json): nothing is evaluated and no model_best.pth is written.")
     if test and cfg.TEST.PATIENCE > 0 and not any(dataset.object_counts.any() for dataset in test):
         raise DataError(
             f"{test[0].json_file}: has no object, so it gives no AP and TEST.PATIENCE {cfg.TEST.PATIENCE} would stop "
-            "the run for nothing; give a test set with objects, or set TEST.PATIENCE 0"
+            "the run for no reason; give a test set with objects, or set TEST.PATIENCE 0"
         )
     for dataset in test:
         if not dataset.object_counts.any():
-            logger.info("%s has no object: it gives no AP, and nothing to choose model_best.pth by.", dataset.name)
+            logger.info("%s has no objects: there is no AP, and no model_best.pth is written.", dataset.name)
         elif len(dataset) < _FEW:
-            logger.info("%s has few images (%d): its AP says little.", dataset.name, len(dataset))
+            logger.info("%s has few images (%d): expect a noisy AP.", dataset.name, len(dataset))
     return RunData(train, test, train[0].class_names, train[0].category_ids, images)
 
 

@@ -166,8 +166,8 @@ def worker_failure(error: RuntimeError) -> DataError | None:
         if pid is not None and _heartbeat is not None and not _heartbeat.has_started(pid) and _imports_script():
             return DataError(_unguarded())
         return DataError(
-            f"a data loading process was killed{where if pid else ''}, most likely for lack of memory or of shared "
-            f"memory (/dev/shm): {_more_memory()}"
+            f"a data loading process was killed{where if pid else ''}, probably because memory or shared memory "
+            f"(/dev/shm) ran out: {_more_memory()}"
         )
     return None
 

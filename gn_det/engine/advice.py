@@ -36,7 +36,7 @@ def half_gn(rows: Sequence[CensusRow]) -> str:
         return ""
     parts = ", ".join(f"{part}: {' and '.join(sorted(found))}" for part, found in others.items())
     keys = ", ".join(f"{_KEYS.get(part, 'MODEL.RESNETS.NORM')} GN" for part in others)
-    return f"GN is in a part of the model only ({parts}); the published GN models have it everywhere: {keys}."
+    return f"Only a part of the model has GN ({parts}); the published GN models use it everywhere: {keys}."
 
 
 def short_for_scratch(cfg: CfgNode, images: int) -> str:

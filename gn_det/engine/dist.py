@@ -293,9 +293,9 @@ def _raise_first_error(box: Path, failed: dict[int, int]) -> None:
         if code < 0:
             name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
             raise TrainingError(
-                f"training process {index} was ended by {name}, most likely for lack of memory, and the others with "
-                "it: lower SOLVER.IMS_PER_BATCH, DATALOADER.NUM_WORKERS or INPUT.MAX_SIZE_TRAIN, or give the machine "
-                "more memory, then continue with --resume"
+                f"training process {index} was killed by {name}, probably because memory ran out; the others were "
+                "stopped. Lower SOLVER.IMS_PER_BATCH, DATALOADER.NUM_WORKERS or INPUT.MAX_SIZE_TRAIN, or give the "
+                "machine more memory, then continue with --resume"
             )
     for index, error in errors.items():
         raise RuntimeError(f"training process {index} failed first:\n{error}")

@@ -112,7 +112,7 @@ def find_origin(model: nn.Module, forward: Callable[[], Any]) -> str:
             inputs = [float(t.abs().max()) for t in _numbers(args)]
             size = f", whose inputs reach {max(inputs):.3g}" if inputs else ""
             layer = f"{names[module]} ({type(module).__name__})"
-            found.append(f"the first activations to go bad are those of {layer}{size}")
+            found.append(f"the first activations that are not finite are in {layer}{size}")
 
     handle = register_module_forward_hook(watch)
     try:
@@ -122,7 +122,7 @@ def find_origin(model: nn.Module, forward: Callable[[], Any]) -> str:
         logger.debug("replay ended by %s", error)
     finally:
         handle.remove()
-    return found[0] if found else "all activations are finite: the objects of these images are what to look at"
+    return found[0] if found else "all activations are finite: look at the objects of these images"
 
 
 def _numbers(value: Any) -> list[Tensor]:

@@ -85,7 +85,7 @@ def prepare(cfg: CfgNode, augment: OwnTransform | None = None) -> Prepared:
     for sentence in [*sentences, format_schedule(cfg, data.images, dist.world_size())]:
         logger.info(sentence)
     seed = dist.broadcast(int(cfg.SEED) if cfg.SEED >= 0 else secrets.randbelow(2**31))
-    logger.info("Seed %d%s.", seed, "" if cfg.SEED >= 0 else " (drawn; SEED repeats the run)")
+    logger.info("Seed %d%s.", seed, "" if cfg.SEED >= 0 else " (random; set SEED to repeat the run)")
     seed_everything(seed + dist.rank())
     return Prepared(cfg, data, seed, augment)
 

@@ -49,7 +49,7 @@ from gn_det.engine.schedule import format_schedule, lr_multiplier, scale_schedul
 from gn_det.engine.shared_copy import load_once
 from gn_det.engine.state import ModelMeta, find_resume, stored_config
 from gn_det.errors import ConfigError, WeightsError
-from gn_det.text import as_line
+from gn_det.text import as_line, count
 
 logger = logging.getLogger(__name__)
 

@@ -203,12 +203,12 @@ def scale_schedule(cfg: CfgNode, world_size: int, images: int) -> tuple[CfgNode,
         kept = tuple(round(s / (solver.STEPS[-1] * 1.1) * solver.MAX_ITER) for s in solver.STEPS)
         hint = f': the learning rate never drops; SOLVER.STEPS "{kept}" would lower it in time'
         sentences.append(
-            f"SOLVER.STEPS {tuple(late)} lie beyond the last iteration {solver.MAX_ITER} and are ignored"
+            f"SOLVER.STEPS {tuple(late)} are beyond the last iteration {solver.MAX_ITER} and are ignored"
             f"{hint if len(late) == len(solver.STEPS) else ''}."
         )
     if solver.WARMUP_ITERS >= solver.MAX_ITER:
         sentences.append(
-            f"The warm-up of {solver.WARMUP_ITERS} iterations fills the whole run of {solver.MAX_ITER}: the learning "
+            f"The warm-up of {solver.WARMUP_ITERS} iterations covers the whole run of {solver.MAX_ITER}: the learning "
             "rate never reaches SOLVER.BASE_LR; lower SOLVER.WARMUP_ITERS."
         )
     images_per_rank(cfg, world_size)

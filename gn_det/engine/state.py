@@ -260,7 +260,7 @@ def restore(resume: Resume, state: TrainState, cfg: CfgNode) -> None:
     if len(states) == processes:
         state.rng = states[dist.rank()]
     elif states:
-        logger.info("The run had %d processes and now has %d: random streams start anew.", len(states), processes)
+        logger.info("The run had %d processes and now has %d: random streams restart.", len(states), processes)
     logger.info(
         "Resumed from %s: iteration %d done, %d to go.",
         *(resume.path, state.iteration, max(int(cfg.SOLVER.MAX_ITER) - state.iteration - 1, 0)),

@@ -95,7 +95,7 @@ def explain(
     reasons: list[str] = []
     objects = [a for a in gt.annotations if not a["iscrowd"]]
     if len(gt.images) == 1:
-        reasons.append(f"{gt.source} has a single image: an AP on it says next to nothing; hold out more images.")
+        reasons.append(f"{gt.source} has a single image: its AP means next to nothing; hold out more images.")
     if not objects:
         crowd = " that is not a crowd" if gt.annotations else ""
         return [*reasons, f"AP is undefined (-1, nan): {gt.source} has no ground-truth object{crowd}."]
@@ -152,7 +152,7 @@ def _category_mismatch(
     strange = Counter(r["category_id"] for r in results if r["category_id"] not in known.union(category_ids))
     if strange:
         out.append(
-            f"{sum(strange.values())} of {len(results)} detections carry category ids that {gt.source} does not have "
+            f"{sum(strange.values())} of {len(results)} detections have category ids that {gt.source} does not have "
             f"({some(sorted(strange))}; it has {some(gt.category_ids)}) and do not count: the model's classes come "
             "from another json."
         )
@@ -251,16 +251,16 @@ def _bad_boxes(objects: Sequence[Mapping[str, Any]], results: Sequence[Mapping[s
         return []
     for what, entries in (("the ground-truth boxes", objects), ("the detected boxes", results)):
         if max(max(e["bbox"]) for e in entries) <= 1.5:
-            return [f"{what} are all within 0..1.5 and look normalised; COCO wants pixels."]
+            return [f"{what} are all within 0..1.5 and look normalized; COCO expects pixels."]
     fit, _ = _fit(objects, results)
     for what, share in (("detected", fit.detections_as_corners), ("ground-truth", fit.truth_as_corners)):
         if share > max(0.3, 2 * fit.any_class):
-            return [f"the {what} boxes fit when read as [x0, y0, x1, y1]; COCO wants [x, y, width, height]."]
+            return [f"the {what} boxes fit when read as [x0, y0, x1, y1]; COCO expects [x, y, width, height]."]
     # A model that hardly trained names classes at random, with low scores; only a sure one can be mislabelled.
     sure, _ = _fit(objects, [r for r in results if r["score"] >= 0.5])
     if sure.any_class > max(0.3, 3 * sure.same_class):
         return [
-            f"{sure.any_class:.0%} of the objects are met by a box (IoU >= 0.5) but only {sure.same_class:.0%} with "
+            f"{sure.any_class:.0%} of the objects match a box (IoU >= 0.5) but only {sure.same_class:.0%} with "
             "their own class: class order or category ids of model and json do not match."
         ]
     return []

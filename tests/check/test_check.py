@@ -189,7 +189,7 @@ def test_bad_files(tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]
     words = ["check", "--train-json", source.json_file, "--train-images", source.image_root]
     assert main(words) == 2
     assert main([*words, "--fix", str(tmp_path / "out.json")]) == 2
-    assert "needs a person first" in capsys.readouterr().err and not (tmp_path / "out.json").exists()
+    assert "cannot be repaired automatically" in capsys.readouterr().err and not (tmp_path / "out.json").exists()
 
 
 def test_copies_of_entries_are_dropped(tmp_path: Path) -> None:

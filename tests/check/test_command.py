@@ -141,7 +141,7 @@ def test_sets_without_objects(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     train = in_folder(tmp_path / "b")
     blind = other_pictures(in_folder(tmp_path / "c", lambda c: c.pop("annotations")))
     assert main(words(train, blind)) == 1
-    assert "nothing can be measured" in capsys.readouterr().out
+    assert "AP cannot be measured" in capsys.readouterr().out
 
 
 def test_no_masks_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -337,7 +337,7 @@ def test_help_tells_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["check", "--help"])
     out = " ".join(capsys.readouterr().out.split())
-    assert "0 clean (notes do not count), 1 warnings only, 2 errors" in out
+    assert "0 no problems (notes do not count), 1 warnings only, 2 errors" in out
 
 
 def test_names_cannot_write_html_or_control_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -435,7 +435,7 @@ def test_deep_and_constant_pictures(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "(mode I;16) with values from 3 to 1202" in told and "none of its 4 images can be used" in told
     assert main(words(source, None, "--images", "INPUT.BIT_DEPTH", "3,1202")) == 1
     told = capsys.readouterr().out
-    assert "images of one colour all over" in told and "(im 8é.png): every pixel is 0" in told
+    assert "images of a single color" in told and "(im 8é.png): every pixel is 0" in told
     page = tmp_path / "page.html"
     assert main(words(source, None, "--html", str(page), "INPUT.BIT_DEPTH", "3,1202")) == 0
     assert page.read_text().count("<figure") == 4  # samples: every picture is read as training reads it

@@ -51,7 +51,7 @@ def test_a_result_that_contradicts_the_paper_says_so(tmp_path: Path) -> None:
     assert findings(found)["gn"].contradicts
     one = results(tmp_path / "one", [BN, GN], 1, Fake(values={"bn": 32.0, "gn": 30.0}))
     text = " ".join(findings(one)["gn"].sentences)
-    assert "one seed each: the noise is not known" in text and "cannot be distinguished from noise" in text
+    assert "one seed each: the noise is unknown" in text and "cannot be distinguished from noise" in text
     assert "contradicts the paper" not in text
 
 
@@ -68,11 +68,11 @@ def test_a_row_of_one_seed_is_told_with_its_assumption(tmp_path: Path) -> None:
     rows = [{**BN, "seeds": 3}, {**GN, "seeds": 1}]
     found = results(tmp_path, rows, None, Fake(values={"bn": 30.0, "gn": 36.0}))
     assert (
-        "over 1 and 3 seeds, if both rows spread alike: larger than the noise, better"
+        "over 1 and 3 seeds, assuming both rows vary alike: larger than the noise, better"
         in findings(found)["gn"].sentences[0]
     )
     shown = view(found, found.plan.suite.tables[0])
-    assert any("a row of one seed is taken to spread as the other" in note for note in shown.notes)
+    assert any("a row with one seed is assumed to vary like the other" in note for note in shown.notes)
     assert shown.body[1][2].strong
 
 
@@ -159,11 +159,11 @@ def test_signs() -> None:
 
 
 def test_nothing_learned_on_both_sides_is_no_result(tmp_path: Path) -> None:
-    """AP 0 in all runs of a row and its baseline; as soon as one run has some AP, it is a difference again."""
+    """AP shown as 0.0 in all runs of a row and its baseline; as soon as one run has more, it is a difference again."""
     found = results(tmp_path, [BN, GN], 3)
     for result in found.rows:
         for record in result.done:
-            record.metrics = {"box_ap": 0.0, "mask_ap": 0.0}
+            record.metrics = {"box_ap": 0.04, "mask_ap": 0.0}
     finding = findings(found)["gn"]
     assert finding.sentences == ["gn against bn: neither learned (box AP 0.0 on both sides)."]
     assert [cell.text for cell in view(found, found.plan.suite.tables[0]).body[1]].count("neither learned") == 2

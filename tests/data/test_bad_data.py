@@ -158,7 +158,7 @@ def test_bad_images_are_dropped_with_their_objects(tmp_path: Path) -> None:
     data = load_coco(source, max_bad=3)
     assert [r["image_id"] for r in data.records] == [8] and len(data.sizes) == len(data.object_counts) == 1
     assert "image 5: " in data.bad[0] and "image not found" in data.bad[0]
-    assert "0 bytes" in data.bad[1] and "not an image that Pillow knows" in data.bad[2]
+    assert "0 bytes" in data.bad[1] and "not an image that Pillow can read" in data.bad[2]
     with pytest.raises(DataError, match=r"3 bad images or annotations, DATALOADER.MAX_BAD allows 2"):
         load_coco(source, max_bad=2)
     assert len(load_coco(source, max_bad=0, need_images=False).records) == 4

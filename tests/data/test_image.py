@@ -138,7 +138,7 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     """A pipe without a writer would hang; Ghostscript would run what an EPS file says."""
     os.mkfifo(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
-    for name, reason in (("a.png", "a named pipe, not a regular file"), ("b.png", "EPS is a program")):
+    for name, reason in (("a.png", "a named pipe, not a regular file"), ("b.png", "EPS files are programs")):
         for read in (ImageReader().read, ImageReader().size):
             with pytest.raises(ImageError, match=reason):
                 read(tmp_path / name)
@@ -218,7 +218,7 @@ def test_png_that_decodes_to_other_pixels_is_refused(tmp_path: Path) -> None:
             assert np.array_equal(ImageReader("RGB").read(path), pixels)
         except DataError as error:
             refused += 1
-            if "the checksum of its pixels is wrong: get this file again" in str(error):
+            if "the checksum of its pixels is wrong: download or copy this file again" in str(error):
                 others += not np.array_equal(np.asarray(Image.open(path)), pixels)  # Pillow takes it
     assert refused > 250 and others > 10
 

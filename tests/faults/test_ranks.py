@@ -19,7 +19,7 @@ from tests.faults import ranks
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 def test_a_killed_rank_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "_GRACE_SECONDS", 1.0)
-    with pytest.raises(TrainingError, match=r"^training process 1 was ended by SIGKILL, .*memory.*--resume$"):
+    with pytest.raises(TrainingError, match=r"^training process 1 was killed by SIGKILL, .*memory.*--resume$"):
         dist.launch(ranks.is_killed, (1,), device="cpu", num_gpus=2)
 
 

@@ -62,7 +62,7 @@ def test_half_gn_and_a_schedule_too_short_for_scratch(
 ) -> None:
     assert main([*words(shapes, tmp_path, "MODEL.FPN.NORM="), "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert "GN is in a part of the model only (fpn: none); the published GN models have it everywhere" in out
+    assert "Only a part of the model has GN (fpn: none); the published GN models use it everywhere" in out
     assert "MODEL.WEIGHTS is empty and the run has 0.1 epochs; published runs from scratch have at least 36" in out
 
 
@@ -74,10 +74,10 @@ def test_validation_sets_that_hold_nothing(shapes: Path, tmp_path: Path, capsys:
     patient = [*with_val(plain, tmp_path / "b.json", annotations=[]), "TEST.PATIENCE", "3", "TEST.EVAL_PERIOD", "1"]
     assert main(patient) == 2
     err = capsys.readouterr().err
-    assert "b.json: has no object, so it gives no AP and TEST.PATIENCE 3 would stop the run for nothing" in err
+    assert "b.json: has no object, so it gives no AP and TEST.PATIENCE 3 would stop the run for no reason" in err
     assert main(with_val(plain, tmp_path / "c.json", annotations=None)) == 0
     out = capsys.readouterr().out
-    assert "c has no object: it gives no AP, and nothing to choose model_best.pth by." in out
+    assert "c has no objects: there is no AP, and no model_best.pth is written." in out
     assert "segm/AP is undefined; model_best.pth is not written" in out
     assert not (tmp_path / "run" / "model_best.pth").exists() and (tmp_path / "run" / "model_final.pth").exists()
 
@@ -89,5 +89,5 @@ def test_a_validation_set_of_one_image(shapes: Path, tmp_path: Path, capsys: pyt
     own = [a for a in content["annotations"] if a["image_id"] == first[0]["id"]]
     assert main(with_val(plain, tmp_path / "one.json", images=first, annotations=own)) == 0
     out = capsys.readouterr().out
-    assert "one has few images (1): its AP says little." in out
-    assert "one.json has a single image: an AP on it says next to nothing; hold out more images." in out
+    assert "one has few images (1): expect a noisy AP." in out
+    assert "one.json has a single image: its AP means next to nothing; hold out more images." in out
