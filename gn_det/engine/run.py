@@ -289,7 +289,8 @@ def _classes_of(weights: str) -> tuple[str, ...] | None:
 
 def _log_environment(cfg: CfgNode, engine: Engine) -> None:
     device = dist.resolve_device(cfg.MODEL.DEVICE)
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
+    on_gpu = device.startswith("cuda")
+    name = torch.cuda.get_device_name() if on_gpu else f"CPU, {count(torch.get_num_threads(), 'thread')}"
     amp = f", {cfg.SOLVER.AMP.DTYPE} autocast" if cfg.SOLVER.AMP.ENABLED is True else ""
     processes = f"{dist.world_size()} processes" if dist.world_size() > 1 else "1 process"
     logger.info(

@@ -268,7 +268,7 @@ def restore(resume: Resume, state: TrainState, cfg: CfgNode) -> None:
     if sentence:
         logger.info(sentence)
     if changed := _changed_keys(resume, cfg):
-        logger.info("Changed since that checkpoint, and used as given now: %s.", "; ".join(changed))
+        logger.info("Changed since that checkpoint (the new values apply): %s.", "; ".join(changed))
 
 
 def _momentum(payload: Mapping[str, Any], model: nn.Module, optimizer: Optimizer) -> tuple[Callable[[], None], str]:
