@@ -90,32 +90,40 @@ class MaskRCNN(nn.Module):
         return {**losses, **rpn_losses}
 
     @torch.no_grad()
-    def detect(self, batch: Sequence[Sample]) -> list[Detections]:
-        """Detections of each sample at its ``height`` and ``width``; see :meth:`forward`."""
-        _, detections = self.detect_raw(batch)
+    def detect(self, batch: Sequence[Sample], least: tuple[int, int] = (0, 0)) -> list[Detections]:
+        """Detections of each sample at its ``height`` and ``width``; see :meth:`forward` and :meth:`preprocess`."""
+        _, detections = self.detect_raw(batch, least)
         return [
             resize_detections(d, s.get("height", d.image_size[0]), s.get("width", d.image_size[1]))
             for d, s in zip(detections, batch)
         ]
 
     @torch.no_grad()
-    def detect_raw(self, batch: Sequence[Sample]) -> tuple[list[Proposals], list[Detections]]:
+    def detect_raw(
+        self, batch: Sequence[Sample], least: tuple[int, int] = (0, 0)
+    ) -> tuple[list[Proposals], list[Detections]]:
         """Proposals and detections at network resolution; masks are (N, S, S) probabilities within the boxes."""
-        images, sizes = self.preprocess(batch)
+        images, sizes = self.preprocess(batch, least)
         features = self.backbone(images)
         proposals, _ = self.proposal_generator(features, sizes)
         detections, _ = self.roi_heads(features, proposals)
         return proposals, detections
 
     @torch.no_grad()
-    def preprocess(self, batch: Sequence[Sample]) -> tuple[Tensor, list[tuple[int, int]]]:
+    def preprocess(
+        self, batch: Sequence[Sample], least: tuple[int, int] = (0, 0)
+    ) -> tuple[Tensor, list[tuple[int, int]]]:
         """Normalize, then pad with zeros at the bottom and right to one size that suits the backbone.
+
+        Args:
+            batch: samples with ``image``.
+            least: height and width of the result, at least.
 
         Returns:
             Images (B, 3, H, W) float32 on the model's device, and the (H, W) of each before padding.
         """
         sizes = [(s["image"].shape[-2], s["image"].shape[-1]) for s in batch]
-        height, width = (max(side) for side in zip(*sizes))
+        height, width = (max(side) for side in zip(*sizes, least))
         divisor = max(self.backbone.size_divisibility, 1)
         height, width = -(-height // divisor) * divisor, -(-width // divisor) * divisor
         images = self.pixel_mean.new_zeros((len(batch), len(self.pixel_mean), height, width))

@@ -1,0 +1,70 @@
+"""Write a trained detector as ONNX, a torch.export program or an AOTInductor package."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+from gn_det.cli import flags
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--weights", metavar="FILE", required=True, help="checkpoint of gn-det train")
+    parser.add_argument("--output", metavar="FILE", required=True, help="file to write")
+    parser.add_argument(
+        "--to",
+        choices=("onnx", "pt2", "aoti"),
+        default="onnx",
+        help="onnx (default); pt2, a torch.export program; aoti, a package compiled by AOTInductor for this machine",
+    )
+    shape = parser.add_mutually_exclusive_group()
+    shape.add_argument(
+        "--size", metavar="HxW", type=_size, help="fixed height and width of the input, such as 800x1344"
+    )
+    shape.add_argument("--dynamic", action="store_true", help="any height and width (default)")
+    parser.add_argument(
+        "--batch", type=flags.whole(1), metavar="N", help="fixed number of images (default: any; 1 with --size)"
+    )
+    parser.add_argument("--opset", type=flags.whole(1), default=21, metavar="N", help="of ONNX (default 21)")
+    parser.add_argument(
+        "--fp16", action="store_true", help="half-precision weights and convolutions; boxes stay float32"
+    )
+    parser.add_argument(
+        "--paste", action="store_true", help="masks at the size of the input, not 28x28 within the boxes"
+    )
+    flags.add_config(parser, overrides=False)
+    check = parser.add_argument_group("comparison with the original")
+    check.add_argument("--check", nargs="+", metavar="IMAGE", help="images, folders or globs to compare on")
+    check.add_argument("--check-json", metavar="FILE", help="COCO json of these images: compare AP, too")
+    check.add_argument(
+        "--provider", default="cpu", metavar="NAME", help="what runs the ONNX file: cpu, cuda, tensorrt, openvino"
+    )
+
+
+def _size(word: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d{1,6})x(\d{1,6})", word)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{word!r} is not HEIGHTxWIDTH, such as 800x1344")
+    return int(found[1]), int(found[2])
+
+
+def run(args: argparse.Namespace) -> int:
+    from gn_det.deploy.export import Options, export
+    from gn_det.errors import ConfigError, UserError
+    from gn_det.terminal import say
+
+    if args.check_json and not args.check:
+        raise ConfigError("--check-json needs --check with the images")
+    options = Options(args.to, args.size, args.batch, args.opset, args.fp16, args.paste)
+    exported = export(args.weights, args.output, options, config=args.config)
+    names = ("batch", "height", "width")
+    shape = " x ".join(str(fixed or name) for fixed, name in zip(exported.shape, names))
+    say(f"{exported.path}: {args.to}, {exported.path.stat().st_size / 2**20:.1f} MiB, images {shape} (uint8 RGB)")
+    if args.check:
+        from gn_det.deploy.parity import compare
+
+        parity = compare(exported, args.check, ground_truth=args.check_json, provider=args.provider)
+        say(parity.table())
+        if not parity.ok:
+            raise UserError(f"{exported.path}: differs from {args.weights} by more than the tolerance")
+    return 0

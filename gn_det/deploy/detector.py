@@ -1,0 +1,262 @@
+"""Predict with an exported ONNX file by onnxruntime, NumPy and Pillow; torch is not imported."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+from PIL import Image
+
+from gn_det.data.transforms import Resize, resized_shape
+from gn_det.deploy.metadata import NAME, Metadata
+from gn_det.errors import ConfigError, DataError, UserError, WeightsError
+from gn_det.files import check_regular
+from gn_det.result import ImageLike, Images, Result, checked_images, checked_threshold
+from gn_det.text import did_you_mean, one_line, shown
+
+logger = logging.getLogger(__name__)
+
+#: Name of a provider -> its name in onnxruntime, and the distribution that has it.
+PROVIDERS = {
+    "cpu": ("CPUExecutionProvider", "onnxruntime"),
+    "cuda": ("CUDAExecutionProvider", "onnxruntime-gpu"),
+    "tensorrt": ("TensorrtExecutionProvider", "onnxruntime-gpu"),
+    "openvino": ("OpenVINOExecutionProvider", "onnxruntime-openvino"),
+}
+#: Providers on which the exported graphs have been run.
+MEASURED = ("cpu",)
+#: Smallest height and width of a graph's input, in pixels; smaller images are padded to it.
+LEAST = 32
+#: A mask's pixels are those at least this probable.
+_THRESHOLD = 0.5
+#: Pixels of the largest input that a file may ask for; 32 times that of the paper's models.
+_MOST_PIXELS = 2**25
+
+
+class Detector:
+    """An exported detector.
+
+    Attributes:
+        class_names: name of each class index.
+        category_ids: category id of each class index, as in the training json.
+        metadata: what else the file says of itself.
+        shape: batch, height and width of the input; None where it is free.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, provider: str = "cpu", threads: int = 0) -> None:
+        """Load a file.
+
+        Args:
+            path: written by ``gn-det export --to onnx``.
+            provider: what runs it: "cpu", "cuda", "tensorrt" or "openvino".
+            threads: on a CPU; 0 takes a thread a core.
+
+        Raises:
+            WeightsError: the file is missing or damaged, or is not one of gn_det's.
+            ConfigError: onnxruntime or the provider is not installed.
+        """
+        self.path = os.fspath(path)
+        self._session = _session(self.path, provider, threads)
+        self.metadata = Metadata.from_json(self._session.get_modelmeta().custom_metadata_map.get(NAME), self.path)
+        self.class_names = self.metadata.class_names
+        self.category_ids = self.metadata.category_ids
+        self._reader = self.metadata.reader()
+        self.shape = self._checked_shape()
+
+    @overload
+    def predict(self, images: ImageLike, *, threshold: float = ...) -> Result: ...
+
+    @overload
+    def predict(self, images: Images, *, threshold: float = ...) -> list[Result]: ...
+
+    def predict(self, images: ImageLike | Images, *, threshold: float = 0.5) -> Result | list[Result]:
+        """Detect objects on one image, or on each image of a list, as :meth:`gn_det.Model.predict` does.
+
+        Args:
+            images: a path, a PIL image or an (H, W, 3) uint8 array in RGB order; or a list or tuple of these.
+            threshold: keep detections with at least this score; the graph itself gives none below
+                ``metadata.keys["MODEL.ROI_HEADS.SCORE_THRESH_TEST"]``.
+
+        Raises:
+            DataError: an image cannot be read, or does not fit a graph of fixed size.
+        """
+        checked_threshold(threshold)
+        results = [self._predict_one(image, threshold) for image in checked_images(images)]
+        return results if isinstance(images, (list, tuple)) else results[0]
+
+    def run(self, image: np.ndarray, size: np.ndarray) -> dict[str, np.ndarray]:
+        """Outputs of the graph by name.
+
+        Args:
+            image: (B, H, W, channels) uint8.
+            size: (B, 2) int64, rows and columns of each image before padding.
+
+        Raises:
+            UserError: onnxruntime failed, such as for lack of memory.
+        """
+        names = [output.name for output in self._session.get_outputs()]
+        try:
+            return dict(zip(names, self._session.run(names, {"image": image, "size": size})))
+        except Exception as error:  # onnxruntime's exceptions have no base of their own
+            raise UserError(
+                f"{self.path}: onnxruntime failed on an input of {image.shape}: {one_line(error)}"
+            ) from error
+
+    def prepare(self, pixels: np.ndarray, name: str = "image") -> tuple[np.ndarray, np.ndarray]:
+        """Resize and pad: the inputs ``image`` and ``size`` of the graph for one image (H, W, channels) uint8.
+
+        Raises:
+            DataError: the resized image does not fit a graph of fixed size.
+        """
+        keys, (height, width) = self.metadata.keys, pixels.shape[:2]
+        if keys["INPUT.MIN_SIZE_TEST"]:
+            shape = resized_shape(height, width, keys["INPUT.MIN_SIZE_TEST"], keys["INPUT.MAX_SIZE_TEST"])
+            pixels = Resize(height, width, *shape).image(pixels)
+        batch, *sides = self.shape
+        divisor = self.metadata.divisor
+        padded = [fixed or max(-(-side // divisor) * divisor, LEAST) for fixed, side in zip(sides, pixels.shape)]
+        if any(side > most for side, most in zip(pixels.shape, padded)):
+            raise DataError(
+                f"{name}: resized to {pixels.shape[0]}x{pixels.shape[1]} (height x width) it does not fit the fixed "
+                f"{padded[0]}x{padded[1]} of {self.path}; export without --size, or with a larger one"
+            )
+        image = np.zeros((batch or 1, *padded, pixels.shape[2]), dtype=np.uint8)
+        image[:, : pixels.shape[0], : pixels.shape[1]] = pixels
+        return image, np.array([pixels.shape[:2]] * len(image), dtype=np.int64)
+
+    def detect(self, pixels: np.ndarray, name: str = "image") -> dict[str, Any]:
+        """Detections of one image (H, W, channels) uint8, as the keywords ``boxes``, ``scores``, ``classes``, ``masks``
+        and ``image_size`` of :class:`gn_det.Result`."""
+        image, size = self.prepare(pixels, name)
+        out = self.run(image, size)
+        first = slice(0, int(out["counts"][0]))
+        boxes, scores, classes = (out[k][first] for k in ("boxes", "scores", "classes"))
+        height, width = pixels.shape[:2]
+        (rows, columns) = size[0].tolist()
+        boxes[:, 0::2] *= width / columns
+        boxes[:, 1::2] *= height / rows
+        boxes = boxes.clip(0, np.array([width, height] * 2, dtype=np.float32))
+        keep = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+        masks = out["masks"][first][keep] if "masks" in out else None
+        boxes = boxes[keep]
+        if masks is not None and self.metadata.masks == "box":
+            masks = paste_masks(masks, boxes, height, width)
+        elif masks is not None:
+            masks = _resize_masks(masks[:, :rows, :columns], height, width)
+        return {
+            "boxes": boxes,
+            "scores": scores[keep],
+            "classes": classes[keep],
+            "masks": masks,
+            "image_size": (height, width),
+        }
+
+    def _predict_one(self, source: Path | np.ndarray, threshold: float) -> Result:
+        if isinstance(source, np.ndarray):
+            found = self.detect(self._reader.from_array(source))
+        else:
+            found = self.detect(self._reader.read(source), os.fspath(source))
+        keep = found["scores"] >= threshold
+        for name in ("boxes", "scores", "classes", "masks"):
+            found[name] = None if found[name] is None else found[name][keep]
+        return Result(
+            **found,
+            class_names=self.class_names,
+            category_ids=self.category_ids,
+            _source=source,
+            _read=self.metadata.reader("RGB").read,
+        )
+
+    def _checked_shape(self) -> tuple[int | None, int | None, int | None]:
+        """Batch, height and width of the input, None where free.
+
+        Raises:
+            WeightsError: other inputs and outputs than ours, or an input too large to be meant.
+        """
+        inputs = {i.name: (i.type, len(i.shape)) for i in self._session.get_inputs()}
+        outputs = {o.name for o in self._session.get_outputs()}
+        wanted = {"boxes", "scores", "classes", "counts"} | ({"masks"} if self.metadata.masks != "none" else set())
+        if inputs != {"image": ("tensor(uint8)", 4), "size": ("tensor(int64)", 2)} or outputs != wanted:
+            raise WeightsError(
+                f"{self.path}: its inputs {shown(sorted(inputs))} and outputs {shown(sorted(outputs))} are not those "
+                "of a detector exported by gn-det; export it again"
+            )
+        shape = [d if isinstance(d, int) else None for d in self._session.get_inputs()[0].shape[:3]]
+        batch, height, width = shape
+        if min(batch or 1, height or 1, width or 1) < 1 or (batch or 1) * (height or 1) * (width or 1) > _MOST_PIXELS:
+            raise WeightsError(
+                f"{self.path}: its input of {batch} x {height} x {width} pixels is larger than {_MOST_PIXELS} pixels; "
+                "export with a smaller --size"
+            )
+        return batch, height, width
+
+
+def _session(path: str, provider: str, threads: int) -> Any:
+    """An onnxruntime session.
+
+    Raises:
+        ConfigError: onnxruntime or the provider is not installed.
+        WeightsError: the file cannot be loaded.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise ConfigError("ONNX files need onnxruntime; install it: pip install 'gn-det[export]'") from None
+    if provider not in PROVIDERS:
+        near = did_you_mean(provider, PROVIDERS)
+        raise ConfigError(f"provider {shown(provider)}: use one of {', '.join(PROVIDERS)}{near}")
+    name, distribution = PROVIDERS[provider]
+    if name not in onnxruntime.get_available_providers():
+        raise ConfigError(
+            f"provider {provider} is not part of the installed onnxruntime {onnxruntime.__version__}; "
+            f"pip install {distribution} in its place, or use the provider cpu"
+        )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    try:
+        check_regular(path)
+        session = onnxruntime.InferenceSession(path, options, providers=[name])
+    except Exception as error:  # onnxruntime's exceptions have no base of their own
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error, 300)
+        raise WeightsError(f"{one_line(path, 400)}: cannot be loaded ({reason}); export it again") from None
+    if session.get_providers()[0] != name:  # onnxruntime falls back by itself
+        raise ConfigError(f"provider {provider} does not start on this machine; use the provider cpu")
+    if provider not in MEASURED:
+        logger.warning(
+            "Provider %s: no exported graph has been run on it by gn_det's tests; check its results.", provider
+        )
+    return session
+
+
+def paste_masks(masks: np.ndarray, boxes: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(N, S, S) probabilities within boxes (N, 4) to (N, height, width) bool; bilinear, as torch's grid_sample.
+
+    Sampling is separable: a matrix of weights for the rows and one for the columns of the pixels around the box.
+    """
+    out = np.zeros((len(masks), height, width), dtype=bool)
+    side = np.arange(masks.shape[-1], dtype=np.float32)
+
+    def weights(low: np.float32, high: np.float32, pixels: range) -> np.ndarray:
+        at = (np.arange(pixels.start, pixels.stop, dtype=np.float32) + np.float32(0.5) - low) / (high - low)
+        hat: np.ndarray = 1 - np.abs((at * len(side) - np.float32(0.5))[:, None] - side)
+        return hat.clip(min=0)
+
+    for mask, box, pasted in zip(masks, boxes, out):
+        x0, y0 = (max(int(v) - 1, 0) for v in np.floor(box[:2]))
+        x1, y1 = (min(int(v) + 1, most) for v, most in zip(np.ceil(box[2:]), (width, height)))
+        rows, columns = weights(box[1], box[3], range(y0, y1)), weights(box[0], box[2], range(x0, x1))
+        np.greater_equal(rows @ mask @ columns.T, _THRESHOLD, out=pasted[y0:y1, x0:x1])
+    return out
+
+
+def _resize_masks(masks: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(N, h, w) bool to (N, height, width) bool."""
+    out = np.zeros((len(masks), height, width), dtype=bool)
+    for mask, resized in zip(masks, out):
+        image = Image.fromarray(mask.astype(np.uint8) * 255)
+        resized[:] = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR)) >= 128
+    return out

@@ -1,0 +1,262 @@
+"""Write a trained detector as ONNX, as a ``torch.export`` program, or as an AOTInductor package."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gn_det.config.defaults import get_value
+from gn_det.deploy.detector import LEAST
+from gn_det.deploy.graph import GraphDetector, onnx_nms, portable_nms
+from gn_det.deploy.metadata import NAME, STORED, Metadata
+from gn_det.engine import choice
+from gn_det.engine.predictor import Predictor, load_predictor
+from gn_det.errors import ConfigError, UserError
+from gn_det.files import StrPath, atomic_write
+from gn_det.modeling.mask_rcnn import MaskRCNN
+from gn_det.text import one_line
+
+FORMATS = {"onnx": ".onnx", "pt2": ".pt2", "aoti": ".pt2"}
+#: 21 is the first with a GroupNormalization that takes gamma and beta a channel; before, each becomes four nodes.
+OPSETS = (18, 19, 20, 21, 22, 23)
+#: Largest batch and side of a graph that takes any.
+_MOST_IMAGES, _MOST_SIDE = 1024, 16384
+
+
+@dataclass(frozen=True)
+class Options:
+    """What kind of file.
+
+    Attributes:
+        to: a key of :data:`FORMATS`.
+        size: (height, width) of the input in pixels; None takes any.
+        batch: images at once; None takes any, or 1 with a ``size``.
+        opset: of ONNX.
+        fp16: store and compute convolutions in half precision.
+        paste: give masks at the size of the input.
+    """
+
+    to: str = "onnx"
+    size: tuple[int, int] | None = None
+    batch: int | None = None
+    opset: int = 21
+    fp16: bool = False
+    paste: bool = False
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and the model it was made from.
+
+    Attributes:
+        path: of the file.
+        options, metadata: what kind of file, and what is in it.
+        predictor: the original.
+        outputs: names of the graph's outputs.
+    """
+
+    path: Path
+    options: Options
+    metadata: Metadata
+    predictor: Predictor
+    outputs: tuple[str, ...]
+
+    @property
+    def shape(self) -> tuple[int | None, int | None, int | None]:
+        """Batch, height and width of the input; None where free."""
+        height, width = self.options.size or (None, None)
+        return self.options.batch or (None if height is None else 1), height, width
+
+
+def export(weights: StrPath, output: StrPath, options: Options = Options(), *, config: str | None = None) -> Exported:
+    """Write the detector in ``weights``, atomically.
+
+    Args:
+        weights: a checkpoint of gn_det, or other weights with ``config``.
+        output: file to write.
+        options: what kind of file.
+        config: path or shipped name; None takes the config stored in the checkpoint.
+
+    Raises:
+        UserError: the options do not fit the model, the weights cannot be used, or torch cannot export.
+    """
+    path = Path(os.path.expanduser(output))
+    if options.to == "onnx" and options.opset not in OPSETS:
+        raise ConfigError(f"--opset {options.opset}: use one of {', '.join(map(str, OPSETS))}")
+    predictor = load_predictor(weights, config=config, device="cpu", engine=choice.load(choice.Choice("embedded", "")))
+    model, cfg = predictor.module, predictor.config
+    assert isinstance(model, MaskRCNN) and cfg is not None
+    divisor = max(model.backbone.size_divisibility, 1)
+    _check_size(options.size, divisor)
+    graph = GraphDetector(
+        model,
+        cfg.INPUT.FORMAT,
+        half=options.fp16,
+        paste=options.paste,
+        suppress=onnx_nms if options.to == "onnx" else portable_nms,
+    )
+    kind = "none" if model.roi_heads.mask_head is None else "image" if options.paste else "box"
+    metadata = Metadata(
+        class_names=tuple(predictor.class_names),
+        category_ids=tuple(predictor.category_ids),
+        divisor=divisor,
+        masks=kind,
+        precision="fp16" if options.fp16 else "fp32",
+        keys={key: get_value(cfg, key) for key in STORED},
+    )
+    with _quiet():
+        try:
+            program = trace(graph, len(cfg.MODEL.PIXEL_MEAN), options, divisor)
+            content = _WRITERS[options.to](program, graph, metadata, options)
+        except (UserError, KeyboardInterrupt, MemoryError):
+            raise
+        except Exception as error:  # the exporters raise what they like
+            raise UserError(
+                f"torch {torch.__version__} cannot export this model to {options.to} ({one_line(error, 300)}); "
+                "use a newer torch"
+            ) from error
+    atomic_write(path, content)
+    return Exported(path, options, metadata, predictor, graph.outputs)
+
+
+def trace(graph: GraphDetector, channels: int, options: Options, divisor: int) -> torch.export.ExportedProgram:
+    """The program of ``graph`` for inputs as ``options`` says; nothing in it tells where it was made."""
+    free = options.size is None
+    batch = options.batch or (2 if free else 1)
+    height, width = options.size or (8 * LEAST, 10 * LEAST)
+    image = torch.zeros((batch, height, width, channels), dtype=torch.uint8)
+    size = torch.tensor([[height, width]] * batch)
+    images: dict[int, Any] = {}
+    if free and options.batch is None:
+        images[0] = torch.export.Dim("batch", min=1, max=_MOST_IMAGES)
+    shapes = dict(images)
+    if free:
+        for axis, name in ((1, "height"), (2, "width")):
+            dim = torch.export.Dim(name, min=-(-LEAST // divisor), max=_MOST_SIDE // divisor)
+            shapes[axis] = divisor * dim if divisor > 1 else dim
+    with torch.no_grad():
+        program = torch.export.export(
+            graph, (image, size), dynamic_shapes={"image": shapes, "size": images}, strict=False
+        )
+    for node in program.graph.nodes:
+        for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn"):
+            node.meta.pop(key, None)
+    return program
+
+
+def _onnx(program: torch.export.ExportedProgram, graph: GraphDetector, metadata: Metadata, options: Options) -> bytes:
+    try:
+        import onnx_ir
+        from onnxscript import opset18 as op
+    except ImportError:
+        raise ConfigError(
+            "export to ONNX needs onnx and onnxscript; install them: pip install 'gn-det[export]'"
+        ) from None
+
+    def suppress(boxes: Any, scores: Any, iou: float) -> Any:
+        limits: list[Any] = [op.Constant(value_int=2**62), *(op.Constant(value_float=v) for v in (iou, -3e38))]
+        return op.NonMaxSuppression(boxes, scores, *limits)
+
+    made = torch.onnx.export(
+        program,
+        (),
+        dynamo=True,
+        optimize=True,
+        opset_version=options.opset,
+        verbose=False,
+        custom_translation_table={torch.ops.gn_det.onnx_nms.default: suppress},
+        input_names=["image", "size"],
+        output_names=list(graph.outputs),
+    )
+    assert made is not None
+    model = made.model
+    model.metadata_props[NAME] = metadata.to_json()
+    model.producer_name, model.producer_version = "gn_det", metadata.version
+    for node in model.graph.all_nodes():  # names of Python objects and lines of source
+        node.metadata_props.clear()
+        node.doc_string = None
+    for value in model.graph.initializers.values():
+        value.metadata_props.clear()
+    _check_reacts(model.graph)
+    _name_axes(model.graph)
+    return bytes(onnx_ir.to_proto(model).SerializeToString())
+
+
+def _check_reacts(graph: Any) -> None:
+    """Every output must depend on both inputs: an exporter can take an input for a constant and say nothing.
+
+    Raises:
+        UserError: one does not.
+    """
+    for output in graph.outputs:
+        seen, left = set(), [output]
+        while left:
+            value = left.pop()
+            if value is None or value in seen:
+                continue
+            seen.add(value)
+            left += value.producer().inputs if value.producer() is not None else ()
+        lost = [value.name for value in graph.inputs if value not in seen]
+        if lost or [value.name for value in graph.inputs] != ["image", "size"]:
+            raise UserError(f"the graph's output {output.name} does not depend on its inputs; use a newer torch")
+
+
+def _name_axes(graph: Any) -> None:
+    """Name the free axes of inputs and outputs for people."""
+    import onnx_ir
+
+    names = {"image": ("batch", "height", "width"), "size": ("batch",), "counts": ("batch",)}
+    for value in (*graph.inputs, *graph.outputs):
+        axes = names.get(value.name, ("detections", "height", "width"))
+        dims = [d if isinstance(d, int) else axis for d, axis in zip(value.shape, (*axes, None))]
+        value.shape = onnx_ir.Shape([*dims, *list(value.shape)[len(dims) :]])
+
+
+def _pt2(program: torch.export.ExportedProgram, graph: GraphDetector, metadata: Metadata, options: Options) -> bytes:
+    file = io.BytesIO()
+    torch.export.save(program, file, extra_files={NAME: metadata.to_json()})
+    return file.getvalue()
+
+
+def _aoti(program: torch.export.ExportedProgram, graph: GraphDetector, metadata: Metadata, options: Options) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = torch._inductor.aoti_compile_and_package(program, package_path=os.path.join(folder, "model.pt2"))
+        return Path(path).read_bytes()
+
+
+_WRITERS = {"onnx": _onnx, "pt2": _pt2, "aoti": _aoti}
+
+
+def _check_size(size: tuple[int, int] | None, divisor: int) -> None:
+    if size is None:
+        return
+    good = [max(-(-side // divisor) * divisor, LEAST) for side in size]
+    if list(size) != good or max(size) > _MOST_SIDE:
+        height, width = (min(side, _MOST_SIDE // divisor * divisor) for side in good)
+        raise ConfigError(
+            f"--size {size[0]}x{size[1]}: this model takes sides from {LEAST} to {_MOST_SIDE} that are multiples of "
+            f"{divisor}; use {height}x{width}"
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporters' notes about their own internals off the screen."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

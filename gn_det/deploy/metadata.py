@@ -1,0 +1,101 @@
+"""What an exported file says of itself: the entry ``gn_det`` of an ONNX file's metadata, as json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from gn_det.about import __version__
+from gn_det.checkpoint.meta import names_of_classes
+from gn_det.config.schema import KEYS
+from gn_det.data.image import ImageReader
+from gn_det.errors import WeightsError
+from gn_det.files import StrPath
+from gn_det.text import one_line
+from gn_det.values import InvalidValue, integer, items, one_of, record, table, text
+
+NAME = "gn_det"
+#: Config keys that are stored: how an image is read and resized, and which detections the graph gives.
+STORED = (
+    *("INPUT.FORMAT", "INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST", "INPUT.BIT_DEPTH", "INPUT.MAX_PIXELS"),
+    *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "MODEL.ROI_HEADS.NMS_THRESH_TEST", "TEST.DETECTIONS_PER_IMAGE"),
+)
+_MOST = 64 * 2**20
+_ENTRIES = record(
+    {
+        "version": text(100),
+        "class_names": items(text(1000), 1, 20_000),
+        "category_ids": items(integer(-(2**63), 2**63 - 1), 1, 20_000),
+        "divisor": integer(1, 1024),
+        "masks": one_of("none", "box", "image"),
+        "precision": one_of("fp32", "fp16"),
+        "keys": table(text(100), lambda value, where: None, 100),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """How to feed a graph and read its outputs.
+
+    Attributes:
+        class_names, category_ids: one of each a class.
+        divisor: height and width of the input are multiples of it.
+        masks: "none"; "box": probabilities within the boxes; "image": pasted at the size of the input.
+        precision: "fp32" or "fp16", of the weights.
+        keys: values of :data:`STORED`.
+        version: of gn_det.
+    """
+
+    class_names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    divisor: int
+    masks: str
+    precision: str
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    version: str = __version__
+
+    @property
+    def image_format(self) -> str:
+        """ "L" for a model of gray images, else "RGB", whatever order the model has inside."""
+        return "L" if self.keys["INPUT.FORMAT"] == "L" else "RGB"
+
+    def reader(self, image_format: str = "") -> ImageReader:
+        """Reads image files as the graph takes them, or in another format."""
+        depth, pixels = self.keys["INPUT.BIT_DEPTH"], self.keys["INPUT.MAX_PIXELS"]
+        return ImageReader(image_format or self.image_format, depth, pixels)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, content: str | None, source: StrPath) -> Metadata:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            WeightsError: the entry is missing (a file of another tool) or cannot be used.
+        """
+        where = one_line(str(source), 400)
+        if content is None:
+            raise WeightsError(f"{where}: it has no gn_det metadata; give a file written by gn-det export --to onnx")
+        try:
+            if len(content) > _MOST:
+                raise ValueError(f"its metadata has {len(content)} characters")
+            values = json.loads(content)
+            _ENTRIES(values, "")
+            for key in STORED:
+                KEYS[key].check(values["keys"].get(key), key)
+            if len(values["class_names"]) != len(values["category_ids"]):
+                raise InvalidValue("category_ids", "has another length than class_names")
+        except (ValueError, RecursionError) as error:
+            raise WeightsError(
+                f"{where}: its gn_det metadata cannot be used ({one_line(error)}); export it again"
+            ) from None
+        return cls(
+            names_of_classes(values["class_names"]),
+            tuple(values["category_ids"]),
+            **{name: values[name] for name in ("divisor", "masks", "precision", "version")},
+            keys={key: values["keys"][key] for key in STORED},
+        )

@@ -1,0 +1,270 @@
+"""Compare an exported file with the model it was made from, on images."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tabulate import tabulate
+
+from gn_det.data.inputs import collect_images
+from gn_det.data.mapper import InferenceMapper
+from gn_det.deploy.detector import Detector
+from gn_det.deploy.export import Exported
+from gn_det.errors import DataError, UserError
+from gn_det.evaluation.coco_eval import evaluate_coco
+from gn_det.evaluation.ground_truth import load_ground_truth
+from gn_det.evaluation.results import detections_to_coco
+from gn_det.files import StrPath
+from gn_det.modeling.mask_rcnn import MaskRCNN
+from gn_det.structures import AnyDetections, to_numpy
+from gn_det.text import count, one_line, some
+
+
+class Tolerance(NamedTuple):
+    """How far an exported model may be from its original.
+
+    Attributes:
+        boxes: pixels of the original image.
+        scores: of a detection.
+        masks: least IoU of the masks of one image, all taken together.
+        unmatched: share of the detections without a counterpart.
+        ap: percent.
+    """
+
+    boxes: float
+    scores: float
+    masks: float
+    unmatched: float
+    ap: float
+
+
+#: By precision of the weights. A detection can lose its counterpart where the last bit decides about its suppression.
+TOLERANCES = {"fp32": Tolerance(0.01, 1e-4, 0.999, 0.001, 0.1), "fp16": Tolerance(2.0, 0.02, 0.95, 0.02, 0.5)}
+
+
+@dataclass
+class Parity:
+    """The largest differences seen.
+
+    Attributes:
+        images, original, exported: images, and detections of the two sides.
+        boxes, scores, masks, unmatched: as in :class:`Tolerance`, the last one a number of detections.
+        ap: task -> AP of the original, of the exported file, and of the original without the padding of a fixed size
+            (nan where the size is free); empty without ground truth.
+    """
+
+    tolerance: Tolerance
+    images: int = 0
+    original: int = 0
+    exported: int = 0
+    boxes: float = 0.0
+    scores: float = 0.0
+    masks: float = 1.0
+    unmatched: int = 0
+    ap: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+
+    def add(self, original: AnyDetections, exported: AnyDetections, threshold: float) -> None:
+        """Compare the detections of one image.
+
+        Args:
+            original, exported: at its original size.
+            threshold: lowest score that either side gives; differences about it do not count as unmatched.
+        """
+        self.images += 1
+        self.original += len(original)
+        self.exported += len(exported)
+        pairs, alone = match(original, exported, threshold + self.tolerance.scores)
+        self.unmatched += alone
+        if not len(pairs):
+            return
+        a, b = pairs.T
+        self.boxes = max(self.boxes, float(np.abs(to_numpy(original.boxes)[a] - to_numpy(exported.boxes)[b]).max()))
+        self.scores = max(self.scores, float(np.abs(to_numpy(original.scores)[a] - to_numpy(exported.scores)[b]).max()))
+        if original.masks is not None and exported.masks is not None:
+            left, right = to_numpy(original.masks), to_numpy(exported.masks)
+            both = sum(int((left[i] & right[j]).sum()) for i, j in pairs)
+            either = sum(int((left[i] | right[j]).sum()) for i, j in pairs)
+            self.masks = min(self.masks, both / max(either, 1) if either else 1.0)
+
+    @property
+    def rows(self) -> list[tuple[str, str, str, bool]]:
+        """Name, value, tolerance, and whether it is kept."""
+        limit = self.tolerance
+        most = limit.unmatched * max(self.original, self.exported)
+        rows = [
+            ("boxes, pixels", f"{self.boxes:.2g}", f"<= {limit.boxes:g}", self.boxes <= limit.boxes),
+            ("scores", f"{self.scores:.2g}", f"<= {limit.scores:g}", self.scores <= limit.scores),
+            ("masks, IoU of an image", f"{self.masks:.5f}", f">= {limit.masks:g}", self.masks >= limit.masks),
+            ("detections unmatched", str(self.unmatched), f"<= {limit.unmatched:.1%}", self.unmatched <= most),
+        ]
+        for task, (original, exported, _) in self.ap.items():
+            difference = abs(original - exported)
+            rows.append((f"{task}/AP", f"{difference:.2f}", f"<= {limit.ap:g}", difference <= limit.ap))
+        return rows
+
+    @property
+    def ok(self) -> bool:
+        return all(kept for *_, kept in self.rows)
+
+    def table(self) -> str:
+        """The comparison for people."""
+        lines = [
+            f"{count(self.images, 'image')}: {self.original} detections by torch, {self.exported} by the exported file",
+            tabulate(
+                [(name, value, limit, "ok" if kept else "FAILED") for name, value, limit, kept in self.rows],
+                ("largest difference", "", "tolerance", ""),
+                disable_numparse=True,
+            ),
+        ]
+        for task, (original, exported, unpadded) in self.ap.items():
+            padding = "" if np.isnan(unpadded) else f"; torch without the padding {unpadded:.2f}"
+            lines.append(f"{task}/AP: torch {original:.2f}, exported {exported:.2f}{padding}")
+        return "\n".join(lines)
+
+
+def match(original: AnyDetections, exported: AnyDetections, threshold: float) -> tuple[np.ndarray, int]:
+    """Pair the detections of an image, each with the one of its class that overlaps it most, best scores first.
+
+    Returns:
+        (n, 2) indices of pairs with an IoU of at least 0.5, and the number of detections above ``threshold`` in
+        neither side's pairs.
+    """
+    boxes_a, boxes_b = (to_numpy(d.boxes).astype(np.float64) for d in (original, exported))
+    low = np.maximum(boxes_a[:, None, :2], boxes_b[None, :, :2])
+    high = np.minimum(boxes_a[:, None, 2:], boxes_b[None, :, 2:])
+    inter = (high - low).clip(0).prod(2)
+    areas = [(b[:, 2:] - b[:, :2]).prod(1) for b in (boxes_a, boxes_b)]
+    iou = inter / np.maximum(areas[0][:, None] + areas[1] - inter, 1e-9)
+    iou *= to_numpy(original.classes)[:, None] == to_numpy(exported.classes)
+    pairs = []
+    for i in np.argsort(-to_numpy(original.scores), kind="stable"):
+        if iou.shape[1] and iou[i].max() >= 0.5:
+            j = int(iou[i].argmax())
+            pairs.append((int(i), j))
+            iou[:, j] = 0
+    found = np.array(pairs, dtype=int).reshape(-1, 2)
+    alone = 0
+    for side, scores in enumerate((to_numpy(original.scores), to_numpy(exported.scores))):
+        alone += int((np.delete(scores, found[:, side]) > threshold).sum())
+    return found, alone
+
+
+class ProgramDetector(Detector):
+    """A ``torch.export`` program or AOTInductor package, run as :class:`Detector` runs an ONNX file."""
+
+    def __init__(self, exported: Exported) -> None:
+        self.path = os.fspath(exported.path)
+        self.metadata = exported.metadata
+        self.class_names, self.category_ids = self.metadata.class_names, self.metadata.category_ids
+        self._reader = self.metadata.reader()
+        self.shape = exported.shape
+        self._names = exported.outputs
+        if exported.options.to == "pt2":
+            self._run: Callable[..., Any] = torch.export.load(self.path).module()
+        else:
+            self._run = torch._inductor.aoti_load_package(self.path)
+
+    def run(self, image: np.ndarray, size: np.ndarray) -> dict[str, np.ndarray]:
+        with torch.no_grad():
+            outputs = self._run(torch.from_numpy(image), torch.from_numpy(size))
+        return dict(zip(self._names, map(to_numpy, outputs)))
+
+
+def open_exported(exported: Exported, provider: str = "cpu") -> Detector:
+    """What was exported, ready to predict."""
+    onnx = exported.options.to == "onnx"
+    return Detector(exported.path, provider=provider) if onnx else ProgramDetector(exported)
+
+
+def compare(
+    exported: Exported,
+    inputs: Sequence[StrPath],
+    *,
+    ground_truth: StrPath | None = None,
+    provider: str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> Parity:
+    """Detect on every image with the exported file and, on the same padded input, with the original.
+
+    Args:
+        exported: result of :func:`gn_det.deploy.export.export`.
+        inputs: images, folders and globs.
+        ground_truth: COCO json that has the images, by file name; AP is computed where it is given.
+        provider: see :class:`gn_det.deploy.Detector`.
+        progress: called with the number of images done and of all images.
+
+    Raises:
+        DataError: an image or the json cannot be used.
+        UserError: the two sides do not get the same pixels.
+    """
+    model, cfg = exported.predictor.module, exported.predictor.config
+    assert isinstance(model, MaskRCNN) and cfg is not None
+    detector = open_exported(exported, provider)
+    mapper, reader = InferenceMapper(cfg), exported.metadata.reader()
+    paths, _ = collect_images(inputs)
+    ids = {} if ground_truth is None else _image_ids(ground_truth, paths)
+    parity = Parity(TOLERANCES[exported.metadata.precision])
+    results: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
+    for number, path in enumerate(paths, 1):
+        sample = mapper(path)
+        image, size = detector.prepare(reader.read(path), os.fspath(path))
+        ours = image[0, : size[0, 0], : size[0, 1]].transpose(2, 0, 1)
+        if not np.array_equal(ours[::-1] if cfg.INPUT.FORMAT == "BGR" else ours, sample["image"].numpy()):
+            raise UserError(f"{path}: the exported file gets other pixels than the model; report this as a bug")
+        with torch.inference_mode():
+            original = model.detect([sample], least=(image.shape[1], image.shape[2]))[0]
+            unpadded = model.detect([sample])[0] if path in ids and detector.shape[1] else None
+        found = detector.predict(path, threshold=0)
+        # At the cap, a last bit decides which detection is the last one.
+        last = float(original.scores.min()) if len(original) == cfg.TEST.DETECTIONS_PER_IMAGE else 0.0
+        parity.add(original, found, max(float(cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST), last))
+        for part, side in zip(results, (original, found, unpadded)):
+            if path in ids and side is not None:
+                part += detections_to_coco(ids[path], side, detector.category_ids)
+        if progress is not None:
+            progress(number, len(paths))
+    if ground_truth is not None:
+        parity.ap = _precisions(ground_truth, ids, results)
+    return parity
+
+
+def _image_ids(ground_truth: StrPath, paths: Sequence[Path]) -> dict[Path, Any]:
+    """Ids in a COCO json of the images at ``paths``, found by file name.
+
+    Raises:
+        DataError: an image has no entry, or a name is that of several.
+    """
+    known: dict[str, Any] = {}
+    for image in load_ground_truth(ground_truth).images:
+        name = Path(image["file_name"]).name
+        if name in known:
+            raise DataError(f"{ground_truth}: two images are called {one_line(name)}; AP needs unique file names")
+        known[name] = image["id"]
+    missing = [path.name for path in paths if path.name not in known]
+    if missing:
+        raise DataError(f"{ground_truth}: has no image {some(missing)}; give only images of this json")
+    return {path: known[path.name] for path in paths}
+
+
+def _precisions(
+    ground_truth: StrPath, ids: Mapping[Path, Any], results: tuple[list[Any], list[Any], list[Any]]
+) -> dict[str, tuple[float, float, float]]:
+    """AP of each task on the images in ``ids``, for each list of results; nan for an empty list."""
+    whole, chosen = load_ground_truth(ground_truth), set(ids.values())
+    part = replace(
+        whole,
+        images=[image for image in whole.images if image["id"] in chosen],
+        annotations=[a for a in whole.annotations if a["image_id"] in chosen],
+    )
+    scores = [evaluate_coco(part, r) if r else {} for r in results]
+    return {
+        task: tuple(side[task]["AP"] if task in side else math.nan for side in scores)  # type: ignore[misc]
+        for task in scores[0]
+    }
