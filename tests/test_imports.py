@@ -43,9 +43,10 @@ ALLOWED: dict[str, set[str]] = {
     "engine": MIDDLE | {"modeling", "norm"},
     "classification": MIDDLE | {"modeling", "norm", "engine"},
     "prediction": MIDDLE | {"engine", "result"},
+    "deploy": MIDDLE | {"modeling", "norm", "engine", "prediction", "result"},
     "compare": MIDDLE | {"engine", "classification", "prediction"},
     "detectron2": MIDDLE | {"modeling", "norm", "kernels", "engine"},
-    "cli": MIDDLE | {"api", "modeling", "check", "engine", "classification", "compare", "prediction"},
+    "cli": MIDDLE | {"api", "modeling", "check", "engine", "classification", "compare", "deploy", "prediction"},
     "__main__": {"cli"},
 }
 

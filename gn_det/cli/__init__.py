@@ -34,6 +34,7 @@ COMMANDS = {
     "compare": "run a suite of experiments and report them side by side",
     "pretrain": "train a backbone with the paper's recipe and any norm",
     "weights": "show what a weights file contains and what it would load",
+    "export": "write a detector as ONNX or for torch without gn_det",
     "convert": "convert weights to another layout, bit for bit",
     "push": "push a trained model to the Hugging Face Hub",
     "configs": "list the shipped configs",
