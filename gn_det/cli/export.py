@@ -64,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
         from gn_det.deploy.parity import compare
 
         parity = compare(exported, args.check, ground_truth=args.check_json, provider=args.provider)
-        say(parity.table())
+        for line in parity.lines():
+            say(line)
         if not parity.ok:
             raise UserError(f"{exported.path}: differs from {args.weights} by more than the tolerance")
     return 0

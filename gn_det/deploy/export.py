@@ -114,7 +114,7 @@ def export(weights: StrPath, output: StrPath, options: Options = Options(), *, c
         precision="fp16" if options.fp16 else "fp32",
         keys={key: get_value(cfg, key) for key in STORED},
     )
-    with _quiet():
+    with quiet():
         try:
             program = trace(graph, len(cfg.MODEL.PIXEL_MEAN), options, divisor)
             content = _WRITERS[options.to](program, graph, metadata, options)
@@ -250,8 +250,8 @@ def _check_size(size: tuple[int, int] | None, divisor: int) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporters' notes about their own internals off the screen."""
+def quiet() -> Iterator[None]:
+    """Keep notes that do not concern the user off the screen."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

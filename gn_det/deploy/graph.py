@@ -45,7 +45,7 @@ def portable_nms(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
     found = (scores > _NONE).nonzero()
     group, part, row = found.unbind(1)
     # Groups are moved apart; in float64 that does not round.
-    shift = (group * scores.shape[1] + part).double() * (boxes.double().amax() + 1)
+    shift = (group * scores.shape[1] + part).double() * (F.pad(boxes.double().flatten(), (0, 1)).amax() + 1)
     return found[nms(boxes[group, row].double() + shift[:, None], scores[group, part, row].double(), iou)]
 
 
@@ -169,7 +169,7 @@ class GraphDetector(nn.Module):
 
     def preprocess(self, image: Tensor, size: Tensor) -> Tensor:
         """(B, 3, H, W) float32, normalized, 0 outside the images."""
-        x = image.permute(0, 3, 1, 2)
+        x = image.permute(0, 3, 1, 2).contiguous()
         if self.flip:
             x = x.flip(1)
         x = (x.to(torch.float32) - self.mean) / self.std

@@ -16,7 +16,7 @@ from tabulate import tabulate
 from gn_det.data.inputs import collect_images
 from gn_det.data.mapper import InferenceMapper
 from gn_det.deploy.detector import Detector
-from gn_det.deploy.export import Exported
+from gn_det.deploy.export import Exported, quiet
 from gn_det.errors import DataError, UserError
 from gn_det.evaluation.coco_eval import evaluate_coco
 from gn_det.evaluation.ground_truth import load_ground_truth
@@ -113,20 +113,20 @@ class Parity:
     def ok(self) -> bool:
         return all(kept for *_, kept in self.rows)
 
-    def table(self) -> str:
+    def lines(self) -> list[str]:
         """The comparison for people."""
         lines = [
             f"{count(self.images, 'image')}: {self.original} detections by torch, {self.exported} by the exported file",
-            tabulate(
+            *tabulate(
                 [(name, value, limit, "ok" if kept else "FAILED") for name, value, limit, kept in self.rows],
                 ("largest difference", "", "tolerance", ""),
                 disable_numparse=True,
-            ),
+            ).splitlines(),
         ]
         for task, (original, exported, unpadded) in self.ap.items():
             padding = "" if np.isnan(unpadded) else f"; torch without the padding {unpadded:.2f}"
             lines.append(f"{task}/AP: torch {original:.2f}, exported {exported:.2f}{padding}")
-        return "\n".join(lines)
+        return lines
 
 
 def match(original: AnyDetections, exported: AnyDetections, threshold: float) -> tuple[np.ndarray, int]:
@@ -231,7 +231,7 @@ def compare(
         if progress is not None:
             progress(number, len(paths))
     if ground_truth is not None:
-        parity.ap = _precisions(ground_truth, ids, results)
+        parity.ap = _precisions(ground_truth, ids, results, cfg.TEST.MAX_DETS)
     return parity
 
 
@@ -254,7 +254,7 @@ def _image_ids(ground_truth: StrPath, paths: Sequence[Path]) -> dict[Path, Any]:
 
 
 def _precisions(
-    ground_truth: StrPath, ids: Mapping[Path, Any], results: tuple[list[Any], list[Any], list[Any]]
+    ground_truth: StrPath, ids: Mapping[Path, Any], results: tuple[list[Any], list[Any], list[Any]], max_dets: int
 ) -> dict[str, tuple[float, float, float]]:
     """AP of each task on the images in ``ids``, for each list of results; nan for an empty list."""
     whole, chosen = load_ground_truth(ground_truth), set(ids.values())
@@ -263,7 +263,8 @@ def _precisions(
         images=[image for image in whole.images if image["id"] in chosen],
         annotations=[a for a in whole.annotations if a["image_id"] in chosen],
     )
-    scores = [evaluate_coco(part, r) if r else {} for r in results]
+    with quiet():  # its explanations are those of gn-det eval
+        scores = [evaluate_coco(part, r, max_dets=max_dets) if r else {} for r in results]
     return {
         task: tuple(side[task]["AP"] if task in side else math.nan for side in scores)  # type: ignore[misc]
         for task in scores[0]
