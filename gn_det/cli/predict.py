@@ -11,7 +11,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "inputs", nargs="+", metavar="INPUT", help="images, folders, globs, videos, 0 (a camera), rtsp://..."
     )
-    parser.add_argument("--weights", metavar="FILE", required=True, help="checkpoint of gn-det train")
+    parser.add_argument("--weights", metavar="FILE", required=True, help="checkpoint, or file of gn-det export (.onnx)")
     parser.add_argument("--output", metavar="DIR", required=True, help="folder for what is written")
     parser.add_argument(
         "--threshold", type=float, metavar="P", help="lowest score kept (default: that of the checkpoint, or 0.5)"
@@ -73,6 +73,10 @@ def run(args: argparse.Namespace) -> int:
         "overrides": flags.flag_keys(args),
         "device": args.device,
     }
+    if args.weights.lower().endswith(".onnx"):
+        from gn_det.deploy.as_predictor import as_predictor
+
+        options["predictor"] = as_predictor(args.weights, args.device)
     if images:
         tiling = None if args.tiles is None else Tiling(args.tiles, 0.2 if args.overlap is None else args.overlap)
         predict(args.weights, images, args.output, tiling=tiling, **options)

@@ -20,10 +20,10 @@ from gn_det.deploy.detector import LEAST
 from gn_det.deploy.graph import GraphDetector, onnx_nms, portable_nms
 from gn_det.deploy.metadata import NAME, STORED, Metadata
 from gn_det.engine import choice
-from gn_det.engine.predictor import Predictor, load_predictor
 from gn_det.errors import ConfigError, UserError
 from gn_det.files import StrPath, atomic_write
 from gn_det.modeling.mask_rcnn import MaskRCNN
+from gn_det.prediction.predictor import Predictor, load_predictor
 from gn_det.text import one_line
 
 FORMATS = {"onnx": ".onnx", "pt2": ".pt2", "aoti": ".pt2"}

@@ -121,8 +121,11 @@ class GraphDetector(nn.Module):
         suppress: GroupNMS = portable_nms,
     ) -> None:
         super().__init__()
-        model = copy.deepcopy(model).eval()
+        model = copy.deepcopy(model).eval().to(memory_format=torch.contiguous_format)
         _graph_norms(model)
+        for part in model.modules():
+            if isinstance(part, RoIPooler):
+                part.fused = "off"  # torchvision's operator, which ONNX has, too
         self.backbone, self.rpn, self.roi_heads = model.backbone, model.proposal_generator, model.roi_heads
         self.register_buffer("mean", model.pixel_mean)
         self.register_buffer("std", model.pixel_std)

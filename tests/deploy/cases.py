@@ -13,7 +13,15 @@ from PIL import Image
 from gn_det.checkpoint.meta import build_meta
 from gn_det.config import get_cfg
 from gn_det.modeling import MaskRCNN, build_model
-from tests.golden.model_cases import NUM_CLASSES, apply_calibration, configure, fill_weights, make_scene
+from tests.golden.model_cases import (
+    NUM_CLASSES,
+    apply_calibration,
+    calibration_batch,
+    configure,
+    fill_weights,
+    make_scene,
+    measure_calibration,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = [f"thing {k}" for k in range(NUM_CLASSES)]
@@ -31,9 +39,27 @@ def golden_model(case: str, **changes: Any) -> tuple[Any, MaskRCNN]:
     return cfg, model
 
 
-def checkpoint(path: Path, case: str, **changes: Any) -> Path:
-    """Write the golden model as gn-det train would."""
-    cfg, model = golden_model(case, **changes)
+#: Keys over those of a golden case: few layers, which export fast.
+SMALL = {
+    "MODEL__RESNETS__DEPTH": 18,
+    "MODEL__RESNETS__STEM_OUT_CHANNELS": 32,
+    "MODEL__RPN__PRE_NMS_TOPK_TEST": 100,
+    "MODEL__ROI_MASK_HEAD__NUM_CONV": 1,
+}
+
+
+def small_model(case: str, **changes: Any) -> tuple[Any, MaskRCNN]:
+    """A golden case with :data:`SMALL`, calibrated anew."""
+    cfg = configure(get_cfg(), case, INPUT__MIN_SIZE_TEST=96, INPUT__MAX_SIZE_TEST=160, **{**SMALL, **changes})
+    model = build_model(cfg).eval()
+    fill_weights(model)
+    measure_calibration(model, calibration_batch())
+    return cfg, model.eval()
+
+
+def checkpoint(path: Path, case: str, *, small: bool = False, **changes: Any) -> Path:
+    """Write a golden model as gn-det train would."""
+    cfg, model = (small_model if small else golden_model)(case, **changes)
     torch.save({"model": model.state_dict(), "gn_det": build_meta(cfg, NAMES, IDS)}, path)
     return path
 
