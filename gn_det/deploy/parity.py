@@ -46,7 +46,7 @@ class Tolerance(NamedTuple):
 
 
 #: By precision of the weights. A detection can lose its counterpart where the last bit decides about its suppression.
-TOLERANCES = {"fp32": Tolerance(0.01, 1e-4, 0.999, 0.001, 0.1), "fp16": Tolerance(2.0, 0.02, 0.95, 0.02, 0.5)}
+TOLERANCES = {"fp32": Tolerance(0.01, 1e-4, 0.999, 0.001, 0.1), "fp16": Tolerance(10.0, 0.1, 0.99, 0.01, 0.5)}
 
 
 @dataclass
