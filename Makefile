@@ -1,11 +1,11 @@
-# make install | quickstart | test | test-versions | soak | test-detectron2 | lint | docs | bench | verify-weights | wheel | clean
+# make install | quickstart | test | test-versions | soak | test-detectron2 | lint | docs | bench | gpu | verify-weights | wheel | clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # Two processes by default: the suite is written for two cores.
 JOBS ?= 2
 
-.PHONY: install dev quickstart test test-versions soak test-slow test-detectron2 lint format docs bench verify-weights wheel clean
+.PHONY: install dev quickstart test test-versions soak test-slow test-detectron2 lint format docs bench gpu verify-weights wheel clean
 
 install: $(VENV)/.installed
 
@@ -95,6 +95,10 @@ verify-weights: install
 bench: install
 	$(BIN)/python benchmarks/coco_eval.py
 	$(BIN)/python benchmarks/engine.py
+
+# On a machine with a GPU, without network: what benchmarks/GPU_TODO.md says. Uses $(VENV) if there is one.
+gpu:
+	PYTHONPATH=. $(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu.py $(GPU)
 
 wheel: $(BIN)/python
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

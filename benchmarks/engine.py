@@ -6,6 +6,7 @@ gn_det registers (the YAML read after ``add_gn_config``, against the same YAML w
 the peak memory of each in a process of its own.
 
     python benchmarks/engine.py --config gn_fpn.yaml --repeats 15 --image-size 480x640
+    python benchmarks/engine.py --threads 1 --amp --channels-last      # ours in bf16, Detectron2 in fp32
     python benchmarks/engine.py --ours registered --config gn_fpn.yaml --repeats 15 --image-size 480x640
     python benchmarks/engine.py --quick
     python benchmarks/engine.py --predict    # Model.predict against the model alone; without Detectron2
@@ -30,7 +31,14 @@ from typing import Any
 import numpy as np
 import torch
 
-TARGET = 1.0
+from gn_det.engine.precision import BF16_FEATURES, cpu_features
+
+#: Largest ratios, by (bf16, channels_last); those of bf16 are for CPUs with AMX.
+TARGETS = {
+    (False, False): {"inference": 1.0, "training step": 1.0},
+    (False, True): {"inference": 1.0, "training step": 0.93},
+    (True, True): {"inference": 0.28, "training step": 0.33},
+}
 #: What is measured against "detectron2", and the beginning of its result files' names.
 OURS = {"embedded": "engine", "registered": "plugin"}
 RESULTS = Path(__file__).parent / "results"
@@ -46,10 +54,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=2, help="images per training step; inference takes 1")
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 keeps torch's choice")
     parser.add_argument("--predict", action="store_true", help="Model.predict on an array, against the model alone")
+    parser.add_argument("--amp", action="store_true", help="ours under bf16 autocast; Detectron2 stays in fp32")
+    parser.add_argument("--channels-last", action="store_true", help="ours in channels_last; Detectron2 in NCHW")
     parser.add_argument("--quick", action="store_true", help="small images, few RoIs, 3 pairs: checks that it runs")
-    parser.add_argument(
-        "--output", default="", help="json file; default benchmarks/results/{engine,plugin}_<config>_<size>.json"
-    )
+    where = "benchmarks/results/{engine,plugin}_<config>_<size>[_bf16][_last].json"
+    parser.add_argument("--output", default="", help=f"json file; default {where}")
     parser.add_argument("overrides", nargs="*", help="KEY VALUE pairs, such as MODEL.RPN.POST_NMS_TOPK_TEST 200")
     parser.add_argument("--memory-of", choices=(*OURS, "detectron2"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -142,28 +151,33 @@ def make_batch(engine: str, size: tuple[int, int], batch: int, num_classes: int)
     return samples
 
 
-def make_steps(engine: str, cfg: Any, size: tuple[int, int], batch: int) -> dict[str, Callable[[], Any]]:
+def make_steps(
+    engine: str, cfg: Any, size: tuple[int, int], batch: int, *, amp: bool = False, last: bool = False
+) -> dict[str, Callable[[], Any]]:
     """Functions that run one inference and one training step (forward, backward, SGD)."""
     model = build(engine, cfg)
+    if last:
+        model = model.to(memory_format=torch.channels_last)
     samples = make_batch(engine, size, batch, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
     # The learning rate is 0: the weights stay equal in both engines, however many steps are measured.
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0, momentum=0.9)
 
     def infer() -> Any:
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=amp):
             return model(samples[:1])
 
     def train() -> dict[str, float]:
         model.train()
         torch.manual_seed(1)
-        if engine == "embedded":
-            losses = model(samples)
-        else:
-            from detectron2.utils.events import EventStorage
-
-            with EventStorage():
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp, cache_enabled=engine != "embedded"):
+            if engine == "embedded":
                 losses = model(samples)
+            else:
+                from detectron2.utils.events import EventStorage
+
+                with EventStorage():
+                    losses = model(samples)
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
@@ -195,18 +209,18 @@ def summarize(seconds: np.ndarray, ours: str, theirs: str = "detectron2") -> dic
     return {key: round(value, 4) for key, value in row.items()}
 
 
-def verdict(row: Mapping[str, float]) -> str:
-    """Against the target, and honest about noise."""
-    if row["ratio"] <= TARGET:
+def verdict(row: Mapping[str, float], target: float) -> str:
+    """Against the target, and honest about noise; by CPU time, which hardly feels other work on the machine."""
+    if row["cpu_ratio"] <= target:
         return "meets the target"
-    return "within noise of the target" if row["ratio_p20"] <= TARGET else "misses the target"
+    return "within noise of the target" if row["cpu_ratio_p20"] <= target else "misses the target"
 
 
 def peak_memory(engine: str, args: argparse.Namespace) -> float:
     """Peak resident MB of a fresh process that does one inference and two training steps."""
     command = [sys.executable, __file__, "--memory-of", engine, "--config", args.config]
     command += ["--image-size", args.image_size, "--batch", str(args.batch), "--threads", str(args.threads)]
-    command += args.overrides
+    command += ["--amp"] * args.amp + ["--channels-last"] * args.channels_last + args.overrides
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(done.stdout.strip().splitlines()[-1])
 
@@ -259,6 +273,7 @@ def environment() -> dict[str, Any]:
         "torchvision": torchvision.__version__,
         "device": cpu,
         "cores": os.cpu_count(),
+        "bf16": [f for f in BF16_FEATURES if f in cpu_features()],
         "threads": torch.get_num_threads(),
     }
 
@@ -281,24 +296,27 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     cfg = load_cfg(args.config, args.overrides)
     if args.memory_of:
-        steps = make_steps(args.memory_of, cfg, (height, width), args.batch)
+        how = {} if args.memory_of == "detectron2" else {"amp": args.amp, "last": args.channels_last}
+        steps = make_steps(args.memory_of, cfg, (height, width), args.batch, **how)
         for name in ("inference", "training step", "training step"):
             steps[name]()
         print(own_peak_mb())
         return 0
     results: dict[str, Any] = {"config": Path(args.config).name, "ours": args.ours, "image_size": [height, width]}
-    results["batch"] = args.batch
-    results |= {"overrides": args.overrides, "repeats": args.repeats, "target": TARGET, "environment": environment()}
+    results |= {"batch": args.batch, "bf16": args.amp, "channels_last": args.channels_last}
+    targets = TARGETS.get((args.amp, args.channels_last), TARGETS[False, False])
+    results |= {"overrides": args.overrides, "repeats": args.repeats, "target": targets, "environment": environment()}
     results["environment"]["detectron2"] = detectron2.__version__
     engines = (args.ours, "detectron2")
-    both = [make_steps(engine, cfg, (height, width), args.batch) for engine in engines]
+    how = [{"amp": args.amp, "last": args.channels_last}, {}]
+    both = [make_steps(e, cfg, (height, width), args.batch, **h) for e, h in zip(engines, how)]
     for name in both[0]:
         results[name] = row = summarize(measure_pairs(both[0][name], both[1][name], args.repeats), args.ours)
         print(
             f"{name}: {args.ours} {row[args.ours + '_s']:.3f} s, Detectron2 {row['detectron2_s']:.3f} s; "
             f"ratio {row['ratio']:.3f} (p20 {row['ratio_p20']:.3f}, p80 {row['ratio_p80']:.3f}), "
             f"of CPU time {row['cpu_ratio']:.3f} (p20 {row['cpu_ratio_p20']:.3f}, p80 {row['cpu_ratio_p80']:.3f}); "
-            f"{verdict(row)} <= {TARGET}",
+            f"{verdict(row, targets[name])} <= {targets[name]}",
             flush=True,
         )
     found = [steps["inference"]()[0] for steps in both]
@@ -313,7 +331,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def write(results: Mapping[str, Any], args: argparse.Namespace, name: str) -> None:
     """Write the result file, and print its path and the row of a single measurement."""
-    output = Path(args.output or RESULTS / f"{name}_{Path(args.config).stem}_{args.image_size.lower()}.json")
+    stem = f"{name}_{Path(args.config).stem}_{args.image_size.lower()}" + "_bf16" * args.amp
+    output = Path(args.output or RESULTS / f"{stem}{'_last' * args.channels_last}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(results, indent=2) + "\n")
     print(*([json.dumps(results[name])] if name in results else []), f"written to {output}", sep="\n")

@@ -10,7 +10,8 @@ MISSED.
     python benchmarks/group_norm.py --dtypes bfloat16 --layouts channels_last
     python benchmarks/group_norm.py --quick              # tiny, any machine: checks that it runs, times mean nothing
 
-On a machine without a GPU "fused" is the reference formulas in plain torch, and no target is judged.
+On a machine without a GPU "fused" is what a CPU runs (native.cpp, or the formulas in plain torch), and no target is
+judged.
 """
 
 from __future__ import annotations
@@ -344,7 +345,7 @@ def _environment(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda if cuda else None,
-        "fused": "Triton kernels" if cuda or launch.interpreted() else "reference formulas in plain torch",
+        "fused": "Triton kernels" if cuda or launch.interpreted() else "native.cpp or plain torch",
     }
 
 
