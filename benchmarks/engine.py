@@ -121,17 +121,19 @@ def build(engine: str, cfg: Any) -> torch.nn.Module:
     return model
 
 
-def make_batch(engine: str, size: tuple[int, int], batch: int, num_classes: int) -> list[dict[str, Any]]:
-    """Random images with 8 polygons each, in the engine's own types."""
+def make_batch(
+    engine: str, size: tuple[int, int], batch: int, num_classes: int, objects: int = 8
+) -> list[dict[str, Any]]:
+    """Random images with ``objects`` polygons each, in the engine's own types."""
     rng = np.random.RandomState(0)
     height, width = size
     samples = []
     for _ in range(batch):
         image = torch.from_numpy(rng.randint(0, 256, (3, height, width)).astype(np.uint8))
-        corner = rng.uniform(0, 0.6, (8, 2)) * [width, height]
-        far = corner + rng.uniform(0.08, 0.4, (8, 2)) * [width, height]
+        corner = rng.uniform(0, 0.6, (objects, 2)) * [width, height]
+        far = corner + rng.uniform(0.08, 0.4, (objects, 2)) * [width, height]
         boxes = torch.from_numpy(np.concatenate([corner, far], axis=1).astype(np.float32))
-        classes = torch.from_numpy(rng.randint(0, num_classes, 8)).long()
+        classes = torch.from_numpy(rng.randint(0, num_classes, objects)).long()
         polygons = [
             [np.array([x0, y0, x1, y0, x1, y1, (x0 + x1) / 2, y1])] for x0, y0, x1, y1 in boxes.double().tolist()
         ]
@@ -152,13 +154,20 @@ def make_batch(engine: str, size: tuple[int, int], batch: int, num_classes: int)
 
 
 def make_steps(
-    engine: str, cfg: Any, size: tuple[int, int], batch: int, *, amp: bool = False, last: bool = False
+    engine: str,
+    cfg: Any,
+    size: tuple[int, int],
+    batch: int,
+    *,
+    amp: bool = False,
+    last: bool = False,
+    objects: int = 8,
 ) -> dict[str, Callable[[], Any]]:
     """Functions that run one inference and one training step (forward, backward, SGD)."""
     model = build(engine, cfg)
     if last:
         model = model.to(memory_format=torch.channels_last)
-    samples = make_batch(engine, size, batch, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+    samples = make_batch(engine, size, batch, cfg.MODEL.ROI_HEADS.NUM_CLASSES, objects)
     # The learning rate is 0: the weights stay equal in both engines, however many steps are measured.
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0, momentum=0.9)
 
