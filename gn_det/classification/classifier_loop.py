@@ -20,6 +20,7 @@ from gn_det.about import __version__
 from gn_det.checkpoint.io import save_checkpoint
 from gn_det.classification.image_sources import Batch, Input, Source
 from gn_det.classification.network import Classifier
+from gn_det.classification.other_norms import plain_weights
 from gn_det.classification.settings import DEPTHS, Settings
 from gn_det.engine import dist
 from gn_det.engine.loop import Hook, Loop
@@ -222,7 +223,7 @@ def write_weights(path: Path, model: Classifier, settings: Settings, source: Sou
     Raises:
         WriteError: the file cannot be written.
     """
-    state = {name: value.detach().cpu().contiguous() for name, value in model.trunk.state_dict().items()}
+    state = plain_weights(model.trunk)
     state["stem.fc.weight"] = model.linear.weight.detach().cpu()
     state["stem.fc.bias"] = model.linear.bias.detach().cpu()
     backbone = settings.arch in DEPTHS
@@ -233,7 +234,7 @@ def write_weights(path: Path, model: Classifier, settings: Settings, source: Sou
         # Basic blocks have one place for the stride: any config suits.
         "stride_in_1x1": settings.stride_in_1x1 if DEPTHS.get(settings.arch, 0) >= 50 else None,
     }
-    name = Path(settings.data).name
+    name = settings.source if ":" in settings.data else Path(settings.data).name
     run = {
         "kind": f"{settings.arch} {settings.norm} classifier of {name}",
         "trained": True,
@@ -244,7 +245,7 @@ def write_weights(path: Path, model: Classifier, settings: Settings, source: Sou
     block = {
         "version": __version__,
         "weights": {
-            "norm": settings.norm,
+            "norm": {"BR": "BN", "SyncBN": "BN", "WN": "", "none": ""}.get(settings.norm, settings.norm),
             "groups": list(settings.group_rule) if settings.norm == "GN" else None,
             "preprocessing": preprocessing if backbone else None,
             # Channel order and std may be folded into the stem for a config that wants others.

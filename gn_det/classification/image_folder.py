@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from gn_det.classification.image_sources import BGR, Batch
+from gn_det.classification.image_sources import Batch, bgr_input
 from gn_det.classification.settings import Settings
 from gn_det.data.image import ImageError, ImageReader
 from gn_det.data.inputs import IMAGE_SUFFIXES
@@ -75,7 +75,7 @@ class FolderSource:
             )
         self.class_names = tuple(names)
         self.train_images, self.val_images = len(self._train), len(self._val)
-        self.input = BGR
+        self.input = bgr_input(settings)
         self._settings = settings
 
     def train_batches(self, epoch: int, batches: Sequence[np.ndarray]) -> Iterator[Batch]:

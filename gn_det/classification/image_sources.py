@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -17,9 +19,11 @@ import torch
 from torch import Tensor
 
 from gn_det.checkpoint.preprocessing import CAFFE
-from gn_det.classification.settings import NUM_SHAPES, Settings
+from gn_det.classification.settings import NUM_SHAPES, VGG, Settings
 from gn_det.data.shapes_draw import CLASSES, draw_single
+from gn_det.engine import dist
 from gn_det.errors import ConfigError, DataError
+from gn_det.text import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +47,12 @@ class Input:
 
 #: Input of the detection configs.
 BGR = Input("BGR", CAFFE.pixel_mean or (), CAFFE.pixel_std or ())
+
+
+def bgr_input(settings: Settings) -> Input:
+    """Input of color images: that of the detection configs, with ImageNet's std where no norm makes up for scale 1."""
+    scaled = settings.arch == VGG or settings.norm in ("WN", "none")
+    return Input("BGR", BGR.mean, (57.375, 57.12, 58.395)) if scaled else BGR
 
 
 class Source(Protocol):
@@ -146,6 +156,35 @@ def load_digits(settings: Settings) -> ArraySource:
     return ArraySource([str(c) for c in range(10)], (train, labels[~val]), (images[val], labels[val]), given)
 
 
+#: Mean and standard deviation of CIFAR-10's training images, BGR, on the 0-255 scale.
+_CIFAR = Input("BGR", (113.87, 122.95, 125.31), (66.70, 62.09, 62.99))
+
+
+def load_cifar10(settings: Settings) -> ArraySource:
+    """CIFAR-10 in torchvision's layout below the folder of "cifar10:FOLDER" (by default DETECTRON2_DATASETS).
+
+    It is downloaded where it is absent. Augmentation: shifts by up to 4 pixels, and flips.
+
+    Raises:
+        DataError: it cannot be downloaded or read.
+    """
+    from torchvision.datasets import CIFAR10
+
+    root = Path(settings.data.partition(":")[2] or os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
+
+    def part(train: bool) -> Arrays:
+        found = CIFAR10(root, train=train)
+        return np.ascontiguousarray(found.data[:, :, :, ::-1].transpose(0, 3, 1, 2)), np.asarray(found.targets)
+
+    try:
+        classes = dist.on_first_rank(lambda: CIFAR10(root, download=True).classes)  # one process downloads
+        train, val = part(True), part(False)
+    except (OSError, RuntimeError, EOFError, KeyError) as error:  # no network, a broken archive, other checksums
+        reason = one_line(error, 200)
+        raise DataError(f"pretrain data {settings.data}: CIFAR-10 cannot be had in {root} ({reason})") from None
+    return ArraySource(classes, train, val, _CIFAR, shift=4, flip=True, seed=settings.seed)
+
+
 def load_shapes(settings: Settings) -> ArraySource:
     """One object of the ``shapes`` set on its kind of background, BGR; a fifth as many images for validation.
 
@@ -153,7 +192,7 @@ def load_shapes(settings: Settings) -> ArraySource:
     """
     count, side = settings.images or NUM_SHAPES, settings.side
     train, val = draw_set("train", count, side), draw_set("val", max(count // 5, len(CLASSES)), side)
-    return ArraySource(CLASSES, train, val, BGR, shift=side // 8, flip=True, seed=settings.seed)
+    return ArraySource(CLASSES, train, val, bgr_input(settings), shift=side // 8, flip=True, seed=settings.seed)
 
 
 @functools.lru_cache(maxsize=4)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from gn_det.classification.settings import DEPTHS, SMALL, Settings
+from gn_det.classification.other_norms import BatchRenorm2d, weight_normalized
+from gn_det.classification.settings import DEPTHS, SMALL, VGG, Settings
 from gn_det.errors import ConfigError
 from gn_det.modeling.layers import ConvNorm, FeatureSpec, c2_msra_fill
 from gn_det.modeling.resnet import BasicBlock, BottleneckBlock, ResNet, make_stage
@@ -46,14 +50,46 @@ class SmallResNet(nn.Module):
         return {"res4": x}
 
 
-class Classifier(nn.Module):
-    """``trunk``, mean over the image, ``linear``.
+class VGG16(nn.Module):
+    """Simonyan and Zisserman's 13 convolutions, each with a bias, then norm and ReLU; two linear layers with dropout.
 
-    Attributes:
-        trunk: :class:`gn_det.modeling.resnet.ResNet` to res5, with Detectron2's names, or :class:`SmallResNet`.
+    (N, in_channels, side, side) to {"fc7": (N, 4096, 1, 1)}. Names are Caffe's: conv1_1 to conv5_3, fc6, fc7.
     """
 
-    def __init__(self, trunk: ResNet | SmallResNet, num_classes: int) -> None:
+    out_features = ("fc7",)
+    feature_specs: ClassVar = {"fc7": FeatureSpec(4096, 32)}
+
+    def __init__(self, *, in_channels: int, side: int, norm: NormSpec) -> None:
+        super().__init__()
+        self.stages: list[list[str]] = []
+        for stage, (width, convs) in enumerate(((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)), start=1):
+            self.stages.append([f"conv{stage}_{k}" for k in range(1, convs + 1)])
+            for name in self.stages[-1]:
+                conv = ConvNorm(in_channels, width, kernel_size=3, padding=1, bias=True, norm=norm, relu=True)
+                nn.init.kaiming_normal_(conv.weight)  # variance 2 / fan_in
+                nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+                self.add_module(name, conv)
+                in_channels = width
+        self.fc6 = nn.Linear(in_channels * (side // 32) ** 2, 4096)
+        self.fc7 = nn.Linear(4096, 4096)
+        for linear in (self.fc6, self.fc7):
+            nn.init.normal_(linear.weight, std=0.001)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        for stage in self.stages:
+            for name in stage:
+                x = getattr(self, name)(x)
+            x = F.max_pool2d(x, 2)
+        for linear in (self.fc6, self.fc7):
+            x = F.dropout(F.relu(linear(x.flatten(1))), 0.5, self.training)
+        return {"fc7": x[:, :, None, None]}
+
+
+class Classifier(nn.Module):
+    """``trunk``, mean over the image, ``linear``."""
+
+    def __init__(self, trunk: ResNet | SmallResNet | VGG16, num_classes: int) -> None:
         super().__init__()
         self.trunk = trunk
         self.last = trunk.out_features[-1]
@@ -69,15 +105,19 @@ class Classifier(nn.Module):
 
 
 def build_classifier(settings: Settings, num_classes: int, in_channels: int = 3) -> Classifier:
-    """A fresh classifier on the CPU: He's initialisation, gamma 0 in the last norm of every residual block.
+    """Build a classifier on the CPU, with He's initialisation; every residual block begins as its shortcut.
 
     Raises:
         ConfigError: the groups do not divide the channels of a layer.
     """
-    norm = NormFactory(settings.norm, GroupRule(*settings.group_rule))
-    trunk: ResNet | SmallResNet
+    norm: NormSpec = {"WN": None, "none": None, "BR": BatchRenorm2d}.get(
+        settings.norm, NormFactory(settings.norm, GroupRule(*settings.group_rule))
+    )
+    trunk: ResNet | SmallResNet | VGG16
     try:
-        if settings.arch in SMALL:
+        if settings.arch == VGG:
+            trunk = VGG16(in_channels=in_channels, side=settings.side, norm=norm)
+        elif settings.arch in SMALL:
             trunk = SmallResNet(blocks=SMALL[settings.arch], in_channels=in_channels, norm=norm)
         else:
             depth = DEPTHS[settings.arch]
@@ -92,21 +132,30 @@ def build_classifier(settings: Settings, num_classes: int, in_channels: int = 3)
     except BadGroups as error:
         key = "channels_per_group" if settings.channels_per_group else "groups"
         raise ConfigError(f"pretrain {key}: {error.problem}; set {key} to one of {error.works}") from None
-    for last in last_norms(trunk):  # every residual block begins as its shortcut (Goyal et al. 2017)
-        nn.init.zeros_(last.get_parameter("weight"))
+    if norm is None:
+        for module in trunk.modules():
+            if isinstance(module, nn.Conv2d) and module.bias is None:
+                module.bias = nn.Parameter(torch.zeros(module.out_channels))  # in place of beta
+    if settings.norm == "WN":
+        weight_normalized(trunk)
+    for last in last_layers(trunk):  # every residual block begins as its shortcut (Goyal et al. 2017)
+        gain = last.parametrizations.weight.original0 if settings.norm == "WN" else last.weight
+        nn.init.zeros_(gain)
     return Classifier(trunk, num_classes)
 
 
-def last_norms(model: nn.Module) -> list[nn.Module]:
-    """The norm before the addition of every residual block."""
+def last_layers(model: nn.Module) -> list[Any]:
+    """What comes before the addition of every residual block: its norm, or its convolution where it has none."""
     convs = [m.conv3 if isinstance(m, BottleneckBlock) else m.conv2 for m in model.modules() if isinstance(m, _BLOCKS)]
-    return [conv.norm for conv in convs if conv.norm is not None]
+    return [conv if conv.norm is None else conv.norm for conv in convs]
 
 
 def build_optimizer(settings: Settings, model: nn.Module, lr: float) -> torch.optim.SGD:
-    """SGD over one group: the paper decays all weights, gamma and beta included."""
+    """SGD; the paper decays all parameters, gamma and beta included, but VGG's recipe weights alone."""
+    free = [p for p in model.parameters() if settings.arch == VGG and p.dim() < 2]
+    groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if settings.arch != VGG or p.dim() > 1]}]
     return torch.optim.SGD(
-        model.parameters(),
+        groups + ([{"params": free, "weight_decay": 0.0}] if free else []),
         lr=lr,
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,

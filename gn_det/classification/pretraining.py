@@ -31,9 +31,10 @@ from gn_det.classification.classifier_loop import (
 )
 from gn_det.classification.earlier_run import SUMMARY, finished, refuse_old, restore, settings_of
 from gn_det.classification.image_folder import FolderSource
-from gn_det.classification.image_sources import Batch, Source, epoch_batches, load_digits, load_shapes
+from gn_det.classification.image_sources import Batch, Source, epoch_batches, load_cifar10, load_digits, load_shapes
 from gn_det.classification.network import Classifier, build_classifier, build_optimizer
-from gn_det.classification.settings import BUILTIN, Settings, base_lr, lr_factor
+from gn_det.classification.other_norms import RenormLimits
+from gn_det.classification.settings import BUILTIN, REFERENCE_BATCH, VGG, Settings, base_lr, lr_factor, reference_lr
 from gn_det.data.workers import worker_failure
 from gn_det.engine import dist
 from gn_det.engine.advice import out_of_memory
@@ -105,10 +106,10 @@ def dry_run(settings: Settings, *, num_gpus: int = 1) -> None:
 
 def _check_early(settings: Settings) -> None:
     """Refuse what can be refused at once, before a folder is made and processes are started."""
-    if settings.data not in BUILTIN and not Path(settings.data).expanduser().is_dir():
+    if settings.source not in BUILTIN and not Path(settings.data).expanduser().is_dir():
         raise DataError(
             f"pretrain data {settings.data!r}: no such folder; give one with train/<class>/* and val/<class>/*, or "
-            "digits or shapes"
+            f"{' or '.join(BUILTIN)}"
         )
     with torch.device("meta"):
         build_classifier(settings, 2)
@@ -118,6 +119,8 @@ def _device(settings: Settings) -> str:
     device = dist.resolve_device(settings.device, "pretrain device")
     if settings.amp == "fp16" and not device.startswith("cuda"):
         raise ConfigError("pretrain amp is fp16, which needs a GPU; use bf16 or off")
+    if settings.norm == "SyncBN" and not device.startswith("cuda"):
+        raise ConfigError("pretrain norm is SyncBN, which needs GPUs; use BN")
     return device
 
 
@@ -166,7 +169,8 @@ def _train(settings: Settings, resume: bool) -> dict[str, Any]:
     if settings.channels_last:
         loss.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(settings, model, plan.lr)
-    scheduler = LambdaLR(optimizer, lambda iteration: lr_factor(settings, iteration, plan.total))
+    processes = dist.world_size()
+    scheduler = LambdaLR(optimizer, lambda iteration: lr_factor(settings, iteration, plan.total, processes))
     autocast = DTYPES.get(settings.amp)
     state = TrainState(model, optimizer, scheduler, settings.seed, make_scaler(autocast, torch.device(device).type))
     done = Progressed()
@@ -183,6 +187,7 @@ def _train(settings: Settings, resume: bool) -> dict[str, Any]:
     metrics.DIVERGED = math.inf  # its advice names keys of detection
     if done.epochs < plan.epochs:
         hooks = [Schedule(), metrics, Epochs(settings, source, plan, loss, done, folder)]
+        hooks += [RenormLimits(settings)] if settings.norm == "BR" else []
         loop = ClassifierLoop(state, parallel(loss), hooks, total=plan.total, autocast=autocast)
         loop.run(partial(_batches, settings, source, plan, done.epochs))
     weights = folder / FINAL
@@ -201,6 +206,7 @@ def _train(settings: Settings, resume: bool) -> dict[str, Any]:
 def _batches(settings: Settings, source: Source, plan: Plan, first: int) -> Iterator[Batch]:
     """Training batches of this process from epoch ``first`` on."""
     for epoch in range(first, plan.epochs):
+        seed_everything(hash((settings.seed, epoch, dist.rank())) % 2**63)  # dropout; a resumed run draws the same
         numbers = epoch_batches(settings, epoch, source.train_images, dist.rank(), dist.world_size())
         yield from source.train_batches(epoch, numbers[: plan.total - epoch * plan.per_epoch])
 
@@ -214,7 +220,8 @@ def open_source(settings: Settings) -> Source:
     Raises:
         DataError: a folder that is missing, empty, or whose two parts have different classes.
     """
-    return {"digits": load_digits, "shapes": load_shapes}.get(settings.data, FolderSource)(settings)
+    builtin = {"digits": load_digits, "shapes": load_shapes, "cifar10": load_cifar10}
+    return builtin.get(settings.source, FolderSource)(settings)
 
 
 def _plan(settings: Settings, source: Source, processes: int) -> Plan:
@@ -232,14 +239,14 @@ def _describe(settings: Settings, source: Source, model: Classifier, plan: Plan,
         f"of {settings.side} px"
     )
     steps = ", ".join(f"{step * settings.epochs:g}" for step in settings.steps) or "none"
-    why = "" if settings.lr is not None else " (0.1 for a batch of 256, linear)"
+    why = f"{reference_lr(settings):g} for a batch of {REFERENCE_BATCH}, linear" if settings.lr is None else "as given"
+    decayed = "weights" if settings.arch == VGG else "parameters, gamma and beta included"
     logger.info(
         f"batch {settings.batch_size * processes} ({count(processes, 'process', 'processes')} × "
         f"{count(settings.batch_size, 'image')}), "
-        f"{settings.epochs:g} epochs = {plan.total} iterations, lr {plan.lr:g}{why}, x {settings.gamma:g} after epochs "
-        f"{steps}; weight decay {settings.weight_decay:g} on all weights, gamma and beta included; last gamma of each "
-        f"block begins at 0; autocast {settings.amp}{', channels_last' if settings.channels_last else ''}; "
-        f"seed {settings.seed}"
+        f"{settings.epochs:g} epochs = {plan.total} iterations, lr {plan.lr:g} ({why}), x {settings.gamma:g} after "
+        f"epochs {steps}; weight decay {settings.weight_decay:g} on all {decayed}; autocast {settings.amp}"
+        f"{', channels_last' if settings.channels_last else ''}; seed {settings.seed}"
     )
 
 

@@ -13,16 +13,27 @@ from gn_det.values import FLAG, Check, InvalidValue, Value, integer, is_number, 
 #: ResNets for images of ImageNet's size: their backbones are those of the detection configs.
 DEPTHS = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101}
 #: He et al.'s ResNets for CIFAR, of 6n + 2 layers: a 3x3 stem and three stages of n basic blocks.
-SMALL = {"resnet8": 1, "resnet14": 2, "resnet20": 3}
-#: Data sets that need no files.
-BUILTIN = ("digits", "shapes")
+SMALL = {f"resnet{6 * n + 2}": n for n in (1, 2, 3, 5, 7, 9, 18)}
+VGG = "vgg16"
+NORMS = ("BN", "SyncBN", "LN", "IN", "GN", "WN", "BR", "none")
+#: Norms whose statistics are those of the batch.
+_OF_BATCHES = ("BN", "SyncBN", "BR")
+#: Data sets that need no folder; "cifar10:FOLDER" names one.
+BUILTIN = ("digits", "shapes", "cifar10")
 #: Side of the images that a network sees, where ``image_size`` leaves it open.
-IMAGE_SIZES = {"digits": 8, "shapes": 32}
+IMAGE_SIZES = {"digits": 8, "shapes": 32, "cifar10": 32}
 #: Generated training images of "shapes", where ``images`` leaves it open.
 NUM_SHAPES = 3000
 #: The batch that the paper's learning rate of 0.1 belongs to: 8 GPUs with 32 images each.
 REFERENCE_BATCH = 256
-REFERENCE_LR = 0.1
+#: VGG's recipe differs in rate, decay, steps, and a warm-up of 3 epochs where the rate is above its reference.
+_RECIPES: dict[bool, dict[str, Any]] = {
+    False: {"weight_decay": 1e-4, "steps": (0.3, 0.6, 0.9)},
+    True: {"weight_decay": 5e-4, "steps": (0.3, 0.6, 0.8)},
+}
+VGG_WARMUP_EPOCHS = 3
+#: Batch Renormalization: limits, and the fractions of the training between which they grow from batch norm's.
+_RENORM: dict[str, Any] = {"r_max": 1.5, "d_max": 0.5, "renorm_ramp": (0.04, 0.3)}
 
 _TEXT = text(4096, least=1, printable=True)
 _RISING = Value(
@@ -35,6 +46,11 @@ _RISING = Value(
     ),
 )
 
+_RAMP = Value(
+    "two fractions of the training, the first not above the second",
+    lambda v: isinstance(v, (list, tuple)) and len(v) == 2 and all(is_number(s) for s in v) and 0 <= v[0] <= v[1] <= 1,
+)
+
 
 def _setting(check: Check, *default: Any) -> Any:
     return field(metadata={"check": check}, **({"default": default[0]} if default else {}))
@@ -45,18 +61,21 @@ class Settings:
     """A pre-training run; the defaults are the paper's recipe (section 4.1).
 
     Attributes:
-        arch: one of :data:`DEPTHS` (detection backbones) or :data:`SMALL` (for tiny images).
-        norm: "BN", "LN", "IN" or "GN", in every layer.
-        data: folder with ``train/<class>/*`` and ``val/<class>/*``, or "digits" (scikit-learn's handwritten digits) or
-            "shapes" (generated, see :func:`gn_det.classification.image_sources.load_shapes`).
+        arch: one of :data:`DEPTHS` (detection backbones) or :data:`SMALL` (for tiny images), or "vgg16".
+        norm: one of :data:`NORMS`, in every layer: WN is Weight Normalization, BR Batch Renormalization.
+        data: folder with ``train/<class>/*`` and ``val/<class>/*``, or "digits" (scikit-learn's handwritten digits),
+            "shapes" (generated, see :func:`gn_det.classification.image_sources.load_shapes`) or "cifar10[:FOLDER]"
+            (torchvision's, downloaded where absent).
         output: folder for weights, checkpoint, metrics and summary.
         groups, channels_per_group: division of GN's channels (Table 3); at most one of them, 32 groups without.
         batch_size: images of one process in an iteration.
         epochs: passes over the training images; a fraction is allowed.
-        lr: learning rate; None: 0.1 for 256 images in an iteration over all processes, and linear in that number.
+        lr: learning rate, taken literally; None: 0.1 (VGG: 0.01) for 256 images in an iteration over all processes,
+            and linear in that number.
         momentum: Nesterov's, as in fb.resnet.torch.
-        weight_decay: of all weights, gamma and beta included.
-        steps: fractions of the training after which ``gamma`` multiplies the learning rate: epochs 30, 60 and 90.
+        weight_decay: of all parameters, gamma and beta included; VGG: of weights alone. None: 1e-4 (VGG: 5e-4).
+        steps: fractions of the training after which ``gamma`` multiplies the learning rate; None: epochs 30, 60 and 90
+            (VGG: 80) of 100.
         gamma: see ``steps``.
         seed: of initial weights, order and augmentation.
         workers: processes that read images from a folder.
@@ -68,13 +87,16 @@ class Settings:
         color: brightness, contrast, saturation and lighting augmentation of fb.resnet.torch, on images from a folder.
         stride_in_1x1: stride in the first 1x1 of a bottleneck instead of its 3x3, as ``bn_*`` configs expect (so does
             the published R-50). ResNet-18 and 34 have no such choice.
+        r_max, d_max: limits of BR, at least 1 and 0; None: 1.5 and 0.5.
+        renorm_ramp: fractions of the training between which BR's limits grow linearly from 1 and 0, which is BN, to
+            r_max and d_max; None: 0.04 and 0.3, about Ioffe's.
 
     Raises:
         ConfigError: a value, or two together, cannot be used; names the setting.
     """
 
-    arch: str = _setting(one_of(*DEPTHS, *SMALL))
-    norm: str = _setting(one_of("BN", "LN", "IN", "GN"))
+    arch: str = _setting(one_of(*DEPTHS, *SMALL, VGG))
+    norm: str = _setting(one_of(*NORMS))
     data: str = _setting(_TEXT)
     output: str = _setting(_TEXT)
     groups: int | None = _setting(optional(integer(1, 8192)), None)
@@ -83,8 +105,8 @@ class Settings:
     epochs: float = _setting(number(0, 1e6, above=True), 100)
     lr: float | None = _setting(optional(number(0, 1000, above=True)), None)
     momentum: float = _setting(number(0, 1), 0.9)
-    weight_decay: float = _setting(number(0, 1000), 1e-4)
-    steps: tuple[float, ...] = _setting(_RISING, (0.3, 0.6, 0.9))
+    weight_decay: float = _setting(optional(number(0, 1000)), None)
+    steps: tuple[float, ...] = _setting(optional(_RISING), None)
     gamma: float = _setting(number(0, 1, above=True), 0.1)
     seed: int = _setting(integer(0, 2**63 - 1), 1)
     workers: int = _setting(integer(0, 1024), 4)
@@ -95,6 +117,9 @@ class Settings:
     images: int | None = _setting(optional(integer(10, 1_000_000)), None)
     color: bool = _setting(FLAG, True)
     stride_in_1x1: bool = _setting(FLAG, False)
+    r_max: float | None = _setting(optional(number(1, 1000)), None)
+    d_max: float | None = _setting(optional(number(0, 1000)), None)
+    renorm_ramp: tuple[float, float] | None = _setting(optional(_RAMP), None)
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -102,7 +127,10 @@ class Settings:
                 each.metadata["check"](getattr(self, each.name), f"pretrain {each.name}")
             except InvalidValue as error:
                 raise ConfigError(str(error)) from None
-        object.__setattr__(self, "steps", tuple(float(s) for s in self.steps))
+        for name, default in {**_RECIPES[self.arch == VGG], **(_RENORM if self.norm == "BR" else {})}.items():
+            value = default if getattr(self, name) is None else getattr(self, name)
+            value = tuple(map(float, value)) if isinstance(default, tuple) else value
+            object.__setattr__(self, name, value)
         for name, wrong, why in self._contradictions():
             if wrong:
                 raise ConfigError(f"pretrain {name} is {shown(getattr(self, name))}, but {why}")
@@ -112,14 +140,23 @@ class Settings:
         given = "groups" if self.groups is not None else "channels_per_group"
         has_groups = getattr(self, given) is not None
         both = self.groups is not None and self.channels_per_group is not None
-        small, folder = self.arch in SMALL, self.data not in BUILTIN
+        small, folder = self.arch in SMALL, self.source not in BUILTIN
+        br = "it is of norm BR; leave it out"
+        renorm = [(name, self.norm != "BR" and getattr(self, name) is not None, br) for name in _RENORM]
         return [
+            *renorm,
             ("groups", both, f"channels_per_group is {self.channels_per_group}; give one of them"),
             (given, self.norm != "GN" and has_groups, f"norm {self.norm} has none; leave it out"),
-            ("batch_size", self.norm == "BN" and self.batch_size == 1, "BN needs at least 2 images for its statistics"),
+            (
+                "batch_size",
+                self.norm in _OF_BATCHES and self.batch_size == 1,
+                f"{self.norm} needs at least 2 images for its statistics",
+            ),
             ("image_size", small and folder and not self.image_size, f"{self.arch} on a folder needs it, such as 32"),
             ("images", self.images is not None and self.data != "shapes", "only data shapes is generated"),
             ("arch", self.data == "digits" and not small, f"digits have 8x8 pixels; use one of {', '.join(SMALL)}"),
+            ("image_size", self.source == "cifar10" and self.side != 32, "cifar10 has images of 32 pixels"),
+            ("image_size", self.arch == VGG and self.side < 32, "vgg16 halves it five times; use at least 32"),
             (
                 "stride_in_1x1",
                 self.stride_in_1x1 and DEPTHS.get(self.arch, 0) < 50,
@@ -130,7 +167,13 @@ class Settings:
     @property
     def side(self) -> int:
         """Side in pixels of the images that the network sees."""
-        return self.image_size or IMAGE_SIZES.get(self.data, 224)
+        return self.image_size or IMAGE_SIZES.get(self.source, 224)
+
+    @property
+    def source(self) -> str:
+        """``data`` without the folder of a built-in set."""
+        name = self.data.partition(":")[0]
+        return name if name == "cifar10" else self.data
 
     @property
     def group_rule(self) -> tuple[int, int]:
@@ -147,8 +190,9 @@ class Settings:
         return replace(self, **{name: old.get(name, choice) for name, choice in unsettled.items()})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values by field, fit for JSON."""
-        return {**asdict(self), "steps": list(self.steps)}
+        """Plain values by field, fit for JSON; without the options of a norm that this run does not have."""
+        values = {name: value for name, value in asdict(self).items() if value is not None or name not in _RENORM}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Settings:
@@ -168,13 +212,31 @@ class Settings:
         return cls(**values)
 
 
+def reference_lr(settings: Settings) -> float:
+    """The recipe's learning rate for :data:`REFERENCE_BATCH` images in an iteration."""
+    return 0.01 if settings.arch == VGG else 0.1
+
+
 def base_lr(settings: Settings, processes: int) -> float:
     """The learning rate to begin with: as given, or linear in the images of an iteration (Goyal et al. 2017)."""
     if settings.lr is not None:
         return settings.lr
-    return REFERENCE_LR * settings.batch_size * processes / REFERENCE_BATCH
+    return reference_lr(settings) * settings.batch_size * processes / REFERENCE_BATCH
 
 
-def lr_factor(settings: Settings, iteration: int, total: int) -> float:
-    """What multiplies the learning rate in the 0-based ``iteration`` of ``total``."""
-    return float(settings.gamma ** sum(iteration >= round(step * total) for step in settings.steps))
+def lr_factor(settings: Settings, iteration: int, total: int, processes: int = 1) -> float:
+    """What multiplies :func:`base_lr` in the 0-based ``iteration`` of ``total``."""
+    factor = float(settings.gamma ** sum(iteration >= round(step * total) for step in settings.steps))
+    start = reference_lr(settings) / base_lr(settings, processes)
+    warmup = VGG_WARMUP_EPOCHS / settings.epochs * total
+    if settings.arch == VGG and settings.lr is None and start < 1 and iteration < warmup:
+        factor *= start + (1 - start) * iteration / warmup
+    return factor
+
+
+def renorm_limits(settings: Settings, iteration: int, total: int) -> tuple[float, float]:
+    """r_max and d_max of Batch Renormalization in the 0-based ``iteration`` of ``total``."""
+    assert settings.r_max is not None and settings.d_max is not None and settings.renorm_ramp is not None
+    begin, end = (fraction * total for fraction in settings.renorm_ramp)
+    grown = float(iteration >= end) if begin == end else min(max((iteration - begin) / (end - begin), 0.0), 1.0)
+    return 1 + (settings.r_max - 1) * grown, settings.d_max * grown

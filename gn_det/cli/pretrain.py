@@ -10,15 +10,32 @@ from gn_det.cli import flags
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--arch", required=True, metavar="NAME", help="resnet18|34|50|101, or resnet8|14|20 (tiny images)")
-    add("--norm", required=True, metavar="NAME", help="BN, LN, IN or GN")
-    add("--data", required=True, metavar="DIR", help="folder with train/CLASS/* and val/CLASS/*; or digits, shapes")
+    add(
+        "--arch",
+        required=True,
+        metavar="NAME",
+        help="resnet18|34|50|101, vgg16; resnet8|14|20|32|44|56|110 (tiny images)",
+    )
+    add(
+        "--norm",
+        required=True,
+        metavar="NAME",
+        help="BN, SyncBN, LN, IN, GN, WN (Weight Norm), BR (Batch Renorm) or none",
+    )
+    add(
+        "--data",
+        required=True,
+        metavar="DIR",
+        help="folder with train/CLASS/* and val/CLASS/*; or digits, shapes, cifar10[:DIR]",
+    )
     add("--output", metavar="DIR", help="default output/pretrain_ARCH_NORM")
     add("--groups", type=int, metavar="N", help="number of GN groups (default 32)")
     add("--channels-per-group", type=int, metavar="N", help="size of GN groups, instead of --groups")
     add("--batch-size", type=int, metavar="N", help="images per process (default 32)")
     add("--epochs", type=float, metavar="N", help="default 100; the learning rate drops after 30, 60 and 90%%")
-    add("--lr", type=float, metavar="X", help="learning rate (default 0.1 x batch / 256)")
+    add("--lr", type=float, metavar="X", help="learning rate, not scaled (default 0.1 x batch / 256; vgg16 0.01 x ...)")
+    add("--r-max", type=float, metavar="X", help="limit of Batch Renorm's r (default 1.5)")
+    add("--d-max", type=float, metavar="X", help="limit of Batch Renorm's d (default 0.5)")
     add("--seed", type=int, metavar="N", help="default 1")
     add("--image-size", type=int, metavar="N", help="side of the crops (default 224)")
     add("--images", type=int, metavar="N", help="number of training images that --data shapes generates")

@@ -287,7 +287,7 @@ def _absent(job: Job) -> Problem | None:
     row = job.row.id
     if job.cfg is None:
         data = str(job.settings["data"])
-        there = data in BUILTIN or os.path.isdir(os.path.expanduser(data))
+        there = data.partition(":")[0] in BUILTIN or os.path.isdir(os.path.expanduser(data))
         return None if there else Problem(row, f"data: folder {data} does not exist", absent=True)
     for source in _sources(job.cfg):
         for path, exists in ((source.json_file, os.path.isfile), (source.image_root, os.path.isdir)):

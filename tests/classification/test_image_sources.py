@@ -21,6 +21,7 @@ from gn_det.classification.image_sources import (
     load_digits,
     load_shapes,
 )
+from gn_det.classification.pretraining import open_source
 from gn_det.errors import ConfigError, DataError
 
 NAMES = ("cat", "dog", "émeu")
@@ -135,7 +136,7 @@ def test_bad_folders(folder: Path, spoil: Any, told: str) -> None:
 
 
 def test_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"pretrain data '.*nowhere': no such folder; .* or digits or shapes"):
+    with pytest.raises(DataError, match=r"pretrain data '.*nowhere': no such folder; .* or shapes or cifar10"):
         pretrain(settings(tmp_path / "nowhere", output=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
 
@@ -223,3 +224,49 @@ def test_an_array_without_shift_and_flip_is_not_augmented() -> None:
     source = ArraySource(["a"] * 12, given, given, Input("L", (0.0,), (1.0,)), shift=0, flip=False, seed=1)
     (made,) = source.train_batches(0, [labels])
     assert np.array_equal(made[0].numpy(), images) and made[1].tolist() == labels.tolist()
+
+
+def cifar(folder: Path, monkeypatch: pytest.MonkeyPatch, images: int = 6) -> np.ndarray:
+    """A small set in the layout of CIFAR-10's python version; returns its training pixels."""
+    import hashlib
+    import pickle
+
+    from torchvision.datasets import CIFAR10
+
+    base = folder / CIFAR10.base_folder
+    base.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (images, 3072), dtype=np.uint8)
+    sums = []
+    for name, content in (
+        ("data_batch_1", {"data": pixels, "labels": [k % 2 for k in range(images)]}),
+        ("test_batch", {"data": pixels[:2], "labels": [1, 0]}),
+        ("batches.meta", {"label_names": ["cat", "dog"]}),
+    ):
+        (base / name).write_bytes(pickle.dumps(content))
+        sums.append((name, hashlib.md5((base / name).read_bytes()).hexdigest()))
+    monkeypatch.setattr(CIFAR10, "train_list", [list(sums[0])])
+    monkeypatch.setattr(CIFAR10, "test_list", [list(sums[1])])
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": sums[2][0], "key": "label_names", "md5": sums[2][1]})
+    return pixels.reshape(-1, 3, 32, 32)
+
+
+def test_cifar10_in_its_own_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Classes, BGR pixels and labels; a damaged file is one line."""
+    pixels = cifar(tmp_path, monkeypatch)
+    settings = Settings(arch="resnet20", norm="BN", data=f"cifar10:{tmp_path}", output="o", batch_size=2)
+    source = open_source(settings)
+    assert source.class_names == ("cat", "dog") and (source.train_images, source.val_images) == (6, 2)
+    (found, labels) = next(iter(source.val_batches([0, 1], 2)))
+    assert np.array_equal(found.numpy(), pixels[:2, ::-1]) and labels.tolist() == [1, 0]
+    (batch, labels) = next(iter(source.train_batches(0, [np.array([3, 4])])))
+    assert batch.shape == (2, 3, 32, 32) and labels.tolist() == [1, 0]
+    file = next(tmp_path.rglob("data_batch_1"))
+    file.write_bytes(file.read_bytes()[:-9])
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", _no_network)
+    with pytest.raises(DataError, match=r"pretrain data cifar10:.*cannot be had in .*no network") as told:
+        open_source(settings)
+    assert "\n" not in str(told.value)
+
+
+def _no_network(*args: object, **kwargs: object) -> None:
+    raise OSError("no network")

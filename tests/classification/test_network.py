@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gn_det.classification import Settings
-from gn_det.classification.network import build_classifier, build_optimizer, last_norms
+from gn_det.classification.network import build_classifier, build_optimizer, last_layers
 from gn_det.errors import ConfigError
 from gn_det.norm import GroupNorm
 
@@ -25,7 +25,7 @@ def settings(arch: str = "resnet18", norm: str = "GN", **changes: Any) -> Settin
 def test_last_gamma_of_every_block_is_zero_and_all_others_one(arch: str, blocks: int, norm: str) -> None:
     groups = 8 if norm == "GN" and arch in ("resnet8", "resnet20") else None
     model = build_classifier(settings(arch, norm, groups=groups), 10)
-    zero = last_norms(model)
+    zero = last_layers(model)
     assert len(zero) == blocks
     norms = [m for m in model.modules() if isinstance(m, (nn.BatchNorm2d, nn.GroupNorm))]
     assert len(norms) == sum(isinstance(m, nn.Conv2d) for m in model.modules())
@@ -104,6 +104,55 @@ def test_groups_that_do_not_divide_name_channels_and_field(changes: dict[str, An
         build_classifier(settings("resnet18", **changes), 5)
     text = str(caught.value)
     assert text.startswith(f"pretrain {field}: ") and "64 channels" in text and f"set {field} to one of" in text
+
+
+@pytest.mark.parametrize("norm", ["WN", "none"])
+def test_without_norms_blocks_begin_as_their_shortcuts_and_have_biases(norm: str) -> None:
+    model = build_classifier(settings("resnet50", norm), 4)
+    block = model.trunk.res2[1]
+    x = torch.randn(2, 256, 5, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(block(x), x.relu())
+    assert all(m.bias is not None for m in model.modules() if isinstance(m, nn.Conv2d))
+
+
+@pytest.mark.parametrize("norm", ["none", "BN", "GN"])
+def test_vgg16_is_the_recipes(norm: str) -> None:
+    """13 convolutions with biases, 138.4 M parameters for ImageNet; He's fan-in, 0.001, 0.01; biases do not decay."""
+    ours = settings("vgg16", norm, image_size=224)
+    with torch.device("meta"):
+        model = build_classifier(ours, 1000)
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    norms = [m for m in model.modules() if isinstance(m, (nn.BatchNorm2d, nn.GroupNorm))]
+    assert len(convs) == 13 and all(c.bias is not None for c in convs) and len(norms) == (13 if norm != "none" else 0)
+    count = sum(p.numel() for p in model.parameters())
+    assert count - sum(p.numel() for m in norms for p in m.parameters()) == 138_357_544
+    decayed, others = build_optimizer(ours, model, lr=0.01).param_groups
+    assert decayed["weight_decay"] == 5e-4 and others["weight_decay"] == 0.0
+    assert len(decayed["params"]) == 13 + 3 and all(p.dim() == 1 for p in others["params"])
+    assert (ours.steps, ours.weight_decay) == ((0.3, 0.6, 0.8), 5e-4)
+
+
+def test_vgg16_at_32_pixels() -> None:
+    """Shapes, initialisation within 4 standard errors, and dropout in training alone."""
+    torch.manual_seed(0)
+    model = build_classifier(settings("vgg16", "none", image_size=32), 10)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            expected, count = math.sqrt(2 / (module.in_channels * 9)), module.weight.numel()
+            assert float(module.weight.detach().std()) == pytest.approx(expected, rel=4 / math.sqrt(2 * count)), name
+    for linear in (model.trunk.fc6, model.trunk.fc7):
+        assert float(linear.weight.detach().std()) == pytest.approx(0.001, rel=0.01)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert model(x).shape == (2, 10) and not torch.equal(model.trunk(x)["fc7"], model.trunk(x)["fc7"])
+        assert torch.equal(model.eval()(x), model(x))
+
+
+@pytest.mark.parametrize("arch, layers", [("resnet32", 32), ("resnet44", 44), ("resnet56", 56), ("resnet110", 110)])
+def test_deeper_cifar_resnets(arch: str, layers: int) -> None:
+    with torch.device("meta"):
+        model = build_classifier(Settings(arch=arch, norm="BN", data="shapes", output="o"), 10)
+    assert sum(isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) for m in model.modules()) + 1 == layers
 
 
 def test_small_resnet_has_he_et_al_sizes() -> None:

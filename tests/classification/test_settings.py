@@ -20,7 +20,11 @@ GOOD: dict[str, Any] = {"arch": "resnet50", "norm": "GN", "data": "imagenet", "o
     [
         ("arch", "resnet51"),
         ("norm", "gn"),
-        ("norm", "SyncBN"),
+        ("norm", "WS"),
+        ("r_max", 0.5),
+        ("d_max", -1.0),
+        ("renorm_ramp", (0.5, 0.1)),
+        ("renorm_ramp", (0.5,)),
         ("amp", "half"),
         ("data", ""),
         ("output", 3),
@@ -64,6 +68,10 @@ def test_bad_values_are_refused_by_name(field: str, value: Any) -> None:
         ({"arch": "resnet8"}, "image_size is None, but resnet8 on a folder needs it"),
         ({"images": 100}, "images is 100"),
         ({"data": "digits"}, "arch is 'resnet50'"),
+        ({"r_max": 2.0}, "r_max is 2.0, but it is of norm BR"),
+        ({"norm": "BR", "batch_size": 1}, "batch_size is 1, but BR needs"),
+        ({"data": "cifar10", "image_size": 64}, "cifar10 has images of 32 pixels"),
+        ({"arch": "vgg16", "image_size": 24}, "halves it five times"),
         ({"arch": "resnet18", "stride_in_1x1": True}, "stride_in_1x1 is True"),
     ],
 )
@@ -88,6 +96,25 @@ def test_learning_rate_is_linear_in_the_images_of_an_iteration() -> None:
     assert base_lr(Settings(**GOOD, batch_size=2), 8) == pytest.approx(0.1 * 2 / 32, rel=1e-12)
     assert base_lr(Settings(**GOOD), 1) == pytest.approx(0.1 / 8, rel=1e-12)
     assert base_lr(Settings(**GOOD, lr=0.3), 8) == 0.3
+
+
+def test_vgg_warms_up_from_its_reference() -> None:
+    """0.01 for 256 images; at 1024 linearly from 0.01 to 0.04 over 3 of 100 epochs, then x0.1 at 30, 60 and 80."""
+    ours = Settings(**{**GOOD, "arch": "vgg16"})
+    assert base_lr(ours, 8) == pytest.approx(0.01) and base_lr(ours, 32) == pytest.approx(0.04)
+    rates = [0.04 * lr_factor(ours, 10 * epoch, 1000, 32) for epoch in range(100)]
+    assert rates[:4] == pytest.approx([0.01, 0.02, 0.03, 0.04])
+    assert [e for e in range(4, 100) if rates[e] < rates[e - 1]] == [30, 60, 80]
+    assert all(lr_factor(ours, i, 1000, 8) == 1 for i in range(300))  # at the reference there is nothing to warm up
+    assert lr_factor(Settings(**{**GOOD, "arch": "vgg16", "lr": 0.5}), 0, 1000, 32) == 1  # as given
+
+
+def test_settings_of_batch_renorm_are_in_its_dict_alone() -> None:
+    """An earlier version's checkpoints and suites have the same dict for all other norms."""
+    assert "r_max" not in Settings(**GOOD).to_dict()
+    ours = Settings(**{**GOOD, "norm": "BR"})
+    assert (ours.r_max, ours.d_max, ours.renorm_ramp) == (1.5, 0.5, (0.04, 0.3))
+    assert Settings.from_dict(ours.to_dict()) == ours and ours.to_dict()["renorm_ramp"] == [0.04, 0.3]
 
 
 @pytest.mark.parametrize("epochs, per_epoch", [(100, 5004), (10, 7), (2.5, 40)])
