@@ -415,3 +415,21 @@ def test_a_users_hook(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"^mine$"):
         run(tmp_path / "fails", hooks=[Fails(), hook])
     assert hook.calls == ["start 0", "end"]
+
+
+def test_metrics_of_a_checkpoint_that_was_not_followed_by_its_end(tmp_path: Path) -> None:
+    """Death between checkpoint 19 and the writing of its metrics: the resumed run writes them."""
+
+    class PowerCut(Hook):
+        def end_step(self, loop: Loop) -> None:
+            if loop.state.iteration == 19:
+                raise RuntimeError("power cut")
+
+    keys = ["SOLVER.CHECKPOINT_PERIOD", 20, "SOLVER.STEPS", (20,)]
+    run(tmp_path / "whole", keys, max_iter=25)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tmp_path / "cut", keys, max_iter=25, hooks=[PowerCut()])
+    assert not lines(tmp_path / "cut")
+    run(tmp_path / "cut", keys, max_iter=25, resume=True)
+    found = [[(e["iteration"], e["total_loss"]) for e in lines(tmp_path / f)] for f in ("whole", "cut")]
+    assert found[0] == found[1] and len(found[0]) == 2
