@@ -85,7 +85,7 @@ def _finding(result: RowResult, base: RowResult) -> Finding:
     name = "points of top-1 error" if column == "top1_error" else COLUMNS[column].heading
     if found is None:
         missing = result if base.done else base
-        return Finding(f"{result.row.title}: no difference available: {missing.row.title} is {missing.status}.")
+        return Finding(f"{result.row.title}: no difference available ({missing.row.title}: {missing.status}).")
     head = f"{result.row.title} against {base.row.title}"
     if result.neither_learned(column):
         return Finding(f"{head}: neither learned ({name} 0.0 on both sides).")

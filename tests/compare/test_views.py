@@ -139,7 +139,7 @@ def test_failed_and_missing_rows_are_shown_as_such(tmp_path: Path) -> None:
     shown = view(found, plan.suite.tables[0])
     assert [row[1].text for row in shown.body][1:] == ["failed", "not run"]
     assert "gn: failed: seed 1: ValueError: no" in shown.notes
-    assert findings(found)["gn"].sentences == ["gn: no difference available: gn is failed."]
+    assert findings(found)["gn"].sentences == ["gn: no difference available (gn: failed)."]
 
 
 def test_grid_places_rows_by_their_labels(tmp_path: Path) -> None:
