@@ -18,7 +18,7 @@ from gn_det.data.coco import check_masks, check_num_classes, check_objects, chec
 from gn_det.data.problems import KINDS, NOWHERE, Where
 from gn_det.data.sets import model_category_ids
 from gn_det.errors import DataError
-from gn_det.text import as_line, one_line, shown
+from gn_det.text import as_line, count, one_line, shown
 
 #: Exit codes of ``gn-det check``.
 CLEAN, WARNINGS, ERRORS = 0, 1, 2
@@ -62,9 +62,7 @@ class Report:
 
     def verdict(self) -> str:
         """The result in one line."""
-        parts = [
-            f"{n} {word}{'' if n == 1 else 's'}" for word in ("error", "warning", "note") if (n := self.total(word))
-        ]
+        parts = [count(n, word) for word in ("error", "warning", "note") if (n := self.total(word))]
         meaning = {
             CLEAN: "clean",
             WARNINGS: "training would use this dataset as it is; see the warnings",
@@ -166,8 +164,8 @@ def class_table(surveys: Sequence[Survey]) -> list[tuple[str, list[int], list[in
         images = np.bincount(pairs[1], minlength=dataset.num_classes)
         for name, *counts in zip(dataset.class_names, dataset.class_counts.tolist(), images.tolist()):
             row = rows.setdefault(name, ([0] * len(surveys), [0] * len(surveys)))
-            for column, count in zip(row, counts):
-                column[position] += count
+            for column, number in zip(row, counts):
+                column[position] += number
     return sorted(((n, *row) for n, row in rows.items()), key=lambda row: [-c for c in row[1]])
 
 
@@ -178,11 +176,11 @@ def facts(survey: Survey) -> str:
         return "could not be read"
     objects, crowds = len(dataset.object_images), dataset.crowds
     empty = int((dataset.object_counts == 0).sum())
-    share = crowds / max(objects + crowds, 1)
-    return (
-        f"{len(survey.images)} usable images ({empty} without objects), {objects} objects of {dataset.num_classes} "
-        f"classes, {crowds} crowd regions ({share:.1%})"
-    )
+    parts = [count(len(survey.images), "usable image") + (f" ({empty} without objects)" if empty else "")]
+    parts += [f"{count(objects, 'object')} of {count(dataset.num_classes, 'class', 'classes')}"]
+    if crowds:
+        parts.append(f"{count(crowds, 'crowd region')} ({crowds / max(objects + crowds, 1):.1%})")
+    return ", ".join(parts)
 
 
 # ------------------------------------------------------------ as text
@@ -210,12 +208,12 @@ def _finding_lines(findings: Findings) -> Iterator[str]:
         kinds = findings.of(severity)
         if kinds:
             yield f"  {severity.upper()}S"
-        for name, kind, count in kinds:
-            yield f"  {count:>8}  {kind.title}  [{name}]"
+        for name, kind, number in kinds:
+            yield f"  {number:>8}  {kind.title}  [{name}]"
             quoted = findings.found[name][: _QUOTED[severity]]
             yield from (f"            {finding}" for finding in quoted)
-            if count > len(quoted):
-                yield f"            ... and {count - len(quoted)} more"
+            if number > len(quoted):
+                yield f"            ... and {number - len(quoted)} more"
             if kind.fix:
                 yield f"            --fix: {kind.fix}"
     if not findings.counts:
@@ -235,14 +233,14 @@ def _class_lines(report: Report) -> Iterator[str]:
 
 def _size_lines(sizes: SizeTable) -> Iterator[str]:
     yield f"  object size at training ({sizes.rule})"
-    for i, (label, count) in enumerate(zip(sizes.labels(), sizes.counts)):
+    for i, (label, number) in enumerate(zip(sizes.labels(), sizes.counts)):
         low, high = (0, *sizes.edges)[i], (*sizes.edges, float("inf"))[i]
         anchors = ", ".join(f"{a:g}" for a in sizes.anchors if low <= a < high)
         mark = f"  anchor {anchors}" if anchors else ""
-        yield f"  {label:>9}{count:>9}  {_bar(count, max(sizes.counts)):{_BAR}}{mark}"
+        yield f"  {label:>9}{number:>9}  {_bar(number, max(sizes.counts)):{_BAR}}{mark}"
     yield (
-        f"  centred on their best anchor, {sizes.fit[0]:.0%} of the objects reach IoU 0.7 and {sizes.fit[1]:.0%} "
-        f"IoU 0.5; an object vanishes below {VISIBLE:g} pixel a side at the smallest INPUT.MIN_SIZE_TRAIN"
+        f"  {sizes.fit[0]:.0%} of the objects reach IoU 0.7 with their best anchor, {sizes.fit[1]:.0%} reach IoU 0.5; "
+        f"objects below {VISIBLE:g} pixel per side at the smallest INPUT.MIN_SIZE_TRAIN are lost"
     )
 
 
