@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from gn_det.about import __version__
 from gn_det.checkpoint.formats import caffe2
 from gn_det.checkpoint.io import save_checkpoint
 from gn_det.checkpoint.meta import build_meta
@@ -431,7 +432,7 @@ def test_own_checkpoints_bring_their_config(tmp_path: Path) -> None:
     model = module(shapes)
     report = load_weights(model, path, theirs, require_all=True)
     assert report.meta is not None and report.meta["class_names"] == ("a", "b", "c")
-    assert report.kind == "gn_det 0.1.0, ResNet-50, LN"
+    assert report.kind == f"gn_det {__version__}, ResNet-50, LN"
     assert "INPUT.FORMAT RGB" in refused(model, path, config("LN"))
     # LN and GN have the same tensors and compute different things.
     assert "these weights are LN" in refused(model, path, config("GN", INPUT__FORMAT="RGB"))
