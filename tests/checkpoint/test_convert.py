@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from gn_det.about import __version__
 from gn_det.checkpoint.convert import convert
 from gn_det.checkpoint.io import save_checkpoint
 from gn_det.checkpoint.meta import build_meta
@@ -238,7 +239,7 @@ def test_weights_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     out = capsys.readouterr().out
     for part in (
         f"sha256 {sha256(path)}",
-        "gn_det 0.1.0, ResNet-50, GN",
+        f"gn_det {__version__}, ResNet-50, GN",
         "stem 3, res2 30, res3 39, res4 57, res5 30, fpn 24, rpn 4, box head 9, mask head 5",
         "3: ä, b, c",
         "an FPN detector",
