@@ -41,7 +41,7 @@ def show_outcome(cfg: CfgNode, results: Mapping[str, float], seconds: float, nex
         drawn.append(("curves.png", "losses, AP and learning rate"))
         if results and weights is not None:
             draw_comparison(load_first_test_set(cfg), weights, folder / "predictions.png", device=cfg.MODEL.DEVICE)
-            drawn.append(("predictions.png", "ground truth and predictions on validation images"))
+            drawn.append(("predictions.png", "predictions below the ground truth"))
     except UserError as error:
         problems.append(f"  not drawn: {as_line(error)}")
     if weights is not None:
@@ -51,7 +51,7 @@ def show_outcome(cfg: CfgNode, results: Mapping[str, float], seconds: float, nex
     width = max((len(name) for name, _ in drawn), default=0)
     lines += [f"  {as_line(folder)}/{name:{width}s}  {what}" for name, what in drawn] + problems
     if weights is not None:
-        lines += ["Next:", f"  gn-det predict --weights {as_line(weights)} IMAGE ... --output drawn/"]
+        lines += ["Next:", f"  gn-det predict --weights {as_line(weights)} \\", "      --output drawn/ IMAGE ..."]
     print("\n".join(lines) + next_command)
 
 

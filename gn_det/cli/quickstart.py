@@ -13,7 +13,8 @@ from gn_det.errors import TrainingError
 _OWN_DATA = """
 Your own data in COCO format:
   gn-det train --config gn_fpn.yaml --epochs 12 \\
-      --train-json a.json --train-images imgs/ --val-json b.json --val-images imgs/"""
+      --train-json a.json --train-images imgs/ \\
+      --val-json b.json --val-images imgs/"""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
