@@ -1,4 +1,4 @@
-"""Look at the image files of a COCO json before anything is trained: headers only."""
+"""Check the image files of a COCO json before anything is trained: headers only."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from urllib.parse import unquote
 
 from gn_det.data.catalog import DatasetSource
 from gn_det.data.image import ImageError, ImageReader, values_in_words, wrong_size
+from gn_det.data.known_sizes import KnownSizes
 from gn_det.data.problems import NOWHERE, Problem, Problems, Where
 from gn_det.text import one_line, some
 
 logger = logging.getLogger(__name__)
 
-_THREADS = 8
+_THREADS = 16
 #: From so many images on, the log says that they are being looked at: it takes a while.
 _MANY_IMAGES = 20_000
+#: From so many images on, sizes are remembered for the next time.
+_REMEMBERED = 2000
 #: Images of more than 8 bits whose range of values is given; each has to be decoded for it.
 _RANGES = 3
 #: Files of an image folder that are searched for the one that a json means.
@@ -58,16 +61,17 @@ def look_at_images(
         logger.info("%s: checking the headers of %d images", source.name, len(images))
     unusable: dict[Any, Problem] = {}
     names = _NearNames(root, images)
+    known = KnownSizes(root, reader) if len(images) >= _REMEMBERED else None
     deep = 0
     with warnings.catch_warnings(), ThreadPoolExecutor(_THREADS) as pool:
         # Pillow warns of odd metadata and very large images; neither is a mistake of the dataset.
         warnings.simplefilter("ignore")
-        for image, found in zip(images, pool.map(partial(_size, root, reader), images)):
+        for image, found in zip(images, pool.map(partial(_size, root, reader, known), images)):
             if step is not None:
                 step()
             where = Where(image["id"], image["file_name"])
             if isinstance(found, ImageError) and found.kind == "image-missing":
-                found = _by_other_name(image, names, found, problems) or _size(root, reader, image)
+                found = _by_other_name(image, names, found, problems) or _size(root, reader, known, image)
             if isinstance(found, ImageError):
                 if found.kind == "image-depth" and (deep := deep + 1) <= _RANGES:
                     found = ImageError(values_in_words(os.path.join(root, image["file_name"])), found.kind)
@@ -76,6 +80,8 @@ def look_at_images(
             elif not image["width"]:
                 image["width"], image["height"] = found
                 problems.repair("image-no-size", where)
+    if known is not None:
+        known.write()
     if images and len(unusable) == len(images):
         first = next(iter(unusable.values()))
         # what a key of the config can change is no matter of the folder
@@ -85,11 +91,14 @@ def look_at_images(
     return set(unusable)
 
 
-def _size(root: str, reader: ImageReader, image: dict[str, Any]) -> tuple[int, int] | ImageError:
+def _size(
+    root: str, reader: ImageReader, known: KnownSizes | None, image: dict[str, Any]
+) -> tuple[int, int] | ImageError:
     """Width and height of an image file, or what is wrong with it."""
-    path = os.path.join(root, image["file_name"])
+    name = image["file_name"]
+    path = os.path.join(root, name)
     try:
-        size = reader.size(path)
+        size = reader.size(path) if known is None else known.size(name, path)
     except ImageError as error:
         return error
     expected = (image["width"], image["height"])
