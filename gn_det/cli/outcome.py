@@ -31,6 +31,7 @@ def show_outcome(cfg: CfgNode, results: Mapping[str, float], seconds: float, nex
     if os.environ.get("RANK", "0") != "0":  # torchrun starts the command once per process
         return
     from gn_det.data.sets import load_first_test_set
+    from gn_det.engine.loggers import send_pictures
     from gn_det.visualize.plots import draw_curves
 
     folder = Path(cfg.OUTPUT_DIR)
@@ -44,6 +45,10 @@ def show_outcome(cfg: CfgNode, results: Mapping[str, float], seconds: float, nex
             drawn.append(("predictions.png", "predictions below the ground truth"))
     except UserError as error:
         problems.append(f"  not drawn: {as_line(error)}")
+    try:
+        send_pictures(cfg, [folder / name for name, _ in drawn])
+    except UserError as error:
+        problems.append(f"  not sent: {as_line(error)}")
     if weights is not None:
         drawn.append((weights.name, "the model"))
     measured = [f"{title} {results[name]:.1f}" for name, title in _TITLES.items() if name in results]

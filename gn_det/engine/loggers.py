@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,12 @@ class WandbLogger(Logger):
     def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
         self._run.log(dict(scalars), step=iteration)
 
+    def picture(self, path: Path) -> None:
+        """Send a PNG under its name."""
+        import wandb
+
+        self._run.log({path.stem: wandb.Image(os.fspath(path))})
+
     def close(self) -> None:
         self._run.finish()
 
@@ -158,6 +164,10 @@ class MlflowLogger(Logger):
         for name, value in scalars.items():
             self._client.log_metric(self._id, re.sub(r"[^\w\-. /]", "_", name), value, step=iteration)
 
+    def picture(self, path: Path) -> None:
+        """Store a PNG with the run."""
+        self._client.log_artifact(self._id, os.fspath(path))
+
     def close(self) -> None:
         self._client.set_terminated(self._id)
 
@@ -176,6 +186,24 @@ LOGGERS: dict[str, tuple[Callable[[Path, int], Logger], str]] = {
     "mlflow": (MlflowLogger, "mlflow"),
     "csv": (CsvLogger, ""),
 }
+
+
+def send_pictures(cfg: CfgNode, paths: Sequence[Path]) -> None:
+    """Send PNGs of a finished run to Weights & Biases and MLflow, where ``LOGGERS`` names them.
+
+    Raises:
+        TrainingError: one of them does not take the pictures; the run itself is complete.
+    """
+    for name in cfg.LOGGERS if paths else ():
+        opened = LOGGERS[name][0]
+        if opened in (WandbLogger, MlflowLogger):
+            try:
+                logger: Any = opened(Path(cfg.OUTPUT_DIR), 0)
+                for path in paths:
+                    logger.picture(path)
+                logger.close()
+            except Exception as error:  # of any kind: no account, no network ...
+                raise TrainingError(f"{name} does not take the pictures ({one_line(error, 300)})") from error
 
 
 def check_loggers(cfg: CfgNode) -> None:

@@ -14,9 +14,9 @@ import pytest
 from gn_det.cli import flags, parse
 from gn_det.config import load_config
 from gn_det.config.schema import KEYS
-from gn_det.engine.loggers import LOGGERS, check_loggers
+from gn_det.engine.loggers import LOGGERS, check_loggers, send_pictures
 from gn_det.engine.run import train
-from gn_det.errors import ConfigError
+from gn_det.errors import ConfigError, TrainingError
 from gn_det.values import InvalidValue
 from tests.engine.cases import run
 from tests.engine.test_detector_loop import lines, scripted, stop_at
@@ -79,6 +79,30 @@ def test_wandb_gets_the_scalars_and_its_run_is_continued(tmp_path: Path, monkeyp
     assert (first["id"], second["id"]) == (None, "abc") and end == again == {"finished": True}
     assert (first["project"], first["name"], first["dir"]) == ("gn_det", "mine", str(tmp_path / "mine"))
     assert set(sent(tmp_path / "mine")) <= set(logged)
+
+
+def test_pictures_go_to_the_run_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins for both modules; a service that refuses is one line, and csv gets nothing."""
+    cfg = load_config("quickstart.yaml", ["LOGGERS", "('csv', 'wandb', 'mlflow')", "OUTPUT_DIR", str(tmp_path)])
+    (tmp_path / "wandb_run").write_text("abc")
+    (tmp_path / "mlflow_run").write_text("def")
+    got: list[Any] = []
+    run = SimpleNamespace(id="abc", log=got.append, finish=lambda: got.append("finished"))
+    wandb: Any = ModuleType("wandb")
+    wandb.init = lambda **options: got.append(options["id"]) or run
+    wandb.Image = lambda path: path
+    mlflow: Any = ModuleType("mlflow")
+    client = SimpleNamespace(log_artifact=lambda *a: got.append(a), set_terminated=got.append)
+    mlflow.MlflowClient = lambda **_: client
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    path = tmp_path / "curves.png"
+    send_pictures(cfg, [path])
+    assert got == ["abc", {"curves": str(path)}, "finished", ("def", str(path)), "def"]
+    del mlflow.MlflowClient
+    with pytest.raises(TrainingError, match="mlflow does not take the pictures"):
+        send_pictures(cfg, [path])
+    send_pictures(cfg, [])
 
 
 @pytest.mark.slow
