@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, overload
 import numpy as np
 
 from gn_det.engine.run import evaluate, train
-from gn_det.prediction.predictor import Predictor, Selection, load_predictor, wanted_classes
-from gn_det.result import ImageLike, Images, Result, checked_images, checked_threshold
+from gn_det.prediction.predictor import Predictor, Selection, load_predictor
+from gn_det.result import ImageLike, Images, Result, checked_images, checked_threshold, wanted_classes
 
 if TYPE_CHECKING:
     import torch

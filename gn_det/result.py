@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from gn_det.errors import ConfigError, DataError
-from gn_det.text import shown
+from gn_det.text import nearest, one_line, shown
 
 #: What ``predict`` takes as one image.
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
@@ -85,6 +85,29 @@ def checked_threshold(threshold: Any) -> float:
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
         raise ConfigError(f"threshold {shown(threshold)}: give a number from 0 to 1")
     return threshold
+
+
+def wanted_classes(classes: Sequence[str] | None, names: Sequence[str]) -> set[int] | None:
+    """Indices of the named classes, whatever their case; None for all.
+
+    Raises:
+        ConfigError: an unknown name, or an empty list.
+    """
+    if classes is None:
+        return None
+    if not classes:
+        raise ConfigError("the list of classes is empty; name at least one, or leave it out for all")
+    lower = {name.lower(): i for i, name in enumerate(names)}
+    indices = set()
+    for name in classes:
+        index = names.index(name) if name in names else lower.get(name.lower())
+        if index is None:
+            near = nearest(name.lower(), lower, 1)
+            known = ", ".join(one_line(n, 60) for n in names[:10])
+            hint = f"did you mean {shown(names[lower[near[0]]])}?" if near else f"the model knows {known}"
+            raise ConfigError(f"class {shown(name)} is not one of the model's {len(names)} classes; {hint}")
+        indices.add(index)
+    return indices
 
 
 def checked_images(images: ImageLike | Images) -> list[Path | np.ndarray]:

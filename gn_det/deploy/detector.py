@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -14,7 +15,7 @@ from gn_det.data.transforms import Resize, resized_shape
 from gn_det.deploy.metadata import NAME, Metadata
 from gn_det.errors import ConfigError, DataError, UserError, WeightsError
 from gn_det.files import check_regular
-from gn_det.result import ImageLike, Images, Result, checked_images, checked_threshold
+from gn_det.result import ImageLike, Images, Result, checked_images, checked_threshold, wanted_classes
 from gn_det.text import did_you_mean, one_line, shown
 
 logger = logging.getLogger(__name__)
@@ -67,24 +68,31 @@ class Detector:
         self.shape = self._checked_shape()
 
     @overload
-    def predict(self, images: ImageLike, *, threshold: float = ...) -> Result: ...
+    def predict(self, images: ImageLike, *, threshold: float = ..., classes: Sequence[str] | None = ...) -> Result: ...
 
     @overload
-    def predict(self, images: Images, *, threshold: float = ...) -> list[Result]: ...
+    def predict(
+        self, images: Images, *, threshold: float = ..., classes: Sequence[str] | None = ...
+    ) -> list[Result]: ...
 
-    def predict(self, images: ImageLike | Images, *, threshold: float = 0.5) -> Result | list[Result]:
+    def predict(
+        self, images: ImageLike | Images, *, threshold: float = 0.5, classes: Sequence[str] | None = None
+    ) -> Result | list[Result]:
         """Detect objects on one image, or on each image of a list, as :meth:`gn_det.Model.predict` does.
 
         Args:
             images: a path, a PIL image or an (H, W, 3) uint8 array in RGB order; or a list or tuple of these.
             threshold: keep detections with at least this score; the graph itself gives none below
                 ``metadata.keys["MODEL.ROI_HEADS.SCORE_THRESH_TEST"]``.
+            classes: keep these class names only; None keeps all.
 
         Raises:
             DataError: an image cannot be read, or does not fit a graph of fixed size.
+            ConfigError: the threshold is out of range, or a class name is unknown.
         """
         checked_threshold(threshold)
-        results = [self._predict_one(image, threshold) for image in checked_images(images)]
+        wanted = wanted_classes(classes, self.class_names)
+        results = [self._predict_one(image, threshold, wanted) for image in checked_images(images)]
         return results if isinstance(images, (list, tuple)) else results[0]
 
     def run(self, image: np.ndarray, size: np.ndarray) -> dict[str, np.ndarray]:
@@ -154,12 +162,14 @@ class Detector:
             "image_size": (height, width),
         }
 
-    def _predict_one(self, source: Path | np.ndarray, threshold: float) -> Result:
+    def _predict_one(self, source: Path | np.ndarray, threshold: float, wanted: set[int] | None) -> Result:
         if isinstance(source, np.ndarray):
             found = self.detect(self._reader.from_array(source))
         else:
             found = self.detect(self._reader.read(source), os.fspath(source))
         keep = found["scores"] >= threshold
+        if wanted is not None:
+            keep &= np.isin(found["classes"], sorted(wanted))
         for name in ("boxes", "scores", "classes", "masks"):
             found[name] = None if found[name] is None else found[name][keep]
         return Result(

@@ -17,9 +17,8 @@ from torchvision.ops import nms
 from gn_det.data.image import ImageReader
 from gn_det.engine.dist import resolve_device
 from gn_det.errors import ConfigError, WeightsError
-from gn_det.result import checked_threshold
+from gn_det.result import checked_threshold, wanted_classes
 from gn_det.structures import Detections, MaskCrop, Sample, crop_mask
-from gn_det.text import nearest, one_line, shown
 
 if TYPE_CHECKING:
     from fvcore.common.config import CfgNode
@@ -164,29 +163,6 @@ def _thresholds(meta: dict[str, Any], count: int) -> tuple[float, ...]:
     if not isinstance(given, (list, tuple)) or len(given) != count:
         return ()
     return tuple(given) if all(isinstance(t, (int, float)) and 0 <= t <= 1 for t in given) else ()
-
-
-def wanted_classes(classes: Sequence[str] | None, names: Sequence[str]) -> set[int] | None:
-    """Indices of the named classes, whatever their case; None for all.
-
-    Raises:
-        ConfigError: an unknown name, or an empty list.
-    """
-    if classes is None:
-        return None
-    if not classes:
-        raise ConfigError("the list of classes is empty; name at least one, or leave it out for all")
-    lower = {name.lower(): i for i, name in enumerate(names)}
-    indices = set()
-    for name in classes:
-        index = names.index(name) if name in names else lower.get(name.lower())
-        if index is None:
-            near = nearest(name.lower(), lower, 1)
-            known = ", ".join(one_line(n, 60) for n in names[:10])
-            hint = f"did you mean {shown(names[lower[near[0]]])}?" if near else f"the model knows {known}"
-            raise ConfigError(f"class {shown(name)} is not one of the model's {len(names)} classes; {hint}")
-        indices.add(index)
-    return indices
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,9 @@ def test_boxes_are_scaled_clipped_and_filtered(write: Write) -> None:
     assert found.image_size == (50, 100) and found.names == ["dog", "cat"] and found.category_ids == (7, 9)
     np.testing.assert_allclose(found.boxes, BOXES[:2] * 50 / 64, atol=1e-5)
     assert found.masks is not None and found.masks.shape == (2, 50, 100)
+    assert detector.predict(pixels, threshold=0.0, classes=["cat"]).names == ["cat"]
+    with pytest.raises(ConfigError, match="did you mean 'cat'"):
+        detector.predict(pixels, classes=["cats"])
     best = detector.predict([pixels, pixels])
     assert [len(b) for b in best] == [1, 1] and best[0].scores[0] == np.float32(0.9)
 
