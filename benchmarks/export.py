@@ -28,11 +28,19 @@ from group_norm import environment
 
 from gn_det.data.inputs import collect_images
 from gn_det.deploy import Detector
-from gn_det.deploy.export import Exported, export
+from gn_det.deploy.export import Exported, Options, export
 from gn_det.deploy.parity import compare
+from gn_det.prediction.predictor import load_predictor
 
 _TORCH = "import gn_det, sys; gn_det.load_model(sys.argv[1], device='cpu').predict(sys.argv[2])"
 _ONNX = "from gn_det.deploy import Detector; import sys; Detector(sys.argv[1], threads=1).predict(sys.argv[2])"
+
+
+def opened(weights: str, path: Path) -> Exported:
+    """A file that was exported before."""
+    detector = Detector(path)
+    outputs = ("boxes", "scores", "classes", "masks", "counts")
+    return Exported(path, Options(), detector.metadata, load_predictor(weights, device="cpu"), outputs)
 
 
 def turns(exported: Exported, images: list[Path], blocks: int) -> list[tuple[float, float]]:
@@ -80,6 +88,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", required=True)
     parser.add_argument("--images", required=True)
+    parser.add_argument(
+        "--onnx", type=Path, help="the weights as gn-det export wrote them; without it they are exported"
+    )
     parser.add_argument("--json", help="COCO json of the images: AP of int8")
     parser.add_argument("--number", type=int, default=6, help="images that are timed")
     parser.add_argument("--blocks", type=int, default=3)
@@ -88,7 +99,7 @@ def main() -> None:
     images, _ = collect_images([args.images])
     result: dict[str, Any] = {"environment": environment("cpu")}
     with tempfile.TemporaryDirectory() as folder:
-        exported = export(args.weights, Path(folder) / "model.onnx")
+        exported = opened(args.weights, args.onnx) if args.onnx else export(args.weights, Path(folder) / "model.onnx")
         module = exported.predictor.module
         assert module is not None
         tensors = sum(t.numel() * t.element_size() for t in module.state_dict().values())
