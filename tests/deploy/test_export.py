@@ -122,7 +122,7 @@ def test_command_of_a_fixed_c4_with_check(tmp_path: Path, images: Path, capsys: 
     assert code == 0 or "by more than the tolerance" in out.err
     detector = Detector(target)
     assert detector.shape == (1, 160, 160)
-    with pytest.raises(UserError, match=r"resized to 1\d\dx\d+ .* does not fit the fixed 160x160"):
+    with pytest.raises(UserError, match=r"resized to 288x96 .* does not fit the fixed 160x160"):
         detector.metadata.keys["INPUT.MAX_SIZE_TEST"] = 400  # type: ignore[index]
         detector.predict(np.zeros((300, 100, 3), dtype=np.uint8))
 
