@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": BASE,
     "checkpoint": BASE | {"config"},
     "data": BASE | {"config", "structures"},
-    "evaluation": BASE | {"config", "structures", "data"},
+    "evaluation": BASE | {"config", "structures", "data", "visualize"},
     "visualize": BASE | {"structures", "data"},
     "check": MIDDLE,
     "engine": MIDDLE | {"modeling", "norm"},

@@ -133,7 +133,9 @@ def draw_sample(survey: Survey, index: int) -> np.ndarray | None:
     if pixels is None or pixels.shape[:2] != (image["height"], image["width"]):
         return None
     record = survey.dataset.records[index]
-    drawn = draw_annotations(pixels, record, survey.dataset.class_names, min_size=_SIDE, max_size=4 * _SIDE)
+    drawn = draw_annotations(
+        pixels, record, survey.dataset.class_names, min_size=_SIDE, max_size=4 * _SIDE, labels="fit"
+    )
     fitted = Image.fromarray(drawn)
     fitted.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     return np.array(fitted)

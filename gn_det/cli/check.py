@@ -14,7 +14,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "or drop entries."
     )
     flags.add_config(parser)
-    flags.add_data(parser, "train", "val")
+    flags.add_own_data(parser)
     flags.add_augment(parser)
     parser.add_argument("--images", action="store_true", help="decode every image, on all cores")
     parser.add_argument("--json", metavar="FILE", help="write the report as JSON")
@@ -29,8 +29,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if not vars(args)["DATASETS.TRAIN_JSON"] and not args.config:
-        raise ConfigError("give --train-json and --train-images, or a --config that names the datasets")
+    if not vars(args)["DATASETS.TRAIN_JSON"] and not args.data and not args.config:
+        raise ConfigError("give --data, or --train-json and --train-images, or a --config that names the datasets")
     args.config = args.config or "gn_fpn.yaml"
     cfg = flags.config_from_args(args)
     from gn_det.check.check_sets import check

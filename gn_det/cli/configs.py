@@ -8,7 +8,8 @@ import textwrap
 
 _FOR_WHOM = """\
 First try             quickstart.yaml (generated images, minutes on a CPU)
-Your own data         gn_fpn.yaml; compare it with bn_fpn_4conv1fc.yaml
+Your own data         gn_fpn_finetune.yaml (a GPU) or gn_small.yaml (a CPU)
+GN against BN*        gn_fpn.yaml and bn_fpn_4conv1fc.yaml
 From scratch          gn_fpn_scratch.yaml
 The paper's tables    all others; * marks frozen batch norm
 """

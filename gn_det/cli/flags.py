@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gn_det.engine.choice import ENGINES
+from gn_det.errors import ConfigError
 from gn_det.text import as_line, did_you_mean, shown
 
 if TYPE_CHECKING:
@@ -75,6 +76,14 @@ def add_data(parser: argparse.ArgumentParser, *splits: str) -> None:
         key, name = f"DATASETS.{split.upper()}", {"train": "training", "val": "validation"}[split]
         add_key(group, f"--{split}-json", f"{key}_JSON", f"{name} annotations", metavar="FILE")
         add_key(group, f"--{split}-images", f"{key}_IMAGES", f"folder of {name} images", metavar="DIR")
+
+
+def add_own_data(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of one's own data that train and check share."""
+    parser.add_argument(
+        "--data", metavar="DIR", help="folder that Roboflow, CVAT or Label Studio exported in COCO format"
+    )
+    add_data(parser, "train", "val")
 
 
 def add_augment(parser: Any) -> None:
@@ -145,8 +154,10 @@ def config_from_args(args: argparse.Namespace, engine: str = "embedded") -> CfgN
         cfg = config_of_checkpoint(given["MODEL.WEIGHTS"])
     else:
         cfg = load_config(args.config, check=False)
+    keys = _data_keys(args)
+    merge_overrides(cfg, keys)
     merge_overrides(cfg, flag_keys(args))
-    if given.get("DATASETS.TRAIN_JSON") and not given["DATASETS.VAL_JSON"]:
+    if cfg.DATASETS.TRAIN_JSON and not cfg.DATASETS.VAL_JSON and (keys or given.get("DATASETS.TRAIN_JSON")):
         cfg.DATASETS.TEST = ()  # the config's own test set belongs to its own training set
     literal = merge_overrides(cfg, args.overrides)
     if given.get("augment"):
@@ -159,3 +170,18 @@ def config_from_args(args: argparse.Namespace, engine: str = "embedded") -> CfgN
         cfg.MODEL.WEIGHTS = with_option(cfg.MODEL.WEIGHTS, "allow_partial=True")
     check_config(cfg, engine)
     return cfg
+
+
+def _data_keys(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the keys that ``--data`` stands for; with one json, a fifth of the images is held out."""
+    given = vars(args)
+    if not given.get("data"):
+        return {}
+    if given["DATASETS.TRAIN_JSON"] or given["DATASETS.VAL_JSON"]:
+        raise ConfigError("--data finds the json files itself; give it, or --train-json and --val-json")
+    from gn_det.data.layouts import find_layout
+
+    keys: dict[str, Any] = find_layout(args.data)
+    if "DATASETS.VAL_JSON" not in keys and "DATASETS.VAL_FRACTION" in given:
+        keys["DATASETS.VAL_FRACTION"] = 0.2
+    return keys

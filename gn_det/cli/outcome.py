@@ -31,6 +31,7 @@ def show_outcome(cfg: CfgNode, results: Mapping[str, float], seconds: float, nex
     if os.environ.get("RANK", "0") != "0":  # torchrun starts the command once per process
         return
     from gn_det.data.sets import load_first_test_set
+    from gn_det.data.split import split_keys
     from gn_det.engine.loggers import send_pictures
     from gn_det.visualize.plots import draw_curves
 
@@ -41,7 +42,9 @@ def show_outcome(cfg: CfgNode, results: Mapping[str, float], seconds: float, nex
         draw_curves(folder / "metrics.json", folder / "curves.png")
         drawn.append(("curves.png", "losses, AP and learning rate"))
         if results and weights is not None:
-            draw_comparison(load_first_test_set(cfg), weights, folder / "predictions.png", device=cfg.MODEL.DEVICE)
+            draw_comparison(
+                load_first_test_set(split_keys(cfg)), weights, folder / "predictions.png", device=cfg.MODEL.DEVICE
+            )
             drawn.append(("predictions.png", "predictions below the ground truth"))
     except UserError as error:
         problems.append(f"  not drawn: {as_line(error)}")

@@ -12,7 +12,16 @@ from gn_det.engine import choice
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add_config(parser, required=True)
-    flags.add_data(parser, "train", "val")
+    flags.add_own_data(parser)
+    text = "hold out this part of the training images for validation"
+    flags.add_key(parser, "--val-fraction", "DATASETS.VAL_FRACTION", text, type=float, metavar="F")
+    parser.add_argument(
+        "--boxes-only",
+        dest="MODEL.MASK_ON",
+        action="store_const",
+        const=False,
+        help="train no masks (MODEL.MASK_ON False), as happens anyway if no object has one",
+    )
     flags.add_augment(parser)
     flags.add_run(parser)
     flags.add_key(parser, "--weights", "MODEL.WEIGHTS", "initial weights, a path or URI", metavar="FILE")

@@ -148,6 +148,9 @@ def _check_data(cfg: CN) -> None:
             f"INPUT.COPY_PASTE {cfg.INPUT.COPY_PASTE:g} pastes objects by their masks, but MODEL.MASK_ON is False; set "
             "INPUT.COPY_PASTE 0"
         )
+    if cfg.DATASETS.VAL_FRACTION and (cfg.DATASETS.VAL_JSON or not cfg.DATASETS.TRAIN_JSON):
+        why = "DATASETS.VAL_JSON is given, too" if cfg.DATASETS.VAL_JSON else "DATASETS.TRAIN_JSON is not given"
+        raise ConfigError(f"DATASETS.VAL_FRACTION holds out a part of DATASETS.TRAIN_JSON, but {why}; set one of them")
     for split in ("TRAIN", "VAL"):
         parts = (f"{split}_JSON", f"{split}_IMAGES")
         missing = [part for part in parts if not cfg.DATASETS[part]]
@@ -157,6 +160,10 @@ def _check_data(cfg: CN) -> None:
 
 
 def _check_model(cfg: CN) -> None:
+    if cfg.TEST.AUG.ENABLED and cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
+        raise ConfigError(
+            f"TEST.AUG.ENABLED True is for GeneralizedRCNN, not {cfg.MODEL.META_ARCHITECTURE}; set it False"
+        )
     model, resnets, backbone = cfg.MODEL, cfg.MODEL.RESNETS, cfg.MODEL.BACKBONE.NAME
     if resnets.DEPTH in (18, 34):
         for name, value in {"RES2_OUT_CHANNELS": 64, "NUM_GROUPS": 1, "RES5_DILATION": 1}.items():

@@ -248,6 +248,8 @@ def merge_file(cfg: CN, path: Path) -> None:
     values = files.load(path)
     if files.written_for is not None:
         cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.REFERENCE_BATCH = files.written_for
+        # Of a length in the user's own YAML nothing is chosen.
+        cfg.SOLVER.AUTO_EPOCHS = Path(values["SOLVER.MAX_ITER"][1]).resolve().parent == _configs_dir().resolve()
     for name, (value, source) in values.items():
         _set(cfg, name, value, source)
 

@@ -33,6 +33,7 @@ class RunData:
         class_names: one name per class in the model's order.
         category_ids: json category ids in the same order (of the first set).
         images: images in an epoch.
+        boxes_only: masks are configured, but no training object has one.
     """
 
     train: tuple[CocoDataset, ...]
@@ -40,6 +41,7 @@ class RunData:
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
     images: int
+    boxes_only: bool = False
 
 
 def load_run_data(cfg: CfgNode) -> RunData:
@@ -53,6 +55,12 @@ def load_run_data(cfg: CfgNode) -> RunData:
     if not sources:
         raise ConfigError("DATASETS.TRAIN is empty; name a training set, or give --train-json and --train-images")
     train = tuple(load_set(cfg, source) for source in sources)
+    boxes_only = bool(cfg.MODEL.MASK_ON and train[0].without_mask) and all(
+        dataset.without_mask == len(dataset.object_images) for dataset in train
+    )
+    if boxes_only:
+        cfg = without_masks(cfg)
+        logger.info("No object has a mask: boxes are trained alone (MODEL.MASK_ON False, --boxes-only).")
     has_objects = check_trainable(cfg, train)
     for dataset in train:
         check_num_classes(int(cfg.MODEL.ROI_HEADS.NUM_CLASSES), dataset)
@@ -70,7 +78,15 @@ def load_run_data(cfg: CfgNode) -> RunData:
             logger.info("%s has no objects: there is no AP, and no model_best.pth is written.", dataset.name)
         elif len(dataset) < _FEW:
             logger.info("%s has few images (%d): expect a noisy AP.", dataset.name, len(dataset))
-    return RunData(train, test, train[0].class_names, train[0].category_ids, images)
+    return RunData(train, test, train[0].class_names, train[0].category_ids, images, boxes_only)
+
+
+def without_masks(cfg: CfgNode) -> CfgNode:
+    """A copy of ``cfg`` for boxes alone."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.MASK_ON, cfg.INPUT.COPY_PASTE = False, 0.0
+    return cfg
 
 
 def load_test_sets(cfg: CfgNode, class_names: Sequence[str] | None) -> tuple[CocoDataset, ...]:
@@ -156,7 +172,7 @@ def estimate_sizes(cfg: CfgNode) -> Sizes:
     for split, source in sources:
         count, found, line = _size_of(cfg, source, split)
         lines.append(f"{split}: {line}")
-        images += count if split == "train" else 0
+        images += round(count * (1 - cfg.DATASETS.VAL_FRACTION)) if split == "train" else 0
         names = names or found
     assumed = (BUILTIN[source.name].num_classes for _, source in sources if source.name in BUILTIN)
     classes = len(names) or next(assumed, 0)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
@@ -84,8 +85,10 @@ def to_detections(instances: Instances) -> Detections:
     return Detections(tuple(instances.image_size), boxes, scores, classes, masks)
 
 
-def detector(model: nn.Module) -> Callable[[list[Sample]], list[Detections]]:
-    """``model``, in evaluation mode, as a function from samples to detections."""
+def detector(model: nn.Module, cfg: Any) -> Callable[[list[Sample]], list[Detections]]:
+    """``model``, in evaluation mode, as a function from samples to detections; with TEST.AUG in several sizes."""
+    if cfg.TEST.AUG.ENABLED:
+        model = GeneralizedRCNNWithTTA(cfg, model)
 
     def detect(samples: list[Sample]) -> list[Detections]:
         inputs = to_inputs([Sample(**{k: v for k, v in s.items() if k != "targets"}) for s in samples])  # type: ignore[typeddict-item]

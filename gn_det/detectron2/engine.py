@@ -55,8 +55,8 @@ class Detectron2Engine(Engine):
         scheduler: LRScheduler = detectron2.solver.build_lr_scheduler(to_detectron2(cfg), optimizer)
         return scheduler
 
-    def detector(self, model: nn.Module) -> Callable[[list[Sample]], list[Detections]]:
-        return detector(model)
+    def detector(self, model: nn.Module, cfg: AnyCfgNode) -> Callable[[list[Sample]], list[Detections]]:
+        return detector(model, cfg)
 
     def inputs(self, batches: Iterable[list[Sample]]) -> Iterable[Any]:
         return Inputs(batches)

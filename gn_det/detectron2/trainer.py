@@ -21,6 +21,7 @@ from torch import nn
 from gn_det.checkpoint.last import last_name
 from gn_det.checkpoint.meta import build_meta
 from gn_det.data.augment import OwnTransform
+from gn_det.data.split import write_split
 from gn_det.detectron2.config import (
     check_for_trainer,
     prepare_config,
@@ -120,6 +121,7 @@ class Trainer(DefaultTrainer):
         if not self._own_results():  # else the names are those of the user's evaluator
             check_metric(cfg)
         with self._log(), trainer_keys_are_read():
+            cfg = write_split(cfg)
             device = dist.resolve_device(cfg.MODEL.DEVICE)
             prepared = prepare(settle(name_by_files(cfg), device), augment)
             self.cfg = cfg = _with_names(prepared.cfg, cfg)
@@ -235,7 +237,7 @@ class Trainer(DefaultTrainer):
             results = dist.broadcast(self.test(self.cfg, model))
             return {name: float(value) for name, value in flatten_results_dict(results).items()}
         data = self._prepared.data
-        return evaluate_model(self._run_cfg, detector(model), data.test, data.class_names, on_progress)
+        return evaluate_model(self._run_cfg, detector(model, self._run_cfg), data.test, data.class_names, on_progress)
 
     def _own_results(self) -> bool:
         """Whether Detectron2's way of evaluating was changed, so that it must be taken."""

@@ -50,8 +50,12 @@ class Engine:
         """Build the schedule that is stepped once an iteration."""
         return build_lr_scheduler(cfg, optimizer)
 
-    def detector(self, model: nn.Module) -> Callable[[list[Sample]], list[Detections]]:
+    def detector(self, model: nn.Module, cfg: CfgNode) -> Callable[[list[Sample]], list[Detections]]:
         """``model``, in evaluation mode, as a function from samples to detections at original size."""
+        if cfg.TEST.AUG.ENABLED:
+            from gn_det.engine.tta import Augmented
+
+            return Augmented(model, cfg)
         return model
 
     def inputs(self, batches: Iterable[list[Sample]]) -> Iterable[Any]:

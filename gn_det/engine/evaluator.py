@@ -14,10 +14,11 @@ from gn_det.data.coco import CocoDataset
 from gn_det.data.loader import build_test_loader
 from gn_det.data.sets import model_category_ids
 from gn_det.engine import dist
+from gn_det.engine.eval_report import EvalReport
 from gn_det.engine.log import on_screen
 from gn_det.engine.precision import inference_autocast
 from gn_det.errors import TrainingError
-from gn_det.evaluation.coco_eval import evaluate_coco, merge_results
+from gn_det.evaluation.coco_eval import evaluate_coco, load_ground_truth, merge_results
 from gn_det.evaluation.diagnose import Caps
 from gn_det.evaluation.inference import InferenceProgress, run_inference
 from gn_det.evaluation.results import format_results
@@ -38,6 +39,7 @@ def evaluate_model(
     test_sets: Sequence[CocoDataset],
     class_names: Sequence[str],
     on_progress: Callable[[Any], None] | None = None,
+    report: EvalReport | None = None,
 ) -> dict[str, float]:
     """AP of ``model`` on every test set, flat: ``{"bbox/AP": ..., "segm/AP50": ..., "bbox/AP-<class>": ...}``.
 
@@ -50,7 +52,7 @@ def evaluate_model(
     for dataset in test_sets:
         name = dataset.name if len(test_sets) > 1 else ""
         folder = os.path.join(cfg.OUTPUT_DIR, "inference", name)
-        scores = _evaluate_one(cfg, model, dataset, class_names, folder, on_progress)
+        scores = _evaluate_one(cfg, model, dataset, class_names, folder, on_progress, report)
         for task, part in scores.items():
             flat |= {"/".join(filter(None, (name, task, metric))): float(value) for metric, value in part.items()}
     return flat
@@ -63,6 +65,7 @@ def _evaluate_one(
     class_names: Sequence[str],
     folder: str,
     on_progress: Callable[[Any], None] | None,
+    report: EvalReport | None,
 ) -> Scores:
     ids = model_category_ids(dataset, class_names)
     loader = build_test_loader(cfg, dataset, dist.rank(), dist.world_size())
@@ -86,8 +89,9 @@ def _evaluate_one(
     def score() -> Scores:
         merged, caps = merge_results(parts), Caps.of(cfg)
         logger.info("%s: %d detections in %d images, %.1f s.", dataset.name, len(merged), len(dataset), seconds)
+        truth = load_ground_truth(dataset)
         scores: Scores = evaluate_coco(
-            dataset,
+            truth,
             merged,
             class_names,
             ids,
@@ -100,6 +104,8 @@ def _evaluate_one(
         if scores:
             text = format_results(scores)
             logger.info(text, extra=on_screen(text.partition("\ncopypaste:")[0]))
+            if report is not None:
+                report.write(cfg, dataset, truth, merged, class_names, ids, list(scores))
         return {task: dict(metrics) for task, metrics in scores.items()}
 
     return dist.on_first_rank(score)  # an error is raised on all ranks, which would wait for the result otherwise

@@ -19,7 +19,7 @@ from gn_det.checkpoint.weights import format_report, load_weights
 from gn_det.config import dump_config
 from gn_det.data.augment import OwnTransform
 from gn_det.data.loader import build_train_loader
-from gn_det.data.sets import RunData, load_run_data
+from gn_det.data.sets import RunData, load_run_data, without_masks
 from gn_det.engine import dist
 from gn_det.engine.advice import half_gn, short_for_scratch
 from gn_det.engine.log import on_screen
@@ -80,7 +80,7 @@ def prepare(cfg: CfgNode, augment: OwnTransform | None = None) -> Prepared:
         UserError: the data cannot be used, or the configuration does not fit it; the same on every rank.
     """
     data = load_once(lambda: load_run_data(cfg))
-    cfg = with_classes(cfg, len(data.class_names), data.class_names)
+    cfg = with_classes(without_masks(cfg) if data.boxes_only else cfg, len(data.class_names), data.class_names)
     cfg, sentences = scale_schedule(cfg, dist.world_size(), data.images)
     for sentence in [*sentences, format_schedule(cfg, data.images, dist.world_size())]:
         logger.info(sentence)

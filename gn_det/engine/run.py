@@ -24,10 +24,13 @@ from gn_det.config.load import Overrides, merge_overrides
 from gn_det.config.presets import apply_augmentation
 from gn_det.data.augment import OwnTransform
 from gn_det.data.sets import estimate_sizes, load_test_sets
+from gn_det.data.split import write_split
 from gn_det.data.workers import worker_failure
 from gn_det.engine import choice, dist
 from gn_det.engine.detector_loop import fit
 from gn_det.engine.engines import Engine
+from gn_det.engine.eval_report import EvalReport
+from gn_det.engine.eval_report import save_thresholds as store_thresholds
 from gn_det.engine.evaluator import evaluate_model, verify_expected
 from gn_det.engine.log import FILE_ONLY, run_log
 from gn_det.engine.loop import Hook
@@ -49,6 +52,7 @@ from gn_det.engine.schedule import format_schedule, lr_multiplier, scale_schedul
 from gn_det.engine.shared_copy import load_once
 from gn_det.engine.state import ModelMeta, find_resume, stored_config
 from gn_det.errors import ConfigError, WeightsError
+from gn_det.files import atomic_write, json_bytes
 from gn_det.text import as_line, count
 
 logger = logging.getLogger(__name__)
@@ -101,6 +105,7 @@ def train(
     folder = check_writable(cfg.OUTPUT_DIR)
     if not resume:
         refuse_old_run(folder, overwrite=overwrite)
+    cfg = write_split(cfg)
     result: dict[str, float] = dist.launch(
         _train_rank,
         (cfg, engine, resume, overwrite, hooks, augment),
@@ -119,6 +124,8 @@ def evaluate(
     *,
     weights: str | os.PathLike[str] | None = None,
     engine: str | Engine = "auto",
+    html: str | os.PathLike[str] | None = None,
+    save_thresholds: bool = False,
     num_gpus: int = 1,
 ) -> dict[str, float]:
     """Evaluate weights on the test sets of a config, as ``gn-det eval`` does.
@@ -128,6 +135,8 @@ def evaluate(
         overrides: values of keys, such as ``{"DATASETS.VAL_JSON": "b.json", "DATASETS.VAL_IMAGES": "imgs"}``.
         weights: takes the place of ``MODEL.WEIGHTS``.
         engine: as for :func:`train`.
+        html: where to write a page with intervals, curves, confusions and the images that fail, and a table beside it.
+        save_thresholds: store the score of best F1 of each class in the checkpoint, for prediction.
         num_gpus: processes on this machine, one per GPU.
 
     Returns:
@@ -147,7 +156,10 @@ def evaluate(
         raise ConfigError("MODEL.WEIGHTS is empty; give the checkpoint to evaluate (--weights output/model_best.pth)")
     check_writable(cfg.OUTPUT_DIR)
     device = dist.resolve_device(cfg.MODEL.DEVICE)
-    result: dict[str, float] = dist.launch(_evaluate_rank, (cfg, engine), device=device, num_gpus=num_gpus)
+    page = Path(html) if html is not None else Path(cfg.OUTPUT_DIR) / "eval.html" if save_thresholds else None
+    result: dict[str, float] = dist.launch(
+        _evaluate_rank, (cfg, engine, page, save_thresholds), device=device, num_gpus=num_gpus
+    )
     return result
 
 
@@ -235,7 +247,7 @@ def _train(
     prepare_folder(cfg, model, fresh=point is None)
 
     def run_evaluation(current: nn.Module, on_progress: Any) -> Mapping[str, float]:
-        return evaluate_model(cfg, engine.detector(current), data.test, data.class_names, on_progress)
+        return evaluate_model(cfg, engine.detector(current, cfg), data.test, data.class_names, on_progress)
 
     results = fit(
         engine,
@@ -253,7 +265,7 @@ def _train(
     return results
 
 
-def _evaluate_rank(cfg: CfgNode, engine: Engine) -> dict[str, float]:
+def _evaluate_rank(cfg: CfgNode, engine: Engine, page: Path | None, store: bool) -> dict[str, float]:
     with alone_in(cfg.OUTPUT_DIR), run_log(cfg.OUTPUT_DIR, rank=dist.rank()):
         _log_environment(cfg, engine)
         names = _classes_of(cfg.MODEL.WEIGHTS)
@@ -270,7 +282,12 @@ def _evaluate_rank(cfg: CfgNode, engine: Engine) -> dict[str, float]:
         model = engine.build_model(cfg)
         logger.info(format_report(load_weights(model, cfg.MODEL.WEIGHTS, cfg, require_all=True)))
         lay_out(model.to(dist.local_device(cfg.MODEL.DEVICE)).eval(), cfg)
-        results = evaluate_model(cfg, engine.detector(model), test, names)
+        report = EvalReport(page) if page is not None else None
+        results = evaluate_model(cfg, engine.detector(model, cfg), test, names, report=report)
+        if dist.rank() == 0:
+            atomic_write(Path(cfg.OUTPUT_DIR) / "inference" / "metrics.json", json_bytes(results))
+            if report is not None and store:
+                store_thresholds(cfg.MODEL.WEIGHTS, report.thresholds)
         logger.info("Log and detections are in %s.", cfg.OUTPUT_DIR)
         verify_expected(cfg, results)
         return results

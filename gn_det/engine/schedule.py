@@ -6,6 +6,7 @@ whose first ``WARMUP_ITERS`` iterations are replaced by a ramp that ends where t
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Collection
 
@@ -25,6 +26,9 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from gn_det.config.defaults import get_value, set_value
 from gn_det.errors import ConfigError
 from gn_det.text import count
+
+#: More passes over a set are remarked upon; a length that is chosen lies between the two, by the images seen in all.
+_LEAST_EPOCHS, _MANY_EPOCHS, _DEFAULT_IMAGES = 12, 100, 6000
 
 
 def _main_curve(cfg: CfgNode) -> ParamScheduler:
@@ -158,6 +162,24 @@ def _for_batch(cfg: CfgNode, literal: Collection[str]) -> list[str]:
     ]
 
 
+def _choose_epochs(cfg: CfgNode, images: int, literal: Collection[str]) -> list[str]:
+    """SOLVER.EPOCHS for one's own data, where the schedule of a published set would pass over it too often."""
+    solver = cfg.SOLVER
+    planned = solver.EPOCHS or solver.MAX_ITER * solver.IMS_PER_BATCH / max(images, 1)
+    if not cfg.DATASETS.TRAIN_JSON or images <= 0 or planned <= _MANY_EPOCHS:
+        return []
+    if solver.EPOCHS or not solver.AUTO_EPOCHS or "SOLVER.MAX_ITER" in literal:
+        return [
+            f"The run passes {planned:,.0f} times over {count(images, 'image')}: small sets overfit long before; try "
+            "--epochs 30, or stop early with TEST.PATIENCE 5."
+        ]
+    solver.EPOCHS = float(min(max(round(_DEFAULT_IMAGES / images), _LEAST_EPOCHS), _MANY_EPOCHS))
+    return [
+        f"Length chosen for {count(images, 'image')}: {solver.EPOCHS:g} epochs (the schedule of the config would take "
+        f"{planned:,.0f}); --epochs sets another."
+    ]
+
+
 def _for_epochs(cfg: CfgNode, images: int, literal: Collection[str]) -> list[str]:
     """MAX_ITER from epochs; steps and periods keep their proportion, a warm-up is cut to a tenth of a short run."""
     solver = cfg.SOLVER
@@ -170,6 +192,13 @@ def _for_epochs(cfg: CfgNode, images: int, literal: Collection[str]) -> list[str
         return []
     _scale_iterations(cfg, before / iterations, set(literal) - {"SOLVER.MAX_ITER"}, warmup=False)
     solver.MAX_ITER = iterations
+    epoch = images / solver.IMS_PER_BATCH
+    for node, key, name in (
+        (cfg.TEST, "EVAL_PERIOD", "TEST.EVAL_PERIOD"),
+        (solver, "CHECKPOINT_PERIOD", "SOLVER.CHECKPOINT_PERIOD"),
+    ):
+        if node[key] > 0 and name not in literal and solver.EPOCHS >= 1:  # whole epochs, at most 20 times
+            node[key] = max(round(max(round(node[key] / epoch), math.ceil(solver.EPOCHS / 20), 1) * epoch), 1)
     if "SOLVER.WARMUP_ITERS" not in literal and iterations < before:
         solver.WARMUP_ITERS = min(solver.WARMUP_ITERS, iterations // 10)
     return [
@@ -196,7 +225,8 @@ def scale_schedule(cfg: CfgNode, world_size: int, images: int) -> tuple[CfgNode,
     cfg = cfg.clone()
     cfg.defrost()
     literal = tuple(cfg.SOLVER.NO_RESCALE)
-    sentences = _for_world_size(cfg, world_size, literal) + _for_batch(cfg, literal) + _for_epochs(cfg, images, literal)
+    sentences = _for_world_size(cfg, world_size, literal) + _for_batch(cfg, literal)
+    sentences += _choose_epochs(cfg, images, literal) + _for_epochs(cfg, images, literal)
     solver = cfg.SOLVER
     late = [s for s in solver.STEPS if s > solver.MAX_ITER]
     if late and solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
@@ -260,7 +290,7 @@ def format_schedule(cfg: CfgNode, images: int, world_size: int = 0) -> str:
     if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
         lines.append(f"  times {solver.GAMMA:g} after {', '.join(steps) if steps else 'no iteration: constant'}")
     period = cfg.TEST.EVAL_PERIOD
-    if cfg.DATASETS.TEST or cfg.DATASETS.VAL_JSON:
+    if cfg.DATASETS.TEST or cfg.DATASETS.VAL_JSON or cfg.DATASETS.VAL_FRACTION:
         lines.append(f"  evaluation {'every ' + both(period) + ' and ' if period > 0 else ''}at the end")
     else:
         lines.append("  no evaluation: no test set")

@@ -116,6 +116,17 @@ class RoIHeads(nn.Module):
         return [], self.train_losses(levels, sampled, metrics)
 
     def detect(self, levels: Sequence[Tensor], proposals: Sequence[Proposals]) -> list[Detections]:
+        """Masks are predicted for the final boxes only."""
+        detections = self.detect_boxes(levels, proposals)
+        self.add_masks(levels, detections)
+        return detections
+
+    def detect_boxes(self, levels: Sequence[Tensor], proposals: Sequence[Proposals]) -> list[Detections]:
+        """Detections without masks."""
+        raise NotImplementedError
+
+    def add_masks(self, levels: Sequence[Tensor], detections: Sequence[Detections]) -> None:
+        """Predict the masks of given boxes, at network resolution; does nothing without a mask head."""
         raise NotImplementedError
 
     def train_losses(
@@ -173,15 +184,15 @@ class StandardRoIHeads(RoIHeads):
         self.mask_pooler = mask_pooler
         self.mask_head = mask_head
 
-    def detect(self, levels: Sequence[Tensor], proposals: Sequence[Proposals]) -> list[Detections]:
-        """Masks are predicted for the final boxes only."""
+    def detect_boxes(self, levels: Sequence[Tensor], proposals: Sequence[Proposals]) -> list[Detections]:
         boxes = [p.boxes for p in proposals]
         logits, deltas = self.box_predictor(self.box_head(self.box_pooler(levels, boxes)))
-        detections = self.box_predictor.detect(logits, deltas, boxes, [p.image_size for p in proposals])
+        return self.box_predictor.detect(logits, deltas, boxes, [p.image_size for p in proposals])
+
+    def add_masks(self, levels: Sequence[Tensor], detections: Sequence[Detections]) -> None:
         if self.mask_head is not None and self.mask_pooler is not None:
             pooled = self.mask_pooler(levels, [d.boxes for d in detections])
             self._attach_masks(self.mask_head(pooled), detections)
-        return detections
 
     def train_losses(
         self, levels: Sequence[Tensor], sampled: Sequence[SampledRoIs], metrics: Metrics
@@ -221,16 +232,17 @@ class Res5RoIHeads(RoIHeads):
         self.box_predictor = box_predictor
         self.mask_head = mask_head
 
-    def detect(self, levels: Sequence[Tensor], proposals: Sequence[Proposals]) -> list[Detections]:
-        """Masks are predicted for the final boxes only, on features cut again at these boxes."""
+    def detect_boxes(self, levels: Sequence[Tensor], proposals: Sequence[Proposals]) -> list[Detections]:
         boxes = [p.boxes for p in proposals]
         shared = self.res5(self.pooler(levels, boxes))
         logits, deltas = self.box_predictor(shared.mean(dim=(2, 3)))
-        detections = self.box_predictor.detect(logits, deltas, boxes, [p.image_size for p in proposals])
+        return self.box_predictor.detect(logits, deltas, boxes, [p.image_size for p in proposals])
+
+    def add_masks(self, levels: Sequence[Tensor], detections: Sequence[Detections]) -> None:
+        """On features cut again at the final boxes."""
         if self.mask_head is not None:
             shared = self.res5(self.pooler(levels, [d.boxes for d in detections]))
             self._attach_masks(self.mask_head(shared), detections)
-        return detections
 
     def train_losses(
         self, levels: Sequence[Tensor], sampled: Sequence[SampledRoIs], metrics: Metrics

@@ -109,7 +109,7 @@ def load_predictor(
     load_weights(model, weights, cfg, require_all=True)
     cfg = settle(cfg, target)
     lay_out(model.to(target), cfg)
-    detector = engine.detector(model)
+    detector = engine.detector(model, cfg)
 
     @torch.inference_mode()
     def infer(sample: Sample) -> Detections:

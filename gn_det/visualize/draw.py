@@ -84,6 +84,7 @@ def draw_annotations(
     *,
     min_size: int = 640,
     max_size: int | None = None,
+    labels: Labels = "all",
 ) -> np.ndarray:
     """Draw the annotations of an image as :func:`draw_detections` does; a mask is made when it is drawn."""
     annotations = record["annotations"]
@@ -101,7 +102,7 @@ def draw_annotations(
     boxes = np.array([a["bbox"] for a in annotations], dtype=np.float32).reshape(-1, 4).astype(float)
     boxes[:, 2:] += boxes[:, :2]
     classes = [a["category_id"] for a in annotations]
-    return _draw(image_rgb, boxes, classes, None, class_names, mask_of, min_size, max_size)
+    return _draw(image_rgb, boxes, classes, None, class_names, mask_of, min_size, max_size, labels)
 
 
 def _draw(

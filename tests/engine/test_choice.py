@@ -175,7 +175,7 @@ def test_absent_detectron2_on_every_command(
         (["MODEL.ROI_BOX_CASCADE_HEAD.IOUS", "(0.5, 0.6)"], True),
         (["MODEL.KEYPOINT_ON", "True"], False),
         (["MODEL.RPN.BBOX_REG_LOSS_TYPE", "gIoU"], False),
-        (["TEST.AUG.ENABLED", "True"], False),
+        (["TEST.PRECISE_BN.ENABLED", "True"], False),
         (["MODEL.PANOPTIC_FPN.INSTANCE_LOSS_WEIGHT", "2.0"], False),
     ],
 )

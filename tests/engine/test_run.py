@@ -81,9 +81,19 @@ def test_train_resume_evaluate(shapes: list[str], tmp_path: Path, capsys: pytest
     assert "Seed 1." in capsys.readouterr().out
     text = (whole / "log.txt").read_text()
     assert "Seed 1." in text and "gamma/beta" in text and "copypaste" in text
-    again = engine.evaluate(small(shapes, tmp_path / "eval", "MODEL.WEIGHTS", str(whole / "model_final.pth")))
+    weights, page = whole / "model_final.pth", tmp_path / "page.html"
+    cfg = small(shapes, tmp_path / "eval", "MODEL.WEIGHTS", str(weights))
+    again = engine.evaluate(cfg, html=page, save_thresholds=True)
     for name, value in results.items():
         assert again[name] == value or value != value
+    assert json.loads((tmp_path / "eval" / "inference" / "metrics.json").read_text()) == pytest.approx(
+        again, nan_ok=True
+    )
+    assert "Labels to check" in page.read_text() or "Images with most errors" in page.read_text()
+    assert page.with_suffix(".csv").read_text().count("\n") == 6
+    stored = torch.load(weights, weights_only=True)
+    assert all(torch.equal(a["model"][k], stored["model"][k]) for k in a["model"])  # the weights stay
+    assert len(stored["gn_det"]["thresholds"]) == 5 and all(0 <= t <= 1 for t in stored["gn_det"]["thresholds"])
     with pytest.raises(TrainingError, match="--overwrite"):
         engine.train(small(shapes, whole, "SOLVER.MAX_ITER", "4"))
 

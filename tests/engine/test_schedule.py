@@ -126,12 +126,39 @@ def test_epochs_set_the_length_and_keep_proportions() -> None:
     cfg = cfg_of(["SOLVER.EPOCHS", 12.0, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 9000,
                   "SOLVER.STEPS", (6000, 8000), "TEST.EVAL_PERIOD", 900])  # fmt: skip
     scaled, sentences = scale_schedule(cfg, 1, 300)
-    assert (scaled.SOLVER.MAX_ITER, scaled.SOLVER.STEPS, scaled.TEST.EVAL_PERIOD) == (900, (600, 800), 90)
+    assert (scaled.SOLVER.MAX_ITER, scaled.SOLVER.STEPS, scaled.TEST.EVAL_PERIOD) == (900, (600, 800), 75)
+    # 75 iterations are one epoch, and the checkpoint period of 5000 of 9000 iterations became 7 epochs
+    assert scaled.SOLVER.CHECKPOINT_PERIOD == 525
     assert scaled.SOLVER.WARMUP_ITERS == 90  # a tenth of a run that became short
     assert "12 over 300 images" in sentences[0]
     assert "900 iterations (12.00 epochs)" in format_schedule(scaled, 300)
     with pytest.raises(ConfigError, match="training set"):
         scale_schedule(cfg, 1, 0)
+
+
+@pytest.mark.parametrize(("images", "epochs", "evaluations"), [(50, 100, 17), (160, 38, 19), (2000, 12, 12)])
+def test_own_data_gets_a_short_length(images: int, epochs: int, evaluations: int) -> None:
+    """180,000 iterations for COCO would be thousands of epochs; evaluations fall on whole epochs, at most 20."""
+    own = {"DATASETS.TRAIN_JSON": "a.json", "DATASETS.TRAIN_IMAGES": "a"}
+    scaled, sentences = scale_schedule(load_config("gn_fpn.yaml", own), 1, images)
+    assert epochs == scaled.SOLVER.EPOCHS and round(epochs * images / 2) == scaled.SOLVER.MAX_ITER
+    assert any(f"Length chosen for {images:,} images: {epochs} epochs" in s for s in sentences)
+    every = scaled.TEST.EVAL_PERIOD * 2 / images
+    assert every == round(every) and -(-epochs // every) == evaluations
+    assert scale_schedule(scaled, 1, images) == (scaled, [])
+
+
+def test_a_length_of_the_users_is_kept(tmp_path: Path) -> None:
+    own = {"DATASETS.TRAIN_JSON": "a.json", "DATASETS.TRAIN_IMAGES": "a"}
+    path = tmp_path / "mine.yaml"
+    path.write_text("_BASE_: gn_fpn.yaml\nSOLVER: {MAX_ITER: 90000}\n")
+    for config, more in (
+        (str(path), {}), ("gn_fpn.yaml", {"SOLVER.MAX_ITER": 90000}), ("gn_fpn.yaml", {"SOLVER.EPOCHS": 101.0})
+    ):  # fmt: skip
+        scaled, sentences = scale_schedule(load_config(config, {**own, **more}), 8, 160)
+        assert (1010 if more.get("SOLVER.EPOCHS") else 90000) == scaled.SOLVER.MAX_ITER
+        assert any("times over 160 images: small sets overfit" in s for s in sentences)
+    assert scale_schedule(load_config("gn_fpn.yaml"), 8, 160)[0].SOLVER.MAX_ITER == 180000  # a named set
 
 
 def test_batch_must_be_divisible() -> None:

@@ -1,0 +1,398 @@
+"""What lies behind an AP: matches of detections and objects, intervals, thresholds, confusions, likely label errors.
+
+Matching is COCO's. With every image counted once, the APs here are those of :func:`evaluate_coco`.
+
+Shape letters: T IoU thresholds, D detections, G objects, N images, R resamples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from gn_det.evaluation.ground_truth import GroundTruth
+
+IOUS = np.linspace(0.5, 0.95, 10)
+_RECALLS = np.linspace(0.0, 1.0, 101)
+SIZES = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}
+_ALL = (0.0, 1e10)
+#: Resamples of the images for an interval, and images from which on an interval can be given.
+_RESAMPLES, _LEAST_IMAGES = 200, 5
+#: Bins of the score in which precision is compared with it.
+_BINS = 10
+#: A detection as sure as this that meets no object, or one of another class, hints at a wrong label.
+_SURE = 0.8
+
+Interval = tuple[float, float, float]
+
+
+@dataclass
+class Matches:
+    """All detections of one class in descending order of the score.
+
+    Attributes:
+        scores: (D,) of the detections.
+        images: (D,) index of the image.
+        hits: (T, D) bool: matched with an object.
+        ignored: (T, D) bool: matched with a crowd, or outside the size range.
+        objects: (N,) objects of each image that count.
+    """
+
+    scores: np.ndarray
+    images: np.ndarray
+    hits: np.ndarray
+    ignored: np.ndarray
+    objects: np.ndarray
+
+
+@dataclass
+class ClassAnalysis:
+    """One class.
+
+    Attributes:
+        ap, ap50: percent with the ends of their 95 % interval; nan without objects.
+        threshold: score of best F1 at IoU 0.5; nan without a hit.
+        precision, recall: at that score.
+        curve: (P, 2) recall and precision at IoU 0.5.
+    """
+
+    name: str
+    objects: int
+    detections: int
+    ap: Interval
+    ap50: Interval
+    threshold: float
+    f1: float
+    precision: float
+    recall: float
+    curve: np.ndarray
+
+
+@dataclass
+class ImageErrors:
+    """Objects that one image's detections, above their thresholds, miss; and detections that meet no object."""
+
+    index: int
+    missed: int
+    false: int
+    objects: int
+
+
+@dataclass
+class Doubt:
+    """A label that is likely to be wrong: ``kind`` is "missing" or "class"; ``box`` is XYWH."""
+
+    kind: str
+    index: int
+    box: list[float]
+    score: float
+    found: str
+    labelled: str = ""
+
+
+@dataclass
+class Analysis:
+    """See the attributes' classes.
+
+    Attributes:
+        task: "bbox" or "segm".
+        ap, ap50: means over the classes with their intervals.
+        sizes: AP, interval and objects of each size range.
+        confusion: (K + 1, K + 1) objects by true (row) and found (column) class; the last is none.
+        calibration: (B, 3) mean score, precision and detections of each bin of the score.
+    """
+
+    task: str
+    images: int
+    ap: Interval
+    ap50: Interval
+    classes: list[ClassAnalysis]
+    sizes: dict[str, tuple[Interval, int]]
+    confusion: np.ndarray
+    calibration: np.ndarray
+    worst: list[ImageErrors] = field(default_factory=list)
+    doubts: list[Doubt] = field(default_factory=list)
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """Score of best F1 by class name, where there is one."""
+        return {c.name: c.threshold for c in self.classes if math.isfinite(c.threshold)}
+
+
+def analyse(
+    gt: GroundTruth,
+    results: Sequence[Mapping[str, Any]],
+    class_names: Sequence[str],
+    category_ids: Sequence[int],
+    *,
+    task: str,
+    max_dets: int = 100,
+) -> Analysis:
+    """Analyse ``results`` (COCO's format) of ``task`` "bbox" or "segm"; arguments as of :func:`evaluate_coco`."""
+    groups = _groups(gt, results, task, max_dets)
+    n = len(gt.images)
+    weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / max(n, 1)), _RESAMPLES).astype(np.float32)
+    if n < _LEAST_IMAGES:
+        weights = weights[:0]
+    weights = np.concatenate([np.ones((1, n), np.float32), weights])  # the first is no resample
+    classes, calibrated = [], []
+    aps: list[np.ndarray] = []
+    by_class = [_matches(groups, category, n, _ALL) for category in category_ids]
+    for name, matches in zip(class_names, by_class):
+        ap = average_precision(matches, weights)
+        aps.append(ap)
+        classes.append(_class(name, matches, ap))
+        calibrated.append(np.stack([matches.scores, matches.hits[0]], 1)[~matches.ignored[0]])
+    sizes = {}
+    for name, span in SIZES.items():
+        sized = [_matches(groups, category, n, span) for category in category_ids]
+        means = _mean([average_precision(m, weights) for m in sized])
+        sizes[name] = (_interval(means.mean(0)), int(sum(m.objects.sum() for m in sized)))
+    mean = _mean(aps)
+    thresholds = {i: c.threshold if math.isfinite(c.threshold) else 0.5 for i, c in zip(category_ids, classes)}
+    out = Analysis(
+        task,
+        n,
+        _interval(mean.mean(0)),
+        _interval(mean[0]),
+        classes,
+        sizes,
+        np.zeros((len(class_names) + 1,) * 2, np.int64),
+        _calibration(np.concatenate(calibrated) if calibrated else np.zeros((0, 2))),
+    )
+    _look_at_images(out, groups, thresholds, dict(zip(category_ids, class_names)))
+    return out
+
+
+# ------------------------------------------------------------ matching
+
+
+@dataclass
+class _Image:
+    """Objects and detections of one image and all its classes; ``iou`` is (D, G)."""
+
+    index: int
+    truth: list[Mapping[str, Any]]
+    found: list[Mapping[str, Any]]
+    iou: np.ndarray
+    areas: np.ndarray
+
+
+def _groups(gt: GroundTruth, results: Sequence[Mapping[str, Any]], task: str, max_dets: int) -> list[_Image]:
+    key = "bbox" if task == "bbox" else "segmentation"
+    truth: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
+    found: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
+    for a in gt.annotations:
+        if key in a:
+            truth[a["image_id"]].append(a)
+    for r in results:
+        found[r["image_id"]].append(r)
+    out = []
+    for index, image in enumerate(gt.images):
+        here, there = truth.get(image["id"], []), found.get(image["id"], [])
+        there = _best_of_each_class(there, max_dets)
+        one: Any
+        two: Any
+        if task == "bbox":
+            areas = np.array([r["bbox"][2] * r["bbox"][3] for r in there])
+            one, two = (np.array([e["bbox"] for e in entries], float).reshape(-1, 4) for entries in (there, here))
+        else:
+            one, two = ([_rle(e[key], image) for e in entries] for entries in (there, here))
+            areas = coco_mask.area(one).astype(float) if one else np.zeros(0)
+        crowd = [int(a["iscrowd"]) for a in here]
+        iou = np.asarray(coco_mask.iou(one, two, crowd)) if len(one) and len(two) else np.zeros((len(one), len(two)))
+        out.append(_Image(index, here, there, iou.reshape(len(there), len(here)), areas))
+    return out
+
+
+def _best_of_each_class(found: list[Mapping[str, Any]], most: int) -> list[Mapping[str, Any]]:
+    """Detections of an image by descending score, at most ``most`` of a class."""
+    order = np.argsort([-r["score"] for r in found], kind="mergesort")
+    kept: list[Mapping[str, Any]] = []
+    seen: dict[Any, int] = defaultdict(int)
+    for i in order:
+        category = found[i]["category_id"]
+        seen[category] += 1
+        if seen[category] <= most:
+            kept.append(found[i])
+    return kept
+
+
+def _rle(segmentation: Any, image: Mapping[str, Any]) -> Any:
+    size = image["height"], image["width"]
+    if isinstance(segmentation, list):
+        return coco_mask.merge(coco_mask.frPyObjects([list(p) for p in segmentation], *size))
+    if isinstance(segmentation["counts"], list):
+        return coco_mask.frPyObjects(segmentation, *size)
+    return segmentation
+
+
+def _matches(groups: Sequence[_Image], category: int, images: int, span: tuple[float, float]) -> Matches:
+    """COCO's greedy matching of one class within a range of areas."""
+    scores, where, hits, ignored = [], [], [], []
+    objects = np.zeros(images, np.float32)
+    for group in groups:
+        columns = [k for k, a in enumerate(group.truth) if a["category_id"] == category]
+        rows = [k for k, r in enumerate(group.found) if r["category_id"] == category]
+        skip = np.array(
+            [bool(group.truth[k]["iscrowd"]) or not span[0] <= group.truth[k]["area"] <= span[1] for k in columns],
+            dtype=bool,
+        )
+        objects[group.index] = (~skip).sum()
+        if not rows:
+            continue
+        order = np.argsort(skip, kind="mergesort")  # those that count first
+        crowd = np.array([bool(group.truth[columns[k]]["iscrowd"]) for k in order], dtype=bool)
+        hit, ignore = _greedy(group.iou[np.ix_(rows, [columns[k] for k in order])], skip[order], crowd)
+        outside = ~((group.areas[rows] >= span[0]) & (group.areas[rows] <= span[1]))
+        ignore |= outside & ~hit
+        scores.append([group.found[k]["score"] for k in rows])
+        where.append(np.full(len(rows), group.index))
+        hits.append(hit & ~ignore)
+        ignored.append(ignore)
+    if not scores:
+        empty = np.zeros((len(IOUS), 0), bool)
+        return Matches(np.zeros(0), np.zeros(0, int), empty, empty.copy(), objects)
+    flat = np.concatenate(scores)
+    order = np.argsort(-flat, kind="mergesort")
+    return Matches(
+        flat[order],
+        np.concatenate(where)[order],
+        np.concatenate(hits, 1)[:, order],
+        np.concatenate(ignored, 1)[:, order],
+        objects,
+    )
+
+
+def _greedy(iou: np.ndarray, skip: np.ndarray, crowd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(T, D) matched and (T, D) ignored, for (D, G) IoUs whose rows come by descending score, ignored objects last."""
+    hit = np.zeros((len(IOUS), len(iou)), bool)
+    ignored = np.zeros_like(hit)
+    if not iou.shape[1]:
+        return hit, ignored
+    taken = np.zeros((len(IOUS), iou.shape[1]), bool)
+    steps = np.arange(len(IOUS))
+    for d, row in enumerate(iou):
+        if row.max() < IOUS[0]:
+            continue
+        fits = (row >= np.minimum(IOUS, 1 - 1e-10)[:, None]) & ~(taken & ~crowd)
+        counted = fits & ~skip
+        # An object that counts wins over any that does not; of equal IoUs the last.
+        choice = np.where(counted.any(1, keepdims=True), counted, fits)
+        value = np.where(choice, row, -1.0)[:, ::-1]
+        best = iou.shape[1] - 1 - value.argmax(1)
+        some = choice.any(1)
+        hit[some, d] = True
+        ignored[some, d] = skip[best[some]]
+        taken[steps[some], best[some]] = True
+    return hit, ignored
+
+
+# ------------------------------------------------------------ numbers
+
+
+def average_precision(matches: Matches, weights: np.ndarray) -> np.ndarray:
+    """(T, R) AP (0 to 1) where image i counts ``weights[r, i]`` times; nan where no object counts."""
+    out = np.full((len(IOUS), len(weights)), np.nan)
+    total = weights @ matches.objects
+    some = total > 0
+    each = weights[:, matches.images]
+    for t, (hit, ignored) in enumerate(zip(matches.hits, matches.ignored)):
+        true = np.cumsum(each * hit, 1, dtype=np.float32)
+        false = np.cumsum(each * ~(hit | ignored), 1, dtype=np.float32)
+        precision = true / np.maximum(true + false, np.float32(1e-9))
+        precision = np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1]
+        for r in np.flatnonzero(some):
+            place = np.searchsorted(true[r] / total[r], _RECALLS, side="left")
+            inside = place < precision.shape[1]
+            out[t, r] = precision[r, place[inside]].sum() / len(_RECALLS)
+    return out
+
+
+def _mean(aps: Sequence[np.ndarray]) -> np.ndarray:
+    """(T, R) mean over the classes that have objects."""
+    stacked = np.stack(aps) if aps else np.full((1, len(IOUS), 1), np.nan)
+    known = ~np.isnan(stacked)
+    total: np.ndarray = np.where(known, stacked, 0).sum(0) / np.maximum(known.sum(0), 1)
+    return np.where(known.any(0), total, np.nan)
+
+
+def _interval(values: np.ndarray) -> Interval:
+    """Percent of the whole set and the central 95 % of the resamples."""
+    drawn = values[1:][~np.isnan(values[1:])]
+    low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (math.nan, math.nan)
+    return float(values[0]) * 100, float(low) * 100, float(high) * 100
+
+
+def _class(name: str, matches: Matches, ap: np.ndarray) -> ClassAnalysis:
+    counts = ~matches.ignored[0]
+    hit, scores = matches.hits[0][counts], matches.scores[counts]
+    objects = int(matches.objects.sum())
+    true, found = np.cumsum(hit), np.arange(1, len(hit) + 1)
+    precision, recall = true / np.maximum(found, 1), true / max(objects, 1)
+    f1 = 2 * true / np.maximum(found + objects, 1)
+    last = np.append(scores[1:] != scores[:-1], True) if len(scores) else np.zeros(0, bool)
+    best = int(np.argmax(np.where(last, f1, -1.0))) if len(f1) else -1
+    if best < 0 or not f1[best] > 0:
+        at = (math.nan,) * 4
+    else:
+        at = float(scores[best]), float(f1[best]), float(precision[best]), float(recall[best])
+    curve = np.stack([recall, np.maximum.accumulate(precision[::-1])[::-1]], 1)
+    return ClassAnalysis(
+        name, objects, len(hit), _interval(ap.mean(0)), _interval(ap[0]), *at, curve=curve[:: max(len(curve) // 200, 1)]
+    )
+
+
+def _calibration(found: np.ndarray) -> np.ndarray:
+    """(B, 3) of (D, 2) score and hit."""
+    bins = np.minimum((found[:, 0] * _BINS).astype(int), _BINS - 1)
+    parts = [found[bins == b] for b in range(_BINS)]
+    return np.array([(*part.mean(0), len(part)) for part in parts if len(part)], dtype=float).reshape(-1, 3)
+
+
+# ------------------------------------------------------------ images
+
+
+def _look_at_images(
+    out: Analysis, groups: Sequence[_Image], thresholds: Mapping[int, float], names: Mapping[int, str]
+) -> None:
+    """Confusions, errors and doubts, with the detections above the threshold of their class, at IoU 0.5."""
+    row_of = {category: k for k, category in enumerate(names)}
+    none = len(names)
+    for group in groups:
+        sure = [k for k, r in enumerate(group.found) if r["score"] >= thresholds.get(r["category_id"], 2.0)]
+        real = [k for k, a in enumerate(group.truth) if not a["iscrowd"] and a["category_id"] in row_of]
+        crowds = [k for k, a in enumerate(group.truth) if a["iscrowd"]]
+        taken: set[int] = set()
+        false = 0
+        for d in sure:
+            category = group.found[d]["category_id"]
+            free = [k for k in real if k not in taken and group.iou[d, k] >= 0.5]
+            # of its own class before any other
+            best = max(free, key=lambda k: (group.truth[k]["category_id"] == category, group.iou[d, k]), default=None)
+            label = None if best is None else group.truth[best]["category_id"]
+            if best is None and any(group.iou[d, k] >= 0.5 for k in crowds):
+                continue
+            out.confusion[none if label is None else row_of[label], row_of[category]] += 1
+            false += label != category
+            if best is not None:
+                taken.add(best)
+            if group.found[d]["score"] >= _SURE and label != category:
+                meets = max((group.iou[d, k] for k in range(len(group.truth))), default=0.0)
+                if best is not None or meets < 0.1:
+                    kind, labelled = ("missing", "") if label is None else ("class", names[label])
+                    r = group.found[d]
+                    out.doubts.append(
+                        Doubt(kind, group.index, list(r["bbox"]), float(r["score"]), names[category], labelled)
+                    )
+        for k in set(real) - taken:
+            out.confusion[row_of[group.truth[k]["category_id"]], none] += 1
+        out.worst.append(ImageErrors(group.index, len(real) - len(taken), false, len(real)))
+    out.worst.sort(key=lambda e: (-(e.missed + e.false), e.index))
+    out.doubts.sort(key=lambda doubt: -doubt.score)
