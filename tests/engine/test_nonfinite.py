@@ -12,9 +12,9 @@ from gn_det.checkpoint.io import read_checkpoint
 from gn_det.config import load_config
 from gn_det.data.shapes import make_shapes
 from gn_det.engine import run as engine
-from gn_det.engine.nonfinite import find_origin, main, replay
+from gn_det.engine.nonfinite import Pass, find_origin, main, replay
 from gn_det.errors import TrainingError, WeightsError
-from tests.engine.cases import Tiny, run
+from tests.engine.cases import Tiny, batch, run
 from tests.engine.test_run import SMALL
 
 
@@ -52,6 +52,15 @@ def test_weights_and_losses_are_told_apart() -> None:
         model[0].bias[0] = float("nan")
     assert "weights hold nan or inf already, first in 0.bias" in find_origin(model, lambda: model(x))
     assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_a_pass_is_repeated_with_its_random_numbers() -> None:
+    """The model draws; whatever was drawn since, the losses are the same to the bit."""
+    model, samples = Tiny(), batch(7, 0, 4)
+    done = Pass(samples, {"torch": torch.get_rng_state(), "cuda": None}, "cpu", None)
+    first = model(samples)
+    torch.rand(5)
+    assert all(torch.equal(value, first[name]) for name, value in done.again(model).items())
 
 
 def test_replay_of_a_real_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
