@@ -1,4 +1,4 @@
-"""Write a trained detector as ONNX, a torch.export program or an AOTInductor package."""
+"""Write a trained detector as ONNX or as a torch.export program."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FILE", required=True, help="file to write")
     parser.add_argument(
         "--to",
-        choices=("onnx", "pt2", "aoti"),
+        choices=("onnx", "pt2"),
         default="onnx",
-        help="onnx (default); pt2, a torch.export program; aoti, a package compiled by AOTInductor for this machine",
+        help="onnx (default), or pt2: a torch.export program",
     )
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument(

@@ -1,4 +1,4 @@
-"""Write a trained detector as ONNX, as a ``torch.export`` program, or as an AOTInductor package."""
+"""Write a trained detector as ONNX or as a ``torch.export`` program."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import io
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ from gn_det.modeling.mask_rcnn import MaskRCNN
 from gn_det.prediction.predictor import Predictor, load_predictor
 from gn_det.text import one_line
 
-FORMATS = {"onnx": ".onnx", "pt2": ".pt2", "aoti": ".pt2"}
 #: 21 is the first with a GroupNormalization that takes gamma and beta a channel; before, each becomes four nodes.
 OPSETS = (18, 19, 20, 21, 22, 23)
 #: Largest batch and side of a graph that takes any.
@@ -38,7 +36,7 @@ class Options:
     """What kind of file.
 
     Attributes:
-        to: a key of :data:`FORMATS`.
+        to: "onnx" or "pt2".
         size: (height, width) of the input in pixels; None takes any.
         batch: images at once; None takes any, or 1 with a ``size``.
         opset: of ONNX.
@@ -228,13 +226,7 @@ def _pt2(program: torch.export.ExportedProgram, graph: GraphDetector, metadata: 
     return file.getvalue()
 
 
-def _aoti(program: torch.export.ExportedProgram, graph: GraphDetector, metadata: Metadata, options: Options) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        path = torch._inductor.aoti_compile_and_package(program, package_path=os.path.join(folder, "model.pt2"))
-        return Path(path).read_bytes()
-
-
-_WRITERS = {"onnx": _onnx, "pt2": _pt2, "aoti": _aoti}
+_WRITERS = {"onnx": _onnx, "pt2": _pt2}
 
 
 def _check_size(size: tuple[int, int] | None, divisor: int) -> None:

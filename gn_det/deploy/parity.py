@@ -157,7 +157,7 @@ def match(original: AnyDetections, exported: AnyDetections, threshold: float) ->
 
 
 class ProgramDetector(Detector):
-    """A ``torch.export`` program or AOTInductor package, run as :class:`Detector` runs an ONNX file."""
+    """A ``torch.export`` program, run as :class:`Detector` runs an ONNX file."""
 
     def __init__(self, exported: Exported) -> None:
         self.path = os.fspath(exported.path)
@@ -166,10 +166,7 @@ class ProgramDetector(Detector):
         self._reader = self.metadata.reader()
         self.shape = exported.shape
         self._names = exported.outputs
-        if exported.options.to == "pt2":
-            self._run: Callable[..., Any] = torch.export.load(self.path).module()
-        else:
-            self._run = torch._inductor.aoti_load_package(self.path)
+        self._run: Callable[..., Any] = torch.export.load(self.path).module()
 
     def run(self, image: np.ndarray, size: np.ndarray) -> dict[str, np.ndarray]:
         with torch.no_grad():
