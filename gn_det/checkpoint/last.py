@@ -40,6 +40,8 @@ def last_name(folder: StrPath) -> str:
 def _read(folder: Path, name: str) -> dict[str, Any]:
     """Content of a file of ``folder``, checksums included."""
     try:
+        if os.path.basename(name) != name:
+            raise ValueError("it is not the name of a file in that folder")
         return read_checkpoint(inside(folder, name), mmap=True, verify=True)
     except (OSError, ValueError) as error:
         raise WeightsError(f"{one_line(os.fspath(folder / name), 300)}: cannot be used ({one_line(error)})") from None
