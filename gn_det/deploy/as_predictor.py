@@ -24,7 +24,7 @@ def as_predictor(path: StrPath, device: str = "auto") -> Predictor:
 
     def sample(image: Path | np.ndarray) -> Sample:
         pixels = reader.from_array(image) if isinstance(image, np.ndarray) else reader.read(image)
-        return Sample(image=torch.from_numpy(np.ascontiguousarray(pixels)))
+        return Sample(image=torch.from_numpy(np.array(pixels)))
 
     def infer(sample: Sample) -> Detections:
         found = detector.detect(sample["image"].numpy())
