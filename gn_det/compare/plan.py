@@ -36,12 +36,12 @@ from gn_det.text import one_line, shown
 MAX_RUNS = 2000
 #: Keys that say where and how fast, not what comes out.
 _NOT_RESULT = ["OUTPUT_DIR", "", "MODEL.WEIGHTS", "", "DATALOADER.NUM_WORKERS", 0]
-#: Top-level keys of the same kind that came later: left out altogether, so that runs from before them still count.
-_LEFT_OUT = ("LOGGERS",)
+#: Keys that came later and decide nothing that the others do not: left out, so that runs from before them still count.
+_LEFT_OUT = ("LOGGERS", "SOLVER.AUTO_EPOCHS")
 #: Keys and settings that came later and change the result: left out at their default, for the same reason.
 _LATER = (
     *("INPUT.COLOR_JITTER", "INPUT.COPY_PASTE", "INPUT.LSJ.ENABLED", "INPUT.LSJ.SIZE", "INPUT.LSJ.SCALE"),
-    *("INPUT.ROTATION", "MODEL.CHANNELS_LAST", "TEST.AMP"),
+    *("DATASETS.VAL_FRACTION", "INPUT.ROTATION", "MODEL.CHANNELS_LAST", "TEST.AMP"),
 )
 _LATER_SETTINGS = {"channels_last": False}
 
@@ -87,12 +87,10 @@ class Job:
         cfg = self.cfg.clone()
         cfg.defrost()
         cfg.merge_from_list(_NOT_RESULT)
-        for key in _LEFT_OUT:
-            cfg.pop(key, None)
-        for key in _LATER:
+        for key in (*_LEFT_OUT, *_LATER):
             section, _, last = key.rpartition(".")
-            if get_value(cfg, key) == KEYS[key].default:
-                get_value(cfg, section).pop(last)
+            if key in _LEFT_OUT or get_value(cfg, key) == KEYS[key].default:
+                (get_value(cfg, section) if section else cfg).pop(last)
         return content | {"config": dump_config(cfg)}
 
     def initial_sha(self) -> str:

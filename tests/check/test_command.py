@@ -257,7 +257,7 @@ def test_many_of_a_kind_are_counted_and_not_all_kept(tmp_path: Path, capsys: pyt
 
 def test_mistaken_calls_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check"]) == 2
-    assert "give --train-json" in capsys.readouterr().err
+    assert "give --data, or --train-json and --train-images" in capsys.readouterr().err
     assert main(["check", "--train-json", str(tmp_path / "gone.json"), "--train-images", str(tmp_path)]) == 2
     out = capsys.readouterr()
     assert "annotation file of dataset 'gone' not found" in out.out and out.err == ""

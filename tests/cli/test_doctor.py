@@ -53,7 +53,7 @@ def test_without_detectron2() -> None:
 def test_detectron2_installed_but_broken(code: str) -> None:
     """Reported, and not passed over in silence; the fix is what the other interpreter printed."""
     trial = lambda tried: Trial(False, "pip install omegaconf\n", "an error") if code in tried else NO_GPU  # noqa: E731
-    broken = [f for f in examine(trial, VERSIONS.get) if f.mark == "broken"]
+    broken = [f for f in examine(trial, VERSIONS.get, DECLARED) if f.mark == "broken"]
     assert [(f.what, f.fix) for f in broken] == [
         ("Detectron2 0.6 is installed, but cannot be used: an error", "pip install omegaconf")
     ]

@@ -182,7 +182,7 @@ def test_pictures_of_one_colour_are_named_once(tmp_path: Path, workers: int, cap
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         got = _batches(_cfg(), data, 6, num_workers=workers)
-    (told,) = [m for m in caplog.messages if "same colour" in m]
+    (told,) = [m for m in caplog.messages if "same color" in m]
     assert any(path.name in told for path in flat) and "check --images" in told
     assert all(_same(x, y) for a, b in zip(plain, got) for x, y in zip(a, b))
     cfg = _cfg()
@@ -190,7 +190,7 @@ def test_pictures_of_one_colour_are_named_once(tmp_path: Path, workers: int, cap
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         _batches(cfg, data, 6)
-    assert not [m for m in caplog.messages if "same colour" in m]
+    assert not [m for m in caplog.messages if "same color" in m]
 
 
 def test_all_images_unreadable_is_refused(tmp_path: Path) -> None:

@@ -51,8 +51,8 @@ def on_meta(cfg: CfgNode) -> torch.nn.Module:
 @pytest.mark.parametrize("name", shipped_configs())
 def test_every_shipped_config_builds_the_same_model(name: str) -> None:
     """Plugin, embedded engine and Detectron2's own modules: names, order, shapes, what is frozen."""
-    cfg = plugin_cfg(name)
     embedded = load_config(name)
+    cfg = plugin_cfg(name, *(() if embedded.DATASETS.TRAIN else ("MODEL.ROI_HEADS.NUM_CLASSES", 3)))
     prepare_config(cfg)
     embedded.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.ROI_HEADS.NUM_CLASSES
     with torch.device("meta"):

@@ -308,7 +308,7 @@ class _Weights:
                 assert 0 <= int(cfg.MODEL.ROI_HEADS.NUM_CLASSES) <= 1 << 20
                 return parts[0]
 
-            def detector(self, model: nn.Module) -> Any:
+            def detector(self, model: nn.Module, cfg: Any) -> Any:
                 return model
 
         cfg = config_of_checkpoint(outer.path)
