@@ -233,7 +233,7 @@ def _train_rank(
 def _train(
     cfg: CfgNode, engine: Engine, resume: bool, hooks: Sequence[Hook], augment: OwnTransform | None
 ) -> dict[str, float]:
-    _log_environment(cfg, engine)
+    _log_environment(cfg, engine, cfg.SOLVER.AMP.ENABLED is True)
     point = find_resume(cfg.OUTPUT_DIR) if resume else None
     cfg = settle(cfg, dist.resolve_device(cfg.MODEL.DEVICE), stored_config(point))
     if point is None:
@@ -267,7 +267,7 @@ def _train(
 
 def _evaluate_rank(cfg: CfgNode, engine: Engine, page: Path | None, store: bool) -> dict[str, float]:
     with alone_in(cfg.OUTPUT_DIR), run_log(cfg.OUTPUT_DIR, rank=dist.rank()):
-        _log_environment(cfg, engine)
+        _log_environment(cfg, engine, cfg.TEST.AMP is True)
         names = _classes_of(cfg.MODEL.WEIGHTS)
         test = load_once(lambda: load_test_sets(cfg, names))
         if not test:
@@ -304,11 +304,11 @@ def _classes_of(weights: str) -> tuple[str, ...] | None:
     return tuple(block["class_names"]) or None if block else None
 
 
-def _log_environment(cfg: CfgNode, engine: Engine) -> None:
+def _log_environment(cfg: CfgNode, engine: Engine, autocast: bool) -> None:
     device = dist.resolve_device(cfg.MODEL.DEVICE)
     on_gpu = device.startswith("cuda")
     name = torch.cuda.get_device_name() if on_gpu else f"CPU, {count(torch.get_num_threads(), 'thread')}"
-    amp = f", {cfg.SOLVER.AMP.DTYPE} autocast" if cfg.SOLVER.AMP.ENABLED is True else ""
+    amp = f", {cfg.SOLVER.AMP.DTYPE} autocast" if autocast else ""
     processes = f"{dist.world_size()} processes" if dist.world_size() > 1 else "1 process"
     logger.info(
         "gn_det %s, torch %s, python %s; %s on %s%s",

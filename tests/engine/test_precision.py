@@ -87,9 +87,10 @@ def test_a_resumed_run_keeps_what_auto_chose(
 
 
 def test_evaluation_and_prediction_are_fp32_unless_asked(
-    shapes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shapes: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """autocast as the backbone sees it: in training on, in evaluation and prediction only with TEST.AMP."""
+    """autocast as the backbone sees it and as it is printed: in evaluation and prediction only with TEST.AMP."""
+    caplog.set_level(logging.INFO)
     seen: list[tuple[bool, bool]] = []
 
     def spy(module: Any, inputs: tuple[Tensor, ...]) -> None:
@@ -107,9 +108,11 @@ def test_evaluation_and_prediction_are_fp32_unless_asked(
     weights, image = tmp_path / "model_final.pth", torch.zeros(32, 32, 3, dtype=torch.uint8).numpy()
     for keys, amp in (([], False), (["TEST.AMP", "True"], True)):
         seen.clear()
+        caplog.clear()
         evaluate(cfg, keys, weights=weights, engine=Watched())
         load_predictor(weights, overrides=keys, device="cpu", engine=Watched()).detect(image)
         assert set(seen) == {(False, amp)}
+        assert ("bf16 autocast" in caplog.text) == amp
 
 
 def losses_of(*keys: str, autocast: bool = False) -> dict[str, float]:
