@@ -27,7 +27,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="drawings, coco (predictions.json), csv, labelme, cvat, yolo, masks (default drawings,coco)",
     )
     parser.add_argument("--labels", choices=("fit", "all", "none"), default="fit", help="labels drawn (default fit)")
-    parser.add_argument("--colors", choices=("class", "instance"), default="class", help="one color per class or per object")
+    parser.add_argument("--colors", choices=("class", "instance"), default="class", help="color by class or by object")
     tiles = parser.add_argument_group("large images")
     tiles.add_argument("--tiles", type=flags.whole(1), metavar="N", help="cut images into tiles of N x N pixels")
     tiles.add_argument("--overlap", type=float, metavar="P", help="share of a tile in the next one (default 0.2)")
