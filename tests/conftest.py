@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 torch.set_num_threads(1)
 
@@ -25,6 +28,18 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(socket.socket, "connect", local_only)
     yield
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of four images with awkward names, beside what is none."""
+    folder = tmp_path / "фото ä"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("é 1.png", "x.jpg", "sub/x.png", "a[1].png"):
+        Image.fromarray(np.full((40, 60, 3), 90, np.uint8)).save(folder / name)
+    (folder / "notes.txt").write_text("no image")
+    (folder / ".hidden.png").write_bytes(b"")
+    return folder
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

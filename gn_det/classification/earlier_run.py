@@ -80,8 +80,8 @@ def _check_settings(path: Path, theirs: Mapping[str, Any], settings: Settings) -
         old = list(old) if isinstance(old, tuple) else old
         if name not in _FREE and old != value:
             raise ConfigError(
-                f"{path}: was started with {name} {shown(old)}, not {value!r}; resume with the same, or start anew "
-                "with --overwrite"
+                f"{path}: was started with {name} {shown(old)}, not {value!r}; use that value to resume, or start "
+                "a new run with --overwrite"
             )
 
 

@@ -173,7 +173,7 @@ def config_from_args(args: argparse.Namespace, engine: str = "embedded") -> CfgN
 
 
 def _data_keys(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the keys that ``--data`` stands for; with one json, a fifth of the images is held out."""
+    """Return the config keys for the folder given by ``--data``; if it has one json, 20% of the images are held out."""
     given = vars(args)
     if not given.get("data"):
         return {}

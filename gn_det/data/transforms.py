@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-#: Gray that fills what lies outside the image, as in Detectron2's FixedSizeCrop.
+#: Gray value of the padding, as in Detectron2's FixedSizeCrop.
 PAD_VALUE = 128
 
 

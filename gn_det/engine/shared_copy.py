@@ -30,11 +30,9 @@ def load_once(load: Callable[[], T]) -> T:
     """
     if dist.world_size() == 1:
         return load()
-    if not hasattr(
-        os, "memfd_create"
-    ):  # only Linux has files without a name; rank 0 first, which writes generated sets
+    if not hasattr(os, "memfd_create"):  # only Linux has files without a name
         loaded: list[T] = []
-        dist.on_first_rank(lambda: loaded.append(load()))  # before the others: it writes generated sets
+        dist.on_first_rank(lambda: loaded.append(load()))  # before the others, because it writes generated sets
         return loaded[0] if loaded else load()
     local = int(os.environ["LOCAL_RANK"])
     outcome: UserError | tuple[str, bytes, list[int]] | None = None

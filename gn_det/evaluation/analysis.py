@@ -24,6 +24,8 @@ SIZES = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**
 _ALL = (0.0, 1e10)
 #: Resamples of the images for an interval, and images from which on an interval can be given.
 _RESAMPLES, _LEAST_IMAGES = 200, 5
+#: Numbers of an array of resamples x detections: what many detections may cost in memory.
+_CELLS = 1 << 22
 #: Bins of the score in which precision is compared with it.
 _BINS = 10
 #: A detection as sure as this that meets no object, or one of another class, hints at a wrong label.
@@ -175,13 +177,26 @@ def analyse(
 
 @dataclass
 class _Image:
-    """Objects and detections of one image and all its classes; ``iou`` is (D, G)."""
+    """Objects and detections of one image and all its classes; ``iou`` is (D, G).
+
+    ``truth_of`` and ``found_of`` are their places by category.
+    """
 
     index: int
     truth: list[Mapping[str, Any]]
     found: list[Mapping[str, Any]]
     iou: np.ndarray
     areas: np.ndarray
+
+    def __post_init__(self) -> None:
+        self.truth_of, self.found_of = _places(self.truth), _places(self.found)
+
+
+def _places(entries: Sequence[Mapping[str, Any]]) -> dict[Any, list[int]]:
+    places: dict[Any, list[int]] = defaultdict(list)
+    for k, entry in enumerate(entries):
+        places[entry["category_id"]].append(k)
+    return places
 
 
 def _groups(gt: GroundTruth, results: Sequence[Mapping[str, Any]], task: str, max_dets: int) -> list[_Image]:
@@ -238,8 +253,7 @@ def _matches(groups: Sequence[_Image], category: int, images: int, span: tuple[f
     scores, where, hits, ignored = [], [], [], []
     objects = np.zeros(images, np.float32)
     for group in groups:
-        columns = [k for k, a in enumerate(group.truth) if a["category_id"] == category]
-        rows = [k for k, r in enumerate(group.found) if r["category_id"] == category]
+        columns, rows = group.truth_of.get(category, []), group.found_of.get(category, [])
         skip = np.array(
             [bool(group.truth[k]["iscrowd"]) or not span[0] <= group.truth[k]["area"] <= span[1] for k in columns],
             dtype=bool,
@@ -299,6 +313,12 @@ def _greedy(iou: np.ndarray, skip: np.ndarray, crowd: np.ndarray) -> tuple[np.nd
 
 def average_precision(matches: Matches, weights: np.ndarray) -> np.ndarray:
     """(T, R) AP (0 to 1) where image i counts ``weights[r, i]`` times; nan where no object counts."""
+    step = max(_CELLS // max(len(matches.scores), 1), 1)
+    parts = [weights[start : start + step] for start in range(0, len(weights), step)]
+    return np.concatenate([_average_precision(matches, part) for part in parts], 1)
+
+
+def _average_precision(matches: Matches, weights: np.ndarray) -> np.ndarray:
     out = np.full((len(IOUS), len(weights)), np.nan)
     total = weights @ matches.objects
     some = total > 0

@@ -1,6 +1,6 @@
 """Builds native.cpp where a C++ compiler is installed, and calls it: fused GroupNorm and RoIAlign on a CPU.
 
-The library is compiled on first use (a few seconds) for this very CPU and kept in ``~/.cache/gn_det``. It handles
+The library is compiled on first use (a few seconds) for this very CPU and kept in ``~/.cache/gn_det_kernels``. It takes
 channels_last maps in float32 and bfloat16; everything else, and machines without a compiler, stay with plain torch.
 """
 
@@ -82,7 +82,7 @@ def _build(compiler: str) -> Path:
 
 def _private_folder() -> Path:
     """A folder that nobody else can write to: code is loaded from it."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "gn_det"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "gn_det_kernels"
     try:
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = cache.stat()
@@ -108,9 +108,12 @@ def _pointer(t: Tensor | None) -> ctypes.c_void_p:
 
 def _call(name: str, x: Tensor, tensors: tuple[Tensor | None, ...], numbers: tuple[Any, ...]) -> None:
     function = getattr(_library(), f"{name}_{DTYPES[x.dtype]}")
-    kinds = {int: ctypes.c_int64, float: ctypes.c_float, bool: ctypes.c_int}
-    threads = ctypes.c_int(torch.get_num_threads())
-    function(*map(_pointer, tensors), *(threads if n is None else kinds[type(n)](n) for n in numbers))
+    kinds = {int: ctypes.c_int64, float: ctypes.c_float, bool: ctypes.c_int, ctypes.c_int: lambda n: n}
+    function(*map(_pointer, tensors), *(kinds[type(n)](n) for n in numbers))
+
+
+def _threads() -> ctypes.c_int:
+    return ctypes.c_int(torch.get_num_threads())
 
 
 def _map(t: Tensor, x: Tensor) -> Tensor:
@@ -141,14 +144,14 @@ def forward(
     y, mean = torch.empty_like(x), torch.empty((len(x), groups), dtype=torch.float32)
     rstd = torch.empty_like(mean)
     tensors = (x, residual, weight, bias, y, mean, rstd, _scratch(cut))
-    _call("gn_forward", x, tensors, (*cut, None, float(eps), bool(relu)))
+    _call("gn_forward", x, tensors, (*cut, _threads(), float(eps), bool(relu)))
     return y, mean, rstd
 
 
 def apply(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int, relu: bool) -> Tensor:
     """y again, from ``x`` and the statistics of :func:`forward`."""
     weight, bias, y = weight.float().contiguous(), bias.float().contiguous(), torch.empty_like(x)
-    _call("gn_apply", x, (x, weight, bias, y, mean, rstd), (*_cut(x, groups), None, bool(relu)))
+    _call("gn_apply", x, (x, weight, bias, y, mean, rstd), (*_cut(x, groups), _threads(), bool(relu)))
     return y
 
 
@@ -172,7 +175,7 @@ def backward(
     dw, db = (torch.empty_like(w), torch.empty_like(b)) if need[2] else (None, None)
     mask = 0 if not relu else 1 if out is None else 2
     tensors = (dy, x, out, w, b, mean, rstd, dx, dres, dw, db, _scratch(cut))
-    _call("gn_backward", x, tensors, (*cut, None, bool(mask) if mask < 2 else 2))
+    _call("gn_backward", x, tensors, (*cut, _threads(), ctypes.c_int(mask)))
     return dx, dres, None if dw is None else dw.to(weight.dtype), None if db is None else db.to(bias.dtype)
 
 
@@ -184,7 +187,7 @@ class _RoIAlign(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, rois: Tensor, size: int, scale: float, ratio: int, aligned: bool) -> Tensor:
         _, c, h, w = x.shape
         ctx.save_for_backward(rois)
-        ctx.shape, ctx.numbers = x.shape, (len(rois), h, w, c, size, None, float(scale), ratio, aligned)
+        ctx.shape, ctx.numbers = x.shape, (len(rois), h, w, c, size, _threads(), float(scale), ratio, aligned)
         y = x.new_empty((len(rois), c, size, size)).contiguous(memory_format=torch.channels_last)
         _call("roi_align", x, (x, rois, y), ctx.numbers)
         return y

@@ -284,9 +284,8 @@ def test_a_killed_download_leaves_nothing_that_passes_for_the_file(server: Serve
     url = f"{server.url}/stuck/w.pth"
     code = f"from gn_det.checkpoint.weights_uri import local_path; local_path({url!r})"
     process = subprocess.Popen([sys.executable, "-c", code], env=os.environ, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
     while not any(f.stat().st_size == STEP for f in (tmp_path / "cache").rglob(".w.pth.part-*")):
-        assert time.monotonic() < deadline and process.poll() is None
+        assert process.poll() is None
         time.sleep(0.05)
     process.kill()
     process.wait()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("huggingface_hub")
+pytest.importorskip("huggingface_hub", reason="needs huggingface_hub (extra hub)")
 
 from gn_det.checkpoint import hub
 from gn_det.checkpoint.io import read_any, save_checkpoint

@@ -7,24 +7,12 @@ import os
 import unicodedata
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from gn_det.data import inputs
 from gn_det.data.inputs import collect_images, output_names
 from gn_det.errors import DataError
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    folder = tmp_path / "фото ä"
-    (folder / "sub").mkdir(parents=True)
-    for name in ("é 1.png", "x.jpg", "sub/x.png", "a[1].png"):
-        Image.fromarray(np.full((40, 60, 3), 90, np.uint8)).save(folder / name)
-    (folder / "notes.txt").write_text("no image")
-    (folder / ".hidden.png").write_bytes(b"")
-    return folder
 
 
 def test_inputs(photos: Path) -> None:

@@ -20,8 +20,8 @@ from gn_det.errors import ConfigError, DataError, UserError, WeightsError
 from gn_det.modeling import postprocess
 from tests.test_imports import run_blocked
 
-onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
+onnx = pytest.importorskip("onnx", reason="needs onnx (extra export)")
+pytest.importorskip("onnxruntime", reason="needs onnxruntime (extra export)")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 KEYS = {

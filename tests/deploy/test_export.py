@@ -14,9 +14,9 @@ from gn_det.cli import main
 from gn_det.errors import UserError
 from tests.deploy.cases import IDS, NAMES, checkpoint, pictures
 
-onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxscript")
-pytest.importorskip("onnxruntime")
+onnx = pytest.importorskip("onnx", reason="needs onnx (extra export)")
+pytest.importorskip("onnxscript", reason="needs onnxscript (extra export)")
+pytest.importorskip("onnxruntime", reason="needs onnxruntime (extra export)")
 if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 7):
     pytest.skip("torch 2.6 cannot export graphs whose sizes depend on the data", allow_module_level=True)
 

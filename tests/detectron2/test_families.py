@@ -139,7 +139,7 @@ def test_tridentnet(project: Callable[[str], None]) -> None:
 def test_trunk_of_densepose(project: Callable[[str], None]) -> None:
     """Its box branch trains on the plugin's trunk; annotations of surfaces are beyond this test."""
     project("DensePose")
-    pytest.importorskip("densepose")
+    pytest.importorskip("densepose", reason="needs Detectron2's project DensePose")
     from densepose import add_densepose_config
 
     keys = ["MODEL.ROI_HEADS.NAME", "DensePoseROIHeads", "MODEL.DENSEPOSE_ON", False, "MODEL.MASK_ON", False]

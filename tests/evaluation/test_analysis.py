@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gn_det.evaluation import analysis
 from gn_det.evaluation.analysis import IOUS, Matches, analyse, average_precision
 from gn_det.evaluation.coco_eval import evaluate_coco, load_ground_truth
 from tests.evaluation.coco_oracle import random_set
@@ -55,6 +56,18 @@ def test_an_image_counted_twice_is_two_images() -> None:
     twice = Matches(scores[keep], images[keep], hits[:, keep], np.zeros_like(hits[:, keep]), objects * [2, 0, 1, 1])
     want = average_precision(twice, np.ones((1, 4), np.float32))
     assert average_precision(once, weights) == pytest.approx(want, rel=1e-5)
+
+
+def test_resamples_do_not_depend_on_how_many_are_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is bounded by taking few resamples at a time where there are many detections."""
+    rng = np.random.default_rng(0)
+    hits = rng.random((len(IOUS), 40)) < 0.5
+    objects = np.array([12.0, 9, 20, 15], np.float32)
+    matches = Matches(np.sort(rng.random(40))[::-1], rng.integers(0, 4, 40), hits, np.zeros_like(hits), objects)
+    weights = rng.integers(0, 3, (7, 4)).astype(np.float32)
+    want = average_precision(matches, weights)
+    monkeypatch.setattr(analysis, "_CELLS", 80)  # two at a time
+    assert np.array_equal(average_precision(matches, weights), want, equal_nan=True)
 
 
 def _entry(image: int, category: int, box: list[float], **more: Any) -> dict[str, Any]:

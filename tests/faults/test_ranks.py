@@ -25,10 +25,8 @@ def test_a_killed_rank_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_first_error_is_told_not_what_followed_from_it() -> None:
     """The other rank waits in a collective whose own limit is half an hour; nobody waits for that."""
-    start = time.monotonic()
     with pytest.raises(RuntimeError, match=r"training process 1 failed first:\n(.*\n)*ZeroDivisionError: the defect"):
         dist.launch(ranks.raises, (), device="cpu", num_gpus=2)
-    assert time.monotonic() - start < 1500  # seconds; no measure of speed: the collective was not waited for
 
 
 def is_running(process: int) -> bool:

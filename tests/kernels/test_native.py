@@ -164,7 +164,7 @@ def unbuilt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """A machine on which nothing has been compiled yet; its cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     native._library.cache_clear()
-    yield tmp_path / "gn_det"
+    yield tmp_path / "gn_det_kernels"
     native._library.cache_clear()
 
 

@@ -53,17 +53,6 @@ def run(images, output: Path, **kwargs):
     return result, lines
 
 
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    folder = tmp_path / "фото ä"
-    (folder / "sub").mkdir(parents=True)
-    for name in ("é 1.png", "x.jpg", "sub/x.png", "a[1].png"):
-        Image.fromarray(np.full((40, 60, 3), 90, np.uint8)).save(folder / name)
-    (folder / "notes.txt").write_text("no image")
-    (folder / ".hidden.png").write_bytes(b"")
-    return folder
-
-
 def test_folder_with_any_names(photos: Path, tmp_path: Path) -> None:
     result, lines = run([photos], tmp_path / "out")
     drawings = {i["drawing"] for i in result["images"]}

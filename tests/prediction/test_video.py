@@ -23,7 +23,7 @@ from gn_det.prediction.video import predict_videos
 from gn_det.structures import Detections, Sample
 from tests.prediction.test_images import fake
 
-cv2 = pytest.importorskip("cv2")
+cv2 = pytest.importorskip("cv2", reason="needs OpenCV (extra video)")
 
 SIZE = (96, 64)
 
