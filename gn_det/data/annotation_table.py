@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -56,9 +57,9 @@ class AnnotationTable:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return AnnotationTable(**{k: v[rows] if isinstance(v, np.ndarray) else v for k, v in values.items()})
 
-    @property
+    @functools.cached_property
     def has_mask(self) -> np.ndarray:
-        """(M,) bool."""
+        """(M,) bool; computed once, because the check asks for each annotation."""
         found: np.ndarray = np.isfinite(self.hull[:, 0])
         return found
 
