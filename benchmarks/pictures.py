@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-#: way in group_norm.py, side in train_step.py -> (what a reader calls it, colour)
+#: way in group_norm.py, side in train_step.py -> (what a reader calls it, color)
 WAYS = {
     "fused": ("gn_det, fused", "#1f77dc"),
     "frozen BN": ("frozen BN", "#9a9a9a"),
@@ -65,7 +65,7 @@ def finish(figure: Figure, result: dict[str, Any], path: Path) -> None:
 
 
 def bars(axes: Any, groups: Sequence[str], series: dict[str, tuple[str, str, Sequence[float | None]]]) -> None:
-    """Grouped horizontal bars, one colour a series, first group on top; ``series`` holds (label, colour, values)."""
+    """Grouped horizontal bars, one color a series, first group on top; ``series`` holds (label, color, values)."""
     height = 0.8 / len(series)
     for k, (label, color, values) in enumerate(series.values()):
         places = [i + (k - (len(series) - 1) / 2) * height for i in range(len(groups))]

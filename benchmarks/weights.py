@@ -4,7 +4,7 @@
     python benchmarks/weights.py --repeats 3
     python benchmarks/weights.py --against ../other   # this checkout against another one, nothing is written
 
-*Time*: ``load_weights`` (read, recognise, check every tensor, copy) against reading the same file's tensors into memory
+*Time*: ``load_weights`` (read, recognize, check every tensor, copy) against reading the same file's tensors into memory
 with its own library (torch.load, pickle.load, safetensors); the two take turns in one process, the file is in the page
 cache. *Memory*: the peak of a process of its own, from before the model is built to after it is loaded, so the model
 itself counts once; mapped pages of the file count too. Random weights. Writes benchmarks/results/weights.json.

@@ -27,7 +27,7 @@ def to_numpy(values: Any) -> np.ndarray:
 
 
 def rasterize_polygons(polygons: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
-    """Union of polygons as a (height, width) bool bitmap, rasterised by the COCO mask API."""
+    """Union of polygons as a (height, width) bool bitmap, rasterized by the COCO mask API."""
     from pycocotools import mask as coco_mask
 
     if len(polygons) == 0:
@@ -125,7 +125,7 @@ class Masks:
             size: side S of the target grid.
 
         Returns:
-            (N, S, S) bool on the device of ``boxes``. Polygons are rasterised inside the box; bitmaps are cropped
+            (N, S, S) bool on the device of ``boxes``. Polygons are rasterized inside the box; bitmaps are cropped
             with aligned RoIAlign (one sample grid per bin, adaptive) and thresholded at 0.5, as Detectron2 does.
         """
         import torch

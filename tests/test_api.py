@@ -75,7 +75,7 @@ def test_path_image_and_array_are_the_same_image(model: gn_det.Model, pixels: np
     assert np.array_equal(by_path.boxes, by_image.boxes) and np.array_equal(by_path.boxes, first.boxes)
 
 
-def test_colours_are_rgb(model: gn_det.Model, pixels: np.ndarray) -> None:
+def test_colors_are_rgb(model: gn_det.Model, pixels: np.ndarray) -> None:
     """Swapped channels are another image: the order matters, and RGB is the one that files have."""
     assert not np.array_equal(
         model.predict(pixels, threshold=0.0).scores, model.predict(pixels[:, :, ::-1], threshold=0.0).scores

@@ -19,6 +19,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 FOREIGN = {"tools/analyze_model.py", "tests/ROOM/test_MODULE.py", "test_MODULE.py"}
 #: Detectron2's alone; the pages say that they are refused or read by its loader only.
 THEIRS = {"DATALOADER.RANDOM_SUBSET_RATIO"}
+SPELLED = {".py", ".md", ".yaml", ".html", ".cpp", ".css", ".ipynb"}
 
 
 def page_id(page: Path) -> str:
@@ -55,6 +56,27 @@ def test_files_exist(page: Path) -> None:
     assert not {name for name in configs if not (ROOT / "configs" / name).exists()}
     assert not tests
     assert not set(re.findall(r"`make ([a-z0-9-]+)", text)) - targets
+
+
+#: Brackets keep the pattern from matching itself.
+BRITISH = re.compile(
+    r"colo[u]r|\bcent[r](?:e|ed|es|ing)\b|behavio[u]r|neighbo[u]r|favo[u]r|\bgre[y]|licen[c]e|catalog[u]e|judg[e]ment"
+    r"|label[l]ed|model[l]ed|cancel[l]ed|\banaly[s]ed?\b|\blearn[t]\b|\btoward[s]\b|arte[f]act"
+    r"|[\w-]*(?:gn|al|on|im|stom|er|ar|an|el|iz|tr|il|in|or)i[s](?:e|ed|es|ing|ation)\b"
+)
+#: Names that users' scripts may hold: a kind of finding in the json of ``gn-det check``.
+BRITISH_NAMES = {"bbox-normali" + "sed"}
+
+
+def test_spelling_is_american() -> None:
+    folders = ("gn_det", "tests", "benchmarks", "experiments", "configs", "docs", "tools")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in SPELLED]
+    found = {
+        str(path.relative_to(ROOT)): words
+        for path in [*files, *ROOT.glob("*.md"), ROOT / "Makefile", ROOT / "setup.cfg"]
+        if (words := set(BRITISH.findall(path.read_text(encoding="utf-8").lower())) - BRITISH_NAMES)
+    }
+    assert len(files) > 400 and not found
 
 
 def flags_of(command: str, capsys: pytest.CaptureFixture[str]) -> set[str]:

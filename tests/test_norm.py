@@ -217,7 +217,7 @@ def test_only_old_frozen_bn_may_lack_statistics() -> None:
         FrozenBatchNorm2d(5).load_state_dict(state)
 
 
-def test_synchronised_bn_is_frozen_too() -> None:
+def test_synchronized_bn_is_frozen_too() -> None:
     assert isinstance(freeze_batch_norm(nn.Sequential(nn.SyncBatchNorm(4)))[0], FrozenBatchNorm2d)
 
 

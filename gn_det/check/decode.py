@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from gn_det.data.image import ImageError, ImageReader, one_colour
+from gn_det.data.image import ImageError, ImageReader, one_color
 from gn_det.data.mapper import read_record_image
 from gn_det.data.records import Record
 from gn_det.data.workers import cores
@@ -68,7 +68,7 @@ def decode(job: DecodeJob) -> Decoded:
             pixels = read_record_image(record, job.reader)
         except ImageError as error:
             return Decoded(error.kind, error.text, digest)
-        if one_colour(pixels):
+        if one_color(pixels):
             value = ", ".join(dict.fromkeys(str(v) for v in pixels[0, 0].tolist()))
             return Decoded("image-constant", value, digest)
         return Decoded(*_checksum_problem(job.path), digest)

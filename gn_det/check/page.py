@@ -118,7 +118,7 @@ def choose_samples(survey: Survey, count: int = _SAMPLES) -> list[int]:
     for index in np.argsort(survey.dataset.class_counts, kind="stable"):
         having = images[classes == index]
         if len(having) and len(chosen) < count and having[0] not in chosen:
-            # Each from another part of the set: neighbours are often alike.
+            # Each from another part of the set: neighbors are often alike.
             chosen.append(int(having[len(having) * (2 * len(chosen) + 1) // (2 * count)]))
     rest = [i for i in np.linspace(0, len(survey.images) - 1, 4 * count).astype(int).tolist() if i not in chosen]
     step = max(len(rest) // max(count - len(set(chosen)), 1), 1)

@@ -30,7 +30,7 @@ class SizeTable:
         anchors: anchor sizes of the config, pixels.
         short_side: the shorter side that images are resized to for this table, 0 for no resize.
         max_size: their longest side.
-        fit: share of objects whose box shape has at least IoU 0.7 / 0.5 with a centred anchor.
+        fit: share of objects whose box shape has at least IoU 0.7 / 0.5 with a centered anchor.
         small: share of objects smaller than half the smallest anchor.
     """
 
@@ -98,7 +98,7 @@ def anchor_shapes(sizes: Sequence[float], ratios: Sequence[float]) -> np.ndarray
 
 
 def _best_fit(boxes: np.ndarray, shapes: np.ndarray) -> np.ndarray:
-    """(M,) IoU of each box with the best anchor, were both centred on one point."""
+    """(M,) IoU of each box with the best anchor, were both centered on one point."""
     best = np.zeros(len(boxes))
     for start in range(0, len(boxes), _BLOCK) if len(shapes) else ():
         part = boxes[start : start + _BLOCK, None]

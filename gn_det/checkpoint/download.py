@@ -100,7 +100,7 @@ class _Download:
         self.file.seek(0)
         self.file.truncate()
         self.have, self.total, self.digest = 0, None, hashlib.sha256()
-        self.validator = ""  # ETag or date by which the server recognises the version we hold a part of
+        self.validator = ""  # ETag or date by which the server recognizes the version we hold a part of
         self.begun += 1
 
     def run(self) -> None:

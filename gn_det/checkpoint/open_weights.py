@@ -1,4 +1,4 @@
-"""Recognise a weights file by its content and translate it: one row of :data:`FORMATS` per project."""
+"""Recognize a weights file by its content and translate it: one row of :data:`FORMATS` per project."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def _refuse_layered(state: State, payload: Mapping[str, Any]) -> Weights:
 
 
 # Whether tensor names are of a project, and what translates its tensors and the whole file. The first row that
-# recognises the names wins; the last takes everything, so that the error can name the tensors.
+# recognizes the names wins; the last takes everything, so that the error can name the tensors.
 FORMATS: tuple[tuple[Callable[[Collection[str]], bool], Callable[[State, Mapping[str, Any]], Weights]], ...] = (
-    (caffe2.recognises_detector, caffe2.translate_detector),
-    (caffe2.recognises_backbone, caffe2.translate_backbone),
-    (mmdet.recognises, mmdet.translate),
-    (torchvision.recognises, torchvision.translate),
+    (caffe2.recognizes_detector, caffe2.translate_detector),
+    (caffe2.recognizes_backbone, caffe2.translate_backbone),
+    (mmdet.recognizes, mmdet.translate),
+    (torchvision.recognizes, torchvision.translate),
     (lambda names: any(map(_OTHER_LAYERED.match, names)), _refuse_layered),
-    (detectron2.recognises, detectron2.translate),
+    (detectron2.recognizes, detectron2.translate),
     (lambda names: True, lambda state, _: Weights(state, "state dict of another model")),
 )
 
@@ -86,7 +86,7 @@ def read_weights(path: StrPath) -> Weights:
     payload = read_any(path)
     meta = read_meta(payload, path)
     state = _tensors(path, _state_of(path, payload))
-    translate = next(translate for recognises, translate in FORMATS if recognises(state.keys()))
+    translate = next(translate for recognizes, translate in FORMATS if recognizes(state.keys()))
     try:
         weights = translate(state, payload)
     except WeightsError as error:

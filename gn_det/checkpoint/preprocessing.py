@@ -44,7 +44,7 @@ def fold(state: MutableMapping[str, torch.Tensor], needs: Preprocessing, target:
     """Rewrite the stem convolution in ``state`` (a new tensor replaces it) for ``target``'s channel order and std.
 
     The source computes ``conv(W, (x - mean) / std)``, the configured model ``conv(W', (x - PIXEL_MEAN) / PIXEL_STD)``.
-    Both pad with zeros *after* normalising, so with the same mean per channel ``W'[:, c] = W[:, c] * PIXEL_STD[c] /
+    Both pad with zeros *after* normalizing, so with the same mean per channel ``W'[:, c] = W[:, c] * PIXEL_STD[c] /
     std[c]`` gives the same numbers everywhere. With another mean there is no such W': the difference is a constant
     inside the image and none in the padding. So the mean is not folded, and the caller compares it.
 

@@ -56,7 +56,7 @@ class Outcome:
     unexpected: list[str] = field(default_factory=list)  # only in the file
     shape_differs: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
     #: predictors whose shape differs because the number of classes does
-    reinitialised: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
+    reinitialized: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
 
 
 @dataclass
@@ -64,7 +64,7 @@ class LoadReport(Outcome):
     """Result of :func:`gn_det.checkpoint.weights.load_weights`."""
 
     source: str = ""
-    kind: str = ""  # what the file was recognised as, such as "Caffe2 ImageNet backbone, ResNet-50, GN"
+    kind: str = ""  # what the file was recognized as, such as "Caffe2 ImageNet backbone, ResNet-50, GN"
     ignored: tuple[str, ...] = ()  # names that no detector uses (ImageNet classifier, momentum, anchors ...)
     notes: tuple[str, ...] = ()  # sentences worth showing the user
     meta: dict[str, Any] | None = None  # the gn_det block of the file
@@ -75,7 +75,7 @@ class LoadReport(Outcome):
         for what in ("loaded", "missing", "unexpected"):
             for name in getattr(self, what):
                 getattr(parts.setdefault(part_of(name), Outcome()), what).append(name)
-        for what in ("shape_differs", "reinitialised"):
+        for what in ("shape_differs", "reinitialized"):
             for name, shapes in getattr(self, what).items():
                 getattr(parts.setdefault(part_of(name), Outcome()), what)[name] = shapes
         return {part: parts[part] for part in PARTS if part in parts}
@@ -97,7 +97,7 @@ def load_weights(
             ``?preprocessing=...`` appended where wanted.
         cfg: the resolved configuration the model was built from.
         allow_partial: load what fits and report the rest, instead of refusing a part that fits only partly.
-        require_all: also refuse missing or re-initialised heads: for evaluation and prediction, where an
+        require_all: also refuse missing or re-initialized heads: for evaluation and prediction, where an
             untrained layer would only produce noise.
 
     Raises:
@@ -195,7 +195,7 @@ def _sort(
         elif tuple(value.shape) == shape:
             report.loaded.append(name)
         elif _PREDICTORS.match(name) and value.dim() == len(shape) and value.shape[1:] == shape[1:]:
-            report.reinitialised[name] = tuple(value.shape), shape
+            report.reinitialized[name] = tuple(value.shape), shape
         else:
             report.shape_differs[name] = tuple(value.shape), shape
     model_parts = {part_of(name) for name in in_model}
@@ -240,14 +240,14 @@ def _rows_by_name(weights: Weights, cfg: Any, placed: Placed, ours: Mapping[str,
     if not changed:
         return []
     new, gone = [n for n in names if n not in theirs], [n for n in theirs if n not in names]
-    parts = {"kept by name": kept, "new and initialised": new, "only in the file": gone}
+    parts = {"kept by name": kept, "new and initialized": new, "only in the file": gone}
     return [f"rows of the predictors {'; '.join(f'{what}: {some(n)}' for what, n in parts.items() if n)}"]
 
 
 def _class_notes(weights: Weights, cfg: Any, report: LoadReport) -> list[str]:
     names = tuple(get_value(cfg, "MODEL.CLASS_NAMES") or ())
     theirs = weights.class_names
-    if names and theirs and names != theirs and not report.reinitialised and "box head" in report.by_part():
+    if names and theirs and names != theirs and not report.reinitialized and "box head" in report.by_part():
         return [f"as many classes as the file, but other names ({shorten(theirs)}): its predictors are kept"]
     return []
 
@@ -263,7 +263,7 @@ def _refuse_partial(report: LoadReport, whole: bool) -> None:
     problems, keys = [], []
     for name, part in report.by_part().items():
         fits = not (part.missing or part.unexpected or part.shape_differs)
-        shared = part.loaded or part.shape_differs or part.reinitialised or (part.missing and part.unexpected)
+        shared = part.loaded or part.shape_differs or part.reinitialized or (part.missing and part.unexpected)
         if name == "other":
             # Another task's head (keypoints, panoptic) does no harm; a stray tensor of a bare backbone or of the
             # backbone's is one that no table explains.
@@ -294,7 +294,7 @@ def _describe(part: Outcome) -> str:
 
 
 def _refuse_untrained(report: LoadReport, cfg: Any, weights: Weights) -> None:
-    if report.reinitialised:
+    if report.reinitialized:
         classes = weights.num_classes
         wanted = get_value(cfg, "MODEL.ROI_HEADS.NUM_CLASSES")
         raise WeightsError(
@@ -336,7 +336,7 @@ def format_report(report: LoadReport) -> str:
 
     rows = []
     for name, part in report.by_part().items():
-        total = len(part.loaded) + len(part.missing) + len(part.shape_differs) + len(part.reinitialised)
+        total = len(part.loaded) + len(part.missing) + len(part.shape_differs) + len(part.reinitialized)
         counts = (len(part.missing), len(part.unexpected), len(part.shape_differs))
         rows.append((name, f"{len(part.loaded)}/{total}", *(str(c or "-") for c in counts), _note(part)))
     headers = ("part", "loaded", "missing", "unexpected", "shape", "note")
@@ -351,11 +351,11 @@ def format_report(report: LoadReport) -> str:
 def _note(part: Outcome) -> str:
     notes = []
     if part.missing:
-        partly = part.loaded or part.shape_differs or part.reinitialised
-        notes.append(f"initialised: {shorten(part.missing)}" if partly else "not in the file: initialised")
-    if part.reinitialised:
-        names = shorten(name.removeprefix("roi_heads.") for name in part.reinitialised)
-        notes.append(f"re-initialised, expected (classes differ): {names}")
+        partly = part.loaded or part.shape_differs or part.reinitialized
+        notes.append(f"initialized: {shorten(part.missing)}" if partly else "not in the file: initialized")
+    if part.reinitialized:
+        names = shorten(name.removeprefix("roi_heads.") for name in part.reinitialized)
+        notes.append(f"re-initialized, expected (classes differ): {names}")
     if part.shape_differs:
         some = [f"{one_line(n)} {a} in the file, {b} in the model" for n, (a, b) in part.shape_differs.items()]
         notes.append(f"not loaded: {'; '.join(some[:2])}")

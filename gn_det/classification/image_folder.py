@@ -2,7 +2,7 @@
 
 Augmentation is that of fb.resnet.torch, which the paper uses: a crop of 8 to 100 % of the area with an aspect ratio
 between 3/4 and 4/3 (Szegedy et al. 2015), brightness, contrast and saturation by up to 0.4, PCA lighting of 0.1
-(Krizhevsky et al. 2012), and a flip. Validation takes the centre crop of 224 from a shorter side of 256.
+(Krizhevsky et al. 2012), and a flip. Validation takes the center crop of 224 from a shorter side of 256.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gn_det.data.workers import WorkerData, load_batches
 from gn_det.errors import DataError
 from gn_det.text import count
 
-# Eigenvectors (columns) and eigenvalues of ImageNet's RGB colours in [0, 1], published with AlexNet.
+# Eigenvectors (columns) and eigenvalues of ImageNet's RGB colors in [0, 1], published with AlexNet.
 _VECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 _VALUES = (0.2175, 0.0188, 0.0045)
 _COLOR, _LIGHTING = 0.4, 0.1
@@ -147,7 +147,7 @@ def _as_bgr(image: Image.Image) -> Tensor:
 
 
 def lighting(pixels: Tensor) -> Tensor:
-    """Add one random colour along the principal axes of ImageNet's colours to a BGR image; float32, unclipped."""
+    """Add one random color along the principal axes of ImageNet's colors to a BGR image; float32, unclipped."""
     alpha = _LIGHTING * torch.randn(3)
     rgb = torch.tensor(_VECTORS) @ (alpha * torch.tensor(_VALUES)) * 255
     return pixels.float() + rgb.flip(0).view(3, 1, 1)

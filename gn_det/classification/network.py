@@ -105,7 +105,7 @@ class Classifier(nn.Module):
 
 
 def build_classifier(settings: Settings, num_classes: int, in_channels: int = 3) -> Classifier:
-    """Build a classifier on the CPU, with He's initialisation; every residual block begins as its shortcut.
+    """Build a classifier on the CPU, with He's initialization; every residual block begins as its shortcut.
 
     Raises:
         ConfigError: the groups do not divide the channels of a layer.

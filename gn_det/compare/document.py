@@ -146,7 +146,7 @@ def _curves(
 
 
 def thin(points: np.ndarray) -> np.ndarray:
-    """At most about 200 of (N, 2) points, each the mean of its neighbours; few points are kept as they are."""
+    """At most about 200 of (N, 2) points, each the mean of its neighbors; few points are kept as they are."""
     if len(points) <= _MOST_POINTS:
         return points
     return np.array([part.mean(axis=0) for part in np.array_split(points, _MOST_POINTS)])

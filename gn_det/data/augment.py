@@ -1,4 +1,4 @@
-"""Augmentation beyond geometry: colour, objects pasted from another image, and the user's own transforms.
+"""Augmentation beyond geometry: color, objects pasted from another image, and the user's own transforms.
 
 Every random number comes from the explicit state of the draw, so that a resumed run and any number of workers see the
 same samples.
@@ -28,7 +28,7 @@ def jitter_color(
 
     Args:
         strengths: of each, in this order, as for :class:`torchvision.transforms.v2.ColorJitter`: a factor within
-            [1 - s, 1 + s]; for the hue a shift within [-s, s] of the colour circle.
+            [1 - s, 1 + s]; for the hue a shift within [-s, s] of the color circle.
         bgr: the channels are in BGR order.
     """
     from torchvision.transforms.v2 import functional

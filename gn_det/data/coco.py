@@ -252,7 +252,7 @@ def check_same_classes(datasets: Sequence[CocoDataset]) -> None:
 
 
 def check_trainable(cfg: Any, datasets: Sequence[CocoDataset]) -> np.ndarray:
-    """Whether the sets can be learnt from as ``cfg`` says, before a model is built or a file written.
+    """Whether the sets can be learned from as ``cfg`` says, before a model is built or a file written.
 
     Returns:
         (N,) bool, for the images of all sets one after the other: has objects.

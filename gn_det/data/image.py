@@ -4,7 +4,7 @@ For 8-bit images the semantics are Detectron2's ``read_image`` (PIL decodes, ori
 the mode), so that both engines feed the same pixels to the same weights. Two things are stricter:
 
 - Gray images of 16 or 32 bits and of floats are refused unless ``INPUT.BIT_DEPTH`` says how to bring them to 8 bits;
-  PIL's conversion clips them, which makes most of them plain white or black. (PIL itself reads 16-bit *colour* by its
+  PIL's conversion clips them, which makes most of them plain white or black. (PIL itself reads 16-bit *color* by its
   upper 8 bits.)
 - A damaged PNG may come out as other pixels from Pillow, which ignores the checksums of pixels, and black from
   Detectron2, which takes an error while it looks for the orientation for a missing one; both are refused.
@@ -204,7 +204,7 @@ class ImageReader:
         return (scaled.clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def one_colour(pixels: np.ndarray) -> bool:
+def one_color(pixels: np.ndarray) -> bool:
     """Whether all of the (H, W, C) ``pixels`` are alike; most images are known not to be after a few."""
     first = pixels[:1, :1]
     return bool((pixels[::97, ::89] == first).all() and (pixels == first).all())

@@ -1,4 +1,4 @@
-"""Recognise the folders that annotation tools export in COCO format: Roboflow, CVAT, Label Studio, COCO itself."""
+"""Recognize the folders that annotation tools export in COCO format: Roboflow, CVAT, Label Studio, COCO itself."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from torch.utils.data import get_worker_info
 
 from gn_det.data.augment import OwnTransform
 from gn_det.data.coco import CocoDataset, check_trainable, refuse_if_too_many
-from gn_det.data.image import one_colour
+from gn_det.data.image import one_color
 from gn_det.data.mapper import InferenceMapper, TrainMapper
 from gn_det.data.records import Record, RecordList
 from gn_det.data.samplers import (
@@ -156,10 +156,10 @@ class TrainLoader(Loader):
         num_empty: images without objects, which are ``kept`` or left out (FILTER_EMPTY_ANNOTATIONS).
     """
 
-    def __init__(self, *args: Any, num_empty: int, kept: bool, warn_of_one_colour: bool) -> None:
+    def __init__(self, *args: Any, num_empty: int, kept: bool, warn_of_one_color: bool) -> None:
         super().__init__(*args)
         self.num_empty, self.kept = num_empty, kept
-        self._warn_of_one_colour = warn_of_one_colour
+        self._warn_of_one_color = warn_of_one_color
 
     def __iter__(self) -> Iterator[list[Sample]]:
         for samples in self._loaded():
@@ -168,8 +168,8 @@ class TrainLoader(Loader):
                 raise DataError(
                     f"none of the {self.num_images} training images can be read (such as {why}): replace them"
                 )
-            if self._warn_of_one_colour:
-                self._look_for_one_colour(samples)
+            if self._warn_of_one_color:
+                self._look_for_one_color(samples)
             yield samples
 
     def summary(self) -> str:
@@ -180,11 +180,11 @@ class TrainLoader(Loader):
         fate = "included" if self.kept else "left out"
         return f"{text}; {self.num_empty} without objects {fate} (DATALOADER.FILTER_EMPTY_ANNOTATIONS)"
 
-    def _look_for_one_colour(self, samples: Sequence[Sample]) -> None:
+    def _look_for_one_color(self, samples: Sequence[Sample]) -> None:
         """Warn of the first image in which nothing can be seen."""
         for sample in samples:
-            if one_colour(sample["image"].numpy().transpose(1, 2, 0)):
-                self._warn_of_one_colour = False
+            if one_color(sample["image"].numpy().transpose(1, 2, 0)):
+                self._warn_of_one_color = False
                 logger.warning(
                     "%s: every pixel has the same color, so there is nothing to learn; gn-det check --images lists "
                     "all such images (training names only the first)",
@@ -248,7 +248,7 @@ def build_train_loader(
         len(sizes),
         num_empty=int((~has_objects).sum()),
         kept=kept,
-        warn_of_one_colour=not mapper.cuts,  # a crop of sky is no mistake
+        warn_of_one_color=not mapper.cuts,  # a crop of sky is no mistake
     )
 
 

@@ -80,14 +80,14 @@ def _random_outline(
     # Sizes are drawn evenly on a log scale: as many small objects as large ones.
     radius = float(np.exp(rng.uniform(np.log(sizes[0]), np.log(sizes[1]))))
     border = 0.7 * radius
-    centre = np.array([rng.uniform(border, width - border), rng.uniform(border, height - border)])
+    center = np.array([rng.uniform(border, width - border), rng.uniform(border, height - border)])
     name = CLASSES[category]
     # Tilted, not upside down: the few hundred iterations of the quickstart are for detecting, not for invariances.
     turn = rng.uniform(-0.35, 0.35) + (np.pi / 4 if name == "square" else -np.pi / 2)
     hole = None
     if name in ("circle", "ring"):
         unit = _on_circle(48, 0.0)
-        hole = centre + radius * rng.uniform(0.45, 0.6) * unit if name == "ring" else None
+        hole = center + radius * rng.uniform(0.45, 0.6) * unit if name == "ring" else None
     elif name == "square":
         unit = _on_circle(4, turn) * 1.15
     elif name == "triangle":
@@ -95,7 +95,7 @@ def _random_outline(
     else:
         unit = _on_circle(10, turn) * 1.2
         unit[1::2] *= 0.45
-    return centre + radius * unit, hole
+    return center + radius * unit, hole
 
 
 def _on_circle(corners: int, turn: float) -> np.ndarray:
@@ -163,11 +163,11 @@ def _paint(
     # Light objects on dark ground and dark ones on light ground are told apart at any hue.
     lightness = rng.uniform(0.5, 0.7) if background < 0.5 else rng.uniform(0.3, 0.5)
     hue = rng.uniform()
-    colour = np.array(colorsys.hls_to_rgb(hue, lightness, rng.uniform(0.65, 0.95)), dtype=np.float32) * 255
+    color = np.array(colorsys.hls_to_rgb(hue, lightness, rng.uniform(0.65, 0.95)), dtype=np.float32) * 255
     rows, columns = np.mgrid[low[1] : high[1], low[0] : high[0]].astype(np.float32)
-    centre, extent = outline.mean(axis=0), max(float(np.ptp(outline)), 1.0)
-    light = 1 - 0.45 * ((columns - centre[0]) + (rows - centre[1])) / extent
-    fill = colour * np.clip(light, 0.7, 1.3)[..., None]
+    center, extent = outline.mean(axis=0), max(float(np.ptp(outline)), 1.0)
+    light = 1 - 0.45 * ((columns - center[0]) + (rows - center[1])) / extent
+    fill = color * np.clip(light, 0.7, 1.3)[..., None]
     kind = rng.integers(5)
     angle, period = rng.uniform(0, np.pi), rng.uniform(5, 9)
     along = columns * np.cos(angle) + rows * np.sin(angle)

@@ -20,7 +20,7 @@ _STRIP_OFFSETS, _ROWS_PER_STRIP, _STRIP_COUNTS = 273, 278, 279
 #: Tags that say how pixels are stored: photometric, fill order, predictor, color map, extra samples, sample format,
 #: JPEG tables, YCbCr coefficients, subsampling and positions.
 _KEPT = (_BITS, _COMPRESSION, _SAMPLES, _PLANES, 262, 266, 317, 320, 338, 339, 347, 529, 530, 531)
-#: Bytes of decoded tiles that are kept: neighbouring windows share them.
+#: Bytes of decoded tiles that are kept: neighboring windows share them.
 _CACHE = 128 << 20
 
 

@@ -33,7 +33,7 @@ class Transform:
         raise NotImplementedError
 
     def mask(self, bitmap: np.ndarray) -> np.ndarray:
-        """(H, W) uint8 to (H', W') uint8, nearest neighbour."""
+        """(H, W) uint8 to (H', W') uint8, nearest neighbor."""
         return self.image(bitmap)
 
     def polygons(self, polygons: list[np.ndarray]) -> list[np.ndarray]:
@@ -153,7 +153,7 @@ class Pad(Transform):
 
 @dataclass(frozen=True)
 class Rotate(Transform):
-    """Rotate counter-clockwise by ``degrees`` about the centre of a ``height`` x ``width`` image, whose size stays."""
+    """Rotate counter-clockwise by ``degrees`` about the center of a ``height`` x ``width`` image, whose size stays."""
 
     height: int
     width: int
@@ -167,8 +167,8 @@ class Rotate(Transform):
 
     def coords(self, points: np.ndarray) -> np.ndarray:
         sin, cos = np.sin(np.deg2rad(self.degrees)), np.cos(np.deg2rad(self.degrees))
-        centre = np.array([self.width / 2, self.height / 2])
-        rotated: np.ndarray = (points - centre) @ np.array([[cos, -sin], [sin, cos]]) + centre
+        center = np.array([self.width / 2, self.height / 2])
+        rotated: np.ndarray = (points - center) @ np.array([[cos, -sin], [sin, cos]]) + center
         return rotated
 
     def polygons(self, polygons: list[np.ndarray]) -> list[np.ndarray]:

@@ -60,7 +60,7 @@ def is_installed() -> bool:
     """Whether Detectron2 can be found; a bare source checkout in the working directory does not count."""
     try:
         spec = importlib.util.find_spec("detectron2")
-    except (ImportError, ValueError):  # a half-initialised or blocked module
+    except (ImportError, ValueError):  # a half-initialized or blocked module
         return "detectron2" in sys.modules
     return spec is not None and spec.origin is not None
 

@@ -45,7 +45,7 @@ def world_size() -> int:
 
 
 def gather_rows(row: Tensor) -> list[list[float]]:
-    """Every rank's vector (n,), in rank order, on every rank; one device synchronisation."""
+    """Every rank's vector (n,), in rank order, on every rank; one device synchronization."""
     if world_size() == 1:
         return [row.tolist()]
     rows = [torch.empty_like(row) for _ in range(world_size())]

@@ -15,7 +15,7 @@ from gn_det.checkpoint.meta import KEY, read_meta
 from gn_det.data.coco import CocoDataset
 from gn_det.data.image import ImageReader
 from gn_det.errors import ConfigError
-from gn_det.evaluation.analysis import analyse
+from gn_det.evaluation.analysis import analyze
 from gn_det.evaluation.diagnose import Caps
 from gn_det.evaluation.eval_page import as_html, write_csv
 from gn_det.evaluation.ground_truth import GroundTruth
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class EvalReport:
-    """Analyses the results of an evaluation, on the first rank.
+    """Analyzes the results of an evaluation, on the first rank.
 
     Attributes:
         html: where the page goes; of several test sets, each gets its name before the ending.
@@ -48,7 +48,7 @@ class EvalReport:
     ) -> None:
         """Write the page and the table of one test set."""
         caps = Caps.of(cfg).max_dets
-        analyses = [analyse(truth, results, class_names, category_ids, task=t, max_dets=caps) for t in tasks]
+        analyses = [analyze(truth, results, class_names, category_ids, task=t, max_dets=caps) for t in tasks]
         several = len(cfg.DATASETS.TEST) > 1 and not cfg.DATASETS.VAL_JSON
         page = self.html.with_name(f"{self.html.stem}-{dataset.name}{self.html.suffix}") if several else self.html
         reader, weights = ImageReader.of(cfg), str(cfg.MODEL.WEIGHTS)

@@ -149,7 +149,7 @@ def start_afresh(folder: Path, *, keep: str = "") -> None:
 
 
 def check_space(folder: Path, model: nn.Module, *, replaced: bool) -> None:
-    """Refuse to train for hours towards a checkpoint that cannot be written.
+    """Refuse to train for hours toward a checkpoint that cannot be written.
 
     Args:
         replaced: the checkpoints of an earlier run are about to be deleted.

@@ -47,7 +47,7 @@ class Prepared:
 
     Attributes:
         cfg: with the classes of the data and the schedule for this number of processes.
-        seed: of initialisation and data stream; equal on every rank.
+        seed: of initialization and data stream; equal on every rank.
         augment: the user's transform.
     """
 

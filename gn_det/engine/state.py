@@ -87,7 +87,7 @@ class TrainState:
 
     Attributes:
         model: the bare module, not wrapped for several processes.
-        seed: of the data stream and of initialisation.
+        seed: of the data stream and of initialization.
         scaler: gradient scaler of fp16.
         average: moving average of the weights (SOLVER.EMA).
         iteration: last finished iteration, 0-based; -1 before the first.
@@ -182,7 +182,7 @@ def build_payload(
     model, average = state.model, state.average
     weights = model.state_dict()  # an OrderedDict of its own, whose version metadata is worth keeping
     floating = [t for t in weights.values() if isinstance(t, Tensor) and t.is_floating_point()]
-    if floating and not torch.stack([torch.isfinite(t).all() for t in floating]).all():  # one device synchronisation
+    if floating and not torch.stack([torch.isfinite(t).all() for t in floating]).all():  # one device synchronization
         raise TrainingError(
             f"the weights hold nan or inf after iteration {state.iteration}, so no checkpoint is written (an older one "
             "is kept); lower SOLVER.BASE_LR or set SOLVER.CLIP_GRADIENTS.ENABLED True"

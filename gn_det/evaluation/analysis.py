@@ -95,7 +95,7 @@ class Doubt:
     box: list[float]
     score: float
     found: str
-    labelled: str = ""
+    labeled: str = ""
 
 
 @dataclass
@@ -127,7 +127,7 @@ class Analysis:
         return {c.name: c.threshold for c in self.classes if math.isfinite(c.threshold)}
 
 
-def analyse(
+def analyze(
     gt: GroundTruth,
     results: Sequence[Mapping[str, Any]],
     class_names: Sequence[str],
@@ -136,7 +136,7 @@ def analyse(
     task: str,
     max_dets: int = 100,
 ) -> Analysis:
-    """Analyse ``results`` (COCO's format) of ``task`` "bbox" or "segm"; arguments as of :func:`evaluate_coco`."""
+    """Analyze ``results`` (COCO's format) of ``task`` "bbox" or "segm"; arguments as of :func:`evaluate_coco`."""
     groups = _groups(gt, results, task, max_dets)
     n = len(gt.images)
     weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / max(n, 1)), _RESAMPLES).astype(np.float32)
@@ -406,10 +406,10 @@ def _look_at_images(
             if group.found[d]["score"] >= _SURE and label != category:
                 meets = max((group.iou[d, k] for k in range(len(group.truth))), default=0.0)
                 if best is not None or meets < 0.1:
-                    kind, labelled = ("missing", "") if label is None else ("class", names[label])
+                    kind, labeled = ("missing", "") if label is None else ("class", names[label])
                     r = group.found[d]
                     out.doubts.append(
-                        Doubt(kind, group.index, list(r["bbox"]), float(r["score"]), names[category], labelled)
+                        Doubt(kind, group.index, list(r["bbox"]), float(r["score"]), names[category], labeled)
                     )
         for k in set(real) - taken:
             out.confusion[row_of[group.truth[k]["category_id"]], none] += 1

@@ -256,7 +256,7 @@ def _bad_boxes(objects: Sequence[Mapping[str, Any]], results: Sequence[Mapping[s
     for what, share in (("detected", fit.detections_as_corners), ("ground-truth", fit.truth_as_corners)):
         if share > max(0.3, 2 * fit.any_class):
             return [f"the {what} boxes fit when read as [x0, y0, x1, y1]; COCO expects [x, y, width, height]."]
-    # A model that hardly trained names classes at random, with low scores; only a sure one can be mislabelled.
+    # A model that hardly trained names classes at random, with low scores; only a sure one can be mislabeled.
     sure, _ = _fit(objects, [r for r in results if r["score"] >= 0.5])
     if sure.any_class > max(0.3, 3 * sure.same_class):
         return [

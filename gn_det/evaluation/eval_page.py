@@ -170,7 +170,7 @@ class _Pictures:
             pixels = self._read(record)
             if pixels is None:
                 continue
-            what = "no label" if doubt.kind == "missing" else f"labelled {doubt.labelled}"
+            what = "no label" if doubt.kind == "missing" else f"labeled {doubt.labeled}"
             caption = f"{self._file(record)}: {doubt.found} {doubt.score:.0%}, {what}"
             found.append({"uri": jpeg_uri(_cut(pixels, doubt.box)), "caption": caption})
         return found

@@ -284,7 +284,7 @@ struct Pool {
   int64_t ratio;
   bool aligned;
 
-  // `tap(bin, pixel, weight)` for the four neighbours of each sample of each bin; weights of a bin sum up to 1.
+  // `tap(bin, pixel, weight)` for the four neighbors of each sample of each bin; weights of a bin sum up to 1.
   template <class F>
   void taps(const float* roi, const F& tap) const {
     float offset = aligned ? 0.5f : 0.f;

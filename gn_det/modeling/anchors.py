@@ -1,6 +1,6 @@
 """Anchors: one set of cell anchors per feature level, repeated at every cell.
 
-Cell anchors are centred on 0, not rounded, sizes outer and aspect ratios (height / width) inner. Strides are those
+Cell anchors are centered on 0, not rounded, sizes outer and aspect ratios (height / width) inner. Strides are those
 the backbone declares, not image size / grid size: the two differ on odd image sizes.
 """
 
@@ -46,7 +46,7 @@ class AnchorGenerator(nn.Module):
         sizes: per level (or one list for all levels) the anchor sizes in pixels.
         aspect_ratios: per level (or one list for all levels) height / width.
         strides: of the levels, pixels per cell.
-        offset: of the first cell's centre from the image corner, in strides, within [0, 1).
+        offset: of the first cell's center from the image corner, in strides, within [0, 1).
 
     Raises:
         ConfigError: list lengths that fit neither rule, or levels with different numbers of anchors per cell.

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from gn_det.kernels import saving
 from gn_det.norm import NormSpec, get_norm, is_scripting, norm_act
 
-#: Layers that the fills initialise.
+#: Layers that the fills initialize.
 Filled: TypeAlias = nn.Conv2d | nn.ConvTranspose2d | nn.Linear
 
 

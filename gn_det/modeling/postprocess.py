@@ -40,7 +40,7 @@ def resize_detections(detections: Detections, height: int, width: int, mask_thre
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float = 0.5) -> Tensor:
-    """Sample each mask at the image's pixel centres (bilinear) and threshold it.
+    """Sample each mask at the image's pixel centers (bilinear) and threshold it.
 
     Args:
         masks: (N, S, S) float32 probabilities within the boxes.
@@ -71,7 +71,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int, threshold
 
 
 def _sample(masks: Tensor, boxes: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
-    """(N, rows, columns) mask values at the centres of the pixels in the given ranges; 0 outside the boxes."""
+    """(N, rows, columns) mask values at the centers of the pixels in the given ranges; 0 outside the boxes."""
     x0, y0, x1, y1 = torch.split(boxes, 1, dim=1)
     y = torch.arange(*rows, dtype=torch.float32, device=masks.device) + 0.5
     x = torch.arange(*columns, dtype=torch.float32, device=masks.device) + 0.5

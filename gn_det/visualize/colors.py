@@ -22,7 +22,7 @@ _PALETTE: tuple[Color, ...] = (
 
 
 def class_color(index: int) -> Color:
-    """RGB colour of a class or curve: the same in every picture, distinct from its neighbours."""
+    """RGB color of a class or curve: the same in every picture, distinct from its neighbors."""
     if index < len(_PALETTE):
         return _PALETTE[index]
     step = index - len(_PALETTE)

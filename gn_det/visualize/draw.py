@@ -21,7 +21,7 @@ Box = tuple[float, float, float, float]
 #: Which labels are drawn: all, those that fit (in a crowded image no label is larger than its object or covers
 #: another one), or none.
 Labels = Literal["all", "fit", "none"]
-#: What a colour stands for.
+#: What a color stands for.
 Colors = Literal["class", "instance"]
 
 #: Fill opacity of a mask.
@@ -56,7 +56,7 @@ def draw_detections(
         max_size: a larger image is scaled down to this longer side before anything is drawn; None draws at full size.
         show_scores: add the score in percent to the label.
         labels: which labels are drawn.
-        colors: one colour a class or an instance.
+        colors: one color a class or an instance.
         crops: the masks of the detections, if they are not in ``detections``.
 
     Returns:
@@ -257,7 +257,7 @@ def tint(pixels: np.ndarray, mask: np.ndarray, color: Color, alpha: float) -> No
 
 
 def _eroded(mask: np.ndarray, reach: int) -> np.ndarray:
-    """The pixels whose neighbours up to ``reach`` away, diagonal ones too, are in the mask or outside the image."""
+    """The pixels whose neighbors up to ``reach`` away, diagonal ones too, are in the mask or outside the image."""
     out = np.pad(mask, reach, constant_values=True)
     for _ in range(2):  # down the columns, then along the rows
         covered = 1

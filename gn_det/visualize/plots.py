@@ -1,4 +1,4 @@
-"""Plots: the course of a training run as PNG, and charts of reports as SVG in the colours of the page around them."""
+"""Plots: the course of a training run as PNG, and charts of reports as SVG in the colors of the page around them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LOSSES = {
     "loss_rpn_cls": "RPN objectness",
     "loss_rpn_loc": "RPN box",
 }
-#: Colours that stand for those of the page while a chart is drawn.
+#: Colors that stand for those of the page while a chart is drawn.
 _INK, _LINE = "#010203", "#010204"
 _SVG_STYLE: Any = {
     "svg.fonttype": "none",
@@ -57,7 +57,7 @@ class Line:
     Attributes:
         name: for the legend, which belongs to the page.
         points: (N, 2) x and y.
-        index: of its colour and dash.
+        index: of its color and dash.
         runs: (M, 2) curves of single runs, drawn faintly behind it.
         spread: (N,) half heights of error bars; None draws none.
     """
@@ -70,7 +70,7 @@ class Line:
 
     @property
     def dash(self) -> str:
-        """CSS and matplotlib name of its line style; a new one where the colours are used up."""
+        """CSS and matplotlib name of its line style; a new one where the colors are used up."""
         return DASHES[self.index // 10 % len(DASHES)]
 
     @property
@@ -238,7 +238,7 @@ def _series(entries: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray,
 
 
 def smooth(values: np.ndarray, half: int) -> np.ndarray:
-    """Centred moving average over ``2 * half + 1`` values, shrinking towards both ends."""
+    """Centered moving average over ``2 * half + 1`` values, shrinking toward both ends."""
     total = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
     reach = np.minimum(half, np.minimum(index, len(values) - 1 - index))

@@ -425,7 +425,7 @@ def test_more_objects_than_count_name_the_keys(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_deep_and_constant_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """16 bits: an error with mode and range until INPUT.BIT_DEPTH is set; one colour all over: a warning."""
+    """16 bits: an error with mode and range until INPUT.BIT_DEPTH is set; one color all over: a warning."""
     source = write(tmp_path)
     for number in (5, 6, 7, 8):
         values = np.arange(1200, dtype=np.uint16).reshape(30, 40) * (number != 8) + 3

@@ -33,7 +33,7 @@ def max_pool(x: np.ndarray) -> np.ndarray:
 
 
 def resnet(blobs: Blobs, x: np.ndarray, names: Names, blocks: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """Features res2 ... res5 of an image (3, H, W) that is already normalised; layers are "stem", "2.0.a", "2.0.s"."""
+    """Features res2 ... res5 of an image (3, H, W) that is already normalized; layers are "stem", "2.0.a", "2.0.s"."""
 
     def layer(x: np.ndarray, name: str, stride: int = 1, pad: int = 0) -> np.ndarray:
         weight, gamma, beta = names(name)

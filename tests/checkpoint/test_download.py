@@ -187,7 +187,7 @@ def test_a_file_that_changes_between_attempts_begins_anew(server: Server) -> Non
     assert [wanted for _, wanted in server.log][:3] == [None, "bytes=70000-", "bytes=70000-"]
 
 
-def test_a_weak_etag_recognises_no_version(server: Server, tmp_path: Path) -> None:
+def test_a_weak_etag_recognizes_no_version(server: Server, tmp_path: Path) -> None:
     """It stands for several files: what broke off begins with nothing."""
     server.etag = 'W/"one"'
     assert local_path(f"{server.url}/norange/w.pth").read_bytes() == CHANGED

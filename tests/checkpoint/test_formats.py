@@ -52,7 +52,7 @@ def image(seed: int = 3, size: tuple[int, int] = (64, 96)) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (3, *size)).astype(np.float32)
 
 
-def normalised(model: Any, pixels: np.ndarray) -> torch.Tensor:
+def normalized(model: Any, pixels: np.ndarray) -> torch.Tensor:
     """As the model does before its backbone; batch of one."""
     return ((torch.from_numpy(pixels) - model.pixel_mean) / model.pixel_std)[None]
 
@@ -153,7 +153,7 @@ def test_caffe2_backbone_against_numpy(tmp_path: Path) -> None:
     pixels = image()
     expected = resnet(blobs, pixels - np.array(CAFFE_MEAN, np.float32)[:, None, None], caffe2_names, (3, 4, 6, 3))
     with torch.inference_mode():
-        found = model.backbone.bottom_up(normalised(model, pixels))
+        found = model.backbone.bottom_up(normalized(model, pixels))
     for name, feature in expected.items():
         close(found[name][0], feature)
 
@@ -182,7 +182,7 @@ def test_caffe2_detector_against_numpy(tmp_path: Path) -> None:
     roi = np.random.default_rng(4).standard_normal((32, 7, 7)).astype(np.float32)
     hidden = box_head(blobs, roi, lambda i: caffe2_triple(f"head_conv{i}"), ("fc6_w", "fc6_b"))
     with torch.inference_mode():
-        found = model.backbone(normalised(model, pixels))
+        found = model.backbone(normalized(model, pixels))
         ours = model.roi_heads.box_head(torch.from_numpy(roi)[None])
         scores, deltas = model.roi_heads.box_predictor(ours)
     for name, feature in expected.items():
@@ -357,7 +357,7 @@ def test_mmdetection_detector_against_numpy(tmp_path: Path, text: str, version: 
         (fc + "weight", fc + "bias"),
     )
     with torch.inference_mode():
-        found = model.backbone(normalised(model, bgr))
+        found = model.backbone(normalized(model, bgr))
         ours = model.roi_heads.box_head(torch.from_numpy(roi)[None])
         scores, deltas = model.roi_heads.box_predictor(ours)
     for name, feature in expected.items():

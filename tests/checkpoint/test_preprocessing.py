@@ -35,7 +35,7 @@ def config(norm: str = "GN", *keys: str) -> Any:
     return load_config(name, [*stride, "MODEL.ROI_HEADS.NUM_CLASSES", "2", "MODEL.DEVICE", "cpu", *keys])
 
 
-def randomised(model: nn.Module) -> nn.Module:
+def randomized(model: nn.Module) -> nn.Module:
     """Norms away from their identity, so that a swapped gamma or statistic shows."""
     torch.manual_seed(1)
     with torch.no_grad():
@@ -73,7 +73,7 @@ def same_features(found: dict[str, torch.Tensor], expected: list[torch.Tensor]) 
 @pytest.mark.parametrize(("suffix", "feed"), [("safetensors", "BGR 0-255"), *(("pth", feed) for feed in FEEDS)])
 def test_timm_resnet50_gn(tmp_path: Path, suffix: str, feed: str) -> None:
     timm = pytest.importorskip("timm", reason="timm is the reference of this test (pip install .[test])")
-    model = randomised(timm.create_model("resnet50_gn", pretrained=False))
+    model = randomized(timm.create_model("resnet50_gn", pretrained=False))
     needs = timm.data.resolve_model_data_config(model)
     assert (needs["mean"], needs["std"]) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     if suffix == "pth":
@@ -104,7 +104,7 @@ def test_torchvision_resnet(tmp_path: Path, norm: str, wrapping: str) -> None:
     from torchvision.models import resnet50
 
     layer = partial(nn.GroupNorm, 32) if norm == "GN" else None
-    model = randomised(resnet50(norm_layer=layer))
+    model = randomized(resnet50(norm_layer=layer))
     state: Any = model.state_dict()
     if wrapping != "bare":
         state = {"state_dict": {f"module.{name}": value for name, value in state.items()}, "epoch": 90}
@@ -118,7 +118,7 @@ def test_torchvision_resnet(tmp_path: Path, norm: str, wrapping: str) -> None:
 def test_torchvision_resnet101_with_groupnorm(tmp_path: Path) -> None:
     from torchvision.models import resnet101
 
-    model = randomised(resnet101(norm_layer=partial(nn.GroupNorm, 32)))
+    model = randomized(resnet101(norm_layer=partial(nn.GroupNorm, 32)))
     torch.save(model.state_dict(), tmp_path / "m.pth")
     rgb, x = images()
     found, _ = ours(tmp_path / "m.pth", config("GN", "MODEL.RESNETS.DEPTH", "101"), rgb)
@@ -130,7 +130,7 @@ def test_mmdetection_backbone_is_torchvisions_with_gn_in_the_names(tmp_path: Pat
     """mmdetection's ResNet of style pytorch computes what torchvision's does."""
     from torchvision.models import resnet50
 
-    model = randomised(resnet50(norm_layer=partial(nn.GroupNorm, 32)))
+    model = randomized(resnet50(norm_layer=partial(nn.GroupNorm, 32)))
     renamed = {name.replace("bn", "gn"): value for name, value in model.state_dict().items() if "fc" not in name}
     torch.save({"state_dict": renamed, "meta": {}}, tmp_path / "m.pth")
     rgb, x = images()

@@ -234,7 +234,7 @@ def test_an_attribute_set_by_one_file_is_gone_in_the_next(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 def test_mutated_pickles_never_crash(tmp_path: Path, protocol: int) -> None:
-    """Random bytes in a real layout, with opcodes favoured: read, or refused in one line, within the time of a test."""
+    """Random bytes in a real layout, with opcodes favored: read, or refused in one line, within the time of a test."""
     blobs = {"conv1_w": np.ones((2, 3), np.float32), "res2_0_branch2a_w": np.ones(2), "n": np.float64(3), "s": "text"}
     whole = pickle.dumps({"blobs": blobs, "cfg": "yaml"}, protocol)
     opcodes = [ord(op.code) for op in pickletools.opcodes]

@@ -1,4 +1,4 @@
-"""Loading: every name of the published backbones, what is re-initialised, what is refused and with which keys."""
+"""Loading: every name of the published backbones, what is re-initialized, what is refused and with which keys."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_every_caffe2_name_is_mapped_once(depth: int, norm: str) -> None:
         expected = [n for n in expected if "running" not in n]
     assert sorted(map(str, mapped)) == sorted(expected)
     assert not any(caffe2.map_name(n) for n in names if caffe2.is_ignored(n))
-    assert caffe2.recognises_backbone(names) and not caffe2.recognises_detector(names)
+    assert caffe2.recognizes_backbone(names) and not caffe2.recognizes_detector(names)
 
 
 @pytest.mark.parametrize(
@@ -110,11 +110,11 @@ def test_caffe2_backbone(tmp_path: Path, norm: str, wrapped: bool, style: str) -
         assert all(bool((v == 0).all()) for v in means) and all(bool((v == 1).all()) for v in variances)
     heads = [n for n in state if n.startswith(("backbone.fpn", "proposal", "roi_heads.")) and "roi_heads.res5" not in n]
     assert sorted(report.missing) == sorted(heads)
-    assert not report.unexpected and not report.shape_differs and not report.reinitialised
+    assert not report.unexpected and not report.shape_differs and not report.reinitialized
     assert "fc1000_w" in report.ignored or "pred_w" in report.ignored
     assert "ResNet-50" in report.kind
     text = format_report(report)
-    assert text.count("not in the file: initialised") == (4 if style == "FPN" else 3)
+    assert text.count("not in the file: initialized") == (4 if style == "FPN" else 3)
 
 
 def test_report_reads_well(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_batch_norm_counters_come_and_go(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ classes, heads
 
 
-def test_other_classes_reinitialise_the_predictors_alone(tmp_path: Path) -> None:
+def test_other_classes_reinitialize_the_predictors_alone(tmp_path: Path) -> None:
     path = saved(tmp_path / "coco.pth", detector_shapes(classes=8))
     model = module(detector_shapes(classes=2))
     report = load_weights(model, path, config(classes=2))
@@ -194,10 +194,10 @@ def test_other_classes_reinitialise_the_predictors_alone(tmp_path: Path) -> None
         for layer in ("box_predictor.cls_score", "box_predictor.bbox_pred", "mask_head.predictor")
         for kind in ("weight", "bias")
     ]
-    assert list(report.reinitialised) == expected and not report.missing and not report.shape_differs
+    assert list(report.reinitialized) == expected and not report.missing and not report.shape_differs
     untouched = [n for n, v in model.state_dict().items() if bool((v == -1).all())]
     assert untouched == expected
-    assert format_report(report).count("re-initialised, expected (classes differ)") == 2
+    assert format_report(report).count("re-initialized, expected (classes differ)") == 2
     message = refused(module(detector_shapes(classes=2)), path, config(classes=2), require_all=True)
     assert "trained with 8 classes" in message and "MODEL.ROI_HEADS.NUM_CLASSES is 2" in message
 
@@ -233,10 +233,10 @@ def test_rows_of_classes_are_kept_by_name(tmp_path: Path, old: tuple[str, ...], 
                     assert bool((rows == -1).all())
             if "cls_score" in layer:
                 assert torch.equal(ours[-1], torch.as_tensor(before[-1]))
-    assert not report.reinitialised and not report.missing
+    assert not report.reinitialized and not report.missing
     text = format_report(report)
     assert f"kept by name: {', '.join(n for n in new if n in old)}" in text
-    for what, names in (("new and initialised", set(new) - set(old)), ("only in the file", set(old) - set(new))):
+    for what, names in (("new and initialized", set(new) - set(old)), ("only in the file", set(old) - set(new))):
         assert (f"{what}: {', '.join(names)}" in text) == bool(names)
 
 
@@ -251,7 +251,7 @@ def test_rows_are_not_rearranged_where_they_are_needed_as_they_are(tmp_path: Pat
     report = load_weights(
         module(detector_shapes(classes=3)), path, config(classes=3, MODEL__CLASS_NAMES=("a", "b", "c"))
     )
-    assert report.reinitialised
+    assert report.reinitialized
     message = refused(module(detector_shapes(classes=3)), path, config(classes=3), require_all=True)
     assert "trained with 2 classes" in message
 

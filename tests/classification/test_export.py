@@ -58,7 +58,7 @@ def exported(tmp_path: Path, arch: str, norm: str, **changes: Any) -> tuple[Clas
 
 @torch.no_grad()
 def features(model: nn.Module, cfg: Any) -> torch.Tensor:
-    """res5 of the detector's bottom-up network on the pixels as the detector normalises them."""
+    """res5 of the detector's bottom-up network on the pixels as the detector normalizes them."""
     mean = torch.tensor(list(cfg.MODEL.PIXEL_MEAN)).view(1, 3, 1, 1)
     std = torch.tensor(list(cfg.MODEL.PIXEL_STD)).view(1, 3, 1, 1)
     return model.eval().backbone.bottom_up((pixels().float() - mean) / std)["res5"]

@@ -29,7 +29,7 @@ NAMES = ("cat", "dog", "émeu")
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Pictures of one colour per class, of all sizes."""
+    """Pictures of one color per class, of all sizes."""
     rng = np.random.default_rng(0)
     for part, count in (("train", 6), ("val", 3)):
         for k, name in enumerate(NAMES):
@@ -55,7 +55,7 @@ def train_images(given: Settings, epoch: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def test_folder_gives_bgr_pixels_and_sorted_classes(folder: Path) -> None:
-    """Class k is the colour channel k of RGB, hence channel 2 - k here; nothing is scaled or clipped in validation."""
+    """Class k is the color channel k of RGB, hence channel 2 - k here; nothing is scaled or clipped in validation."""
     source = FolderSource(settings(folder))
     assert source.class_names == NAMES and (source.train_images, source.val_images) == (18, 9)
     (pixels, labels), *rest = source.val_batches(range(9), 64)
@@ -92,7 +92,7 @@ def test_augmentation_depends_on_seed_epoch_and_image_alone(folder: Path) -> Non
     assert plain.dtype == torch.uint8 and plain.shape == first.shape
 
 
-def test_lighting_adds_one_colour_along_imagenets_axes() -> None:
+def test_lighting_adds_one_color_along_imagenets_axes() -> None:
     """Its covariance over draws is (0.1 x 255)^2 V diag(values^2) V^T, here within 5 %; in BGR order."""
     torch.manual_seed(0)
     zero = torch.zeros(3, 1, 1, dtype=torch.uint8)
@@ -151,7 +151,7 @@ def test_unreadable_image_is_named(folder: Path, workers: int) -> None:
 
 
 def test_trains_on_a_folder(folder: Path) -> None:
-    """Three colours are told apart within a few iterations."""
+    """Three colors are told apart within a few iterations."""
     summary = pretrain(settings(folder, epochs=8, lr=0.02, color=False))
     assert summary["top1_error"] == 0.0
 

@@ -1,4 +1,4 @@
-"""The network of the paper's recipe: initialisation, zero gammas, what is decayed, groups."""
+"""The network of the paper's recipe: initialization, zero gammas, what is decayed, groups."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_zero_gammas_make_each_block_its_shortcut() -> None:
     assert torch.equal(block(x), x.relu())
 
 
-def test_he_initialisation() -> None:
+def test_he_initialization() -> None:
     """Standard deviation sqrt(2 / fan-out) in every convolution, within 4 standard errors; 0.01 in the linear layer."""
     torch.manual_seed(0)
     model = build_classifier(settings("resnet50"), 100)
@@ -133,7 +133,7 @@ def test_vgg16_is_the_recipes(norm: str) -> None:
 
 
 def test_vgg16_at_32_pixels() -> None:
-    """Shapes, initialisation within 4 standard errors, and dropout in training alone."""
+    """Shapes, initialization within 4 standard errors, and dropout in training alone."""
     torch.manual_seed(0)
     model = build_classifier(settings("vgg16", "none", image_size=32), 10)
     for name, module in model.named_modules():

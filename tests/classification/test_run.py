@@ -207,7 +207,7 @@ def test_two_processes_train_like_one_with_the_whole_batch(tmp_path: Path) -> No
 
 
 class Readable:
-    """Pictures of one colour, which is the class."""
+    """Pictures of one color, which is the class."""
 
     class_names = ("a", "b", "c", "d")
     train_images = val_images = 10
@@ -222,7 +222,7 @@ class Readable:
 
 
 class Oracle(nn.Module):
-    """Reads the class from the colour, and is wrong about class ``blind``."""
+    """Reads the class from the color, and is wrong about class ``blind``."""
 
     def __init__(self, blind: int) -> None:
         super().__init__()

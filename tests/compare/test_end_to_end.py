@@ -127,7 +127,7 @@ def test_a_real_suite_killed_and_resumed(suite: Path, tmp_path: Path, capfd: pyt
     assert "bn, seed 1: already done" in said and "gn, seed 1: resuming" in said and "iteration 1 done, 4 to go" in said
 
     whole, cut = outcome(Path("whole")), outcome(Path("cut"))
-    # the weights file of a pre-training holds its date; what was learnt from it is equal
+    # the weights file of a pre-training holds its date; what was learned from it is equal
     assert cut == whole
     bn, gn = whole[1], whole[2]
     assert bn["status"] == gn["status"] == "done" and set(bn["metrics"]) >= {"box_ap", "mask_ap"}

@@ -51,7 +51,7 @@ def _equal(a: Sample, b: Sample) -> bool:
 
 @pytest.mark.parametrize("preset", AUGMENTATIONS)
 def test_boxes_fit_masks_under_every_preset(shapes: CocoDataset, preset: str) -> None:
-    """Polygons, bitmaps and boxes go the same way: the box is that of the mask, to the pixel that rasterising costs."""
+    """Polygons, bitmaps and boxes go the same way: the box is that of the mask, to the pixel that rasterizing costs."""
     mapper, looked_at = TrainMapper(_cfg(preset)), 0
     for seed in range(3 * len(shapes)):
         record = shapes.records[seed % len(shapes)]
@@ -113,7 +113,7 @@ def test_large_scale_jitter_fills_a_square() -> None:
     assert Pad(4, 5).mask(np.ones((2, 3), np.uint8)).sum() == 6
 
 
-def test_colour_of_bgr_and_rgb_is_the_same() -> None:
+def test_color_of_bgr_and_rgb_is_the_same() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (8, 9, 3), dtype=np.uint8)
     strengths = (0.4, 0.4, 0.4, 0.1)
     rgb = jitter_color(pixels, strengths, np.random.RandomState(1), bgr=False)

@@ -1,4 +1,4 @@
-"""Names, pairs and keys lead to files; a mistyped name gets its nearest neighbour."""
+"""Names, pairs and keys lead to files; a mistyped name gets its nearest neighbor."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from gn_det.data.image import (
     MAX_PIXELS,
     ImageError,
     ImageReader,
-    one_colour,
+    one_color,
     values_in_words,
 )
 from gn_det.errors import ConfigError, DataError
@@ -275,11 +275,11 @@ def test_pictures_are_opened_in_one_place() -> None:
             assert "reader=" in call, (name, call)
 
 
-def test_one_colour() -> None:
-    """A single other pixel anywhere is enough; a colour is one colour, too."""
+def test_one_color() -> None:
+    """A single other pixel anywhere is enough; a color is one color, too."""
     pixels = np.full((120, 130, 3), (9, 8, 7), np.uint8)
-    assert one_colour(pixels) and one_colour(pixels[:, :, :1])
+    assert one_color(pixels) and one_color(pixels[:, :, :1])
     for y, x, c in ((0, 0, 0), (119, 129, 2), (50, 51, 1)):
         other = pixels.copy()
         other[y, x, c] += 1
-        assert not one_colour(other)
+        assert not one_color(other)

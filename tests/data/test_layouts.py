@@ -1,4 +1,4 @@
-"""Exported folders are recognised by their names and by where their images are."""
+"""Exported folders are recognized by their names and by where their images are."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_layouts(tmp_path: Path, name: str) -> None:
     assert find_layout(tmp_path) == want
 
 
-def test_what_cannot_be_recognised_is_one_line(tmp_path: Path) -> None:
+def test_what_cannot_be_recognized_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a folder"):
         find_layout(tmp_path / "none")
     with pytest.raises(DataError, match="no COCO json for training"):

@@ -168,8 +168,8 @@ def test_truncated_image_is_replaced(tmp_path: Path, workers: int, caplog: pytes
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_pictures_of_one_colour_are_named_once(tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture) -> None:
-    """The first one that a batch has; the batches stay as they are. A crop of one colour is no mistake."""
+def test_pictures_of_one_color_are_named_once(tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture) -> None:
+    """The first one that a batch has; the batches stay as they are. A crop of one color is no mistake."""
     source = make_shapes(tmp_path, "train", 6)
     data = load_coco(source, max_bad=0)
     with caplog.at_level(logging.WARNING):

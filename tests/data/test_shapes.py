@@ -94,7 +94,7 @@ def test_masks_do_not_overlap_and_match_polygons() -> None:
 
 
 def test_objects_stand_out_in_the_picture(tmp_path: Path) -> None:
-    """A picture is not only noise: object pixels differ from their surroundings in colour."""
+    """A picture is not only noise: object pixels differ from their surroundings in color."""
     data = load_coco(make_shapes(tmp_path, "val", 6), max_bad=0)
     from gn_det.config import get_cfg
     from gn_det.data.mapper import TrainMapper

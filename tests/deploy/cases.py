@@ -65,7 +65,7 @@ def checkpoint(path: Path, case: str, *, small: bool = False, **changes: Any) ->
 
 
 def pictures(folder: Path) -> list[Path]:
-    """PNG files of odd sizes, high, wide and small, and one of a single colour."""
+    """PNG files of odd sizes, high, wide and small, and one of a single color."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for k, (height, width) in enumerate([(97, 131), (130, 90), (33, 70), (240, 200)]):

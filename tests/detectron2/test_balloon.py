@@ -76,7 +76,7 @@ def balloons(tmp_path: Path) -> Iterator[str]:
     for split, count in (("train", 6), ("val", 3)):
         records = draw_pictures(tmp_path / split, count)
         DatasetCatalog.register(f"{name}_{split}", lambda records=records: records)
-        MetadataCatalog.get(f"{name}_{split}").set(thing_classes=CLASSES, colour="red")
+        MetadataCatalog.get(f"{name}_{split}").set(thing_classes=CLASSES, color="red")
     yield name
     for split in ("train", "val"):
         DatasetCatalog.remove(f"{name}_{split}")
@@ -153,7 +153,7 @@ class Own(Trainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
-        cls.asked += [dataset_name, MetadataCatalog.get(dataset_name).colour]
+        cls.asked += [dataset_name, MetadataCatalog.get(dataset_name).color]
         return COCOEvaluator(dataset_name, output_dir=str(Path(cfg.OUTPUT_DIR) / "inference"))
 
     def build_hooks(self) -> list[Any]:

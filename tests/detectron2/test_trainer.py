@@ -1,4 +1,4 @@
-"""``gn-det train --engine detectron2``: flags, files and behaviour are those of the embedded engine."""
+"""``gn-det train --engine detectron2``: flags, files and behavior are those of the embedded engine."""
 
 from __future__ import annotations
 

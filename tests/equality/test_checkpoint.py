@@ -88,7 +88,7 @@ def engines(style: str, norm: str, stride_in_1x1: bool = False):
     return reference, build_model(ours), ours
 
 
-def randomise(model: torch.nn.Module) -> None:
+def randomize(model: torch.nn.Module) -> None:
     for value in model.state_dict().values():
         if value.is_floating_point():
             value.uniform_(0.1, 1.0)
@@ -103,7 +103,7 @@ def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
 @pytest.mark.parametrize("norm", ["GN", "BN", "FrozenBN"])
 def test_ours_into_detectron2(tmp_path: Path, norm: str, style: str) -> None:
     theirs, ours, cfg = engines(style, norm)
-    randomise(ours)
+    randomize(ours)
     meta = build_meta(cfg, list("abcde"), range(5), iteration=9)
     save_checkpoint(tmp_path / "m.pth", {"model": ours.state_dict(), "iteration": 9, "gn_det": meta})
     checkpointer = DetectionCheckpointer(theirs)
@@ -119,7 +119,7 @@ def test_ours_into_detectron2(tmp_path: Path, norm: str, style: str) -> None:
 @pytest.mark.parametrize("norm", ["GN", "BN", "FrozenBN"])
 def test_detectron2s_into_ours(tmp_path: Path, norm: str, style: str) -> None:
     theirs, ours, cfg = engines(style, norm)
-    randomise(theirs)
+    randomize(theirs)
     DetectionCheckpointer(theirs, str(tmp_path)).save("model_final", iteration=9)
     report = load_weights(ours, tmp_path / "model_final.pth", cfg, require_all=True)
     assert same(theirs, ours) and not report.unexpected
@@ -127,7 +127,7 @@ def test_detectron2s_into_ours(tmp_path: Path, norm: str, style: str) -> None:
     arrays = {k: v.numpy() for k, v in theirs.state_dict().items()}
     zoo = tmp_path / "model_final_abc.pkl"
     zoo.write_bytes(pickle.dumps({"model": arrays, "__author__": "Detectron2 Model Zoo"}))
-    randomise(ours)
+    randomize(ours)
     load_weights(ours, zoo, cfg, require_all=True)
     assert same(theirs, ours)
 

@@ -39,9 +39,9 @@ def _make_dataset(folder: Path, *, kind: str, whole_numbers: bool = False) -> Da
         Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / name)
         images.append({"id": number, "file_name": name, "width": width, "height": height})
         for k in range(5):
-            centre = rng.uniform(8, [width - 8, height - 8])
+            center = rng.uniform(8, [width - 8, height - 8])
             angles = np.sort(rng.uniform(0, 2 * np.pi, int(rng.integers(3, 12))))
-            points = centre + rng.uniform(4, 22) * np.stack([np.cos(angles), np.sin(angles)], 1)
+            points = center + rng.uniform(4, 22) * np.stack([np.cos(angles), np.sin(angles)], 1)
             digits = 0 if whole_numbers else 2
             points = points.round(digits)
             pieces = [points.reshape(-1).tolist(), (points / 2 + 3).round(digits).reshape(-1).tolist()]

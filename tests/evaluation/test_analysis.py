@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gn_det.evaluation import analysis
-from gn_det.evaluation.analysis import IOUS, Matches, analyse, average_precision
+from gn_det.evaluation.analysis import IOUS, Matches, analyze, average_precision
 from gn_det.evaluation.coco_eval import evaluate_coco, load_ground_truth
 from tests.evaluation.coco_oracle import random_set
 
@@ -19,7 +19,7 @@ _SIZES = {"small": "APs", "medium": "APm", "large": "APl"}
 def _analysed(data: Any, results: Any, task: str, max_dets: int = 100) -> Any:
     truth = load_ground_truth(data)
     names = [c["name"] for c in truth.categories]
-    return analyse(truth, results, names, truth.category_ids, task=task, max_dets=max_dets)
+    return analyze(truth, results, names, truth.category_ids, task=task, max_dets=max_dets)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -86,7 +86,7 @@ def _small_set() -> tuple[dict[str, Any], list[dict[str, Any]]]:
         _entry(1, 1, boxes[0], score=0.9),
         _entry(1, 1, boxes[1], score=0.95),  # a dog taken for a cat
         _entry(2, 1, boxes[0], score=0.6),
-        _entry(2, 1, boxes[3], score=0.85),  # nothing is labelled there
+        _entry(2, 1, boxes[3], score=0.85),  # nothing is labeled there
         _entry(3, 1, boxes[5], score=0.1),
     ]
     return data, found
@@ -100,7 +100,7 @@ def test_threshold_confusions_and_doubts() -> None:
     assert cat.f1 == pytest.approx(2 * 2 / (4 + 3)) and math.isnan(dog.threshold)
     assert got.thresholds == {"cat": 0.6}
     assert got.confusion.tolist() == [[2, 0, 1], [1, 0, 0], [1, 0, 0]]
-    assert [(d.kind, d.found, d.labelled, d.index) for d in got.doubts] == [
+    assert [(d.kind, d.found, d.labeled, d.index) for d in got.doubts] == [
         ("class", "cat", "dog", 0), ("missing", "cat", "", 1)
     ]  # fmt: skip
     assert [(e.index, e.missed, e.false) for e in got.worst] == [(0, 1, 1), (1, 0, 1), (2, 0, 0)]
@@ -108,7 +108,7 @@ def test_threshold_confusions_and_doubts() -> None:
     assert got.calibration[:, 2].sum() == 5
 
 
-def test_nothing_found_and_nothing_labelled() -> None:
+def test_nothing_found_and_nothing_labeled() -> None:
     data, _ = _small_set()
     nothing = _analysed(data, [], "bbox")
     assert nothing.ap[0] == 0 and not nothing.thresholds and nothing.confusion[:, -1].tolist() == [3, 1, 0]

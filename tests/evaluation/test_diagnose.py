@@ -96,8 +96,8 @@ def as_corners(entry: Json) -> Json:
 def test_box_conventions() -> None:
     data, results = perfect()
     assert "the detected boxes fit when read as [x0, y0, x1, y1]" in reasons(data, [as_corners(r) for r in results])
-    normalised = [r | {"bbox": [v / 400 for v in r["bbox"]]} for r in results]
-    assert "the detected boxes are all within 0..1.5" in reasons(data, normalised)
+    normalized = [r | {"bbox": [v / 400 for v in r["bbox"]]} for r in results]
+    assert "the detected boxes are all within 0..1.5" in reasons(data, normalized)
     data["annotations"] = [as_corners(a) for a in data["annotations"]]
     assert "the ground-truth boxes fit when read as [x0, y0, x1, y1]" in reasons(data, results)
 

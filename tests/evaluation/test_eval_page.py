@@ -8,7 +8,7 @@ from pathlib import Path
 from gn_det.data.coco import load_coco
 from gn_det.data.image import ImageReader
 from gn_det.data.shapes import make_shapes
-from gn_det.evaluation.analysis import analyse
+from gn_det.evaluation.analysis import analyze
 from gn_det.evaluation.coco_eval import load_ground_truth
 from gn_det.evaluation.eval_page import as_html, percent, write_csv
 
@@ -28,13 +28,13 @@ def test_page_and_table(tmp_path: Path) -> None:
     found.append({**found[1], "category_id": next(i for i in data.category_ids if i != found[1]["category_id"])})
     found[-1]["score"] = 0.99
     names = [EVIL, *data.class_names[1:]]
-    analysis = analyse(truth, found, names, data.category_ids, task="bbox")
+    analysis = analyze(truth, found, names, data.category_ids, task="bbox")
     page = as_html([analysis], data, found, data.category_ids, names, reader=ImageReader(), weights="w.pth")
     assert "<script" not in page and "&lt;script&gt;" in page and "http" not in page.replace("http-equiv", "")
     assert page.count("<img") == 2 * 2 + 2  # two images with errors, two doubts
     assert "objects missed" in page
     assert "12 images" in page and "proves nothing" in page and percent(analysis.ap) in page
-    assert "no label" in page and "labelled" in page
+    assert "no label" in page and "labeled" in page
     write_csv(tmp_path / "a.csv", analysis)
     rows = list(csv.DictReader((tmp_path / "a.csv").open()))
     assert rows[0]["class"] == "'" + EVIL and [int(r["objects"]) for r in rows] == data.class_counts.tolist()

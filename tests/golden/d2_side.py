@@ -69,7 +69,7 @@ def to_detectron2(scene: Scene) -> dict[str, Any]:
 
 
 def sample_to_detectron2(sample: Any) -> dict[str, Any]:
-    """A training sample of gn_det's loader as Detectron2's input dict; masks as bitmaps, polygons rasterised."""
+    """A training sample of gn_det's loader as Detectron2's input dict; masks as bitmaps, polygons rasterized."""
     targets = sample["targets"]
     height, width = targets.image_size
     instances = Instances(targets.image_size)

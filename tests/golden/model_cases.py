@@ -1,8 +1,8 @@
 """Models, weights and batches that are the same wherever they are made: shared by the recorder and by the tests.
 
 Weights come from a formula: a frozen NumPy generator seeded with each tensor's name, then a calibration. Plain random
-weights hide errors (square anchors dominate, few classes fire), so objectness is centred and scaled per anchor type and
-scores per class, with scales and shifts that the recorder writes down.
+weights hide errors (square anchors dominate, few classes fire), so objectness is centered and scaled per anchor type
+and scores per class, with scales and shifts that the recorder writes down.
 """
 
 from __future__ import annotations

@@ -21,14 +21,14 @@ from tests.prediction.test_images import NAMES, sample_of
 def blobs(sample: Sample) -> Detections:
     """Every connected bright region is an object: what a perfect detector finds in a tile."""
     image = sample["image"].numpy()
-    labelled, number = ndimage.label(image[:, :, 0] > 128)
-    masks = np.stack([labelled == i + 1 for i in range(number)]) if number else np.zeros((0, *labelled.shape), bool)
-    slices = ndimage.find_objects(labelled)
+    labeled, number = ndimage.label(image[:, :, 0] > 128)
+    masks = np.stack([labeled == i + 1 for i in range(number)]) if number else np.zeros((0, *labeled.shape), bool)
+    slices = ndimage.find_objects(labeled)
     boxes = np.array([(x.start, y.start, x.stop, y.stop) for y, x in slices], np.float32).reshape(-1, 4)
     # the whole of an object is surer than a part of it
     scores = torch.from_numpy(masks.sum(axis=(1, 2)) / 1e4).float().clamp(0.6, 0.99)
     classes = torch.zeros(number, dtype=torch.int64)
-    return Detections(labelled.shape, torch.from_numpy(boxes), scores, classes, torch.from_numpy(masks))
+    return Detections(labeled.shape, torch.from_numpy(boxes), scores, classes, torch.from_numpy(masks))
 
 
 BLOBS = Predictor(sample_of, blobs, NAMES, (7, 8, 19))

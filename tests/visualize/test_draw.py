@@ -149,7 +149,7 @@ def test_a_name_of_a_million_characters_is_not_measured(monkeypatch: pytest.Monk
 
 
 def test_a_mask_has_an_outline_and_small_objects_lie_on_large_ones() -> None:
-    """The outline has the class's own colour, the fill a part of it; the large object is painted first."""
+    """The outline has the class's own color, the fill a part of it; the large object is painted first."""
     masks = torch.zeros(2, 700, 800, dtype=torch.bool)
     masks[0, 380:420, 380:420] = True
     masks[1, 200:600, 200:600] = True

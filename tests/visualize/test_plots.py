@@ -50,7 +50,7 @@ def test_lines_of_one_iteration_come_together_and_the_later_value_counts(tmp_pat
 
 
 def test_smoothing_keeps_a_line_straight_to_its_ends() -> None:
-    """80 values are averaged over 5, fewer towards the ends, so that a straight line stays one."""
+    """80 values are averaged over 5, fewer toward the ends, so that a straight line stays one."""
     line = np.arange(80.0)
     assert smooth(line, 2) == pytest.approx(line)
     jump = np.zeros(80)
@@ -65,7 +65,7 @@ def test_colors_are_distinct_and_stable() -> None:
 
 
 def lines() -> list[Line]:
-    """Eleven curves, so that the last one has the colour of the first and a dash of its own."""
+    """Eleven curves, so that the last one has the color of the first and a dash of its own."""
     x = np.arange(5.0)
     curves = [Line(EVIL, np.stack([x * 1e4, x + k], 1), k, runs=[np.stack([x, x], 1)]) for k in range(11)]
     curves[0].spread = np.full(5, 0.5)

@@ -82,11 +82,11 @@ def is_ignored(blob: str) -> bool:
     return _IGNORED.match(blob) is not None
 
 
-def recognises_backbone(names: Collection[str]) -> bool:
+def recognizes_backbone(names: Collection[str]) -> bool:
     return "conv1_w" in names and "res2_0_branch2a_w" in names
 
 
-def recognises_detector(names: Collection[str]) -> bool:
+def recognizes_detector(names: Collection[str]) -> bool:
     return any("." not in name and _DETECTOR.match(name) for name in names)  # PyTorch's names have dots
 
 

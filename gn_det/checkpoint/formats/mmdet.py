@@ -70,7 +70,7 @@ def map_name(name: str) -> str | None:
     return _heads(name)
 
 
-def recognises(names: Collection[str]) -> bool:
+def recognizes(names: Collection[str]) -> bool:
     return any(name.startswith(("neck.lateral_convs.", "neck.fpn_convs.")) for name in names)
 
 

@@ -59,7 +59,7 @@ name_back = NameTable(
 )
 
 
-def recognises(names: Collection[str]) -> bool:
+def recognizes(names: Collection[str]) -> bool:
     return "conv1.weight" in names and any(name.startswith("layer1.0.conv1.") for name in names)
 
 

@@ -284,7 +284,7 @@ def outlines(crop: MaskCrop, losses: Losses) -> list[list[float]]:
     polygons = []
     for points, offsets in zip(*generator.filled(0.5, 2.0)):
         losses["holes in masks"] += len(offsets) - 2
-        # the centre of the first pixel is at (1, 1) of the padded grid and at (0.5, 0.5) of the crop
+        # the center of the first pixel is at (1, 1) of the padded grid and at (0.5, 0.5) of the crop
         ring = points[: offsets[1]] - 0.5 + np.array([crop.left, crop.top])
         simple = shapely.simplify(shapely.Polygon(ring), _TOLERANCE)
         polygons.append(np.asarray(simple.exterior.coords)[:-1].round(2).reshape(-1).tolist())
