@@ -81,10 +81,10 @@ class Model:
     def _predict_one(self, image: Path | np.ndarray, threshold: float, wanted: set[int] | None) -> Result:
         found = Selection(threshold, wanted)(self._predictor.detect(image))
         return Result(
-            boxes=found.boxes.float().numpy(),
-            scores=found.scores.float().numpy(),
-            classes=found.classes.numpy(),
-            masks=None if found.masks is None else found.masks.numpy(),
+            boxes=found.boxes,
+            scores=found.scores,
+            classes=found.classes,
+            masks=found.masks,
             image_size=found.image_size,
             class_names=self.class_names,
             category_ids=self.category_ids,

@@ -6,6 +6,11 @@ else that escapes is a defect of gn_det and keeps its trace.
 
 from __future__ import annotations
 
+import sys
+
+#: torch's allocator for host memory raises a bare RuntimeError (torch 2.6 to 2.14), which its name alone tells apart.
+_HOST_ALLOCATOR = "DefaultCPUAllocator"
+
 
 class UserError(Exception):
     """A mistake in what the user gave us (path, key, annotation, weights ...).
@@ -38,3 +43,11 @@ class WriteError(UserError):
 
 class TrainingError(UserError):
     """A run that had to stop (non-finite loss, disk full ...); the last good checkpoint is kept."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` means that the device or the machine has no memory left; imports no torch."""
+    if isinstance(error, RuntimeError) and _HOST_ALLOCATOR in str(error):
+        return True
+    torch = sys.modules.get("torch")  # without it none of its exceptions can have been raised
+    return isinstance(error, MemoryError if torch is None else (torch.OutOfMemoryError, MemoryError))

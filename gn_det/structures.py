@@ -191,6 +191,20 @@ class Detections:
         return len(self.boxes)
 
 
+@dataclass
+class ArrayDetections:
+    """:class:`Detections` in NumPy arrays, for code that runs without torch."""
+
+    image_size: tuple[int, int]
+    boxes: np.ndarray
+    scores: np.ndarray
+    classes: np.ndarray
+    masks: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
 class AnyDetections(Protocol):
     """What is drawn and written: :class:`Detections`, or the same in NumPy arrays."""
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,9 @@ def fold(state: MutableMapping[str, torch.Tensor], needs: Preprocessing, target:
         weight, std = weight.flip(1), std[::-1]
         mean = None if mean is None else mean[::-1]
     if std != target.pixel_std:
-        scale = torch.tensor(target.pixel_std, dtype=torch.float64) / torch.tensor(std, dtype=torch.float64)
-        weight = (weight.double() * scale.view(1, 3, 1, 1)).to(weight.dtype)  # one rounding
+        exact = weight.double()
+        scale = exact.new_tensor([ours / theirs for ours, theirs in zip(target.pixel_std, std)])
+        weight = (exact * scale.view(1, 3, 1, 1)).to(weight.dtype)  # one rounding
     state[name] = weight
     return Preprocessing(target.format, mean, target.pixel_std, needs.stride_in_1x1)
 

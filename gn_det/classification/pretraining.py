@@ -37,7 +37,6 @@ from gn_det.classification.other_norms import RenormLimits
 from gn_det.classification.settings import BUILTIN, REFERENCE_BATCH, VGG, Settings, base_lr, lr_factor, reference_lr
 from gn_det.data.workers import worker_failure
 from gn_det.engine import dist
-from gn_det.engine.advice import out_of_memory
 from gn_det.engine.hooks import Schedule
 from gn_det.engine.log import FILE_ONLY, run_log
 from gn_det.engine.loggers import TensorBoardLogger
@@ -47,7 +46,7 @@ from gn_det.engine.precision import DTYPES
 from gn_det.engine.scalars import Metrics
 from gn_det.engine.schedule import set_iteration
 from gn_det.engine.state import TrainState, seed_everything
-from gn_det.errors import ConfigError, DataError, TrainingError, UserError
+from gn_det.errors import ConfigError, DataError, TrainingError, UserError, out_of_memory
 from gn_det.files import atomic_write, json_bytes
 from gn_det.terminal import say
 from gn_det.text import as_line, count

@@ -40,13 +40,13 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-def whole(least: int) -> Callable[[str], int]:
-    """Return an argparse type for whole numbers from ``least`` to a million."""
+def whole(least: int, most: int = _MOST) -> Callable[[str], int]:
+    """Return an argparse type for whole numbers from ``least`` to ``most``, a million by default."""
 
     def read(word: str) -> int:
         number = int(word)
-        if not least <= number <= _MOST:
-            raise argparse.ArgumentTypeError(f"{shown(word)} must be a whole number from {least} to {_MOST}")
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"{shown(word)} must be a whole number from {least} to {most}")
         return number
 
     read.__name__ = "int"  # the name that argparse prints for a word that is not a number

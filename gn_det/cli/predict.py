@@ -31,7 +31,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     tiles = parser.add_argument_group("large images")
     tiles.add_argument("--tiles", type=flags.whole(1), metavar="N", help="cut images into tiles of N x N pixels")
     tiles.add_argument("--overlap", type=float, metavar="P", help="share of a tile in the next one (default 0.2)")
-    flags.add_key(tiles, "--max-pixels", "INPUT.MAX_PIXELS", "pixels of the largest image that is read", metavar="N")
+    text = "pixels of the largest image that is read"
+    flags.add_key(tiles, "--max-pixels", "INPUT.MAX_PIXELS", text, metavar="N", type=flags.whole(1, 10**10))
     videos = parser.add_argument_group("videos, cameras and streams")
     videos.add_argument("--every", type=flags.whole(1), default=1, metavar="N", help="use every N-th frame (default 1)")
     videos.add_argument("--max-frames", type=flags.whole(1), metavar="N", help="stop after N frames")
@@ -44,7 +45,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "mixed precision, bf16 on a CPU; auto: where the CPU computes in it",
         choices=("True", "False", "auto"),
     )
-    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:1")
+    parser.add_argument(
+        "--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:1; of an .onnx file its provider"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,7 +79,11 @@ def run(args: argparse.Namespace) -> int:
     if args.weights.lower().endswith(".onnx"):
         from gn_det.deploy.as_predictor import as_predictor
 
-        options["predictor"] = as_predictor(args.weights, args.device)
+        given = vars(args)
+        for flag, value in (("--config", args.config), ("--amp", given["TEST.AMP"])):
+            if value is not None:
+                raise ConfigError(f"{flag} is for checkpoints; leave it out with the exported file {args.weights}")
+        options["predictor"] = as_predictor(args.weights, args.device, max_pixels=given["INPUT.MAX_PIXELS"])
     if images:
         tiling = None if args.tiles is None else Tiling(args.tiles, 0.2 if args.overlap is None else args.overlap)
         predict(args.weights, images, args.output, tiling=tiling, **options)

@@ -15,7 +15,6 @@ from typing import Any, TypeAlias, TypedDict
 
 import msgspec
 import numpy as np
-import torch
 
 #: Polygons as flat arrays x0, y0, x1, y1 ... (float64; int64 where the json has only integers), or compressed RLE.
 Segmentation: TypeAlias = "list[np.ndarray] | dict[str, Any]"
@@ -81,6 +80,8 @@ class RecordList:
         spans: np.ndarray,
         others: Mapping[int, bytes],
     ) -> None:
+        import torch  # its tensors can be shared between processes; reading annotations alone does not need it
+
         self.root = root
         self._class_of = {category: i for i, category in enumerate(category_ids)}
         rest, ends, spans = bytearray(b"\0"), array("q", [1]), spans.copy()

@@ -1,35 +1,49 @@
-"""An exported file in the place of a model, for ``gn-det predict``."""
+"""An exported file in the place of a model, for ``gn-det predict``; torch is not imported."""
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from gn_det.deploy.detector import Detector
 from gn_det.files import StrPath
 from gn_det.prediction.predictor import Predictor
-from gn_det.structures import Detections, Sample
+from gn_det.structures import ArrayDetections
 
 
-def as_predictor(path: StrPath, device: str = "auto") -> Predictor:
-    """Load an ONNX file; ``device`` names a provider, "auto" is the CPU.
+def as_predictor(path: StrPath, device: str = "auto", *, max_pixels: int | None = None) -> Predictor:
+    """Load an ONNX file.
+
+    Args:
+        path: written by ``gn-det export --to onnx``.
+        device: a provider; "auto" is the CPU.
+        max_pixels: larger images are refused; None takes the limit in the file.
 
     Raises:
         UserError: see :class:`gn_det.deploy.Detector`.
     """
     detector = Detector(path, provider="cpu" if device == "auto" else device)
     reader = detector.metadata.reader()
+    if max_pixels is not None:
+        reader = replace(reader, max_pixels=max_pixels)
 
-    def sample(image: Path | np.ndarray) -> Sample:
-        pixels = reader.from_array(image) if isinstance(image, np.ndarray) else reader.read(image)
-        return Sample(image=torch.from_numpy(np.array(pixels)))
+    def sample(image: Path | np.ndarray) -> tuple[np.ndarray, str]:
+        if isinstance(image, np.ndarray):
+            return reader.from_array(image), "image"
+        return reader.read(image), os.fspath(image)
 
-    def infer(sample: Sample) -> Detections:
-        found = detector.detect(sample["image"].numpy())
-        boxes, scores, classes = (torch.from_numpy(found[name]) for name in ("boxes", "scores", "classes"))
-        masks = None if found["masks"] is None else torch.from_numpy(found["masks"])
-        return Detections(found["image_size"], boxes, scores, classes, masks)
+    def infer(sample: tuple[np.ndarray, str]) -> ArrayDetections:
+        return ArrayDetections(**detector.detect(*sample))
 
-    return Predictor(sample, infer, detector.class_names, detector.category_ids, detector.metadata.reader("RGB"))
+    return Predictor(
+        sample,
+        infer,
+        detector.class_names,
+        detector.category_ids,
+        replace(reader, image_format="RGB"),
+        thresholds=detector.metadata.thresholds,
+        gray=detector.metadata.image_format == "L",
+    )

@@ -111,6 +111,7 @@ def export(weights: StrPath, output: StrPath, options: Options = Options(), *, c
         masks=kind,
         precision="fp16" if options.fp16 else "fp32",
         keys={key: get_value(cfg, key) for key in STORED},
+        thresholds=tuple(predictor.thresholds),
     )
     with quiet():
         try:

@@ -14,7 +14,7 @@ from gn_det.data.image import ImageReader
 from gn_det.errors import WeightsError
 from gn_det.files import StrPath
 from gn_det.text import one_line
-from gn_det.values import InvalidValue, integer, items, one_of, record, table, text
+from gn_det.values import InvalidValue, integer, items, number, one_of, record, table, text
 
 NAME = "gn_det"
 #: Config keys that are stored: how an image is read and resized, and which detections the graph gives.
@@ -32,7 +32,8 @@ _ENTRIES = record(
         "masks": one_of("none", "box", "image"),
         "precision": one_of("fp32", "fp16"),
         "keys": table(text(100), lambda value, where: None, 100),
-    }
+    },
+    thresholds=items(number(0, 1), 0, 20_000),
 )
 
 
@@ -46,6 +47,7 @@ class Metadata:
         masks: "none"; "box": probabilities within the boxes; "image": pasted at the size of the input.
         precision: "fp32" or "fp16", of the weights.
         keys: values of :data:`STORED`.
+        thresholds: lowest score of each class that ``gn-det predict`` keeps; () where the checkpoint stores none.
         version: of gn_det.
     """
 
@@ -55,6 +57,7 @@ class Metadata:
     masks: str
     precision: str
     keys: Mapping[str, Any] = field(default_factory=dict)
+    thresholds: tuple[float, ...] = ()
     version: str = __version__
 
     @property
@@ -89,6 +92,8 @@ class Metadata:
                 KEYS[key].check(values["keys"].get(key), key)
             if len(values["class_names"]) != len(values["category_ids"]):
                 raise InvalidValue("category_ids", "has another length than class_names")
+            if len(values.get("thresholds", ())) not in (0, len(values["class_names"])):
+                raise InvalidValue("thresholds", "has another length than class_names")
         except (ValueError, RecursionError) as error:
             raise WeightsError(
                 f"{where}: its gn_det metadata cannot be used ({one_line(error)}); export it again"
@@ -98,4 +103,5 @@ class Metadata:
             tuple(values["category_ids"]),
             **{name: values[name] for name in ("divisor", "masks", "precision", "version")},
             keys={key: values["keys"][key] for key in STORED},
+            thresholds=tuple(values.get("thresholds", ())),
         )

@@ -6,13 +6,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from fvcore.common.config import CfgNode
 
 from gn_det.engine import dist
 from gn_det.engine.loop import Loop
 from gn_det.engine.schedule import images_per_rank
-from gn_det.errors import TrainingError
+from gn_det.errors import TrainingError, out_of_memory
 from gn_det.modeling.census import CensusRow
 from gn_det.text import count, one_line
 
@@ -62,9 +61,6 @@ def short_for_scratch(cfg: CfgNode, images: int) -> str:
 
 # ------------------------------------------------------------ memory
 
-#: torch's allocator for host memory raises a bare RuntimeError (torch 2.6 to 2.14), which its name alone tells apart.
-_HOST_ALLOCATOR = "DefaultCPUAllocator"
-
 
 @contextmanager
 def explain_oom(cfg: CfgNode, loop: Loop) -> Iterator[None]:
@@ -79,12 +75,6 @@ def explain_oom(cfg: CfgNode, loop: Loop) -> Iterator[None]:
         if not out_of_memory(error):
             raise
         raise TrainingError(_no_memory(cfg, loop, error)) from error
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` means that the device or the machine has no memory left."""
-    host = isinstance(error, RuntimeError) and _HOST_ALLOCATOR in str(error)
-    return host or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def _no_memory(cfg: CfgNode, loop: Loop, error: BaseException) -> str:

@@ -20,8 +20,7 @@ from PIL import Image
 
 from gn_det.config.load import Overrides
 from gn_det.data.inputs import collect_images, output_names
-from gn_det.engine.advice import out_of_memory
-from gn_det.errors import ConfigError, DataError, UserError
+from gn_det.errors import ConfigError, DataError, UserError, out_of_memory
 from gn_det.evaluation.results import detections_to_coco
 from gn_det.files import atomic_write
 from gn_det.prediction.outputs import PREDICTIONS_FILE, check_outputs, write_outputs
@@ -29,7 +28,7 @@ from gn_det.prediction.pipeline import AHEAD, in_thread
 from gn_det.prediction.predictor import THRESHOLD, Predictor, Selection, crops_of, load_predictor
 from gn_det.prediction.tiles import LargeImage, Tiling, detect_tiles
 from gn_det.result import checked_threshold
-from gn_det.structures import Detections, MaskCrop, Sample, encode_crop
+from gn_det.structures import ArrayDetections, MaskCrop, encode_crop
 from gn_det.terminal import say
 from gn_det.text import count, one_line, shown
 from gn_det.visualize.draw import Colors, Labels, draw_detections
@@ -133,7 +132,7 @@ def predict(
 class _Result(NamedTuple):
     """What was found on one image: detections without masks, their entries in the json, and the best score of all."""
 
-    found: Detections
+    found: ArrayDetections
     entries: list[dict[str, Any]]
     best: float
     notes: list[str]
@@ -173,26 +172,26 @@ class _Job:
             finally:
                 writer.shutdown(wait=True, cancel_futures=True)
 
-    def _load(self, path: Path) -> tuple[Sample, np.ndarray] | LargeImage:
+    def _load(self, path: Path) -> tuple[Any, np.ndarray] | LargeImage:
         return self.predictor.load(path) if self.tiling is None else LargeImage(path, self.predictor.reader)
 
     def _detect(
-        self, loading: Future[tuple[Sample, np.ndarray] | LargeImage]
-    ) -> tuple[Detections, list[MaskCrop] | None, np.ndarray | LargeImage, float, list[str]]:
+        self, loading: Future[tuple[Any, np.ndarray] | LargeImage]
+    ) -> tuple[ArrayDetections, list[MaskCrop] | None, np.ndarray | LargeImage, float, list[str]]:
         loaded = loading.result()
         if isinstance(loaded, LargeImage):
             assert self.tiling is not None
             found = detect_tiles(self.predictor, loaded, self.tiling, self.keep)
             return found.detections, found.crops, loaded, found.best, found.notes
         det = self.predictor.infer(loaded[0])
-        best = det.scores.max().item() if len(det) else 0.0
+        best = float(det.scores.max()) if len(det) else 0.0
         kept = self.keep(det)
         return kept, crops_of(kept), loaded[1], best, []
 
     def _finish(
         self,
         drawing: str,
-        det: Detections,
+        det: ArrayDetections,
         crops: list[MaskCrop] | None,
         pixels: np.ndarray | LargeImage,
         best: float,
@@ -226,7 +225,7 @@ def _failure(path: Path, error: Exception) -> str:
 
 def draw_scaled(
     pixels: np.ndarray,
-    det: Detections,
+    det: ArrayDetections,
     crops: list[MaskCrop] | None,
     predictor: Predictor,
     labels: Labels,
@@ -235,8 +234,8 @@ def draw_scaled(
     """Draw detections on ``pixels``, which may be smaller than the image that they refer to."""
     rows, columns = pixels.shape[0] / det.image_size[0], pixels.shape[1] / det.image_size[1]
     if rows != 1 or columns != 1:
-        boxes = det.boxes * det.boxes.new_tensor([columns, rows, columns, rows])
-        det = Detections(det.image_size, boxes, det.scores, det.classes)
+        boxes = det.boxes * np.array([columns, rows, columns, rows], np.float32)
+        det = ArrayDetections(det.image_size, boxes, det.scores, det.classes)
     return draw_detections(pixels, det, predictor.class_names, labels=labels, colors=colors, crops=crops)
 
 
@@ -275,7 +274,7 @@ def write_png(path: Path, picture: np.ndarray) -> None:
     atomic_write(path, buffer.getvalue())
 
 
-def _summary(det: Detections, names: Sequence[str]) -> str:
+def _summary(det: ArrayDetections, names: Sequence[str]) -> str:
     """``3 objects: 2 dog, 1 cat``."""
     counts = Counter(names[index] for index in det.classes.tolist()).most_common()
     parts = [f"{n} {one_line(name, 60)}" for name, n in counts]
@@ -283,7 +282,7 @@ def _summary(det: Detections, names: Sequence[str]) -> str:
     return f"{count(len(det), 'object')}" + (f": {some}" if some else "")
 
 
-def entries_of(det: Detections, crops: list[MaskCrop] | None, predictor: Predictor) -> list[dict[str, Any]]:
+def entries_of(det: ArrayDetections, crops: list[MaskCrop] | None, predictor: Predictor) -> list[dict[str, Any]]:
     """Return the annotation of each detection, without ids; ``crops`` are the masks."""
     entries = []
     for i, (index, result) in enumerate(zip(det.classes.tolist(), detections_to_coco(0, det, predictor.category_ids))):

@@ -10,15 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torchvision.ops import nms
 
 from gn_det.data.image import ImageReader
-from gn_det.engine.dist import resolve_device
 from gn_det.errors import ConfigError, WeightsError
 from gn_det.result import checked_threshold, wanted_classes
-from gn_det.structures import Detections, MaskCrop, Sample, crop_mask
+from gn_det.structures import AnyDetections, ArrayDetections, MaskCrop, Sample, crop_mask, to_numpy
 
 if TYPE_CHECKING:
     from fvcore.common.config import CfgNode
@@ -45,27 +41,28 @@ class Predictor:
         module: the model, in evaluation mode.
         config: its resolved configuration.
         thresholds: lowest score of each class, as the checkpoint stores it; () where it stores none.
+        gray: the model takes images of one channel.
     """
 
-    sample: Callable[[Path | np.ndarray], Sample]
-    infer: Callable[[Sample], Detections]
+    sample: Callable[[Path | np.ndarray], Any]
+    infer: Callable[[Any], AnyDetections]
     class_names: Sequence[str]
     category_ids: Sequence[int]
     reader: ImageReader = field(default_factory=lambda: ImageReader("RGB"))
     module: nn.Module | None = None
     config: CfgNode | None = None
     thresholds: Sequence[float] = ()
+    gray: bool = False
 
-    def detect(self, image: Path | np.ndarray) -> Detections:
+    def detect(self, image: Path | np.ndarray) -> AnyDetections:
         """Return the detections of one image; see ``sample`` and ``infer``."""
         return self.infer(self.sample(image))
 
-    def load(self, path: Path) -> tuple[Sample, np.ndarray]:
+    def load(self, path: Path) -> tuple[Any, np.ndarray]:
         """Return what the model takes, and the RGB pixels, with the file decoded once where that gives both."""
         pixels = self.reader.read(path)
         # Pillow's way from some modes to gray is not that through RGB.
-        gray = self.config is not None and self.config.INPUT.FORMAT == "L"
-        return self.sample(path if gray else pixels), pixels
+        return self.sample(path if self.gray else pixels), pixels
 
 
 def load_predictor(
@@ -82,6 +79,8 @@ def load_predictor(
         WeightsError: unreadable file, no stored config and none given, or weights that do not fill the model.
         ConfigError: unusable config or device.
     """
+    import torch
+
     from gn_det.checkpoint.io import read_any
     from gn_det.checkpoint.meta import read_meta
     from gn_det.checkpoint.weights import load_weights
@@ -89,6 +88,7 @@ def load_predictor(
     from gn_det.config import load_config, parse_config
     from gn_det.config.load import merge_overrides
     from gn_det.data.mapper import InferenceMapper
+    from gn_det.engine.dist import resolve_device
     from gn_det.engine.precision import inference_autocast, lay_out, settle
 
     meta = read_meta(read_any(local_path(weights)), weights) or {}
@@ -112,13 +112,13 @@ def load_predictor(
     detector = engine.detector(model, cfg)
 
     @torch.inference_mode()
-    def infer(sample: Sample) -> Detections:
+    def infer(sample: Sample) -> AnyDetections:
         with inference_autocast(cfg, target):
             return detector([sample])[0]
 
-    return Predictor(
-        InferenceMapper(cfg), infer, names, ids, ImageReader.of(cfg, "RGB"), model, cfg, _thresholds(meta, len(names))
-    )
+    reader, thresholds = ImageReader.of(cfg, "RGB"), _thresholds(meta, len(names))
+    gray = cfg.INPUT.FORMAT == "L"
+    return Predictor(InferenceMapper(cfg), infer, names, ids, reader, model, cfg, thresholds, gray)
 
 
 def _engine_for(cfg: Any, source: str) -> Engine:
@@ -206,31 +206,52 @@ class Selection:
             return f"a score of {self.threshold:g} or more"
         return f"the score that the checkpoint asks of its class ({min(self.threshold):g} to {max(self.threshold):g})"
 
-    def __call__(self, det: Detections) -> Detections:
-        """Return the detections that are kept, on the CPU."""
-        scores, classes = det.scores.cpu(), det.classes.cpu()
-        lowest: Any = self.threshold
-        if not isinstance(lowest, (int, float)):
-            lowest = torch.tensor(lowest, dtype=scores.dtype)[classes]
+    def __call__(self, det: AnyDetections) -> ArrayDetections:
+        """Return the detections that are kept, best first, in host memory."""
+        boxes, scores, classes = _floats(det.boxes), _floats(det.scores), to_numpy(det.classes)
+        lowest: Any = np.float32(self.threshold) if isinstance(self.threshold, (int, float)) else None
+        if lowest is None:
+            lowest = np.array(self.threshold, np.float32)[classes]
         keep = scores >= lowest
         if self.wanted is not None:
-            keep &= torch.isin(classes, torch.tensor(sorted(self.wanted)))
-        index = torch.nonzero(keep).flatten()
-        index = index[scores[index].argsort(descending=True, stable=True)]
-        boxes = det.boxes.cpu()
+            keep &= np.isin(classes, sorted(self.wanted))
+        index = np.flatnonzero(keep)
+        index = index[np.argsort(-scores[index], kind="stable")]
         if self.agnostic_iou is not None:
-            index = index[nms(boxes[index], scores[index], self.agnostic_iou)]
-        return Detections(det.image_size, boxes[index], scores[index], classes[index], _masks_at(det.masks, index))
+            index = index[nms(boxes[index], self.agnostic_iou)]
+        return ArrayDetections(det.image_size, boxes[index], scores[index], classes[index], _masks_at(det.masks, index))
 
 
-def _masks_at(masks: Tensor | None, index: Tensor) -> Tensor | None:
+def nms(boxes: np.ndarray, iou: float) -> np.ndarray:
+    """Return the positions of the boxes (N, 4) that no better one overlaps by more than ``iou``; best first.
+
+    Equal to ``torchvision.ops.nms`` on boxes in the order of their scores.
+    """
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    left, kept = np.arange(len(boxes)), []
+    while len(left):
+        best, left = left[0], left[1:]
+        kept.append(best)
+        sides = np.minimum(boxes[best, 2:], boxes[left, 2:]) - np.maximum(boxes[best, :2], boxes[left, :2])
+        inter = sides.clip(0).prod(axis=1)
+        with np.errstate(invalid="ignore"):  # 0 / 0 of boxes without area is no overlap
+            left = left[~((inter / (area[best] + area[left] - inter)).astype(np.float64) > iou)]
+    return np.array(kept, dtype=np.int64)
+
+
+def _floats(values: Any) -> np.ndarray:
+    """A tensor of any precision, or an array, as float32 in host memory."""
+    return np.asarray(to_numpy(values.float() if hasattr(values, "detach") else values), np.float32)
+
+
+def _masks_at(masks: Any, index: np.ndarray) -> np.ndarray | None:
     if masks is None:
         return None
     # The best ones usually come first: then no mask is copied.
-    first = torch.equal(index, torch.arange(len(index)))
-    return (masks[: len(index)] if first else masks[index.to(masks.device)]).cpu()
+    first = np.array_equal(index, np.arange(len(index)))
+    return to_numpy(masks[: len(index)] if first else masks[index])
 
 
-def crops_of(det: Detections) -> list[MaskCrop] | None:
+def crops_of(det: ArrayDetections) -> list[MaskCrop] | None:
     """Return the part of each mask that holds its pixels; None without masks."""
-    return None if det.masks is None else [crop_mask(mask) for mask in det.masks.numpy()]
+    return None if det.masks is None else [crop_mask(mask) for mask in det.masks]

@@ -7,16 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
-from torchvision.ops import nms
 
 from gn_det.data.image import ImageReader
 from gn_det.data.tiff_windows import TiffWindows, open_windows
 from gn_det.errors import ConfigError
 from gn_det.prediction.pipeline import in_thread
-from gn_det.prediction.predictor import Predictor, Selection, crops_of
-from gn_det.structures import Detections, MaskCrop
+from gn_det.prediction.predictor import Predictor, Selection, crops_of, nms
+from gn_det.structures import ArrayDetections, MaskCrop
 from gn_det.text import count
 
 #: XYXY in pixels of the image.
@@ -97,7 +95,7 @@ class LargeImage:
 class Tiled:
     """What was found on an image: detections without masks, their masks, the best score of all, and remarks."""
 
-    detections: Detections
+    detections: ArrayDetections
     crops: list[MaskCrop] | None
     best: float
     notes: list[str] = field(default_factory=list)
@@ -131,16 +129,16 @@ def detect_tiles(predictor: Predictor, image: LargeImage, tiling: Tiling, keep: 
     best = 0.0
     for tile, loading in enumerate(in_thread(lambda window: predictor.sample(image.window(window)), windows)):
         found = predictor.infer(loading.result())
-        best = max(best, found.scores.max().item() if len(found) else 0.0)
+        best = max(best, float(found.scores.max()) if len(found) else 0.0)
         pieces += _pieces(keep(found), tile, windows[tile], (width, height))
     kept, joined = _join(pieces, windows)
     kept.sort(key=lambda piece: -piece.score)
-    boxes = torch.from_numpy(np.array([p.box for p in kept], np.float32).reshape(-1, 4))
-    scores = torch.tensor([p.score for p in kept])
+    boxes = np.array([p.box for p in kept], np.float32).reshape(-1, 4)
+    scores = np.array([p.score for p in kept], np.float32)
     if keep.agnostic_iou is not None:
-        chosen = nms(boxes, scores, keep.agnostic_iou)
+        chosen = nms(boxes, keep.agnostic_iou)
         kept, boxes, scores = [kept[i] for i in chosen.tolist()], boxes[chosen], scores[chosen]
-    labels = torch.tensor([p.label for p in kept], dtype=torch.int64)
+    labels = np.array([p.label for p in kept], np.int64)
     crops = [p.crop for p in kept if p.crop is not None]
     notes = []
     if joined:
@@ -149,16 +147,16 @@ def detect_tiles(predictor: Predictor, image: LargeImage, tiling: Tiling, keep: 
             f"{count(joined, 'object')} did not fit into a tile with its overlap of {overlap} px and "
             f"{'was' if joined == 1 else 'were'} joined from parts; larger tiles or a larger overlap find them whole"
         )
-    det = Detections((height, width), boxes, scores, labels)
+    det = ArrayDetections((height, width), boxes, scores, labels)
     return Tiled(det, crops if len(crops) == len(kept) else None, best, notes)
 
 
-def _pieces(det: Detections, tile: int, window: Window, size: tuple[int, int]) -> Iterator[_Piece]:
+def _pieces(det: ArrayDetections, tile: int, window: Window, size: tuple[int, int]) -> Iterator[_Piece]:
     """The detections of one tile, moved to their place in the image of (width, height) ``size``."""
     x0, y0, x1, y1 = window
     reach = max(2.0, _CUT * max(x1 - x0, y1 - y0))
     crops = crops_of(det)
-    boxes = det.boxes.numpy() + np.array([x0, y0, x0, y0], np.float32)
+    boxes = det.boxes + np.array([x0, y0, x0, y0], np.float32)
     for i, (box, score, label) in enumerate(zip(boxes, det.scores.tolist(), det.classes.tolist())):
         crop = None
         if crops is not None:

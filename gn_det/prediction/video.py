@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from gn_det.checkpoint.weights_uri import local_path, sha256_of
 from gn_det.config.load import Overrides
@@ -26,7 +25,7 @@ from gn_det.files import open_append
 from gn_det.prediction.images import draw_scaled, entries_of, make_folder, named_folder
 from gn_det.prediction.pipeline import AHEAD, in_thread
 from gn_det.prediction.predictor import Predictor, Selection, crops_of, load_predictor
-from gn_det.structures import Detections, MaskCrop, Sample
+from gn_det.structures import ArrayDetections, MaskCrop
 from gn_det.terminal import say
 from gn_det.text import count, shown
 from gn_det.visualize.draw import Colors, Labels
@@ -43,7 +42,7 @@ class _Work(NamedTuple):
     """A frame and its detections; ``known`` where an interrupted run had found them."""
 
     frame: Frame
-    found: Detections
+    found: ArrayDetections
     crops: list[MaskCrop] | None
     known: bool
 
@@ -93,18 +92,18 @@ def predict_videos(
     names = output_names([Path(_stem(source)) for source in sources], _SUFFIX)
     predictor = predictor or load_predictor(weights, config=config, overrides=overrides, device=device)
     keep = Selection.of(predictor, threshold, classes, agnostic_nms)
+    known = predictor.module is not None or os.path.isfile(weights)
     run = {
-        "weights": sha256_of(local_path(weights)) if predictor.module is not None else os.fspath(weights),
+        "weights": sha256_of(local_path(weights)) if known else os.fspath(weights),
         "threshold": keep.threshold,
         "classes": None if keep.wanted is None else sorted(keep.wanted),
         "agnostic_iou": keep.agnostic_iou,
         "every": every,
     }
-    limit = int(predictor.config.INPUT.MAX_PIXELS) if predictor.config is not None else None
     for source, name in zip(sources, names):
         if os.path.exists(source) and os.path.realpath(source) == os.path.realpath(folder / name):
             raise ConfigError(f"output folder {folder}: {name} would overwrite an input; choose another folder")
-        with VideoFrames(source, every=every, **({} if limit is None else {"max_pixels": limit})) as video:
+        with VideoFrames(source, every=every, max_pixels=predictor.reader.max_pixels) as video:
             if resume and video.live:
                 raise ConfigError(f"{video.name}: a camera or stream cannot be resumed; leave out --resume")
             job = _VideoJob(video, predictor, keep, folder / name, labels, colors, report)
@@ -185,7 +184,7 @@ class _VideoJob:
         ahead = 0 if self.video.live else AHEAD
         frames = iter(self.video)
 
-        def load(_: None) -> tuple[Frame, Sample | None] | None:
+        def load(_: None) -> tuple[Frame, Any] | None:
             frame = next(frames, None)
             if frame is None:
                 return None
@@ -209,15 +208,15 @@ class _VideoJob:
             loading.close()
             frames.close()
 
-    def _remembered(self, entries: list[dict[str, Any]], frame: Frame) -> tuple[Detections, list[MaskCrop] | None]:
+    def _remembered(self, entries: list[dict[str, Any]], frame: Frame) -> tuple[ArrayDetections, list[MaskCrop] | None]:
         index = {category: i for i, category in enumerate(self.predictor.category_ids)}
-        boxes = torch.tensor([a["bbox"] for a in entries], dtype=torch.float32).reshape(-1, 4)
+        boxes = np.array([a["bbox"] for a in entries], np.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         crops = [crop_of_rle(a["segmentation"]) for a in entries if "segmentation" in a]
-        classes = torch.tensor([index[a["category_id"]] for a in entries], dtype=torch.int64)
-        scores = torch.tensor([a["score"] for a in entries])
+        classes = np.array([index[a["category_id"]] for a in entries], np.int64)
+        scores = np.array([a["score"] for a in entries], np.float32)
         size = frame.pixels.shape[0], frame.pixels.shape[1]
-        return Detections(size, boxes, scores, classes), crops if len(crops) == len(entries) else None
+        return ArrayDetections(size, boxes, scores, classes), crops if len(crops) == len(entries) else None
 
     def _write(self, work: _Work, film: _Film | None, lines: _Lines | None) -> None:
         if film is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from gn_det.cli import main
 from gn_det.config import get_cfg
 from gn_det.data.mapper import InferenceMapper
 from gn_det.deploy.detector import PROVIDERS, Detector, paste_masks
@@ -138,6 +140,61 @@ assert not any(name.split('.')[0] in ('torch', 'torchvision', 'matplotlib.pyplot
     assert done.stdout.startswith("['dog'] (") and done.stdout.rstrip().endswith(" 1")
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {f"{path.relative_to(folder)}": path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_predict_command_without_torch(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every output of images, of tiles and of a video is byte for byte that of the command with torch."""
+    cv2 = pytest.importorskip("cv2", reason="needs OpenCV (extra video)")
+    path = write(replace(METADATA, thresholds=(0.5, 0.2)).to_json())
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    pixels = np.random.RandomState(0).randint(0, 256, (50, 100, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save("photos/a.png")
+    film = cv2.VideoWriter("clip.avi", cv2.VideoWriter.fourcc(*"MJPG"), 10, (100, 50))
+    for _ in range(3):
+        film.write(pixels)
+    film.release()
+    runs = [
+        ["photos", "--save", "drawings,coco,csv,labelme,cvat,yolo,masks", "--agnostic-nms"],
+        ["photos", "--tiles", "64", "--threshold", "0.1"],
+        ["clip.avi", "--colors", "instance"],
+    ]
+    code = "from gn_det.cli import main\n"
+    for number, words in enumerate(runs):
+        command = ["predict", "--weights", str(path), *words, "--output"]
+        assert main([*command, f"with/{number}"]) == 0
+        code += f"assert main({[*command, f'without/{number}']!r}) == 0\n"
+    done = run_blocked({"torch", "torchvision"}, code + "assert 'torch' not in sys.modules\n")
+    assert done.returncode == 0, done.stderr
+    expected = files_of(Path("with"))
+    assert files_of(Path("without")) == expected
+    assert {"0/a.png", "0/predictions.csv", "0/yolo/data.yaml", "1/predictions.json", "2/clip.mp4"} <= set(expected)
+    document = json.loads(expected["0/predictions.json"])
+    assert [a["category_name"] for a in document["annotations"]] == ["dog"]  # 0.4 is below the 0.5 of cats
+
+
+def test_predict_command_refuses_in_one_line(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A graph of another tool, a provider that is not there, an image that does not fit, flags of checkpoints."""
+    Image.new("RGB", (100, 50)).save(tmp_path / "a.png")
+    cases: list[tuple[dict[str, Any], list[str], str]] = [
+        ({"metadata": None}, [], "it has no gn_det metadata; give a file written by gn-det export"),
+        ({}, ["--device", "gpu"], "provider 'gpu': use one of cpu"),
+        ({}, ["--device", "cuda"], "provider cuda"),
+        ({"shape": (1, 64, 96, 3)}, [], "does not fit the fixed 64x96"),
+        ({}, ["--amp", "auto"], "--amp is for checkpoints"),
+        ({}, ["--config", "gn_small.yaml"], "--config is for checkpoints"),
+        ({}, ["--max-pixels", "100"], "raise INPUT.MAX_PIXELS"),
+    ]
+    for options, words, told in cases:
+        path = write(**options)
+        command = ["predict", "--weights", f"{path}", f"{tmp_path / 'a.png'}", "--output", f"{tmp_path / 'out'}"]
+        assert main([*command, *words]) == 2
+        error = capsys.readouterr().err
+        assert told in error and error.count("\n") == 1
+
+
 def test_fixed_size_refuses_what_does_not_fit(write: Write) -> None:
     detector = Detector(write(shape=(1, 64, 96, 3)))
     assert detector.shape == (1, 64, 96)
@@ -167,6 +224,8 @@ def broken(key: str, value: Any) -> str:
         (broken("keys", {**KEYS, "INPUT.MIN_SIZE_TEST": -5}), "INPUT.MIN_SIZE_TEST is -5"),
         (broken("keys", {}), "INPUT.FORMAT is None"),
         (broken("masks", "all"), "masks is 'all'"),
+        (broken("thresholds", [0.5]), "thresholds has another length"),
+        (broken("thresholds", [2, 2]), "thresholds[0] is 2"),
     ],
 )
 def test_metadata_from_elsewhere(write: Write, metadata: str | None, told: str) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from gn_det.cli import main
 from gn_det.errors import UserError
 from tests.deploy.cases import IDS, NAMES, checkpoint, pictures
+from tests.test_imports import run_blocked
 
 onnx = pytest.importorskip("onnx", reason="needs onnx (extra export)")
 pytest.importorskip("onnxscript", reason="needs onnxscript (extra export)")
@@ -77,6 +79,26 @@ def test_metadata_holds_what_prediction_needs(dynamic: Exported) -> None:
     assert detector.class_names == tuple(NAMES) and detector.category_ids == tuple(IDS)
     assert detector.metadata.keys["INPUT.MIN_SIZE_TEST"] == 96
     assert detector.metadata.keys["MODEL.ROI_HEADS.SCORE_THRESH_TEST"] == 0.1
+
+
+def test_predict_without_torch_finds_what_the_checkpoint_finds(
+    dynamic: Exported, weights: Path, images: Path, tmp_path: Path
+) -> None:
+    """``gn-det predict`` with the checkpoint, and with the file where torch cannot be imported."""
+    words = ["predict", str(images), "--threshold", "0.3", "--output"]
+    assert main([*words, str(tmp_path / "a"), "--weights", str(weights)]) == 0
+    command = [*words, str(tmp_path / "b"), "--weights", str(dynamic.path)]
+    done = run_blocked({"torch", "torchvision"}, f"from gn_det.cli import main\nassert main({command!r}) == 0")
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (json.loads((tmp_path / side / "predictions.json").read_text()) for side in "ab")
+    assert ours["images"] == theirs["images"] and ours["categories"] == theirs["categories"]
+    assert len(ours["annotations"]) == len(theirs["annotations"]) > 10
+    for a, b in zip(ours["annotations"], theirs["annotations"]):
+        assert (a["image_id"], a["category_name"]) == (b["image_id"], b["category_name"])
+        assert a["bbox"] == pytest.approx(b["bbox"], abs=0.05) and a["score"] == pytest.approx(b["score"], abs=1e-3)
+    for picture in (tmp_path / "a").glob("*.png"):
+        left, right = (np.asarray(Image.open(p), int) for p in (picture, tmp_path / "b" / picture.name))
+        assert (abs(left - right).max(axis=2) > 8).mean() < 0.01
 
 
 def test_batch_of_two_is_one_after_the_other(dynamic: Exported) -> None:
