@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from gn_det.classification.image_sources import Batch, bgr_input
-from gn_det.classification.settings import Settings
+from gn_det.classification.image_sources import ArraySource, Batch, bgr_input, enough, subset
+from gn_det.classification.settings import CROP, SHIFT, Settings
 from gn_det.data.image import ImageError, ImageReader
 from gn_det.data.inputs import IMAGE_SUFFIXES
 from gn_det.data.workers import WorkerData, load_batches
@@ -29,6 +29,9 @@ from gn_det.text import count
 _VECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 _VALUES = (0.2175, 0.0188, 0.0045)
 _COLOR, _LIGHTING = 0.4, 0.1
+
+#: Images of "shift" that are kept in memory.
+_MOST_BYTES = 8 << 30
 
 Entry = tuple[str, int]
 
@@ -55,24 +58,62 @@ def scan(folder: Path) -> tuple[list[str], list[Entry]]:
     return names, entries
 
 
+def scan_both(settings: Settings) -> tuple[list[str], list[Entry], list[Entry]]:
+    """Class names, training and validation entries, as many as ``settings.images`` allows.
+
+    Raises:
+        DataError: see :func:`scan`; or classes that differ between train and val.
+        ConfigError: fewer training images than ``settings.images``.
+    """
+    root = Path(settings.data).expanduser()
+    names, train = scan(root / "train")
+    val_names, val = scan(root / "val")
+    if names != val_names:
+        only = sorted(set(names) ^ set(val_names))
+        where = "train" if only[0] in names else "val"
+        raise DataError(
+            f"{root}: class {only[0]!r} is only in {where}/ ({count(len(only), 'such class', 'such classes')}); "
+            "make both the same"
+        )
+    enough(settings, len(train))
+    train, val = ([part[k] for k in subset([label for _, label in part], settings.images)] for part in (train, val))
+    return names, train, val
+
+
+def load_small_images(settings: Settings) -> ArraySource:
+    """All images of a folder in memory, resized to ``settings.side`` (longer sides cropped), shifted and flipped.
+
+    Raises:
+        DataError: see :func:`scan_both`; an unreadable image; more than fits.
+        ConfigError: see :func:`scan_both`.
+    """
+    names, *parts = scan_both(settings)
+    side, shift = settings.side, settings.side // 8
+    size = sum(map(len, parts)) * 3 * (side + 2 * shift) ** 2
+    if size > _MOST_BYTES:
+        raise DataError(
+            f"{settings.data}: augment {SHIFT} takes {size / 2**30:.1f} GiB of memory in each process; lower "
+            f"images or image_size, or use augment {CROP}"
+        )
+    arrays = []
+    for entries in parts:
+        found = _Images(entries, settings, None)[range(len(entries))]
+        if isinstance(found, ImageError):
+            raise found
+        arrays.append((found[0].numpy(), found[1].numpy()))
+    return ArraySource(names, *arrays, bgr_input(settings), shift=shift, flip=True, seed=settings.seed)
+
+
 class FolderSource:
     """See :class:`gn_det.classification.image_sources.Source`.
 
     Raises:
-        DataError: see :func:`scan`; or classes that differ between train and val.
+        DataError: see :func:`scan_both`.
+        ConfigError: see :func:`scan_both`.
     """
 
     def __init__(self, settings: Settings) -> None:
-        root = Path(settings.data).expanduser()
-        names, self._train = scan(root / "train")
-        val_names, self._val = scan(root / "val")
-        if names != val_names:
-            only = sorted(set(names) ^ set(val_names))
-            where = "train" if only[0] in names else "val"
-            raise DataError(
-                f"{root}: class {only[0]!r} is only in {where}/ ({count(len(only), 'such class', 'such classes')}); "
-                "make both the same"
-            )
+        names, self._train, self._val = scan_both(settings)
         self.class_names = tuple(names)
         self.train_images, self.val_images = len(self._train), len(self._val)
         self.input = bgr_input(settings)
@@ -104,7 +145,8 @@ class _Images(WorkerData):
         side = settings.side
         self._lighting = settings.color and epoch is not None
         if epoch is None:
-            parts = [v2.Resize(round(side * 256 / 224)), v2.CenterCrop(side)]
+            margin = 256 / 224 if settings.augment == CROP else 1
+            parts = [v2.Resize(round(side * margin)), v2.CenterCrop(side)]
         else:
             parts = [v2.RandomResizedCrop(side, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)), v2.RandomHorizontalFlip()]
             if settings.color:

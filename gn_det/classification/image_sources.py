@@ -130,6 +130,26 @@ class ArraySource:
             yield images[chosen], labels[chosen]
 
 
+def subset(labels: Sequence[int] | np.ndarray, most: int | None) -> np.ndarray:
+    """Numbers of at most ``most`` images, rising, with the same share of every class; without a limit all.
+
+    The choice is one of chance, but the same in every run.
+    """
+    classes = np.asarray(labels)
+    order = np.random.default_rng(_SET_SEED).permutation(len(classes))
+    place = np.empty(len(classes))  # of an image in its class, from 0 to 1
+    for index in np.unique(classes):
+        mine = order[classes[order] == index]
+        place[mine] = (np.arange(len(mine)) + 0.5) / len(mine)
+    return np.sort(np.argsort(place, kind="stable")[:most])
+
+
+def enough(settings: Settings, there: int) -> None:
+    """Refuse ``images`` above the images that are there; raises ConfigError."""
+    if (settings.images or 0) > there:
+        raise ConfigError(f"pretrain images is {settings.images}, but {settings.data} has {there} training images")
+
+
 def load_digits(settings: Settings) -> ArraySource:
     """scikit-learn's 1797 handwritten digits of 8x8 pixels, enlarged to ``settings.side``, without augmentation.
 
@@ -174,7 +194,9 @@ def load_cifar10(settings: Settings) -> ArraySource:
 
     def part(train: bool) -> Arrays:
         found = CIFAR10(root, train=train)
-        return np.ascontiguousarray(found.data[:, :, :, ::-1].transpose(0, 3, 1, 2)), np.asarray(found.targets)
+        chosen = subset(found.targets, settings.images)
+        pixels = found.data[chosen, :, :, ::-1].transpose(0, 3, 1, 2)
+        return np.ascontiguousarray(pixels), np.asarray(found.targets)[chosen]
 
     try:
         classes = dist.on_first_rank(lambda: CIFAR10(root, download=True).classes)  # one process downloads
@@ -182,6 +204,7 @@ def load_cifar10(settings: Settings) -> ArraySource:
     except (OSError, RuntimeError, EOFError, KeyError) as error:  # no network, a broken archive, other checksums
         reason = one_line(error, 200)
         raise DataError(f"pretrain data {settings.data}: CIFAR-10 cannot be had in {root} ({reason})") from None
+    enough(settings, len(train[1]))
     return ArraySource(classes, train, val, _CIFAR, shift=4, flip=True, seed=settings.seed)
 
 

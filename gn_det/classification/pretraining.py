@@ -30,11 +30,20 @@ from gn_det.classification.classifier_loop import (
     write_weights,
 )
 from gn_det.classification.earlier_run import SUMMARY, finished, refuse_old, restore, settings_of
-from gn_det.classification.image_folder import FolderSource
+from gn_det.classification.image_folder import FolderSource, load_small_images
 from gn_det.classification.image_sources import Batch, Source, epoch_batches, load_cifar10, load_digits, load_shapes
 from gn_det.classification.network import Classifier, build_classifier, build_optimizer
 from gn_det.classification.other_norms import RenormLimits
-from gn_det.classification.settings import BUILTIN, REFERENCE_BATCH, VGG, Settings, base_lr, lr_factor, reference_lr
+from gn_det.classification.settings import (
+    BUILTIN,
+    REFERENCE_BATCH,
+    SHIFT,
+    VGG,
+    Settings,
+    base_lr,
+    lr_factor,
+    reference_lr,
+)
 from gn_det.data.workers import worker_failure
 from gn_det.engine import dist
 from gn_det.engine.hooks import Schedule
@@ -220,7 +229,8 @@ def open_source(settings: Settings) -> Source:
         DataError: a folder that is missing, empty, or whose two parts have different classes.
     """
     builtin = {"digits": load_digits, "shapes": load_shapes, "cifar10": load_cifar10}
-    return builtin.get(settings.source, FolderSource)(settings)
+    folder = load_small_images if settings.augment == SHIFT else FolderSource
+    return builtin.get(settings.source, folder)(settings)
 
 
 def _plan(settings: Settings, source: Source, processes: int) -> Plan:

@@ -22,6 +22,8 @@ _OF_BATCHES = ("BN", "SyncBN", "BR")
 BUILTIN = ("digits", "shapes", "cifar10")
 #: Side of the images that a network sees, where ``image_size`` leaves it open.
 IMAGE_SIZES = {"digits": 8, "shapes": 32, "cifar10": 32}
+#: Augmentation of images from a folder: fb.resnet.torch's, or that of He et al. for CIFAR.
+CROP, SHIFT = "crop", "shift"
 #: Generated training images of "shapes", where ``images`` leaves it open.
 NUM_SHAPES = 3000
 #: The batch that the paper's learning rate of 0.1 belongs to: 8 GPUs with 32 images each.
@@ -83,8 +85,12 @@ class Settings:
         channels_last: keep weights and activations in this layout; "auto": where amp "auto" takes bf16.
         device: "auto", "cpu", "cuda" or "cuda:N".
         image_size: side of the square that the network sees; None: 224, for digits 8, for shapes 32.
-        images: generated training images of "shapes"; None: 3000.
-        color: brightness, contrast, saturation and lighting augmentation of fb.resnet.torch, on images from a folder.
+        images: number of training images. "shapes" generates them (None: 3000). Of a folder or cifar10 a random subset
+            is taken, the same for every seed, with equal shares of the classes (None: all), and at most as many
+            validation images.
+        augment: of images from a folder: "crop", fb.resnet.torch's random crops; or "shift" for small images, which are
+            kept in memory, shifted by up to an eighth of ``image_size``, and flipped (He et al. for CIFAR).
+        color: brightness, contrast, saturation and lighting augmentation of fb.resnet.torch, together with "crop".
         stride_in_1x1: stride in the first 1x1 of a bottleneck instead of its 3x3, as ``bn_*`` configs expect (so does
             the published R-50). ResNet-18 and 34 have no such choice.
         r_max, d_max: limits of BR, at least 1 and 0; None: 1.5 and 0.5.
@@ -115,6 +121,7 @@ class Settings:
     device: str = _setting(_TEXT, "auto")
     image_size: int | None = _setting(optional(integer(8, 4096)), None)
     images: int | None = _setting(optional(integer(10, 1_000_000)), None)
+    augment: str = _setting(one_of(CROP, SHIFT), CROP)
     color: bool = _setting(FLAG, True)
     stride_in_1x1: bool = _setting(FLAG, False)
     r_max: float | None = _setting(optional(number(1, 1000)), None)
@@ -153,7 +160,8 @@ class Settings:
                 f"{self.norm} needs at least 2 images for its statistics",
             ),
             ("image_size", small and folder and not self.image_size, f"{self.arch} on a folder needs it, such as 32"),
-            ("images", self.images is not None and self.data != "shapes", "only data shapes is generated"),
+            ("images", self.images is not None and self.data == "digits", "digits are always used whole"),
+            ("augment", self.augment == SHIFT and not folder, f"data {self.data} has its own; leave it out"),
             ("arch", self.data == "digits" and not small, f"digits have 8x8 pixels; use one of {', '.join(SMALL)}"),
             ("image_size", self.source == "cifar10" and self.side != 32, "cifar10 has images of 32 pixels"),
             ("image_size", self.arch == VGG and self.side < 32, "vgg16 halves it five times; use at least 32"),

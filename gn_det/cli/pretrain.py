@@ -38,7 +38,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--d-max", type=float, metavar="X", help="limit of Batch Renorm's d (default 0.5)")
     add("--seed", type=int, metavar="N", help="default 1")
     add("--image-size", type=int, metavar="N", help="side of the crops (default 224)")
-    add("--images", type=int, metavar="N", help="number of training images that --data shapes generates")
+    add("--images", type=int, metavar="N", help="number of training images (default: all; shapes: 3000)")
+    add("--augment", metavar="NAME", help="of a folder: crop (default), or shift: small images, as CIFAR's")
     add("--no-color", dest="color", action="store_false", default=None, help="turn off color augmentation")
     add(
         "--stride-in-1x1",

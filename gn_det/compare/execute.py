@@ -67,7 +67,7 @@ def execute(job: Job, folder: Path, weights: str, *, plan: Plan, measuring: bool
 
 def _of_pretraining(settings: Settings, folder: Path, summary: Mapping[str, Any]) -> Outcome:
     curve = summary["curve"]
-    points = {"x": "epoch", "loss": "train_loss", "top1_error": "val_error"}
+    points = {"x": "epoch", "loss": "train_loss", "top1_error": "val_error", "train_error": "train_error"}
     costs = {
         "s_per_iter": "seconds_per_iteration",
         "memory_mb": "peak_memory_mb",
