@@ -45,12 +45,14 @@ class Progressed:
             seconds_per_iteration, inference_seconds_per_image.
         best: lowest validation error, its epoch.
         peak_memory_mb: of this machine so far.
+        recorded: see :class:`gn_det.classification.recording.Recorder`.
     """
 
     epochs: int = 0
     curve: list[dict[str, float]] = field(default_factory=list)
     best: dict[str, float] = field(default_factory=dict)
     peak_memory_mb: float = 0.0
+    recorded: list[dict[str, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -59,18 +59,21 @@ _SETTINGS = table(text(100), _setting, 1000)
 _METRICS = table(text(200, printable=True), NUMBER, 1000)
 _NUMBERS = ("train_loss", "train_error", "val_error", "lr", "seconds_per_iteration", "inference_seconds_per_image")
 _ROW = every(_METRICS, record({"epoch": integer(1, MOST_ITERATIONS), **dict.fromkeys(_NUMBERS, NUMBER)}))
+_RECORDED = items(every(_METRICS, record({"epoch": NUMBER})), 0, 10**6)
 _DONE = record(
     {
         "epochs": _COUNT,
         "curve": items(_ROW, 0, 10**6),
         "best": or_nothing(every(_METRICS, record({"epoch": _COUNT, "val_error": NUMBER}))),
         "peak_memory_mb": NUMBER,
-    }
+    },
+    recorded=_RECORDED,  # absent in versions before it
 )
 _MEASURED = ("seconds_per_iteration", "peak_memory_mb", "inference_seconds_per_image", "parameters")
 _SUMMARY = record(
     {"settings": _SETTINGS, "top1_error": NUMBER, "curve": items(_ROW, 1, 10**6)},
     **dict.fromkeys(_MEASURED, optional(NUMBER)),
+    recorded=_RECORDED,
 )
 
 
@@ -107,7 +110,7 @@ def restore(path: Path, settings: Settings, state: TrainState) -> Progressed:
                 "the batch would change; resume with as many, or start over with --overwrite"
             )
         record({"model": weights_of(state.model), "done": _DONE}, scaler=or_nothing(SCALER))(payload, "")
-        done = Progressed(**{f.name: payload["done"][f.name] for f in fields(Progressed)})
+        done = Progressed(**{f.name: payload["done"][f.name] for f in fields(Progressed) if f.name in payload["done"]})
         if len(done.curve) != done.epochs or (done.epochs and not done.best):
             raise InvalidValue("done.curve", f"has {len(done.curve)} rows, not one for each of {done.epochs} epochs")
         put_momentum = restore_slots(state.optimizer, payload["optimizer"], "optimizer")

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from gn_det.classification.image_sources import ArraySource, Batch, bgr_input, enough, subset
+from gn_det.classification.image_sources import Arrays, ArraySource, Batch, bgr_input, enough, subset
 from gn_det.classification.settings import CROP, SHIFT, Settings
 from gn_det.data.image import ImageError, ImageReader
 from gn_det.data.inputs import IMAGE_SUFFIXES
@@ -95,13 +95,15 @@ def load_small_images(settings: Settings) -> ArraySource:
             f"{settings.data}: augment {SHIFT} takes {size / 2**30:.1f} GiB of memory in each process; lower "
             f"images or image_size, or use augment {CROP}"
         )
-    arrays = []
-    for entries in parts:
+
+    def read(entries: list[Entry]) -> Arrays:
         found = _Images(entries, settings, None)[range(len(entries))]
         if isinstance(found, ImageError):
             raise found
-        arrays.append((found[0].numpy(), found[1].numpy()))
-    return ArraySource(names, *arrays, bgr_input(settings), shift=shift, flip=True, seed=settings.seed)
+        return found[0].numpy(), found[1].numpy()
+
+    train, val = map(read, parts)
+    return ArraySource(names, train, val, bgr_input(settings), shift=shift, flip=True, seed=settings.seed)
 
 
 class FolderSource:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gn_det.classification.other_norms import BatchRenorm2d, weight_normalized
+from gn_det.classification.recording import layer_of
 from gn_det.classification.settings import DEPTHS, SMALL, VGG, Settings
 from gn_det.errors import ConfigError
 from gn_det.modeling.layers import ConvNorm, FeatureSpec, c2_msra_fill
@@ -108,7 +109,7 @@ def build_classifier(settings: Settings, num_classes: int, in_channels: int = 3)
     """Build a classifier on the CPU, with He's initialization; every residual block begins as its shortcut.
 
     Raises:
-        ConfigError: the groups do not divide the channels of a layer.
+        ConfigError: the groups do not divide the channels of a layer; no layer has the name of ``settings.record``.
     """
     norm: NormSpec = {"WN": None, "none": None, "BR": BatchRenorm2d}.get(
         settings.norm, NormFactory(settings.norm, GroupRule(*settings.group_rule))
@@ -138,6 +139,8 @@ def build_classifier(settings: Settings, num_classes: int, in_channels: int = 3)
                 module.bias = nn.Parameter(torch.zeros(module.out_channels))  # in place of beta
     if settings.norm == "WN":
         weight_normalized(trunk)
+    if settings.record is not None:
+        layer_of(trunk, settings.record)
     for last in last_layers(trunk):  # every residual block begins as its shortcut (Goyal et al. 2017)
         gain = last.parametrizations.weight.original0 if settings.norm == "WN" else last.weight
         nn.init.zeros_(gain)

@@ -34,6 +34,7 @@ from gn_det.classification.image_folder import FolderSource, load_small_images
 from gn_det.classification.image_sources import Batch, Source, epoch_batches, load_cifar10, load_digits, load_shapes
 from gn_det.classification.network import Classifier, build_classifier, build_optimizer
 from gn_det.classification.other_norms import RenormLimits
+from gn_det.classification.recording import Recorder, layer_of
 from gn_det.classification.settings import (
     BUILTIN,
     REFERENCE_BATCH,
@@ -196,6 +197,9 @@ def _train(settings: Settings, resume: bool) -> dict[str, Any]:
     if done.epochs < plan.epochs:
         hooks = [Schedule(), metrics, Epochs(settings, source, plan, loss, done, folder)]
         hooks += [RenormLimits(settings)] if settings.norm == "BR" else []
+        if settings.record is not None and dist.rank() == 0:
+            layer = layer_of(model.trunk, settings.record)
+            hooks.insert(0, Recorder(layer, done.recorded, total=plan.total, per_epoch=plan.per_epoch))
         loop = ClassifierLoop(state, parallel(loss), hooks, total=plan.total, autocast=autocast)
         loop.run(partial(_batches, settings, source, plan, done.epochs))
     weights = folder / FINAL
@@ -265,6 +269,7 @@ def _summary(settings: Settings, done: Progressed, model: Classifier, weights: P
         "top1_error": top1_error(done.curve),
         "median_of_epochs": min(len(done.curve), 5),
         "curve": done.curve,
+        "recorded": done.recorded,
         "seconds_per_iteration": statistics.median(row["seconds_per_iteration"] for row in done.curve),
         "peak_memory_mb": done.peak_memory_mb,
         "inference_seconds_per_image": statistics.median(row["inference_seconds_per_image"] for row in done.curve),

@@ -96,6 +96,8 @@ class Settings:
         r_max, d_max: limits of BR, at least 1 and 0; None: 1.5 and 0.5.
         renorm_ramp: fractions of the training between which BR's limits grow linearly from 1 and 0, which is BN, to
             r_max and d_max; None: 0.04 and 0.3, about Ioffe's.
+        record: name of a layer such as "conv5_3"; percentiles of its output before norm and ReLU are recorded over the
+            training (Figure 6). None: of no layer.
 
     Raises:
         ConfigError: a value, or two together, cannot be used; names the setting.
@@ -127,6 +129,7 @@ class Settings:
     r_max: float | None = _setting(optional(number(1, 1000)), None)
     d_max: float | None = _setting(optional(number(0, 1000)), None)
     renorm_ramp: tuple[float, float] | None = _setting(optional(_RAMP), None)
+    record: str | None = _setting(optional(_TEXT), None)
 
     def __post_init__(self) -> None:
         for each in fields(self):

@@ -55,6 +55,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         choices=("auto",),
         help="keep activations in this layout, faster on CPUs; auto: where --amp auto takes bf16",
     )
+    add("--record", metavar="LAYER", help="percentiles of its output before norm and ReLU over training, e.g. conv5_3")
     add("--device", metavar="NAME", help="auto, cpu, cuda or cuda:1")
     add("--workers", type=int, metavar="N", help="data loading processes (default 4)")
     flags.add_gpus(parser, "GPUs on this machine; or use torchrun")

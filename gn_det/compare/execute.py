@@ -75,7 +75,8 @@ def _of_pretraining(settings: Settings, folder: Path, summary: Mapping[str, Any]
     }
     return Outcome(
         {"top1_error": summary["top1_error"], "train_error": curve[-1].get("train_error") if curve else None},
-        [{name: float(point[key]) for name, key in points.items()} for point in curve],
+        [{name: float(point[key]) for name, key in points.items()} for point in curve]
+        + [{"x": point.pop("epoch"), **point} for point in map(dict, summary.get("recorded", ()))],
         {name: summary.get(key) for name, key in costs.items()},
         {"parameters": summary.get("parameters")},
         folder / FINAL,

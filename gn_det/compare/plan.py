@@ -43,7 +43,7 @@ _LATER = (
     *("INPUT.COLOR_JITTER", "INPUT.COPY_PASTE", "INPUT.LSJ.ENABLED", "INPUT.LSJ.SIZE", "INPUT.LSJ.SCALE"),
     *("DATASETS.VAL_FRACTION", "INPUT.ROTATION", "MODEL.CHANNELS_LAST", "TEST.AMP"),
 )
-_LATER_SETTINGS = {"channels_last": False, "augment": "crop"}
+_LATER_SETTINGS = {"channels_last": False, "augment": "crop", "record": None}
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from gn_det.classification import Settings, pretrain
-from gn_det.classification.image_folder import FolderSource, lighting
+from gn_det.classification import Settings, image_folder, pretrain
+from gn_det.classification.image_folder import FolderSource, lighting, scan_both
 from gn_det.classification.image_sources import (
     ArraySource,
     Input,
@@ -20,6 +20,7 @@ from gn_det.classification.image_sources import (
     epoch_batches,
     load_digits,
     load_shapes,
+    subset,
 )
 from gn_det.classification.pretraining import open_source
 from gn_det.errors import ConfigError, DataError
@@ -52,6 +53,41 @@ def train_images(given: Settings, epoch: int) -> tuple[torch.Tensor, torch.Tenso
     source = FolderSource(given)
     batches = list(source.train_batches(epoch, epoch_batches(given, epoch, source.train_images, 0, 1)))
     return torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches])
+
+
+def test_subset_has_equal_shares_of_the_classes_and_is_always_the_same(folder: Path) -> None:
+    """12 of 18 images: 4 of each class, in the same order as all; no two sizes choose independently."""
+    labels = np.repeat([0, 1, 2], 6)
+    chosen = subset(labels, 12)
+    assert np.bincount(labels[chosen]).tolist() == [4, 4, 4] and sorted(set(chosen)) == chosen.tolist()
+    assert set(subset(labels, 6)) < set(chosen) and subset(labels, None).tolist() == list(range(18))
+    source = FolderSource(settings(folder, images=12))
+    assert (source.train_images, source.val_images) == (12, 9)
+    entries = scan_both(settings(folder, images=12, seed=5))[1]
+    assert entries == [scan_both(settings(folder))[1][k] for k in chosen]
+    with pytest.raises(ConfigError, match=r"images is 19, but .* has 18 training images"):
+        open_source(settings(folder, images=19))
+
+
+def test_small_images_are_kept_in_memory_shifted_and_flipped(folder: Path) -> None:
+    """Class k is the color channel k of RGB; edges are repeated, so a constant image stays one."""
+    given = settings(folder, augment="shift", image_size=16)
+    source = open_source(given)
+    assert isinstance(source, ArraySource) and source.class_names == NAMES
+    batches = epoch_batches(given, 0, source.train_images, 0, 1)
+    for images, labels in (*source.train_batches(0, batches), *source.val_batches(range(9), 9)):
+        assert images.shape[1:] == (3, 16, 16)
+        for image, label in zip(images, labels.tolist()):
+            values = image.flatten(1).unique(dim=1)
+            assert values.shape == (3, 1) and values[2 - label] >= 200 and values.count_nonzero() == 1
+    with pytest.raises(ConfigError, match="augment is 'shift', but data shapes has its own"):
+        settings(folder, data="shapes", augment="shift")
+
+
+def test_more_small_images_than_fit_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_folder, "_MOST_BYTES", 10_000)
+    with pytest.raises(DataError, match=r"augment shift takes .* lower images or image_size, or use augment crop"):
+        open_source(settings(folder, augment="shift"))
 
 
 def test_folder_gives_bgr_pixels_and_sorted_classes(folder: Path) -> None:
