@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,17 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-from gn_det.compare.columns import COLUMNS
-from gn_det.compare.outcomes import Results, RowResult, as_json, common_place
+from gn_det.compare.charts import charts
+from gn_det.compare.outcomes import Results, RowResult, as_json
 from gn_det.compare.runner import Store, write_json
-from gn_det.compare.suite import DETECT, Grid, Table
+from gn_det.compare.suite import DETECT
 from gn_det.compare.views import findings, full_view, run_view, views
 from gn_det.engine.engines import Engine
 from gn_det.errors import UserError
 from gn_det.files import atomic_write
 from gn_det.terminal import say
 from gn_det.visualize.html import jpeg_uri, render
-from gn_det.visualize.plots import Line, plot_lines, smooth
 
-#: Points of a drawn curve; and of a loss that are averaged, to each side.
-_MOST_POINTS, _SMOOTH = 200, 2
 #: Longer side of a sample image in pixels, and lowest score drawn; larger images are scaled down to four times the
 #: side before anything is drawn on them.
 _SIDE, _THRESHOLD = 420, 0.5
@@ -46,7 +43,7 @@ def write_report(results: Results, store: Store, date: str) -> None:
         "state": _state(results),
         "findings": list(found.values()),
         "chance": f"About 1 in 20 intervals excludes zero by chance: {len(found) / 20:.0f} of these {len(found)}.",
-        "tables": [(views(results, table), _charts(results, table)) for table in suite.tables],
+        "tables": [(views(results, table), charts(results, table)) for table in suite.tables],
         "full": [full for table in suite.tables if (full := full_view(results, table)) is not None],
         "runs": run_view(results),
         "configs": _configs(results),
@@ -82,93 +79,6 @@ def _configs(results: Results) -> list[dict[str, Any]]:
         if text:
             out.append({"row": result.row, "base": base and base.row, "changed": changed, "lines": text.splitlines()})
     return out
-
-
-# ------------------------------------------------------------ charts
-
-
-def _charts(results: Results, table: Table) -> list[dict[str, Any]]:
-    """Title, drawing and legend of every chart of a table that has something to show."""
-    rows = [results.row(identity) for identity in table.rows]
-    kind, grid, charts = rows[0].row.kind, table.grid, []
-    if grid is not None:
-        names = list(dict.fromkeys(r.row.labels[grid.rows] for r in rows))
-        across = list(dict.fromkeys(r.row.labels[grid.columns] for r in rows))
-        heading = COLUMNS[grid.value].heading
-        lines = _by_label(rows, grid, names, across)
-        charts.append(_chart(f"{heading} by {grid.columns}", lines, grid.columns, heading, categories=across))
-        for column in across if kind != DETECT else ():
-            part = [r for r in rows if r.row.labels[grid.columns] == column]
-            lines = _curves(part, "top1_error", label=grid.rows, names=names)
-            charts.append(_chart(f"{grid.columns} {column}", lines, "epochs", "top-1 error (%)", dots=False))
-    elif kind == DETECT:
-        for ap in ("box AP", "mask AP"):
-            curves = _curves(rows, ap.lower().replace(" ", "_"))
-            charts.append(_chart(f"{ap} over iterations", curves, "iterations", ap, from_zero=True))
-        curves = _curves(rows, "box_ap", by_time=True)
-        charts.append(_chart("box AP against training time", curves, "minutes of training", "box AP", from_zero=True))
-        loss = _curves(rows, "loss")
-        charts.append(_chart("Loss", loss, "iterations", "total loss", dots=False, from_zero=True))
-    else:
-        error = _curves(rows, "top1_error")
-        charts.append(_chart("Validation error over epochs", error, "epochs", "top-1 error (%)", dots=False))
-    return [chart for chart in charts if chart["lines"]]
-
-
-def _chart(title: str, lines: list[Line], x: str, y: str, **options: Any) -> dict[str, Any]:
-    return {"title": title, "lines": lines, "svg": plot_lines(lines, x, y, **options) if lines else Markup()}
-
-
-def _curves(
-    rows: Sequence[RowResult], key: str, *, by_time: bool = False, label: str = "", names: Sequence[str] = ()
-) -> list[Line]:
-    """One line a row that has points ``key``: the mean over seeds, the single seeds faintly behind it.
-
-    With ``by_time`` x is minutes of training, for rows that were timed on the common machine and day. The text of
-    ``label`` names the lines, in the order of ``names``; "" takes the titles.
-    """
-    place = common_place(rows)
-    lines = []
-    for position, result in enumerate(rows):
-        seconds = result.cost("s_per_iter", place) if by_time else 60.0
-        runs = []
-        for record in result.done if seconds is not None else ():
-            points = np.array([(p["x"], p[key]) for p in record.curve if key in p]).reshape(-1, 2)
-            points[:, 0] *= (seconds or 0.0) / 60
-            if key == "loss" and len(points) >= 4 * _SMOOTH:  # losses jump from batch to batch
-                points[:, 1] = smooth(points[:, 1], _SMOOTH)
-            runs += [thin(points)] if len(points) else []
-        if runs:
-            name = result.row.labels[label] if label else result.row.title
-            index = names.index(name) if label else position
-            lines.append(Line(name, mean_curve(runs), index, runs if len(runs) > 1 else ()))
-    return lines
-
-
-def thin(points: np.ndarray) -> np.ndarray:
-    """At most about 200 of (N, 2) points, each the mean of its neighbors; few points are kept as they are."""
-    if len(points) <= _MOST_POINTS:
-        return points
-    return np.array([part.mean(axis=0) for part in np.array_split(points, _MOST_POINTS)])
-
-
-def mean_curve(runs: Sequence[np.ndarray]) -> np.ndarray:
-    """Mean over runs where all have a value, at the places of the first; straight between points."""
-    low, high = max(run[0, 0] for run in runs), min(run[-1, 0] for run in runs)
-    x = runs[0][(runs[0][:, 0] >= low) & (runs[0][:, 0] <= high), 0]
-    return np.stack([x, np.mean([np.interp(x, run[:, 0], run[:, 1]) for run in runs], axis=0)], axis=1)
-
-
-def _by_label(rows: Sequence[RowResult], grid: Grid, names: Sequence[str], across: Sequence[str]) -> list[Line]:
-    """The number of a grid against its columns: the paper's figure of error against batch size."""
-    lines = []
-    for index, name in enumerate(names):
-        mine = {r.row.labels[grid.columns]: r.spread(grid.value) for r in rows if r.row.labels[grid.rows] == name}
-        found = [(place, s.mean, s.std or 0.0) for place, c in enumerate(across) if (s := mine.get(c)) is not None]
-        if found:
-            values = np.array(found, dtype=float)
-            lines.append(Line(name, values[:, :2], index, spread=values[:, 2]))
-    return lines
 
 
 # ------------------------------------------------------------ sample predictions

@@ -159,8 +159,8 @@ def view(results: Results, table: Table, *, minor: bool = False) -> View:
     kind = rows[0].row.kind
     columns = table.columns or USUAL[kind]
     place = common_place(rows)
-    source = table.reference or _source_of(rows)
-    references = _published(rows, source)
+    source = table.reference or source_of(rows)
+    references = published_rows(rows, source)
     published = [c for c in columns if not minor and any(_published_cell(r, c).text for r in references)]
     compared = [c for c in (DECIDING[kind], "mask_ap") if c in columns and any(r.row.baseline for r in rows)]
     # What the other rows are compared with, unless its own baseline is in the table too.
@@ -214,11 +214,11 @@ def run_view(results: Results) -> View:
 def _grid_view(table: Table, rows: Sequence[RowResult], grid: Grid) -> View:
     across = list(dict.fromkeys(r.row.labels[grid.columns] for r in rows))
     down = list(dict.fromkeys(r.row.labels[grid.rows] for r in rows))
-    source = table.reference or _source_of(rows)
+    source = table.reference or source_of(rows)
     place = common_place(rows)
     by_labels = {(r.row.labels[grid.rows], r.row.labels[grid.columns]): r for r in rows}
-    published = dict(zip(by_labels, _published(list(by_labels.values()), source)))
-    cells = {place: _published_cell(reference, grid.value) for place, reference in published.items()}
+    known = dict(zip(by_labels, published_rows(list(by_labels.values()), source)))
+    cells = {place: _published_cell(reference, grid.value) for place, reference in known.items()}
     shown = [a for a in across if any(cells.get((d, a), _EMPTY).text for d in down)]
     head = [(LABEL, f"{grid.rows} \\ {grid.columns}")] + [(MEASURED, a) for a in across]
     head += [(REFERENCE, f"{a} ({source})") for a in shown]
@@ -227,8 +227,13 @@ def _grid_view(table: Table, rows: Sequence[RowResult], grid: Grid) -> View:
         results = [by_labels.get((d, a)) for a in across]
         measured = [_cell(r, grid.value, place) if r else _EMPTY for r in results]
         body.append([Cell(d), *measured, *(cells.get((d, a), _EMPTY) for a in shown)])
-    notes = [f"{COLUMNS[grid.value].heading}; mean ± standard deviation over seeds.", *_row_notes(rows)]
-    reference = _sentence_on(source, list(published.values())) if shown else ""
+    what = COLUMNS[grid.value].heading
+    if COLUMNS[grid.value].what == METRIC:
+        notes = [f"{what}; mean ± standard deviation over seeds."]
+    else:
+        notes = [f"{what}; measured on {place[2]}, {place[1]}."] if place is not None else []
+    notes += _row_notes(rows)
+    reference = _sentence_on(source, list(known.values())) if shown else ""
     return View(table.title, head, body, notes + ([table.note] if table.note else []), reference)
 
 
@@ -256,13 +261,13 @@ def _difference_cell(result: RowResult, column: str) -> Cell:
     return Cell(f"{signed(found.value)} {noise}", strong=bool(found.beyond_noise))
 
 
-def _source_of(rows: Sequence[RowResult]) -> str:
+def source_of(rows: Sequence[RowResult]) -> str:
     """The one source to show: that of most rows, so that columns never mix."""
     counts = Counter(source for r in rows for source in {found.source for found in r.row.references})
     return max(SOURCES, key=lambda source: counts[source]) if counts else ""
 
 
-def _published(rows: Sequence[RowResult], source: str) -> list[Reference | None]:
+def published_rows(rows: Sequence[RowResult], source: str) -> list[Reference | None]:
     """What the source has for each row; of one kind of model (C4, FPN) only, that of most rows."""
     found = [next((f for f in r.row.references if f.source == source), None) for r in rows]
     kinds = Counter(f.kind for f in found if f is not None)

@@ -60,6 +60,7 @@ class Line:
         index: of its color and dash.
         runs: (M, 2) curves of single runs, drawn faintly behind it.
         spread: (N,) half heights of error bars; None draws none.
+        published: not measured here; drawn dotted and faintly, behind the others.
     """
 
     name: str
@@ -67,11 +68,12 @@ class Line:
     index: int = 0
     runs: Sequence[np.ndarray] = ()
     spread: np.ndarray | None = None
+    published: bool = False
 
     @property
     def dash(self) -> str:
         """CSS and matplotlib name of its line style; a new one where the colors are used up."""
-        return DASHES[self.index // 10 % len(DASHES)]
+        return "dotted" if self.published else DASHES[self.index // 10 % len(DASHES)]
 
     @property
     def color(self) -> str:
@@ -86,6 +88,7 @@ def plot_lines(
     dots: bool = True,
     categories: Sequence[str] = (),
     from_zero: bool = False,
+    limits: tuple[float, float] | None = None,
 ) -> Markup:
     """Curves with axes as SVG, without a legend.
 
@@ -95,13 +98,15 @@ def plot_lines(
         dots: mark the points.
         categories: names of x = 0, 1, 2 ...; empty for numbers.
         from_zero: let y begin at 0.
+        limits: of y, for charts that are to be compared.
     """
 
     def draw(axes: Any) -> None:
         for line in lines:
-            style = {"color": line.color, "linestyle": line.dash}
+            behind = {"alpha": 0.55, "zorder": 1} if line.published else {}
+            style = {"color": line.color, "linestyle": line.dash, **behind}
             for run in line.runs:
-                axes.plot(run[:, 0], run[:, 1], linewidth=0.8, alpha=0.35, **style)
+                axes.plot(run[:, 0], run[:, 1], **{**style, "linewidth": 0.8, "alpha": 0.35})
             marker = "o" if dots and len(line.points) <= _MOST_DOTS else None
             axes.errorbar(*line.points.T, yerr=line.spread, marker=marker, markersize=4, linewidth=1.8, **style)
         axes.set(xlabel=x_label, ylabel=y_label)
@@ -112,6 +117,8 @@ def plot_lines(
             axes.set_xlim(left=0)
         if from_zero:
             axes.set_ylim(bottom=0)
+        if limits is not None:
+            axes.set_ylim(limits)
 
     return _svg(draw, (5.6, 3.3))
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from gn_det.compare import document
-from gn_det.compare.document import _curves, _drawings, mean_curve, thin, write_report
+from gn_det.compare.document import _drawings, write_report
 from gn_det.compare.outcomes import Results
 from gn_det.compare.runner import Store
 from gn_det.config import get_cfg
@@ -88,7 +88,7 @@ def test_page_is_self_contained_and_escapes_names(tmp_path: Path, monkeypatch: p
 @pytest.fixture()
 def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
     """They cost most of the time of a report."""
-    monkeypatch.setattr(document, "_charts", lambda results, table: [])
+    monkeypatch.setattr(document, "charts", lambda results, table: [])
 
 
 @pytest.mark.usefixtures("no_charts")
@@ -147,39 +147,6 @@ def test_names_leave_no_attribute_and_no_line_of_their_own(tmp_path: Path) -> No
     for text in ("".join(page.words), markdown):
         assert not set(text) & set("\x1b\x9b\u202e") and "\n| forged" not in text and "\\udcff" in text
     assert evil in json.loads((tmp_path / "results.json").read_text(encoding="utf-8")).values()
-
-
-def test_a_mean_curve_ends_where_the_first_run_ends() -> None:
-    """Where one run has no value there is no mean; between points the line is straight."""
-    long, short = np.array([(0, 0.0), (2, 4.0), (4, 8.0), (6, 12.0)]), np.array([(1, 10.0), (5, 14.0)])
-    assert mean_curve([long, short]).tolist() == [[2, 7.5], [4, 10.5]]
-    assert mean_curve([short, long]).tolist() == [[1, 6.0], [5, 12.0]]
-    assert mean_curve([np.array([(1, 1), (2, 3)]), np.array([(1, 3), (3, 7)])]).tolist() == [[1, 2.0], [2, 4.0]]
-
-
-def test_losses_alone_are_smoothed(tmp_path: Path) -> None:
-    """AP is shown as it was measured."""
-    found = results(tmp_path, [BN])
-    found.rows[0].done[0].curve = [{"x": float(k), "loss": float(k == 5), "box_ap": float(k == 5)} for k in range(10)]
-    (loss,), (ap,) = (_curves(found.rows, key) for key in ("loss", "box_ap"))
-    assert loss.points[:, 1] == pytest.approx([0, 0, 0, 0.2, 0.2, 0.2, 0.2, 0.2, 0, 0])
-    assert ap.points[:, 1].tolist() == [0, 0, 0, 0, 0, 1, 0, 0, 0, 0]
-
-
-def test_long_curves_are_thinned_to_their_means() -> None:
-    points = np.stack([np.arange(1000.0), np.arange(1000.0)], 1)
-    assert thin(points)[:2].tolist() == [[2, 2], [7, 7]] and len(thin(points)) == 200
-    assert thin(points[:150]) is not points and (thin(points[:150]) == points[:150]).all()
-
-
-def test_minutes_are_those_of_the_common_machine(tmp_path: Path) -> None:
-    """Half a second an iteration; a row that was timed elsewhere has no line."""
-    found = results(tmp_path, [BN, GN])
-    assert [line.points[:, 0].tolist() for line in _curves(found.rows, "box_ap")] == [[10, 20]] * 2
-    found.rows[1].done[0].sessions[0]["host"] = "elsewhere"
-    found.rows[0].done[0].sessions[0]["day"] = "9999-01-01"
-    (line,) = _curves(found.rows, "box_ap", by_time=True)
-    assert line.points[:, 0].tolist() == pytest.approx([10 / 120, 20 / 120]) and line.name == "bn"
 
 
 def test_samples_are_spread_over_the_images_with_objects(monkeypatch: pytest.MonkeyPatch) -> None:

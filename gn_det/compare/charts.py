@@ -1,0 +1,175 @@
+"""Charts of a report's tables: the paper's Figures 1, 4, 5 and 6, and what a detection did over its training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from gn_det.classification.recording import PERCENTILES
+from gn_det.compare.columns import COLUMNS, METRIC
+from gn_det.compare.outcomes import Results, RowResult, common_place
+from gn_det.compare.suite import DETECT, Grid, Table
+from gn_det.compare.views import published_rows, source_of
+from gn_det.visualize.plots import Line, plot_lines, smooth
+
+#: Points of a drawn curve; and of a loss that are averaged, to each side.
+_MOST_POINTS, _SMOOTH = 200, 2
+
+
+def charts(results: Results, table: Table) -> list[dict[str, Any]]:
+    """Title, drawing and legend of every chart of a table that has something to show."""
+    rows = [results.row(identity) for identity in table.rows]
+    if table.grid is not None:
+        found = _of_grid(rows, table, table.grid)
+    elif rows[0].row.kind == DETECT:
+        found = _of_detections(rows)
+    else:
+        found = _of_classifiers(rows)
+    return [chart for chart in found if chart["lines"]]
+
+
+def _of_detections(rows: Sequence[RowResult]) -> list[dict[str, Any]]:
+    found = []
+    for ap in ("box AP", "mask AP"):
+        curves = _curves(rows, ap.lower().replace(" ", "_"))
+        found.append(_chart(f"{ap} over iterations", curves, "iterations", ap, from_zero=True))
+    curves = _curves(rows, "box_ap", by_time=True)
+    found.append(_chart("box AP against training time", curves, "minutes of training", "box AP", from_zero=True))
+    loss = _curves(rows, "loss")
+    found.append(_chart("Loss", loss, "iterations", "total loss", dots=False, from_zero=True))
+    return found
+
+
+def _of_classifiers(rows: Sequence[RowResult]) -> list[dict[str, Any]]:
+    """Training and validation error (Figure 4) on one scale, and percentiles of a recorded layer (Figure 6)."""
+    parts = {"Training": _curves(rows, "train_error"), "Validation": _curves(rows, "top1_error")}
+    limits = _limits([line for lines in parts.values() for line in lines])
+    found = [
+        _chart(f"{part} error over epochs", lines, "epochs", "top-1 error (%)", dots=False, limits=limits)
+        for part, lines in parts.items()
+    ]
+    for result in rows:
+        lines = []
+        for index, percentile in enumerate(PERCENTILES):
+            of_one = _curves([result], f"p{percentile}")
+            lines += [Line(f"{percentile} %", line.points, index, line.runs) for line in of_one]
+        layer = str(result.row.settings.get("record"))
+        title = f"{result.row.title}: percentiles of {layer}"
+        found.append(_chart(title, lines, "epochs", f"{layer} before norm and ReLU", dots=False))
+    return found
+
+
+def _of_grid(rows: Sequence[RowResult], table: Table, grid: Grid) -> list[dict[str, Any]]:
+    """The number against the grid's columns (Figure 1); of an error also a panel a line of the grid (Figure 5)."""
+    names = list(dict.fromkeys(r.row.labels[grid.rows] for r in rows))
+    across = list(dict.fromkeys(r.row.labels[grid.columns] for r in rows))
+    heading = COLUMNS[grid.value].heading
+    lines = [*_published(rows, table, grid, names, across), *_by_label(rows, grid, names, across)]
+    measured = not all(line.published for line in lines)
+    found = [
+        _chart(f"{heading} by {grid.columns}", lines if measured else [], grid.columns, heading, categories=across)
+    ]
+    if grid.value != "top1_error":
+        return found
+    panels = {}
+    for name in names:
+        part = [r for r in rows if r.row.labels[grid.rows] == name]
+        panels[name] = _curves(part, "top1_error", label=grid.columns, names=across)
+    limits = _limits([line for lines in panels.values() for line in lines])
+    for name, lines in panels.items():
+        title = f"{name}: validation error by {grid.columns}"
+        found.append(_chart(title, lines, "epochs", heading, dots=False, limits=limits))
+    return found
+
+
+def _chart(title: str, lines: list[Line], x: str, y: str, **options: Any) -> dict[str, Any]:
+    return {"title": title, "lines": lines, "svg": plot_lines(lines, x, y, **options) if lines else Markup()}
+
+
+def _limits(lines: Sequence[Line]) -> tuple[float, float] | None:
+    """Of y, for all lines and the runs behind them, with a margin; None without lines."""
+    values = np.concatenate([part[:, 1] for line in lines for part in (line.points, *line.runs)] or [np.zeros(0)])
+    if not len(values):
+        return None
+    low, high = float(values.min()), float(values.max())
+    margin = 0.05 * (high - low) or 1.0
+    return low - margin, high + margin
+
+
+def _curves(
+    rows: Sequence[RowResult], key: str, *, by_time: bool = False, label: str = "", names: Sequence[str] = ()
+) -> list[Line]:
+    """One line a row that has points ``key``: the mean over seeds, the single seeds faintly behind it.
+
+    With ``by_time`` x is minutes of training, for rows that were timed on the common machine and day. The text of
+    ``label`` names the lines, in the order of ``names``; "" takes the titles.
+    """
+    place = common_place(rows)
+    lines = []
+    for position, result in enumerate(rows):
+        seconds = result.cost("s_per_iter", place) if by_time else 60.0
+        runs = []
+        for record in result.done if seconds is not None else ():
+            points = np.array([(p["x"], p[key]) for p in record.curve if key in p]).reshape(-1, 2)
+            points[:, 0] *= (seconds or 0.0) / 60
+            if key == "loss" and len(points) >= 4 * _SMOOTH:  # losses jump from batch to batch
+                points[:, 1] = smooth(points[:, 1], _SMOOTH)
+            runs += [thin(points)] if len(points) else []
+        if runs:
+            name = result.row.labels[label] if label else result.row.title
+            index = names.index(name) if label else position
+            lines.append(Line(name, mean_curve(runs), index, runs if len(runs) > 1 else ()))
+    return lines
+
+
+def thin(points: np.ndarray) -> np.ndarray:
+    """At most about 200 of (N, 2) points, each the mean of its neighbors; few points are kept as they are."""
+    if len(points) <= _MOST_POINTS:
+        return points
+    return np.array([part.mean(axis=0) for part in np.array_split(points, _MOST_POINTS)])
+
+
+def mean_curve(runs: Sequence[np.ndarray]) -> np.ndarray:
+    """Mean over runs where all have a value, at the places of the first; straight between points."""
+    low, high = max(run[0, 0] for run in runs), min(run[-1, 0] for run in runs)
+    x = runs[0][(runs[0][:, 0] >= low) & (runs[0][:, 0] <= high), 0]
+    return np.stack([x, np.mean([np.interp(x, run[:, 0], run[:, 1]) for run in runs], axis=0)], axis=1)
+
+
+def _by_label(rows: Sequence[RowResult], grid: Grid, names: Sequence[str], across: Sequence[str]) -> list[Line]:
+    """The number of a grid against its columns, with the deviation over seeds; a cost as it is."""
+    lines = []
+    place = common_place(rows)
+    for index, name in enumerate(names):
+        found = []
+        for result in rows:
+            if result.row.labels[grid.rows] != name:
+                continue
+            at = across.index(result.row.labels[grid.columns])
+            if COLUMNS[grid.value].what == METRIC:
+                found += [(at, s.mean, s.std or 0.0) for s in [result.spread(grid.value)] if s is not None]
+            else:
+                found += [(at, cost, 0.0) for cost in [result.cost(grid.value, place)] if cost is not None]
+        if found:
+            values = np.array(sorted(found), dtype=float)
+            lines.append(Line(name, values[:, :2], index, spread=values[:, 2]))
+    return lines
+
+
+def _published(
+    rows: Sequence[RowResult], table: Table, grid: Grid, names: Sequence[str], across: Sequence[str]
+) -> list[Line]:
+    """What the source of a table has for the number of its grid, as lines behind the measured ones."""
+    source = table.reference or source_of(rows)
+    values: dict[str, list[tuple[int, float]]] = {}
+    for result, reference in zip(rows, published_rows(rows, source)):
+        if reference is not None and grid.value in reference.values:
+            at = across.index(result.row.labels[grid.columns])
+            values.setdefault(result.row.labels[grid.rows], []).append((at, reference.values[grid.value]))
+    return [
+        Line(f"{name} ({source})", np.array(sorted(found), dtype=float), names.index(name), published=True)
+        for name, found in values.items()
+    ]
