@@ -15,7 +15,7 @@ from gn_det.cli import COMMANDS
 ROOT = Path(__file__).resolve().parent.parent
 
 #: Modules at the top of gn_det that every room may use.
-BASE = {"about", "errors", "text", "terminal", "files", "values", "parent_watch"}
+BASE = {"about", "compiler", "errors", "text", "terminal", "files", "values", "parent_watch"}
 #: Rooms that read or write what a user has; they import no engine.
 MIDDLE = BASE | {"structures", "config", "checkpoint", "data", "evaluation", "visualize"}
 
@@ -32,7 +32,8 @@ ALLOWED: dict[str, set[str]] = {
     "values": {"text"},
     "parent_watch": set(),
     "structures": set(),
-    "kernels": set(),
+    "compiler": set(),
+    "kernels": {"compiler"},
     "norm": {"errors", "kernels"},
     "modeling": {"errors", "kernels", "norm", "structures"},
     "config": BASE,

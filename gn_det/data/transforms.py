@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from gn_det.data.resize import can_resize, resize, rows_first
+
 #: Gray value of the padding, as in Detectron2's FixedSizeCrop.
 PAD_VALUE = 128
 
@@ -51,6 +53,8 @@ class Resize(Transform):
     new_width: int
 
     def image(self, pixels: np.ndarray) -> np.ndarray:
+        if can_resize(pixels, self.new_height, self.new_width):
+            return resize(pixels, self.new_height, self.new_width)
         return self._resize(pixels, Image.Resampling.BILINEAR)
 
     def mask(self, bitmap: np.ndarray) -> np.ndarray:
@@ -62,12 +66,14 @@ class Resize(Transform):
         return points
 
     def window(self, pixels: np.ndarray, crop: Crop) -> np.ndarray:
-        """What ``crop`` keeps of :meth:`image`, equal to the bit for less work.
-
-        Pillow scales along rows first, to 8 bits, and then along columns: columns outside the crop can go in between.
-        """
+        """What ``crop`` keeps of :meth:`image`, equal to the bit for less work."""
         left, right = crop.x0, min(crop.x0 + crop.width, self.new_width)
         top, bottom = crop.y0, min(crop.y0 + crop.height, self.new_height)
+        if can_resize(pixels, self.new_height, self.new_width):
+            return resize(pixels, self.new_height, self.new_width, slice(top, bottom), slice(left, right))
+        if not rows_first(self.height, self.width, self.new_height, self.new_width):
+            return crop.image(self.image(pixels))
+        # Pillow scales along rows first, to 8 bits: columns outside the crop can go before it scales along columns.
         wide = _pillow(pixels).resize((self.new_width, self.height), Image.Resampling.BILINEAR)
         columns = wide.crop((left, 0, right, self.height))
         high = columns.resize((right - left, self.new_height), Image.Resampling.BILINEAR)

@@ -1,35 +1,26 @@
 """Builds native.cpp where a C++ compiler is installed, and calls it: fused GroupNorm and RoIAlign on a CPU.
 
-The library is compiled on first use (a few seconds) for this very CPU and kept in ``~/.cache/gn_det_kernels``. It takes
-channels_last maps in float32 and bfloat16; everything else, and machines without a compiler, stay with plain torch.
+It takes channels_last maps in float32 and bfloat16; everything else, and machines without a compiler, stay with plain
+torch. :mod:`gn_det.compiler` builds the library at its first use.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gn_det import compiler
 from gn_det.kernels.reference import memory_format
-
-logger = logging.getLogger(__name__)
 
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 #: Elements of a chunk, which stays in a core's cache between the passes over it.
 _CHUNK = 1 << 16
 _SOURCE = Path(__file__).with_name("native.cpp")
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 
 
 def can_run(x: Tensor) -> bool:
@@ -46,60 +37,7 @@ def available() -> bool:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
-    if compiler is None:
-        logger.info("No C++ compiler (c++, g++, clang++): GN and RoIAlign run on torch's kernels, which take longer.")
-        return None
-    try:
-        return ctypes.CDLL(os.fspath(_build(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
-        output = getattr(error, "stderr", None) or str(error)
-        reason = output.strip().splitlines()[-1][:200] if output.strip() else type(error).__name__
-        logger.warning("%s cannot build gn_det's kernels (%s): GN and RoIAlign run on torch's.", compiler, reason)
-        return None
-
-
-def _build(compiler: str) -> Path:
-    """The shared library of this source, compiler and CPU; other processes may build it at the same time."""
-    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=30).stdout
-    parts = (_SOURCE.read_text(), version, str(_FLAGS), platform.machine(), _cpu_features())
-    folder = _private_folder()
-    library = folder / f"native-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}.so"
-    if library.is_file():
-        return library
-    made = folder / f"{library.name}.{os.getpid()}"
-    command = [compiler, *_FLAGS, os.fspath(_SOURCE), "-o", os.fspath(made)]
-    logger.info("Compiling gn_det's CPU kernels once (%s).", compiler)
-    try:
-        done = subprocess.run([*command, "-fopenmp"], check=False, capture_output=True, timeout=300)
-        if done.returncode:  # perhaps it has no OpenMP: one thread
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-        os.replace(made, library)
-    finally:
-        made.unlink(missing_ok=True)
-    return library
-
-
-def _private_folder() -> Path:
-    """A folder that nobody else can write to: code is loaded from it."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "gn_det_kernels"
-    try:
-        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = cache.stat()
-        if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(cache, os.W_OK):
-            return cache
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="gn_det-"))
-
-
-def _cpu_features() -> str:
-    """Flags of the CPU: on a shared home directory machines must not load each other's code."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    return compiler.load(_SOURCE, "GN and RoIAlign run on torch's kernels")
 
 
 def _pointer(t: Tensor | None) -> ctypes.c_void_p:

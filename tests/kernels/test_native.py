@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import roi_align
 
+from gn_det import compiler
 from gn_det.kernels import group_norm_act, native, reference, takes_kernels
 from gn_det.modeling.poolers import RoIPooler
 
@@ -173,7 +174,7 @@ def test_without_a_compiler_torch_runs(
 ) -> None:
     """The same values by torch's operations, and one line, once."""
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr("gn_det.kernels.native.shutil.which", lambda name: None)
+    monkeypatch.setattr("gn_det.compiler.shutil.which", lambda name: None)
     x = last(torch.randn(2, 8, 5, 4))
     for _ in range(2):
         assert torch.equal(group_norm_act(x, 4, torch.ones(8), torch.zeros(8)), torch.group_norm(x, 4).relu())
@@ -188,7 +189,7 @@ def test_a_compiler_that_fails_is_named(
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     assert not native.available()
-    assert "broken-c++ cannot build gn_det's kernels (fatal error: no space)" in caplog.text
+    assert "broken-c++ cannot build gn_det's native.cpp (fatal error: no space)" in caplog.text
 
 
 @needs_compiler
@@ -199,4 +200,4 @@ def test_a_library_is_built_once_and_from_no_foreign_folder(unbuilt: Path, caplo
     native._library.cache_clear()
     assert native.available() and caplog.text.count("Compiling") == 1
     os.chmod(unbuilt, stat.S_IRWXU | stat.S_IWOTH)
-    assert native._private_folder() != unbuilt
+    assert compiler.private_folder() != unbuilt

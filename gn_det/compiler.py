@@ -1,0 +1,82 @@
+"""Compiles a C++ file of the package where a compiler is installed, and loads it.
+
+A file is compiled at its first use (a few seconds) for this very CPU and kept in ``~/.cache/gn_det_kernels``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+
+
+def load(source: Path, fallback: str) -> ctypes.CDLL | None:
+    """The library of ``source``, or None where it cannot be built, which is logged.
+
+    Args:
+        fallback: what happens then, such as "images are resized by Pillow".
+    """
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
+    if compiler is None:
+        logger.info("No C++ compiler (c++, g++, clang++): %s, which takes longer.", fallback)
+        return None
+    try:
+        return ctypes.CDLL(os.fspath(_build(source, compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        output = getattr(error, "stderr", None) or str(error)
+        reason = output.strip().splitlines()[-1][:200] if output.strip() else type(error).__name__
+        logger.warning("%s cannot build gn_det's %s (%s): %s.", compiler, source.name, reason, fallback)
+        return None
+
+
+def _build(source: Path, compiler: str) -> Path:
+    """The shared library of this source, compiler and CPU; other processes may build it at the same time."""
+    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=30).stdout
+    parts = (source.read_text(), version, str(_FLAGS), platform.machine(), _cpu_features())
+    folder = private_folder()
+    library = folder / f"{source.stem}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}.so"
+    if library.is_file():
+        return library
+    made = folder / f"{library.name}.{os.getpid()}"
+    command = [compiler, *_FLAGS, os.fspath(source), "-o", os.fspath(made)]
+    logger.info("Compiling gn_det's %s once (%s).", source.name, compiler)
+    try:
+        done = subprocess.run([*command, "-fopenmp"], check=False, capture_output=True, timeout=300)
+        if done.returncode:  # perhaps it has no OpenMP: one thread
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+        os.replace(made, library)
+    finally:
+        made.unlink(missing_ok=True)
+    return library
+
+
+def private_folder() -> Path:
+    """A folder that nobody else can write to: code is loaded from it."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "gn_det_kernels"
+    try:
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = cache.stat()
+        if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(cache, os.W_OK):
+            return cache
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="gn_det-"))
+
+
+def _cpu_features() -> str:
+    """Flags of the CPU: on a shared home directory machines must not load each other's code."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
