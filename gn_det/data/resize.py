@@ -32,7 +32,7 @@ def rows_first(height: int, width: int, new_height: int, new_width: int) -> bool
 def can_resize(pixels: np.ndarray, new_height: int, new_width: int) -> bool:
     """Whether :func:`resize` takes these pixels; compiles resize.cpp at its first use."""
     fits = pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] in (1, 3) and 0 not in pixels.shape
-    return fits and rows_first(*pixels.shape[:2], new_height, new_width) and _library() is not None
+    return fits and rows_first(pixels.shape[0], pixels.shape[1], new_height, new_width) and _library() is not None
 
 
 def resize(
@@ -75,7 +75,8 @@ def _run(
     )  # fmt: skip
     if not done:
         raise MemoryError(f"cannot resize {width}x{height} pixels to {new_width}x{new_height}")
-    return out.transpose(1, 2, 0)
+    hwc: np.ndarray = out.transpose(1, 2, 0)
+    return hwc
 
 
 @functools.lru_cache(maxsize=64)
