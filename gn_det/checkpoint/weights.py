@@ -311,12 +311,12 @@ def _refuse_untrained(report: LoadReport, cfg: Any, weights: Weights) -> None:
 
 def _refuse_frozen(report: LoadReport, model: nn.Module) -> None:
     """Layers that are frozen and were not loaded would stay random forever."""
-    lost = {*report.missing, *report.shape_differs}
+    lost = {*report.missing, *report.shape_differs, *report.reinitialized}
     frozen = [name for name, p in model.named_parameters() if name in lost and not p.requires_grad]
     if frozen:
         raise WeightsError(
             f"{report.source}: has no weights for {shorten(frozen)}, which are frozen and would stay random: set "
-            "MODEL.BACKBONE.FREEZE_AT 0"
+            "MODEL.BACKBONE.FREEZE_AT 0, and name no such part in MODEL.FREEZE"
         )
 
 

@@ -186,6 +186,9 @@ def _mention_what_is_not_read(cfg: CfgNode) -> None:
         return
     solver, sets = cfg.SOLVER, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
     unread = {
+        "MODEL.FREEZE": len(cfg.MODEL.FREEZE),
+        "SOLVER.OPTIMIZER": solver.OPTIMIZER != "SGD",
+        "SOLVER.BACKBONE_LR_FACTOR": solver.BACKBONE_LR_FACTOR != 1,
         "SOLVER.ACCUMULATE": solver.ACCUMULATE != 1,
         "SOLVER.EPOCHS": solver.EPOCHS != 0,
         "TEST.PATIENCE": cfg.TEST.PATIENCE != 0,

@@ -17,6 +17,7 @@ from gn_det.detectron2.conversion import Inputs, detector
 from gn_det.detectron2.steps import Storage, build_optimizer
 from gn_det.engine.choice import Choice, load
 from gn_det.engine.engines import Engine
+from gn_det.modeling.build import freeze_parts
 from gn_det.structures import Detections, Sample
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Detectron2Engine(Engine):
     def build_model(self, cfg: AnyCfgNode) -> nn.Module:
         with trainer_keys_are_read():
             model: nn.Module = detectron2.modeling.build_model(model_config(cfg))
+        freeze_parts(model, cfg.MODEL.FREEZE)
         return model
 
     def build_optimizer(self, cfg: AnyCfgNode, model: nn.Module) -> Optimizer:

@@ -19,7 +19,8 @@ from torch import nn
 
 from gn_det.engine import dist
 from gn_det.engine.loop import Hook, Loop
-from gn_det.errors import ConfigError
+from gn_det.engine.optimizer import build_optimizer as own_optimizer
+from gn_det.engine.optimizer import check_trainable
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -139,18 +140,27 @@ def join_local_group() -> None:
 
 
 def clipped_by_detectron2(cfg: CfgNode) -> bool:
-    """Whether Detectron2's optimizer knows SOLVER.CLIP_GRADIENTS.CLIP_TYPE; it has no "full_model"."""
-    return cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE in ("value", "norm")
+    """Whether the optimizer is Detectron2's and knows SOLVER.CLIP_GRADIENTS.CLIP_TYPE; it has no "full_model"."""
+    return cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE in ("value", "norm") and not _is_ours(cfg)
+
+
+def _is_ours(cfg: CfgNode) -> bool:
+    """Whether the config asks for what Detectron2 builds from Python alone, not from keys."""
+    return bool(cfg.SOLVER.OPTIMIZER != "SGD" or cfg.SOLVER.BACKBONE_LR_FACTOR != 1)
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module, *, clips: bool = True) -> Optimizer:
     """Detectron2's optimizer; clipping that it does not know is left to the loop, without ``clips`` all of it.
 
+    AdamW and SOLVER.BACKBONE_LR_FACTOR take :func:`gn_det.engine.optimizer.build_optimizer`, which forms the same
+    groups.
+
     Raises:
         ConfigError: every parameter is frozen.
     """
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ConfigError("every parameter of the model is frozen; lower MODEL.BACKBONE.FREEZE_AT")
+    if _is_ours(cfg):
+        return own_optimizer(cfg, model)
+    check_trainable(model)
     if not clips or not clipped_by_detectron2(cfg):
         cfg = cfg.clone()
         cfg.defrost()

@@ -60,6 +60,7 @@ from gn_det.engine.prepare import (
 )
 from gn_det.engine.state import ModelMeta, Resume, TrainState, find_resume, restore
 from gn_det.errors import TrainingError
+from gn_det.modeling.build import freeze_parts
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -127,6 +128,7 @@ class Trainer(DefaultTrainer):
             self.cfg = cfg = _with_names(prepared.cfg, cfg)
             prepare_config(cfg)
             model = self.build_model(cfg)
+            freeze_parts(model, cfg.MODEL.FREEZE)
             warn_of_norms(cfg, model)  # an overridden build_model may go past Detectron2's registry
             #: what a run is resumed by and checkpoints store: the files of the sets instead of their names
             self._run_cfg = _with_names(cfg, prepared.cfg)

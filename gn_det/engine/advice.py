@@ -19,6 +19,8 @@ _BACKBONE = ("stem", "res2", "res3", "res4", "res5", "res5 head")
 _KEYS = {"fpn": "MODEL.FPN.NORM", "box head": "MODEL.ROI_BOX_HEAD.NORM", "mask head": "MODEL.ROI_MASK_HEAD.NORM"}
 #: Epochs of COCO in Detectron2's 3x schedule; published training from scratch took this or three times as many.
 _SCRATCH_EPOCHS = 36
+#: Rates of published detectors trained by AdamW are 1e-4 to 2e-4.
+_MOST_OF_ADAMW = 0.001
 
 
 def half_gn(rows: Sequence[CensusRow]) -> str:
@@ -56,6 +58,17 @@ def short_for_scratch(cfg: CfgNode, images: int) -> str:
         f"MODEL.WEIGHTS is empty and the run has {epochs:.1f} epochs; published runs from scratch have at least "
         f"{_SCRATCH_EPOCHS} (of COCO): give pretrained weights (--weights), "
         f"or train longer (--epochs {_SCRATCH_EPOCHS})."
+    )
+
+
+def high_rate(cfg: CfgNode) -> str:
+    """A sentence for AdamW with a learning rate of SGD's size, which it does not survive; "" otherwise."""
+    solver = cfg.SOLVER
+    if solver.OPTIMIZER != "ADAMW" or solver.BASE_LR <= _MOST_OF_ADAMW:
+        return ""
+    return (
+        f"SOLVER.BASE_LR {solver.BASE_LR:g} is a learning rate for SGD; AdamW takes about 0.0001 (SOLVER.BASE_LR "
+        "0.0001, SOLVER.WEIGHT_DECAY 0.05)."
     )
 
 

@@ -1,8 +1,9 @@
-"""SGD and its parameter groups, as Detectron2's ``get_default_optimizer_params`` forms them.
+"""SGD and AdamW, with parameter groups as Detectron2's ``get_default_optimizer_params`` forms them.
 
 Parameters of a *module* in :data:`NORM_MODULES` (subclasses included) get ``SOLVER.WEIGHT_DECAY_NORM``. A parameter
 *named* ``bias`` then takes ``SOLVER.WEIGHT_DECAY_BIAS`` and ``SOLVER.BIAS_LR_FACTOR`` where they are set, the beta of a
-norm layer included.
+norm layer included. ``SOLVER.BACKBONE_LR_FACTOR`` multiplies the rate of parameters below ``backbone``, which is what
+Detectron2's ``lr_factor_func`` is for.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from gn_det.errors import ConfigError
+from gn_det.modeling.census import frozen_by
 from gn_det.text import count
 
 #: Module classes whose parameters count as gamma and beta.
@@ -33,13 +35,13 @@ NORM_MODULES: tuple[type[nn.Module], ...] = (
 
 
 def _own_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    """(module, parameter name, parameter), each parameter once, in module order."""
+    """(module, full parameter name, parameter), each parameter once, in module order."""
     seen: set[nn.Parameter] = set()
-    for module in model.modules():
+    for prefix, module in model.named_modules():
         for name, param in module.named_parameters(recurse=False):
             if param not in seen:
                 seen.add(param)
-                yield module, name, param
+                yield module, f"{prefix}.{name}", param
 
 
 def _hyperparameters(cfg: CfgNode, module: nn.Module, name: str) -> dict[str, float]:
@@ -48,11 +50,13 @@ def _hyperparameters(cfg: CfgNode, module: nn.Module, name: str) -> dict[str, fl
     explicit = {"lr": float(solver.BASE_LR)}
     if isinstance(module, NORM_MODULES) and solver.WEIGHT_DECAY_NORM is not None:
         explicit["weight_decay"] = float(solver.WEIGHT_DECAY_NORM)
-    if name == "bias":
+    if name.endswith(".bias"):
         if solver.BIAS_LR_FACTOR is not None and solver.BIAS_LR_FACTOR != 1.0:
             explicit["lr"] = float(solver.BASE_LR) * float(solver.BIAS_LR_FACTOR)
         if solver.WEIGHT_DECAY_BIAS is not None:
             explicit["weight_decay"] = float(solver.WEIGHT_DECAY_BIAS)
+    if name.startswith("backbone."):
+        explicit["lr"] *= float(solver.BACKBONE_LR_FACTOR)
     return explicit
 
 
@@ -68,23 +72,30 @@ def optimizer_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
     return [{**dict(key), "params": params} for key, params in merged.items()]
 
 
-def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
-    """SGD over :func:`optimizer_groups`.
+def check_trainable(model: nn.Module) -> None:
+    """Refuse a model of which nothing trains.
 
     Raises:
         ConfigError: every parameter is frozen.
     """
-    groups = optimizer_groups(cfg, model)
-    if not groups:
-        raise ConfigError("every parameter of the model is frozen; lower MODEL.BACKBONE.FREEZE_AT")
-    return torch.optim.SGD(
-        groups,
-        lr=cfg.SOLVER.BASE_LR,
-        momentum=cfg.SOLVER.MOMENTUM,
-        nesterov=cfg.SOLVER.NESTEROV,
-        weight_decay=cfg.SOLVER.WEIGHT_DECAY,
-        foreach=True,
-    )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError(
+            "every parameter of the model is frozen; lower MODEL.BACKBONE.FREEZE_AT or shorten MODEL.FREEZE"
+        )
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD | torch.optim.AdamW:
+    """SOLVER.OPTIMIZER over :func:`optimizer_groups`.
+
+    Raises:
+        ConfigError: every parameter is frozen.
+    """
+    check_trainable(model)
+    groups, solver = optimizer_groups(cfg, model), cfg.SOLVER
+    common = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY, "foreach": True}
+    if solver.OPTIMIZER == "ADAMW":
+        return torch.optim.AdamW(groups, betas=tuple(solver.BETAS), **common)
+    return torch.optim.SGD(groups, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, **common)
 
 
 def clip_gradients(cfg: CfgNode, parameters: Iterable[nn.Parameter]) -> None:
@@ -109,21 +120,21 @@ def format_groups(cfg: CfgNode, model: nn.Module) -> tuple[str, str]:
     kinds = ("gamma/beta", "bias", "weight")
     counts: dict[tuple[int, float | None, float | None], list[int]] = {}  # (kind, lr, decay): elements of each tensor
     for module, name, param in _own_parameters(model):
-        kind = 0 if isinstance(module, NORM_MODULES) else 1 if name == "bias" else 2
+        kind = 0 if isinstance(module, NORM_MODULES) else 1 if name.endswith(".bias") else 2
         lr = decay = None  # frozen
         if param.requires_grad:
             explicit = _hyperparameters(cfg, module, name)
             lr, decay = explicit["lr"], explicit.get("weight_decay", float(cfg.SOLVER.WEIGHT_DECAY))
         counts.setdefault((kind, lr, decay), []).append(param.numel())
     lines = ["Optimizer groups", f"  {'kind':<12}{'tensors':>8}{'parameters':>13}{'lr':>10}{'weight decay':>14}"]
-    norms = []
+    norms: dict[str, int] = {}  # what happens to gamma and beta: number of tensors
     for kind, lr, decay in sorted(counts, key=lambda k: (k[1] is None, k[0], -(k[2] or 0.0))):
         sizes = counts[kind, lr, decay]
         rate, factor = ("frozen", "-") if lr is None else (f"{lr:g}", f"{decay:g}")
         lines.append(f"  {kinds[kind]:<12}{len(sizes):>8}{sum(sizes):>13,}{rate:>10}{factor:>14}")
         if kind == 0:
-            how = "frozen by MODEL.BACKBONE.FREEZE_AT" if lr is None else f"trained with weight decay {factor}"
-            norms.append((len(sizes), f"{len(sizes)} {how}"))
-    total, parts = sum(number for number, _ in norms), ", ".join(part for _, part in norms)
+            how = f"frozen by {frozen_by(cfg)}" if lr is None else f"trained with weight decay {factor}"
+            norms[how] = norms.get(how, 0) + len(sizes)
+    total, parts = sum(norms.values()), ", ".join(f"{number} {how}" for how, number in norms.items())
     sentence = f"{count(total, 'gamma/beta tensor')}{': ' if norms else ''}{parts}."
     return "\n".join([*lines, f"  {sentence}"]), sentence

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from gn_det.checkpoint.io import tensor_problem
 from gn_det.errors import WeightsError
@@ -55,9 +55,15 @@ class OtherGroups(InvalidValue):
     """The saved optimizer state is of other parameter groups."""
 
     remedy = (
-        "resume with the MODEL.BACKBONE.FREEZE_AT and weight decay keys of the run, or start a new one with "
-        "MODEL.WEIGHTS"
+        "resume with the MODEL.BACKBONE.FREEZE_AT, MODEL.FREEZE, SOLVER.BACKBONE_LR_FACTOR and weight decay keys of "
+        "the run, or start a new one with MODEL.WEIGHTS"
     )
+
+
+class OtherOptimizer(InvalidValue):
+    """The saved optimizer state is of another optimizer."""
+
+    remedy = "resume with the SOLVER.OPTIMIZER of the run, or start a new one with MODEL.WEIGHTS"
 
 
 # ------------------------------------------------------------ tensors
@@ -151,10 +157,16 @@ def restore_slots(optimizer: Optimizer, saved: Any, where: str) -> Callable[[], 
     return lambda: optimizer.load_state_dict({"state": slots, "param_groups": ours})
 
 
+#: What Adam and AdamW keep of each parameter.
+_ADAM = ("step", "exp_avg", "exp_avg_sq")
+
+
 def _slot(optimizer: Optimizer, parameter: Tensor, slot: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Copies of one parameter's buffers; of SGD only momentum, the one that it reads."""
     out: dict[str, Any] = {}
-    sgd = isinstance(optimizer, SGD)
+    sgd, adam = isinstance(optimizer, SGD), isinstance(optimizer, (Adam, AdamW))
+    if (sgd and slot.keys() >= set(_ADAM)) or (adam and not slot.keys() >= set(_ADAM)):
+        raise OtherOptimizer(where, f"has no state of {type(optimizer).__name__}")
     for name, value in slot.items():
         if sgd and name != "momentum_buffer":
             continue
@@ -165,6 +177,8 @@ def _slot(optimizer: Optimizer, parameter: Tensor, slot: Mapping[str, Any], wher
         tensor_like(like)(value, f"{where}.{name if name.isidentifier() else shown(name)}")
         with torch.no_grad():
             out[name] = torch.empty_like(like, requires_grad=False).copy_(value)
+        if adam and name in ("step", "exp_avg_sq") and out[name].min() < 0:  # a root and a power are taken
+            raise InvalidValue(f"{where}.{name}", "is negative")
     return out
 
 

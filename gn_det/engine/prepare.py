@@ -21,7 +21,7 @@ from gn_det.data.augment import OwnTransform
 from gn_det.data.loader import build_train_loader
 from gn_det.data.sets import RunData, load_run_data, without_masks
 from gn_det.engine import dist
-from gn_det.engine.advice import half_gn, short_for_scratch
+from gn_det.engine.advice import half_gn, high_rate, short_for_scratch
 from gn_det.engine.log import on_screen
 from gn_det.engine.loggers import check_loggers
 from gn_det.engine.optimizer import format_groups
@@ -31,7 +31,8 @@ from gn_det.engine.shared_copy import load_once
 from gn_det.engine.state import seed_everything
 from gn_det.errors import ConfigError
 from gn_det.files import atomic_write
-from gn_det.modeling.census import format_census, norm_census, sum_census
+from gn_det.modeling.census import format_census, frozen_by, norm_census, sum_census
+from gn_det.text import some
 
 logger = logging.getLogger(__name__)
 
@@ -109,9 +110,11 @@ def describe_model(cfg: CfgNode, model: nn.Module) -> None:
     """Log the norm census and the optimizer groups."""
     rows = norm_census(model)
     short = on_screen(f"Norm layers: {sum_census(rows)}")
-    logger.info("Norm layers\n%s", indented(format_census(rows)), extra=short)
+    logger.info("Norm layers\n%s", indented(format_census(rows, frozen_by(cfg))), extra=short)
     if advice := half_gn(rows):
         logger.info(advice)
+    if advice := high_rate(cfg):
+        logger.warning(advice)
     table, sentence = format_groups(cfg, model)
     logger.info(table, extra=on_screen(f"Weight decay {cfg.SOLVER.WEIGHT_DECAY:g}; {sentence}"))
 
@@ -156,14 +159,18 @@ def check_freeze(cfg: CfgNode, *, strict: bool = True) -> None:
     """Refuse (or, not strict, warn of) layers that would be frozen at random values.
 
     Raises:
-        ConfigError: FREEZE_AT > 0 without weights.
+        ConfigError: FREEZE_AT > 0, or MODEL.FREEZE, without weights.
     """
-    at = int(cfg.MODEL.BACKBONE.FREEZE_AT)
-    if at <= 0 or cfg.MODEL.WEIGHTS:
+    at, parts = int(cfg.MODEL.BACKBONE.FREEZE_AT), tuple(cfg.MODEL.FREEZE)
+    if cfg.MODEL.WEIGHTS or (at <= 0 and not parts):
         return
+    if at > 0:
+        key, value, what, off = "BACKBONE.FREEZE_AT", str(at), "the first stages", "0"
+    else:
+        key, value, what, off = "FREEZE", some(parts), "these parts", '"()"'
     message = (
-        f"MODEL.BACKBONE.FREEZE_AT is {at} but MODEL.WEIGHTS is empty: the first stages would stay frozen at random "
-        "values; set MODEL.BACKBONE.FREEZE_AT 0 to train from scratch, or give MODEL.WEIGHTS"
+        f"MODEL.{key} is {value} but MODEL.WEIGHTS is empty: {what} would stay frozen at random "
+        f"values; set MODEL.{key} {off} to train from scratch, or give MODEL.WEIGHTS"
     )
     if strict:
         raise ConfigError(message)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -22,7 +23,7 @@ from gn_det.modeling.layers import FeatureSpec
 from gn_det.modeling.mask_rcnn import MaskRCNN
 from gn_det.modeling.matcher import Matcher
 from gn_det.modeling.poolers import RoIPooler
-from gn_det.modeling.resnet import BottleneckBlock, ResNet, make_stage
+from gn_det.modeling.resnet import BottleneckBlock, ResNet, freeze, make_stage
 from gn_det.modeling.roi_heads import Res5RoIHeads, RoIHeads, RoISampler, StandardRoIHeads
 from gn_det.modeling.rpn import RPN, RPNHead
 from gn_det.norm import GroupRule, NormFactory
@@ -71,13 +72,33 @@ def build_model(cfg: Cfg) -> MaskRCNN:
         ConfigError: a value that no model can be built from; the message names key or layer.
     """
     backbone = build_backbone(cfg)
-    return MaskRCNN(
+    model = MaskRCNN(
         backbone=backbone,
         proposal_generator=build_rpn(cfg, backbone.feature_specs),
         roi_heads=build_roi_heads(cfg, backbone.feature_specs),
         pixel_mean=[float(v) for v in cfg.MODEL.PIXEL_MEAN],
         pixel_std=[float(v) for v in cfg.MODEL.PIXEL_STD],
     )
+    freeze_parts(model, cfg.MODEL.FREEZE)
+    return model
+
+
+def freeze_parts(model: nn.Module, names: Sequence[str]) -> None:
+    """Freeze the modules called ``names`` in place; their BatchNorm becomes FrozenBN, see :func:`freeze`.
+
+    Raises:
+        ConfigError: the model has no such module, or it has no weights.
+    """
+    modules = {
+        name: module for name, module in model.named_modules() if name and next(module.parameters(), None) is not None
+    }
+    for name in names:
+        if name not in modules:
+            parts = [part for part in modules if part.count(".") <= (part.startswith("roi_heads."))]
+            raise ConfigError(
+                f"MODEL.FREEZE: the model has no part {name!r} with weights; its parts are {', '.join(parts)}"
+            )
+        freeze(modules[name])
 
 
 def build_backbone(cfg: Cfg) -> FPN | ResNet:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -128,8 +129,19 @@ def sum_census(rows: Sequence[CensusRow]) -> str:
     return " + ".join(f"{n} {kind} in {part}" for part, kinds in parts.items() for kind, n in kinds.items()) or "none"
 
 
-def format_census(rows: Sequence[CensusRow]) -> str:
-    """Return the rows as a table, and a last line with the sums per part."""
+def frozen_by(cfg: Any) -> str:
+    """Name the keys that freeze parts of a model: MODEL.BACKBONE.FREEZE_AT, MODEL.FREEZE, or both."""
+    at, parts = int(cfg.MODEL.BACKBONE.FREEZE_AT), cfg.MODEL.get("FREEZE", ())
+    keys = ["MODEL.BACKBONE.FREEZE_AT"] if at or not parts else []
+    return " and ".join([*keys, f"MODEL.FREEZE ({', '.join(parts)})"] if parts else keys)
+
+
+def format_census(rows: Sequence[CensusRow], frozen_by: str = "MODEL.BACKBONE.FREEZE_AT") -> str:
+    """Return the rows as a table, and a last line with the sums per part.
+
+    Args:
+        frozen_by: keys that froze gamma and beta, see the function of this name.
+    """
     lines = [f"{'stage':<10} {'norm':<9} {'layers':>6}  {'groups':<12} gamma/beta tensors"]
     for row in rows:
         groups = ", ".join(map(str, row.groups)) or "-"
@@ -138,7 +150,7 @@ def format_census(rows: Sequence[CensusRow]) -> str:
     trainable, frozen = sum(r.trainable for r in rows), sum(r.frozen for r in rows)
     total = f"{trainable + frozen} gamma/beta tensors: {trainable} trainable, {frozen} frozen"
     as_frozen_bn = sum(r.frozen for r in rows if r.norm == "FrozenBN")
-    reasons = ((as_frozen_bn, "as FrozenBN"), (frozen - as_frozen_bn, "by MODEL.BACKBONE.FREEZE_AT"))
+    reasons = ((as_frozen_bn, "as FrozenBN"), (frozen - as_frozen_bn, f"by {frozen_by}"))
     if frozen:
         total += f" ({', '.join(f'{n} {why}' for n, why in reasons if n)})"
     lines.append(f"total: {sum_census(rows)}; {total}")

@@ -72,6 +72,25 @@ def test_python_and_command_line_give_the_same_run(
     assert again.iter == 5 and [e["iteration"] for e in lines(tmp_path / "python")][-1] == 5
 
 
+def test_optimizer_frozen_parts_and_rates_are_the_same_everywhere(data: list[str], tmp_path: Path) -> None:
+    """AdamW, a slower backbone and a frozen RPN: equal weights from both engines and from Python, to the bit."""
+    start = tmp_path / "start"
+    assert main(tiny(data, start, "SOLVER.MAX_ITER", "1", engine="embedded")) == 0
+    keys = ["SOLVER.OPTIMIZER", "ADAMW", "SOLVER.BASE_LR", "0.001", "SOLVER.BACKBONE_LR_FACTOR", "0.1"]
+    keys += ["MODEL.FREEZE", "('proposal_generator', 'backbone.bottom_up.res3')", "SOLVER.MAX_ITER", "3"]
+    keys += ["SOLVER.CLIP_GRADIENTS.ENABLED", "True", "MODEL.WEIGHTS", str(start / "model_final.pth")]
+    for engine in ("embedded", "detectron2"):
+        assert main(tiny(data, tmp_path / engine, *keys, engine=engine)) == 0
+    trainer = Trainer(tiny_cfg(data, tmp_path / "python", *keys))
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    before, *after = (state(tmp_path / f / "model_final.pth") for f in ("start", "embedded", "detectron2", "python"))
+    for name, value in before.items():
+        frozen = name.startswith(("proposal_generator", "backbone.bottom_up.res3"))
+        assert torch.equal(value, after[0][name]) == frozen, name
+        assert all(torch.equal(a[name], after[0][name]) for a in after[1:]), name
+
+
 @pytest.mark.parametrize("trainer_class", [DefaultTrainer, Trainer])
 def test_what_is_set_in_python_is_literal(trainer_class: type[DefaultTrainer], data: list[str], tmp_path: Path) -> None:
     """300 iterations of 2 images at lr 0.00025, on a config that was written for 16 images on 8 GPUs."""

@@ -38,6 +38,39 @@ def test_bias_rules_win_over_norm_rules() -> None:
     assert lr[id(model.fc.bias)] == 2 * lr[id(model.fc.weight)]
 
 
+class WithBackbone(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = Tiny()
+        self.head = nn.Linear(8, 2)
+
+
+def test_backbone_rate_is_a_factor_of_every_other_rule() -> None:
+    cfg, model = get_cfg(), WithBackbone()
+    cfg.merge_from_list(["SOLVER.BACKBONE_LR_FACTOR", 0.1, "SOLVER.BIAS_LR_FACTOR", 2.0, "SOLVER.BASE_LR", 1.0])
+    lr = {id(p): g["lr"] for g in build_optimizer(cfg, model).param_groups for p in g["params"]}
+    parts = (model.head, model.backbone.fc)
+    assert [(lr[id(m.weight)], lr[id(m.bias)]) for m in parts] == [(1.0, 2.0), (0.1, 0.2)]
+    assert lr[id(model.backbone.gn.weight)] == 0.1
+    assert "  weight             2          280       0.1        0.0001" in format_groups(cfg, model)[0]
+
+
+def test_adamw_decays_weights_beside_the_gradient_and_no_norm() -> None:
+    """One step is ``w (1 - lr decay) - lr sign(g)`` up to eps; gamma and beta have the second term alone."""
+    cfg, model = get_cfg(), Tiny()
+    cfg.merge_from_list(["SOLVER.OPTIMIZER", "ADAMW", "SOLVER.WEIGHT_DECAY", 0.5, "SOLVER.BASE_LR", 0.01])
+    optimizer = build_optimizer(cfg, model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.full_like(p, -3.0) if p.requires_grad else None
+    optimizer.step()
+    for name, p in model.named_parameters():
+        kept = 1.0 if name.startswith(("gn", "ln")) else 1 - 0.01 * 0.5
+        expected = before[name] * kept + 0.01 if p.requires_grad else before[name]
+        torch.testing.assert_close(p.detach(), expected, rtol=0, atol=1e-6)
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+
+
 def test_shared_parameter_is_optimized_once() -> None:
     model = Tiny()
     model.again = model.fc

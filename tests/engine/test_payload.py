@@ -241,6 +241,40 @@ def test_steps_of_other_optimizers_are_copied() -> None:
         assert torch.equal(value, theirs) and value.data_ptr() != theirs.data_ptr(), name
 
 
+def adamw(model: Any) -> torch.optim.AdamW:
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("change", [
+    ("step", lambda t: t - 2), ("step", lambda t: t * NAN), ("step", "x"), ("step", lambda t: t.expand(2)),
+    ("exp_avg_sq", lambda t: -t), ("exp_avg", lambda t: t[:1]), ("exp_avg", lambda t: t.int()),
+])  # fmt: skip
+def test_hostile_state_of_adamw_is_refused_by_name(change: tuple[str, Any]) -> None:
+    from gn_det.values import InvalidValue
+
+    optimizer = adamw(torch.nn.Linear(3, 2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    put(saved, f"state[0].{change[0]}", change[1])
+    with pytest.raises(InvalidValue, match=rf"optimizer\.state\[0\]\.{change[0]} "):
+        restore_slots(optimizer, saved, "optimizer")
+
+
+def test_state_of_another_optimizer_is_refused() -> None:
+    """Neither reads the other's, and zero momentum in its place would go unnoticed."""
+    from gn_det.engine.payload import OtherOptimizer
+
+    model = torch.nn.Linear(3, 2)
+    adam, sgd = adamw(model), torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    sgd.step()
+    for optimizer, other in ((adam, sgd), (sgd, adam)):
+        with pytest.raises(OtherOptimizer, match=rf"state\[0\] has no state of {type(optimizer).__name__}"):
+            restore_slots(optimizer, copy.deepcopy(other.state_dict()), "optimizer")
+
+
 def test_checkpoints_of_detectron2s_trainer_and_bare_weights_resume(folder: Path, tmp_path: Path) -> None:
     """Momentum below ``trainer``; no gn_det block, logs or random streams."""
     ours = read_checkpoint(folder / "model_0000004.pth")

@@ -95,6 +95,34 @@ def test_groups_equal_in_order_and_values(overrides: list) -> None:
         assert {k: v for k, v in a.items() if k != "params"} == {k: v for k, v in b.items() if k != "params"}
 
 
+def test_backbone_factor_and_adamw_are_those_of_detectron2s_lazy_configs() -> None:
+    """``get_default_optimizer_params(lr_factor_func=...)`` under AdamW, as in ViTDet's config: equal weights."""
+    from detectron2.solver.build import get_default_optimizer_params
+
+    cfg = get_cfg()
+    cfg.merge_from_list(["SOLVER.OPTIMIZER", "ADAMW", "SOLVER.BACKBONE_LR_FACTOR", 0.1, "SOLVER.WEIGHT_DECAY", 0.05])
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(nn.ModuleDict({"backbone": Tiny(), "head": nn.Linear(8, 2)}))
+    params = get_default_optimizer_params(
+        models[1],
+        base_lr=cfg.SOLVER.BASE_LR,
+        weight_decay_norm=0.0,
+        lr_factor_func=lambda name: 0.1 if name.startswith("backbone") else 1.0,
+    )
+    ours = build_optimizer(cfg, models[0])
+    theirs = torch.optim.AdamW(params, lr=cfg.SOLVER.BASE_LR, betas=(0.9, 0.999), weight_decay=0.05, foreach=True)
+    assert [len(g["params"]) for g in ours.param_groups] == [len(g["params"]) for g in theirs.param_groups]
+    x = torch.randn(2, 3, 8, 8)
+    for _ in range(3):
+        for model, optimizer in zip(models, (ours, theirs)):
+            optimizer.zero_grad()
+            model["head"](model["backbone"].features(x)).pow(2).sum().backward()
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters()))
+
+
 @pytest.mark.parametrize("kind", ["value", "norm"])
 def test_clipped_steps_give_equal_weights(kind: str) -> None:
     ours, theirs = both(

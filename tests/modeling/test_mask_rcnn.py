@@ -131,6 +131,29 @@ def test_freeze_at(case: str, freeze_at: int) -> None:
             assert all(isinstance(m, nn.GroupNorm) for m in norms)
 
 
+@pytest.mark.parametrize("case", ["gn_fpn", "r18"])
+def test_frozen_parts_neither_train_nor_update_statistics(case: str) -> None:
+    """MODEL.FREEZE: only the rest gets gradients, and no buffer moves."""
+    parts = ("backbone.bottom_up", "proposal_generator", "roi_heads.box_head")
+    model = tiny(case, MODEL__FREEZE=parts)
+    buffers = {name: b.clone() for name, b in model.backbone.bottom_up.named_buffers()}
+    sum(losses_of(model, "two_sizes").values()).backward()
+    for name, p in model.named_parameters():
+        assert (p.grad is None) == name.startswith(parts), name
+    assert all(torch.equal(b, buffers[name]) for name, b in model.backbone.bottom_up.named_buffers())
+    assert {type(m) for m in model.modules() if isinstance(m, nn.BatchNorm2d)} <= {nn.BatchNorm2d}
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in model.backbone.bottom_up.modules())
+    rows = {row.stage: row for row in norm_census(model)}
+    assert rows["res4"].trainable == rows["box head"].trainable == 0 and rows["fpn"].trainable == rows["fpn"].layers * 2
+
+
+@pytest.mark.parametrize("part", ["backbon", "roi_heads.box_pooler", ""])
+def test_unknown_part_to_freeze_is_refused(part: str) -> None:
+    parts = "backbone, proposal_generator, roi_heads, roi_heads.box_head, roi_heads.box_predictor, roi_heads.mask_head"
+    with pytest.raises(ConfigError, match=rf"MODEL.FREEZE: the model has no part '{part}' with weights.*{parts}$"):
+        tiny(MODEL__FREEZE=(part,))
+
+
 @pytest.mark.parametrize("norm", ["GN", "LN", "IN", "BN", "SyncBN", "FrozenBN", ""])
 def test_every_norm_in_every_part(norm: str) -> None:
     """Each part takes each norm by its own key; biases exist exactly where there is no norm."""
