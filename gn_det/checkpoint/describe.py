@@ -91,7 +91,7 @@ def _provenance(weights: Weights) -> str:
 
 
 def _step(step: dict[str, Any]) -> str:
-    """The source of a conversion, or the classifier that ``gn-det pretrain`` wrote: of which epoch, how good."""
+    """The source of a conversion, or the classifier that ``gn-det classify`` wrote: of which epoch, how good."""
     if step.get("trained") is not True:
         return f"{one_line(step.get('source', ''), 80)} (sha256 {one_line(step.get('sha256', ''), 64)[:12]})"
     error = step.get("top1_error", step.get("val_error"))

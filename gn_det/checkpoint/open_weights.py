@@ -149,7 +149,7 @@ def _from_numpy(array: np.ndarray) -> torch.Tensor:
 
 
 def _kind(meta: Mapping[str, Any]) -> str:
-    """What one of our files is: a checkpoint of training, or the result of `gn-det pretrain` or `gn-det convert`."""
+    """What one of our files is: a checkpoint of training, or the result of `gn-det classify` or `gn-det convert`."""
     ours = one_line(f"gn_det {meta['version']}", 40)
     steps = meta.get("provenance")
     step = steps[-1] if isinstance(steps, list) and steps and isinstance(steps[-1], Mapping) else {}

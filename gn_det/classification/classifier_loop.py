@@ -26,13 +26,11 @@ from gn_det.engine import dist
 from gn_det.engine.loop import Hook, Loop
 from gn_det.engine.output import BEST
 from gn_det.engine.scalars import peak_memory_mb
-from gn_det.errors import TrainingError
+from gn_det.errors import DataError, TrainingError
 from gn_det.files import atomic_write
 
 LAST = "last.ckpt"
 METRICS = "metrics.jsonl"
-#: Images of a validation batch, of one process.
-VAL_BATCH = 64
 
 
 @dataclass
@@ -77,7 +75,10 @@ class Normalize(nn.Module):
         self.std = nn.Buffer(torch.tensor(given.std).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return (pixels.to(self.mean.device, non_blocking=True).float() - self.mean) / self.std
+        pixels = pixels.to(self.mean.device, non_blocking=True).float()
+        if pixels.dim() == 5:
+            return (pixels - self.mean[..., None]) / self.std[..., None]
+        return (pixels - self.mean) / self.std
 
 
 class ClassifierLoss(nn.Module):
@@ -145,7 +146,7 @@ class Epochs(Hook):
             "train_error": 100 * sum(row[0] for row in rows) / images,
             "lr": loop.lr,
             "seconds_per_iteration": max(row[1] for row in rows),
-            **validate(self.loss, self.source, loop.autocast),
+            **validate(self.loss, self.source, loop.autocast, self.settings.val_batch),
         }
         mistakes.zero_()
         self._losses, self._seconds = [], []
@@ -181,19 +182,19 @@ class Epochs(Hook):
         )
 
 
-def validate(loss: ClassifierLoss, source: Source, autocast: torch.dtype | None = None) -> dict[str, float]:
+def validate(
+    loss: ClassifierLoss, source: Source, autocast: torch.dtype | None = None, batch: int = 64
+) -> dict[str, float]:
     """Error (percent) on all validation images, and seconds for one of them; leaves the model in training mode.
 
     All processes take part. BN's running statistics become those of rank 0, whose weights are written.
     """
     model, device = loss.classifier, loss.mistakes.device
-    if dist.world_size() > 1:
-        for buffer in model.buffers():
-            torch.distributed.broadcast(buffer, src=0)
+    same_buffers(model)
     wrong, images, times = torch.zeros_like(loss.mistakes), 0, []
     model.eval()
     with torch.inference_mode(), torch.autocast(device.type, autocast, enabled=autocast is not None):
-        for pixels, labels in source.val_batches(range(dist.rank(), source.val_images, dist.world_size()), VAL_BATCH):
+        for pixels, labels in source.val_batches(range(dist.rank(), source.val_images, dist.world_size()), batch):
             pixels, labels = pixels.to(device), labels.to(device)
             _wait(device)
             started = time.perf_counter()
@@ -206,6 +207,38 @@ def validate(loss: ClassifierLoss, source: Source, autocast: torch.dtype | None 
     rows = dist.gather_rows(torch.stack([wrong, torch.full_like(wrong, images)]))
     error = 100 * sum(row[0] for row in rows) / sum(row[1] for row in rows)
     return {"val_error": error, "inference_seconds_per_image": statistics.median(times or [math.nan])}
+
+
+def test_clips(loss: ClassifierLoss, source: Any, autocast: torch.dtype | None = None) -> dict[str, float]:
+    """Errors of the mean softmax over all clips and crops of each validation video; leaves the model in evaluation.
+
+    Returns:
+        top1_error and top5_error (percent), and test_videos, those that could be used.
+    """
+    model, device = loss.classifier, loss.mistakes.device
+    same_buffers(model)
+    model.eval()
+    sums: dict[int, Tensor] = {}
+    classes: dict[int, int] = {}
+    with torch.inference_mode(), torch.autocast(device.type, autocast, enabled=autocast is not None):
+        for number, (pixels, labels) in source.test_batches(range(dist.rank(), source.val_images, dist.world_size())):
+            if len(labels):
+                softmax = model(loss.normalize(pixels)).float().softmax(dim=1).sum(dim=0)
+                sums[number] = sums[number] + softmax if number in sums else softmax
+                classes[number] = int(labels[0])
+    ranks = [int((scores > scores[classes[number]]).sum()) for number, scores in sums.items()]
+    row = [sum(rank > 0 for rank in ranks), sum(rank > 4 for rank in ranks), len(ranks)]
+    top1, top5, videos = (sum(part) for part in zip(*dist.gather_rows(torch.tensor(row, device=device))))
+    if not videos:
+        raise DataError("no validation video can be used")
+    return {"top1_error": 100 * top1 / videos, "top5_error": 100 * top5 / videos, "test_videos": videos}
+
+
+def same_buffers(model: nn.Module) -> None:
+    """Give BN of all processes the running statistics of rank 0."""
+    if dist.world_size() > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, src=0)
 
 
 def _wait(device: torch.device) -> None:
@@ -228,7 +261,7 @@ def write_weights(path: Path, model: Classifier, settings: Settings, source: Sou
     state = plain_weights(model.trunk)
     state["stem.fc.weight"] = model.linear.weight.detach().cpu()
     state["stem.fc.bias"] = model.linear.bias.detach().cpu()
-    backbone = settings.arch in DEPTHS
+    backbone = settings.arch in DEPTHS or settings.of_clips
     preprocessing = {
         "format": source.input.order,
         "pixel_mean": list(source.input.mean),
@@ -251,7 +284,7 @@ def write_weights(path: Path, model: Classifier, settings: Settings, source: Sou
             "groups": list(settings.group_rule) if settings.norm == "GN" else None,
             "preprocessing": preprocessing if backbone else None,
             # Channel order and std may be folded into the stem for a config that wants others.
-            "foldable": backbone,
+            "foldable": settings.arch in DEPTHS,
         },
         "provenance": [run],
     }

@@ -1,4 +1,4 @@
-"""What an earlier ``gn-det pretrain`` left in its folder: refuse it, delete it, resume it, or return its summary."""
+"""What an earlier ``gn-det classify`` left in its folder: refuse it, delete it, resume it, or return its summary."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def restore(path: Path, settings: Settings, state: TrainState) -> Progressed:
     """
     payload, processes = read_checkpoint(path, verify=True), dist.world_size()
     if not {"model", "optimizer", "done", "settings"} <= set(payload):
-        raise WeightsError(f"{path}: is not a checkpoint of gn-det pretrain; start over with --overwrite")
+        raise WeightsError(f"{path}: is not a checkpoint of gn-det classify; start over with --overwrite")
     try:
         record({"settings": _SETTINGS, "processes": integer(1, 10**6)})(payload, "")
         _check_settings(path, payload["settings"], settings)

@@ -8,7 +8,7 @@ between 3/4 and 4/3 (Szegedy et al. 2015), brightness, contrast and saturation b
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,11 +36,13 @@ _MOST_BYTES = 8 << 30
 Entry = tuple[str, int]
 
 
-def scan(folder: Path) -> tuple[list[str], list[Entry]]:
-    """Class names (sorted folder names), and (file, class index) of every image below.
+def scan(
+    folder: Path, suffixes: Collection[str] = IMAGE_SUFFIXES, what: str = "images"
+) -> tuple[list[str], list[Entry]]:
+    """Class names (sorted folder names), and (file, class index) of every file below that ends as ``suffixes``.
 
     Raises:
-        DataError: no such folder, no classes, or a class without images.
+        DataError: no such folder, no classes, or a class without such files, which are called ``what``.
     """
     if not folder.is_dir():
         raise DataError(
@@ -51,23 +53,23 @@ def scan(folder: Path) -> tuple[list[str], list[Entry]]:
         raise DataError(f"{folder}: holds {count(len(names), 'class folder')}; classification needs at least 2")
     entries: list[Entry] = []
     for index, name in enumerate(names):
-        files = sorted(e.path for e in os.scandir(folder / name) if Path(e.name).suffix.lower() in IMAGE_SUFFIXES)
+        files = sorted(e.path for e in os.scandir(folder / name) if Path(e.name).suffix.lower() in suffixes)
         if not files:
-            raise DataError(f"{folder / name}: class folder without images; fill or remove it (in train and val)")
+            raise DataError(f"{folder / name}: class folder without {what}; fill or remove it (in train and val)")
         entries += [(file, index) for file in files]
     return names, entries
 
 
-def scan_both(settings: Settings) -> tuple[list[str], list[Entry], list[Entry]]:
-    """Class names, training and validation entries, as many as ``settings.images`` allows.
+def scan_parts(
+    root: Path, suffixes: Collection[str] = IMAGE_SUFFIXES, what: str = "images"
+) -> tuple[list[str], list[Entry], list[Entry]]:
+    """Class names, and the files of ``train/`` and of ``val/``; see :func:`scan`.
 
     Raises:
         DataError: see :func:`scan`; or classes that differ between train and val.
-        ConfigError: fewer training images than ``settings.images``.
     """
-    root = Path(settings.data).expanduser()
-    names, train = scan(root / "train")
-    val_names, val = scan(root / "val")
+    names, train = scan(root / "train", suffixes, what)
+    val_names, val = scan(root / "val", suffixes, what)
     if names != val_names:
         only = sorted(set(names) ^ set(val_names))
         where = "train" if only[0] in names else "val"
@@ -75,6 +77,17 @@ def scan_both(settings: Settings) -> tuple[list[str], list[Entry], list[Entry]]:
             f"{root}: class {only[0]!r} is only in {where}/ ({count(len(only), 'such class', 'such classes')}); "
             "make both the same"
         )
+    return names, train, val
+
+
+def scan_both(settings: Settings) -> tuple[list[str], list[Entry], list[Entry]]:
+    """Class names, training and validation entries, as many as ``settings.images`` allows.
+
+    Raises:
+        DataError: see :func:`scan_parts`.
+        ConfigError: fewer training images than ``settings.images``.
+    """
+    names, train, val = scan_parts(Path(settings.data).expanduser())
     enough(settings, len(train))
     train, val = ([part[k] for k in subset([label for _, label in part], settings.images)] for part in (train, val))
     return names, train, val
@@ -175,9 +188,9 @@ class _Images(WorkerData):
         except ImageError as error:
             if error.kind == "image-depth":
                 raise ImageError(
-                    f"{file}: image holds more than 8 bits: pretrain cannot scale it, convert it first"
+                    f"{file}: image holds more than 8 bits: classify cannot scale it, convert it first"
                 ) from None
-            raise ImageError(f"{error} (pretrain cannot leave it out: repair or remove the file)") from None
+            raise ImageError(f"{error} (classify cannot leave it out: repair or remove the file)") from None
         if self._epoch is None:
             return _as_bgr(self._transform(image))
         with torch.random.fork_rng(devices=[]):

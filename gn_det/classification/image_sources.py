@@ -147,7 +147,7 @@ def subset(labels: Sequence[int] | np.ndarray, most: int | None) -> np.ndarray:
 def enough(settings: Settings, there: int) -> None:
     """Refuse ``images`` above the images that are there; raises ConfigError."""
     if (settings.images or 0) > there:
-        raise ConfigError(f"pretrain images is {settings.images}, but {settings.data} has {there} training images")
+        raise ConfigError(f"classify images is {settings.images}, but {settings.data} has {there} training images")
 
 
 def load_digits(settings: Settings) -> ArraySource:
@@ -162,7 +162,7 @@ def load_digits(settings: Settings) -> ArraySource:
         from sklearn import datasets
     except ImportError:
         raise ConfigError(
-            "pretrain data digits needs scikit-learn, which brings the images: pip install scikit-learn"
+            "classify data digits needs scikit-learn, which brings the images: pip install scikit-learn"
         ) from None
     raw = datasets.load_digits()
     small = torch.from_numpy(raw.images.astype(np.float32)).unsqueeze(1) * (255 / 16)
@@ -203,7 +203,7 @@ def load_cifar10(settings: Settings) -> ArraySource:
         train, val = part(True), part(False)
     except (OSError, RuntimeError, EOFError, KeyError) as error:  # no network, a broken archive, other checksums
         reason = one_line(error, 200)
-        raise DataError(f"pretrain data {settings.data}: CIFAR-10 cannot be had in {root} ({reason})") from None
+        raise DataError(f"classify data {settings.data}: CIFAR-10 cannot be had in {root} ({reason})") from None
     enough(settings, len(train[1]))
     return ArraySource(classes, train, val, _CIFAR, shift=4, flip=True, seed=settings.seed)
 

@@ -1,4 +1,4 @@
-"""The classifier: a detection backbone (or a small ResNet), average pooling and one linear layer."""
+"""The classifier: a detection backbone (or a small or an inflated ResNet), average pooling and one linear layer."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gn_det.classification.inflated import InflatedResNet
 from gn_det.classification.other_norms import BatchRenorm2d, weight_normalized
 from gn_det.classification.recording import layer_of
-from gn_det.classification.settings import DEPTHS, SMALL, VGG, Settings
+from gn_det.classification.settings import CLIPS, DEPTHS, SMALL, VGG, Settings
 from gn_det.errors import ConfigError
 from gn_det.modeling.layers import ConvNorm, FeatureSpec, c2_msra_fill
 from gn_det.modeling.resnet import BasicBlock, BottleneckBlock, ResNet, make_stage
@@ -18,6 +19,7 @@ from gn_det.norm import BadGroups, GroupRule, NormFactory, NormSpec
 
 _WIDTHS = (16, 32, 64)
 _BLOCKS = (BasicBlock, BottleneckBlock)
+_NORMS = (nn.GroupNorm, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class SmallResNet(nn.Module):
@@ -88,11 +90,12 @@ class VGG16(nn.Module):
 
 
 class Classifier(nn.Module):
-    """``trunk``, mean over the image, ``linear``."""
+    """``trunk``, mean over the image or clip, ``dropout`` in training, ``linear``."""
 
-    def __init__(self, trunk: ResNet | SmallResNet | VGG16, num_classes: int) -> None:
+    def __init__(self, trunk: ResNet | SmallResNet | VGG16, num_classes: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.trunk = trunk
+        self.dropout = dropout
         self.last = trunk.out_features[-1]
         self.linear = nn.Linear(trunk.feature_specs[self.last].channels, num_classes)
         # Goyal et al. 2017: zero-mean normal, standard deviation 0.01.
@@ -100,8 +103,11 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) normalized images to (N, num_classes) scores."""
-        scores: Tensor = self.linear(self.trunk(x)[self.last].mean(dim=(2, 3)))
+        """(N, C, H, W) normalized images, or (N, C, T, H, W) clips, to (N, num_classes) scores."""
+        features = self.trunk(x)[self.last].mean(dim=tuple(range(2, x.dim())))
+        if self.dropout:
+            features = F.dropout(features, self.dropout, self.training)
+        scores: Tensor = self.linear(features)
         return scores
 
 
@@ -111,15 +117,18 @@ def build_classifier(settings: Settings, num_classes: int, in_channels: int = 3)
     Raises:
         ConfigError: the groups do not divide the channels of a layer; no layer has the name of ``settings.record``.
     """
-    norm: NormSpec = {"WN": None, "none": None, "BR": BatchRenorm2d}.get(
-        settings.norm, NormFactory(settings.norm, GroupRule(*settings.group_rule))
-    )
+    other: dict[str, NormSpec] = {"WN": None, "none": None, "BR": BatchRenorm2d}
+    if settings.of_clips:
+        other["BN"] = nn.BatchNorm3d
+    norm = other.get(settings.norm, NormFactory(settings.norm, GroupRule(*settings.group_rule)))
     trunk: ResNet | SmallResNet | VGG16
     try:
         if settings.arch == VGG:
             trunk = VGG16(in_channels=in_channels, side=settings.side, norm=norm)
         elif settings.arch in SMALL:
             trunk = SmallResNet(blocks=SMALL[settings.arch], in_channels=in_channels, norm=norm)
+        elif settings.of_clips:
+            trunk = InflatedResNet(depth=CLIPS[settings.arch], in_channels=in_channels, norm=norm)
         else:
             depth = DEPTHS[settings.arch]
             trunk = ResNet(
@@ -132,10 +141,10 @@ def build_classifier(settings: Settings, num_classes: int, in_channels: int = 3)
             )
     except BadGroups as error:
         key = "channels_per_group" if settings.channels_per_group else "groups"
-        raise ConfigError(f"pretrain {key}: {error.problem}; set {key} to one of {error.works}") from None
+        raise ConfigError(f"classify {key}: {error.problem}; set {key} to one of {error.works}") from None
     if norm is None:
         for module in trunk.modules():
-            if isinstance(module, nn.Conv2d) and module.bias is None:
+            if isinstance(module, (nn.Conv2d, nn.Conv3d)) and module.bias is None:
                 module.bias = nn.Parameter(torch.zeros(module.out_channels))  # in place of beta
     if settings.norm == "WN":
         weight_normalized(trunk)
@@ -144,7 +153,7 @@ def build_classifier(settings: Settings, num_classes: int, in_channels: int = 3)
     for last in last_layers(trunk):  # every residual block begins as its shortcut (Goyal et al. 2017)
         gain = last.parametrizations.weight.original0 if settings.norm == "WN" else last.weight
         nn.init.zeros_(gain)
-    return Classifier(trunk, num_classes)
+    return Classifier(trunk, num_classes, settings.dropout or 0.0)
 
 
 def last_layers(model: nn.Module) -> list[Any]:
@@ -154,9 +163,11 @@ def last_layers(model: nn.Module) -> list[Any]:
 
 
 def build_optimizer(settings: Settings, model: nn.Module, lr: float) -> torch.optim.SGD:
-    """SGD; the paper decays all parameters, gamma and beta included, but VGG's recipe weights alone."""
-    free = [p for p in model.parameters() if settings.arch == VGG and p.dim() < 2]
-    groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if settings.arch != VGG or p.dim() > 1]}]
+    """SGD; the paper decays all parameters, gamma and beta included; VGG's recipe weights alone, and I3D's no norm."""
+    norms = {p for m in model.modules() if settings.of_clips and isinstance(m, _NORMS) for p in m.parameters()}
+    free = [p for p in model.parameters() if p in norms or (settings.arch == VGG and p.dim() < 2)]
+    kept = {*free}
+    groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if p not in kept]}]
     return torch.optim.SGD(
         groups + ([{"params": free, "weight_decay": 0.0}] if free else []),
         lr=lr,

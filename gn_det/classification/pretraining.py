@@ -1,4 +1,4 @@
-"""``gn-det pretrain``: one run from settings to a weights file and a summary."""
+"""``gn-det classify``: one run from settings to a weights file and a summary."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +27,21 @@ from gn_det.classification.classifier_loop import (
     Epochs,
     Plan,
     Progressed,
+    test_clips,
     top1_error,
     utc_now,
     write_weights,
 )
+from gn_det.classification.clip_sources import load_videos
 from gn_det.classification.earlier_run import SUMMARY, finished, refuse_old, restore, settings_of
 from gn_det.classification.image_folder import FolderSource, load_small_images
 from gn_det.classification.image_sources import Batch, Source, epoch_batches, load_cifar10, load_digits, load_shapes
+from gn_det.classification.inflated import InflatedResNet, inflate_
+from gn_det.classification.motions import load_motions
 from gn_det.classification.network import Classifier, build_classifier, build_optimizer
 from gn_det.classification.other_norms import RenormLimits
 from gn_det.classification.recording import Recorder, layer_of
-from gn_det.classification.settings import (
-    BUILTIN,
-    REFERENCE_BATCH,
-    SHIFT,
-    VGG,
-    Settings,
-    base_lr,
-    lr_factor,
-    reference_lr,
-)
+from gn_det.classification.settings import BUILTIN, SHIFT, VGG, Settings, base_lr, lr_factor, reference
 from gn_det.data.workers import worker_failure
 from gn_det.engine import dist
 from gn_det.engine.hooks import Schedule
@@ -58,6 +55,7 @@ from gn_det.engine.schedule import set_iteration
 from gn_det.engine.state import TrainState, seed_everything
 from gn_det.errors import ConfigError, DataError, TrainingError, UserError, out_of_memory
 from gn_det.files import atomic_write, json_bytes
+from gn_det.modeling.precise_bn import precise_bn
 from gn_det.terminal import say
 from gn_det.text import as_line, count
 
@@ -104,8 +102,7 @@ def dry_run(settings: Settings, *, num_gpus: int = 1) -> None:
     settings = settings.settled(device, {})
     _check_early(settings)
     with run_log(None, times=False):
-        source = open_source(settings)
-        model = build_classifier(settings, len(source.class_names), len(source.input.mean))
+        source, model = _source_and_model(settings)
         processes = dist.planned_world_size(num_gpus)
         _describe(settings, source, model, _plan(settings, source, processes), processes)
         logger.info(
@@ -117,7 +114,7 @@ def _check_early(settings: Settings) -> None:
     """Refuse what can be refused at once, before a folder is made and processes are started."""
     if settings.source not in BUILTIN and not Path(settings.data).expanduser().is_dir():
         raise DataError(
-            f"pretrain data {settings.data!r}: no such folder; give one with train/<class>/* and val/<class>/*, or "
+            f"classify data {settings.data!r}: no such folder; give one with train/<class>/* and val/<class>/*, or "
             f"{' or '.join(BUILTIN)}"
         )
     with torch.device("meta"):
@@ -125,11 +122,11 @@ def _check_early(settings: Settings) -> None:
 
 
 def _device(settings: Settings) -> str:
-    device = dist.resolve_device(settings.device, "pretrain device")
+    device = dist.resolve_device(settings.device, "classify device")
     if settings.amp == "fp16" and not device.startswith("cuda"):
-        raise ConfigError("pretrain amp is fp16, which needs a GPU; use bf16 or off")
+        raise ConfigError("classify amp is fp16, which needs a GPU; use bf16 or off")
     if settings.norm == "SyncBN" and not device.startswith("cuda"):
-        raise ConfigError("pretrain norm is SyncBN, which needs GPUs; use BN")
+        raise ConfigError("classify norm is SyncBN, which needs GPUs; use BN")
     return device
 
 
@@ -166,9 +163,7 @@ def _clear(folder: Path, overwrite: bool) -> None:
 
 def _train(settings: Settings, resume: bool) -> dict[str, Any]:
     folder, device = Path(settings.output), dist.local_device(settings.device)
-    source = open_source(settings)
-    seed_everything(settings.seed)
-    model = build_classifier(settings, len(source.class_names), len(source.input.mean))
+    source, model = _source_and_model(settings)
     plan = _plan(settings, source, dist.world_size())
     _describe(settings, source, model, plan, dist.world_size())
     if device.startswith("cuda"):
@@ -176,7 +171,7 @@ def _train(settings: Settings, resume: bool) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     loss = ClassifierLoss(model, source.input).to(device)
     if settings.channels_last:
-        loss.to(memory_format=torch.channels_last)
+        loss.to(memory_format=torch.channels_last_3d if settings.of_clips else torch.channels_last)
     optimizer = build_optimizer(settings, model, plan.lr)
     processes = dist.world_size()
     scheduler = LambdaLR(optimizer, lambda iteration: lr_factor(settings, iteration, plan.total, processes))
@@ -203,16 +198,35 @@ def _train(settings: Settings, resume: bool) -> dict[str, Any]:
         loop = ClassifierLoop(state, parallel(loss), hooks, total=plan.total, autocast=autocast)
         loop.run(partial(_batches, settings, source, plan, done.epochs))
     weights = folder / FINAL
-    summary = _summary(settings, done, model, weights, device)
+    tested = _test(settings, source, plan, loss, autocast) if settings.of_clips else {}
+    summary = {**_summary(settings, done, model, weights, device), **tested}
     if dist.rank() == 0:
         facts = {"epoch": done.epochs, "top1_error": summary["top1_error"], "date": summary["date"]}
         write_weights(weights, model, settings, source, facts)
         atomic_write(folder / SUMMARY, json_bytes(summary, indent=1))
+    if tested:
+        logger.info(
+            "Top-1 error %.2f %%, top-5 error %.2f %% (%d videos, %d clips × %d crops). Weights: %s",
+            *(*tested.values(), settings.test_clips, settings.test_crops, weights),
+        )
+        return summary
     logger.info(
         "Top-1 error %.2f %% (median of the last %s), best %.2f %%. Weights: %s",
         *(summary["top1_error"], count(summary["median_of_epochs"], "epoch"), done.best["val_error"], weights),
     )
     return summary
+
+
+def _test(
+    settings: Settings, source: Source, plan: Plan, loss: ClassifierLoss, autocast: torch.dtype | None
+) -> dict[str, float]:
+    """Errors of the final test on videos, with precise statistics of BN."""
+    if settings.precise_bn:
+        loss.train()
+        batches = islice(_batches(settings, source, replace(plan, total=10**12), plan.epochs), settings.precise_bn)
+        with torch.autocast(loss.mistakes.device.type, autocast, enabled=autocast is not None):
+            precise_bn(loss.classifier, loss, batches)
+    return test_clips(loss, source, autocast)
 
 
 def _batches(settings: Settings, source: Source, plan: Plan, first: int) -> Iterator[Batch]:
@@ -232,14 +246,31 @@ def open_source(settings: Settings) -> Source:
     Raises:
         DataError: a folder that is missing, empty, or whose two parts have different classes.
     """
-    builtin = {"digits": load_digits, "shapes": load_shapes, "cifar10": load_cifar10}
-    folder = load_small_images if settings.augment == SHIFT else FolderSource
+    builtin: dict[str, Callable[[Settings], Source]] = {
+        "digits": load_digits,
+        "shapes": load_shapes,
+        "cifar10": load_cifar10,
+        "motions": load_motions,
+    }
+    folder = load_videos if settings.of_clips else load_small_images if settings.augment == SHIFT else FolderSource
     return builtin.get(settings.source, folder)(settings)
+
+
+def _source_and_model(settings: Settings) -> tuple[Source, Classifier]:
+    """Data and a fresh network; an inflated one decides the preprocessing."""
+    source = open_source(settings)
+    seed_everything(settings.seed)
+    model = build_classifier(settings, len(source.class_names), len(source.input.mean))
+    if settings.weights is not None:
+        assert isinstance(model.trunk, InflatedResNet)
+        source.input = inflate_(model.trunk, settings.weights, settings.norm, settings.group_rule)
+    return source, model
 
 
 def _plan(settings: Settings, source: Source, processes: int) -> Plan:
     per_epoch = len(epoch_batches(settings, 0, source.train_images, 0, processes))
-    return Plan(base_lr(settings, processes), per_epoch, max(round(settings.epochs * per_epoch), 1))
+    total = settings.iterations or max(round(settings.epochs * per_epoch), 1)
+    return Plan(base_lr(settings, processes), per_epoch, total)
 
 
 def _describe(settings: Settings, source: Source, model: Classifier, plan: Plan, processes: int) -> None:
@@ -248,16 +279,19 @@ def _describe(settings: Settings, source: Source, model: Classifier, plan: Plan,
     logger.info(
         f"{settings.arch}, {settings.norm}{division if settings.norm == 'GN' else ''}, "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; {settings.data}: "
-        f"{len(source.class_names)} classes, {source.train_images} training and {source.val_images} validation images "
-        f"of {settings.side} px"
+        f"{len(source.class_names)} classes, {source.train_images} training and {source.val_images} validation "
+        + (f"videos, {settings.frames} x {settings.frame_stride} frames" if settings.of_clips else "images")
+        + f" of {settings.side} px"
     )
-    steps = ", ".join(f"{step * settings.epochs:g}" for step in settings.steps) or "none"
-    why = f"{reference_lr(settings):g} for a batch of {REFERENCE_BATCH}, linear" if settings.lr is None else "as given"
+    epochs = plan.total / plan.per_epoch if settings.epochs is None else settings.epochs
+    steps = ", ".join(f"{step * epochs:g}" for step in settings.steps) or "none"
+    why = "{:g} for a batch of {}, linear".format(*reference(settings)) if settings.lr is None else "as given"
     decayed = "weights" if settings.arch == VGG else "parameters, gamma and beta included"
+    decayed = "parameters but gamma and beta" if settings.of_clips else decayed
     logger.info(
         f"batch {settings.batch_size * processes} ({count(processes, 'process', 'processes')} × "
-        f"{count(settings.batch_size, 'image')}), "
-        f"{settings.epochs:g} epochs = {plan.total} iterations, lr {plan.lr:g} ({why}), x {settings.gamma:g} after "
+        f"{count(settings.batch_size, 'clip' if settings.of_clips else 'image')}), "
+        f"{epochs:g} epochs = {plan.total} iterations, lr {plan.lr:g} ({why}), x {settings.gamma:g} after "
         f"epochs {steps}; weight decay {settings.weight_decay:g} on all {decayed}; autocast {settings.amp}"
         f"{', channels_last' if settings.channels_last else ''}; seed {settings.seed}"
     )

@@ -28,7 +28,7 @@ def layer_of(trunk: nn.Module, name: str) -> nn.Module:
     layers = {n: m for n, m in trunk.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
     if name not in layers:
         hint = did_you_mean(name, layers) or f"; the layers are {some(layers, 8)}"
-        raise ConfigError(f"pretrain record is {shown(name)}, but the network has no such layer{hint}")
+        raise ConfigError(f"classify record is {shown(name)}, but the network has no such layer{hint}")
     return layers[name]
 
 

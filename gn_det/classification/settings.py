@@ -15,24 +15,34 @@ DEPTHS = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101}
 #: He et al.'s ResNets for CIFAR, of 6n + 2 layers: a 3x3 stem and three stages of n basic blocks.
 SMALL = {f"resnet{6 * n + 2}": n for n in (1, 2, 3, 5, 7, 9, 18)}
 VGG = "vgg16"
+#: ResNets inflated for clips.
+CLIPS = {"i3d_r18": 18, "i3d_r50": 50}
 NORMS = ("BN", "SyncBN", "LN", "IN", "GN", "WN", "BR", "none")
 #: Norms whose statistics are those of the batch.
 _OF_BATCHES = ("BN", "SyncBN", "BR")
-#: Data sets that need no folder; "cifar10:FOLDER" names one.
-BUILTIN = ("digits", "shapes", "cifar10")
+#: Data sets that need no folder; "cifar10:FOLDER" and "motions:FOLDER" name one.
+BUILTIN = ("digits", "shapes", "cifar10", "motions")
 #: Side of the images that a network sees, where ``image_size`` leaves it open.
-IMAGE_SIZES = {"digits": 8, "shapes": 32, "cifar10": 32}
+IMAGE_SIZES = {"digits": 8, "shapes": 32, "cifar10": 32, "motions": 32}
 #: Augmentation of images from a folder: fb.resnet.torch's, or that of He et al. for CIFAR.
 CROP, SHIFT = "crop", "shift"
-#: Generated training images of "shapes", where ``images`` leaves it open.
+#: Generated training images of "shapes" and clips of "motions", where ``images`` leaves it open.
 NUM_SHAPES = 3000
-#: The batch that the paper's learning rate of 0.1 belongs to: 8 GPUs with 32 images each.
-REFERENCE_BATCH = 256
-#: VGG's recipe differs in rate, decay, steps, and a warm-up of 3 epochs where the rate is above its reference.
-_RECIPES: dict[bool, dict[str, Any]] = {
-    False: {"weight_decay": 1e-4, "steps": (0.3, 0.6, 0.9)},
-    True: {"weight_decay": 5e-4, "steps": (0.3, 0.6, 0.8)},
+#: What settings are where they are left open. VGG's recipe has another rate, too, and a warm-up of 3 epochs.
+_IMAGES: dict[str, Any] = {"batch_size": 32, "epochs": 100, "weight_decay": 1e-4, "steps": (0.3, 0.6, 0.9)}
+_VGG = {**_IMAGES, "weight_decay": 5e-4, "steps": (0.3, 0.6, 0.8)}
+#: Options that only clips have, and I3D's recipe (section 4.3, and Wang et al. 2018).
+_OPTIONS: dict[str, Any] = {
+    "frames": 32,
+    "frame_stride": 2,
+    "dropout": 0.5,
+    "test_clips": 10,
+    "test_crops": 3,
+    "precise_bn": 200,
+    "max_bad": 10,
 }
+_OF_CLIPS = (*_OPTIONS, "iterations", "weights", "train_list", "val_list")
+_CLIPS = {"batch_size": 8, "weight_decay": 1e-4, "steps": (0.375, 0.75), **_OPTIONS}
 VGG_WARMUP_EPOCHS = 3
 #: Batch Renormalization: limits, and the fractions of the training between which they grow from batch norm's.
 _RENORM: dict[str, Any] = {"r_max": 1.5, "d_max": 0.5, "renorm_ramp": (0.04, 0.3)}
@@ -63,31 +73,34 @@ class Settings:
     """A pre-training run; the defaults are the paper's recipe (section 4.1).
 
     Attributes:
-        arch: one of :data:`DEPTHS` (detection backbones) or :data:`SMALL` (for tiny images), or "vgg16".
+        arch: one of :data:`DEPTHS` (detection backbones) or :data:`SMALL` (for tiny images), "vgg16", or one of
+            :data:`CLIPS` (of videos).
         norm: one of :data:`NORMS`, in every layer: WN is Weight Normalization, BR Batch Renormalization.
         data: folder with ``train/<class>/*`` and ``val/<class>/*``, or "digits" (scikit-learn's handwritten digits),
             "shapes" (generated, see :func:`gn_det.classification.image_sources.load_shapes`) or "cifar10[:FOLDER]"
-            (torchvision's, downloaded where absent).
+            (torchvision's, downloaded where absent). Of clips: such a folder of videos, or "motions[:FOLDER]"
+            (generated, see :func:`gn_det.classification.motions.load_motions`).
         output: folder for weights, checkpoint, metrics and summary.
         groups, channels_per_group: division of GN's channels (Table 3); at most one of them, 32 groups without.
-        batch_size: images of one process in an iteration.
-        epochs: passes over the training images; a fraction is allowed.
+        batch_size: images or clips of one process in an iteration; None: 32, clips 8.
+        epochs: passes over the training images; a fraction is allowed; None: 100, clips see ``iterations``.
         lr: learning rate, taken literally; None: 0.1 (VGG: 0.01) for 256 images in an iteration over all processes,
-            and linear in that number.
+            or 0.01 for 64 clips, and linear in that number.
         momentum: Nesterov's, as in fb.resnet.torch.
-        weight_decay: of all parameters, gamma and beta included; VGG: of weights alone. None: 1e-4 (VGG: 5e-4).
+        weight_decay: of all parameters, gamma and beta included; VGG: of weights alone; clips: of all but gamma and
+            beta. None: 1e-4 (VGG: 5e-4).
         steps: fractions of the training after which ``gamma`` multiplies the learning rate; None: epochs 30, 60 and 90
-            (VGG: 80) of 100.
+            (VGG: 80) of 100; clips: 150,000 and 300,000 iterations of 400,000.
         gamma: see ``steps``.
         seed: of initial weights, order and augmentation.
         workers: processes that read images from a folder.
         amp: "off", "bf16" or "fp16" autocast, or "auto": bf16 on a CPU that computes in it, else "off".
         channels_last: keep weights and activations in this layout; "auto": where amp "auto" takes bf16.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        image_size: side of the square that the network sees; None: 224, for digits 8, for shapes 32.
-        images: number of training images. "shapes" generates them (None: 3000). Of a folder or cifar10 a random subset
-            is taken, the same for every seed, with equal shares of the classes (None: all), and at most as many
-            validation images.
+        image_size: side of the square that the network sees; None: 224, for digits 8, for shapes and motions 32.
+        images: number of training images. "shapes" and "motions" generate them (None: 3000). Of a folder or cifar10 a
+            random subset is taken, the same for every seed, with equal shares of the classes (None: all), and at most
+            as many validation images.
         augment: of images from a folder: "crop", fb.resnet.torch's random crops; or "shift" for small images, which are
             kept in memory, shifted by up to an eighth of ``image_size``, and flipped (He et al. for CIFAR).
         color: brightness, contrast, saturation and lighting augmentation of fb.resnet.torch, together with "crop".
@@ -98,19 +111,27 @@ class Settings:
             r_max and d_max; None: 0.04 and 0.3, about Ioffe's.
         record: name of a layer such as "conv5_3"; percentiles of its output before norm and ReLU are recorded over the
             training (Figure 6). None: of no layer.
+        frames, frame_stride: frames of a clip, and of the video from one to the next; None: 32 and 2.
+        iterations: length of a training on clips, in place of ``epochs``; None, without epochs: 400,000.
+        dropout: of the features before the linear layer of clips; None: 0.5.
+        weights: 2-D backbone that is inflated for clips, of any kind that MODEL.WEIGHTS takes; None: from scratch.
+        test_clips, test_crops: of each validation video, whose softmax is averaged at the end; None: 10 and 3.
+        precise_bn: training batches on which BN's statistics are computed anew before that; 0: none; None: 200.
+        train_list, val_list: files that list the videos of ``data``: Kinetics' csv, or UCF101's text.
+        max_bad: videos that cannot be used and are skipped; with more the run stops; None: 10.
 
     Raises:
         ConfigError: a value, or two together, cannot be used; names the setting.
     """
 
-    arch: str = _setting(one_of(*DEPTHS, *SMALL, VGG))
+    arch: str = _setting(one_of(*DEPTHS, *SMALL, VGG, *CLIPS))
     norm: str = _setting(one_of(*NORMS))
     data: str = _setting(_TEXT)
     output: str = _setting(_TEXT)
     groups: int | None = _setting(optional(integer(1, 8192)), None)
     channels_per_group: int | None = _setting(optional(integer(1, 8192)), None)
-    batch_size: int = _setting(integer(1, 65_536), 32)
-    epochs: float = _setting(number(0, 1e6, above=True), 100)
+    batch_size: int = _setting(optional(integer(1, 65_536)), None)
+    epochs: float = _setting(optional(number(0, 1e6, above=True)), None)
     lr: float | None = _setting(optional(number(0, 1000, above=True)), None)
     momentum: float = _setting(number(0, 1), 0.9)
     weight_decay: float = _setting(optional(number(0, 1000)), None)
@@ -130,20 +151,40 @@ class Settings:
     d_max: float | None = _setting(optional(number(0, 1000)), None)
     renorm_ramp: tuple[float, float] | None = _setting(optional(_RAMP), None)
     record: str | None = _setting(optional(_TEXT), None)
+    frames: int = _setting(optional(integer(8, 4096)), None)
+    frame_stride: int = _setting(optional(integer(1, 1000)), None)
+    iterations: int | None = _setting(optional(integer(1, 10**9)), None)
+    dropout: float = _setting(optional(number(0, 1, below=True)), None)
+    weights: str | None = _setting(optional(_TEXT), None)
+    test_clips: int = _setting(optional(integer(1, 1000)), None)
+    test_crops: int = _setting(optional(one_of(1, 3)), None)
+    precise_bn: int = _setting(optional(integer(0, 10**6)), None)
+    train_list: str | None = _setting(optional(_TEXT), None)
+    val_list: str | None = _setting(optional(_TEXT), None)
+    max_bad: int = _setting(optional(integer(0, 10**9)), None)
 
     def __post_init__(self) -> None:
         for each in fields(self):
             try:
-                each.metadata["check"](getattr(self, each.name), f"pretrain {each.name}")
+                each.metadata["check"](getattr(self, each.name), f"classify {each.name}")
             except InvalidValue as error:
                 raise ConfigError(str(error)) from None
-        for name, default in {**_RECIPES[self.arch == VGG], **(_RENORM if self.norm == "BR" else {})}.items():
+        for name, default in self._recipe().items():
             value = default if getattr(self, name) is None else getattr(self, name)
             value = tuple(map(float, value)) if isinstance(default, tuple) else value
             object.__setattr__(self, name, value)
         for name, wrong, why in self._contradictions():
             if wrong:
-                raise ConfigError(f"pretrain {name} is {shown(getattr(self, name))}, but {why}")
+                raise ConfigError(f"classify {name} is {shown(getattr(self, name))}, but {why}")
+
+    def _recipe(self) -> dict[str, Any]:
+        """Values of the settings that were left open."""
+        renorm = _RENORM if self.norm == "BR" else {}
+        if not self.of_clips:
+            return {**(_VGG if self.arch == VGG else _IMAGES), **renorm}
+        length: dict[str, Any] = {"iterations": 400_000} if self.epochs is None else {}
+        statistics = {} if self.norm in ("BN", "SyncBN") else {"precise_bn": 0}
+        return {**_CLIPS, **length, **statistics}
 
     def _contradictions(self) -> list[tuple[str, bool, str]]:
         """(setting, whether it contradicts others, why)."""
@@ -153,8 +194,30 @@ class Settings:
         small, folder = self.arch in SMALL, self.source not in BUILTIN
         br = "it is of norm BR; leave it out"
         renorm = [(name, self.norm != "BR" and getattr(self, name) is not None, br) for name in _RENORM]
+        names = ", ".join(CLIPS)
+        of_clips = [
+            (
+                name,
+                not self.of_clips and getattr(self, name) is not None,
+                f"it is of clips (arch {names}); leave it out",
+            )
+            for name in _OF_CLIPS
+        ]
+        lists = (self.train_list is None) != (self.val_list is None)
         return [
             *renorm,
+            *of_clips,
+            ("iterations", None not in (self.iterations, self.epochs), "epochs is given, too; give one of them"),
+            ("norm", self.of_clips and self.norm in ("WN", "BR"), "clips have BN, SyncBN, LN, IN, GN or none"),
+            (
+                "data",
+                (self.source == "motions") != self.of_clips and not folder,
+                f"arch is {self.arch}; clips (arch {names}) take a folder of videos or motions",
+            ),
+            ("precise_bn", bool(self.precise_bn) and self.norm not in ("BN", "SyncBN"), f"norm {self.norm} needs none"),
+            ("train_list", lists, f"val_list is {shown(self.val_list)}; give both lists or none"),
+            ("train_list", self.train_list is not None and not folder, "data is generated; leave it out"),
+            ("image_size", self.of_clips and self.side < 16, f"{self.arch} needs at least 16"),
             ("groups", both, f"channels_per_group is {self.channels_per_group}; give one of them"),
             (given, self.norm != "GN" and has_groups, f"norm {self.norm} has none; leave it out"),
             (
@@ -164,16 +227,31 @@ class Settings:
             ),
             ("image_size", small and folder and not self.image_size, f"{self.arch} on a folder needs it, such as 32"),
             ("images", self.images is not None and self.data == "digits", "digits are always used whole"),
-            ("augment", self.augment == SHIFT and not folder, f"data {self.data} has its own; leave it out"),
+            ("images", self.images is not None and self.of_clips and folder, "videos are always used whole"),
+            (
+                "augment",
+                self.augment == SHIFT and (self.of_clips or not folder),
+                f"data {self.data} has its own; leave it out",
+            ),
             ("arch", self.data == "digits" and not small, f"digits have 8x8 pixels; use one of {', '.join(SMALL)}"),
             ("image_size", self.source == "cifar10" and self.side != 32, "cifar10 has images of 32 pixels"),
             ("image_size", self.arch == VGG and self.side < 32, "vgg16 halves it five times; use at least 32"),
             (
                 "stride_in_1x1",
                 self.stride_in_1x1 and DEPTHS.get(self.arch, 0) < 50,
-                f"{self.arch} has no bottlenecks; leave it out",
+                f"{self.arch} has no such choice; leave it out",
             ),
         ]
+
+    @property
+    def of_clips(self) -> bool:
+        """Whether the network sees clips of videos."""
+        return self.arch in CLIPS
+
+    @property
+    def val_batch(self) -> int:
+        """Images or clips that one process validates at a time."""
+        return self.batch_size if self.of_clips else 64
 
     @property
     def side(self) -> int:
@@ -184,7 +262,7 @@ class Settings:
     def source(self) -> str:
         """``data`` without the folder of a built-in set."""
         name = self.data.partition(":")[0]
-        return name if name == "cifar10" else self.data
+        return name if name in ("cifar10", "motions") else self.data
 
     @property
     def group_rule(self) -> tuple[int, int]:
@@ -201,8 +279,9 @@ class Settings:
         return replace(self, **{name: old.get(name, choice) for name, choice in unsettled.items()})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values by field, fit for JSON; without the options of a norm that this run does not have."""
-        values = {name: value for name, value in asdict(self).items() if value is not None or name not in _RENORM}
+        """Plain values by field, fit for JSON; without the options of norms and clips that this run does not have."""
+        optional = (*_RENORM, *_OF_CLIPS)
+        values = {name: value for name, value in asdict(self).items() if value is not None or name not in optional}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
@@ -216,32 +295,37 @@ class Settings:
         for name in values:
             if name not in known:
                 hint = did_you_mean(name, known)
-                raise ConfigError(f"pretrain {one_line(name)}: no such setting{hint}; they are {', '.join(known)}")
+                raise ConfigError(f"classify {one_line(name)}: no such setting{hint}; they are {', '.join(known)}")
         for name in ("arch", "norm", "data", "output"):
             if name not in values:
-                raise ConfigError(f"pretrain {name} is missing")
+                raise ConfigError(f"classify {name} is missing")
         return cls(**values)
 
 
-def reference_lr(settings: Settings) -> float:
-    """The recipe's learning rate for :data:`REFERENCE_BATCH` images in an iteration."""
-    return 0.01 if settings.arch == VGG else 0.1
+def reference(settings: Settings) -> tuple[float, int]:
+    """The recipe's learning rate, and the images or clips of an iteration that it belongs to.
+
+    Images: 8 GPUs with 32 each; clips: 8 GPUs with 8 each.
+    """
+    return (0.01, 64) if settings.of_clips else (0.01 if settings.arch == VGG else 0.1, 256)
 
 
 def base_lr(settings: Settings, processes: int) -> float:
     """The learning rate to begin with: as given, or linear in the images of an iteration (Goyal et al. 2017)."""
     if settings.lr is not None:
         return settings.lr
-    return reference_lr(settings) * settings.batch_size * processes / REFERENCE_BATCH
+    rate, batch = reference(settings)
+    return rate * settings.batch_size * processes / batch
 
 
 def lr_factor(settings: Settings, iteration: int, total: int, processes: int = 1) -> float:
     """What multiplies :func:`base_lr` in the 0-based ``iteration`` of ``total``."""
     factor = float(settings.gamma ** sum(iteration >= round(step * total) for step in settings.steps))
-    start = reference_lr(settings) / base_lr(settings, processes)
-    warmup = VGG_WARMUP_EPOCHS / settings.epochs * total
-    if settings.arch == VGG and settings.lr is None and start < 1 and iteration < warmup:
-        factor *= start + (1 - start) * iteration / warmup
+    if settings.arch == VGG:
+        start = reference(settings)[0] / base_lr(settings, processes)
+        warmup = VGG_WARMUP_EPOCHS / settings.epochs * total
+        if settings.lr is None and start < 1 and iteration < warmup:
+            factor *= start + (1 - start) * iteration / warmup
     return factor
 
 

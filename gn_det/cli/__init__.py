@@ -32,7 +32,7 @@ COMMANDS = {
     "eval": "evaluate a checkpoint: COCO box and mask AP",
     "predict": "detect objects in images and draw them",
     "compare": "run a suite of experiments and report them side by side",
-    "pretrain": "train a backbone with the paper's recipe and any norm",
+    "classify": "train a classifier of images or videos with the paper's recipe and any norm",
     "weights": "show what a weights file contains and what it would load",
     "export": "write a detector as ONNX or for torch without gn_det",
     "convert": "convert weights to another layout, bit for bit",
@@ -40,6 +40,9 @@ COMMANDS = {
     "configs": "list the shipped configs",
     "doctor": "check the installation and show how to fix it",
 }
+
+#: Earlier names of commands, which still work.
+_RENAMED = {"pretrain": "classify"}
 
 _LESS_MEMORY = "use fewer or smaller images, or a machine with more memory"
 
@@ -59,6 +62,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 def _run(argv: Sequence[str], prog: str | None) -> int:
     if argv and argv[0] == "help":  # gn-det help [COMMAND]
         argv = [*argv[1:2], "--help"]
+    if argv and argv[0] in _RENAMED:
+        print(f"gn-det: {argv[0]} is now called {_RENAMED[argv[0]]}; the old name still works", file=sys.stderr)
+        argv = [_RENAMED[argv[0]], *argv[1:]]
     if not argv or argv[0] in ("-h", "--help"):
         print(f"gn-det {__version__}: fine-tune Mask R-CNN with Group Normalization\n\nusage: gn-det COMMAND ...\n")
         print("commands (gn-det help COMMAND shows its flags):")

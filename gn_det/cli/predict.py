@@ -1,4 +1,7 @@
-"""Detect objects in images and videos and draw them."""
+"""Detect objects in images and videos and draw them.
+
+With the weights of a classifier of videos, it prints the top classes of each video instead.
+"""
 
 from __future__ import annotations
 
@@ -84,6 +87,11 @@ def run(args: argparse.Namespace) -> int:
             if value is not None:
                 raise ConfigError(f"{flag} is for checkpoints; leave it out with the exported file {args.weights}")
         options["predictor"] = as_predictor(args.weights, args.device, max_pixels=given["INPUT.MAX_PIXELS"])
+    elif videos and not images:
+        from gn_det.classification.predict_clips import predict_clips
+
+        if predict_clips(args.weights, videos, args.output, device=args.device):
+            return 0
     if images:
         tiling = None if args.tiles is None else Tiling(args.tiles, 0.2 if args.overlap is None else args.overlap)
         predict(args.weights, images, args.output, tiling=tiling, **options)

@@ -23,7 +23,7 @@ VIDEO_SUFFIXES = frozenset(
 )
 _STREAM = re.compile(r"(rtsp|rtsps|rtmp|http|https|udp|tcp)://", re.IGNORECASE)
 #: FFmpeg's readers that a file may choose: none that opens further files or addresses (playlists).
-_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,mpeg,mpegts,mpegvideo,asf,flv,ogg,m4v,h264,hevc,mjpeg"
+CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,mpeg,mpegts,mpegvideo,asf,flv,ogg,m4v,h264,hevc,mjpeg"
 #: Milliseconds to wait for a stream.
 _PATIENCE = 10_000
 #: Frames a second of a video that does not say it.
@@ -113,7 +113,7 @@ class VideoFrames:
             raise DataError(f"{self.name}: no such video") from None
         except (OSError, ValueError) as error:
             raise DataError(f"{self.name}: {error.strerror if isinstance(error, OSError) else error}") from None
-        with _option(f"protocol_whitelist;file|format_whitelist;{_CONTAINERS}"):
+        with _option(f"protocol_whitelist;file|format_whitelist;{CONTAINERS}"):
             return cv2.VideoCapture(os.path.abspath(source), cv2.CAP_FFMPEG)
 
     def _advice(self, source: str) -> str:

@@ -40,7 +40,8 @@ def group_norm_act(
     native.cpp on a CPU) computes in fp32 and rounds once; under autocast its result has the dtype of ``x``.
 
     Args:
-        x: (N, C, ...), N may be 0; NCHW or channels_last, a layout that the fused operator keeps.
+        x: (N, C, ...), N may be 0; NCHW or channels_last, a layout that the fused operator keeps. Clips (N, C, T, H, W)
+            are computed as images of T * H rows: the same numbers, and the same memory.
         num_groups: G; divides C.
         weight, bias: gamma and beta (C,), any floating dtype, or None (plain torch).
         eps: added to the variance.
@@ -56,6 +57,20 @@ def group_norm_act(
     """
     if act not in ACTIVATIONS or fused not in MODES:
         raise ValueError(f"act={act!r}, fused={fused!r}: use one of {ACTIVATIONS} and one of {MODES}")
+    if x.dim() == 5:
+        y = group_norm_act(
+            *(
+                x.flatten(2, 3),
+                num_groups,
+                weight,
+                bias,
+                eps,
+                None if residual is None else residual.flatten(2, 3),
+                act,
+            ),
+            fused=fused,
+        )
+        return y.view(x.shape)
     relu = act == "relu"
     lean = recompute and relu and residual is None and not _exporting() and not torch.compiler.is_compiling()
     if weight is not None and bias is not None:
@@ -70,6 +85,7 @@ def takes_kernels(x: Tensor, fused: str) -> bool:
     """Whether :func:`group_norm_act` launches kernels for ``x``."""
     if fused == "off" or _exporting():
         return False
+    x = x.flatten(2, 3) if x.dim() == 5 else x
     if native.can_run(x):
         return True
     if fused == "auto" and not MEASURED_BETTER:

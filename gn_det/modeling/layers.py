@@ -14,7 +14,7 @@ from gn_det.kernels import saving
 from gn_det.norm import NormSpec, get_norm, is_scripting, norm_act
 
 #: Layers that the fills initialize.
-Filled: TypeAlias = nn.Conv2d | nn.ConvTranspose2d | nn.Linear
+Filled: TypeAlias = nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.Linear
 
 
 class FeatureSpec(NamedTuple):

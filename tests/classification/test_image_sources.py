@@ -172,7 +172,7 @@ def test_bad_folders(folder: Path, spoil: Any, told: str) -> None:
 
 
 def test_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"pretrain data '.*nowhere': no such folder; .* or shapes or cifar10"):
+    with pytest.raises(DataError, match=r"classify data '.*nowhere': no such folder; .* or shapes or cifar10"):
         pretrain(settings(tmp_path / "nowhere", output=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
 
@@ -299,7 +299,7 @@ def test_cifar10_in_its_own_format(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     file = next(tmp_path.rglob("data_batch_1"))
     file.write_bytes(file.read_bytes()[:-9])
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", _no_network)
-    with pytest.raises(DataError, match=r"pretrain data cifar10:.*cannot be had in .*no network") as told:
+    with pytest.raises(DataError, match=r"classify data cifar10:.*cannot be had in .*no network") as told:
         open_source(settings)
     assert "\n" not in str(told.value)
 

@@ -103,7 +103,7 @@ def test_groups_that_do_not_divide_name_channels_and_field(changes: dict[str, An
     with pytest.raises(ConfigError) as caught:
         build_classifier(settings("resnet18", **changes), 5)
     text = str(caught.value)
-    assert text.startswith(f"pretrain {field}: ") and "64 channels" in text and f"set {field} to one of" in text
+    assert text.startswith(f"classify {field}: ") and "64 channels" in text and f"set {field} to one of" in text
 
 
 @pytest.mark.parametrize("norm", ["WN", "none"])

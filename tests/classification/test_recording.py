@@ -76,6 +76,6 @@ def test_a_recorded_run_trains_the_same_to_the_bit_and_resumes(tmp_path: Path, m
 def test_unknown_layer_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     given = Settings(arch="vgg16", norm="BN", data="cifar10", output=str(tmp_path / "out"), record="conv5_4")
     for start in (pretrain, dry_run):
-        with pytest.raises(ConfigError, match=r"pretrain record is 'conv5_4', but .* did you mean 'conv5_.'\?"):
+        with pytest.raises(ConfigError, match=r"classify record is 'conv5_4', but .* did you mean 'conv5_.'\?"):
             start(given)
     assert not (tmp_path / "out").exists()

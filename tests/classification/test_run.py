@@ -162,7 +162,7 @@ def test_too_few_images_for_a_batch(tmp_path: Path) -> None:
 
 
 def test_fp16_needs_a_gpu(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="pretrain amp is fp16, which needs a GPU"):
+    with pytest.raises(ConfigError, match="classify amp is fp16, which needs a GPU"):
         pretrain(tiny(tmp_path, amp="fp16"))
 
 

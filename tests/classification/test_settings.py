@@ -57,7 +57,7 @@ GOOD: dict[str, Any] = {"arch": "resnet50", "norm": "GN", "data": "imagenet", "o
 def test_bad_values_are_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         Settings(**{**GOOD, field: value})
-    assert f"pretrain {field} is " in str(caught.value) and "\n" not in str(caught.value)
+    assert f"classify {field} is " in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_dict_round_trip_and_unknown_fields() -> None:
     assert Settings.from_dict(settings.to_dict()) == settings
     with pytest.raises(ConfigError, match="pretrain learning_rate: no such setting"):
         Settings.from_dict({**GOOD, "learning_rate": 0.1})
-    with pytest.raises(ConfigError, match="pretrain norm is missing"):
+    with pytest.raises(ConfigError, match="classify norm is missing"):
         Settings.from_dict({k: v for k, v in GOOD.items() if k != "norm"})
 
 

@@ -1,4 +1,4 @@
-"""Weights of ``gn-det pretrain`` in Detectron2: its own checkpointer reads them, and so does the plugin's engine."""
+"""Weights of ``gn-det classify`` in Detectron2: its own checkpointer reads them, and so does the plugin's engine."""
 
 from __future__ import annotations
 

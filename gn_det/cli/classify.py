@@ -1,4 +1,7 @@
-"""Train a classifier with the paper's recipe and any norm: a backbone for MODEL.WEIGHTS."""
+"""Train a classifier with the paper's recipe and any norm.
+
+Of images: a backbone for MODEL.WEIGHTS. Of videos: I3D, a 2-D backbone inflated over time.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--arch",
         required=True,
         metavar="NAME",
-        help="resnet18|34|50|101, vgg16; resnet8|14|20|32|44|56|110 (tiny images)",
+        help="resnet18|34|50|101, vgg16; resnet8|14|20|32|44|56|110 (tiny images); i3d_r18|50 (videos)",
     )
     add(
         "--norm",
@@ -26,19 +29,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--data",
         required=True,
         metavar="DIR",
-        help="folder with train/CLASS/* and val/CLASS/*; or digits, shapes, cifar10[:DIR]",
+        help="folder with train/CLASS/* and val/CLASS/*; or digits, shapes, cifar10[:DIR], motions[:DIR] (videos)",
     )
-    add("--output", metavar="DIR", help="default output/pretrain_ARCH_NORM")
+    add("--output", metavar="DIR", help="default output/classify_ARCH_NORM")
     add("--groups", type=int, metavar="N", help="number of GN groups (default 32)")
     add("--channels-per-group", type=int, metavar="N", help="size of GN groups, instead of --groups")
-    add("--batch-size", type=int, metavar="N", help="images per process (default 32)")
+    add("--batch-size", type=int, metavar="N", help="images per process (default 32; 8 clips)")
     add("--epochs", type=float, metavar="N", help="default 100; the learning rate drops after 30, 60 and 90%%")
-    add("--lr", type=float, metavar="X", help="learning rate, not scaled (default 0.1 x batch / 256; vgg16 0.01 x ...)")
+    add("--iterations", type=int, metavar="N", help="of clips, instead of --epochs (default 400000)")
+    add("--lr", type=float, metavar="X", help="learning rate, not scaled (default 0.1 x batch / 256; vgg16 0.01)")
     add("--r-max", type=float, metavar="X", help="limit of Batch Renorm's r (default 1.5)")
     add("--d-max", type=float, metavar="X", help="limit of Batch Renorm's d (default 0.5)")
     add("--seed", type=int, metavar="N", help="default 1")
     add("--image-size", type=int, metavar="N", help="side of the crops (default 224)")
-    add("--images", type=int, metavar="N", help="number of training images (default: all; shapes: 3000)")
+    add("--images", type=int, metavar="N", help="number of training images (default: all; shapes, motions: 3000)")
     add("--augment", metavar="NAME", help="of a folder: crop (default), or shift: small images, as CIFAR's")
     add("--no-color", dest="color", action="store_false", default=None, help="turn off color augmentation")
     add(
@@ -56,6 +60,19 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="keep activations in this layout, faster on CPUs; auto: where --amp auto takes bf16",
     )
     add("--record", metavar="LAYER", help="percentiles of its output before norm and ReLU over training, e.g. conv5_3")
+    clips = parser.add_argument_group("videos")
+    clips.add_argument("--frames", type=int, metavar="N", help="frames of a clip (default 32)")
+    clips.add_argument("--frame-stride", type=int, metavar="N", help="take every N-th frame (default 2)")
+    clips.add_argument("--weights", metavar="FILE", help="2-D backbone to inflate, any that MODEL.WEIGHTS takes")
+    clips.add_argument("--train-list", metavar="FILE", help="videos of --data: Kinetics' csv or UCF101's list")
+    clips.add_argument("--val-list", metavar="FILE", help="the same for validation")
+    clips.add_argument("--dropout", type=float, metavar="P", help="before the linear layer (default 0.5)")
+    clips.add_argument("--test-clips", type=int, metavar="N", help="clips of a video in the final test (default 10)")
+    clips.add_argument("--test-crops", type=int, metavar="N", help="crops of each of them, 1 or 3 (default 3)")
+    clips.add_argument(
+        "--precise-bn", type=int, metavar="N", help="batches for BN's statistics before it (default 200)"
+    )
+    clips.add_argument("--max-bad", type=int, metavar="N", help="bad videos to skip before the run stops (default 10)")
     add("--device", metavar="NAME", help="auto, cpu, cuda or cuda:1")
     add("--workers", type=int, metavar="N", help="data loading processes (default 4)")
     flags.add_gpus(parser, "GPUs on this machine; or use torchrun")
@@ -66,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     from gn_det import classification
 
     given = {f.name: getattr(args, f.name, None) for f in fields(classification.Settings)}
-    given["output"] = args.output or f"output/pretrain_{args.arch}_{args.norm}"
+    given["output"] = args.output or f"output/classify_{args.arch}_{args.norm}"
     settings = classification.Settings.from_dict({name: value for name, value in given.items() if value is not None})
     if args.dry_run:
         from gn_det.classification.pretraining import dry_run

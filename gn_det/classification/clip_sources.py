@@ -1,0 +1,305 @@
+"""Clips of videos for training and evaluation: which frames, scale jitter, crops, flips, and the lists of videos.
+
+What is drawn for a clip depends on (seed, epoch, number) alone, not on the number of workers or interruptions. The
+rules are those of Wang et al. 2018 (video-nonlocal-net), which the paper follows.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gn_det.classification.image_folder import Entry, scan_parts
+from gn_det.classification.image_sources import Batch, Input
+from gn_det.classification.settings import Settings
+from gn_det.data.clip_frames import ClipError, VideoFile, import_av
+from gn_det.data.video_frames import VIDEO_SUFFIXES
+from gn_det.data.workers import WorkerData, load_batches
+from gn_det.errors import DataError
+from gn_det.files import open_regular
+from gn_det.text import count, one_line
+
+logger = logging.getLogger(__name__)
+
+#: Input of a network that begins from scratch.
+RGB = Input("RGB", (114.75,) * 3, (57.375,) * 3)
+#: Scale jitter and test size of the shorter side, for a crop of 224.
+_CROP, _JITTER, _TEST = 224, (256, 320), 256
+#: Bytes of a list of videos.
+_MOST_BYTES = 1 << 28
+
+
+class Video(Protocol):
+    """Something with frames: a file, or one that is generated."""
+
+    frames: int
+
+    def read(self, numbers: Sequence[int], side: int) -> np.ndarray:
+        """Frames (T, H, W, 3) uint8 RGB of the shorter side ``side``."""
+        ...
+
+
+class Loaded(NamedTuple):
+    """What a worker sends back: clips (N, 3, T, side, side) uint8, classes (N,), and what could not be used."""
+
+    pixels: Tensor
+    labels: Tensor
+    bad: list[tuple[str, str]]
+
+
+def clip_numbers(start: int, frames: int, stride: int) -> list[int]:
+    """Frames of a clip that begins at ``start``; a video that is shorter is read modulo its length."""
+    return [start + stride * k for k in range(frames)]
+
+
+def test_start(clip: int, clips: int, frames: int) -> int:
+    """First frame of the 0-based ``clip`` of ``clips`` in a video of ``frames``."""
+    return int(clip * frames / clips)
+
+
+class ClipSource:
+    """See :class:`gn_det.classification.image_sources.Source`; validation is augmented as training is (Figure 7).
+
+    Args:
+        train, val: (name, class index) of every video.
+        open_video: opens one by its name.
+        flip: whether a clip keeps its class when it is mirrored.
+        bad: what was found unusable already, by name.
+
+    Attributes:
+        bad: why videos were skipped, by name.
+    """
+
+    def __init__(
+        self,
+        class_names: Sequence[str],
+        train: list[Entry],
+        val: list[Entry],
+        settings: Settings,
+        *,
+        open_video: Callable[[str], Video] = VideoFile,
+        flip: bool = True,
+        bad: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        self.class_names = tuple(class_names)
+        self.train_images, self.val_images = len(train), len(val)
+        self.input = RGB
+        self.bad: dict[str, str] = {}
+        self._train, self._val, self._settings = train, val, settings
+        self._open, self._flip = open_video, flip
+        self._note(bad)
+
+    def train_batches(self, epoch: int, batches: Sequence[np.ndarray]) -> Iterator[Batch]:
+        yield from self._load(self._train, [b.tolist() for b in batches], epoch)
+
+    def val_batches(self, numbers: Sequence[int], size: int) -> Iterator[Batch]:
+        batches = [list(numbers[k : k + size]) for k in range(0, len(numbers), size)]
+        yield from self._load(self._val, batches, None)
+
+    def test_batches(self, numbers: Sequence[int]) -> Iterator[tuple[int, Batch]]:
+        """The number of a validation video, and the crops of one of its clips; its clips one after the other."""
+        clips = [(number, clip) for number in numbers for clip in range(self._settings.test_clips)]
+        for (number, _), loaded in zip(clips, self._loaded(_TestClips, self._val, [[c] for c in clips], None)):
+            yield number, (loaded.pixels, loaded.labels)
+
+    def _load(self, entries: list[Entry], batches: list[list[int]], epoch: int | None) -> Iterator[Batch]:
+        for loaded in self._loaded(_Clips, entries, batches, epoch):
+            if len(loaded.labels):
+                yield loaded.pixels, loaded.labels
+
+    def _loaded(
+        self, kind: type[_Clips], entries: list[Entry], batches: list[list[Any]], epoch: int | None
+    ) -> Iterator[Loaded]:
+        data = kind(entries, self._settings, epoch, self._open, self._flip, self.input.order)
+        for loaded in load_batches(data, batches, min(self._settings.workers, len(batches))):
+            self._note(loaded.bad)
+            yield loaded
+
+    def _note(self, bad: Sequence[tuple[str, str]]) -> None:
+        """Record what was skipped.
+
+        Raises:
+            DataError: more than max_bad videos.
+        """
+        for name, reason in bad:
+            if name not in self.bad:
+                self.bad[name] = reason
+                if len(self.bad) <= self._settings.max_bad:
+                    logger.warning("skipped: %s", reason)
+        if len(self.bad) > self._settings.max_bad:
+            raise DataError(
+                f"{self._settings.data}: {count(len(self.bad), 'video')} cannot be used, more than max_bad "
+                f"{self._settings.max_bad}: {reason}; repair or remove them, or raise --max-bad"
+            )
+
+
+class _Clips(WorkerData):
+    """Training clips of one epoch; without an epoch those of validation."""
+
+    def __init__(
+        self,
+        entries: list[Entry],
+        settings: Settings,
+        epoch: int | None,
+        open_video: Callable[[str], Video],
+        flip: bool,
+        order: str,
+    ) -> None:
+        self._entries, self._settings, self._epoch = entries, settings, epoch
+        self._open, self._flip, self._order = open_video, flip, order
+
+    def name_of(self, index: int) -> str:
+        return self._entries[index][0]
+
+    def __getitem__(self, batch: Sequence[int]) -> Loaded:
+        """A video that cannot be used is left out in validation, and in training replaced by the next one that can."""
+        clips: list[Tensor] = []
+        labels: list[int] = []
+        bad: list[tuple[str, str]] = []
+        for number in batch:
+            others = range(len(self._entries)) if self._epoch is not None else range(1)
+            for place in ((number + other) % len(self._entries) for other in others):
+                name, label = self._entries[place]
+                self.note(place)
+                try:
+                    clips.append(self._clip(self._open(name), number))
+                except ClipError as error:
+                    bad.append((name, str(error)))
+                    if len(bad) > self._settings.max_bad:
+                        break
+                    continue
+                labels.append(label)
+                break
+        pixels = torch.stack(clips) if clips else torch.empty(0, dtype=torch.uint8)
+        return Loaded(pixels, torch.tensor(labels, dtype=torch.int64), bad)
+
+    def _clip(self, video: Video, number: int) -> Tensor:
+        settings, side = self._settings, self._settings.side
+        epoch = (0, 0) if self._epoch is None else (1, self._epoch)
+        rng = np.random.default_rng([settings.seed, *epoch, number])
+        last = max(video.frames - settings.frames * settings.frame_stride, 0)
+        start = int(rng.integers(0, last + 1))
+        low, high = (round(side * edge / _CROP) for edge in _JITTER)
+        short = int(rng.integers(low, high + 1))
+        frames = video.read(clip_numbers(start, settings.frames, settings.frame_stride), short)
+        y, x = (int(rng.integers(0, edge - side + 1)) for edge in frames.shape[1:3])
+        crop = frames[:, y : y + side, x : x + side]
+        return self._tensor(crop[:, :, ::-1] if rng.random() < 0.5 and self._flip else crop)
+
+    def _tensor(self, frames: np.ndarray) -> Tensor:
+        """(T, H, W, 3) RGB to (3, T, H, W) in the network's order of channels."""
+        frames = frames[..., ::-1] if self._order == "BGR" else frames
+        return torch.from_numpy(np.ascontiguousarray(frames.transpose(3, 0, 1, 2)))
+
+
+class _TestClips(_Clips):
+    """Crops (test_crops, 3, T, side, side) of one clip each, addressed by ``[(video, clip)]``."""
+
+    def __getitem__(self, batch: Sequence[tuple[int, int]]) -> Loaded:  # type: ignore[override]
+        settings, ((number, clip),) = self._settings, batch
+        side = round(settings.side * _TEST / _CROP)
+        name, label = self._entries[number]
+        self.note(number)
+        try:
+            video = self._open(name)
+            start = test_start(clip, settings.test_clips, video.frames)
+            frames = video.read(clip_numbers(start, settings.frames, settings.frame_stride), side)
+        except ClipError as error:
+            return Loaded(torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), [(name, str(error))])
+        height, width = frames.shape[1:3]
+        # Along the longer side: both ends and the middle.
+        shares = (0.5,) if settings.test_crops == 1 else (0, 0.5, 1)
+        corners = [(int(share * (height - side)), int(share * (width - side))) for share in shares]
+        crops = torch.stack([self._tensor(frames[:, y : y + side, x : x + side]) for y, x in corners])
+        return Loaded(crops, torch.full((len(crops),), label), [])
+
+
+# ------------------------------------------------------------ which videos
+
+
+def load_videos(settings: Settings) -> ClipSource:
+    """The videos of ``settings.data``: its folders of classes, or those that two lists name.
+
+    Raises:
+        ConfigError: PyAV is not installed.
+        DataError: folders or lists that cannot be used, classes that differ, or too many bad videos.
+    """
+    import_av()
+    root = Path(settings.data).expanduser()
+    if settings.train_list is None or settings.val_list is None:
+        names, train, val = scan_parts(root, VIDEO_SUFFIXES, "videos")
+        return ClipSource(names, train, val, settings)
+    files: dict[str, str] = {}
+    for folder, _, entries in sorted(os.walk(root)):
+        for entry in entries:
+            if Path(entry).suffix.lower() in VIDEO_SUFFIXES:
+                files.setdefault(Path(entry).stem, os.path.join(folder, entry))
+    bad: list[tuple[str, str]] = []
+    parts = [read_list(Path(path).expanduser()) for path in (settings.train_list, settings.val_list)]
+    names = sorted({label for _, label in parts[0]})
+    other = sorted({label for _, label in parts[1]} ^ set(names))
+    if other:
+        raise DataError(f"class {other[0]!r} is only in one of {settings.train_list} and {settings.val_list}")
+    if len(names) < 2:
+        raise DataError(f"{settings.train_list}: lists {count(len(names), 'class', 'classes')}; at least 2 are needed")
+    folders = {_plain(name): name for name in names}
+    found: list[list[Entry]] = []
+    for rows in parts:
+        found.append([])
+        for stem, label in rows:
+            file = files.get(stem)
+            folder = folders.get(_plain(Path(file).parent.name), label) if file else label
+            if file is None:
+                bad.append((stem, f"{root}: has no video {one_line(stem, 200)}, which a list names"))
+            elif folder != label:
+                bad.append((file, f"{one_line(file, 300)}: is in the folder of {folder!r}, but listed as {label!r}"))
+            else:
+                found[-1].append((file, names.index(label)))
+    source = ClipSource(names, found[0], found[1], settings, bad=bad)
+    if not all(found):
+        raise DataError(f"{root}: holds no video of {settings.val_list if found[0] else settings.train_list}")
+    return source
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def read_list(path: Path) -> list[tuple[str, str]]:
+    """(file name without its ending, class) of every line of Kinetics' csv or of UCF101's text.
+
+    Raises:
+        DataError: the list cannot be read, or a line of it.
+    """
+    try:
+        with open_regular(path) as file:
+            lines = file.read(_MOST_BYTES).decode().splitlines()
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path}: cannot be read ({one_line(getattr(error, 'strerror', None) or error, 100)})"
+        ) from None
+    rows = []
+    try:
+        if lines and {"label", "youtube_id"} <= set(lines[0].split(",")):
+            for row in csv.DictReader(lines):
+                times = (int(float(row[key])) for key in ("time_start", "time_end"))
+                rows.append(("_".join([row["youtube_id"], *(f"{t:06d}" for t in times)]), row["label"].strip()))
+        else:
+            for line in filter(None, map(str.strip, lines)):
+                label, name = re.sub(r"\s+\d+$", "", line).split("/")[-2:]
+                rows.append((Path(name).stem, label))
+    except (KeyError, ValueError, TypeError, AttributeError, csv.Error):
+        raise DataError(
+            f"{path}: line {len(rows) + 1} is neither of Kinetics' csv (label,youtube_id,time_start,time_end,split) "
+            "nor of UCF101's lists (Class/file.avi 1)"
+        ) from None
+    return rows

@@ -1,0 +1,102 @@
+"""``gn-det predict`` with the weights of a classifier of videos: the top classes of each video."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gn_det.checkpoint.io import check_tensors, read_any
+from gn_det.checkpoint.meta import names_of_classes, read_meta
+from gn_det.checkpoint.open_weights import open_weights
+from gn_det.checkpoint.weights_uri import local_path
+from gn_det.classification.classifier_loop import Normalize
+from gn_det.classification.clip_sources import ClipSource
+from gn_det.classification.image_sources import Input
+from gn_det.classification.network import Classifier, build_classifier
+from gn_det.classification.settings import Settings
+from gn_det.engine import dist
+from gn_det.engine.output import check_writable
+from gn_det.errors import ConfigError, WeightsError
+from gn_det.files import atomic_write, json_bytes
+from gn_det.terminal import say
+from gn_det.text import one_line
+
+#: Classes that are named for a video.
+TOP = 5
+
+
+def predict_clips(weights: str, videos: Sequence[str], output: str, *, device: str = "auto") -> bool:
+    """Print the top classes of each video and write them to ``<output>/classes.json``.
+
+    The scores are the mean softmax over the clips and crops that the final test of the training took.
+
+    Returns:
+        False, having done nothing, where ``weights`` are not of a classifier of videos.
+
+    Raises:
+        UserError: the file, a video or the folder cannot be used.
+    """
+    payload = read_any(local_path(weights))
+    found = _run_of(payload, weights)
+    if found is None:
+        return False
+    settings, names = found
+    kind = dist.resolve_device(device)
+    model, given = _load(payload, settings, names, weights)
+    model, normalize = model.to(kind).eval(), Normalize(given).to(kind)
+    folder = check_writable(output)
+    results = []
+    source = ClipSource(names, [], [(video, 0) for video in videos], replace(settings, max_bad=0, workers=0))
+    source.input = given
+    sums = torch.zeros(len(videos), len(names))
+    with torch.inference_mode():
+        for number, (pixels, _) in source.test_batches(range(len(videos))):
+            sums[number] += model(normalize(pixels)).float().softmax(dim=1).sum(dim=0).cpu()
+    for video, scores in zip(videos, sums / (settings.test_clips * settings.test_crops)):
+        top = scores.topk(min(TOP, len(names)))
+        classes = [{"name": names[i], "score": float(s)} for s, i in zip(top.values, top.indices.tolist())]
+        results.append({"file": video, "classes": classes})
+        say(f"{one_line(video, 200)}: " + ", ".join(f"{one_line(c['name'])} {c['score']:.2f}" for c in classes))
+    atomic_write(folder / "classes.json", json_bytes(results, indent=1))
+    say(f"Written: {Path(output) / 'classes.json'}")
+    return True
+
+
+def _run_of(payload: Mapping[str, Any], source: str) -> tuple[Settings, tuple[str, ...]] | None:
+    """Settings and classes of the training that wrote a file; None for any other file."""
+    meta = read_meta(payload, source) or {}
+    steps = meta.get("provenance")
+    run = steps[0] if isinstance(steps, list) and steps and isinstance(steps[0], dict) else {}
+    stored = run.get("settings")
+    if not isinstance(stored, dict):
+        return None
+    try:
+        settings = Settings.from_dict({**stored, "output": "-"})
+    except ConfigError as error:
+        raise WeightsError(f"{source}: its settings cannot be used ({error})") from None
+    return (settings, names_of_classes(run.get("classes"))) if settings.of_clips else None
+
+
+def _load(
+    payload: Mapping[str, Any], settings: Settings, names: Sequence[str], source: str
+) -> tuple[Classifier, Input]:
+    needs = open_weights(source).preprocessing
+    if not names or needs is None or not needs.format or not needs.pixel_mean or not needs.pixel_std:
+        raise WeightsError(f"{source}: does not say its classes, channel order, mean and std; train it again")
+    model = build_classifier(settings, len(names))
+    state = payload.get("model")
+    tensors = dict(state) if isinstance(state, Mapping) else {}
+    check_tensors(source, tensors)
+    placed = {
+        name: tensors.get(name.removeprefix("trunk.") if name.startswith("trunk.") else f"stem.fc.{name[7:]}")
+        for name in model.state_dict()
+    }
+    wrong = [k for k, v in model.state_dict().items() if getattr(placed[k], "shape", None) != v.shape]
+    if wrong:
+        raise WeightsError(f"{source}: {one_line(wrong[0])} is missing or of another shape; train it again")
+    model.load_state_dict(placed)
+    return model, Input(needs.format, needs.pixel_mean, needs.pixel_std)

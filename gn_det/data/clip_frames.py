@@ -1,0 +1,173 @@
+"""Frames of a video file by number, decoded by PyAV, which works from its wheel and is imported on use.
+
+Decoders differ in what they take from one file. Here a video is its first video stream that is not a cover picture,
+whatever other streams say, and its frames are those that can be decoded, in the order of presentation: a file of
+variable frame rate has no frames repeated or dropped, and one that is cut short ends where it can no longer be read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+
+from gn_det.data.image import MAX_PIXELS
+from gn_det.data.video_frames import CONTAINERS
+from gn_det.errors import ConfigError, DataError
+from gn_det.files import check_regular
+from gn_det.text import one_line
+
+
+class ClipError(DataError):
+    """A video that cannot be used; the message names the file."""
+
+
+def import_av() -> Any:
+    """Return PyAV, silent; raises ConfigError where it is not installed."""
+    try:
+        import av
+    except ImportError:
+        raise ConfigError("training on videos needs PyAV: pip install av (or gn-det[video])") from None
+    av.logging.set_level(av.logging.PANIC)
+    return av
+
+
+class VideoFile:
+    """The frames of a video file.
+
+    Attributes:
+        frames: how many there are.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Open the file and find its frames.
+
+        Raises:
+            ConfigError: PyAV is not installed.
+            ClipError: no such file, no video, or no frame that can be decoded.
+        """
+        self._av, self._path, self.name = import_av(), os.path.abspath(path), one_line(path, 300)
+        try:
+            check_regular(path)
+        except FileNotFoundError:
+            raise ClipError(f"{self.name}: no such video") from None
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ClipError(f"{self.name}: {reason}") from None
+        self._times = self._presented()
+        self.frames = len(self._times) or sum(1 for _ in self._from_start())
+        if not self.frames:
+            raise ClipError(f"{self.name}: no frame can be decoded")
+
+    def read(self, numbers: Sequence[int], side: int) -> np.ndarray:
+        """Frames ``numbers``, modulo :attr:`frames`, with the shorter side scaled to ``side`` pixels.
+
+        Returns:
+            (T, H, W, 3) uint8 RGB.
+
+        Raises:
+            ClipError: they cannot be decoded.
+        """
+        wanted = {number % self.frames for number in numbers}
+        found = self._sought(wanted, side) if self._times else {}
+        if len(found) < len(wanted):  # damaged, or a container that cannot seek: what can be decoded counts
+            self.frames, self._times = sum(1 for _ in self._from_start()), []
+            if not self.frames:
+                raise ClipError(f"{self.name}: no frame can be decoded")
+            wanted = {number % self.frames for number in numbers}
+            scale = self._scaler(side)
+            found = {k: scale(frame) for k, frame in enumerate(self._from_start(max(wanted) + 1)) if k in wanted}
+        return np.stack([found[number % self.frames] for number in numbers])
+
+    # ------------------------------------------------------------ decoding
+
+    def _open(self) -> tuple[Any, Any]:
+        av = self._av
+        options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
+        try:
+            container = av.open(self._path, options=options, metadata_errors="replace")
+        except (av.FFmpegError, OSError, ValueError) as error:
+            reason = one_line(getattr(error, "strerror", None) or error, 100)
+            raise ClipError(f"{self.name}: cannot be read as a video ({reason})") from None
+        cover = av.stream.Disposition.attached_pic
+        stream = next((s for s in container.streams.video if not s.disposition & cover), None)
+        if stream is None or stream.codec_context is None:
+            container.close()
+            raise ClipError(f"{self.name}: has no video stream that can be decoded")
+        if stream.width * stream.height > MAX_PIXELS:
+            container.close()
+            raise ClipError(f"{self.name}: frames of {stream.width}x{stream.height} pixels are too large")
+        stream.codec_context.thread_count = 1  # workers are many
+        return container, stream
+
+    def _presented(self) -> list[int]:
+        """Times of all frames in order, by the packets alone; [] where these do not say it."""
+        container, stream = self._open()
+        with closing(container):
+            try:
+                packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
+            except (self._av.FFmpegError, OSError, ValueError):
+                return []
+            times = [p.pts for p in packets]
+        return sorted(times) if None not in times and len(set(times)) == len(times) else []
+
+    def _decoded(self, container: Any, stream: Any) -> Iterator[Any]:
+        """Frames from where the container is; packets that cannot be decoded are left out."""
+        packets = container.demux(stream)
+        while True:
+            try:
+                packet = next(packets, None)
+                if packet is None:
+                    return
+                frames = packet.decode()
+            except self._av.FFmpegError as error:
+                if isinstance(error, (EOFError, OSError)):
+                    return
+                continue
+            yield from frames
+
+    def _from_start(self, most: int | None = None) -> Iterator[Any]:
+        container, stream = self._open()
+        with closing(container):
+            for number, frame in enumerate(self._decoded(container, stream)):
+                if number == most:
+                    return
+                yield frame
+
+    def _sought(self, wanted: Collection[int], side: int) -> dict[int, np.ndarray]:
+        """Frames by number, decoded from the last keyframe before them."""
+        numbers = {time: number for number, time in enumerate(self._times)}
+        found: dict[int, np.ndarray] = {}
+        scale, last = self._scaler(side), max(wanted)
+        container, stream = self._open()
+        with closing(container):
+            try:
+                container.seek(self._times[min(wanted)], stream=stream)
+            except (self._av.FFmpegError, OSError, ValueError):
+                return {}
+            for frame in self._decoded(container, stream):
+                number = numbers.get(frame.pts)
+                if number is not None and number in wanted:
+                    found[number] = scale(frame)
+                if len(found) == len(wanted) or (number is not None and number > last):
+                    break
+        return found
+
+    def _scaler(self, side: int) -> Any:
+        """A function from a frame to (H, W, 3) uint8 RGB; all have the size of the first one."""
+        reformatter = self._av.video.reformatter.VideoReformatter()
+        size: list[int] = []
+
+        def scale(frame: Any) -> np.ndarray:
+            if not size:
+                short = min(frame.width, frame.height)
+                size.extend(side * edge // short for edge in (frame.width, frame.height))
+                if size[0] * size[1] > MAX_PIXELS:
+                    raise ClipError(f"{self.name}: frames of {frame.width}x{frame.height} pixels are too long")
+            made = reformatter.reformat(frame, *size, "rgb24", interpolation="BILINEAR")
+            return np.rot90(made.to_ndarray(), round(frame.rotation / 90))
+
+        return scale

@@ -1,0 +1,181 @@
+"""Which frames a clip takes, how it is cut, which videos lists name, and videos that cannot be used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gn_det.classification import Settings
+from gn_det.classification.clip_sources import ClipSource, clip_numbers, load_videos, test_start
+from gn_det.classification.motions import MOTIONS, load_motions
+from gn_det.errors import DataError
+from tests.data.test_clip_frames import write_audio, write_video
+
+test_start.__test__ = False  # type: ignore[attr-defined]
+
+
+def settings(data: str = "folder", **changes: Any) -> Settings:
+    given = {"frames": 8, "frame_stride": 2, "image_size": 32, "workers": 0, "test_clips": 2, "epochs": 1, **changes}
+    return Settings(arch="i3d_r18", norm="GN", data=data, output="out", **given)
+
+
+class Counted:
+    """Frame k of 40x60 pixels has the value k everywhere; records what is asked for."""
+
+    def __init__(self, name: str) -> None:
+        self.frames = int(name)
+
+    def read(self, numbers: Sequence[int], side: int) -> np.ndarray:
+        frames = np.array(numbers) % self.frames
+        return np.broadcast_to(frames.astype(np.uint8)[:, None, None, None], (len(frames), side, side * 3 // 2, 3))
+
+
+@pytest.mark.parametrize("frames", [1, 20, 64, 300])
+def test_training_clips(frames: int) -> None:
+    """32 frames at stride 2: the start is uniform in [0, n - 64], 0 for shorter videos, which are read modulo n."""
+    of_paper = settings(frames=32, frame_stride=2)
+    source = ClipSource(["a", "b"], [(str(frames), 0)], [(str(frames), 0)], of_paper, open_video=Counted)
+    starts = set()
+    for epoch in range(60):
+        ((pixels, labels),) = source.train_batches(epoch, [np.array([0])])
+        assert pixels.shape == (1, 3, 32, 32, 32) and labels.tolist() == [0]
+        seen = pixels[0, 0, :, 0, 0].tolist()
+        start = seen[0]
+        starts.add(start)
+        assert seen == [(start + 2 * k) % frames % 256 for k in range(32)]
+    assert starts == {0} if frames <= 64 else min(starts) >= 0 and max(starts) <= 236 and len(starts) > 40
+
+
+@pytest.mark.parametrize("frames, starts", [(1, [0] * 10), (20, [0, 2, 4, 6, 8, 10, 12, 14, 16, 18])])
+def test_test_clips_begin_at_tenths(frames: int, starts: list[int]) -> None:
+    assert [test_start(k, 10, frames) for k in range(10)] == starts
+    assert [test_start(k, 10, 64) for k in range(10)] == [0, 6, 12, 19, 25, 32, 38, 44, 51, 57]
+    assert [test_start(k, 10, 300) for k in range(10)] == list(range(0, 300, 30))
+    assert clip_numbers(57, 3, 2) == [57, 59, 61]
+
+
+class Ramp(Counted):
+    """Values grow to the right."""
+
+    def read(self, numbers: Sequence[int], side: int) -> np.ndarray:
+        width = side * 2
+        return np.broadcast_to(np.arange(width, dtype=np.uint8)[None, None, :, None], (len(numbers), side, width, 3))
+
+
+def test_three_crops_lie_at_both_ends_and_in_the_middle() -> None:
+    """Shorter side 256 for crops of 224, here 37 for 32; on the longer side of 74 they begin at 0, 18 and 37."""
+    source = ClipSource(["a", "b"], [], [("9", 1), ("9", 0)], settings(), open_video=Ramp)
+    found = list(source.test_batches([0, 1]))
+    assert [number for number, _ in found] == [0, 0, 1, 1]
+    pixels, labels = found[0][1]
+    assert pixels.shape == (3, 3, 8, 37, 37) and labels.tolist() == [1, 1, 1]
+    assert pixels[:, 0, 0, 0, 0].tolist() == [0, 18, 37]
+
+
+def test_scale_jitter_crop_and_flip() -> None:
+    """The shorter side is uniform in [256, 320] of 224, crops lie inside, half of the clips are mirrored."""
+    sides: set[int] = set()
+
+    class Sided(Ramp):
+        def read(self, numbers: Sequence[int], side: int) -> np.ndarray:
+            sides.add(side)
+            return super().read(numbers, side)
+
+    source = ClipSource(["a", "b"], [("9", 0)] * 4, [], settings(), open_video=Sided)
+    flips, corners = [], set()
+    for epoch in range(50):
+        ((pixels, _),) = source.train_batches(epoch, [np.arange(4)])
+        rows = pixels[:, 0, 0, 0]
+        steps = rows[:, 1].int() - rows[:, 0].int()
+        assert set(steps.tolist()) <= {1, -1}
+        flips += steps.tolist()
+        corners |= set(rows.amin(1).tolist())
+    assert sides == set(range(37, 47)) and len(corners) > 20
+    assert 0.35 < flips.count(-1) / len(flips) < 0.65
+
+
+def test_clips_depend_on_seed_epoch_and_number_alone() -> None:
+    def batch(numbers: list[int], workers: int, epoch: int = 3) -> torch.Tensor:
+        source = load_motions(settings("motions", images=16, workers=workers))
+        return next(iter(source.train_batches(epoch, [np.array(numbers)])))[0]
+
+    assert torch.equal(batch([3, 5], 0)[1], batch([5, 1], 1)[0])
+    assert not torch.equal(batch([5], 0, 4)[0], batch([5], 0)[0])
+
+
+def test_motions_differ_in_time_alone() -> None:
+    """A video read backwards is one of the opposite motion: no single frame tells the class."""
+    source = load_motions(settings("motions", images=16))
+    names = list(MOTIONS)
+    assert source.class_names == tuple(names) and source.train_images == 16 and source.val_images == 8
+    for there, back in (("left", "right"), ("up", "down"), ("zoom in", "zoom out"), ("clockwise", "counterclockwise")):
+        assert [-v for v in MOTIONS[there]] == list(MOTIONS[back])
+    (pixels, labels), *_ = source.val_batches(range(8), 8)
+    assert labels.tolist() == list(range(8)) and pixels.shape == (8, 3, 8, 32, 32)
+    moved = (pixels[:, :, 1:].float() - pixels[:, :, :-1].float()).abs().mean((1, 2, 3, 4))
+    assert float(moved.min()) > 0.5
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for part in ("train", "val"):
+        for name in ("run", "jump"):
+            for k in range(2):
+                write_video(tmp_path / part / name / f"{name}_{part}{k}_000000_000010.mp4", frames=20)
+    return tmp_path
+
+
+def read_all(source: ClipSource) -> tuple[int, int]:
+    train = sum(len(labels) for _, labels in source.train_batches(0, [np.arange(source.train_images)]))
+    return train, sum(len(labels) for _, labels in source.val_batches(range(source.val_images), 3))
+
+
+def test_folder_of_classes(folder: Path) -> None:
+    source = load_videos(settings(str(folder)))
+    assert source.class_names == ("jump", "run") and read_all(source) == (4, 4) and not source.bad
+
+
+def test_bad_videos_are_skipped_and_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In training the next one takes the place; validation goes on without them."""
+    for part in ("train", "val"):
+        (folder / part / "run" / "empty.mp4").write_bytes(b"")
+        (folder / part / "run" / "noise.avi").write_bytes(bytes(range(256)) * 40)
+        write_audio(folder / part / "jump" / "song.mp4")
+    with caplog.at_level("WARNING"):
+        source = load_videos(settings(str(folder)))
+        assert read_all(source) == (7, 4)
+    assert len(source.bad) == 6 and "song.mp4: has no video stream" in caplog.text
+    with pytest.raises(DataError, match=r"3 videos cannot be used, more than max_bad 2: .*; repair or remove them"):
+        read_all(load_videos(settings(str(folder), max_bad=2)))
+
+
+def test_kinetics_and_ucf_lists(folder: Path) -> None:
+    kinetics, ucf = {}, {}
+    for part in ("train", "val"):
+        kinetics[part], ucf[part] = folder / f"{part}.csv", folder / f"{part}.txt"
+        rows = [f"{name},{name}_{part}{k},0,10,{part}" for name in ("run", "jump") for k in range(2)]
+        kinetics[part].write_text("\n".join(["label,youtube_id,time_start,time_end,split", *rows]))
+        names = [f"{name}/{name}_{part}{k}_000000_000010.mp4" for name in ("run", "jump") for k in range(2)]
+        ucf[part].write_text("".join(f"{name} 1\n" if part == "train" else f"{name}\n" for name in names))
+    for lists in (kinetics, ucf):
+        source = load_videos(settings(str(folder), train_list=str(lists["train"]), val_list=str(lists["val"])))
+        assert source.class_names == ("jump", "run") and read_all(source) == (4, 4)
+    # a video that is not there, and one in the folder of another class
+    with kinetics["train"].open("a") as file:
+        file.write("\nrun,gone,0,10,train\njump,run_val1,0,10,train")
+    lists = {"train_list": str(kinetics["train"]), "val_list": str(kinetics["val"])}
+    source = load_videos(settings(str(folder), **lists))
+    assert sorted(source.bad) == [str(folder / "val" / "run" / "run_val1_000000_000010.mp4"), "gone_000000_000010"]
+    with pytest.raises(DataError, match=r"2 videos cannot be used.*is in the folder of 'run', but listed as 'jump'"):
+        load_videos(settings(str(folder), max_bad=0, **lists))
+    kinetics["val"].write_text("label,youtube_id,time_start,time_end,split\nswim,a,0,10,val")
+    with pytest.raises(DataError, match="class 'jump' is only in one of"):
+        load_videos(settings(str(folder), **lists))
+    kinetics["val"].write_text("just words")
+    with pytest.raises(DataError, match=r"val.csv: line 1 is neither of Kinetics' csv"):
+        load_videos(settings(str(folder), **lists))
