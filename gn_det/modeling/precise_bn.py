@@ -15,7 +15,7 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 class _Population:
     """Mean and variance of all values that a layer saw, whatever the sizes of its batches."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: Any) -> None:
         self.layer, self.momentum = layer, layer.momentum
         self.mean, self.square = torch.zeros_like(layer.running_mean), torch.zeros_like(layer.running_var)
         self.total = 0

@@ -78,7 +78,7 @@ def test_bad_values_are_refused_by_name(field: str, value: Any) -> None:
     ],
 )
 def test_contradictions_are_refused(changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(ConfigError, match="pretrain") as caught:
+    with pytest.raises(ConfigError, match="classify") as caught:
         Settings(**{**GOOD, **changes})
     assert told in str(caught.value)
 
@@ -86,7 +86,7 @@ def test_contradictions_are_refused(changes: dict[str, Any], told: str) -> None:
 def test_dict_round_trip_and_unknown_fields() -> None:
     settings = Settings(**GOOD, groups=16, lr=0.2, steps=(0.5,))
     assert Settings.from_dict(settings.to_dict()) == settings
-    with pytest.raises(ConfigError, match="pretrain learning_rate: no such setting"):
+    with pytest.raises(ConfigError, match="classify learning_rate: no such setting"):
         Settings.from_dict({**GOOD, "learning_rate": 0.1})
     with pytest.raises(ConfigError, match="classify norm is missing"):
         Settings.from_dict({k: v for k, v in GOOD.items() if k != "norm"})

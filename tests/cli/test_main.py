@@ -312,7 +312,7 @@ def test_shell(command: str, status: int) -> None:
         ["predict", "--weights", "w", "--output", "o", "a\0b"],
         ["predict", "--weights", "w", "--output", "o", "a" * 5000],
         ["compare", "small", "--seeds", str(10**30)],
-        ["pretrain", "--arch", "resnet8", "--norm", "BN", "--data", "digits", "--num-gpus", "0", "--dry-run"],
+        ["classify", "--arch", "resnet8", "--norm", "BN", "--data", "digits", "--num-gpus", "0", "--dry-run"],
     ],
 )
 def test_odd_words_are_one_line(
