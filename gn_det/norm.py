@@ -243,11 +243,14 @@ class NormFactory:
         kind: one of :data:`NORM_NAMES` except "".
         rule: groups of GN, and the eps of GN, LN and IN.
         key: config key that chose the norm, for messages.
+        ws: standardize the weights of the convolutions before these norms, by one of
+            :data:`gn_det.kernels.weight_standardization.FORMULAS`; "" for none.
     """
 
     kind: str
     rule: GroupRule = GroupRule()
     key: str = "norm"
+    ws: str = ""
 
     def __call__(self, num_channels: int) -> nn.Module:
         """A fresh norm of ``num_channels`` channels.

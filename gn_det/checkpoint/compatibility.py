@@ -46,6 +46,21 @@ def check_architecture(source: str, found: Architecture, wanted: Architecture) -
         )
 
 
+def check_stages(source: str, found: Architecture, wanted: Architecture) -> None:
+    """Box heads in a row (Cascade R-CNN) of the file against the model's; unknown on either side passes."""
+    theirs, ours = found.stages, wanted.stages
+    if theirs is None or ours is None or theirs == ours:
+        return
+    set_keys = "MODEL.ROI_HEADS.NAME StandardROIHeads"
+    if theirs:
+        set_keys = f"MODEL.ROI_HEADS.NAME CascadeROIHeads and MODEL.ROI_BOX_CASCADE_HEAD.IOUS of {theirs} entries"
+    names = [f"{n} cascade stage{'s' * (n > 1)}" if n else "no cascade" for n in (theirs, ours)]
+    raise WeightsError(
+        f"{source}: holds {names[0]}, but the config describes {names[1]}: set {set_keys}, or append "
+        "?allow_partial=True to MODEL.WEIGHTS to start with fresh box heads"
+    )
+
+
 def check_norm(source: str, weights: Weights, found: Architecture, cfg: Any, allow_partial: bool) -> list[str]:
     """Norm and groups of the bottom-up network; with ``allow_partial`` returns why its norms must not be loaded.
 

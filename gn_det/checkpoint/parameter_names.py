@@ -19,6 +19,7 @@ _PART_OF = (
     (re.compile(r"roi_heads\.mask_head\."), "mask head"),
 )
 _BLOCK = re.compile(r"(?:backbone\.(?:bottom_up\.)?|roi_heads\.)?res([2-5])\.(\d{1,3})\.(.+)$")
+_PREDICTOR = re.compile(r"roi_heads\.box_predictor\.(?:(\d{1,3})\.)?cls_score\.")
 # Blocks of res2, res3, res4 (res5 does not discriminate), bottleneck or basic -> MODEL.RESNETS.DEPTH
 _DEPTHS: dict[tuple[tuple[int, ...], bool], int] = {
     ((2, 2, 2), False): 18,
@@ -45,6 +46,7 @@ class Architecture:
     blocks: tuple[int, ...]  # number of blocks in res2, res3, res4; () without any
     bottleneck: bool  # whether blocks have three convolutions
     style: str  # "FPN" or "C4" for a whole detector, "" for a bare backbone
+    stages: int | None  # of Cascade R-CNN's box heads, 0 for a plain one; None without any
     norm: str  # "BN" (with running statistics), "affine" (scale and shift alone: GN, LN, IN or folded BN), "" (none)
 
     @property
@@ -68,7 +70,9 @@ def architecture_of(names: Iterable[str]) -> Architecture:
     norm = ""
     if any(rest.endswith("norm.weight") for _, _, rest in inner):
         norm = "BN" if any(rest.endswith("norm.running_var") for _, _, rest in inner) else "affine"
-    return Architecture(_DEPTHS.get((counts, bottleneck), 0), counts if inner else (), bottleneck, style, norm)
+    heads = {match[1] for name in names if (match := _PREDICTOR.match(name))}
+    stages = len(heads - {None}) if heads else None
+    return Architecture(_DEPTHS.get((counts, bottleneck), 0), counts if inner else (), bottleneck, style, stages, norm)
 
 
 def shorten(names: Iterable[str], limit: int = 3) -> str:

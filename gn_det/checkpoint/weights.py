@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gn_det.checkpoint.compatibility import check_architecture, check_norm, check_preprocessing
+from gn_det.checkpoint.compatibility import check_architecture, check_norm, check_preprocessing, check_stages
 from gn_det.checkpoint.formats.common import Weights
 from gn_det.checkpoint.open_weights import open_weights
 from gn_det.checkpoint.parameter_names import BOTTOM_UP, PARTS, architecture_of, part_of, shorten
@@ -31,7 +31,7 @@ Shape = tuple[int, ...]
 
 # The layers whose first dimension is the number of classes.
 _PREDICTORS = re.compile(
-    r"roi_heads\.(?:box_predictor\.(?:cls_score|bbox_pred)|mask_head\.predictor)\.(?:weight|bias)$"
+    r"roi_heads\.(?:box_predictor\.(?:\d+\.)?(?:cls_score|bbox_pred)|mask_head\.predictor)\.(?:weight|bias)$"
 )
 _BARE = re.compile(r"(?:stem|res[2-5])\.")
 _BARE_PREFIXES = ("backbone.bottom_up.", "backbone.", "roi_heads.")  # FPN, C4, C4's res5
@@ -128,6 +128,8 @@ def plan_weights(
             f"the configured model has {shorten(in_model)} (MODEL.WEIGHTS)"
         )
     check_architecture(source, found, architecture_of(in_model))
+    if not allow_partial:
+        check_stages(source, found, architecture_of(in_model))
     notes = check_norm(source, weights, found, cfg, allow_partial)
     folded = _fold(weights, cfg)
     check_preprocessing(source, weights, cfg)

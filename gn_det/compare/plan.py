@@ -23,7 +23,7 @@ from gn_det.config import dump_config, load_config
 from gn_det.config.check import check_config
 from gn_det.config.defaults import get_value
 from gn_det.config.load import merge_overrides
-from gn_det.config.schema import KEYS
+from gn_det.config.schema import KEYS, WS_SECTIONS
 from gn_det.data.catalog import GENERATED, datasets_for
 from gn_det.engine import dist
 from gn_det.engine.engines import Engine
@@ -43,6 +43,7 @@ _LATER = (
     *("INPUT.COLOR_JITTER", "INPUT.COPY_PASTE", "INPUT.LSJ.ENABLED", "INPUT.LSJ.SIZE", "INPUT.LSJ.SCALE"),
     *("DATASETS.VAL_FRACTION", "INPUT.ROTATION", "MODEL.CHANNELS_LAST", "TEST.AMP"),
     *("MODEL.FREEZE", "SOLVER.OPTIMIZER", "SOLVER.BETAS", "SOLVER.BACKBONE_LR_FACTOR"),
+    *(f"MODEL.WS.{section}" for section in WS_SECTIONS),
 )
 _LATER_SETTINGS = {"channels_last": False, "augment": "crop", "record": None}
 

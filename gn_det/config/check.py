@@ -7,7 +7,7 @@ from typing import Any
 from fvcore.common.config import CfgNode as CN
 
 from gn_det.config.defaults import flatten, get_value
-from gn_det.config.schema import KEYS, bit_depth_span
+from gn_det.config.schema import KEYS, WS_SECTIONS, bit_depth_span
 from gn_det.errors import ConfigError
 from gn_det.text import nearest, shown
 from gn_det.values import InvalidValue
@@ -187,8 +187,35 @@ def _check_model(cfg: CN) -> None:
             f"MODEL.ROI_HEADS.NAME {model.ROI_HEADS.NAME} does not go with MODEL.BACKBONE.NAME {backbone}; "
             "FPN takes StandardROIHeads"
         )
+    for section in WS_SECTIONS:
+        formula = model.get("WS", {}).get(section, "")
+        if formula and not model[section].NORM:
+            norm = f"MODEL.{section}.NORM"
+            raise ConfigError(
+                f"MODEL.WS.{section} {formula} is for convolutions with a norm, but {norm} is '': set {norm} GN, or "
+                f"MODEL.WS.{section} ''"
+            )
+    if model.ROI_HEADS.NAME == "CascadeROIHeads":
+        _check_cascade(model)
     channels = 1 if cfg.INPUT.FORMAT == "L" else 3
     for name in ("PIXEL_MEAN", "PIXEL_STD"):
         if len(model[name]) != channels:
             numbers = "3 numbers" if channels == 3 else "one number, such as [103.53], for INPUT.FORMAT L"
             raise ConfigError(f"MODEL.{name} must hold {numbers}, got {shown(model[name])}")
+
+
+def _check_cascade(model: CN) -> None:
+    """What CascadeROIHeads of either engine needs."""
+    cascade, thresholds = model.ROI_BOX_CASCADE_HEAD, model.ROI_HEADS.IOU_THRESHOLDS
+    name = "MODEL.ROI_BOX_CASCADE_HEAD"
+    if len(cascade.IOUS) != len(cascade.BBOX_REG_WEIGHTS):
+        raise ConfigError(
+            f"{name}.IOUS {shown(cascade.IOUS)} and {name}.BBOX_REG_WEIGHTS must have one entry for each stage; they "
+            f"have {len(cascade.IOUS)} and {len(cascade.BBOX_REG_WEIGHTS)}"
+        )
+    if not model.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG:
+        raise ConfigError("MODEL.ROI_HEADS.NAME CascadeROIHeads needs MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG True")
+    if cascade.IOUS[0] != thresholds[0]:
+        raise ConfigError(
+            f"{name}.IOUS {shown(cascade.IOUS)} must begin with MODEL.ROI_HEADS.IOU_THRESHOLDS {shown(thresholds)}"
+        )

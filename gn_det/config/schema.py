@@ -122,6 +122,19 @@ _EXPECTED = items(row(_TEXT, _TEXT, FINITE, FINITE), 0, 1000)
 #: Norms that both engines build, and those that only Detectron2 has.
 NORMS = ("", "GN", "LN", "IN", "BN", "SyncBN", "FrozenBN")
 THEIR_NORMS = ("nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
+#: Formulas of Weight Standardization.
+WEIGHT_STANDARDIZATIONS = ("jhu", "bit", "timm")
+_WS = (
+    "Weight Standardization of {}: jhu (the authors' code and mmcv), bit (BiT) or timm (timm's BiT), which differ in "
+    "variance and epsilon; needs {}."
+)
+#: Sections of MODEL that have a norm -> what MODEL.WS says of them.
+WS_SECTIONS = {
+    "RESNETS": _WS.format("the backbone's convolutions", "MODEL.RESNETS.NORM"),
+    "FPN": _WS.format("the lateral and output convolutions", "MODEL.FPN.NORM"),
+    "ROI_BOX_HEAD": _WS.format("the box head's convolutions", "MODEL.ROI_BOX_HEAD.NORM"),
+    "ROI_MASK_HEAD": _WS.format("the mask head's convolutions", "MODEL.ROI_MASK_HEAD.NORM"),
+}
 
 
 def _unused(section: str, doc: str, **defaults: Any) -> list[Key]:
@@ -149,13 +162,13 @@ def _norm(name: str, default: str, doc: str) -> Key:
 
 def _box_loss(name: str) -> Key:
     losses = ("smooth_l1", "giou", "diou", "ciou")
-    return Key(name, "smooth_l1", _TEXT, "Loss of the box regression.", embedded=losses[:1], detectron2=losses)
+    return Key(name, "smooth_l1", _TEXT, "Loss of the box regression.", known=losses)
 
 
 def _pooler(name: str) -> Key:
     types = ("ROIAlignV2", "ROIAlign", "ROIPool")
     doc = "RoI pooling; ROIAlign is the older variant, shifted by half a pixel."
-    return Key(name, "ROIAlignV2", _TEXT, doc, embedded=types[:2], detectron2=types)
+    return Key(name, "ROIAlignV2", _TEXT, doc, known=types)
 
 
 # ------------------------------------------------------------ keys
@@ -249,8 +262,8 @@ _KEYS = (
     Key("MODEL.RPN.NMS_THRESH", 0.7, _FRACTION, "IoU above which NMS drops a proposal."),
     Key("MODEL.RPN.CONV_DIMS", [-1], items(_CONV_DIM, 1, 64), "Channels of the head's convolutions; -1: as the input."),
 
-    Key("MODEL.ROI_HEADS.NAME", "Res5ROIHeads", _NAME, "StandardROIHeads (FPN) or Res5ROIHeads (C4).",
-        embedded=("StandardROIHeads", "Res5ROIHeads"),
+    Key("MODEL.ROI_HEADS.NAME", "Res5ROIHeads", _NAME, "StandardROIHeads or CascadeROIHeads (FPN), Res5ROIHeads (C4).",
+        embedded=("StandardROIHeads", "Res5ROIHeads", "CascadeROIHeads"),
         detectron2=("StandardROIHeads", "Res5ROIHeads", "CascadeROIHeads", "GNRes5ROIHeads")),
     Key("MODEL.ROI_HEADS.NUM_CLASSES", 0, _CLASSES, "Number of classes; 0: that of the training set."),
     Key("MODEL.ROI_HEADS.IN_FEATURES", ["res4"], _FEATURES, "Feature maps of the heads."),
@@ -276,7 +289,7 @@ _KEYS = (
     Key("MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", 14, _RESOLUTION, "Side of the pooled features."),
     Key("MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO", 0, _SAMPLING, "Samples along a side of a bin; 0: by its size."),
     _pooler("MODEL.ROI_BOX_HEAD.POOLER_TYPE"),
-    _theirs("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", False, FLAG, "One box regression for all classes."),
+    Key("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", False, FLAG, "One box regression for all classes."),
     _theirs("MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES", False, FLAG, "Train the mask head on predicted boxes."),
     *_unused("MODEL.ROI_BOX_HEAD", "Federated loss.", USE_FED_LOSS=False),
     _theirs("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", False, FLAG, "Sigmoid in place of softmax classification."),
@@ -289,12 +302,13 @@ _KEYS = (
     Key("MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", 14, _RESOLUTION, "Side of the pooled features."),
     Key("MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO", 0, _SAMPLING, "As in MODEL.ROI_BOX_HEAD."),
     _pooler("MODEL.ROI_MASK_HEAD.POOLER_TYPE"),
-    _theirs("MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", False, FLAG, "One mask for all classes."),
+    Key("MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", False, FLAG, "One mask for all classes."),
 
-    _theirs("MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS",
-            ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0)), items(_FOUR, 1, 64),
-            "As in MODEL.ROI_BOX_HEAD, for each stage of a Cascade R-CNN."),
-    _theirs("MODEL.ROI_BOX_CASCADE_HEAD.IOUS", (0.5, 0.6, 0.7), items(_FRACTION, 1, 64), "IoU of each stage."),
+    Key("MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS",
+        ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0)), items(_FOUR, 1, 64),
+        "As in MODEL.ROI_BOX_HEAD, for each stage of CascadeROIHeads."),
+    Key("MODEL.ROI_BOX_CASCADE_HEAD.IOUS", (0.5, 0.6, 0.7), items(number(0, 1, above=True), 1, 64),
+        "IoU from which a box is foreground in each stage; the first one is MODEL.ROI_HEADS.IOU_THRESHOLDS."),
     *_unused("MODEL.ROI_KEYPOINT_HEAD", "Keypoint head.", NAME="KRCNNConvDeconvUpsampleHead", POOLER_RESOLUTION=14,
              POOLER_SAMPLING_RATIO=0, CONV_DIMS=(512,) * 8, NUM_KEYPOINTS=17, MIN_KEYPOINTS_PER_IMAGE=1,
              NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS=True, LOSS_WEIGHT=1.0, POOLER_TYPE="ROIAlignV2"),
@@ -335,6 +349,8 @@ _KEYS = (
         ours=True),
     Key("MODEL.GN.RECOMPUTE", False, FLAG,
         "Keep one activation less for each GN + ReLU in training, and recompute it in the backward pass.", ours=True),
+    *(Key(f"MODEL.WS.{section}", "", one_of("", *WEIGHT_STANDARDIZATIONS), doc, ours=True)
+      for section, doc in WS_SECTIONS.items()),
     Key("MODEL.CLASS_NAMES", (), _NAMES,
         "Filled at run time from the data set, stored in checkpoints, used by predict.", ours=True),
 

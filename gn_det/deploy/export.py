@@ -96,6 +96,12 @@ def export(weights: StrPath, output: StrPath, options: Options = Options(), *, c
     assert isinstance(model, MaskRCNN) and cfg is not None
     divisor = max(model.backbone.size_divisibility, 1)
     _check_size(options.size, divisor)
+    for section in ("ROI_BOX_HEAD", "ROI_MASK_HEAD"):
+        if options.to == "onnx" and cfg.MODEL[section].POOLER_TYPE == "ROIPool":
+            raise ConfigError(
+                f"MODEL.{section}.POOLER_TYPE ROIPool cannot be exported to ONNX; use --to pt2, or train with "
+                "ROIAlignV2"
+            )
     graph = GraphDetector(
         model,
         cfg.INPUT.FORMAT,

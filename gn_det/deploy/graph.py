@@ -135,7 +135,7 @@ class GraphDetector(nn.Module):
             part.to(self.dtype)
         self.paste = paste
         self.suppress = suppress
-        predictor = self.roi_heads.box_predictor
+        predictor = self.roi_heads.predictors[-1]
         self.topk = predictor.topk if predictor.topk >= 0 else predictor.num_classes * self.rpn.post_nms_topk[False]
 
     @property
@@ -161,7 +161,7 @@ class GraphDetector(nn.Module):
         features = self.backbone(self.preprocess(image, size).to(self.dtype))
         rois, owner = self.propose([features[name] for name in self.rpn.in_features], limit)
         levels = [features[name] for name in self.roi_heads.in_features]
-        boxes, scores, classes, owner = self.detect(self.box_features(levels, rois, owner), rois, owner, limit)
+        boxes, scores, classes, owner = self.detect(*self.refine(levels, rois, owner, limit), owner, limit)
         counts = (owner == _range(size.shape[0], size)[:, None]).sum(1)
         if self.roi_heads.mask_head is None:
             return boxes, scores, classes, counts
@@ -205,15 +205,20 @@ class GraphDetector(nn.Module):
         owner, best = best_of(scores[group, row], group // len(levels), limit.shape[0], rpn.post_nms_topk[False])
         return boxes.flatten(0, 1)[group[best], row[best]], owner
 
-    def box_features(self, levels: Sequence[Tensor], rois: Tensor, owner: Tensor) -> Tensor:
-        """What the box predictor reads of each of the P proposals."""
-        heads = self.roi_heads
-        if isinstance(heads, Res5RoIHeads):
-            x: Tensor = heads.res5(self.pool(heads.pooler, levels, rois, owner)).mean(dim=(2, 3))
-        else:
-            assert isinstance(heads, StandardRoIHeads)
-            x = heads.box_head(self.pool(heads.box_pooler, levels, rois, owner))
-        return x
+    def refine(self, levels: Sequence[Tensor], rois: Tensor, owner: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+        """Boxes (P, K * 4) or (P, 4) that the last box predictor makes of the P proposals, and scores (P, K + 1)."""
+        heads, boxes, total = self.roi_heads, rois, rois.new_zeros(())
+        for stage, predictor in enumerate(heads.predictors):
+            if stage:
+                boxes = clip(boxes, limit[owner])
+            if isinstance(heads, Res5RoIHeads):
+                x: Tensor = heads.res5(self.pool(heads.pooler, levels, boxes, owner)).mean(dim=(2, 3))
+            else:
+                assert isinstance(heads, StandardRoIHeads)
+                x = heads.stages[stage][0](self.pool(heads.box_pooler, levels, boxes, owner))
+            logits, deltas = predictor(x)
+            boxes, total = predictor.coder.decode(deltas, boxes), total + F.softmax(logits.float(), dim=-1)
+        return boxes, total if stage == 0 else total * (1.0 / (stage + 1))
 
     def mask_features(self, levels: Sequence[Tensor], boxes: Tensor, owner: Tensor) -> Tensor:
         """What the mask head reads of each of the N detections."""
@@ -238,15 +243,14 @@ class GraphDetector(nn.Module):
         return pooled[back].to(self.dtype)
 
     def detect(
-        self, features: Tensor, rois: Tensor, owner: Tensor, limit: Tensor
+        self, boxes: Tensor, scores: Tensor, owner: Tensor, limit: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Boxes, scores, classes and images of the detections, as ``BoxPredictor.detect`` chooses them."""
-        predictor = self.roi_heads.box_predictor
-        logits, deltas = predictor(features)
-        scores = F.softmax(logits.float(), dim=-1)
-        boxes = predictor.coder.decode(deltas, rois)
+        """Boxes, scores, classes and images of the detections, as ``BoxPredictor.select`` chooses them."""
+        predictor = self.roi_heads.predictors[-1]
         finite = torch.isfinite(boxes).all(1) & torch.isfinite(scores).all(1)
         boxes = clip(boxes.view(boxes.shape[0], -1, 4), limit[owner][:, None]).transpose(0, 1)  # (K, P, 4)
+        if predictor.num_boxes < predictor.num_classes:  # class-agnostic
+            boxes = boxes.expand(predictor.num_classes, -1, -1)
         scores = scores[:, :-1].t()  # (K, P)
         mine = owner == _range(limit.shape[0], owner)[:, None]  # (B, P)
         good = mine[:, None] & (finite & (scores > predictor.score_thresh))  # (B, K, P)

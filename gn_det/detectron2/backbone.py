@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gn_det.detectron2.scripting import ScriptableFPN, ScriptableResNet
 from gn_det.errors import ConfigError
-from gn_det.modeling.build import fpn_arguments, group_rule, resnet_arguments
+from gn_det.modeling.build import fpn_arguments, group_rule, resnet_arguments, weight_standardization
 from gn_det.modeling.fpn import FPN
 from gn_det.modeling.layers import FeatureSpec
 from gn_det.modeling.resnet import ResNet
@@ -128,6 +128,11 @@ def build_gn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
             f"MODEL.RESNETS.NORM {resnets.NORM} with this MODEL.GN; use GN with the default MODEL.GN"
         )
     if deformable or resnets.NORM in THEIR_NORMS:
+        if ws := weight_standardization(cfg, "RESNETS"):
+            raise ConfigError(
+                f"MODEL.WS.RESNETS {ws}: Detectron2's backbones, which alone have deformable convolutions and "
+                f"{', '.join(THEIR_NORMS)}, have no Weight Standardization; set MODEL.WS.RESNETS ''"
+            )
         return build_resnet_backbone(cfg, input_shape)
     return GNResNet(in_channels=input_shape.channels, **resnet_arguments(cfg))
 

@@ -20,7 +20,7 @@ from gn_det.config.defaults import add_gn_keys, flatten, get_value, set_value
 from gn_det.detectron2.datasets import is_own, register_named, register_own, take_mixed_masks
 from gn_det.engine.schedule import scale_schedule
 from gn_det.errors import ConfigError, DataError, UserError
-from gn_det.modeling.build import group_rule
+from gn_det.modeling.build import group_rule, weight_standardization
 from gn_det.modeling.census import norms_off_rule
 from gn_det.values import InvalidValue, number, one_of
 
@@ -210,6 +210,14 @@ def _mention_what_is_not_read(cfg: CfgNode) -> None:
             logger.warning("%sgn_det.detectron2.Trainer does.", text)
 
 
+#: Section of MODEL.WS -> names of the modules that follow it.
+_PARTS: dict[str, tuple[str, ...]] = {
+    "RESNETS": ("backbone.",),
+    "FPN": ("backbone.fpn_",),
+    "ROI_BOX_HEAD": ("roi_heads.box_head.",),
+    "ROI_MASK_HEAD": ("roi_heads.mask_head.",),
+}
+
 #: Models that were checked.
 _checked_norms: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -219,13 +227,19 @@ def warn_of_norms(cfg: CfgNode, model: nn.Module) -> None:
     if model in _checked_norms:
         return
     _checked_norms.add(model)
+    for section, names in _PARTS.items():
+        ws = weight_standardization(cfg, section)
+        if ws and not any(getattr(m, "ws", "") for n, m in model.named_modules() if n.startswith(names)):
+            logger.warning(
+                f"MODEL.WS.{section} {ws}: the convolutions of this model are not gn_det's and are not standardized."
+            )
     rule = group_rule(cfg)
     wanted = f"groups of {rule.channels_per_group} channels" if rule.channels_per_group else f"{rule.num_groups} groups"
-    for what, names in norms_off_rule(model, rule).items():
-        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    for what, off in norms_off_rule(model, rule).items():
+        more = f" and {len(off) - 4} more" if len(off) > 4 else ""
         logger.warning(
             f"norm layers that do not follow MODEL.GN ({wanted}, eps {rule.eps:g}): "
-            f"{', '.join(names[:4])}{more} have {what}; they are not gn_det's."
+            f"{', '.join(off[:4])}{more} have {what}; they are not gn_det's."
         )
 
 

@@ -22,7 +22,7 @@ from fvcore.common.registry import Registry
 from gn_det.detectron2 import backbone
 from gn_det.detectron2 import gn_heads as heads
 from gn_det.detectron2.config import GROUP_NORMS, has_gn_keys, mention_other_groups, prepare_config, warn_of_norms
-from gn_det.modeling.build import group_rule
+from gn_det.modeling.build import group_rule, weight_standardization
 from gn_det.norm import GroupRule
 
 #: registry, Detectron2's name, what gn_det builds for it, the sections whose NORM decides
@@ -120,6 +120,8 @@ def _is_ours(cfg: Any, sections: tuple[str, ...]) -> bool:
     """Whether a norm of these sections, or a pyramid without res5, takes gn_det's module, and that can be had."""
     norms = {cfg.MODEL[section].NORM for section in sections}
     if "FPN" in sections and "res5" not in cfg.MODEL.FPN.IN_FEATURES:
+        return True
+    if any(weight_standardization(cfg, section) for section in sections):
         return True
     if not norms & set(GROUP_NORMS):
         return False

@@ -18,6 +18,7 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from gn_det.config.defaults import get_value, set_value
+from gn_det.modeling.layers import fold_weights
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,12 @@ def settle(cfg: CfgNode, device: str, stored: Mapping[str, Any] | None = None) -
 def lay_out(model: ModuleT, cfg: CfgNode) -> ModuleT:
     """``model`` with its weights in the layout of MODEL.CHANNELS_LAST, which convolutions pass on to activations."""
     return model.to(memory_format=torch.channels_last) if cfg.MODEL.CHANNELS_LAST is True else model
+
+
+def lay_out_for_inference(model: ModuleT, cfg: CfgNode) -> ModuleT:
+    """:func:`lay_out`, and standardized weights folded: for a model that is neither trained nor saved."""
+    fold_weights(model)
+    return lay_out(model, cfg)
 
 
 def inference_autocast(cfg: CfgNode, device: str) -> AbstractContextManager[Any]:

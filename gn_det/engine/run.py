@@ -35,7 +35,7 @@ from gn_det.engine.evaluator import evaluate_model, verify_expected
 from gn_det.engine.log import FILE_ONLY, run_log
 from gn_det.engine.loop import Hook
 from gn_det.engine.output import alone_in, check_output_name, check_writable, refuse_old_run
-from gn_det.engine.precision import lay_out, settle
+from gn_det.engine.precision import lay_out_for_inference, settle
 from gn_det.engine.prepare import (
     check_freeze,
     check_metric,
@@ -281,7 +281,7 @@ def _evaluate_rank(cfg: CfgNode, engine: Engine, page: Path | None, store: bool)
         cfg = settle(with_classes(cfg, len(names), names), dist.resolve_device(cfg.MODEL.DEVICE))
         model = engine.build_model(cfg)
         logger.info(format_report(load_weights(model, cfg.MODEL.WEIGHTS, cfg, require_all=True)))
-        lay_out(model.to(dist.local_device(cfg.MODEL.DEVICE)).eval(), cfg)
+        lay_out_for_inference(model.to(dist.local_device(cfg.MODEL.DEVICE)).eval(), cfg)
         report = EvalReport(page) if page is not None else None
         results = evaluate_model(cfg, engine.detector(model, cfg), test, names, report=report)
         if dist.rank() == 0:

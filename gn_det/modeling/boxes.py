@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torchvision.ops import complete_box_iou_loss, distance_box_iou_loss, generalized_box_iou_loss
 
 #: Decoded boxes grow at most by 1000 / 16 per side: larger deltas are clamped before exp.
 SCALE_CLAMP = math.log(1000.0 / 16)
@@ -103,6 +104,28 @@ class BoxCoder:
         half_h = 0.5 * (torch.exp((deltas[:, 3::4] / wh).clamp(max=SCALE_CLAMP)) * h[:, None])
         corners = (center_x - half_w, center_y - half_h, center_x + half_w, center_y + half_h)
         return torch.stack(corners, dim=-1).reshape(deltas.shape)
+
+
+#: Losses of decoded boxes, by their names in BBOX_REG_LOSS_TYPE.
+IOU_LOSSES = {"giou": generalized_box_iou_loss, "diou": distance_box_iou_loss, "ciou": complete_box_iou_loss}
+
+
+def regression_sum(
+    deltas: Tensor, references: Tensor, targets: Tensor, *, coder: BoxCoder, kind: str = "smooth_l1", beta: float = 0.0
+) -> Tensor:
+    """Sum of the regression losses of N boxes.
+
+    Args:
+        deltas: (N, 4) predictions relative to ``references``.
+        references, targets: (N, 4) proposals or anchors, and the ground truth of each.
+        coder: deltas to boxes.
+        kind: "smooth_l1" of the deltas, or one of :data:`IOU_LOSSES` of the decoded boxes.
+        beta: of smooth L1, see :func:`smooth_l1_sum`.
+    """
+    if kind == "smooth_l1":
+        return smooth_l1_sum(deltas, coder.encode(references, targets), beta)
+    loss: Tensor = IOU_LOSSES[kind](coder.decode(deltas, references), targets, reduction="sum")
+    return loss
 
 
 def smooth_l1_sum(prediction: Tensor, target: Tensor, beta: float) -> Tensor:

@@ -6,6 +6,7 @@ Values that a config alone can be checked for are refused by :mod:`gn_det.config
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from gn_det.errors import ConfigError
 from gn_det.kernels.dispatch import MODES
 from gn_det.modeling.anchors import AnchorGenerator
 from gn_det.modeling.boxes import BoxCoder
+from gn_det.modeling.cascade import CascadeRoIHeads
 from gn_det.modeling.fpn import FPN
 from gn_det.modeling.heads import BoxHead, BoxPredictor, MaskHead
 from gn_det.modeling.layers import FeatureSpec
@@ -48,9 +50,14 @@ def group_rule(cfg: Cfg) -> GroupRule:
 
 
 def norm_factory(cfg: Cfg, section: str) -> NormFactory | None:
-    """The norm of MODEL.``section``.NORM with the groups of MODEL.GN; None for no norm."""
-    norm = cfg.MODEL[section].NORM
-    return NormFactory(norm, group_rule(cfg), f"MODEL.{section}.NORM") if norm else None
+    """The norm of MODEL.``section``.NORM with the groups of MODEL.GN and MODEL.WS.``section``; None for no norm."""
+    norm, ws = cfg.MODEL[section].NORM, weight_standardization(cfg, section)
+    return NormFactory(norm, group_rule(cfg), f"MODEL.{section}.NORM", ws) if norm else None
+
+
+def weight_standardization(cfg: Cfg, section: str) -> str:
+    """MODEL.WS.``section``; "" for configs without that section, as stored ones and Detectron2's own."""
+    return str(cfg.MODEL.get("WS", {}).get(section, ""))
 
 
 @functools.cache
@@ -175,6 +182,7 @@ def build_rpn(cfg: Cfg, specs: dict[str, FeatureSpec]) -> RPN:
         loss_weight_cls=rpn.LOSS_WEIGHT,
         loss_weight_loc=rpn.BBOX_REG_LOSS_WEIGHT * rpn.LOSS_WEIGHT,
         smooth_l1_beta=rpn.SMOOTH_L1_BETA,
+        box_loss=rpn.BBOX_REG_LOSS_TYPE,
     )
 
 
@@ -194,7 +202,9 @@ def build_roi_heads(cfg: Cfg, specs: dict[str, FeatureSpec]) -> RoIHeads:
         append_gt=heads.PROPOSAL_APPEND_GT,
     )
     levels = _select(specs, heads.IN_FEATURES, "MODEL.ROI_HEADS.IN_FEATURES")
-    build = _build_res5_heads if heads.NAME == "Res5ROIHeads" else _build_standard_heads
+    build = {"Res5ROIHeads": _build_res5_heads, "CascadeROIHeads": _build_cascade}.get(
+        heads.NAME, _build_standard_heads
+    )
     return build(cfg, sampler, levels)
 
 
@@ -203,22 +213,24 @@ def _pooler(cfg: Cfg, node: Cfg, levels: list[FeatureSpec]) -> RoIPooler:
         node.POOLER_RESOLUTION,
         strides=[s.stride for s in levels],
         sampling_ratio=node.POOLER_SAMPLING_RATIO,
-        aligned=node.POOLER_TYPE == "ROIAlignV2",
+        kind=node.POOLER_TYPE,
         fused=group_rule(cfg).fused,
     )
 
 
-def _box_predictor(cfg: Cfg, input_size: int) -> BoxPredictor:
+def _box_predictor(cfg: Cfg, input_size: int, weights: Any = None) -> BoxPredictor:
     heads, box = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
     return BoxPredictor(
         input_size,
         heads.NUM_CLASSES,
-        coder=_coder(box.BBOX_REG_WEIGHTS),
+        coder=_coder(box.BBOX_REG_WEIGHTS if weights is None else weights),
         score_thresh=heads.SCORE_THRESH_TEST,
         nms_thresh=heads.NMS_THRESH_TEST,
         topk=cfg.TEST.DETECTIONS_PER_IMAGE,
         loss_weight_box=box.BBOX_REG_LOSS_WEIGHT,
         smooth_l1_beta=box.SMOOTH_L1_BETA,
+        box_loss=box.BBOX_REG_LOSS_TYPE,
+        class_agnostic=box.CLS_AGNOSTIC_BBOX_REG,
     )
 
 
@@ -228,32 +240,58 @@ def _mask_head(cfg: Cfg, in_channels: int) -> MaskHead | None:
     mask = cfg.MODEL.ROI_MASK_HEAD
     return MaskHead(
         in_channels,
-        cfg.MODEL.ROI_HEADS.NUM_CLASSES,
+        1 if mask.CLS_AGNOSTIC_MASK else cfg.MODEL.ROI_HEADS.NUM_CLASSES,
         conv_dims=[mask.CONV_DIM] * (mask.NUM_CONV + 1),
         norm=norm_factory(cfg, "ROI_MASK_HEAD"),
     )
 
 
-def _build_standard_heads(cfg: Cfg, sampler: RoISampler, levels: list[FeatureSpec]) -> StandardRoIHeads:
-    box, mask = cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_MASK_HEAD
+def _box_head(cfg: Cfg, in_channels: int) -> BoxHead:
+    box = cfg.MODEL.ROI_BOX_HEAD
     if box.NUM_FC < 1:
-        raise ConfigError(f"MODEL.ROI_BOX_HEAD.NUM_FC {box.NUM_FC}: StandardROIHeads needs at least 1 (2fc, 4conv1fc)")
-    channels = levels[0].channels
-    box_head = BoxHead(
-        channels,
+        raise ConfigError(
+            f"MODEL.ROI_BOX_HEAD.NUM_FC {box.NUM_FC}: {cfg.MODEL.ROI_HEADS.NAME} needs at least 1 (2fc, 4conv1fc)"
+        )
+    return BoxHead(
+        in_channels,
         box.POOLER_RESOLUTION,
         conv_dims=[box.CONV_DIM] * box.NUM_CONV,
         fc_dims=[box.FC_DIM] * box.NUM_FC,
         norm=norm_factory(cfg, "ROI_BOX_HEAD"),
     )
+
+
+def _pooled_parts(cfg: Cfg, levels: list[FeatureSpec]) -> dict[str, Any]:
+    """What heads with a pooling of their own for boxes and masks have besides the box heads."""
+    return {
+        "in_features": cfg.MODEL.ROI_HEADS.IN_FEATURES,
+        "box_pooler": _pooler(cfg, cfg.MODEL.ROI_BOX_HEAD, levels),
+        "mask_pooler": _pooler(cfg, cfg.MODEL.ROI_MASK_HEAD, levels) if cfg.MODEL.MASK_ON else None,
+        "mask_head": _mask_head(cfg, levels[0].channels),
+    }
+
+
+def _build_standard_heads(cfg: Cfg, sampler: RoISampler, levels: list[FeatureSpec]) -> StandardRoIHeads:
+    box_head = _box_head(cfg, levels[0].channels)
+    box_predictor = _box_predictor(cfg, box_head.output_size)
     return StandardRoIHeads(
-        sampler=sampler,
-        in_features=cfg.MODEL.ROI_HEADS.IN_FEATURES,
-        box_pooler=_pooler(cfg, box, levels),
-        box_head=box_head,
-        box_predictor=_box_predictor(cfg, box_head.output_size),
-        mask_pooler=_pooler(cfg, mask, levels) if cfg.MODEL.MASK_ON else None,
-        mask_head=_mask_head(cfg, channels),
+        sampler=sampler, box_head=box_head, box_predictor=box_predictor, **_pooled_parts(cfg, levels)
+    )
+
+
+def _build_cascade(cfg: Cfg, sampler: RoISampler, levels: list[FeatureSpec]) -> CascadeRoIHeads:
+    cascade = cfg.MODEL.ROI_BOX_CASCADE_HEAD
+    matchers = [Matcher([iou], [0, 1]) for iou in cascade.IOUS]
+    heads, predictors = [], []
+    for weights in cascade.BBOX_REG_WEIGHTS:
+        heads.append(_box_head(cfg, levels[0].channels))
+        predictors.append(_box_predictor(cfg, heads[-1].output_size, weights))
+    return CascadeRoIHeads(
+        sampler=dataclasses.replace(sampler, matcher=matchers[0]),
+        matchers=matchers,
+        box_heads=heads,
+        box_predictors=predictors,
+        **_pooled_parts(cfg, levels),
     )
 
 

@@ -32,7 +32,8 @@ class CensusRow:
 
     Attributes:
         stage: "stem", "res2" .. "res5", "fpn", "rpn", "res5 head", "box head" or "mask head".
-        norm: "GN", "LN", "IN", "BN", "SyncBN", "FrozenBN", another class's name, or "none".
+        norm: "GN", "LN", "IN", "BN", "SyncBN", "FrozenBN", another class's name, or "none"; "GN+WS" where the
+            convolutions before it have standardized weights.
         layers: number of norm layers.
         groups: numbers of groups that occur, increasing; empty where the norm has none.
         trainable: gamma and beta tensors that train.
@@ -67,13 +68,17 @@ def norm_census(model: nn.Module) -> list[CensusRow]:
     """Rows per stage and kind of norm, in the order of the forward pass; stages that exist without norm say "none"."""
     found: dict[tuple[str, str], list[nn.Module]] = {}
     stages: set[str] = set()
+    standardized: set[nn.Module] = set()
     for name, module in model.named_modules():
         stage = next((s for s, prefixes in _STAGES if name.startswith(prefixes)), None)
         if stage is None:
             continue
         stages.add(stage)
+        if getattr(module, "ws", "") and isinstance(norm := getattr(module, "norm", None), nn.Module):
+            standardized.add(norm)
         kind = norm_name(module)
         if kind is not None:
+            kind += "+WS" if module in standardized else ""
             found.setdefault((stage, kind), []).append(module)
     rows = []
     for stage, _ in _STAGES:
@@ -149,7 +154,7 @@ def format_census(rows: Sequence[CensusRow], frozen_by: str = "MODEL.BACKBONE.FR
         lines.append(f"{row.stage:<10} {row.norm:<9} {row.layers:>6}  {groups:<12} {', '.join(state) or '-'}")
     trainable, frozen = sum(r.trainable for r in rows), sum(r.frozen for r in rows)
     total = f"{trainable + frozen} gamma/beta tensors: {trainable} trainable, {frozen} frozen"
-    as_frozen_bn = sum(r.frozen for r in rows if r.norm == "FrozenBN")
+    as_frozen_bn = sum(r.frozen for r in rows if r.norm.startswith("FrozenBN"))
     reasons = ((as_frozen_bn, "as FrozenBN"), (frozen - as_frozen_bn, f"by {frozen_by}"))
     if frozen:
         total += f" ({', '.join(f'{n} {why}' for n, why in reasons if n)})"

@@ -79,7 +79,7 @@ class BoxHead(nn.Module):
 
 
 class BoxPredictor(nn.Module):
-    """Class scores and class-wise box deltas of RoIs, their losses, and detections from them.
+    """Class scores and box deltas of RoIs, their losses, and detections from them.
 
     Args:
         input_size: length of the RoI vectors.
@@ -89,6 +89,8 @@ class BoxPredictor(nn.Module):
             second, and at most ``topk`` per image are kept (all of them if negative).
         loss_weight_box: factor of loss_box_reg.
         smooth_l1_beta: 0 for plain L1.
+        box_loss: see :func:`gn_det.modeling.boxes.regression_sum`.
+        class_agnostic: one box for all classes, not one a class.
     """
 
     def __init__(
@@ -102,11 +104,14 @@ class BoxPredictor(nn.Module):
         topk: int = 100,
         loss_weight_box: float = 1.0,
         smooth_l1_beta: float = 0.0,
+        box_loss: str = "smooth_l1",
+        class_agnostic: bool = False,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.cls_score = nn.Linear(input_size, num_classes + 1)
-        self.bbox_pred = nn.Linear(input_size, num_classes * 4)
+        self.num_boxes = 1 if class_agnostic else num_classes
+        self.bbox_pred = nn.Linear(input_size, self.num_boxes * 4)
         normal_fill(self.cls_score, 0.01)
         normal_fill(self.bbox_pred, 0.001)
         self.coder = coder
@@ -115,15 +120,16 @@ class BoxPredictor(nn.Module):
         self.topk = topk
         self.loss_weight_box = loss_weight_box
         self.smooth_l1_beta = smooth_l1_beta
+        self.box_loss = box_loss
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(P, input_size) to logits (P, K + 1) and deltas (P, K * 4)."""
+        """(P, input_size) to logits (P, K + 1) and deltas (P, K * 4), or (P, 4) if class-agnostic."""
         return self.cls_score(x), self.bbox_pred(x)
 
     def losses(
         self, logits: Tensor, deltas: Tensor, boxes: Tensor, gt_boxes: Tensor, classes: Tensor, metrics: Metrics
     ) -> dict[str, Tensor]:
-        """Cross entropy over all P RoIs, and smooth L1 of the foreground divided by P.
+        """Cross entropy over all P RoIs, and the box loss of the foreground divided by P.
 
         Args:
             logits, deltas: from :meth:`forward`.
@@ -133,12 +139,22 @@ class BoxPredictor(nn.Module):
         """
         _put_accuracies(logits, classes, metrics)
         foreground = (classes < self.num_classes).nonzero().squeeze(1)
-        predicted = deltas.view(-1, self.num_classes, 4)[foreground, classes[foreground]]
-        wanted = self.coder.encode(boxes[foreground], gt_boxes[foreground])
+        predicted = self._of_class(deltas, foreground, classes[foreground])
         num = classes.numel()
         loss_cls = F.cross_entropy(logits, classes) if num else logits.sum() * 0.0
-        loss_box = box_ops.smooth_l1_sum(predicted, wanted, self.smooth_l1_beta) / max(num, 1)
-        return {"loss_cls": loss_cls, "loss_box_reg": loss_box * self.loss_weight_box}
+        loss_box = box_ops.regression_sum(
+            predicted,
+            boxes[foreground],
+            gt_boxes[foreground],
+            coder=self.coder,
+            kind=self.box_loss,
+            beta=self.smooth_l1_beta,
+        )
+        return {"loss_cls": loss_cls, "loss_box_reg": loss_box / max(num, 1) * self.loss_weight_box}
+
+    def _of_class(self, boxes: Tensor, rows: Tensor, classes: Tensor) -> Tensor:
+        """(N, 4) boxes or deltas of the given rows and classes, from (P, K * 4) or class-agnostic (P, 4)."""
+        return boxes.view(-1, self.num_boxes, 4)[rows, classes if self.num_boxes > 1 else 0]
 
     def detect(
         self,
@@ -151,14 +167,15 @@ class BoxPredictor(nn.Module):
         counts = [len(b) for b in boxes]
         decoded = torch.split(self.coder.decode(deltas, torch.cat(list(boxes))), counts)
         scores = torch.split(F.softmax(logits.float(), dim=-1), counts)
-        return [self._detect_image(b, s, size) for b, s, size in zip(decoded, scores, image_sizes)]
+        return [self.select(b, s, size) for b, s, size in zip(decoded, scores, image_sizes)]
 
-    def _detect_image(self, boxes: Tensor, scores: Tensor, image_size: tuple[int, int]) -> Detections:
+    def select(self, boxes: Tensor, scores: Tensor, image_size: tuple[int, int]) -> Detections:
+        """Detections of one image from its decoded boxes (P, K * 4) or (P, 4) and scores (P, K + 1)."""
         finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores).all(dim=1)
         scores = scores[:, :-1]
         roi, cls = ((scores > self.score_thresh) & finite[:, None]).nonzero(as_tuple=True)
         scores = scores[roi, cls]
-        boxes = box_ops.clip(boxes.view(-1, self.num_classes, 4)[roi, cls], image_size)
+        boxes = box_ops.clip(self._of_class(boxes, roi, cls), image_size)
         keep = batched_nms(boxes, scores, cls, self.nms_thresh)
         if self.topk >= 0:
             keep = keep[: self.topk]
@@ -184,7 +201,7 @@ class MaskHead(nn.Module):
 
     Args:
         in_channels: C of the pooled features.
-        num_classes: K.
+        num_classes: K, or 1 for one mask for all classes.
         conv_dims: output channels of the convolutions, and last of the deconvolution.
         norm: of the convolutions, see :data:`gn_det.norm.NormSpec`; without one they have biases.
     """
@@ -221,7 +238,7 @@ def mask_loss(logits: Tensor, classes: Tensor, targets: Tensor, metrics: Metrics
     """Binary cross entropy of each foreground RoI's mask of its own class.
 
     Args:
-        logits: (P, K, S, S) of the foreground RoIs.
+        logits: (P, K, S, S) of the foreground RoIs, or (P, 1, S, S) if class-agnostic.
         classes: (P,) in [0, K).
         targets: (P, S, S) bool.
         metrics: receives accuracies.
@@ -231,7 +248,7 @@ def mask_loss(logits: Tensor, classes: Tensor, targets: Tensor, metrics: Metrics
     """
     if logits.shape[0] == 0:
         return logits.sum() * 0
-    own = logits[torch.arange(len(logits), device=logits.device), classes]
+    own = _masks_of(logits, classes)
     with torch.no_grad():
         wrong = (own > 0) != targets
         num_true = targets.sum()
@@ -243,4 +260,10 @@ def mask_loss(logits: Tensor, classes: Tensor, targets: Tensor, metrics: Metrics
 
 def mask_probabilities(logits: Tensor, classes: Tensor) -> Tensor:
     """(P, K, S, S) logits and (P,) predicted classes to float32 (P, S, S) probabilities of those classes' masks."""
-    return logits[torch.arange(logits.shape[0], device=logits.device), classes].float().sigmoid()
+    return _masks_of(logits, classes).float().sigmoid()
+
+
+def _masks_of(logits: Tensor, classes: Tensor) -> Tensor:
+    if logits.shape[1] == 1:  # class-agnostic
+        return logits[:, 0]
+    return logits[torch.arange(logits.shape[0], device=logits.device), classes]

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from typing import NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gn_det.kernels import saving
-from gn_det.norm import NormSpec, get_norm, is_scripting, norm_act
+from gn_det.kernels.weight_standardization import standardize
+from gn_det.norm import NormFactory, NormSpec, get_norm, is_scripting, norm_act
 
 #: Layers that the fills initialize.
 Filled: TypeAlias = nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.Linear
@@ -29,7 +31,7 @@ class ConvNorm(nn.Conv2d):
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: see ``nn.Conv2d``.
-        norm: see :data:`gn_det.norm.NormSpec`.
+        norm: see :data:`gn_det.norm.NormSpec`; a :class:`gn_det.norm.NormFactory` can ask for standardized weights.
         relu: apply ReLU last.
     """
 
@@ -59,12 +61,26 @@ class ConvNorm(nn.Conv2d):
         )
         self.norm = get_norm(norm, out_channels)
         self.relu = relu
+        #: formula of Weight Standardization, "" for none
+        self.ws = norm.ws if isinstance(norm, NormFactory) else ""
+
+    def fold(self) -> None:
+        """Standardize the weights for good, for inference: the convolution then is a plain one."""
+        with torch.no_grad():
+            if self.ws:
+                self.weight.copy_(standardize(self.weight, self.ws))
+        self.ws = ""
+
+    def __prepare_scriptable__(self) -> ConvNorm:
+        self.fold()
+        return self
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """(N, C, H, W) to (N, out_channels, H', W'); N may be 0. ``shortcut``, of that shape, is added to the norm."""
         if not is_scripting():
+            weight = standardize(self.weight, self.ws) if self.ws else self.weight
             with saving(x):
-                x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+                x = F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
             return norm_act(self.norm, x, shortcut, self.relu)
         x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
         if self.norm is not None:
@@ -72,6 +88,13 @@ class ConvNorm(nn.Conv2d):
         if shortcut is not None:
             x += shortcut
         return F.relu_(x) if self.relu else x
+
+
+def fold_weights(model: nn.Module) -> None:
+    """Standardize all weights of ``model`` for good; see :meth:`ConvNorm.fold`. Such a model is not to be trained."""
+    for module in model.modules():
+        if isinstance(module, ConvNorm):
+            module.fold()
 
 
 # fvcore has the first two, but importing its ``fvcore.nn`` compiles TorchScript and prints torch's deprecation warning.

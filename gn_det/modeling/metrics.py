@@ -12,16 +12,22 @@ _KEEP = 256
 
 
 class Metrics:
-    """Named scalars, averaged over the forwards since the last :meth:`pop`."""
+    """Named scalars, averaged over the forwards since the last :meth:`pop`.
 
-    def __init__(self) -> None:
-        self._values: dict[str, deque[Tensor | float]] = {}
+    Args:
+        parent: keep the scalars there, with names that begin with ``scope``.
+        scope: such as "stage0/".
+    """
+
+    def __init__(self, parent: Metrics | None = None, scope: str = "") -> None:
+        self._values: dict[str, deque[Tensor | float]] = {} if parent is None else parent._values
+        self._scope = scope
 
     def put(self, name: str, value: Tensor | float) -> None:
         """Store one value; nan means that it is not defined this time (no foreground ...)."""
         if isinstance(value, Tensor):
             value = value.detach()
-        self._values.setdefault(name, deque(maxlen=_KEEP)).append(value)
+        self._values.setdefault(self._scope + name, deque(maxlen=_KEEP)).append(value)
 
     def pop(self) -> dict[str, float]:
         """Means of the defined values, and forget them."""

@@ -1,4 +1,4 @@
-"""RoIAlign over a feature pyramid.
+"""RoIAlign and RoIPool over a feature pyramid.
 
 Shape letters: P boxes of all images, C channels, S side of the pooled grid.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import roi_align
+from torchvision.ops import roi_align, roi_pool
 
 from gn_det.errors import ConfigError
 from gn_det.kernels import native, takes_native_roi_align
@@ -47,7 +47,7 @@ class RoIPooler(nn.Module):
         output_size: S.
         strides: of the levels, fine to coarse, doubling powers of two.
         sampling_ratio: samples per bin and direction; 0 takes as many as the bin has cells.
-        aligned: shift by half a pixel (ROIAlignV2).
+        kind: "ROIAlignV2"; "ROIAlign", which does not shift by half a pixel; "ROIPool", the maximum of the cells.
         fused: "off" always takes torchvision's RoIAlign; else channels_last maps on a CPU take gn_det's where it is
             built, which is equal but for rounding.
     """
@@ -58,7 +58,7 @@ class RoIPooler(nn.Module):
         *,
         strides: Sequence[int],
         sampling_ratio: int = 0,
-        aligned: bool = True,
+        kind: str = "ROIAlignV2",
         fused: str = "auto",
     ) -> None:
         super().__init__()
@@ -69,7 +69,8 @@ class RoIPooler(nn.Module):
         self.scales = [1.0 / s for s in strides]
         self.min_level, self.max_level = int(levels[0]), int(levels[-1])
         self.sampling_ratio = sampling_ratio
-        self.aligned = aligned
+        self.kind = kind
+        self.aligned = kind == "ROIAlignV2"
         self.fused = fused
 
     def forward(self, features: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
@@ -107,6 +108,9 @@ class RoIPooler(nn.Module):
         return level.clamp(min=self.min_level, max=self.max_level).to(torch.int64) - self.min_level
 
     def pool(self, feature: Tensor, rois: Tensor, scale: float) -> Tensor:
+        if self.kind == "ROIPool":  # not for bf16 on a CPU; a maximum loses nothing by the way back
+            best: Tensor = roi_pool(feature.float(), rois, self.output_size, scale).to(feature.dtype)
+            return best
         if takes_native_roi_align(feature, self.fused):
             return native.roi_align(feature, rois, self.output_size, scale, self.sampling_ratio, self.aligned)
         if feature.dtype != rois.dtype and not torch.is_autocast_enabled(feature.device.type):

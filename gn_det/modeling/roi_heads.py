@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from gn_det.modeling import boxes as box_ops
-from gn_det.modeling.heads import BoxHead, BoxPredictor, MaskHead, mask_loss, mask_probabilities
+from gn_det.modeling.heads import BoxPredictor, MaskHead, mask_loss, mask_probabilities
 from gn_det.modeling.matcher import IGNORE, Matcher, sample_labels
 from gn_det.modeling.metrics import Metrics
 from gn_det.modeling.poolers import RoIPooler
@@ -41,13 +42,7 @@ class RoISampler:
     def sample(self, proposals: Proposals, target: Targets) -> SampledRoIs:
         """The RoIs of one image, foreground first."""
         boxes = torch.cat([proposals.boxes, target.boxes]) if self.append_gt else proposals.boxes
-        matches, labels = self.matcher(box_ops.pairwise_iou(target.boxes, boxes))
-        if len(target):
-            classes = target.classes[matches]
-            classes.masked_fill_(labels == 0, self.num_classes)
-            classes.masked_fill_(labels == -1, IGNORE)
-        else:
-            classes = torch.full_like(matches, self.num_classes)
+        classes, matches = label_boxes(boxes, target, self.matcher, self.num_classes)
         foreground, background = sample_labels(
             classes, self.batch_size_per_image, self.positive_fraction, self.num_classes
         )
@@ -57,6 +52,17 @@ class RoISampler:
         gt_boxes = target.boxes[matched] if len(target) else boxes[picked]
         masks = target.masks[matched[: len(foreground)]] if target.masks is not None and len(target) else Masks([])
         return SampledRoIs(boxes[picked], classes[picked], gt_boxes, masks, len(foreground))
+
+
+def label_boxes(boxes: Tensor, target: Targets, matcher: Matcher, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Class (P,) of each box, ``num_classes`` for background, and the index (P,) of its ground truth."""
+    matches, labels = matcher(box_ops.pairwise_iou(target.boxes, boxes))
+    if not len(target):
+        return torch.full_like(matches, num_classes), matches
+    classes = target.classes[matches]
+    classes.masked_fill_(labels == 0, num_classes)
+    classes.masked_fill_(labels == -1, IGNORE)
+    return classes, matches
 
 
 @dataclass
@@ -84,7 +90,6 @@ class RoIHeads(nn.Module):
         in_features: names of the levels that are pooled.
     """
 
-    box_predictor: BoxPredictor
     mask_head: MaskHead | None
 
     def __init__(self, *, sampler: RoISampler, in_features: Sequence[str]) -> None:
@@ -113,7 +118,12 @@ class RoIHeads(nn.Module):
         num_foreground = sum(s.num_foreground for s in sampled)
         metrics.put("roi_head/num_fg_samples", num_foreground / len(sampled))
         metrics.put("roi_head/num_bg_samples", (sum(map(len, sampled)) - num_foreground) / len(sampled))
-        return [], self.train_losses(levels, sampled, metrics)
+        return [], self.train_losses(levels, sampled, targets, metrics)
+
+    @property
+    def predictors(self) -> list[BoxPredictor]:
+        """Box predictors in the order in which they refine a box; the last one's settings choose detections."""
+        raise NotImplementedError
 
     def detect(self, levels: Sequence[Tensor], proposals: Sequence[Proposals]) -> list[Detections]:
         """Masks are predicted for the final boxes only."""
@@ -130,13 +140,15 @@ class RoIHeads(nn.Module):
         raise NotImplementedError
 
     def train_losses(
-        self, levels: Sequence[Tensor], sampled: Sequence[SampledRoIs], metrics: Metrics
+        self, levels: Sequence[Tensor], sampled: Sequence[SampledRoIs], targets: Sequence[Targets], metrics: Metrics
     ) -> dict[str, Tensor]:
         raise NotImplementedError
 
-    def _box_losses(self, roi_vectors: Tensor, sampled: Sequence[SampledRoIs], metrics: Metrics) -> dict[str, Tensor]:
-        logits, deltas = self.box_predictor(roi_vectors)
-        return self.box_predictor.losses(
+    @staticmethod
+    def _box_losses(
+        predictor: BoxPredictor, logits: Tensor, deltas: Tensor, sampled: Sequence[SampledRoIs], metrics: Metrics
+    ) -> dict[str, Tensor]:
+        return predictor.losses(
             logits,
             deltas,
             torch.cat([s.boxes for s in sampled]),
@@ -172,8 +184,8 @@ class StandardRoIHeads(RoIHeads):
         sampler: RoISampler,
         in_features: Sequence[str],
         box_pooler: RoIPooler,
-        box_head: BoxHead,
-        box_predictor: BoxPredictor,
+        box_head: nn.Module,
+        box_predictor: nn.Module,
         mask_pooler: RoIPooler | None = None,
         mask_head: MaskHead | None = None,
     ) -> None:
@@ -184,10 +196,20 @@ class StandardRoIHeads(RoIHeads):
         self.mask_pooler = mask_pooler
         self.mask_head = mask_head
 
+    @property
+    def stages(self) -> list[tuple[nn.Module, BoxPredictor]]:
+        """Box heads and predictors in the order in which they refine a box."""
+        return [(self.box_head, cast("BoxPredictor", self.box_predictor))]
+
+    @property
+    def predictors(self) -> list[BoxPredictor]:
+        return [predictor for _, predictor in self.stages]
+
     def detect_boxes(self, levels: Sequence[Tensor], proposals: Sequence[Proposals]) -> list[Detections]:
         boxes = [p.boxes for p in proposals]
-        logits, deltas = self.box_predictor(self.box_head(self.box_pooler(levels, boxes)))
-        return self.box_predictor.detect(logits, deltas, boxes, [p.image_size for p in proposals])
+        ((head, predictor),) = self.stages
+        logits, deltas = predictor(head(self.box_pooler(levels, boxes)))
+        return predictor.detect(logits, deltas, boxes, [p.image_size for p in proposals])
 
     def add_masks(self, levels: Sequence[Tensor], detections: Sequence[Detections]) -> None:
         if self.mask_head is not None and self.mask_pooler is not None:
@@ -195,15 +217,22 @@ class StandardRoIHeads(RoIHeads):
             self._attach_masks(self.mask_head(pooled), detections)
 
     def train_losses(
-        self, levels: Sequence[Tensor], sampled: Sequence[SampledRoIs], metrics: Metrics
+        self, levels: Sequence[Tensor], sampled: Sequence[SampledRoIs], targets: Sequence[Targets], metrics: Metrics
     ) -> dict[str, Tensor]:
         """loss_cls, loss_box_reg, and loss_mask over the foreground RoIs."""
-        pooled = self.box_pooler(levels, [s.boxes for s in sampled])
-        losses = self._box_losses(self.box_head(pooled), sampled, metrics)
+        losses = self.train_boxes(levels, sampled, targets, metrics)
         if self.mask_head is not None and self.mask_pooler is not None:
             pooled = self.mask_pooler(levels, [s.boxes[: s.num_foreground] for s in sampled])
             losses["loss_mask"] = self._mask_loss(self.mask_head(pooled), sampled, metrics)
         return losses
+
+    def train_boxes(
+        self, levels: Sequence[Tensor], sampled: Sequence[SampledRoIs], targets: Sequence[Targets], metrics: Metrics
+    ) -> dict[str, Tensor]:
+        """Losses of the box branch."""
+        ((head, predictor),) = self.stages
+        logits, deltas = predictor(head(self.box_pooler(levels, [s.boxes for s in sampled])))
+        return self._box_losses(predictor, logits, deltas, sampled, metrics)
 
 
 class Res5RoIHeads(RoIHeads):
@@ -232,6 +261,10 @@ class Res5RoIHeads(RoIHeads):
         self.box_predictor = box_predictor
         self.mask_head = mask_head
 
+    @property
+    def predictors(self) -> list[BoxPredictor]:
+        return [self.box_predictor]
+
     def detect_boxes(self, levels: Sequence[Tensor], proposals: Sequence[Proposals]) -> list[Detections]:
         boxes = [p.boxes for p in proposals]
         shared = self.res5(self.pooler(levels, boxes))
@@ -245,11 +278,12 @@ class Res5RoIHeads(RoIHeads):
             self._attach_masks(self.mask_head(shared), detections)
 
     def train_losses(
-        self, levels: Sequence[Tensor], sampled: Sequence[SampledRoIs], metrics: Metrics
+        self, levels: Sequence[Tensor], sampled: Sequence[SampledRoIs], targets: Sequence[Targets], metrics: Metrics
     ) -> dict[str, Tensor]:
         """loss_cls, loss_box_reg, and loss_mask over the foreground rows of the shared features."""
         shared = self.res5(self.pooler(levels, [s.boxes for s in sampled]))
-        losses = self._box_losses(shared.mean(dim=(2, 3)), sampled, metrics)
+        logits, deltas = self.box_predictor(shared.mean(dim=(2, 3)))
+        losses = self._box_losses(self.box_predictor, logits, deltas, sampled, metrics)
         if self.mask_head is not None:
             # Foreground comes first in each image, so slices do.
             parts = [x[: s.num_foreground] for x, s in zip(torch.split(shared, [len(s) for s in sampled]), sampled)]

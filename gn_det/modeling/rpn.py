@@ -88,6 +88,7 @@ class RPN(nn.Module):
         boundary_thresh: if >= 0, anchors that leave the image by more than this many pixels are not trained.
         loss_weight_cls, loss_weight_loc: factors of the losses.
         smooth_l1_beta: 0 for plain L1.
+        box_loss: see :func:`gn_det.modeling.boxes.regression_sum`.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class RPN(nn.Module):
         loss_weight_cls: float = 1.0,
         loss_weight_loc: float = 1.0,
         smooth_l1_beta: float = 0.0,
+        box_loss: str = "smooth_l1",
     ) -> None:
         super().__init__()
         self.in_features = tuple(in_features)
@@ -124,6 +126,7 @@ class RPN(nn.Module):
         self.boundary_thresh = boundary_thresh
         self.loss_weights = {"loss_rpn_cls": loss_weight_cls, "loss_rpn_loc": loss_weight_loc}
         self.smooth_l1_beta = smooth_l1_beta
+        self.box_loss = box_loss
 
     def forward(
         self,
@@ -181,14 +184,15 @@ class RPN(nn.Module):
         all_anchors = torch.cat(list(anchors))
         num_anchors, num_images = len(all_anchors), len(targets)
         labels = torch.full((num_images, num_anchors), IGNORE, dtype=torch.int8, device=all_anchors.device)
-        positives, encoded = [], []
+        positives, references, boxes = [], [], []
         num_negative = 0
         for i, target in enumerate(targets):
             positive, negative, matched = self.sample_anchors(all_anchors, target)
             labels[i, positive] = 1
             labels[i, negative] = 0
             positives.append(positive + i * num_anchors)
-            encoded.append(self.coder.encode(all_anchors[positive], matched))
+            references.append(all_anchors[positive])
+            boxes.append(matched)
             num_negative += len(negative)
         positive_index = torch.cat(positives)
         metrics.put("rpn/num_pos_anchors", len(positive_index) / num_images)
@@ -200,7 +204,14 @@ class RPN(nn.Module):
         loss_cls = F.binary_cross_entropy_with_logits(
             flat_logits[sampled], labels.view(-1)[sampled].float(), reduction="sum"
         )
-        loss_loc = box_ops.smooth_l1_sum(flat_deltas[positive_index], torch.cat(encoded), self.smooth_l1_beta)
+        loss_loc = box_ops.regression_sum(
+            flat_deltas[positive_index],
+            torch.cat(references),
+            torch.cat(boxes),
+            coder=self.coder,
+            kind=self.box_loss,
+            beta=self.smooth_l1_beta,
+        )
         normalizer = self.batch_size_per_image * num_images
         losses = {"loss_rpn_cls": loss_cls / normalizer, "loss_rpn_loc": loss_loc / normalizer}
         return {name: loss * self.loss_weights[name] for name, loss in losses.items()}

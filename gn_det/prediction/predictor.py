@@ -89,7 +89,7 @@ def load_predictor(
     from gn_det.config.load import merge_overrides
     from gn_det.data.mapper import InferenceMapper
     from gn_det.engine.dist import resolve_device
-    from gn_det.engine.precision import inference_autocast, lay_out, settle
+    from gn_det.engine.precision import inference_autocast, lay_out_for_inference, settle
 
     meta = read_meta(read_any(local_path(weights)), weights) or {}
     if config is not None:
@@ -108,7 +108,7 @@ def load_predictor(
     model = engine.build_model(cfg).eval()
     load_weights(model, weights, cfg, require_all=True)
     cfg = settle(cfg, target)
-    lay_out(model.to(target), cfg)
+    lay_out_for_inference(model.to(target), cfg)
     detector = engine.detector(model, cfg)
 
     @torch.inference_mode()

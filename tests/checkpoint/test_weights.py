@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -320,6 +321,50 @@ def test_head_that_fits_only_partly_names_its_keys(tmp_path: Path) -> None:
     path = saved(tmp_path / "w.pth", detector_shapes(head=""))
     message = refused(module(detector_shapes()), path, config())
     assert "MODEL.FPN.{NORM,OUT_CHANNELS,IN_FEATURES}" in message and "MODEL.ROI_BOX_HEAD.{NORM" in message
+
+
+def cascade_shapes(stages: int, classes: int = 3) -> dict:
+    """A detector with class-agnostic box heads in a row."""
+    shapes = {}
+    for name, shape in detector_shapes(classes=classes).items():
+        shape = (4, *shape[1:]) if "bbox_pred" in name else shape
+        found = re.match(r"(roi_heads\.(?:box_head|box_predictor))\.(.+)", name)
+        shapes |= {f"{found[1]}.{k}.{found[2]}": shape for k in range(stages)} if found else {name: shape}
+    return shapes
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "named"),
+    [
+        (3, 2, "holds 3 cascade stages, but the config describes 2 cascade stages: set MODEL.ROI_HEADS.NAME Cascade"),
+        (
+            3,
+            0,
+            "describes no cascade: set MODEL.ROI_HEADS.NAME CascadeROIHeads and MODEL.ROI_BOX_CASCADE_HEAD.IOUS of 3",
+        ),
+        (
+            0,
+            3,
+            "holds no cascade, but the config describes 3 cascade stages: set MODEL.ROI_HEADS.NAME StandardROIHeads",
+        ),
+    ],
+)
+def test_stages_of_a_cascade(tmp_path: Path, theirs: int, ours: int, named: str) -> None:
+    in_file, in_model = (cascade_shapes(n) if n else detector_shapes() for n in (theirs, ours))
+    path = saved(tmp_path / "w.pth", in_file)
+    assert named in refused(module(in_model), path, config())
+    report = load_weights(module(in_model), f"{path}?allow_partial=True", config())
+    assert any("fpn" in name for name in report.loaded) and not any("box_head.2" in name for name in report.loaded)
+
+
+def test_other_classes_of_a_cascade(tmp_path: Path) -> None:
+    """The scores of each stage begin anew, the class-agnostic boxes do not."""
+    path = saved(tmp_path / "w.pth", cascade_shapes(3, classes=8))
+    report = load_weights(module(cascade_shapes(3)), path, config())
+    anew = [f"roi_heads.box_predictor.{k}.cls_score" for k in range(3)] + ["roi_heads.mask_head.predictor"]
+    assert sorted(report.reinitialized) == sorted(f"{n}.{kind}" for n in anew for kind in ("weight", "bias"))
+    message = refused(module(cascade_shapes(3)), path, config(), require_all=True)
+    assert "trained with 8 classes" in message
 
 
 @pytest.mark.parametrize(("file_depth", "model_depth"), [(101, 50), (50, 101), (34, 50), (50, 34)])

@@ -63,7 +63,7 @@ def test_a_json_and_its_images_come_together(split: str, given: str, missing: st
 
 def test_the_other_engine_is_named_where_it_takes_the_value() -> None:
     for key, value, named in (
-        ("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIPool", True),
+        ("MODEL.META_ARCHITECTURE", "RetinaNet", True),
         ("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "no pooler", False),
         ("MODEL.KEYPOINT_ON", True, False),
     ):
@@ -93,13 +93,46 @@ def test_sizes_of_crops(kind: str, good: list[Any], bad: list[Any]) -> None:
 
 
 def test_sections_of_other_models_are_refused_where_they_are_not_read() -> None:
-    for key, value in (("MODEL.RETINANET.NUM_CONVS", 3), ("MODEL.ROI_BOX_CASCADE_HEAD.IOUS", (0.4, 0.5, 0.6))):
-        with pytest.raises(ConfigError, match=f"{key} is .* not implemented by the embedded .* detectron2 runs it"):
-            check_config(put(key, value))
-        check_config(put(key, value), "detectron2")
+    key, value = "MODEL.RETINANET.NUM_CONVS", 3
+    with pytest.raises(ConfigError, match=f"{key} is .* not implemented by the embedded .* detectron2 runs it"):
+        check_config(put(key, value))
+    check_config(put(key, value), "detectron2")
     for engine in ("embedded", "detectron2"):
         with pytest.raises(ConfigError, match=f"not implemented by the {engine} engine; it knows 128$"):
             check_config(put("MODEL.SEM_SEG_HEAD.CONVS_DIM", 7), engine)
+
+
+@pytest.mark.parametrize("engine", ["embedded", "detectron2"])
+def test_weight_standardization_needs_a_norm(engine: str) -> None:
+    for section, good in (("RESNETS", "GN"), ("FPN", "BN"), ("ROI_MASK_HEAD", "SyncBN")):
+        keys = [f"MODEL.WS.{section}", "jhu", f"MODEL.{section}.NORM"]
+        check_config(load_config("gn_fpn", [*keys, good], check=False), engine)
+        with pytest.raises(
+            ConfigError, match=rf"MODEL\.WS\.{section} jhu .* set MODEL\.{section}\.NORM GN, or MODEL\.WS"
+        ):
+            check_config(load_config("gn_fpn", [*keys, ""], check=False), engine)
+    with pytest.raises(ConfigError, match=r"MODEL\.WS\.FPN is 'wsc'; it must be one of '', 'jhu', 'bit', 'timm'"):
+        load_config("gn_fpn", ["MODEL.WS.FPN", "wsc"])
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        (["MODEL.ROI_BOX_CASCADE_HEAD.IOUS", "(0.5, 0.6)"], r"one entry for each stage; they have 2 and 3$"),
+        (
+            ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "False"],
+            r"needs MODEL\.ROI_BOX_HEAD\.CLS_AGNOSTIC_BBOX_REG True$",
+        ),
+        (["MODEL.ROI_HEADS.IOU_THRESHOLDS", "[0.4]"], r"must begin with MODEL\.ROI_HEADS\.IOU_THRESHOLDS \[0\.4\]$"),
+    ],
+)
+@pytest.mark.parametrize("engine", ["embedded", "detectron2"])
+def test_stages_of_a_cascade(keys: list[str], named: str, engine: str) -> None:
+    """Both engines need what Detectron2 asserts."""
+    cascade = ["MODEL.ROI_HEADS.NAME", "CascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True"]
+    check_config(load_config("gn_fpn", cascade), engine)
+    with pytest.raises(ConfigError, match=named):
+        check_config(load_config("gn_fpn", [*cascade, *keys], check=False), engine)
 
 
 def test_weights_of_a_model_are_bounded() -> None:

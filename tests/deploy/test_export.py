@@ -157,6 +157,7 @@ def test_command_of_a_fixed_c4_with_check(tmp_path: Path, images: Path, capsys: 
         ("bn_c4_boxes", Options()),
         ("bn_fpn_gn_head", Options()),
         ("resnext", Options()),
+        ("cascade", Options()),
         ("gn_fpn", Options(opset=18)),
         ("gn_fpn", Options(size=(160, 160), batch=2)),
         ("r18", Options(to="pt2")),
@@ -205,6 +206,12 @@ def test_mistakes_are_one_line(
     error = capsys.readouterr().err
     assert code == 2 and told in error and error.count("\n") == 1
     assert not target.exists()
+
+
+def test_pooling_that_onnx_lacks(tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "m.pth", "gn_fpn_2fc", small=True, MODEL__ROI_MASK_HEAD__POOLER_TYPE="ROIPool")
+    with pytest.raises(UserError, match=r"MODEL\.ROI_MASK_HEAD\.POOLER_TYPE ROIPool cannot be exported to ONNX"):
+        export(source, tmp_path / "m.onnx")
 
 
 def test_weights_without_a_number_of_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -362,7 +362,7 @@ def test_the_trainer_checks_what_python_set(name: str, value: Any) -> None:
         check_for_trainer(cfg, own_loader=True, own_results=True)
 
 
-@pytest.mark.parametrize("kind", ["ROIAlignV2", "ROIAlign"])
+@pytest.mark.parametrize("kind", ["ROIAlignV2", "ROIAlign"])  # ROIPool: tests/equality
 def test_both_engines_pool_alike(kind: str) -> None:
     """The older variant has no shift by half a pixel; the embedded engine builds it as Detectron2 does."""
     keys = ["MODEL.ROI_BOX_HEAD.POOLER_TYPE", kind, "MODEL.ROI_MASK_HEAD.POOLER_TYPE", kind]

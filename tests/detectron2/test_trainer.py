@@ -356,7 +356,7 @@ def test_models_that_only_detectron2_has(data: list[str], tmp_path: Path) -> Non
     with pytest.raises(UserError, match="--engine detectron2 runs it"):
         from gn_det.config import load_config
 
-        load_config("quickstart.yaml", cascade)
+        load_config("quickstart.yaml", retina)
 
 
 def test_auto_takes_detectron2_where_it_is(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

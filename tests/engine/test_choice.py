@@ -169,10 +169,9 @@ def test_absent_detectron2_on_every_command(
 @pytest.mark.parametrize(
     ("keys", "there"),
     [
-        (["MODEL.ROI_HEADS.NAME", "CascadeROIHeads"], True),
-        (["MODEL.RPN.BBOX_REG_LOSS_TYPE", "giou"], True),
-        (["MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", "True"], True),
-        (["MODEL.ROI_BOX_CASCADE_HEAD.IOUS", "(0.5, 0.6)"], True),
+        (["MODEL.RETINANET.NORM", "GN"], True),
+        (["MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES", "True"], True),
+        (["MODEL.RETINANET.NUM_CONVS", "3"], True),
         (["MODEL.KEYPOINT_ON", "True"], False),
         (["MODEL.RPN.BBOX_REG_LOSS_TYPE", "gIoU"], False),
         (["TEST.PRECISE_BN.ENABLED", "True"], False),

@@ -18,14 +18,23 @@ from torch import Tensor, nn
 pytest.importorskip("detectron2.modeling", reason="compares with an installed Detectron2")
 
 from detectron2.config import get_cfg as detectron2_cfg
+from detectron2.modeling import build_model as build_detectron2_model
 from detectron2.solver import build_optimizer as build_detectron2_optimizer
 
 from gn_det.config import get_cfg
 from gn_det.engine.optimizer import build_optimizer
 from gn_det.modeling import build_model
+from gn_det.modeling.census import norm_census
 from tests.equality.pairs import Pair, make_pair
 from tests.equality.table import FAMILIES
-from tests.golden.d2_side import SIDES, build_detectron2, build_registered, detectron2_detections, detectron2_losses
+from tests.golden.d2_side import (
+    SIDES,
+    build_detectron2,
+    build_registered,
+    detectron2_detections,
+    detectron2_losses,
+    registered_cfg,
+)
 from tests.golden.model_cases import (
     BATCHES,
     CASES,
@@ -275,6 +284,12 @@ KEYS: list[tuple[str, Any, str]] = [
     ("MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO", 2, "test"),
     ("MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO", 2, "train"),
     ("MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", 7, "train"),
+    *[("MODEL.RPN.BBOX_REG_LOSS_TYPE", kind, "train") for kind in ("giou", "diou", "ciou")],
+    *[("MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", kind, "train") for kind in ("giou", "diou", "ciou")],
+    *[("MODEL.ROI_BOX_HEAD.POOLER_TYPE", kind, "test") for kind in ("ROIAlign", "ROIPool")],
+    *[("MODEL.ROI_MASK_HEAD.POOLER_TYPE", kind, "train") for kind in ("ROIAlign", "ROIPool")],
+    ("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True, "test"),
+    ("MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", True, "train"),
     ("MODEL.RESNETS.STRIDE_IN_1X1", False, "test"),
     ("MODEL.FPN.FUSE_TYPE", "avg", "test"),
     ("MODEL.PIXEL_MEAN", [80.0, 90.0, 100.0], "test"),
@@ -291,7 +306,7 @@ def reference() -> tuple[dict[str, Tensor], Tensor]:
     return losses, torch.cat([d.boxes for d in pair[0].detect(flatten(BATCHES["crowded"]()))])
 
 
-@pytest.mark.parametrize("key, value, kind", KEYS, ids=[k for k, _, _ in KEYS])
+@pytest.mark.parametrize("key, value, kind", KEYS, ids=[f"{k}-{v}" for k, v, _ in KEYS])
 def test_key_is_read(key: str, value: Any, kind: str, reference: tuple[dict[str, Tensor], Tensor]) -> None:
     """Both engines agree, and the key changes the result: it is not ignored."""
     pair = make_pair("bn_fpn", **{key.replace(".", "__"): value})
@@ -328,7 +343,32 @@ def test_dilated_c5() -> None:
     assert_same_training(pair, BATCHES["two_sizes"]())
 
 
-@pytest.mark.parametrize("case", ["gn_fpn", "gn_c4", "r18"])
+def test_weight_standardization() -> None:
+    """Detectron2's model on the registered modules has it too; with norms that need no gn_det module as well."""
+    parts = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
+    pair = make_pair("gn_fpn", "registered", **{f"MODEL__WS__{part}": "jhu" for part in parts})
+    assert sum(bool(getattr(m, "ws", "")) for m in pair[1].modules()) == 53 + 8 + 4 + 4
+    assert_same_training(pair, BATCHES["two_sizes"]())
+    assert sum(assert_same_detections(pair, BATCHES["two_sizes"]())) > 0
+    routed = build_detectron2_model(configure(registered_cfg(), "bn_fpn_gn_head", MODEL__WS__RESNETS="timm"))
+    assert {r.norm for r in norm_census(routed) if r.stage == "res4"} == {"FrozenBN+WS"}
+
+
+def test_cascade_of_two_stages() -> None:
+    """Stages, IoUs and weights are read; without objects every box is background; an IoU loss."""
+    stages = {
+        "MODEL__ROI_BOX_CASCADE_HEAD__IOUS": (0.4, 0.75),
+        "MODEL__ROI_BOX_CASCADE_HEAD__BBOX_REG_WEIGHTS": ((8.0, 8.0, 4.0, 4.0), (20.0, 20.0, 10.0, 10.0)),
+        "MODEL__ROI_HEADS__IOU_THRESHOLDS": [0.4],
+    }
+    pair = make_pair("cascade", MODEL__ROI_BOX_HEAD__BBOX_REG_LOSS_TYPE="ciou", **stages)
+    losses = assert_same_training(pair, BATCHES["crowded"]())
+    assert list(losses)[:4] == ["loss_cls_stage0", "loss_box_reg_stage0", "loss_cls_stage1", "loss_box_reg_stage1"]
+    assert_same_training(pair, BATCHES["all_empty"]())
+    assert sum(assert_same_detections(pair, BATCHES["crowded"]())) > 0
+
+
+@pytest.mark.parametrize("case", ["gn_fpn", "gn_c4", "r18", "cascade"])
 def test_trajectory(case: str) -> None:
     """Five SGD steps with momentum end in the same weights: sampling stays in step too."""
     pair = make_pair(case)

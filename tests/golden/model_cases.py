@@ -106,6 +106,15 @@ CASES: dict[str, dict[str, Any]] = {
         "MODEL.ANCHOR_GENERATOR.OFFSET": 0.5,
         "MODEL.BACKBONE.FREEZE_AT": 1,
     },
+    "cascade": {
+        **_FPN,
+        **_GN,
+        **_GN_HEADS,
+        "MODEL.ROI_HEADS.NAME": "CascadeROIHeads",
+        "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True,
+        "MODEL.ROI_BOX_HEAD.NUM_CONV": 2,
+        "MODEL.RPN.POST_NMS_TOPK_TRAIN": 400,
+    },
     "r18": {**_FPN, **_R18, "MODEL.ROI_BOX_HEAD.NUM_FC": 2, "MODEL.PIXEL_STD": [57.4, 57.1, 58.4]},
 }
 
@@ -155,6 +164,8 @@ CALIBRATED = {
     "proposal_generator.rpn_head.anchor_deltas": 0.25,
     "roi_heads.box_predictor.cls_score": 1.5,
     "roi_heads.box_predictor.bbox_pred": 0.8,
+    **{f"roi_heads.box_predictor.{k}.cls_score": 1.5 for k in range(3)},
+    **{f"roi_heads.box_predictor.{k}.bbox_pred": 0.8 for k in range(3)},
     "roi_heads.mask_head.predictor": 1.5,
 }
 

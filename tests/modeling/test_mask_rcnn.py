@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from gn_det.config import get_cfg, load_config, shipped_configs
 from gn_det.errors import ConfigError
+from gn_det.kernels.weight_standardization import standardize
 from gn_det.modeling import MaskRCNN, build_model
 from gn_det.modeling import boxes as box_ops
 from gn_det.modeling.anchors import AnchorGenerator
-from gn_det.modeling.census import CensusRow, format_census, norm_census
+from gn_det.modeling.census import CensusRow, format_census, norm_census, sum_census
+from gn_det.modeling.layers import fold_weights
 from gn_det.modeling.matcher import Matcher, sample_labels
 from gn_det.modeling.postprocess import paste_masks, resize_detections
 from gn_det.modeling.rpn import RPNHead
@@ -247,6 +249,38 @@ def test_census_of_the_long_schedule() -> None:
     assert "138 gamma/beta tensors: 116 trainable, 22 frozen (22 by MODEL.BACKBONE.FREEZE_AT)" in text
 
 
+WS = {f"MODEL__WS__{part}": "jhu" for part in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")}
+
+
+def test_weight_standardization_in_every_part() -> None:
+    """Equal to the plain model with weights standardized beforehand; no convolution without a norm is touched."""
+    model, plain = tiny(**WS), tiny()
+    assert list(model.state_dict()) == list(plain.state_dict())
+    census = {r.stage: r.norm for r in norm_census(model)}
+    assert census.pop("rpn") == "none" and set(census.values()) == {"GN+WS"} and len(census) == 8
+    normed = [m for m in plain.modules() if isinstance(getattr(m, "norm", None), nn.Module)]
+    with torch.no_grad():
+        for conv in normed:
+            conv.weight.copy_(standardize(conv.weight, "jhu"))
+    scenes = flatten(BATCHES["two_sizes"]())
+    ours, expected = losses_of(model, "two_sizes"), losses_of(plain, "two_sizes")
+    assert ours == expected
+    sum(ours.values()).backward()
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    before = model.eval().detect_raw(scenes)[1]
+    fold_weights(model)
+    for d, e in zip(before, model.detect_raw(scenes)[1]):  # to the bit, and plain from now on
+        assert torch.equal(d.boxes, e.boxes) and torch.equal(d.scores, e.scores) and torch.equal(d.masks, e.masks)
+    assert {r.norm for r in norm_census(model)} == {"GN", "none"}
+
+
+def test_weight_standardization_of_one_part() -> None:
+    model = tiny("gn_c4", MODEL__WS__RESNETS="bit")
+    rows = norm_census(model)
+    assert {r.norm for r in rows if r.stage in ("stem", "res4", "res5 head")} == {"GN+WS"}
+    assert sum_census(rows) == "43 GN+WS in backbone + 10 GN+WS in res5 head"
+
+
 def test_every_shipped_config_builds_without_hidden_state() -> None:
     """On the meta device: every config gives a model, and no tensor was made outside of it."""
     for name in shipped_configs():
@@ -332,6 +366,23 @@ def test_evaluation_leaves_out_proposals_that_are_not_finite() -> None:
     assert torch.equal(found.boxes, anchors[2:]) and found.logits.tolist() == [1.0]
     with pytest.raises(FloatingPointError):
         rpn.train().propose([anchors], [logits], [deltas], [(16, 16)])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_stages_of_a_cascade_that_are_not_finite(value: float) -> None:
+    """Rows with nan are dropped in the end, whatever they pool in between; Detectron2 stops with an AssertionError."""
+    model = tiny("cascade", MODEL__ROI_HEADS__SCORE_THRESH_TEST=0.0).eval()
+    rows: list[int] = []
+
+    def spoil(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        output = output.clone()
+        output[::2, ::3] = value
+        rows.append(len(output))
+        return output
+
+    model.roi_heads.box_predictor[0].register_forward_hook(lambda m, i, o: (o[0], spoil(m, i, o[1])))
+    (found,) = model.detect_raw(flatten(BATCHES["tiny_odd"]()))[1]
+    assert rows and len(found) and bool(found.boxes.isfinite().all())
 
 
 def test_sampled_anchors_come_in_anchor_order() -> None:

@@ -64,7 +64,8 @@ class Weights:
     @property
     def num_classes(self) -> int:
         """Number of a detector's classes, 0 if unknown."""
-        for name, others in (("box_predictor.cls_score", 1), ("mask_head.predictor", 0)):
+        names = ("box_predictor.cls_score", 1), ("box_predictor.0.cls_score", 1), ("mask_head.predictor", 0)
+        for name, others in names:
             rows = self.state.get(f"roi_heads.{name}.weight")
             if rows is not None and rows.dim():
                 return rows.shape[0] - others
