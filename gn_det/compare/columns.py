@@ -37,6 +37,7 @@ AP_METRICS = {
 COLUMNS: dict[str, Column] = {
     **{name: Column(f"{name.partition('_')[0]} {metric.partition('/')[2]}") for name, metric in AP_METRICS.items()},
     "top1_error": Column("top-1 error (%)", lower_is_better=True),
+    "top5_error": Column("top-5 error (%)", lower_is_better=True),
     "train_error": Column("training error (%)", lower_is_better=True),
     "parameters": Column("parameters (M)", 2, SIZE, factor=1e-6),
     "s_per_iter": Column("s / iteration", 3, COST, lower_is_better=True),
@@ -94,7 +95,7 @@ def load_references() -> tuple[dict[str, Reference], dict[str, str]]:
     """Return all published rows by id, and a sentence on each source."""
     content = read_yaml(Path(__file__).parent / "references.yaml", "file")
     rows = {}
-    for entry in [*content["coco"], *content["imagenet"]]:
+    for entry in [*content["coco"], *content["imagenet"], *content["kinetics"]]:
         delta = dict(entry.pop("delta", None) or {})
         to = str(delta.pop("to", ""))
         name, source, model, where = (str(entry.pop(key)) for key in ("id", "source", "model", "where"))

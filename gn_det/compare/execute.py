@@ -74,7 +74,11 @@ def _of_pretraining(settings: Settings, folder: Path, summary: Mapping[str, Any]
         "s_per_image": "inference_seconds_per_image",
     }
     return Outcome(
-        {"top1_error": summary["top1_error"], "train_error": curve[-1].get("train_error") if curve else None},
+        {
+            "top1_error": summary["top1_error"],
+            "train_error": curve[-1].get("train_error") if curve else None,
+            **({"top5_error": summary["top5_error"]} if "top5_error" in summary else {}),
+        },
         [{name: float(point[key]) for name, key in points.items()} for point in curve]
         + [{"x": point.pop("epoch"), **point} for point in map(dict, summary.get("recorded", ()))],
         {name: summary.get(key) for name, key in costs.items()},

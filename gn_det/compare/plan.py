@@ -71,6 +71,13 @@ class Job:
         wanted = self.settings.get("device", "auto") if self.cfg is None else self.cfg.MODEL.DEVICE
         return dist.resolve_device(str(wanted))
 
+    @property
+    def weights(self) -> str:
+        """Path or URI of the initial weights; "" without any, and where another row makes them."""
+        if self.needs is not None:
+            return ""
+        return str(self.settings.get("weights") or "") if self.cfg is None else str(self.cfg.MODEL.WEIGHTS)
+
     def settings_key(self, weights_sha: str) -> str:
         """Hash of everything that decides the result but the code of gn_det.
 
@@ -97,7 +104,7 @@ class Job:
 
     def initial_sha(self) -> str:
         """sha256 and options of the weights that the config names; "" without any, or before they are downloaded."""
-        uri = str(self.cfg.MODEL.WEIGHTS) if self.cfg is not None and self.needs is None else ""
+        uri = self.weights
         if not uri or not (path := locate(uri)[0]).is_file():
             return ""
         return f"{file_hash(path)} {split_options(uri)[1]}"
@@ -288,13 +295,14 @@ def _absent(job: Job) -> Problem | None:
     if job.cfg is None:
         data = str(job.settings["data"])
         there = data.partition(":")[0] in BUILTIN or os.path.isdir(os.path.expanduser(data))
-        return None if there else Problem(row, f"data: folder {data} does not exist", absent=True)
-    for source in _sources(job.cfg):
+        if not there:
+            return Problem(row, f"data: folder {data} does not exist", absent=True)
+    for source in _sources(job.cfg) if job.cfg is not None else ():
         for path, exists in ((source.json_file, os.path.isfile), (source.image_root, os.path.isdir)):
             if not exists(path):
                 return Problem(row, f"data: {path} does not exist ({source.origin or 'DATASETS'})", absent=True)
-    uri = str(job.cfg.MODEL.WEIGHTS)
-    if job.needs is not None or not uri:
+    uri = job.weights
+    if not uri:
         return None
     path, download = locate(uri)
     if download or path.is_file():

@@ -274,9 +274,9 @@ def fetch_weights(plan: Plan) -> None:
         UserError: names the row.
     """
     for job in plan.jobs:
-        if job.cfg is not None and job.needs is None and job.cfg.MODEL.WEIGHTS:
+        if job.weights:
             try:
-                local_path(str(job.cfg.MODEL.WEIGHTS))
+                local_path(job.weights)
             except UserError as error:
                 raise WeightsError(f"row '{job.row.id}': weights: {error}") from None
 

@@ -19,8 +19,10 @@ ROWS = {
     "cifar10.yaml": 42,
     "digits.yaml": 29,
     "groups.yaml": 12,
+    "motions.yaml": 6,
     "paper_coco.yaml": 19,
     "paper_imagenet.yaml": 35,
+    "paper_kinetics.yaml": 6,
     "small.yaml": 11,
 }
 
@@ -117,3 +119,14 @@ def test_keys_are_those_of_runs_recorded_long_ago() -> None:
     jobs = {job.name: job for job in make_plan(load_suite(find_suite("small")), Engine()).jobs}
     assert jobs["pretrain/gn, seed 1"].settings_key("x") == "0420a17ab5f4d766"
     assert jobs["gn, seed 3"].settings_key("x") == "3d8a0ac47a673712"
+
+
+def test_kinetics_rows_have_the_numbers_of_table_8_and_wait_for_their_weights(tmp_path: Path) -> None:
+    """Published top-1 and top-5 accuracies as errors; weights that are not there are missing, like data."""
+    suite = load_suite(find_suite("paper_kinetics"))
+    found = {row.id: row.references[0].values for row in suite.rows}
+    assert found["BN_32_8"] == {"top1_error": 26.7, "top5_error": 9.3}
+    assert found["GN_64_4"] == {"top1_error": 25.5, "top5_error": 8.3}
+    row = dict(suite.rows[3].settings) | {"data": str(tmp_path), "weights": str(tmp_path / "none.pth")}
+    plan = plan_of([{"id": "GN", "kind": "pretrain", **row}])
+    assert [p.absent for p in plan.problems] == [True] and "no file" in str(plan.problems[0])
