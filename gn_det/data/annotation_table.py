@@ -1,4 +1,4 @@
-"""The annotations that training uses, as columns of numbers."""
+"""The annotations that training uses, as numeric columns."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from gn_det.data.entries import LARGEST_ID
 from gn_det.data.problems import NOWHERE, Problems
 from gn_det.data.records import Annotation
 
-#: Shares of boxes that leave their image as XYWH, and that fit as corners, where a set is surely written in corners.
+#: A set is taken for [x1, y1, x2, y2] when at least the first share of its boxes leaves the image as XYWH, and the
+#: second fits as corners.
 _LEAVING, _CORNERS = 0.2, 0.99
-#: The same by masks: the share of boxes that are the corners of their mask, to a pixel, and are not its XYWH box.
+#: The same judged by masks: share of boxes that match their mask's corners, to a pixel, but not its XYWH box.
 _MASK_CORNERS = 0.5
 
 
@@ -35,7 +36,7 @@ class AnnotationTable:
         bbox: (M, 4) float64 XYWH.
         hull: (M, 4) float64 XYXY box of the mask, NaN where there is none.
         as_written: (M,) bool, whether the box is the json's own.
-        texts: json of those that are not as in the file, by position.
+        texts: json of the annotations that differ from the file, by position.
     """
 
     images: Sequence[dict[str, Any]]
@@ -59,7 +60,7 @@ class AnnotationTable:
 
     @functools.cached_property
     def has_mask(self) -> np.ndarray:
-        """(M,) bool; computed once, because the check asks for each annotation."""
+        """(M,) bool; cached, because the check reads it for each annotation."""
         found: np.ndarray = np.isfinite(self.hull[:, 0])
         return found
 
@@ -69,7 +70,7 @@ class AnnotationTable:
         return np.take(image_sizes(self.images), self.image, axis=0)
 
     def bounds(self) -> np.ndarray:
-        """Where the rows of each image begin, and where those of the last one end."""
+        """Start row of each image, and the end of the last one."""
         return np.searchsorted(self.image, np.arange(len(self.images) + 1))
 
 
@@ -82,7 +83,7 @@ def image_sizes(images: Sequence[dict[str, Any]]) -> np.ndarray:
 def check_annotations(content: CocoJson, images: Sequence[dict[str, Any]], reader: AnnotationReader) -> AnnotationTable:
     """Check the annotations of ``images``, which are some of ``content.images`` in the same order.
 
-    What is sound passes here; ``reader`` judges the rest one by one.
+    Sound annotations pass in bulk; ``reader`` checks the rest one by one.
     """
     wanted = {image["id"]: i for i, image in enumerate(images)}
     index = np.array([wanted.get(image["id"], -1) for image in content.images] + [-1])  # the last for those without
@@ -121,7 +122,7 @@ def check_annotations(content: CocoJson, images: Sequence[dict[str, Any]], reade
 
 
 def _classes(categories: np.ndarray, category_ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Contiguous index of json category ids, and whether they are known."""
+    """Contiguous index of each json category id, and whether it is known."""
     pairs = [(c, i) for i, c in enumerate(category_ids) if abs(c) <= LARGEST_ID] or [(LARGEST_ID + 1, 0)]
     ids, index = np.array(pairs, np.int64).T
     at = np.searchsorted(ids, categories).clip(max=len(ids) - 1)
@@ -129,10 +130,10 @@ def _classes(categories: np.ndarray, category_ids: Sequence[int]) -> tuple[np.nd
 
 
 def _inside(table: AnnotationTable) -> np.ndarray:
-    """(M,) bool, whether boxes cover some of their images, and neither they nor masks reach far outside.
+    """(M,) bool: the box covers part of its image, and neither box nor mask reaches far outside.
 
-    As :func:`gn_det.data.annotations.check_box` and ``check_segmentation`` have it, but for a few masks that reach far
-    outside on the longer side only.
+    Same rule as :func:`gn_det.data.annotations.check_box` and ``check_segmentation``, except for a few masks that reach
+    far outside on the longer side only.
     """
     (x, y, w, h), (width, height) = table.bbox.T, table.sizes.T
     (x0, y0, x1, y1), side = table.hull.T, np.minimum(width, height)
@@ -149,7 +150,7 @@ def _inside(table: AnnotationTable) -> np.ndarray:
 def _as_text(annotation: Annotation, category_ids: Sequence[int]) -> bytes:
     """The json of a checked annotation."""
     entry: dict[str, Any] = {**annotation, "category_id": category_ids[annotation["category_id"]]}
-    if annotation["area"] > LARGEST_ID:  # whole numbers of any length are no problem to json's own reader only
+    if annotation["area"] > LARGEST_ID:  # only the json module reads integers of any length
         entry["area"] = float(annotation["area"])
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, dict):
@@ -162,11 +163,11 @@ def _as_text(annotation: Annotation, category_ids: Sequence[int]) -> bytes:
 def refuse_corners(table: AnnotationTable, problems: Problems) -> None:
     """Refuse a set whose boxes are written as [x1, y1, x2, y2].
 
-    Most of them are the corners of their masks; or many leave their images as XYWH, and all fit as corners.
+    Either most boxes match their masks' corners, or many leave the image as XYWH and all fit as corners.
     """
     table = table[table.as_written & ~table.crowd]
     (x, y, w, h), (width, height) = table.bbox.T, table.sizes.T
-    # Tools are off by a few pixels at the border; this is far more.
+    # Tools are off by a few pixels at the border, never by this much.
     leaving = np.count_nonzero((x + w > 1.1 * width + 1) | (y + h > 1.1 * height + 1))
     fits = (x >= 0) & (x < w) & (w <= width + 1) & (y >= 0) & (y < h) & (h <= height + 1)
     corners, boxes, masks = np.count_nonzero(fits), len(table), np.count_nonzero(table.has_mask)
@@ -174,7 +175,7 @@ def refuse_corners(table: AnnotationTable, problems: Problems) -> None:
     as_box = np.abs(np.stack([x, y, x + w, y + h], axis=1) - table.hull).max(axis=1, initial=0) <= SAME_PIXELS
     mask_corners = np.count_nonzero(fits & as_corners & ~as_box)
     if mask_corners >= max(2, _MASK_CORNERS * masks):
-        why = f"{mask_corners} of {masks} boxes are the corners of their masks"
+        why = f"{mask_corners} of {masks} boxes match the corners of their masks"
     elif leaving >= max(2, _LEAVING * boxes) and corners >= _CORNERS * boxes:
         why = f"{leaving} of {boxes} boxes leave their image as XYWH, {corners} fit as corners"
     else:

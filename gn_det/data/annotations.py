@@ -1,7 +1,7 @@
 """Check single COCO annotations before any number reaches the mask API.
 
 pycocotools trusts its input: a NaN vertex takes the process down, a vertex far outside takes gigabytes, an RLE of the
-wrong length writes past its buffer or gives a transposed mask. So every number is looked at here first.
+wrong length writes past its buffer or gives a transposed mask. So every number is checked here first.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from gn_det.data.problems import KINDS, Problems, Where
 from gn_det.data.records import Annotation, Segmentation
 from gn_det.text import one_line, shown, some
 
-#: The COCO mask API upsamples polygon edges; a vertex more than this many image sides outside is surely an error.
+#: The COCO mask API upsamples polygon edges; a vertex more than this many image sides outside is an error.
 FAR_OUTSIDE = 2.0
-#: A box and that of its mask are the same where no edge is farther away.
+#: A box and its mask's box are equal if no edge differs by more than this.
 SAME_PIXELS = 1.0
 
 
 class Defect(Exception):
-    """What makes one annotation unusable: a key of ``problems.KINDS``, and the details for its text."""
+    """Reason why an annotation is unusable: a key of ``problems.KINDS`` and the details for its text."""
 
     def __init__(self, kind: str, *details: Any) -> None:
         super().__init__(kind, *details)
@@ -36,22 +36,22 @@ class Defect(Exception):
 
 
 def is_number(value: Any) -> bool:
-    """True for finite real numbers (bool is not one)."""
+    """Return whether ``value`` is a finite real number (not a bool)."""
     if type(value) is float:
         return math.isfinite(value)
     try:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # whole numbers beyond the range of float
+    except OverflowError:  # integers beyond the range of float
         return False
 
 
 def whole(value: Any) -> Any:
-    """``77`` for ``77.0``; anything else as it is."""
+    """Return ``77`` for ``77.0``, and anything else unchanged."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def resolve_id(value: Any, known: Container[Any]) -> Any:
-    """The id in ``known`` that ``value`` means, written as ``77``, ``77.0`` or ``"77"``; None where there is none."""
+    """Return the id in ``known`` that ``value`` (``77``, ``77.0`` or ``"77"``) stands for, or None."""
     value = whole(value)
     if not isinstance(value, (int, str)):
         return None
@@ -62,15 +62,15 @@ def resolve_id(value: Any, known: Container[Any]) -> Any:
 
 
 def number_in(text: str) -> int | None:
-    """The whole number that ``text`` is, if it is one."""
+    """Parse ``text`` as an integer, or return None."""
     return int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else None
 
 
 def check_box(bbox: Any, height: int, width: int) -> list[float]:
-    """The XYWH box as written, if some of it covers the image.
+    """Return the XYWH box as written, if it covers part of the image.
 
     Raises:
-        Defect: not four finite numbers, no area, or wholly or far outside the image.
+        Defect: not four finite numbers, no area, entirely outside the image, or reaching far outside it.
     """
     if not isinstance(bbox, (list, tuple)) or len(bbox) != 4 or not all(map(is_number, bbox)):
         raise Defect("bbox-format", one_line(bbox, 60))
@@ -86,14 +86,14 @@ def check_box(bbox: Any, height: int, width: int) -> list[float]:
 
 
 def check_segmentation(segmentation: Any, height: int, width: int) -> tuple[Segmentation | None, int]:
-    """Polygons or compressed RLE, verified.
+    """Verify a segmentation and return it as polygons or compressed RLE.
 
     Returns:
-        The segmentation (None where the json has none) and the number of polygon parts left out because they have
-        fewer than 3 points or an odd number of coordinates, as Detectron2 leaves them out.
+        The segmentation (None if the json has none), and how many polygon parts were dropped because they have fewer
+        than 3 points or an odd number of coordinates. Detectron2 drops the same ones.
 
     Raises:
-        Defect: nothing usable is left, or a number that must not reach the mask API.
+        Defect: nothing usable is left, or a number is unsafe for the mask API.
     """
     if not segmentation:
         return None, 0
@@ -108,7 +108,7 @@ def check_segmentation(segmentation: Any, height: int, width: int) -> tuple[Segm
 
 
 def usable_pieces(pieces: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
-    """The polygon pieces that :func:`check_segmentation` keeps, as the json has them."""
+    """Return the polygon pieces that :func:`check_segmentation` keeps, unchanged."""
     return [piece for piece in pieces if len(piece) >= 6 and len(piece) % 2 == 0]
 
 
@@ -120,14 +120,14 @@ def _check_polygon(piece: Sequence[Any], height: int, width: int) -> np.ndarray:
     if points.ndim != 1 or points.dtype.kind not in "iuf":
         raise Defect("polygon-no-number")
     points = points.astype(np.int64 if points.dtype.kind == "i" else np.float64, copy=False)
-    # Nearly all polygons pass here, with two reductions; NaN fails any comparison.
+    # Fast path: nearly all polygons pass with two reductions. NaN fails any comparison.
     side = min(height, width)
     low, high = np.minimum.reduce(points), np.maximum.reduce(points)
     if low >= -FAR_OUTSIDE * side and high <= (1 + FAR_OUTSIDE) * side:
         return points
     if not np.isfinite(points).all():
         raise Defect("polygon-no-number")
-    # A vertex may lie outside (tools draw past the border), but not a multiple of the image away.
+    # A vertex may be outside (tools draw past the border), but not by a multiple of the image size.
     corners = points.reshape(-1, 2)
     away = np.abs(corners / (width, height) - 0.5).max(axis=1)
     if away.max() > 0.5 + FAR_OUTSIDE:
@@ -137,7 +137,7 @@ def _check_polygon(piece: Sequence[Any], height: int, width: int) -> np.ndarray:
 
 
 def mask_box(segmentation: Segmentation) -> tuple[float, float, float, float]:
-    """XYXY box of a checked segmentation."""
+    """Return the XYXY box of a checked segmentation."""
     if isinstance(segmentation, dict):
         x, y, w, h = coco_mask.toBbox(segmentation).tolist()
         return x, y, x + w, y + h
@@ -147,14 +147,14 @@ def mask_box(segmentation: Segmentation) -> tuple[float, float, float, float]:
 
 
 def mask_area(segmentation: Segmentation, height: int, width: int) -> float:
-    """Pixels of a checked segmentation."""
+    """Count the pixels of a checked segmentation."""
     if isinstance(segmentation, list):
         segmentation = coco_mask.merge(coco_mask.frPyObjects([p.tolist() for p in segmentation], height, width))
     return float(coco_mask.area(segmentation))
 
 
 def covers_no_pixel(segmentation: Segmentation, height: int, width: int) -> bool:
-    """Whether polygons are so thin or so far out that their mask is empty (an RLE is checked when it is read)."""
+    """Return whether polygons are so thin or far outside that their mask is empty (RLE is checked when read)."""
     if isinstance(segmentation, dict):
         return False
     for piece in segmentation:
@@ -192,7 +192,7 @@ def _runs(counts: list[Any]) -> np.ndarray:
             return runs.astype(np.int64)
     except (ValueError, OverflowError):
         pass
-    raise Defect("rle-format", "counts are not whole numbers below 2^40")
+    raise Defect("rle-format", "counts are not integers below 2^40")
 
 
 def _as_bytes(counts: Any) -> bytes:
@@ -200,11 +200,11 @@ def _as_bytes(counts: Any) -> bytes:
 
 
 def decode_counts(counts: Any) -> np.ndarray:
-    """Run lengths of a compressed COCO RLE string, without pycocotools.
+    """Decode the run lengths of a compressed COCO RLE string without pycocotools.
 
-    The format: each run is a signed number in groups of 5 bits, lowest first, one character (offset 48) a group, bit 5
-    meaning that another follows and bit 4 of the last one being the sign; from the fourth run on, a number is the
-    difference to the run two places before.
+    Each run is a signed number in groups of 5 bits, lowest first, one character (offset 48) per group. Bit 5 says that
+    another group follows; bit 4 of the last one is the sign. From the fourth run on, a number is the difference from
+    the run two places before.
 
     Raises:
         Defect: characters outside the alphabet, or a number that is cut off.
@@ -216,15 +216,15 @@ def decode_counts(counts: Any) -> np.ndarray:
     except UnicodeEncodeError:
         raw = np.zeros(0, dtype=np.int64)
     if len(raw) == 0 or raw.min() < 0 or raw.max() > 63:
-        raise Defect("rle-format", "counts are empty or hold characters that the format does not have")
+        raise Defect("rle-format", "counts are empty or contain invalid characters")
     last = (raw & 0x20) == 0
     if not last[-1]:
-        raise Defect("rle-format", "counts end inside a number")
+        raise Defect("rle-format", "counts end in the middle of a number")
     ends = np.flatnonzero(last)
     starts = np.concatenate([[0], ends[:-1] + 1])
     lengths = ends - starts + 1
     if lengths.max() > 9:
-        raise Defect("rle-format", "counts hold a number larger than any image")
+        raise Defect("rle-format", "counts contain a number larger than any image")
     place = np.arange(len(raw)) - np.repeat(starts, lengths)
     values = np.add.reduceat((raw & 0x1F) << (5 * place), starts)
     values -= np.where(raw[ends] & 0x10, np.left_shift(np.int64(1), 5 * lengths), 0)
@@ -235,7 +235,7 @@ def decode_counts(counts: Any) -> np.ndarray:
 
 
 class AnnotationReader:
-    """Turns one json annotation at a time into an :class:`Annotation`, for training, evaluation and the check."""
+    """Converts json annotations to :class:`Annotation`, for training, evaluation and the check."""
 
     def __init__(self, category_ids: Sequence[int], problems: Problems) -> None:
         self.category_ids = category_ids
@@ -245,7 +245,7 @@ class AnnotationReader:
         self._image: dict[str, Any] = {}
 
     def read(self, raw: dict[str, Any], image: dict[str, Any]) -> Annotation | None:
-        """The annotation with a contiguous category; None where it is dropped, which ``problems`` hears of."""
+        """Return the annotation with a contiguous category, or None if it is dropped and reported to ``problems``."""
         self._raw, self._image = raw, image
         try:
             return self._read(raw, image["height"], image["width"])
@@ -300,7 +300,7 @@ class AnnotationReader:
         return annotation
 
     def _box_of(self, segmentation: Any, height: int, width: int, unusable: Defect | None) -> list[float]:
-        """The box of the mask, in place of one that is missing or ``unusable``."""
+        """Return the box of the mask, in place of a missing or ``unusable`` one."""
         if segmentation is None:
             raise Defect("bbox-format", "None")
         if unusable is not None and covers_no_pixel(segmentation, height, width):
@@ -315,6 +315,6 @@ class AnnotationReader:
 
 
 def fits_as_written(bbox: Sequence[float], mask: Sequence[float]) -> bool:
-    """Whether the XYWH ``bbox`` is the XYXY box of its mask, to a pixel."""
+    """Return whether the XYWH ``bbox`` equals the XYXY box of its mask, to a pixel."""
     x, y, w, h = bbox
     return max(abs(p - q) for p, q in zip((x, y, x + w, y + h), mask)) <= SAME_PIXELS

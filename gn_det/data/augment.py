@@ -1,7 +1,7 @@
-"""Augmentation beyond geometry: color, objects pasted from another image, and the user's own transforms.
+"""Augmentation beyond geometry: color jitter, copy-paste, and the user's own transforms.
 
-Every random number comes from the explicit state of the draw, so that a resumed run and any number of workers see the
-same samples.
+Every random number comes from an explicit random state per sample, so samples do not depend on the number of workers
+or on where a run was resumed.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def jitter_color(
     """Change brightness, contrast, saturation and hue of (H, W, C) uint8 pixels.
 
     Args:
-        strengths: of each, in this order, as for :class:`torchvision.transforms.v2.ColorJitter`: a factor within
-            [1 - s, 1 + s]; for the hue a shift within [-s, s] of the color circle.
-        bgr: the channels are in BGR order.
+        strengths: strength s of each, in this order, as for :class:`torchvision.transforms.v2.ColorJitter`: a factor
+            within [1 - s, 1 + s]; for hue, a shift within [-s, s] of the color circle.
+        bgr: whether the channels are in BGR order.
     """
     from torchvision.transforms.v2 import functional
 
@@ -49,8 +49,8 @@ def jitter_color(
 def copy_paste(sample: Sample, other: Sample, rng: np.random.RandomState) -> Sample:
     """Paste a random half of the objects of ``other`` over ``sample`` (Ghiasi et al. 2021, without blending).
 
-    Objects behind a pasted one lose the covered pixels and get the box of what is left; those without a visible pixel
-    are dropped. Images of different sizes are laid over each other at a random place.
+    Covered objects lose the hidden pixels and get a tight box around the rest. Fully hidden ones are dropped. Images of
+    different sizes are overlaid at a random offset.
     """
     chosen = rng.rand(len(other["targets"])) < 0.5
     image, targets = sample["image"], sample["targets"]
@@ -102,7 +102,7 @@ def _bitmaps(targets: Targets, chosen: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _moved(array: np.ndarray, offset: Sequence[int], shape: tuple[int, int]) -> np.ndarray:
-    """``array`` at ``offset`` (rows, columns) in zeros of ``shape``, cut where it leaves it."""
+    """Return zeros of ``shape`` with ``array`` placed at ``offset`` (rows, columns) and clipped."""
     out = np.zeros((*shape, *array.shape[2:]), dtype=array.dtype)
     ours, theirs = [], []
     for shift, size, length in zip(offset, shape, array.shape):
@@ -114,7 +114,7 @@ def _moved(array: np.ndarray, offset: Sequence[int], shape: tuple[int, int]) -> 
 
 
 def tight_box(mask: InstanceMask) -> np.ndarray:
-    """Tight XYXY float32 box of a mask; without area where the mask is empty."""
+    """Return the tight XYXY float32 box of a mask, with zero area if the mask is empty."""
     if isinstance(mask, list):
         if not mask:
             return np.zeros(4, dtype=np.float32)
@@ -126,17 +126,17 @@ def tight_box(mask: InstanceMask) -> np.ndarray:
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], dtype=np.float32)
 
 
-# ------------------------------------------------------------ the user's own
+# ------------------------------------------------------------ user transforms
 
 
 def apply_own(sample: Sample, transform: OwnTransform, rng: np.random.RandomState, *, bgr: bool) -> Sample:
-    """Apply a transform of torchvision.transforms.v2 to a sample.
+    """Apply a torchvision.transforms.v2 transform to a sample.
 
-    It gets an RGB ``Image`` and ``{"boxes", "labels"}``, with ``"masks"`` where masks are trained; boxes without area
-    and masks without a pixel are dropped afterwards.
+    It receives an RGB ``Image`` and ``{"boxes", "labels"}``, plus ``"masks"`` when masks are trained. Empty boxes and
+    masks are dropped afterwards.
 
     Raises:
-        ConfigError: it fails or returns something else.
+        ConfigError: the transform fails or returns something else.
     """
     from torchvision import tv_tensors
 
@@ -160,12 +160,12 @@ def apply_own(sample: Sample, transform: OwnTransform, rng: np.random.RandomStat
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise _unusable(f"failed ({type(error).__name__}: {error})") from error
     if pixels.dtype != torch.uint8 or pixels.dim() != 3 or len(pixels) != len(image):
-        raise _unusable(f"returned an image of {pixels.dtype} with shape {tuple(pixels.shape)}; keep uint8 (C, H, W)")
+        raise _unusable(f"returned a {pixels.dtype} image of shape {tuple(pixels.shape)}; keep uint8 (C, H, W)")
     if boxes.shape != (len(classes), 4) or (targets.masks is not None and len(bitmaps) != len(classes)):
         raise _unusable(f"returned {len(classes)} labels for {len(boxes)} boxes and {len(bitmaps)} masks")
     shape = int(pixels.shape[1]), int(pixels.shape[2])
     if any(bitmap.shape != shape for bitmap in bitmaps):
-        raise _unusable(f"returned masks of another size than its image ({shape[1]} x {shape[0]})")
+        raise _unusable(f"returned masks that differ in size from its image ({shape[1]} x {shape[0]})")
     boxes = torch.minimum(boxes.clamp(min=0), torch.tensor([shape[1], shape[0]] * 2))
     keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
     if targets.masks is not None:

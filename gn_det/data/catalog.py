@@ -1,6 +1,6 @@
-"""Where datasets live: a name or a ``json@images`` pair becomes a :class:`DatasetSource`.
+"""Resolve a dataset name or a ``json@images`` pair to a :class:`DatasetSource`.
 
-Builtin names and their places under ``$DETECTRON2_DATASETS`` (default ``./datasets``) are Detectron2's.
+Built-in names and their paths under ``$DETECTRON2_DATASETS`` (default ``./datasets``) are Detectron2's.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class DatasetSource:
     """One COCO-format dataset on disk.
 
     Attributes:
-        name: what logs and tables call it.
+        name: its name in logs and tables.
         json_file: annotations in COCO's instances format.
         image_root: folder that the json's ``file_name`` entries are relative to.
-        origin: the key or variable to change when a path is wrong, for messages.
+        origin: for messages: the key or variable to change when a path is wrong.
     """
 
     name: str
@@ -65,15 +65,15 @@ class DatasetSource:
 
 
 def datasets_root() -> Path:
-    """``$DETECTRON2_DATASETS``, or ``./datasets`` where it is not set."""
+    """Return ``$DETECTRON2_DATASETS``, or ``./datasets`` if it is not set."""
     return Path(os.environ.get("DETECTRON2_DATASETS") or "datasets").expanduser()
 
 
 def resolve(name: str, origin: str = "DATASETS.TRAIN/TEST") -> DatasetSource:
-    """The source behind a builtin name or a ``path/to.json@path/to/images`` pair.
+    """Return the source for a built-in name or a ``path/to.json@path/to/images`` pair.
 
     Raises:
-        ConfigError: the name is neither; the message lists the nearest known name.
+        ConfigError: the name is neither; the message suggests the nearest known name.
     """
     if ".json@" in name:
         json_file, images = name.split(".json@", 1)
@@ -84,15 +84,15 @@ def resolve(name: str, origin: str = "DATASETS.TRAIN/TEST") -> DatasetSource:
         return DatasetSource(name, str(root / builtin.json_file), str(root / builtin.images), "DETECTRON2_DATASETS")
     raise ConfigError(
         f"{origin}: unknown dataset {shown(name)}{did_you_mean(name, BUILTIN)}; known are {', '.join(BUILTIN)}; "
-        f"give own data as path/to.json@path/to/images, or by DATASETS.TRAIN_JSON and TRAIN_IMAGES (VAL_JSON ...)"
+        f"give your own data as path/to.json@path/to/images, or in DATASETS.TRAIN_JSON and TRAIN_IMAGES (VAL_JSON ...)"
     )
 
 
 def datasets_for(cfg: Any, split: str) -> list[DatasetSource]:
-    """Sources of ``split`` ("train" or "test"): TRAIN_JSON / VAL_JSON where given, else DATASETS.TRAIN / TEST.
+    """Return the sources of ``split`` ("train" or "test"): TRAIN_JSON / VAL_JSON if given, else DATASETS.TRAIN / TEST.
 
-    Where the image folder is left empty, images are looked for beside the json. Files of the same name are kept apart
-    by their folders (``train_instances``, ``val_instances``): logs, metrics and result folders go by the name.
+    Without an image folder, images are expected beside the json. Files of the same name get their folder as a prefix
+    (``train_instances``, ``val_instances``), because logs, metrics and result folders use the name.
     """
     everywhere = {source.json_file: source for s in ("train", "test") for source in _sources(cfg, s)}
     names = _distinct_names(list(everywhere.values()))
@@ -100,7 +100,7 @@ def datasets_for(cfg: Any, split: str) -> list[DatasetSource]:
 
 
 def _distinct_names(sources: Sequence[DatasetSource]) -> dict[str, str]:
-    """json file -> name, with as many parent folders in front as it takes to be unique (none, mostly)."""
+    """Map each json file to a unique name, prefixed with parent folders as needed."""
     names = {source.json_file: source.name for source in sources}
     deepest = max((len(Path(s.json_file).parts) for s in sources), default=0)
     for depth in range(1, deepest):

@@ -1,10 +1,10 @@
-"""COCO-format json to :class:`CocoDataset`: read, checked, compact.
+"""Read and check a COCO-format json as a compact :class:`CocoDataset`.
 
-Structure that makes the file as a whole ambiguous (no categories, repeated image ids ...) is refused at once. Single
-bad annotations and images are listed and dropped, up to ``DATALOADER.MAX_BAD`` of them; more than that is a sign of a
-systematic mistake and refused, too. What can be repaired without guessing (no ``area``, no ``iscrowd``, ids that are
-missing, 0, repeated or written as 77.0, sizes that the image files have, boxes that the masks have, file names that
-differ from the only matching file in how they are written) is repaired in memory and noted in the summary.
+A file that is ambiguous as a whole (no categories, repeated image ids ...) is refused at once. Single bad annotations
+and images are listed and dropped, up to ``DATALOADER.MAX_BAD`` of them; more is a systematic mistake, and also refused.
+What can be repaired without guessing is repaired in memory and noted in the summary: missing ``area`` or ``iscrowd``;
+ids that are missing, 0, repeated or written as 77.0; sizes known from the image files; boxes known from the masks; file
+names that differ only in spelling from the one matching file.
 """
 
 from __future__ import annotations
@@ -33,32 +33,32 @@ from gn_det.data.shapes import prepare
 from gn_det.errors import DataError
 from gn_det.text import count, printable, shown, some
 
-#: What every message about dropped or refused entries ends with.
+#: Ends every message about dropped or refused entries.
 CHECK_HINT = "gn-det check lists all of them, and --fix writes a copy without them"
 
-#: How many messages a refusal quotes; all of them are in the log.
+#: How many messages a refusal quotes; the log has all of them.
 _QUOTED = 3
-#: Objects without a mask that are listed one by one; box-only sets have no others.
+#: How many objects without a mask are listed one by one; in box-only sets that is every object.
 _LISTED = 1000
 
 
 @dataclass
 class CocoDataset:
-    """A checked dataset. Records are sorted by image id, category indices are contiguous in order of json ids.
+    """A checked dataset. Records are sorted by image id; category indices are contiguous, in the order of json ids.
 
     Attributes:
-        name, json_file, image_root: where it came from.
-        records: one :class:`Record` an image, bboxes XYWH as in the json, crowds included (``iscrowd`` 1).
+        name, json_file, image_root: its source.
+        records: one :class:`Record` per image, bboxes XYWH as in the json, crowds included (``iscrowd`` 1).
         class_names: names by contiguous index.
         category_ids: json category id by contiguous index.
         sizes: (N, 2) int64 width and height of every image.
-        object_images, object_classes: (M,) int64 index of its image and its class, of every object that is no crowd.
+        object_images, object_classes: (M,) int64 image index and class of every non-crowd object.
         object_sizes: (M, 2) float32 width and height of their boxes in pixels, at most 1e9.
-        crowd_images, crowd_classes: the same of every crowd region.
+        crowd_images, crowd_classes: the same for crowd regions.
         without_mask: objects without segmentation, which only box training can use.
-        maskless: one line for each of these (the first 1000).
-        bad: one line for every image and annotation that was dropped.
-        notes: one line for every kind of repair.
+        maskless: one line for each of them (the first 1000).
+        bad: one line for each dropped image and annotation.
+        notes: one line for each kind of repair.
         has_annotations: False for a test json, which has no ``annotations`` key.
     """
 
@@ -94,16 +94,16 @@ class CocoDataset:
 
     @property
     def object_counts(self) -> np.ndarray:
-        """(N,) objects that are no crowd, of every image."""
+        """(N,) non-crowd objects per image."""
         return np.bincount(self.object_images, minlength=len(self))
 
     @property
     def class_counts(self) -> np.ndarray:
-        """(num_classes,) objects that are no crowd."""
+        """(num_classes,) non-crowd objects per class."""
         return np.bincount(self.object_classes, minlength=self.num_classes)
 
     def summary(self) -> str:
-        """What was read, in a few lines for the log."""
+        """Summarize what was read in a few log lines."""
         classes = count(self.num_classes, "class", "classes")
         lines = [f"{count(len(self), 'image')}, {count(len(self.object_images), 'object')} of {classes}"]
         empty = int((self.object_counts == 0).sum())
@@ -119,9 +119,9 @@ class CocoDataset:
         return "\n".join(printable(f"{self.name}: {line}", keep="") for line in lines)
 
     def ground_truth(self) -> dict[str, Any]:
-        """The dataset as a COCO dict for evaluation: json category ids, ids renumbered from 1, area and iscrowd set.
+        """Return a COCO dict for evaluation: json category ids, ids renumbered from 1, area and iscrowd set.
 
-        Equal to the file for a file without defects, apart from the annotation ids.
+        For a file without defects it equals the file, apart from the annotation ids.
         """
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
@@ -146,17 +146,17 @@ def load_coco(
     need_annotations: bool = True,
     reader: ImageReader | None = None,
 ) -> CocoDataset:
-    """Read and check one dataset; the generated ``shapes`` sets are made first where they are absent.
+    """Read and check one dataset; generate a missing ``shapes`` set first.
 
     Args:
         source: from :func:`gn_det.data.catalog.datasets_for` or :func:`resolve`.
-        max_bad: how many bad images and annotations together may be dropped (DATALOADER.MAX_BAD).
+        max_bad: how many bad images and annotations may be dropped in total (DATALOADER.MAX_BAD).
         need_images: check that every image exists and has the size that the json says (headers only).
         need_annotations: refuse a json without ``annotations`` (a test set without ground truth has none).
-        reader: reads the images; default: that of a config without INPUT.BIT_DEPTH.
+        reader: reads the images; default: one without INPUT.BIT_DEPTH.
 
     Raises:
-        DataError: one line that names the file, the id or key, and says what to do.
+        DataError: one line that names the file and the id or key, and says what to do.
     """
     prepare(source)
     problems = Problems(source.json_file)
@@ -180,7 +180,7 @@ def load_coco(
 
 
 def build_dataset(source: DatasetSource, content: CocoJson, table: AnnotationTable) -> CocoDataset:
-    """The dataset of the images and annotations of ``table``."""
+    """Build the dataset from the images and annotations of ``table``."""
     records = RecordList(
         source.image_root,
         content.category_ids,
@@ -213,7 +213,7 @@ def build_dataset(source: DatasetSource, content: CocoJson, table: AnnotationTab
 
 
 def refuse_if_too_many(bad: Sequence[str], max_bad: int, where: str, *, total: int | None = None) -> None:
-    """Raise DataError when more than ``max_bad`` entries (``total`` of them) are bad, quoting the first few."""
+    """Raise DataError if more than ``max_bad`` entries (of ``total``) are bad, quoting the first few."""
     number = len(bad) if total is None else total
     if number > max_bad:
         quoted = "; ".join(bad[:_QUOTED])
@@ -225,7 +225,7 @@ def refuse_if_too_many(bad: Sequence[str], max_bad: int, where: str, *, total: i
 
 
 def check_num_classes(num_classes: int, dataset: CocoDataset) -> int:
-    """The number of classes to build: ``num_classes`` if it fits the json, or the json's own number where it is 0.
+    """Return the number of classes to build: ``num_classes`` if it fits the json, or the json's number if it is 0.
 
     Raises:
         DataError: MODEL.ROI_HEADS.NUM_CLASSES differs from the categories of the json.
@@ -252,10 +252,10 @@ def check_same_classes(datasets: Sequence[CocoDataset]) -> None:
 
 
 def check_trainable(cfg: Any, datasets: Sequence[CocoDataset]) -> np.ndarray:
-    """Whether the sets can be learned from as ``cfg`` says, before a model is built or a file written.
+    """Check that the sets can be trained on with ``cfg``, before a model is built or a file is written.
 
     Returns:
-        (N,) bool, for the images of all sets one after the other: has objects.
+        (N,) bool: whether each image has objects, for the images of all sets in order.
 
     Raises:
         DataError: no image with objects, different classes, or no masks where MODEL.MASK_ON needs them.
@@ -267,7 +267,7 @@ def check_trainable(cfg: Any, datasets: Sequence[CocoDataset]) -> np.ndarray:
 
 
 def check_objects(datasets: Sequence[CocoDataset]) -> np.ndarray:
-    """(N,) bool, whether each image of all sets has objects; refuses sets without any."""
+    """(N,) bool: whether each image of all sets has objects; refuses sets without any."""
     has_objects = np.concatenate([d.object_counts > 0 for d in datasets] or [np.zeros(0, dtype=bool)])
     if not has_objects.any():
         names = ", ".join(d.json_file for d in datasets) or "DATASETS.TRAIN"
@@ -284,7 +284,7 @@ def check_objects(datasets: Sequence[CocoDataset]) -> np.ndarray:
 
 
 def check_masks(dataset: CocoDataset, max_bad: int) -> None:
-    """Objects without a mask count as bad where masks are trained; a few are left out, many refused."""
+    """When masks are trained, count objects without one as bad: a few are dropped, many are refused."""
     if dataset.without_mask == 0:
         return
     if dataset.without_mask == len(dataset.object_images):

@@ -1,4 +1,4 @@
-"""The COCO json as a whole: parse it, and find the mistakes that make all of it ambiguous."""
+"""Parse a COCO json, and find the mistakes that make it ambiguous as a whole."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from gn_det.files import StrPath, open_regular
 from gn_det.text import one_line, shown, some
 
 _GZIP = b"\x1f\x8b"
-#: A gzipped json may unpack to so many bytes, or to so many times its size. Annotations shrink about tenfold.
+#: A gzipped json may unpack to this many bytes, or to this multiple of its size. Annotations shrink about tenfold.
 _UNZIPPED, _RATIO = 64 << 20, 100
 
 
 @dataclass
 class CocoJson:
-    """Images and annotations, whose structure was checked.
+    """Images and annotations with a checked structure.
 
     Attributes:
-        images: ``id``, ``file_name``, ``width`` and ``height`` of the usable images, sorted by id; sizes are 0 where
-            the json has none (:func:`gn_det.data.image_files.look_at_images` then takes them from the file).
-        class_names, category_ids: in order of the ids.
-        entries: the annotations, in the order of the file.
-        image_of: (N,) int64 index into ``images`` of each annotation; -1 where it is left out.
-        changed: annotations by position that are not as in the file: other ids.
-        left_out: why annotations are left out, by position: a kind of problem, "" where it is that of their image.
-        new_ids: new id by position, for those that had none of their own.
+        images: ``id``, ``file_name``, ``width`` and ``height`` of the usable images, sorted by id. Sizes that the json
+            lacks are 0; :func:`gn_det.data.image_files.look_at_images` then reads them from the file.
+        class_names, category_ids: in the order of the ids.
+        entries: the annotations, in file order.
+        image_of: (N,) int64 index into ``images`` of each annotation; -1 if it is dropped.
+        changed: annotations whose ids differ from the file, by position.
+        left_out: reason why an annotation is dropped, by position: a kind of problem, or "" if its image is dropped.
+        new_ids: new ids by position, for annotations without a unique one.
         has_annotations: False for a test json, which has no ``annotations`` key.
     """
 
@@ -58,19 +58,19 @@ class CocoJson:
     has_annotations: bool = True
 
     def annotation(self, position: int) -> dict[str, Any]:
-        """The annotation at a position of the file, under its new ids."""
+        """Return the annotation at a position of the file, with its new ids."""
         entry: dict[str, Any] = self.changed.get(position) or self.entries[position]
         return entry
 
     def images_with_objects(self) -> np.ndarray:
-        """Indices of the images that have an annotation, right or wrong, that is no crowd."""
+        """Return the indices of images with a non-crowd annotation, sound or not."""
         crowd = self.entries.crowd.copy()
         for position, entry in self.changed.items():
             crowd[position] = bool(entry.get("iscrowd"))
         return np.unique(self.image_of[~crowd & (self.image_of >= 0)])
 
     def find(self, image: Any, annotation: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """An image and one of its annotations, by their ids."""
+        """Return an image and one of its annotations by their ids."""
         index = next((i for i, entry in enumerate(self.images) if entry["id"] == image), None)
         found = map(self.annotation, np.flatnonzero(self.image_of == index).tolist()) if index is not None else ()
         entry = next((a for a in found if a.get("id") == annotation), None)
@@ -79,7 +79,7 @@ class CocoJson:
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Turn the garbage collector off: a json has millions of lists and no cycle to look for."""
+    """Turn the garbage collector off: a json has millions of lists and no cycles."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -96,19 +96,19 @@ def read_coco_json(
 
     Args:
         source: the json and its images.
-        problems: what bad entries and repairs are reported to; by default they are dropped and made in silence.
+        problems: receives bad entries and repairs; by default they are dropped and made silently.
         need_annotations: refuse a json without ``annotations``.
 
     Raises:
-        DataError: not found, not json, not COCO's instances format, no images or categories; and what ``problems``
-            refuses (repeated ids).
+        DataError: not found, not json, not COCO's instances format, no images or categories, or refused by ``problems``
+            (repeated ids).
     """
     problems = problems or Problems(source.json_file)
     return structure(parse(source), problems, need_annotations=need_annotations)
 
 
 def structure(data: Any, problems: Problems, *, need_annotations: bool = True) -> CocoJson:
-    """The second half of :func:`read_coco_json`, for a parsed json; ``data`` is not changed."""
+    """Check the structure of a parsed json, without changing ``data``; see :func:`read_coco_json`."""
     if not isinstance(data, Mapping):
         what = f"holds a {type(data).__name__}, not an object with images, annotations and categories"
         problems.stop("json-structure", f"{what} (a list is what COCO *results* look like)")
@@ -130,10 +130,10 @@ def structure(data: Any, problems: Problems, *, need_annotations: bool = True) -
 
 
 def parse(source: DatasetSource) -> Any:
-    """The content of ``source.json_file``.
+    """Parse ``source.json_file``.
 
     Raises:
-        DataError: not found, not readable, no json.
+        DataError: not found, not readable, or not json.
     """
     advice = f"check {source.origin or 'the path'}"
     if source.origin == "DETECTRON2_DATASETS":
@@ -146,7 +146,7 @@ def parse(source: DatasetSource) -> Any:
 
 
 class _File(msgspec.Struct):
-    """A COCO json whose annotations stay text."""
+    """A COCO json whose annotations are kept as text."""
 
     images: Any
     categories: Any
@@ -156,17 +156,17 @@ class _File(msgspec.Struct):
 def read_json(
     path: StrPath, what: str = "COCO json", advice: str = "check the path", *, keep_text: bool = False
 ) -> Any:
-    """The content of a json file in UTF-8, UTF-16 or UTF-32, gzipped or not.
+    """Read a json file in UTF-8, UTF-16 or UTF-32, gzipped or not.
 
     Args:
         path: a regular file.
-        what: the file, for the message when it is absent.
-        advice: what to do then.
-        keep_text: give ``annotations`` as :class:`gn_det.data.entries.Entries` where the file is in COCO's format and
-            in UTF-8, which takes a fifth of the time and memory.
+        what: name of the file in the message if it is missing.
+        advice: what to do in that case.
+        keep_text: return ``annotations`` as :class:`gn_det.data.entries.Entries` if the file is in COCO's format and in
+            UTF-8, which takes a fifth of the time and memory.
 
     Raises:
-        FileProblem: not found, not readable or no json; one line that names the cause.
+        FileProblem: not found, not readable or not json; one line that names the cause.
     """
 
     def stop(text: str) -> NoReturn:
@@ -180,7 +180,7 @@ def read_json(
         stop(f"{what} not found: {advice}")
     except (OSError, ValueError) as error:
         if os.path.isdir(path):
-            stop(f"is a folder, a COCO json file is needed: {advice}")
+            stop(f"is a folder, not a COCO json file: {advice}")
         stop(f"cannot be read ({error.strerror if isinstance(error, OSError) else error}): {advice}")
     try:
         if data.startswith(_GZIP):
@@ -195,7 +195,7 @@ def read_json(
         if not text.strip():
             cause = "the file is empty"
         elif re.match(r"\s*[{\[]\s*'", text):
-            cause = "keys are in single quotes, as Python prints a dict: write it with json.dump instead"
+            cause = "keys are in single quotes, like a printed Python dict: write it with json.dump instead"
         stop(f"not a json file ({cause}): export or download the annotations again")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
@@ -205,15 +205,15 @@ def read_json(
             f"such as with iconv -f {'GBK' if chinese else 'ITS_ENCODING'} -t UTF-8"
         )
     except RecursionError:
-        stop("not a COCO json file (its lists are nested too deeply): export or download it again")
+        stop("not a COCO json file (lists are nested too deeply): export or download it again")
     except (OSError, EOFError, ValueError, zlib.error) as error:
         stop(f"cannot be read ({one_line(error)}): {advice}")
 
 
 def _with_text(data: bytearray) -> dict[str, Any] | None:
-    """The sections of a COCO json, ``annotations`` as :class:`Entries`; None for what json's own reader must judge."""
+    """Return the sections of a COCO json, ``annotations`` as :class:`Entries`; None if the json module must read it."""
     try:
-        decoder = codecs.getincrementaldecoder("utf-8")()  # what is not parsed must be text, too
+        decoder = codecs.getincrementaldecoder("utf-8")()  # unparsed parts must be valid text, too
         for start in range(0, 0 if data.isascii() else len(data), 1 << 20):
             decoder.decode(data[start : start + (1 << 20)])
         with collector_paused():
@@ -224,7 +224,7 @@ def _with_text(data: bytearray) -> dict[str, Any] | None:
 
 
 def _unzipped(data: bytearray) -> bytearray:
-    """The content of a gzip file; ValueError where it is larger than any json would be."""
+    """Unpack a gzip file; raise ValueError if it is larger than any plausible json."""
     limit = max(_UNZIPPED, _RATIO * len(data))
     with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
         out = file.read(limit + 1)
@@ -235,14 +235,14 @@ def _unzipped(data: bytearray) -> bytearray:
 
 def _is_text(data: bytearray, encoding: str) -> bool:
     try:
-        codecs.getincrementaldecoder(encoding)().decode(data)  # the last character may be cut
+        codecs.getincrementaldecoder(encoding)().decode(data)  # the last character may be incomplete
     except UnicodeDecodeError:
         return False
     return True
 
 
 def category_id(value: Any) -> int | None:
-    """A category's id as an integer, where it is one or is written as ``1.0`` or ``"1"``."""
+    """Return a category id as an integer if it is ``1``, ``1.0`` or ``"1"``, else None."""
     value = number_in(value) if isinstance(value, str) else whole(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
@@ -276,7 +276,7 @@ def _categories(entries: Any, problems: Problems) -> tuple[tuple[int, ...], tupl
 
 
 def _images(entries: Any, problems: Problems) -> tuple[list[dict[str, Any]], set[Any]]:
-    """Usable images sorted by id, and the ids of those that are not usable."""
+    """Return the usable images sorted by id, and the ids of the others."""
     if not isinstance(entries, list) or not entries:
         problems.stop("images-missing")
     images: dict[Any, dict[str, Any]] = {}
@@ -310,13 +310,13 @@ def _images(entries: Any, problems: Problems) -> tuple[list[dict[str, Any]], set
         if not all(is_number(v) and isinstance(v, int) and v >= 1 for v in size.values()):
             size = {"width": 0, "height": 0}
         good.append({"id": number, "file_name": name, **size})
-    # Text ids are rare but legal; numbers first keeps the order defined where both occur.
+    # Text ids are rare but legal; sorting numbers first defines the order when both occur.
     good.sort(key=lambda i: (isinstance(i["id"], str), i["id"]))
     return good, set(images) - {i["id"] for i in good}
 
 
 def _assign(content: CocoJson, dropped: set[Any], problems: Problems) -> None:
-    """Find the image of each annotation; give new ids where they are missing, 0 or used twice."""
+    """Find the image of each annotation; replace ids that are missing, 0 or used twice."""
     entries, position_of = content.entries, {image["id"]: i for i, image in enumerate(content.images)}
     unsound = {position: entries[position] for position in np.flatnonzero(~entries.sound).tolist()}
     ids = [whole(e.get("id")) for e in unsound.values() if isinstance(e, dict)]
@@ -334,7 +334,7 @@ def _assign(content: CocoJson, dropped: set[Any], problems: Problems) -> None:
         given, number = entry.get("image_id"), entry.get("id")
         image = given if type(given) is int and given in position_of else resolve_id(given, position_of)
         if image is None:
-            # Annotations of an image that is itself listed as bad would only repeat that message.
+            # The image itself is already listed as bad.
             content.left_out[position] = "" if resolve_id(given, dropped) is not None else "image-unknown"
             if content.left_out[position]:
                 problems.drop("image-unknown", Where(annotation=whole(number)), shown(given))
@@ -366,11 +366,11 @@ def _assign(content: CocoJson, dropped: set[Any], problems: Problems) -> None:
 
 
 def _plain(entries: Entries, other_ids: list[int], position_of: Mapping[Any, int]) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) bool, which sound annotations have a known image and an id of their own; (N,) int64 index of that image.
+    """Find sound annotations with a known image and a unique id: (N,) bool, and (N,) int64 index of that image.
 
     Args:
         entries: all annotations.
-        other_ids: ids of those that are not sound.
+        other_ids: ids of the annotations that are not sound.
         position_of: index of each image by its id.
     """
     known = np.array(sorted(i for i in position_of if type(i) is int and abs(i) <= LARGEST_ID), np.int64)

@@ -1,8 +1,8 @@
-"""The annotations of a json: those without a defect as columns of numbers, the others one by one.
+"""The annotations of a json: sound ones as numeric columns, the others one by one.
 
-Nearly all annotations are sound. They are parsed in small chunks into typed values and checked with NumPy, and only
-columns and the text are kept. Any other annotation is parsed by itself, for :mod:`gn_det.data.annotations` to repair it
-or to say what is wrong.
+Nearly all annotations are sound. They are parsed in small chunks into typed values and checked with NumPy; only columns
+and the text are kept. Any other annotation is parsed alone, and :mod:`gn_det.data.annotations` repairs it or reports
+what is wrong.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Raw
 
-#: Annotations that are parsed at once: their values stay in the processor's cache.
+#: Annotations parsed at once; small enough for the CPU cache.
 _CHUNK = 256
-#: Ids up to here are exact in every json reader.
+#: Ids up to this one are exact in every json reader.
 LARGEST_ID = 2**53
 
 _Id = Annotated[int, Meta(ge=-LARGEST_ID, le=LARGEST_ID)]
@@ -29,7 +29,7 @@ _Positive = Annotated[float, Meta(gt=0, le=1e18)]
 
 
 class _Object(msgspec.Struct):
-    """Any json object: an RLE, which is not read here."""
+    """Any json object, that is, an RLE, which is not read here."""
 
 
 class _Sound(msgspec.Struct, gc=False):
@@ -49,21 +49,21 @@ _FIELDS = attrgetter("id", "image_id", "category_id", "bbox", "iscrowd", "segmen
 
 
 class Entries(Sequence[Any]):
-    """``entries[position]`` is the annotation at that position of the json, parsed.
+    """Sequence in which ``entries[position]`` is the parsed annotation at that position of the json.
 
     Args:
         entries: a parsed list, or pieces of ``text``.
-        text: of the file.
+        text: text of the file.
 
     Attributes:
         text: as given.
-        spans: (N, 2) int64, where each entry begins and ends in ``text``.
+        spans: (N, 2) int64 start and end of each entry in ``text``.
         sound: (N,) bool; the arrays below hold values where it is True.
         id, image_id, category_id: (N,) int64.
         crowd: (N,) bool.
         bbox: (N, 4) float64 XYWH, with positive sides.
-        hull: (N, 4) float64 XYXY box of the polygons, NaN where there are none. Each polygon has an even number of
-            coordinates, 6 or more, and one of them is thicker than a pixel.
+        hull: (N, 4) float64 XYXY box of the polygons, NaN without polygons. Each polygon has an even number of
+            coordinates, at least 6, and at least one polygon is thicker than a pixel.
     """
 
     def __init__(self, entries: list[Any], text: bytearray | None = None) -> None:
@@ -109,7 +109,7 @@ class Entries(Sequence[Any]):
 
 
 def _spans(entries: list[Raw], text: bytearray) -> np.ndarray:
-    """Where ``entries``, the elements of one json array, begin and end in ``text``."""
+    """Return start and end in ``text`` of ``entries``, the elements of one json array."""
     if not entries:
         return np.zeros((0, 2), np.int64)
     at = _address(entries[0]) - _address(text)
@@ -132,7 +132,7 @@ def _sound(text: bytearray) -> _Sound | None:
 
 
 def _hulls(masks: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """XYXY box of each mask, and whether one of its polygons is thicker than a pixel (so that it covers some)."""
+    """Return the XYXY box of each mask, and whether a polygon is thicker than a pixel (so it covers at least one)."""
     pieces = [piece for mask in masks for piece in mask]
     numbers = array("d")
     for piece in pieces:
@@ -147,7 +147,7 @@ def _hulls(masks: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
     next_x[ends], next_y[ends] = x[starts], y[starts]
     with np.errstate(over="ignore", invalid="ignore"):
         twice_area = np.abs(np.add.reduceat(x * next_y - next_x * y, starts))
-        thick = twice_area > 2.001 * (x1 - x0 + y1 - y0)  # not 2: rounding decides nothing here
+        thick = twice_area > 2.001 * (x1 - x0 + y1 - y0)  # above 2, so that rounding cannot matter
     firsts = _starts([len(mask) for mask in masks])
     low, high = np.minimum.reduceat, np.maximum.reduceat
     hulls = np.stack([low(x0, firsts), low(y0, firsts), high(x1, firsts), high(y1, firsts)], axis=1)

@@ -1,13 +1,12 @@
-"""Read images: any PIL mode, EXIF orientation applied, in the channel order of ``INPUT.FORMAT``.
+"""Read images of any PIL mode, with EXIF orientation applied, in the channel order of ``INPUT.FORMAT``.
 
-For 8-bit images the semantics are Detectron2's ``read_image`` (PIL decodes, orientation tag 1-8 turns, ``convert`` maps
-the mode), so that both engines feed the same pixels to the same weights. Two things are stricter:
+8-bit images are read as Detectron2's ``read_image`` reads them (decoded by PIL, rotated by orientation tag 1-8, mode
+mapped by ``convert``), so both engines feed the same pixels to the same weights. Two rules are stricter:
 
-- Gray images of 16 or 32 bits and of floats are refused unless ``INPUT.BIT_DEPTH`` says how to bring them to 8 bits;
-  PIL's conversion clips them, which makes most of them plain white or black. (PIL itself reads 16-bit *color* by its
-  upper 8 bits.)
-- A damaged PNG may come out as other pixels from Pillow, which ignores the checksums of pixels, and black from
-  Detectron2, which takes an error while it looks for the orientation for a missing one; both are refused.
+- Gray images of 16 or 32 bits or floats are refused unless ``INPUT.BIT_DEPTH`` says how to scale them to 8 bits. PIL's
+  conversion clips them, which makes most of them plain white or black. (PIL reads 16-bit *color* by its upper 8 bits.)
+- A damaged PNG is refused. Pillow ignores pixel checksums and may return wrong pixels. Detectron2 may return black,
+  because it takes an error while reading the orientation for a missing one.
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ from gn_det.errors import ConfigError, DataError
 from gn_det.files import NotRegularFile, StrPath, open_regular
 from gn_det.text import one_line, printable
 
-#: Values of INPUT.FORMAT that can be read.
+#: Supported values of INPUT.FORMAT.
 FORMATS = ("BGR", "RGB", "L")
-#: Default of INPUT.MAX_PIXELS: where Pillow refuses to open an image.
+#: Default of INPUT.MAX_PIXELS: Pillow's own limit.
 MAX_PIXELS = 178_956_970
 
 #: PIL modes of more than 8 bits a channel.
 _DEEP = frozenset({"I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
 #: Percentiles that INPUT.BIT_DEPTH "percentiles" maps to 0 and 255.
 _PERCENTILES = (0.5, 99.5)
-#: Characters of a file name that a message shows.
+#: Longest file name in a message, in characters.
 _NAME = 300
 
 _ORIENTATION_TAG = 274
@@ -49,13 +48,13 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-#: Last bytes of whole files, by PIL's name of the format.
+#: Last bytes of complete files, by PIL's name of the format.
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 _SWAPS_SIDES = frozenset({5, 6, 7, 8})
 
 
 class ImageError(DataError):
-    """What is wrong with an image file: ``text``, and ``kind``, a key of ``problems.KINDS`` (``image-missing`` ...)."""
+    """An unusable image file: ``text``, and ``kind``, a key of ``problems.KINDS`` (``image-missing`` ...)."""
 
     def __init__(self, text: str, kind: str = "image-damaged") -> None:
         super().__init__(text, kind)
@@ -67,7 +66,7 @@ class ImageError(DataError):
 
 @dataclass(frozen=True)
 class ImageReader:
-    """Reads images in one way, that of a config.
+    """Reads images with the settings of a config.
 
     Attributes:
         image_format: ``"BGR"``, ``"RGB"`` or ``"L"`` (INPUT.FORMAT).
@@ -86,7 +85,7 @@ class ImageReader:
 
     @classmethod
     def of(cls, cfg: Any, image_format: str = "") -> ImageReader:
-        """That of ``cfg``, with another format where one is given; Detectron2's own configs lack two of the keys."""
+        """Return the reader of ``cfg``, optionally for another format; Detectron2's configs lack two of the keys."""
         keys = cfg.INPUT
         depth, pixels = str(keys.get("BIT_DEPTH", "")), int(keys.get("MAX_PIXELS", MAX_PIXELS))
         return cls(image_format or str(keys.FORMAT), depth, pixels)
@@ -95,14 +94,14 @@ class ImageReader:
         """Decode one image.
 
         Args:
-            path: image file of any format and mode that PIL reads.
+            path: image file in any format and mode that PIL reads.
 
         Returns:
-            (H, W, 3) uint8, or (H, W, 1) for ``"L"``, turned upright by its EXIF orientation; may be a read-only view.
+            (H, W, 3) uint8, or (H, W, 1) for ``"L"``, rotated by EXIF orientation; may be a read-only view.
 
         Raises:
-            ImageError: the file is missing, unreadable, not an image, truncated, too large, or of more than 8 bits
-                without ``bit_depth``.
+            ImageError: the file is missing, unreadable, not an image, truncated, too large, or has more than 8 bits and
+                ``bit_depth`` is not set.
         """
         pixels = np.asarray(self.decode(path))
         if self.image_format == "BGR":
@@ -110,10 +109,10 @@ class ImageReader:
         return pixels[:, :, None] if self.image_format == "L" else pixels
 
     def decode(self, path: StrPath) -> Image.Image:
-        """Decode one image as :meth:`read` does, of mode ``"RGB"``, or ``"L"`` for that format."""
+        """Decode one image like :meth:`read`, to mode ``"RGB"``, or ``"L"`` for that format."""
         mode = "RGB" if self.image_format == "BGR" else self.image_format
         with self._opened(path) as (file, opened):
-            opened.load()  # now: PNG's getexif() would do it, and its errors do not count
+            opened.load()  # before PNG's getexif(), which would load and swallow the errors
             image = _upright(opened)
             if opened.mode in _DEEP:
                 image = Image.fromarray(self._to_8_bits(path, opened, np.asarray(image)))
@@ -124,13 +123,13 @@ class ImageReader:
         return image
 
     def size(self, path: StrPath) -> tuple[int, int]:
-        """(width, height) in pixels after EXIF orientation, from the header alone.
+        """Return (width, height) in pixels after EXIF orientation, from the header alone.
 
-        No pixel is decoded, unless the last bytes are not those that a whole JPEG or PNG ends with: a download that
-        broke off is found here, not hours later.
+        Pixels are decoded only if the file does not end as a complete JPEG or PNG does, to catch broken downloads now
+        and not hours later.
 
         Raises:
-            ImageError: as :meth:`read`, as far as the header tells.
+            ImageError: as for :meth:`read`, as far as the header shows.
         """
         with self._opened(path) as (file, image):
             width, height = image.size
@@ -147,10 +146,10 @@ class ImageReader:
         return (height, width) if turned else (width, height)
 
     def from_array(self, pixels: np.ndarray) -> np.ndarray:
-        """An (H, W, 3) uint8 RGB array in the reader's format, as :meth:`read` gives a file.
+        """Convert an (H, W, 3) uint8 RGB array to the reader's format, as :meth:`read` returns it.
 
         Raises:
-            DataError: an array of another type or shape.
+            DataError: the array has another type or shape.
         """
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
             raise DataError(
@@ -163,9 +162,9 @@ class ImageReader:
 
     @contextmanager
     def _opened(self, path: StrPath) -> Iterator[tuple[BinaryIO, Image.Image]]:
-        """The file and its image, header read; everything that goes wrong becomes an ImageError."""
+        """Open a file and read its image header; every failure becomes an ImageError."""
         limit = self.max_pixels
-        # Pillow refuses above twice its own limit, which may be lower.
+        # Pillow refuses images above twice its own limit, which may be lower.
         if Image.MAX_IMAGE_PIXELS is not None and limit > 2 * Image.MAX_IMAGE_PIXELS:
             Image.MAX_IMAGE_PIXELS = limit
         try:
@@ -184,14 +183,14 @@ class ImageReader:
             raise _unreadable(path, error) from error
 
     def _to_8_bits(self, path: StrPath, image: Image.Image, values: np.ndarray) -> np.ndarray:
-        """(H, W) values of any type as uint8: LOW becomes 0, HIGH 255; values outside are clipped."""
+        """Scale (H, W) values of any type to uint8: LOW to 0, HIGH to 255, values outside clipped."""
         if not self.bit_depth:
             raise _too_deep(path, image.mode, values)
         span = bit_depth_range(self.bit_depth)
         values = values.astype(np.float64)
         finite = np.isfinite(values)
         if span is None and self.bit_depth == "full":
-            # PIL also gives 16-bit PNG and PPM as 32-bit integers, depending on its version.
+            # Some versions of PIL return 16-bit PNG and PPM as 32-bit integers.
             if not image.mode.startswith("I;16") and image.format not in ("PNG", "PPM"):
                 what = "give LOW,HIGH (such as 0,4095) or percentiles"
                 text = f"{_shown(path)}: INPUT.BIT_DEPTH full has no meaning for pixels of mode {image.mode}: {what}"
@@ -205,13 +204,13 @@ class ImageReader:
 
 
 def one_color(pixels: np.ndarray) -> bool:
-    """Whether all of the (H, W, C) ``pixels`` are alike; most images are known not to be after a few."""
+    """Return whether all (H, W, C) ``pixels`` are equal; for most images a few pixels decide."""
     first = pixels[:1, :1]
     return bool((pixels[::97, ::89] == first).all() and (pixels == first).all())
 
 
 def values_in_words(path: StrPath) -> str:
-    """What to say of a gray image of more than 8 bits: its mode, its range of values and what to set."""
+    """Describe a gray image of more than 8 bits: its mode, its range of values and what to set."""
     try:
         ImageReader().read(path)
     except ImageError as error:
@@ -226,14 +225,14 @@ def _too_deep(path: StrPath, mode: str, values: np.ndarray | None = None) -> Ima
         span = f" with values from {finite.min():.6g} to {finite.max():.6g}"
     bits = {"I": "32-bit integers", "F": "floats"}.get(mode, "16-bit integers")
     return ImageError(
-        f"{_shown(path)}: image holds {bits} (mode {mode}){span}, not 8 bits: set INPUT.BIT_DEPTH to LOW,HIGH (what "
-        f"becomes black and white), full or percentiles",
+        f"{_shown(path)}: image holds {bits} (mode {mode}){span}, not 8 bits: set INPUT.BIT_DEPTH to LOW,HIGH (the "
+        f"values of black and white), full or percentiles",
         "image-depth",
     )
 
 
 def wrong_size(path: str, size: tuple[int, int], expected: tuple[int, int]) -> ImageError:
-    """The error for an image of (width, height) ``size`` that should have the size ``expected``."""
+    """Return the error for an image whose (width, height) is ``size`` instead of ``expected``."""
     swapped = "the sides are swapped (EXIF orientation is applied when reading); " if size[::-1] == expected else ""
     return ImageError(
         f"{_shown(path)} is {size[0]}x{size[1]} pixels, the json says {expected[0]}x{expected[1]}: {swapped}correct "
@@ -276,7 +275,7 @@ def _orientation(image: Image.Image) -> int | None:
     try:
         return image.getexif().get(_ORIENTATION_TAG)
     except Exception:
-        # A damaged EXIF block must not make a readable image unusable.
+        # A damaged EXIF block does not make an image unusable.
         return None
 
 

@@ -1,4 +1,4 @@
-"""Check the image files of a COCO json before anything is trained: headers only."""
+"""Check the headers of a COCO json's image files before training."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from gn_det.text import one_line, some
 logger = logging.getLogger(__name__)
 
 _THREADS = 16
-#: From so many images on, the log says that they are being looked at: it takes a while.
+#: From this number of images on, the log announces the check, because it takes a while.
 _MANY_IMAGES = 20_000
-#: From so many images on, sizes are remembered for the next time.
+#: From this number of images on, sizes are cached for the next run.
 _REMEMBERED = 2000
-#: Images of more than 8 bits whose range of values is given; each has to be decoded for it.
+#: How many images of more than 8 bits are reported with their range of values, which means decoding them.
 _RANGES = 3
-#: Files of an image folder that are searched for the one that a json means.
+#: How many files of an image folder are searched for a misspelled name.
 _MOST_FILES = 1_000_000
 
 
@@ -40,17 +40,16 @@ def look_at_images(
     step: Callable[[], object] | None = None,
     reader: ImageReader | None = None,
 ) -> set[Any]:
-    """Ids of images that are missing, not images, or of another size than the json says.
+    """Return the ids of images that are missing, damaged, or not of the size in the json.
 
-    A size that the json lacks, and a name that differs from the only file it can mean in how it is written, are
-    corrected in ``images``.
+    Missing sizes, and names that differ only in spelling from the one file they can mean, are corrected in ``images``.
 
     Args:
-        images: of :class:`gn_det.data.coco_json.CocoJson`.
-        source: where they are.
-        problems: hears of each, and refuses the set where no image can be used.
+        images: those of a :class:`gn_det.data.coco_json.CocoJson`.
+        source: where the files are.
+        problems: receives each problem, and refuses the set if no image can be used.
         step: called after each image.
-        reader: as the images are going to be read.
+        reader: the reader that will be used for the images.
     """
     reader = reader or ImageReader()
     root, advice = source.image_root, f"check {source.origin or 'the image folder'}"
@@ -64,7 +63,7 @@ def look_at_images(
     known = KnownSizes(root, reader) if len(images) >= _REMEMBERED else None
     deep = 0
     with warnings.catch_warnings(), ThreadPoolExecutor(_THREADS) as pool:
-        # Pillow warns of odd metadata and very large images; neither is a mistake of the dataset.
+        # Pillow warns about odd metadata and very large images; neither is an error in the dataset.
         warnings.simplefilter("ignore")
         for image, found in zip(images, pool.map(partial(_size, root, reader, known), images)):
             if step is not None:
@@ -84,7 +83,7 @@ def look_at_images(
         known.write()
     if images and len(unusable) == len(images):
         first = next(iter(unusable.values()))
-        # what a key of the config can change is no matter of the folder
+        # a problem that a config key solves is not a problem with the folder
         settings = first.kind in ("image-depth", "image-large") and len({p.kind for p in unusable.values()}) == 1
         text = f"none of its {len(images)} images can be used from {root} (first: {first})"
         problems.refuse("image-folder", NOWHERE, text if settings else f"{text}: {advice}")
@@ -94,7 +93,7 @@ def look_at_images(
 def _size(
     root: str, reader: ImageReader, known: KnownSizes | None, image: dict[str, Any]
 ) -> tuple[int, int] | ImageError:
-    """Width and height of an image file, or what is wrong with it."""
+    """Return the width and height of an image file, or its error."""
     name = image["file_name"]
     path = os.path.join(root, name)
     try:
@@ -106,7 +105,7 @@ def _size(
 
 
 class _NearNames:
-    """Finds the file that a name means which is written with another slash, letter case, Unicode form or escape."""
+    """Finds files whose names differ only in slashes, letter case, Unicode form or escapes."""
 
     def __init__(self, root: str, images: Sequence[dict[str, Any]]) -> None:
         self.root, self._images = root, images
@@ -114,7 +113,7 @@ class _NearNames:
         self._named: set[str] = set()
 
     def find(self, name: str) -> list[str]:
-        """Files that ``name`` may mean, relative to the folder; none that another image of the json names."""
+        """Return the files that ``name`` may mean, relative to the folder, except those of other images in the json."""
         if self._files is None:
             self._named = {os.path.normpath(image["file_name"]) for image in self._images}
             self._files = {}
@@ -132,7 +131,7 @@ def _plain_name(name: str) -> str:
 def _by_other_name(
     image: dict[str, Any], names: _NearNames, missing: ImageError, problems: Problems
 ) -> ImageError | None:
-    """Name the only file that the name of a missing image can mean in ``image``; else say what may be done."""
+    """Correct ``image`` if its name can mean only one file; otherwise return the error with a hint."""
     given = image["file_name"]
     near = names.find(given)
     if len(near) == 1:

@@ -1,4 +1,4 @@
-"""What a user means by "these images": files, folders and globs, and where their drawings go."""
+"""Resolve input images given as files, folders and globs, and name their drawings."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pathlib import Path
 from gn_det.errors import DataError
 from gn_det.text import one_line, some
 
-#: Longest name of a path, and of a file, that common file systems take (bytes).
+#: Longest path and file name on common file systems, in bytes.
 _PATH_MAX, _NAME_MAX = 4096, 255
-#: Parts of a glob with wildcards; each costs a look at every folder.
+#: Most parts with wildcards in a glob; each one scans every folder.
 _MOST_PARTS = 32
 
-#: File name endings taken for images when a folder is searched.
+#: File extensions that count as images when a folder is searched.
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".pnm"}
     | {".jp2", ".avif", ".tga"}
@@ -28,15 +28,15 @@ IMAGE_SUFFIXES = frozenset(
 def collect_images(
     inputs: Sequence[str | os.PathLike[str]], *, exclude: Path | None = None
 ) -> tuple[list[Path], list[str]]:
-    """Image files of the inputs, each once, and notes about what was passed over.
+    """Return the image files of the inputs, each once, and notes about what was skipped.
 
-    A folder gives its images with all subfolders, sorted; hidden files and folders are left out, and links to folders
-    are not followed. A file named outright is taken whatever its ending. A name that exists is never read as a glob
-    (``a[1].jpg``). A glob follows links, but looks at no folder twice for the same part of the pattern.
+    A folder yields its images and those of all subfolders, sorted. Hidden files and folders are skipped, and links to
+    folders are not followed. A file named explicitly is taken whatever its extension. A name that exists is never read
+    as a glob (``a[1].jpg``). A glob follows links, but visits a folder only once for each part of the pattern.
 
     Args:
         inputs: files, folders and globs.
-        exclude: a folder that is not searched inside an input folder (earlier drawings).
+        exclude: folder to skip inside an input folder (earlier drawings).
 
     Raises:
         DataError: an input does not exist, a glob matches nothing, or no image is left.
@@ -59,12 +59,12 @@ def collect_images(
 
 
 def _expanded(entry: str | os.PathLike[str]) -> Path:
-    """The path without ``~``, refused where no file system has such a name."""
+    """Expand ``~``, and refuse names that no file system allows."""
     text = os.fspath(entry)
     if not text:
-        raise DataError("an input is an empty name; give an image, a folder or a glob")
+        raise DataError("an input name is empty; give an image, a folder or a glob")
     if "\0" in text or len(text.encode("utf-8", "surrogatepass")) > _PATH_MAX:
-        raise DataError(f"{one_line(text)}: no file can have this name; give an image, a folder or a glob")
+        raise DataError(f"{one_line(text)}: not a valid file name; give an image, a folder or a glob")
     return Path(os.path.expanduser(text))
 
 
@@ -76,7 +76,7 @@ def _folder(folder: Path, notes: list[str], exclude: Path | None) -> list[Path]:
         found += [Path(root) / name for name in sorted(files) if not name.startswith(".")]
     images = _images_of(found, str(folder), notes)
     if not images:
-        notes.append(f"{folder}: no image in this folder")
+        notes.append(f"{folder}: no images in this folder")
     return images
 
 
@@ -93,7 +93,7 @@ def _glob(pattern: Path, notes: list[str]) -> list[Path]:
 
 
 def _images_of(paths: Sequence[Path], where: str, notes: list[str]) -> list[Path]:
-    """The paths with an image extension; the others are noted."""
+    """Return the paths with an image extension, and note the others."""
     others = [path for path in paths if path.suffix.lower() not in IMAGE_SUFFIXES]
     if others:
         notes.append(f"{where}: skipped {len(others)} without an image extension ({some([p.name for p in others], 3)})")
@@ -101,10 +101,10 @@ def _images_of(paths: Sequence[Path], where: str, notes: list[str]) -> list[Path
 
 
 def _matching(pattern: Path) -> list[Path]:
-    """What ``glob.glob(pattern, recursive=True)`` finds, each once, sorted.
+    """Return what ``glob.glob(pattern, recursive=True)`` finds, each once, sorted.
 
-    It tries every split of a path among the ``**`` of a pattern and follows links in circles; here each part of the
-    pattern looks at a folder once.
+    glob tries every way to split a path among the ``**`` of a pattern and follows links in circles. Here each part of
+    the pattern visits a folder once.
     """
     parts = pattern.parts
     found: set[Path] = set()
@@ -125,7 +125,7 @@ def _matching(pattern: Path) -> list[Path]:
             ]
         if last:
             found.update(matches)
-        if part == "**":  # no folder at all, or any number of them
+        if part == "**":  # any number of folders, or none
             todo += [] if last else [(folder, at + 1)]
             todo += [(path, at) for path in matches if os.path.isdir(path)]
         elif not last:
@@ -134,7 +134,7 @@ def _matching(pattern: Path) -> list[Path]:
 
 
 def _entries(folder: Path, at: int, seen: set[tuple[int, int, int]]) -> list[os.DirEntry[str]]:
-    """Of a folder, nothing where it cannot be read or was ``seen`` for this part of the pattern."""
+    """List a folder; empty if it cannot be read or was ``seen`` for this part of the pattern."""
     try:
         status = os.stat(folder)
         key = (status.st_dev, status.st_ino, at)
@@ -152,10 +152,10 @@ _UNSAFE = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 
 
 def output_names(paths: Sequence[Path], suffix: str = ".png") -> list[str]:
-    """File name of the drawing of each image, all different: ``a/x.jpg`` and ``b/x.jpg`` become ``x.png``, ``x-2.png``.
+    """Return a unique file name for the drawing of each image: ``x.png`` and ``x-2.png`` for ``a/x.jpg``, ``b/x.jpg``.
 
-    Names are compared without case and accents' forms, as Windows and macOS file systems do; they are cut to what a
-    file system takes, and hold ``_`` for control characters and bytes that are not UTF-8.
+    Names are compared ignoring case and Unicode form, as Windows and macOS do. They are cut to the longest name that
+    file systems allow, with ``_`` for control characters and bytes that are not UTF-8.
     """
     names: dict[str, str] = {}
     counts: dict[str, int] = {}
@@ -167,7 +167,7 @@ def output_names(paths: Sequence[Path], suffix: str = ".png") -> list[str]:
             plain = unicodedata.normalize("NFC", name).casefold()
             if plain not in names:
                 break
-            # Counted for each stem: many images of one name do not try all numbers again.
+            # Count per stem, so that many images of one name do not retry all numbers.
             counts[stem] = counts.get(stem, 1) + 1
             ending = f"-{counts[stem]}{suffix}"
         names[plain] = name

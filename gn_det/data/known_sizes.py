@@ -1,7 +1,7 @@
-"""Sizes of image files that were checked before, remembered in the user's cache folder.
+"""Cache, in the user's cache folder, of the sizes of image files that were checked before.
 
-A file counts as the same while its length and its time of change are. What the cache file says is checked like any file
-from outside; at worst it makes a damaged image go unnoticed until it is read.
+A file counts as unchanged while its length and modification time are. The cache file is validated like any outside
+file; at worst, a damaged image goes unnoticed until it is read.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from gn_det.data.image import ImageReader
 from gn_det.errors import WriteError
 from gn_det.files import atomic_write, open_regular
 
-#: A cache file of more bytes is ignored.
+#: Larger cache files (bytes) are ignored.
 _LARGEST = 1 << 30
-#: A file that changed so recently may change again within the resolution of its time (in nanoseconds).
+#: A file modified this recently may change again without a new time stamp (nanoseconds).
 _SETTLED = 2 * 10**9
 _VERSION = 1
 
@@ -30,14 +30,14 @@ _Side = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
 
 
 class _Known(msgspec.Struct, forbid_unknown_fields=True):
-    """``files``: name to length, time of change in nanoseconds, width and height."""
+    """``files``: name to length, modification time in nanoseconds, width and height."""
 
     version: int
     files: dict[str, tuple[int, int, _Side, _Side]]
 
 
 class KnownSizes:
-    """The sizes that are known of the files below one folder, for one way of reading them."""
+    """Known sizes of the files below one folder, for one image reader."""
 
     def __init__(self, root: str, reader: ImageReader) -> None:
         self._reader = reader
@@ -49,7 +49,7 @@ class KnownSizes:
         self._found: dict[str, tuple[int, int, int, int]] = {}
 
     def size(self, name: str, path: str) -> tuple[int, int]:
-        """:meth:`ImageReader.size` of the file ``name``, opened only where it is not known or has changed."""
+        """Return :meth:`ImageReader.size` of the file ``name``; opens it only if it is new or has changed."""
         try:
             status = os.stat(path)
         except (OSError, ValueError):
@@ -63,7 +63,7 @@ class KnownSizes:
         return size
 
     def write(self) -> None:
-        """Write what is new; a cache that cannot be written is none."""
+        """Write new entries; ignore a cache that cannot be written."""
         if self._found:
             content = msgspec.json.encode(_Known(_VERSION, {**self._files, **self._found}))
             with suppress(WriteError):

@@ -1,4 +1,4 @@
-"""Recognize the folders that annotation tools export in COCO format: Roboflow, CVAT, Label Studio, COCO itself."""
+"""Recognize folders exported in COCO format: Roboflow, CVAT, Label Studio and COCO itself."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from pathlib import Path
 from gn_det.errors import DataError
 from gn_det.text import shown
 
-#: Names of each split, as words of a json's or its folder's name.
+#: Words in the name of a json or its folder that indicate a split.
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
-#: Other annotations of the same images in COCO's own download.
+#: Other annotation files in COCO's own download.
 _OTHERS = ("captions", "person_keypoints", "stuff", "panoptic", "image_info")
-#: Entries of a folder, and bytes of a json, that are looked at.
+#: How many entries of a folder, and bytes of a json, are inspected.
 _MOST_ENTRIES, _HEAD = 100_000, 1 << 20
 _FILE_NAME = re.compile(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")')
 
 
 def find_layout(folder: str | os.PathLike[str]) -> dict[str, str]:
-    """Keys of DATASETS for the annotations and images below ``folder``; without VAL_JSON where there is one json only.
+    """Return the DATASETS keys for the annotations and images below ``folder``; no VAL_JSON if there is only one json.
 
     Raises:
-        DataError: no folder, no COCO json for training, more than one for a split, or its images are not found.
+        DataError: not a folder, no COCO json for training, more than one for a split, or images not found.
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
@@ -52,7 +52,7 @@ def find_layout(folder: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def _json_files(root: Path) -> Iterator[Path]:
-    """COCO files in ``root`` and its folders, not deeper."""
+    """Yield COCO files in ``root`` and its direct subfolders."""
     for folder in (root, *sorted(p for p in _entries(root) if p.is_dir())):
         for path in sorted(_entries(folder)):
             if path.suffix.lower() == ".json" and not path.name.startswith(_OTHERS) and path.is_file():
@@ -72,7 +72,7 @@ def _head(path: Path) -> bytes:
 
 
 def _split_of(path: Path, root: Path) -> str:
-    """ "train", "val" or "test" by the words of the name, or else of the folder; "" for neither."""
+    """Return "train", "val" or "test" by words in the file name, or else the folder name; "" if there are none."""
     for name in (path.stem, path.parent.name if path.parent != root else ""):
         words = re.findall("[a-z]+", name.lower())
         for split, names in _SPLITS.items():
@@ -82,7 +82,7 @@ def _split_of(path: Path, root: Path) -> str:
 
 
 def _images_of(path: Path, root: Path, split: str) -> str:
-    """The folder that the first ``file_name`` of a json is relative to."""
+    """Return the folder that the first ``file_name`` of a json is relative to."""
     match = _FILE_NAME.search(_head(path))
     if match is None:
         raise DataError(f"{path}: no image has a file_name; export the annotations in COCO format")

@@ -1,8 +1,8 @@
-"""Loaders: endless training batches and one pass over a test set.
+"""Loaders: endless training batches, and one pass over a test set.
 
-Batch k of training, augmentation included, depends on (seed, k) and the files alone: not on the number of workers, not
-on where the run was resumed. An image that cannot be decoded is replaced by the next one of its aspect group, logged
-once, and counted against ``DATALOADER.MAX_BAD``.
+Training batch k, augmentation included, depends only on (seed, k) and the files, not on the number of workers or on
+where the run was resumed. An image that cannot be decoded is replaced by the next one of its aspect group, logged once,
+and counted against ``DATALOADER.MAX_BAD``.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from gn_det.text import count, one_line
 
 logger = logging.getLogger(__name__)
 
-#: An image that could not be used: file name and reason.
+#: An unusable image: file name and reason.
 _Failure = tuple[str, str]
 
 
 class _Images(WorkerData):
-    """The images of some sets, one after the other; maps a batch to its samples (packed in a worker) and failures."""
+    """Concatenated images of several sets; maps a batch to its samples (packed in a worker) and failures."""
 
     def __init__(self, datasets: Sequence[CocoDataset], where: np.ndarray, max_bad: int, shared_memory: bool) -> None:
         self.records: list[RecordList] = [d.records for d in datasets]
@@ -60,13 +60,13 @@ class _Images(WorkerData):
         failures: list[_Failure] = []
         try:
             samples = [s for entry in batch if (s := self.load(entry, failures)) is not None]
-        except UserError as error:  # torch would bring it to the main process as a stack trace
+        except UserError as error:  # torch would pass it to the main process as a stack trace
             return error, []
         self.note(-1)
         return samples if get_worker_info() is None else pack_samples(samples, self.shared_memory), failures
 
     def load(self, entry: Any, failures: list[_Failure]) -> Sample | None:
-        """The sample of one entry of a batch; None, or another image's, where it cannot be read."""
+        """Return the sample of one batch entry; None, or another image's sample, if it cannot be read."""
         raise NotImplementedError
 
 
@@ -77,9 +77,9 @@ class _TrainImages(_Images):
         self._unreadable: dict[int, _Failure] = {}
 
     def load(self, entry: Draw, failures: list[_Failure]) -> Sample | None:
-        """The sample of a draw, or of the next readable image, if possible of the same aspect group.
+        """Return the sample of a draw, or of the next readable image, preferably of the same aspect group.
 
-        Gives up after more failures than MAX_BAD allows, since the main process refuses to continue then anyway.
+        Gives up after more failures than MAX_BAD allows, because the main process stops then anyway.
         """
         index, position = entry
         for candidate in self._candidates(index):
@@ -97,7 +97,7 @@ class _TrainImages(_Images):
         return self.record(int(rng.randint(len(self.where))))
 
     def _candidates(self, index: int) -> Iterator[int]:
-        """``index``, the images after it in its aspect group, then the others; one more than may be bad."""
+        """Yield ``index``, the images after it in its aspect group, then others: one more than may be bad."""
         yield index
         same, others = (np.flatnonzero(self.wide == wide) for wide in (self.wide[index], ~self.wide[index]))
         after = int(np.searchsorted(same, index))
@@ -120,11 +120,11 @@ class _TestImages(_Images):
 
 
 class Loader:
-    """Iterable over batches ``list[Sample]``; a test set's unreadable images are left out.
+    """Iterable over batches ``list[Sample]``; unreadable images of a test set are skipped.
 
     Attributes:
-        num_images: images that are drawn from.
-        skipped: file name to reason of the images that turned out to be unreadable so far.
+        num_images: number of images to draw from.
+        skipped: unreadable images so far: file name to reason.
     """
 
     def __init__(self, data: _Images, batches: Callable[[], Iterable[Any]], workers: int, num_images: int) -> None:
@@ -153,7 +153,7 @@ class TrainLoader(Loader):
     """Endless batches, made by :func:`build_train_loader`.
 
     Attributes:
-        num_empty: images without objects, which are ``kept`` or left out (FILTER_EMPTY_ANNOTATIONS).
+        num_empty: number of images without objects, ``kept`` or left out (FILTER_EMPTY_ANNOTATIONS).
     """
 
     def __init__(self, *args: Any, num_empty: int, kept: bool, warn_of_one_color: bool) -> None:
@@ -173,7 +173,7 @@ class TrainLoader(Loader):
             yield samples
 
     def summary(self) -> str:
-        """How many images are drawn from, for the log."""
+        """Return a log line with the number of images."""
         text = f"Training on {count(self.num_images, 'image')}"
         if not self.num_empty:
             return text
@@ -181,7 +181,7 @@ class TrainLoader(Loader):
         return f"{text}; {self.num_empty} without objects {fate} (DATALOADER.FILTER_EMPTY_ANNOTATIONS)"
 
     def _look_for_one_color(self, samples: Sequence[Sample]) -> None:
-        """Warn of the first image in which nothing can be seen."""
+        """Warn about the first image of a single color."""
         for sample in samples:
             if one_color(sample["image"].numpy().transpose(1, 2, 0)):
                 self._warn_of_one_color = False
@@ -205,13 +205,13 @@ def build_train_loader(
     num_workers: int | None = None,
     augment: OwnTransform | None = None,
 ) -> TrainLoader:
-    """Endless training batches of ``images_per_rank`` samples, from batch ``start_batch`` on.
+    """Build a loader of endless training batches of ``images_per_rank`` samples, starting at batch ``start_batch``.
 
     Args:
         cfg: INPUT, DATALOADER and MODEL.MASK_ON are read.
-        datasets: from :func:`gn_det.data.coco.load_coco`; more than one are concatenated.
+        datasets: from :func:`gn_det.data.coco.load_coco`; several are concatenated.
         seed: non-negative; the same on every rank.
-        num_workers: processes; default DATALOADER.NUM_WORKERS, at most the cores that this process may use.
+        num_workers: processes; default DATALOADER.NUM_WORKERS, capped at the cores available to this process.
         augment: see :class:`gn_det.data.mapper.TrainMapper`.
 
     Raises:
@@ -248,7 +248,7 @@ def build_train_loader(
         len(sizes),
         num_empty=int((~has_objects).sum()),
         kept=kept,
-        warn_of_one_color=not mapper.cuts,  # a crop of sky is no mistake
+        warn_of_one_color=not mapper.cuts,  # a crop of plain sky is fine
     )
 
 
@@ -261,7 +261,7 @@ def build_test_loader(
     batch_size: int = 1,
     num_workers: int | None = None,
 ) -> Loader:
-    """All images of ``dataset`` once (this rank's contiguous share), in order, without ground truth."""
+    """Build a loader of all images of ``dataset`` once, in order, without ground truth (this rank's share)."""
     shard = inference_shard(len(dataset), rank, world_size)
     batches = [list(shard[i : i + batch_size]) for i in range(0, len(shard), batch_size)]
     mapper = InferenceMapper(cfg)
@@ -273,7 +273,7 @@ def build_test_loader(
 
 
 def _epochs(cfg: Any, datasets: Sequence[CocoDataset], keep: np.ndarray, seed: int) -> Iterator[np.ndarray]:
-    """Indices into the images of all sets that are kept."""
+    """Yield epochs of indices into the kept images of all sets."""
     name, size = cfg.DATALOADER.SAMPLER_TRAIN, int(keep.sum())
     if name == "TrainingSampler":
         return shuffled_epochs(size, seed)

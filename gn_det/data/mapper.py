@@ -1,7 +1,7 @@
-"""A record becomes a :class:`Sample`: image read and augmented, ground truth moved along.
+"""Map a record to a :class:`Sample`: read and augment the image, and transform the ground truth with it.
 
-Equal to Detectron2's ``DatasetMapper`` on the same record and the same random numbers: image tensor, boxes, classes and
-masks. Beyond it, one image may mix polygon and RLE objects whatever ``INPUT.MASK_FORMAT`` says.
+For the same record and random numbers, image, boxes, classes and masks equal those of Detectron2's ``DatasetMapper``.
+Unlike there, one image may mix polygon and RLE objects, whatever ``INPUT.MASK_FORMAT`` is.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from gn_det.data.transforms import (
 from gn_det.errors import ConfigError, DataError
 from gn_det.structures import InstanceMask, Masks, Sample, Targets, rasterize_polygons
 
-#: Boxes with a side at or below this many pixels are no ground truth.
+#: Boxes with a side of at most this many pixels are dropped.
 _MIN_SIDE = 1e-5
 
 
 class TrainMapper:
-    """Training samples, augmented as INPUT says by an explicit random state.
+    """Maps records to training samples, augmented with the INPUT settings and an explicit random state.
 
     Args:
         cfg: INPUT and MODEL.MASK_ON are read.
-        augment: applied last, a transform of torchvision.transforms.v2.
+        augment: a torchvision.transforms.v2 transform, applied last.
 
     Attributes:
-        cuts: an image may lose a part, so that boxes come from the masks.
-        max_pixels: of a sample's image.
+        cuts: whether images may be cropped, so that boxes come from the masks.
+        max_pixels: largest number of pixels of a sample's image.
     """
 
     def __init__(self, cfg: Any, augment: OwnTransform | None = None) -> None:
@@ -76,18 +76,18 @@ class TrainMapper:
         rng: np.random.RandomState,
         other: Callable[[np.random.RandomState], Record] | None = None,
     ) -> Sample:
-        """Map one record; the result is a function of the records, their image files and the state of ``rng`` alone.
+        """Map one record; the result depends only on the records, their image files and the state of ``rng``.
 
         Args:
             other: draws the record that INPUT.COPY_PASTE pastes objects from.
 
         Raises:
-            DataError: the image is missing, truncated, or not of the size that the record says.
+            DataError: the image is missing, truncated, or not of the size in the record.
             ConfigError: the user's transform fails.
         """
         sample = self._mapped(record, rng)
         if self.paste and other is not None and rng.uniform() < self.paste:
-            with suppress(DataError):  # an unreadable image is counted when it is drawn itself
+            with suppress(DataError):  # counted when this image itself is drawn
                 sample = copy_paste(sample, self._mapped(other(rng), rng), rng)
         if self.augment is not None:
             sample = apply_own(sample, self.augment, rng, bgr=self.bgr)
@@ -95,7 +95,7 @@ class TrainMapper:
 
     def _mapped(self, record: Record, rng: np.random.RandomState) -> Sample:
         pixels = read_record_image(record, self.reader)
-        # The reader's BGR is a view of RGB; what follows is faster on the RGB itself.
+        # The reader's BGR is a view of RGB; the transforms are faster on RGB.
         order = slice(None, None, -1 if pixels.strides[-1] < 0 else 1)
         pixels = pixels[:, :, order]
         transforms: list[Transform] = []
@@ -110,7 +110,7 @@ class TrainMapper:
         return sample
 
     def _draws(self, rng: np.random.RandomState) -> Iterator[Callable[[tuple[int, int]], list[Transform]]]:
-        """Functions from an image's shape to transforms, in Detectron2's order."""
+        """Yield functions from an image's shape to transforms, in Detectron2's order."""
         if self.jitter:
             side, scale = self.jitter
             yield lambda shape: draw_jitter(shape, side, scale, rng)
@@ -127,9 +127,9 @@ class TrainMapper:
     def targets(
         self, annotations: Sequence[Annotation], transforms: Sequence[Transform], shape: tuple[int, int]
     ) -> Targets:
-        """Ground truth of the objects that are no crowd and keep some area, at network resolution ``shape``.
+        """Return ground truth at network resolution ``shape`` of the non-crowd objects that keep some area.
 
-        Where masks are trained, objects without one are left out (the loader has counted them against MAX_BAD).
+        When masks are trained, objects without one are dropped (the loader has counted them against MAX_BAD).
         """
         objects = [a for a in annotations if not a.get("iscrowd", 0) and ("segmentation" in a or not self.masks_on)]
         boxes = torch.from_numpy(
@@ -140,7 +140,7 @@ class TrainMapper:
         if self.masks_on:
             masks = Masks([_moved_mask(a, transforms, shape, self.mask_format) for a in objects])
             if self.cuts:
-                # Of what a cut or a rotation leaves of an object, only the mask gives the tight box.
+                # After a crop or rotation, only the mask gives the tight box.
                 boxes = torch.from_numpy(np.array([tight_box(m) for m in masks.masks], np.float32).reshape(-1, 4))
         keep = (boxes[:, 2] - boxes[:, 0] > _MIN_SIDE) & (boxes[:, 3] - boxes[:, 1] > _MIN_SIDE)
         if masks is not None:
@@ -149,7 +149,7 @@ class TrainMapper:
 
 
 class InferenceMapper:
-    """Inference samples: resized to MIN_SIZE_TEST, nothing random, no ground truth."""
+    """Maps images to inference samples: resized to MIN_SIZE_TEST, deterministic, without ground truth."""
 
     def __init__(self, cfg: Any) -> None:
         size = cfg.INPUT.MIN_SIZE_TEST
@@ -158,11 +158,11 @@ class InferenceMapper:
         self.reader = ImageReader.of(cfg)
 
     def __call__(self, record: Record | str | os.PathLike[str] | np.ndarray) -> Sample:
-        """Map a record, an image given by its path (then ``image_id`` is the path), or (H, W, 3) uint8 RGB pixels.
+        """Map a record, an image path (then ``image_id`` is the path), or (H, W, 3) uint8 RGB pixels.
 
         Raises:
-            DataError: the image is missing, truncated, or not of the size that the record says; or an array of
-                another type or shape.
+            DataError: the image is missing, truncated, or not of the size in the record; or the array has another type
+                or shape.
         """
         if isinstance(record, np.ndarray):
             pixels, record = self.reader.from_array(record), Record(file_name="", image_id="")
@@ -179,10 +179,10 @@ class InferenceMapper:
 
 
 def read_record_image(record: Record, reader: ImageReader) -> np.ndarray:
-    """Pixels of a record as ``reader`` gives them, which must have the size that the record says.
+    """Read the pixels of a record, which must have the size in the record.
 
     Raises:
-        ImageError: missing, damaged or of another size.
+        ImageError: the file is missing, damaged or of another size.
     """
     pixels = reader.read(record["file_name"])
     expected = (record.get("height", pixels.shape[0]), record.get("width", pixels.shape[1]))
@@ -210,7 +210,7 @@ def _sample(record: Record, pixels: np.ndarray) -> Sample:
 
 
 def _moved_box(bbox: Sequence[float], transforms: Sequence[Transform], shape: tuple[int, int]) -> np.ndarray:
-    # XYWH is added up in float32, whole numbers in int64, as Detectron2's box mode conversion does.
+    # Add XYWH in float32, or int64 for integers, like Detectron2's box mode conversion.
     box = torch.tensor(list(bbox))
     box[2:] += box[:2]
     corners = np.array(box.tolist())

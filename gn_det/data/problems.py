@@ -1,9 +1,8 @@
-"""What can be wrong with a dataset: one table for training, evaluation and ``gn-det check``.
+"""Table of dataset problems, shared by training, evaluation and ``gn-det check``, so that they cannot disagree.
 
 One reader (:mod:`gn_det.data.coco_json`, :mod:`gn_det.data.annotations`, :mod:`gn_det.data.image_files`) finds the
-problems; what happens next is up to the :class:`Problems` that it reports to. Training stops at the first problem of
-the file as a whole and counts the entries that it drops; the check (:class:`gn_det.check.findings.Findings`) collects
-everything. So the two cannot disagree.
+problems and reports them to a :class:`Problems`. That of training stops at the first problem of the file as a whole and
+counts dropped entries. That of the check (:class:`gn_det.check.findings.Findings`) collects everything.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ class Kind(NamedTuple):
     """One kind of problem.
 
     Attributes:
-        severity: errors are what training refuses or drops, nothing else is one.
+        severity: an error is what training refuses or drops, and nothing else.
         title: headline of all findings of the kind.
-        fix: what training does in memory (warnings), and ``gn-det check --fix`` in the file; empty where only a person
+        fix: what training does in memory (warnings) and ``gn-det check --fix`` does in the file; empty if only a person
             can decide.
-        text: one finding in words, for ``str.format``; empty where the title says it all.
-        blocks: whether ``--fix`` writes nothing while there is one.
+        text: ``str.format`` template of one finding; empty if the title is enough.
+        blocks: whether it keeps ``--fix`` from writing anything.
     """
 
     severity: Severity
@@ -63,14 +62,14 @@ def _note(title: str, text: str = "") -> Kind:
     return Kind("note", title, "", text)
 
 
-#: Every kind there is.
+#: All kinds.
 # fmt: off
 KINDS: dict[str, Kind] = {
     # the file as a whole
     "json-unreadable": _stop("the annotation file cannot be read"),
     "json-structure": _stop("not COCO's instances format", "{}: give a COCO instances json"),
     "categories-missing": _stop("no categories",
-        "no 'categories': add one entry {{\"id\": 1, \"name\": ...}} for each class"),
+        "'categories' is missing or empty: add one entry {{\"id\": 1, \"name\": ...}} for each class"),
     "category-malformed": _stop("categories without integer id or name",
         "category {} needs an integer 'id' and a text 'name'"),
     "category-id-repeated": _stop("category ids used twice",
@@ -78,7 +77,7 @@ KINDS: dict[str, Kind] = {
     "category-copy": _error("categories listed twice", _COPY_OUT, "category id {} appears more than once"),
     "category-name-repeated": _error("category names used twice", "merged into the lowest id",
         "category name {} is used by ids {}: give every category its own name"),
-    "images-missing": _stop("no images", "no 'images': give a COCO instances json that lists at least one image"),
+    "images-missing": _stop("no images", "'images' is missing or empty: give a COCO instances json"),
     "image-no-id": _error("images without id", "the image is left out",
         "entry {} of 'images' has no 'id' (an integer): add it"),
     "image-copy": _error("images listed twice", _COPY_OUT, "image id {} appears more than once ({}, {})"),
@@ -135,7 +134,7 @@ KINDS: dict[str, Kind] = {
         "boxes are written as [x1, y1, x2, y2], COCO boxes are [x, y, width, height]: {}: write [x1, y1, x2 - x1, y2 "
         "- y1], as gn-det check --fix does"),
     # what training repairs in memory
-    "id-type": _repaired("ids written as 77.0 or as text", "read as whole numbers"),
+    "id-type": _repaired("ids written as 77.0 or as text", "read as integers"),
     "image-no-size": _repaired("images without usable width and height", "taken from the image files"),
     "image-name": _repaired("file names that differ from the files in backslash, letter case, Unicode form or %20",
         "replaced by the names on disk"),
@@ -148,7 +147,7 @@ KINDS: dict[str, Kind] = {
     "iscrowd-missing": _repaired("annotations without iscrowd", "taken as 0"),
     "area-missing": _repaired("annotations without usable area", "computed from mask or box"),
     "polygon-piece": _repaired("polygon parts with fewer than 3 points or an odd coordinate", "the piece is left out"),
-    # what training takes as it is, and what may still be wrong
+    # accepted by training, but possibly wrong
     "polygon-empty": _repaired("polygons that cover no pixel", "kept in training, left out of the copy"),
     "image-constant": _warning("images of a single color", "every pixel is {}: the image is blank"),
     "bbox-mask": _warning("boxes that do not fit their masks", "bbox {}, its mask covers {}: {}"),
@@ -157,7 +156,7 @@ KINDS: dict[str, Kind] = {
     "object-twice": _warning("objects annotated twice (same image, category and box)", "remove one of the two"),
     "object-vanishes": _warning("objects below one pixel at training size",
         "bbox {} is {:.2g}x{:.2g} pixels at training size: remove it, or raise INPUT.MIN_SIZE_TRAIN"),
-    "image-checksum": _warning("PNG files with a wrong checksum beside the pixels: they decode"),
+    "image-checksum": _warning("PNG files with a wrong checksum outside the pixels (they decode)"),
     "file-twice": _warning("image files used by several images",
         "the same file as image {}: put all annotations under one image"),
     "content-twice": _warning("equal images under different names", "the same pixels as image {} ({}): remove one"),
@@ -185,7 +184,7 @@ KINDS: dict[str, Kind] = {
 
 
 class Where(NamedTuple):
-    """Place of a problem, as far as it is known."""
+    """Where a problem is, as far as known."""
 
     image: Any = None
     file: str = ""
@@ -203,7 +202,7 @@ NOWHERE = Where()
 
 
 class Problem(NamedTuple):
-    """One problem in one place; ``details`` fill the text of its kind."""
+    """One problem in one place; ``details`` fill in the text of its kind."""
 
     kind: str
     where: Where = NOWHERE
@@ -211,11 +210,11 @@ class Problem(NamedTuple):
 
     @property
     def text(self) -> str:
-        """What is wrong, without the place; empty where the title of the kind says it all."""
+        """Description without the place; empty if the title of the kind is enough."""
         return KINDS[self.kind].text.format(*self.details)
 
     def __str__(self) -> str:
-        """Place and problem as one line; the file is not named twice."""
+        """Return place and problem as one line, naming the file only once."""
         text, where = self.text, self.where
         if where.file and where.file in text:
             where = where._replace(file="")
@@ -223,7 +222,7 @@ class Problem(NamedTuple):
 
 
 class FileProblem(DataError):
-    """A mistake that makes a file as a whole unusable: its ``path``, the ``problem``, and what helps."""
+    """A problem that makes a whole file unusable: its ``path``, the ``problem``, and a hint."""
 
     def __init__(self, path: str, problem: Problem, hint: str = "") -> None:
         super().__init__(path, problem, hint)
@@ -234,12 +233,12 @@ class FileProblem(DataError):
 
 
 class Problems:
-    """Where the reader of one file reports what it finds; this one is training's.
+    """Receives the problems that the reader of one file finds; this class is training's.
 
     Attributes:
         path: the json file.
-        bad: every entry that is dropped.
-        repairs: kind of repair to how often it was made, and where first.
+        bad: all dropped entries.
+        repairs: kind of repair to its count and first place.
     """
 
     def __init__(self, path: str) -> None:
@@ -248,24 +247,24 @@ class Problems:
         self.repairs: dict[str, tuple[int, Where]] = {}
 
     def stop(self, kind: str, *details: Any) -> NoReturn:
-        """Nothing more can be read after this."""
+        """Stop: nothing more can be read."""
         raise FileProblem(self.path, Problem(kind, details=details))
 
     def refuse(self, kind: str, where: Where, *details: Any) -> None:
-        """The file as a whole is ambiguous: training stops here."""
+        """Refuse a file that is ambiguous as a whole; training stops here."""
         raise FileProblem(self.path, Problem(kind, where, details), " (gn-det check lists every problem)")
 
     def drop(self, kind: str, where: Where, *details: Any) -> None:
-        """An entry that cannot be used."""
+        """Record an unusable entry."""
         self.bad.append(str(Problem(kind, where, details)))
 
     def repair(self, kind: str, where: Where, count: int = 1) -> None:
-        """Something that was repaired in memory."""
+        """Record a repair made in memory."""
         before, first = self.repairs.get(kind, (0, where))
         self.repairs[kind] = (before + count, first)
 
     def notes(self) -> list[str]:
-        """One line for every kind of repair."""
+        """Return one line for each kind of repair."""
         return [
             f"{KINDS[kind].title}: {KINDS[kind].fix} ({count}, first: {first})"
             for kind, (count, first) in self.repairs.items()

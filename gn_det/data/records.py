@@ -1,8 +1,8 @@
-"""Records of a dataset, kept as json text in one buffer that all processes share.
+"""Records of a dataset, kept as json text in one buffer shared by all processes.
 
-A COCO-sized list of nested dicts costs gigabytes per worker, because touching a Python object copies its page. Here the
-annotations of an image stay the text that the json has, checked but not kept parsed: forked workers read the same
-pages, spawned ones map the same shared memory, and a record exists as objects only while it is used.
+A COCO-sized list of nested dicts costs gigabytes per worker, because touching a Python object copies its page. Here
+annotations stay as checked json text. Forked workers read the same pages, spawned ones map the same shared memory, and
+a record exists as Python objects only while it is used.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any, TypeAlias, TypedDict
 import msgspec
 import numpy as np
 
-#: Polygons as flat arrays x0, y0, x1, y1 ... (float64; int64 where the json has only integers), or compressed RLE.
+#: Polygons as flat arrays x0, y0, x1, y1 ... (float64; int64 if the json has only integers), or compressed RLE.
 Segmentation: TypeAlias = "list[np.ndarray] | dict[str, Any]"
 #: File name relative to the image folder, height, width and id of an image.
 Head: TypeAlias = "tuple[str, int, int, Any]"
 
 
 class Annotation(TypedDict, total=False):
-    """One object. ``bbox`` is XYWH in absolute pixels exactly as in the json; ``category_id`` is contiguous."""
+    """One object. ``bbox`` is XYWH in absolute pixels, exactly as in the json; ``category_id`` is contiguous."""
 
     id: int
     bbox: list[float]
@@ -34,7 +34,7 @@ class Annotation(TypedDict, total=False):
 
 
 class Record(TypedDict, total=False):
-    """One image with its objects, in the manner of Detectron2's dataset dicts (bboxes in XYWH_ABS)."""
+    """One image with its objects, like Detectron2's dataset dicts (bboxes in XYWH_ABS)."""
 
     file_name: str
     height: int
@@ -44,7 +44,7 @@ class Record(TypedDict, total=False):
 
 
 class Entry(msgspec.Struct, gc=False):
-    """A checked annotation with the values of the json."""
+    """A checked annotation with its json values."""
 
     id: int
     category_id: int
@@ -58,16 +58,16 @@ _ENTRIES = msgspec.json.Decoder(list[Entry])
 
 
 class RecordList:
-    """Read-only sequence of records; items are decoded on access and free to be changed.
+    """Read-only sequence of records; items are decoded on access and may be modified.
 
     Args:
         root: folder of the images.
         category_ids: json category id by contiguous index.
         heads: one for each image.
-        bounds: where the annotations of each image begin in ``spans``, and where those of the last one end.
-        text: json, with checked annotations: polygons with usable pieces only, RLE compressed.
-        spans: (A, 2) int64, where each annotation begins and ends in ``text``.
-        others: annotations by index that are not in ``text``.
+        bounds: start of each image's annotations in ``spans``, and the end of the last ones.
+        text: json of checked annotations: usable polygon pieces only, RLE compressed.
+        spans: (A, 2) int64 start and end of each annotation in ``text``.
+        others: annotations that are not in ``text``, by index.
     """
 
     def __init__(
@@ -113,12 +113,12 @@ class RecordList:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that all records take together."""
+        """Size of all records in bytes."""
         tensors = (self._text, self._rest, self._spans, self._bounds, self._head_ends)
         return sum(tensor.nbytes for tensor in tensors)
 
     def entries(self, index: int) -> tuple[Head, list[Entry]]:
-        """One image and its annotations as the json has them."""
+        """Return one image and its annotations with their json values."""
         i = range(len(self))[index]
         text, rest = self._text.numpy().data, self._rest.numpy().data
         start, end = self._head_ends[i : i + 2].tolist()

@@ -1,7 +1,7 @@
-"""Which images form batch k: pure functions of (seed, position).
+"""Samplers: which images form batch k, as a pure function of (seed, position).
 
-The indices are infinite and known in advance, so a resumed run skips to its place without reading data, and the number
-of worker processes changes nothing. With the same seed they are Detectron2's.
+The index stream is infinite and known in advance, so a resumed run skips to its position without reading data, and the
+number of workers has no effect. With the same seed it is Detectron2's stream.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: (dataset index, position in the stream): the position seeds the augmentation of this very draw.
+#: (dataset index, position in the stream); the position seeds the augmentation of this draw.
 Draw = tuple[int, int]
 
 
 def shuffled_epochs(size: int, seed: int, *, shuffle: bool = True) -> Iterator[np.ndarray]:
-    """Infinite ``shuffle(range(size))``, ``shuffle(range(size))``, ..."""
+    """Yield ``shuffle(range(size))``, ``shuffle(range(size))``, ... forever."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield (torch.randperm(size, generator=generator) if shuffle else torch.arange(size)).numpy()
 
 
 def subset_epochs(size: int, ratio: float, seed: int) -> Iterator[np.ndarray]:
-    """Infinite shuffles of one random part of the set; the part is drawn from the seed, too."""
+    """Yield shuffles of one random subset forever; the subset depends on the seed, too."""
     generator = torch.Generator().manual_seed(seed)
     part = torch.randperm(size, generator=generator)[: max(1, int(size * ratio))].numpy()
     return (part[epoch] for epoch in shuffled_epochs(len(part), seed))
 
 
 def repeat_epochs(repeat_factors: Tensor, seed: int, *, shuffle: bool = True) -> Iterator[np.ndarray]:
-    """Infinite epochs in which index i occurs ``repeat_factors[i]`` times on average.
+    """Yield epochs forever in which index i occurs ``repeat_factors[i]`` times on average.
 
-    Fractions are rounded at random in every epoch, so epochs differ a little in length.
+    Fractions are rounded randomly in every epoch, so epochs differ slightly in length.
     """
     generator = torch.Generator().manual_seed(seed)
     whole = torch.trunc(repeat_factors)
@@ -47,7 +47,7 @@ def repeat_epochs(repeat_factors: Tensor, seed: int, *, shuffle: bool = True) ->
 def repeat_factors(
     images: np.ndarray, classes: np.ndarray, num_images: int, threshold: float, *, square_root: bool = True
 ) -> Tensor:
-    """How often an epoch should show each image, by its rarest class (LVIS paper, appendix B.2).
+    """Compute how often an epoch should show each image, by its rarest class (LVIS paper, appendix B.2).
 
     Args:
         images, classes: (M,) image and class of every object.
@@ -79,11 +79,11 @@ def batch_stream(
 
     Args:
         epochs: infinite dataset indices, the same on every rank.
-        batch_size: images a batch on this rank.
+        batch_size: images per batch on this rank.
         rank, world_size: this rank takes positions rank, rank + world_size, ...
-        sizes: (N, 2) width and height; where given, wide (w > h) and other images never share a batch, and a batch is
-            complete when either group has filled up.
-        start: batches to leave out; whole epochs of them are counted, not made.
+        sizes: (N, 2) width and height; if given, wide (w > h) and other images never share a batch, and a batch is
+            complete when either group is full.
+        start: number of batches to skip; whole epochs are skipped without drawing them.
     """
     waiting: tuple[list[Draw], list[Draw]] = ([], [])
     position = 0
@@ -111,7 +111,7 @@ def batch_stream(
 
 
 def _long_pieces(epochs: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """The same indices in pieces of some thousands: small sets have short epochs."""
+    """Regroup the indices of short epochs into pieces of a few thousand."""
     pieces: list[np.ndarray] = []
     for epoch in epochs:
         pieces.append(epoch)
@@ -121,12 +121,12 @@ def _long_pieces(epochs: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
 
 
 def inference_shard(size: int, rank: int = 0, world_size: int = 1) -> range:
-    """This rank's contiguous part of ``range(size)``; every index falls to exactly one rank."""
+    """Return this rank's contiguous part of ``range(size)``; every index belongs to exactly one rank."""
     share, left = divmod(size, world_size)
     begin = rank * share + min(rank, left)
     return range(begin, begin + share + (1 if rank < left else 0))
 
 
 def augmentation_state(seed: int, position: int) -> np.random.RandomState:
-    """The random state that augments the image drawn at ``position``."""
+    """Return the random state that augments the image drawn at ``position``."""
     return np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, position])))

@@ -1,4 +1,4 @@
-"""Training and test sets of a run, their classes, and how many images there are (or would be)."""
+"""Training and test sets of a run, their classes, and their (known or assumed) sizes."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from gn_det.text import shown, some
 
 logger = logging.getLogger(__name__)
 
-#: Test sets below this many images are remarked upon.
+#: Test sets with fewer images are logged as small.
 _FEW = 20
 
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run learns from and is measured on.
+    """Training and test data of a run.
 
     Attributes:
         train: training sets, all with the same classes; empty for evaluation.
         test: test sets.
         class_names: one name per class in the model's order.
-        category_ids: json category ids in the same order (of the first set).
-        images: images in an epoch.
-        boxes_only: masks are configured, but no training object has one.
+        category_ids: json category ids of the first set, in the same order.
+        images: number of images in an epoch.
+        boxes_only: whether masks are configured but no training object has one.
     """
 
     train: tuple[CocoDataset, ...]
@@ -45,11 +45,11 @@ class RunData:
 
 
 def load_run_data(cfg: CfgNode) -> RunData:
-    """Read and check all sets of a training run, and say what they hold.
+    """Read, check and log all sets of a training run.
 
     Raises:
         ConfigError: no training set is named.
-        DataError: as :func:`gn_det.data.coco.load_coco`; or classes that differ between sets or from NUM_CLASSES.
+        DataError: as for :func:`gn_det.data.coco.load_coco`; or classes differ between sets or from NUM_CLASSES.
     """
     sources = datasets_for(cfg, "train")
     if not sources:
@@ -60,7 +60,7 @@ def load_run_data(cfg: CfgNode) -> RunData:
     )
     if boxes_only:
         cfg = without_masks(cfg)
-        logger.info("No object has a mask: boxes are trained alone (MODEL.MASK_ON False, --boxes-only).")
+        logger.info("No object has a mask: training boxes only (MODEL.MASK_ON False, --boxes-only).")
     has_objects = check_trainable(cfg, train)
     for dataset in train:
         check_num_classes(int(cfg.MODEL.ROI_HEADS.NUM_CLASSES), dataset)
@@ -82,7 +82,7 @@ def load_run_data(cfg: CfgNode) -> RunData:
 
 
 def without_masks(cfg: CfgNode) -> CfgNode:
-    """A copy of ``cfg`` for boxes alone."""
+    """Return a copy of ``cfg`` that trains boxes only."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.MASK_ON, cfg.INPUT.COPY_PASTE = False, 0.0
@@ -90,7 +90,7 @@ def without_masks(cfg: CfgNode) -> CfgNode:
 
 
 def load_test_sets(cfg: CfgNode, class_names: Sequence[str] | None) -> tuple[CocoDataset, ...]:
-    """Test sets; their classes must be ``class_names`` (any order of ids), where given.
+    """Read the test sets; their classes must be ``class_names`` if given, in any order of ids.
 
     Raises:
         DataError: a set cannot be used, or its classes differ.
@@ -105,10 +105,10 @@ def load_test_sets(cfg: CfgNode, class_names: Sequence[str] | None) -> tuple[Coc
 
 
 def load_set(cfg: CfgNode, source: DatasetSource, *, need_annotations: bool = True, quiet: bool = False) -> CocoDataset:
-    """Read one set as ``cfg`` says, and log what it holds (unless ``quiet``).
+    """Read one set with the settings of ``cfg``, and log a summary unless ``quiet``.
 
     Raises:
-        DataError: as :func:`gn_det.data.coco.load_coco`.
+        DataError: as for :func:`gn_det.data.coco.load_coco`.
     """
     max_bad, reader = int(cfg.DATALOADER.MAX_BAD), ImageReader.of(cfg)
     dataset = load_coco(source, max_bad=max_bad, need_annotations=need_annotations, reader=reader)
@@ -118,14 +118,14 @@ def load_set(cfg: CfgNode, source: DatasetSource, *, need_annotations: bool = Tr
 
 
 def load_first_test_set(cfg: CfgNode) -> CocoDataset:
-    """The set that images of results are drawn from; a training run has checked and logged it before."""
+    """Read the set whose images illustrate results; a training run has already checked and logged it."""
     return load_set(cfg, datasets_for(cfg, "test")[0], need_annotations=False, quiet=True)
 
 
 def model_category_ids(dataset: CocoDataset, class_names: Sequence[str]) -> tuple[int, ...]:
-    """The json category id that ``dataset`` gives to each of the model's classes, found by name.
+    """Return the json category id in ``dataset`` of each of the model's classes, matched by name.
 
-    A class that the set lacks gets an id that none of its categories has: it has no objects there, and no AP.
+    A class that the set lacks gets an unused id, so it has no objects and no AP.
 
     Raises:
         DataError: the set has a class that the model does not know.
@@ -135,8 +135,8 @@ def model_category_ids(dataset: CocoDataset, class_names: Sequence[str]) -> tupl
     if extra:
         raise DataError(
             f"{dataset.json_file}: its categories differ from the {len(class_names)} classes of the model: it has "
-            f"{shown(extra[0])}, which the model does not know; give training and test json the same categories (one "
-            "without objects does no harm)"
+            f"{shown(extra[0])}, which the model does not know; give training and test json the same categories (a "
+            "category may have no objects)"
         )
     unused = itertools.count(max(own.values(), default=0) + 1)
     return tuple(own[n] if n in own else next(unused) for n in class_names)
@@ -144,13 +144,13 @@ def model_category_ids(dataset: CocoDataset, class_names: Sequence[str]) -> tupl
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes without loading: for ``--dry-run``, where the files may be absent.
+    """Dataset sizes for ``--dry-run``, where the files may be absent.
 
     Attributes:
-        images: training images in an epoch, 0 when unknown.
-        classes: number of classes, 0 when unknown.
-        class_names: as far as known.
-        lines: one sentence a set.
+        images: training images in an epoch, 0 if unknown.
+        classes: number of classes, 0 if unknown.
+        class_names: class names, if known.
+        lines: one sentence per set.
     """
 
     images: int
@@ -160,10 +160,10 @@ class Sizes:
 
 
 def estimate_sizes(cfg: CfgNode) -> Sizes:
-    """Count what is there and assume the published sizes of builtin sets that are not.
+    """Count existing data, and assume the published sizes of missing built-in sets.
 
     Raises:
-        DataError: a json is there and cannot be used; absent data is no error.
+        DataError: a json exists but cannot be used; missing data is not an error.
     """
     images = 0
     names: tuple[str, ...] = ()
@@ -180,7 +180,7 @@ def estimate_sizes(cfg: CfgNode) -> Sizes:
 
 
 def _size_of(cfg: CfgNode, source: DatasetSource, split: str) -> tuple[int, tuple[str, ...], str]:
-    """Images, class names and a sentence."""
+    """Return the number of images, the class names and a sentence."""
     if not os.path.isfile(source.json_file):
         count = BUILTIN[source.name].num_images if source.name in BUILTIN else 0
         if not count:

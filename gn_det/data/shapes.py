@@ -1,8 +1,8 @@
-"""The generated ``shapes`` set: five kinds of objects on textured backgrounds, in COCO format.
+"""Generate the ``shapes`` set: five kinds of objects on textured backgrounds, in COCO format.
 
-It serves the quickstart and the tests, so it has what real data has: several sizes, overlap with masks that stop where
-another object begins, polygons and RLE, category ids with gaps, portrait and landscape images. Every image is a pure
-function of (seed, split, number).
+The quickstart and the tests use it, so it has the features of real data: objects of several sizes that occlude each
+other, polygons and RLE, category ids with gaps, portrait and landscape images. Every image is a pure function of (seed,
+split, number).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gn_det.data.catalog import GENERATED, DatasetSource, datasets_root
 from gn_det.data.shapes_draw import CLASSES, Drawn, draw_scene
 from gn_det.errors import DataError
 
-#: Raise it when the drawing changes: sets of another version are generated again.
+#: Increase it when the drawing changes; sets of another version are regenerated.
 VERSION = 3
 #: Default number of images by split.
 NUM_IMAGES = {"train": 600, "val": 100}
@@ -33,7 +33,7 @@ CATEGORY_IDS = (1, 2, 4, 7, 8)
 
 
 def prepare(source: DatasetSource) -> None:
-    """Generate ``source`` where it is one of the generated sets and absent; do nothing otherwise."""
+    """Generate ``source`` if it is a generated set and missing."""
     split = GENERATED.get(source.name)
     if split is not None and source.origin == "DETECTRON2_DATASETS":
         make_shapes(datasets_root() / "shapes", split)
@@ -42,16 +42,16 @@ def prepare(source: DatasetSource) -> None:
 def make_shapes(
     root: str | os.PathLike[str], split: str, num_images: int | None = None, seed: int = 0
 ) -> DatasetSource:
-    """Generate one split below ``root`` unless the same one is there already.
+    """Generate one split below ``root`` unless it already exists.
 
     Args:
         root: folder of the set; gets ``<split>/instances.json`` and ``<split>/images/``.
-        split: any name; another split has other images.
+        split: any name; different splits have different images.
         num_images: default 600 for ``train``, 100 otherwise.
-        seed: of the whole set.
+        seed: seed of the whole set.
 
     Raises:
-        DataError: the folder cannot be written. Nothing half-made stays behind.
+        DataError: the folder cannot be written; no partial files are left.
     """
     root = Path(root)
     count = NUM_IMAGES.get(split, 100) if num_images is None else num_images
@@ -70,8 +70,8 @@ def make_shapes(
             shutil.rmtree(building, ignore_errors=True)
     except OSError as error:
         raise DataError(
-            f"{root}: the shapes set cannot be written ({error.strerror or error}): make room or give the permission, "
-            f"or set DETECTRON2_DATASETS to a folder that can be written"
+            f"{root}: the shapes set cannot be written ({error.strerror or error}): free space or fix the permissions, "
+            f"or set DETECTRON2_DATASETS to a writable folder"
         ) from error
     return source
 
@@ -84,7 +84,7 @@ def _stamp_of(place: Path) -> Any:
 
 
 def _put_in_place(building: Path, place: Path, stamp: dict[str, Any]) -> None:
-    """Swap the finished folder in; where another process was faster with the same set, keep that one."""
+    """Move the finished folder into place, or keep the same set if another process was faster."""
     building.chmod(0o755)
     old = Path(tempfile.mkdtemp(prefix=".old-", dir=place.parent))
     try:
@@ -127,7 +127,7 @@ def _write_split(folder: Path, split: str, count: int, seed: int, stamp: dict[st
 
 
 def _annotation(number: int, image_id: int, drawn: Drawn) -> dict[str, Any]:
-    """Whole objects as polygons; rings and objects that others cover as RLE, compressed for every other one."""
+    """Write whole objects as polygons; rings and occluded objects as RLE, every other one compressed."""
     mask = coco_mask.encode(np.asfortranarray(drawn.visible, dtype=np.uint8))
     segmentation: Any = {"size": list(drawn.visible.shape), "counts": mask["counts"].decode()}
     if drawn.outline is not None:

@@ -1,4 +1,4 @@
-"""Drawing one scene of the ``shapes`` set with numpy and PIL."""
+"""Draw one scene of the ``shapes`` set with numpy and PIL."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from PIL import Image, ImageDraw, ImageFilter
 
 CLASSES = ("circle", "square", "triangle", "star", "ring")
 
-#: Objects are drawn this many times larger and scaled down, for smooth edges.
+#: Objects are drawn larger by this factor and scaled down, for smooth edges.
 _FINE = 4
-#: An object of which less than this part stays visible is not placed.
+#: No object may be covered so far that less than this share stays visible.
 _LEAST_VISIBLE = 0.8
 _IMAGE_SIZES = ((160, 160), (160, 200), (200, 160), (160, 184), (176, 160))
 
 
 @dataclass
 class Drawn:
-    """One object: class index, visible pixels (H, W) bool, outline (P, 2) where it is whole and has no hole."""
+    """One object: class index, visible pixels (H, W) bool, outline (P, 2) if it is whole and has no hole."""
 
     category: int
     visible: np.ndarray
@@ -27,7 +27,7 @@ class Drawn:
 
 
 def draw_scene(rng: np.random.Generator) -> tuple[np.ndarray, list[Drawn]]:
-    """A picture (H, W, 3) uint8 RGB and its objects, back to front."""
+    """Draw an image (H, W, 3) uint8 RGB and its objects, back to front."""
     height, width = _IMAGE_SIZES[rng.integers(len(_IMAGE_SIZES))]
     canvas, tone = _background(rng, height, width)
     objects: list[Drawn] = []
@@ -54,7 +54,7 @@ def draw_scene(rng: np.random.Generator) -> tuple[np.ndarray, list[Drawn]]:
 
 
 def draw_single(rng: np.random.Generator, category: int, side: int) -> np.ndarray:
-    """A square picture (side, side, 3) uint8 RGB that one object of the class fills for the most part."""
+    """Draw a square image (side, side, 3) uint8 RGB mostly filled by one object of the class."""
     canvas, tone = _background(rng, side, side)
     outline, hole = _random_outline(rng, category, side, side, (0.25 * side, 0.42 * side))
     _paint(rng, canvas, _coverage(outline, hole, side, side), outline, tone)
@@ -62,7 +62,7 @@ def draw_single(rng: np.random.Generator, category: int, side: int) -> np.ndarra
 
 
 def _finish(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
-    """Sensor noise, and back to bytes."""
+    """Add sensor noise and convert to bytes."""
     noise = 3 * rng.standard_normal(canvas.shape, dtype=np.float32)
     return np.clip(canvas + noise, 0, 255).astype(np.uint8)
 
@@ -76,13 +76,13 @@ def _leaves_others_visible(mask: np.ndarray, objects: list[Drawn], areas: list[i
 def _random_outline(
     rng: np.random.Generator, category: int, height: int, width: int, sizes: tuple[float, float]
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Corners (P, 2) in pixels, and those of the hole for a ring; the radius lies between ``sizes``."""
-    # Sizes are drawn evenly on a log scale: as many small objects as large ones.
+    """Return corners (P, 2) in pixels, and those of the hole for a ring; the radius is between ``sizes``."""
+    # Sizes are uniform on a log scale: as many small objects as large ones.
     radius = float(np.exp(rng.uniform(np.log(sizes[0]), np.log(sizes[1]))))
     border = 0.7 * radius
     center = np.array([rng.uniform(border, width - border), rng.uniform(border, height - border)])
     name = CLASSES[category]
-    # Tilted, not upside down: the few hundred iterations of the quickstart are for detecting, not for invariances.
+    # Tilted, not upside down: the quickstart has too few iterations to learn invariances.
     turn = rng.uniform(-0.35, 0.35) + (np.pi / 4 if name == "square" else -np.pi / 2)
     hole = None
     if name in ("circle", "ring"):
@@ -104,7 +104,7 @@ def _on_circle(corners: int, turn: float) -> np.ndarray:
 
 
 def _coverage(outline: np.ndarray, hole: np.ndarray | None, height: int, width: int) -> np.ndarray:
-    """(height, width) float32: how much of each pixel the shape covers."""
+    """Return (height, width) float32: the share of each pixel that the shape covers."""
     x0, y0 = np.maximum(np.floor(outline.min(axis=0)).astype(int) - 1, 0)
     x1, y1 = np.minimum(np.ceil(outline.max(axis=0)).astype(int) + 1, [width, height])
     patch = Image.new("L", ((x1 - x0) * _FINE, (y1 - y0) * _FINE))
@@ -119,13 +119,13 @@ def _coverage(outline: np.ndarray, hole: np.ndarray | None, height: int, width: 
 
 
 def _smooth_noise(rng: np.random.Generator, height: int, width: int, cells: int) -> np.ndarray:
-    """(height, width) float32 in about [-1, 1]: random values on a coarse grid, interpolated."""
+    """Return (height, width) float32 in about [-1, 1]: random values on a coarse grid, interpolated."""
     coarse = rng.uniform(-1, 1, (cells, cells)).astype(np.float32)
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarray, float]:
-    """A muted texture (H, W, 3) float32, and its lightness in [0, 1]."""
+    """Return a muted texture (H, W, 3) float32, and its lightness in [0, 1]."""
     lightness = float(rng.choice([rng.uniform(0.18, 0.36), rng.uniform(0.62, 0.84)]))
     hue = rng.uniform()
     base = np.array(colorsys.hls_to_rgb(hue, lightness, rng.uniform(0.08, 0.3)), dtype=np.float32) * 255
@@ -152,7 +152,7 @@ def _background(rng: np.random.Generator, height: int, width: int) -> tuple[np.n
 def _paint(
     rng: np.random.Generator, canvas: np.ndarray, cover: np.ndarray, outline: np.ndarray, background: float
 ) -> None:
-    """Lay one object over ``canvas`` in place: soft shadow, shaded and patterned fill, darker rim."""
+    """Paint one object on ``canvas`` in place: soft shadow, shaded and patterned fill, darker rim."""
     height, width = cover.shape
     low = np.maximum(np.floor(outline.min(axis=0)).astype(int) - 6, 0)
     high = np.minimum(np.ceil(outline.max(axis=0)).astype(int) + 8, [width, height])
@@ -160,7 +160,7 @@ def _paint(
     alpha, under = cover[window], canvas[window]
     shadow = _blur(alpha, 2, shift=2)
     under *= 1 - 0.45 * shadow[..., None]
-    # Light objects on dark ground and dark ones on light ground are told apart at any hue.
+    # Light on dark, or dark on light, is visible at any hue.
     lightness = rng.uniform(0.5, 0.7) if background < 0.5 else rng.uniform(0.3, 0.5)
     hue = rng.uniform()
     color = np.array(colorsys.hls_to_rgb(hue, lightness, rng.uniform(0.65, 0.95)), dtype=np.float32) * 255
@@ -183,7 +183,7 @@ def _paint(
 
 
 def _blur(values: np.ndarray, radius: int, shift: int = 0) -> np.ndarray:
-    """Soft copy of values in [0, 1], moved right and down by ``shift`` pixels."""
+    """Return a blurred copy of values in [0, 1], moved right and down by ``shift`` pixels."""
     image = Image.fromarray((values * 255).astype(np.uint8)).filter(ImageFilter.BoxBlur(radius))
     out = np.zeros(values.shape, dtype=np.float32)
     height, width = values.shape

@@ -1,6 +1,6 @@
-"""Hold out a part of one's own training images for validation (DATASETS.VAL_FRACTION): by image, seeded, stratified.
+"""Hold out training images for validation (DATASETS.VAL_FRACTION): by image, seeded, stratified by class.
 
-The parts are written as two json files into OUTPUT_DIR/split, so that every later command finds the same images.
+Both parts are written as json files to OUTPUT_DIR/split, so that every later command uses the same images.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def split_keys(cfg: Any) -> Any:
-    """A copy of ``cfg`` that names the two files of its split; ``cfg`` itself without DATASETS.VAL_FRACTION."""
+    """Return a copy of ``cfg`` with the two files of its split; ``cfg`` itself without DATASETS.VAL_FRACTION."""
     if not cfg.DATASETS.VAL_FRACTION:
         return cfg
     cfg = cfg.clone()
@@ -36,9 +36,9 @@ def split_keys(cfg: Any) -> Any:
 
 
 def write_split(cfg: Any) -> Any:
-    """Write the files of the split that DATASETS.VAL_FRACTION asks for; returns :func:`split_keys`.
+    """Write the files of the DATASETS.VAL_FRACTION split and return :func:`split_keys`.
 
-    The same json, fraction and SEED (0 where it is negative) give the same split.
+    The same json, fraction and SEED (0 if negative) give the same split.
 
     Raises:
         DataError: the json cannot be read, or a class would be left without validation images.
@@ -83,11 +83,11 @@ def _belongs(annotation: Any, ids: set[Any]) -> bool:
 
 
 def stratified(labels: Sequence[set[Any]], fraction: float, seed: int) -> list[bool]:
-    """Which images to hold out, so that each class keeps its share (iterative stratification, Sechidis et al. 2011).
+    """Choose images to hold out so that each class keeps its share (iterative stratification, Sechidis et al. 2011).
 
     Args:
-        labels: the classes of each image; an image without any counts as a class of its own.
-        fraction: of the images, in (0, 1); at least one image stays on each side.
+        labels: the classes of each image; images without any form a class of their own.
+        fraction: fraction of the images, in (0, 1); each side keeps at least one image.
     """
     total = min(max(round(fraction * len(labels)), 1), len(labels) - 1)
     order = list(range(len(labels)))
@@ -96,12 +96,12 @@ def stratified(labels: Sequence[set[Any]], fraction: float, seed: int) -> list[b
     for i in order:
         for label in labels[i] or {""}:
             images_of.setdefault(label, []).append(i)
-    # A class of two images or more gets one of them; the only image of a class is for training.
+    # A class with two images or more gets at least one; the only image of a class stays in training.
     wanted = {label: max(round(fraction * len(found)), 1) for label, found in images_of.items()}
     free = [all(len(images_of[label]) > 1 for label in found or {""}) for found in labels]
     held: set[int] = set()
     rarest_first = sorted(images_of.items(), key=lambda item: (len(item[1]), str(item[0])))
-    # The last pass fills up where classes share images, so that fewer were needed.
+    # Classes that share images need fewer; the last pass fills up the difference.
     for label, found in [*rarest_first, (None, order)]:
         for i in found:
             if len(held) >= total or (label is not None and wanted[label] <= 0):
@@ -132,4 +132,4 @@ def _check_classes(
             f"{some(left) or 'any class'}; hold out more (--val-fraction), or give --val-json"
         )
     if single:
-        logger.warning("%s: in one image only, which is kept for training (no AP): %s.", json_file, some(single))
+        logger.warning("%s: in only one image, kept for training (no AP): %s.", json_file, some(single))

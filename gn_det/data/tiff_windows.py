@@ -1,4 +1,4 @@
-"""Windows of a TIFF that is made of tiles, without decoding the rest of it."""
+"""Read windows of a tiled TIFF without decoding the rest of it."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _STRIP_OFFSETS, _ROWS_PER_STRIP, _STRIP_COUNTS = 273, 278, 279
 #: Tags that say how pixels are stored: photometric, fill order, predictor, color map, extra samples, sample format,
 #: JPEG tables, YCbCr coefficients, subsampling and positions.
 _KEPT = (_BITS, _COMPRESSION, _SAMPLES, _PLANES, 262, 266, 317, 320, 338, 339, 347, 529, 530, 531)
-#: Bytes of decoded tiles that are kept: neighboring windows share them.
+#: Size of the cache of decoded tiles, which neighboring windows share, in bytes.
 _CACHE = 128 << 20
 
 
 def open_windows(path: Path, reader: ImageReader) -> TiffWindows | None:
-    """Open a TIFF of 8-bit tiles; None for any other file, which has to be decoded whole."""
+    """Open a TIFF of 8-bit tiles; None for any other file, which must be decoded whole."""
     try:
         file = open_regular(path)
     except (OSError, ValueError):
-        return None  # whoever decodes the file says why
+        return None  # decoding the file will raise the error
     try:
         tags = _tags(file)
     except Exception:  # Pillow's reader of tags raises nearly anything on damaged files
@@ -41,7 +41,7 @@ def open_windows(path: Path, reader: ImageReader) -> TiffWindows | None:
 
 
 def _tags(file: BinaryIO) -> Any:
-    """The tags of the first image, None where it is not made of tiles of 8-bit pixels, upright and in one plane."""
+    """Return the tags of the first image; None unless it has 8-bit tiles, upright and in one plane."""
     header = file.read(8)
     if header[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return None
@@ -57,7 +57,7 @@ def _tags(file: BinaryIO) -> Any:
 
 
 class TiffWindows:
-    """RGB windows of an open TIFF; each of its tiles is decoded by Pillow as an image of its own.
+    """RGB windows of an open TIFF; Pillow decodes each tile as a separate image.
 
     Attributes:
         size: (width, height) in pixels.
@@ -96,7 +96,7 @@ class TiffWindows:
         return out
 
     def _decode(self, row: int, column: int) -> np.ndarray:
-        """One tile of the file as pixels: its bytes become the only strip of a small TIFF."""
+        """Decode one tile by wrapping its bytes as the only strip of a small TIFF."""
         width, height = self._tile
         number = row * -(-self.size[0] // width) + column
         try:
@@ -116,6 +116,6 @@ class TiffWindows:
             strip.seek(0)
             with Image.open(strip) as image:
                 return np.asarray(image.convert("RGB"))
-        except Exception as error:  # as in ImageReader: decoders raise nearly anything
+        except Exception as error:  # decoders raise nearly anything, as in ImageReader
             where = f"tile {number} at {column * width}, {row * height}"
             raise ImageError(f"{self._path}: {where} cannot be read ({one_line(error)})") from error

@@ -1,11 +1,11 @@
 """Geometric transforms on images (PIL bilinear on uint8), boxes, polygons and bitmaps.
 
-Every transform is a value: drawn once per sample (``Draw*`` functions use an explicit ``numpy.random.RandomState``),
-then applied to image, boxes and masks alike. Sizes are rounded and random numbers are drawn in Detectron2's order, so
-that one seed gives one sample in both engines. Coordinates are continuous: pixel i covers [i, i + 1).
+Every transform is a value. It is drawn once per sample (``draw_*`` functions take an explicit
+``numpy.random.RandomState``), then applied to image, boxes and masks. Rounding and the order of random numbers are
+Detectron2's, so one seed gives the same sample in both engines. Coordinates are continuous: pixel i covers [i, i + 1).
 
-One inherited subtlety: coordinates that the json writes as integers stay integers, and resizing truncates them, as in
-Detectron2; coordinates with a decimal point are kept in float64.
+As in Detectron2, coordinates written as integers in the json stay integers, and resizing truncates them. Coordinates
+with a decimal point are kept in float64.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Transform:
         raise NotImplementedError
 
     def coords(self, points: np.ndarray) -> np.ndarray:
-        """(P, 2) points (x, y), moved."""
+        """Move (P, 2) points (x, y)."""
         raise NotImplementedError
 
     def mask(self, bitmap: np.ndarray) -> np.ndarray:
@@ -39,7 +39,7 @@ class Transform:
         return self.image(bitmap)
 
     def polygons(self, polygons: list[np.ndarray]) -> list[np.ndarray]:
-        """List of (P, 2) polygons, moved; cropping may change their number."""
+        """Move a list of (P, 2) polygons; cropping may change their number."""
         return [self.coords(p) for p in polygons]
 
 
@@ -66,14 +66,14 @@ class Resize(Transform):
         return points
 
     def window(self, pixels: np.ndarray, crop: Crop) -> np.ndarray:
-        """What ``crop`` keeps of :meth:`image`, equal to the bit for less work."""
+        """Return the ``crop`` of :meth:`image`, bit-identical but with less work."""
         left, right = crop.x0, min(crop.x0 + crop.width, self.new_width)
         top, bottom = crop.y0, min(crop.y0 + crop.height, self.new_height)
         if can_resize(pixels, self.new_height, self.new_width):
             return resize(pixels, self.new_height, self.new_width, slice(top, bottom), slice(left, right))
         if not rows_first(self.height, self.width, self.new_height, self.new_width):
             return crop.image(self.image(pixels))
-        # Pillow scales along rows first, to 8 bits: columns outside the crop can go before it scales along columns.
+        # Pillow scales rows first, to 8 bits, so columns outside the crop can be dropped before it scales columns.
         wide = _pillow(pixels).resize((self.new_width, self.height), Image.Resampling.BILINEAR)
         columns = wide.crop((left, 0, right, self.height))
         high = columns.resize((right - left, self.new_height), Image.Resampling.BILINEAR)
@@ -87,7 +87,7 @@ class Resize(Transform):
 
 @dataclass(frozen=True)
 class Flip(Transform):
-    """Mirror left and right (``axis`` 1) or top and bottom (0) in an image of ``size`` pixels along the axis."""
+    """Mirror left-right (``axis`` 1) or top-bottom (0) in an image of ``size`` pixels along the axis."""
 
     axis: int
     size: int
@@ -102,7 +102,7 @@ class Flip(Transform):
 
 @dataclass(frozen=True)
 class Crop(Transform):
-    """Cut the window of ``width`` x ``height`` pixels whose top left corner is (x0, y0)."""
+    """Crop the window of ``width`` x ``height`` pixels with top left corner (x0, y0)."""
 
     x0: int
     y0: int
@@ -118,7 +118,7 @@ class Crop(Transform):
         return points
 
     def polygons(self, polygons: list[np.ndarray]) -> list[np.ndarray]:
-        """Intersections with the window; invalid polygons are repaired by a zero-width buffer or dropped."""
+        """Intersect with the window; invalid polygons are repaired by a zero-width buffer or dropped."""
         from shapely import geometry
 
         window = geometry.box(self.x0, self.y0, self.x0 + self.width, self.y0 + self.height).buffer(0.0)
@@ -129,7 +129,7 @@ class Crop(Transform):
                 continue
             part = whole.intersection(window)
             for piece in getattr(part, "geoms", [part]):
-                # Touching the border leaves points and lines, which have no area.
+                # A polygon that touches the border leaves points and lines without area.
                 if isinstance(piece, geometry.Polygon) and not piece.is_empty and piece.is_valid:
                     pieces.append(np.asarray(piece.exterior.coords)[:-1])
         return [self.coords(p) for p in pieces]
@@ -159,7 +159,7 @@ class Pad(Transform):
 
 @dataclass(frozen=True)
 class Rotate(Transform):
-    """Rotate counter-clockwise by ``degrees`` about the center of a ``height`` x ``width`` image, whose size stays."""
+    """Rotate counterclockwise by ``degrees`` about the center of a ``height`` x ``width`` image, keeping its size."""
 
     height: int
     width: int
@@ -178,7 +178,7 @@ class Rotate(Transform):
         return rotated
 
     def polygons(self, polygons: list[np.ndarray]) -> list[np.ndarray]:
-        """Rotated polygons, cut to the image."""
+        """Rotate polygons and clip them to the image."""
         return Crop(0, 0, self.width, self.height).polygons([self.coords(p) for p in polygons])
 
     def _rotate(self, array: np.ndarray, how: Image.Resampling, fill: int) -> np.ndarray:
@@ -192,7 +192,7 @@ def _pillow(pixels: np.ndarray) -> Image.Image:
 
 
 def apply_to_image(transforms: Sequence[Transform], pixels: np.ndarray) -> np.ndarray:
-    """(H, W, C) uint8 pixels through all transforms."""
+    """Apply all transforms to (H, W, C) uint8 pixels."""
     rest = list(transforms)
     while rest:
         transform = rest.pop(0)
@@ -205,9 +205,9 @@ def apply_to_image(transforms: Sequence[Transform], pixels: np.ndarray) -> np.nd
 
 
 def resized_shape(height: int, width: int, short_side: int, max_size: int) -> tuple[int, int]:
-    """(height, width) after scaling the shorter side to ``short_side``, the longer one at most ``max_size``.
+    """Return (height, width) after scaling the shorter side to ``short_side`` and the longer to at most ``max_size``.
 
-    No side becomes 0, as Detectron2 would have it for images much longer than ``max_size`` is wide.
+    Unlike in Detectron2, no side of a very elongated image becomes 0.
     """
     scale = short_side * 1.0 / min(height, width)
     new_h, new_w = (short_side * 1.0, scale * width) if height < width else (scale * height, short_side * 1.0)
@@ -234,7 +234,7 @@ def draw_flip(shape: tuple[int, int], direction: str, rng: np.random.RandomState
 
 
 def draw_crop(shape: tuple[int, int], kind: str, size: Sequence[float], rng: np.random.RandomState) -> Crop:
-    """Draw a window of a size and place given by INPUT.CROP.TYPE and INPUT.CROP.SIZE."""
+    """Draw a window with the size of INPUT.CROP.TYPE and INPUT.CROP.SIZE at a random place."""
     height, width = shape
     if kind == "relative":
         crop_h, crop_w = int(height * size[0] + 0.5), int(width * size[1] + 0.5)
@@ -255,7 +255,7 @@ def draw_crop(shape: tuple[int, int], kind: str, size: Sequence[float], rng: np.
 def draw_jitter(
     shape: tuple[int, int], size: int, scale: Sequence[float], rng: np.random.RandomState
 ) -> list[Transform]:
-    """Large-scale jitter: fit the image into a square of ``size`` times a drawn factor, then cut and pad to ``size``.
+    """Large-scale jitter: fit the image into a square of ``size`` times a drawn factor, then crop and pad to ``size``.
 
     Args:
         scale: smallest and largest factor.
@@ -274,7 +274,7 @@ def draw_rotation(shape: tuple[int, int], degrees: float, rng: np.random.RandomS
 
 
 def apply_to_box(transforms: Sequence[Transform], box: np.ndarray) -> np.ndarray:
-    """Move an XYXY box (4,) by its corners; the result is the axis-aligned hull, not clipped."""
+    """Transform the corners of an XYXY box (4,); return their axis-aligned hull, not clipped."""
     corners = box[[0, 1, 2, 1, 0, 3, 2, 3]].reshape(4, 2)
     for transform in transforms:
         corners = transform.coords(corners)

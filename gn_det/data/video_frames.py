@@ -1,4 +1,4 @@
-"""Frames of video files, cameras and streams, read by OpenCV, which is imported on use."""
+"""Read frames of video files, cameras and streams with OpenCV, which is imported on use."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ VIDEO_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".mts", ".wmv", ".flv", ".ogv", ".3gp"}
 )
 _STREAM = re.compile(r"(rtsp|rtsps|rtmp|http|https|udp|tcp)://", re.IGNORECASE)
-#: FFmpeg's readers that a file may choose: none that opens further files or addresses (playlists).
+#: FFmpeg demuxers that a file may use: none that opens further files or addresses (playlists).
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,mpeg,mpegts,mpegvideo,asf,flv,ogg,m4v,h264,hevc,mjpeg"
 #: Milliseconds to wait for a stream.
 _PATIENCE = 10_000
-#: Frames a second of a video that does not say it.
+#: Assumed frame rate if the video does not state it.
 _FPS = 25.0
 
 
@@ -39,7 +39,7 @@ class Frame(NamedTuple):
 
 
 def is_video(word: str) -> bool:
-    """Whether an input is a video by its name: a file ending, the number of a camera, or the address of a stream."""
+    """Return whether an input names a video: a file extension, a camera number, or a stream address."""
     if _STREAM.match(word):
         return True
     if re.fullmatch(r"\d{1,2}", word):
@@ -48,7 +48,7 @@ def is_video(word: str) -> bool:
 
 
 def import_cv2() -> Any:
-    """Return OpenCV, silent about what this package reports itself; raises ConfigError where it is not installed."""
+    """Import OpenCV with its own messages silenced; raise ConfigError if it is not installed."""
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     try:
         import cv2
@@ -59,15 +59,15 @@ def import_cv2() -> Any:
 
 
 class VideoFrames:
-    """An open video; iterating gives every ``every``-th frame. Close it, or use it as a context.
+    """An open video; iterating yields every ``every``-th frame. Close it, or use it as a context manager.
 
     Attributes:
         name: for messages.
-        live: a camera or stream: it has no end, and frames that nobody waits for are dropped.
-        fps: frames a second, every frame counted.
-        total: number of frames as the file says it; None where it does not.
-        dropped: frames of a live source that were not read.
-        notes: what was found odd.
+        live: whether it is a camera or stream, which has no end and drops frames that are not read in time.
+        fps: frames per second, counting every frame.
+        total: number of frames stated by the file, or None.
+        dropped: number of frames of a live source that were not read.
+        notes: irregularities.
     """
 
     def __init__(self, source: str, *, every: int = 1, max_pixels: int = MAX_PIXELS) -> None:
@@ -147,7 +147,7 @@ class VideoFrames:
                 size = pixels.shape
             elif pixels.shape != size:
                 if not any("size" in note for note in self.notes):
-                    self.notes.append(f"frames change their size at frame {number}; they are scaled to the first one's")
+                    self.notes.append(f"frame size changes at frame {number}; later frames are scaled to the first one")
                 pixels = self._cv2.resize(pixels, (size[1], size[0]), interpolation=self._cv2.INTER_AREA)
             yield Frame(number, seconds, np.ascontiguousarray(pixels[:, :, ::-1]))
         if number < 0:
@@ -156,7 +156,7 @@ class VideoFrames:
             self.notes.append(f"ends after {number + 1} of {self.total} frames; the rest cannot be decoded")
 
     def _frames(self) -> Iterator[Frame]:
-        """BGR frames in order; those between every ``every``-th are not decoded where that can be left out."""
+        """Yield BGR frames in order, without decoding the skipped ones if possible."""
         number = 0
         while True:
             if number % self.every:
@@ -171,7 +171,7 @@ class VideoFrames:
 
 
 def _latest(video: VideoFrames) -> Iterator[Frame]:
-    """The newest frame whenever one is asked for; a thread reads all, so that none grows old in a buffer."""
+    """Yield the newest frame on each request; a thread reads all frames, so that none gets stale in a buffer."""
     newest: list[Frame] = []
     changed = threading.Condition()
     state = {"ended": False, "stopped": False}
@@ -196,7 +196,7 @@ def _latest(video: VideoFrames) -> Iterator[Frame]:
         while True:
             with changed:
                 while not newest and not state["ended"]:
-                    changed.wait(0.2)  # returns now and then, so that Ctrl-C is heard
+                    changed.wait(0.2)  # wakes up regularly, so that Ctrl-C works
                 if not newest:
                     return
                 frame = newest.pop()
@@ -209,7 +209,7 @@ def _latest(video: VideoFrames) -> Iterator[Frame]:
 
 @contextmanager
 def _option(value: str) -> Iterator[None]:
-    """Set what FFmpeg is told while a file is opened; OpenCV has no other way than the environment."""
+    """Set FFmpeg options while a file is opened; OpenCV reads them only from the environment."""
     key = "OPENCV_FFMPEG_CAPTURE_OPTIONS"
     before = os.environ.get(key)
     os.environ[key] = value

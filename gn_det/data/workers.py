@@ -1,9 +1,8 @@
-"""Data loading processes: how they start, what they are reading, how samples travel, and what their death means.
+"""Data loading processes: starting them, passing samples, and reporting hangs and crashes.
 
-Every shared tensor costs the main process a file descriptor and the system shared memory. Default limits (1024 open
-files, 64 MB of /dev/shm in containers) are reached with ordinary batches, and the result is a crash with no useful
-message. So all images of a batch share one buffer, masks travel as bits, and where shared memory is scarce the buffer
-goes through the pipe.
+Every shared tensor costs the main process a file descriptor and the system shared memory. Ordinary batches reach the
+default limits (1024 open files, 64 MB of /dev/shm in containers) and crash without a useful message. So all images of a
+batch share one buffer, masks are packed as bits, and if shared memory is scarce the buffer is sent through the pipe.
 """
 
 from __future__ import annotations
@@ -30,19 +29,19 @@ from gn_det.errors import DataError
 from gn_det.parent_watch import end_with_parent
 from gn_det.structures import InstanceMask, Masks, Sample, Targets
 
-#: Seconds to wait for one batch. Storage that takes longer than this hangs.
+#: Seconds to wait for one batch before the storage counts as hanging.
 TIMEOUT = 600
 
-#: Batches that a worker prepares ahead (torch's default), plus the one in use.
+#: Batches that a worker prefetches (torch's default), plus the one in use.
 _IN_FLIGHT = 3
 #: Shared memory of one semaphore; torch makes 8, and 3 for each worker.
 _PAGE = 4096
-#: What torch says when a tensor cannot be put into shared memory.
+#: torch's message when a tensor cannot be put into shared memory.
 _SHARING = re.compile(r"unable to (?:write to file|open shared memory object|allocate shared memory|resize file|mmap)")
 
 
 class Heartbeat:
-    """The image that each worker process is reading, seen by the main process: for the message when one hangs or dies.
+    """Tells the main process which image each worker is reading, for the message if one hangs or dies.
 
     Args:
         workers: number of processes.
@@ -65,11 +64,11 @@ class Heartbeat:
             self._reading[info.id] = index
 
     def has_started(self, pid: int) -> bool:
-        """Whether the worker with this process id got as far as to begin its work."""
+        """Return whether the worker with this process id has begun its work."""
         return pid in list(self._pids)
 
     def describe(self, pid: int | None = None) -> str:
-        """``worker 1 at a.jpg, ...``: the worker with that process id, or all that are reading; "" for none."""
+        """Return ``worker 1 at a.jpg, ...`` for the worker with that process id or all reading ones; "" for none."""
         return ", ".join(
             f"worker {worker} at {self._name_of(index)}"
             for worker, index in enumerate(self._reading)
@@ -77,12 +76,12 @@ class Heartbeat:
         )
 
 
-#: That of the loader started last: torch reports a dead worker wherever the main process happens to be.
+#: Heartbeat of the newest loader: torch reports a dead worker wherever the main process happens to be.
 _heartbeat: Heartbeat | None = None
 
 
 class WorkerData(Dataset[Any]):
-    """What :func:`load_batches` reads: maps the indices of a batch to what a worker sends back."""
+    """Dataset for :func:`load_batches`: maps the indices of a batch to a worker's result."""
 
     heartbeat: Heartbeat | None = None
 
@@ -97,15 +96,15 @@ class WorkerData(Dataset[Any]):
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
+    """Return the number of CPU cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def load_batches(data: WorkerData, batches: Iterable[Any], workers: int) -> Iterator[Any]:
-    """``data[batch]`` of every batch, computed by ``workers`` processes (0: in this one).
+    """Yield ``data[batch]`` of every batch, computed by ``workers`` processes (0: in this process).
 
     Raises:
-        DataError: a worker died or hangs; one line that says where, and what to do.
+        DataError: a worker died or hangs; one line with the place and the remedy.
     """
     global _heartbeat
     outer = _heartbeat
@@ -122,7 +121,7 @@ def load_batches(data: WorkerData, batches: Iterable[Any], workers: int) -> Iter
         batch_size=None,
         num_workers=workers,
         collate_fn=_unchanged,
-        # Where the model is on a GPU, it copies images without waiting.
+        # Lets a model on a GPU copy images asynchronously.
         pin_memory=torch.cuda.is_initialized(),  # type: ignore[no-untyped-call]
         timeout=TIMEOUT if workers else 0,
         worker_init_fn=_start_worker,
@@ -143,14 +142,14 @@ def load_batches(data: WorkerData, batches: Iterable[Any], workers: int) -> Iter
 
 
 def worker_failure(error: RuntimeError) -> DataError | None:
-    """The death or hang of a worker process as one line; None for any other error.
+    """Return a one-line error for a dead or hanging worker; None for any other error.
 
-    torch reports a dead worker from a signal handler, so the error can come up anywhere in the main process, such as in
-    the middle of a training step; whoever runs the steps should ask here.
+    torch reports a dead worker from a signal handler, so the error can surface anywhere in the main process, such as in
+    the middle of a training step. Callers that run steps should check their errors here.
     """
     text = str(error)
     if _SHARING.search(text):
-        return DataError(f"cannot pass a batch by shared memory: {_more_memory()}")
+        return DataError(f"cannot pass a batch through shared memory: {_more_memory()}")
     if not text.startswith("DataLoader"):
         return None
     found = re.search(r"pid(?:\(s\))? (\d+)", text)
@@ -173,7 +172,7 @@ def worker_failure(error: RuntimeError) -> DataError | None:
 
 
 def shared_memory_free() -> int | None:
-    """Bytes free in /dev/shm; None where the system has no such limit."""
+    """Return the free bytes in /dev/shm; None if the system has no such limit."""
     try:
         return shutil.disk_usage("/dev/shm").free
     except OSError:
@@ -181,25 +180,25 @@ def shared_memory_free() -> int | None:
 
 
 def shared_memory_fits(workers: int, bytes_per_batch: int) -> bool:
-    """Whether /dev/shm has room for all batches in flight; True where the system has no such limit."""
+    """Return whether /dev/shm has room for all batches in flight; True if the system has no such limit."""
     free = shared_memory_free()
     return free is None or workers * _IN_FLIGHT * bytes_per_batch < 0.8 * free
 
 
 def _more_memory() -> str:
-    """What to do where memory between processes is scarce, with what is left of it."""
+    """Return the remedy for scarce shared memory, with the amount left."""
     free = shared_memory_free()
-    left = "" if free is None else f" ({free >> 10} kB of /dev/shm are free; Docker's option is --shm-size)"
+    left = "" if free is None else f" ({free >> 10} kB of /dev/shm are free; with Docker, use --shm-size)"
     return f"lower DATALOADER.NUM_WORKERS (0 needs none), or give the machine or container more{left}"
 
 
 def script_in_worker() -> DataError | None:
-    """The error to raise where this very process is a worker that is still importing the user's script."""
+    """Return the error to raise if this process is a worker that is still importing the user's script."""
     return DataError(_unguarded()) if getattr(multiprocessing.current_process(), "_inheriting", False) else None
 
 
 def _imports_script() -> bool:
-    """Whether starting a worker runs the user's script: every start method but fork imports it."""
+    """Return whether starting a worker imports the user's script, as every start method but fork does."""
     return multiprocessing.get_start_method() != "fork" and bool(getattr(sys.modules["__main__"], "__file__", None))
 
 
@@ -207,8 +206,8 @@ def _unguarded() -> str:
     main = sys.modules.get("__mp_main__") or sys.modules["__main__"]
     script = getattr(main, "__file__", None) or "the script"
     return (
-        f"{script}: a data loading process imports this script and would start the run again: put what starts it under "
-        "if __name__ == '__main__': (or set DATALOADER.NUM_WORKERS 0)"
+        f"{script}: data loading processes import this script and would start the run again: put the code that starts "
+        "it under if __name__ == '__main__': (or set DATALOADER.NUM_WORKERS 0)"
     )
 
 
@@ -220,17 +219,16 @@ def _start_worker(worker: int) -> None:
     info = get_worker_info()
     if info is not None:
         cast(WorkerData, info.dataset).note(-1)  # it has started
-    # Ctrl-C reaches the whole process group; the main process alone answers it and ends its workers.
+    # Ctrl-C reaches the whole process group; only the main process handles it and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # So may SIGTERM (timeout, batch systems): a worker that died of it would keep the main process from saving. Only
-    # the first one is ignored, so that a worker can still be ended; and none that the main process itself sends, which
-    # waits for the worker's end.
+    # So may SIGTERM (timeout, batch systems): if it killed a worker, the main process could not save. Only the first
+    # one is ignored, so that a worker can still be ended, and none sent by the main process, which waits for the exit.
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_answer_sigterm, args=(os.getppid(),), name="gn_det-sigterm", daemon=True).start()
     else:
         signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
-    end_with_parent()  # last: its thread inherits what is blocked, or SIGTERM would find a thread that dies of it
+    end_with_parent()  # last: its thread must inherit the blocked signals, or SIGTERM would kill it
 
 
 def _answer_sigterm(parent: int) -> None:
@@ -242,7 +240,7 @@ def _answer_sigterm(parent: int) -> None:
 
 @dataclass
 class PackedSamples:
-    """One batch: ``pixels`` holds all images end to end; ``shapes``, ``rest`` and ``targets`` one entry a sample."""
+    """One batch: all images end to end in ``pixels``; ``shapes``, ``rest`` and ``targets`` hold one entry each."""
 
     pixels: Tensor | np.ndarray
     shapes: list[tuple[int, ...]]
@@ -250,12 +248,12 @@ class PackedSamples:
     targets: list[tuple[Any, ...] | None]
 
     def pin_memory(self) -> PackedSamples:
-        """The batch with its pixels in page-locked memory; called by torch's loader."""
+        """Return the batch with page-locked pixels; called by torch's loader."""
         return replace(self, pixels=torch.as_tensor(self.pixels).pin_memory())
 
 
 def pack_samples(samples: list[Sample], shared_memory: bool = True) -> PackedSamples:
-    """Gather samples for the way to another process."""
+    """Pack samples for transfer to another process."""
     flat = [s["image"].flatten() for s in samples]
     pixels = torch.cat(flat) if flat else torch.zeros(0, dtype=torch.uint8)
     rest = [{k: v for k, v in s.items() if k not in ("image", "targets")} for s in samples]
@@ -265,7 +263,7 @@ def pack_samples(samples: list[Sample], shared_memory: bool = True) -> PackedSam
 
 
 def unpack_samples(packed: PackedSamples | list[Sample]) -> list[Sample]:
-    """Undo :func:`pack_samples`; lists of samples pass unchanged."""
+    """Undo :func:`pack_samples`; return a list of samples unchanged."""
     if isinstance(packed, list):
         return packed
     images = torch.split(torch.as_tensor(packed.pixels), [int(np.prod(shape)) for shape in packed.shapes])

@@ -197,7 +197,7 @@ def test_own_transform_gets_rgb(tmp_path: Path) -> None:
         (lambda image, target: image, "failed"),
         (lambda image, target: (image.float(), target), "keep uint8"),
         (lambda image, target: (image, {**target, "labels": target["labels"][:0]}), "0 labels for"),
-        (lambda image, target: (image[:, :5], target), "masks of another size"),
+        (lambda image, target: (image[:, :5], target), "masks that differ in size"),
     ],
 )
 @pytest.mark.parametrize("workers", [0, 1])

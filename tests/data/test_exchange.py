@@ -105,25 +105,25 @@ def test_a_round_trip_gives_the_same_dataset(name: str, given: dict[str, Any], i
 @pytest.mark.parametrize(
     ("name", "losses"),
     [
-        ("voc", ["voc cannot hold crowd regions: 1", "voc cannot hold masks: 5"]),
+        ("voc", ["voc cannot represent crowd regions: 1", "voc cannot hold masks: 5"]),
         (
             "yolo",
             [
-                "yolo cannot hold 'difficult' flags: 2",
-                "yolo cannot hold 'occluded' flags: 2",
-                "yolo cannot hold 'truncated' flags: 2",
-                "yolo cannot hold crowd regions: 1",
-                "yolo cannot hold masks beside boxes without mask (boxes are written): 6",
+                "yolo cannot represent 'difficult' flags: 2",
+                "yolo cannot represent 'occluded' flags: 2",
+                "yolo cannot represent 'truncated' flags: 2",
+                "yolo cannot represent crowd regions: 1",
+                "yolo cannot represent masks beside boxes without mask (boxes are written): 6",
             ],
         ),
         (
             "masks",
             [
-                "masks cannot hold 'difficult' flags: 2",
-                "masks cannot hold 'occluded' flags: 2",
-                "masks cannot hold 'truncated' flags: 2",
-                "masks cannot hold crowd regions: 1",
-                "masks cannot hold objects without a mask: 2",
+                "masks cannot represent 'difficult' flags: 2",
+                "masks cannot represent 'occluded' flags: 2",
+                "masks cannot represent 'truncated' flags: 2",
+                "masks cannot represent crowd regions: 1",
+                "masks cannot represent objects without a mask: 2",
             ],
         ),
     ],
@@ -151,9 +151,9 @@ def test_images_keep_their_place_and_training_accepts_the_json(images: Path, tmp
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("9 0.5 0.5 0.1 0.1", "a.txt line 1: class 9 is out of range, there are 4 classes"),
-        ("0 0.5 0.5 nan 0.1", "a.txt line 1: coordinates must be shares"),
-        ("0 50 50 10 10", "a.txt line 1: coordinates must be shares"),
+        ("9 0.5 0.5 0.1 0.1", "a.txt line 1: class 9 is out of range; there are 4 classes"),
+        ("0 0.5 0.5 nan 0.1", "a.txt line 1: coordinates must be fractions"),
+        ("0 50 50 10 10", "a.txt line 1: coordinates must be fractions"),
         ("\n0 0.5 0.5 0.1", "a.txt line 2: has 3 coordinates"),
         ("0 0.5 0.5 0.1 0", "line 1: the box has no area"),
         ("cat 0.5 0.5 0.1 0.1", "line 1: is not a class number"),
@@ -162,7 +162,7 @@ def test_images_keep_their_place_and_training_accepts_the_json(images: Path, tmp
 def test_a_bad_line_of_yolo_is_named(text: str, message: str, images: Path, tmp_path: Path) -> None:
     (tmp_path / "labels").mkdir()
     (tmp_path / "labels" / "a.txt").write_text(text)
-    with pytest.raises(DataError, match="1 wrong entry") as raised:
+    with pytest.raises(DataError, match="1 invalid entry") as raised:
         exchange.read("yolo", tmp_path, classes=NAMES)
     assert message in str(raised.value) and "\n" not in str(raised.value)
     read, bad = exchange.read("yolo", tmp_path, classes=NAMES, max_bad=1)
@@ -179,7 +179,7 @@ def test_labels_without_image_and_images_that_share_a_name(images: Path, tmp_pat
         exchange.read("yolo", tmp_path, classes=NAMES)
     given = document()
     given["images"][0]["file_name"], given["images"][1]["file_name"] = "x.jpg", "X.png"
-    with pytest.raises(DataError, match=r"X\.png and x\.jpg would be written to one annotation file"):
+    with pytest.raises(DataError, match=r"X\.png and x\.jpg would share one annotation file"):
         exchange.write("voc", given, tmp_path / "out", images)
 
 
@@ -293,7 +293,7 @@ def test_outlines_have_few_points_and_cover_the_mask(radius: int) -> None:
     assert not losses.lines("x")
     bitmap[49:52, 59:62] = False
     outlines(MaskCrop(0, 0, bitmap), losses)
-    assert losses.lines("x") == ["x cannot hold holes in masks: 1"]
+    assert losses.lines("x") == ["x cannot represent holes in masks: 1"]
 
 
 def test_split_refuses_what_makes_no_sense() -> None:

@@ -323,7 +323,7 @@ def test_a_script_that_workers_import_is_named(tmp_path: Path) -> None:
     lines = found.stderr.splitlines()
     assert found.returncode == 1 and len(lines) == 2
     for line in lines:
-        assert line.startswith(f"{tmp_path / 'run.py'}: a data loading process imports this script")
+        assert line.startswith(f"{tmp_path / 'run.py'}: data loading processes import this script")
         assert "if __name__ == '__main__':" in line
 
 
@@ -341,7 +341,7 @@ def test_too_little_shared_memory_to_start(shapes: CocoDataset, monkeypatch: pyt
 
 def test_shared_memory_that_runs_out_is_named() -> None:
     error = RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)")
-    assert "pass a batch by shared memory: lower DATALOADER.NUM_WORKERS" in str(worker_failure(error))
+    assert "pass a batch through shared memory: lower DATALOADER.NUM_WORKERS" in str(worker_failure(error))
     killed = RuntimeError("DataLoader worker (pid 1) is killed by signal: Bus error. It is possible that ...")
     assert "of /dev/shm are free" in str(worker_failure(killed)) or not Path("/dev/shm").exists()
 

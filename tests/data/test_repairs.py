@@ -69,7 +69,7 @@ def each(section: str, **changes: Any) -> Change:
 )
 def test_ids_as_floats_or_text(tmp_path: Path, change: Change) -> None:
     """77.0 is 77 everywhere; "77" is 77 where a reference has no other meaning."""
-    repaired(tmp_path, change, "read as whole numbers")
+    repaired(tmp_path, change, "read as integers")
 
 
 @pytest.mark.parametrize("key", ["width", "height"])
@@ -196,7 +196,7 @@ def test_json_that_cannot_be_read_names_the_cause(tmp_path: Path) -> None:
     for data, cause in (
         (json.dumps({"name": "圆形"}, ensure_ascii=False).encode("gbk"), "probably GBK, line 1"),
         (b'{"a": \n"\xff\xfe\xff"}', "not UTF-8 text, line 2"),
-        (str(CONTENT).encode(), "keys are in single quotes, as Python prints a dict"),
+        (str(CONTENT).encode(), "keys are in single quotes, like a printed Python dict"),
         (b"[" * 1_000_000, "nested too deeply"),
         (b'{"id": ' + b"9" * 5000 + b"}", "cannot be read"),
         (bomb, "unpacks to more than 64 MiB"),
@@ -267,7 +267,7 @@ def test_boxes_as_corners_of_their_masks(tmp_path: Path, capsys: pytest.CaptureF
     """One finding that names the mistake; --fix gives the set back whose boxes are right, of mixed sets, too."""
     right = load_coco(write(tmp_path, lambda c: masked(c, corners=0)), max_bad=0)
     source = write(tmp_path, lambda c: masked(c, corners=corners))
-    with pytest.raises(DataError, match=rf"as \[x1, y1, x2, y2\].*: {corners} of 10 boxes are the corners of their"):
+    with pytest.raises(DataError, match=rf"as \[x1, y1, x2, y2\].*: {corners} of 10 boxes match the corners of their"):
         load_coco(source, max_bad=100)
     words = ["check", "--train-images", source.image_root, "--train-json"]
     assert main([*words, source.json_file, "--fix", str(tmp_path / "fixed.json")]) == 2

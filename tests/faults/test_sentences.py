@@ -70,7 +70,7 @@ def test_validation_sets_that_hold_nothing(shapes: Path, tmp_path: Path, capsys:
     """No images: refused. No annotations: told, no best model, exit code 0; refused where AP must end the run."""
     plain = words(shapes, tmp_path / "run")
     assert main(with_val(plain, tmp_path / "a.json", images=[], annotations=[])) == 2
-    assert "a.json: no 'images': give a COCO instances json that lists at least one image" in capsys.readouterr().err
+    assert "a.json: 'images' is missing or empty: give a COCO instances json" in capsys.readouterr().err
     patient = [*with_val(plain, tmp_path / "b.json", annotations=[]), "TEST.PATIENCE", "3", "TEST.EVAL_PERIOD", "1"]
     assert main(patient) == 2
     err = capsys.readouterr().err

@@ -188,7 +188,7 @@ def test_frames_that_change_their_size_are_scaled(monkeypatch: pytest.MonkeyPatc
     with VideoFrames("0") as video:
         sizes = {frame.pixels.shape for frame in video}
     assert sizes == {(64, 96, 3)}
-    assert video.notes == [] or "change their size" in video.notes[0]
+    assert video.notes == [] or "frame size changes" in video.notes[0]
 
 
 @pytest.fixture

@@ -1,1 +1,1 @@
-"""Annotation formats of other tools, to and from COCO json; :mod:`gn_det.data.formats.exchange` is the entry."""
+"""Annotation formats of other tools, to and from COCO json; start at :mod:`gn_det.data.formats.exchange`."""

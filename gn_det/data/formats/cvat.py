@@ -99,7 +99,7 @@ def _polygon(shape: ElementTree.Element) -> list[float]:
 
 
 def _mask(shape: ElementTree.Element, size: tuple[int, int]) -> MaskCrop:
-    """Runs along the rows of the mask's box, outside first; raises ValueError where they do not fill it."""
+    """Decode runs along the rows of the mask's box, background first; raise ValueError if they do not fill it."""
     top, left, height, width = (int(shape.get(key, "")) for key in ("top", "left", "height", "width"))
     runs = np.array([int(word) for word in shape.get("rle", "").split(",")])
     fits = 0 <= top < top + height <= size[1] and 0 <= left < left + width <= size[0]

@@ -1,7 +1,7 @@
-"""A dataset while it is read from another format, and what all readers and writers share.
+"""Dataset under construction from another format, and helpers shared by all readers and writers.
 
-A *document* is the content of a COCO json. An annotation may also hold the flags :data:`FLAGS`, set to 1; it has
-``segmentation`` (polygons, or compressed RLE) or only a box.
+A *document* is the content of a COCO json. An annotation may also have the flags :data:`FLAGS`, set to 1. It has a
+``segmentation`` (polygons or compressed RLE) or only a box.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from gn_det.text import count, one_line, shown, some
 
 Document = dict[str, Any]
 
-#: What formats say of an object beside its class and outline.
+#: Attributes of an object besides class and outline.
 FLAGS = ("difficult", "truncated", "occluded")
-#: Text files with annotations of one image are not longer.
+#: Largest text file with the annotations of one image, in bytes.
 _MOST_BYTES = 256 << 20
-#: Outlines of masks are simplified by at most so many pixels.
+#: Largest error of simplified mask outlines, in pixels.
 _TOLERANCE = 0.5
 
 
 class Losses(Counter[str]):
-    """What a format cannot hold, and how often."""
+    """Counts what a format cannot represent."""
 
     def lines(self, target: str) -> list[str]:
-        return [f"{target} cannot hold {what}: {number:,}" for what, number in self.items() if number]
+        return [f"{target} cannot represent {what}: {number:,}" for what, number in self.items() if number]
 
 
 class Draft:
     """Collects images and objects; numbers them from 1 in the order of their names.
 
     Attributes:
-        problems: one line for each entry that is wrong and was left out.
+        problems: one line for each invalid entry that was left out.
     """
 
     def __init__(self, names: Sequence[str] = ()) -> None:
-        """``names`` are all classes there are; without them every class that is met is taken, sorted by name."""
+        """``names`` are all classes; by default the classes are those of the objects, sorted by name."""
         repeated = [name for name, number in Counter(names).items() if number > 1]
         if repeated:
             raise DataError(f"class {shown(repeated[0])} is listed twice; give every class its own name")
@@ -59,9 +59,9 @@ class Draft:
         self.problems: list[str] = []
 
     def image(self, file_name: str, size: tuple[int, int], where: str) -> str | None:
-        """Add an image of (width, height) ``size``; returns its key, or None where the name was used before."""
+        """Add an image of (width, height) ``size``; return its key, or None if the name was used before."""
         if file_name in self._images:
-            self.problems.append(f"{where}: image {shown(file_name)} is described twice")
+            self.problems.append(f"{where}: image {shown(file_name)} occurs twice")
             return None
         self._images[file_name] = {"file_name": file_name, "width": size[0], "height": size[1]}
         self._objects[file_name] = []
@@ -79,7 +79,7 @@ class Draft:
         flags: Sequence[str] = (),
         crowd: bool = False,
     ) -> None:
-        """Add an object by its XYXY ``box``, its polygons or its mask; an unknown class is a problem."""
+        """Add an object given as XYXY ``box``, polygons or mask; an unknown class is a problem."""
         if self._fixed and name not in self._names:
             self.problems.append(f"{where}: class {shown(name)} is not one of {some(self._names)}")
             return
@@ -117,12 +117,12 @@ class Draft:
 
 
 def _difference(a: float, b: float) -> float:
-    """``a - b`` without the rounding of binary fractions in its last digits."""
+    """Return ``a - b`` without binary rounding noise in the last digits."""
     return round(a - b, 9)
 
 
 def polygon_area(polygon: Sequence[float]) -> float:
-    """Area of a flat polygon x0, y0, x1, y1 ... in square pixels."""
+    """Return the area of a flat polygon x0, y0, x1, y1 ... in square pixels."""
     points = np.asarray(polygon, float).reshape(-1, 2)
     x, y = points[:, 0], points[:, 1]
     return abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))) / 2
@@ -132,7 +132,7 @@ def polygon_area(polygon: Sequence[float]) -> float:
 
 
 def text_of(path: Path) -> str:
-    """The content of a UTF-8 text file; raises DataError where it cannot be read."""
+    """Read a UTF-8 text file; raise DataError if that fails."""
     try:
         with open_regular(path) as file:
             data = file.read(_MOST_BYTES + 1)
@@ -147,7 +147,7 @@ def text_of(path: Path) -> str:
 
 
 def xml_of(path: Path) -> ElementTree.Element:
-    """The root of an XML file; raises DataError where it cannot be read or defines entities (which may explode)."""
+    """Parse an XML file; raise DataError if that fails or it defines entities (which may expand without bound)."""
     text = text_of(path)
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
         raise DataError(f"{path}: has a DOCTYPE or entities, which annotation files do not need; remove them")
@@ -158,7 +158,7 @@ def xml_of(path: Path) -> ElementTree.Element:
 
 
 def class_list(folder: Path, given: Sequence[str], *names: str) -> list[str]:
-    """Classes given by the user, or one a line in the first of the files ``names`` of ``folder`` that exists."""
+    """Return the classes given by the user, or the lines of the first existing file of ``names`` in ``folder``."""
     if given:
         return list(given)
     for name in names:
@@ -168,7 +168,7 @@ def class_list(folder: Path, given: Sequence[str], *names: str) -> list[str]:
 
 
 def files_of(folder: Path, suffix: str) -> list[Path]:
-    """Files of a folder and its subfolders with an ending, sorted; raises DataError where there is none."""
+    """Return the files with an extension in a folder and its subfolders, sorted; raise DataError without any."""
     found = sorted(
         Path(root) / name
         for root, _, names in os.walk(folder)
@@ -176,12 +176,12 @@ def files_of(folder: Path, suffix: str) -> list[Path]:
         if name.lower().endswith(suffix) and not name.startswith(".")
     )
     if not found:
-        raise DataError(f"{folder}: no file with the ending {suffix} in this folder")
+        raise DataError(f"{folder}: no {suffix} files in this folder")
     return found
 
 
 class Images:
-    """The image files of a folder, found by their names without extension."""
+    """The image files of a folder, by their names without extension."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -197,11 +197,11 @@ class Images:
                         )
                     self.files[stem] = file
         if not self.files:
-            raise DataError(f"{folder}: no image in this folder; give the folder of the images with --images")
+            raise DataError(f"{folder}: no images in this folder; name the image folder with --images")
         self._reader = ImageReader(max_pixels=2**40)  # only headers are read
 
     def size(self, file: str) -> tuple[int, int]:
-        """(width, height); raises ImageError where the file is not an image."""
+        """Return (width, height); raise ImageError if the file is not an image."""
         return self._reader.size(self.folder / file)
 
 
@@ -209,7 +209,7 @@ class Images:
 
 
 def place(folder: Path, image: dict[str, Any], ending: str) -> Path:
-    """Where the annotations of an image are written; raises DataError for a name that leads out of ``folder``."""
+    """Return where to write the annotations of an image; raise DataError for a name that leads out of ``folder``."""
     stem = os.path.splitext(PurePosixPath(image.get("stem", image["file_name"])))[0]
     try:
         return inside(folder, f"{stem}{ending}")
@@ -218,18 +218,18 @@ def place(folder: Path, image: dict[str, Any], ending: str) -> Path:
 
 
 def refuse_collisions(document: Document) -> None:
-    """Raise DataError where two images would share one annotation file (``a.jpg`` and ``a.png``)."""
+    """Raise DataError if two images would share an annotation file (``a.jpg`` and ``a.png``)."""
     seen: dict[str, str] = {}
     for image in document["images"]:
         name = image["file_name"]
         stem = os.path.splitext(image.get("stem", name))[0].casefold()
         if stem in seen:
-            raise DataError(f"{name} and {seen[stem]} would be written to one annotation file; rename one of them")
+            raise DataError(f"{name} and {seen[stem]} would share one annotation file; rename one of them")
         seen[stem] = name
 
 
 def by_image(document: Document) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Images with their annotations."""
+    """Yield images with their annotations."""
     groups: dict[Any, list[dict[str, Any]]] = {}
     for annotation in document["annotations"]:
         groups.setdefault(annotation["image_id"], []).append(annotation)
@@ -238,23 +238,23 @@ def by_image(document: Document) -> Iterator[tuple[dict[str, Any], list[dict[str
 
 
 def names_of(document: Document) -> dict[int, str]:
-    """Class name of each category id, in the order of the ids."""
+    """Map each category id to its class name, in the order of the ids."""
     return {c["id"]: c["name"] for c in sorted(document["categories"], key=lambda c: c["id"])}
 
 
 def flags_of(annotation: dict[str, Any]) -> list[str]:
-    """The flags that are set."""
+    """Return the flags that are set."""
     return [flag for flag in FLAGS if annotation.get(flag)]
 
 
 def corners(annotation: dict[str, Any]) -> tuple[float, float, float, float]:
-    """The box as XYXY."""
+    """Return the box as XYXY."""
     x, y, w, h = annotation["bbox"]
     return x, y, round(x + w, 9), round(y + h, 9)
 
 
 def crop_of_rle(rle: dict[str, Any]) -> MaskCrop:
-    """The pixels of a compressed or plain COCO RLE, without decoding the rest of the image."""
+    """Return the pixels of a compressed or plain COCO RLE, without decoding the rest of the image."""
     height = int(rle["size"][0])
     counts = rle["counts"]
     runs = np.asarray(counts) if isinstance(counts, list) else decode_counts(counts)
@@ -272,7 +272,7 @@ def crop_of_rle(rle: dict[str, Any]) -> MaskCrop:
 
 
 def outlines(crop: MaskCrop, losses: Losses) -> list[list[float]]:
-    """Polygons around the pieces of a mask, simplified; holes are filled."""
+    """Return simplified polygons around the pieces of a mask; holes are filled."""
     import contourpy
     import shapely
 
@@ -292,7 +292,7 @@ def outlines(crop: MaskCrop, losses: Losses) -> list[list[float]]:
 
 
 def to_outlines(document: Document, losses: Losses) -> Document:
-    """A copy whose masks are polygons; an object too small for one keeps its box."""
+    """Return a copy with masks as polygons; an object too small for a polygon keeps its box."""
     annotations = []
     for annotation in document["annotations"]:
         if isinstance(annotation.get("segmentation"), dict):
@@ -305,6 +305,6 @@ def to_outlines(document: Document, losses: Losses) -> Document:
 
 
 def problem_text(problems: Sequence[str]) -> str:
-    """The first problems and how many more there are."""
+    """Return a count and the first few problems."""
     quoted = "; ".join(one_line(p, 300) for p in problems[:3])
-    return f"{count(len(problems), 'wrong entry', 'wrong entries')}: {quoted}" + ("; ..." if problems[3:] else "")
+    return f"{count(len(problems), 'invalid entry', 'invalid entries')}: {quoted}" + ("; ..." if problems[3:] else "")

@@ -1,4 +1,4 @@
-"""Convert datasets between COCO json and the formats of other tools, checked as training checks them."""
+"""Convert datasets between COCO json and other formats, with the same checks as training."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from gn_det.errors import ConfigError, DataError, UserError
 from gn_det.files import atomic_write, inside, json_bytes
 from gn_det.text import count, shown, some
 
-#: Module of each format that is not COCO json.
+#: Module of each format except COCO json.
 FORMATS = {"yolo": "yolo", "voc": "voc", "labelme": "labelme", "cvat": "cvat", "masks": "png_masks"}
 ALL = ("coco", *FORMATS)
-#: Names of the parts of a split.
+#: Names of the split parts.
 PARTS = ("train", "val", "test")
 
 
@@ -34,10 +34,10 @@ def _module(name: str) -> Any:
 
 
 def detect_format(source: Path) -> str:
-    """The format of a file or folder, by the files that are in it.
+    """Detect the format of a file or folder by its files.
 
     Raises:
-        DataError: it does not exist or looks like none of them.
+        DataError: it does not exist, or no format matches.
     """
     if not source.exists():
         raise DataError(f"{source}: no such file or folder")
@@ -54,7 +54,7 @@ def detect_format(source: Path) -> str:
         )
         found = next((name for name, pattern in rules if next(source.glob(pattern), None)), "")
     if not found:
-        raise DataError(f"{source}: the format cannot be told; name it with --from ({', '.join(ALL)})")
+        raise DataError(f"{source}: unknown annotation format; name it with --from ({', '.join(ALL)})")
     return found
 
 
@@ -66,15 +66,15 @@ def read(
     Args:
         name: one of :data:`ALL`.
         source: file or folder.
-        images: folder of the images; None looks where the format keeps them.
-        classes: all classes, in their order; () takes them from the dataset.
-        max_bad: how many entries may be left out because they are wrong.
+        images: folder of the images; None: the format's default place.
+        classes: all classes, in order; (): those of the dataset.
+        max_bad: how many invalid entries may be left out.
 
     Returns:
         The document and one line for each entry that was left out.
 
     Raises:
-        DataError: nothing usable, or more than ``max_bad`` wrong entries; names files and lines.
+        DataError: nothing usable, or more than ``max_bad`` invalid entries; names files and lines.
     """
     with collector_paused():
         if name == "coco":
@@ -88,7 +88,7 @@ def read(
             problems = Problems(str(source))
             document = draft.document()
             if not document["categories"]:
-                raise DataError(f"{source}: no object, so that no class is known; name the classes with --classes")
+                raise DataError(f"{source}: no objects, so the classes are unknown; name them with --classes")
             content = structure(document, problems)
         document = _checked(content, problems)
     bad = [*bad, *problems.bad]
@@ -98,11 +98,11 @@ def read(
 
 def _refuse(source: Path, bad: Sequence[str], max_bad: int) -> None:
     if len(bad) > max_bad:
-        raise DataError(f"{source}: {problem_text(bad)} (--max-bad {len(bad)} leaves them out)")
+        raise DataError(f"{source}: {problem_text(bad)} (use --max-bad {len(bad)} to leave them out)")
 
 
 def _checked(content: Any, problems: Problems) -> Document:
-    """The entries that training would use, with their flags."""
+    """Return the entries that training would use, with their flags."""
     table = check_annotations(content, content.images, AnnotationReader(content.category_ids, problems))
     refuse_corners(table, problems)
     annotations: list[dict[str, Any]] = []
@@ -128,15 +128,15 @@ def write(
     *,
     outlines: bool = False,
 ) -> list[str]:
-    """Write a document in a format; returns what could not be carried over.
+    """Write a document in a format; return what was lost.
 
     Args:
         name: one of :data:`ALL`.
         document: images, annotations and categories.
-        folder: made if absent.
+        folder: created if missing.
         root: folder that ``file_name`` is relative to.
-        stems: names of the annotation files of the images; None takes those of the images.
-        outlines: write masks as polygons that can be corrected by hand.
+        stems: names of the images' annotation files; None: the images' own names.
+        outlines: write masks as polygons that can be edited by hand.
 
     Raises:
         UserError: a file cannot be written, or two images would share one.
@@ -154,26 +154,26 @@ def write(
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{folder}: cannot be made ({error.strerror})") from None
+            raise UserError(f"{folder}: cannot be created ({error.strerror})") from None
         _module(name).write(document, folder, root, losses)
     return losses.lines(name)
 
 
 def split(document: Document, shares: Sequence[float], seed: int) -> dict[str, Document]:
-    """Split images at random by shares, such as (0.8, 0.2) for train and val; the same seed gives the same split.
+    """Split images randomly by shares, such as (0.8, 0.2) for train and val; the same seed gives the same split.
 
     Raises:
-        ConfigError: shares that are not two or three positive numbers with a sum of 1, or too few images.
+        ConfigError: the shares are not two or three positive numbers that sum to 1, or there are too few images.
     """
     if not 2 <= len(shares) <= 3 or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
-        raise ConfigError(f"--split {','.join(f'{s:g}' for s in shares)}: give 2 or 3 positive shares whose sum is 1")
+        raise ConfigError(f"--split {','.join(f'{s:g}' for s in shares)}: give 2 or 3 positive shares that sum to 1")
     images = sorted(document["images"], key=lambda image: str(image["file_name"]))
     random.Random(seed).shuffle(images)
     ends = [round(sum(shares[: k + 1]) * len(images)) for k in range(len(shares))]
     parts: dict[str, Document] = {}
     for name, start, end in zip(PARTS, [0, *ends], ends):
         if start == end:
-            raise ConfigError(f"--split leaves {name} without images; there are {len(images)}")
+            raise ConfigError(f"--split leaves {name} without images; there are only {len(images)}")
         chosen = sorted(images[start:end], key=lambda image: str(image["file_name"]))
         ids = {image["id"] for image in chosen}
         annotations = [a for a in document["annotations"] if a["image_id"] in ids]
@@ -182,7 +182,7 @@ def split(document: Document, shares: Sequence[float], seed: int) -> dict[str, D
 
 
 def summary(document: Document) -> str:
-    """``12 images, 40 objects of 2 classes, 1 image without objects``, and the classes that have none."""
+    """Return ``12 images, 40 objects of 2 classes, 1 image without objects``, and the classes without objects."""
     classes = Counter(a["category_id"] for a in document["annotations"])
     empty = len({i["id"] for i in document["images"]} - {a["image_id"] for a in document["annotations"]})
     text = (

@@ -1,4 +1,4 @@
-"""LabelMe: one json an image with polygons, rectangles, circles and masks; pieces of an object share a group_id."""
+"""LabelMe: one json per image with polygons, rectangles, circles and masks; pieces of an object share a group_id."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def read(source: Path, images: Path | None, classes: Sequence[str]) -> Draft:
             draft.problems.append(f"{path}: imageWidth and imageHeight must be numbers of pixels")
             continue
         name = str(content.get("imagePath") or "").replace("\\", "/")
-        # Subfolders of the json are those of the image; where LabelMe keeps images elsewhere, --images says so.
+        # The json's subfolders are the image's; --images says if the images are elsewhere.
         stem = path.relative_to(source).with_suffix(Path(name).suffix or ".jpg")
         image = draft.image(stem.as_posix(), (width, height), str(path))
         if image is not None:
@@ -104,7 +104,7 @@ def _kind(shape: dict[str, Any]) -> str:
 
 
 def _points(shape: dict[str, Any]) -> list[list[float]]:
-    """The points of a shape, [] where they cannot be used."""
+    """Return the points of a shape, [] if unusable."""
     points = shape.get("points")
     try:
         values = np.asarray(points, dtype=float).reshape(-1, 2)
@@ -114,7 +114,7 @@ def _points(shape: dict[str, Any]) -> list[list[float]]:
 
 
 def _mask(shape: dict[str, Any], size: tuple[int, int]) -> MaskCrop | None:
-    """The mask of a shape, which is a PNG between its two corner pixels; None where it is damaged or empty."""
+    """Return the mask of a shape, a PNG between its two corner pixels; None if damaged or empty."""
     (x0, y0), (x1, y1) = _points(shape)[:2] if len(_points(shape)) >= 2 else ((1, 1), (0, 0))
     try:
         with Image.open(io.BytesIO(base64.b64decode(shape["mask"], validate=True))) as image:
@@ -127,7 +127,7 @@ def _mask(shape: dict[str, Any], size: tuple[int, int]) -> MaskCrop | None:
 
 
 def write(document: Document, folder: Path, root: Path, losses: Losses) -> None:
-    """Write one json an image, whose ``imagePath`` leads to the image in ``root``, and the list of classes."""
+    """Write one json per image, with an ``imagePath`` to the image in ``root``, and the list of classes."""
     names = names_of(document)
     for image, objects in by_image(document):
         path = place(folder, image, ".json")

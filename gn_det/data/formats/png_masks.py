@@ -62,7 +62,7 @@ def read(source: Path, images: Path | None, classes: Sequence[str]) -> Draft:
 
 
 def _masks_of(masks: Path, stem: str, names: Sequence[str]) -> Iterator[tuple[Path, str | None]]:
-    """The mask files of an image, each with its class; None where that is not known."""
+    """Yield the mask files of an image with their classes (None if unknown)."""
     only = names[0] if len(names) == 1 else None
     if (masks / f"{stem}.png").is_file():
         yield masks / f"{stem}.png", only
@@ -74,7 +74,7 @@ def _masks_of(masks: Path, stem: str, names: Sequence[str]) -> Iterator[tuple[Pa
 
 
 def _objects(path: Path, size: tuple[int, int]) -> Iterator[MaskCrop]:
-    """One object for each value but 0."""
+    """Yield one object for each value except 0."""
     try:
         with open_regular(path) as file, Image.open(file) as image:
             if image.size != size:
@@ -96,7 +96,7 @@ def _objects(path: Path, size: tuple[int, int]) -> Iterator[MaskCrop]:
 
 
 def write(document: Document, folder: Path, root: Path, losses: Losses) -> None:
-    """Write one PNG an object and the list of classes."""
+    """Write one PNG per object, and the list of classes."""
     names = names_of(document)
     for name in names.values():
         try:

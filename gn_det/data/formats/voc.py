@@ -1,6 +1,6 @@
 """Pascal VOC: ``Annotations/NAME.xml`` for ``JPEGImages/NAME.jpg``, boxes with flags.
 
-Pixels are counted from 1 and the last one is inside: ``xmin`` 1 and ``xmax`` W cover the whole width.
+Pixels count from 1 and the last one is included: ``xmin`` 1 and ``xmax`` W cover the whole width.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gn_det.data.formats.draft import (
 )
 from gn_det.files import atomic_write
 
-#: File with one class a line, which VOC itself does not have.
+#: File with one class per line; not part of VOC itself.
 CLASSES = "labels.txt"
 
 

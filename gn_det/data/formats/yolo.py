@@ -1,4 +1,4 @@
-"""YOLO: ``labels/NAME.txt`` for ``images/NAME.jpg``, one line an object in shares of the image's width and height.
+"""YOLO: ``labels/NAME.txt`` for ``images/NAME.jpg``, one line per object in fractions of the image's width and height.
 
 ``CLASS cx cy w h`` is a box, ``CLASS x0 y0 x1 y1 x2 y2 ...`` a polygon. An image without file or lines has no objects.
 """
@@ -28,7 +28,7 @@ from gn_det.data.formats.draft import (
 from gn_det.errors import DataError
 from gn_det.files import atomic_write
 
-#: Coordinates may leave the image by so much: tools round.
+#: Tolerance for coordinates outside the image, because tools round.
 _ROUNDING = 1e-3
 #: Digits after the point of a coordinate in pixels.
 _DIGITS = 6
@@ -68,11 +68,11 @@ def _read_lines(draft: Draft, image: str, path: Path, names: Sequence[str], size
             draft.problems.append(f"{where}: is not a class number and coordinates")
             continue
         if not 0 <= index < len(names):
-            draft.problems.append(f"{where}: class {index} is out of range, there are {len(names)} classes")
+            draft.problems.append(f"{where}: class {index} is out of range; there are {len(names)} classes")
         elif len(values) != 4 and (len(values) < 6 or len(values) % 2):
             draft.problems.append(f"{where}: has {len(values)} coordinates; a box has 4, a polygon 6 or more in pairs")
         elif not all(-_ROUNDING <= v <= 1 + _ROUNDING for v in values):  # nan fails, too
-            draft.problems.append(f"{where}: coordinates must be shares of the image, from 0 to 1")
+            draft.problems.append(f"{where}: coordinates must be fractions of the image, from 0 to 1")
         elif len(values) == 4:
             cx, cy, w, h = values
             if w <= 0 or h <= 0:
@@ -86,7 +86,7 @@ def _read_lines(draft: Draft, image: str, path: Path, names: Sequence[str], size
 
 
 def _names(source: Path) -> list[str]:
-    """Classes of ``data.yaml``; [] where there is none."""
+    """Return the classes of ``data.yaml``; [] without that file."""
     import yaml
 
     path = next((p for p in (source / "data.yaml", source.parent / "data.yaml") if p.is_file()), None)
