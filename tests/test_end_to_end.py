@@ -193,7 +193,7 @@ def test_one_channel_needs_one_mean_and_its_own_weights(
 ) -> None:
     words = ["train", *flags(data, tmp_path / "run"), *TOY, "INPUT.FORMAT", "L"]
     assert main(words) == 2
-    assert "MODEL.PIXEL_MEAN must hold one number" in capsys.readouterr().err
+    assert "MODEL.PIXEL_MEAN must have one number" in capsys.readouterr().err
     keys = ["MODEL.PIXEL_MEAN", "[103.53]", "MODEL.PIXEL_STD", "[1.0]", "--weights", str(trained / "model_final.pth")]
     assert main([*words[:-2], *keys[-2:], "INPUT.FORMAT", "L", *keys[:-2]]) == 2
     told = capsys.readouterr().err

@@ -1,1 +1,1 @@
-"""``gn-det check``: what is wrong with a dataset, before a run finds out. Import the modules directly."""
+"""``gn-det check``: find problems in a dataset before training. Import the modules directly."""

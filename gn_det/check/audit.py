@@ -1,8 +1,8 @@
 """One dataset read for ``gn-det check``: everything the loader rejects or repairs, plus problems that it tolerates.
 
-Images and annotations go through the very functions that training uses, with a collector that never stops. On what they
-accept, this module looks for more: boxes that do not fit their masks, objects annotated twice, objects too small to
-see. One pass, no copy of the annotations beyond the compact records.
+Images and annotations pass through the functions that training uses, with a collector that never stops. What they
+accept is checked further: boxes that do not fit their masks, duplicate objects, objects too small to see. It takes one
+pass, and no copy of the annotations beyond the compact records.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from gn_det.data.shapes import prepare
 from gn_det.data.transforms import resized_shape
 from gn_det.evaluation.diagnose import Caps
 
-#: Findings of one kind that are kept with place and words; beyond, they are counted.
+#: Findings of one kind that are kept with place and text; further ones are only counted.
 KEPT = 1000
-#: An edge of a box may be off its mask by this many pixels, or by this part of the longer side.
+#: A box edge may differ from its mask by this many pixels, or by this share of the longer side.
 _FIT_PIXELS, _FIT_PART = 3.0, 0.1
-#: What the box or its part inside the image has to measure at training size, in pixels.
+#: Smallest visible side of a box, clipped to the image, at training size in pixels.
 VISIBLE = 1.0
 
 Box = tuple[float, float, float, float]
@@ -45,9 +45,9 @@ class Findings(Problems):
     Attributes:
         counts: how many of each kind.
         found: the first :data:`KEPT` of each kind.
-        dropped_images: id of an image that training drops to the kind of problem.
-        dropped_annotations: the same for annotations (new ids, where they were given).
-        repaired: id of an annotation to the kinds of repair it needs.
+        dropped_images: id of each image that training drops, to the kind of problem.
+        dropped_annotations: the same for annotations (by new ids, if assigned).
+        repaired: annotation id to the kinds of repair it needs.
     """
 
     def __init__(self, path: str) -> None:
@@ -60,7 +60,7 @@ class Findings(Problems):
         self._kind_sets: dict[frozenset[str], frozenset[str]] = {}
 
     def add(self, kind: str, where: Where = NOWHERE, *details: Any, count: int = 1) -> None:
-        """Write one finding down (``count`` of them in one place)."""
+        """Record a finding (``count`` of them in one place)."""
         self.counts[kind] += count
         kept = self.found.setdefault(kind, [])
         if len(kept) < KEPT:
@@ -73,7 +73,7 @@ class Findings(Problems):
 
     def drop(self, kind: str, where: Where, *details: Any) -> None:
         self.add(kind, where, *details)
-        # Annotations without a known image are left out by their position, see CocoJson.left_out.
+        # Annotations without a known image are dropped by position; see CocoJson.left_out.
         if where.image is not None and where.annotation is None:
             self.dropped_images.setdefault(where.image, kind)
         elif where.image is not None:
@@ -81,30 +81,30 @@ class Findings(Problems):
 
     def repair(self, kind: str, where: Where, count: int = 1) -> None:
         self.add(kind, where, count=count)
-        if where.annotation is not None and not kind.startswith("annotation-"):  # those are known by their position
+        if where.annotation is not None and not kind.startswith("annotation-"):  # those are recorded by position
             kinds = self.repaired.get(where.annotation, frozenset()) | {kind}
-            # One set for all annotations with the same repairs: a whole COCO may lack iscrowd.
+            # Share one set between all annotations with the same repairs: all of COCO may lack iscrowd.
             self.repaired[where.annotation] = self._kind_sets.setdefault(kinds, kinds)
 
     def of(self, severity: str) -> list[tuple[str, Kind, int]]:
-        """(name, kind, count) of the kinds found, in the order of ``KINDS``."""
+        """Return (name, kind, count) of the kinds found, in the order of ``KINDS``."""
         return [(n, k, self.counts[n]) for n, k in KINDS.items() if k.severity == severity and self.counts[n]]
 
     def total(self, severity: str) -> int:
-        """How many findings of that severity."""
+        """Return the number of findings of a severity."""
         return sum(count for _, _, count in self.of(severity))
 
 
 @dataclass(frozen=True)
 class Training:
-    """What the check needs to know of a config.
+    """The config values that the check needs.
 
     Attributes:
         short_sides: shorter sides that images are resized to (INPUT.MIN_SIZE_TRAIN), 0 for no resize.
         max_size: INPUT.MAX_SIZE_TRAIN.
         masks_on: MODEL.MASK_ON.
-        reader: reads images as training does.
-        caps: on the number of detections.
+        reader: reads images like training.
+        caps: limits on the number of detections.
     """
 
     short_sides: tuple[int, ...]
@@ -120,7 +120,7 @@ class Training:
         return cls(sides, int(cfg.INPUT.MAX_SIZE_TRAIN), bool(cfg.MODEL.MASK_ON), ImageReader.of(cfg), Caps.of(cfg))
 
     def scale(self, width: int, height: int, side: int) -> tuple[float, float]:
-        """Factors in x and y of ResizeShortestEdge."""
+        """Return the x and y factors of ResizeShortestEdge."""
         if side == 0:
             return 1.0, 1.0
         new_height, new_width = resized_shape(height, width, side, self.max_size)
@@ -129,17 +129,17 @@ class Training:
 
 @dataclass
 class Survey:
-    """What is known of one dataset after reading it.
+    """One dataset after reading it.
 
     Attributes:
-        source, split: which set; ``split`` is "train" or "val".
-        findings: everything that is wrong.
-        reader: reads its images as training does.
-        dataset: what training would have read, but for the objects without a mask; None where nothing could be read.
+        source, split: the set; ``split`` is "train" or "val".
+        findings: all problems found.
+        reader: reads its images like training.
+        dataset: what training would read, plus objects without a mask; None if nothing could be read.
         content: its checked structure.
         images: usable images, entries of ``content.images`` in the order of ``dataset``.
-        digests: content hash by image id, where every image was decoded.
-        decoded: whether every image was decoded.
+        digests: content hash by image id, if all images were decoded.
+        decoded: whether all images were decoded.
     """
 
     source: DatasetSource
@@ -153,19 +153,19 @@ class Survey:
     decoded: bool = False
 
     def path(self, image: dict[str, Any]) -> str:
-        """The file of an image."""
+        """Return the path of an image file."""
         return os.path.join(self.source.image_root, image["file_name"])
 
 
 def survey(
     source: DatasetSource, split: str, training: Training, *, decode: bool = False, progress: bool = False
 ) -> Survey:
-    """Read one set and write down all that is wrong with it; raises nothing for what a set can have wrong.
+    """Read one set and record all its problems; never raises for a defect of the set.
 
     Args:
-        source: the set; generated sets are made first.
-        split: "train", or "val" where annotations may be missing.
-        training: from the config.
+        source: the set; generated sets are created first.
+        split: "train", or "val", which may lack annotations.
+        training: values from the config.
         decode: decode every image, on all cores.
         progress: show progress bars on stderr.
     """
@@ -186,13 +186,13 @@ def survey(
 
 
 def _bar(progress: bool, total: int, what: str) -> tqdm[Any]:
-    # None hides it where stderr is no terminal.
+    # None hides the bar if stderr is not a terminal.
     hidden = None if progress else True
     return tqdm(total=total, desc=what, disable=hidden, leave=False, miniters=64, unit=" images")
 
 
 def _look_at_images(result: Survey, content: CocoJson, decode: bool, progress: bool) -> set[Any]:
-    """Ids of unusable images; none where no image at all can be used, which is one mistake and not thousands."""
+    """Return the ids of unusable images; empty if no image is usable, which counts as one problem, not thousands."""
     images, findings = content.images, result.findings
     try:
         with _bar(progress, len(images), f"{result.split}: image headers") as bar:
@@ -222,11 +222,11 @@ def _look_at_images(result: Survey, content: CocoJson, decode: bool, progress: b
 def _read_annotations(
     result: Survey, content: CocoJson, training: Training, unusable: set[Any], progress: bool
 ) -> CocoDataset:
-    """All annotations of all images; those of unusable images are looked at, but not counted."""
+    """Read the annotations of all images; those of unusable images are checked but not counted."""
     findings = result.findings
     reader = AnnotationReader(content.category_ids, findings)
     table = check_annotations(content, result.images, reader)
-    # Of an image without size, or with another one than the json says, annotations cannot be judged.
+    # Annotations cannot be checked if the image size is unknown or differs from the json.
     others = [
         image
         for image in content.images
@@ -249,13 +249,13 @@ def _read_annotations(
         findings.add("many-objects", where, count, lost, keys)
     refuse_corners(table, findings)
     if "bbox-corners" in findings.counts:
-        for kind in ("bbox-mask", "bbox-reaches-out"):  # what such boxes look like one by one
+        for kind in ("bbox-mask", "bbox-reaches-out"):  # follow from boxes written as corners
             findings.counts.pop(kind, None)
     return build_dataset(result.source, content, table)
 
 
 def _look_at_objects(table: AnnotationTable, training: Training, result: Survey, bar: tqdm[Any]) -> None:
-    """Look at what the loader accepts: closely where a quick look at all objects finds something."""
+    """Check the objects that the loader accepts: in detail only if a fast check over all of them finds something."""
     objects = table[~table.crowd]
     bounds = objects.bounds().tolist()
     for index in np.unique(objects.image[_suspicious(objects, training)]).tolist():
@@ -265,7 +265,7 @@ def _look_at_objects(table: AnnotationTable, training: Training, result: Survey,
 
 
 def _suspicious(objects: AnnotationTable, training: Training) -> np.ndarray:
-    """(M,) bool; True wherever :func:`_look_at_image` finds something, and at times elsewhere."""
+    """(M,) bool: a superset of the objects that :func:`_look_at_image` reports."""
     box, mask, size = _corners(objects.bbox), objects.hull, objects.sizes
     sizes, of = np.unique(size, axis=0, return_inverse=True)
     scale = np.array([training.scale(w, h, min(training.short_sides)) for w, h in sizes.tolist()]).reshape(-1, 2)[of]
@@ -330,13 +330,13 @@ def _look_at_box(
 
 
 def _compare(bbox: Sequence[float], found: Box, image: dict[str, Any], findings: Findings, where: Where) -> None:
-    """Whether an XYWH box is that of its mask, whose XYXY box was ``found``."""
+    """Compare an XYWH box with ``found``, the XYXY box of its mask."""
     x, y, w, h = bbox
     mask = _inside(found, image)
     slack = max(_FIT_PIXELS, _FIT_PART * max(w, h, mask[2] - mask[0], mask[3] - mask[1]))
     if _apart(_inside((x, y, x + w, y + h), image), mask) <= slack:
         return
-    hint = "draw it again, or take the box of the mask"
+    hint = "draw it again, or use the box of the mask"
     if _apart(_inside((x, y, w, h), image), mask) <= _FIT_PIXELS:
         hint = "it fits as [x0, y0, x1, y1], COCO boxes are [x, y, width, height]"
     fitting = [round(v, 1) for v in (mask[0], mask[1], mask[2] - mask[0], mask[3] - mask[1])]
@@ -344,7 +344,7 @@ def _compare(bbox: Sequence[float], found: Box, image: dict[str, Any], findings:
 
 
 def _inside(box: Box, image: dict[str, Any]) -> Box:
-    """The XYXY box cut to its image."""
+    """Clip the XYXY box to its image."""
     width, height = image["width"], image["height"]
     x0, y0, x1, y1 = box
     return min(max(x0, 0), width), min(max(y0, 0), height), min(max(x1, 0), width), min(max(y1, 0), height)
@@ -359,7 +359,7 @@ def _short(bbox: Sequence[float]) -> str:
 
 
 def _look_at_the_whole(result: Survey, content: CocoJson, dataset: CocoDataset) -> None:
-    """Files named twice, equal images, classes without objects."""
+    """Find files named twice, identical images and classes without objects."""
     findings = result.findings
     first: dict[Any, Any] = {}
     for image in content.images:

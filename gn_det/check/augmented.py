@@ -1,4 +1,4 @@
-"""A sheet of training images as the model sees them: augmented, with the ground truth that was moved along."""
+"""Draw training images as the model sees them: augmented, with their transformed ground truth."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _IMAGES = 12
 
 
 def draw_augmented(cfg: Any, dataset: CocoDataset) -> np.ndarray:
-    """The first images of a run with this config and seed (0 where SEED is negative), as one RGB picture."""
+    """Draw the first images of a run with this config and seed (0 if SEED is negative) as one RGB image."""
     loader = build_train_loader(cfg, [dataset], images_per_rank=1, seed=max(int(cfg.SEED), 0), num_workers=0)
     samples = [batch[0] for batch, _ in zip(loader, range(_IMAGES))]
     bgr = cfg.INPUT.FORMAT == "BGR"

@@ -1,4 +1,4 @@
-"""The check of the data sets of a config: report, files and exit code."""
+"""Check the datasets of a config: report, files and exit code."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from gn_det.data.sets import load_set
 from gn_det.errors import ConfigError, UserError
 from gn_det.files import atomic_write
 from gn_det.terminal import say
+from gn_det.text import count
 
-#: Lines of changes that are printed; the file beside the copy has all.
+#: Number of changes to print; the file beside the copy lists all.
 _CHANGES = 10
 
 
@@ -35,20 +36,20 @@ def check(
     """Check the training and validation sets of ``cfg`` and print the report.
 
     Args:
-        cfg: DATASETS names the sets; INPUT, MODEL and DATALOADER say what training would make of them.
-        config: name of ``cfg``, for the report.
+        cfg: DATASETS names the sets; INPUT, MODEL and DATALOADER say how training would use them.
+        config: name of ``cfg`` in the report.
         decode: decode every image, on all cores.
-        json_out: where to write the report as JSON.
-        html_out: where to write it as one HTML page with images.
-        fix_out: where to write a cleaned copy of the training annotations.
-        augmented_out: where to draw training images as the model sees them.
+        json_out: path for the report as JSON.
+        html_out: path for the report as one HTML page with images.
+        fix_out: path for a cleaned copy of the training annotations.
+        augmented_out: path for a picture of training images as the model sees them.
 
     Returns:
-        0 clean (notes do not count), 1 warnings only, 2 errors.
+        0 if clean (notes do not count), 1 if there are only warnings, 2 if there are errors.
 
     Raises:
         ConfigError: no training set is named.
-        UserError: an output cannot be written, or would overwrite what is checked.
+        UserError: an output cannot be written, or would overwrite an input.
     """
     sources = [(s, "train") for s in datasets_for(cfg, "train")] + [(s, "val") for s in datasets_for(cfg, "test")]
     train = [s for s, split in sources if split == "train"]
@@ -79,7 +80,7 @@ def _fix(report: Report, target: str) -> None:
     report.changes = cleaner.changes
     report.not_fixed = _not_fixed(report)
     print()
-    say(f"{target}: cleaned copy of {report.surveys[0].source.json_file}, {len(cleaner.changes)} changes")
+    say(f"{target}: cleaned copy of {report.surveys[0].source.json_file}, {count(len(cleaner.changes), 'change')}")
     for line in cleaner.changes[:_CHANGES]:
         say(f"  {line}")
     if len(cleaner.changes) > _CHANGES:
@@ -90,7 +91,7 @@ def _fix(report: Report, target: str) -> None:
 
 
 def _not_fixed(report: Report) -> list[str]:
-    """Errors that a cleaned training json leaves."""
+    """Return the errors that a cleaned training json does not fix."""
     lines = [str(f) for name, _, _ in report.across.of("error") for f in report.across.found[name]]
     for other in report.surveys[1:]:
         errors = other.findings.total("error")

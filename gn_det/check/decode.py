@@ -19,14 +19,14 @@ from gn_det.data.workers import cores
 from gn_det.files import open_regular
 from gn_det.parent_watch import end_with_parent
 
-#: Images that a process takes at once: enough that handing them over costs nothing.
+#: Images per task: enough to make passing them negligible.
 _CHUNK = 16
-#: An image that takes longer is taken for damaged.
+#: An image that takes longer (seconds) counts as damaged.
 SECONDS = 60.0
 
 
 class DecodeJob(NamedTuple):
-    """One file and what it should be."""
+    """One file and its expected properties."""
 
     path: str
     width: int
@@ -35,10 +35,10 @@ class DecodeJob(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """What became of one file.
+    """Result for one file.
 
-    ``kind`` is empty for a good image, a key of ``KINDS`` otherwise; ``digest`` is the hash of the file, empty where
-    it cannot be read.
+    ``kind`` is empty for a good image, otherwise a key of ``KINDS``; ``digest`` is the hash of the file, or empty if it
+    cannot be read.
     """
 
     kind: str
@@ -47,7 +47,7 @@ class Decoded(NamedTuple):
 
 
 def digest_of(path: str) -> bytes:
-    """Content hash of a file; empty where it cannot be read."""
+    """Return the content hash of a file, or b"" if it cannot be read."""
     try:
         with open_regular(path) as file:
             hasher = hashlib.blake2b(digest_size=16)
@@ -59,7 +59,7 @@ def digest_of(path: str) -> bytes:
 
 
 def decode(job: DecodeJob) -> Decoded:
-    """Decode one image as training does."""
+    """Decode one image like training."""
     record = Record(file_name=job.path, width=job.width, height=job.height)
     digest = digest_of(job.path)
     with warnings.catch_warnings():
@@ -75,7 +75,7 @@ def decode(job: DecodeJob) -> Decoded:
 
 
 def _checksum_problem(path: str) -> tuple[str, str]:
-    """A wrong checksum of a PNG beside its pixels; Pillow ignores it, and the reader checks those of the pixels."""
+    """Find a wrong PNG checksum outside the pixels, which Pillow ignores; the reader checks those of the pixels."""
     try:
         with open_regular(path) as file:
             if file.read(8) != b"\x89PNG\r\n\x1a\n":
@@ -93,10 +93,10 @@ def _decode_chunk(jobs: Sequence[DecodeJob]) -> list[Decoded]:
 
 
 def decode_all(jobs: Sequence[DecodeJob], workers: int | None = None) -> Iterator[Decoded]:
-    """Results in the order of ``jobs``. An image that kills or hangs the decoder is one more damaged image.
+    """Yield results in the order of ``jobs``; an image that crashes or hangs the decoder counts as damaged.
 
-    Where a pool breaks, some chunk in flight did it. The next one is then done image by image in one process, where it
-    is known which image it was, and the pool is started again.
+    If the pool breaks, one of the chunks in flight caused it. The next chunk is then decoded image by image in one
+    process, which identifies the image, and the pool is restarted.
     """
     chunks = [jobs[i : i + _CHUNK] for i in range(0, len(jobs), _CHUNK)]
     workers = cores() if workers is None else workers
@@ -104,7 +104,7 @@ def decode_all(jobs: Sequence[DecodeJob], workers: int | None = None) -> Iterato
     while chunks:
         parts = [[job] for job in chunks[0]] if careful else chunks
         done, problem = 0, ""
-        # One process more even for a single chunk: what kills the decoder must not kill the check.
+        # Use a process even for a single chunk: a decoder crash must not crash the check.
         with _pool(1 if careful else max(min(workers, len(parts)), 1)) as pool:
             try:
                 for waiting in [pool.submit(_decode_chunk, part) for part in parts]:
@@ -116,7 +116,7 @@ def decode_all(jobs: Sequence[DecodeJob], workers: int | None = None) -> Iterato
             except TimeoutError:
                 problem = f"not decoded within {SECONDS:g} s: replace it, or check the storage that holds it"
             finally:
-                if problem:  # a process that hangs would hold up everything that waits for the pool
+                if problem:  # a hanging process would block everything that waits for the pool
                     for process in list((pool._processes or {}).values()):
                         process.kill()
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -135,6 +135,6 @@ def decode_all(jobs: Sequence[DecodeJob], workers: int | None = None) -> Iterato
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
-    # Forked processes start at once; elsewhere they import what they need.
+    # Forked processes start immediately; spawned ones first import what they need.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context(method), initializer=end_with_parent)

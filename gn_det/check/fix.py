@@ -1,4 +1,4 @@
-"""A cleaned copy of an annotation file: what training drops is left out, what it repairs is written down."""
+"""Write a cleaned copy of an annotation file: without what training drops, and with what it repairs."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from gn_det.errors import DataError, UserError
 from gn_det.files import NotRegularFile, atomic_write, check_regular, json_bytes
 from gn_det.text import as_line, shown
 
-#: Repairs that write the box of the mask.
+#: Repairs that take the box of the mask.
 _BOX_OF_MASK = frozenset({"bbox-missing", "bbox-unusable"})
 
 
 def refuse_overwriting(outputs: dict[str, str | None], inputs: list[str]) -> None:
-    """Raise UserError where an output (flag to path) is one of the files that are read, or a folder, pipe or device."""
+    """Raise UserError if an output (flag to path) is an input file, a folder, pipe or device."""
     for flag, path in outputs.items():
         if not path:
             continue
@@ -36,20 +36,20 @@ def refuse_overwriting(outputs: dict[str, str | None], inputs: list[str]) -> Non
         except NotRegularFile as error:
             raise UserError(f"{flag} {path}: {error.strerror}; give the name of a file") from None
         except (OSError, ValueError):
-            pass  # not there yet, or the later write reports what is wrong
+            pass  # does not exist yet, or writing it reports the problem
         for source in inputs:
             same = os.path.realpath(path) == os.path.realpath(source)
             if same or (os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source)):
-                raise UserError(f"{flag} {path}: would overwrite the file that is checked; give another name")
+                raise UserError(f"{flag} {path}: would overwrite the file being checked; give another name")
 
 
 def changes_file(target: str) -> str:
-    """Where the changes of a cleaned copy are listed: ``cleaned.json`` has ``cleaned.changes.txt``."""
+    """Return the file that lists the changes of a cleaned copy: ``cleaned.changes.txt`` for ``cleaned.json``."""
     return os.path.splitext(target)[0] + ".changes.txt"
 
 
 class Cleaner:
-    """Turns a surveyed set into its cleaned copy; ``changes`` has a line for each entry that is not as it was."""
+    """Makes a cleaned copy of a surveyed set; ``changes`` has a line for each changed entry."""
 
     def __init__(self, survey: Survey) -> None:
         self.survey, self.findings = survey, survey.findings
@@ -68,7 +68,7 @@ class Cleaner:
         self.merged = merged_categories(self.content.category_ids, self.content.class_names)
 
     def write(self, target: str) -> None:
-        """Write the copy and, beside it, the list of changes.
+        """Write the copy, and the list of changes beside it.
 
         Raises:
             DataError: no object would be left.
@@ -83,7 +83,7 @@ class Cleaner:
         atomic_write(changes_file(target), lines)
 
     def _parts(self) -> Iterator[bytes]:
-        """The json in pieces, one entry at a time: a whole file as one text would take its size again."""
+        """Yield the json one entry at a time; one string for the file would double the memory."""
         fixed = {"images": self._image, "annotations": self._annotation, "categories": self._category}
         self._seen: dict[str, set[Any]] = {key: set() for key in fixed}
         yield b"{"
@@ -100,7 +100,7 @@ class Cleaner:
         yield b"\n}\n"
 
     def _changed(self, place: str, entry: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-        """The entry with other values; those that differ in value or type are noted."""
+        """Return the entry with new values, and record those that differ in value or type."""
         new = {k: v for k, v in values.items() if k not in entry or entry[k] != v or type(entry[k]) is not type(v)}
         if new:
             self.changes.append(f"{place}: {', '.join(_in_words(key, entry, value) for key, value in new.items())}")
@@ -126,7 +126,7 @@ class Cleaner:
         if self._is_copy("images", number):
             return self._left_out(place, KINDS["image-copy"].title)
         read = self.image_of[number].items()
-        return self._changed(place, entry, {k: v for k, v in read if k == "id" or entry.get(k) != v})  # 40.0 stays
+        return self._changed(place, entry, {k: v for k, v in read if k == "id" or entry.get(k) != v})  # keep 40.0
 
     def _category(self, position: int, entry: dict[str, Any]) -> dict[str, Any] | None:
         number = category_id(entry["id"])
@@ -149,7 +149,7 @@ class Cleaner:
         return self.content.new_ids.get(position, whole(entry.get("id")))
 
     def _why_left_out(self, position: int, entry: Any) -> str:
-        """Empty where the annotation stays."""
+        """Return why an annotation is left out, or "" if it is kept."""
         if position in self.content.left_out:
             kind = self.content.left_out[position]
             return KINDS[kind].title if kind else "its image is left out"
@@ -162,7 +162,7 @@ class Cleaner:
         return "" if resolve_id(entry.get("image_id"), self.image_of) is not None else "its image is left out"
 
     def _repaired(self, position: int, entry: dict[str, Any]) -> dict[str, Any]:
-        """What the annotation should hold."""
+        """Return the repaired values of an annotation."""
         number = self._number(position, entry)
         kinds = self.findings.repaired.get(number, frozenset())
         category = resolve_id(entry["category_id"], self.reader.index_of)
@@ -191,9 +191,9 @@ class Cleaner:
 
 
 def from_corners(entry: dict[str, Any], image: dict[str, Any]) -> dict[str, Any]:
-    """Box and area of an annotation whose box is [x1, y1, x2, y2]; an area that the mask gave stays.
+    """Return box and area of an annotation whose box is [x1, y1, x2, y2]; keep an area computed from the mask.
 
-    Boxes of such a set that are no corners, or not those of their mask, are left as they are.
+    Boxes that are not valid corners, or not those of their mask, are left unchanged.
     """
     x1, y1, x2, y2 = entry["bbox"]
     if x2 <= x1 or y2 <= y1:
@@ -206,7 +206,7 @@ def from_corners(entry: dict[str, Any], image: dict[str, Any]) -> dict[str, Any]
 
 
 def merged_categories(ids: tuple[int, ...], names: tuple[str, ...]) -> dict[Any, int]:
-    """Category id to the lowest id of the same name, where that is another one."""
+    """Map each category id to the lowest id of the same name, if that is another one."""
     lowest: dict[str, int] = {}
     for number, name in zip(ids, names):
         lowest.setdefault(name, number)

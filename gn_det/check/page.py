@@ -1,4 +1,4 @@
-"""The report of a check as one HTML page: findings with images of them, histograms, and sample images."""
+"""Render the report of a check as one HTML page: findings with images, histograms, and sample images."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from gn_det.visualize.draw import draw_annotations, tint
 from gn_det.visualize.html import jpeg_uri, render
 from gn_det.visualize.plots import plot_histogram
 
-#: Places that are listed of each kind; findings that are drawn, and tried until so many could be drawn.
+#: Per kind: places to list, findings to draw, and findings to try until enough are drawn.
 _LISTED, _DRAWN, _TRIED = 50, 3, 12
-#: Classes in the histogram, and sample images of each set.
+#: Classes in the histogram, and sample images per set.
 _CLASSES, _SAMPLES = 2000, 12
-#: Longer side of an embedded image in pixels; larger ones are scaled down to four times that before drawing.
+#: Longer side of an embedded image in pixels; larger images are scaled to four times that before drawing.
 _SIDE = 480
 _RED, _YELLOW, _GROUND = (230, 30, 45), (255, 210, 0), (196, 200, 206)
-#: Kinds of problems that can be seen in an image begin with one of these.
+#: Prefixes of the kinds of problems that are visible in an image.
 _VISIBLE = ("bbox-", "polygon-", "rle-", "segmentation-", "object-", "no-mask", "category-unknown")
-#: Boxes with a side below this part of the image get a ring around them.
+#: Boxes with a side below this share of the image are circled.
 _SMALL = 0.04
 
 Box = tuple[float, float, float, float]
 
 
 def as_html(report: Report) -> str:
-    """The page; images are read and drawn on the way."""
+    """Render the page, reading and drawing images as needed."""
     readable = [s for s in report.surveys if s.dataset is not None]
     rows = class_table(readable)
     sizes = report.sizes
@@ -73,7 +73,7 @@ def _set(survey: Survey) -> dict[str, Any]:
 
 
 def _problems(findings: Findings, survey: Survey | None) -> list[dict[str, Any]]:
-    """Each kind with its first places, and images of some of them."""
+    """Return each kind with its first places, and images of some of them."""
     out = []
     for severity in ("error", "warning", "note"):
         for name, kind, count in findings.of(severity):
@@ -90,7 +90,7 @@ def _problems(findings: Findings, survey: Survey | None) -> list[dict[str, Any]]
 
 
 def _class_rows(rows: Sequence[tuple[str, list[int], list[int]]], sets: Sequence[str]) -> list[dict[str, Any]]:
-    """Bars in percent of the widest: each set on its own scale, the share of its objects."""
+    """Return bars in percent of the widest; each set has its own scale, the share of its objects."""
     totals = [max(sum(objects[k] for _, objects, _ in rows), 1) for k in range(len(sets))]
     most = max((n / total for _, objects, _ in rows for n, total in zip(objects, totals)), default=0) or 1.0
     out = []
@@ -110,7 +110,7 @@ def _class_rows(rows: Sequence[tuple[str, list[int], list[int]]], sets: Sequence
 
 
 def choose_samples(survey: Survey, count: int = _SAMPLES) -> list[int]:
-    """Indices into ``survey.images``: one with each class, rarest first, then spread over the set."""
+    """Return indices into ``survey.images``: one image per class, rarest first, then spread over the set."""
     if survey.dataset is None or not survey.images:
         return []
     images, classes = survey.dataset.object_images, survey.dataset.object_classes
@@ -118,7 +118,7 @@ def choose_samples(survey: Survey, count: int = _SAMPLES) -> list[int]:
     for index in np.argsort(survey.dataset.class_counts, kind="stable"):
         having = images[classes == index]
         if len(having) and len(chosen) < count and having[0] not in chosen:
-            # Each from another part of the set: neighbors are often alike.
+            # Spread over the set, because neighbors are often similar.
             chosen.append(int(having[len(having) * (2 * len(chosen) + 1) // (2 * count)]))
     rest = [i for i in np.linspace(0, len(survey.images) - 1, 4 * count).astype(int).tolist() if i not in chosen]
     step = max(len(rest) // max(count - len(set(chosen)), 1), 1)
@@ -126,7 +126,7 @@ def choose_samples(survey: Survey, count: int = _SAMPLES) -> list[int]:
 
 
 def draw_sample(survey: Survey, index: int) -> np.ndarray | None:
-    """The image with all its annotations; None where it cannot be read."""
+    """Draw an image with all its annotations; None if it cannot be read."""
     assert survey.dataset is not None
     image = survey.images[index]
     pixels = _read(survey, image)
@@ -142,7 +142,7 @@ def draw_sample(survey: Survey, index: int) -> np.ndarray | None:
 
 
 def _read(survey: Survey, image: dict[str, Any]) -> np.ndarray | None:
-    """RGB pixels as training reads them, None where they cannot be read."""
+    """Read RGB pixels like training; None if that fails."""
     reader: ImageReader = replace(survey.reader, image_format="RGB")
     try:
         return np.array(reader.read(survey.path(image)))
@@ -154,7 +154,7 @@ def _read(survey: Survey, image: dict[str, Any]) -> np.ndarray | None:
 
 
 def draw_problem(survey: Survey, finding: Problem) -> np.ndarray | None:
-    """The image with the annotation that is wrong: its box in red, its mask in yellow; None where nothing shows."""
+    """Draw a faulty annotation on its image, box in red and mask in yellow; None if nothing is visible."""
     where = finding.where
     if survey.content is None or where.annotation is None or not finding.kind.startswith(_VISIBLE):
         return None
@@ -169,7 +169,7 @@ def draw_problem(survey: Survey, finding: Problem) -> np.ndarray | None:
     _tint_rle(pixels, raw.get("segmentation"), image)
     scale = _SIDE / max(pixels.shape[:2])
     size = max(round(pixels.shape[1] * scale), 1), max(round(pixels.shape[0] * scale), 1)
-    margin = round(0.12 * _SIDE)  # what is wrong may lie outside the image
+    margin = round(0.12 * _SIDE)  # the faulty part may be outside the image
     sheet = Image.new("RGB", (size[0] + 2 * margin, size[1] + 2 * margin), _GROUND)
     sheet.paste(Image.fromarray(pixels).resize(size), (margin, margin))
     canvas = ImageDraw.Draw(sheet)
@@ -186,7 +186,7 @@ def draw_problem(survey: Survey, finding: Problem) -> np.ndarray | None:
 
 
 def _tint_rle(pixels: np.ndarray, segmentation: Any, image: dict[str, Any]) -> None:
-    """Tint an RLE mask in place, where there is one that can be decoded."""
+    """Tint an RLE mask in place, if it can be decoded."""
     if not isinstance(segmentation, dict) or pixels.shape[:2] != (image["height"], image["width"]):
         return
     from pycocotools import mask as coco_mask
@@ -200,7 +200,7 @@ def _tint_rle(pixels: np.ndarray, segmentation: Any, image: dict[str, Any]) -> N
 
 
 def _drawable_box(bbox: Any, image: dict[str, Any]) -> Box | None:
-    """XYXY, cut to a little more than the image; None for what is no box at all."""
+    """Return XYXY clipped to slightly more than the image; None for an invalid box."""
     if not isinstance(bbox, (list, tuple)) or len(bbox) != 4 or not all(is_number(v) for v in bbox):
         return None
     x, y, w, h = (float(v) for v in bbox)

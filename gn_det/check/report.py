@@ -1,4 +1,4 @@
-"""What a check found across all sets, how bad it is, as text and as JSON."""
+"""Report of a check over all sets, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from gn_det.text import as_line, count, one_line, shown
 
 #: Exit codes of ``gn-det check``.
 CLEAN, WARNINGS, ERRORS = 0, 1, 2
-#: Places that are quoted for each kind, by severity; ``--json`` lists more.
+#: Places to quote for each kind, by severity; ``--json`` lists more.
 _QUOTED = {"error": 3, "warning": 3, "note": 1}
-#: Classes that are listed, characters of their names, and of the longest bar; ``--html`` and ``--json`` list all.
+#: Classes to list, width of their names and of the longest bar; ``--html`` and ``--json`` list all classes.
 _CLASSES, _NAME, _BAR = 20, 60, 30
 
 
@@ -34,12 +34,12 @@ class Report:
 
     Attributes:
         surveys: training sets first.
-        across: what no single set has wrong, but all of them together (with the config).
-        training: what was taken from the config.
-        config: its name.
-        sizes: object sizes of the training sets, None where none could be read.
-        changes: lines of what ``--fix`` changed, None without it.
-        not_fixed: errors that the cleaned copy leaves.
+        across: problems between sets, or between sets and config.
+        training: the config values used.
+        config: name of the config.
+        sizes: object sizes of the training sets, None if none could be read.
+        changes: changes made by ``--fix``, one per line; None without it.
+        not_fixed: errors that the cleaned copy still has.
     """
 
     surveys: list[Survey]
@@ -51,7 +51,7 @@ class Report:
     not_fixed: list[str] = field(default_factory=list)
 
     def total(self, severity: str) -> int:
-        """Findings of that severity in all sets."""
+        """Return the number of findings of a severity in all sets."""
         return sum(f.total(severity) for f in (*(s.findings for s in self.surveys), self.across))
 
     @property
@@ -61,11 +61,11 @@ class Report:
         return WARNINGS if self.total("warning") else CLEAN
 
     def verdict(self) -> str:
-        """The result in one line."""
+        """Return the result in one line."""
         parts = [count(n, word) for word in ("error", "warning", "note") if (n := self.total(word))]
         meaning = {
             CLEAN: "clean",
-            WARNINGS: "training would use this dataset as it is; see the warnings",
+            WARNINGS: "training would use this dataset; see the warnings",
             ERRORS: "training would refuse this dataset or drop entries",
         }
         found = ", ".join(parts) or "no problem found"
@@ -73,7 +73,7 @@ class Report:
 
 
 def look_across(surveys: Sequence[Survey], training: Training, cfg: Any, config: str) -> Report:
-    """Compare the sets with each other and with the config, by the functions that training calls."""
+    """Compare the sets with each other and with the config, using training's functions."""
     report = Report(list(surveys), Findings("all sets"), training, config)
     train, val = ([s for s in surveys if s.split == split] for split in ("train", "val"))
     _compare_with_training(report, train, val, cfg)
@@ -120,7 +120,7 @@ def _compare_with_training(report: Report, train: list[Survey], val: list[Survey
 
 
 def _find_overlap(across: Findings, train: Sequence[Survey], val: Sequence[Survey]) -> None:
-    """Files, then contents. Only images of equal length in bytes are read, unless they were decoded anyway."""
+    """Compare files, then contents; images that were not decoded are read only if their lengths are equal."""
     if not train or not val:
         return
     by_file: dict[tuple[int, int], dict[str, Any]] = {}
@@ -155,7 +155,7 @@ def _files(surveys: Sequence[Survey]) -> Iterator[tuple[Survey, dict[str, Any], 
 
 
 def class_table(surveys: Sequence[Survey]) -> list[tuple[str, list[int], list[int]]]:
-    """(class name, objects in each set, images in each set), most frequent in the first set first."""
+    """Return (class name, objects per set, images per set), sorted by frequency in the first set."""
     rows: dict[str, tuple[list[int], list[int]]] = {}
     for position, dataset in enumerate(s.dataset for s in surveys):
         if dataset is None:
@@ -170,7 +170,7 @@ def class_table(surveys: Sequence[Survey]) -> list[tuple[str, list[int], list[in
 
 
 def facts(survey: Survey) -> str:
-    """What a set holds, in a line."""
+    """Describe a set in one line."""
     dataset = survey.dataset
     if dataset is None:
         return "could not be read"
@@ -187,7 +187,7 @@ def facts(survey: Survey) -> str:
 
 
 def as_text(report: Report) -> str:
-    """The whole report, for a person."""
+    """Return the full report as text."""
     lines: list[str] = []
     for survey in report.surveys:
         how = "every image decoded" if survey.decoded else "image headers read; --images decodes every image"
@@ -252,7 +252,7 @@ def _bar(count: int, most: int) -> str:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The whole report as plain values."""
+    """Return the full report as plain values."""
     result: dict[str, Any] = {
         "gn_det": __version__,
         "config": report.config,

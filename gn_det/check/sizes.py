@@ -1,4 +1,4 @@
-"""Object sizes as the network sees them, against the anchors of a config."""
+"""Compare object sizes at training resolution with the anchors of a config."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import numpy as np
 from gn_det.check.audit import Training
 from gn_det.data.coco import CocoDataset
 
-#: Borders between the bars of the histogram, in pixels at training size.
+#: Histogram edges, in pixels at training size.
 EDGES = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
-#: From this share of objects below half the smallest anchor on, the report says so.
+#: Share of objects below half the smallest anchor from which the report mentions it.
 _MANY_SMALL = 0.25
-#: Objects whose fit is computed at once.
+#: Objects per step when computing the fit.
 _BLOCK = 65536
 
 
@@ -25,10 +25,10 @@ class SizeTable:
     """Histogram of sqrt(box area) at training size.
 
     Attributes:
-        edges: borders between the bars, pixels.
+        edges: histogram edges, pixels.
         counts: len(edges) + 1 bars.
         anchors: anchor sizes of the config, pixels.
-        short_side: the shorter side that images are resized to for this table, 0 for no resize.
+        short_side: shorter side of the resized images, 0 for no resize.
         max_size: their longest side.
         fit: share of objects whose box shape has at least IoU 0.7 / 0.5 with a centered anchor.
         small: share of objects smaller than half the smallest anchor.
@@ -48,7 +48,7 @@ class SizeTable:
 
     @property
     def rule(self) -> str:
-        """How the sizes were measured, in words."""
+        """Describe how the sizes were measured."""
         resized = f"images resized to a shorter side of {self.short_side}, at most {self.max_size}"
         return f"sqrt of the box area in pixels; {resized if self.short_side else 'images are not resized'}"
 
@@ -57,13 +57,13 @@ class SizeTable:
         return self.total > 0 and self.small > _MANY_SMALL
 
     def labels(self) -> list[str]:
-        """Names of the bars."""
+        """Return the labels of the bars."""
         inner = [f"{a}-{b}" for a, b in zip(self.edges, self.edges[1:])]
         return [f"< {self.edges[0]}", *inner, f">= {self.edges[-1]}"]
 
 
 def size_table(datasets: Sequence[CocoDataset], training: Training, cfg: Any) -> SizeTable:
-    """The histogram over all objects of some sets."""
+    """Compute the histogram over all objects of the sets."""
     side = sorted(training.short_sides)[len(training.short_sides) // 2]
     if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range":
         side = round(sum(training.short_sides) / len(training.short_sides))
@@ -85,20 +85,20 @@ def size_table(datasets: Sequence[CocoDataset], training: Training, cfg: Any) ->
 
 
 def _at_training_size(dataset: CocoDataset, training: Training, side: int) -> np.ndarray:
-    """(M, 2) widths and heights of all objects of a set, in pixels of the resized images."""
+    """Return (M, 2) widths and heights of all objects of a set, in pixels of the resized images."""
     scales = np.array([training.scale(width, height, side) for width, height in dataset.sizes.tolist()]).reshape(-1, 2)
     sizes: np.ndarray = dataset.object_sizes.astype(np.float64) * scales[dataset.object_images]
     return sizes
 
 
 def anchor_shapes(sizes: Sequence[float], ratios: Sequence[float]) -> np.ndarray:
-    """(A, 2) widths and heights of the anchors; a ratio is height / width."""
+    """Return (A, 2) widths and heights of the anchors; a ratio is height / width."""
     shapes = [(s / math.sqrt(r), s * math.sqrt(r)) for s in sizes for r in ratios]
     return np.array(shapes, dtype=np.float64).reshape(-1, 2)
 
 
 def _best_fit(boxes: np.ndarray, shapes: np.ndarray) -> np.ndarray:
-    """(M,) IoU of each box with the best anchor, were both centered on one point."""
+    """Return (M,) IoU of each box with its best anchor, both centered on the same point."""
     best = np.zeros(len(boxes))
     for start in range(0, len(boxes), _BLOCK) if len(shapes) else ():
         part = boxes[start : start + _BLOCK, None]
@@ -108,7 +108,7 @@ def _best_fit(boxes: np.ndarray, shapes: np.ndarray) -> np.ndarray:
 
 
 def _flat(values: Any) -> list[float]:
-    """The distinct numbers of a nested list, ascending."""
+    """Return the distinct numbers of a nested list, ascending."""
     found: set[float] = set()
     for value in values:
         found |= set(_flat(value)) if isinstance(value, (list, tuple)) else {float(value)}

@@ -1,6 +1,6 @@
-"""Whether weights suit the configuration beyond names and shapes: depth, style, norm, groups, preprocessing.
+"""Check weights against the config beyond names and shapes: depth, style, norm, groups, preprocessing.
 
-Every mismatch here would load silently and train or predict badly, so each is an error that names the keys.
+Each mismatch would load silently and train or predict badly, so it is an error that names the keys.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gn_det.errors import WeightsError
 from gn_det.text import one_line
 
 _STYLE_KEYS = {"FPN": "build_resnet_fpn_backbone", "C4": "build_resnet_backbone"}
-# Norm of the weights -> values of MODEL.RESNETS.NORM that compute the same function with them.
+# Norm of the weights -> values of MODEL.RESNETS.NORM that compute the same function.
 _SUITS = {
     "GN": ("GN",),
     "LN": ("LN",),
@@ -27,12 +27,12 @@ _SUITS = {
     "": ("",),
 }
 NORM_NAMES = {"affine": "GN, LN or IN", "affine BN": "BN folded into scale and shift", "": "no norm"}
-# Relative to 0-255 units: rounding of published constants, nothing more.
+# Tolerance in 0-255 units, only for the rounding of published constants.
 _TOLERANCE = 0.01
 
 
 def check_architecture(source: str, found: Architecture, wanted: Architecture) -> None:
-    """Depth and style (FPN or C4) of the file against the model's; unknown on either side passes."""
+    """Compare depth and style (FPN or C4) of the file and the model; an unknown value passes."""
     if found.blocks and wanted.blocks and (found.blocks, found.bottleneck) != (wanted.blocks, wanted.bottleneck):
         advice = f"set MODEL.RESNETS.DEPTH {found.depth}" if found.depth else "take weights of that depth"
         raise WeightsError(
@@ -62,10 +62,10 @@ def check_stages(source: str, found: Architecture, wanted: Architecture) -> None
 
 
 def check_norm(source: str, weights: Weights, found: Architecture, cfg: Any, allow_partial: bool) -> list[str]:
-    """Norm and groups of the bottom-up network; with ``allow_partial`` returns why its norms must not be loaded.
+    """Check norm and groups of the bottom-up network; with ``allow_partial``, return why its norms cannot be loaded.
 
     Raises:
-        WeightsError: the config's norm computes something else with these weights.
+        WeightsError: the config's norm would compute something else with these weights.
     """
     wanted = get_value(cfg, "MODEL.RESNETS.NORM")
     if not found.blocks or wanted is None:
@@ -81,7 +81,7 @@ def check_norm(source: str, weights: Weights, found: Architecture, cfg: Any, all
             f"{source}: these weights are {name}, but the config says {wanted!r}: set MODEL.RESNETS.NORM {either}, or "
             f"take weights trained with {wanted or 'no norm'} (scale and shift do not carry over)"
         )
-    for key in NORM_KEYS:  # GN, LN and IN have the same tensors and compute different things
+    for key in NORM_KEYS:  # GN, LN and IN have the same tensors but compute different functions
         theirs, ours = get_value(weights.config, key), get_value(cfg, key)
         if theirs != ours and theirs in ("GN", "LN", "IN") and ours in ("GN", "LN", "IN"):
             raise WeightsError(
@@ -106,7 +106,7 @@ def check_preprocessing(source: str, weights: Weights, cfg: Any) -> None:
     """Compare channel order, mean, std and the position of the stride with the config's.
 
     Raises:
-        WeightsError: they contradict each other; all keys to set are named.
+        WeightsError: they differ; the message names all keys to set.
     """
     needs = weights.preprocessing or Preprocessing()
     keys = {

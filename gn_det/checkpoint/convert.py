@@ -1,8 +1,7 @@
-"""Write weights of any known source in another layout: names and container change, no bit of a tensor does.
+"""Convert weights of any known source to another layout: new names and container, bit-identical tensors.
 
-What a reader must know travels in the ``gn_det`` block: class names, preprocessing, norm, and where the weights came
-from with the sha256 of that file. Only ``fold=True`` changes numbers: those of the stem convolution, for the usual
-preprocessing of the target.
+The ``gn_det`` block holds what a reader must know: class names, preprocessing, norm, and the source with its sha256.
+Only ``fold_stem=True`` changes numbers: it rewrites the stem convolution for the target's usual preprocessing.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from gn_det.errors import WeightsError
 from gn_det.files import StrPath
 from gn_det.text import one_line
 
-#: Layouts that can be written, and the preprocessing their users apply.
+#: Layouts that can be written, and their usual preprocessing.
 LAYOUTS = {"detectron2": CAFFE, "safetensors": CAFFE, "torchvision": TORCH, "timm": TORCH}
 _BOTTOM_UP = re.compile(r"(?:backbone\.(?:bottom_up\.)?|roi_heads\.(?=res5\.))?((?:stem|res[2-5])\..+)$")
 _CLASSIFIER = re.compile(r"(?:stem\.)?(?:fc|pred|fc1000)[._]\w+$")  # ignored on load, kept here
@@ -35,12 +34,12 @@ _CLASSIFIER = re.compile(r"(?:stem\.)?(?:fc|pred|fc1000)[._]\w+$")  # ignored on
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written: to which path, from a source of which kind, how many tensors."""
+    """Result of a conversion: path, kind of source, number of tensors."""
 
     path: Path
     kind: str
     tensors: int
-    left_out: tuple[str, ...]  # names that the target has no place for (heads, momentum, anchors)
+    left_out: tuple[str, ...]  # names that the target cannot hold (heads, momentum, anchors)
     preprocessing: Preprocessing | None  # that the written weights expect; None = unknown
 
 
@@ -48,13 +47,13 @@ def convert(source: StrPath, target: StrPath, to: str = "", *, fold_stem: bool =
     """Convert a weights file.
 
     Args:
-        source: path or URI of anything that loads.
+        source: path or URI of any readable weights.
         target: the new file, replaced atomically; ``.safetensors`` or a torch file (``.pth``, ``.pt``, ``.bin``).
-        to: one of :data:`LAYOUTS`; "" = Detectron2's names, in the container that the suffix of ``target`` says.
+        to: one of :data:`LAYOUTS`; "" for Detectron2's names, in the container given by the suffix of ``target``.
         fold_stem: rewrite the stem convolution for the target's usual preprocessing.
 
     Raises:
-        WeightsError: unreadable source; a target that cannot hold it.
+        WeightsError: the source is unreadable, or the target layout cannot hold it.
         WriteError: the target cannot be written.
     """
     target = Path(target)
@@ -106,11 +105,11 @@ def _fold(source: str, weights: Weights, usual: Preprocessing) -> None:
 
 
 def _as_layers(source: str, weights: Weights, state: State) -> tuple[State, list[str]]:
-    """The bottom-up network by torchvision's and timm's names, and the names that have no place there."""
+    """Return the bottom-up network with torchvision's and timm's names, and the names that do not fit there."""
     if weights.preprocessing is not None and weights.preprocessing.stride_in_1x1:
         raise WeightsError(
-            f"{source}: strides in the 1x1 convolutions; torchvision and timm stride in the 3x3 and would compute "
-            "other features"
+            f"{source}: has its stride in the 1x1 convolutions; torchvision and timm have it in the 3x3 and would "
+            "compute other features"
         )
     names = {name: torchvision.name_back(match[1]) for name in state if (match := _BOTTOM_UP.match(name))}
     layers: State = {theirs: state[name] for name, theirs in names.items() if theirs is not None}
@@ -126,11 +125,11 @@ def _as_layers(source: str, weights: Weights, state: State) -> tuple[State, list
 
 
 def _block(source: str, path: Path, weights: Weights, whole: bool) -> dict[str, Any]:
-    """The ``gn_det`` block; ``whole``: the config of one of our own checkpoints still describes the file."""
+    """Return the ``gn_det`` block; ``whole``: the file is still described by the config of our own checkpoint."""
     before = dict(weights.meta or {})
     steps = before.get("provenance")
     uri, _ = split_options(source)
-    # Of a local file only the name: its folder is private.
+    # Store only the name of a local file, because its folder is private.
     step = {"source": uri if "://" in uri else path.name, "sha256": sha256_of(path), "kind": weights.kind}
     return {
         **before,

@@ -1,4 +1,4 @@
-"""What a weights file is, in words: its parts, classes, preprocessing and the config keys it needs."""
+"""Describe a weights file in words: its parts, classes, preprocessing and the config keys it needs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WHERE = {"": "a backbone: backbone.bottom_up with FPN, backbone and roi_heads.r
 
 
 def describe(path_or_uri: str) -> list[str]:
-    """Return lines that say what a weights file holds and which config keys it needs.
+    """Return lines about the content of a weights file and the config keys it needs.
 
     Raises:
         WeightsError: unreadable.
@@ -54,7 +54,7 @@ def expects(needs: Preprocessing) -> str:
 
 
 def _preprocessing(weights: Weights) -> str:
-    """What the weights expect, and what loading makes of it."""
+    """Return what the weights expect, and how loading adapts it."""
     if weights.preprocessing is None:
         ask = "; append ?preprocessing=caffe or ?preprocessing=torch to the name" if weights.asks else ""
         return f"unknown{ask}"
@@ -91,7 +91,7 @@ def _provenance(weights: Weights) -> str:
 
 
 def _step(step: dict[str, Any]) -> str:
-    """The source of a conversion, or the classifier that ``gn-det classify`` wrote: of which epoch, how good."""
+    """Describe the source of a conversion, or a classifier of ``gn-det classify`` with its epoch and error."""
     if step.get("trained") is not True:
         return f"{one_line(step.get('source', ''), 80)} (sha256 {one_line(step.get('sha256', ''), 64)[:12]})"
     error = step.get("top1_error", step.get("val_error"))

@@ -1,7 +1,7 @@
-"""Fetch a file over http(s) into iopath's cache: resumed when the connection breaks, verified, whole or not there.
+"""Download a file over http(s) into iopath's cache: resumed after a broken connection, verified, all or nothing.
 
-Bytes go to a hidden file beside the target, which gets its name only when it is complete and its sha256, where known,
-is right. A lock beside it makes other processes wait for the one download.
+Bytes go to a hidden file beside the target, which is renamed only when it is complete and its sha256, if known, is
+right. A lock beside it makes other processes wait for the download.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from gn_det.text import one_line
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT = 30.0  # seconds without a byte, then the attempt counts as broken
+TIMEOUT = 30.0  # seconds without a byte until an attempt fails
 ATTEMPTS = 5  # in a row without a single new byte
-_RESTARTS = 10  # from the first byte, because the server gave something else than the rest
+_RESTARTS = 10  # from the first byte, because the server did not send the rest
 _WAIT = 0.5  # seconds before the second attempt, doubled for each further one
 _BLOCK = 1 << 20
 _MAX_BYTES = 1 << 34  # from a server that does not announce a length
 _NETWORK = (URLError, ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException)
 _BUSY = (408, 429, 500, 502, 503, 504)  # worth another attempt
-# Publishers who put the beginning of the sha256 into the file name.
+# Publishers that put the start of the sha256 into the file name.
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.(?:pth|pt|pkl|safetensors)$")
 _HASHING_HOSTS = ("download.pytorch.org", "download.openmmlab.com", "github.com")
 
@@ -42,12 +42,12 @@ class DownloadFailed(Exception):
 
 
 def fetch(url: str, target: Path, *, source: str = "", sha256: str = "") -> Path:
-    """Return ``target``, downloaded from ``url``, or from the mirror ``source``, when it is not there.
+    """Return ``target``, downloading it from ``url`` or the mirror ``source`` if it does not exist.
 
-    ``sha256`` is a hex digest, or the beginning of one; "" takes the published one, if known.
+    ``sha256`` is a hex digest or the start of one; "" uses the published one, if known.
 
     Raises:
-        DownloadFailed: no connection, not found, broken off too often, another sha256, or no weights. No file is left.
+        DownloadFailed: no connection, not found, interrupted too often, wrong sha256, or not weights. No file is left.
     """
     from iopath.common.file_io import file_lock
     from tqdm import tqdm
@@ -58,7 +58,7 @@ def fetch(url: str, target: Path, *, source: str = "", sha256: str = "") -> Path
         with file_lock(str(target)):
             if target.is_file():  # another process was faster
                 return target
-            for stale in target.parent.glob(f".{target.name}.part-*"):  # of a killed process: we hold the lock
+            for stale in target.parent.glob(f".{target.name}.part-*"):  # left by a killed process; we hold the lock
                 stale.unlink(missing_ok=True)
             part = target.with_name(f".{target.name}.part-{os.getpid()}")
             try:
@@ -86,21 +86,21 @@ def _published_hash(url: str) -> str:
 
 
 class _Download:
-    """One file being fetched, over as many connections as it takes."""
+    """Download of one file, over as many connections as needed."""
 
     total: int | None
 
     def __init__(self, url: str, file: BinaryIO, bar: Any, sha256: str) -> None:
         self.url, self.file, self.bar, self.sha256 = url, file, bar, sha256
-        self.begun = -1  # times from the first byte, beside this one
+        self.begun = -1  # restarts from the first byte
         self.restart()
 
     def restart(self) -> None:
-        """Drop what we have."""
+        """Discard the bytes received so far."""
         self.file.seek(0)
         self.file.truncate()
         self.have, self.total, self.digest = 0, None, hashlib.sha256()
-        self.validator = ""  # ETag or date by which the server recognizes the version we hold a part of
+        self.validator = ""  # ETag or date that identifies the version we have part of
         self.begun += 1
 
     def run(self) -> None:
@@ -114,11 +114,11 @@ class _Download:
                 reason = f"retrieval incomplete: got only {self.have} out of {self.total} bytes"
             except HTTPError as error:
                 reason = f"{error.code} {one_line(error.reason)}"
-                if error.code == 416 and self.have:  # it has another length by now
+                if error.code == 416 and self.have:  # its length has changed
                     self.restart()
                 elif error.code not in _BUSY:
                     raise DownloadFailed(reason) from error
-            except _NETWORK as error:  # any other OSError is the disk's
+            except _NETWORK as error:  # any other OSError comes from the disk
                 reason = one_line(getattr(error, "reason", "") or str(error) or type(error).__name__)
                 if self.have == 0 and isinstance(error, URLError):
                     raise DownloadFailed(reason) from error  # no such host, no network: waiting will not help
@@ -135,7 +135,7 @@ class _Download:
             raise DownloadFailed(f"its sha256 is {found}, expected {self.sha256}: it is damaged or a different file")
 
     def attempt(self) -> None:
-        """Read until the end or until the connection breaks; continues at ``have`` where the server lets us."""
+        """Read until the end or until the connection breaks; continue at ``have`` if the server supports it."""
         headers = {"User-Agent": "gn_det", "Accept-Encoding": "identity"}
         if self.have and self.validator:
             headers |= {"Range": f"bytes={self.have}-", "If-Range": self.validator}
@@ -157,7 +157,7 @@ class _Download:
             self._read(response)
 
     def _is_rest(self, headers: Any) -> bool:
-        """Whether an answer of a part is the rest of the very file that we have the beginning of."""
+        """Return whether a partial response continues the file that we have the start of."""
         part = re.fullmatch(
             r"bytes (\d{1,15})-(\d{1,15})/(\d{1,15}|\*)", headers.get("Content-Range", "").strip(), re.A
         )

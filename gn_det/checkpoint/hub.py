@@ -1,6 +1,6 @@
 """Push a trained model to the Hugging Face Hub; ``hf://owner/name/model.pth`` loads it again.
 
-The account is that of ``huggingface_hub`` (``hf auth login``, or the variable HF_TOKEN); gn_det never sees it.
+``huggingface_hub`` handles the account (``hf auth login``, or the variable HF_TOKEN); gn_det never sees it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gn_det.text import one_line, shown, some
 if TYPE_CHECKING:
     from fvcore.common.config import CfgNode
 
-#: Names in the repository.
+#: File names in the repository.
 MODEL, CONFIG, CARD = "model.pth", "config.yaml", "README.md"
 _PARTS = {
     "backbone": "MODEL.RESNETS.NORM",
@@ -30,7 +30,7 @@ _PARTS = {
     "box head": "MODEL.ROI_BOX_HEAD.NORM",
     "mask head": "MODEL.ROI_MASK_HEAD.NORM",
 }
-#: Keys whose values name files and folders of the machine that trained.
+#: Keys that hold local files and folders of the training machine.
 _LOCAL = (
     "DATASETS.TRAIN_JSON", "DATASETS.TRAIN_IMAGES", "DATASETS.VAL_JSON", "DATASETS.VAL_IMAGES", "OUTPUT_DIR",
     "MODEL.WEIGHTS",
@@ -44,10 +44,10 @@ def push(weights: StrPath, repo: str, *, private: bool = False, license_name: st
         weights: checkpoint of gn_det.
         repo: ``owner/name``.
         private: make a new repository private.
-        license_name: an identifier of the Hub, such as ``apache-2.0``; "" states none.
+        license_name: a license identifier of the Hub, such as ``apache-2.0``; "" for none.
 
     Returns:
-        The address of the commit.
+        URL of the commit.
 
     Raises:
         ConfigError: ``huggingface_hub`` is not installed, or ``repo`` is not owner/name.
@@ -60,14 +60,14 @@ def push(weights: StrPath, repo: str, *, private: bool = False, license_name: st
         from huggingface_hub import CommitOperationAdd, HfApi
         from huggingface_hub.errors import HfHubHTTPError
     except ImportError:
-        raise ConfigError("pushing needs the client of the Hub: pip install huggingface_hub") from None
+        raise ConfigError("gn-det push needs huggingface_hub: pip install huggingface_hub") from None
     path = Path(local_path(weights))
     payload = read_any(path)
     cfg, meta = config_of_checkpoint(path), read_meta(payload, path)
     if meta is None:
         raise WeightsError(f"{path}: was not written by gn_det")
     if "optimizer" in payload:
-        raise WeightsError(f"{path}: holds the state of its training; push model_best.pth, which is half as large")
+        raise WeightsError(f"{path}: contains optimizer state; push model_best.pth, which is half as large")
     for key in _LOCAL:
         cfg.defrost()
         node, _, leaf = key.rpartition(".")
@@ -84,7 +84,7 @@ def push(weights: StrPath, repo: str, *, private: bool = False, license_name: st
         return str(api.create_commit(repo, operations, commit_message="Model trained with gn_det").commit_url)
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise UserError(
-            f"{repo}: the Hub does not take it ({one_line(error, 300)}); log in with 'hf auth login', and check the "
+            f"{repo}: the Hub refused the upload ({one_line(error, 300)}); log in with 'hf auth login', and check the "
             f"name and the network"
         ) from None
 
@@ -96,7 +96,7 @@ def _node(cfg: CfgNode, path: str) -> Any:
 
 
 def _metrics(weights: Path) -> dict[str, float]:
-    """The AP of the evaluation that the checkpoint's folder knows: the best one by mask AP, or by box AP."""
+    """Return the AP of the best evaluation in the checkpoint's folder, by mask AP or else box AP."""
     found: list[dict[str, float]] = []
     try:
         with open_regular(weights.parent / "metrics.json") as file:
@@ -112,7 +112,7 @@ def _metrics(weights: Path) -> dict[str, float]:
 def model_card(
     repo: str, cfg: CfgNode, meta: Mapping[str, Any], metrics: Mapping[str, float], license_name: str = ""
 ) -> str:
-    """README.md of the repository: what the model finds, its norms, its data, its AP, and how to use it."""
+    """Return README.md of the repository: classes, norms, data, AP, and how to use the model."""
     names = {part: str(_node(cfg, key)) or "none" for part, key in _PARTS.items()}
     if not cfg.MODEL.MASK_ON:
         del names["mask head"]

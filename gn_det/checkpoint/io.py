@@ -1,8 +1,8 @@
-"""Weights files: written atomically, read without running code from them.
+"""Read and write weights files: atomic writes, and reads that execute no code.
 
-A checkpoint is one ``torch.save`` archive ``{"model": state_dict, "iteration": int, ..., "gn_det": metadata}`` holding
-tensors and plain values alone, so that ``torch.load(weights_only=True)`` and Detectron2's ``DetectionCheckpointer``
-both read it. A safetensors file of ours has the metadata as JSON in its header.
+A checkpoint is a ``torch.save`` archive ``{"model": state_dict, "iteration": int, ..., "gn_det": metadata}`` of tensors
+and plain values, so both ``torch.load(weights_only=True)`` and Detectron2's ``DetectionCheckpointer`` read it. Our
+safetensors files have the metadata as JSON in the header.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from gn_det.text import one_line
 _PLAIN = (str, int, float, bool, type(None))
 _CONTAINERS = (dict, OrderedDict, list, tuple)
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
-# Tied weights rarely have more than two names; the tensors may be this many times the file.
+# Tied weights rarely have more than two names; tensors may add up to this multiple of the file size.
 _SHARED = 4
-# A ResNet-101 detector has some 60 kB of header; safetensors' own limit of 100 MB would become gigabytes of dicts.
+# The header of a ResNet-101 detector has about 60 kB; safetensors' limit of 100 MB could become gigabytes of dicts.
 _MAX_HEADER = 8 << 20
 _META = "gn_det"
 
 _ZIP = b"PK\x03\x04"  # torch.save since 1.6
 _LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # before, a magic number as the first pickle
-# Protocol 0 and 1 have no mark: an empty dict, or a mark and a dict, or a dict's class.
+# Protocols 0 and 1 have no magic number: an empty dict, a mark and a dict, or a dict's class.
 _PICKLE = re.compile(rb"\x80[\x01-\x05]|\(d[p.]|\}[q.(]|ccollections\n")
 _NOT_WEIGHTS = (
     (b"<", "a web page or XML, probably a failed download; download it again"),
@@ -48,19 +48,19 @@ def save_checkpoint(path: StrPath, payload: Mapping[str, Any]) -> None:
     """Write ``payload`` atomically.
 
     Args:
-        path: target file; its folder is created when absent.
-        payload: tensors, dicts, lists, tuples, strings, numbers, booleans and None, nested at will.
+        path: target file; its folder is created if missing.
+        payload: nested tensors, dicts, lists, tuples, strings, numbers, booleans and None.
 
     Raises:
-        WriteError: the folder cannot be written or the disk is full; an older file of that name is kept.
-        TypeError: the payload holds something that ``weights_only=True`` could not load (a defect of the caller).
+        WriteError: the folder cannot be written or the disk is full; an existing file is kept.
+        TypeError: the payload contains something that ``weights_only=True`` cannot load (a bug in the caller).
     """
     check_payload(payload)
     atomic_write(path, lambda file: torch.save(dict(payload), file))
 
 
 def check_payload(value: Any, where: str = "payload") -> None:
-    """Refuse, by its place in the payload, anything that is not a tensor or a plain value."""
+    """Refuse anything that is not a tensor or a plain value, naming its place in the payload."""
     if type(value) in _PLAIN or type(value) in _TENSORS:
         return
     if type(value) not in _CONTAINERS:
@@ -74,20 +74,20 @@ def check_payload(value: Any, where: str = "payload") -> None:
 
 
 def read_checkpoint(path: StrPath, *, mmap: bool = False, verify: bool = False) -> dict[str, Any]:
-    """Read a ``torch.save`` file on the CPU; nothing in it is executed, and nothing it claims is believed.
+    """Read a ``torch.save`` file on the CPU without executing or trusting its content.
 
     Args:
         path: a local file (see :func:`gn_det.checkpoint.weights_uri.local_path` for URIs).
-        mmap: map the tensors from the file instead of reading them; right when they are copied at once and dropped.
-        verify: compare every record with the checksum in the archive, which torch does not: one flipped bit is found.
-            Reads the file once more (about 1 s a GB).
+        mmap: map the tensors from the file instead of reading them, for tensors that are copied and dropped at once.
+        verify: compare every record with its checksum in the archive, which torch does not. Finds a single flipped bit,
+            but reads the file once more (about 1 s per GB).
 
     Returns:
-        The saved dict; a dict of another layout is returned as it is. It holds dense tensors of real numbers, and plain
-        values that pass :func:`gn_det.checkpoint.unpickler.check_values`.
+        The saved dict, whatever its layout. It contains dense tensors of real numbers, and plain values that pass
+        :func:`gn_det.checkpoint.unpickler.check_values`.
 
     Raises:
-        WeightsError: the file is missing, empty, truncated, not a checkpoint, or holds more than tensors and values.
+        WeightsError: the file is missing, empty, truncated, not a checkpoint, or contains other objects.
     """
     return _guarded(path, lambda head: _read_torch(path, head, mmap=mmap, verify=verify))
 
@@ -119,7 +119,7 @@ def _read_torch(path: StrPath, head: bytes, *, mmap: bool, verify: bool = False)
 
 
 def _guarded(path: StrPath, read: Callable[[bytes], Any]) -> dict[str, Any]:
-    """The dict that ``read`` makes of a file that begins with the given bytes; whatever it raises names the file."""
+    """Return the dict that ``read`` makes from the first bytes of a file; its errors name the file."""
     head, where = read_head(path), one_line(str(path), 400)
     if mistake := _known_mistake(head):
         raise WeightsError(f"{where}: not a checkpoint but {mistake}")
@@ -127,7 +127,7 @@ def _guarded(path: StrPath, read: Callable[[bytes], Any]) -> dict[str, Any]:
         loaded = read(head)
     except Refused as error:
         raise WeightsError(f"{where}: {error}") from None
-    except Exception as error:  # whatever the bytes of a foreign file provoke in the reader is the file's fault
+    except Exception as error:  # any exception here is caused by the file's content
         raise WeightsError(
             f"{where}: is not a weights file or is damaged ({one_line(error)}); copy or download it again"
         ) from error
@@ -140,7 +140,7 @@ def _guarded(path: StrPath, read: Callable[[bytes], Any]) -> dict[str, Any]:
 
 
 def _read_safetensors(path: StrPath) -> dict[str, Any]:
-    """``{"model": tensors, "gn_det": block}``, or ``{"state_dict": ..., "metadata": ...}`` of a foreign file.
+    """Return ``{"model": tensors, "gn_det": block}``, or ``{"state_dict": ..., "metadata": ...}`` of a foreign file.
 
     The tensors are mapped from the file; the library checks that they are inside it and do not overlap.
     """
@@ -168,7 +168,7 @@ def _read_safetensors(path: StrPath) -> dict[str, Any]:
 
 
 def write_safetensors(path: StrPath, state: Mapping[str, torch.Tensor], block: Mapping[str, Any]) -> None:
-    """Write tensors and the ``gn_det`` block atomically; the same content gives the same bytes.
+    """Write tensors and the ``gn_det`` block atomically; equal content gives equal bytes.
 
     Args:
         path: target file.
@@ -176,12 +176,12 @@ def write_safetensors(path: StrPath, state: Mapping[str, torch.Tensor], block: M
         block: plain values.
 
     Raises:
-        WriteError: the file cannot be written; an older one of that name is kept.
+        WriteError: the file cannot be written; an existing file is kept.
     """
     from safetensors.torch import save
 
     data = save(dict(state), metadata={"format": "pt", _META: json.dumps(block, sort_keys=True)})
-    # The library writes the metadata in the order of a hash table, which changes from run to run.
+    # The library writes metadata in hash table order, which differs between runs.
     begin = 8 + int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8:begin]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
@@ -192,7 +192,7 @@ def write_safetensors(path: StrPath, state: Mapping[str, torch.Tensor], block: M
 
 
 def read_head(path: StrPath, size: int = 64) -> bytes:
-    """Return the first bytes of a regular file that must hold something.
+    """Return the first bytes of a regular, non-empty file.
 
     Raises:
         WeightsError: no such file, a folder, pipe or device, unreadable, or empty.
@@ -215,17 +215,17 @@ def read_head(path: StrPath, size: int = 64) -> bytes:
 
 
 def _looks_like_safetensors(head: bytes) -> bool:
-    """Whether the first bytes are a header's length and its opening brace."""
+    """Return whether the first bytes are a header length and an opening brace."""
     return head[8:9] == b"{" and not head.startswith(_ZIP)
 
 
 def _known_mistake(head: bytes) -> str:
-    """What a file that is not weights seems to be, and what to do; "" when it looks like nothing known."""
+    """Return what a file seems to be instead of weights, and what to do; "" if unknown."""
     return next((what for magic, what in _NOT_WEIGHTS if head.lstrip().startswith(magic)), "")
 
 
 def not_weights(head: bytes) -> str:
-    """Return what a file is instead of weights, by its first bytes; "" where it can be weights."""
+    """Return what a file is instead of weights, by its first bytes; "" if it may be weights."""
     if head.startswith(_ZIP) or _looks_like_safetensors(head) or _PICKLE.match(head):
         return ""
     return _known_mistake(head) or f"something that begins with {one_line(head[:16], 80)}"
@@ -243,11 +243,11 @@ def tensor_problem(value: Any) -> str:
 
 
 def check_tensors(path: StrPath, tensors: Mapping[str, Any]) -> None:
-    """Refuse whatever is not a dense tensor of real numbers, or claims more than the file holds.
+    """Refuse anything but dense tensors of real numbers, and tensors that claim more than the file contains.
 
     Args:
         path: the file they were read from.
-        tensors: as they are to be used, by name; one that has several names counts each time.
+        tensors: tensors by name; one with several names counts each time.
 
     Raises:
         WeightsError: the message names the file and the entry.
@@ -259,6 +259,6 @@ def check_tensors(path: StrPath, tensors: Mapping[str, Any]) -> None:
         claimed += value.numel() * value.element_size()
         if claimed > _SHARED * size + 1024:
             raise WeightsError(
-                f"{where}: its entries share their contents so often that they are more than {_SHARED} times the file; "
-                "no model does that"
+                f"{where}: its entries share contents so often that they exceed {_SHARED} times the file size; no real "
+                "model does that"
             )

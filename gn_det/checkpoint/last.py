@@ -1,6 +1,6 @@
-"""Which checkpoint of an output folder is the latest, and which old ones can go.
+"""Find the newest checkpoint of an output folder, and delete old ones.
 
-Detectron2's convention: a text file ``last_checkpoint`` holds the base name of the newest checkpoint.
+As in Detectron2, a text file ``last_checkpoint`` holds the base name of the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def write_last(folder: StrPath, name: str) -> None:
 
 
 def last_name(folder: StrPath) -> str:
-    """What ``last_checkpoint`` of ``folder`` says, as untrusted as any file; "" where there is no such file."""
+    """Return the content of ``last_checkpoint`` in ``folder``, unchecked; "" without that file."""
     try:
         with open_regular(inside(folder, LAST)) as file:
             return file.read(256).decode("utf-8", "replace").strip()
@@ -38,7 +38,7 @@ def last_name(folder: StrPath) -> str:
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
-    """Content of a file of ``folder``, checksums included."""
+    """Read a file of ``folder`` and verify its checksums."""
     try:
         if os.path.basename(name) != name:
             raise ValueError("it is not the name of a file in that folder")
@@ -48,11 +48,10 @@ def _read(folder: Path, name: str) -> dict[str, Any]:
 
 
 def read_last(folder: StrPath) -> Path | None:
-    """Return the newest readable checkpoint of ``folder``, or None when it has none at all.
+    """Return the newest readable checkpoint of ``folder``, or None if it has none.
 
-    It is the one ``last_checkpoint`` names; when that file is missing or what it names cannot be read (checksums
-    included), the readable ``*.pth`` with the highest iteration, with a warning; one without optimizer only if there is
-    no other.
+    This is the one that ``last_checkpoint`` names. If that cannot be read (checksums included), it is the readable
+    ``*.pth`` with the highest iteration, with a warning; one without optimizer only if there is no other.
 
     Raises:
         WeightsError: there are checkpoints, but none can be read.
@@ -65,7 +64,7 @@ def read_last(folder: StrPath) -> Path | None:
             return folder / name
         except WeightsError as error:
             problem = f"{folder / LAST} names a checkpoint that cannot be used ({error})"
-    # A kept batch (gn_det.engine.nonfinite) holds the weights that failed on it.
+    # A saved batch (gn_det.engine.nonfinite) contains the weights that failed.
     files = sorted(f for f in folder.glob("*.pth") if not f.name.startswith("nonfinite_"))
     if not files and not name:
         return None
@@ -73,7 +72,7 @@ def read_last(folder: StrPath) -> Path | None:
     for file in files:
         try:
             content = _read(folder, file.name)
-            # model_best.pth may be newer, but without momentum a run cannot continue as if nothing had happened.
+            # model_best.pth may be newer, but without momentum a run cannot continue exactly.
             iteration = content.get("iteration")
             rank = ("optimizer" in content, iteration if isinstance(iteration, int) else -1, file.stat().st_mtime)
             ranked.append((rank, file))
@@ -87,10 +86,10 @@ def read_last(folder: StrPath) -> Path | None:
 
 
 def prune(folder: StrPath, keep: int) -> list[Path]:
-    """Delete all but the ``keep`` newest ``model_<iteration>.pth`` of ``folder``; returns what was deleted.
+    """Delete all but the ``keep`` newest ``model_<iteration>.pth`` of ``folder``; return the deleted files.
 
-    ``model_best.pth``, ``model_final.pth`` and the file ``last_checkpoint`` names always stay; ``keep <= 0`` keeps all.
-    A file that cannot be deleted is a warning: a run does not stop for it.
+    ``model_best.pth``, ``model_final.pth`` and the file named by ``last_checkpoint`` are always kept; ``keep <= 0``
+    keeps all. A file that cannot be deleted only causes a warning.
     """
     numbered = sorted((int(m[1]), f) for f in Path(folder).glob("model_*.pth") if (m := _NUMBERED.match(f.name)))
     last = last_name(folder)
@@ -98,7 +97,7 @@ def prune(folder: StrPath, keep: int) -> list[Path]:
 
 
 def remove_leftovers(folder: StrPath) -> list[Path]:
-    """Delete the temporary files that killed processes of this machine left in ``folder``; returns them."""
+    """Delete temporary files that killed processes of this machine left in ``folder``; return them."""
     files = [(file.name.rpartition("-")[2], file) for file in Path(folder).glob(".*.tmp-*")]
     return _delete(file for number, file in files if number.isdigit() and not _is_alive(int(number)))
 
@@ -115,12 +114,12 @@ def _delete(files: Iterable[Path]) -> list[Path]:
 
 
 def _is_alive(process: int) -> bool:
-    if os.name == "nt":  # asking would end the process there
+    if os.name == "nt":  # os.kill would end the process there
         return True
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except OSError:  # another user's
+    except OSError:  # process of another user
         pass
-    return process != os.getpid()  # ours starts only now: an earlier process had the same number
+    return process != os.getpid()  # our own number belonged to an earlier process

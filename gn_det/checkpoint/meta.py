@@ -1,4 +1,4 @@
-"""The ``gn_det`` block of a checkpoint: what predict, evaluation and fine-tuning must know beyond the tensors."""
+"""The ``gn_det`` block of a checkpoint: what prediction, evaluation and fine-tuning need besides tensors."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ KEY = "gn_det"
 # LVIS has 1,203 classes.
 _MAX_CLASSES = 20_000
 _MAX_NAME = 1000
-#: Keys that a stored config does not decide: where files are written, what else is loaded, and on which device.
+#: Keys that a stored config does not set: output folder, other weights, and device.
 NOT_OF_THE_FILE = ("OUTPUT_DIR", "MODEL.WEIGHTS", "MODEL.DEVICE")
 
 
 def build_meta(cfg: CfgNode, class_names: Sequence[str], category_ids: Sequence[int], **extra: Any) -> dict[str, Any]:
-    """The metadata block, of plain values alone.
+    """Build the metadata block from plain values.
 
     Args:
-        cfg: the resolved configuration; stored as the YAML text of all its keys.
+        cfg: the resolved configuration, stored as YAML text of all its keys.
         class_names, category_ids: name and json id of each class, in the model's order.
         extra: further plain values, such as ``iteration`` (int) and ``best_metric`` (float or None).
     """
@@ -44,10 +44,10 @@ def build_meta(cfg: CfgNode, class_names: Sequence[str], category_ids: Sequence[
 
 
 def config_of_checkpoint(path_or_uri: StrPath) -> CfgNode:
-    """The configuration stored in one of our checkpoints, checked as a config file is; without NOT_OF_THE_FILE.
+    """Return the configuration stored in one of our checkpoints, checked like a config file, without NOT_OF_THE_FILE.
 
     Raises:
-        WeightsError: unreadable file, or one that stores no configuration.
+        WeightsError: the file is unreadable or stores no configuration.
         ConfigError: the stored configuration has keys that this version does not know.
     """
     from gn_det.checkpoint.io import read_any
@@ -66,20 +66,20 @@ def config_of_checkpoint(path_or_uri: StrPath) -> CfgNode:
 
 
 def read_meta(payload: Mapping[str, Any], source: StrPath = "") -> dict[str, Any] | None:
-    """The metadata block of a checkpoint (of the file ``source``), or None when the file is not gn_det's.
+    """Return the metadata block of a checkpoint (from the file ``source``), or None if gn_det did not write it.
 
-    Missing or ill-typed entries come back empty, so that callers can rely on ``version`` (str), ``class_names``
-    (tuple of str), ``category_ids`` (tuple of int), ``config`` (YAML text, "" when unknown), ``iteration`` (int or
-    None) and ``best_metric`` (float or None).
+    Missing or ill-typed entries are returned empty, so callers can rely on ``version`` (str), ``class_names`` (tuple of
+    str), ``category_ids`` (tuple of int), ``config`` (YAML text, "" if unknown), ``iteration`` (int or None) and
+    ``best_metric`` (float or None).
 
     Raises:
-        WeightsError: a block of more than plain values, or with more class names than any data set has.
+        WeightsError: the block has other than plain values, or implausibly many class names.
     """
     block = payload.get(KEY)
     if not isinstance(block, dict):
         return None
     try:
-        json.dumps(block)  # what the readers return is bounded, but may hold tensors and bytes
+        json.dumps(block)  # bounded by the readers, but may contain tensors and bytes
         names = names_of_classes(block.get("class_names"))
     except (TypeError, ValueError, WeightsError) as error:
         where = f"{one_line(str(source), 400)}: " if source else ""
@@ -97,10 +97,10 @@ def read_meta(payload: Mapping[str, Any], source: StrPath = "") -> dict[str, Any
 
 
 def names_of_classes(value: Any) -> tuple[str, ...]:
-    """Class names as a file gives them; () where they are no list of texts.
+    """Return the class names of a file; () if they are not a list of strings.
 
     Raises:
-        WeightsError: more or longer ones than any data set has.
+        WeightsError: implausibly many or long names.
     """
     if not isinstance(value, (list, tuple)) or not all(isinstance(name, str) for name in value):
         return ()

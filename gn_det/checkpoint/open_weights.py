@@ -31,13 +31,13 @@ _OTHER_LAYERED = re.compile(r"(?:\w+\.)*layer[1-4]\.\d+\.conv1\.")
 
 def _refuse_layered(state: State, payload: Mapping[str, Any]) -> Weights:
     raise WeightsError(
-        "holds weights of a torchvision or mmdetection model of another architecture; of those, plain ResNets (a state "
-        "dict with conv1, layer1 ... layer4) and mmdetection's FPN detectors are read"
+        "holds weights of a torchvision or mmdetection model of an unsupported architecture; give a plain ResNet (a "
+        "state dict with conv1, layer1 ... layer4) or one of mmdetection's FPN detectors"
     )
 
 
-# Whether tensor names are of a project, and what translates its tensors and the whole file. The first row that
-# recognizes the names wins; the last takes everything, so that the error can name the tensors.
+# For each project: a test of tensor names, and a translator of tensors and file. The first row that recognizes the
+# names wins. The last row accepts everything, so that the error can name the tensors.
 FORMATS: tuple[tuple[Callable[[Collection[str]], bool], Callable[[State, Mapping[str, Any]], Weights]], ...] = (
     (caffe2.recognizes_detector, caffe2.translate_detector),
     (caffe2.recognizes_backbone, caffe2.translate_backbone),
@@ -50,11 +50,11 @@ FORMATS: tuple[tuple[Callable[[Collection[str]], bool], Callable[[State, Mapping
 
 
 def open_weights(path_or_uri: StrPath, *, must_know: bool = True) -> Weights:
-    """Fetch and read a weights file, and find out what preprocessing it expects.
+    """Fetch and read a weights file, and determine the preprocessing it expects.
 
     Args:
-        path_or_uri: local path or URI; ``?preprocessing=caffe`` or ``?preprocessing=torch`` after it states the
-            preprocessing of a file that does not store it.
+        path_or_uri: local path or URI. Append ``?preprocessing=caffe`` or ``?preprocessing=torch`` for a file that does
+            not store its preprocessing.
         must_know: refuse a file whose preprocessing is unknown.
 
     Raises:
@@ -71,7 +71,7 @@ def open_weights(path_or_uri: StrPath, *, must_know: bool = True) -> Weights:
     if must_know and weights.asks and weights.preprocessing is None:
         raise WeightsError(
             f"{uri}: {weights.kind} that does not store how images were normalized: append ?preprocessing=caffe (BGR, "
-            "0-255, as open-mmlab://detectron/resnet50_gn) or ?preprocessing=torch (RGB, ImageNet mean and std, as "
+            "0-255, like open-mmlab://detectron/resnet50_gn) or ?preprocessing=torch (RGB, ImageNet mean and std, like "
             "open-mmlab://contrib/resnet50_gn) to its name"
         )
     return weights
@@ -81,7 +81,7 @@ def read_weights(path: StrPath) -> Weights:
     """Read any known weights file; nothing in it is executed.
 
     Raises:
-        WeightsError: unreadable, unsafe, of an unknown layout, or of a known layout that is not read yet.
+        WeightsError: the file is unreadable or unsafe, or its layout is unknown or not supported yet.
     """
     payload = read_any(path)
     meta = read_meta(payload, path)
@@ -109,7 +109,7 @@ def read_weights(path: StrPath) -> Weights:
 
 
 def _state_of(path: StrPath, payload: Mapping[str, Any]) -> Mapping[Any, Any]:
-    """The dict of tensors inside the wrappings in use: Detectron2/ours, Detectron, Lightning/mmdetection, none."""
+    """Unwrap the dict of tensors of Detectron2/ours, Detectron, Lightning/mmdetection, or a bare state dict."""
     for key in ("model", "blobs", "state_dict"):
         inner = payload.get(key)
         if isinstance(inner, Mapping) and inner:
@@ -121,7 +121,7 @@ def _state_of(path: StrPath, payload: Mapping[str, Any]) -> Mapping[Any, Any]:
 
 
 def _tensors(path: StrPath, state: Mapping[Any, Any]) -> State:
-    """Tensors by name, without the prefixes of DistributedDataParallel and torch.compile."""
+    """Return tensors by name, without the prefixes of DistributedDataParallel and torch.compile."""
     tensors: State = {}
     for name, value in state.items():
         if isinstance(value, np.ndarray):
@@ -141,15 +141,15 @@ def _from_numpy(array: np.ndarray) -> torch.Tensor:
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "not writable": the tensor is only copied from
+        warnings.simplefilter("ignore")  # "not writable": the tensor is only read
         return torch.from_numpy(array if array.flags.c_contiguous else array.copy())
 
 
-# ------------------------------------------------------------ the metadata of our own files
+# ------------------------------------------------------------ metadata of our own files
 
 
 def _kind(meta: Mapping[str, Any]) -> str:
-    """What one of our files is: a checkpoint of training, or the result of `gn-det classify` or `gn-det convert`."""
+    """Describe one of our files: a training checkpoint, or the result of `gn-det classify` or `gn-det convert`."""
     ours = one_line(f"gn_det {meta['version']}", 40)
     steps = meta.get("provenance")
     step = steps[-1] if isinstance(steps, list) and steps and isinstance(steps[-1], Mapping) else {}
@@ -177,7 +177,7 @@ def _facts_of_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _take(weights: Weights, about: Mapping[str, Any]) -> None:
-    """Take norm, groups and preprocessing from ``about``, as far as they are what they should be."""
+    """Take norm, groups and preprocessing from ``about``, if they are valid."""
     norm, groups, needs = about.get("norm"), about.get("groups"), about.get("preprocessing")
     weights.norm = norm if norm in ("GN", "LN", "IN", "BN", "affine BN") else weights.norm
     if isinstance(groups, (list, tuple)) and len(groups) == 2 and all(type(g) is int for g in groups):

@@ -1,4 +1,4 @@
-"""What Detectron2's tensor names say: the part of the model, and depth, style and norm of the network."""
+"""Read the part of the model, and depth, style and norm of the network, from Detectron2's tensor names."""
 
 from __future__ import annotations
 

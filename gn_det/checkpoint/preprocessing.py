@@ -1,4 +1,4 @@
-"""What weights expect of their input, and how the stem convolution is rewritten for another convention."""
+"""The input that weights expect, and how to rewrite the stem convolution for another convention."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What weights expect of their input and of the network; None if unknown.
+    """What weights expect of input and network; None if unknown.
 
     Attributes:
         format: channel order, "BGR" or "RGB".
@@ -30,14 +30,14 @@ class Preprocessing:
 CAFFE = Preprocessing("BGR", (103.530, 116.280, 123.675), (1.0, 1.0, 1.0), stride_in_1x1=False)
 #: Input of torchvision's and timm's ImageNet models, in 0-255 units: mean (0.485, 0.456, 0.406) of 1 in RGB, and std.
 TORCH = Preprocessing("RGB", (123.675, 116.280, 103.530), (58.395, 57.120, 57.375), stride_in_1x1=False)
-#: What a user may state for a file that does not store it, as in ``MODEL.WEIGHTS r50_gn.pth?preprocessing=torch``.
+#: Choices for a file that does not store it, as in ``MODEL.WEIGHTS r50_gn.pth?preprocessing=torch``.
 PREPROCESSINGS = {"caffe": CAFFE, "torch": TORCH}
 #: Names of the stem convolution with FPN, with C4, and of a bare backbone.
 STEM = ("backbone.bottom_up.stem.conv1.weight", "backbone.stem.conv1.weight", "stem.conv1.weight")
 
 
 def show(values: Sequence[float]) -> str:
-    """Return numbers as a config override takes them: ``[103.53,116.28,123.675]``."""
+    """Format numbers for a config override: ``[103.53,116.28,123.675]``."""
     return "[" + ",".join(f"{v:.8g}" for v in values) + "]"
 
 
@@ -46,12 +46,12 @@ def fold(state: MutableMapping[str, torch.Tensor], needs: Preprocessing, target:
 
     The source computes ``conv(W, (x - mean) / std)``, the configured model ``conv(W', (x - PIXEL_MEAN) / PIXEL_STD)``.
     Both pad with zeros *after* normalizing, so with the same mean per channel ``W'[:, c] = W[:, c] * PIXEL_STD[c] /
-    std[c]`` gives the same numbers everywhere. With another mean there is no such W': the difference is a constant
-    inside the image and none in the padding. So the mean is not folded, and the caller compares it.
+    std[c]`` gives the same numbers everywhere. With another mean there is no such W', because the difference is a
+    constant inside the image and zero in the padding. So the mean is not folded, and the caller compares it.
 
     Returns:
-        What the weights expect now: ``target``'s order and std, and their own mean in that order. ``needs`` unchanged
-        where nothing can be folded.
+        The new expectations: ``target``'s order and std, and the weights' mean in that order; ``needs`` if nothing can
+        be folded.
     """
     name = next((n for n in STEM if n in state), None)
     std, mean = needs.pixel_std, needs.pixel_mean

@@ -1,8 +1,8 @@
 """Read torch's files without torch's unpickler: archives, and the stream of pickles of torch < 1.6.
 
-Every tensor is checked against the bytes that are there before it is made. The result holds dense tensors of real
-numbers on the CPU and plain values. ``torch.load(weights_only=True)`` gives the same for honest files, but believes
-what a file claims.
+Every tensor is checked against the bytes in the file before it is created. The result contains dense CPU tensors of
+real numbers and plain values. ``torch.load(weights_only=True)`` returns the same for honest files, but trusts a file's
+claims.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gn_det.text import one_line
 NOT_SAVED = "is not a checkpoint: torch.save did not write it; copy or download it again"
 _MAX_DIRECTORY = 4 << 20  # bytes; a checkpoint has some 100 bytes for each tensor
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-#: The types a tensor of weights may have.
+#: Allowed dtypes of weights.
 DTYPES = {
     "Half": torch.float16, "BFloat16": torch.bfloat16, "Float": torch.float32, "Double": torch.float64,
     "Char": torch.int8, "Short": torch.int16, "Int": torch.int32, "Long": torch.int64, "Byte": torch.uint8,
@@ -44,7 +44,7 @@ def read_archive(path: StrPath, *, map_tensors: bool, verify: bool = False) -> A
         Exception: of any type, for damaged bytes.
     """
     with open_regular(path) as file:
-        # A private map: tensors may be written to, the file stays as it is.
+        # A private map: writing to tensors does not change the file.
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY if map_tensors else mmap.ACCESS_READ)
         records = _records(file, mapped, verify)
         root = next(iter(records), "").split("/")[0]
@@ -72,7 +72,7 @@ def read_archive(path: StrPath, *, map_tensors: bool, verify: bool = False) -> A
 def read_legacy(path: StrPath) -> Any:
     """Return the value in a file of torch < 1.6; see :func:`read_archive`.
 
-    Its storages follow the pickle that names them, so they are made first and filled later.
+    Its storages follow the pickle that names them, so they are created first and filled later.
     """
     with open_regular(path) as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -113,8 +113,8 @@ def _read(file: BinaryIO, tensor: torch.Tensor, begin: int) -> torch.Tensor:
 
 
 def _records(file: BinaryIO, mapped: mmap.mmap, verify: bool) -> dict[str, tuple[int, int]]:
-    """Offset and size of each record, by its name, after checking that reading them is cheap."""
-    end: Any = zipfile._EndRecData(file)  # type: ignore[attr-defined]  # the very place that ZipFile reads next
+    """Return offset and size of each record by name, after checking that reading them is cheap."""
+    end: Any = zipfile._EndRecData(file)  # type: ignore[attr-defined]  # the same position that ZipFile reads next
     if not end:
         raise Refused("is truncated or damaged (no directory at its end); copy, download or train it again")
     if end[5] > _MAX_DIRECTORY:
@@ -139,19 +139,19 @@ def _records(file: BinaryIO, mapped: mmap.mmap, verify: bool) -> dict[str, tuple
 
 
 class _Storage(NamedTuple):
-    """Numbers that tensors are views of."""
+    """Storage that tensors are views of."""
 
     dtype: torch.dtype
     content: torch.Tensor
 
 
 def _unpickler(stream: Stream, size: int, content: Callable[[str, int, torch.dtype], torch.Tensor]) -> Unpickler:
-    """An unpickler of torch's tensors.
+    """Return an unpickler of torch's tensors.
 
     Args:
         stream: holds the pickle.
         size: bytes of the whole file.
-        content: gives the bytes of a storage from its key, their number, and its dtype.
+        content: returns the bytes of a storage by key, number of bytes and dtype.
     """
     known: dict[str, torch.Tensor] = {}
 
@@ -204,7 +204,7 @@ def _are_sizes(value: Any) -> bool:
 
 
 def _check_view(items: int, offset: Any, size: Any, stride: Any) -> None:
-    """Check that a view of a storage of ``items`` numbers is inside it, and that no two of its elements overlap."""
+    """Check that a view of a storage of ``items`` numbers stays inside it, and that its elements do not overlap."""
     good = _are_sizes(size) and _are_sizes(stride) and len(size) == len(stride) and type(offset) is int and offset >= 0
     good = good and math.prod(max(n, 1) for n in size) < 1 << 60
     last = 0

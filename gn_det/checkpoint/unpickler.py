@@ -1,14 +1,15 @@
 """Read pickles without executing anything, in bounded time and memory.
 
-:class:`Unpickler` follows the opcodes that build plain values; a name in the pickle resolves to a constructor of ours
-or is refused. :func:`read_pickle` reads numpy arrays with it, ``torch_archive`` torch's files.
+:class:`Unpickler` follows the opcodes that build plain values. A name in the pickle resolves to one of our own
+constructors or is refused. :func:`read_pickle` reads numpy arrays with it, and ``torch_archive`` reads torch's files.
 
-It extends the standard library's pure-Python unpickler, whose memo is a dict: the C one allocates a table as long as
+It extends the standard library's pure-Python unpickler, whose memo is a dict; the C one allocates a table as long as
 the largest memo index. A weights file has a few thousand opcodes, so speed does not matter.
 
-A few hundred bytes can keep any other reader busy forever. What stops them here: dict keys are short strings or
-integers (hashing nested tuples takes exponential time), :func:`check_values` limits levels and places (containers may
-hold themselves, or share their contents exponentially often), and :meth:`Stream.copies` limits repeated copying.
+A few hundred bytes can keep other readers busy forever. Three limits prevent that here. Dict keys are short strings or
+integers, because hashing nested tuples takes exponential time. :func:`check_values` limits depth and number of values,
+because containers may contain themselves or share contents exponentially often. :meth:`Stream.copies` limits repeated
+copying.
 """
 
 from __future__ import annotations
@@ -33,21 +34,21 @@ MAX_DEPTH = 64
 MAX_TEXT = 8 << 20  # characters
 MAX_KEY = 512  # characters of a dict's key
 _MAX_BITS = 256  # of an integer
-# Longer Python 2 strings are array contents: kept as bytes instead of a detour through latin1 text.
+# Longer Python 2 strings are array contents, kept as bytes without decoding to latin1.
 _LONG_STRING = 256
 _LONG_READ = 1 << 16
 _DTYPE = re.compile(r"[<>|=]?(?:b1|[iu][1248]|f[248])$")
 
-#: What a pickle may name, by module and name: functions that it may call instead, and values.
+#: Names that a pickle may use: (module, name) to our replacement function or value.
 Table = dict[tuple[str, str], Any]
 
 
 class Refused(Exception):
-    """The file holds something that is not allowed; the message follows the file's name."""
+    """The file contains something that is not allowed; the message continues the file's name."""
 
 
 class Stream:
-    """Part of a mapped file as a file object. A claimed length costs no memory: long reads are views of the mapping."""
+    """Part of a mapped file as a file object. Long reads are views, so a claimed length costs no memory."""
 
     def __init__(self, mapped: mmap.mmap, begin: int = 0, size: int | None = None) -> None:
         self._map, self._view, self.at = mapped, memoryview(mapped), begin
@@ -68,14 +69,14 @@ class Stream:
         return self._map[begin : self.at]
 
     def copies(self, size: int) -> None:
-        """Account for bytes that a constructor copies; a pickle can call it again and again on the same value."""
+        """Count bytes that a constructor copies, because a pickle can call it repeatedly on the same value."""
         self._may_copy -= size
         if self._may_copy < 0:
             raise Refused("copies its contents over and over, which no weights file does")
 
 
 def check_values(value: Any) -> None:
-    """Check that dicts, lists and tuples have few levels and places, so that it is cheap to walk through them.
+    """Check that nested dicts, lists and tuples are shallow and small, so that traversing them is cheap.
 
     Raises:
         Refused: too many (shared values count each time), too much text, or an integer of more than 256 bits.
@@ -114,7 +115,7 @@ class _Memo(dict[int, Any]):
 # Any: the attributes that opcodes work on (stack, memo, read) are not in the type stubs.
 _Base: Any = pickle._Unpickler  # type: ignore[attr-defined, unused-ignore]
 _Stop: Any = pickle._Stop  # type: ignore[attr-defined, unused-ignore]
-# Left out: INST, OBJ, NEWOBJ, PERSID, the extension registry, sets, buffers. No weights file has them.
+# Not supported: INST, OBJ, NEWOBJ, PERSID, the extension registry, sets, buffers. No weights file uses them.
 _OPCODES = (
     "PROTO STOP POP POP_MARK DUP MARK NONE NEWTRUE NEWFALSE INT LONG LONG1 LONG4 BININT BININT1 BININT2 FLOAT "
     "BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES "
@@ -124,13 +125,13 @@ _OPCODES = (
 
 
 class Unpickler(_Base):  # type: ignore[misc, unused-ignore]
-    """Opcodes that only build values.
+    """Unpickler that supports only opcodes that build values.
 
     Args:
-        stream: where to read; several pickles may follow each other.
-        table: what the pickle may name, beside plain containers.
-        storages: gives the storage of a persistent id, by which torch refers to data outside the pickle.
-        build: what BUILD gives for a value and its state, for values other than dicts.
+        stream: input; may hold several consecutive pickles.
+        table: names that the pickle may use, besides plain containers.
+        storages: returns the storage of a persistent id, with which torch refers to data outside the pickle.
+        build: result of BUILD for a value and its state, for values other than dicts.
     """
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {}
@@ -148,10 +149,10 @@ class Unpickler(_Base):  # type: ignore[misc, unused-ignore]
         self._table, self._storages, self._build = _plain_constructors(stream) | table, storages, build
 
     def load(self) -> Any:
-        """Return the one value of a pickle.
+        """Return the value of a pickle.
 
         Raises:
-            Refused: a limit, or something that is not allowed.
+            Refused: a limit is exceeded, or something is not allowed.
             Exception: of any type, for damaged bytes.
         """
         self.memo = _Memo()
@@ -184,9 +185,9 @@ class Unpickler(_Base):  # type: ignore[misc, unused-ignore]
     def _decode_string(self, value: bytes) -> Any:
         return value if len(value) > _LONG_STRING else str(value, "latin1")
 
-    # The opcodes that are not the standard library's.
+    # Opcodes that differ from the standard library.
 
-    def _load_bytearray(self) -> None:  # the standard one allocates what is claimed
+    def _load_bytearray(self) -> None:  # the standard one allocates the claimed size
         self.append(self.read(int.from_bytes(self.read(8), "little")))
 
     def _load_dict(self) -> None:
@@ -205,7 +206,7 @@ class Unpickler(_Base):  # type: ignore[misc, unused-ignore]
     def _load_build(self) -> None:
         state, top = self.stack.pop(), self.stack[-1]
         if isinstance(top, OrderedDict):
-            return  # the versions of a state_dict's modules, which nothing reads
+            return  # module versions of a state_dict, which are not used
         if self._build is None:
             raise Refused(f"sets the state of a {type(top).__name__}, which no weights file does")
         self.stack[-1] = self._build(top, state)
@@ -241,9 +242,9 @@ def _set_items(target: Any, items: list[Any]) -> None:
 
 
 def _plain_constructors(stream: Stream) -> Table:
-    """What any pickle may name: bytes of old protocols, and special dicts.
+    """Names that any pickle may use: bytes of old protocols, and special dicts.
 
-    Made for each file: nothing that a file does to them reaches the next one.
+    Created anew for each file, so that a file cannot affect the next one.
     """
 
     def encode(text: Any, encoding: Any = "latin1") -> bytes:
@@ -281,7 +282,7 @@ def _plain_constructors(stream: Stream) -> Table:
 
 
 def read_pickle(path: StrPath) -> Any:
-    """Return the value in a pickle of numpy arrays and plain values (Python 2 or 3), as Detectron's model zoos have it.
+    """Return the value in a pickle of numpy arrays and plain values (Python 2 or 3), as in Detectron's model zoos.
 
     Raises:
         Refused: it holds any other object; the message does not name the file.
@@ -312,7 +313,7 @@ def _array(stream: Stream, shape: Any, dtype: Any, data: Any, order: Any) -> np.
         data = data.encode("latin1")
     if not isinstance(data, (bytes, memoryview)) or not isinstance(dtype, np.dtype):
         raise Refused("holds an array without plain contents or dtype")
-    # A dtype of its own: that of the pickle may get another byte order afterwards.
+    # Copy the dtype, because the pickle may change the byte order of its own later.
     made: np.ndarray = np.frombuffer(data, np.dtype(dtype.str)).reshape(shape, order="F" if order == "F" else "C")
     return made
 
@@ -324,7 +325,7 @@ def _array_constructors(stream: Stream) -> Table:
     def dtype(code: Any, align: Any = False, copy: Any = False) -> np.dtype:
         if not isinstance(code, str) or not _DTYPE.match(code):
             raise Refused(f"holds an array of dtype {one_line(code, 40)!r}; only plain numbers are read")
-        return np.dtype(code, copy=True)  # never numpy's own object: its byte order may be set
+        return np.dtype(code, copy=True)  # not numpy's shared object, because BUILD may set its byte order
 
     def scalar(kind: Any, data: Any) -> Any:
         return _array(stream, (), kind, data, "C")[()]

@@ -1,7 +1,7 @@
-"""Put published or own weights into a model, and say what became of every tensor.
+"""Load published or own weights into a model, and report what happened to every tensor.
 
-Nothing is half loaded: everything is checked first (architecture, norm, preprocessing, names, shapes, finite numbers),
-and only then copied.
+Loading is all or nothing: architecture, norm, preprocessing, names, shapes and finite values are checked before
+anything is copied.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from gn_det.text import as_line, one_line, some
 Placed = dict[str, torch.Tensor]
 Shape = tuple[int, ...]
 
-# The layers whose first dimension is the number of classes.
+# Layers whose first dimension depends on the number of classes.
 _PREDICTORS = re.compile(
     r"roi_heads\.(?:box_predictor\.(?:\d+\.)?(?:cls_score|bbox_pred)|mask_head\.predictor)\.(?:weight|bias)$"
 )
 _BARE = re.compile(r"(?:stem|res[2-5])\.")
 _BARE_PREFIXES = ("backbone.bottom_up.", "backbone.", "roi_heads.")  # FPN, C4, C4's res5
-# Which keys decide the shapes of a part: what to look at when they differ.
+# Keys that determine the shapes of a part, for messages.
 _KEYS = {
     "stem": "MODEL.RESNETS.STEM_OUT_CHANNELS",
     "res": "MODEL.RESNETS.{DEPTH,NUM_GROUPS,WIDTH_PER_GROUP,RES2_OUT_CHANNELS}",
@@ -49,7 +49,7 @@ _KEYS = {
 
 @dataclass
 class Outcome:
-    """Names of tensors by what became of them, with the shapes in the file and in the model where they differ."""
+    """Names of tensors by outcome, with the shapes in the file and the model if they differ."""
 
     loaded: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)  # only in the model
@@ -64,8 +64,8 @@ class LoadReport(Outcome):
     """Result of :func:`gn_det.checkpoint.weights.load_weights`."""
 
     source: str = ""
-    kind: str = ""  # what the file was recognized as, such as "Caffe2 ImageNet backbone, ResNet-50, GN"
-    ignored: tuple[str, ...] = ()  # names that no detector uses (ImageNet classifier, momentum, anchors ...)
+    kind: str = ""  # detected kind of file, such as "Caffe2 ImageNet backbone, ResNet-50, GN"
+    ignored: tuple[str, ...] = ()  # names not used by any detector (ImageNet classifier, momentum, anchors ...)
     notes: tuple[str, ...] = ()  # sentences worth showing the user
     meta: dict[str, Any] | None = None  # the gn_det block of the file
 
@@ -89,20 +89,20 @@ def load_weights(
     allow_partial: bool = False,
     require_all: bool = False,
 ) -> LoadReport:
-    """Load weights into ``model``; on an error the model is left as it was.
+    """Load weights into ``model``; on an error, the model is unchanged.
 
     Args:
         model: its state dict has Detectron2's names (``backbone.``, ``proposal_generator.``, ``roi_heads.``).
-        path_or_uri: local path, or a URI (see :mod:`gn_det.checkpoint.weights_uri`), with ``?allow_partial=True`` or
-            ``?preprocessing=...`` appended where wanted.
+        path_or_uri: local path or URI (see :mod:`gn_det.checkpoint.weights_uri`), optionally with
+            ``?allow_partial=True`` or ``?preprocessing=...`` appended.
         cfg: the resolved configuration the model was built from.
-        allow_partial: load what fits and report the rest, instead of refusing a part that fits only partly.
-        require_all: also refuse missing or re-initialized heads: for evaluation and prediction, where an
-            untrained layer would only produce noise.
+        allow_partial: load matching tensors and report the others, instead of refusing a part that matches only partly.
+        require_all: also refuse missing or re-initialized heads, for evaluation and prediction, where untrained layers
+            produce noise.
 
     Raises:
-        WeightsError: unreadable or unsafe file; another architecture, norm or preprocessing than the config's (the
-            keys to set are named); a backbone with an unmatched tensor, or a head that fits only partly.
+        WeightsError: the file is unreadable or unsafe; architecture, norm or preprocessing differ from the config (the
+            message names the keys to set); the backbone has an unmatched tensor, or a head matches only partly.
     """
     source, options = split_options(os.fspath(path_or_uri))
     weights = open_weights(path_or_uri)
@@ -114,10 +114,10 @@ def load_weights(
 def plan_weights(
     model: nn.Module, source: str, weights: Weights, cfg: Any, allow_partial: bool = False, require_all: bool = False
 ) -> tuple[LoadReport, Placed]:
-    """Everything of :func:`load_weights` but the copy; ``model`` may be on the meta device.
+    """Do all of :func:`load_weights` except the copy; ``model`` may be on the meta device.
 
     Returns:
-        The report, and the tensors to copy by the model's names.
+        The report, and the tensors to copy by name in the model.
     """
     parameters = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     in_model = {name: tuple(value.shape) for name, value in parameters.items()}
@@ -152,7 +152,7 @@ def plan_weights(
 
 
 def _fold(weights: Weights, cfg: Any) -> list[str]:
-    """Fold the source's channel order and std into the stem where that is meant; says what was done."""
+    """Fold the source's channel order and std into the stem if allowed; return what was done."""
     needs = weights.preprocessing
     if not weights.foldable or needs is None:
         return []
@@ -167,7 +167,7 @@ def _fold(weights: Weights, cfg: Any) -> list[str]:
 
 
 def _place(weights: Weights, in_model: Mapping[str, Shape], skip_norms: bool) -> Placed:
-    """Tensors by the model's names (or their own, where the model has no such name)."""
+    """Return tensors by their names in the model (or their own, if the model lacks them)."""
     placed: Placed = {}
     for name, value in weights.state.items():
         target = name
@@ -177,7 +177,7 @@ def _place(weights: Weights, in_model: Mapping[str, Shape], skip_norms: bool) ->
             continue
         placed[target] = value
     if weights.norm == "affine BN":
-        # Scale and shift alone: identity statistics, as Detectron2 leaves them (variance 1, so off by BN's epsilon).
+        # Only scale and shift: identity statistics, as in Detectron2 (variance 1, so off by BN's epsilon).
         for name, shape in in_model.items():
             module, _, leaf = name.rpartition(".")
             if leaf in ("running_mean", "running_var") and f"{module}.weight" in placed:
@@ -188,7 +188,7 @@ def _place(weights: Weights, in_model: Mapping[str, Shape], skip_norms: bool) ->
 def _sort(
     report: LoadReport, placed: Placed, in_model: Mapping[str, Shape], whole: bool, ignored: tuple[str, ...]
 ) -> None:
-    """Enter what becomes of every name of the model and of the file; ``whole``: the file holds a detector."""
+    """Record the outcome of every name in model and file; ``whole``: the file holds a detector."""
     for name, shape in in_model.items():
         value = placed.get(name)
         if value is None:
@@ -213,10 +213,9 @@ def _sort(
 
 
 def _rows_by_name(weights: Weights, cfg: Any, placed: Placed, ours: Mapping[str, torch.Tensor]) -> list[str]:
-    """Rearrange the predictors' rows in ``placed`` for the config's classes, by name; says what was kept.
+    """Reorder the predictors' rows in ``placed`` to the config's classes, by name; return what was kept.
 
-    Rows of classes that the file does not have stay as the model has them. Nothing is done where the classes are the
-    same, or no name is.
+    Rows of classes that the file lacks keep the model's values. Nothing happens if all classes or no class names match.
     """
     names, theirs = tuple(get_value(cfg, "MODEL.CLASS_NAMES") or ()), weights.class_names
     kept = [name for name in names if name in theirs]
@@ -250,7 +249,7 @@ def _class_notes(weights: Weights, cfg: Any, report: LoadReport) -> list[str]:
     names = tuple(get_value(cfg, "MODEL.CLASS_NAMES") or ())
     theirs = weights.class_names
     if names and theirs and names != theirs and not report.reinitialized and "box head" in report.by_part():
-        return [f"as many classes as the file, but other names ({shorten(theirs)}): its predictors are kept"]
+        return [f"as many classes as the file, but with other names ({shorten(theirs)}): its predictors are kept"]
     return []
 
 
@@ -258,7 +257,7 @@ def _class_notes(weights: Weights, cfg: Any, report: LoadReport) -> list[str]:
 
 
 def _refuse_partial(report: LoadReport, whole: bool) -> None:
-    """A part must fit wholly or be wholly absent from the file; the bottom-up network must be there.
+    """Require that a part matches completely or is absent from the file, and that the bottom-up network is present.
 
     ``whole``: the file holds a detector, not a bare backbone.
     """
@@ -267,8 +266,7 @@ def _refuse_partial(report: LoadReport, whole: bool) -> None:
         fits = not (part.missing or part.unexpected or part.shape_differs)
         shared = part.loaded or part.shape_differs or part.reinitialized or (part.missing and part.unexpected)
         if name == "other":
-            # Another task's head (keypoints, panoptic) does no harm; a stray tensor of a bare backbone or of the
-            # backbone's is one that no table explains.
+            # Heads of other tasks (keypoints, panoptic) are harmless; a stray backbone tensor is unexplained.
             absent = not part.missing and whole and not any(n.startswith("backbone.") for n in part.unexpected)
         else:
             absent = not shared and name not in BOTTOM_UP and name != "res5 head"
@@ -312,7 +310,7 @@ def _refuse_untrained(report: LoadReport, cfg: Any, weights: Weights) -> None:
 
 
 def _refuse_frozen(report: LoadReport, model: nn.Module) -> None:
-    """Layers that are frozen and were not loaded would stay random forever."""
+    """Refuse frozen layers that were not loaded, because they would stay random forever."""
     lost = {*report.missing, *report.shape_differs, *report.reinitialized}
     frozen = [name for name, p in model.named_parameters() if name in lost and not p.requires_grad]
     if frozen:
@@ -324,7 +322,7 @@ def _refuse_frozen(report: LoadReport, model: nn.Module) -> None:
 
 def _refuse_non_finite(source: str, state: Placed) -> None:
     for name, value in state.items():
-        # The quick sum may also overflow.
+        # The fast sum may overflow, so check again.
         if value.is_floating_point() and not torch.isfinite(value.sum()) and not torch.isfinite(value).all():
             raise WeightsError(f"{source}: {name} holds NaN or infinity; take an earlier checkpoint")
 
@@ -333,7 +331,7 @@ def _refuse_non_finite(source: str, state: Placed) -> None:
 
 
 def format_report(report: LoadReport) -> str:
-    """Return the report as a table of one line per part, with whatever is not simply loaded spelled out."""
+    """Format the report as a table with one line per part, with details of everything that was not simply loaded."""
     from tabulate import tabulate
 
     rows = []

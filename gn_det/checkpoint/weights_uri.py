@@ -1,11 +1,11 @@
 """Names and URLs of published weights, downloaded once into iopath's cache.
 
 ``catalog://ImageNetPretrained/FAIR/R-50-GN``, ``detectron2://...``, ``timm://resnet50_gn.a1h_in1k``,
-``hf://owner/name``, ``open-mmlab://detectron/resnet50_gn`` and ``https://...`` become a local file under
-``$FVCORE_CACHE`` (default ``~/.torch/iopath_cache``); the same cache as Detectron2's. ``$GN_DET_MIRROR`` names a server
-or folder to fetch from instead; ``https://host/x.pth#sha256=HEX`` is verified.
+``hf://owner/name``, ``open-mmlab://detectron/resnet50_gn`` and ``https://...`` resolve to a local file under
+``$FVCORE_CACHE`` (default ``~/.torch/iopath_cache``), the same cache as Detectron2's. ``$GN_DET_MIRROR`` names a server
+or folder to fetch from instead. ``https://host/x.pth#sha256=HEX`` is verified.
 
-URIs are untrusted: whatever one contains, its file is inside the cache or the mirror.
+URIs are untrusted: whatever one contains, its file stays inside the cache or the mirror.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gn_det.text import one_line
 _C2 = "https://dl.fbaipublicfiles.com/detectron"
 _D2 = "https://dl.fbaipublicfiles.com/detectron2"
 
-# Detectron2's model catalog, as far as this engine can use it.
+# The part of Detectron2's model catalog that the embedded engine can use.
 CATALOG = {
     "ImageNetPretrained/MSRA/R-50": f"{_C2}/ImageNetPretrained/MSRA/R-50.pkl",
     "ImageNetPretrained/MSRA/R-101": f"{_C2}/ImageNetPretrained/MSRA/R-101.pkl",
@@ -46,13 +46,13 @@ OPEN_MMLAB = {
 # timm's names without the tag of the training recipe.
 _TIMM_TAGS = {"resnet50_gn": "resnet50_gn.a1h_in1k"}
 
-# Preprocessing of published backbones whose files do not store it, by their URI or path ...
+# Preprocessing of published backbones whose files do not store it, by URI or path ...
 _PUBLISHED = (
     (re.compile(r"ImageNetPretrained/torchvision/"), TORCH),
     (re.compile(r"open-mmlab://detectron/resnet(?:50|101)_gn$"), CAFFE),
     (re.compile(r"open-mmlab://contrib/resnet50_gn$"), TORCH),
 )
-# ... or by the beginning of their sha256, which their publisher puts into the file name.
+# ... or by the start of their sha256, which the publisher puts into the file name.
 _PUBLISHED_FILES = {"9186a21c": CAFFE, "cac0ab98": CAFFE, "ad1730dd": TORCH}
 
 SCHEMES = ("https://", "detectron2://", "catalog://", "timm://", "hf://", "open-mmlab://")
@@ -63,10 +63,10 @@ MIRROR = "GN_DET_MIRROR"
 
 
 def resolve_url(uri: str) -> str | None:
-    """The https URL behind a URI, or None for a local path (or ``file://``).
+    """Return the https URL of a URI, or None for a local path (or ``file://``).
 
     Raises:
-        WeightsError: unknown scheme, or a name that is not in the catalog (the nearest is named).
+        WeightsError: unknown scheme, or a name that is not in the catalog (the message suggests the nearest).
     """
     match = _SCHEME.match(uri)
     scheme = match[1].lower() if match else "file"
@@ -112,7 +112,7 @@ def published_file(path: StrPath) -> Preprocessing | None:
 
 @dataclass(frozen=True)
 class Options:
-    """Options after a name, as in ``x.pth?preprocessing=torch&allow_partial=True``."""
+    """Options appended to a name, as in ``x.pth?preprocessing=torch&allow_partial=True``."""
 
     preprocessing: Preprocessing | None = None
     allow_partial: bool = False
@@ -141,12 +141,12 @@ def split_options(uri: str) -> tuple[str, Options]:
 
 
 def with_option(uri: str, option: str) -> str:
-    """``x.pth`` and ``allow_partial=True`` become ``x.pth?allow_partial=True``."""
+    """Return ``x.pth?allow_partial=True`` for ``x.pth`` and ``allow_partial=True``."""
     return f"{uri}{'&' if _OPTIONS.search(uri) else '?'}{option}" if uri else uri
 
 
 def sha256_of(path: StrPath) -> str:
-    """Hex digest of a file's contents."""
+    """Return the hex digest of a file's contents."""
     digest = hashlib.sha256()
     with open_regular(path) as file:
         while block := file.read(1 << 20):
@@ -155,7 +155,7 @@ def sha256_of(path: StrPath) -> str:
 
 
 def cache_path(url: str) -> Path:
-    """Return where the file of an https URL is, or would be, in the cache (nothing is created).
+    """Return the path of an https URL in the cache, without creating anything.
 
     Raises:
         WeightsError: the URL's path leads out of the cache folder, or cannot name a file in it.
@@ -164,7 +164,7 @@ def cache_path(url: str) -> Path:
 
 
 def _mirrored(url: str) -> str:
-    """Where to fetch a URL: the mirror's URL or file where the environment names one, else the URL itself.
+    """Return where to fetch a URL: URL or file of the mirror, if the environment names one, else the URL itself.
 
     A mirror is a copy of the cache folder, on a server or on a disk.
     """
@@ -181,7 +181,7 @@ def _local(path: str) -> Path:
 
 
 def _placed(folder: StrPath, url: str, variable: str) -> Path:
-    """The file of a URL in ``folder``: the path after the host, as in iopath's cache."""
+    """Return the file of a URL in ``folder``: the path after the host, as in iopath's cache."""
     try:
         path = re.sub("/+", "/", urlparse(url).path).removeprefix("/")
         if re.search("%(25)*(2e|2f|5c|00)", path, flags=re.IGNORECASE):  # a server or a proxy may decode them
@@ -195,7 +195,7 @@ def _placed(folder: StrPath, url: str, variable: str) -> Path:
 
 
 def _split_digest(uri: str) -> tuple[str, str]:
-    """The URI without ``#sha256=HEX``, and the digest (or its beginning) in lower case; "" if there is none."""
+    """Return the URI without ``#sha256=HEX``, and the digest (or its start) in lower case, or ""."""
     rest, name, digest = re.fullmatch(r"(.*?)(?:(#sha256=)([^#]*))?", uri, re.IGNORECASE | re.DOTALL).groups("")  # type: ignore[union-attr]
     if name and not re.fullmatch(r"[0-9a-fA-F]{8,64}", digest):
         raise WeightsError(f"{one_line(uri, 400)}: #sha256= takes 8 to 64 hexadecimal digits (MODEL.WEIGHTS)")
@@ -206,10 +206,10 @@ def _split_digest(uri: str) -> tuple[str, str]:
 
 
 def locate(path_or_uri: StrPath) -> tuple[Path, str]:
-    """Return where the file of a path or URI is or would be, and the URL to download it from; "" for no download.
+    """Return the local file of a path or URI, and the URL to download it from ("" for none).
 
     Raises:
-        WeightsError: empty string, unknown name, or a place outside the cache or the mirror.
+        WeightsError: empty string, unknown name, or a path outside the cache or the mirror.
     """
     uri, _ = split_options(os.fspath(path_or_uri))
     if not uri.strip():
@@ -227,11 +227,10 @@ def locate(path_or_uri: StrPath) -> tuple[Path, str]:
 
 
 def local_path(path_or_uri: StrPath) -> Path:
-    """Return a local file for a path or URI; downloads when the cache lacks it.
+    """Return a local file for a path or URI, downloading it if it is not cached; a local path may not exist.
 
     Raises:
-        WeightsError: see :func:`locate`; or no download possible, where the message names the URL, and the file to
-            place and where. Whether a local path exists is left to the reader.
+        WeightsError: see :func:`locate`; or the download failed (the message names the URL and where to put the file).
     """
     path, source = locate(path_or_uri)
     uri, sha256 = _split_digest(split_options(os.fspath(path_or_uri))[0])

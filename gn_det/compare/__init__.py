@@ -1,1 +1,1 @@
-"""Comparisons: a suite of rows is run, measured over seeds, and reported beside what others published."""
+"""Comparisons: run a suite of rows, measure over seeds, and report beside published results."""

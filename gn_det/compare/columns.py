@@ -1,4 +1,4 @@
-"""The numbers that a table can show: those measured here, and published ones with their source."""
+"""Columns of a table: measured numbers, and published ones with their source."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 
 from gn_det.config.reader import read_yaml
 
-#: Kinds of columns: a metric differs by seed, a cost by machine, a size is the model's.
+#: Kinds of columns: a metric depends on the seed, a cost on the machine, a size only on the model.
 METRIC, COST, SIZE = "metric", "cost", "size"
 
 
 @dataclass(frozen=True)
 class Column:
-    """A number of a run; ``factor`` multiplies the stored value for showing."""
+    """A number of a run; shown values are multiplied by ``factor``."""
 
     heading: str
     decimals: int = 1
@@ -27,7 +27,7 @@ class Column:
         return f"{value * self.factor:.{self.decimals}f}"
 
 
-#: Every AP of an evaluation, as columns -> name of the metric.
+#: Column of each AP of an evaluation -> name of the metric.
 AP_METRICS = {
     f"{task}_ap{suffix}": f"{kind}/{metric}"
     for task, kind in (("box", "bbox"), ("mask", "segm"))
@@ -45,9 +45,9 @@ COLUMNS: dict[str, Column] = {
     "s_per_image": Column("inference, ms / image", 2, COST, lower_is_better=True, factor=1e3),
 }
 
-#: The number that decides, by kind of row.
+#: The main column of each kind of row.
 DECIDING = {"detect": "box_ap", "pretrain": "top1_error"}
-#: Columns where a table names none, and those of the second table, on what a row costs.
+#: Default columns of a table, and those of the cost table.
 USUAL = {
     "detect": ("box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75"),
     "pretrain": ("top1_error", "train_error"),
@@ -57,9 +57,9 @@ COSTS = ("parameters", "s_per_iter", "memory_mb", "s_per_image")
 
 # ------------------------------------------------------------ published numbers
 
-#: The source of a number that the suite itself gives.
+#: Source name of numbers given by the suite itself.
 EXPECTED = "expected"
-#: Sources in the order of preference where a table names none, with what a sentence calls them.
+#: Sources in order of preference, with their names in sentences.
 SOURCES = {
     EXPECTED: "what was expected",
     "paper": "the paper",
@@ -71,9 +71,9 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Reference:
-    """One row of a published table: numbers by column, or only their difference to the row ``delta_to``.
+    """One row of a published table: numbers by column, or only the difference from the row ``delta_to``.
 
-    Rows of different ``model`` are not compared. A suite's ``expected`` has the text of its source there.
+    Rows with different ``model`` are not compared. For a suite's ``expected``, it is the text of the source.
     """
 
     id: str
@@ -86,7 +86,7 @@ class Reference:
 
     @property
     def kind(self) -> str:
-        """Model without its depth: "C4", "FPN" or "ImageNet"; "" where a suite's ``expected`` gives the value."""
+        """Model without its depth: "C4", "FPN" or "ImageNet"; "" for a suite's ``expected``."""
         return "" if self.source == EXPECTED else self.model.replace("-", " ").split()[-1]
 
 
@@ -104,7 +104,7 @@ def load_references() -> tuple[dict[str, Reference], dict[str, str]]:
 
 
 def published_difference(row: Reference, baseline: Reference, column: str) -> float | None:
-    """Row minus baseline where one source gives both for one model, or gives the difference; None where not."""
+    """Return row minus baseline if one source has both for one model, or has the difference; else None."""
     if (row.source, row.model) != (baseline.source, baseline.model):
         return None
     if row.delta and row.delta_to == baseline.id:

@@ -24,17 +24,17 @@ from gn_det.files import atomic_write
 from gn_det.terminal import say
 from gn_det.visualize.html import jpeg_uri, render
 
-#: Longer side of a sample image in pixels, and lowest score drawn; larger images are scaled down to four times the
-#: side before anything is drawn on them.
+#: Longer side of a sample image in pixels, and lowest score drawn; larger images are scaled to four times the side
+#: before drawing.
 _SIDE, _THRESHOLD = 420, 0.5
 #: Sample images of a report.
 _MOST_SAMPLES = 64
-#: Lines of a config that differ in every run and say nothing.
+#: Config keys that differ in every run and are not shown.
 _OWN = ("OUTPUT_DIR:", '"output":', "SEED:", "WEIGHTS:")
 
 
 def write_report(results: Results, store: Store, date: str) -> None:
-    """Write all three files into the folder of the store, each atomically; raises WriteError where it cannot."""
+    """Write the three files to the folder of the store, each atomically; raise WriteError on failure."""
     found = findings(results)
     suite = results.plan.suite
     content: dict[str, Any] = {
@@ -57,7 +57,7 @@ def write_report(results: Results, store: Store, date: str) -> None:
 
 
 def _state(results: Results) -> list[tuple[str, str]]:
-    """How many rows are in which state, and how many seeds they have."""
+    """Count rows by state, and their seeds."""
     states = [r.status for r in results.rows]
     parts = {"rows done": states.count("done"), "failed": states.count("failed"), "left out": states.count("left out")}
     parts["not finished"] = len(states) - sum(parts.values())
@@ -67,7 +67,7 @@ def _state(results: Results) -> list[tuple[str, str]]:
 
 
 def _configs(results: Results) -> list[dict[str, Any]]:
-    """The resolved config of each row, and in what it differs from its baseline's."""
+    """Return the resolved config of each row, and its difference from the baseline's."""
     out = []
     for result in results.rows:
         text = result.done[0].config if result.done else ""
@@ -85,7 +85,7 @@ def _configs(results: Results) -> list[dict[str, Any]]:
 
 
 def sample_rows(results: Results) -> list[RowResult]:
-    """Rows whose predictions are drawn: those the suite names, else a baseline and the first row compared with it."""
+    """Return the rows to draw predictions of: those named by the suite, else a baseline and its first compared row."""
     named = [results.row(identity) for identity in results.plan.suite.sample_rows]
     if not named:
         compared = ([r.base, r] for r in results.rows if r.row.kind == DETECT and r.base is not None and r.done)
@@ -94,22 +94,22 @@ def sample_rows(results: Results) -> list[RowResult]:
 
 
 def _samples(results: Results, store: Store) -> list[tuple[str, list[Markup]]]:
-    """(title, images) of the truth and of each row, on the same images; empty where nothing can be drawn."""
+    """Return (title, images) of the ground truth and each row, on the same images; empty if nothing can be drawn."""
     rows = sample_rows(results)
     if not rows or not results.plan.suite.sample_images:
         return []
     try:
         out = [("truth", _drawn(rows[0], results, store, truth=True))]
         return out + [(f"{r.row.title} (score ≥ {_THRESHOLD:g})", _drawn(r, results, store)) for r in rows]
-    except (UserError, OSError) as error:  # the images or weights are gone: the numbers are still worth a report
+    except (UserError, OSError) as error:  # images or weights are gone, but the numbers are still worth a report
         say(f"No sample predictions in the report: {error}")
         return []
 
 
 def _drawn(result: RowResult, results: Results, store: Store, *, truth: bool = False) -> list[Markup]:
-    """Images with what a row finds on them, or with the truth, as URIs.
+    """Return images with a row's detections, or the ground truth, as URIs.
 
-    They are kept below ``samples/``, so that a report of finished runs needs no model.
+    They are cached in ``samples/``, so that a report of finished runs needs no model.
     """
     record, count = result.done[0], min(results.plan.suite.sample_images, _MOST_SAMPLES)
     name = re.sub(r"[^\w.-]", "_", f"{record.row}-{record.seed}-{record.key[:8]}")
@@ -129,7 +129,7 @@ def _drawn(result: RowResult, results: Results, store: Store, *, truth: bool = F
 
 
 def _drawings(cfg: Any, weights: Path | None, engine: Engine, count: int) -> Iterator[Image.Image]:
-    """Images spread over the validation set, those with objects first, with what a model finds, or with the truth."""
+    """Draw detections or ground truth on images spread over the validation set, those with objects first."""
     from gn_det.data.image import ImageReader
     from gn_det.data.sets import load_first_test_set
     from gn_det.prediction.predictor import Selection, load_predictor

@@ -1,4 +1,4 @@
-"""One run of a comparison: trained by the functions that the commands call, then measured from what it wrote."""
+"""One run of a comparison: trained with the functions of the commands, then measured from its output."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from gn_det.engine.output import FINAL, METRICS
 from gn_det.errors import TrainingError
 from gn_det.visualize.plots import read_metrics
 
-#: Images whose inference is timed after some that are not; and the time after which it ends.
+#: Warm-up images, timed images, and time limit of the inference benchmark.
 TIMED, UNTIMED, TIMED_SECONDS = 16, 2, 60.0
 
 
 @dataclass
 class Outcome:
-    """What a run gave; see :class:`gn_det.compare.runner.Record` for the parts."""
+    """Results of a run; see :class:`gn_det.compare.runner.Record` for the parts."""
 
     metrics: dict[str, float | None]
     curve: list[dict[str, float]] = field(default_factory=list)
@@ -50,7 +50,7 @@ def execute(job: Job, folder: Path, weights: str, *, plan: Plan, measuring: bool
 
     Args:
         weights: initial weights of a detection row that starts from a pre-training row, else "".
-        measuring: this process measures; other ranks of torchrun only train.
+        measuring: whether this process measures; other ranks of torchrun only train.
     """
     _reset_peak_memory()
     if job.cfg is None:
@@ -100,7 +100,7 @@ def _of_detection(job: Job, cfg: CfgNode, engine: Engine, results: Mapping[str, 
     if metrics.get("box_ap") is None:
         if not held_out.object_counts.any():
             raise TrainingError(f"data: {held_out.json_file} has no object, so there is no AP to compare")
-        # a model that detects nothing has no precision; as a result of a comparison that is zero
+        # a model that detects nothing has undefined precision, which a comparison counts as zero
         tasks = ("box", "mask") if cfg.MODEL.MASK_ON else ("box",)
         metrics = {f"{task}_ap{limit}": 0.0 for task in tasks for limit in ("", "50", "75")}
     predictor = load_predictor(folder / FINAL, device=cfg.MODEL.DEVICE, engine=engine)
@@ -117,15 +117,15 @@ def _of_detection(job: Job, cfg: CfgNode, engine: Engine, results: Mapping[str, 
 
 
 def detection_metrics(results: Mapping[str, float]) -> dict[str, float | None]:
-    """The columns of an evaluation's flat results (of the first set where there are several)."""
+    """Return the columns of an evaluation's flat results (for several sets, of the first)."""
     prefix = next((k.removesuffix("bbox/AP") for k in results if k.endswith("bbox/AP")), "")
     found = {column: results.get(prefix + metric) for column, metric in AP_METRICS.items()}
-    # -1 and nan: there is no object of that size
+    # -1 and nan: no object of that size
     return {c: float(v) if math.isfinite(v) and v >= 0 else None for c, v in found.items() if v is not None}
 
 
 def detection_curve(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """Points ``{"x": iterations done, "loss", "box_ap", "mask_ap"}`` of the entries of a metrics.json."""
+    """Return points ``{"x": iterations done, "loss", "box_ap", "mask_ap"}`` from the entries of a metrics.json."""
     points = []
     for entry in entries:
         point = {"x": float(entry["iteration"] + ("total_loss" in entry))}
@@ -139,7 +139,7 @@ def detection_curve(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, floa
 
 
 def _logged_memory_mb(folder: Path) -> float | None:
-    """Peak memory as the run's log has it: of the GPU's tensors, or of the process on a CPU."""
+    """Return the peak memory in the run's log: of GPU tensors, or of the process on a CPU."""
     try:
         text = (folder / LOG_FILE).read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -149,7 +149,7 @@ def _logged_memory_mb(folder: Path) -> float | None:
 
 
 def _reset_peak_memory() -> None:
-    """Let the peak begin here: rows of a suite share a process, and must not be charged with what came before."""
+    """Reset the peak memory, because the rows of a suite share a process."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -161,7 +161,7 @@ def _reset_peak_memory() -> None:
 
 
 def seconds_per_image(detect: Callable[[Path], Any], images: Sequence[Path]) -> float | None:
-    """Median time from a file to its detections, one image at a time; None without images."""
+    """Return the median time from file to detections, one image at a time; None without images."""
     times: list[float] = []
     started = time.perf_counter()
     for number, path in enumerate(images[: UNTIMED + TIMED]):

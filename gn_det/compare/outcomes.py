@@ -1,4 +1,4 @@
-"""What a suite has found so far: the runs that count, mean and spread over seeds, and differences with their noise."""
+"""Results of a suite so far: the runs that count, mean and spread over seeds, and differences with their noise."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ class Spread:
 
 @dataclass(frozen=True)
 class Difference:
-    """A row minus its baseline: difference of the means over the seeds that were compared."""
+    """A row minus its baseline: difference of the means over the compared seeds."""
 
     value: float
-    half: float | None  # half the width of the 95% interval; None where the noise is not known
-    n: tuple[int, int]  # seeds of the row and of the baseline that were compared
-    paired: bool  # seed by seed, so that what a seed does to both rows cancels
-    assumed: bool = False  # one side has one seed, and is taken to spread as the other does
+    half: float | None  # half the width of the 95% interval; None if the noise is unknown
+    n: tuple[int, int]  # compared seeds of row and baseline
+    paired: bool  # paired by seed, so that common effects of a seed cancel
+    assumed: bool = False  # one side has a single seed, and is assumed to vary like the other
 
     @property
     def beyond_noise(self) -> bool | None:
-        """Whether the interval excludes zero; None where the noise is not known."""
+        """Whether the interval excludes zero; None if the noise is unknown."""
         return None if self.half is None else abs(self.value) > self.half
 
 
 def spread(values: Mapping[int, float]) -> Spread | None:
-    """Mean and deviation of the values by seed; None without any."""
+    """Return mean and deviation of the values by seed; None without any."""
     numbers = list(values.values())
     if not numbers:
         return None
@@ -58,18 +58,18 @@ def spread(values: Mapping[int, float]) -> Spread | None:
 
 
 def difference(row: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
-    """Row minus baseline with a t-interval.
+    """Return row minus baseline with a t-interval.
 
-    Seeds that both have are compared pair by pair (n - 1 degrees of freedom). Where fewer than two are shared but both
-    sides have two or more values, Welch's interval for unequal variances is taken. A side with one value is taken to
-    spread as the other does: the interval for one more value of n, t(n - 1) std sqrt(1 + 1/n). With one value on both
-    sides the noise is not known.
+    Shared seeds are compared in pairs (n - 1 degrees of freedom). If fewer than two are shared but both sides have two
+    or more values, Welch's interval for unequal variances is used. A side with one value is assumed to vary like the
+    other, which gives the prediction interval t(n - 1) std sqrt(1 + 1/n). With one value on both sides, the noise is
+    unknown.
 
     Args:
         row, baseline: a metric by seed.
 
     Returns:
-        None where a side has no value.
+        The difference, or None if a side has no value.
     """
     shared = sorted(row.keys() & baseline.keys())
     if len(shared) > 1 or (len(shared) == 1 and max(len(row), len(baseline)) == 1):
@@ -91,7 +91,7 @@ def difference(row: Mapping[int, float], baseline: Mapping[int, float]) -> Diffe
 
 
 def _half(std: float | None, factor: float, freedom: float) -> float | None:
-    """Half width of the interval of ``std * sqrt(factor)`` estimated with so many degrees of freedom."""
+    """Return half the width of the interval of ``std * sqrt(factor)`` with ``freedom`` degrees of freedom."""
     return None if std is None else t_quantile(0.5 + LEVEL / 2, freedom) * std * math.sqrt(factor)
 
 
@@ -119,12 +119,12 @@ def t_quantile(p: float, freedom: float) -> float:
 
 @dataclass
 class RowResult:
-    """A row with what is known of it."""
+    """A row with its runs so far."""
 
     row: Row
-    wanted: tuple[int, ...]  # seeds that the plan asks for
-    records: dict[int, Record] = field(default_factory=dict)  # by seed, the one that counts; of any status
-    remarks: list[str] = field(default_factory=list)  # what a reader must know: other versions, other settings
+    wanted: tuple[int, ...]  # seeds requested by the plan
+    records: dict[int, Record] = field(default_factory=dict)  # the record that counts for each seed, of any status
+    remarks: list[str] = field(default_factory=list)  # caveats: other versions, other settings
     left_out: str = ""  # why an optional row is not run
     base: RowResult | None = None
 
@@ -134,7 +134,7 @@ class RowResult:
 
     @property
     def status(self) -> str:
-        """In a word or two: "done", "failed", "2 of 3 seeds", "not run", "left out"."""
+        """Status: "done", "failed", "2 of 3 seeds", "not run" or "left out"."""
         if self.left_out:
             return "left out"
         if not self.done:
@@ -154,11 +154,11 @@ class RowResult:
         return spread(self.values(column))
 
     def difference(self, column: str) -> Difference | None:
-        """Row minus its baseline; None without a baseline, or where a side has no number."""
+        """Return row minus baseline; None without a baseline, or if a side has no number."""
         return None if self.base is None else difference(self.values(column), self.base.values(column))
 
     def neither_learned(self, column: str) -> bool:
-        """Whether every run of a row and of its baseline has AP 0.0, so that their difference says nothing."""
+        """Return whether all runs of a row and its baseline have AP 0.0, which makes the difference meaningless."""
         sides = [list(side.values(column).values()) for side in (self, self.base) if side is not None]
         nothing = len(sides) == 2 and all(sides) and max(map(max, sides)) < 0.05  # shown as 0.0
         return nothing and not COLUMNS[column].lower_is_better
@@ -167,7 +167,7 @@ class RowResult:
         return next((r.size[column] for r in self.done if r.size.get(column) is not None), None)
 
     def cost(self, column: str, place: Place | None) -> float | None:
-        """Median over the runs measured at ``place`` alone; None where there is none."""
+        """Return the median over the runs measured at ``place``, or None."""
         found = [r.cost.get(column) for r in self.done if place is not None and place_of_run(r) == place]
         numbers = [v for v in found if v is not None]
         return statistics.median(numbers) if numbers else None
@@ -175,7 +175,7 @@ class RowResult:
 
 @dataclass
 class Results:
-    """All rows of a suite, in its order, and the plan that was asked for."""
+    """All rows of a suite, in its order, and the plan."""
 
     plan: Plan
     rows: list[RowResult]
@@ -185,15 +185,15 @@ class Results:
 
 
 def collect(plan: Plan, store: Store, *, any_version: bool = False, any_settings: bool = False) -> Results:
-    """The runs that count for each row.
+    """Find the runs that count for each row.
 
     Args:
-        plan: of the whole suite.
-        store: where runs are kept.
-        any_version: a finished run of another version is as good as one of this; otherwise it is taken where this
-            version has no run at all, not even a failed one.
-        any_settings: take the newest finished run of a row where none has the settings of the plan; for a report of
-            what is there. Either is remarked.
+        plan: plan of the whole suite.
+        store: folder of the runs.
+        any_version: accept finished runs of another version like those of this one; otherwise they are only used if
+            this version has no run at all, not even a failed one.
+        any_settings: use the newest finished run of a row if none has the plan's settings, for a report of what exists.
+            The report mentions either case.
     """
     rows = {row.id: RowResult(row, (), left_out=plan.left_out.get(row.id, "")) for row in plan.suite.rows}
     for job in plan.jobs:
@@ -222,13 +222,13 @@ def _record_of(job: Job, plan: Plan, store: Store, any_version: bool, any_settin
 
 
 def place_of_run(record: Record) -> Place | None:
-    """Machine and day of a run; None for one that was interrupted and resumed elsewhere or on another day."""
+    """Return machine and day of a run; None if it was resumed elsewhere or on another day."""
     places = {(str(s.get("host")), str(s.get("device")), str(s.get("day"))) for s in record.sessions}
     return next(iter(places)) if len(places) == 1 else None
 
 
 def common_place(rows: Sequence[RowResult]) -> Place | None:
-    """Machine and day on which most of these rows were measured; the later day where two have as many."""
+    """Return the machine and day on which most rows were measured; of equals, the later day."""
     counts: Counter[Place] = Counter()
     for result in rows:
         counts.update({p for p in map(place_of_run, result.done) if p is not None})
@@ -239,7 +239,7 @@ def common_place(rows: Sequence[RowResult]) -> Place | None:
 
 
 def as_json(results: Results, findings: Mapping[str, Sequence[str]], date: str) -> dict[str, Any]:
-    """Everything, for machines."""
+    """Return all results as plain values."""
     suite = results.plan.suite
     rows = [_row_json(result, findings.get(result.row.id, ())) for result in results.rows]
     return {"suite": suite.name, "title": suite.title, "gn_det": __version__, "date": date, "rows": rows}

@@ -1,4 +1,4 @@
-"""From a suite to runs: configs resolved, models built once on no device, all checked before the first run."""
+"""Turn a suite into runs: resolve configs, build models on the meta device, and check all before the first run."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from gn_det.engine.prepare import check_freeze, check_run
 from gn_det.errors import ConfigError, UserError
 from gn_det.text import one_line, shown
 
-#: Runs of a plan.
+#: Most runs of a plan.
 MAX_RUNS = 2000
-#: Keys that say where and how fast, not what comes out.
+#: Keys that affect location and speed, but not results.
 _NOT_RESULT = ["OUTPUT_DIR", "", "MODEL.WEIGHTS", "", "DATALOADER.NUM_WORKERS", 0]
 #: Keys that came later and decide nothing that the others do not: left out, so that runs from before them still count.
 _LEFT_OUT = ("LOGGERS", "SOLVER.AUTO_EPOCHS")
@@ -79,7 +79,7 @@ class Job:
         return str(self.settings.get("weights") or "") if self.cfg is None else str(self.cfg.MODEL.WEIGHTS)
 
     def settings_key(self, weights_sha: str) -> str:
-        """Hash of everything that decides the result but the code of gn_det.
+        """Return a hash of everything that determines the result, except gn_det's code.
 
         Args:
             weights_sha: sha256 of the initial weights, "" for none.
@@ -112,7 +112,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Problem:
-    """Reason why a row cannot run; ``absent``: data or weights are missing, rather than something wrong."""
+    """Reason why a row cannot run; ``absent``: data or weights are missing, which is not an error."""
 
     row: str
     text: str
@@ -124,17 +124,17 @@ class Problem:
 
 @dataclass(frozen=True)
 class Plan:
-    """Runs in their order, and what is wrong with them."""
+    """Runs in order, and their problems."""
 
     suite: Suite
     engine: Engine
-    jobs: tuple[Job, ...]  # pre-trainings before what needs them; every row once before any row twice
-    problems: tuple[Problem, ...] = ()  # none may be left when the first run starts
+    jobs: tuple[Job, ...]  # pre-training before its dependents; all rows once before any row twice
+    problems: tuple[Problem, ...] = ()  # must be empty to start
     left_out: Mapping[str, str] = field(default_factory=dict)  # id -> why an optional row is not run
     num_gpus: int = 1  # processes of each run
 
     def check(self) -> None:
-        """Refuse to start with a problem.
+        """Refuse to start if there is a problem.
 
         Raises:
             ConfigError: the first problem, and how many more there are.
@@ -158,11 +158,11 @@ def make_plan(
 
     Args:
         suite: from :func:`gn_det.compare.suite.load_suite`.
-        engine: of the detection rows.
-        overrides: config keys from the command line, for every detection row.
-        only: ids or patterns with ``*``; the pre-training rows they start from come along. Empty takes all.
-        seeds: runs of every row, instead of what the suite says.
-        num_gpus: processes of each run.
+        engine: engine of the detection rows.
+        overrides: config keys from the command line, for all detection rows.
+        only: ids or patterns with ``*``; required pre-training rows are added. Empty means all rows.
+        seeds: number of runs per row, instead of the suite's.
+        num_gpus: number of processes per run.
 
     Raises:
         ConfigError: ``only`` names no row; too many runs.
@@ -173,7 +173,7 @@ def make_plan(
     of_rows = {row.id: tuple(range(1, seeds + 1)) if seeds else row.seeds for row in suite.rows}
     runs = sum(len(of_rows[identity]) for identity in wanted)
     if runs > MAX_RUNS:
-        raise ConfigError(f"{suite.source}: rows and seeds make {runs} runs; at most {MAX_RUNS} are possible")
+        raise ConfigError(f"{suite.source}: rows and seeds make {runs} runs; at most {MAX_RUNS} are allowed")
     jobs: list[tuple[int, bool, int, Job]] = []
     problems: list[Problem] = []
     left_out: dict[str, str] = {}
@@ -194,7 +194,7 @@ def make_plan(
             left_out[row.id] = found.text
             continue
         problems += [found] if found is not None else []
-        # Seed by seed, and in each the pre-trainings first: a suite that is cut short has every row once.
+        # Seed by seed, with pre-training first, so that an interrupted suite has every row once.
         jobs += [(number, row.kind == DETECT, position, job) for number, job in enumerate(of_row)]
     ordered = tuple(entry[-1] for entry in sorted(jobs, key=lambda entry: entry[:3]))
     return Plan(suite, engine, ordered, tuple(problems), left_out, num_gpus)
@@ -220,14 +220,14 @@ def _jobs(
     num_gpus: int,
     seeds: Mapping[str, Sequence[int]],
 ) -> list[Job]:
-    """Runs of a row, with its config resolved and checked."""
+    """Return the runs of a row, with a resolved and checked config."""
     inputs: dict[str, Any] = {"processes": int(os.environ["WORLD_SIZE"]) if dist.under_torchrun() else num_gpus}
     mine = seeds[row.id]
     if row.kind != DETECT:
         of_seeds = [Settings.from_dict({**row.settings, "output": "-", "seed": seed}) for seed in mine]
         settled = [s.settled(dist.resolve_device(s.device), {}) for s in of_seeds]
         return [Job(row, s.seed, settings=s.to_dict(), inputs=inputs) for s in settled]
-    # File, then data and weights of the row, then the suite's keys, the row's, the command line's.
+    # In this order: file, data and weights of the row, keys of the suite, of the row, of the command line.
     cfg = load_config(row.config, check=False)
     merge_overrides(cfg, as_argv({f"DATASETS.{key.upper()}": value for key, value in row.data.items()}), "data")
     if row.weights is not None:
@@ -257,15 +257,15 @@ def _jobs(
 
 
 def as_argv(overrides: Mapping[str, Any]) -> list[str]:
-    """``{KEY: value}`` as on a command line."""
+    """Convert ``{KEY: value}`` to command line arguments."""
     return [word for key, value in overrides.items() for word in (key, str(value))]
 
 
 def build_empty(job: Job, engine: Engine) -> nn.Module:
-    """The model of a run on torch's meta device, where the engine can do that; 80 classes where none are named.
+    """Build the model of a run, on torch's meta device if the engine supports it; 80 classes if unknown.
 
     Raises:
-        UserError: the config or the settings describe no model.
+        UserError: config or settings do not describe a model.
     """
     if job.cfg is None:
         from gn_det.classification.network import build_classifier
@@ -281,16 +281,16 @@ def build_empty(job: Job, engine: Engine) -> nn.Module:
         return engine.build_model(cfg)
 
 
-# ------------------------------------------------------------ what is there
+# ------------------------------------------------------------ data and weights
 
 
 def _sources(cfg: CfgNode) -> list[Any]:
-    """The sets of a config that are files; generated ones are part of the code."""
+    """Return the file-based sets of a config; generated ones are part of the code."""
     return [s for split in ("train", "test") for s in datasets_for(cfg, split) if s.name not in GENERATED]
 
 
 def _absent(job: Job) -> Problem | None:
-    """The first data or weights that are missing."""
+    """Return the first missing data or weights."""
     row = job.row.id
     if job.cfg is None:
         data = str(job.settings["data"])
@@ -311,7 +311,7 @@ def _absent(job: Job) -> Problem | None:
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of a file, remembered as long as its size and time stay."""
+    """Return the sha256 of a file, cached while its size and time stay the same."""
     state = path.stat()
     return _hash(str(path), state.st_size, state.st_mtime_ns)
 

@@ -1,7 +1,7 @@
-"""Run what is missing of a plan: done runs are skipped, interrupted ones resume, failed ones do not stop the others.
+"""Run the missing runs of a plan: finished ones are skipped, interrupted ones resume, failures do not stop the rest.
 
-Each run has a folder ``runs/<row>/seed-<n>-<key>/`` with what is known of it in ``run.json``. The key changes with
-settings, weights and code, so that nothing that was measured is overwritten.
+Each run has a folder ``runs/<row>/seed-<n>-<key>/`` with its record in ``run.json``. The key changes with settings,
+weights and code, so that results are never overwritten.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ RECORD = "run.json"
 
 @dataclass
 class Record:
-    """What is known of one run; metrics, cost and size by column, None where a number could not be had."""
+    """Record of one run; metrics, cost and size by column, None if a number is unavailable."""
 
     row: str
     seed: int
     key: str  # hash of settings_key and version; names the folder
     settings_key: str  # hash of settings, data and weights
     version: str  # RESULTS_VERSION
-    status: str = RUNNING  # also of a killed run
+    status: str = RUNNING  # also after the run was killed
     reason: str = ""  # why it failed, in one line
     sessions: list[dict[str, Any]] = field(default_factory=list)  # host, device and day of each start
     software: dict[str, str] = field(default_factory=dict)
@@ -74,11 +74,11 @@ class Store:
         self.root = Path(root)
 
     def folder_of(self, record: Record) -> Path:
-        """Of one run; ``*`` of an id is no character for a file name."""
+        """Return the folder of a run; replaces ``*``, which is not allowed in file names."""
         return self.root / "runs" / record.row.replace("*", "_star") / f"seed-{record.seed}-{record.key[:8]}"
 
     def read(self, row: str, seed: int) -> list[Record]:
-        """All records of a row and seed, newest last; an unreadable one counts as absent."""
+        """Return all records of a row and seed, newest last; unreadable ones are skipped."""
         names = {f.name for f in fields(Record)}
         found = []
         for path in (self.root / "runs" / row.replace("*", "_star")).glob(f"seed-{seed}-*/{RECORD}"):
@@ -107,7 +107,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def finite(value: Any) -> Any:
-    """The same with null for numbers that json does not have."""
+    """Replace numbers that json cannot represent by null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -121,20 +121,20 @@ def finite(value: Any) -> Any:
 
 
 class MissingWeights(UserError):
-    """The run that makes a job's initial weights did not succeed."""
+    """The run that produces a job's initial weights did not succeed."""
 
 
 def find(
     job: Job, plan: Plan, store: Store, *, any_version: bool = False, else_any: bool = False
 ) -> tuple[Record, str]:
-    """Return the record of a job, new where there is none, and its initial weights where another row makes them.
+    """Return the record of a job (a new one if there is none), and its initial weights if another row makes them.
 
     Args:
         any_version: finished runs of another version count.
-        else_any: they count where this version has no run at all.
+        else_any: they count only if this version has no run at all.
 
     Raises:
-        MissingWeights: the run that makes its initial weights is not done.
+        MissingWeights: the run that produces its initial weights is not done.
     """
     weights, sha = "", job.initial_sha()
     if job.needs is not None:
@@ -153,7 +153,7 @@ def find(
 
 
 def choose(records: Sequence[Record], settings_key: str, version: str, *, any_version: bool) -> Record | None:
-    """The record of these settings: of this version, or with ``any_version`` the newest finished one of any."""
+    """Return the record with these settings: of this version, or with ``any_version`` the newest finished one."""
     same = [r for r in records if r.settings_key == settings_key]
     exact = [r for r in same if r.version == version]
     other = [r for r in same if r.status == DONE] if any_version else []
@@ -173,8 +173,8 @@ def run_key(settings_key: str, version: str) -> str:
 class Runner:
     """Runs the jobs of a plan one after another.
 
-    ``execute`` runs one in a folder from initial weights ("" for the config's), resuming what is there. With
-    ``any_version`` runs of another version of gn_det count too. Only one rank of torchrun is ``recording``.
+    ``execute`` runs or resumes one in a folder, from initial weights ("" for the config's). With ``any_version``, runs
+    of another version of gn_det count, too. Only one rank of torchrun is ``recording``.
     """
 
     plan: Plan
@@ -185,7 +185,7 @@ class Runner:
     recording: bool = True
 
     def run(self) -> dict[str, str]:
-        """Run all jobs; returns the name of each that failed -> why. On a signal, what ran is recorded as interrupted.
+        """Run all jobs and return {name: reason} of failures; on a signal, the current run is recorded as interrupted.
 
         Raises:
             InUse: another comparison runs in the store.
@@ -203,9 +203,9 @@ class Runner:
         return {name: reason for name, reason in reasons.items() if reason}
 
     def _run(self, job: Job, number: int) -> str:
-        """Run a job unless it is done; returns why it failed, "" where it did not."""
+        """Run a job unless it is done; return why it failed, or ""."""
         head = f"[{number}/{len(self.plan.jobs)}] {job.name}"
-        # What rank 0 finds on disk, on every rank of torchrun: the others would look before it has written.
+        # Use rank 0's view of the disk on all ranks of torchrun, because others might look before it has written.
         record, weights, reason = dist.broadcast(self._decide(job) if dist.rank() == 0 else None)
         if record is not None:
             folder = self.store.folder_of(record)
@@ -224,13 +224,13 @@ class Runner:
         return str(reason)
 
     def _decide(self, job: Job) -> tuple[Record | None, str, str]:
-        """Record and initial weights of a job; no record, and why, where the run that it starts from failed."""
+        """Return record and initial weights of a job, or no record and the reason if its pre-training failed."""
         try:
             record, weights = find(job, self.plan, self.store, any_version=self.any_version)
         except MissingWeights as error:
             return None, "", str(error)
         if record.status == DONE and record.weights and not (self.store.folder_of(record) / record.weights).is_file():
-            record.status = RUNNING  # its weights were deleted: a row that starts from them would fail
+            record.status = RUNNING  # its weights were deleted, and a row that starts from them would fail
         return record, weights, ""
 
     def _execute(self, job: Job, record: Record, folder: Path, weights: str) -> None:
@@ -254,7 +254,7 @@ class Runner:
             raise
         except UserError as error:
             record.status, record.reason = FAILED, one_line(error, limit=None)
-        except Exception as error:  # a defect ends one row, not the night's suite; its trace is kept
+        except Exception as error:  # a bug ends one row, not the whole suite; the stack trace is kept
             record.status, record.reason = FAILED, one_line(engines.error_line(error), limit=None)
             if self.recording:
                 atomic_write(folder / "trace.txt", traceback.format_exc())
@@ -268,7 +268,7 @@ class Runner:
 
 
 def fetch_weights(plan: Plan) -> None:
-    """Download what is missing: a name that leads nowhere must not end the third day.
+    """Download missing weights first, so that a bad name does not stop the suite days later.
 
     Raises:
         UserError: names the row.
@@ -282,7 +282,7 @@ def fetch_weights(plan: Plan) -> None:
 
 
 def _session(job: Job, num_gpus: int) -> dict[str, Any]:
-    """Machine and day of a start; costs are compared within one of both only."""
+    """Return machine and day of a start; costs are only compared if both are equal."""
     now = datetime.now().astimezone()
     device = dist.device_name(job.device)
     if not job.device.startswith("cuda"):
@@ -298,7 +298,7 @@ def _session(job: Job, num_gpus: int) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1)
 def package_commit() -> str:
-    """Commit of gn_det's checkout, with "+" where it was changed since; "" for an installed package."""
+    """Return the commit of gn_det's checkout, with "+" if it was changed since; "" for an installed package."""
     root = Path(__file__).resolve().parent.parent.parent
     if not (root / ".git").exists():
         return ""

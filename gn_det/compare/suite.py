@@ -1,6 +1,6 @@
-"""A suite as it is written: YAML -> :class:`Suite`, with every unknown key, missing row and clash of ids named.
+"""Parse a suite from YAML; errors name unknown keys, missing rows and duplicate ids.
 
-``docs/compare.md`` says what the keys mean. Configs and data are not looked at here.
+``docs/compare.md`` describes the keys. Configs and data are not checked here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gn_det.text import did_you_mean, one_line, shown
 from gn_det.values import ANYTHING, FLAG, Check, InvalidValue, Value, integer, items, number, one_of
 
 DETECT, PRETRAIN = "detect", "pretrain"
-#: Rows of a suite, seeds of a row, and values and characters that ``each`` may write.
+#: Most rows per suite, seeds per row, and values and characters that ``each`` may produce.
 MAX_ROWS, MAX_SEEDS, _MAX_WRITTEN = 500, 1000, 2_000_000
 
 # ------------------------------------------------------------ values
@@ -36,7 +36,7 @@ def _plain_text(most: int) -> Value:
 
 
 def _mapping(values: Check = ANYTHING, keys: Mapping[str, Check] | None = None) -> Value:
-    """Keys and values, all of one kind; or some of ``keys``, where a key without a value counts as not written."""
+    """Check a mapping: values of one kind, or known ``keys``, for which an empty value counts as absent."""
 
     def inside(content: Any, where: str) -> None:
         for key, value in content.items():
@@ -50,7 +50,7 @@ def _mapping(values: Check = ANYTHING, keys: Mapping[str, Check] | None = None) 
 
 
 def _is_id(value: Any, parts: int = 100) -> bool:
-    """Of a row: also a folder below that of the results."""
+    """Return whether a row id is valid, also as a folder name."""
     if not isinstance(value, (str, int, float)) or len(text := str(value)) > 200:
         return False
     names = text.split("/")
@@ -74,16 +74,16 @@ _NAMES = Value(
     lambda v: isinstance(v, (str, list, tuple)),
     lambda v, where: items(_TEXT, 0, 1000)([v] if isinstance(v, str) else v, where),
 )
-_SEEDS = Value(f"a number of runs (at most {MAX_SEEDS}) or a list of different whole numbers >= 0", _are_seeds)
+_SEEDS = Value(f"a number of runs (at most {MAX_SEEDS}) or a list of distinct integers >= 0", _are_seeds)
 _OVERRIDES = _mapping(Value("a value; write SECTION.KEY: value", lambda v: not isinstance(v, Mapping)))
 _DATA = ("train_json", "train_images", "val_json", "val_images")
 _EXPECTED = {name: number(-1e9, 1e9) for name, column in COLUMNS.items() if column.what != SIZE}
-#: Fields of the settings; output folder and seed belong to the runner.
+#: Fields of the settings; the runner sets output folder and seed.
 _SETTINGS = [f.name for f in dataclasses.fields(Settings) if f.name not in ("output", "seed")]
 
 
 def _key(check: Check, default: Any, read: Callable[[Any], Any] = lambda value: value) -> Any:
-    """A field that is a key of the file: how its value is checked, and what becomes of it."""
+    """Declare a field for a key of the file, with its check and conversion."""
     start: dict[str, Any] = {"default_factory": dict} if default == {} else {"default": default}
     return field(**start, metadata={"check": check, "read": read})
 
@@ -93,7 +93,7 @@ def _checks(kind: type) -> dict[str, Check]:
 
 
 def _made(kind: Any, content: Mapping[str, Any], **given: Any) -> Any:
-    """A dataclass from checked content, whose keys win over those that are given."""
+    """Build a dataclass from checked content, whose keys take precedence over ``given``."""
     known = {f.name: f.metadata["read"] for f in dataclasses.fields(kind) if f.metadata}
     read = {name: known[name](content[name]) for name in known if content.get(name) is not None}
     return kind(**{**given, **read})
@@ -101,9 +101,9 @@ def _made(kind: Any, content: Mapping[str, Any], **given: Any) -> Any:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: what is trained, with which seeds. ``weights`` None leaves the config's.
+    """One row of a table: a training and its seeds. ``weights`` None keeps the config's.
 
-    ``settings`` of a pre-training are fields of :class:`gn_det.classification.Settings`.
+    ``settings`` of pre-training are fields of :class:`gn_det.classification.Settings`.
     """
 
     id: str = _key(Value("of letters, digits and . _ + * -, with / between parts of at most 100", _is_id), "", str)
@@ -124,7 +124,7 @@ class Row:
 
     @property
     def references(self) -> list[Reference]:
-        """What is known of it from elsewhere: what the suite expects, then published rows."""
+        """Return reference results: those expected by the suite, then published rows."""
         known, _ = load_references()
         values = {column: float(value) for column, value in self.expected.items() if column != "source"}
         source = str(self.expected.get("source"))
@@ -137,7 +137,7 @@ _OF_DETECTION = ("config", "overrides", "weights", "data")
 
 @dataclass(frozen=True)
 class Grid:
-    """A table of one number over two labels, as the paper's Table 2: ``value`` by ``rows`` and ``columns``."""
+    """A table of one number over two labels, like the paper's Table 2: ``value`` by ``rows`` and ``columns``."""
 
     rows: str = _key(_TEXT, "", str)
     columns: str = _key(_TEXT, "", str)
@@ -146,7 +146,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows shown together. Without ``columns`` it has those of its kind, without ``labels`` the rows' titles."""
+    """Rows shown together; by default with the columns of their kind, and their titles as labels."""
 
     title: str = _key(_TEXT, "", str)
     rows: tuple[str, ...] = _key(_NAMES, (), _names)
@@ -159,7 +159,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Suite:
-    """A comparison as written, with the path it comes from. Without ``sample_rows``, the report chooses."""
+    """A comparison and its path. Without ``sample_rows``, the report chooses."""
 
     name: str = _key(Value("of letters, digits and . _ + -, at most 100", lambda v: _is_id(v, parts=1)), "", str)
     title: str = _key(_TEXT, "", str)
@@ -187,13 +187,13 @@ def load_suite(path: Path) -> Suite:
     """Read a suite file.
 
     Raises:
-        ConfigError: the first mistake, as one line with the file, the row and the key; no valid YAML.
+        ConfigError: the first error, as one line with file, row and key; or invalid YAML.
     """
     return parse_suite(read_yaml(path, "suite"), one_line(str(path), 300))
 
 
 def parse_suite(content: Mapping[str, Any], source: str) -> Suite:
-    """A suite from its YAML content; see :func:`load_suite`."""
+    """Build a suite from its YAML content; see :func:`load_suite`."""
     try:
         _SUITE(content, source)
         if content.get("rows") is None:
@@ -219,7 +219,7 @@ def parse_suite(content: Mapping[str, Any], source: str) -> Suite:
 
 
 def _expanded(written: Sequence[Any], source: str) -> Iterable[Mapping[str, Any]]:
-    """Every row with ``each`` once per combination of its values, ``{name}`` replaced in all its texts."""
+    """Expand rows with ``each`` to one per combination of values, replacing ``{name}`` in all texts."""
     fill = _filler(f"{source}: rows: each")
     rows = 0
     for place, entry in enumerate(written, 1):
@@ -234,12 +234,12 @@ def _expanded(written: Sequence[Any], source: str) -> Iterable[Mapping[str, Any]
         for combination in itertools.product(*each.values()):
             together: dict[str, Any] = {}
             for name, value in zip(each, combination):
-                together |= value if isinstance(value, Mapping) else {name: value}  # several that go together
+                together |= value if isinstance(value, Mapping) else {name: value}  # several keys that vary together
             yield fill(plain, together)
 
 
 def _filler(where: str) -> Callable[[Any, Mapping[str, Any]], Any]:
-    """A function that writes values in the place of ``{name}``, up to a limit: a few lines could make gigabytes."""
+    """Return a function that replaces ``{name}``, with a limit, because a few lines could produce gigabytes."""
     left = _MAX_WRITTEN
 
     def spend(amount: int) -> None:
@@ -268,7 +268,7 @@ def _filler(where: str) -> Callable[[Any, Mapping[str, Any]], Any]:
             return value
         whole = re.fullmatch(r"\{(\w+)\}", value)
         if whole and whole[1] in values:
-            return fill(values[whole[1]], {})  # a number stays one
+            return fill(values[whole[1]], {})  # keeps a number's type
         return fill_text(value, values)
 
     return fill
@@ -318,7 +318,7 @@ def _check_ids(rows: Sequence[Row], source: str) -> None:
 
 
 def _tables(value: Any, rows: Sequence[Row], source: str) -> tuple[Table, ...]:
-    """Those written, or one of all rows of each kind."""
+    """Return the tables of the suite, or by default one table per kind of row."""
     if value is None:
         headings = {DETECT: "Detection", PRETRAIN: "Classification"}
         of_kind = {kind: tuple(row.id for row in rows if row.kind == kind) for kind in headings}
@@ -346,7 +346,7 @@ def _table(entry: Any, rows: Sequence[Row], place: int, where: str) -> Table:
 
 
 def _ids(patterns: Sequence[str], rows: Sequence[Row], where: str) -> tuple[str, ...]:
-    """Ids of rows; ``*`` matches any text."""
+    """Return the ids that match; ``*`` matches any text."""
     known = [row.id for row in rows]
     out: list[str] = []
     for pattern in patterns:
@@ -358,7 +358,7 @@ def _ids(patterns: Sequence[str], rows: Sequence[Row], where: str) -> tuple[str,
 
 
 def matching(pattern: str, ids: Sequence[str]) -> list[str]:
-    """Ids that are the pattern, or match its ``*`` where no id is the pattern."""
+    """Return the id equal to the pattern, or else those that match its ``*``."""
     return [pattern] if pattern in ids else fnmatch.filter(ids, pattern) if "*" in pattern else []
 
 
@@ -366,7 +366,7 @@ def matching(pattern: str, ids: Sequence[str]) -> list[str]:
 
 
 def own_suite(configs: Sequence[str], data: Mapping[str, str]) -> Suite:
-    """A suite of one row per config on own data, the first being the baseline of the others."""
+    """Build a suite with one row per config on the user's data; the first row is the baseline."""
     ids: list[str] = []
     for config in configs:
         base = re.sub(r"[^\w.+-]", "_", Path(config).stem).lstrip("._-+") or "config"
@@ -378,17 +378,17 @@ def own_suite(configs: Sequence[str], data: Mapping[str, str]) -> Suite:
 
 
 def shipped_suites() -> dict[str, Path]:
-    """The suites that ship with gn_det by file name: inside the installed package, or beside it in a checkout."""
+    """Return the shipped suites by file name, from the installed package or the checkout."""
     package = Path(__file__).resolve().parent.parent
     folder = next(f for f in (package / "experiments", package.parent / "experiments") if f.is_dir())
     return {path.name: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def find_suite(name: str) -> Path:
-    """A path where a file is there, otherwise the shipped suite of that name.
+    """Return the path if the file exists, otherwise that of the shipped suite of this name.
 
     Raises:
-        ConfigError: neither.
+        ConfigError: there is neither.
     """
     path, suites = Path(os.path.expanduser(name)), shipped_suites()
     if os.path.isfile(path):

@@ -30,7 +30,7 @@ LABEL, MEASURED, DIFFERENCE, REFERENCE = "label", "measured", "difference", "ref
 
 @dataclass(frozen=True)
 class Cell:
-    """Text of a cell; ``strong`` where it is larger than the noise, ``faint`` where there is nothing."""
+    """Text of a cell: ``strong`` if larger than the noise, ``faint`` if empty."""
 
     text: str
     strong: bool = False
@@ -42,14 +42,14 @@ _EMPTY, _NOTHING = Cell("", faint=True), Cell("–", faint=True)
 
 @dataclass
 class View:
-    """A table to be written."""
+    """A table to render."""
 
     title: str
     head: list[tuple[str, str]]  # (kind, text) of each column
     body: list[list[Cell]]
     notes: list[str] = field(default_factory=list)  # sentences below
-    reference: str = ""  # what the reference columns hold
-    minor: bool = False  # may be folded where it is long
+    reference: str = ""  # description of the reference columns
+    minor: bool = False  # may be collapsed
 
     @property
     def published(self) -> int:
@@ -62,12 +62,12 @@ class View:
 
 @dataclass(frozen=True)
 class Finding:
-    """How a row compares with its baseline, and with a published result on the same difference."""
+    """Comparison of a row with its baseline, and with a published difference."""
 
     text: str
     published: str = ""
     beyond_noise: bool = False
-    contradicts: bool = False  # beyond the noise, and opposite to the published one
+    contradicts: bool = False  # significant, and opposite to the published difference
 
     @property
     def sentences(self) -> list[str]:
@@ -75,7 +75,7 @@ class Finding:
 
 
 def findings(results: Results) -> dict[str, Finding]:
-    """Row id -> finding, for the rows that have a baseline."""
+    """Return row id -> finding for rows with a baseline."""
     return {r.row.id: _finding(r, r.base) for r in results.rows if r.base is not None and not r.left_out}
 
 
@@ -99,7 +99,7 @@ def _finding(result: RowResult, base: RowResult) -> Finding:
 
 
 def _noise(found: Difference, column: str) -> str:
-    """The rest of a sentence: interval and verdict."""
+    """Return the second half of a sentence: interval and verdict."""
     if found.half is None:
         return "one seed each: the noise is unknown, so this may be chance."
     how = f"{found.n[0]} paired seeds" if found.paired else f"{found.n[0]} and {found.n[1]} seeds"
@@ -112,8 +112,7 @@ def _noise(found: Difference, column: str) -> str:
 
 
 def _against(found: Difference, row: Reference, other: Reference, delta: float, column: str) -> tuple[str, bool]:
-    """Whether a difference points where the published one does (sizes differ with data and schedule): a sentence, and
-    whether it contradicts."""
+    """Compare the sign of a difference with the published one: return a sentence, and whether they contradict."""
     name = SOURCES[row.source]
     numbers = row.where
     if column in row.values and column in other.values:
@@ -134,7 +133,7 @@ def _against(found: Difference, row: Reference, other: Reference, delta: float, 
 
 
 def signed(value: float) -> str:
-    """With its sign, one decimal, and never "-0.0"."""
+    """Format with sign and one decimal, never as "-0.0"."""
     text = f"{value:+.1f}"
     return text.replace("-", "−") if float(text) else "0.0"
 
@@ -143,7 +142,7 @@ def signed(value: float) -> str:
 
 
 def views(results: Results, table: Table) -> list[View]:
-    """A table, followed by one of costs where it names no columns."""
+    """Return a table, followed by a cost table if it names no columns."""
     shown = [view(results, table)]
     if not table.columns and any(results.row(i).done for i in table.rows):
         cost = Table(f"{table.title.partition(' (')[0]}: cost", table.rows, table.labels, COSTS)
@@ -152,7 +151,7 @@ def views(results: Results, table: Table) -> list[View]:
 
 
 def view(results: Results, table: Table, *, minor: bool = False) -> View:
-    """A table of a suite, filled in; a ``minor`` one is without published numbers and notes on rows."""
+    """Fill in a table of a suite; a ``minor`` one has no published numbers or notes on rows."""
     rows = [results.row(identity) for identity in table.rows]
     if table.grid is not None:
         return _grid_view(table, rows, table.grid)
@@ -163,7 +162,7 @@ def view(results: Results, table: Table, *, minor: bool = False) -> View:
     references = published_rows(rows, source)
     published = [c for c in columns if not minor and any(_published_cell(r, c).text for r in references)]
     compared = [c for c in (DECIDING[kind], "mask_ap") if c in columns and any(r.row.baseline for r in rows)]
-    # What the other rows are compared with, unless its own baseline is in the table too.
+    # The row that others are compared with, unless its own baseline is in the table.
     bases = {r.row.baseline for r in rows} - {r.row.id for r in rows if r.row.baseline in table.rows}
     head = [(LABEL, text) for text in table.labels or ["row"]]
     for column in columns:
@@ -184,7 +183,7 @@ def view(results: Results, table: Table, *, minor: bool = False) -> View:
 
 
 def full_view(results: Results, table: Table) -> View | None:
-    """All APs of a table of detections: 50, 75, small, medium, large; None for other rows or where nothing is done."""
+    """Return all APs (50, 75, small, medium, large) of a detection table; None for other rows or without results."""
     rows = [results.row(identity) for identity in table.rows]
     if rows[0].row.kind != DETECT or not any(r.done for r in rows):
         return None
@@ -194,13 +193,13 @@ def full_view(results: Results, table: Table) -> View | None:
 
 
 def run_view(results: Results) -> View:
-    """Where every number comes from."""
+    """Return the table of all runs behind the numbers."""
     head = ("run", "status", "results version", "trained by", "machine", "day", "minutes")
     body = []
     for result in results.rows:
         for seed, record in sorted(result.records.items()):
             last = record.sessions[-1] if record.sessions else {}
-            # Sum over all starts; the time of a killed one is unknown.
+            # Sum over all starts; the time of a killed start is unknown.
             known = [float(s["seconds"]) for s in record.sessions if s.get("seconds") is not None]
             minutes = f"{'> ' if len(known) < len(record.sessions) else ''}{sum(known) / 60:.1f}"
             commit = record.software.get("commit", "")
@@ -262,13 +261,13 @@ def _difference_cell(result: RowResult, column: str) -> Cell:
 
 
 def source_of(rows: Sequence[RowResult]) -> str:
-    """The one source to show: that of most rows, so that columns never mix."""
+    """Return the source of most rows, so that columns never mix sources."""
     counts = Counter(source for r in rows for source in {found.source for found in r.row.references})
     return max(SOURCES, key=lambda source: counts[source]) if counts else ""
 
 
 def published_rows(rows: Sequence[RowResult], source: str) -> list[Reference | None]:
-    """What the source has for each row; of one kind of model (C4, FPN) only, that of most rows."""
+    """Return the source's result for each row, for only the most frequent kind of model (C4, FPN)."""
     found = [next((f for f in r.row.references if f.source == source), None) for r in rows]
     kinds = Counter(f.kind for f in found if f is not None)
     return [f if f is not None and f.kind == kinds.most_common(1)[0][0] else None for f in found]
@@ -283,7 +282,7 @@ def _published_cell(reference: Reference | None, column: str) -> Cell:
 
 
 def _sentence_on(source: str, found: Sequence[Reference | None]) -> str:
-    """What a source is, for the note below a table."""
+    """Describe a source for the note below a table."""
     if source == EXPECTED:
         return "; ".join(dict.fromkeys(f.where for f in found if f is not None))
     return load_references()[1][source]

@@ -12,12 +12,12 @@ from gn_det.errors import ConfigError
 from gn_det.text import nearest, shown
 from gn_det.values import InvalidValue
 
-#: Weights of a model; the largest published ones have 0.2 billion.
+#: Most weights of a model; the largest published ones have 0.2 billion.
 _MAX_WEIGHTS = 2**30
 
 
 def check_value(name: str, value: Any, source: str = "") -> None:
-    """Refuse a value that no engine can use for the key ``name``.
+    """Refuse a value that no engine accepts for the key ``name``.
 
     Raises:
         ConfigError: names ``source``, the key, its value and what is allowed.
@@ -29,13 +29,13 @@ def check_value(name: str, value: Any, source: str = "") -> None:
 
 
 def check_values(cfg: CN) -> None:
-    """Refuse values that no engine can use or that contradict each other, of the keys that ``cfg`` has.
+    """Refuse values in ``cfg`` that no engine accepts or that contradict each other.
 
     Raises:
         ConfigError: names the key, its value and what is allowed.
     """
     for name, value in flatten(cfg):
-        if name in KEYS:  # users of Detectron2 add keys of their own
+        if name in KEYS:  # users of Detectron2 add their own keys
             check_value(name, value)
     check_size(cfg)
     _check_labels(cfg)
@@ -43,7 +43,7 @@ def check_values(cfg: CN) -> None:
 
 
 def check_config(cfg: CN, engine: str = "embedded") -> None:
-    """Refuse values that are out of range, contradict each other, or that the engine does not implement.
+    """Refuse values that are out of range, contradict each other, or are not implemented by the engine.
 
     Args:
         engine: "embedded" or "detectron2".
@@ -58,7 +58,7 @@ def check_config(cfg: CN, engine: str = "embedded") -> None:
 
 
 def bit_depth_range(bit_depth: str) -> tuple[float, float] | None:
-    """LOW and HIGH of an ``INPUT.BIT_DEPTH`` that gives a range; None for "", "full" and "percentiles".
+    """Return LOW and HIGH if ``INPUT.BIT_DEPTH`` is a range; None for "", "full" and "percentiles".
 
     Raises:
         ConfigError: it is none of these.
@@ -77,7 +77,7 @@ def _check_implemented(name: str, value: Any, engine: str) -> None:
         hint = "; --engine detectron2 runs it"
     raise ConfigError(
         f"{name} is {shown(value)}, which is not implemented by the {engine} engine; "
-        f"it knows {' or '.join(map(shown, known))}{hint}"
+        f"use {' or '.join(map(shown, known))}{hint}"
     )
 
 
@@ -101,13 +101,13 @@ def check_size(cfg: CN, source: str = "") -> None:
     weights = _least_weights(cfg)
     if weights > _MAX_WEIGHTS:
         raise ConfigError(
-            f"{source}{': ' if source else ''}MODEL describes about {weights} weights, and at most {_MAX_WEIGHTS} are "
-            "possible; make channels, classes or MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION smaller"
+            f"{source}{': ' if source else ''}MODEL describes about {weights} weights, but at most {_MAX_WEIGHTS} are "
+            "allowed; lower channels, classes or MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION"
         )
 
 
 def _least_weights(cfg: CN) -> int:
-    """Weights of the large layers, roughly."""
+    """Estimate the number of weights of the large layers."""
     model, resnets = cfg.MODEL, cfg.MODEL.RESNETS
     fpn, classes = "_fpn_" in model.BACKBONE.NAME, max(model.ROI_HEADS.NUM_CLASSES, model.RETINANET.NUM_CLASSES)
     width, out, weights = resnets.NUM_GROUPS * resnets.WIDTH_PER_GROUP, resnets.RES2_OUT_CHANNELS, 0
@@ -149,8 +149,8 @@ def _check_data(cfg: CN) -> None:
             "INPUT.COPY_PASTE 0"
         )
     if cfg.DATASETS.VAL_FRACTION and (cfg.DATASETS.VAL_JSON or not cfg.DATASETS.TRAIN_JSON):
-        why = "DATASETS.VAL_JSON is given, too" if cfg.DATASETS.VAL_JSON else "DATASETS.TRAIN_JSON is not given"
-        raise ConfigError(f"DATASETS.VAL_FRACTION holds out a part of DATASETS.TRAIN_JSON, but {why}; set one of them")
+        why = "DATASETS.VAL_JSON is set, too" if cfg.DATASETS.VAL_JSON else "DATASETS.TRAIN_JSON is not set"
+        raise ConfigError(f"DATASETS.VAL_FRACTION holds out a part of DATASETS.TRAIN_JSON, but {why}; set only one")
     for split in ("TRAIN", "VAL"):
         parts = (f"{split}_JSON", f"{split}_IMAGES")
         missing = [part for part in parts if not cfg.DATASETS[part]]
@@ -177,15 +177,15 @@ def _check_model(cfg: CN) -> None:
         for feature in model[section].IN_FEATURES:
             if feature not in features:
                 raise ConfigError(
-                    f"MODEL.{section}.IN_FEATURES: {shown(feature)} is not made by MODEL.BACKBONE.NAME {backbone}; it "
-                    f"makes {', '.join(features)}"
+                    f"MODEL.{section}.IN_FEATURES: MODEL.BACKBONE.NAME {backbone} has no {shown(feature)}; use "
+                    f"{', '.join(features)}"
                 )
     if fpn and list(model.FPN.IN_FEATURES) != list(resnets.OUT_FEATURES):
         raise ConfigError("MODEL.FPN.IN_FEATURES and MODEL.RESNETS.OUT_FEATURES must name the same features")
     if fpn and "Res5ROIHeads" in model.ROI_HEADS.NAME and model.META_ARCHITECTURE == "GeneralizedRCNN":
         raise ConfigError(
-            f"MODEL.ROI_HEADS.NAME {model.ROI_HEADS.NAME} does not go with MODEL.BACKBONE.NAME {backbone}; "
-            "FPN takes StandardROIHeads"
+            f"MODEL.ROI_HEADS.NAME {model.ROI_HEADS.NAME} does not work with MODEL.BACKBONE.NAME {backbone}; "
+            "use StandardROIHeads with FPN"
         )
     for section in WS_SECTIONS:
         formula = model.get("WS", {}).get(section, "")
@@ -201,11 +201,11 @@ def _check_model(cfg: CN) -> None:
     for name in ("PIXEL_MEAN", "PIXEL_STD"):
         if len(model[name]) != channels:
             numbers = "3 numbers" if channels == 3 else "one number, such as [103.53], for INPUT.FORMAT L"
-            raise ConfigError(f"MODEL.{name} must hold {numbers}, got {shown(model[name])}")
+            raise ConfigError(f"MODEL.{name} must have {numbers}, got {shown(model[name])}")
 
 
 def _check_cascade(model: CN) -> None:
-    """What CascadeROIHeads of either engine needs."""
+    """Check what CascadeROIHeads of either engine needs."""
     cascade, thresholds = model.ROI_BOX_CASCADE_HEAD, model.ROI_HEADS.IOU_THRESHOLDS
     name = "MODEL.ROI_BOX_CASCADE_HEAD"
     if len(cascade.IOUS) != len(cascade.BBOX_REG_WEIGHTS):

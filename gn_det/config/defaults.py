@@ -1,4 +1,4 @@
-"""Configs made of the schema: all keys at their defaults, and access to values by dotted key."""
+"""Default config from the schema, and access to values by dotted key."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gn_det.config.schema import KEYS
 
 
 def get_cfg() -> CN:
-    """A fresh, mutable config with all keys at their defaults."""
+    """Return a new, mutable config with all keys at their defaults."""
     cfg = CN()
     for name, key in KEYS.items():
         _add(cfg, name, key.default)
@@ -20,7 +20,7 @@ def get_cfg() -> CN:
 
 
 def add_gn_keys(cfg: CN) -> None:
-    """Add the keys that Detectron2 does not have to a config that has all of Detectron2's."""
+    """Add gn_det's own keys to a config of Detectron2."""
     for name, key in KEYS.items():
         if key.ours:
             _add(cfg, name, key.default)
@@ -34,7 +34,7 @@ def _add(cfg: CN, name: str, default: Any) -> None:
 
 
 def get_value(cfg: Any, name: str) -> Any:
-    """The value, or section, of a dotted key; None if there is no such key."""
+    """Return the value or section of a dotted key, or None."""
     for part in name.split("."):
         if not isinstance(cfg, Mapping) or part not in cfg:
             return None
@@ -49,7 +49,7 @@ def set_value(cfg: CN, name: str, value: Any) -> None:
 
 
 def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of nested sections."""
+    """Yield dotted keys and values of nested sections."""
     for name, value in node.items():
         if isinstance(value, Mapping):
             yield from flatten(value, f"{prefix}{name}.")

@@ -1,4 +1,4 @@
-"""The reference of all config keys, a Markdown page made of the schema."""
+"""Markdown reference of all config keys, generated from the schema."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from gn_det.values import Value
 _HEAD = """\
 # Config keys
 
-A config is a Detectron2 YAML file; on the command line write `KEY VALUE` or `KEY=VALUE` behind the flags. Keys marked
-with * are gn_det's own, all others are Detectron2's, with its defaults (except `MODEL.DEVICE` and
+A config is a Detectron2 YAML file; on the command line, write `KEY VALUE` or `KEY=VALUE` after the flags. Keys marked
+with * are gn_det's own. All others are Detectron2's, with its defaults (except `MODEL.DEVICE` and
 `MODEL.ROI_HEADS.NUM_CLASSES`). A value that the chosen engine does not implement is refused, never ignored. This page
 is the output of `gn-det configs --keys`.
 """
 
 
 def key_reference() -> str:
-    """All keys with default, accepted values and description, by section."""
+    """Return all keys with default, accepted values and description, by section."""
     rows: dict[str, list[str]] = {}
     for key in KEYS.values():
         rows.setdefault(key.name.rpartition(".")[0], []).append(_row(key))
     head = "| key | default | values | |\n|---|---|---|---|\n"
-    sections = (f"\n## {name or 'Of the whole run'}\n\n{head}" + "\n".join(part) for name, part in rows.items())
+    sections = (f"\n## {name or 'General'}\n\n{head}" + "\n".join(part) for name, part in rows.items())
     return _HEAD + "\n".join(sections) + "\n"
 
 

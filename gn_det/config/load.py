@@ -27,7 +27,7 @@ from gn_det.values import is_number
 #: Values of keys: ``{"SEED": 1}``, or ``KEY VALUE`` pairs and ``KEY=VALUE`` arguments as on the command line.
 Overrides = Mapping[str, Any] | Sequence[str]
 
-#: Files that a config and its bases may be.
+#: Most files that a config and its bases may have.
 MAX_FILES = 100
 
 #: Dotted names of sections.
@@ -39,14 +39,14 @@ _SECTIONS |= {name.rpartition(".")[0] for name in _SECTIONS} - {""}
 
 
 def _configs_dir() -> Path:
-    """Folder of the shipped configs: inside the installed package, or beside it in a checkout."""
+    """Return the folder of the shipped configs, in the installed package or the checkout."""
     package = Path(__file__).resolve().parent.parent
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
 
 
 def shipped_configs() -> list[str]:
-    """Names of the experiments that ship with gn_det (the ``Base-*.yaml`` files are their building blocks)."""
+    """Return the names of the shipped configs, without the ``Base-*.yaml`` files that they build on."""
     return sorted(p.name for p in _configs_dir().glob("*.yaml") if not p.name.startswith("Base-"))
 
 
@@ -55,7 +55,7 @@ def _with_ending(name: str) -> str:
 
 
 def _by_name(folder: Path, name: str) -> Path | None:
-    """The file of that name in ``folder``, with or without ``.yaml``."""
+    """Return the file of that name in ``folder``, with or without ``.yaml``."""
     wanted = _with_ending(name)
     if PurePath(wanted).anchor or "\\" in wanted or ".." in wanted.split("/"):
         return None
@@ -67,10 +67,10 @@ def _hint(near: Sequence[str]) -> str:
 
 
 def shipped_config(name: str) -> Path:
-    """Path of a shipped config by its bare name, with or without ``.yaml``.
+    """Return the path of a shipped config by its bare name, with or without ``.yaml``.
 
     Raises:
-        ConfigError: there is none; the message lists the nearest names.
+        ConfigError: there is none; the message suggests the nearest names.
     """
     path = None if "/" in name else _by_name(_configs_dir(), name)
     if path is None:
@@ -80,7 +80,7 @@ def shipped_config(name: str) -> Path:
 
 
 def _zoo_config(name: str) -> Path:
-    """Detectron2's own config of a name as in its model zoo (``Misc/mask_rcnn_R_50_FPN_3x_gn.yaml``)."""
+    """Return Detectron2's config for a name in its model zoo (``Misc/mask_rcnn_R_50_FPN_3x_gn.yaml``)."""
     try:
         spec = importlib.util.find_spec("detectron2")  # does not import it
     except (ImportError, ValueError):
@@ -101,12 +101,12 @@ def _zoo_config(name: str) -> Path:
 
 
 def resolve_config(name_or_path: str) -> Path:
-    """A path if a file is there, otherwise the config of that name.
+    """Return the path if the file exists, otherwise the path of the config of that name.
 
-    ``gn_fpn_long.yaml`` is gn_det's; ``Misc/mask_rcnn_R_50_FPN_3x_gn.yaml`` is Detectron2's, where that is installed.
+    ``gn_fpn_long.yaml`` is gn_det's; ``Misc/mask_rcnn_R_50_FPN_3x_gn.yaml`` is Detectron2's, if that is installed.
 
     Raises:
-        ConfigError: neither; the message lists the nearest names.
+        ConfigError: there is neither; the message suggests the nearest names.
     """
     path = Path(os.path.expanduser(name_or_path))
     if os.path.isfile(path):
@@ -121,8 +121,8 @@ def resolve_config(name_or_path: str) -> Path:
 
 # ------------------------------------------------------------ keys and values
 
-#: GPUs and batch that the schedules of shipped configs, and of configs built on them, are written for (0: not scaled by
-#: it). Not part of the YAML, because Detectron2 would scale by it what its user sets in Python.
+#: GPUs and batch that the schedules of shipped configs, and of configs based on them, are written for (0: no scaling).
+#: Not in the YAML, because Detectron2 would then also scale what its user sets in Python.
 _WRITTEN_FOR = {
     "Base-RCNN-FPN.yaml": (8, 16),
     "Base-RCNN-C4.yaml": (8, 8),
@@ -133,7 +133,7 @@ _WRITTEN_FOR = {
 
 
 def _unknown_key(name: str, source: str) -> ConfigError:
-    """The error for an unknown key, with those of the same last part, or else those that are spelled most like it."""
+    """Return the error for an unknown key, suggesting keys with the same last part or a similar spelling."""
     last, tails = name.rpartition(".")[2].upper(), {key: key.rpartition(".")[2] for key in KEYS}
     near = [key for key in KEYS if tails[key] == last] or nearest(name.upper(), KEYS, 1, 0.75)
     close = nearest(last, sorted(set(tails.values())), 1)
@@ -143,7 +143,7 @@ def _unknown_key(name: str, source: str) -> ConfigError:
 
 
 def _known(loaded: Mapping[str, Any], source: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of nested sections, all of them known."""
+    """Yield dotted keys and values of nested sections; raise for unknown keys."""
     for part, value in loaded.items():
         name = f"{prefix}{part}"
         if name not in KEYS and name not in _SECTIONS:
@@ -158,7 +158,7 @@ def _known(loaded: Mapping[str, Any], source: str, prefix: str = "") -> Iterator
 
 
 def _typed(value: Any, default: Any) -> Any:
-    """``value`` in the type of ``default`` if it can have it: text is read as Python, integers pass for floats."""
+    """Convert ``value`` to the type of ``default`` if possible; text is parsed as Python, integers become floats."""
     if isinstance(default, str):
         return str(value) if isinstance(value, (str, int, float, os.PathLike)) else value
     if isinstance(value, str):
@@ -183,7 +183,7 @@ def _set(cfg: CN, name: str, value: Any, source: str) -> None:
 # ------------------------------------------------------------ files
 
 
-#: A file, and the folder of its bases: for a link the link's, not the file's.
+#: A file, and the folder of its bases (for a link, that of the link).
 _Place = tuple[Path, Path]
 
 
@@ -196,12 +196,12 @@ class _Files:
         self._left = MAX_BYTES
 
     def load(self, path: Path, chain: tuple[_Place, ...] = ()) -> dict[str, tuple[Any, str]]:
-        """Values of a file over those of its bases, in fvcore's order, each with the file that it comes from."""
+        """Merge a file over its bases, in fvcore's order; return each value with its file."""
         source = f"config file {one_line(str(path), 300)}"
         try:
             place = (path.resolve(), path.parent.resolve())
             self._left -= path.stat().st_size
-        except (OSError, RuntimeError, ValueError):  # it is gone, or a name that no file can have
+        except (OSError, RuntimeError, ValueError):  # deleted meanwhile, or an invalid name
             place = (path, path.parent)
         if place in chain:
             raise ConfigError(f"{source}: {BASE_KEY} leads back to the file itself")
@@ -219,14 +219,14 @@ class _Files:
         for base in bases:
             values |= self.load(_base_path(path, base, source), (*chain, place))
         if place[0].parent == _configs_dir().resolve():
-            # What a YAML says itself is set later and wins.
+            # The file's own values are set later and win.
             self.written_for = _WRITTEN_FOR.get(place[0].name, self.written_for)
         self._read[place] = values | own
         return self._read[place]
 
 
 def _base_path(path: Path, base: str, source: str) -> Path:
-    """A base: a file relative to the folder of the file that names it, or else a shipped config of that name."""
+    """Resolve a base: a file relative to the folder of the file that names it, or a shipped config."""
     if "://" in base:
         raise ConfigError(f"{source}: {BASE_KEY} {shown(base)} is a URL; download the file and name its path")
     found = Path(os.path.join(path.parent, os.path.expanduser(base)))
@@ -248,22 +248,22 @@ def merge_file(cfg: CN, path: Path) -> None:
     values = files.load(path)
     if files.written_for is not None:
         cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.REFERENCE_BATCH = files.written_for
-        # Of a length in the user's own YAML nothing is chosen.
+        # A length in the user's own YAML is kept.
         cfg.SOLVER.AUTO_EPOCHS = Path(values["SOLVER.MAX_ITER"][1]).resolve().parent == _configs_dir().resolve()
     for name, (value, source) in values.items():
         _set(cfg, name, value, source)
 
 
 def merge_overrides(cfg: CN, overrides: Overrides, source: str = "command line") -> set[str]:
-    """Set the keys that ``overrides`` names, and return them; those of the schedule are then taken literally.
+    """Set the keys in ``overrides`` and return them; schedule keys among them are not rescaled.
 
-    ``source`` says in an error where they come from.
+    ``source`` names their origin in errors.
     """
     pairs = dict(overrides.items() if isinstance(overrides, Mapping) else _pairs(overrides))
     for name, value in pairs.items():
         if name in _SECTIONS:
             keys = [key.removeprefix(f"{name}.") for key in KEYS if key.startswith(f"{name}.")]
-            raise ConfigError(f"{source}: {name} is a section, name one of its keys ({', '.join(keys)})")
+            raise ConfigError(f"{source}: {name} is a section; set one of its keys ({', '.join(keys)})")
         if name not in KEYS:
             raise _unknown_key(name, source)
         _set(cfg, name, value, source)
@@ -287,13 +287,13 @@ def _pairs(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def load_config(name_or_path: str | os.PathLike[str], overrides: Overrides = (), *, check: bool = True) -> CN:
-    """Read a config by path or shipped name, apply overrides, check it.
+    """Read a config by path or shipped name, apply overrides, and check it.
 
     Args:
         check: refuse what the embedded engine does not implement, and values that contradict each other.
 
     Raises:
-        ConfigError: missing file, invalid YAML, unknown or duplicate key, a value that the key does not take.
+        ConfigError: missing file, invalid YAML, unknown or duplicate key, or invalid value.
     """
     cfg = get_cfg()
     merge_file(cfg, resolve_config(os.fspath(name_or_path)))
@@ -307,17 +307,17 @@ def load_config(name_or_path: str | os.PathLike[str], overrides: Overrides = (),
 
 
 class _PlainDumper(yaml.SafeDumper):
-    """No ``&id001`` anchors for values that happen to be the same Python object."""
+    """Dumper without ``&id001`` anchors for shared Python objects."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 def dump_config(cfg: CN, *, implemented_only: bool = False) -> str:
-    """YAML text that :func:`parse_config` and Detectron2 read back.
+    """Return YAML text that :func:`parse_config` and Detectron2 can read.
 
     Args:
-        implemented_only: leave out the sections of models that the embedded engine does not have.
+        implemented_only: omit the sections of models that the embedded engine lacks.
     """
 
     def plain(value: Any, name: str) -> Any:
@@ -332,13 +332,13 @@ def dump_config(cfg: CN, *, implemented_only: bool = False) -> str:
 
 
 def _implemented(section: str) -> bool:
-    """Whether the embedded engine takes any value but the default for any key of a section."""
+    """Return whether the embedded engine accepts non-default values for any key of a section."""
     keys = [key for key in KEYS.values() if key.name.startswith(f"{section}.")]
     return not keys or any(key.implemented("embedded") != (key.default,) for key in keys)
 
 
 def parse_config(text: str, source: str) -> CN:
-    """A config from its YAML text, such as the one stored in a checkpoint; unknown keys are an error."""
+    """Parse a config from YAML text, such as that stored in a checkpoint; unknown keys are an error."""
     cfg = get_cfg()
     try:
         loaded = parse_yaml(text, "its YAML")

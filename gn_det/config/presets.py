@@ -1,4 +1,4 @@
-"""Named sets of keys: the augmentations of ``--augment``."""
+"""Augmentation presets of ``--augment``, as sets of keys."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gn_det.config.load import merge_overrides
 from gn_det.errors import ConfigError
 from gn_det.text import shown
 
-#: Keys of each preset; those that depend on the config are added by :func:`apply_augmentation`.
+#: Keys of each preset; :func:`apply_augmentation` adds those that depend on the config.
 _PRESETS: dict[str, dict[str, Any]] = {
     "none": {"INPUT.RANDOM_FLIP": "none"},
     "light": {"INPUT.COLOR_JITTER": (0.1, 0.1, 0.1, 0.0)},
@@ -34,7 +34,7 @@ def apply_augmentation(cfg: CN, name: str, literal: Collection[str] = ()) -> Non
     """Replace the augmentation of ``cfg`` by the preset ``name``.
 
     Args:
-        literal: keys that the user gave, which stay; INPUT.MIN_SIZE_TRAIN then is the size that the preset varies.
+        literal: keys set by the user, which are kept; the preset then varies the size around INPUT.MIN_SIZE_TRAIN.
 
     Raises:
         ConfigError: there is no such preset.

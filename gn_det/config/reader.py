@@ -1,7 +1,7 @@
-"""Read YAML from outside in bounded time and memory: plain text, numbers, lists and sections, nothing else.
+"""Read untrusted YAML in bounded time and memory: only text, numbers, lists and sections.
 
-:func:`parse_yaml` gives what PyYAML's SafeLoader gives, except that duplicate keys, keys that are not text, several
-documents, unknown tags and endless structures are errors, and that dates stay text.
+:func:`parse_yaml` returns what PyYAML's SafeLoader returns, except that duplicate keys, keys that are not text, several
+documents, unknown tags and recursive structures are errors, and dates stay text.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from gn_det.files import open_regular
 from gn_det.text import one_line, shown
 from gn_det.values import is_number
 
-#: Bytes of a file or text. The largest config that ships has 2 kB, a dumped one with 1,200 class names 40 kB.
+#: Largest text in bytes. The largest shipped config has 2 kB, a dumped one with 1,200 class names 40 kB.
 MAX_BYTES = 1 << 19
-#: Lists and sections inside each other; Detectron2's deepest key has 5 levels.
+#: Deepest nesting; Detectron2's deepest key has 5 levels.
 MAX_DEPTH = 32
-#: Values, lists and sections of a text, with everything that its aliases repeat.
+#: Most values, lists and sections of a text, with aliases expanded.
 MAX_NODES = 50_000
-#: Characters of a number.
+#: Longest number in characters.
 MAX_DIGITS = 100
-#: Characters of a formula, and the numbers and operators that it may evaluate.
+#: Longest formula in characters, and most numbers and operators in it.
 _MAX_FORMULA, _MAX_STEPS = 1000, 1000
 
 _PREFIX = "tag:yaml.org,2002:"
 _EVAL = f"{_PREFIX}python/object/apply:eval"
-#: Characters that no text may have, not even escaped. "\udc80" to "\udcff" stay: undecodable bytes of file names.
+#: Characters not allowed even if escaped. "\udc80" to "\udcff" are allowed: undecodable bytes of file names.
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udc7f\udd00-\udfff]")
 
 
@@ -53,7 +53,7 @@ class _Loader(yaml.SafeLoader):
         self.merged: set[int] = set()
 
     def fetch_more_tokens(self) -> Any:
-        # The scanner runs ahead of the composer, and each of its steps costs as much as there are open brackets.
+        # The scanner runs ahead of the composer, and the cost of each step grows with the number of open brackets.
         if self.flow_level > MAX_DEPTH or len(self.indents) > MAX_DEPTH:
             raise _refused(f"more than {MAX_DEPTH} levels of nesting", self.get_mark())
         return super().fetch_more_tokens()
@@ -82,7 +82,7 @@ class _Loader(yaml.SafeLoader):
             raise _refused(f"more than {MAX_NODES} values, aliases included", mark)
 
     def value(self, node: yaml.Node) -> Any:
-        """The plain value of a node; what an alias repeats is a copy."""
+        """Return the plain value of a node, with aliases as copies."""
         kind = node.tag.removeprefix(_PREFIX)
         if isinstance(node, yaml.SequenceNode) and node.tag == _EVAL:
             return _evaluated(node)
@@ -107,7 +107,7 @@ class _Loader(yaml.SafeLoader):
             raise _refused(f"{shown(node.value)} is not a valid {kind}", node.start_mark) from None
 
     def section(self, node: yaml.MappingNode) -> dict[str, Any]:
-        """Keys and values; ``<<`` adds those of another mapping, or of several, that are not given here."""
+        """Return keys and values; ``<<`` adds missing keys from one or more other mappings."""
         if id(node) not in self.merged:
             names: set[str] = set()
             for key, value in node.value:
@@ -115,7 +115,7 @@ class _Loader(yaml.SafeLoader):
                     raise _refused(f"duplicate key {shown(key.value)}", key.start_mark)
                 names.add(str(key.value))
                 if key.tag == f"{_PREFIX}merge":
-                    self.value(value)  # may have duplicates of its own
+                    self.value(value)  # finds its own duplicates
             self.flatten_mapping(node)
             self.merged.add(id(node))
         return {self.key(key): self.value(value) for key, value in node.value}
@@ -186,7 +186,7 @@ def parse_yaml(text: str | bytes, source: str) -> Any:
 
 
 def _evaluated(node: yaml.SequenceNode) -> Any:
-    """The value of Detectron2's ``!!python/object/apply:eval ["..."]``, if it is plain arithmetic."""
+    """Evaluate Detectron2's ``!!python/object/apply:eval ["..."]`` if it is plain arithmetic."""
     if len(node.value) != 1 or not isinstance(node.value[0], yaml.ScalarNode):
         raise _refused("!!python/object/apply:eval needs one text", node.start_mark)
     try:
@@ -207,7 +207,7 @@ _HELP = "only numbers, + - * / **, lists and one comprehension over a list are a
 
 
 def arithmetic(text: str) -> Any:
-    """Return what ``eval`` gives for numbers, ``+ - * / **``, lists and one comprehension over a literal list.
+    """Evaluate numbers, ``+ - * / **``, lists and one comprehension over a literal list like ``eval``.
 
     Example: ``[[x, x * 2**(1.0/3)] for x in [32, 64]]``.
 
@@ -267,9 +267,9 @@ _TOKEN = re.compile(r"""\s+|[\[\](),]|'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*"|[+
 
 
 def python_value(text: str) -> Any:
-    """Return what ``ast.literal_eval`` gives for numbers, text, True, False, None and lists and tuples of these.
+    """Evaluate numbers, text, True, False, None and lists and tuples of these like ``ast.literal_eval``.
 
-    Unlike ``literal_eval`` it is bounded: deep nesting cannot exhaust the stack, nor long numbers the processor.
+    Unlike ``literal_eval`` it is bounded: deep nesting cannot exhaust the stack, and long numbers cannot take long.
 
     Raises:
         ValueError: anything else.

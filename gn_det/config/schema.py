@@ -1,7 +1,7 @@
-"""Every configuration key: name, default, accepted values, description, and what each engine implements.
+"""Table of configuration keys: name, default, accepted values, description, and what each engine implements.
 
-Names and defaults are Detectron2's, so its YAML files load unchanged; keys marked ``ours`` exist in gn_det only and are
-what the Detectron2 plugin adds. Three defaults differ on purpose: ``MODEL.DEVICE`` is ``"auto"``,
+Names and defaults are Detectron2's, so its YAML files load unchanged. Keys marked ``ours`` exist only in gn_det, and
+the Detectron2 plugin adds them. Three defaults differ on purpose: ``MODEL.DEVICE`` is ``"auto"``,
 ``MODEL.ROI_HEADS.NUM_CLASSES`` is 0 (taken from the data set) and ``DATALOADER.NUM_WORKERS`` is capped by the number of
 cores at run time. To add a key, add an entry to the table and run ``gn-det configs --keys
 > docs/reference/config.md``.
@@ -38,13 +38,13 @@ class Key:
     Attributes:
         name: dotted, such as ``SOLVER.BASE_LR``.
         default: also decides the type of values read from text.
-        check: what every engine requires of a value.
+        check: requirements of all engines on a value.
         doc: one or two sentences.
-        known: the only values that either engine implements; None: all that ``check`` accepts.
-        embedded: the only values that the embedded engine implements, where Detectron2 implements more.
-        detectron2: the only values that ``--engine detectron2`` implements, where ``embedded`` is given.
-        ours: Detectron2 does not have this key.
-        rescaled: scaling to another batch rewrites the value, unless it was given on the command line.
+        known: the only values that the engines implement; None: all that ``check`` accepts.
+        embedded: the only values that the embedded engine implements, if Detectron2 implements more.
+        detectron2: the only values that ``--engine detectron2`` implements, if ``embedded`` is given.
+        ours: whether Detectron2 lacks this key.
+        rescaled: whether scaling to another batch changes the value, unless set on the command line.
     """
 
     name: str
@@ -58,13 +58,13 @@ class Key:
     rescaled: bool = False
 
     def implemented(self, engine: str) -> tuple[Any, ...] | None:
-        """The only values that ``engine`` implements; None for all that pass ``check``."""
+        """Return the only values that ``engine`` implements; None for all that pass ``check``."""
         return self.known or (self.embedded if engine == "embedded" else self.detectron2)
 
 
 # ------------------------------------------------------------ kinds of values
 
-#: Bytes of a path, and of each of its parts.
+#: Longest path, and longest part of it, in bytes.
 _MAX_PATH, _MAX_PART = 2048, 255
 
 
@@ -88,7 +88,7 @@ def _is_rising(values: Any) -> bool:
 
 
 def bit_depth_span(bit_depth: str) -> tuple[float, float] | None:
-    """LOW and HIGH of an ``INPUT.BIT_DEPTH`` "LOW,HIGH"; None for all other text."""
+    """Return LOW and HIGH of an ``INPUT.BIT_DEPTH`` "LOW,HIGH"; None for other text."""
     try:
         low, high = (float(part) for part in bit_depth.strip("()[] ").split(","))
     except ValueError:
@@ -108,7 +108,7 @@ _BIT_DEPTH = Value(
     '"", "full", "percentiles" or "LOW,HIGH" with LOW below HIGH, such as "0,4095"',
     lambda v: isinstance(v, str) and (v in ("", "full", "percentiles") or bit_depth_span(v) is not None),
 )
-# The upper ends are far beyond any real run; they keep a typing mistake from taking hours or all memory.
+# The upper limits are far beyond any real run; they keep a typo from taking hours or all memory.
 _FRACTION, _WEIGHT, _RATE = number(0, 1), number(0, 10**6), number(0, 1000)
 _SWITCH = one_of(False, True, "auto")
 _IOUS, _LABELS = _rising(number(0, 1, above=True), 1, 1000), items(integer(-1, 1), 1, 1000)
@@ -138,13 +138,13 @@ WS_SECTIONS = {
 
 
 def _unused(section: str, doc: str, **defaults: Any) -> list[Key]:
-    """Keys of Detectron2 that neither engine implements: only their defaults are accepted."""
+    """Declare keys of Detectron2 that neither engine implements; only their defaults are accepted."""
     dot = f"{section}." if section else ""
     return [Key(f"{dot}{name}", value, _like(value), doc, known=(value,)) for name, value in defaults.items()]
 
 
 def _like(default: Any) -> Check:
-    """Values of the type of ``default``."""
+    """Return a check for values of the type of ``default``."""
     if isinstance(default, (list, tuple)):
         return items(_like(default[0]) if default else _NAME_OR_NUMBER, 0, 1000)
     kinds = {bool: FLAG, int: integer(-(10**6), 10**6), float: number(-(10**6), 10**6), str: _TEXT}
@@ -152,7 +152,7 @@ def _like(default: Any) -> Check:
 
 
 def _theirs(name: str, default: Any, check: Check, doc: str) -> Key:
-    """A key that only Detectron2 implements: the embedded engine accepts its default alone."""
+    """Declare a key that only Detectron2 implements; the embedded engine accepts only the default."""
     return Key(name, default, check, doc, embedded=(default,))
 
 

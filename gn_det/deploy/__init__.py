@@ -1,4 +1,4 @@
-"""Detectors outside of Python's torch: export to ONNX and torch.export, and prediction with onnxruntime alone."""
+"""Export detectors to ONNX and torch.export, and predict with onnxruntime alone."""
 
 from __future__ import annotations
 

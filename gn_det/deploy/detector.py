@@ -1,4 +1,4 @@
-"""Predict with an exported ONNX file by onnxruntime, NumPy and Pillow; torch is not imported."""
+"""Predict with an exported ONNX file, using onnxruntime, NumPy and Pillow without torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gn_det.text import did_you_mean, one_line, shown
 
 logger = logging.getLogger(__name__)
 
-#: Name of a provider -> its name in onnxruntime, and the distribution that has it.
+#: Name of a provider -> its name in onnxruntime, and its package.
 PROVIDERS = {
     "cpu": ("CPUExecutionProvider", "onnxruntime"),
     "cuda": ("CUDAExecutionProvider", "onnxruntime-gpu"),
@@ -29,11 +29,11 @@ PROVIDERS = {
 }
 #: Providers on which the exported graphs have been run.
 MEASURED = ("cpu",)
-#: Smallest height and width of a graph's input, in pixels; smaller images are padded to it.
+#: Smallest input height and width of a graph in pixels; smaller images are padded.
 LEAST = 32
-#: A mask's pixels are those at least this probable.
+#: Threshold for mask probabilities.
 _THRESHOLD = 0.5
-#: Pixels of the largest input that a file may ask for; 32 times that of the paper's models.
+#: Largest input of a file in pixels; 32 times that of the paper's models.
 _MOST_PIXELS = 2**25
 
 
@@ -43,8 +43,8 @@ class Detector:
     Attributes:
         class_names: name of each class index.
         category_ids: category id of each class index, as in the training json.
-        metadata: what else the file says of itself.
-        shape: batch, height and width of the input; None where it is free.
+        metadata: the file's metadata.
+        shape: batch, height and width of the input; None if dynamic.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, provider: str = "cpu", threads: int = 0) -> None:
@@ -53,10 +53,10 @@ class Detector:
         Args:
             path: written by ``gn-det export --to onnx``.
             provider: what runs it: "cpu", "cuda", "tensorrt" or "openvino".
-            threads: on a CPU; 0 takes a thread a core.
+            threads: threads on a CPU; 0: one per core.
 
         Raises:
-            WeightsError: the file is missing or damaged, or is not one of gn_det's.
+            WeightsError: the file is missing or damaged, or was not written by gn_det.
             ConfigError: onnxruntime or the provider is not installed.
         """
         self.path = os.fspath(path)
@@ -78,11 +78,11 @@ class Detector:
     def predict(
         self, images: ImageLike | Images, *, threshold: float = 0.5, classes: Sequence[str] | None = None
     ) -> Result | list[Result]:
-        """Detect objects on one image, or on each image of a list, as :meth:`gn_det.Model.predict` does.
+        """Detect objects in one image, or in each image of a list, like :meth:`gn_det.Model.predict`.
 
         Args:
             images: a path, a PIL image or an (H, W, 3) uint8 array in RGB order; or a list or tuple of these.
-            threshold: keep detections with at least this score; the graph itself gives none below
+            threshold: keep detections with at least this score; the graph itself returns none below
                 ``metadata.keys["MODEL.ROI_HEADS.SCORE_THRESH_TEST"]``.
             classes: keep these class names only; None keeps all.
 
@@ -96,7 +96,7 @@ class Detector:
         return results if isinstance(images, (list, tuple)) else results[0]
 
     def run(self, image: np.ndarray, size: np.ndarray) -> dict[str, np.ndarray]:
-        """Outputs of the graph by name.
+        """Return the outputs of the graph by name.
 
         Args:
             image: (B, H, W, channels) uint8.
@@ -181,10 +181,10 @@ class Detector:
         )
 
     def _checked_shape(self) -> tuple[int | None, int | None, int | None]:
-        """Batch, height and width of the input, None where free.
+        """Return batch, height and width of the input, None if dynamic.
 
         Raises:
-            WeightsError: other inputs and outputs than ours, or an input too large to be meant.
+            WeightsError: unexpected inputs or outputs, or an implausibly large input.
         """
         inputs = {i.name: (i.type, len(i.shape)) for i in self._session.get_inputs()}
         outputs = {o.name for o in self._session.get_outputs()}
@@ -205,7 +205,7 @@ class Detector:
 
 
 def _session(path: str, provider: str, threads: int) -> Any:
-    """An onnxruntime session.
+    """Create an onnxruntime session.
 
     Raises:
         ConfigError: onnxruntime or the provider is not installed.
@@ -222,7 +222,7 @@ def _session(path: str, provider: str, threads: int) -> Any:
     if name not in onnxruntime.get_available_providers():
         raise ConfigError(
             f"provider {provider} is not part of the installed onnxruntime {onnxruntime.__version__}; "
-            f"pip install {distribution} in its place, or use the provider cpu"
+            f"pip install {distribution} instead, or use the provider cpu"
         )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -233,7 +233,7 @@ def _session(path: str, provider: str, threads: int) -> Any:
     except Exception as error:  # onnxruntime's exceptions have no base of their own
         reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error, 300)
         raise WeightsError(f"{one_line(path, 400)}: cannot be loaded ({reason}); export it again") from None
-    if session.get_providers()[0] != name:  # onnxruntime falls back by itself
+    if session.get_providers()[0] != name:  # onnxruntime falls back silently
         raise ConfigError(f"provider {provider} does not start on this machine; use the provider cpu")
     if provider not in MEASURED:
         logger.warning(

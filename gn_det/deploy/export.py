@@ -25,23 +25,23 @@ from gn_det.modeling.mask_rcnn import MaskRCNN
 from gn_det.prediction.predictor import Predictor, load_predictor
 from gn_det.text import one_line
 
-#: 21 is the first with a GroupNormalization that takes gamma and beta a channel; before, each becomes four nodes.
+#: Opset 21 is the first with gamma and beta per channel in GroupNormalization; in older ones, GN becomes four nodes.
 OPSETS = (18, 19, 20, 21, 22, 23)
-#: Largest batch and side of a graph that takes any.
+#: Largest batch and side of a dynamic graph.
 _MOST_IMAGES, _MOST_SIDE = 1024, 16384
 
 
 @dataclass(frozen=True)
 class Options:
-    """What kind of file.
+    """Options of an export.
 
     Attributes:
         to: "onnx" or "pt2".
-        size: (height, width) of the input in pixels; None takes any.
-        batch: images at once; None takes any, or 1 with a ``size``.
-        opset: of ONNX.
+        size: (height, width) of the input in pixels; None: dynamic.
+        batch: images per batch; None: dynamic, or 1 with a ``size``.
+        opset: ONNX opset.
         fp16: store and compute convolutions in half precision.
-        paste: give masks at the size of the input.
+        paste: return masks at the size of the input.
     """
 
     to: str = "onnx"
@@ -54,12 +54,12 @@ class Options:
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and the model it was made from.
+    """An exported file and its original model.
 
     Attributes:
-        path: of the file.
-        options, metadata: what kind of file, and what is in it.
-        predictor: the original.
+        path: path of the file.
+        options, metadata: options and metadata of the file.
+        predictor: the original model.
         outputs: names of the graph's outputs.
     """
 
@@ -71,7 +71,7 @@ class Exported:
 
     @property
     def shape(self) -> tuple[int | None, int | None, int | None]:
-        """Batch, height and width of the input; None where free."""
+        """Batch, height and width of the input; None if dynamic."""
         height, width = self.options.size or (None, None)
         return self.options.batch or (None if height is None else 1), height, width
 
@@ -82,8 +82,8 @@ def export(weights: StrPath, output: StrPath, options: Options = Options(), *, c
     Args:
         weights: a checkpoint of gn_det, or other weights with ``config``.
         output: file to write.
-        options: what kind of file.
-        config: path or shipped name; None takes the config stored in the checkpoint.
+        options: options of the file.
+        config: path or shipped name; None uses the config stored in the checkpoint.
 
     Raises:
         UserError: the options do not fit the model, the weights cannot be used, or torch cannot export.
@@ -125,7 +125,7 @@ def export(weights: StrPath, output: StrPath, options: Options = Options(), *, c
             content = _WRITERS[options.to](program, graph, metadata, options)
         except (UserError, KeyboardInterrupt, MemoryError):
             raise
-        except Exception as error:  # the exporters raise what they like
+        except Exception as error:  # the exporters raise exceptions of any type
             raise UserError(
                 f"torch {torch.__version__} cannot export this model to {options.to} ({one_line(error, 300)}); "
                 "use a newer torch"
@@ -135,7 +135,7 @@ def export(weights: StrPath, output: StrPath, options: Options = Options(), *, c
 
 
 def trace(graph: GraphDetector, channels: int, options: Options, divisor: int) -> torch.export.ExportedProgram:
-    """The program of ``graph`` for inputs as ``options`` says; nothing in it tells where it was made."""
+    """Export ``graph`` as a program for the inputs in ``options``, without traces of this machine."""
     free = options.size is None
     batch = options.batch or (2 if free else 1)
     height, width = options.size or (8 * LEAST, 10 * LEAST)
@@ -198,10 +198,10 @@ def _onnx(program: torch.export.ExportedProgram, graph: GraphDetector, metadata:
 
 
 def _check_reacts(graph: Any) -> None:
-    """Every output must depend on both inputs: an exporter can take an input for a constant and say nothing.
+    """Check that every output depends on both inputs, because an exporter may silently treat an input as a constant.
 
     Raises:
-        UserError: one does not.
+        UserError: an output does not.
     """
     for output in graph.outputs:
         seen, left = set(), [output]
@@ -217,7 +217,7 @@ def _check_reacts(graph: Any) -> None:
 
 
 def _name_axes(graph: Any) -> None:
-    """Name the free axes of inputs and outputs for people."""
+    """Give the dynamic axes of inputs and outputs readable names."""
     import onnx_ir
 
     names = {"image": ("batch", "height", "width"), "size": ("batch",), "counts": ("batch",)}
@@ -250,7 +250,7 @@ def _check_size(size: tuple[int, int] | None, divisor: int) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep notes that do not concern the user off the screen."""
+    """Hide notes that do not concern the user."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,7 +1,7 @@
-"""A detector as one graph of tensor operations, which torch.export can follow.
+"""A detector as one graph of tensor operations for torch.export.
 
-It computes what :class:`gn_det.modeling.mask_rcnn.MaskRCNN` computes with the same layers. What Python decides there by
-looking at the data (loops over images and levels, tests for emptiness) is written here for a whole batch.
+It computes the same as :class:`gn_det.modeling.mask_rcnn.MaskRCNN`, with the same layers. Data-dependent Python code
+there (loops over images and levels, tests for emptiness) is replaced by operations on a whole batch.
 
 Shape letters: B images, H, W rows and columns of the padded input, P proposals and N detections of all images, K
 classes, S side of a mask; G groups of R boxes, C lists of scores over the boxes of a group.
@@ -23,7 +23,7 @@ from gn_det.modeling.poolers import RoIPooler
 from gn_det.modeling.roi_heads import Res5RoIHeads, StandardRoIHeads
 from gn_det.norm import FrozenBatchNorm2d, GroupNorm
 
-#: Up to this many boxes torchvision's batched_nms, on a CPU, separates groups by shifting their boxes in float32.
+#: Up to this many boxes, torchvision's batched_nms separates groups on a CPU by shifting boxes in float32.
 _SHIFTED = 1000
 
 _NONE = float("-inf")
@@ -40,16 +40,16 @@ def portable_nms(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
         iou: a box that overlaps a better one by more is dropped.
 
     Returns:
-        Group, list and row of the boxes that are kept, (n, 3) int64 in any order.
+        Group, list and row of the kept boxes, (n, 3) int64 in any order.
     """
     found = (scores > _NONE).nonzero()
     group, part, row = found.unbind(1)
-    # Groups are moved apart; in float64 that does not round.
+    # Shift groups apart; float64 does not round.
     shift = (group * scores.shape[1] + part).double() * (F.pad(boxes.double().flatten(), (0, 1)).amax() + 1)
     return found[nms(boxes[group, row].double() + shift[:, None], scores[group, part, row].double(), iou)]
 
 
-#: :func:`portable_nms` as an operator of its own, which the ONNX exporter translates to NonMaxSuppression.
+#: :func:`portable_nms` as a custom operator, which the ONNX exporter translates to NonMaxSuppression.
 onnx_nms = torch.library.custom_op("gn_det::onnx_nms", portable_nms, mutates_args=())
 
 
@@ -59,7 +59,7 @@ def _(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
 
 
 class _PlainGroupNorm(nn.Module):
-    """GroupNorm without tests of the number of samples, which a graph does not know."""
+    """GroupNorm without checks of the batch size, which is unknown in a graph."""
 
     def __init__(self, norm: GroupNorm) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class _PlainGroupNorm(nn.Module):
 
 
 class _Affine(nn.Module):
-    """BatchNorm with fixed statistics as one factor and one summand a channel."""
+    """BatchNorm with fixed statistics as a scale and a shift per channel."""
 
     scale: Tensor
     shift: Tensor
@@ -87,7 +87,7 @@ class _Affine(nn.Module):
 
 
 def _graph_norms(module: nn.Module) -> None:
-    """Replace the norms below ``module`` by forms that a graph can take."""
+    """Replace the norms in ``module`` by exportable ones."""
     for name, child in module.named_children():
         if isinstance(child, GroupNorm):
             module.add_module(name, _PlainGroupNorm(child))
@@ -98,13 +98,13 @@ def _graph_norms(module: nn.Module) -> None:
 
 
 class GraphDetector(nn.Module):
-    """``model`` as a function from padded images to detections of all images, one image after the other.
+    """``model`` as a function from padded images to the detections of all images, in image order.
 
     Args:
-        model: in evaluation mode; a copy of it is made.
-        image_format: INPUT.FORMAT that the model was trained with. The graph takes RGB (or L).
-        half: convolutions and fully connected layers compute in float16; boxes and scores stay float32.
-        paste: give masks at the size of the input instead of (S, S) within the boxes.
+        model: a model in evaluation mode, which is copied.
+        image_format: INPUT.FORMAT of the model. The graph takes RGB (or L).
+        half: compute convolutions and fully connected layers in float16; boxes and scores stay float32.
+        paste: return masks at the size of the input instead of (S, S) within the boxes.
         suppress: :func:`portable_nms` or :data:`onnx_nms`.
     """
 
@@ -125,7 +125,7 @@ class GraphDetector(nn.Module):
         _graph_norms(model)
         for part in model.modules():
             if isinstance(part, RoIPooler):
-                part.fused = "off"  # torchvision's operator, which ONNX has, too
+                part.fused = "off"  # use torchvision's operator, which also exists in ONNX
         self.backbone, self.rpn, self.roi_heads = model.backbone, model.proposal_generator, model.roi_heads
         self.register_buffer("mean", model.pixel_mean)
         self.register_buffer("std", model.pixel_std)
@@ -140,7 +140,7 @@ class GraphDetector(nn.Module):
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Names of the outputs in their order."""
+        """Names of the outputs, in order."""
         masks = () if self.roi_heads.mask_head is None else ("masks",)
         return ("boxes", "scores", "classes", *masks, "counts")
 
@@ -150,12 +150,12 @@ class GraphDetector(nn.Module):
         Args:
             image: (B, H, W, 3) uint8 RGB, or (B, H, W, 1) for a model of gray images; H and W are multiples of the
                 backbone's ``size_divisibility``.
-            size: (B, 2) int64, rows and columns of each image; what is right of it and below is ignored.
+            size: (B, 2) int64, rows and columns of each image; the padding to the right and below is ignored.
 
         Returns:
             Boxes (N, 4) float32 x0, y0, x1, y1 in pixels of the input, scores (N,) float32, classes (N,) int64, masks
-            (N, S, S) float32 probabilities within the boxes or (N, H, W) bool, and how many of the N detections belong
-            to each image (B,) int64. Those of an image follow each other, best first.
+            (N, S, S) float32 probabilities within the boxes or (N, H, W) bool, and the number of detections of each
+            image (B,) int64. Those of an image are consecutive, best first.
         """
         limit = size.flip(1).repeat(1, 2).to(torch.float32)  # (B, 4) width, height, width, height
         features = self.backbone(self.preprocess(image, size).to(self.dtype))
@@ -181,14 +181,14 @@ class GraphDetector(nn.Module):
         return torch.where((rows[:, :, None] & columns[:, None, :])[:, None], x, 0.0)
 
     def propose(self, levels: Sequence[Tensor], limit: Tensor) -> tuple[Tensor, Tensor]:
-        """Proposals (P, 4) and the image of each; see :meth:`gn_det.modeling.rpn.RPN.propose`."""
+        """Return proposals (P, 4) and the image of each; see :meth:`gn_det.modeling.rpn.RPN.propose`."""
         rpn, num = self.rpn, self.rpn.pre_nms_topk[False]
         anchors = rpn.anchor_generator([(f.shape[-2], f.shape[-1]) for f in levels])
         top_boxes, top_scores = [], []
         for anchor, logit, delta in zip(anchors, *rpn.rpn_head(levels)):
             logit = logit.permute(0, 2, 3, 1).flatten(1)
             delta = delta.view(delta.shape[0], -1, 4, *delta.shape[2:]).permute(0, 3, 4, 1, 2).flatten(1, -2)
-            # A level may have fewer than num anchors; the others are left out as all scores of -inf are.
+            # A level may have fewer than num anchors; the rest gets score -inf and is dropped.
             scores, index = F.pad(logit.float(), (0, num), value=_NONE).topk(num, dim=1)
             index = index.clamp(max=logit.shape[1] - 1)
             chosen = delta.gather(1, index[:, :, None].expand(-1, -1, 4))
@@ -221,7 +221,7 @@ class GraphDetector(nn.Module):
         return boxes, total if stage == 0 else total * (1.0 / (stage + 1))
 
     def mask_features(self, levels: Sequence[Tensor], boxes: Tensor, owner: Tensor) -> Tensor:
-        """What the mask head reads of each of the N detections."""
+        """Return the input of the mask head for each of the N detections."""
         heads = self.roi_heads
         if isinstance(heads, Res5RoIHeads):
             x: Tensor = heads.res5(self.pool(heads.pooler, levels, boxes, owner))
@@ -230,7 +230,7 @@ class GraphDetector(nn.Module):
         return self.pool(heads.mask_pooler, levels, boxes, owner)
 
     def pool(self, pooler: RoIPooler, levels: Sequence[Tensor], rois: Tensor, owner: Tensor) -> Tensor:
-        """Features of the RoIs (P, C, S, S), each from its level; RoIAlign computes in float32."""
+        """Return RoI features (P, C, S, S), each from its level; RoIAlign computes in float32."""
         rois = torch.cat([owner[:, None].to(rois.dtype), rois], dim=1)
         levels = [level.float() for level in levels]
         if len(levels) == 1:
@@ -264,16 +264,16 @@ class GraphDetector(nn.Module):
 
 
 def clip(boxes: Tensor, limit: Tensor) -> Tensor:
-    """``boxes`` (..., 4) with corners moved into images of ``limit`` (..., 4): width, height, width, height."""
+    """Clip ``boxes`` (..., 4) to images of ``limit`` (..., 4): width, height, width, height."""
     return torch.minimum(boxes.clamp(min=0), limit)
 
 
 def shift(boxes: Tensor, good: Tensor, num_groups: int) -> Tensor:
-    """(B, groups) by how much batched_nms shifts the boxes of a group, so that its IoU is rounded as there.
+    """Return (B, groups) the shift of each group's boxes in batched_nms, so that IoUs are rounded equally.
 
     Args:
         boxes: (B, groups, R, 4).
-        good: (B, groups, R), the boxes that take part.
+        good: (B, groups, R), the valid boxes.
     """
     inside = torch.where(good[..., None], boxes, 0.0).flatten(1)
     highest = F.pad(inside, (0, 1)).amax(1)  # padded: an image may have no box
@@ -282,7 +282,7 @@ def shift(boxes: Tensor, good: Tensor, num_groups: int) -> Tensor:
 
 
 def best_of(scores: Tensor, owner: Tensor, num_images: int, topk: int) -> tuple[Tensor, Tensor]:
-    """Images and positions in ``scores`` (n,) of the ``topk`` best of each image, image by image, best first."""
+    """Return image and position in ``scores`` (n,) of the ``topk`` best of each image, by image, best first."""
     table = torch.where(owner == _range(num_images, owner)[:, None], scores, _NONE)
     best, position = F.pad(table, (0, topk), value=_NONE).topk(topk, dim=1)
     image, rank = (best > _NONE).nonzero().unbind(1)
@@ -290,7 +290,7 @@ def best_of(scores: Tensor, owner: Tensor, num_images: int, topk: int) -> tuple[
 
 
 def paste(masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float = 0.5) -> Tensor:
-    """(N, height, width) bool; see :func:`gn_det.modeling.postprocess.paste_masks`.
+    """Return (N, height, width) bool; see :func:`gn_det.modeling.postprocess.paste_masks`.
 
     Bilinear sampling is separable: one matrix of weights for the rows and one for the columns of each mask.
     """

@@ -1,4 +1,4 @@
-"""What an exported file says of itself: the entry ``gn_det`` of an ONNX file's metadata, as json."""
+"""Metadata of an exported file: the json entry ``gn_det`` in an ONNX file's metadata."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gn_det.text import one_line
 from gn_det.values import InvalidValue, integer, items, number, one_of, record, table, text
 
 NAME = "gn_det"
-#: Config keys that are stored: how an image is read and resized, and which detections the graph gives.
+#: Stored config keys: how an image is read and resized, and which detections the graph returns.
 STORED = (
     *("INPUT.FORMAT", "INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST", "INPUT.BIT_DEPTH", "INPUT.MAX_PIXELS"),
     *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "MODEL.ROI_HEADS.NMS_THRESH_TEST", "TEST.DETECTIONS_PER_IMAGE"),
@@ -62,11 +62,11 @@ class Metadata:
 
     @property
     def image_format(self) -> str:
-        """ "L" for a model of gray images, else "RGB", whatever order the model has inside."""
+        """ "L" for a model of gray images, else "RGB", whatever the model's internal order."""
         return "L" if self.keys["INPUT.FORMAT"] == "L" else "RGB"
 
     def reader(self, image_format: str = "") -> ImageReader:
-        """Reads image files as the graph takes them, or in another format."""
+        """Return a reader of image files in the graph's format, or another one."""
         depth, pixels = self.keys["INPUT.BIT_DEPTH"], self.keys["INPUT.MAX_PIXELS"]
         return ImageReader(image_format or self.image_format, depth, pixels)
 
@@ -78,7 +78,7 @@ class Metadata:
         """Read what :meth:`to_json` wrote.
 
         Raises:
-            WeightsError: the entry is missing (a file of another tool) or cannot be used.
+            WeightsError: the entry is missing (a file of another tool) or invalid.
         """
         where = one_line(str(source), 400)
         if content is None:

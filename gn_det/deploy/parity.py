@@ -1,4 +1,4 @@
-"""Compare an exported file with the model it was made from, on images."""
+"""Compare an exported file with its original model on images."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from gn_det.text import count, one_line, some
 
 
 class Tolerance(NamedTuple):
-    """How far an exported model may be from its original.
+    """Largest allowed differences between an exported model and its original.
 
     Attributes:
-        boxes: pixels of the original image.
-        scores: of a detection.
-        masks: least IoU of the masks of one image, all taken together.
-        unmatched: share of the detections without a counterpart.
-        ap: percent.
+        boxes: difference in pixels of the original image.
+        scores: difference of scores.
+        masks: lowest IoU of all masks of an image together.
+        unmatched: share of detections without a counterpart.
+        ap: difference in percent.
     """
 
     boxes: float
@@ -45,19 +45,19 @@ class Tolerance(NamedTuple):
     ap: float
 
 
-#: By precision of the weights. A detection can lose its counterpart where the last bit decides about its suppression.
+#: By precision of the weights. A detection may have no counterpart if its suppression depends on the last bit.
 TOLERANCES = {"fp32": Tolerance(0.01, 1e-4, 0.999, 0.001, 0.1), "fp16": Tolerance(10.0, 0.1, 0.99, 0.01, 0.5)}
 
 
 @dataclass
 class Parity:
-    """The largest differences seen.
+    """Largest differences so far.
 
     Attributes:
-        images, original, exported: images, and detections of the two sides.
-        boxes, scores, masks, unmatched: as in :class:`Tolerance`, the last one a number of detections.
+        images, original, exported: number of images, and of detections of the two sides.
+        boxes, scores, masks, unmatched: as in :class:`Tolerance`, the last one as a number of detections.
         ap: task -> AP of the original, of the exported file, and of the original without the padding of a fixed size
-            (nan where the size is free); empty without ground truth.
+            (nan if dynamic); empty without ground truth.
     """
 
     tolerance: Tolerance
@@ -74,8 +74,8 @@ class Parity:
         """Compare the detections of one image.
 
         Args:
-            original, exported: at its original size.
-            threshold: lowest score that either side gives; differences about it do not count as unmatched.
+            original, exported: detections at the image's original size.
+            threshold: lowest score of either side; differences around it do not count as unmatched.
         """
         self.images += 1
         self.original += len(original)
@@ -95,7 +95,7 @@ class Parity:
 
     @property
     def rows(self) -> list[tuple[str, str, str, bool]]:
-        """Name, value, tolerance, and whether it is kept."""
+        """Return name, value, tolerance, and whether the value is within it."""
         limit = self.tolerance
         most = limit.unmatched * max(self.original, self.exported)
         rows = [
@@ -114,7 +114,7 @@ class Parity:
         return all(kept for *_, kept in self.rows)
 
     def lines(self) -> list[str]:
-        """The comparison for people."""
+        """Format the comparison as text."""
         lines = [
             f"{count(self.images, 'image')}: {self.original} detections by torch, {self.exported} by the exported file",
             *tabulate(
@@ -130,7 +130,7 @@ class Parity:
 
 
 def match(original: AnyDetections, exported: AnyDetections, threshold: float) -> tuple[np.ndarray, int]:
-    """Pair the detections of an image, each with the one of its class that overlaps it most, best scores first.
+    """Match the detections of an image with those of the same class by IoU, best scores first.
 
     Returns:
         (n, 2) indices of pairs with an IoU of at least 0.5, and the number of detections above ``threshold`` in
@@ -157,7 +157,7 @@ def match(original: AnyDetections, exported: AnyDetections, threshold: float) ->
 
 
 class ProgramDetector(Detector):
-    """A ``torch.export`` program, run as :class:`Detector` runs an ONNX file."""
+    """A ``torch.export`` program with the interface of :class:`Detector`."""
 
     def __init__(self, exported: Exported) -> None:
         self.path = os.fspath(exported.path)
@@ -175,7 +175,7 @@ class ProgramDetector(Detector):
 
 
 def open_exported(exported: Exported, provider: str = "cpu") -> Detector:
-    """What was exported, ready to predict."""
+    """Open an exported file for prediction."""
     onnx = exported.options.to == "onnx"
     return Detector(exported.path, provider=provider) if onnx else ProgramDetector(exported)
 
@@ -188,18 +188,18 @@ def compare(
     provider: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Parity:
-    """Detect on every image with the exported file and, on the same padded input, with the original.
+    """Detect objects in every image with the exported file and, on the same padded input, with the original.
 
     Args:
         exported: result of :func:`gn_det.deploy.export.export`.
         inputs: images, folders and globs.
-        ground_truth: COCO json that has the images, by file name; AP is computed where it is given.
+        ground_truth: COCO json of the images, matched by file name; AP is computed if it is given.
         provider: see :class:`gn_det.deploy.Detector`.
-        progress: called with the number of images done and of all images.
+        progress: called with the number of finished images and of all images.
 
     Raises:
         DataError: an image or the json cannot be used.
-        UserError: the two sides do not get the same pixels.
+        UserError: the two sides receive different pixels.
     """
     model, cfg = exported.predictor.module, exported.predictor.config
     assert isinstance(model, MaskRCNN) and cfg is not None
@@ -214,12 +214,12 @@ def compare(
         image, size = detector.prepare(reader.read(path), os.fspath(path))
         ours = image[0, : size[0, 0], : size[0, 1]].transpose(2, 0, 1)
         if not np.array_equal(ours[::-1] if cfg.INPUT.FORMAT == "BGR" else ours, sample["image"].numpy()):
-            raise UserError(f"{path}: the exported file gets other pixels than the model; report this as a bug")
+            raise UserError(f"{path}: the exported file and the model receive different pixels; report this as a bug")
         with torch.inference_mode():
             original = model.detect([sample], least=(image.shape[1], image.shape[2]))[0]
             unpadded = model.detect([sample])[0] if path in ids and detector.shape[1] else None
         found = detector.predict(path, threshold=0)
-        # At the cap, a last bit decides which detection is the last one.
+        # At the limit, rounding decides which detection is the last one.
         last = float(original.scores.min()) if len(original) == cfg.TEST.DETECTIONS_PER_IMAGE else 0.0
         parity.add(original, found, max(float(cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST), last))
         for part, side in zip(results, (original, found, unpadded)):
@@ -233,10 +233,10 @@ def compare(
 
 
 def _image_ids(ground_truth: StrPath, paths: Sequence[Path]) -> dict[Path, Any]:
-    """Ids in a COCO json of the images at ``paths``, found by file name.
+    """Return the ids in a COCO json of the images at ``paths``, matched by file name.
 
     Raises:
-        DataError: an image has no entry, or a name is that of several.
+        DataError: an image has no entry, or a name is ambiguous.
     """
     known: dict[str, Any] = {}
     for image in load_ground_truth(ground_truth).images:
@@ -253,14 +253,14 @@ def _image_ids(ground_truth: StrPath, paths: Sequence[Path]) -> dict[Path, Any]:
 def _precisions(
     ground_truth: StrPath, ids: Mapping[Path, Any], results: tuple[list[Any], list[Any], list[Any]], max_dets: int
 ) -> dict[str, tuple[float, float, float]]:
-    """AP of each task on the images in ``ids``, for each list of results; nan for an empty list."""
+    """Return the AP of each task on the images in ``ids``, for each list of results; nan for an empty list."""
     whole, chosen = load_ground_truth(ground_truth), set(ids.values())
     part = replace(
         whole,
         images=[image for image in whole.images if image["id"] in chosen],
         annotations=[a for a in whole.annotations if a["image_id"] in chosen],
     )
-    with quiet():  # its explanations are those of gn-det eval
+    with quiet():  # hides explanations that belong to gn-det eval
         scores = [evaluate_coco(part, r, max_dets=max_dets) if r else {} for r in results]
     return {
         task: tuple(side[task]["AP"] if task in side else math.nan for side in scores)  # type: ignore[misc]

@@ -1,6 +1,6 @@
-"""gn_det as a Detectron2 plugin: GN, LN and IN in Detectron2's models, by config or by keyword arguments.
+"""gn_det as a Detectron2 plugin: GN, LN and IN in Detectron2's models, by config or keyword arguments.
 
-Importing this module registers, and does nothing else::
+Importing this module only registers modules and datasets::
 
     import gn_det.detectron2
 
@@ -8,17 +8,17 @@ Importing this module registers, and does nothing else::
     gn_det.detectron2.add_gn_config(cfg)
     cfg.merge_from_file(gn_det.config_file("gn_fpn_long.yaml"))
 
-What is set in ``cfg`` is taken literally, as always in Detectron2; :func:`scale_to_machine` scales a schedule that was
-written for 8 GPUs to this machine. ``python -m gn_det.detectron2 TOOL ...`` runs a script of Detectron2's, or one like
-it, with gn_det's keys and names in place.
+As always in Detectron2, values in ``cfg`` are used literally; :func:`scale_to_machine` scales a schedule written for 8
+GPUs to this machine. ``python -m gn_det.detectron2 TOOL ...`` runs one of Detectron2's scripts, or a similar one, with
+gn_det's keys and names.
 
-Registered are backbones, heads (names below) and the generated datasets ``shapes_train`` and ``shapes_val``. YAML files
-keep Detectron2's module names: in a config that went through :func:`add_gn_config` they build gn_det's modules wherever
-a norm is GN, LN or IN, so that ``MODEL.GN`` is never silently ignored (see :mod:`gn_det.detectron2.routing` for how and
-why). The registered names can be written out as well, then whatever the norm:
+It registers backbones, heads (names below) and the generated datasets ``shapes_train`` and ``shapes_val``. YAML files
+keep Detectron2's module names. After :func:`add_gn_config`, they build gn_det's modules wherever a norm is GN, LN or
+IN, so that ``MODEL.GN`` is never silently ignored (see :mod:`gn_det.detectron2.routing` for how and why). The
+registered names can also be used directly, with any norm:
 
 ============================================  =================================
-gn_det                                        takes the place of
+gn_det                                        replaces
 ============================================  =================================
 ``build_gn_resnet_backbone``                  ``build_resnet_backbone``
 ``build_gn_resnet_fpn_backbone``              ``build_resnet_fpn_backbone``

@@ -2,5 +2,5 @@
 
 import runpy
 
-# As a module of another name: processes that a tool starts import what was the main module, but never a __main__.py.
+# In a separate module, because processes started by a tool import the main module, but never a __main__.py.
 runpy.run_module("gn_det.detectron2.tools", run_name="__main__", alter_sys=True)

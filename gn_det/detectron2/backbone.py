@@ -32,7 +32,7 @@ def _shapes(specs: dict[str, FeatureSpec]) -> dict[str, ShapeSpec]:
 
 
 class GNResNet(ResNet, Backbone):
-    """:class:`gn_det.modeling.resnet.ResNet` under Detectron2's backbone contract; the same keyword arguments.
+    """:class:`gn_det.modeling.resnet.ResNet` with Detectron2's backbone interface; same keyword arguments.
 
     Parameter names, strides and initial weights (from the same seed) are those of Detectron2's ResNet.
     """
@@ -41,7 +41,7 @@ class GNResNet(ResNet, Backbone):
         super().__init__(norm=norm_with_groups(norm, groups), **others)
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        """Channels and stride by feature name."""
+        """Return channels and stride by feature name."""
         return _shapes(self.feature_specs)
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -49,20 +49,20 @@ class GNResNet(ResNet, Backbone):
 
 
 class GNFPN(FPN, Backbone):
-    """:class:`gn_det.modeling.fpn.FPN` under Detectron2's backbone contract.
+    """:class:`gn_det.modeling.fpn.FPN` with Detectron2's backbone interface.
 
     Args:
         bottom_up: any Detectron2 ``Backbone``, such as :class:`GNResNet`.
         in_features: its features from fine to coarse, strides doubling.
         out_channels: channels of every level.
         norm: of lateral and output convolutions, see :data:`gn_det.norm.NormSpec`; without one they have biases.
-        top_block: makes the levels above the last, as Detectron2's ``LastLevelMaxPool`` and ``LastLevelP6P7`` do.
+        top_block: makes the levels above the last, like Detectron2's ``LastLevelMaxPool`` and ``LastLevelP6P7``.
         fuse_type: "sum" or "avg" of the lateral and the top-down feature.
         square_pad: if positive, images are padded to squares of this side.
         groups: deprecated, see :func:`gn_det.norm.norm_with_groups`.
     """
 
-    #: Set for each instance; here it takes the place of Backbone's property.
+    #: Set per instance; replaces Backbone's property.
     size_divisibility: int = 0
 
     def __init__(
@@ -87,7 +87,7 @@ class GNFPN(FPN, Backbone):
         )
         self.square_pad = square_pad
         self.top_block: Any = top_block
-        # Detectron2 registers the bottom-up network after the top block: the order of its optimizer states.
+        # As in Detectron2, registered after the top block, which determines the order of optimizer states.
         del self.bottom_up
         self.bottom_up = bottom_up
         first, more = self.levels[-1] + 1, top_block.num_levels if top_block is not None else 0
@@ -96,11 +96,11 @@ class GNFPN(FPN, Backbone):
 
     @property
     def padding_constraints(self) -> dict[str, int]:
-        """Side of the square that images are padded to; 0 for none."""
+        """Return the side of the square that images are padded to; 0 for none."""
         return {"square_size": self.square_pad}
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        """Channels and stride by level name, fine to coarse."""
+        """Return channels and stride by level name, fine to coarse."""
         return _shapes(self.feature_specs)
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -119,7 +119,7 @@ class GNFPN(FPN, Backbone):
 
 @BACKBONE_REGISTRY.register()
 def build_gn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """ResNet of MODEL.RESNETS with the norms of MODEL.GN; Detectron2's where only that has the convolutions or norm."""
+    """Build a ResNet with the norms of MODEL.GN, or Detectron2's if only that has the convolutions or norm."""
     resnets = cfg.MODEL.RESNETS
     deformable = any(resnets.DEFORM_ON_PER_STAGE)
     if deformable and (resnets.NORM in ("LN", "IN") or (resnets.NORM == "GN" and group_rule(cfg) != GroupRule())):
@@ -139,7 +139,7 @@ def build_gn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
 
 @BACKBONE_REGISTRY.register()
 def build_gn_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> GNFPN:
-    """FPN of MODEL.FPN on that ResNet, and one more level by subsampling the coarsest (p6 of p5)."""
+    """Build an FPN on that ResNet, with one more level by subsampling the coarsest (p6 from p5)."""
     top = LastLevelMaxPool()
     fpn = GNFPN(build_gn_resnet_backbone(cfg, input_shape), top_block=top, **fpn_arguments(cfg))
     top.in_feature = f"p{fpn.levels[-1]}"  # Detectron2 says p5, whatever the coarsest level is
@@ -148,7 +148,7 @@ def build_gn_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> GNFPN:
 
 @BACKBONE_REGISTRY.register()
 def build_gn_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> GNFPN:
-    """FPN on that ResNet, p6 and p7 by convolutions on res5."""
+    """Build an FPN on that ResNet, with p6 and p7 by convolutions on res5."""
     bottom_up = build_gn_resnet_backbone(cfg, input_shape)
     top = LastLevelP6P7(bottom_up.output_shape()["res5"].channels, cfg.MODEL.FPN.OUT_CHANNELS)
     return GNFPN(bottom_up, top_block=top, **fpn_arguments(cfg))

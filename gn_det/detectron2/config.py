@@ -1,4 +1,4 @@
-"""gn_det's keys in a Detectron2 config, and the values that are only known when a model is built."""
+"""gn_det's keys in a Detectron2 config, and values that are only known when a model is built."""
 
 from __future__ import annotations
 
@@ -32,33 +32,33 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Norm names that gn_det builds: Detectron2 has no "IN", means something else by "LN" and fixes GN's groups.
+#: Norm names that gn_det builds: Detectron2 has no "IN", a different "LN" and a fixed number of groups for GN.
 GROUP_NORMS = ("GN", "LN", "IN")
 
-#: Detectron2's own default, which gn_det replaces by 0 (= taken from the training set).
+#: Detectron2's default, which gn_det replaces by 0 (taken from the training set).
 _THEIR_NUM_CLASSES = 80
 
-#: Samplers of gn_det's loader, and the key that the last one reads; Detectron2's defaults do not have it.
+#: Samplers of gn_det's loader, and the key of the last one, which Detectron2's defaults lack.
 _SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler")
 _SUBSET = "DATALOADER.RANDOM_SUBSET_RATIO"
 
-#: Architectures of Detectron2's that need other ground truth, or give something else than objects.
+#: Architectures of Detectron2 that need other ground truth, or do not output objects.
 _NO_INSTANCES = ("PanopticFPN", "SemanticSegmentor", "ProposalNetwork")
 
-#: Sections of architectures that have a number of classes of their own.
+#: Sections of architectures with their own number of classes.
 _OWN_CLASSES = {"RetinaNet": "RETINANET", "FCOS": "FCOS"}
 _WITHOUT_ROI_HEADS = (*_OWN_CLASSES, "ProposalNetwork", "SemanticSegmentor")
 
 
 def add_gn_config(cfg: CfgNode) -> None:
-    """Add gn_det's keys to ``cfg`` in place, so that it merges gn_det's configs; call it before merging.
+    """Add gn_det's keys to ``cfg`` in place, so that it can merge gn_det's configs; call it before merging.
 
     A config with these keys builds gn_det's modules wherever a norm is GN, LN or IN (see :mod:`gn_det.detectron2`).
     Two of Detectron2's defaults change unless you set them before: ``MODEL.ROI_HEADS.NUM_CLASSES`` becomes 0, the
     number of classes of the training set; ``MODEL.DEVICE`` becomes ``"cpu"`` on a machine without a GPU.
 
     Args:
-        cfg: from ``detectron2.config.get_cfg()``. A config that has the keys already is left as it is.
+        cfg: from ``detectron2.config.get_cfg()``. A config that already has the keys is not changed.
     """
     if has_gn_keys(cfg):
         return
@@ -71,19 +71,19 @@ def add_gn_config(cfg: CfgNode) -> None:
 
 
 def scale_to_machine(cfg: CfgNode, num_gpus: int | None = None, *, written_for: int = 8) -> list[str]:
-    """Scale batch, learning rate and iterations, in place, from the GPUs they were written for to those of this run.
+    """Scale batch, learning rate and iterations in place, from the GPUs they were written for to those of this run.
 
-    The command line does this with gn_det's configs. In Python a config is literal, as in Detectron2, until this is
-    called: ``gn_fpn.yaml`` (16 images on 8 GPUs) on one GPU becomes a batch of 2, an eighth of the learning rate and
+    The command line does this with gn_det's configs. In Python, as in Detectron2, a config is literal until this is
+    called: on one GPU, ``gn_fpn.yaml`` (16 images on 8 GPUs) becomes a batch of 2, an eighth of the learning rate and
     eight times the iterations. A second call changes nothing.
 
     Args:
-        cfg: a config that went through :func:`add_gn_config`.
-        num_gpus: processes of the run, one GPU each; None for those that run now.
+        cfg: a config after :func:`add_gn_config`.
+        num_gpus: processes of the run, one GPU each; None for the current number.
         written_for: GPUs that the schedule was written for if SOLVER.REFERENCE_WORLD_SIZE is 0.
 
     Returns:
-        What was changed, one sentence each; they are logged, too.
+        One sentence for each change; they are also logged.
 
     Raises:
         ConfigError: the batch is not a multiple of ``written_for``, or too small for ``num_gpus``.
@@ -107,18 +107,18 @@ def scale_to_machine(cfg: CfgNode, num_gpus: int | None = None, *, written_for: 
 
 
 def has_gn_keys(cfg: CfgNode) -> bool:
-    """Whether ``cfg`` went through :func:`add_gn_config`."""
+    """Return whether ``cfg`` has the keys of :func:`add_gn_config`."""
     return "GN" in cfg.MODEL
 
 
 def require_gn_keys(cfg: CfgNode) -> None:
-    """Raise ConfigError unless ``cfg`` went through :func:`add_gn_config`."""
+    """Raise ConfigError unless ``cfg`` has the keys of :func:`add_gn_config`."""
     if not has_gn_keys(cfg):
         raise ConfigError("the config lacks gn_det's keys: call gn_det.detectron2.add_gn_config(cfg) first")
 
 
 def prepare_config(cfg: CfgNode) -> None:
-    """Fill in, in place, what machine and data sets decide; called whenever a model is built from a config.
+    """Fill in values that depend on machine and datasets, in place; called whenever a model is built from a config.
 
     ``MODEL.DEVICE`` "auto" becomes a device. ``DATASETS.TRAIN_JSON`` / ``VAL_JSON`` and ``json@images`` names are
     registered in Detectron2's catalogs, and the former become ``DATASETS.TRAIN`` / ``TEST``.
@@ -171,7 +171,7 @@ _read = False
 
 @contextmanager
 def trainer_keys_are_read() -> Iterator[None]:
-    """Context in which a model is built for gn_det's trainer: no warnings about unread keys."""
+    """Context for building a model for gn_det's trainer, without warnings about unread keys."""
     global _read
     before, _read = _read, True
     try:
@@ -181,7 +181,7 @@ def trainer_keys_are_read() -> Iterator[None]:
 
 
 def _mention_what_is_not_read(cfg: CfgNode) -> None:
-    """Warn, once each, of keys that Detectron2's trainer and loader do not read."""
+    """Warn once about each key that Detectron2's trainer and loader do not read."""
     if _read:
         return
     solver, sets = cfg.SOLVER, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
@@ -223,7 +223,7 @@ _checked_norms: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def warn_of_norms(cfg: CfgNode, model: nn.Module) -> None:
-    """Warn of norms that do not follow MODEL.GN, with their names: modules of Detectron2's or of the user's own."""
+    """Warn about norms that do not follow MODEL.GN, by name: modules of Detectron2 or of the user."""
     if model in _checked_norms:
         return
     _checked_norms.add(model)
@@ -244,7 +244,7 @@ def warn_of_norms(cfg: CfgNode, model: nn.Module) -> None:
 
 
 def check_device(cfg: CfgNode, device: str) -> None:
-    """Refuse to train what Detectron2 cannot compute on a CPU.
+    """Refuse to train models that Detectron2 cannot run on a CPU.
 
     Raises:
         ConfigError: deformable convolutions without a GPU.
@@ -256,10 +256,10 @@ def check_device(cfg: CfgNode, device: str) -> None:
 
 
 def check_for_trainer(cfg: CfgNode, *, own_loader: bool, own_results: bool) -> None:
-    """Refuse, by name, what gn_det's loader and evaluation do not do, unless the user's own take their place.
+    """Refuse settings that gn_det's loader and evaluation do not support, unless the user overrides these.
 
     Raises:
-        ConfigError: names the key, and what to override or to take instead.
+        ConfigError: names the key, and what to override or use instead.
     """
     check_values(cfg)
     model, sampler = cfg.MODEL, cfg.DATALOADER.SAMPLER_TRAIN
@@ -284,7 +284,7 @@ def check_for_trainer(cfg: CfgNode, *, own_loader: bool, own_results: bool) -> N
         return
     if sampler not in _SAMPLERS:
         raise ConfigError(
-            f"DATALOADER.SAMPLER_TRAIN {sampler!r}: gn_det's loader knows {', '.join(_SAMPLERS)}; override "
+            f"DATALOADER.SAMPLER_TRAIN {sampler!r}: gn_det's loader supports {', '.join(_SAMPLERS)}; override "
             "build_train_loader for another one"
         )
     ratio = cfg.DATALOADER.get("RANDOM_SUBSET_RATIO", 1.0)
@@ -295,7 +295,7 @@ def check_for_trainer(cfg: CfgNode, *, own_loader: bool, own_results: bool) -> N
 
 
 def _settle_own_classes(cfg: CfgNode) -> None:
-    """Number of classes of an architecture without RoI heads: Detectron2's default follows the data set."""
+    """Set the number of classes of an architecture without RoI heads; Detectron2's default becomes the dataset's."""
     section = _OWN_CLASSES.get(cfg.MODEL.META_ARCHITECTURE, "")
     if section not in cfg.MODEL:
         return
@@ -304,7 +304,7 @@ def _settle_own_classes(cfg: CfgNode) -> None:
     known = cfg.MODEL.CLASS_NAMES or (MetadataCatalog.get(names[0]).get("thing_classes") if names else None)
     try:
         count = len(known) if known else _count_classes(cfg) if is_default else node.NUM_CLASSES
-    except (ConfigError, DataError, OSError):  # a model to predict with, whose data set is not there
+    except (ConfigError, DataError, OSError):  # a model for prediction whose dataset is missing
         return
     if count == node.NUM_CLASSES:
         return
@@ -318,14 +318,14 @@ def _settle_own_classes(cfg: CfgNode) -> None:
 
 
 def mention_other_groups(cfg: CfgNode) -> None:
-    """Warn if MODEL.WEIGHTS is a checkpoint of gn_det's that was trained with another MODEL.GN."""
+    """Warn if MODEL.WEIGHTS is a gn_det checkpoint that was trained with another MODEL.GN."""
     path = str(cfg.MODEL.WEIGHTS)
     if _read or not path.endswith(".pth") or not os.path.isfile(path):
         return
     try:
         meta = read_meta(read_checkpoint(path, mmap=True))
         stored = parse_config(meta["config"], path) if meta and meta["config"] else None
-    except UserError:  # whoever loads it says what is wrong with it
+    except UserError:  # loading it will raise the error
         return
     if stored is not None and group_rule(stored) != group_rule(cfg):
         ours, theirs = ({k: node.MODEL.GN[k] for k in _GROUP_KEYS} for node in (cfg, stored))

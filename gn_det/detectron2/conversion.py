@@ -1,4 +1,4 @@
-"""gn_det's samples as Detectron2's inputs, and its instances as gn_det's detections."""
+"""Convert gn_det's samples to Detectron2's inputs, and its instances to gn_det's detections."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from gn_det.structures import Detections, InstanceMask, Masks, Sample, Targets
 
 
 class MixedMasks(Masks):
-    """Masks of one image as Detectron2's heads take them; unlike theirs, polygons and bitmaps may be mixed.
+    """Masks of one image for Detectron2's heads; unlike Detectron2's own, they may mix polygons and bitmaps.
 
-    They stay in host memory; mask targets come on the device of the boxes.
+    They stay in host memory; mask targets are on the device of the boxes.
     """
 
     def __getitem__(self, index: int | Tensor | np.ndarray | slice | Sequence[int]) -> MixedMasks:
@@ -29,7 +29,7 @@ class MixedMasks(Masks):
         return iter(self.masks)
 
     def to(self, *args: Any, **kwargs: Any) -> MixedMasks:
-        """Itself."""
+        """Return itself."""
         return self
 
     @property
@@ -37,18 +37,18 @@ class MixedMasks(Masks):
         return torch.device("cpu")
 
     def nonempty(self) -> Tensor:
-        """(N,) bool: has polygons, or a pixel."""
+        """Return (N,) bool: whether a mask has polygons or pixels."""
         found = [len(m) > 0 if isinstance(m, list) else bool(m.any()) for m in self.masks]
         return torch.tensor(found, dtype=torch.bool)
 
     @staticmethod
     def cat(parts: Sequence[MixedMasks]) -> MixedMasks:
-        """All masks of several images' objects in one."""
+        """Concatenate the masks of several images."""
         return MixedMasks([mask for part in parts for mask in part.masks])
 
 
 def to_instances(targets: Targets) -> Instances:
-    """Ground truth under Detectron2's names: ``gt_boxes``, ``gt_classes`` and, where there are masks, ``gt_masks``."""
+    """Return ground truth with Detectron2's names: ``gt_boxes``, ``gt_classes`` and, with masks, ``gt_masks``."""
     instances = Instances(targets.image_size)
     instances.gt_boxes = Boxes(targets.boxes)
     instances.gt_classes = targets.classes
@@ -58,7 +58,7 @@ def to_instances(targets: Targets) -> Instances:
 
 
 def to_inputs(samples: Sequence[Sample]) -> list[dict[str, Any]]:
-    """A batch as Detectron2's models take it: ``image``, ``height``, ``width`` ..., and ``instances`` for training."""
+    """Convert a batch to Detectron2's inputs: ``image``, ``height``, ``width`` ..., and ``instances`` for training."""
     inputs = []
     for sample in samples:
         one: dict[str, Any] = {k: v for k, v in sample.items() if k != "targets"}
@@ -69,7 +69,7 @@ def to_inputs(samples: Sequence[Sample]) -> list[dict[str, Any]]:
 
 
 class Inputs(Iterable[Any]):
-    """Batches of samples as batches of inputs."""
+    """Iterable that converts batches of samples to batches of inputs."""
 
     def __init__(self, batches: Iterable[list[Sample]]) -> None:
         self.batches = batches
@@ -79,14 +79,14 @@ class Inputs(Iterable[Any]):
 
 
 def to_detections(instances: Instances) -> Detections:
-    """What a model found in one image, at original size."""
+    """Return the detections of one image at original size."""
     masks = instances.pred_masks if instances.has("pred_masks") else None
     boxes, scores, classes = instances.pred_boxes.tensor, instances.scores, instances.pred_classes
     return Detections(tuple(instances.image_size), boxes, scores, classes, masks)
 
 
 def detector(model: nn.Module, cfg: Any) -> Callable[[list[Sample]], list[Detections]]:
-    """``model``, in evaluation mode, as a function from samples to detections; with TEST.AUG in several sizes."""
+    """Return ``model``, in evaluation mode, as a function from samples to detections; TEST.AUG uses several sizes."""
     if cfg.TEST.AUG.ENABLED:
         model = GeneralizedRCNNWithTTA(cfg, model)
 

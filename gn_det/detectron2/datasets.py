@@ -1,6 +1,6 @@
-"""gn_det's datasets in Detectron2's catalogs: the generated shapes, own COCO-format data, ``json@images`` names.
+"""gn_det's datasets in Detectron2's catalogs: generated shapes, the user's COCO data, and ``json@images`` names.
 
-They are read by gn_det's loader: the same checks, repairs and messages as in the embedded engine.
+They are read by gn_det's reader, with the same checks, repairs and messages as in the embedded engine.
 """
 
 # mypy: disallow-subclassing-any=False, disallow-untyped-decorators=False
@@ -41,10 +41,10 @@ logger = logging.getLogger(__name__)
 
 
 class _Source:
-    """What the catalog calls to get the records of one dataset.
+    """Function that the catalog calls for the records of one dataset.
 
-    ``max_bad``, ``polygons_only`` (the mapper will refuse RLE) and ``reader`` are those of the last config that names
-    the set. With INPUT.BIT_DEPTH, Detectron2 gets its pictures from :class:`EightBits`.
+    ``max_bad``, ``polygons_only`` (the mapper would refuse RLE) and ``reader`` come from the last config that names the
+    set. With INPUT.BIT_DEPTH, Detectron2 reads images through :class:`EightBits`.
     """
 
     def __init__(self, name: str, source: DatasetSource) -> None:
@@ -55,7 +55,7 @@ class _Source:
         dataset = _load(self.source, self.max_bad, self.reader)
         _describe(self.name, dataset.class_names, dataset.category_ids)
         records = [_record(record) for record in dataset.records]
-        # Detectron2 leaves crowds out before it looks at masks.
+        # Detectron2 drops crowds before it checks masks.
         masks = (a for r in records for a in r["annotations"] if isinstance(a.get("segmentation"), dict))
         if self.polygons_only and (rle := next((a["id"] for a in masks if not a["iscrowd"]), None)) is not None:
             raise DataError(
@@ -68,16 +68,16 @@ class _Source:
 
 
 class EightBits(PathHandler):
-    """Opens ``gn_det-8bit://DEPTH/MAX_PIXELS/PATH``: PATH as INPUT.BIT_DEPTH scales it, as a picture of 8 bits.
+    """Opens ``gn_det-8bit://DEPTH/MAX_PIXELS/PATH``: the image PATH, scaled to 8 bits by INPUT.BIT_DEPTH.
 
-    Detectron2's mapper and tools open images by their names, and clip what has more than 8 bits.
+    Detectron2's mapper and tools open images by name, and clip values of more than 8 bits.
     """
 
     PREFIX = "gn_det-8bit://"
 
     @classmethod
     def name(cls, path: str, reader: ImageReader) -> str:
-        """The name under which Detectron2 opens ``path`` as ``reader`` reads it."""
+        """Return the name with which Detectron2 opens ``path`` like ``reader``."""
         return f"{cls.PREFIX}{reader.bit_depth}/{reader.max_pixels}/{os.path.abspath(path)}"
 
     def _get_supported_prefixes(self) -> list[str]:
@@ -92,14 +92,14 @@ class EightBits(PathHandler):
 
 
 def register_shapes() -> None:
-    """Register ``shapes_train`` and ``shapes_val``; they are drawn when they are first read."""
+    """Register ``shapes_train`` and ``shapes_val``; they are generated when first read."""
     for name in GENERATED:
         _enter(name, resolve(name))
         _describe(name, CLASSES, CATEGORY_IDS)
 
 
 def register_own(cfg: CfgNode) -> None:
-    """Register DATASETS.TRAIN_JSON and VAL_JSON; in ``cfg`` they take the place of DATASETS.TRAIN and TEST."""
+    """Register DATASETS.TRAIN_JSON and VAL_JSON; in ``cfg`` they replace DATASETS.TRAIN and TEST."""
     for split, key in (("VAL", "TEST"), ("TRAIN", "TRAIN")):
         json_file, images = (os.path.expanduser(cfg.DATASETS[f"{split}_{part}"]) for part in ("JSON", "IMAGES"))
         if not json_file and not images:
@@ -122,26 +122,26 @@ def register_named(cfg: CfgNode) -> None:
 
 
 def is_own(name: str) -> bool:
-    """Whether gn_det reads the set of that name; False for those of Detectron2 and of the user."""
+    """Return whether gn_det reads the set of that name; False for sets of Detectron2 and of the user."""
     return name in DatasetCatalog and isinstance(DatasetCatalog[name], _Source)
 
 
 def take_mixed_masks(cfg: CfgNode) -> None:
-    """The shapes have polygons and RLE, which Detectron2's mapper takes only as bitmaps: set INPUT.MASK_FORMAT so."""
+    """Set INPUT.MASK_FORMAT bitmask for the shapes, which mix polygons and RLE."""
     if cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon" and any(n in GENERATED for n in cfg.DATASETS.TRAIN):
         logger.info("INPUT.MASK_FORMAT: bitmask, because the shapes have polygons and RLE.")
         cfg.INPUT.MASK_FORMAT = "bitmask"
 
 
 def name_by_files(cfg: CfgNode) -> CfgNode:
-    """A copy of ``cfg`` whose sets, where only Detectron2's catalog knows them, are named ``json@images``.
+    """Return a copy of ``cfg`` in which sets known only to Detectron2's catalog are named ``json@images``.
 
-    Sets registered by ``register_coco_instances`` have their files in the metadata. What a registered function returns
-    is written as COCO json below OUTPUT_DIR. All processes of the group take part.
+    Sets registered by ``register_coco_instances`` have their files in the metadata. The result of a registered function
+    is written as COCO json to OUTPUT_DIR. All processes of the group must call this.
 
     Raises:
         ConfigError: a registered set has no ``thing_classes``.
-        DataError: what the function returns is not Detectron2's standard format.
+        DataError: the function's result is not in Detectron2's standard format.
     """
     out = cfg.clone()
     out.defrost()
@@ -156,14 +156,14 @@ def _by_files(name: str, folder: str) -> str:
         return name
     metadata = MetadataCatalog.get(name)
     json_file, images = metadata.get("json_file"), metadata.get("image_root")
-    in_coco_format = metadata.get("evaluator_type", "coco") == "coco"  # LVIS has a json of another kind
+    in_coco_format = metadata.get("evaluator_type", "coco") == "coco"  # LVIS has a different json format
     if json_file and str(json_file).endswith(".json") and images is not None and in_coco_format:
         return f"{json_file}@{images}"
     return dist.on_first_rank(lambda: _write_json(name, folder))
 
 
 def _write_json(name: str, folder: str) -> str:
-    """Write what the function registered under ``name`` returns as COCO json; its ``json@images`` name."""
+    """Write the result of the function registered as ``name`` as COCO json; return its ``json@images`` name."""
     try:
         records = DatasetCatalog.get(name)
     except OSError as error:
@@ -188,7 +188,7 @@ def _write_json(name: str, folder: str) -> str:
 
 
 def to_coco(name: str, records: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> dict[str, Any]:
-    """Records in Detectron2's standard format as a COCO dict; category ids are the contiguous ones, areas Detectron2's.
+    """Convert records in Detectron2's standard format to a COCO dict, with contiguous category ids.
 
     Raises:
         DataError: a record or an annotation lacks a key, or has a value of another type; names both.
@@ -242,14 +242,14 @@ def _to_coco(annotation: Mapping[str, Any]) -> dict[str, Any]:
         entry["segmentation"] = {"size": [int(v) for v in mask["size"]], "counts": counts}
     elif mask is not None:
         polygons = [np.asarray(polygon, dtype=np.float64).reshape(-1) for polygon in mask]
-        if all(len(p) >= 6 and len(p) % 2 == 0 for p in polygons):  # others the reader names
+        if all(len(p) >= 6 and len(p) % 2 == 0 for p in polygons):  # the reader reports others
             entry["area"] = PolygonMasks([polygons]).area()[0].item()
         entry["segmentation"] = [p.tolist() for p in polygons]
     return entry
 
 
 def register_files(name: str) -> None:
-    """Register one ``path/to.json@path/to/images`` name; raises DataError where there is no such file."""
+    """Register one ``path/to.json@path/to/images`` name; raise DataError if there is no such file."""
     _enter(name, resolve(name, "DATASETS"))
 
 
@@ -262,16 +262,16 @@ def _enter(name: str, source: DatasetSource) -> None:
 def _register(name: str, source: DatasetSource, cfg: CfgNode, key: str) -> None:
     _enter(name, source)
     entry = DatasetCatalog[name]
-    if isinstance(entry, _Source):  # else the user registered this very name, and reads it in another way
+    if isinstance(entry, _Source):  # otherwise the user registered this name with another reader
         entry.max_bad = cfg.DATALOADER.MAX_BAD
-        # Detectron2 reads 8 bits a channel under INPUT.FORMATs that the reader does not know, too.
+        # Detectron2 also reads 8-bit images in INPUT.FORMATs that the reader does not support.
         entry.reader = ImageReader.of(cfg, "RGB")
         entry.polygons_only = key == "TRAIN" and cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon"
 
 
 @lru_cache(maxsize=8)
 def _load(source: DatasetSource, max_bad: int, reader: ImageReader) -> CocoDataset:
-    """Read once: Detectron2 asks for the records again for every loader it builds."""
+    """Read once, because Detectron2 asks for the records for every loader it builds."""
     dataset = load_coco(source, max_bad=max_bad, need_annotations=False, reader=reader)
     logger.info(dataset.summary())
     return dataset

@@ -1,4 +1,4 @@
-"""The Detectron2 engine: its model, optimizer, schedule and loop, under the same run as the embedded engine's."""
+"""The Detectron2 engine: Detectron2's model, optimizer and schedule in gn_det's run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Detectron2Engine(Engine):
     autocast_cache: ClassVar[bool] = True
 
     def __reduce__(self) -> Any:
-        # another process imports Detectron2 as this one did: quietly
+        # so that another process also imports Detectron2 quietly
         return (load, (Choice(self.name, self.why),))
 
     def version(self) -> str:
@@ -68,7 +68,7 @@ class Detectron2Engine(Engine):
 
 
 def to_detectron2(cfg: AnyCfgNode) -> CfgNode:
-    """A config of gn_det as Detectron2's class, the same keys and values; an own copy, not frozen."""
+    """Copy a gn_det config to Detectron2's class, with the same keys and values, not frozen."""
     out = get_cfg()
     add_gn_config(out)
     out.set_new_allowed(True)
@@ -86,7 +86,7 @@ def _copy(source: Any, target: Any) -> None:
 
 
 def model_config(cfg: AnyCfgNode) -> CfgNode:
-    """``cfg`` as Detectron2 builds a model from it: on the CPU, classes given, no data set to look at."""
+    """Return ``cfg`` for building a model with Detectron2: on the CPU, with given classes and no dataset."""
     out = to_detectron2(cfg)
     out.MODEL.DEVICE = "cpu"
     data = out.DATASETS

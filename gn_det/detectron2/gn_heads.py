@@ -72,7 +72,7 @@ class GNFastRCNNConvFCHead(BoxHead):
 
     @property
     def output_shape(self) -> ShapeSpec:
-        """The length of the RoI vectors, as channels."""
+        """Return the length of the RoI vectors as channels."""
         return ShapeSpec(channels=self.output_size)
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -84,7 +84,7 @@ class GNMaskRCNNConvUpsampleHead(MaskHead, BaseMaskRCNNHead):
     """3x3 convolutions with norm and ReLU, a 2x2 deconvolution, one mask per class; Detectron2's loss and inference.
 
     Args:
-        input_shape: its channels are those of the pooled features.
+        input_shape: channels of the pooled features.
         num_classes: masks per RoI; 1 for class-agnostic ones.
         conv_dims: output channels of the convolutions, and last of the deconvolution.
         conv_norm: see :data:`gn_det.norm.NormSpec`; without a norm the convolutions have biases.
@@ -132,8 +132,8 @@ class GNMaskRCNNConvUpsampleHead(MaskHead, BaseMaskRCNNHead):
 class GNRes5ROIHeads(Res5ROIHeads):
     """Detectron2's C4 heads on gn_det's res5, with the norms of MODEL.GN.
 
-    Without a config it takes the same keyword arguments; ``res5`` is then, for instance,
-    :func:`gn_det.modeling.resnet.make_stage`.
+    Without a config it takes the same keyword arguments, with, for example,
+    :func:`gn_det.modeling.resnet.make_stage` for ``res5``.
     """
 
     @classmethod

@@ -1,11 +1,11 @@
-"""Detectron2's own module names build gn_det's modules, for configs that have gn_det's keys.
+"""Let Detectron2's module names build gn_det's modules for configs with gn_det's keys.
 
 A config names its modules (``build_resnet_fpn_backbone``, ``FastRCNNConvFCHead`` ...), and the same YAML must run on
-both engines. Leaving the choice to Detectron2's modules would silently ignore MODEL.GN (their GN always has 32
-groups) and give "LN" another meaning. So the registry entries of these names look at the config first; an entry that
-is a class stays one, so that it can be subclassed. A config without MODEL.GN, which only ``add_gn_config`` adds, gets
-Detectron2's own module as ever, so nothing else in the process is affected; so does one whose norms are not GN, LN or
-IN, except where Detectron2's FPN cannot run: its extra level is made of p5, which a pyramid without res5 does not have.
+both engines. Detectron2's modules would silently ignore MODEL.GN (their GN always has 32 groups) and give "LN" another
+meaning. So the registry entries of these names check the config first. An entry that is a class remains one, so that it
+can be subclassed. A config without MODEL.GN, which only ``add_gn_config`` adds, still gets Detectron2's own module, so
+nothing else in the process changes. So does one whose norms are not GN, LN or IN, except for an FPN without res5, which
+Detectron2 cannot build because it makes the extra level from p5.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gn_det.detectron2.config import GROUP_NORMS, has_gn_keys, mention_other_gro
 from gn_det.modeling.build import group_rule, weight_standardization
 from gn_det.norm import GroupRule
 
-#: registry, Detectron2's name, what gn_det builds for it, the sections whose NORM decides
+#: registry, Detectron2's name, gn_det's builder, sections whose NORM decides
 ROUTES: tuple[tuple[Registry, str, Callable[..., Any], tuple[str, ...]], ...] = (
     (BACKBONE_REGISTRY, "build_resnet_backbone", backbone.build_gn_resnet_backbone, ("RESNETS",)),
     (BACKBONE_REGISTRY, "build_resnet_fpn_backbone", backbone.build_gn_resnet_fpn_backbone, ("RESNETS", "FPN")),
@@ -51,7 +51,7 @@ def route_names() -> None:
 
 
 class _Architectures(dict[str, Any]):
-    """Entries of the registry of whole models, each routed: Detectron2's, and those that users register later."""
+    """Routed entries of the model registry: Detectron2's, and those that users register later."""
 
     def __init__(self, entries: dict[str, Any]) -> None:
         super().__init__({name: _routed(entry, _prepare) for name, entry in entries.items()})
@@ -61,7 +61,7 @@ class _Architectures(dict[str, Any]):
 
 
 def _routed(stock: Any, wrapper: Callable[..., Any]) -> Any:
-    """Return ``stock`` with calls redirected to ``wrapper``; unchanged if it is routed already."""
+    """Return ``stock`` with calls redirected to ``wrapper``; unchanged if already routed."""
     if "gn_det_stock" in getattr(stock, "__dict__", ()):
         return stock
     if isinstance(stock, type):
@@ -76,10 +76,10 @@ def _routed(stock: Any, wrapper: Callable[..., Any]) -> Any:
 
 
 def _routed_class(stock: type, wrapper: Callable[..., Any]) -> type:
-    """A subclass whose call goes to ``wrapper``; classes derived from it are built as if derived from ``stock``."""
+    """Return a subclass whose calls go to ``wrapper``; classes derived from it behave as if derived from ``stock``."""
 
     def new(cls: type, *args: Any, **kwargs: Any) -> Any:
-        # What wrapper gives is no instance of ``routed``: Python then calls no __init__.
+        # The result is not an instance of ``routed``, so Python does not call __init__.
         return wrapper(stock, *args, **kwargs) if cls is routed else object.__new__(cls)
 
     names = ("__module__", "__qualname__", "__doc__")
@@ -89,7 +89,7 @@ def _routed_class(stock: type, wrapper: Callable[..., Any]) -> type:
 
 
 def _prepare(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A whole model: first settle what the config leaves open; then name what does not follow MODEL.GN."""
+    """Build a model: fill in open config values first, then warn about norms that do not follow MODEL.GN."""
     cfg = _config_in(args, kwargs)
     if cfg is None:
         return stock(*args, **kwargs)
@@ -111,13 +111,13 @@ def _choose(
 
 
 def _config_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The config with gn_det's keys that a module is built from; None for another, or for keyword arguments alone."""
+    """Return the config with gn_det's keys that a module is built from; None for other configs or keyword arguments."""
     cfg = kwargs.get("cfg", args[0] if args else None)
     return cfg if isinstance(cfg, CfgNode) and has_gn_keys(cfg) else None
 
 
 def _is_ours(cfg: Any, sections: tuple[str, ...]) -> bool:
-    """Whether a norm of these sections, or a pyramid without res5, takes gn_det's module, and that can be had."""
+    """Return whether gn_det's module is needed (for a norm of these sections, or an FPN without res5) and possible."""
     norms = {cfg.MODEL[section].NORM for section in sections}
     if "FPN" in sections and "res5" not in cfg.MODEL.FPN.IN_FEATURES:
         return True
@@ -128,5 +128,5 @@ def _is_ours(cfg: Any, sections: tuple[str, ...]) -> bool:
     deformable = "RESNETS" in sections and any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE)
     only_theirs = deformable or norms & set(backbone.THEIR_NORMS)
     same_there = group_rule(cfg) == GroupRule() and not norms & {"LN", "IN"}
-    # What neither can build, gn_det's module refuses by name.
+    # If neither can build it, gn_det's module raises the error.
     return not (only_theirs and same_there)

@@ -1,9 +1,9 @@
 """TorchScript forms of gn_det's modules.
 
-``torch.jit.script`` asks a module for ``__prepare_scriptable__`` and compiles what that returns instead. The modules
-themselves look their layers up by name, which TorchScript cannot; here the same layers are in lists. As with
-Detectron2's own backbones, a scripted model therefore has other parameter names than the model, and so has the model
-that was scripted, because torch puts these forms into it: script a copy of a model that is to be saved or trained on.
+``torch.jit.script`` calls ``__prepare_scriptable__`` and compiles its result instead of the module. The modules look up
+layers by name, which TorchScript does not support, so here the same layers are in lists. As with Detectron2's own
+backbones, a scripted model therefore has other parameter names. So has the model that was scripted, because torch puts
+these forms into it. Script a copy of a model that you want to save or train further.
 """
 
 # mypy: disallow-subclassing-any=False, disallow-untyped-decorators=False
@@ -22,9 +22,9 @@ from gn_det.modeling.resnet import ResNet
 
 
 def _keep(form: nn.Module, module: nn.Module) -> None:
-    """Let ``form`` hold the module that it stands for, unseen by TorchScript.
+    """Keep a reference to the original module in ``form``, hidden from TorchScript.
 
-    torch remembers prepared modules by ``id``: were this one freed, another could get its id and be mistaken for it.
+    torch caches prepared modules by ``id``; if this one were freed, another could get its id and be mistaken for it.
     """
     form.__dict__["stands_for"] = (module,)
 

@@ -1,4 +1,4 @@
-"""gn_det's training loop beside Detectron2's: its event storage as a hook, and our loop driven by its trainer."""
+"""Connect gn_det's training loop with Detectron2: its event storage as a hook, and our loop driven by its trainer."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 
 class Ended(Exception):
-    """A hook ends the training early; Detectron2's loop knows no other way out."""
+    """Raised by a hook to end training early; Detectron2's loop has no other way."""
 
 
 class Storage(Hook):
-    """Detectron2's event storage under our loop: what the model puts there is logged."""
+    """Provides Detectron2's event storage to our loop, and logs what the model puts there."""
 
     def before_train(self, loop: Loop) -> None:
         join_local_group()
@@ -50,7 +50,7 @@ class Storage(Hook):
 
 
 class Step(SimpleTrainer):
-    """Runs the iterations of :attr:`loop`, which comes later, for Detectron2's trainer."""
+    """Runs the iterations of :attr:`loop`, which is set later, for Detectron2's trainer."""
 
     loop: Loop
 
@@ -63,14 +63,13 @@ class Step(SimpleTrainer):
 class LoopHook(HookBase):
     """Calls the hooks of ``loop``; must come after the hook that steps the learning rate.
 
-    Losses and the results of an evaluation are then in Detectron2's storage, for hooks between this one and
-    :class:`EndHook`.
+    It puts losses and evaluation results into Detectron2's storage, for hooks between this one and :class:`EndHook`.
     """
 
     loop: Loop  # set before the training
 
     def __init__(self) -> None:
-        #: names that the storage got up to here in this iteration
+        #: names put into the storage so far in this iteration
         self.known: set[str] = set()
 
     def before_train(self) -> None:
@@ -81,7 +80,7 @@ class LoopHook(HookBase):
     def after_step(self) -> None:
         loop, storage = self.loop, get_event_storage()
         found = scalars_of(storage, storage.iter)
-        loop.scalars |= {k: v for k, v in found.items() if k not in ("lr", "time")}  # the loop has its own
+        loop.scalars |= {k: v for k, v in found.items() if k not in ("lr", "time")}  # the loop has these itself
         loop.call("after_step")
         storage.put_scalars(total_loss=sum(loop.losses.values()), data_time=loop.data_time, **loop.losses)
         if loop.state.evaluated_at == loop.state.iteration:
@@ -93,7 +92,7 @@ class LoopHook(HookBase):
 
 
 class EndHook(HookBase):
-    """Records what hooks after :class:`LoopHook` put into the storage, and ends the training where the loop says so."""
+    """Records what hooks after :class:`LoopHook` put into the storage, and ends training if the loop is stopping."""
 
     def __init__(self, first: LoopHook) -> None:
         self.first = first
@@ -107,7 +106,7 @@ class EndHook(HookBase):
 
 
 def scalars_of(storage: EventStorage, iteration: int) -> dict[str, float]:
-    """What was put into the storage in ``iteration``: the mean of each name's defined values."""
+    """Return the scalars put into the storage in ``iteration``: the mean of each name's finite values."""
     means = {}
     for name, history in storage.histories().items():
         latest = itertools.takewhile(lambda entry: entry[1] == iteration, reversed(history.values()))
@@ -118,7 +117,7 @@ def scalars_of(storage: EventStorage, iteration: int) -> dict[str, float]:
 
 @contextmanager
 def train_quietly() -> Iterator[None]:
-    """Keep Detectron2 from logging an early stop as an error, and an exception that its catcher reports."""
+    """Do not log early stops, or exceptions that are reported elsewhere, as Detectron2 errors."""
     log = logging.getLogger("detectron2.engine.train_loop")
 
     def told_elsewhere(record: logging.LogRecord) -> bool:
@@ -134,23 +133,23 @@ def train_quietly() -> Iterator[None]:
 
 
 def join_local_group() -> None:
-    """Tell Detectron2 which processes share this machine, which its own launcher would have done."""
+    """Tell Detectron2 which processes share this machine, like its own launcher does."""
     if torch.distributed.is_initialized() and comm._LOCAL_PROCESS_GROUP is None:
         comm.create_local_process_group(int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size())))
 
 
 def clipped_by_detectron2(cfg: CfgNode) -> bool:
-    """Whether the optimizer is Detectron2's and knows SOLVER.CLIP_GRADIENTS.CLIP_TYPE; it has no "full_model"."""
+    """Return whether Detectron2's optimizer is used and supports the CLIP_TYPE; it lacks "full_model"."""
     return cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE in ("value", "norm") and not _is_ours(cfg)
 
 
 def _is_ours(cfg: CfgNode) -> bool:
-    """Whether the config asks for what Detectron2 builds from Python alone, not from keys."""
+    """Return whether the config needs an optimizer that Detectron2 cannot build from keys."""
     return bool(cfg.SOLVER.OPTIMIZER != "SGD" or cfg.SOLVER.BACKBONE_LR_FACTOR != 1)
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module, *, clips: bool = True) -> Optimizer:
-    """Detectron2's optimizer; clipping that it does not know is left to the loop, without ``clips`` all of it.
+    """Build Detectron2's optimizer; the loop does clipping that it lacks, or all of it without ``clips``.
 
     AdamW and SOLVER.BACKBONE_LR_FACTOR take :func:`gn_det.engine.optimizer.build_optimizer`, which forms the same
     groups.

@@ -1,11 +1,11 @@
-"""Run a script that takes its config from Detectron2's ``get_cfg()``, such as those in Detectron2's ``tools``::
+"""Run a script that uses Detectron2's ``get_cfg()``, such as those in Detectron2's ``tools``::
 
     python -m gn_det.detectron2 analyze_model.py --config-file gn_fpn.yaml --tasks parameter
 
-In that process alone, and in those that it starts, ``get_cfg()`` gives a config with gn_det's keys
-(:func:`gn_det.detectron2.add_gn_config`), and gn_det's modules and data sets are registered. ``import
-gn_det.detectron2`` changes no default of Detectron2's. The script is a file, or the name of one in the ``tools``
-folder beside Detectron2's package. ``--config-file`` also takes the bare name of a shipped config.
+Only in that process and those it starts, ``get_cfg()`` returns a config with gn_det's keys
+(:func:`gn_det.detectron2.add_gn_config`), and gn_det's modules and datasets are registered. ``import
+gn_det.detectron2`` alone changes no default of Detectron2. The script is a file, or a name in the ``tools`` folder
+beside Detectron2's package. ``--config-file`` also accepts the bare name of a shipped config.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from gn_det.errors import ConfigError, UserError
 
 _USAGE = "usage: python -m gn_det.detectron2 TOOL.py [ARGUMENTS OF THE TOOL]"
 
-#: Environment variable by which the processes of a tool know its script.
+#: Environment variable that names the script to the processes of a tool.
 _TOOL = "_GN_DET_TOOL"
 
 
 def extend_get_cfg() -> None:
-    """Let ``detectron2.config.get_cfg`` add gn_det's keys, in this process."""
+    """Make ``detectron2.config.get_cfg`` add gn_det's keys, in this process."""
     module = sys.modules["detectron2.config.config"]
     stock = module.get_cfg
 
     def get_cfg() -> detectron2.config.CfgNode:
-        """Detectron2's defaults and gn_det's keys."""
+        """Return Detectron2's defaults and gn_det's keys."""
         cfg = stock()
         add_gn_config(cfg)
         return cfg
@@ -45,7 +45,7 @@ def extend_get_cfg() -> None:
 
 
 def register_on_demand() -> None:
-    """Let Detectron2's catalog find ``path/to.json@path/to/images`` names, in this process."""
+    """Make Detectron2's catalog find ``path/to.json@path/to/images`` names, in this process."""
 
     def missing(catalog: Any, name: str) -> Any:
         if ".json@" not in name:
@@ -57,7 +57,7 @@ def register_on_demand() -> None:
 
 
 def find_tool(name: str) -> Path:
-    """The script of that name: a file, or one beside Detectron2's package.
+    """Return the script of that name: a file, or one beside Detectron2's package.
 
     Raises:
         ConfigError: there is none.
@@ -71,7 +71,7 @@ def find_tool(name: str) -> Path:
 
 
 def tool_words(words: list[str]) -> list[str]:
-    """The tool's arguments: a shipped config's name after ``--config-file`` becomes its path.
+    """Return the tool's arguments, with a shipped config's name after ``--config-file`` replaced by its path.
 
     Raises:
         ConfigError: neither a file nor such a name.
@@ -96,7 +96,7 @@ if __name__ in ("__main__", "__mp_main__"):
             os.environ[_TOOL] = sys.argv[0]
         extend_get_cfg()
         register_on_demand()
-        # In this module, so that functions of the script are found where processes that it starts look for them.
+        # Run in this module, so that processes started by the script find its functions.
         exec(compile(Path(os.environ[_TOOL]).read_bytes(), os.environ[_TOOL], "exec"))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

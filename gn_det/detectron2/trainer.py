@@ -1,4 +1,4 @@
-"""Detectron2's default trainer with what gn_det's runs have: the same extras from Python as on the command line."""
+"""Detectron2's default trainer with the features of ``gn-det train``."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ logger = logging.getLogger(__name__)
 
 
 class _OwnBatches(Iterable[Any]):
-    """gn_det's batches as Detectron2's inputs; read from the batch on that the run has come to."""
+    """gn_det's batches as Detectron2's inputs, starting at the run's current batch."""
 
     def __init__(self, prepared: Prepared) -> None:
         self.prepared = prepared
@@ -82,29 +82,29 @@ class _OwnBatches(Iterable[Any]):
 
 
 class Trainer(DefaultTrainer):
-    """``DefaultTrainer`` with the extras of ``gn-det train``; used in the same way::
+    """``DefaultTrainer`` with the features of ``gn-det train``; used in the same way::
 
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=False)
         trainer.train()
 
-    Batch, learning rate and iterations are taken as ``cfg`` has them (:func:`gn_det.detectron2.scale_to_machine` scales
-    them); SOLVER.EPOCHS and, where it is set, SOLVER.REFERENCE_BATCH are read. Norm census and optimizer groups are
-    printed, DATASETS.TEST is evaluated with COCO AP, ``model_best.pth`` is kept (TEST.BEST_METRIC), TEST.PATIENCE stops
-    early, SOLVER.ACCUMULATE, AMP.DTYPE and CHECKPOINT_KEEP are read, a non-finite loss stops the run and names the
-    images, a signal saves before it ends the run, and a resumed run continues exactly where it was.
+    Batch, learning rate and iterations of ``cfg`` are used literally (:func:`gn_det.detectron2.scale_to_machine` scales
+    them). The trainer also reads SOLVER.EPOCHS, SOLVER.REFERENCE_BATCH, ACCUMULATE, AMP.DTYPE and CHECKPOINT_KEEP. It
+    prints the norm census and optimizer groups, evaluates DATASETS.TEST with COCO AP, keeps ``model_best.pth``
+    (TEST.BEST_METRIC) and stops early with TEST.PATIENCE. A non-finite loss stops the run and names the images. A
+    signal saves a checkpoint before it ends the run, and a resumed run continues exactly.
 
     ``build_model``, ``build_optimizer``, ``build_lr_scheduler``, ``build_train_loader``, ``build_evaluator`` and
-    ``build_hooks`` can be overridden as usual; they get the names of data sets as ``cfg`` has them. Hooks of your own
-    run after the evaluation, whose results are in ``trainer.storage`` (``"segm/AP"``), and before the log is written.
-    Batches come from gn_det's loader unless ``build_train_loader`` is overridden; APs from its evaluation, equal to
-    ``COCOEvaluator``'s, unless ``build_evaluator``, ``build_test_loader`` or ``test`` is. A data set that is registered
+    ``build_hooks`` can be overridden as usual; they receive the dataset names in ``cfg``. Your own hooks run after the
+    evaluation, whose results are in ``trainer.storage`` (``"segm/AP"``), and before the log is written. Batches come
+    from gn_det's loader unless ``build_train_loader`` is overridden. APs come from its evaluation, which equals
+    ``COCOEvaluator``, unless ``build_evaluator``, ``build_test_loader`` or ``test`` is overridden. A dataset registered
     as a function is written to ``OUTPUT_DIR/datasets`` as COCO json and read from there.
 
     Args:
-        cfg: a config that went through :func:`gn_det.detectron2.add_gn_config`; not changed.
-        overwrite: allow OUTPUT_DIR to hold an earlier run, whose checkpoints are then deleted.
-        augment: a transform of torchvision.transforms.v2 of your own, see :func:`gn_det.train`.
+        cfg: a config after :func:`gn_det.detectron2.add_gn_config`; not modified.
+        overwrite: allow OUTPUT_DIR to contain an earlier run, whose checkpoints are then deleted.
+        augment: your own torchvision.transforms.v2 transform, see :func:`gn_det.train`.
 
     Raises:
         UserError: configuration, data, weights or folder cannot be used.
@@ -119,7 +119,7 @@ class Trainer(DefaultTrainer):
         self._folder = check_writable(cfg.OUTPUT_DIR)
         check_for_trainer(cfg, own_loader=self._overridden("build_train_loader"), own_results=self._own_results())
         check_loggers(cfg)
-        if not self._own_results():  # else the names are those of the user's evaluator
+        if not self._own_results():  # otherwise the names depend on the user's evaluator
             check_metric(cfg)
         with self._log(), trainer_keys_are_read():
             cfg = write_split(cfg)
@@ -129,8 +129,8 @@ class Trainer(DefaultTrainer):
             prepare_config(cfg)
             model = self.build_model(cfg)
             freeze_parts(model, cfg.MODEL.FREEZE)
-            warn_of_norms(cfg, model)  # an overridden build_model may go past Detectron2's registry
-            #: what a run is resumed by and checkpoints store: the files of the sets instead of their names
+            warn_of_norms(cfg, model)  # an overridden build_model may bypass Detectron2's registry
+            #: config stored in checkpoints and used to resume, with the files of the sets instead of their names
             self._run_cfg = _with_names(cfg, prepared.cfg)
             self._prepared = dataclasses.replace(prepared, cfg=self._run_cfg)
             describe_model(cfg, lay_out(model, cfg))
@@ -155,10 +155,10 @@ class Trainer(DefaultTrainer):
         """Continue from the last checkpoint of OUTPUT_DIR, of either engine; without one, load MODEL.WEIGHTS.
 
         Args:
-            resume: False starts a new run; OUTPUT_DIR must not hold an earlier one then, unless ``overwrite``.
+            resume: False starts a new run; OUTPUT_DIR must not contain an earlier one, unless ``overwrite``.
 
         Raises:
-            UserError: the checkpoint or the weights cannot be used, or an earlier run is in the way.
+            UserError: the checkpoint or the weights cannot be used, or OUTPUT_DIR contains an earlier run.
         """
         with alone_in(self._folder), self._log():
             cfg = self._run_cfg
@@ -188,7 +188,7 @@ class Trainer(DefaultTrainer):
             Metrics of the last evaluation, ``{"bbox": {"AP": ...}, "segm": ...}`` in percent; empty without one.
 
         Raises:
-            UserError: a non-finite loss, a full disk, a signal (a checkpoint is written then).
+            UserError: a non-finite loss, a full disk, or a signal (after saving a checkpoint).
         """
         cfg = self._run_cfg
         with alone_in(self._folder), self._log():
@@ -199,7 +199,7 @@ class Trainer(DefaultTrainer):
             loop = make_loop(
                 cfg, self._state, self._trainer.model, [], self._meta, evaluate, self._point, clip=not own_clip
             )
-            loop.autocast_cache = True  # as Detectron2's own trainer
+            loop.autocast_cache = True  # like Detectron2's own trainer
             self._run(loop)
             self._last_eval_results = _nested(self._state.results)
             verify_expected(cfg, self._state.results)
@@ -215,7 +215,7 @@ class Trainer(DefaultTrainer):
             )
 
     def _run(self, loop: Loop) -> None:
-        if loop.last:  # an evaluation may be owed
+        if loop.last:  # an evaluation may be pending
             return loop.run(tuple)
         batches = self._trainer.data_loader
         if isinstance(batches, _OwnBatches):
@@ -225,7 +225,7 @@ class Trainer(DefaultTrainer):
         self.register_hooks([self._hook, EndHook(self._hook)])
         if self._hook in hooks:
             del self._hooks[-2]
-        else:  # an overridden build_hooks without gn_det's: it comes after the last that moves the schedule
+        else:  # an overridden build_hooks without gn_det's: insert it after the last hook that steps the schedule
             place = max((i for i, hook in enumerate(hooks, start=1) if isinstance(hook, LRScheduler)), default=0)
             self._hooks.insert(place, self._hooks.pop(-2))
         try:
@@ -242,7 +242,7 @@ class Trainer(DefaultTrainer):
         return evaluate_model(self._run_cfg, detector(model, self._run_cfg), data.test, data.class_names, on_progress)
 
     def _own_results(self) -> bool:
-        """Whether Detectron2's way of evaluating was changed, so that it must be taken."""
+        """Return whether the user overrides the evaluation, which must then be used."""
         return any(self._overridden(name) for name in ("build_evaluator", "build_test_loader", "test"))
 
     def _overridden(self, name: str) -> bool:
@@ -252,37 +252,37 @@ class Trainer(DefaultTrainer):
         return run_log(self._folder, rank=dist.rank())
 
     def build_hooks(self) -> list[Any]:
-        """Timer, learning rate, and evaluation with checkpoints; the log is written after hooks that are added."""
+        """Return timer, learning rate, and evaluation with checkpoints; the log is written after added hooks."""
         return [IterationTimer(), LRScheduler(), self._hook]
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
-        """Detectron2's; SOLVER.CLIP_GRADIENTS.CLIP_TYPE "full_model" is left to the trainer."""
+        """Build Detectron2's optimizer; the trainer does SOLVER.CLIP_GRADIENTS.CLIP_TYPE "full_model"."""
         return build_optimizer(cfg, model)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
-        """For :meth:`test`: COCO AP of boxes, and of masks where the model has them."""
+        """Build the evaluator for :meth:`test`: COCO AP of boxes, and of masks if the model has them."""
         return COCOEvaluator(dataset_name, output_dir=str(Path(cfg.OUTPUT_DIR) / "inference"))
 
 
 class _Checkpointer(DetectionCheckpointer):
-    """For hooks of the user's: what they save can be predicted with, and is not what a run resumes from."""
+    """For hooks of the user: prediction can use what they save, but runs do not resume from it."""
 
     def __init__(self, meta: ModelMeta, model: nn.Module, save_dir: str, **others: Any) -> None:
         super().__init__(model, save_dir, **others)
         self._meta = build_meta(meta.cfg, meta.class_names, meta.category_ids)
 
     def save(self, name: str, **others: Any) -> None:
-        """Detectron2's, with gn_det's block of class names and configuration."""
+        """Save like Detectron2, with gn_det's block of class names and configuration."""
         super().save(name, **{"gn_det": self._meta, **others})
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Nothing: the trainer's own checkpoints are the ones to resume from."""
+        """Do nothing, because runs resume from the trainer's own checkpoints."""
 
 
 def _with_names(cfg: CfgNode, other: CfgNode) -> CfgNode:
-    """A copy of ``cfg`` with the data sets of ``other``."""
+    """Return a copy of ``cfg`` with the datasets of ``other``."""
     out = cfg.clone()
     out.defrost()
     out.DATASETS = other.DATASETS.clone()
@@ -290,7 +290,7 @@ def _with_names(cfg: CfgNode, other: CfgNode) -> CfgNode:
 
 
 def _nested(results: Mapping[str, float]) -> dict[str, Any]:
-    """``{"bbox/AP": 1}`` as ``{"bbox": {"AP": 1}}``; of several sets, the sets come first."""
+    """Return ``{"bbox": {"AP": 1}}`` for ``{"bbox/AP": 1}``; with several sets, the set comes first."""
     out: dict[str, Any] = {}
     for name, value in results.items():
         *path, last = name.split("/")

@@ -1,1 +1,1 @@
-"""A run, whichever engine trains: data, schedule, checkpoints, evaluation, processes. Needs neither engine."""
+"""Runs, independent of the engine: data, schedule, checkpoints, evaluation, processes."""

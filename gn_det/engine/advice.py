@@ -1,4 +1,4 @@
-"""What to change in a run that is likely to disappoint, or that ran out of memory."""
+"""Advice for runs that are likely to disappoint, or that ran out of memory."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from gn_det.text import count, one_line
 
 _BACKBONE = ("stem", "res2", "res3", "res4", "res5", "res5 head")
 _KEYS = {"fpn": "MODEL.FPN.NORM", "box head": "MODEL.ROI_BOX_HEAD.NORM", "mask head": "MODEL.ROI_MASK_HEAD.NORM"}
-#: Epochs of COCO in Detectron2's 3x schedule; published training from scratch took this or three times as many.
+#: Epochs of Detectron2's 3x schedule on COCO; published training from scratch took this many, or three times as many.
 _SCRATCH_EPOCHS = 36
 #: Rates of published detectors trained by AdamW are 1e-4 to 2e-4.
 _MOST_OF_ADAMW = 0.001
 
 
 def half_gn(rows: Sequence[CensusRow]) -> str:
-    """A sentence for a model with GN in only some of its parts; "" where it has GN everywhere or nowhere.
+    """Return a sentence for a model with GN in only some of its parts; "" if it has GN everywhere or nowhere.
 
     The RPN does not count: no published model has a norm there.
     """
@@ -37,15 +37,15 @@ def half_gn(rows: Sequence[CensusRow]) -> str:
         return ""
     parts = ", ".join(f"{part}: {' and '.join(sorted(found))}" for part, found in others.items())
     keys = ", ".join(f"{_KEYS.get(part, 'MODEL.RESNETS.NORM')} GN" for part in others)
-    return f"Only a part of the model has GN ({parts}); the published GN models use it everywhere: {keys}."
+    return f"Only part of the model has GN ({parts}); the published GN models use it everywhere: {keys}."
 
 
 def short_for_scratch(cfg: CfgNode, images: int) -> str:
-    """A sentence for training from scratch that ends long before published runs do; "" for all other runs.
+    """Return a sentence for training from scratch that is much shorter than published runs; "" for all other runs.
 
     Args:
         cfg: after :func:`gn_det.engine.schedule.scale_schedule`.
-        images: in an epoch.
+        images: images in an epoch.
     """
     names = tuple(cfg.DATASETS.TRAIN)
     generated = bool(names) and all(n.startswith("shapes_") for n in names) and not cfg.DATASETS.TRAIN_JSON
@@ -77,7 +77,7 @@ def high_rate(cfg: CfgNode) -> str:
 
 @contextmanager
 def explain_oom(cfg: CfgNode, loop: Loop) -> Iterator[None]:
-    """Turn running out of memory into one line that says what to lower.
+    """Turn out-of-memory errors into one line that says what to lower.
 
     Raises:
         TrainingError: in place of torch.OutOfMemoryError, MemoryError, or the RuntimeError of the host's allocator.
@@ -107,7 +107,7 @@ def _four_fifths(side: int) -> int:
 
 
 def _smaller(cfg: CfgNode) -> list[str]:
-    """What can be lowered, and to what; what changes the result least comes first."""
+    """Return what to lower, and to what; what changes the result least comes first."""
     images, accumulate = images_per_rank(cfg, dist.world_size()), int(cfg.SOLVER.ACCUMULATE)
     out = []
     if images > 1:
@@ -123,7 +123,7 @@ def _smaller(cfg: CfgNode) -> list[str]:
 
 
 def _describe_batch(batch: Sequence[Any]) -> str:
-    """Number, size and objects of a micro-batch of either engine."""
+    """Describe a micro-batch of either engine: number, size and objects."""
     shapes = [tuple(s["image"].shape[-2:]) for s in batch if "image" in s]
     held = [s.get("targets", s.get("instances")) for s in batch]
     objects = sum(len(h) for h in held if h is not None)

@@ -1,6 +1,6 @@
-"""Which engine runs: found out cheaply, and explained in one line where Detectron2 cannot be used.
+"""Choose an engine cheaply, and explain in one line why Detectron2 cannot be used.
 
-Nothing heavy is imported here before an engine is loaded.
+Nothing heavy is imported before an engine is loaded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ENGINES = ("auto", "embedded", "detectron2")
 
 _WITHOUT_IT = "--engine embedded runs without it"
 
-#: Package that a failing import of Detectron2 ends in -> the fix.
+#: Package whose import fails in Detectron2 -> the fix.
 _FIXES = {
     "pkg_resources": "pip install 'setuptools<81' (it has pkg_resources, which this Detectron2 still imports)",
     "iopath": "pip install 'iopath>=0.1.7,<0.1.10'",
@@ -36,7 +36,7 @@ _FIXES = {
 
 
 class EngineError(UserError):
-    """Detectron2 was asked for, or is installed, and cannot be used."""
+    """Detectron2 was requested, or is installed, but cannot be used."""
 
 
 class _TooOld(ImportError):
@@ -49,7 +49,7 @@ class Choice:
 
     Attributes:
         name: "embedded" or "detectron2".
-        why: half a sentence for the log.
+        why: reason, for the log.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Choice:
 
 
 def is_installed() -> bool:
-    """Whether Detectron2 can be found; a bare source checkout in the working directory does not count."""
+    """Return whether Detectron2 is installed; a bare source checkout in the working directory does not count."""
     try:
         spec = importlib.util.find_spec("detectron2")
     except (ImportError, ValueError):  # a half-initialized or blocked module
@@ -66,7 +66,7 @@ def is_installed() -> bool:
 
 
 def installed_version(distribution: str) -> str | None:
-    """Return the version of an installed distribution, None where it is absent."""
+    """Return the version of a distribution, or None if it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -77,7 +77,7 @@ def choose(wanted: str = "auto") -> Choice:
     """Choose an engine by what is installed, without importing it.
 
     Raises:
-        EngineError: Detectron2 is wanted and not installed.
+        EngineError: Detectron2 is requested but not installed.
     """
     if wanted == "embedded":
         return Choice("embedded", "as --engine says")
@@ -96,8 +96,8 @@ def load(choice: Choice) -> Engine:
     """Import and return the chosen engine.
 
     Raises:
-        EngineError: Detectron2 is installed and broken, or too old; one line with the cause, the fix, its installation
-            page and the way around it.
+        EngineError: Detectron2 is installed but broken or too old; one line with the cause, the fix, its installation
+            page and a workaround.
     """
     if choice.name == "embedded":
         from gn_det.engine.engines import Engine
@@ -105,14 +105,14 @@ def load(choice: Choice) -> Engine:
         return Engine(choice.why)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Detectron2 still uses what torch has deprecated
+            warnings.simplefilter("ignore")  # Detectron2 uses deprecated functions of torch
             import_detectron2()
             module = importlib.import_module("gn_det.detectron2.engine")
     except Exception as error:
         name = f"Detectron2 {installed_version('detectron2') or ''}".strip()
         what = f"{name} is installed, but cannot be used ({error_line(error)}): {fix(error)}"
         raise EngineError(f"{what}; {_WITHOUT_IT}") from error
-    # Warnings that a newer torch gives about Detectron2's code do not concern its user.
+    # Hide warnings of a newer torch about Detectron2's code.
     for message in (r"torch\.meshgrid", r".*broadcast_buffers", r".*torch\.jit\.script"):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("torch.fx._symbolic_trace").addFilter(lambda record: "is_fx_tracing" not in str(record.msg))
@@ -126,7 +126,7 @@ def import_detectron2() -> None:
     Raises:
         Exception: whatever a broken installation raises.
     """
-    # Its compiled part by name: Detectron2's own modules tolerate a broken one until something calls it.
+    # Import the compiled part explicitly: Detectron2's modules tolerate a broken one until it is called.
     for name in ("detectron2", "detectron2._C", "detectron2.modeling", "detectron2.engine"):
         importlib.import_module(name)
     if not hasattr(sys.modules["detectron2.modeling"].Backbone, "padding_constraints"):
@@ -151,10 +151,10 @@ def fix(error: BaseException | None) -> str:
     """Return the fix for an exception on importing Detectron2, with the installation page.
 
     Args:
-        error: None: the interpreter died, which a compiled part built for another torch does.
+        error: the exception; None if the interpreter crashed, as it does with a compiled part for another torch.
     """
     place = error.name if isinstance(error, ImportError) else None
-    if isinstance(error, AttributeError):  # a name that a module does not have, or no longer
+    if isinstance(error, AttributeError):  # a module lacks a name, possibly since an upgrade
         place = getattr(error.obj, "__name__", None)
     package = (place or "").partition(".")[0]
     if error is None or (package == "detectron2" and isinstance(error, ImportError)):

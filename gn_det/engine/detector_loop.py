@@ -1,4 +1,4 @@
-"""Put model, data, hooks and evaluation of a detector under the loop."""
+"""Assemble the training loop of a detector: model, data, hooks and evaluation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from gn_det.engine.state import ModelMeta, Resume, TrainState, WeightAverage, re
 
 logger = logging.getLogger(__name__)
 
-#: ``make_loader(start_batch, seed)``: endless batches of this rank; batch k depends on the seed and k alone.
+#: ``make_loader(start_batch, seed)``: endless batches of this rank; batch k depends only on the seed and k.
 LoaderFactory = Callable[[int, int], Iterable[Any]]
 
 
@@ -48,11 +48,11 @@ def fit(
 
     Args:
         cfg: after :func:`gn_det.engine.schedule.scale_schedule`.
-        model: the engine's, on the CPU.
-        seed: of the data stream; a resumed run takes the checkpoint's.
+        model: model of the engine, on the CPU.
+        seed: seed of the data stream; a resumed run uses the checkpoint's.
         evaluate: called on every rank; None never evaluates.
-        hooks: the user's.
-        terminal: show a progress bar; None finds out.
+        hooks: hooks of the user.
+        terminal: whether to show a progress bar; None detects a terminal.
 
     Returns:
         Metrics of the last evaluation, such as ``{"bbox/AP": 41.2, ...}``; empty without evaluation.
@@ -87,12 +87,12 @@ def make_loop(
     clip: bool = True,
     terminal: bool | None = None,
 ) -> Loop:
-    """Build the loop of a run from ``state`` on; opens the files of OUTPUT_DIR, which ``loop.end()`` closes.
+    """Build the loop that continues from ``state``; opens files in OUTPUT_DIR, which ``loop.end()`` closes.
 
     Args:
-        state: after :func:`gn_det.engine.state.restore`; gets scaler and average.
-        own: hooks that come before those of a detection run.
-        clip: False: the optimizer clips gradients by itself.
+        state: after :func:`gn_det.engine.state.restore`; scaler and average are added.
+        own: hooks that run before those of a detection run.
+        clip: False if the optimizer clips gradients itself.
     """
     payload, solver = resume.payload if resume is not None else {}, cfg.SOLVER
     autocast = DTYPES[solver.AMP.DTYPE] if solver.AMP.ENABLED else None
@@ -134,5 +134,5 @@ def make_loop(
 
 
 def first_batch(cfg: CfgNode, state: TrainState) -> int:
-    """Number of the micro-batch, of each rank, that comes after those which ``state`` has seen."""
+    """Return the number of the next micro-batch of each rank after those that ``state`` has seen."""
     return state.images_seen // (images_per_rank(cfg, dist.world_size()) * dist.world_size())

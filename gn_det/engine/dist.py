@@ -1,4 +1,4 @@
-"""Ranks, small collectives, and how processes are started: by torchrun, or by us."""
+"""Ranks, small collectives, and starting processes with torchrun or directly."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def world_size() -> int:
 
 
 def gather_rows(row: Tensor) -> list[list[float]]:
-    """Every rank's vector (n,), in rank order, on every rank; one device synchronization."""
+    """Gather every rank's vector (n,) on every rank, in rank order, with one device synchronization."""
     if world_size() == 1:
         return [row.tolist()]
     rows = [torch.empty_like(row) for _ in range(world_size())]
@@ -57,7 +57,7 @@ _objects: Any = None
 
 
 def _object_group() -> Any:
-    """A gloo group: python objects travel through host memory, whatever the gradients use."""
+    """Return a gloo group, because Python objects go through host memory whatever the gradients use."""
     global _objects
     if _objects is None:
         _objects = dist.new_group(backend="gloo", timeout=TIMEOUT)
@@ -65,7 +65,7 @@ def _object_group() -> Any:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's picklable object, in rank order, on rank 0; an empty list elsewhere."""
+    """Gather every rank's picklable object on rank 0, in rank order; return an empty list elsewhere."""
     if world_size() == 1:
         return [value]
     out: list[Any] | None = [None] * world_size() if rank() == 0 else None
@@ -74,7 +74,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def broadcast(value: Any) -> Any:
-    """Rank 0's object on every rank."""
+    """Return rank 0's object on every rank."""
     if world_size() == 1:
         return value
     box = [value]
@@ -83,10 +83,10 @@ def broadcast(value: Any) -> Any:
 
 
 def on_first_rank(call: Callable[[], T]) -> T:
-    """The value of ``call()`` on rank 0, or the user's mistake that it raised there, on every rank.
+    """Return the value of ``call()`` on rank 0, or raise its UserError, on every rank.
 
     Raises:
-        UserError: as ``call`` did.
+        UserError: raised by ``call``.
     """
     outcome: T | UserError | None = None
     if rank() == 0:
@@ -101,10 +101,10 @@ def on_first_rank(call: Callable[[], T]) -> T:
 
 
 def resolve_device(name: str, key: str = "MODEL.DEVICE") -> str:
-    """Return the device called ``name`` as "cpu", "cuda" or "cuda:N"; ``key`` is what the user set.
+    """Return the device called ``name`` as "cpu", "cuda" or "cuda:N"; ``key`` is the user's setting.
 
     Raises:
-        ConfigError: a GPU is asked for and there is none, or the name is unknown.
+        ConfigError: a GPU is requested but missing, or the name is unknown.
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -122,13 +122,13 @@ def resolve_device(name: str, key: str = "MODEL.DEVICE") -> str:
 
 
 def local_device(name: str) -> str:
-    """:func:`resolve_device`, with the number of this process's GPU."""
+    """Return :func:`resolve_device` with the index of this process's GPU."""
     device = resolve_device(name)
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and world_size() > 1 else device
 
 
 def device_name(device: str) -> str:
-    """Name of the GPU, or of the processor."""
+    """Return the name of the GPU or the CPU."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     try:
@@ -143,12 +143,12 @@ def under_torchrun() -> bool:
 
 
 def planned_world_size(count: int) -> int:
-    """Processes of a run that is asked for ``count``; torchrun's number where it started this process."""
+    """Return the number of processes of a run: ``count``, or torchrun's number if it started this process."""
     return int(os.environ["WORLD_SIZE"]) if under_torchrun() else count
 
 
 def start_group(device: str, init_method: str = "env://") -> None:
-    """Join the process group that RANK and WORLD_SIZE describe; nothing for a single process."""
+    """Join the process group described by RANK and WORLD_SIZE; do nothing for a single process."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or dist.is_initialized():
         return
@@ -164,10 +164,10 @@ def start_group(device: str, init_method: str = "env://") -> None:
 
 
 def stop_group() -> None:
-    """Leave the process group; nothing where there is none.
+    """Leave the process group, if there is one.
 
-    torch 2.6 destroys a group while it holds Python's lock and waits for gloo's threads, which at times wait for that
-    lock. A backend that is dropped after its group lets go of the lock first.
+    torch 2.6 destroys a group while holding the GIL and waiting for gloo's threads, which sometimes wait for the GIL. A
+    backend that is dropped after its group releases the lock first.
     """
     global _objects
     if not dist.is_initialized():
@@ -191,16 +191,15 @@ def launch(
 ) -> Any:
     """Call ``function(*args)`` in ``num_gpus * num_machines`` processes and return rank 0's result.
 
-    Under torchrun the processes are there already and the counts are torchrun's. On a CPU, ``num_gpus`` counts
-    processes.
+    Under torchrun the processes already exist, and its counts apply. On a CPU, ``num_gpus`` counts processes.
 
     Raises:
-        ConfigError: counts, rank or url make no sense on this machine.
-        UserError: whatever one of the processes raised.
+        ConfigError: counts, rank or URL are invalid on this machine.
+        UserError: raised by one of the processes.
     """
     if under_torchrun():
-        # Torchrun's store keeps the addresses of a group that has ended: a process that runs several things in turn
-        # holds one group around all of them.
+        # torchrun's store keeps the addresses of a finished group, so a process that runs several things in turn keeps
+        # one group for all of them.
         outer = dist.is_initialized()
         start_group(device)
         try:
@@ -224,7 +223,7 @@ def _check_counts(device: str, num_gpus: int, num_machines: int, machine_rank: i
     if num_gpus < 1 or num_machines < 1:
         raise ConfigError(f"--num-gpus {num_gpus} --num-machines {num_machines}: both must be at least 1")
     if not 0 <= machine_rank < num_machines:
-        raise ConfigError(f"--machine-rank {machine_rank} must lie between 0 and {num_machines - 1}")
+        raise ConfigError(f"--machine-rank {machine_rank} must be between 0 and {num_machines - 1}")
     if device.startswith("cuda") and num_gpus > torch.cuda.device_count():
         found = count(torch.cuda.device_count(), "GPU")
         raise ConfigError(f"--num-gpus {num_gpus}: torch finds {found} on this machine")
@@ -246,21 +245,21 @@ def in_main_thread() -> bool:
 
 def _spawn(function: Callable[..., Any], args: tuple[Any, ...], plan: tuple[Any, ...]) -> None:
     context = mp.get_context("spawn")
-    # Without this a process whose partner stopped prints C++ frames around the one line that says why.
+    # Otherwise a process whose peer stopped prints C++ frames around the line that matters.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     workers = [context.Process(target=_worker, args=(i, function, args, plan)) for i in range(plan[1])]
     for worker in workers:
         worker.start()
 
     def forward(number: int, _frame: Any) -> None:
-        """A Ctrl-C reaches the workers by itself; other signals reach only us."""
+        """Forward signals to the workers, except Ctrl-C, which reaches them directly."""
         for worker in workers:
             if worker.pid and worker.is_alive() and number != signal.SIGINT:
                 os.kill(worker.pid, number)
 
     old = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)} if in_main_thread() else {}
     try:
-        end = float("inf")  # once one has failed, the others get time to notice
+        end = float("inf")  # after one failure, the others get time to notice
         while time.monotonic() < end and any(w.exitcode is None for w in workers):
             wait_for([w.sentinel for w in workers if w.exitcode is None], timeout=0.2)
             if end == float("inf") and any(w.exitcode for w in workers):
@@ -275,14 +274,14 @@ def _spawn(function: Callable[..., Any], args: tuple[Any, ...], plan: tuple[Any,
 
 
 def _raise_first_error(box: Path, failed: dict[int, int]) -> None:
-    """Raise the error that explains the others, which only lost their partner.
+    """Raise the error that caused the others.
 
     Args:
-        failed: exit codes of the processes that failed by themselves.
+        failed: exit codes of the processes that failed on their own.
 
     Raises:
-        UserError: a user's mistake, whoever made it; or a process was killed by the system.
-        RuntimeError: a defect, with the trace of the process that failed first.
+        UserError: a user error in any process, or a process was killed by the system.
+        RuntimeError: a bug, with the stack trace of the process that failed first.
     """
     files = sorted(box.glob("error-*"), key=lambda f: f.stat().st_mtime_ns)
     errors = {int(f.name.removeprefix("error-")): pickle.loads(f.read_bytes()) for f in files}
@@ -328,4 +327,4 @@ def _worker(index: int, function: Callable[..., Any], args: tuple[Any, ...], pla
         content = error if isinstance(error, UserError) else traceback.format_exc()
         (Path(box) / f"error-{index}").write_bytes(pickle.dumps(content))
         sys.stdout.flush()
-        os._exit(1)  # no clean shutdown: partners may be waiting in a collective
+        os._exit(1)  # no clean shutdown: peers may be waiting in a collective

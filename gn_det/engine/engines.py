@@ -1,4 +1,4 @@
-"""The interface of a training engine, and the embedded engine, which implements it with gn_det's own model."""
+"""Interface of a training engine, and the embedded engine, which implements it with gn_det's own model."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from gn_det.structures import Detections, Sample
 
 @dataclass(frozen=True)
 class Engine:
-    """How the model of a config is built, optimized and fed; the rest of a run is the same for all engines.
+    """Builds, optimizes and feeds the model of a config; the rest of a run is the same for all engines.
 
-    This class is the embedded engine; others override its methods. Instances travel to other processes by pickle.
+    This class is the embedded engine; others override its methods. Instances are pickled to other processes.
 
     Attributes:
-        why: half a sentence for the log on why it was chosen.
+        why: reason for the choice, for the log.
     """
 
     why: str = ""
@@ -33,7 +33,7 @@ class Engine:
     autocast_cache: ClassVar[bool] = False
 
     def version(self) -> str:
-        """Library that the model comes from, for the log."""
+        """Return name and version of the model's library, for the log."""
         return f"torch {torch.__version__}"
 
     def build_model(self, cfg: CfgNode) -> nn.Module:
@@ -47,11 +47,11 @@ class Engine:
         return build_optimizer(cfg, model)
 
     def build_scheduler(self, cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
-        """Build the schedule that is stepped once an iteration."""
+        """Build the schedule, which is stepped once per iteration."""
         return build_lr_scheduler(cfg, optimizer)
 
     def detector(self, model: nn.Module, cfg: CfgNode) -> Callable[[list[Sample]], list[Detections]]:
-        """``model``, in evaluation mode, as a function from samples to detections at original size."""
+        """Return ``model``, in evaluation mode, as a function from samples to detections at original size."""
         if cfg.TEST.AUG.ENABLED:
             from gn_det.engine.tta import Augmented
 
@@ -59,11 +59,11 @@ class Engine:
         return model
 
     def inputs(self, batches: Iterable[list[Sample]]) -> Iterable[Any]:
-        """Micro-batches as the model takes them in training."""
+        """Convert micro-batches to the model's training input."""
         return batches
 
     def hooks(self) -> list[Hook]:
-        """Hooks that the model needs; they come first."""
+        """Return hooks that the model needs; they run first."""
         return []
 
     def __str__(self) -> str:

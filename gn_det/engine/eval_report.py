@@ -1,4 +1,4 @@
-"""What ``gn-det eval`` writes beside the APs: a page, a table of the classes, and thresholds into the checkpoint."""
+"""Outputs of ``gn-det eval`` besides the APs: a page, a table of classes, and thresholds in the checkpoint."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class EvalReport:
-    """Analyzes the results of an evaluation, on the first rank.
+    """Analyzes the results of an evaluation on rank 0.
 
     Attributes:
-        html: where the page goes; of several test sets, each gets its name before the ending.
-        thresholds: score of best F1 by class name, of the last set.
+        html: path of the page; with several test sets, each name goes before the extension.
+        thresholds: score of best F1 by class name, for the last set.
     """
 
     html: Path
@@ -46,7 +46,7 @@ class EvalReport:
         category_ids: Sequence[int],
         tasks: Sequence[str],
     ) -> None:
-        """Write the page and the table of one test set."""
+        """Write page and table of one test set."""
         caps = Caps.of(cfg).max_dets
         analyses = [analyze(truth, results, class_names, category_ids, task=t, max_dets=caps) for t in tasks]
         several = len(cfg.DATASETS.TEST) > 1 and not cfg.DATASETS.VAL_JSON
@@ -57,14 +57,14 @@ class EvalReport:
         table = page.with_suffix(".csv")
         write_csv(table, analyses[-1])
         self.thresholds = analyses[-1].thresholds
-        logger.info("Report: %s; one row a class: %s.", page, table)
+        logger.info("Report: %s; table with one row per class: %s.", page, table)
 
 
 def save_thresholds(weights: str, thresholds: Mapping[str, float]) -> None:
-    """Store the score of best F1 of each class (0.5 where there is none) in a checkpoint, for prediction.
+    """Store the score of best F1 of each class (0.5 if undefined) in a checkpoint, for prediction.
 
     Raises:
-        ConfigError: the file is no checkpoint of gn_det's.
+        ConfigError: the file is not a gn_det checkpoint.
     """
     payload = dict(read_checkpoint(weights))
     meta = read_meta(payload, weights)
@@ -72,4 +72,4 @@ def save_thresholds(weights: str, thresholds: Mapping[str, float]) -> None:
         raise ConfigError(f"--save-thresholds: {weights} stores no class names; give a checkpoint that gn_det trained")
     stored = [round(float(thresholds.get(name, 0.5)), 4) for name in meta["class_names"]]
     save_checkpoint(weights, {**payload, KEY: {**payload[KEY], "thresholds": stored}})
-    logger.info("Stored thresholds in %s: gn-det predict uses them where --threshold is not given.", weights)
+    logger.info("Stored thresholds in %s; gn-det predict uses them unless --threshold is given.", weights)

@@ -1,4 +1,4 @@
-"""COCO evaluation of a model on the test sets of a run, shared among the ranks."""
+"""COCO evaluation of a model on the test sets of a run, distributed over ranks."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def evaluate_model(
     on_progress: Callable[[Any], None] | None = None,
     report: EvalReport | None = None,
 ) -> dict[str, float]:
-    """AP of ``model`` on every test set, flat: ``{"bbox/AP": ..., "segm/AP50": ..., "bbox/AP-<class>": ...}``.
+    """Return flat APs of ``model`` on all test sets: ``{"bbox/AP": ..., "segm/AP50": ..., "bbox/AP-<class>": ...}``.
 
-    With several sets the names are ``<set>/bbox/AP``. All ranks take part and get the same dict.
+    With several sets, names are ``<set>/bbox/AP``. All ranks must call this, and get the same dict.
 
     Raises:
-        DataError: results and json do not fit together.
+        DataError: results and json do not match.
     """
     flat: dict[str, float] = {}
     for dataset in test_sets:
@@ -108,14 +108,14 @@ def _evaluate_one(
                 report.write(cfg, dataset, truth, merged, class_names, ids, list(scores))
         return {task: dict(metrics) for task, metrics in scores.items()}
 
-    return dist.on_first_rank(score)  # an error is raised on all ranks, which would wait for the result otherwise
+    return dist.on_first_rank(score)  # raises on all ranks, which would otherwise wait for the result
 
 
 def verify_expected(cfg: CfgNode, results: Mapping[str, float]) -> None:
     """Compare with ``TEST.EXPECTED_RESULTS``, a list of ``[task, metric, value, tolerance]``.
 
     Raises:
-        TrainingError: a metric is missing or too far off.
+        TrainingError: a metric is missing or out of tolerance.
     """
     for task, metric, expected, tolerance in cfg.TEST.EXPECTED_RESULTS:
         value = results.get(f"{task}/{metric}", float("nan"))

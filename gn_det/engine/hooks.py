@@ -1,4 +1,4 @@
-"""The hooks of a detection run: schedule, signals, time limit, checkpoints and evaluation."""
+"""Hooks of a detection run: schedule, signals, time limit, checkpoints and evaluation."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from gn_det.errors import TrainingError, WriteError
 
 logger = logging.getLogger(__name__)
 
-#: ``evaluate(model, on_progress)`` gives flat metrics; the model is in evaluation mode.
+#: ``evaluate(model, on_progress)`` returns flat metrics; the model is in evaluation mode.
 Evaluator = Callable[[nn.Module, Callable[[Any], None]], Mapping[str, float]]
 
 
 class Interrupted(TrainingError):
-    """A signal ended the run after a checkpoint was written; ``exit_code`` is 128 + the signal's number."""
+    """A signal ended the run after a checkpoint was saved; ``exit_code`` is 128 + the signal number."""
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
@@ -47,12 +47,12 @@ class Schedule(Hook):
 
 
 class Checkpoint(Hook):
-    """Saves every ``period`` iterations and at the end; again after an evaluation, with its results."""
+    """Saves a checkpoint every ``period`` iterations and at the end, and again with the results after an evaluation."""
 
     def __init__(self, folder: Path, meta: ModelMeta, metrics: Metrics, *, period: int, keep: int) -> None:
         self.folder, self.meta, self.metrics, self.period, self.keep = folder, meta, metrics, period, keep
 
-    def after_step(self, loop: Loop) -> None:  # before the evaluation, so that a failing one costs nothing
+    def after_step(self, loop: Loop) -> None:  # before the evaluation, in case it fails
         if loop.last or loop.stopping or (self.period > 0 and (loop.state.iteration + 1) % self.period == 0):
             self.save(loop)
 
@@ -61,18 +61,18 @@ class Checkpoint(Hook):
             self.save(loop)
 
     def path(self, loop: Loop) -> Path:
-        """File of the iteration that just ended."""
+        """Return the file of the iteration that just ended."""
         return self.folder / (FINAL if loop.finished else numbered(loop.state.iteration))
 
     def saved(self, loop: Loop) -> bool:
-        """Whether this iteration has a checkpoint already."""
+        """Return whether this iteration already has a checkpoint."""
         return loop.state.saved == os.fspath(self.path(loop))
 
     def save(self, loop: Loop, *, collective: bool = True) -> None:
         """Write the checkpoint of this iteration and make it the one to resume from.
 
         Args:
-            collective: False: the other ranks do not take part; their random streams are re-seeded on resuming.
+            collective: False if the other ranks do not take part; their random streams are re-seeded on resuming.
 
         Raises:
             TrainingError: on every rank: the file cannot be written, or the weights are not finite.
@@ -101,7 +101,7 @@ def _naming_resume() -> Iterator[None]:
 
 
 class Signals(Hook):
-    """SIGINT and SIGTERM end the run after the current iteration, with a checkpoint; a second one ends it at once."""
+    """Ends the run with a checkpoint after the current iteration on SIGINT or SIGTERM; a second signal ends it now."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -131,7 +131,7 @@ class Signals(Hook):
         self._old = {}
 
     def interrupt(self, loop: Loop, *, collective: bool = True) -> None:
-        """Save, unless this iteration has a checkpoint already, and end the run.
+        """Save a checkpoint, unless this iteration has one, and end the run.
 
         Raises:
             Interrupted: always.
@@ -148,11 +148,11 @@ class Signals(Hook):
 
 
 class TimeLimit(Hook):
-    """Ends the training after ``hours``, in time for a last evaluation and checkpoint (SOLVER.MAX_HOURS); 0 never."""
+    """Ends training after ``hours`` (SOLVER.MAX_HOURS; 0: never), in time for a last evaluation and checkpoint."""
 
     def __init__(self, hours: float, checkpoint: Checkpoint) -> None:
         self.hours, self.checkpoint = hours, checkpoint
-        self.reserve = 0.0  # seconds for what follows the last iteration: the longest evaluation so far
+        self.reserve = 0.0  # seconds for the final evaluation: the longest one so far
         self._start = time.monotonic()
 
     def before_train(self, loop: Loop) -> None:
@@ -174,7 +174,7 @@ class TimeLimit(Hook):
 
 
 class Evaluate(Hook):
-    """Evaluates every ``TEST.EVAL_PERIOD`` iterations and at the end, keeps the best model, stops early."""
+    """Evaluates every ``TEST.EVAL_PERIOD`` iterations and at the end; keeps the best model and stops early."""
 
     def __init__(self, cfg: CfgNode, evaluate: Evaluator, signals: Signals, limit: TimeLimit) -> None:
         self.evaluate, self.signals, self.limit = evaluate, signals, limit
@@ -187,7 +187,7 @@ class Evaluate(Hook):
         """Run the evaluation that an interrupted run did not finish."""
         state = loop.state
         if state.iteration >= 0 and state.evaluated_at != state.iteration and self._due(loop):
-            logger.info("The evaluation due after iteration %d did not finish; it runs now.", state.iteration)
+            logger.info("Running the unfinished evaluation after iteration %d.", state.iteration)
             if state.rng is not None:
                 restore_rng(state.rng)  # the checkpoint is written again
             self.run(loop)
@@ -200,7 +200,7 @@ class Evaluate(Hook):
         return loop.last or loop.stopping or (self.period > 0 and (loop.state.iteration + 1) % self.period == 0)
 
     def run(self, loop: Loop) -> None:
-        """Evaluate; weights and random streams of the training stay as they are."""
+        """Evaluate without changing the weights and random streams of training."""
         state, model = loop.state, loop.state.model
         rng, start, training = capture_rng(), time.monotonic(), model.training
 
@@ -256,4 +256,4 @@ class Evaluate(Hook):
 
 
 class _Left(Exception):
-    """The evaluation is left because of a signal."""
+    """Raised to leave an evaluation after a signal."""

@@ -20,15 +20,15 @@ else:
 
 LOG_FILE = "log.txt"
 
-#: Characters of a message of one line; what is longer is cut.
+#: Longest one-line message in characters; longer ones are cut.
 _LONGEST = 10_000
 
-#: Environment variable that ``--verbose`` sets to 1 for all processes of a run: the screen shows what log.txt holds.
+#: Set to 1 by ``--verbose`` for all processes of a run, so that the screen shows the full log.
 VERBOSE = "GN_DET_VERBOSE"
 
 
 def on_screen(text: str) -> dict[str, str]:
-    """Return the ``extra=`` of a record that the screen shows as ``text``, unless ``--verbose`` is given."""
+    """Return the ``extra=`` of a record that the screen shows as ``text``, except with ``--verbose``."""
     return {"on_screen": text}
 
 
@@ -40,17 +40,17 @@ def open_log(path: str | os.PathLike[str]) -> TextIO:
     """Open a regular file for appending text.
 
     Raises:
-        TrainingError: it cannot be appended to.
+        TrainingError: that fails.
     """
     try:
         return open_append(*os.path.split(path))
     except OSError as error:
         reason = one_line(error.strerror or error)
-        raise TrainingError(f"{os.fspath(path)}: cannot be appended to ({reason}); move it away") from None
+        raise TrainingError(f"{os.fspath(path)}: cannot append to this file ({reason}); move it away") from None
 
 
 class _Handler(_StreamHandler):
-    """Drops lines that cannot be written: to a full disk, or to a pipe that nobody reads any more."""
+    """Drops lines that cannot be written, because the disk is full or a pipe is closed."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exc_info()[1], OSError):
@@ -58,7 +58,7 @@ class _Handler(_StreamHandler):
 
 
 class _Console(_Handler):
-    """Writes around a tqdm line, if one is there; shows the short form of a record that has one."""
+    """Writes above a tqdm progress bar, and prefers the short form of a record."""
 
     verbose = False
 
@@ -70,14 +70,14 @@ class _Console(_Handler):
             record = logging.makeLogRecord({**vars(record), "msg": short, "args": None})
         tqdm = sys.modules.get("tqdm")
         if tqdm is None or not sys.stderr.isatty():
-            self.stream = sys.stdout  # looked up now: it may have been redirected
+            self.stream = sys.stdout  # looked up each time, because it may be redirected
             super().emit(record)
         else:
             tqdm.tqdm.write(self.format(record), file=sys.stdout)
 
 
 class _File(_Handler):
-    """log.txt; closing it on a full disk is no error: the writers of metrics and checkpoints raise one."""
+    """log.txt; on a full disk, closing it raises no error, but the writers of metrics and checkpoints do."""
 
     def close(self) -> None:
         with suppress(OSError):
@@ -103,13 +103,13 @@ class _Printable(logging.Formatter):
 def run_log(
     folder: str | os.PathLike[str] | None, *, rank: int = 0, times: bool = True, verbose: bool = False
 ) -> Iterator[None]:
-    """Show gn_det's log on standard output, and append it to ``folder/log.txt``, as long as the context lasts.
+    """Within the context, show gn_det's log on standard output and append it to ``folder/log.txt``.
 
     Args:
         folder: OUTPUT_DIR; None writes no file.
-        rank: processes other than 0 show warnings only and write no file.
-        times: begin lines with the time, in the file also with the date.
-        verbose: show long forms on the screen, as the environment variable GN_DET_VERBOSE does.
+        rank: processes other than 0 show only warnings and write no file.
+        times: start lines with the time, and in the file also the date.
+        verbose: show long forms on the screen, like the environment variable GN_DET_VERBOSE.
     """
     package = logging.getLogger("gn_det")
     old_level, old_propagate = package.level, package.propagate
@@ -121,7 +121,7 @@ def run_log(
         console.setFormatter(_Printable(layout, "%H:%M:%S"))
         console.verbose = verbose or os.environ.get(VERBOSE, "0") not in ("", "0")
         handlers.append(console)
-        # libraries install handlers on the root logger behind our back; pytest's are wanted
+        # libraries add handlers to the root logger; keep only pytest's
         package.propagate = "pytest" in sys.modules
     if folder is not None and rank == 0:
         file = _File(open_log(os.path.join(folder, LOG_FILE)))

@@ -1,4 +1,4 @@
-"""Where the scalars of a run are written: metrics.json always, and the loggers that ``LOGGERS`` names."""
+"""Loggers for the scalars of a run: always metrics.json, and those named in ``LOGGERS``."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from gn_det.text import one_line
 
 
 class Logger:
-    """Receives scalars now and then.
+    """Interface of a logger of scalars.
 
     Attributes:
-        written: last iteration that it has; set by the caller.
+        written: last iteration written; set by the caller.
     """
 
     def __init__(self, written: int = -1) -> None:
         self.written = written
 
     def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
-        """Take the scalars of an iteration."""
+        """Write the scalars of an iteration."""
         raise NotImplementedError
 
     def flush(self) -> None:
-        """Make what was written durable, if that does not happen by itself."""
+        """Flush buffered output."""
 
     def close(self) -> None:
-        """Release what is open; nothing is written after it."""
+        """Release resources; nothing is written afterwards."""
 
 
 class _TextLogger(Logger):
@@ -58,7 +58,7 @@ class _TextLogger(Logger):
 
 
 class JsonLogger(_TextLogger):
-    """One JSON object a line. A value that is not a finite number is written as ``null`` (valid JSON)."""
+    """Writes one JSON object per line, with ``null`` for values that are not finite."""
 
     def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
         record = {k: (v if math.isfinite(v) else None) for k, v in scalars.items()}
@@ -66,7 +66,7 @@ class JsonLogger(_TextLogger):
 
 
 class CsvLogger(_TextLogger):
-    """``metrics.csv`` with the columns iteration, name, value: not every iteration has every scalar."""
+    """Writes ``metrics.csv`` with columns iteration, name, value, because not every iteration has every scalar."""
 
     def __init__(self, folder: Path, written: int = -1) -> None:
         path = folder / "metrics.csv"
@@ -81,18 +81,18 @@ class CsvLogger(_TextLogger):
 
 
 class TensorBoardLogger(Logger):
-    """TensorBoard scalars; the event file is made at the first write."""
+    """Writes TensorBoard scalars; the event file is created by the first write."""
 
     _writer: Any = None
 
     def __init__(self, folder: str | os.PathLike[str], written: int = -1) -> None:
         super().__init__(written)
         self._folder = os.fspath(folder)
-        self._purge = None if written < 0 else written + 1  # what a killed run drew beyond it is hidden
+        self._purge = None if written < 0 else written + 1  # hides what a killed run wrote beyond it
 
     def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
         if any("\ud800" <= character <= "\udfff" for character in self._folder):
-            return  # TensorBoard cannot name a folder that is not UTF-8; metrics.json has the same numbers
+            return  # TensorBoard does not support non-UTF-8 folder names; metrics.json has the same numbers
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -127,7 +127,7 @@ class WandbLogger(Logger):
         self._run.log(dict(scalars), step=iteration)
 
     def picture(self, path: Path) -> None:
-        """Send a PNG under its name."""
+        """Upload a PNG under its name."""
         import wandb
 
         self._run.log({path.stem: wandb.Image(os.fspath(path))})
@@ -137,7 +137,7 @@ class WandbLogger(Logger):
 
 
 class MlflowLogger(Logger):
-    """MLflow; MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME apply, without them ``mlruns`` of the folder is written.
+    """MLflow; MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME apply; by default it writes ``mlruns`` in the folder.
 
     A resumed run continues the one whose id is in ``mlflow_run`` of the folder.
     """
@@ -173,13 +173,13 @@ class MlflowLogger(Logger):
 
 
 def _read_id(path: Path, written: int) -> str | None:
-    """Id of the logger's run that a resumed run continues."""
+    """Return the id of the logger's run to continue."""
     if written < 0 or not path.is_file():
         return None
     return path.read_text(encoding="utf-8").strip()[:200] or None
 
 
-#: Names in ``LOGGERS``: the logger, called with folder and last written iteration, and the package that it needs.
+#: Name in ``LOGGERS``: the logger, called with folder and last written iteration, and the package it needs.
 LOGGERS: dict[str, tuple[Callable[[Path, int], Logger], str]] = {
     "tensorboard": (TensorBoardLogger, "tensorboard"),
     "wandb": (WandbLogger, "wandb"),
@@ -189,10 +189,10 @@ LOGGERS: dict[str, tuple[Callable[[Path, int], Logger], str]] = {
 
 
 def send_pictures(cfg: CfgNode, paths: Sequence[Path]) -> None:
-    """Send PNGs of a finished run to Weights & Biases and MLflow, where ``LOGGERS`` names them.
+    """Upload PNGs of a finished run to Weights & Biases and MLflow, if named in ``LOGGERS``.
 
     Raises:
-        TrainingError: one of them does not take the pictures; the run itself is complete.
+        TrainingError: an upload failed; the run itself is complete.
     """
     for name in cfg.LOGGERS if paths else ():
         opened = LOGGERS[name][0]
@@ -203,14 +203,14 @@ def send_pictures(cfg: CfgNode, paths: Sequence[Path]) -> None:
                     logger.picture(path)
                 logger.close()
             except Exception as error:  # of any kind: no account, no network ...
-                raise TrainingError(f"{name} does not take the pictures ({one_line(error, 300)})") from error
+                raise TrainingError(f"{name}: cannot upload the pictures ({one_line(error, 300)})") from error
 
 
 def check_loggers(cfg: CfgNode) -> None:
-    """Refuse, before a run, loggers whose package is not installed.
+    """Check before a run that the loggers' packages are installed.
 
     Raises:
-        ConfigError: says how to install it.
+        ConfigError: a package is missing; the message has the pip command.
     """
     for name in cfg.LOGGERS:
         package = LOGGERS[name][1]
@@ -221,15 +221,15 @@ def check_loggers(cfg: CfgNode) -> None:
 
 
 def open_loggers(cfg: CfgNode, iteration: int, written: int | None) -> list[Logger]:
-    """Loggers of a run (rank 0); files continue after ``written``, or where that is not known after ``iteration``.
+    """Open the loggers of a run (rank 0); files continue after ``written``, or after ``iteration`` if unknown.
 
     Raises:
-        TrainingError: a file cannot be appended to.
+        TrainingError: a file cannot be opened.
     """
     folder = Path(cfg.OUTPUT_DIR)
     if iteration >= 0:
         trim_metrics(folder, iteration, written)
-    # the last evaluation of a finished run is logged one iteration after its last
+    # the last evaluation of a finished run is logged one iteration later
     start = min(written if written is not None else iteration, iteration)
     out: list[Logger] = [JsonLogger(folder / METRICS, start)]
     for name in cfg.LOGGERS:

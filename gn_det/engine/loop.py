@@ -1,4 +1,4 @@
-"""The training loop: micro-batches in, optimizer steps out, hooks in between."""
+"""The training loop: micro-batches, optimizer steps and hooks."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ logger = logging.getLogger(__name__)
 
 
 class Hook:
-    """Base class of what happens around the steps; override the methods you need.
+    """Base class of hooks; override the methods you need.
 
-    Methods are called in the order of ``loop.hooks``, on every rank. A hook reads ``loop.state`` (model, optimizer,
-    iteration, results ...), ``loop.losses`` and ``loop.lr`` of the step that just ended, adds numbers to be logged to
-    ``loop.scalars``, and ends the training with ``loop.stop()``.
+    Methods are called in the order of ``loop.hooks``, on every rank. A hook can read ``loop.state`` (model, optimizer,
+    iteration, results ...) and ``loop.losses`` and ``loop.lr`` of the last step, add numbers to log to
+    ``loop.scalars``, and end training with ``loop.stop()``.
     """
 
     def before_train(self, loop: Loop) -> None:
-        """Before the first batch is read; a resumed state has been restored."""
+        """Called before the first batch is read, after a resumed state is restored."""
 
     def before_step(self, loop: Loop) -> None:
-        """Before an iteration; ``loop.state.iteration`` is still that of the previous one."""
+        """Called before an iteration; ``loop.state.iteration`` is still the previous one."""
 
     def after_step(self, loop: Loop) -> None:
-        """After the optimizer stepped; ``loop.state.iteration`` is the iteration that just ended."""
+        """Called after the optimizer step; ``loop.state.iteration`` is the iteration that just ended."""
 
     def after_eval(self, loop: Loop) -> None:
-        """After an evaluation, whose flat metrics are ``loop.state.results``."""
+        """Called after an evaluation; its flat metrics are in ``loop.state.results``."""
 
     def end_step(self, loop: Loop) -> None:
-        """After ``after_step`` of all hooks, and once before the first iteration of a resumed run."""
+        """Called after ``after_step`` of all hooks, and once before the first iteration of a resumed run."""
 
     def after_train(self, loop: Loop) -> None:
-        """The training ended, also by an error: release what was opened."""
+        """Called when training ends, also by an error; release resources here."""
 
 
 class Loop:
@@ -56,23 +56,23 @@ class Loop:
     Args:
         forward: maps a micro-batch to its losses; usually ``state.model``, wrapped by :func:`parallel`.
         total: iterations of the run, including those up to ``state.iteration``.
-        accumulate: micro-batches of an iteration.
-        images: images of an iteration, over all micro-batches and processes.
+        accumulate: micro-batches per iteration.
+        images: images per iteration, over all micro-batches and processes.
         autocast: dtype of mixed precision, None for float32.
-        clip: clips the gradients of the optimizer's parameters.
-        folder: where the batch of a non-finite loss is saved; None saves none.
+        clip: function that clips the gradients of the optimizer's parameters.
+        folder: where to save the batch of a non-finite loss; None saves none.
 
     Attributes:
-        losses: mean over ranks and micro-batches of each loss of the iteration that just ended.
+        losses: mean of each loss over ranks and micro-batches in the last iteration.
         scalars: further numbers of the iteration, to be logged.
-        lr: learning rate used in it, of the group with most tensors (as Detectron2 reports it).
-        data_time: seconds waited for data in it, on the slowest rank.
-        flags: numbers that hooks set on this rank, such as a signal received.
-        agreed: maximum over ranks of each flag, as of the last look at the losses; equal on all ranks.
-        stopping: a hook ended the training; this iteration is the last one.
+        lr: learning rate of the iteration, for the group with most tensors (as in Detectron2).
+        data_time: seconds that the iteration waited for data, on the slowest rank.
+        flags: numbers that hooks set on this rank, such as a received signal.
+        agreed: maximum of each flag over ranks, updated with the losses; equal on all ranks.
+        stopping: whether a hook ended the training, so that this iteration is the last.
         about: further content of the file of a non-finite loss.
-        autocast_cache: cast a weight once per forward pass, as Detectron2's trainer does. False: cast it at each use,
-            whose gradients are then summed in float32.
+        autocast_cache: whether to cast a weight once per forward pass, like Detectron2's trainer. If False, it is cast
+            at each use, and the gradients are summed in float32.
     """
 
     def __init__(
@@ -110,10 +110,10 @@ class Loop:
     # ------------------------------------------------------------ the run
 
     def run(self, make_batches: Callable[[], Iterable[Any]]) -> None:
-        """Train up to ``total`` iterations, or until a hook ends it.
+        """Train for up to ``total`` iterations, or until a hook ends it.
 
         Args:
-            make_batches: called if there is something to train; must yield at least the micro-batches needed.
+            make_batches: called if any iterations are left; must yield at least the micro-batches needed.
         """
         try:
             self.begin()
@@ -128,7 +128,7 @@ class Loop:
             self.end()
 
     def begin(self) -> None:
-        """Do what comes before the first iteration."""
+        """Call the hooks before the first iteration."""
         self.call("before_train")
         if self.state.iteration >= 0:
             self.call("end_step")  # a killed run may not have reached it
@@ -140,7 +140,7 @@ class Loop:
             )
 
     def end(self) -> None:
-        """Release the batches, which ends their workers, and call ``after_train`` of every hook even if some fail."""
+        """Release the batches, which ends their workers, and call ``after_train`` of all hooks even if some fail."""
         self.batches = iter(())
         with ExitStack() as stack:
             for hook in reversed(self.hooks):
@@ -152,10 +152,10 @@ class Loop:
             getattr(hook, event)(self)
 
     def stop(self, *, finished: bool = True) -> None:
-        """End the training after this iteration; to be called on all ranks alike.
+        """End training after this iteration; must be called on all ranks.
 
         Args:
-            finished: the result is final (``model_final.pth``); False: ``--resume`` is expected to continue.
+            finished: whether the result is final (``model_final.pth``), or ``--resume`` should continue.
         """
         self.stopping = True
         self._finished = self._finished or finished
@@ -167,16 +167,16 @@ class Loop:
 
     @property
     def finished(self) -> bool:
-        """Whether the result is final: all iterations are done, or a hook ended the training for good."""
+        """Whether the result is final: all iterations are done, or a hook ended the training as finished."""
         return self.last or self._finished
 
     # ------------------------------------------------------------ one iteration
 
     def step(self) -> None:
-        """Forward, backward and optimizer step of one iteration.
+        """Run forward, backward and optimizer step of one iteration.
 
         Raises:
-            TrainingError: a loss is not finite; the optimizer has not stepped.
+            TrainingError: a loss is not finite; the optimizer did not step.
         """
         state, scaler = self.state, self.state.scaler
         self._micro, self.data_time = [], 0.0
@@ -213,7 +213,7 @@ class Loop:
         start = time.perf_counter()
         batch = next(self.batches)
         waited = time.perf_counter() - start
-        if self.state.rng is not None:  # as late as possible: building loaders draws from the random streams, too
+        if self.state.rng is not None:  # as late as possible, because building loaders uses the random streams, too
             restore_rng(self.state.rng)
             self.state.rng = None
         return batch, waited
@@ -223,12 +223,12 @@ class Loop:
         self.current = Pass(batch, {"torch": torch.get_rng_state(), "cuda": cuda}, self._device.type, self.autocast)
         try:
             return self.forward(batch)
-        except FloatingPointError as error:  # the model cannot make proposals of such predictions: there is no loss
+        except FloatingPointError as error:  # no proposals can be computed from such predictions, so there is no loss
             what = f"loss_rpn_cls, loss_rpn_loc, images {self.current.images()} ({error})"
             raise self._not_finite(what, [self._diagnose()]) from None
 
     def _look(self, losses: Mapping[str, Tensor], waited: float) -> None:
-        """Look at the losses while the device still works on the backward pass; all ranks together."""
+        """Collect the losses of all ranks while the device still computes the backward pass."""
         row = torch.stack([v.detach().float() for v in losses.values()])
         extra = [*self.flags.values(), waited]
         if self._ddp is not None:
@@ -243,10 +243,10 @@ class Loop:
         self.agreed = {name: max(r[count + i] for r in rows) for i, name in enumerate(self.flags)}
 
     def stop_non_finite(self, names: Sequence[str], rows: Sequence[Sequence[float]]) -> NoReturn:
-        """Raise the error for a loss that is not finite; ``rows`` begin with every rank's losses. All ranks together.
+        """Raise the error for a non-finite loss, on all ranks; ``rows`` begin with every rank's losses.
 
         Raises:
-            TrainingError: names losses, images, and the layer that failed first.
+            TrainingError: names losses, images, and the first bad layer.
         """
         assert self.current is not None
         own = {n: v for n, v in zip(names, rows[dist.rank()]) if not math.isfinite(v)}
@@ -270,20 +270,20 @@ class Loop:
         kept = f"the last good checkpoint is {state.saved}" if state.saved else "no checkpoint was written yet"
         return TrainingError(
             f"loss is not finite at iteration {state.iteration + 1}: {what}; the weights were not updated, {kept}: "
-            "look at the objects of these images, lower SOLVER.BASE_LR or set SOLVER.CLIP_GRADIENTS.ENABLED True"
+            "check the objects in these images, lower SOLVER.BASE_LR or set SOLVER.CLIP_GRADIENTS.ENABLED True"
             + "".join(f"; {origin}" for origin in origins if origin)
         )
 
 
 def parallel(model: nn.Module) -> nn.Module:
-    """``model``, wrapped where there are several processes; each keeps its own buffers."""
+    """Wrap ``model`` if there are several processes; each keeps its own buffers."""
     return model if dist.world_size() == 1 else DistributedDataParallel(model, broadcast_buffers=False)
 
 
 def make_scaler(dtype: torch.dtype | None, device: str) -> torch.amp.GradScaler | None:
-    """The gradient scaler that fp16 needs; None for other types."""
+    """Return a gradient scaler for fp16; None for other types."""
     if dtype is not torch.float16:
         return None
-    # If the very first step is skipped for infinite gradients, torch warns that the schedule moves on.
+    # If the first step is skipped because of infinite gradients, torch warns that the schedule advances.
     warnings.filterwarnings("ignore", message=r".*lr_scheduler\.step\(\)")
     return torch.amp.GradScaler(device)

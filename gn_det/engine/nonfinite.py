@@ -1,6 +1,6 @@
-"""A non-finite loss: find the layer it came from, and save the batch for a replay.
+"""Diagnose a non-finite loss: find its layer, and save the batch for a replay.
 
-``python -m gn_det.engine.nonfinite OUTPUT_DIR/nonfinite_....pth`` repeats the step on any machine: the file holds
+``python -m gn_det.engine.nonfinite OUTPUT_DIR/nonfinite_....pth`` repeats the step on any machine. The file contains
 batch, weights, random streams and configuration.
 """
 
@@ -40,9 +40,9 @@ class Pass:
 
     Attributes:
         batch: samples of gn_det or inputs of Detectron2.
-        rng: states of torch's generators before it.
+        rng: states of torch's generators before the pass.
         device: "cpu" or "cuda".
-        dtype: of autocast, None without.
+        dtype: dtype of autocast, or None.
     """
 
     batch: Sequence[Any]
@@ -51,7 +51,7 @@ class Pass:
     dtype: torch.dtype | None
 
     def again(self, model: Callable[[Any], Any]) -> Any:
-        """Run ``model`` on the batch as it ran the first time."""
+        """Run ``model`` on the batch exactly as the first time."""
         torch.set_rng_state(self.rng["torch"])
         if self.rng["cuda"] is not None:
             torch.cuda.set_rng_state(self.rng["cuda"])
@@ -59,7 +59,7 @@ class Pass:
             return model(self.batch)
 
     def images(self) -> str:
-        """Ids and file names, as far as the samples have them."""
+        """Return ids and file names, if the samples have them."""
         names = []
         for sample in self.batch:
             name, file = str(sample.get("image_id")), sample.get("file_name")
@@ -71,8 +71,8 @@ def diagnose(done: Pass, model: nn.Module, folder: Path, about: Mapping[str, Any
     """Save the batch, repeat the pass, and return in one line what was found.
 
     Args:
-        model: the bare module, with the weights that the losses were computed with.
-        about: further plain values to save; ``iteration`` is part of the file's name.
+        model: the bare module, with the weights that gave the losses.
+        about: further plain values to save; ``iteration`` is part of the file name.
     """
     path = folder / f"nonfinite_{about['iteration']:07d}_rank{dist.rank()}.pth"
     try:
@@ -87,23 +87,23 @@ def diagnose(done: Pass, model: nn.Module, folder: Path, about: Mapping[str, Any
             },
         )
         saved = f"batch and weights are in {path}: python -m gn_det.engine.nonfinite {path}"
-    except (WriteError, TypeError, AttributeError) as error:  # a batch of the user's own making
+    except (WriteError, TypeError, AttributeError) as error:  # a batch from user code
         saved = f"the batch could not be saved ({error})"
     if any("Sync" in type(m).__name__ for m in model.modules()) and dist.world_size() > 1:
-        return saved  # such layers talk to the other processes, which do not repeat theirs
+        return saved  # such layers communicate with other processes, which do not repeat the pass
     return f"{find_origin(model, lambda: done.again(model))}; {saved}"
 
 
 def find_origin(model: nn.Module, forward: Callable[[], Any]) -> str:
-    """Name, in one sentence, the first layer whose output is not finite, and the size of its inputs.
+    """Describe in one sentence the first layer with a non-finite output, and the magnitude of its inputs.
 
     Args:
         model: the bare module.
-        forward: runs it once, as in training; exceptions it raises are ignored.
+        forward: runs it once, as in training; its exceptions are ignored.
     """
-    for name, parameter in model.named_parameters():  # running statistics may be spoilt by this very pass
+    for name, parameter in model.named_parameters():  # not buffers: this pass may have ruined running statistics
         if not bool(torch.isfinite(parameter).all()):
-            return f"the weights hold nan or inf already, first in {name}: an earlier update went wrong"
+            return f"the weights already contain nan or inf, first in {name}: an earlier update went wrong"
     names = {module: name for name, module in model.named_modules() if name}
     found: list[str] = []
 
@@ -112,21 +112,21 @@ def find_origin(model: nn.Module, forward: Callable[[], Any]) -> str:
             inputs = [float(t.abs().max()) for t in _numbers(args)]
             size = f", whose inputs reach {max(inputs):.3g}" if inputs else ""
             layer = f"{names[module]} ({type(module).__name__})"
-            found.append(f"the first activations that are not finite are in {layer}{size}")
+            found.append(f"the first non-finite activations are in {layer}{size}")
 
     handle = register_module_forward_hook(watch)
     try:
         with torch.no_grad():
             forward()
-    except Exception as error:  # proposals cannot be made of nan; the hook has seen what led there
+    except Exception as error:  # proposals fail on nan; the hook already has the layer
         logger.debug("replay ended by %s", error)
     finally:
         handle.remove()
-    return found[0] if found else "all activations are finite: look at the objects of these images"
+    return found[0] if found else "all activations are finite: check the objects in these images"
 
 
 def _numbers(value: Any) -> list[Tensor]:
-    """Floating point tensors inside nested containers."""
+    """Return the floating-point tensors in nested containers."""
     return [t.detach() for t in tree_leaves(value) if isinstance(t, Tensor) and t.is_floating_point() and t.numel()]
 
 
@@ -134,7 +134,7 @@ def _numbers(value: Any) -> list[Tensor]:
 
 
 def _plain(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """A sample of either engine as tensors and plain values."""
+    """Convert a sample of either engine to tensors and plain values."""
     out: dict[str, Any] = {"image": sample["image"].cpu()}
     out |= {k: sample[k] for k in ("image_id", "file_name", "height", "width") if type(sample.get(k)) in (int, str)}
     targets, instances = sample.get("targets"), sample.get("instances")
@@ -155,7 +155,7 @@ def _plain(sample: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sample(entry: Mapping[str, Any]) -> Sample:
-    """Inverse of :func:`_plain`, of a checked entry."""
+    """Invert :func:`_plain` for a checked entry."""
     sample: Sample = {k: v for k, v in entry.items() if k != "targets"}  # type: ignore[assignment]
     if "targets" in entry:
         t = entry["targets"]
@@ -182,7 +182,7 @@ def _same_lengths(targets: Any, where: str) -> None:
 
 
 def _check(content: Mapping[str, Any], model: nn.Module, num_classes: int) -> None:
-    """Check a saved batch, its random states and weights, which may hold nan and infinity.
+    """Check a saved batch, its random states and weights, which may contain nan and infinity.
 
     Raises:
         InvalidValue: names the entry.
@@ -216,14 +216,14 @@ def _check(content: Mapping[str, Any], model: nn.Module, num_classes: int) -> No
 
 
 def replay(path: str | os.PathLike[str]) -> str:
-    """Repeat a saved pass on the CPU; return the losses, one line each, and the layer that was the first to go bad.
+    """Repeat a saved pass on the CPU; return the losses, one per line, and the first bad layer.
 
     Args:
         path: a file written by either engine; the embedded engine's model repeats it.
 
     Raises:
-        WeightsError: not such a file, or its weights do not fit.
-        ConfigError: the embedded engine does not have that model.
+        WeightsError: not such a file, or its weights do not match.
+        ConfigError: the embedded engine does not implement that model.
     """
     from gn_det.modeling.build import build_model
 

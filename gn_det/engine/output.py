@@ -1,4 +1,4 @@
-"""The folder a run writes to: checked before work starts, and never silently overwritten."""
+"""The output folder of a run: checked before work starts, and never silently overwritten."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ METRICS = "metrics.json"
 BEST = "model_best.pth"
 FINAL = "model_final.pth"
 LOCK = ".gn_det.lock"
-#: Seconds that the ranks of a run get to notice that the process which started them was killed.
+#: Seconds for the ranks of a run to notice that their parent process was killed.
 PATIENCE = 10.0
 _OURS = re.compile(r"model_(\d{7}|best|final)\.pth$")
 
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_writable(folder: str | os.PathLike[str]) -> Path:
-    """Make the folder and try to write in it.
+    """Create the folder and test that it is writable.
 
     Raises:
         TrainingError: that fails.
@@ -55,10 +55,10 @@ def check_writable(folder: str | os.PathLike[str]) -> Path:
 
 
 def check_output_name(folder: str | os.PathLike[str]) -> None:
-    """Refuse a path that cannot become a folder; nothing is made.
+    """Refuse a path that cannot become a folder, without creating it.
 
     Raises:
-        TrainingError: it, or a folder that it would be in, is something else.
+        TrainingError: the path or one of its parents exists and is not a folder.
     """
     path = Path(folder)
     there = next((p for p in (path, *path.parents) if os.path.lexists(p)), None)
@@ -74,18 +74,18 @@ class InUse(TrainingError):
 def alone_in(
     folder: str | os.PathLike[str], *, key: str = "OUTPUT_DIR", patience: float | None = None
 ) -> Iterator[None]:
-    """Keep other runs out of ``folder``, which exists, while the context lasts; all ranks together.
+    """Keep other runs out of the existing ``folder`` within the context; all ranks must call this.
 
-    Rank 0 holds the lock. A file system without locks costs a warning.
+    Rank 0 holds the lock. A file system without locks causes a warning.
 
     Args:
-        key: how the user names the folder.
-        patience: seconds to wait for processes of a killed run that are about to notice it; None is PATIENCE.
+        key: the user's name for the folder.
+        patience: seconds to wait for processes of a killed run to exit; None: PATIENCE.
 
     Raises:
-        InUse: on every rank: another run writes there.
-        DataError: that run is this one, whose script a data loading process imports.
-        TrainingError: the lock file cannot be made.
+        InUse: another run writes there; raised on every rank.
+        DataError: the other run is this one, because a data loading process imported its script.
+        TrainingError: the lock file cannot be created.
     """
     with ExitStack() as stack:
 
@@ -113,12 +113,12 @@ def alone_in(
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints of an earlier run in ``folder``."""
+    """Return the checkpoints of an earlier run in ``folder``."""
     return sorted(f for f in folder.glob("model_*.pth") if _OURS.match(f.name))
 
 
 def refuse_old_run(folder: Path, *, overwrite: bool) -> None:
-    """Stop before anything of an earlier run could be lost.
+    """Refuse to lose the results of an earlier run.
 
     Raises:
         TrainingError: there are checkpoints and ``overwrite`` is False.
@@ -149,13 +149,13 @@ def start_afresh(folder: Path, *, keep: str = "") -> None:
 
 
 def check_space(folder: Path, model: nn.Module, *, replaced: bool) -> None:
-    """Refuse to train for hours toward a checkpoint that cannot be written.
+    """Refuse to train if the disk has no space for a checkpoint.
 
     Args:
-        replaced: the checkpoints of an earlier run are about to be deleted.
+        replaced: whether the checkpoints of an earlier run will be deleted.
 
     Raises:
-        TrainingError: not even one checkpoint (tensors and momentum) fits.
+        TrainingError: there is no space for a single checkpoint (tensors and momentum).
     """
     tensors = [*model.parameters(), *model.buffers(), *(p for p in model.parameters() if p.requires_grad)]
     needed = sum(t.numel() * t.element_size() for t in tensors)
@@ -170,27 +170,27 @@ def check_space(folder: Path, model: nn.Module, *, replaced: bool) -> None:
 
 
 def numbered(iteration: int) -> str:
-    """Detectron2's file name for the checkpoint after the 0-based ``iteration``."""
+    """Return Detectron2's file name of the checkpoint after the 0-based ``iteration``."""
     return f"model_{iteration:07d}.pth"
 
 
 def trim_metrics(folder: Path, iteration: int, written: int | None = None) -> None:
-    """Drop the lines of metrics.json that a run resumed after ``iteration`` writes again.
+    """Drop the lines of metrics.json that a run resumed after ``iteration`` will write again.
 
     Args:
-        written: last iteration in the file when the checkpoint was made, where that is known.
+        written: last iteration in the file when the checkpoint was saved, if known.
     """
 
     def keep(line: str) -> bool:
         record = json.loads(line)
-        # the last evaluation of a finished run is logged one iteration after its last
+        # the last evaluation of a finished run is logged one iteration later
         return bool(record["iteration"] <= (iteration + ("total_loss" not in record) if written is None else written))
 
     trim_lines(folder / METRICS, keep)
 
 
 def trim_lines(path: Path, keep: Callable[[str], bool]) -> None:
-    """Drop the lines of a file for which ``keep`` is False, or raises because they were cut short."""
+    """Drop the lines of a file for which ``keep`` returns False, or raises because they are truncated."""
     if not path.is_file():
         return
     lines, kept = path.read_text(encoding="utf-8", errors="replace").splitlines(), []

@@ -1,7 +1,7 @@
-"""Schema of the checkpoints that runs are resumed from: every value is checked before any of it is used.
+"""Schema of the checkpoints that runs resume from: every value is checked before any is used.
 
-A checkpoint comes from outside, and what torch.load returns is any nesting of plain values. Each entry that a resumed
-run reads is described here: type, range, and for tensors dtype and shape. All other entries are ignored.
+A checkpoint is untrusted: torch.load may return any nesting of plain values. Each entry that a resumed run reads is
+described here by type, range, and for tensors dtype and shape. All other entries are ignored.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ from gn_det.values import (
 
 MOST_ITERATIONS = 10**9
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-#: Images of one iteration, in case the batch was larger before: a resumed run skips all images seen, one by one.
+#: Most images per iteration, in case the batch was larger before: a resumed run skips all seen images one by one.
 _LARGEST_BATCH = 1024
 
 _REMEDY = "delete that file to resume from an older checkpoint, or start a new run with MODEL.WEIGHTS"
 
 
 class OtherModel(InvalidValue):
-    """The checkpoint is of another model than the configured one."""
+    """The checkpoint does not match the configured model."""
 
     remedy = "resume with the configuration that the run was started with, or start a new one with MODEL.WEIGHTS"
 
 
 class OtherGroups(InvalidValue):
-    """The saved optimizer state is of other parameter groups."""
+    """The saved optimizer state has other parameter groups."""
 
     remedy = (
         "resume with the MODEL.BACKBONE.FREEZE_AT, MODEL.FREEZE, SOLVER.BACKBONE_LR_FACTOR and weight decay keys of "
@@ -70,7 +70,7 @@ class OtherOptimizer(InvalidValue):
 
 
 def tensor(shape: Sequence[int | None], *dtypes: torch.dtype, finite: bool = False) -> Check:
-    """A dense tensor in host memory, of one of ``dtypes``; None in ``shape`` stands for any length."""
+    """Check for a dense tensor in host memory with one of ``dtypes``; None in ``shape`` means any length."""
 
     def check(value: Any, where: str) -> None:
         if problem := tensor_problem(value):
@@ -95,13 +95,13 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def tensor_like(own: Tensor, *, finite: bool = True) -> Check:
-    """A tensor that can be copied into ``own``."""
+    """Check for a tensor that can be copied into ``own``."""
     floating = own.is_floating_point()
     return tensor(own.shape, *(_FLOATS if floating else (own.dtype,)), finite=finite and floating)
 
 
 def weights_of(model: nn.Module, *, finite: bool = True) -> Check:
-    """All tensors of ``model`` and no others."""
+    """Check for exactly the tensors of ``model``."""
     own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
 
     def check(value: Any, where: str) -> None:
@@ -131,13 +131,13 @@ _SAVED = record(
 
 
 def restore_slots(optimizer: Optimizer, saved: Any, where: str) -> Callable[[], None]:
-    """Check a saved optimizer state; return the function that puts copies of its buffers into ``optimizer``.
+    """Check a saved optimizer state; return a function that copies its buffers into ``optimizer``.
 
-    Hyperparameters stay the optimizer's own.
+    The optimizer keeps its own hyperparameters.
 
     Raises:
         InvalidValue: an entry cannot be used.
-        OtherGroups: the groups hold other numbers of parameters.
+        OtherGroups: the groups have other numbers of parameters.
     """
     _SAVED(saved, where)
     groups, ours = saved["param_groups"], optimizer.state_dict()["param_groups"]
@@ -162,7 +162,7 @@ _ADAM = ("step", "exp_avg", "exp_avg_sq")
 
 
 def _slot(optimizer: Optimizer, parameter: Tensor, slot: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Copies of one parameter's buffers; of SGD only momentum, the one that it reads."""
+    """Copy one parameter's buffers; for SGD only momentum, the only one it reads."""
     out: dict[str, Any] = {}
     sgd, adam = isinstance(optimizer, SGD), isinstance(optimizer, (Adam, AdamW))
     if (sgd and slot.keys() >= set(_ADAM)) or (adam and not slot.keys() >= set(_ADAM)):
@@ -209,7 +209,7 @@ SCALER = record(
     }
 )
 
-#: Of each scalar [smooth, values, iteration, ...]; see :meth:`gn_det.engine.scalars.EventLog.dump`.
+#: [smooth, values, iteration, ...] of each scalar; see :meth:`gn_det.engine.scalars.EventLog.dump`.
 _SCALAR = row(FLAG, items(NUMBER, 1, 1000), _COUNT, integer(0, MOST_ITERATIONS), NUMBER)
 _LOGS = record(
     {
@@ -221,7 +221,7 @@ _LOGS = record(
 
 
 def set_stream(generator: Any, state: Any) -> None:
-    """Put a state of a checkpoint into one of python's, numpy's or torch's generators, or into their modules'."""
+    """Set a generator of Python, numpy or torch, or that of the module, to a state from a checkpoint."""
     if isinstance(state, Tensor):
         generator.set_state(state)
     elif len(state) == 3:
@@ -231,7 +231,7 @@ def set_stream(generator: Any, state: Any) -> None:
 
 
 def _taken_by(make: Callable[[], Any], check: Check) -> Check:
-    """What ``check`` accepts and a generator of that kind takes, tried on a new one."""
+    """Return a check that also tries the state on a new generator of that kind."""
 
     def both(value: Any, where: str) -> None:
         check(value, where)
@@ -267,11 +267,11 @@ _RNG = record(
 
 
 def check_run(payload: Mapping[str, Any], model: nn.Module, batch: int, processes: int) -> None:
-    """Check all that a resumed detection run reads of a checkpoint, except the optimizer (:func:`restore_slots`).
+    """Check everything that a resumed detection run reads, except the optimizer (:func:`restore_slots`).
 
     Args:
         batch: SOLVER.IMS_PER_BATCH of the run.
-        processes: of the run; random states of another number of processes are not used.
+        processes: number of processes of the run; random states for another number are not used.
 
     Raises:
         InvalidValue: names the entry.
@@ -291,7 +291,7 @@ def check_run(payload: Mapping[str, Any], model: nn.Module, batch: int, processe
 
 
 def or_nothing(check: Check) -> Check:
-    """An empty dict or None stands for an absent entry."""
+    """Return a check that also accepts an empty dict or None for a missing entry."""
 
     def either(value: Any, where: str) -> None:
         if value is not None and value != {}:
@@ -301,7 +301,7 @@ def or_nothing(check: Check) -> Check:
 
 
 def _check_together(payload: Mapping[str, Any], batch: int) -> None:
-    """Refuse numbers beyond the iteration that the checkpoint was made after, which no run can write."""
+    """Refuse numbers beyond the checkpoint's iteration, which no run writes."""
     iteration, block, logs = payload.get("iteration", -1), payload.get("gn_det"), payload.get("logs") or {}
     block = block if isinstance(block, dict) else {}
     most = max(_LARGEST_BATCH, 64 * batch)
@@ -315,11 +315,11 @@ def _check_together(payload: Mapping[str, Any], batch: int) -> None:
     numbers["logs.written"] = logs.get("written", -1) - 1  # the last evaluation is one beyond the last iteration
     for where, value in numbers.items():
         if value > iteration:
-            raise InvalidValue(where, f"lies beyond the checkpoint's iteration {iteration}")
+            raise InvalidValue(where, f"is beyond the checkpoint's iteration {iteration}")
 
 
 def refuse(
     source: str, error: InvalidValue, remedy: str = "", doing: str = "resume from this checkpoint"
 ) -> WeightsError:
-    """Return the error that a user sees for an entry that cannot be used."""
+    """Return the user's error for an entry that cannot be used."""
     return WeightsError(f"{source}: cannot {doing}: {error}; {remedy or error.remedy or _REMEDY}")

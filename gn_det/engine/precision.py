@@ -1,7 +1,7 @@
-"""Mixed precision and memory layout of a run: what ``auto`` means here, and how a model is put into them.
+"""Mixed precision and memory layout of a run: resolve ``auto``, and apply them to a model.
 
-``auto`` looks at the CPU's features alone, never at a clock, so that it means the same on every start. It becomes True
-or False before anything is built: config.yaml, checkpoints and the rows of a suite store what was chosen.
+``auto`` depends only on CPU features and never on timing, so that it is the same on every start. It becomes True or
+False before anything is built; config.yaml, checkpoints and the rows of a suite store the choice.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gn_det.modeling.layers import fold_weights
 
 logger = logging.getLogger(__name__)
 
-#: CPU features, any of which computes in bf16; without them torch emulates it, slower than float32.
+#: CPU features for bf16; with none of them, torch emulates it more slowly than float32.
 BF16_FEATURES = ("amx_bf16", "avx512_bf16", "bf16")  # two of x86, one of Arm
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 #: Keys that may be "auto".
@@ -33,7 +33,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 @functools.cache
 def cpu_features() -> frozenset[str]:
-    """Features that Linux reports of this CPU; empty on other systems."""
+    """Return the features that Linux reports for this CPU; empty on other systems."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -43,7 +43,7 @@ def cpu_features() -> frozenset[str]:
 
 
 def chosen_by_auto(device: str) -> tuple[bool, str]:
-    """Whether ``auto`` takes bf16 and channels_last on ``device``, and why."""
+    """Return whether ``auto`` enables bf16 and channels_last on ``device``, and why."""
     if not device.startswith("cpu"):
         return False, "no GPU has been measured yet"
     has = [feature for feature in BF16_FEATURES if feature in cpu_features()]
@@ -51,11 +51,11 @@ def chosen_by_auto(device: str) -> tuple[bool, str]:
 
 
 def settle(cfg: CfgNode, device: str, stored: Mapping[str, Any] | None = None) -> CfgNode:
-    """``cfg`` with True or False for every "auto"; warns of bf16 that this CPU only emulates.
+    """Return ``cfg`` with True or False for every "auto"; warn if this CPU only emulates bf16.
 
     Args:
-        device: resolved, such as "cpu".
-        stored: config of the checkpoint that is resumed, whose choice stays.
+        device: resolved device, such as "cpu".
+        stored: config of the checkpoint to resume, whose choice is kept.
     """
     chosen, why = chosen_by_auto(device)
     unsettled = [key for key in AUTO if get_value(cfg, key) == "auto"]
@@ -75,7 +75,7 @@ def settle(cfg: CfgNode, device: str, stored: Mapping[str, Any] | None = None) -
 
 
 def lay_out(model: ModuleT, cfg: CfgNode) -> ModuleT:
-    """``model`` with its weights in the layout of MODEL.CHANNELS_LAST, which convolutions pass on to activations."""
+    """Convert the weights of ``model`` to the layout of MODEL.CHANNELS_LAST, which activations then follow."""
     return model.to(memory_format=torch.channels_last) if cfg.MODEL.CHANNELS_LAST is True else model
 
 
@@ -86,7 +86,7 @@ def lay_out_for_inference(model: ModuleT, cfg: CfgNode) -> ModuleT:
 
 
 def inference_autocast(cfg: CfgNode, device: str) -> AbstractContextManager[Any]:
-    """Context in which evaluation and prediction run: autocast with TEST.AMP, else nothing."""
+    """Return the context for evaluation and prediction: autocast with TEST.AMP, otherwise a null context."""
     if cfg.TEST.AMP is not True:
         return nullcontext()
     kind = torch.device(device).type

@@ -1,4 +1,4 @@
-"""What precedes training, whichever loop follows: checks across keys, data, schedule, seed, initial weights, folder."""
+"""Prepare a training run: checks across keys, data, schedule, seed, initial weights and folder."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 def indented(text: str) -> str:
-    """``text`` two spaces to the right, for the part of a log message below its first line."""
+    """Indent ``text`` by two spaces, for log messages of several lines."""
     return textwrap.indent(text.rstrip(), "  ")
 
 
@@ -47,8 +47,8 @@ class Prepared:
     """A run that is ready to build its model.
 
     Attributes:
-        cfg: with the classes of the data and the schedule for this number of processes.
-        seed: of initialization and data stream; equal on every rank.
+        cfg: config with the classes of the data and the schedule for this number of processes.
+        seed: seed of initialization and data stream; equal on every rank.
         augment: the user's transform.
     """
 
@@ -58,7 +58,7 @@ class Prepared:
     augment: OwnTransform | None = None
 
     def make_loader(self, start_batch: int, seed: int) -> Iterable[Any]:
-        """This rank's endless micro-batches; see :data:`gn_det.engine.detector_loop.LoaderFactory`."""
+        """Return this rank's endless micro-batches; see :data:`gn_det.engine.detector_loop.LoaderFactory`."""
         world = dist.world_size()
         loader = build_train_loader(
             self.cfg,
@@ -75,10 +75,10 @@ class Prepared:
 
 
 def prepare(cfg: CfgNode, augment: OwnTransform | None = None) -> Prepared:
-    """Read the data, settle and log classes and schedule, seed this process; all ranks together.
+    """Read the data, determine and log classes and schedule, and seed this process; all ranks must call this.
 
     Raises:
-        UserError: the data cannot be used, or the configuration does not fit it; the same on every rank.
+        UserError: the data cannot be used, or does not match the configuration; the same on every rank.
     """
     data = load_once(lambda: load_run_data(cfg))
     cfg = with_classes(without_masks(cfg) if data.boxes_only else cfg, len(data.class_names), data.class_names)
@@ -98,7 +98,7 @@ def with_classes(cfg: CfgNode, count: int, names: tuple[str, ...]) -> CfgNode:
         ConfigError: the number is unknown (0).
     """
     if count < 1:
-        raise ConfigError("the number of classes is not known: set MODEL.ROI_HEADS.NUM_CLASSES or name a training json")
+        raise ConfigError("the number of classes is unknown: set MODEL.ROI_HEADS.NUM_CLASSES or name a training json")
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = count
@@ -120,7 +120,7 @@ def describe_model(cfg: CfgNode, model: nn.Module) -> None:
 
 
 def load_initial(cfg: CfgNode, model: nn.Module, images: int) -> None:
-    """Load MODEL.WEIGHTS, checked against the configuration, and log the result; warn of a short run from scratch.
+    """Load MODEL.WEIGHTS, checked against the configuration, and log the result; warn about a short run from scratch.
 
     Raises:
         WeightsError: they cannot be used.
@@ -138,7 +138,7 @@ def warn_if_short(cfg: CfgNode, images: int) -> None:
 
 
 def prepare_folder(cfg: CfgNode, model: nn.Module, *, fresh: bool) -> None:
-    """Make OUTPUT_DIR ready for a run (rank 0): leftovers and, if ``fresh``, an earlier run go; config.yaml is written.
+    """Prepare OUTPUT_DIR (rank 0): delete leftovers and, if ``fresh``, an earlier run, and write config.yaml.
 
     Raises:
         TrainingError: there is no space for a checkpoint.
@@ -156,7 +156,7 @@ def prepare_folder(cfg: CfgNode, model: nn.Module, *, fresh: bool) -> None:
 
 
 def check_freeze(cfg: CfgNode, *, strict: bool = True) -> None:
-    """Refuse (or, not strict, warn of) layers that would be frozen at random values.
+    """Refuse layers that would be frozen at random values (or warn, if not strict).
 
     Raises:
         ConfigError: FREEZE_AT > 0, or MODEL.FREEZE, without weights.
@@ -178,10 +178,10 @@ def check_freeze(cfg: CfgNode, *, strict: bool = True) -> None:
 
 
 def check_run(cfg: CfgNode, device: str, world_size: int) -> None:
-    """Refuse what no run on these devices can do, before a process is started or a file is written.
+    """Refuse settings that cannot work on these devices, before a process is started or a file is written.
 
     Raises:
-        ConfigError: the batch cannot be shared, a logger is not installed, or fp16 without a GPU; or see
+        ConfigError: the batch is not divisible, a logger is not installed, or fp16 lacks a GPU; or see
             :func:`check_metric`.
     """
     check_metric(cfg)
@@ -193,10 +193,10 @@ def check_run(cfg: CfgNode, device: str, world_size: int) -> None:
 
 
 def check_metric(cfg: CfgNode) -> None:
-    """Refuse a metric for model_best.pth that no evaluation gives, before hours are spent.
+    """Refuse a metric for model_best.pth that no evaluation computes.
 
     Raises:
-        ConfigError: TEST.BEST_METRIC is not such as "segm/AP", or TEST.PATIENCE is set without TEST.EVAL_PERIOD.
+        ConfigError: TEST.BEST_METRIC is not a metric like "segm/AP", or TEST.PATIENCE is set without TEST.EVAL_PERIOD.
     """
     name = str(cfg.TEST.BEST_METRIC)
     if not re.search(r"(^|/)(bbox|segm)/AP(50|75|s|m|l|-.+)?$", name):

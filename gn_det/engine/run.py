@@ -1,4 +1,4 @@
-"""Train, evaluate, or only show what a run would do; ``train`` and ``evaluate`` are the package's."""
+"""Train, evaluate, or show what a run would do; the package exports ``train`` and ``evaluate``."""
 
 from __future__ import annotations
 
@@ -72,23 +72,23 @@ def train(
     machine_rank: int = 0,
     dist_url: str = "auto",
 ) -> dict[str, float]:
-    """Train and evaluate, as ``gn-det train`` does; everything is written to ``OUTPUT_DIR``.
+    """Train and evaluate like ``gn-det train``; all files are written to ``OUTPUT_DIR``.
 
     A script that calls this with several GPUs or data workers needs ``if __name__ == "__main__":``.
 
     Args:
-        config: a path, the name of a shipped config, or what :func:`load_config` returned; it is not changed.
+        config: a path, the name of a shipped config, or the result of :func:`load_config`; it is not modified.
         overrides: values of keys, such as ``{"SOLVER.EPOCHS": 12, "OUTPUT_DIR": "output/a"}``.
-        engine: ``"auto"`` (Detectron2 where it is installed), ``"embedded"`` or ``"detectron2"``.
-        resume: continue from the newest checkpoint in OUTPUT_DIR; start where there is none.
-        overwrite: replace an earlier run in OUTPUT_DIR: delete its checkpoints, move its metrics.json aside.
-        hooks: your own :class:`gn_det.engine.loop.Hook` objects; several processes get them by pickle.
-        augment: ``"none"``, ``"light"``, ``"strong"`` or ``"lsj"`` in place of the config's augmentation; or your own
-            transform of ``torchvision.transforms.v2``, applied after it to an RGB image and a dict of boxes, labels
-            and masks.
+        engine: ``"auto"`` (Detectron2 if it is installed), ``"embedded"`` or ``"detectron2"``.
+        resume: continue from the newest checkpoint in OUTPUT_DIR, or start a new run if there is none.
+        overwrite: replace an earlier run in OUTPUT_DIR: delete its checkpoints and rename its metrics.json.
+        hooks: your own :class:`gn_det.engine.loop.Hook` objects; pickled if there are several processes.
+        augment: ``"none"``, ``"light"``, ``"strong"`` or ``"lsj"`` instead of the config's augmentation; or your own
+            ``torchvision.transforms.v2`` transform, applied after it to an RGB image and a dict of boxes, labels and
+            masks.
         num_gpus: processes on this machine, one per GPU (on a CPU: plain processes).
-        num_machines: machines that take part; each makes this call with its own ``machine_rank``.
-        machine_rank: 0-based number of this machine.
+        num_machines: number of machines; each makes this call with its own ``machine_rank``.
+        machine_rank: 0-based index of this machine.
         dist_url: ``tcp://host:port`` of machine 0; ``"auto"`` on one machine.
 
     Returns:
@@ -128,14 +128,14 @@ def evaluate(
     save_thresholds: bool = False,
     num_gpus: int = 1,
 ) -> dict[str, float]:
-    """Evaluate weights on the test sets of a config, as ``gn-det eval`` does.
+    """Evaluate weights on the test sets of a config, like ``gn-det eval``.
 
     Args:
-        config: as for :func:`train`; None takes the config stored in ``weights``.
+        config: as for :func:`train`; None uses the config stored in ``weights``.
         overrides: values of keys, such as ``{"DATASETS.VAL_JSON": "b.json", "DATASETS.VAL_IMAGES": "imgs"}``.
-        weights: takes the place of ``MODEL.WEIGHTS``.
+        weights: replaces ``MODEL.WEIGHTS``.
         engine: as for :func:`train`.
-        html: where to write a page with intervals, curves, confusions and the images that fail, and a table beside it.
+        html: path for a page with intervals, curves, confusions and the worst images, and a table beside it.
         save_thresholds: store the score of best F1 of each class in the checkpoint, for prediction.
         num_gpus: processes on this machine, one per GPU.
 
@@ -166,7 +166,7 @@ def evaluate(
 def _resolve(
     config: CfgNode | str | os.PathLike[str], overrides: Overrides, engine: str | Engine, preset: str | None = None
 ) -> tuple[CfgNode, Engine]:
-    """An own copy of ``config`` with an augmentation preset and ``overrides``, checked, and the engine."""
+    """Return a checked copy of ``config`` with augmentation preset and ``overrides``, and the engine."""
     chosen = choice.choose(engine) if isinstance(engine, str) else engine
     cfg = load_config(config, check=False) if isinstance(config, (str, os.PathLike)) else config.clone()
     cfg.defrost()
@@ -178,7 +178,7 @@ def _resolve(
 
 
 def dry_run(cfg: CfgNode, engine: Engine, *, num_gpus: int = 1, num_machines: int = 1) -> None:
-    """Print config, model, optimizer, schedule and data sets of a run; needs neither data nor weights.
+    """Print config, model, optimizer, schedule and datasets of a run; needs neither data nor weights.
 
     Raises:
         ConfigError: the configuration contradicts itself.
@@ -219,12 +219,12 @@ def _train_rank(
 ) -> dict[str, float]:
     with alone_in(cfg.OUTPUT_DIR), run_log(cfg.OUTPUT_DIR, rank=dist.rank()):
         try:
-            if not resume and not overwrite:  # again: a run may have ended since
+            if not resume and not overwrite:  # checked again, because a run may have ended since
                 dist.on_first_rank(partial(refuse_old_run, Path(cfg.OUTPUT_DIR), overwrite=False))
             return _train(cfg, engine, resume, hooks, augment)
         except Exception as error:
             failure = worker_failure(error) if isinstance(error, RuntimeError) else None
-            logger.error("stopped: %s", failure or error, extra=FILE_ONLY)  # the command line shows it by itself
+            logger.error("stopped: %s", failure or error, extra=FILE_ONLY)  # the command line prints it itself
             if failure is not None:
                 raise failure from error
             raise
@@ -294,7 +294,7 @@ def _evaluate_rank(cfg: CfgNode, engine: Engine, page: Path | None, store: bool)
 
 
 def _classes_of(weights: str) -> tuple[str, ...] | None:
-    """Class names stored in a checkpoint of ours; None for other files (their loader explains what is wrong)."""
+    """Return the class names stored in our checkpoint; None for other files, whose loader reports what is wrong."""
     if not os.path.isfile(weights) or not weights.endswith(".pth"):
         return None
     try:

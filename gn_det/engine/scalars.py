@@ -1,7 +1,7 @@
-"""Scalars of every iteration: collected, smoothed, and given to the loggers and the progress line.
+"""Collect and smooth the scalars of every iteration for the loggers and the progress line.
 
-Names and rules are Detectron2's: losses, lr, time and the model's own metrics are written every 20 iterations as the
-median of the last 20 values; evaluation results are written as they are, at the iteration they belong to.
+Names and rules are Detectron2's. Losses, lr, time and the model's own metrics are written every 20 iterations as the
+median of the last 20 values. Evaluation results are written unchanged at their iteration.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from gn_det.errors import TrainingError
 logger = logging.getLogger(__name__)
 
 WINDOW = 20
-#: Times measure the machine that a run happens to be on; a resumed run measures its own.
+#: Times depend on the machine, so a resumed run measures its own.
 _OF_THIS_MACHINE = ("time", "eta_seconds")
 
 
 class EventLog:
-    """Scalars by name, each value with its 0-based iteration; writers take the latest of those in ``exact``."""
+    """Scalars by name, each value with its 0-based iteration; those in ``exact`` are not smoothed."""
 
     def __init__(self) -> None:
         self.histories: dict[str, HistoryBuffer] = {}
         self.exact: set[str] = set()
 
     def put(self, values: Mapping[str, float], iteration: int, *, smooth: bool = True) -> None:
-        """Add one value of each scalar; writers give the median of a window unless ``smooth`` is False."""
+        """Add one value of each scalar; writers use the median of a window unless ``smooth`` is False."""
         for name, value in values.items():
             self.histories.setdefault(name, HistoryBuffer(1000)).update(float(value), iteration)
         if not smooth:
             self.exact |= values.keys()
 
     def newer_than(self, iteration: int) -> dict[int, dict[str, float]]:
-        """Scalars put after ``iteration``: {their iteration: {name: median of the window, or the latest value}}."""
+        """Return scalars put after ``iteration``: {iteration: {name: median of the window, or the latest value}}."""
         out: dict[int, dict[str, float]] = {}
         for name, history in self.histories.items():
             latest, at = history.values()[-1]
@@ -54,17 +54,17 @@ class EventLog:
         return dict(sorted(out.items()))
 
     def dump(self) -> dict[str, Any]:
-        """What a resumed run needs to write the same medians: the last window of lr and every smoothed scalar."""
+        """Return what a resumed run needs for equal medians: the last window of lr and every smoothed scalar."""
         out = {}
         for name, history in self.histories.items():
             if (name not in self.exact or name == "lr") and name not in _OF_THIS_MACHINE:
                 values = history.values()[-WINDOW:]
-                # count and mean: earlier versions read them
+                # count and mean are for earlier versions
                 out[name] = [name not in self.exact, [v for v, _ in values], values[-1][1], 0, 0.0]
         return out
 
     def restore(self, dumped: Mapping[str, Any]) -> None:
-        """Inverse of :meth:`dump`, of a checked checkpoint."""
+        """Invert :meth:`dump` for a checked checkpoint."""
         for name, (smooth, values, iteration, *_) in dumped.items():
             if name not in _OF_THIS_MACHINE:
                 for value in values:
@@ -72,7 +72,7 @@ class EventLog:
 
 
 def peak_memory_mb() -> float:
-    """Peak memory in MiB: of this process's GPU tensors where there is a GPU, else of the process itself."""
+    """Return the peak memory in MiB of this process's GPU tensors, or of the process if there is no GPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     try:
@@ -84,7 +84,7 @@ def peak_memory_mb() -> float:
 
 
 def progress_line(log: EventLog, iteration: int) -> str:
-    """Detectron2's log line: losses as medians of 20, times as means, in a form that its parsers read."""
+    """Format Detectron2's log line, readable by its parsers: losses as medians of 20, times as means."""
     found = log.histories
     parts = []
     if "eta_seconds" in found:
@@ -102,7 +102,7 @@ def progress_line(log: EventLog, iteration: int) -> str:
 
 
 def _is_terminal() -> bool:
-    """Whether stderr is a terminal with a size: those of CI services claim to be one, but have 0 lines."""
+    """Return whether stderr is a terminal with a size; those of CI services claim to be one, but have 0 lines."""
     try:
         return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).lines > 0
     except (OSError, ValueError):
@@ -110,20 +110,20 @@ def _is_terminal() -> bool:
 
 
 def short_line(log: EventLog) -> str:
-    """Return loss, learning rate and time per iteration: what fits on one line of a terminal."""
+    """Return loss, learning rate and time per iteration on one short line."""
     found = log.histories
     parts = [f"loss {found['total_loss'].median(WINDOW):.4g}", f"lr {found['lr'].latest():.3g}"]
     return "  ".join([*parts, *([f"{found['time'].median(WINDOW):.2f} s/it"] if "time" in found else [])])
 
 
 class Metrics(Hook):
-    """Losses, lr, times and further scalars of every iteration, under Detectron2's names; rank 0 alone.
+    """Writes losses, lr, times and further scalars with Detectron2's names, on rank 0 only.
 
     A terminal shows a progress bar; log.txt and other outputs get a line every :data:`WINDOW` iterations.
 
     Args:
-        loggers: where they are written; closed at the end of the training.
-        terminal: show a progress bar; None finds out.
+        loggers: where to write; closed at the end of training.
+        terminal: whether to show a progress bar; None detects a terminal.
     """
 
     WARMUP = 3  #: iterations whose time is not counted
@@ -173,16 +173,16 @@ class Metrics(Hook):
             logger.info(progress_line(log, iteration), extra=on_screen(short) if self._bar is None else FILE_ONLY)
 
     def after_eval(self, loop: Loop) -> None:
-        # Detectron2 writes the last evaluation under MAX_ITER, one beyond the last iteration.
+        # Detectron2 writes the last evaluation at MAX_ITER, one after the last iteration.
         self.log.put(loop.state.results, loop.state.iteration + loop.last, smooth=False)
-        self.write()  # now: the log keeps only the latest evaluation
+        self.write()  # immediately, because the log keeps only the latest evaluation
 
     def end_step(self, loop: Loop) -> None:
         if self._records:
             self._take_scalars(loop)
             if (loop.state.iteration + 1) % WINDOW == 0 or loop.last or loop.stopping:
                 self.write()
-        self._mark = time.perf_counter()  # evaluation and checkpoints do not count for the next iteration
+        self._mark = time.perf_counter()  # do not count evaluation and checkpoints in the next iteration
 
     def after_train(self, loop: Loop) -> None:
         if self._bar is not None:
@@ -191,7 +191,7 @@ class Metrics(Hook):
             one.close()
 
     def write(self) -> None:
-        """Give the loggers what is new to them.
+        """Write what is new to each logger.
 
         Raises:
             TrainingError: a file cannot be written.
@@ -209,12 +209,12 @@ class Metrics(Hook):
             ) from error
 
     def dump(self) -> dict[str, Any]:
-        """For the checkpoint: the scalars' windows, and what the files hold already."""
+        """Return the scalars' windows and the last written iterations, for the checkpoint."""
         written = max((one.written for one in self.loggers), default=-1)
         return {"scalars": self.log.dump(), "written": written, "lowest": self.lowest}
 
     def restore(self, dumped: Mapping[str, Any]) -> None:
-        """Inverse of :meth:`dump`; what is written is the loggers' own."""
+        """Invert :meth:`dump`, except for the last written iterations, which the loggers know."""
         self.log.restore(dumped["scalars"])
         self.lowest = dumped["lowest"]
 
@@ -223,7 +223,7 @@ class Metrics(Hook):
         loop.scalars = {}
 
     def _look_for_divergence(self, iteration: int, lr: float) -> None:
-        """Warn once when the loss has risen far above its lowest median."""
+        """Warn once if the loss has risen far above its lowest median."""
         median = float(self.log.histories["total_loss"].median(WINDOW))
         if self.lowest is None or median < self.lowest[0]:
             self.lowest = (median, iteration)

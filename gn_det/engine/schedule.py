@@ -1,7 +1,7 @@
-"""Learning rate at every iteration, and the rules that adapt a schedule to batch, GPUs and epochs.
+"""Learning rate schedule, and the rules that adapt it to batch, GPUs and epochs.
 
-The multiplier of the learning rate is Detectron2's: a multi-step, cosine or fixed-gamma curve over the whole run,
-whose first ``WARMUP_ITERS`` iterations are replaced by a ramp that ends where the curve is at that point.
+The learning rate multiplier is Detectron2's: a multi-step, cosine or fixed-gamma curve over the whole run, whose first
+``WARMUP_ITERS`` iterations are replaced by a ramp that ends on the curve.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from gn_det.config.defaults import get_value, set_value
 from gn_det.errors import ConfigError
 from gn_det.text import count
 
-#: More passes over a set are remarked upon; a length that is chosen lies between the two, by the images seen in all.
+#: More epochs cause a remark; an automatic length is between the two, by the total number of images seen.
 _LEAST_EPOCHS, _MANY_EPOCHS, _DEFAULT_IMAGES = 12, 100, 6000
 
 
 def _main_curve(cfg: CfgNode) -> ParamScheduler:
-    """The curve without warm-up, a function of progress in [0, 1] that starts at 1."""
+    """Return the curve without warm-up, a function of progress in [0, 1] that starts at 1."""
     solver = cfg.SOLVER
     if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
         steps = [s for s in solver.STEPS if s <= solver.MAX_ITER]
@@ -49,7 +49,7 @@ def _main_curve(cfg: CfgNode) -> ParamScheduler:
 
 
 def lr_multiplier(cfg: CfgNode) -> Callable[[int], float]:
-    """Factor on every group's learning rate as a function of the 0-based iteration, defined on [0, MAX_ITER].
+    """Return the learning rate factor of all groups as a function of the 0-based iteration in [0, MAX_ITER].
 
     Raises:
         ConfigError: SOLVER.BASE_LR_END exceeds SOLVER.BASE_LR.
@@ -68,12 +68,12 @@ def lr_multiplier(cfg: CfgNode) -> Callable[[int], float]:
         lengths=[length, 1 - length],
         interval_scaling=["rescaled", "rescaled" if solver.RESCALE_INTERVAL else "fixed"],
     )
-    # After the last iteration the scheduler is stepped once more; the fixed-gamma curve has no value there.
+    # The scheduler is stepped once more after the last iteration, where the fixed-gamma curve is undefined.
     return lambda iteration: whole(min(iteration, max_iter - 1) / max_iter)
 
 
 def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LambdaLR:
-    """Scheduler to be stepped once an iteration; at iteration i each group has ``lr * lr_multiplier(cfg)(i)``."""
+    """Build a scheduler to step once per iteration; at iteration i each group has ``lr * lr_multiplier(cfg)(i)``."""
     return LambdaLR(optimizer, lr_multiplier(cfg))
 
 
@@ -125,25 +125,25 @@ def _steps_and_warmup(cfg: CfgNode) -> str:
 
 
 def _for_world_size(cfg: CfgNode, world_size: int, literal: Collection[str]) -> list[str]:
-    """Detectron2's ``auto_scale_workers``: batch and lr follow the number of GPUs, iterations go the other way."""
+    """Detectron2's ``auto_scale_workers``: batch and lr scale with the number of GPUs, iterations inversely."""
     solver = cfg.SOLVER
     reference, end = solver.REFERENCE_WORLD_SIZE, solver.BASE_LR_END
     if reference <= 0 or reference == world_size:
         return []
     solver.REFERENCE_WORLD_SIZE = world_size
-    if "SOLVER.IMS_PER_BATCH" in literal:  # the batch is as typed: SOLVER.REFERENCE_BATCH decides what follows from it
+    if "SOLVER.IMS_PER_BATCH" in literal:  # the user set the batch, so SOLVER.REFERENCE_BATCH scales the rest
         return []
     if solver.IMS_PER_BATCH % reference:
         raise ConfigError(
             f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} is not a multiple of SOLVER.REFERENCE_WORLD_SIZE {reference}"
-            ": set SOLVER.REFERENCE_WORLD_SIZE 0 to take batch, learning rate and iterations as they are"
+            ": set SOLVER.REFERENCE_WORLD_SIZE 0 to use batch, learning rate and iterations unchanged"
         )
     scale, batch = world_size / reference, solver.IMS_PER_BATCH
     solver.IMS_PER_BATCH = round(batch * scale)
-    if solver.REFERENCE_BATCH > 0:  # both rules on: batch and lr move together, so must the reference
+    if solver.REFERENCE_BATCH > 0:  # with both rules, the reference scales with batch and lr
         solver.REFERENCE_BATCH = round(solver.REFERENCE_BATCH * scale)
     scaled = _scale_all(cfg, scale, literal)
-    solver.BASE_LR_END = end  # which Detectron2 leaves as it is
+    solver.BASE_LR_END = end  # Detectron2 does not scale it
     return [
         f"Written for {reference} GPUs, running on {world_size} (SOLVER.REFERENCE_WORLD_SIZE, 0 turns this off): "
         f"batch {batch} -> {solver.IMS_PER_BATCH}, {scaled}."
@@ -151,7 +151,7 @@ def _for_world_size(cfg: CfgNode, world_size: int, literal: Collection[str]) -> 
 
 
 def _for_batch(cfg: CfgNode, literal: Collection[str]) -> list[str]:
-    """Linear scaling from the batch that the schedule was written for."""
+    """Scale linearly from the batch that the schedule was written for."""
     reference, batch = cfg.SOLVER.REFERENCE_BATCH, cfg.SOLVER.IMS_PER_BATCH
     if reference <= 0 or reference == batch:
         return []
@@ -163,7 +163,7 @@ def _for_batch(cfg: CfgNode, literal: Collection[str]) -> list[str]:
 
 
 def _choose_epochs(cfg: CfgNode, images: int, literal: Collection[str]) -> list[str]:
-    """SOLVER.EPOCHS for one's own data, where the schedule of a published set would pass over it too often."""
+    """Choose SOLVER.EPOCHS for small datasets, which the schedule of a published set would repeat too often."""
     solver = cfg.SOLVER
     planned = solver.EPOCHS or solver.MAX_ITER * solver.IMS_PER_BATCH / max(images, 1)
     if not cfg.DATASETS.TRAIN_JSON or images <= 0 or planned <= _MANY_EPOCHS:
@@ -181,7 +181,7 @@ def _choose_epochs(cfg: CfgNode, images: int, literal: Collection[str]) -> list[
 
 
 def _for_epochs(cfg: CfgNode, images: int, literal: Collection[str]) -> list[str]:
-    """MAX_ITER from epochs; steps and periods keep their proportion, a warm-up is cut to a tenth of a short run."""
+    """Set MAX_ITER from epochs; steps and periods keep their proportions; warm-up is at most a tenth of a short run."""
     solver = cfg.SOLVER
     if solver.EPOCHS <= 0:
         return []
@@ -208,19 +208,19 @@ def _for_epochs(cfg: CfgNode, images: int, literal: Collection[str]) -> list[str
 
 
 def scale_schedule(cfg: CfgNode, world_size: int, images: int) -> tuple[CfgNode, list[str]]:
-    """Adapt a schedule to the number of GPUs, the batch and the wanted epochs, in this order.
+    """Adapt a schedule to the number of GPUs, the batch and the epochs, in this order.
 
     Args:
-        cfg: not changed. No rule changes the keys in ``SOLVER.NO_RESCALE`` (those given on the command line); without
-            such keys the GPU rule is Detectron2's.
+        cfg: not modified. No rule changes the keys in ``SOLVER.NO_RESCALE`` (those given on the command line); without
+            such keys, the GPU rule is Detectron2's.
         world_size: number of processes, one GPU each.
         images: training images in an epoch; only used with ``SOLVER.EPOCHS``.
 
     Returns:
-        A copy and one plain sentence for every adjustment made. Applying it again to the result changes nothing.
+        A copy, and one sentence for each adjustment. Applying it to the result changes nothing.
 
     Raises:
-        ConfigError: the batch cannot be divided, or SOLVER.EPOCHS is set without a training set.
+        ConfigError: the batch is not divisible, or SOLVER.EPOCHS is set without a training set.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -246,10 +246,10 @@ def scale_schedule(cfg: CfgNode, world_size: int, images: int) -> tuple[CfgNode,
 
 
 def images_per_rank(cfg: CfgNode, world_size: int) -> int:
-    """Images of one micro-batch on one GPU: ``IMS_PER_BATCH / (world_size * ACCUMULATE)``.
+    """Return the images per micro-batch on one GPU: ``IMS_PER_BATCH / (world_size * ACCUMULATE)``.
 
     Raises:
-        ConfigError: it is not a whole number of at least 1.
+        ConfigError: it is not an integer of at least 1.
     """
     batch, accumulate = int(cfg.SOLVER.IMS_PER_BATCH), int(cfg.SOLVER.ACCUMULATE)
     parts = world_size * accumulate
@@ -266,7 +266,7 @@ def format_schedule(cfg: CfgNode, images: int, world_size: int = 0) -> str:
     """Describe the schedule in iterations and epochs, in a few lines.
 
     Args:
-        images: training images in an epoch; 0 (unknown) leaves epochs out.
+        images: training images in an epoch; 0 (unknown) omits epochs.
         world_size: number of processes; 0 describes the schedule as configured.
     """
     solver = cfg.SOLVER

@@ -1,4 +1,4 @@
-"""One copy of large data for all processes of a machine."""
+"""Share one copy of large data between all processes of a machine."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from gn_det.errors import UserError
 
 T = TypeVar("T")
 
-#: Arrays below this many bytes are copied; a mapping begins at a multiple of it.
+#: Smaller arrays (bytes) are copied; a mapping starts at a multiple of this.
 _PAGE = 4096
 
 
 def load_once(load: Callable[[], T]) -> T:
-    """The value of ``load()``, called on one rank of each machine; the others map the same arrays and tensors.
+    """Return the value of ``load()``, called on one rank per machine; the others map the same arrays and tensors.
 
-    Whoever writes into them changes a copy of the page. All ranks take part.
+    Writing to them changes a private copy of the page. All ranks must call this.
 
     Raises:
-        UserError: ``load`` raised it on any machine; the same one on every rank.
+        UserError: ``load`` raised it on any machine; the same error on every rank.
     """
     if dist.world_size() == 1:
         return load()
-    if not hasattr(os, "memfd_create"):  # only Linux has files without a name
+    if not hasattr(os, "memfd_create"):  # only Linux has anonymous files
         loaded: list[T] = []
-        dist.on_first_rank(lambda: loaded.append(load()))  # before the others, because it writes generated sets
+        dist.on_first_rank(lambda: loaded.append(load()))  # rank 0 first, because it writes generated sets
         return loaded[0] if loaded else load()
     local = int(os.environ["LOCAL_RANK"])
     outcome: UserError | tuple[str, bytes, list[int]] | None = None
@@ -42,7 +42,7 @@ def load_once(load: Callable[[], T]) -> T:
             value = load()
             file = os.memfd_create("gn_det")
             outcome = (f"/proc/{os.getpid()}/fd/{file}", *_write(value, file))
-            del value  # the mapping takes its place
+            del value  # the mapping replaces it
         except UserError as error:
             outcome = error
     outcomes: list[Any] = dist.broadcast(dist.gather_objects(outcome))
@@ -59,14 +59,14 @@ def load_once(load: Callable[[], T]) -> T:
 
 
 class _Pickler(pickle.Pickler):
-    """Takes tensors for arrays, whose bytes stay out of the pickle."""
+    """Pickles tensors like arrays, whose bytes are kept out of the pickle."""
 
     def reducer_override(self, value: Any) -> Any:
         return (torch.from_numpy, (value.numpy(),)) if isinstance(value, torch.Tensor) else NotImplemented
 
 
 def _write(value: Any, file: int) -> tuple[bytes, list[int]]:
-    """Write the arrays of ``value`` into ``file``; the rest as a pickle, and the size of each array."""
+    """Write the arrays of ``value`` to ``file``; return a pickle of the rest, and the size of each array."""
     arrays: list[memoryview] = []
 
     def keep_out(buffer: pickle.PickleBuffer) -> bool:

@@ -1,4 +1,4 @@
-"""What makes a run resumable: what trains, counters, random streams, and the checkpoint that holds them."""
+"""Resumable state of a run: model, optimizer, counters, random streams, and the checkpoint that stores them."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 class WeightAverage:
     """Moving average of parameters and buffers: ``average = d * average + (1 - d) * weights`` after every step.
 
-    ``d`` is ``min(decay, (1 + n) / (10 + n))`` after n steps, TensorFlow's rule, so that the random start is soon
-    forgotten. Integer tensors are copied. The average is the same on all ranks and starts at the weights of ``model``.
+    After n steps, ``d`` is ``min(decay, (1 + n) / (10 + n))`` (TensorFlow's rule), so that the random start is quickly
+    forgotten. Integer tensors are copied. The average starts at the weights of ``model`` and is equal on all ranks.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -47,7 +47,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Average the weights of a model whose optimizer has just stepped."""
+        """Update the average after an optimizer step."""
         self.steps += 1
         weight = 1.0 - min(self.decay, (1.0 + self.steps) / (10.0 + self.steps))
         averages, tensors = [], []
@@ -57,11 +57,11 @@ class WeightAverage:
                 tensors.append(tensor)
             else:
                 self.tensors[name].copy_(tensor)
-        torch._foreach_lerp_(averages, tensors, weight)  # leaves what never changes (frozen) as it is, to the last bit
+        torch._foreach_lerp_(averages, tensors, weight)  # bit-exact for frozen tensors
 
     @contextmanager
     def swapped_in(self, model: nn.Module) -> Iterator[None]:
-        """Let the model hold the averages while the context lasts."""
+        """Put the averages into the model within the context."""
         kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         _copy_into(model.state_dict(), self.tensors)
         try:
@@ -83,11 +83,11 @@ def _copy_into(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> N
 
 @dataclass
 class TrainState:
-    """Model, optimizer and schedule, and the counters of their run, which survive an interruption.
+    """Model, optimizer, schedule and counters of a run, which can be resumed.
 
     Attributes:
         model: the bare module, not wrapped for several processes.
-        seed: of the data stream and of initialization.
+        seed: seed of data stream and initialization.
         scaler: gradient scaler of fp16.
         average: moving average of the weights (SOLVER.EMA).
         iteration: last finished iteration, 0-based; -1 before the first.
@@ -120,7 +120,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class ModelMeta:
-    """What a checkpoint says about its classes and configuration."""
+    """Classes and configuration stored in a checkpoint."""
 
     cfg: CfgNode
     class_names: tuple[str, ...]
@@ -131,7 +131,7 @@ _COUNTERS = ("seed", "images_seen", "best_iteration", "stale", "evaluated_at", "
 
 
 def capture_rng() -> dict[str, Any]:
-    """States of python's, numpy's and torch's generators of this process, as tensors and plain values."""
+    """Return the states of Python's, numpy's and torch's generators as tensors and plain values."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     return {
@@ -144,7 +144,7 @@ def capture_rng() -> dict[str, Any]:
 
 
 def restore_rng(state: Mapping[str, Any]) -> None:
-    """Inverse of :func:`capture_rng`; a GPU state is skipped where there is no GPU."""
+    """Invert :func:`capture_rng`; skip a GPU state if there is no GPU."""
     for name, generator in (("python", random), ("numpy", np.random), ("torch", torch.default_generator)):
         set_stream(generator, state[name])
     if state.get("cuda") is not None and torch.cuda.is_available():
@@ -152,7 +152,7 @@ def restore_rng(state: Mapping[str, Any]) -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed python, numpy and torch (all devices) of this process."""
+    """Seed Python, numpy and torch (all devices) in this process."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -168,24 +168,23 @@ def build_payload(
 ) -> dict[str, Any]:
     """Return the content of a checkpoint file.
 
-    With ``state.average``, ``model`` holds the averages, which are what was evaluated; the weights that learn are
-    stored under ``ema``.
+    With ``state.average``, ``model`` holds the evaluated averages, and the training weights are stored under ``ema``.
 
     Args:
-        resumable: False: weights and metadata only (``model_best.pth``).
+        resumable: False for weights and metadata only (``model_best.pth``).
         rng: random streams of all ranks.
         logs: from :meth:`gn_det.engine.scalars.Metrics.dump`.
 
     Raises:
-        TrainingError: the weights hold nan or inf; an older checkpoint is worth more than this one.
+        TrainingError: the weights contain nan or inf, so an older checkpoint is better than this one.
     """
     model, average = state.model, state.average
-    weights = model.state_dict()  # an OrderedDict of its own, whose version metadata is worth keeping
+    weights = model.state_dict()  # a new OrderedDict that keeps the version metadata
     floating = [t for t in weights.values() if isinstance(t, Tensor) and t.is_floating_point()]
     if floating and not torch.stack([torch.isfinite(t).all() for t in floating]).all():  # one device synchronization
         raise TrainingError(
-            f"the weights hold nan or inf after iteration {state.iteration}, so no checkpoint is written (an older one "
-            "is kept); lower SOLVER.BASE_LR or set SOLVER.CLIP_GRADIENTS.ENABLED True"
+            f"the weights contain nan or inf after iteration {state.iteration}, so no checkpoint is written (an older "
+            "one is kept); lower SOLVER.BASE_LR or set SOLVER.CLIP_GRADIENTS.ENABLED True"
         )
     for name in weights:
         weights[name] = _on_cpu(weights[name] if average is None else average.tensors[name])
@@ -205,14 +204,14 @@ def build_payload(
         payload |= {"rng": list(rng), "logs": dict(logs or {})}
         if average is not None:
             payload["ema"] = {"steps": average.steps, "learning": _on_cpu(dict(model.state_dict()))}
-        # The same objects where Detectron2's own trainer looks for them; the file holds them once.
+        # The same objects under the names that Detectron2's own trainer reads; the file stores them once.
         inner = {"iteration": state.iteration, "optimizer": optimizer, **({"grad_scaler": scaler} if scaler else {})}
         payload["trainer"] = {"iteration": state.iteration, "hooks": {"LRScheduler": scheduler}, "_trainer": inner}
     return payload
 
 
 def _on_cpu(value: Any) -> Any:
-    """A copy with tensors in host memory, so that a file written on a GPU loads anywhere."""
+    """Copy tensors to host memory, so that a file written on a GPU loads anywhere."""
     return tree_map_only(Tensor, Tensor.cpu, value)
 
 
@@ -225,22 +224,22 @@ class Resume:
 
 
 def find_resume(folder: str | os.PathLike[str]) -> Resume | None:
-    """Read the newest checkpoint of ``folder``; None where there is none."""
+    """Read the newest checkpoint of ``folder``, or return None."""
     path = read_last(Path(folder)) if os.path.isdir(folder) else None
     if path is None:
-        logger.info("--resume: OUTPUT_DIR %s holds no checkpoint; the run starts from the beginning.", folder)
+        logger.info("--resume: no checkpoint in OUTPUT_DIR %s; starting from the beginning.", folder)
         return None
     return Resume(path, read_checkpoint(path))
 
 
 def restore(resume: Resume, state: TrainState, cfg: CfgNode) -> None:
-    """Put weights, momentum, average and counters of a checkpoint into ``state``; hyperparameters stay ``cfg``'s.
+    """Restore weights, momentum, average and counters of a checkpoint to ``state``; hyperparameters are ``cfg``'s.
 
-    Everything that a resumed run reads is checked first; on an error nothing has changed. What the checkpoint does not
-    have (another tool's file) stays as it is in ``state``.
+    Everything is checked first; on an error, nothing has changed. Entries that the checkpoint lacks (another tool's
+    file) keep their values in ``state``.
 
     Raises:
-        WeightsError: an entry cannot be used, or is of another model or optimizer than the configured ones.
+        WeightsError: an entry cannot be used, or does not match the configured model or optimizer.
     """
     payload, source = resume.payload, os.fspath(resume.path)
     try:
@@ -260,7 +259,7 @@ def restore(resume: Resume, state: TrainState, cfg: CfgNode) -> None:
     if len(states) == processes:
         state.rng = states[dist.rank()]
     elif states:
-        logger.info("The run had %d processes and now has %d: random streams restart.", len(states), processes)
+        logger.info("Resuming with %d processes instead of %d: random streams restart.", processes, len(states))
     logger.info(
         "Resumed from %s: iteration %d done, %d to go.",
         *(resume.path, state.iteration, max(int(cfg.SOLVER.MAX_ITER) - state.iteration - 1, 0)),
@@ -272,26 +271,26 @@ def restore(resume: Resume, state: TrainState, cfg: CfgNode) -> None:
 
 
 def _momentum(payload: Mapping[str, Any], model: nn.Module, optimizer: Optimizer) -> tuple[Callable[[], None], str]:
-    """What restores the optimizer's state, of our checkpoints or those of Detectron2's own trainer, and a remark."""
+    """Return a function that restores the optimizer's state (ours, or of Detectron2's trainer), and a remark."""
     where, saved = "optimizer", payload.get("optimizer")
     if saved is None:
         where, saved = "trainer._trainer.optimizer", payload
         for name in ("trainer", "_trainer", "optimizer"):
             saved = saved.get(name) if isinstance(saved, Mapping) else None
     if saved is None:
-        return lambda: None, "It holds no optimizer state: momentum starts at zero."
+        return lambda: None, "It has no optimizer state: momentum starts at zero."
     if list(payload["model"]) != list(model.state_dict()):
-        return lambda: None, "Its tensors have another order (of another engine or version): momentum starts at zero."
+        return lambda: None, "Its tensors are in another order (other engine or version): momentum starts at zero."
     return restore_slots(optimizer, saved, where), ""
 
 
-#: Keys whose change between a run and its continuation is not reported.
+#: Keys whose changes on resuming are not reported.
 _SILENT = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "MODEL.WEIGHTS", "MODEL.DEVICE", "MODEL.CLASS_NAMES", "SEED",
            "LOGGERS", "SOLVER.NO_RESCALE", "SOLVER.CHECKPOINT_KEEP", "SOLVER.MAX_HOURS")  # fmt: skip
 
 
 def stored_config(resume: Resume | None) -> CfgNode | None:
-    """The configuration in a checkpoint; None without one, or where it is damaged or of a version with other keys."""
+    """Return the configuration in a checkpoint; None if missing, damaged, or from a version with other keys."""
     block = (read_meta(resume.payload) or {}) if resume is not None else {}
     try:
         return parse_config(block["config"], "checkpoint") if block.get("config") else None
@@ -300,7 +299,7 @@ def stored_config(resume: Resume | None) -> CfgNode | None:
 
 
 def _changed_keys(resume: Resume, cfg: CfgNode) -> list[str]:
-    """``KEY old -> new`` for every key in which a checkpoint's configuration differs from ``cfg``."""
+    """Return ``KEY old -> new`` for each key whose value in the checkpoint differs from ``cfg``."""
     old = dict(flatten(stored_config(resume) or {}))
     return [
         f"{name} {one_line(old[name])} -> {one_line(value)}"

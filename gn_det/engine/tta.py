@@ -1,6 +1,6 @@
-"""Test-time augmentation (TEST.AUG): detect in several sizes of an image, mirrored too, and join the results.
+"""Test-time augmentation (TEST.AUG): detect in several sizes of an image, also mirrored, and merge the results.
 
-Equal to Detectron2's GeneralizedRCNNWithTTA, batches of three images included: what pads a batch shows in the numbers.
+Equal to Detectron2's GeneralizedRCNNWithTTA, including batches of three images, because padding affects the numbers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BATCH = 3
 
 
 class _View:
-    """One size of an image: its sample, and how boxes get there from the original image and back."""
+    """One size of an image: its sample, and the transforms of boxes from and to the original image."""
 
     def __init__(self, pixels: np.ndarray, original: tuple[int, int], side: int, most: int, flip: bool) -> None:
         shape = pixels.shape[0], pixels.shape[1]
@@ -43,7 +43,7 @@ class _View:
 
     @staticmethod
     def move(boxes: Tensor, transforms: Sequence[Transform]) -> Tensor:
-        """(N, 4) XYXY boxes through ``transforms``."""
+        """Apply ``transforms`` to (N, 4) XYXY boxes."""
         points = boxes.cpu().numpy().reshape(-1, 2).copy()
         for transform in transforms:
             points = transform.coords(points)
@@ -53,7 +53,7 @@ class _View:
 
 
 class Augmented:
-    """The detector of a model and a config with TEST.AUG, a function from samples to detections at original size."""
+    """Detector with TEST.AUG: a function from samples to detections at original size."""
 
     def __init__(self, model: Any, cfg: Any) -> None:
         self.model: MaskRCNN = model
@@ -62,7 +62,7 @@ class Augmented:
 
     @torch.no_grad()
     def __call__(self, samples: Sequence[Sample]) -> list[Detections]:
-        """Detections of each sample."""
+        """Return the detections of each sample."""
         return [self._detect(sample) for sample in samples]
 
     def _detect(self, sample: Sample) -> Detections:
@@ -95,7 +95,7 @@ class Augmented:
         return Detections(size, boxes[keep], scores[keep], classes[keep])
 
     def _masks(self, views: Sequence[_View], merged: Detections) -> Tensor:
-        """Mean over the views of the masks' probabilities within the merged boxes."""
+        """Return the mask probabilities within the merged boxes, averaged over the views."""
         total: list[Tensor] = []
         heads = self.model.roi_heads
         for number, (features, sizes) in enumerate(self._features(views)):

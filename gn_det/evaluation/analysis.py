@@ -1,6 +1,6 @@
-"""What lies behind an AP: matches of detections and objects, intervals, thresholds, confusions, likely label errors.
+"""Break an AP down: matches, confidence intervals, thresholds, confusions and likely label errors.
 
-Matching is COCO's. With every image counted once, the APs here are those of :func:`evaluate_coco`.
+Matching is COCO's. With every image counted once, the APs equal those of :func:`evaluate_coco`.
 
 Shape letters: T IoU thresholds, D detections, G objects, N images, R resamples.
 """
@@ -22,13 +22,13 @@ IOUS = np.linspace(0.5, 0.95, 10)
 _RECALLS = np.linspace(0.0, 1.0, 101)
 SIZES = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}
 _ALL = (0.0, 1e10)
-#: Resamples of the images for an interval, and images from which on an interval can be given.
+#: Resamples of the images for an interval, and the fewest images for which an interval is given.
 _RESAMPLES, _LEAST_IMAGES = 200, 5
-#: Numbers of an array of resamples x detections: what many detections may cost in memory.
+#: Largest array of resamples x detections (elements), which bounds the memory.
 _CELLS = 1 << 22
-#: Bins of the score in which precision is compared with it.
+#: Score bins for the calibration.
 _BINS = 10
-#: A detection as sure as this that meets no object, or one of another class, hints at a wrong label.
+#: A false detection with at least this score hints at a wrong label.
 _SURE = 0.8
 
 Interval = tuple[float, float, float]
@@ -36,14 +36,14 @@ Interval = tuple[float, float, float]
 
 @dataclass
 class Matches:
-    """All detections of one class in descending order of the score.
+    """All detections of one class, by descending score.
 
     Attributes:
-        scores: (D,) of the detections.
-        images: (D,) index of the image.
+        scores: (D,) scores.
+        images: (D,) image index.
         hits: (T, D) bool: matched with an object.
         ignored: (T, D) bool: matched with a crowd, or outside the size range.
-        objects: (N,) objects of each image that count.
+        objects: (N,) number of counted objects per image.
     """
 
     scores: np.ndarray
@@ -55,11 +55,11 @@ class Matches:
 
 @dataclass
 class ClassAnalysis:
-    """One class.
+    """Results of one class.
 
     Attributes:
         ap, ap50: percent with the ends of their 95 % interval; nan without objects.
-        threshold: score of best F1 at IoU 0.5; nan without a hit.
+        threshold: score with the best F1 at IoU 0.5; nan without a hit.
         precision, recall: at that score.
         curve: (P, 2) recall and precision at IoU 0.5.
     """
@@ -78,7 +78,7 @@ class ClassAnalysis:
 
 @dataclass
 class ImageErrors:
-    """Objects that one image's detections, above their thresholds, miss; and detections that meet no object."""
+    """Missed objects and false detections of one image, for detections above their thresholds."""
 
     index: int
     missed: int
@@ -88,7 +88,7 @@ class ImageErrors:
 
 @dataclass
 class Doubt:
-    """A label that is likely to be wrong: ``kind`` is "missing" or "class"; ``box`` is XYWH."""
+    """A label that is probably wrong: ``kind`` is "missing" or "class"; ``box`` is XYWH."""
 
     kind: str
     index: int
@@ -100,14 +100,14 @@ class Doubt:
 
 @dataclass
 class Analysis:
-    """See the attributes' classes.
+    """Analysis of one task.
 
     Attributes:
         task: "bbox" or "segm".
         ap, ap50: means over the classes with their intervals.
-        sizes: AP, interval and objects of each size range.
-        confusion: (K + 1, K + 1) objects by true (row) and found (column) class; the last is none.
-        calibration: (B, 3) mean score, precision and detections of each bin of the score.
+        sizes: AP, interval and number of objects per size range.
+        confusion: (K + 1, K + 1) objects by true (row) and detected (column) class; the last is "none".
+        calibration: (B, 3) mean score, precision and number of detections per score bin.
     """
 
     task: str
@@ -123,7 +123,7 @@ class Analysis:
 
     @property
     def thresholds(self) -> dict[str, float]:
-        """Score of best F1 by class name, where there is one."""
+        """Map class names to their score of best F1, if defined."""
         return {c.name: c.threshold for c in self.classes if math.isfinite(c.threshold)}
 
 
@@ -136,13 +136,13 @@ def analyze(
     task: str,
     max_dets: int = 100,
 ) -> Analysis:
-    """Analyze ``results`` (COCO's format) of ``task`` "bbox" or "segm"; arguments as of :func:`evaluate_coco`."""
+    """Analyze ``results`` (COCO's format) of ``task`` "bbox" or "segm"; arguments as in :func:`evaluate_coco`."""
     groups = _groups(gt, results, task, max_dets)
     n = len(gt.images)
     weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / max(n, 1)), _RESAMPLES).astype(np.float32)
     if n < _LEAST_IMAGES:
         weights = weights[:0]
-    weights = np.concatenate([np.ones((1, n), np.float32), weights])  # the first is no resample
+    weights = np.concatenate([np.ones((1, n), np.float32), weights])  # the first row is the full set
     classes, calibrated = [], []
     aps: list[np.ndarray] = []
     by_class = [_matches(groups, category, n, _ALL) for category in category_ids]
@@ -177,9 +177,9 @@ def analyze(
 
 @dataclass
 class _Image:
-    """Objects and detections of one image and all its classes; ``iou`` is (D, G).
+    """Objects and detections of one image, all classes; ``iou`` is (D, G).
 
-    ``truth_of`` and ``found_of`` are their places by category.
+    ``truth_of`` and ``found_of`` map categories to their indices.
     """
 
     index: int
@@ -227,7 +227,7 @@ def _groups(gt: GroundTruth, results: Sequence[Mapping[str, Any]], task: str, ma
 
 
 def _best_of_each_class(found: list[Mapping[str, Any]], most: int) -> list[Mapping[str, Any]]:
-    """Detections of an image by descending score, at most ``most`` of a class."""
+    """Return the detections of an image by descending score, at most ``most`` per class."""
     order = np.argsort([-r["score"] for r in found], kind="mergesort")
     kept: list[Mapping[str, Any]] = []
     seen: dict[Any, int] = defaultdict(int)
@@ -249,7 +249,7 @@ def _rle(segmentation: Any, image: Mapping[str, Any]) -> Any:
 
 
 def _matches(groups: Sequence[_Image], category: int, images: int, span: tuple[float, float]) -> Matches:
-    """COCO's greedy matching of one class within a range of areas."""
+    """Match one class within a range of areas with COCO's greedy algorithm."""
     scores, where, hits, ignored = [], [], [], []
     objects = np.zeros(images, np.float32)
     for group in groups:
@@ -285,7 +285,7 @@ def _matches(groups: Sequence[_Image], category: int, images: int, span: tuple[f
 
 
 def _greedy(iou: np.ndarray, skip: np.ndarray, crowd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(T, D) matched and (T, D) ignored, for (D, G) IoUs whose rows come by descending score, ignored objects last."""
+    """Return (T, D) matched and (T, D) ignored for (D, G) IoUs, sorted by descending score, ignored objects last."""
     hit = np.zeros((len(IOUS), len(iou)), bool)
     ignored = np.zeros_like(hit)
     if not iou.shape[1]:
@@ -297,7 +297,7 @@ def _greedy(iou: np.ndarray, skip: np.ndarray, crowd: np.ndarray) -> tuple[np.nd
             continue
         fits = (row >= np.minimum(IOUS, 1 - 1e-10)[:, None]) & ~(taken & ~crowd)
         counted = fits & ~skip
-        # An object that counts wins over any that does not; of equal IoUs the last.
+        # A counted object wins over an ignored one; of equal IoUs, the last wins.
         choice = np.where(counted.any(1, keepdims=True), counted, fits)
         value = np.where(choice, row, -1.0)[:, ::-1]
         best = iou.shape[1] - 1 - value.argmax(1)
@@ -312,7 +312,7 @@ def _greedy(iou: np.ndarray, skip: np.ndarray, crowd: np.ndarray) -> tuple[np.nd
 
 
 def average_precision(matches: Matches, weights: np.ndarray) -> np.ndarray:
-    """(T, R) AP (0 to 1) where image i counts ``weights[r, i]`` times; nan where no object counts."""
+    """Return (T, R) AP (0 to 1) with image i counted ``weights[r, i]`` times; nan if no object counts."""
     step = max(_CELLS // max(len(matches.scores), 1), 1)
     parts = [weights[start : start + step] for start in range(0, len(weights), step)]
     return np.concatenate([_average_precision(matches, part) for part in parts], 1)
@@ -336,7 +336,7 @@ def _average_precision(matches: Matches, weights: np.ndarray) -> np.ndarray:
 
 
 def _mean(aps: Sequence[np.ndarray]) -> np.ndarray:
-    """(T, R) mean over the classes that have objects."""
+    """Return the (T, R) mean over the classes that have objects."""
     stacked = np.stack(aps) if aps else np.full((1, len(IOUS), 1), np.nan)
     known = ~np.isnan(stacked)
     total: np.ndarray = np.where(known, stacked, 0).sum(0) / np.maximum(known.sum(0), 1)
@@ -344,7 +344,7 @@ def _mean(aps: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _interval(values: np.ndarray) -> Interval:
-    """Percent of the whole set and the central 95 % of the resamples."""
+    """Return the percentage for the full set, and the central 95 % of the resamples."""
     drawn = values[1:][~np.isnan(values[1:])]
     low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (math.nan, math.nan)
     return float(values[0]) * 100, float(low) * 100, float(high) * 100
@@ -370,7 +370,7 @@ def _class(name: str, matches: Matches, ap: np.ndarray) -> ClassAnalysis:
 
 
 def _calibration(found: np.ndarray) -> np.ndarray:
-    """(B, 3) of (D, 2) score and hit."""
+    """Return (B, 3) calibration bins of (D, 2) score and hit."""
     bins = np.minimum((found[:, 0] * _BINS).astype(int), _BINS - 1)
     parts = [found[bins == b] for b in range(_BINS)]
     return np.array([(*part.mean(0), len(part)) for part in parts if len(part)], dtype=float).reshape(-1, 3)
@@ -382,7 +382,7 @@ def _calibration(found: np.ndarray) -> np.ndarray:
 def _look_at_images(
     out: Analysis, groups: Sequence[_Image], thresholds: Mapping[int, float], names: Mapping[int, str]
 ) -> None:
-    """Confusions, errors and doubts, with the detections above the threshold of their class, at IoU 0.5."""
+    """Collect confusions, errors and doubts at IoU 0.5 for the detections above their class's threshold."""
     row_of = {category: k for k, category in enumerate(names)}
     none = len(names)
     for group in groups:
@@ -394,7 +394,7 @@ def _look_at_images(
         for d in sure:
             category = group.found[d]["category_id"]
             free = [k for k in real if k not in taken and group.iou[d, k] >= 0.5]
-            # of its own class before any other
+            # prefer an object of the same class
             best = max(free, key=lambda k: (group.truth[k]["category_id"] == category, group.iou[d, k]), default=None)
             label = None if best is None else group.truth[best]["category_id"]
             if best is None and any(group.iou[d, k] >= 0.5 for k in crowds):

@@ -1,6 +1,6 @@
 """COCO average precision of boxes and masks, with Detectron2's metric names and derivation.
 
-``faster-coco-eval`` matches and accumulates; its numbers equal pycocotools' (tests compare them to the last digit).
+``faster-coco-eval`` does the matching. Its numbers equal pycocotools' (tests compare them to the last digit).
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ log = logging.getLogger(__name__)
 
 
 class EvalResult(dict[str, dict[str, float]]):
-    """``{"bbox": {"AP": percent, ...}, "segm": {...}}`` with the sentences that explain it.
+    """``{"bbox": {"AP": percent, ...}, "segm": {...}}`` with explanations.
 
     Attributes:
-        reasons: why an AP is 0 or undefined, empty when there is nothing to explain.
-        warnings: what was repaired in the ground truth.
+        reasons: why an AP is 0 or undefined; empty if nothing needs explaining.
+        warnings: repairs of the ground truth.
     """
 
     reasons: list[str]
@@ -50,28 +50,28 @@ def evaluate_coco(
     detections_per_image: int | None = None,
     proposals: int | None = None,
 ) -> EvalResult:
-    """Average precision of ``results`` on a COCO json.
+    """Compute the average precision of ``results`` on a COCO json.
 
     Args:
         ground_truth: path of the COCO json, its content, or a loaded set.
-        results: entries of COCO's result format (:func:`detections_to_coco`), not changed.
-        class_names: names for the per-category AP, as Detectron2's ``thing_classes``; None takes those of the json.
-            With a single class no per-category AP is given, as in Detectron2.
-        category_ids: json category id of each name; None takes the ids of the json in ascending order.
-        iou_types: ``"bbox"`` and/or ``"segm"``; masks are left out when no result carries one.
+        results: entries in COCO's result format (:func:`detections_to_coco`); not modified.
+        class_names: names for the per-category AP, like Detectron2's ``thing_classes``; None: those of the json. As in
+            Detectron2, a single class has no per-category AP.
+        category_ids: json category id of each name; None: the ids of the json, ascending.
+        iou_types: ``"bbox"`` and/or ``"segm"``; masks are skipped if no result has one.
         output_dir: folder for ``coco_instances_results.json``; None writes nothing.
-        max_dets: detections of a class that count in an image (``TEST.MAX_DETS``, COCOeval's maxDets), 100 when None.
-            The names of the metrics stay.
-        detections_per_image: how many detections of all classes the model gives at most
-            (``TEST.DETECTIONS_PER_IMAGE``); only for the sentence that says what the caps cost.
-        proposals: boxes that the model classifies at most (``MODEL.RPN.POST_NMS_TOPK_TEST``); for the same sentence.
+        max_dets: how many detections per class and image count (``TEST.MAX_DETS``, COCOeval's maxDets); None: 100. The
+            metric names do not change.
+        detections_per_image: most detections per image of all classes (``TEST.DETECTIONS_PER_IMAGE``); used only to
+            explain the cost of the limits.
+        proposals: most boxes that the model classifies (``MODEL.RPN.POST_NMS_TOPK_TEST``); likewise.
 
     Returns:
-        Percentages in the order AP, AP50, AP75, APs, APm, APl, AP-<name> ...; nan where undefined. Empty when the
-        json has no ``annotations`` (a test set).
+        Percentages in the order AP, AP50, AP75, APs, APm, APl, AP-<name> ...; nan if undefined. Empty if the json has
+        no ``annotations`` (a test set).
 
     Raises:
-        DataError: the json is unusable, or a result names an image that it does not have.
+        DataError: the json is unusable, or a result names an image that is not in it.
     """
     gt = load_ground_truth(ground_truth)
     for sentence in gt.warnings:
@@ -109,7 +109,7 @@ def _tasks(iou_types: Sequence[str], results: Sequence[Mapping[str, Any]]) -> li
             tasks.remove("segm")
         elif with_mask < len(results):
             bad = next(r for r in results if "segmentation" not in r)
-            raise DataError(f"results: the one on image {bad['image_id']!r} has no segmentation while others have one")
+            raise DataError(f"results: one on image {bad['image_id']!r} has no segmentation, but others have one")
     return tasks
 
 
@@ -133,20 +133,20 @@ def _check_results(gt: GroundTruth, results: Sequence[Mapping[str, Any]]) -> Non
     unknown = {r["image_id"] for r in results} - known
     if unknown:
         raise DataError(
-            f"{gt.source}: {count(len(unknown), 'image id')} of the results not in this json, e.g. "
+            f"{gt.source}: results have {count(len(unknown), 'image id')} that are not in this json, e.g. "
             f"{next(iter(unknown))!r} (it has e.g. {next(iter(known))!r}); evaluate on the json that was predicted on"
         )
 
 
 def _precision(gt: GroundTruth, results: Sequence[dict[str, Any]], task: str, max_dets: int | None) -> np.ndarray:
-    """Precision (IoU threshold 10, recall 101, category, area range 4, max dets 1); -1 where undefined."""
+    """Return precision (IoU threshold 10, recall 101, category, area range 4, max dets 1); -1 if undefined."""
     from faster_coco_eval import COCO, COCOeval_faster
 
-    # Shallow copies: the evaluator writes flags and run-length objects into the entries.
+    # Shallow copies, because the evaluator writes flags and run-length objects into the entries.
     annotations = [dict(a) for a in gt.annotations if task == "bbox" or "segmentation" in a]
     entries = _boxes(results) if task == "bbox" else _masks(results, annotations)
     number = {image_id: image_id for image_id in gt.image_ids}
-    # The evaluator keeps ids as doubles: text, and numbers beyond their precision, are counted through instead.
+    # The evaluator stores ids as doubles, so replace text and large numbers by a running index.
     if not all(type(i) is int and abs(i) < 2**53 for i in number):
         number = {image_id: n for n, image_id in enumerate(sorted(number, key=lambda i: (str(type(i)), i)), 1)}
         for entry in (*entries, *annotations):
@@ -157,7 +157,7 @@ def _precision(gt: GroundTruth, results: Sequence[dict[str, Any]], task: str, ma
         for a in (annotations, entries)
     )
     evaluator = COCOeval_faster(truth, found, task, print_function=_silent, extra_calc=False)
-    # One number: COCOeval sorts them, and only the largest is read.
+    # A single number is enough: COCOeval reads only the largest.
     evaluator.params.maxDets = [100 if max_dets is None else int(max_dets)]
     evaluator.evaluate()
     evaluator.accumulate()
@@ -165,15 +165,15 @@ def _precision(gt: GroundTruth, results: Sequence[dict[str, Any]], task: str, ma
 
 
 def _boxes(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Detections for box AP: size class by the area of the box."""
+    """Return detections for box AP, with size ranges by box area."""
     return [_entry(n, r, "bbox", r["bbox"], r["bbox"][2] * r["bbox"][3]) for n, r in enumerate(results, 1)]
 
 
 def _masks(results: Sequence[Mapping[str, Any]], annotations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Detections for mask AP: size class by the area of the mask, not of its box.
+    """Return detections for mask AP, with size ranges by mask area.
 
-    A detection whose category has no object in its image meets nothing, so that its mask matters by its area alone;
-    it gets a mask of one pixel, which spares most of the run-length work on a usual result set.
+    A detection whose category has no object in its image cannot match, so only its area matters. Giving it a mask of
+    one pixel avoids most of the run-length work on typical results.
     """
     from faster_coco_eval.core import mask as fast_mask
 
@@ -192,11 +192,11 @@ def _entry(number: int, result: Mapping[str, Any], key: str, value: Any, area: f
 
 
 def _silent(*_: object) -> None:
-    """The evaluator reports through a print function; its progress lines add nothing to ours."""
+    """Print function for the evaluator that suppresses its progress lines."""
 
 
 def _mean(values: np.ndarray) -> float:
-    """Mean of the defined entries in percent, nan without any."""
+    """Return the mean of the defined entries in percent, nan without any."""
     defined = values[values > -1]
     return float(np.mean(defined) * 100) if defined.size else math.nan
 

@@ -1,7 +1,7 @@
-"""Why an AP is 0 or undefined, in plain sentences.
+"""Explain in plain sentences why an AP is 0 or undefined.
 
-COCO's evaluators answer -1 or nan without an explanation; the causes are few, and ground truth and results alone show
-which it is.
+COCO's evaluators return -1 or nan without an explanation. There are few causes, and ground truth and results show which
+one it is.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ _SIZES = {
     "APl": ("above 96²", 96.0**2, 1e10),
 }
 
-#: Below this AP (percent) the boxes themselves are looked at.
+#: Below this AP (percent), the boxes themselves are examined.
 _LOW = 1.0
 _PROPOSALS = "MODEL.RPN.POST_NMS_TOPK_TEST"
-#: Boxes get at least these sides, so that one without area meets nothing.
+#: Smallest side of a box, so that an empty box overlaps nothing.
 _FLAT = np.array([-np.inf, -np.inf, 0.0, 0.0])
-#: So many images are looked at, which is enough for a verdict and quick on a big set.
+#: Images to examine: enough for a verdict, and fast on a large set.
 _SAMPLE = 200
 
 
 class Caps(NamedTuple):
-    """What limits how many objects of an image can be found, however good the model is.
+    """Limits on how many objects of an image can be detected, however good the model is.
 
     Attributes:
-        max_dets: TEST.MAX_DETS, detections that count for each class.
-        detections: TEST.DETECTIONS_PER_IMAGE of all classes together; None where unknown.
-        proposals: MODEL.RPN.POST_NMS_TOPK_TEST; None where unknown, and where the model has no RPN.
+        max_dets: TEST.MAX_DETS, counted detections per class.
+        detections: TEST.DETECTIONS_PER_IMAGE, of all classes together; None if unknown.
+        proposals: MODEL.RPN.POST_NMS_TOPK_TEST; None if unknown, or if the model has no RPN.
     """
 
     max_dets: int = 100
@@ -47,13 +47,13 @@ class Caps(NamedTuple):
 
     @classmethod
     def of(cls, cfg: Any) -> Caps:
-        """Those of ``cfg``; Detectron2's own configs lack TEST.MAX_DETS."""
+        """Return the limits of ``cfg``; Detectron2's own configs lack TEST.MAX_DETS."""
         has_rpn = cfg.MODEL.META_ARCHITECTURE not in ("RetinaNet", "FCOS")
         proposals = int(cfg.MODEL.RPN.POST_NMS_TOPK_TEST) if has_rpn else None
         return cls(int(cfg.TEST.get("MAX_DETS", 100)), int(cfg.TEST.DETECTIONS_PER_IMAGE), proposals)
 
     def lost(self, classes: Sequence[int]) -> int:
-        """How many objects of an image, given by their classes, cannot be found."""
+        """Return how many objects of an image, given by their classes, cannot be detected."""
         count = len(classes)
         total = min(count if cap is None else cap for cap in (self.detections, self.proposals))
         if count <= min(self.max_dets, total):
@@ -61,7 +61,7 @@ class Caps(NamedTuple):
         return count - min(sum(min(n, self.max_dets) for n in Counter(classes).values()), total)
 
     def in_words(self, objects: int) -> str:
-        """The keys with their values; that of the proposals where it is too low for that many objects."""
+        """Return keys and values; includes the proposals only if they are too few for that many objects."""
         parts = [f"TEST.MAX_DETS {self.max_dets}"]
         if self.detections is not None:
             parts.append(f"TEST.DETECTIONS_PER_IMAGE {self.detections}")
@@ -70,11 +70,11 @@ class Caps(NamedTuple):
         return " and ".join(parts)
 
     def keys_for(self, objects: int) -> str:
-        """The keys to set where an image has that many objects, with room for false detections."""
+        """Return the keys to set for images with that many objects, with room for false detections."""
         cap = -(-objects // 100) * 100
         keys = f"TEST.MAX_DETS {max(cap, self.max_dets)} TEST.DETECTIONS_PER_IMAGE {max(cap, self.detections or 0)}"
         if self.proposals is not None and self.proposals < objects:
-            keys += f" {_PROPOSALS} {max(2 * cap, 1000)}"  # most proposals are of the same objects or of none
+            keys += f" {_PROPOSALS} {max(2 * cap, 1000)}"  # most proposals are duplicates or background
         return keys
 
 
@@ -84,25 +84,25 @@ def explain(
     results: Sequence[Mapping[str, Any]],
     category_ids: Sequence[int],
 ) -> list[str]:
-    """Sentences, most likely cause first; empty when every overall number is defined and none is 0.
+    """Return sentences, most likely cause first; empty if every overall number is defined and none is 0.
 
     Args:
-        metrics: ``{"bbox": {"AP": percent, ...}, ...}``; nan where COCO says -1.
-        gt: the ground truth evaluated on.
-        results: entries of COCO's result format.
-        category_ids: json category ids of the classes the model knows.
+        metrics: ``{"bbox": {"AP": percent, ...}, ...}``; nan for COCO's -1.
+        gt: the ground truth.
+        results: entries in COCO's result format.
+        category_ids: json category ids of the model's classes.
     """
     reasons: list[str] = []
     objects = [a for a in gt.annotations if not a["iscrowd"]]
     if len(gt.images) == 1:
-        reasons.append(f"{gt.source} has a single image: its AP means next to nothing; hold out more images.")
+        reasons.append(f"{gt.source} has a single image, so its AP is almost meaningless; hold out more images.")
     if not objects:
         crowd = " that is not a crowd" if gt.annotations else ""
         return [*reasons, f"AP is undefined (-1, nan): {gt.source} has no ground-truth object{crowd}."]
     if not results:
         return [
             *reasons,
-            f"AP is undefined (nan): the model gave no detection at all on the {len(gt.images)} images of {gt.source}; "
+            f"AP is undefined (nan): the model detected nothing in the {len(gt.images)} images of {gt.source}; "
             "train longer, check that MODEL.WEIGHTS was loaded, or lower MODEL.ROI_HEADS.SCORE_THRESH_TEST.",
         ]
     reasons += _category_mismatch(gt, objects, results, category_ids)
@@ -117,14 +117,14 @@ def explain(
     scores = {r["score"] for r in results}
     if len(scores) == 1 and len(results) > 1:
         reasons.append(
-            f"All {len(results)} detections have the same score {next(iter(scores)):.4g}, so their order is arbitrary; "
-            "AP needs a score that ranks them."
+            f"All {len(results)} detections have the same score {next(iter(scores)):.4g}, so their order is arbitrary, "
+            "but AP depends on their ranking."
         )
     return reasons
 
 
 def capped(gt: GroundTruth, caps: Caps) -> list[str]:
-    """One sentence where ``caps`` keep objects from being found, however good the model is."""
+    """Return a sentence if ``caps`` keep objects from being detected, however good the model is."""
     classes: dict[Any, list[int]] = defaultdict(list)
     for a in gt.annotations:
         if not a["iscrowd"]:
@@ -148,19 +148,19 @@ def _category_mismatch(
 ) -> list[str]:
     out = []
     known = set(gt.category_ids)
-    # Ids of the model's classes that the json lacks are known to have no objects.
+    # The model's classes that the json lacks are known to have no objects.
     strange = Counter(r["category_id"] for r in results if r["category_id"] not in known.union(category_ids))
     if strange:
         out.append(
             f"{sum(strange.values())} of {len(results)} detections have category ids that {gt.source} does not have "
-            f"({some(sorted(strange))}; it has {some(gt.category_ids)}) and do not count: the model's classes come "
-            "from another json."
+            f"({some(sorted(strange))}; it has {some(gt.category_ids)}) and do not count: the model was trained on "
+            "other classes."
         )
     unlearned = sorted({a["category_id"] for a in objects} - set(category_ids))
     if unlearned:
         names = {c["id"]: c["name"] for c in gt.categories}
         out.append(
-            f"{gt.source} has objects of categories that the model does not know and that count as missed: "
+            f"{gt.source} has objects of categories that the model does not know, and they count as missed: "
             f"{some(names[i] for i in unlearned)}."
         )
     return out
@@ -174,19 +174,19 @@ def _coverage(objects: Sequence[Mapping[str, Any]], results: Sequence[Mapping[st
         return []
     if common:
         return [
-            f"Only {common} of the {len(with_objects)} images with objects have any detection, so that most objects "
-            "count as missed: predict on the whole set, or train longer."
+            f"Only {common} of the {len(with_objects)} images with objects have any detection, so most objects count "
+            "as missed: predict on the whole set, or train longer."
         ]
     return [
-        f"AP is 0: the {len(with_results)} images with detections and the {len(with_objects)} images with objects have "
-        "none in common; image ids of predictions and json probably do not match."
+        f"AP is 0: none of the {len(with_objects)} images with objects is among the {len(with_results)} images with "
+        "detections; the image ids of predictions and json probably do not match."
     ]
 
 
 def _undefined(
     metrics: Mapping[str, Mapping[str, float]], gt: GroundTruth, objects: Sequence[Mapping[str, Any]]
 ) -> list[str]:
-    """One sentence for every size range and for the categories without ground truth."""
+    """Return a sentence for each size range, and one for the categories, without ground truth."""
     out = []
     if "segm" in metrics and not any("segmentation" in a for a in objects):
         out.append(f"segm AP is undefined (-1, nan): no object of {gt.source} has a usable segmentation.")
@@ -205,16 +205,16 @@ def _undefined(
 
 
 class _Fit(NamedTuple):
-    """Share of the looked-at objects that a detection meets with IoU >= 0.5."""
+    """Share of the examined objects that overlap a detection with IoU >= 0.5."""
 
     same_class: float
     any_class: float
     detections_as_corners: float  # any class, the detection's four numbers read as x0, y0, x1, y1
-    truth_as_corners: float  # any class, the object's four numbers read so
+    truth_as_corners: float  # any class, the object's four numbers read so, too
 
 
 def _fit(objects: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]]) -> tuple[_Fit, float]:
-    """Shares, and the highest IoU of a detection with an object of its class."""
+    """Return the shares, and the highest IoU of a detection with an object of its class."""
     found: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
     truth: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
     for groups, entries in ((found, results), (truth, objects)):
@@ -241,12 +241,12 @@ def _read_as_corners(boxes: np.ndarray) -> np.ndarray:
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(M, N) IoU of XYWH boxes, 0 for those without area."""
+    """Return the (M, N) IoU of XYWH boxes, 0 for empty ones."""
     return np.asarray(coco_mask.iou(np.maximum(a, _FLAT), np.maximum(b, _FLAT), [0] * len(b)))
 
 
 def _bad_boxes(objects: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What is wrong with boxes or classes, where that shows."""
+    """Return recognizable problems with boxes or classes."""
     if any("bbox" not in r for r in results):
         return []
     for what, entries in (("the ground-truth boxes", objects), ("the detected boxes", results)):
@@ -256,7 +256,7 @@ def _bad_boxes(objects: Sequence[Mapping[str, Any]], results: Sequence[Mapping[s
     for what, share in (("detected", fit.detections_as_corners), ("ground-truth", fit.truth_as_corners)):
         if share > max(0.3, 2 * fit.any_class):
             return [f"the {what} boxes fit when read as [x0, y0, x1, y1]; COCO expects [x, y, width, height]."]
-    # A model that hardly trained names classes at random, with low scores; only a sure one can be mislabeled.
+    # A barely trained model predicts random classes with low scores; only confident detections indicate wrong labels.
     sure, _ = _fit(objects, [r for r in results if r["score"] >= 0.5])
     if sure.any_class > max(0.3, 3 * sure.same_class):
         return [
@@ -268,7 +268,7 @@ def _bad_boxes(objects: Sequence[Mapping[str, Any]], results: Sequence[Mapping[s
 
 def _untrained(gt: GroundTruth, objects: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]]) -> str:
     score = float(max(r["score"] for r in results))
-    hits = "hardly meet them"
+    hits = "hardly overlap them"
     if all("bbox" in r for r in results):
         hits = f"overlap an object of their class by IoU {_fit(objects, results)[1]:.2f} at best"
     return (

@@ -1,4 +1,4 @@
-"""The page of ``gn-det eval --html``: how good a model is, how sure that is, and where it fails, with images."""
+"""Render the page of ``gn-det eval --html``: how good a model is, how certain that is, and where it fails."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from gn_det.visualize.draw import draw_annotations
 from gn_det.visualize.html import jpeg_uri, render
 from gn_det.visualize.plots import Line, plot_lines
 
-#: Images shown, classes in curves and confusions, and the longer side of an image in pixels.
+#: Images to show, classes in curves and confusions, and the longer side of an image in pixels.
 _WORST, _DOUBTS, _CURVES, _CONFUSED, _SIDE = 8, 12, 6, 12, 480
-#: Below this many images the page says that they prove little.
+#: With fewer images, the page says that they prove little.
 _FEW = 100
 _TASKS = {"bbox": "box", "segm": "mask"}
 
@@ -41,12 +41,12 @@ def as_html(
     reader: ImageReader,
     weights: str = "",
 ) -> str:
-    """The page.
+    """Render the page.
 
     Args:
-        analyses: of each task on the same results; images show what the last one found wrong.
-        class_names: the model's, in the order of ``category_ids``.
-        reader: reads images as the evaluation did.
+        analyses: one per task, of the same results; images show the errors of the last one.
+        class_names: the model's classes, in the order of ``category_ids``.
+        reader: reads images like the evaluation.
         weights: name of the evaluated file.
     """
     main = analyses[-1]
@@ -81,7 +81,7 @@ def as_html(
 
 
 def write_csv(path: Path, analysis: Analysis) -> None:
-    """One row a class; numbers as measured, empty where undefined."""
+    """Write one row per class, with unrounded numbers; undefined ones are empty."""
     buffer = io.StringIO()
     writer = csv.writer(buffer)
     writer.writerow(
@@ -89,14 +89,14 @@ def write_csv(path: Path, analysis: Analysis) -> None:
     )
     for c in analysis.classes:
         numbers = (*c.ap, c.ap50[0], c.threshold, c.f1, c.precision, c.recall)
-        # A spreadsheet would run a name that looks like a formula.
+        # A spreadsheet would evaluate a name that looks like a formula.
         name = f"'{c.name}" if c.name.startswith(("=", "+", "-", "@")) else c.name
         writer.writerow([name, c.objects, c.detections, *("" if math.isnan(v) else round(v, 4) for v in numbers)])
     atomic_write(path, buffer.getvalue().encode("utf-8", "backslashreplace"))
 
 
 def percent(interval: Interval) -> str:
-    """``41.2 (38.0 to 44.1)``."""
+    """Return ``41.2 (38.0 to 44.1)``."""
     value, low, high = interval
     if math.isnan(value):
         return "-"
@@ -116,7 +116,7 @@ _FRACTIONS = ("threshold", "f1", "precision", "recall")
 
 
 def _confusion(analysis: Analysis) -> dict[str, Any] | None:
-    """The rows and columns of the classes with most errors, each cell with its share of the row."""
+    """Return the rows and columns of the classes with most errors; each cell has its share of the row."""
     matrix, classes = analysis.confusion, [c.name for c in analysis.classes]
     if not matrix.any():
         return None
@@ -134,7 +134,7 @@ def _confusion(analysis: Analysis) -> dict[str, Any] | None:
 
 
 class _Pictures:
-    """Draws ground truth and detections of single images, reading each when it is drawn."""
+    """Draws ground truth and detections of single images, which are read when drawn."""
 
     def __init__(
         self,
@@ -189,7 +189,7 @@ class _Pictures:
         return one_line(Path(record["file_name"]).name, 60)
 
     def _detections(self, image_id: Any) -> list[Any]:
-        """Those above the threshold of their class, as annotations."""
+        """Return the detections above their class's threshold as annotations."""
         index = {category: k for k, category in enumerate(self.names)}
         return [
             {
@@ -211,7 +211,7 @@ def _drawable(segmentation: Any) -> Any:
 
 
 def _cut(pixels: np.ndarray, box: Sequence[float]) -> np.ndarray:
-    """The surroundings of an XYWH box, with the box drawn."""
+    """Crop the surroundings of an XYWH box, with the box drawn."""
     x, y, w, h = box
     margin = max(w, h, 24.0)
     left, top = max(round(x - margin), 0), max(round(y - margin), 0)

@@ -1,9 +1,8 @@
 """Ground truth of a COCO json, made safe for the evaluators.
 
-COCO's evaluators trust their input: annotation id 0 counts as "not matched", a repeated id hides another object, a
-missing ``area`` or ``iscrowd`` is a KeyError and a non-finite polygon vertex ends the process inside the mask API. So
-the ground truth is what training's reader makes of the json: the same entries dropped, the same repairs. On a sound
-json it evaluates to the same numbers.
+COCO's evaluators trust their input. Annotation id 0 counts as "not matched", a repeated id hides another object, a
+missing ``area`` or ``iscrowd`` is a KeyError, and a non-finite polygon vertex crashes the mask API. So the json is read
+by training's reader, which drops and repairs the same entries. A sound json evaluates to the same numbers.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ class GroundTruth:
     """A checked COCO data set.
 
     Attributes:
-        source: path (or a short name) for messages.
+        source: path (or short name) for messages.
         images: ``{"id", "height", "width", ...}``, ids unique.
         categories: ``{"id", "name"}`` sorted by id.
-        annotations: COCO annotations with ``id`` 1..N, grouped by image, ``bbox`` (XYWH), ``area``, ``iscrowd``; a
-            usable ``segmentation`` or none at all.
-        warnings: one sentence for each kind of repair and each entry that was dropped.
+        annotations: COCO annotations with ``id`` 1..N, grouped by image, ``bbox`` (XYWH), ``area``, ``iscrowd``, and a
+            usable ``segmentation`` or none.
+        warnings: one sentence for each kind of repair and each dropped entry.
         has_annotations: False for a test json, which has no ``annotations`` key.
     """
 
@@ -57,15 +56,14 @@ class GroundTruth:
 
 
 def load_ground_truth(source: StrPath | Mapping[str, Any] | CocoDataset | GroundTruth) -> GroundTruth:
-    """Read and check a COCO json; the file or dict given is never changed.
+    """Read and check a COCO json, without changing the file or dict.
 
     Args:
-        source: path of a COCO json, its content as a dict, a set that was loaded for training or testing (what was
-            dropped and repaired there is not reported again), or a :class:`GroundTruth` (returned as it is).
+        source: path of a COCO json, its content as a dict, a set loaded for training or testing (its repairs are not
+            reported again), or a :class:`GroundTruth` (returned unchanged).
 
     Raises:
-        DataError: the file cannot be used, as in training; of an image only ``id``, ``height`` and ``width`` are
-            needed.
+        DataError: the file cannot be used, as in training; images need only ``id``, ``height`` and ``width``.
     """
     if isinstance(source, GroundTruth):
         return source
@@ -86,7 +84,7 @@ def _read(source: StrPath | Mapping[str, Any], problems: Problems) -> CocoDatase
     with collector_paused():
         data = source if isinstance(source, Mapping) else read_json(source, advice=_ADVICE, keep_text=True)
         entries = data.get("images") if isinstance(data, Mapping) else None
-        if isinstance(entries, list):  # no image is opened: its name does not matter
+        if isinstance(entries, list):  # images are not opened, so their names do not matter
             entries = [{"file_name": "-", **e} if isinstance(e, Mapping) else e for e in entries]
             data = {**data, "images": entries}
         content = structure(data, problems, need_annotations=False)

@@ -20,9 +20,9 @@ class InferenceProgress:
 
     Attributes:
         images: images done on this rank.
-        total: images of this rank, None when unknown.
-        seconds_per_image: running average without the first batch, which also warms up.
-        eta_seconds: estimated seconds left, None when ``total`` is.
+        total: images of this rank, None if unknown.
+        seconds_per_image: running average without the first batch, which warms up.
+        eta_seconds: estimated seconds left, None if ``total`` is.
     """
 
     images: int
@@ -39,14 +39,14 @@ def run_inference(
     on_progress: Callable[[InferenceProgress], None] | None = None,
     total: int | None = None,
 ) -> list[dict[str, Any]]:
-    """COCO results of every image of ``loader``; an image that comes twice counts once.
+    """Return the COCO results of every image of ``loader``; repeated images count once.
 
     Args:
-        model: a module (in eval mode meanwhile) or any callable from samples to detections at original size.
-        loader: lists of samples with ``image_id``.
+        model: a module (switched to eval mode meanwhile), or any callable from samples to detections at original size.
+        loader: yields lists of samples with ``image_id``.
         category_ids: json category id of each contiguous class index.
         on_progress: called after every batch.
-        total: number of images, where known.
+        total: number of images, if known.
     """
     results: list[dict[str, Any]] = []
     seen: set[Any] = set()

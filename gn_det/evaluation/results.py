@@ -1,4 +1,4 @@
-"""Results: from :class:`Detections` to COCO's format and its file; metrics as Detectron2's tables."""
+"""Convert :class:`Detections` to COCO's result format and file, and format metrics as Detectron2's tables."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 #: Name of the results file, as Detectron2 writes it.
 RESULTS_FILE = "coco_instances_results.json"
-#: The metrics of one task, in Detectron2's order.
+#: Metrics of one task, in Detectron2's order.
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 def detections_to_coco(image_id: Any, det: AnyDetections, category_ids: Sequence[int]) -> list[dict[str, Any]]:
-    """One result entry per detection.
+    """Return one result entry per detection.
 
     Args:
         image_id: id of the image in the COCO json.
@@ -33,8 +33,8 @@ def detections_to_coco(image_id: Any, det: AnyDetections, category_ids: Sequence
         category_ids: json category id of each contiguous class index.
 
     Returns:
-        ``{"image_id", "category_id", "bbox": XYWH, "score"}`` and, with masks, ``"segmentation"``: compressed RLE
-        whose counts are text.
+        ``{"image_id", "category_id", "bbox": XYWH, "score"}`` and, with masks, ``"segmentation"``: compressed RLE with
+        counts as text.
 
     Raises:
         DataError: a class index has no category id.
@@ -61,17 +61,17 @@ def detections_to_coco(image_id: Any, det: AnyDetections, category_ids: Sequence
 
 
 def encode_masks(masks: Tensor | np.ndarray) -> list[dict[str, Any]]:
-    """Compressed RLE of (N, H, W) masks, any dtype, nonzero is inside: ``{"size": [H, W], "counts": text}``.
+    """Encode (N, H, W) masks of any dtype (nonzero is inside) as compressed RLE: ``{"size": [H, W], "counts": text}``.
 
-    The same text as pycocotools' encoder writes. Only the part of a mask that holds its pixels is brought into column
-    order, which is most of the work.
+    The text equals that of pycocotools' encoder. Most of the work is the conversion to column order, which is limited
+    to the bounding box of a mask.
     """
     bitmaps = (to_numpy(mask).astype(bool, copy=False) for mask in masks)
     return [encode_crop(crop_mask(bitmap), *bitmap.shape) for bitmap in bitmaps]
 
 
 def merge_results(parts: Iterable[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Results of several ranks in rank order; an image seen by two ranks (padding of the last batch) counts once."""
+    """Merge results in rank order; an image seen by two ranks (padding of the last batch) counts once."""
     owner: dict[Any, int] = {}
     merged: list[dict[str, Any]] = []
     for rank, part in enumerate(parts):
@@ -80,10 +80,10 @@ def merge_results(parts: Iterable[Sequence[dict[str, Any]]]) -> list[dict[str, A
 
 
 def write_results(results: Sequence[dict[str, Any]], output_dir: StrPath) -> str:
-    """Write ``coco_instances_results.json`` atomically; returns its path.
+    """Write ``coco_instances_results.json`` atomically and return its path.
 
     Raises:
-        WriteError: the folder cannot be written (no permission, disk full); an old file stays as it was.
+        WriteError: the folder cannot be written (no permission, disk full); an existing file is kept.
     """
     path = os.path.join(os.fspath(output_dir), RESULTS_FILE)
     atomic_write(path, json_bytes(list(results)))
@@ -91,7 +91,7 @@ def write_results(results: Sequence[dict[str, Any]], output_dir: StrPath) -> str
 
 
 def format_results(results: Mapping[str, Mapping[str, float]]) -> str:
-    """Summary table and per-category table of each task, then its three ``copypaste:`` lines, as Detectron2's."""
+    """Format a summary and a per-category table per task, then three ``copypaste:`` lines, like Detectron2."""
     blocks, lines = [], []
     for task, metrics in results.items():
         overall = {k: v for k, v in metrics.items() if "-" not in k}

@@ -1,7 +1,7 @@
-"""Detect objects on images and write drawings, one COCO-style json and other formats.
+"""Detect objects in images and write drawings, one COCO-style json and other formats.
 
-Loading, drawing and writing run in threads beside the model. Images are not put into one batch: on a CPU that is no
-faster, and the statistics of GN would change with the padding.
+Loading, drawing and writing run in threads beside the model. Images are not batched: on a CPU that is no faster, and
+padding would change the statistics of GN.
 """
 
 from __future__ import annotations
@@ -57,20 +57,20 @@ def predict(
     predictor: Predictor | None = None,
     report: Callable[[str], None] = say,
 ) -> dict[str, Any]:
-    """Detect on every image; write a drawing of each, ``predictions.json`` and other formats into ``output``.
+    """Detect objects in every image; write drawings, ``predictions.json`` and other formats to ``output``.
 
     Args:
-        weights: checkpoint of gn_det (config and classes come from it), or other weights with ``config``.
-        inputs: images, folders (searched with subfolders) and globs.
-        output: folder, made if absent.
-        threshold: lowest score kept, in [0, 1]; None takes those of the checkpoint, or 0.5.
+        weights: gn_det checkpoint (with config and classes), or other weights with ``config``.
+        inputs: images, folders (searched recursively) and globs.
+        output: folder, created if missing.
+        threshold: lowest score to keep, in [0, 1]; None: those of the checkpoint, or 0.5.
         classes: only these class names; None keeps all.
         agnostic_nms: drop detections that overlap a better one of another class.
-        save: what is written; see :data:`gn_det.prediction.outputs.OUTPUTS`.
+        save: what to write; see :data:`gn_det.prediction.outputs.OUTPUTS`.
         labels, colors: as for :func:`gn_det.visualize.draw.draw_detections`.
-        tiling: cut images into tiles; None predicts them whole.
-        config: path or shipped name; None takes the config stored in the checkpoint.
-        overrides: config keys and values that win over the config.
+        tiling: cut images into tiles; None predicts whole images.
+        config: path or shipped name; None uses the config stored in the checkpoint.
+        overrides: config keys and values that override the config.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` ...
         predictor: replaces ``weights`` and ``config``.
         report: receives one line per image, and the notes.
@@ -80,8 +80,8 @@ def predict(
         ``categories``, ``annotations`` (COCO, with ``score`` and ``category_name``; RLE masks).
 
     Raises:
-        UserError: nothing to do, unknown class or unusable weights; or, after all other images are done and written,
-            images that could not be read, named with their reasons.
+        UserError: no images, unknown class or unusable weights; or, after all other images are written, images that
+            could not be read, with reasons.
     """
     check_outputs(save)
     checked_threshold(THRESHOLD if threshold is None else threshold)
@@ -112,7 +112,7 @@ def predict(
             report(f"[{number}/{len(paths)}] {path}: {_summary(result.found, predictor.class_names)}")
             for note in result.notes:
                 report(f"note: {path}: {note}")
-    finally:  # also what an interruption leaves
+    finally:  # also after an interruption
         if document["images"]:
             for note in write_outputs(save, document, folder):
                 report(f"note: {note}")
@@ -125,12 +125,12 @@ def predict(
     if not document["annotations"]:
         report(f"note: no object was found with {keep}; the best score was {best:.2f}")
     if failed:
-        raise DataError(f"{len(failed)} of {len(paths)} images could not be read, the others are done: {some}")
+        raise DataError(f"{len(failed)} of {len(paths)} images could not be read; the others are done: {some}")
     return document
 
 
 class _Result(NamedTuple):
-    """What was found on one image: detections without masks, their entries in the json, and the best score of all."""
+    """Result of one image: detections without masks, their json entries, and the best score of all."""
 
     found: ArrayDetections
     entries: list[dict[str, Any]]
@@ -139,7 +139,7 @@ class _Result(NamedTuple):
 
 
 class _Job:
-    """Three stages for each image: load (a thread), detect (the caller's thread), draw and write (a thread)."""
+    """Three stages per image: load (thread), detect (caller's thread), draw and write (thread)."""
 
     def __init__(
         self,
@@ -155,7 +155,7 @@ class _Job:
         self.colors: Colors = colors
 
     def run(self, paths: Sequence[Path], drawings: Sequence[str]) -> Iterator[_Result | str]:
-        """Yield the result of each image in order, or why it has none; a drawing without name is not made."""
+        """Yield the result of each image in order, or why it has none; drawings without a name are skipped."""
         waiting: deque[tuple[Path, Future[_Result] | str]] = deque()
         with ThreadPoolExecutor(1) as writer:
             try:
@@ -215,12 +215,12 @@ def _outcome(path: Path, waiting: Future[_Result] | str) -> _Result | str:
 
 
 def _failure(path: Path, error: Exception) -> str:
-    """Why an image has no result; any other error than a bad image or too little memory is raised."""
+    """Return why an image has no result; raise errors other than a bad image or lack of memory."""
     if isinstance(error, DataError):
         return str(error)
     if not out_of_memory(error):
         raise error
-    return f"{path}: too little memory for this image of {os.path.getsize(path)} bytes"
+    return f"{path}: not enough memory for this image of {os.path.getsize(path)} bytes"
 
 
 def draw_scaled(
@@ -231,7 +231,7 @@ def draw_scaled(
     labels: Labels,
     colors: Colors,
 ) -> np.ndarray:
-    """Draw detections on ``pixels``, which may be smaller than the image that they refer to."""
+    """Draw detections on ``pixels``, which may be a smaller version of their image."""
     rows, columns = pixels.shape[0] / det.image_size[0], pixels.shape[1] / det.image_size[1]
     if rows != 1 or columns != 1:
         boxes = det.boxes * np.array([columns, rows, columns, rows], np.float32)
@@ -240,22 +240,22 @@ def draw_scaled(
 
 
 def named_folder(output: str | os.PathLike[str]) -> Path:
-    """Return the output folder; raises ConfigError for a name that no folder can have."""
+    """Return the output folder; raise ConfigError for an invalid name."""
     if not os.fspath(output) or "\0" in os.fspath(output):
-        raise ConfigError(f"output folder {shown(os.fspath(output))}: no folder can have this name; give another")
+        raise ConfigError(f"output folder {shown(os.fspath(output))}: not a valid folder name; give another")
     return Path(os.path.expanduser(output))
 
 
 def make_folder(folder: Path) -> None:
-    """Make the output folder before the model runs, so that an hour's work is not lost to a typo.
+    """Create the output folder before the model runs, so that a typo does not waste an hour's work.
 
     Raises:
-        UserError: it cannot be made or written.
+        UserError: it cannot be created or written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another output folder") from None
+        raise UserError(f"{folder}: cannot be created ({error.strerror}); choose another output folder") from None
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{folder}: is not writable; choose another output folder")
 

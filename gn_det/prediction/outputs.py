@@ -15,23 +15,23 @@ from gn_det.text import nearest, shown
 #: Name of the json beside the drawings.
 PREDICTIONS_FILE = "predictions.json"
 CSV_FILE = "predictions.csv"
-#: What can be written for images; a dataset format becomes a folder of that name.
+#: Outputs for images; a dataset format becomes a folder of that name.
 OUTPUTS = ("drawings", "coco", "csv", "labelme", "cvat", "yolo", "masks")
 
 
 def check_outputs(save: Sequence[str]) -> None:
     """Raise ConfigError unless every name is one of :data:`OUTPUTS`."""
     if not save:
-        raise ConfigError(f"nothing is to be saved; name some of {', '.join(OUTPUTS)}")
+        raise ConfigError(f"--save is empty; use {', '.join(OUTPUTS)}")
     for name in save:
         if name not in OUTPUTS:
             near = nearest(name, OUTPUTS, 1)
-            hint = f"did you mean {near[0]}?" if near else f"they are {', '.join(OUTPUTS)}"
-            raise ConfigError(f"output {shown(name)} is not known; {hint}")
+            hint = f"did you mean {near[0]}?" if near else f"use {', '.join(OUTPUTS)}"
+            raise ConfigError(f"unknown output {shown(name)}; {hint}")
 
 
 def write_outputs(save: Sequence[str], document: dict[str, list[Any]], folder: Path) -> list[str]:
-    """Write everything but the drawings; returns what could not be carried over."""
+    """Write everything except the drawings; return what was lost."""
     notes: list[str] = []
     for name in save:
         if name == "coco":
@@ -47,7 +47,7 @@ def write_outputs(save: Sequence[str], document: dict[str, list[Any]], folder: P
 
 
 def _csv(document: dict[str, list[Any]]) -> bytes:
-    """One line a detection: file, class, score, box in pixels, area."""
+    """Return one line per detection: file, class, score, box in pixels, area."""
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(["file_name", "class", "score", "x0", "y0", "x1", "y1", "area"])

@@ -10,14 +10,14 @@ from typing import TypeVar
 In = TypeVar("In")
 Out = TypeVar("Out")
 
-#: Calls that are made before their results are asked for.
+#: How many calls are made ahead.
 AHEAD = 2
 
 
 def in_thread(
     function: Callable[[In], Out], items: Iterable[In], ahead: int = AHEAD
 ) -> Generator[Future[Out], None, None]:
-    """Yield the finished or running call of each item in order, made in one thread at most ``ahead`` items early."""
+    """Call items in one thread, at most ``ahead`` of them early, and yield the futures in order."""
     waiting: deque[Future[Out]] = deque()
     pool = ThreadPoolExecutor(1)
     try:

@@ -1,4 +1,4 @@
-"""A trained model that takes images and gives detections, and which of these are kept."""
+"""A trained model as a function from images to detections, and the selection of detections."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from gn_det.config.load import Overrides
     from gn_det.engine.engines import Engine
 
-#: Lowest score kept where neither the user nor the checkpoint says one.
+#: Default score threshold if neither the user nor the checkpoint gives one.
 THRESHOLD = 0.5
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """A model and the names of what it finds.
+    """A model and the names of its classes.
 
     Attributes:
         sample: path of an image, or an (H, W, 3) uint8 array in RGB order (OpenCV frames are BGR: pass
@@ -40,7 +40,7 @@ class Predictor:
         reader: reads the RGB pixels of an image file, for drawing.
         module: the model, in evaluation mode.
         config: its resolved configuration.
-        thresholds: lowest score of each class, as the checkpoint stores it; () where it stores none.
+        thresholds: score threshold of each class stored in the checkpoint; () if there are none.
         gray: the model takes images of one channel.
     """
 
@@ -59,9 +59,9 @@ class Predictor:
         return self.infer(self.sample(image))
 
     def load(self, path: Path) -> tuple[Any, np.ndarray]:
-        """Return what the model takes, and the RGB pixels, with the file decoded once where that gives both."""
+        """Return the model's input and the RGB pixels, decoding the file only once if possible."""
         pixels = self.reader.read(path)
-        # Pillow's way from some modes to gray is not that through RGB.
+        # For some modes, Pillow's conversion to gray differs from that via RGB.
         return self.sample(path if self.gray else pixels), pixels
 
 
@@ -73,10 +73,10 @@ def load_predictor(
     device: str = "auto",
     engine: Engine | None = None,
 ) -> Predictor:
-    """Build the model that a checkpoint describes and load it; ``engine`` None takes the embedded one if that has it.
+    """Build and load the model of a checkpoint; ``engine`` None prefers the embedded one.
 
     Raises:
-        WeightsError: unreadable file, no stored config and none given, or weights that do not fill the model.
+        WeightsError: unreadable file, no stored config and none given, or incomplete weights.
         ConfigError: unusable config or device.
     """
     import torch
@@ -98,7 +98,7 @@ def load_predictor(
         cfg = parse_config(meta["config"], os.fspath(weights))
     else:
         raise WeightsError(
-            f"{os.fspath(weights)}: no config is stored in this file; name the one it was trained with by --config"
+            f"{os.fspath(weights)}: no config is stored in this file; give the one it was trained with (--config)"
         )
     merge_overrides(cfg, overrides)
     names, ids = _classes_of(meta, cfg)
@@ -134,7 +134,7 @@ def _engine_for(cfg: Any, source: str) -> Engine:
     try:
         check_config(cfg)
     except ConfigError as error:
-        with contextlib.suppress(ConfigError):  # neither engine implements the config: the model may not depend on it
+        with contextlib.suppress(ConfigError):  # implemented by neither engine, but the model may not depend on it
             check_config(cfg, "detectron2")
             name = "detectron2"
         if name == "detectron2" and not choice.is_installed():
@@ -145,7 +145,7 @@ def _engine_for(cfg: Any, source: str) -> Engine:
 
 
 def _classes_of(meta: dict[str, Any], cfg: Any) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Names and ids: from the checkpoint, else from the config, else numbers."""
+    """Return class names and ids from the checkpoint, else the config, else numbers."""
     names, ids = tuple(meta.get("class_names") or ()), tuple(meta.get("category_ids") or ())
     if not names:
         names = tuple(cfg.MODEL.CLASS_NAMES)
@@ -158,7 +158,7 @@ def _classes_of(meta: dict[str, Any], cfg: Any) -> tuple[tuple[str, ...], tuple[
 
 
 def _thresholds(meta: dict[str, Any], count: int) -> tuple[float, ...]:
-    """The lowest score of each class that a checkpoint stores; () where it stores none that can be used."""
+    """Return the score thresholds that a checkpoint stores; () if there are no usable ones."""
     given = meta.get("thresholds")
     if not isinstance(given, (list, tuple)) or len(given) != count:
         return ()
@@ -167,12 +167,12 @@ def _thresholds(meta: dict[str, Any], count: int) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which detections are kept, best first.
+    """Selects detections, best first.
 
     Attributes:
-        threshold: lowest score, or one of each class, in [0, 1].
+        threshold: lowest score, or one per class, in [0, 1].
         wanted: class indices; None keeps all.
-        agnostic_iou: drop a detection whose box overlaps that of a better one of any class by more; None drops none.
+        agnostic_iou: drop a detection whose box overlaps a better one of any class by more than this; None drops none.
     """
 
     threshold: float | Sequence[float] = THRESHOLD
@@ -187,10 +187,10 @@ class Selection:
         classes: Sequence[str] | None = None,
         agnostic_nms: bool = False,
     ) -> Selection:
-        """Check what a user asks for; without a ``threshold`` those of the checkpoint apply, or 0.5.
+        """Check the user's selection; without a ``threshold``, those of the checkpoint apply, or 0.5.
 
         Raises:
-            ConfigError: a threshold outside [0, 1], or a class that the model does not know.
+            ConfigError: a threshold outside [0, 1], or an unknown class.
         """
         chosen: float | Sequence[float] = predictor.thresholds or THRESHOLD
         if threshold is not None:
@@ -204,7 +204,7 @@ class Selection:
     def __str__(self) -> str:
         if isinstance(self.threshold, (int, float)):
             return f"a score of {self.threshold:g} or more"
-        return f"the score that the checkpoint asks of its class ({min(self.threshold):g} to {max(self.threshold):g})"
+        return f"at least the checkpoint's threshold of its class ({min(self.threshold):g} to {max(self.threshold):g})"
 
     def __call__(self, det: AnyDetections) -> ArrayDetections:
         """Return the detections that are kept, best first, in host memory."""
@@ -247,11 +247,11 @@ def _floats(values: Any) -> np.ndarray:
 def _masks_at(masks: Any, index: np.ndarray) -> np.ndarray | None:
     if masks is None:
         return None
-    # The best ones usually come first: then no mask is copied.
+    # Usually the best ones come first, and no mask is copied.
     first = np.array_equal(index, np.arange(len(index)))
     return to_numpy(masks[: len(index)] if first else masks[index])
 
 
 def crops_of(det: ArrayDetections) -> list[MaskCrop] | None:
-    """Return the part of each mask that holds its pixels; None without masks."""
+    """Return the crop of each mask to its pixels; None without masks."""
     return None if det.masks is None else [crop_mask(mask) for mask in det.masks]

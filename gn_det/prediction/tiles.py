@@ -1,4 +1,4 @@
-"""Large images in overlapping tiles: windows of a file, and the objects of all tiles joined over the seams."""
+"""Large images in overlapping tiles: read windows of a file, and join the objects of all tiles across seams."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gn_det.prediction.predictor import Predictor, Selection, crops_of, nms
 from gn_det.structures import ArrayDetections, MaskCrop
 from gn_det.text import count
 
-#: XYXY in pixels of the image.
+#: XYXY in image pixels.
 Window = tuple[int, int, int, int]
 
 #: Two detections are one object if they agree so well where their tiles overlap (IoU).
@@ -31,7 +31,7 @@ _BLOCK = 2048
 
 @dataclass(frozen=True)
 class Tiling:
-    """How an image is cut: square tiles of ``size`` pixels that share ``overlap`` of their side with the next one."""
+    """Square tiles of ``size`` pixels that overlap the next one by ``overlap`` of their side."""
 
     size: int = 1024
     overlap: float = 0.2
@@ -40,7 +40,7 @@ class Tiling:
         if self.size < _SMALLEST:
             raise ConfigError(f"tiles of {self.size} pixels are too small; give {_SMALLEST} or more")
         if not 0 <= self.overlap <= 0.9:
-            raise ConfigError(f"an overlap of {self.overlap:g} is not possible; give 0 to 0.9 of a tile's side")
+            raise ConfigError(f"an overlap of {self.overlap:g} is out of range; give 0 to 0.9 of a tile's side")
 
     def windows(self, width: int, height: int) -> list[Window]:
         """Tiles of one size, row by row; the last of a row or column ends at the border of the image."""

@@ -1,4 +1,4 @@
-"""Detect objects in videos, cameras and streams: an annotated video, and one line of json a frame."""
+"""Detect objects in videos, cameras and streams; write an annotated video, and one line of json per frame."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from gn_det.terminal import say
 from gn_det.text import count, shown
 from gn_det.visualize.draw import Colors, Labels
 
-#: Codec and file ending of annotated videos: what every build of OpenCV writes.
+#: Codec and extension of annotated videos, supported by every build of OpenCV.
 _CODEC, _SUFFIX = "mp4v", ".mp4"
 #: Seconds between two lines of progress.
 _PROGRESS = 10.0
-#: Frames of a live source after which its real speed is known.
+#: Frames of a live source after which its actual frame rate is measured.
 _WARM_UP = 5
 
 
 class _Work(NamedTuple):
-    """A frame and its detections; ``known`` where an interrupted run had found them."""
+    """A frame and its detections; ``known`` if they come from an interrupted run."""
 
     frame: Frame
     found: ArrayDetections
@@ -67,26 +67,26 @@ def predict_videos(
     predictor: Predictor | None = None,
     report: Callable[[str], None] = say,
 ) -> None:
-    """Detect in each video; write ``NAME.mp4`` (drawings) and ``NAME.jsonl`` (coco) into ``output``.
+    """Detect objects in each video; write ``NAME.mp4`` (drawings) and ``NAME.jsonl`` (coco) to ``output``.
 
     The first line of ``NAME.jsonl`` describes the video and the run, each further line is a frame: ``frame`` (its
     number), ``time`` (seconds) and ``annotations`` as in ``predictions.json``.
 
     Args:
         sources: video files, cameras by number, addresses of streams.
-        every: only every so manieth frame is read, and written with the speed of the original.
-        max_frames: stop after so many frames; None reads to the end.
-        resume: keep what an interrupted run found in the same files; frames are drawn again.
+        every: process only every n-th frame; the output plays at the original speed.
+        max_frames: stop after this many frames; None reads to the end.
+        resume: reuse the detections of an interrupted run; frames are drawn again.
         weights, output, threshold, classes, agnostic_nms, save, labels, colors, config, overrides, device, predictor,
             report: as for :func:`gn_det.prediction.images.predict`.
 
     Raises:
-        UserError: a video cannot be opened, an output cannot be written, or a run cannot be resumed. What was written
-            so far stays.
+        UserError: a video cannot be opened, an output cannot be written, or a run cannot be resumed. Output written so
+            far is kept.
     """
     unknown = [name for name in save if name not in ("drawings", "coco")]
     if unknown or not save:
-        raise ConfigError(f"--save {shown(','.join(save))}: of videos drawings and coco can be saved")
+        raise ConfigError(f"--save {shown(','.join(save))}: for videos, use drawings, coco or both")
     folder = named_folder(output)
     make_folder(folder)
     names = output_names([Path(_stem(source)) for source in sources], _SUFFIX)
@@ -111,14 +111,14 @@ def predict_videos(
 
 
 def _stem(source: str) -> str:
-    """Name of the outputs: that of the file, ``camera-0`` or ``stream``."""
+    """Return the base name of the outputs: that of the file, ``camera-0`` or ``stream``."""
     if "://" in source:
         return "stream"
     return f"camera-{source}.x" if source.isdigit() and not os.path.exists(source) else source
 
 
 class _VideoJob:
-    """One video: read (a thread), detect (the caller's thread), draw and write (a thread)."""
+    """One video: read (thread), detect (caller's thread), draw and write (thread)."""
 
     def __init__(
         self,
@@ -135,11 +135,11 @@ class _VideoJob:
         self.colors: Colors = colors
 
     def run(self, settings: dict[str, Any], save: Sequence[str], resume: bool, max_frames: int | None) -> None:
-        """Process the video; its end, an error and an interruption leave what was written so far."""
+        """Process the video; after an error or interruption, the output so far is kept."""
         lines = _Lines(self.target.with_suffix(".jsonl"), self._header(settings), resume) if "coco" in save else None
         known = lines.known if lines is not None else {}
         if resume and lines is None:
-            raise ConfigError("--resume reads what was found from the json lines; add coco to --save")
+            raise ConfigError("--resume needs the json lines of the interrupted run; add coco to --save")
         started = said = time.perf_counter()
         done = objects = 0
         with ExitStack() as stack:
@@ -178,9 +178,9 @@ class _VideoJob:
         return {"video": self.video.name, "fps": self.video.fps, "categories": categories, "run": settings}
 
     def _detected(self, known: dict[int, list[dict[str, Any]]]) -> Generator[_Work, None, None]:
-        """Frames with their detections, in order."""
+        """Yield frames with their detections, in order."""
 
-        # A live source gives its newest frame when asked, so none is asked for early.
+        # A live source returns its newest frame on request, so do not request early.
         ahead = 0 if self.video.live else AHEAD
         frames = iter(self.video)
 
@@ -204,7 +204,7 @@ class _VideoJob:
                 crops = crops_of(found)
                 found.masks = None
                 yield _Work(frame, found, crops, False)
-        finally:  # nothing may read a video that is closed
+        finally:  # no thread may read the video after it is closed
             loading.close()
             frames.close()
 
@@ -228,7 +228,7 @@ class _VideoJob:
 
 
 class _Lines:
-    """The json lines of a video; ``known`` are the annotations by frame that an interrupted run left."""
+    """The json lines of a video; ``known`` are the annotations of an interrupted run by frame."""
 
     def __init__(self, path: Path, header: dict[str, Any], resume: bool) -> None:
         self._path = path
@@ -245,7 +245,7 @@ class _Lines:
             self.add(header)
 
     def _read(self, header: dict[str, Any]) -> None:
-        """Take the whole lines of an earlier run and cut off what a kill left of the last one."""
+        """Read the complete lines of an earlier run, and cut off an incomplete last one."""
         end = 0
         with self._path.open("rb") as file:
             for number, raw in enumerate(file):
@@ -280,7 +280,7 @@ class _Lines:
 
 
 def _is_frame(line: Any, categories: set[int]) -> bool:
-    """Whether a line is a frame as :class:`_VideoJob` writes them."""
+    """Return whether a line is a frame as written by :class:`_VideoJob`."""
     try:
         if type(line["frame"]) is not int:
             return False
@@ -295,7 +295,7 @@ def _is_frame(line: Any, categories: set[int]) -> bool:
 
 
 class _Film:
-    """The annotated video, written beside its place and moved there when it is closed, whatever ended it."""
+    """The annotated video, written to a temporary file and moved into place when closed."""
 
     def __init__(self, path: Path, video: VideoFrames) -> None:
         self._cv2, self._path, self._video = import_cv2(), path, video
@@ -308,7 +308,7 @@ class _Film:
         return self
 
     def add(self, pixels: np.ndarray) -> None:
-        """Append a frame; the speed of a live source is measured on the first ones."""
+        """Append a frame; the frame rate of a live source is measured on the first frames."""
         self._early.append(pixels)
         if self._writer is None and (not self._video.live or len(self._early) >= _WARM_UP):
             self._open()
@@ -332,7 +332,7 @@ class _Film:
             )
 
     def __exit__(self, *_: object) -> None:
-        if self._writer is None and self._early:  # a live source of a few frames
+        if self._writer is None and self._early:  # a live source with only a few frames
             self._open()
             self.add(self._early.pop())
         if self._writer is not None:

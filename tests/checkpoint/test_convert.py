@@ -195,7 +195,7 @@ def test_only_the_backbone_goes_to_torchvision(tmp_path: Path) -> None:
         ("x.pkl", "", False, "name the new file .pth or .pt or .bin or .safetensors"),
         ("x.pth", "safetensors", False, "name the new file .safetensors"),
         ("x.pth", "onnx", False, "one of detectron2, safetensors, torchvision, timm"),
-        ("x.pth", "timm", False, "strides in the 1x1 convolutions"),
+        ("x.pth", "timm", False, "has its stride in the 1x1 convolutions"),
         ("source.pth", "", False, "would overwrite its source"),
         ("folder/x.pth", "", False, "cannot be written"),
     ],

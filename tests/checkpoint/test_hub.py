@@ -125,6 +125,6 @@ def test_what_cannot_be_pushed(server: Hub, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"push model_best\.pth"):
         hub.push(training, "me/x")
     server.refuse = True
-    with pytest.raises(UserError, match="the Hub does not take it") as raised:
+    with pytest.raises(UserError, match="the Hub refused the upload") as raised:
         hub.push(path, "me/x")
     assert "\n" not in str(raised.value) and server.files == {}

@@ -105,7 +105,7 @@ def test_a_round_trip_gives_the_same_dataset(name: str, given: dict[str, Any], i
 @pytest.mark.parametrize(
     ("name", "losses"),
     [
-        ("voc", ["voc cannot represent crowd regions: 1", "voc cannot hold masks: 5"]),
+        ("voc", ["voc cannot represent crowd regions: 1", "voc cannot represent masks: 5"]),
         (
             "yolo",
             [

@@ -61,7 +61,7 @@ def test_the_only_image_of_a_class_is_for_training() -> None:
 
 
 def test_bad_splits_are_one_line(source: DatasetSource, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"DATASETS.VAL_JSON is given, too; set one of them"):
+    with pytest.raises(ConfigError, match=r"DATASETS.VAL_JSON is set, too; set only one"):
         _cfg(source, tmp_path, **{"DATASETS.VAL_JSON": "b.json", "DATASETS.VAL_IMAGES": "b"})
     with pytest.raises(DataError, match=r"VAL_FRACTION 0.01 leaves no validation image for .*; hold out more"):
         write_split(_cfg(source, tmp_path / "few", **{"DATASETS.VAL_FRACTION": 0.01}))

@@ -228,7 +228,7 @@ def test_retinanet_takes_the_classes_of_the_data(tmp_path: Path) -> None:
         (["TEST.PRECISE_BN.ENABLED", True], "TEST.PRECISE_BN.ENABLED True is not implemented"),
         (
             ["DATALOADER.SAMPLER_TRAIN", "Mine"],
-            "DATALOADER.SAMPLER_TRAIN 'Mine': gn_det's loader knows TrainingSampler",
+            "DATALOADER.SAMPLER_TRAIN 'Mine': gn_det's loader supports TrainingSampler",
         ),
     ],
 )

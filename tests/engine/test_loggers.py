@@ -100,7 +100,7 @@ def test_pictures_go_to_the_run_that_is_there(tmp_path: Path, monkeypatch: pytes
     send_pictures(cfg, [path])
     assert got == ["abc", {"curves": str(path)}, "finished", ("def", str(path)), "def"]
     del mlflow.MlflowClient
-    with pytest.raises(TrainingError, match="mlflow does not take the pictures"):
+    with pytest.raises(TrainingError, match="mlflow: cannot upload the pictures"):
         send_pictures(cfg, [path])
     send_pictures(cfg, [])
 

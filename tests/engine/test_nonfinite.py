@@ -36,7 +36,7 @@ def test_the_layer_is_named(tmp_path: Path) -> None:
         run(tmp_path, model=model)
     message = str(told.value)
     assert "iteration 2: loss_cls = nan, loss_box_reg = nan, images 8, 9, 10, 11;" in message and "\n" not in message
-    assert "the first activations that are not finite are in gn (Overflows), whose inputs reach " in message
+    assert "the first non-finite activations are in gn (Overflows), whose inputs reach " in message
     kept = tmp_path / "nonfinite_0000002_rank0.pth"
     assert f"python -m gn_det.engine.nonfinite {kept}" in message
     content = read_checkpoint(kept)
@@ -50,7 +50,7 @@ def test_weights_and_losses_are_told_apart() -> None:
     assert "all activations are finite" in find_origin(model, lambda: model(x))
     with torch.no_grad():
         model[0].bias[0] = float("nan")
-    assert "weights hold nan or inf already, first in 0.bias" in find_origin(model, lambda: model(x))
+    assert "weights already contain nan or inf, first in 0.bias" in find_origin(model, lambda: model(x))
     assert not any(m._forward_hooks for m in model.modules())
 
 

@@ -234,9 +234,9 @@ def test_pipes_in_the_folder_hang_nothing(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="no other checkpoint there can be read"):
         read_last(tmp_path)
     assert last_name(tmp_path) == ""
-    with pytest.raises(TrainingError, match=r"metrics\.json: cannot be appended to"):
+    with pytest.raises(TrainingError, match=r"metrics\.json: cannot append to this file"):
         JsonLogger(str(tmp_path / "metrics.json"))
-    with pytest.raises(TrainingError, match=r"log\.txt: cannot be appended to"), run_log(tmp_path):
+    with pytest.raises(TrainingError, match=r"log\.txt: cannot append to this file"), run_log(tmp_path):
         raise AssertionError
     (tmp_path / "last_checkpoint").unlink()
     (tmp_path / "last_checkpoint").write_text("model_0000004.pth")

@@ -41,7 +41,7 @@ def test_nothing_to_explain() -> None:
 
 
 def test_no_detections() -> None:
-    assert "no detection at all on the 4 images" in reasons(perfect()[0], [])
+    assert "detected nothing in the 4 images" in reasons(perfect()[0], [])
 
 
 def test_no_ground_truth() -> None:
@@ -74,7 +74,7 @@ def test_ids_that_do_not_match() -> None:
     assert "does not know" in reasons(data, results, class_names=["cat"], category_ids=[1])
     half = copy.deepcopy(data)
     half["annotations"] = [a for a in half["annotations"] if a["image_id"] <= 2]
-    assert "have none in common" in reasons(half, [r for r in results if r["image_id"] > 2])
+    assert "none of the 2 images with objects is among" in reasons(half, [r for r in results if r["image_id"] > 2])
 
 
 def test_most_images_without_detections() -> None:

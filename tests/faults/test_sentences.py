@@ -62,7 +62,7 @@ def test_half_gn_and_a_schedule_too_short_for_scratch(
 ) -> None:
     assert main([*words(shapes, tmp_path, "MODEL.FPN.NORM="), "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert "Only a part of the model has GN (fpn: none); the published GN models use it everywhere" in out
+    assert "Only part of the model has GN (fpn: none); the published GN models use it everywhere" in out
     assert "MODEL.WEIGHTS is empty and the run has 0.1 epochs; published runs from scratch have at least 36" in out
 
 
@@ -90,4 +90,4 @@ def test_a_validation_set_of_one_image(shapes: Path, tmp_path: Path, capsys: pyt
     assert main(with_val(plain, tmp_path / "one.json", images=first, annotations=own)) == 0
     out = capsys.readouterr().out
     assert "one has few images (1): expect a noisy AP." in out
-    assert "one.json has a single image: its AP means next to nothing; hold out more images." in out
+    assert "one.json has a single image, so its AP is almost meaningless; hold out more images." in out

@@ -184,7 +184,7 @@ def test_an_image_too_large_for_the_memory_costs_only_itself(photos: Path, tmp_p
             )
         return find(sample)
 
-    with pytest.raises(DataError, match=r"1 of 4 images could not be read.*x\.jpg: too little memory"):
+    with pytest.raises(DataError, match=r"1 of 4 images could not be read.*x\.jpg: not enough memory"):
         predict("w", [photos], tmp_path / "out", predictor=fake(hungry), report=lambda line: None)
     assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())["images"]) == 3
 

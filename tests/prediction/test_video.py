@@ -249,7 +249,7 @@ def test_hostile_files_are_one_line(tmp_path: Path, server: str) -> None:
         run(tmp_path / "folder.mp4", tmp_path / "out")
     with pytest.raises(ConfigError, match="would overwrite an input"):
         run(clip, tmp_path)
-    with pytest.raises(ConfigError, match="drawings and coco can be saved"):
+    with pytest.raises(ConfigError, match="for videos, use drawings, coco or both"):
         run(clip, tmp_path / "out", save=["yolo"])
     assert list((tmp_path / "out").glob("*.mp4")) == []
 

@@ -1,1 +1,1 @@
-"""How the tensors of other projects are named and arranged, one module a project."""
+"""Tensor names and layouts of other projects, one module per project."""

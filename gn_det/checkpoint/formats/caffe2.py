@@ -1,7 +1,7 @@
-"""Caffe2 / Detectron pickles, ImageNet backbones and COCO detectors: blob names and what the weights expect.
+"""Caffe2 / Detectron pickles of ImageNet backbones and COCO detectors: blob names and preprocessing.
 
-A backbone is a flat ``{blob name: ndarray}``; a detector is ``{"blobs": ..., "cfg": YAML text}`` with the optimizer's
-momentum among the blobs. Three kinds of norm occur in the backbone:
+A backbone is a flat ``{blob name: ndarray}``; a detector is ``{"blobs": ..., "cfg": YAML text}``, whose blobs include
+the optimizer's momentum. Backbones have one of three kinds of norm:
 
 ==========================================  =======================================  ===============================
 norm blobs                                  meaning                                  published as
@@ -78,7 +78,7 @@ _RPN_RATIOS = 3  # aspect ratios per anchor size, Detectron's default
 
 
 def is_ignored(blob: str) -> bool:
-    """Whether a blob is known and meant not to be loaded."""
+    """Return whether a blob is known and ignored on purpose."""
     return _IGNORED.match(blob) is not None
 
 
@@ -112,7 +112,7 @@ def preprocessing_of(state: State, mean: tuple[float, ...] | None = CAFFE.pixel_
 
 
 def translate_backbone(state: State, payload: Mapping[str, Any]) -> Weights:
-    """An ImageNet backbone, by bare names (``res2.0.conv1.weight``)."""
+    """Translate an ImageNet backbone to bare names (``res2.0.conv1.weight``)."""
     ignored = tuple(name for name in state if is_ignored(name))
     kept = {map_name(name) or name: value for name, value in state.items() if not is_ignored(name)}
     norm = norm_kind(state)
@@ -123,10 +123,10 @@ def translate_backbone(state: State, payload: Mapping[str, Any]) -> Weights:
 
 
 def translate_detector(state: State, payload: Mapping[str, Any]) -> Weights:
-    """A COCO detector (FPN, or C4 with res5 in the heads): names, class order, order of C4's anchors.
+    """Translate a COCO detector (FPN, or C4 with res5 in the heads): names, class order, order of C4's anchors.
 
     Raises:
-        WeightsError: a detector without class-specific boxes and masks, or with other tasks' heads.
+        WeightsError: the detector has class-agnostic boxes or masks, or heads of other tasks.
     """
     kept: State = {}
     fpn = any(name.startswith("fpn_") for name in state)
@@ -149,13 +149,13 @@ def translate_detector(state: State, payload: Mapping[str, Any]) -> Weights:
         preprocessing_of(state, _pixel_means(payload.get("cfg")) or _DETECTOR_MEAN),
         notes=(
             "Detectron's anchors, box widths and RoIAlign differ from Detectron2's by up to a pixel: fine-tuning "
-            "adapts, but evaluated as they are these weights do not give exactly the published numbers",
+            "adapts to that, but without it these weights do not give exactly the published numbers",
         ),
     )
 
 
 def _anchors_by_size(state: State) -> None:
-    """C4's RPN channels from Detectron's order (aspect ratio, size) to ours (size, aspect ratio), in place."""
+    """Reorder C4's RPN channels in place from Detectron's (aspect ratio, size) to our (size, aspect ratio)."""
     for layer, per_anchor in (("objectness_logits", 1), ("anchor_deltas", 4)):
         for leaf in ("weight", "bias"):
             name = f"proposal_generator.rpn_head.{layer}.{leaf}"
@@ -166,7 +166,7 @@ def _anchors_by_size(state: State) -> None:
 
 
 def _pixel_means(text: Any) -> tuple[float, ...] | None:
-    """PIXEL_MEANS of Detectron's dumped config: a nested list, or a pickled array of float64 written out as YAML."""
+    """Parse PIXEL_MEANS of Detectron's dumped config: a nested list, or a pickled float64 array in YAML."""
     text = str(text, "latin1") if isinstance(text, (bytes, memoryview)) else text
     if not isinstance(text, str) or len(text) > 1 << 20:
         return None

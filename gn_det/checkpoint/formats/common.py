@@ -1,4 +1,4 @@
-"""What every format gives: tensors under Detectron2's names, and what else the file says about them."""
+"""Result type shared by all formats: tensors with Detectron2's names, and metadata of the file."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ State = dict[str, torch.Tensor]
 
 
 class NameTable:
-    """Table of tensor names: called with a foreign name, it returns Detectron2's, or None when no row matches.
+    """Table of tensor names: call it with a foreign name to get Detectron2's, or None if no row matches.
 
-    A row is a pattern of the whole foreign name, and Detectron2's name as a template (``res\\1.weight``) or a function
-    of the match. The first row that matches decides.
+    A row has a pattern for the full foreign name, and Detectron2's name as a template (``res\\1.weight``) or a function
+    of the match. The first matching row wins.
     """
 
     def __init__(self, *rows: tuple[str, str | Callable[[re.Match[str]], str]]) -> None:
@@ -34,17 +34,17 @@ class NameTable:
 
 @dataclass
 class Weights:
-    """A weights file after translation; what the source does not say is None or empty.
+    """A translated weights file; what the source does not state is None or empty.
 
     Attributes:
-        state: tensors by Detectron2's names, of a whole model (``backbone.bottom_up.res2...``) or of a bare backbone
-            (``res2...``). Names that no table knows stay as they were and end up as unexpected.
+        state: tensors with Detectron2's names, of a full model (``backbone.bottom_up.res2...``) or a bare backbone
+            (``res2...``). Unknown names are kept and reported as unexpected.
         norm: norm of the bottom-up network: "GN", "LN", "IN", "BN" (with statistics), "affine BN" (folded into scale
-            and shift); "" = read it from the names.
-        foldable: the stem convolution may be rewritten for the config's channel order and std, because the source has
-            another convention than Detectron2.
-        asks: the preprocessing is unknown and decides the numbers, so the user must say it.
-        aside: the ignored ImageNet classifier by Detectron2's names (``stem.fc.weight``), so that conversion keeps it.
+            and shift); "" to read it from the names.
+        foldable: whether the stem convolution may be rewritten for the config's channel order and std, because the
+            source's convention differs from Detectron2's.
+        asks: whether the user must state the preprocessing, because it is unknown and matters.
+        aside: the ignored ImageNet classifier with Detectron2's names (``stem.fc.weight``), kept by conversion.
     """
 
     state: State
@@ -53,7 +53,7 @@ class Weights:
     groups: tuple[int, int] | None = None  # GN's NUM_GROUPS and CHANNELS_PER_GROUP
     ignored: tuple[str, ...] = ()  # names that are known and not meant for a detector
     preprocessing: Preprocessing | None = None
-    config: dict[str, Any] | None = None  # that the weights were trained with
+    config: dict[str, Any] | None = None  # training config of the weights
     meta: dict[str, Any] | None = None  # see gn_det.checkpoint.meta.read_meta
     foldable: bool = False
     asks: bool = False
@@ -76,7 +76,7 @@ def classes_last(state: State) -> None:
     """Move background from the first row to the last (scores) or drop it (boxes, masks), in place.
 
     Raises:
-        WeightsError: rows that do not belong to one number of classes.
+        WeightsError: the numbers of rows imply different numbers of classes.
     """
     box, mask = "roi_heads.box_predictor.", "roi_heads.mask_head.predictor."
     scores = state.get(box + "cls_score.weight")

@@ -1,4 +1,4 @@
-"""Detectron2's own checkpoints and ours: the names are right already."""
+"""Checkpoints of Detectron2 and our own, which need no renaming."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gn_det.checkpoint.preprocessing import Preprocessing
 
 KIND = "Detectron2 checkpoint"
 _KNOWN = re.compile(r"(?:backbone\.(?:bottom_up\.)?)?(?:stem\.conv1|res[2-5]\.\d+)\.")
-# Old constants and the ImageNet classifier: in files, but no weights of a detector.
+# Old constants and the ImageNet classifier: present in files, but not weights of a detector.
 _IGNORED = re.compile(r"(?:.*\.)?(?:pixel_mean|pixel_std)$|.*cell_anchors|(?:stem\.)?(?:fc|linear)\.(?:weight|bias)$")
 
 
@@ -20,7 +20,7 @@ def recognizes(names: Collection[str]) -> bool:
 
 
 def translate(state: State, payload: Mapping[str, Any]) -> Weights:
-    """A detector or a bare backbone; the preprocessing where the file stores its constants."""
+    """Return a detector or bare backbone, with the preprocessing if the file stores its constants."""
     mean, std = state.get("pixel_mean"), state.get("pixel_std")
     needs = None
     if mean is not None and std is not None and mean.numel() == std.numel() == 3:

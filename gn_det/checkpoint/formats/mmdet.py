@@ -75,7 +75,7 @@ def recognizes(names: Collection[str]) -> bool:
 
 
 def translate(state: State, payload: Mapping[str, Any]) -> Weights:
-    """A detector: names, class order of version 1, and from ``meta`` the preprocessing and the class names."""
+    """Translate a detector: names, class order of version 1, preprocessing and class names from ``meta``."""
     kept = {map_name(name) or name: value for name, value in state.items()}
     scores, boxes = (kept.get(f"roi_heads.box_predictor.{n}.weight") for n in ("cls_score", "bbox_pred"))
     if scores is not None and boxes is not None and scores.dim() and boxes.shape[:1] == (4 * scores.shape[0],):
@@ -109,7 +109,7 @@ _STYLE = re.compile(r"style\s*=\s*['\"](pytorch|caffe)['\"]")
 
 
 def preprocessing_of(config: Any) -> Preprocessing | None:
-    """From the text of an mmdetection config: its one ``mean=[...], std=[...]`` and ``to_rgb``; None if not unique."""
+    """Parse ``mean=[...], std=[...]`` and ``to_rgb`` from the text of an mmdetection config; None if not unique."""
     if not isinstance(config, str) or len(config) > 1 << 20:
         return None
     pairs = {(_triple(m[1]), _triple(m[2])) for m in _NORMALIZE.finditer(config)}

@@ -64,14 +64,14 @@ def recognizes(names: Collection[str]) -> bool:
 
 
 def translate(state: State, payload: Mapping[str, Any]) -> Weights:
-    """A classification ResNet, by bare names (``res2.0.conv1.weight``).
+    """Translate a classification ResNet to bare names (``res2.0.conv1.weight``).
 
-    torchvision's and timm's expect RGB with ImageNet's mean and std, which is folded on load. mmdetection's come in
-    both conventions, and their files do not say which.
+    Those of torchvision and timm expect RGB with ImageNet's mean and std, which is folded on load. mmdetection's use
+    either convention, and their files do not say which.
     """
     ignored = tuple(name for name in state if name in ("fc.weight", "fc.bias"))
     kept = {map_name(name) or name: value for name, value in state.items() if name not in ignored}
     aside = {f"stem.{name}": state[name] for name in ignored}
-    if "gn1.weight" in state:  # mmdetection numbers its norms by their kind; torchvision and timm always say bn
+    if "gn1.weight" in state:  # mmdetection names norms by type; torchvision and timm always use bn
         return Weights(kept, "mmdetection backbone", "GN", (32, 0), ignored, foldable=True, asks=True, aside=aside)
     return Weights(kept, "torchvision or timm ResNet", ignored=ignored, preprocessing=TORCH, foldable=True, aside=aside)
