@@ -63,7 +63,7 @@ BAD: dict[str, tuple[Any, list[str]]] = {
         ["row 'a'", "expected", "a number for"],
     ),
     "seeds": ({"rows": [{**ROW, "seeds": 0}]}, ["row 'a'", "seeds is 0"]),
-    "a seed twice": ({"rows": [{**ROW, "seeds": [1, 1]}]}, ["row 'a'", "seeds is [1, 1]", "different"]),
+    "a seed twice": ({"rows": [{**ROW, "seeds": [1, 1]}]}, ["row 'a'", "seeds is [1, 1]", "distinct"]),
     "groups that do not divide": (
         {"rows": [pretrain_row("p", norm="GN", groups=7)]},
         ["row 'p'", "7"],

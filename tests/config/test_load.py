@@ -79,7 +79,7 @@ def test_dump_round_trips() -> None:
         (["SOLVER.BASE_LR", "1e999"], "is inf; it must be"),
         (["SOLVER", "1"], "is a section"),
         (["--frobnicate"], "unknown option --frobnicate"),
-        (["MODEL.RESNETS.NORM", "BatchNorm"], "it knows '' or 'GN' or 'LN' or 'IN' or 'BN' or 'SyncBN' or 'FrozenBN'"),
+        (["MODEL.RESNETS.NORM", "BatchNorm"], "use '' or 'GN' or 'LN' or 'IN' or 'BN' or 'SyncBN' or 'FrozenBN'"),
         (["MODEL.RESNETS.NORM", "FrozenBn"], "did you mean 'FrozenBN'?"),
         (["SOLVER.AMP.DTYPE", "bf61"], "is 'bf61', did you mean 'bf16'?; it must be one of 'bf16', 'fp16'"),
         (["MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES", "True"], "not implemented by the embedded engine"),
