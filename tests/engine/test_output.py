@@ -154,7 +154,7 @@ def test_every_command_that_writes_is_alone(
     words = {
         "train": ["train", *config, *train],
         "eval": ["eval", *config, *val, "--weights", "nowhere.pth"],
-        "pretrain": ["pretrain", "--arch", "resnet20", "--norm", "BN", "--data", "digits", "--output", str(out)],
+        "pretrain": ["classify", "--arch", "resnet20", "--norm", "BN", "--data", "digits", "--output", str(out)],
         "compare": ["compare", *config[-2:], "--engine", "embedded", *train, *val, "--configs", "quickstart.yaml"],
     }[what]
     with alone_in(out):
