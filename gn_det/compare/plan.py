@@ -165,11 +165,16 @@ def make_plan(
         num_gpus: number of processes per run.
 
     Raises:
-        ConfigError: ``only`` names no row; too many runs.
+        ConfigError: ``only`` names no row; too many runs; ``overrides`` without detection rows.
     """
     if seeds is not None and not 1 <= seeds <= MAX_SEEDS:
         raise ConfigError(f"--seeds is {seeds}; it must be from 1 to {MAX_SEEDS}")
     wanted = _wanted(suite, only)
+    if overrides and not any(row.kind == DETECT for row in suite.rows if row.id in wanted):
+        raise ConfigError(
+            f"{suite.source}: {shown(overrides[0])} sets a config key, but no detection row is run; leave it out (rows "
+            "of --rows are separated by commas)"
+        )
     of_rows = {row.id: tuple(range(1, seeds + 1)) if seeds else row.seeds for row in suite.rows}
     runs = sum(len(of_rows[identity]) for identity in wanted)
     if runs > MAX_RUNS:

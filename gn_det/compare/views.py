@@ -142,9 +142,10 @@ def signed(value: float) -> str:
 
 
 def views(results: Results, table: Table) -> list[View]:
-    """Return a table, followed by a cost table if it names no columns."""
+    """Return a table, followed by a cost table if it names no columns and shows no cost itself."""
     shown = [view(results, table)]
-    if not table.columns and any(results.row(i).done for i in table.rows):
+    of_cost = table.grid is not None and COLUMNS[table.grid.value].what == COST
+    if not table.columns and not of_cost and any(results.row(i).done for i in table.rows):
         cost = Table(f"{table.title.partition(' (')[0]}: cost", table.rows, table.labels, COSTS)
         shown.append(view(results, cost, minor=True))
     return shown

@@ -11,6 +11,7 @@ import pytest
 from gn_det.compare.plan import make_plan
 from gn_det.compare.suite import find_suite, load_suite, shipped_suites
 from gn_det.engine.engines import Engine
+from gn_det.errors import ConfigError
 from tests.compare.cases import plan_of, pretrain_row
 
 DETECT = {"id": "row", "config": "quickstart.yaml"}
@@ -20,6 +21,7 @@ ROWS = {
     "digits.yaml": 29,
     "groups.yaml": 12,
     "motions.yaml": 6,
+    "nuclei.yaml": 8,
     "paper_coco.yaml": 19,
     "paper_imagenet.yaml": 35,
     "paper_kinetics.yaml": 6,
@@ -57,12 +59,13 @@ def test_small_needs_no_files_and_orders_pretraining_first() -> None:
     assert {j.needs for j in written[11:]} == {("pretrain/bn", 1), ("pretrain/gn", 1)}
 
 
-def test_rows_of_small_differ_in_norms_heads_and_weights_alone() -> None:
+@pytest.mark.parametrize("name", ["small", "nuclei"])
+def test_rows_differ_in_norms_heads_and_weights_alone(name: str) -> None:
     """Both sides of the comparison have the same data, batch, learning rate and schedule."""
-    plan = make_plan(load_suite(find_suite("small")), Engine())
+    plan = make_plan(load_suite(find_suite(name)), Engine())
     allowed = ("MODEL.WEIGHTS", "NORM", "FREEZE_AT")
     rows = [job.cfg for job in plan.jobs if job.cfg is not None and job.seed == 1]
-    assert len(rows) == 8
+    assert len(rows) == {"small": 8, "nuclei": 6}[name]
 
     def flat(node: object, prefix: str = "") -> dict[str, object]:
         assert isinstance(node, dict)
@@ -130,3 +133,10 @@ def test_kinetics_rows_have_the_numbers_of_table_8_and_wait_for_their_weights(tm
     row = dict(suite.rows[3].settings) | {"data": str(tmp_path), "weights": str(tmp_path / "none.pth")}
     plan = plan_of([{"id": "GN", "kind": "pretrain", **row}])
     assert [p.absent for p in plan.problems] == [True] and "no file" in str(plan.problems[0])
+
+
+def test_config_keys_are_refused_where_no_detection_row_runs() -> None:
+    """They would change nothing: a second pattern after --rows, without a comma, looks like one."""
+    suite = load_suite(find_suite("small"))
+    with pytest.raises(ConfigError, match=r"'pretrain/gn' sets a config key, but no detection row is run"):
+        make_plan(suite, Engine(), overrides=["pretrain/gn", "pretrain/ln"], only=["pretrain/bn"])

@@ -154,6 +154,16 @@ def test_grid_places_rows_by_their_labels(tmp_path: Path) -> None:
     assert shown.body[0][3].text == "24.8"
 
 
+def test_grid_of_a_cost_says_where_it_was_measured_and_has_no_second_table(tmp_path: Path) -> None:
+    """The number of each run as it is, without a deviation over seeds."""
+    rows = [pretrain_row("BN_8", labels={"norm": "BN", "batch": "8"})]
+    grid = {"rows": "norm", "columns": "batch", "value": "memory_mb"}
+    found = results(tmp_path, rows, 2, tables=[{"rows": ["*"], "grid": grid}])
+    (shown,) = views(found, found.plan.suite.tables[0])
+    assert [cell.text for cell in shown.body[0]] == ["BN", "100"]
+    assert shown.notes[0].startswith("peak memory (MB); measured on ") and "deviation" not in "".join(shown.notes)
+
+
 def test_signs() -> None:
     assert signed(-0.04) == "0.0" and signed(1.25) == "+1.2" and signed(-3) == "−3.0"
 
