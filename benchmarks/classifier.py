@@ -1,4 +1,4 @@
-"""Classifier training: ``gn-det pretrain`` against a bare PyTorch loop, the norms against BN, and the cost of --record.
+"""Classifier training: ``gn-det classify`` against a bare PyTorch loop, the norms against BN, and the cost of --record.
 
 All sides take turns in one process, and CPU time counts; ratios are medians over the rounds, with their quartiles.
 
@@ -122,7 +122,7 @@ def bare_loop(images: np.ndarray, labels: np.ndarray, batch: int) -> Callable[[]
 
 
 def our_loop(images: np.ndarray, labels: np.ndarray, batch: int, folder: Path) -> Callable[[], None]:
-    """A step of ``gn-det pretrain`` with its hooks."""
+    """A step of ``gn-det classify`` with its hooks."""
     given = classifier_settings("BN", batch=batch)
     arrays = np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels
     source = ArraySource([str(k) for k in range(10)], arrays, arrays, BGR, shift=4, flip=True)

@@ -19,7 +19,7 @@ nuclei_floor: Any = __import__("nuclei_floor")
 
 @pytest.mark.parametrize("dark", [False, True])
 def test_separate_objects_are_found_and_touching_ones_are_one(tmp_path: Path, dark: bool) -> None:
-    """Three disks, of which two touch, and a speck: AP counts one of two objects that were merged as missed."""
+    """Three disks, of which two touch, and a speck: the merged ones overlap neither by three quarters."""
     y, x = np.mgrid[:80, :120]
     disks = [(y - cy) ** 2 + (x - cx) ** 2 <= 144 for cy, cx in ((20, 20), (50, 70), (50, 92))]
     pixels = np.where(np.any(disks, axis=0), 200, 40).astype(np.uint8)
@@ -40,4 +40,5 @@ def test_separate_objects_are_found_and_touching_ones_are_one(tmp_path: Path, da
     (tmp_path / "a.json").write_text(json.dumps(content))
     nuclei_floor.main([str(tmp_path / "a.json"), str(tmp_path), "--output", str(tmp_path / "out.json")])
     out = json.loads((tmp_path / "out.json").read_text())
-    assert out["objects"] == 2 and out["segm"]["AP50"] == pytest.approx(100 * 34 / 101, abs=17)
+    # one of three objects is found, at 34 of 101 recalls; half of that where the merged ones rank first
+    assert out["objects"] == 2 and out["segm"]["AP75"] in (pytest.approx(33.66, abs=0.1), pytest.approx(16.83, abs=0.1))
