@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import re
@@ -19,6 +20,26 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 FOREIGN = {"tools/analyze_model.py", "tests/ROOM/test_MODULE.py", "test_MODULE.py"}
 #: Detectron2's alone; the pages say that they are refused or read by its loader only.
 THEIRS = {"DATALOADER.RANDOM_SUBSET_RATIO"}
+#: Section of the troubleshooting page for the errors of each room.
+SECTIONS = {
+    "check": "Data sets",
+    "checkpoint": "Weights",
+    "classification": "Pre-training and comparisons",
+    "cli": "Configuration",
+    "compare": "Pre-training and comparisons",
+    "config": "Configuration",
+    "data": "Data sets",
+    "deploy": "Prediction, conversion and export",
+    "detectron2": "Detectron2",
+    "engine": "Training stops or diverges",
+    "evaluation": "Evaluation",
+    "files": "Output folder and resume",
+    "modeling": "Configuration",
+    "norm": "Configuration",
+    "prediction": "Prediction, conversion and export",
+    "result": "Prediction, conversion and export",
+    "visualize": "Evaluation",
+}
 SPELLED = {".py", ".md", ".yaml", ".html", ".cpp", ".css", ".ipynb"}
 
 
@@ -66,6 +87,38 @@ BRITISH = re.compile(
 )
 #: Names that users' scripts may hold: a kind of finding in the json of ``gn-det check``.
 BRITISH_NAMES = {"bbox-normali" + "sed"}
+
+
+def test_troubleshooting_covers_every_room() -> None:
+    """Each room that raises an error for users has its section; each quoted message exists in the source."""
+    trees = {path: ast.parse(path.read_text()) for path in sorted((ROOT / "gn_det").rglob("*.py"))}
+    errors = {"UserError"}
+    for _ in range(4):  # subclasses of subclasses
+        errors |= {
+            node.name
+            for tree in trees.values()
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ClassDef) and errors & {getattr(base, "id", "") for base in node.bases}
+        }
+    rooms = {
+        path.relative_to(ROOT / "gn_det").parts[0].removesuffix(".py")
+        for path, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in errors
+    }
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    assert rooms == SECTIONS.keys()
+    assert set(SECTIONS.values()) <= set(re.findall(r"^## (.*)", page, re.MULTILINE))
+    source = "\n".join(
+        node.value
+        for tree in trees.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+    tables = re.findall(r"^\| the message says \|.*\n\|---.*\n((?:\|.*\n?)+)", page, re.MULTILINE)
+    cells = [row.split(" | ")[0] for table in tables for row in table.splitlines()]
+    quoted = [text for cell in cells for text in re.findall(r"`([^`]+)`", cell)]
+    assert len(quoted) > 100 and not [text for text in quoted if text not in source]
 
 
 def test_spelling_is_american() -> None:
