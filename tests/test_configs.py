@@ -21,6 +21,9 @@ from gn_det.modeling.build import build_model
 
 NORMS = (nn.GroupNorm, nn.BatchNorm2d, nn.SyncBatchNorm, nn.LayerNorm)
 
+#: Configs that the embedded engine builds; Detectron2's takes all.
+EMBEDDED = [name for name in shipped_configs() if name != "gn_retinanet.yaml"]
+
 #: Keys that tell one experiment from another.
 DECIDING = {
     "norm": "MODEL.RESNETS.NORM",
@@ -79,6 +82,62 @@ EXPERIMENTS: dict[str, tuple[str, float | None, float | None, str, dict[str, Any
 }  # fmt: skip
 
 
+_WS_2X = {"norm": "GN", "ws": "jhu", "steps": (117264, 161238), "iterations": 175896, "batch": 16, "lr": 0.02}
+_WS_24E = {**_WS_2X, "steps": (146580, 168567)}
+_CASCADE = {"norm": "GN", "heads": "CascadeROIHeads", "batch": 64, "lr": 0.08, "iterations": 202500, "freeze_at": 0}
+_X50, _X101 = ({"depth": depth, "groups": 32, "width": 4} for depth in (50, 101))
+
+
+def _lsj(depth: int, times: int) -> dict[str, Any]:
+    steps = (163889 * times, 177546 * times)
+    return {"norm": "GN", "depth": depth, "batch": 64, "lr": 0.1, "iterations": 184375 * times, "steps": steps,
+            "lsj": True, "freeze_at": 0, "rpn": (-1, -1), "decay": 4e-5}  # fmt: skip
+
+
+#: After the paper: config, source, box and mask AP of it (None: not published), deciding values.
+BEYOND: dict[str, tuple[str, float | None, float | None, dict[str, Any]]] = {
+    "gn_ws_fpn.yaml": ("MMDetection", 40.6, 36.6, {**_WS_2X, "depth": 50}),
+    "gn_ws_fpn_24e.yaml": ("MMDetection", 41.1, 37.1, {**_WS_24E, "depth": 50}),
+    "gn_ws_fpn_r101.yaml": ("MMDetection", 42.0, 37.7, {**_WS_2X, "depth": 101}),
+    "gn_ws_fpn_r101_24e.yaml": ("MMDetection", 43.1, 38.6, {**_WS_24E, "depth": 101}),
+    "gn_ws_fpn_x50.yaml": ("MMDetection", 41.1, 37.0, {**_WS_2X, **_X50}),
+    "gn_ws_fpn_x50_24e.yaml": ("MMDetection", 42.1, 38.0, {**_WS_24E, **_X50}),
+    "gn_ws_fpn_x101.yaml": ("MMDetection", 42.1, 37.9, {**_WS_2X, **_X101}),
+    "gn_ws_fpn_x101_24e.yaml": ("MMDetection", 42.7, 38.5, {**_WS_24E, **_X101}),
+    "gn_fpn_scratch_6x.yaml": ("MMDetection", 41.2, 37.4, {"steps": (476385, 520359), "freeze_at": 0, "norm": "GN"}),
+    "gn_cascade_scratch_9x.yaml": ("tensorpack", None, None, {**_CASCADE, "depth": 50}),
+    "gn_cascade_r101_scratch_9x.yaml": ("tensorpack", 47.7, 41.7, {**_CASCADE, "depth": 101}),
+    **{
+        f"gn_fpn{'_r101' * (depth == 101)}_lsj_{times}00ep.yaml": ("new_baselines", None, None, _lsj(depth, times))
+        for depth in (50, 101)
+        for times in (1, 2, 4)
+    },
+    "gn_retinanet.yaml": ("Detectron2", None, None, {"norm": "GN", "fpn_norm": "GN", "head_norm": "GN", "lr": 0.01}),
+}
+DECIDING_BEYOND = {
+    **DECIDING,
+    "ws": "MODEL.WS.RESNETS",
+    "heads": "MODEL.ROI_HEADS.NAME",
+    "groups": "MODEL.RESNETS.NUM_GROUPS",
+    "width": "MODEL.RESNETS.WIDTH_PER_GROUP",
+    "lsj": "INPUT.LSJ.ENABLED",
+    "rpn": "MODEL.RPN.CONV_DIMS",
+    "decay": "SOLVER.WEIGHT_DECAY",
+    "head_norm": "MODEL.RETINANET.NORM",
+}
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_what_came_after_the_paper(name: str) -> None:
+    """The deciding keys, the source and its APs; no AP is claimed where none is published."""
+    source, box, mask, deciding = BEYOND[name]
+    cfg = load_config(name, check=name in EMBEDDED)
+    assert {short: value_of(cfg, DECIDING_BEYOND[short]) for short in deciding} == deciding
+    head = [line for line in Path(config_file(name)).read_text().splitlines() if line.startswith("#")]
+    assert source in head[0] and f"--config {name} --num-gpus 8" in head[2]
+    assert head[1].startswith(f"# Expected COCO AP (box / mask): {box} / {mask}." if box else "# No AP is published")
+
+
 def value_of(cfg: Any, key: str) -> Any:
     value = get_value(cfg, key)
     return tuple(value) if isinstance(value, list) else value
@@ -107,7 +166,7 @@ def test_no_config_without_an_experiment() -> None:
         "bn_fpn_r101_4conv1fc.yaml",
         "bn_fpn_r101_gn_head.yaml",
     }
-    assert set(shipped_configs()) == rows | others
+    assert set(shipped_configs()) == rows | others | set(BEYOND)
 
 
 #: FrozenBN in the backbone and no norm anywhere else.
@@ -123,7 +182,7 @@ def build(name: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, build_optimizer(cfg, model)
 
 
-@pytest.mark.parametrize("name", shipped_configs())
+@pytest.mark.parametrize("name", EMBEDDED)
 def test_every_gamma_and_beta_is_in_a_group_without_weight_decay(name: str) -> None:
     model, optimizer = build(name)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
@@ -134,7 +193,7 @@ def test_every_gamma_and_beta_is_in_a_group_without_weight_decay(name: str) -> N
     )
     assert all(decay[id(p)] == 0.0 for p in trained)
     weights = [p for m in model.modules() if isinstance(m, nn.Conv2d) for p in [m.weight] if p.requires_grad]
-    assert weights and all(decay[id(p)] == 1e-4 for p in weights)
+    assert weights and all(decay[id(p)] == (4e-5 if "lsj" in name else 1e-4) for p in weights)
     assert {id(p) for p in model.parameters() if p.requires_grad} == set(decay)
 
 
@@ -163,7 +222,7 @@ def test_baselines_freeze_batch_norm(name: str) -> None:
     assert has_gn == ("gn_head" in name)
 
 
-@pytest.mark.parametrize("name", [n for n in shipped_configs() if "scratch" in n or n == "quickstart.yaml"])
+@pytest.mark.parametrize("name", [n for n in EMBEDDED if "scratch" in n or "lsj" in n or n == "quickstart.yaml"])
 def test_from_scratch_freezes_nothing(name: str) -> None:
     model, _ = build(name)
     assert all(p.requires_grad for p in model.parameters())
@@ -196,9 +255,15 @@ SMALL += ["MODEL.RPN.POST_NMS_TOPK_TRAIN", "20", "MODEL.RPN.POST_NMS_TOPK_TEST",
 SMALL += ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "8"]
 
 
-@pytest.mark.parametrize("name", ["ln_c4.yaml", "bn_c4_tuned.yaml", "bn_fpn_bn_head.yaml", "syncbn_fpn_scratch.yaml"])
-def test_other_norms_train_and_detect_on_the_cpu(name: str) -> None:
-    """Forward, backward and inference of the configs whose norms no other test runs; SyncBN without processes too."""
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("ln_c4.yaml", "bn_c4_tuned.yaml", "bn_fpn_bn_head.yaml", "syncbn_fpn_scratch.yaml"),
+        *("gn_ws_fpn_x50.yaml", "gn_cascade_scratch_9x.yaml", "gn_fpn_lsj_100ep.yaml"),
+    ],
+)
+def test_models_train_and_detect_on_the_cpu(name: str) -> None:
+    """Forward, backward and inference of the configs whose models no other test runs; SyncBN without processes too."""
     from tests.golden.model_cases import BATCHES, flatten
 
     torch.manual_seed(0)
@@ -208,7 +273,7 @@ def test_other_norms_train_and_detect_on_the_cpu(name: str) -> None:
         sample["targets"].classes %= 4
     losses = model(samples)
     total = sum(losses.values())
-    assert len(losses) == 5 and torch.isfinite(total)
+    assert len(losses) == (9 if "cascade" in name else 5) and torch.isfinite(total)
     total.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     model.eval()

@@ -5,6 +5,8 @@ Each mismatch would load silently and train or predict badly, so it is an error 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 from gn_det.checkpoint.formats.common import Weights
@@ -96,6 +98,31 @@ def check_norm(source: str, weights: Weights, found: Architecture, cfg: Any, all
                 f"{weights.groups[0]} MODEL.GN.CHANNELS_PER_GROUP {weights.groups[1]}"
             )
     return []
+
+
+def check_ws(source: str, weights: Weights, found: Architecture, cfg: Any) -> None:
+    """Weight Standardization of each part that the file holds; what the file does not say passes.
+
+    Raises:
+        WeightsError: the config's convolutions would compute something else with these weights.
+    """
+    wrong = {}
+    for part, formula in weights.ws.items():
+        ours = get_value(cfg, f"MODEL.WS.{part}") or ""
+        held = bool(found.blocks) if part == "RESNETS" else any(map(_OF_PART[part], weights.state))
+        if held and formula != ours:
+            wrong[f"MODEL.WS.{part}"] = (ours, formula)
+    if wrong:
+        now = ", ".join(f"{key} is {ours!r}" for key, (ours, _) in wrong.items())
+        sets = " ".join(f"{key} {theirs!r}" for key, (_, theirs) in wrong.items())
+        raise WeightsError(f"{source}: {now}, but these weights ({weights.kind}) need: {sets}")
+
+
+_OF_PART: dict[str, Callable[[str], Any]] = {
+    "FPN": re.compile(r"backbone\.fpn_").match,
+    "ROI_BOX_HEAD": re.compile(r"roi_heads\.box_head\.(?:\d+\.)?conv").match,
+    "ROI_MASK_HEAD": re.compile(r"roi_heads\.mask_head\.mask_fcn").match,
+}
 
 
 def _groups(number: int, per_group: int) -> str:

@@ -90,6 +90,11 @@ def _fold(source: str, weights: Weights, usual: Preprocessing) -> None:
     needs = weights.preprocessing
     if needs is None:
         raise WeightsError(f"{source}: does not store its preprocessing, so nothing can be folded")
+    if formula := weights.ws.get("RESNETS"):
+        raise WeightsError(
+            f"{source}: its stem has standardized weights (MODEL.WS.RESNETS {formula}), which cannot take up a std; "
+            "convert without --fold"
+        )
     weights.state = dict(weights.state)
     now = fold(weights.state, needs, usual)
     if now.format != usual.format or now.pixel_std != usual.pixel_std:
@@ -142,6 +147,7 @@ def _block(source: str, path: Path, weights: Weights, whole: bool) -> dict[str, 
         "weights": {
             "norm": weights.norm or ("GN" if weights.groups else ""),
             "groups": weights.groups,
+            "ws": weights.ws,
             "preprocessing": None if weights.preprocessing is None else asdict(weights.preprocessing),
             "foldable": weights.foldable,
             "asks": weights.asks and weights.preprocessing is None,

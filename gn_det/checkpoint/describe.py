@@ -70,6 +70,7 @@ def _keys(weights: Weights, found: Architecture) -> str:
     if weights.groups:
         keys += [f"MODEL.GN.NUM_GROUPS {weights.groups[0]}"]
         keys += [f"MODEL.GN.CHANNELS_PER_GROUP {weights.groups[1]}"] if weights.groups[1] else []
+    keys += [f"MODEL.WS.{part} {formula}" for part, formula in weights.ws.items() if formula]
     needs = weights.preprocessing
     if needs is None:
         return " ".join(keys)

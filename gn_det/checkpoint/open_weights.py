@@ -16,9 +16,16 @@ from gn_det.checkpoint.formats.common import State, Weights
 from gn_det.checkpoint.io import check_tensors, read_any
 from gn_det.checkpoint.meta import read_meta
 from gn_det.checkpoint.preprocessing import Preprocessing
-from gn_det.checkpoint.weights_uri import local_path, published_file, published_preprocessing, split_options
+from gn_det.checkpoint.weights_uri import (
+    local_path,
+    published_file,
+    published_preprocessing,
+    published_ws,
+    split_options,
+)
 from gn_det.config.defaults import get_value
 from gn_det.config.reader import parse_yaml
+from gn_det.config.schema import WEIGHT_STANDARDIZATIONS, WS_SECTIONS
 from gn_det.errors import ConfigError, WeightsError
 from gn_det.files import StrPath
 from gn_det.text import one_line
@@ -68,6 +75,10 @@ def open_weights(path_or_uri: StrPath, *, must_know: bool = True) -> Weights:
         known = published_preprocessing(uri) or (published_file(path) if weights.asks else None)
     if known is not None:
         weights.preprocessing, weights.foldable = known, True
+    if not weights.ws and (ws := published_ws(uri, path)) is not None:
+        weights.ws = {"RESNETS": ws}
+    if weights.ws.get("RESNETS"):  # the stem is standardized, so that a std cannot be folded into it
+        weights.foldable = False
     if must_know and weights.asks and weights.preprocessing is None:
         raise WeightsError(
             f"{uri}: {weights.kind} that does not store how images were normalized: append ?preprocessing=caffe (BGR, "
@@ -165,6 +176,7 @@ def _facts_of_config(config: Mapping[str, Any]) -> dict[str, Any]:
     has_gn = any(get_value(config, key) == "GN" for key in NORM_KEYS)
     return {
         "norm": norm if norm in ("GN", "LN", "IN") else "",
+        "ws": {part: get_value(config, f"MODEL.WS.{part}") or "" for part in WS_SECTIONS},
         "groups": [get_value(config, "MODEL.GN.NUM_GROUPS"), get_value(config, "MODEL.GN.CHANNELS_PER_GROUP") or 0]
         * has_gn,
         "preprocessing": {
@@ -179,6 +191,8 @@ def _facts_of_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def _take(weights: Weights, about: Mapping[str, Any]) -> None:
     """Take norm, groups and preprocessing from ``about``, if they are valid."""
     norm, groups, needs = about.get("norm"), about.get("groups"), about.get("preprocessing")
+    if isinstance(ws := about.get("ws"), Mapping):
+        weights.ws = {part: ws[part] for part in WS_SECTIONS if ws.get(part) in ("", *WEIGHT_STANDARDIZATIONS)}
     weights.norm = norm if norm in ("GN", "LN", "IN", "BN", "affine BN") else weights.norm
     if isinstance(groups, (list, tuple)) and len(groups) == 2 and all(type(g) is int for g in groups):
         weights.groups = (groups[0], groups[1])

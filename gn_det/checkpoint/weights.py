@@ -15,7 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from gn_det.checkpoint.compatibility import check_architecture, check_norm, check_preprocessing, check_stages
+from gn_det.checkpoint.compatibility import (
+    check_architecture,
+    check_norm,
+    check_preprocessing,
+    check_stages,
+    check_ws,
+)
 from gn_det.checkpoint.formats.common import Weights
 from gn_det.checkpoint.open_weights import open_weights
 from gn_det.checkpoint.parameter_names import BOTTOM_UP, PARTS, architecture_of, part_of, shorten
@@ -130,6 +136,7 @@ def plan_weights(
     check_architecture(source, found, architecture_of(in_model))
     if not allow_partial:
         check_stages(source, found, architecture_of(in_model))
+        check_ws(source, weights, found, cfg)
     notes = check_norm(source, weights, found, cfg, allow_partial)
     folded = _fold(weights, cfg)
     check_preprocessing(source, weights, cfg)

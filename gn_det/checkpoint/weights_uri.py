@@ -37,11 +37,17 @@ CATALOG = {
 }
 
 _MM = "https://download.openmmlab.com/pretrain/third_party"
-# mmdetection's GN backbones: Detectron's, and one trained in PyTorch.
+# mmdetection's GN backbones: Detectron's, one trained in PyTorch, and those of Weight Standardization's authors.
 OPEN_MMLAB = {
     "detectron/resnet50_gn": f"{_MM}/resnet50_gn-9186a21c.pth",
     "detectron/resnet101_gn": f"{_MM}/resnet101_gn-cac0ab98.pth",
     "contrib/resnet50_gn": f"{_MM}/resnet50_gn_thangvubk-ad1730dd.pth",
+    "jhu/resnet50_gn_ws": f"{_MM}/resnet50_gn_ws-15beedd8.pth",
+    "jhu/resnet101_gn_ws": f"{_MM}/resnet101_gn_ws-3e3c308c.pth",
+    "jhu/resnext50_32x4d_gn_ws": f"{_MM}/resnext50_32x4d_gn_ws-0d87ac85.pth",
+    "jhu/resnext101_32x4d_gn_ws": f"{_MM}/resnext101_32x4d_gn_ws-34ac1a9e.pth",
+    "jhu/resnext50_32x4d_gn": f"{_MM}/resnext50_32x4d_gn-c7e8b754.pth",
+    "jhu/resnext101_32x4d_gn": f"{_MM}/resnext101_32x4d_gn-ac3bb84e.pth",
 }
 # timm's names without the tag of the training recipe.
 _TIMM_TAGS = {"resnet50_gn": "resnet50_gn.a1h_in1k"}
@@ -50,10 +56,13 @@ _TIMM_TAGS = {"resnet50_gn": "resnet50_gn.a1h_in1k"}
 _PUBLISHED = (
     (re.compile(r"ImageNetPretrained/torchvision/"), TORCH),
     (re.compile(r"open-mmlab://detectron/resnet(?:50|101)_gn$"), CAFFE),
-    (re.compile(r"open-mmlab://contrib/resnet50_gn$"), TORCH),
+    (re.compile(r"open-mmlab://(?:contrib|jhu)/"), TORCH),
 )
 # ... or by the start of their sha256, which the publisher puts into the file name.
 _PUBLISHED_FILES = {"9186a21c": CAFFE, "cac0ab98": CAFFE, "ad1730dd": TORCH}
+_PUBLISHED_FILES |= {url[-12:-4]: TORCH for name, url in OPEN_MMLAB.items() if name.startswith("jhu/")}
+# Beginnings of sha256 of published backbones -> their formula of Weight Standardization, "" for none; or by name.
+_PUBLISHED_WS = {url[-12:-4]: "jhu" if name.endswith("_ws") else "" for name, url in OPEN_MMLAB.items()}
 
 SCHEMES = ("https://", "detectron2://", "catalog://", "timm://", "hf://", "open-mmlab://")
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
@@ -93,8 +102,8 @@ def resolve_url(uri: str) -> str | None:
         names = CATALOG if scheme == "catalog" else OPEN_MMLAB
         if rest in names:
             return names[rest]
-        near = [f"{scheme}://{name}" for name in get_close_matches(rest, names, n=2, cutoff=0.0)]
-        problem = f"not in the catalog; the nearest names are {' and '.join(near)}"
+        near = [f"{scheme}://{name}" for name in get_close_matches(rest, names, n=3, cutoff=0.0)]
+        problem = f"not in the catalog; the nearest names are {', '.join(near)}"
     else:
         problem = f"unknown scheme {one_line(scheme, 40)}://; give a local path, {', '.join(SCHEMES)}"
     raise WeightsError(f"{one_line(uri, 200)}: {problem} (MODEL.WEIGHTS)")
@@ -108,6 +117,14 @@ def published_preprocessing(uri: str) -> Preprocessing | None:
 def published_file(path: StrPath) -> Preprocessing | None:
     """Return what a published backbone expects, by its sha256; None if unknown."""
     return _PUBLISHED_FILES.get(sha256_of(path)[:8])
+
+
+def published_ws(uri: str, path: StrPath) -> str | None:
+    """Return the formula of Weight Standardization of a published backbone, "" for none; None if unknown."""
+    match = re.search(r"open-mmlab://(.+)$", uri)
+    if match and match[1] in OPEN_MMLAB:
+        return _PUBLISHED_WS[OPEN_MMLAB[match[1]][-12:-4]]
+    return _PUBLISHED_WS.get(sha256_of(path)[:8])
 
 
 @dataclass(frozen=True)

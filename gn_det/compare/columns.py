@@ -66,6 +66,7 @@ SOURCES = {
     "detectron": "Detectron",
     "d2": "Detectron2",
     "mmdet": "MMDetection",
+    "tensorpack": "tensorpack",
 }
 
 

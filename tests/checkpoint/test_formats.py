@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from gn_det.checkpoint import open_weights
 from gn_det.checkpoint.formats import caffe2, mmdet, torchvision
 from gn_det.checkpoint.weights import format_report, load_weights
+from gn_det.checkpoint.weights_uri import OPEN_MMLAB
 from gn_det.config import load_config
 from gn_det.errors import WeightsError
 from gn_det.modeling.build import build_model
@@ -321,8 +324,25 @@ data_preprocessor=dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.37
 """
 
 
+WS_TEXT = TORCH_TEXT + "conv_cfg = dict(type='ConvWS')\n"
+
+
+def standardized(blobs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """mmcv's ConvWS on every convolution that a GN follows."""
+    made = dict(blobs)
+    for name, weight in blobs.items():
+        norm = name.replace("conv.weight", "gn.weight") if name.endswith(".conv.weight") else ""
+        if match := re.fullmatch(r"(backbone\..*)(?:conv(\d)|downsample\.0)\.weight", name):
+            norm = f"{match[1]}gn{match[2]}.weight" if match[2] else f"{match[1]}downsample.1.weight"
+        if norm in blobs:
+            rows = weight.astype(np.float64).reshape(len(weight), -1)
+            rows = (rows - rows.mean(1, keepdims=True)) / (rows.std(1, ddof=1, keepdims=True) + 1e-5)
+            made[name] = rows.reshape(weight.shape)
+    return made
+
+
 @pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize("text", [CAFFE_TEXT, TORCH_TEXT], ids=["caffe", "torch"])
+@pytest.mark.parametrize("text", [CAFFE_TEXT, TORCH_TEXT, WS_TEXT], ids=["caffe", "torch", "ws"])
 def test_mmdetection_detector_against_numpy(tmp_path: Path, text: str, version: int) -> None:
     blobs = layouts.arrays(layouts.mmdet_detector(version=version), half_shapes())
     roi_head = "" if version == 1 else "roi_head."
@@ -332,23 +352,36 @@ def test_mmdetection_detector_against_numpy(tmp_path: Path, text: str, version: 
     meta = {"config": text, "CLASSES": ("a", "b", "c", "d", "e"), "mmdet_version": f"{version}.0.0", "epoch": 24}
     torch.save({"state_dict": state, "meta": meta}, tmp_path / "m.pth")
     cfg = config()
+    if text == WS_TEXT:
+        needs = [f"MODEL.WS.{part}" for part in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")]
+        with pytest.raises(WeightsError, match=f"need: {' '.join(f'{key} .jhu.' for key in needs)}$"):
+            load_weights(model_of(cfg), tmp_path / "m.pth", cfg)
+        keys = [word for key in needs for word in (key, "jhu")]
+        with pytest.raises(WeightsError, match=r"need: INPUT.FORMAT RGB MODEL.PIXEL_MEAN .* MODEL.PIXEL_STD \["):
+            load_weights(model_of(config(*keys)), tmp_path / "m.pth", config(*keys))
+        keys += ["INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", "[123.675, 116.28, 103.53]"]
+        cfg = config(*keys, "MODEL.PIXEL_STD", "[58.395, 57.12, 57.375]")
+        blobs = {name: v.astype(np.float64) for name, v in standardized(blobs).items()}  # rounding is amplified
     model: Any = model_of(cfg)
     report = load_weights(model, tmp_path / "m.pth", cfg, require_all=True)
     assert len(report.loaded) == 223 and not report.unexpected and not report.missing
     bgr = image()
-    if text == TORCH_TEXT:
-        assert "channel order RGB and std [58.395,57.12,57.375] of the source folded" in format_report(report)
+    if text != CAFFE_TEXT:
+        folded = "channel order RGB and std [58.395,57.12,57.375] of the source folded" in format_report(report)
+        assert folded == (text == TORCH_TEXT)
         mean, std = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
         x = ((bgr[::-1] - mean[:, None, None]) / std[:, None, None]).astype(np.float32)
     else:
         x = bgr - np.array(CAFFE_MEAN, np.float32)[:, None, None]
+    roi = np.random.default_rng(4).standard_normal((32, 7, 7)).astype(np.float32)
+    if text == WS_TEXT:
+        model, bgr, x, roi = model.double(), bgr[::-1].astype(np.float64), x.astype(np.float64), roi.astype(np.float64)
     expected = fpn(
         blobs,
         resnet(blobs, x, mmdet_names, (3, 4, 6, 3)),
         lambda s: mmdet_triple(f"neck.lateral_convs.{int(s) - 2}"),
         lambda s: mmdet_triple(f"neck.fpn_convs.{int(s) - 2}"),
     )
-    roi = np.random.default_rng(4).standard_normal((32, 7, 7)).astype(np.float32)
     fc = f"{roi_head}bbox_head.shared_fcs.0."
     hidden = box_head(
         blobs,
@@ -357,7 +390,7 @@ def test_mmdetection_detector_against_numpy(tmp_path: Path, text: str, version: 
         (fc + "weight", fc + "bias"),
     )
     with torch.inference_mode():
-        found = model.backbone(normalized(model, bgr))
+        found = model.backbone(normalized(model, bgr.copy()))
         ours = model.roi_heads.box_head(torch.from_numpy(roi)[None])
         scores, deltas = model.roi_heads.box_predictor(ours)
     for name, feature in expected.items():
@@ -399,3 +432,35 @@ def test_mmdetection_backbones_ask(tmp_path: Path) -> None:
     load_weights(from_torch, f"{path}?preprocessing=torch", cfg)
     std = torch.tensor([57.375, 57.12, 58.395]).view(1, 3, 1, 1)
     close(from_torch.state_dict()[stem] * std, blobs["conv1.weight"][:, ::-1].copy(), 1e-6)
+
+
+@pytest.mark.parametrize("name", ["resnet50_gn_ws", "resnext50_32x4d_gn_ws", "resnext50_32x4d_gn"])
+def test_open_mmlab_backbones_of_weight_standardization(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By their name in the catalog: preprocessing and formula, each refused with the keys to set; nothing is folded."""
+    keys = ["MODEL.RESNETS.NUM_GROUPS", "32", "MODEL.RESNETS.WIDTH_PER_GROUP", "4"] if "resnext" in name else []
+    file = OPEN_MMLAB[f"jhu/{name}"].rpartition("/")[2]
+    shapes = real_shapes("gn_fpn.yaml", *HALF, *keys)
+    blobs = layouts.arrays(layouts.layered_backbone(norm="gn"), shapes, "backbone.bottom_up.")
+    state = {theirs: torch.from_numpy(v) for theirs, v in blobs.items()}
+    torch.save(state, tmp_path / file)
+    monkeypatch.setattr(open_weights, "local_path", lambda uri: tmp_path / file)
+    uri = f"open-mmlab://jhu/{name}"
+    plain = config(*keys)
+    if name.endswith("_ws"):
+        with pytest.raises(WeightsError, match=r"MODEL\.WS\.RESNETS is '', but .* need: MODEL\.WS\.RESNETS 'jhu'$"):
+            load_weights(model_of(plain), uri, plain)
+        ws = config(*keys, "MODEL.WS.RESNETS", "jhu")
+        with pytest.raises(WeightsError, match=r"need: INPUT\.FORMAT RGB MODEL\.PIXEL_MEAN"):
+            load_weights(model_of(ws), uri, ws)
+        keys += ["INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", "[123.675, 116.28, 103.53]"]
+        plain = config(*keys, "MODEL.PIXEL_STD", "[58.395, 57.12, 57.375]", "MODEL.WS.RESNETS", "jhu")
+    else:
+        wrong = config(*keys, "MODEL.WS.RESNETS", "timm")
+        with pytest.raises(WeightsError, match=r"MODEL\.WS\.RESNETS is 'timm', but .* need: MODEL\.WS\.RESNETS ''$"):
+            load_weights(model_of(wrong), uri, wrong)
+    model = model_of(plain)
+    load_weights(model, uri, plain)
+    stem = model.state_dict()["backbone.bottom_up.stem.conv1.weight"].numpy()
+    assert np.array_equal(stem, blobs["conv1.weight"]) == name.endswith("_ws")  # else order and std are folded

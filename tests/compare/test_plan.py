@@ -16,6 +16,8 @@ from tests.compare.cases import plan_of, pretrain_row
 
 DETECT = {"id": "row", "config": "quickstart.yaml"}
 ROWS = {
+    "beyond.yaml": 20,
+    "beyond_small.yaml": 5,
     "batch_size.yaml": 12,
     "cifar10.yaml": 42,
     "digits.yaml": 29,

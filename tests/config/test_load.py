@@ -13,9 +13,11 @@ from fvcore.common.config import CfgNode
 from gn_det import config_file
 from gn_det.config import dump_config, get_cfg, load_config, parse_config, shipped_configs
 from gn_det.config import load as loading
+from gn_det.config.check import check_config
 from gn_det.config.defaults import flatten
 from gn_det.config.load import merge_overrides, resolve_config, shipped_config
 from gn_det.errors import ConfigError
+from tests.test_configs import EMBEDDED
 
 
 def write(path: Path, text: str) -> Path:
@@ -25,7 +27,8 @@ def write(path: Path, text: str) -> Path:
 
 @pytest.mark.parametrize("name", shipped_configs())
 def test_every_shipped_config_loads_and_sets_norm_decay_explicitly(name: str) -> None:
-    cfg = load_config(name)
+    cfg = load_config(name, check=name in EMBEDDED)
+    check_config(cfg, "detectron2")
     assert cfg.SOLVER.WEIGHT_DECAY_NORM == 0.0
     text = Path(config_file(name)).read_text()
     assert "WEIGHT_DECAY_NORM: 0.0" in text

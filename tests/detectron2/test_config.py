@@ -17,7 +17,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 
 from gn_det.config import get_cfg as embedded_cfg
-from gn_det.config import load_config, shipped_configs
+from gn_det.config import load_config
 from gn_det.config.defaults import flatten, set_value
 from gn_det.data.shapes import make_shapes
 from gn_det.detectron2 import add_gn_config, prepare_config
@@ -26,6 +26,7 @@ from gn_det.detectron2.gn_heads import GNFastRCNNConvFCHead
 from gn_det.errors import ConfigError, DataError
 from gn_det.modeling import build_model as build_embedded
 from tests.detectron2.cases import gn_modules, plugin_cfg, without_plugin
+from tests.test_configs import EMBEDDED
 
 pytestmark = pytest.mark.detectron2
 ALL = {"GNResNet", "GNFPN", "GNFastRCNNConvFCHead", "GNMaskRCNNConvUpsampleHead"}
@@ -48,7 +49,7 @@ def on_meta(cfg: CfgNode) -> torch.nn.Module:
         return build_model(cfg)
 
 
-@pytest.mark.parametrize("name", shipped_configs())
+@pytest.mark.parametrize("name", EMBEDDED)
 def test_every_shipped_config_builds_the_same_model(name: str) -> None:
     """Plugin, embedded engine and Detectron2's own modules: names, order, shapes, what is frozen."""
     embedded = load_config(name)
@@ -66,6 +67,14 @@ def test_every_shipped_config_builds_the_same_model(name: str) -> None:
     elif name.startswith(("bn_", "syncbn_")):
         gn = {"GNFastRCNNConvFCHead"} if "gn_head" in name else set()
     assert gn_modules(model) == gn
+
+
+def test_retinanet_config() -> None:
+    """GN in every part: gn_det's in backbone and FPN, Detectron2's in the head."""
+    model = on_meta(plugin_cfg("gn_retinanet.yaml"))
+    assert {"GNFPN", "GNResNet"} <= gn_modules(model)
+    norms = [n for n, m in model.named_modules() if isinstance(m, torch.nn.GroupNorm)]
+    assert len(norms) == 53 + 6 + 5 * 8  # FPN on res3 to res5; a norm for each level of the head
 
 
 def describe(model: torch.nn.Module) -> list[tuple[Any, ...]]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gn_det.config import get_cfg, load_config, shipped_configs
+from gn_det.config import get_cfg, load_config
 from gn_det.errors import ConfigError
 from gn_det.kernels.weight_standardization import standardize
 from gn_det.modeling import MaskRCNN, build_model
@@ -22,6 +22,7 @@ from gn_det.modeling.rpn import RPNHead
 from gn_det.norm import FrozenBatchNorm2d
 from gn_det.structures import Detections, Targets
 from tests.golden.model_cases import BATCHES, configure, flatten, make_scene, to_sample
+from tests.test_configs import EMBEDDED
 
 
 def tiny(case: str = "gn_fpn", **changes: Any) -> MaskRCNN:
@@ -283,7 +284,7 @@ def test_weight_standardization_of_one_part() -> None:
 
 def test_every_shipped_config_builds_without_hidden_state() -> None:
     """On the meta device: every config gives a model, and no tensor was made outside of it."""
-    for name in shipped_configs():
+    for name in EMBEDDED:
         cfg = load_config(name, [])
         if cfg.MODEL.ROI_HEADS.NUM_CLASSES == 0:
             cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3

@@ -45,6 +45,8 @@ class Weights:
             source's convention differs from Detectron2's.
         asks: whether the user must state the preprocessing, because it is unknown and matters.
         aside: the ignored ImageNet classifier with Detectron2's names (``stem.fc.weight``), kept by conversion.
+        ws: formula of Weight Standardization of each part, "" for none, such as {"RESNETS": "jhu"}; parts that the
+            source does not state are left out.
     """
 
     state: State
@@ -60,6 +62,7 @@ class Weights:
     aside: State = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # sentences worth showing the user
     class_names: tuple[str, ...] = ()
+    ws: dict[str, str] = field(default_factory=dict)
 
     @property
     def num_classes(self) -> int:

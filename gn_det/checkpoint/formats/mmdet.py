@@ -26,6 +26,7 @@ from gn_det.checkpoint.formats import torchvision
 from gn_det.checkpoint.formats.common import NameTable, State, Weights, classes_last
 from gn_det.checkpoint.meta import names_of_classes
 from gn_det.checkpoint.preprocessing import Preprocessing
+from gn_det.config.schema import WS_SECTIONS
 
 _NORMED = r"\.(?:conv\.(weight|bias)|(?:gn|bn)\.(\w+))"
 _PLAIN = r"\.(weight|bias)"
@@ -84,17 +85,26 @@ def translate(state: State, payload: Mapping[str, Any]) -> Weights:
     meta = meta if isinstance(meta, Mapping) else {}
     is_gn = "backbone.gn1.weight" in state
     gn_heads = any(".gn." in name for name in state)
-    found = preprocessing_of(meta.get("config", meta.get("cfg")))
+    config = meta.get("config", meta.get("cfg"))
+    found, ws = preprocessing_of(config), _weight_standardization(config)
     return Weights(
         kept,
         "mmdetection detector",
         "GN" if is_gn else "",
         (32, 0) if is_gn or gn_heads else None,
+        ws=ws,
         preprocessing=found,
         foldable=True,
         asks=found is None,
         class_names=_class_names(meta),
     )
+
+
+def _weight_standardization(config: Any) -> dict[str, str]:
+    """From the text of an mmdetection config: all parts have it, or none; {} without a text."""
+    if not isinstance(config, str) or len(config) > 1 << 20:
+        return {}
+    return dict.fromkeys(WS_SECTIONS, "jhu" if re.search(r"type\s*=\s*['\"]ConvWS['\"]", config) else "")
 
 
 def _class_names(meta: Mapping[str, Any]) -> tuple[str, ...]:
