@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from gn_det.check.audit import Findings, Survey
+from gn_det.check.proposals import as_overrides
 from gn_det.check.report import Report, class_table, facts
 from gn_det.data.annotations import Defect, check_segmentation, is_number, usable_pieces
 from gn_det.data.image import ImageReader
@@ -50,6 +51,7 @@ def as_html(report: Report) -> str:
         more_classes=len(rows) - _CLASSES,
         sizes=sizes,
         size_plot=sizes and plot_histogram(sizes.labels(), sizes.counts, sizes.edges, sizes.anchors, "pixels"),
+        proposals=as_overrides(report.proposals),
         changes=report.changes,
         config=report.config,
     )

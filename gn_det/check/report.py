@@ -13,6 +13,7 @@ import numpy as np
 from gn_det.about import __version__
 from gn_det.check.audit import VISIBLE, Findings, Survey, Training
 from gn_det.check.decode import digest_of
+from gn_det.check.proposals import as_overrides, propose
 from gn_det.check.sizes import SizeTable, size_table
 from gn_det.data.coco import check_masks, check_num_classes, check_objects, check_same_classes
 from gn_det.data.problems import KINDS, NOWHERE, Where
@@ -38,6 +39,7 @@ class Report:
         training: the config values used.
         config: name of the config.
         sizes: object sizes of the training sets, None if none could be read.
+        proposals: config keys that fit the objects better than the config's.
         changes: changes made by ``--fix``, one per line; None without it.
         not_fixed: errors that the cleaned copy still has.
     """
@@ -47,6 +49,7 @@ class Report:
     training: Training
     config: str = ""
     sizes: SizeTable | None = None
+    proposals: dict[str, Any] = field(default_factory=dict)
     changes: list[str] | None = None
     not_fixed: list[str] = field(default_factory=list)
 
@@ -81,6 +84,7 @@ def look_across(surveys: Sequence[Survey], training: Training, cfg: Any, config:
     datasets = [s.dataset for s in train if s.dataset is not None]
     if datasets:
         report.sizes = size_table(datasets, training, cfg)
+        report.proposals = propose(datasets, training, cfg)
         if report.sizes.many_small:
             report.across.add("small-for-anchors", NOWHERE, report.sizes.small, min(report.sizes.anchors))
     return report
@@ -199,6 +203,12 @@ def as_text(report: Report) -> str:
         lines += [*_class_lines(report), ""]
     if report.sizes is not None:
         lines += [*_size_lines(report.sizes), ""]
+    if report.proposals:
+        lines += [
+            "  keys that fit these objects better than the config",
+            *(f"    {k}" for k in as_overrides(report.proposals)),
+            "",
+        ]
     lines.append(report.verdict())
     return "\n".join(as_line(line).rstrip() for line in lines)
 
@@ -274,6 +284,7 @@ def as_json(report: Report) -> dict[str, Any]:
             "fit_iou_0.5": sizes.fit[1],
             "below_half_of_smallest_anchor": sizes.small,
         }
+    result["proposals"] = report.proposals
     if report.changes is not None:
         result |= {"changes": report.changes, "not_fixed": report.not_fixed}
     return result

@@ -67,10 +67,10 @@ def size_table(datasets: Sequence[CocoDataset], training: Training, cfg: Any) ->
     side = sorted(training.short_sides)[len(training.short_sides) // 2]
     if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range":
         side = round(sum(training.short_sides) / len(training.short_sides))
-    boxes = np.concatenate([_at_training_size(dataset, training, side) for dataset in datasets])
+    boxes = np.concatenate([objects_at(dataset, training, side) for dataset in datasets])
     sizes = np.sqrt(boxes.prod(axis=1))
-    anchors = _flat(cfg.MODEL.ANCHOR_GENERATOR.SIZES)
-    best = _best_fit(boxes, anchor_shapes(anchors, _flat(cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS)))
+    anchors = flat(cfg.MODEL.ANCHOR_GENERATOR.SIZES)
+    best = best_fit(boxes, anchor_shapes(anchors, flat(cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS)))
     counts = np.bincount(np.searchsorted(EDGES, sizes, side="right"), minlength=len(EDGES) + 1)
     total = max(len(sizes), 1)
     return SizeTable(
@@ -84,8 +84,12 @@ def size_table(datasets: Sequence[CocoDataset], training: Training, cfg: Any) ->
     )
 
 
-def _at_training_size(dataset: CocoDataset, training: Training, side: int) -> np.ndarray:
-    """Return (M, 2) widths and heights of all objects of a set, in pixels of the resized images."""
+def objects_at(dataset: CocoDataset, training: Training, side: int | None = None) -> np.ndarray:
+    """Return (M, 2) widths and heights of all objects of a set, in pixels of images resized to the shorter ``side``.
+
+    Without ``side``, that is the largest one of training.
+    """
+    side = max(training.short_sides) if side is None else side
     scales = np.array([training.scale(width, height, side) for width, height in dataset.sizes.tolist()]).reshape(-1, 2)
     sizes: np.ndarray = dataset.object_sizes.astype(np.float64) * scales[dataset.object_images]
     return sizes
@@ -97,7 +101,7 @@ def anchor_shapes(sizes: Sequence[float], ratios: Sequence[float]) -> np.ndarray
     return np.array(shapes, dtype=np.float64).reshape(-1, 2)
 
 
-def _best_fit(boxes: np.ndarray, shapes: np.ndarray) -> np.ndarray:
+def best_fit(boxes: np.ndarray, shapes: np.ndarray) -> np.ndarray:
     """Return (M,) IoU of each box with its best anchor, both centered on the same point."""
     best = np.zeros(len(boxes))
     for start in range(0, len(boxes), _BLOCK) if len(shapes) else ():
@@ -107,9 +111,9 @@ def _best_fit(boxes: np.ndarray, shapes: np.ndarray) -> np.ndarray:
     return best
 
 
-def _flat(values: Any) -> list[float]:
+def flat(values: Any) -> list[float]:
     """Return the distinct numbers of a nested list, ascending."""
     found: set[float] = set()
     for value in values:
-        found |= set(_flat(value)) if isinstance(value, (list, tuple)) else {float(value)}
+        found |= set(flat(value)) if isinstance(value, (list, tuple)) else {float(value)}
     return sorted(found)

@@ -23,6 +23,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("words", nargs="*", metavar="SUITE.yaml | KEY VALUE", help="a suite, and " + flags.OVERRIDES)
     add("--output", metavar="DIR", help="folder of runs and report (default output/compare/NAME)")
     add("--rows", metavar="A,B", help="run only these rows, by id; * matches anything")
+    add(
+        "--folds",
+        type=int,
+        metavar="K",
+        help="with --configs and --train-json: cross-validate in K folds of the images, K runs a config",
+    )
     add("--seeds", type=int, metavar="N", help="run every row N times, with seeds 1 to N")
     text = "train every detection row for N passes over the data"
     flags.add_key(parser, "--epochs", "SOLVER.EPOCHS", text, type=float, metavar="N")
@@ -105,7 +111,10 @@ def _suite_and_overrides(args: argparse.Namespace) -> tuple[Suite, list[str]]:
     if configs and name:
         raise ConfigError(f"give a suite ({name}) or --configs, not both")
     if configs:
-        return own_suite(configs, {key.split(".")[1].lower(): value for key, value in flagged.items()}), overrides
+        data = {key.split(".")[1].lower(): value for key, value in flagged.items()}
+        return own_suite(configs, data, args.folds or 0), overrides
+    if args.folds is not None:
+        raise ConfigError("--folds needs --configs, --train-json and --train-images; a suite names its own data")
     if flagged:
         raise ConfigError("--train-json and the like need --configs; a suite names its own data")
     if not name:

@@ -6,7 +6,7 @@ A flag that sets a config key has the key as its ``dest``. Nothing heavy is impo
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gn_det.engine.choice import ENGINES
@@ -51,6 +51,11 @@ def whole(least: int, most: int = _MOST) -> Callable[[str], int]:
 
     read.__name__ = "int"  # the name that argparse prints for a word that is not a number
     return read
+
+
+def batch(word: str) -> int | str:
+    """Argparse type of --batch: "auto" or a number of images."""
+    return word if word == "auto" else whole(1)(word)
 
 
 def add_config(parser: argparse.ArgumentParser, *, required: bool = False, overrides: bool = True) -> None:
@@ -159,6 +164,7 @@ def config_from_args(args: argparse.Namespace, engine: str = "embedded") -> CfgN
     merge_overrides(cfg, flag_keys(args))
     if cfg.DATASETS.TRAIN_JSON and not cfg.DATASETS.VAL_JSON and (keys or given.get("DATASETS.TRAIN_JSON")):
         cfg.DATASETS.TEST = ()  # the config's own test set belongs to its own training set
+    merge_overrides(cfg, _training_keys(given))
     literal = merge_overrides(cfg, args.overrides)
     if given.get("augment"):
         from gn_det.config.presets import apply_augmentation
@@ -170,6 +176,18 @@ def config_from_args(args: argparse.Namespace, engine: str = "embedded") -> CfgN
         cfg.MODEL.WEIGHTS = with_option(cfg.MODEL.WEIGHTS, "allow_partial=True")
     check_config(cfg, engine)
     return cfg
+
+
+def _training_keys(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config keys of --balance and --batch, each of which sets more than its value."""
+    keys: dict[str, Any] = {}
+    if given.get("balance") is not None:
+        keys["DATALOADER.SAMPLER_TRAIN"] = "RepeatFactorTrainingSampler"
+        keys["DATALOADER.REPEAT_THRESHOLD"] = given["balance"]
+    if given.get("batch") is not None:
+        auto = given["batch"] == "auto"
+        keys["SOLVER.AUTO_BATCH" if auto else "SOLVER.IMS_PER_BATCH"] = True if auto else given["batch"]
+    return keys
 
 
 def _data_keys(args: argparse.Namespace) -> dict[str, Any]:

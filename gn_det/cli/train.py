@@ -23,6 +23,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="train no masks (MODEL.MASK_ON False), as happens anyway if no object has one",
     )
     flags.add_augment(parser)
+    parser.add_argument(
+        "--balance",
+        type=float,
+        metavar="F",
+        help="show images with rare classes more often: those of classes that fewer than this part of the images have, "
+        "such as 0.1 (DATALOADER.SAMPLER_TRAIN, REPEAT_THRESHOLD)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=flags.batch,
+        metavar="N",
+        help="images of an optimizer step, over all GPUs (SOLVER.IMS_PER_BATCH); auto: the batch of the config, in "
+        "micro-batches that fill the GPU",
+    )
     flags.add_run(parser)
     flags.add_key(parser, "--weights", "MODEL.WEIGHTS", "initial weights, a path or URI", metavar="FILE")
     parser.add_argument("--allow-partial", action="store_true", help="load matching tensors and report the rest")

@@ -17,7 +17,7 @@ from gn_det.compare.charts import charts
 from gn_det.compare.outcomes import Results, RowResult, as_json
 from gn_det.compare.runner import Store, write_json
 from gn_det.compare.suite import DETECT
-from gn_det.compare.views import findings, full_view, run_view, views
+from gn_det.compare.views import findings, fold_view, full_view, run_view, views
 from gn_det.engine.engines import Engine
 from gn_det.errors import UserError
 from gn_det.files import atomic_write
@@ -44,6 +44,7 @@ def write_report(results: Results, store: Store, date: str) -> None:
         "findings": list(found.values()),
         "chance": f"About 1 in 20 intervals excludes zero by chance: {len(found) / 20:.0f} of these {len(found)}.",
         "tables": [(views(results, table), charts(results, table)) for table in suite.tables],
+        "folds": fold_view(results),
         "full": [full for table in suite.tables if (full := full_view(results, table)) is not None],
         "runs": run_view(results),
         "configs": _configs(results),
@@ -62,6 +63,8 @@ def _state(results: Results) -> list[tuple[str, str]]:
     parts = {"rows done": states.count("done"), "failed": states.count("failed"), "left out": states.count("left out")}
     parts["not finished"] = len(states) - sum(parts.values())
     seeds = sorted({len(r.wanted) for r in results.rows if r.wanted})
+    if results.plan.suite.folds:
+        seeds, parts = [], {**parts, "folds": results.plan.suite.folds}
     shown = [(str(n), name) for name, n in parts.items() if n or name == "rows done"]
     return shown + [(" or ".join(map(str, seeds)), "seed a row" if seeds == [1] else "seeds a row")] * bool(seeds)
 
@@ -117,7 +120,10 @@ def _drawn(result: RowResult, results: Results, store: Store, *, truth: bool = F
     kept = sorted(folder.glob("*.jpg"))[:count]
     if len(kept) < count:
         weights = None if truth else store.folder_of(record) / record.weights
-        cfg = next(j.cfg for j in results.plan.jobs if j.row.id == result.row.id)
+        job = next(j for j in results.plan.jobs if (j.row.id, j.seed) == (record.row, record.seed))
+        assert job.cfg is not None
+        cfg = job.cfg.clone()
+        cfg.OUTPUT_DIR = str(store.folder_of(record))  # the files of its split are there
         kept = []
         for image in _drawings(cfg, weights, results.plan.engine, count):
             image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
@@ -132,10 +138,11 @@ def _drawings(cfg: Any, weights: Path | None, engine: Engine, count: int) -> Ite
     """Draw detections or ground truth on images spread over the validation set, those with objects first."""
     from gn_det.data.image import ImageReader
     from gn_det.data.sets import load_first_test_set
+    from gn_det.data.split import split_keys
     from gn_det.prediction.predictor import Selection, load_predictor
     from gn_det.visualize.draw import draw_annotations, draw_detections
 
-    dataset = load_first_test_set(cfg)
+    dataset = load_first_test_set(split_keys(cfg))
     having = [i for i, n in enumerate(dataset.object_counts) if n] or list(range(len(dataset)))
     places = np.linspace(0, len(having) - 1, min(count, len(having))).round().astype(int)
     predictor = None if weights is None else load_predictor(weights, engine=engine)

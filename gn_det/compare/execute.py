@@ -90,12 +90,13 @@ def _of_pretraining(settings: Settings, folder: Path, summary: Mapping[str, Any]
 
 def _of_detection(job: Job, cfg: CfgNode, engine: Engine, results: Mapping[str, float]) -> Outcome:
     from gn_det.data.sets import load_first_test_set
+    from gn_det.data.split import split_keys
     from gn_det.prediction.predictor import load_predictor
 
     folder = Path(cfg.OUTPUT_DIR)
     text = (folder / "config.yaml").read_text(encoding="utf-8")
     model = build_empty(replace(job, cfg=parse_config(text, str(folder / "config.yaml"))), engine)
-    held_out = load_first_test_set(cfg)
+    held_out = load_first_test_set(split_keys(cfg))
     metrics = detection_metrics(results)
     if metrics.get("box_ap") is None:
         if not held_out.object_counts.any():

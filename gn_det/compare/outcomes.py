@@ -49,6 +49,17 @@ class Difference:
         return None if self.half is None else abs(self.value) > self.half
 
 
+@dataclass(frozen=True)
+class Interval:
+    """Mean over folds and half the width of its 95% interval; None with one fold.
+
+    Student's t over the folds. They share training images, so the true interval is somewhat wider.
+    """
+
+    mean: float
+    half: float | None
+
+
 def spread(values: Mapping[int, float]) -> Spread | None:
     """Return mean and deviation of the values by seed; None without any."""
     numbers = list(values.values())
@@ -152,6 +163,10 @@ class RowResult:
 
     def spread(self, column: str) -> Spread | None:
         return spread(self.values(column))
+
+    def interval(self, column: str) -> Interval | None:
+        found = self.spread(column)
+        return None if found is None else Interval(found.mean, _half(found.std, 1 / found.n, found.n - 1))
 
     def difference(self, column: str) -> Difference | None:
         """Return row minus baseline; None without a baseline, or if a side has no number."""
@@ -261,6 +276,7 @@ def _row_json(result: RowResult, findings: Sequence[str]) -> dict[str, Any]:
         "remarks": result.remarks,
         "baseline": row.baseline,
         "metrics": {column: asdict(found) for column, found in spreads.items()},
+        "interval": {c: asdict(i) for c in spreads if (i := result.interval(c)) is not None},
         "difference": {c: asdict(d) for c in spreads if (d := result.difference(c)) is not None},
         "parameters": result.size("parameters"),
         "cost": {c: result.cost(c, place) for c, column in COLUMNS.items() if column.what == COST},

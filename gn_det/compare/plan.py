@@ -25,6 +25,7 @@ from gn_det.config.defaults import get_value
 from gn_det.config.load import merge_overrides
 from gn_det.config.schema import KEYS, WS_SECTIONS
 from gn_det.data.catalog import GENERATED, datasets_for
+from gn_det.data.split import check_split, is_split
 from gn_det.engine import dist
 from gn_det.engine.engines import Engine
 from gn_det.engine.precision import settle
@@ -41,9 +42,10 @@ _LEFT_OUT = ("LOGGERS", "SOLVER.AUTO_EPOCHS")
 #: Keys and settings that came later and change the result: left out at their default, for the same reason.
 _LATER = (
     *("INPUT.COLOR_JITTER", "INPUT.COPY_PASTE", "INPUT.LSJ.ENABLED", "INPUT.LSJ.SIZE", "INPUT.LSJ.SCALE"),
-    *("DATASETS.VAL_FRACTION", "INPUT.ROTATION", "MODEL.CHANNELS_LAST", "TEST.AMP"),
+    *("DATASETS.VAL_FRACTION", "DATASETS.VAL_FOLD", "INPUT.ROTATION", "MODEL.CHANNELS_LAST", "TEST.AMP"),
     *("MODEL.FREEZE", "SOLVER.OPTIMIZER", "SOLVER.BETAS", "SOLVER.BACKBONE_LR_FACTOR"),
     *(f"MODEL.WS.{section}" for section in WS_SECTIONS),
+    *("MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS", "MODEL.BACKBONE.RECOMPUTE", "SOLVER.AUTO_BATCH"),
 )
 _LATER_SETTINGS = {"channels_last": False, "augment": "crop", "record": None}
 
@@ -63,7 +65,8 @@ class Job:
 
     @property
     def name(self) -> str:
-        return f"{self.row.id}, seed {self.seed}"
+        folds = 0 if self.cfg is None else self.cfg.DATASETS.VAL_FOLD[1]
+        return f"{self.row.id}, fold {self.seed} of {folds}" if folds else f"{self.row.id}, seed {self.seed}"
 
     @property
     def device(self) -> str:
@@ -167,6 +170,8 @@ def make_plan(
     Raises:
         ConfigError: ``only`` names no row; too many runs; ``overrides`` without detection rows.
     """
+    if seeds is not None and suite.folds:
+        raise ConfigError(f"--seeds {seeds} and --folds {suite.folds}: a fold is trained once, give one of them")
     if seeds is not None and not 1 <= seeds <= MAX_SEEDS:
         raise ConfigError(f"--seeds is {seeds}; it must be from 1 to {MAX_SEEDS}")
     wanted = _wanted(suite, only)
@@ -246,7 +251,12 @@ def _jobs(
         raise ConfigError(f"weights: '{source.id}' is a detection row; name a pre-training row or a file")
     check_config(cfg, engine.name)
     cfg = settle(cfg, dist.resolve_device(cfg.MODEL.DEVICE))  # the same for all rows, wherever the suite continues
-    if not cfg.DATASETS.TEST and not cfg.DATASETS.VAL_JSON:
+    if suite.folds:
+        cfg.DATASETS.VAL_FOLD, cfg.DATASETS.TEST = (1, suite.folds), ()
+        check_config(cfg, engine.name)
+        if os.path.isfile(os.path.expanduser(cfg.DATASETS.TRAIN_JSON)):
+            check_split(cfg)
+    if not (cfg.DATASETS.TEST or cfg.DATASETS.VAL_JSON or is_split(cfg)):
         raise ConfigError("data: no validation set (DATASETS.TEST is empty); without one there is no AP to compare")
     check_run(cfg, dist.resolve_device(cfg.MODEL.DEVICE), num_gpus)
     check_freeze(cfg)
@@ -256,6 +266,8 @@ def _jobs(
     for seed in mine:
         own = cfg.clone()
         own.SEED = seed
+        if suite.folds:
+            own.DATASETS.VAL_FOLD = (seed, suite.folds)
         needs = None if source is None else (source.id, seed if seed in seeds[source.id] else seeds[source.id][0])
         jobs.append(Job(row, seed, cfg=own, needs=needs, inputs=inputs))
     return jobs

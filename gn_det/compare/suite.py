@@ -26,6 +26,7 @@ from gn_det.values import ANYTHING, FLAG, Check, InvalidValue, Value, integer, i
 DETECT, PRETRAIN = "detect", "pretrain"
 #: Most rows per suite, seeds per row, and values and characters that ``each`` may produce.
 MAX_ROWS, MAX_SEEDS, _MAX_WRITTEN = 500, 1000, 2_000_000
+MAX_FOLDS = 100
 
 # ------------------------------------------------------------ values
 
@@ -165,6 +166,7 @@ class Suite:
     title: str = _key(_TEXT, "", str)
     note: str = _key(_NOTE, "", lambda v: str(v).strip())
     overrides: Mapping[str, Any] = _key(_OVERRIDES, {})
+    folds: int = 0  # of own data; run k of a row trains without fold k, with seed k
     rows: tuple[Row, ...] = ()
     tables: tuple[Table, ...] = ()
     sample_rows: tuple[str, ...] = ()
@@ -365,16 +367,33 @@ def matching(pattern: str, ids: Sequence[str]) -> list[str]:
 # ------------------------------------------------------------ which suite
 
 
-def own_suite(configs: Sequence[str], data: Mapping[str, str]) -> Suite:
-    """Build a suite with one row per config on the user's data; the first row is the baseline."""
+def own_suite(configs: Sequence[str], data: Mapping[str, str], folds: int = 0) -> Suite:
+    """Build a suite with one row per config on the user's data; the first row is the baseline.
+
+    Args:
+        folds: cross-validate: train each row that many times, each time without another part of the training images.
+
+    Raises:
+        ConfigError: ``folds`` is out of range, or does not go with ``data``.
+    """
+    if folds:
+        if not 2 <= folds <= MAX_FOLDS:
+            raise ConfigError(f"--folds is {folds}; it must be from 2 to {MAX_FOLDS}")
+        if set(data) != {"train_json", "train_images"}:
+            raise ConfigError(
+                "--folds divides the images of --train-json and --train-images; give both, and no --val-json"
+            )
     ids: list[str] = []
     for config in configs:
         base = re.sub(r"[^\w.+-]", "_", Path(config).stem).lstrip("._-+") or "config"
         names = itertools.chain([base], (f"{base}_{count}" for count in itertools.count(2)))
         ids.append(next(name for name in names if name not in ids))
-    own = {"data": dict(data)} if data else {}
+    own: dict[str, Any] = {"data": dict(data)} if data and not folds else {}
+    if folds:
+        own = {"seeds": folds, "overrides": {f"DATASETS.{key.upper()}": path for key, path in data.items()}}
     rows = [{"id": name, "config": config, "baseline": ids[0], **own} for name, config in zip(ids, configs)]
-    return parse_suite({"name": "own", "title": f"Comparison of {', '.join(ids)}", "rows": rows}, "--configs")
+    suite = parse_suite({"name": "own", "title": f"Comparison of {', '.join(ids)}", "rows": rows}, "--configs")
+    return dataclasses.replace(suite, folds=folds)
 
 
 def shipped_suites() -> dict[str, Path]:

@@ -193,6 +193,29 @@ def full_view(results: Results, table: Table) -> View | None:
     return View(f"{table.title}: all AP", head, body, minor=True)
 
 
+def fold_view(results: Results) -> View | None:
+    """The deciding APs of each row fold by fold, and their mean with its interval; None without folds."""
+    folds = results.plan.suite.folds
+    rows = [r for r in results.rows if r.done]
+    if not folds or not rows:
+        return None
+    columns = [c for c in ("box_ap", "mask_ap") if any(r.values(c) for r in rows)]
+    head = [(LABEL, "row"), (LABEL, "metric"), *((MEASURED, f"fold {k}") for k in range(1, folds + 1))]
+    body = []
+    for result in rows:
+        for column in columns:
+            values, interval = result.values(column), result.interval(column)
+            cells = [Cell(COLUMNS[column].show(values[k])) if k in values else _NOTHING for k in range(1, folds + 1)]
+            text = "" if interval is None else COLUMNS[column].show(interval.mean)
+            text += "" if interval is None or interval.half is None else f" ± {interval.half:.1f}"
+            body.append([Cell(result.row.title), Cell(COLUMNS[column].heading), *cells, Cell(text)])
+    notes = [
+        f"Every image is held out once, in one of {folds} folds of equal classes. Mean ± half of its 95% interval "
+        "(Student's t over the folds). Folds share training images, so the true interval is somewhat wider."
+    ]
+    return View(f"Cross-validation in {folds} folds", [*head, (MEASURED, "mean")], body, notes)
+
+
 def run_view(results: Results) -> View:
     """Return the table of all runs behind the numbers."""
     head = ("run", "status", "results version", "trained by", "machine", "day", "minutes")
@@ -205,7 +228,12 @@ def run_view(results: Results) -> View:
             minutes = f"{'> ' if len(known) < len(record.sessions) else ''}{sum(known) / 60:.1f}"
             commit = record.software.get("commit", "")
             version = f"{record.version} ({commit})" if commit else record.version
-            words = [f"{result.row.id}, seed {seed}", record.status, version, record.software.get("engine", "")]
+            words = [
+                f"{result.row.id}, {_unit(results)} {seed}",
+                record.status,
+                version,
+                record.software.get("engine", ""),
+            ]
             body.append([Cell(w) for w in (*words, str(last.get("device", "")), str(last.get("day", "")), minutes)])
     remarks = [f"{r.row.title}: {remark}" for r in results.rows for remark in r.remarks]
     return View("Runs", [(LABEL, text) for text in head], body, remarks)
@@ -309,6 +337,10 @@ def _notes(rows: list[RowResult], columns: Sequence[str], place: Place | None, c
         if blank:
             notes.append(f"No cost for {', '.join(blank)}: not measured on the same machine and day.")
     return notes
+
+
+def _unit(results: Results) -> str:
+    return "fold" if results.plan.suite.folds else "seed"
 
 
 def _row_notes(rows: Sequence[RowResult]) -> list[str]:

@@ -73,8 +73,9 @@ def _check_implemented(name: str, value: Any, engine: str) -> None:
         return
     near = nearest(value, [k for k in known if isinstance(k, str)], 1) if isinstance(value, str) else []
     hint = f", did you mean {near[0]!r}?" if near else ""
-    if engine == "embedded" and _is_among(value, KEYS[name].implemented("detectron2")):
-        hint = "; --engine detectron2 runs it"
+    other = "detectron2" if engine == "embedded" else "embedded"
+    if _is_among(value, KEYS[name].implemented(other)):
+        hint = f"; --engine {other} runs it"
     raise ConfigError(
         f"{name} is {shown(value)}, which is not implemented by the {engine} engine; "
         f"use {' or '.join(map(shown, known))}{hint}"
@@ -148,9 +149,13 @@ def _check_data(cfg: CN) -> None:
             f"INPUT.COPY_PASTE {cfg.INPUT.COPY_PASTE:g} pastes objects by their masks, but MODEL.MASK_ON is False; set "
             "INPUT.COPY_PASTE 0"
         )
-    if cfg.DATASETS.VAL_FRACTION and (cfg.DATASETS.VAL_JSON or not cfg.DATASETS.TRAIN_JSON):
-        why = "DATASETS.VAL_JSON is set, too" if cfg.DATASETS.VAL_JSON else "DATASETS.TRAIN_JSON is not set"
-        raise ConfigError(f"DATASETS.VAL_FRACTION holds out a part of DATASETS.TRAIN_JSON, but {why}; set only one")
+    data = cfg.DATASETS
+    split = "VAL_FOLD" if data.VAL_FOLD[1] else "VAL_FRACTION" if data.VAL_FRACTION else ""
+    others = {"VAL_JSON": data.VAL_JSON, "VAL_FRACTION": split == "VAL_FOLD" and data.VAL_FRACTION}
+    given = [f"DATASETS.{name} is set, too" for name, value in others.items() if value]
+    given += ["DATASETS.TRAIN_JSON is not set"] * (not data.TRAIN_JSON)
+    if split and given:
+        raise ConfigError(f"DATASETS.{split} holds out a part of DATASETS.TRAIN_JSON, but {given[0]}; set only one")
     for split in ("TRAIN", "VAL"):
         parts = (f"{split}_JSON", f"{split}_IMAGES")
         missing = [part for part in parts if not cfg.DATASETS[part]]
@@ -165,6 +170,16 @@ def _check_model(cfg: CN) -> None:
             f"TEST.AUG.ENABLED True is for GeneralizedRCNN, not {cfg.MODEL.META_ARCHITECTURE}; set it False"
         )
     model, resnets, backbone = cfg.MODEL, cfg.MODEL.RESNETS, cfg.MODEL.BACKBONE.NAME
+    if model.BACKBONE.RECOMPUTE and resnets.NORM.endswith(("BN", "BN_N")) and resnets.NORM != "FrozenBN":
+        raise ConfigError(
+            f"MODEL.BACKBONE.RECOMPUTE True would count each batch twice in the statistics of MODEL.RESNETS.NORM "
+            f"{resnets.NORM}; take GN or FrozenBN, or set it False"
+        )
+    if model.ROI_BOX_HEAD.CLASS_WEIGHTS and model.ROI_BOX_HEAD.USE_SIGMOID_CE:
+        raise ConfigError(
+            "MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS weighs the softmax loss, but MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE is True; "
+            "set one of them"
+        )
     if resnets.DEPTH in (18, 34):
         for name, value in {"RES2_OUT_CHANNELS": 64, "NUM_GROUPS": 1, "RES5_DILATION": 1}.items():
             if resnets[name] != value:

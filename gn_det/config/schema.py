@@ -111,6 +111,10 @@ _BIT_DEPTH = Value(
 # The upper limits are far beyond any real run; they keep a typo from taking hours or all memory.
 _FRACTION, _WEIGHT, _RATE = number(0, 1), number(0, 10**6), number(0, 1000)
 _SWITCH = one_of(False, True, "auto")
+_FOLD = every(
+    items(integer(0, 100), 2, 2),
+    Value("(0, 0), or (k, K) with k from 1 to K and K at least 2", lambda v: v[0] <= v[1] and (v[0] > 0) == (v[1] > 1)),
+)
 _IOUS, _LABELS = _rising(number(0, 1, above=True), 1, 1000), items(integer(-1, 1), 1, 1000)
 _FOUR = items(number(0, 10**6, above=True), 4, 4)
 _CHANNELS, _LAYERS, _CLASSES, _PROPOSALS = integer(1, 8192), integer(0, 64), integer(0, 100_000), integer(1, 1_000_000)
@@ -206,6 +210,10 @@ _KEYS = (
                          ("resnet", "resnet_fpn", "retinanet_resnet_fpn"))),
     Key("MODEL.BACKBONE.FREEZE_AT", 2, integer(0, 5),
         "Stages with frozen weights: 0 none, 1 stem, 2 stem and res2, ... GN statistics are never frozen."),
+    Key("MODEL.BACKBONE.RECOMPUTE", False, FLAG,
+        "Gradient checkpointing: keep only the input of each residual block in training, and compute the block again "
+        "in the backward pass. The same results to the bit; for backbones with GN, LN, IN, FrozenBN or no norm.",
+        ours=True),
     Key("MODEL.FREEZE", (), _NAMES,
         "Parts of the model that do not train, by module name: backbone, backbone.bottom_up (without FPN), "
         "proposal_generator, roi_heads.box_head, roi_heads.mask_head ... Their BN keeps its statistics.", ours=True),
@@ -286,6 +294,9 @@ _KEYS = (
     Key("MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT", 1.0, _WEIGHT, "Weight of the box loss."),
     Key("MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", (10.0, 10.0, 5.0, 5.0), _FOUR, "Scale of the targets dx, dy, dw, dh."),
     Key("MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA", 0.0, _RATE, "Transition of the smooth L1 loss; 0: plain L1."),
+    Key("MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS", (), items(row(_NAME, number(0, 10**6, above=True)), 0, 100_000),
+        "Weights in the classification loss, a weighted mean: rows [class, weight], such as [['ring', 2.0], "
+        "['background', 0.5]]; classes that are not named have 1.", ours=True),
     Key("MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", 14, _RESOLUTION, "Side of the pooled features."),
     Key("MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO", 0, _SAMPLING, "Samples along a side of a bin; 0: by its size."),
     _pooler("MODEL.ROI_BOX_HEAD.POOLER_TYPE"),
@@ -399,6 +410,10 @@ _KEYS = (
     Key("DATASETS.VAL_FRACTION", 0.0, number(0, 1, below=True),
         "> 0: hold out this part of DATASETS.TRAIN_JSON for validation, by image and class; see OUTPUT_DIR/split.",
         ours=True),
+    Key("DATASETS.VAL_FOLD", (0, 0), _FOLD,
+        "(k, K): divide DATASETS.TRAIN_JSON into K folds by image and class, hold out the k-th for validation and "
+        "train on the others; the folds depend on the json alone. gn-det compare --folds K runs all of them.",
+        ours=True),
     Key("DATALOADER.NUM_WORKERS", 4, integer(0, 1024), "Worker processes of each GPU; at most the number of cores."),
     Key("DATALOADER.ASPECT_RATIO_GROUPING", True, FLAG, "Images of a batch are all wide or all tall: less padding."),
     Key("DATALOADER.SAMPLER_TRAIN", "TrainingSampler", _NAME,
@@ -448,6 +463,9 @@ _KEYS = (
         'Automatic mixed precision; "auto": bf16 on CPUs that compute in it (amx_bf16, avx512_bf16).'),
     Key("SOLVER.AMP.DTYPE", "bf16", one_of("bf16", "fp16"), "Type of autocast; fp16 scales the loss.", ours=True),
     Key("SOLVER.ACCUMULATE", 1, _BATCH, "Micro-batches of an optimizer step; IMS_PER_BATCH counts all.", ours=True),
+    Key("SOLVER.AUTO_BATCH", False, FLAG,
+        "On a GPU: take IMS_PER_BATCH as it is written, put as many images on the GPU at a time as its memory holds, "
+        "and set ACCUMULATE for the rest.", detectron2=(False,), ours=True),
     Key("SOLVER.EPOCHS", 0.0, _WEIGHT,
         "> 0: MAX_ITER becomes this many passes over the training set, other iteration counts keep their proportion.",
         ours=True),

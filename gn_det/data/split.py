@@ -1,4 +1,6 @@
-"""Hold out training images for validation (DATASETS.VAL_FRACTION): by image, seeded, stratified by class.
+"""Hold out training images for validation: by image, seeded, stratified by class.
+
+DATASETS.VAL_FRACTION holds out one part, DATASETS.VAL_FOLD one of K folds.
 
 Both parts are written as json files to OUTPUT_DIR/split, so that every later command uses the same images.
 """
@@ -11,6 +13,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,43 +27,82 @@ logger = logging.getLogger(__name__)
 
 
 def split_keys(cfg: Any) -> Any:
-    """Return a copy of ``cfg`` with the two files of its split; ``cfg`` itself without DATASETS.VAL_FRACTION."""
-    if not cfg.DATASETS.VAL_FRACTION:
+    """Return a copy of ``cfg`` that names the two files of its split; ``cfg`` itself without one."""
+    if not is_split(cfg):
         return cfg
     cfg = cfg.clone()
     cfg.defrost()
     data, folder = cfg.DATASETS, Path(os.path.abspath(os.path.expanduser(cfg.OUTPUT_DIR))) / "split"
     data.TRAIN_JSON, data.VAL_JSON = str(folder / "train.json"), str(folder / "val.json")
-    data.VAL_IMAGES, data.VAL_FRACTION = data.TRAIN_IMAGES, 0.0
+    data.VAL_IMAGES, data.VAL_FRACTION, data.VAL_FOLD = data.TRAIN_IMAGES, 0.0, (0, 0)
     return cfg
 
 
-def write_split(cfg: Any) -> Any:
-    """Write the files of the DATASETS.VAL_FRACTION split and return :func:`split_keys`.
+def is_split(cfg: Any) -> bool:
+    """Whether ``cfg`` holds out a part of its training images."""
+    return bool(cfg.DATASETS.VAL_FRACTION or cfg.DATASETS.VAL_FOLD[1])
 
-    The same json, fraction and SEED (0 if negative) give the same split.
+
+@dataclass(frozen=True)
+class _Division:
+    """A json in two parts; ``held`` says of each entry of ``content["images"]`` whether it is for validation."""
+
+    content: dict[str, Any]
+    ids: list[Any]
+    held: list[bool]
+    what: str  # key and value that asked for it
+
+
+def check_split(cfg: Any) -> None:
+    """Refuse a split that cannot be made, without writing anything.
 
     Raises:
-        DataError: the json cannot be read, or a class would be left without validation images.
+        DataError: as :func:`write_split`.
     """
+    if is_split(cfg):
+        _divide(cfg)
+
+
+def _divide(cfg: Any) -> _Division:
+    source, (fold, folds) = datasets_for(cfg, "train")[0], cfg.DATASETS.VAL_FOLD
     fraction = float(cfg.DATASETS.VAL_FRACTION)
-    if not fraction:
-        return cfg
-    source = datasets_for(cfg, "train")[0]
+    what = f"DATASETS.VAL_FOLD ({fold}, {folds})" if folds else f"DATASETS.VAL_FRACTION {fraction:g}"
     content = read_json(source.json_file, advice="give a COCO json")
     images, annotations = (content.get(key) if isinstance(content, dict) else None for key in ("images", "annotations"))
     if not isinstance(images, list) or not isinstance(annotations, list) or len(images) < 2:
-        raise DataError(f"{source.json_file}: DATASETS.VAL_FRACTION needs COCO images (at least 2) and annotations")
+        raise DataError(f"{source.json_file}: {what} needs COCO images (at least 2) and annotations")
     classes_of: dict[Any, set[Any]] = {}
     for a in annotations:
         if isinstance(a, dict) and isinstance(a.get("image_id"), Hashable) and not a.get("iscrowd"):
             classes_of.setdefault(a["image_id"], set()).add(json.dumps(a.get("category_id")))
     ids = [image.get("id") if isinstance(image, dict) else None for image in images]
     labels = [classes_of.get(i, set()) if isinstance(i, Hashable) else set() for i in ids]
-    held = stratified(labels, fraction, max(int(cfg.SEED), 0))
-    _check_classes(content, labels, held, source.json_file, fraction)
+    if folds:
+        _check_folds(content, labels, folds, source.json_file)
+        held = [number == fold for number in fold_numbers(labels, folds)]
+        remedy = "give --val-json, or fewer folds"
+    else:
+        held = stratified(labels, fraction, max(int(cfg.SEED), 0))
+        remedy = "hold out more (--val-fraction), or give --val-json"
+    _check_classes(content, labels, held, f"{source.json_file}: {what}", remedy)
+    return _Division(content, ids, held, what)
+
+
+def write_split(cfg: Any) -> Any:
+    """Write the files of the split that DATASETS.VAL_FRACTION or VAL_FOLD asks for; returns :func:`split_keys`.
+
+    The same json, fraction and SEED (0 where it is negative) give the same split; folds depend on the json alone.
+
+    Raises:
+        DataError: the json cannot be read, or a class would be left without validation images.
+    """
+    if not is_split(cfg):
+        return cfg
+    division = _divide(cfg)
+    content, held = division.content, division.held
+    images, annotations = content["images"], content["annotations"]
     out = split_keys(cfg)
-    val_ids = {i for i, is_held in zip(ids, held) if is_held and isinstance(i, Hashable)}
+    val_ids = {i for i, is_held in zip(division.ids, held) if is_held and isinstance(i, Hashable)}
     for path, wanted in ((out.DATASETS.TRAIN_JSON, False), (out.DATASETS.VAL_JSON, True)):
         part = {
             **content,
@@ -70,8 +112,8 @@ def write_split(cfg: Any) -> Any:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         atomic_write(path, json_bytes(part))
     logger.info(
-        "Split %s: %s for training, %d for validation (DATASETS.VAL_FRACTION %g); written to %s.",
-        *(source.json_file, count(held.count(False), "image"), held.count(True), fraction),
+        "Split %s: %s for training, %d for validation (%s); written to %s.",
+        *(datasets_for(cfg, "train")[0].json_file, count(held.count(False), "image"), held.count(True), division.what),
         os.path.dirname(out.DATASETS.TRAIN_JSON),
     )
     return out
@@ -113,23 +155,60 @@ def stratified(labels: Sequence[set[Any]], fraction: float, seed: int) -> list[b
     return [i in held for i in range(len(labels))]
 
 
+def fold_numbers(labels: Sequence[set[Any]], folds: int, seed: int = 0) -> list[int]:
+    """The fold (1 to ``folds``) of each image; every class is spread over the folds as evenly as it can be.
+
+    Iterative stratification (Sechidis et al. 2011): the images of the rarest class come first, and each goes to the
+    fold that lacks most of that class, of those to the one with fewest images.
+
+    Args:
+        labels: the classes of each image; an image without any counts as a class of its own.
+    """
+    order = list(range(len(labels)))
+    random.Random(seed).shuffle(order)
+    images_of: dict[Any, list[int]] = {}
+    for i in order:
+        for label in labels[i] or {""}:
+            images_of.setdefault(label, []).append(i)
+    lacking = {label: [len(found) / folds] * folds for label, found in images_of.items()}
+    room, numbers = [len(labels) / folds] * folds, [0] * len(labels)
+    for label, found in sorted(images_of.items(), key=lambda item: (len(item[1]), str(item[0]))):
+        for i in found:
+            if not numbers[i]:
+                fold = max(range(folds), key=lambda f: (lacking[label][f], room[f], -f))
+                numbers[i] = fold + 1
+                room[fold] -= 1
+                for other in labels[i] or {""}:
+                    lacking[other][fold] -= 1
+    return numbers
+
+
+def _names(content: dict[str, Any]) -> dict[str, str]:
+    """Class names by the text of their ids."""
+    categories = [c for c in content.get("categories") or () if isinstance(c, dict)]
+    return {json.dumps(c.get("id")): one_line(c.get("name", "?"), 60) for c in categories}
+
+
+def _check_folds(content: dict[str, Any], labels: Sequence[set[Any]], folds: int, json_file: str) -> None:
+    sizes, names = Counter(label for found in labels for label in found), _names(content)
+    few = sorted((number, names.get(label, label)) for label, number in sizes.items() if number < folds)
+    if few or len(labels) < folds:
+        fewest = min(few[0][0] if few else len(labels), len(labels))
+        what = f"class {few[0][1]} is in {count(fewest, 'image')}" if few else f"there are {count(fewest, 'image')}"
+        remedy = f"take {fewest} folds" if fewest > 1 else "add images of it, or remove the class"
+        raise DataError(f"{json_file}: {what}, too few for {folds} folds: {remedy}")
+
+
 def _check_classes(
-    content: dict[str, Any], labels: Sequence[set[Any]], held: Sequence[bool], json_file: str, fraction: float
+    content: dict[str, Any], labels: Sequence[set[Any]], held: Sequence[bool], where: str, remedy: str
 ) -> None:
-    names = {
-        json.dumps(c.get("id")): one_line(c.get("name", "?"), 60)
-        for c in content.get("categories") or ()
-        if isinstance(c, dict)
-    }
+    names = _names(content)
     sizes = Counter(label for found in labels for label in found)
     seen = {label for found, is_held in zip(labels, held) if is_held for label in found}
     lacking = [label for label in sizes if label not in seen]
     single = [names.get(label, label) for label in lacking if sizes[label] == 1]
     left = [names.get(label, label) for label in lacking if sizes[label] > 1]
     if left or not any(held):
-        raise DataError(
-            f"{json_file}: DATASETS.VAL_FRACTION {fraction:g} leaves no validation image for "
-            f"{some(left) or 'any class'}; hold out more (--val-fraction), or give --val-json"
-        )
+        raise DataError(f"{where} leaves no validation image for {some(left) or 'any class'}; {remedy}")
     if single:
-        logger.warning("%s: in only one image, kept for training (no AP): %s.", json_file, some(single))
+        logger.warning("%s: in only one image, kept for training (no AP): %s.", where, some(single))

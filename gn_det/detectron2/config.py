@@ -187,6 +187,7 @@ def _mention_what_is_not_read(cfg: CfgNode) -> None:
     solver, sets = cfg.SOLVER, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
     unread = {
         "MODEL.FREEZE": len(cfg.MODEL.FREEZE),
+        "MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS": len(cfg.MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS),
         "SOLVER.OPTIMIZER": solver.OPTIMIZER != "SGD",
         "SOLVER.BACKBONE_LR_FACTOR": solver.BACKBONE_LR_FACTOR != 1,
         "SOLVER.ACCUMULATE": solver.ACCUMULATE != 1,
@@ -269,6 +270,11 @@ def check_for_trainer(cfg: CfgNode, *, own_loader: bool, own_results: bool) -> N
         raise ConfigError(
             "TEST.PRECISE_BN.ENABLED True is not implemented by gn_det.detectron2.Trainer: set it False and add "
             f"detectron2.engine.hooks.PreciseBN in build_hooks, {instead}"
+        )
+    if cfg.SOLVER.AUTO_BATCH:
+        raise ConfigError(
+            "SOLVER.AUTO_BATCH True is not implemented by gn_det.detectron2.Trainer: set it False and set "
+            "SOLVER.IMS_PER_BATCH and SOLVER.ACCUMULATE"
         )
     others = {
         "KEYPOINT_ON": model.KEYPOINT_ON,

@@ -12,12 +12,12 @@ import detectron2.solver
 from detectron2.config import CfgNode, get_cfg
 
 import gn_det.detectron2  # noqa: F401  # a process that unpickles the engine needs everything registered
+from gn_det.detectron2.adapt import adapt
 from gn_det.detectron2.config import add_gn_config, check_device, trainer_keys_are_read
 from gn_det.detectron2.conversion import Inputs, detector
 from gn_det.detectron2.steps import Storage, build_optimizer
 from gn_det.engine.choice import Choice, load
 from gn_det.engine.engines import Engine
-from gn_det.modeling.build import freeze_parts
 from gn_det.structures import Detections, Sample
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Detectron2Engine(Engine):
     def build_model(self, cfg: AnyCfgNode) -> nn.Module:
         with trainer_keys_are_read():
             model: nn.Module = detectron2.modeling.build_model(model_config(cfg))
-        freeze_parts(model, cfg.MODEL.FREEZE)
+        adapt(model, cfg)
         return model
 
     def build_optimizer(self, cfg: AnyCfgNode, model: nn.Module) -> Optimizer:

@@ -22,6 +22,7 @@ from gn_det.checkpoint.last import last_name
 from gn_det.checkpoint.meta import build_meta
 from gn_det.data.augment import OwnTransform
 from gn_det.data.split import write_split
+from gn_det.detectron2.adapt import adapt
 from gn_det.detectron2.config import (
     check_for_trainer,
     prepare_config,
@@ -60,7 +61,6 @@ from gn_det.engine.prepare import (
 )
 from gn_det.engine.state import ModelMeta, Resume, TrainState, find_resume, restore
 from gn_det.errors import TrainingError
-from gn_det.modeling.build import freeze_parts
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -128,7 +128,7 @@ class Trainer(DefaultTrainer):
             self.cfg = cfg = _with_names(prepared.cfg, cfg)
             prepare_config(cfg)
             model = self.build_model(cfg)
-            freeze_parts(model, cfg.MODEL.FREEZE)
+            adapt(model, cfg)
             warn_of_norms(cfg, model)  # an overridden build_model may bypass Detectron2's registry
             #: config stored in checkpoints and used to resume, with the files of the sets instead of their names
             self._run_cfg = _with_names(cfg, prepared.cfg)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import platform
@@ -27,6 +28,7 @@ from gn_det.data.sets import estimate_sizes, load_test_sets
 from gn_det.data.split import write_split
 from gn_det.data.workers import worker_failure
 from gn_det.engine import choice, dist
+from gn_det.engine.auto_batch import choose_accumulate
 from gn_det.engine.detector_loop import fit
 from gn_det.engine.engines import Engine
 from gn_det.engine.eval_report import EvalReport
@@ -241,6 +243,9 @@ def _train(
     prepared = prepare(cfg, augment)
     cfg, data = prepared.cfg, prepared.data
     model = engine.build_model(cfg)
+    if cfg.SOLVER.AUTO_BATCH:
+        cfg = choose_accumulate(cfg, model)
+        prepared = dataclasses.replace(prepared, cfg=cfg)
     describe_model(cfg, model)
     if point is None:
         load_initial(cfg, model, data.images)

@@ -131,7 +131,7 @@ def _for_world_size(cfg: CfgNode, world_size: int, literal: Collection[str]) -> 
     if reference <= 0 or reference == world_size:
         return []
     solver.REFERENCE_WORLD_SIZE = world_size
-    if "SOLVER.IMS_PER_BATCH" in literal:  # the user set the batch, so SOLVER.REFERENCE_BATCH scales the rest
+    if solver.AUTO_BATCH or "SOLVER.IMS_PER_BATCH" in literal:  # SOLVER.REFERENCE_BATCH scales the rest
         return []
     if solver.IMS_PER_BATCH % reference:
         raise ConfigError(

@@ -116,7 +116,10 @@ def build_backbone(cfg: Cfg) -> FPN | ResNet:
 
 def resnet_arguments(cfg: Cfg) -> dict[str, Any]:
     """Keyword arguments of :class:`ResNet`."""
-    resnets = cfg.MODEL.RESNETS
+    resnets, norm = cfg.MODEL.RESNETS, norm_factory(cfg, "RESNETS")
+    recompute = bool(cfg.MODEL.BACKBONE.get("RECOMPUTE", False))
+    if recompute and norm is not None:  # what a block keeps for its norms is dropped with the rest of the block
+        norm = dataclasses.replace(norm, rule=dataclasses.replace(norm.rule, recompute=False))
     return {
         "depth": resnets.DEPTH,
         "out_features": resnets.OUT_FEATURES,
@@ -126,8 +129,9 @@ def resnet_arguments(cfg: Cfg) -> dict[str, Any]:
         "width_per_group": resnets.WIDTH_PER_GROUP,
         "stride_in_1x1": resnets.STRIDE_IN_1X1,
         "res5_dilation": resnets.RES5_DILATION,
-        "norm": norm_factory(cfg, "RESNETS"),
+        "norm": norm,
         "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
+        "recompute": recompute,
     }
 
 
@@ -231,7 +235,32 @@ def _box_predictor(cfg: Cfg, input_size: int, weights: Any = None) -> BoxPredict
         smooth_l1_beta=box.SMOOTH_L1_BETA,
         box_loss=box.BBOX_REG_LOSS_TYPE,
         class_agnostic=box.CLS_AGNOSTIC_BBOX_REG,
+        class_weights=class_weights(cfg),
     )
+
+
+def class_weights(cfg: Cfg) -> list[float] | None:
+    """Weights of MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS in the order of the classes, background last.
+
+    None without that key, or where the names of the classes are not known: the model is then not going to be trained.
+
+    Raises:
+        ConfigError: there is no class of a name, or it is given twice.
+    """
+    rows, names = cfg.MODEL.ROI_BOX_HEAD.get("CLASS_WEIGHTS", ()), tuple(cfg.MODEL.get("CLASS_NAMES", ()))
+    if not rows or len(names) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+        return None
+    known, given = (*names, "background"), [name for name, _ in rows]
+    for name in given:
+        if name not in known:
+            raise ConfigError(
+                f"MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS: there is no class {name!r}; the classes are "
+                f"{', '.join(names[:20])}{' ...' if len(names) > 20 else ''}, and background"
+            )
+        if given.count(name) > 1:
+            raise ConfigError(f"MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS: class {name!r} is given twice; remove one row")
+    weights = dict(rows)
+    return [float(weights.get(name, 1.0)) for name in known]
 
 
 def _mask_head(cfg: Cfg, in_channels: int) -> MaskHead | None:

@@ -91,7 +91,10 @@ class BoxPredictor(nn.Module):
         smooth_l1_beta: 0 for plain L1.
         box_loss: see :func:`gn_det.modeling.boxes.regression_sum`.
         class_agnostic: one box for all classes, not one a class.
+        class_weights: of the K + 1 classes in loss_cls, background last; None for the plain mean.
     """
+
+    class_weights: Tensor | None
 
     def __init__(
         self,
@@ -106,6 +109,7 @@ class BoxPredictor(nn.Module):
         smooth_l1_beta: float = 0.0,
         box_loss: str = "smooth_l1",
         class_agnostic: bool = False,
+        class_weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
@@ -121,6 +125,8 @@ class BoxPredictor(nn.Module):
         self.loss_weight_box = loss_weight_box
         self.smooth_l1_beta = smooth_l1_beta
         self.box_loss = box_loss
+        weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+        self.register_buffer("class_weights", weights, persistent=False)  # the configuration owns them
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(P, input_size) to logits (P, K + 1) and deltas (P, K * 4), or (P, 4) if class-agnostic."""
@@ -129,7 +135,7 @@ class BoxPredictor(nn.Module):
     def losses(
         self, logits: Tensor, deltas: Tensor, boxes: Tensor, gt_boxes: Tensor, classes: Tensor, metrics: Metrics
     ) -> dict[str, Tensor]:
-        """Cross entropy over all P RoIs, and the box loss of the foreground divided by P.
+        """Cross entropy over all P RoIs (a weighted mean with ``class_weights``), box loss of the foreground over P.
 
         Args:
             logits, deltas: from :meth:`forward`.
@@ -141,7 +147,7 @@ class BoxPredictor(nn.Module):
         foreground = (classes < self.num_classes).nonzero().squeeze(1)
         predicted = self._of_class(deltas, foreground, classes[foreground])
         num = classes.numel()
-        loss_cls = F.cross_entropy(logits, classes) if num else logits.sum() * 0.0
+        loss_cls = F.cross_entropy(logits, classes, self.class_weights) if num else logits.sum() * 0.0
         loss_box = box_ops.regression_sum(
             predicted,
             boxes[foreground],

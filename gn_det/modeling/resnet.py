@@ -5,11 +5,14 @@ Names, strides, fills and the order of construction are Detectron2's, so that th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from gn_det.errors import ConfigError
 from gn_det.kernels import saving
@@ -185,6 +188,8 @@ class ResNet(nn.Module):
         res5_dilation: 2 keeps the resolution of res4 in res5 (DC5).
         norm: see :data:`gn_det.norm.NormSpec`.
         freeze_at: 0 trains everything, 1 freezes the stem, 2 the stem and res2, ...
+        recompute: in training, keep only the input of the stem and of each block, and compute the rest again in the
+            backward pass (gradient checkpointing). Not for norms with running statistics.
     """
 
     size_divisibility = 0
@@ -203,8 +208,10 @@ class ResNet(nn.Module):
         res5_dilation: int = 1,
         norm: NormSpec = "BN",
         freeze_at: int = 0,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
+        self.recompute = recompute
         _check_resnet(depth, out_features, res2_channels, num_groups, res5_dilation)
         self.out_features = tuple(out_features)
         self.stem = BasicStem(in_channels=in_channels, out_channels=stem_channels, norm=norm)
@@ -247,14 +254,25 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(N, 3, H, W) normalized images to {name: (N, channels, H / stride, W / stride)}, sizes rounded up."""
         features = {}
-        x = self.stem(x)
+        recompute = self.recompute and self.training and torch.is_grad_enabled()
+        x = _checkpointed(self.stem, x) if recompute else self.stem(x)
         if "stem" in self.feature_specs:
             features["stem"] = x
         for name in self.stage_names:
-            x = getattr(self, name)(x)
+            stage = getattr(self, name)
+            x = functools.reduce(lambda y, block: _checkpointed(block, y), stage, x) if recompute else stage(x)
             if name in self.feature_specs:
                 features[name] = x
         return features
+
+
+def _checkpointed(module: nn.Module, x: Tensor) -> Tensor:
+    """``module(x)``, of which only ``x`` is kept for the backward pass; the same bits in outputs and gradients."""
+    if not x.requires_grad and not any(p.requires_grad for p in module.parameters()):
+        y: Tensor = module(x)  # frozen: nothing is kept
+    else:
+        y = checkpoint(module, x, use_reentrant=False, preserve_rng_state=False)  # nothing here is random
+    return y
 
 
 def _check_resnet(

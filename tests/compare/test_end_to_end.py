@@ -97,6 +97,31 @@ def test_dry_run_tells_how_long_each_row_trains(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_cross_validation_on_own_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each of two folds is trained without its images and evaluated on them; a second start runs nothing."""
+    from gn_det.data.shapes import make_shapes
+
+    monkeypatch.chdir(tmp_path)
+    keys = [word for key, value in SMALL.items() for word in (key, str(value))]
+    made = make_shapes(tmp_path / "shapes", "train", 20)
+    words = ["compare", "--train-json", made.json_file, "--train-images", made.image_root, "--folds", "2"]
+    words += ["--engine", "embedded", "--output", "folds", "--configs", "quickstart.yaml", *keys]
+    assert main([*words, "SOLVER.MAX_ITER", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "[1/2] quickstart, fold 1 of 2: starting" in out and "[2/2] quickstart, fold 2 of 2: box AP" in out
+    runs = sorted((tmp_path / "folds" / "runs" / "quickstart").iterdir())
+    held = [{i["id"] for i in json.loads((run / "split" / "val.json").read_text())["images"]} for run in runs]
+    assert len(held) == 2 and not held[0] & held[1] and len(held[0] | held[1]) == 20
+    report = (tmp_path / "folds" / "report.md").read_text()
+    assert "Cross-validation in 2 folds" in report and "| fold 1 | fold 2 | mean |" in report
+    (row,) = json.loads((tmp_path / "folds" / "results.json").read_text())["rows"]
+    assert row["metrics"]["box_ap"]["n"] == 2 and row["interval"]["box_ap"]["half"] is not None
+    assert main([*words, "SOLVER.MAX_ITER", "2"]) == 0
+    assert capsys.readouterr().out.count("already done") == 2
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 def test_a_real_suite_killed_and_resumed(suite: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from gn_det.engine import hooks

@@ -189,6 +189,13 @@ def test_bad_suites(
         (["small", "--train-json", "a.json"], "--configs"),
         (["small", "SOLVER.BASE_LRR", "1"], "SOLVER.BASE_LRR"),
         (["--configs", "quickstart.yaml", "--train-json", "a.json", "--train-images", "i"], "val_json"),
+        (["small", "--folds", "3"], "--folds needs --configs"),
+        (["--configs", "quickstart.yaml", "--folds", "3"], "--folds divides the images of --train-json"),
+        (["--configs", "quickstart.yaml", "--folds", "1"], "--folds is 1; it must be from 2 to 100"),
+        (
+            ["--configs", "gn_fpn.yaml", "--folds", "2", "--seeds", "2", "--train-json", "a", "--train-images", "i"],
+            "a fold is trained once",
+        ),
     ],
 )
 def test_bad_words(

@@ -12,7 +12,7 @@ from gn_det.config import load_config
 from gn_det.data.catalog import DatasetSource
 from gn_det.data.sets import load_run_data
 from gn_det.data.shapes import make_shapes
-from gn_det.data.split import split_keys, stratified, write_split
+from gn_det.data.split import fold_numbers, split_keys, stratified, write_split
 from gn_det.errors import ConfigError, DataError
 
 
@@ -54,6 +54,46 @@ def test_every_class_keeps_its_share() -> None:
     assert sum(h and not found for found, h in zip(labels, held)) == 2
 
 
+def test_folds_hold_out_every_image_once_and_spread_every_class() -> None:
+    labels = [{"common"} for _ in range(80)] + [{"common", "rare"} for _ in range(10)] + [{"five"}] * 5 + [set()] * 7
+    numbers = fold_numbers(labels, 5)
+    assert numbers == fold_numbers(labels, 5) and set(numbers) == {1, 2, 3, 4, 5}
+    sizes = [numbers.count(k) for k in range(1, 6)]
+    assert max(sizes) - min(sizes) <= 2
+    for name, least, most in (("common", 17, 19), ("rare", 2, 2), ("five", 1, 1)):
+        found = [sum(name in c for c, n in zip(labels, numbers) if n == k) for k in range(1, 6)]
+        assert least <= min(found) and max(found) <= most, (name, found)
+
+
+def test_the_files_of_all_folds_make_up_the_set(source: DatasetSource, tmp_path: Path) -> None:
+    held: list[int] = []
+    for k in (1, 2, 3):
+        keys = {"DATASETS.VAL_FRACTION": 0.0, "DATASETS.VAL_FOLD": (k, 3), "SEED": k}
+        cfg = write_split(_cfg(source, tmp_path / str(k), **keys))
+        assert cfg.DATASETS.VAL_FOLD == (0, 0)
+        train, val = (json.loads(Path(f).read_text()) for f in (cfg.DATASETS.TRAIN_JSON, cfg.DATASETS.VAL_JSON))
+        ids = {image["id"] for image in val["images"]}
+        assert not ids & {image["id"] for image in train["images"]} and len(train["images"]) + len(ids) == 30
+        held += ids
+    assert len(held) == len(set(held)) == 30
+
+
+@pytest.mark.parametrize(
+    ("keys", "error", "text"),
+    [
+        ({"DATASETS.VAL_FOLD": (1, 31)}, DataError, "too few for 31 folds: take "),
+        ({"DATASETS.VAL_FOLD": (3, 2)}, ConfigError, r"must be \(0, 0\), or \(k, K\) with k from 1 to K"),
+        ({"DATASETS.VAL_FOLD": (1, 2), "DATASETS.VAL_FRACTION": 0.1}, ConfigError, "VAL_FRACTION is set, too"),
+    ],
+)
+def test_impossible_folds(
+    source: DatasetSource, tmp_path: Path, keys: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        write_split(_cfg(source, tmp_path / "out", **{"DATASETS.VAL_FRACTION": 0.0, **keys}))
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_only_image_of_a_class_is_for_training() -> None:
     for seed in range(20):
         assert stratified([{"a"}, {"a"}, {"a", "only"}], 0.3, seed)[2] is False
@@ -69,7 +109,7 @@ def test_bad_splits_are_one_line(source: DatasetSource, tmp_path: Path) -> None:
     broken = tmp_path / "x.json"
     for content in ([], {"images": 3}, {"images": [{}], "annotations": []}):
         broken.write_text(json.dumps(content))
-        with pytest.raises(DataError, match=r"x.json: DATASETS.VAL_FRACTION needs COCO images"):
+        with pytest.raises(DataError, match=r"x.json: DATASETS.VAL_FRACTION 0.2 needs COCO images"):
             write_split(_cfg(DatasetSource("x", str(broken), "."), tmp_path))
     strange = [{"id": [1]}, {"id": {}}, 7, {"id": 2}, None]
     broken.write_text(json.dumps({"images": strange, "annotations": [4, {"image_id": []}, {"image_id": 2}]}))

@@ -73,11 +73,13 @@ def test_python_and_command_line_give_the_same_run(
 
 
 def test_optimizer_frozen_parts_and_rates_are_the_same_everywhere(data: list[str], tmp_path: Path) -> None:
-    """AdamW, a slower backbone and a frozen RPN: equal weights from both engines and from Python, to the bit."""
+    """AdamW, a slower and recomputed backbone, frozen parts, class weights: equal weights everywhere, to the bit."""
     start = tmp_path / "start"
     assert main(tiny(data, start, "SOLVER.MAX_ITER", "1", engine="embedded")) == 0
     keys = ["SOLVER.OPTIMIZER", "ADAMW", "SOLVER.BASE_LR", "0.001", "SOLVER.BACKBONE_LR_FACTOR", "0.1"]
     keys += ["MODEL.FREEZE", "('proposal_generator', 'backbone.bottom_up.res3')", "SOLVER.MAX_ITER", "3"]
+    keys += ["MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS", "[['ring', 3.0], ['background', 0.5]]"]
+    keys += ["MODEL.BACKBONE.RECOMPUTE", "True"]
     keys += ["SOLVER.CLIP_GRADIENTS.ENABLED", "True", "MODEL.WEIGHTS", str(start / "model_final.pth")]
     for engine in ("embedded", "detectron2"):
         assert main(tiny(data, tmp_path / engine, *keys, engine=engine)) == 0
@@ -89,6 +91,10 @@ def test_optimizer_frozen_parts_and_rates_are_the_same_everywhere(data: list[str
         frozen = name.startswith(("proposal_generator", "backbone.bottom_up.res3"))
         assert torch.equal(value, after[0][name]) == frozen, name
         assert all(torch.equal(a[name], after[0][name]) for a in after[1:]), name
+    with pytest.raises(ConfigError, match=r"SOLVER.AUTO_BATCH True is not implemented by gn_det.detectron2.Trainer"):
+        Trainer(tiny_cfg(data, tmp_path / "auto", "SOLVER.AUTO_BATCH", True))
+    with pytest.raises(ConfigError, match="CLASS_WEIGHTS: there is no class 'sell'"):
+        Trainer(tiny_cfg(data, tmp_path / "sell", "MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS", "[['sell', 3.0]]"))
 
 
 @pytest.mark.parametrize("trainer_class", [DefaultTrainer, Trainer])

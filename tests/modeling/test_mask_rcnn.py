@@ -17,6 +17,7 @@ from gn_det.modeling.anchors import AnchorGenerator
 from gn_det.modeling.census import CensusRow, format_census, norm_census, sum_census
 from gn_det.modeling.layers import fold_weights
 from gn_det.modeling.matcher import Matcher, sample_labels
+from gn_det.modeling.metrics import Metrics
 from gn_det.modeling.postprocess import paste_masks, resize_detections
 from gn_det.modeling.rpn import RPNHead
 from gn_det.norm import FrozenBatchNorm2d
@@ -148,6 +149,57 @@ def test_frozen_parts_neither_train_nor_update_statistics(case: str) -> None:
     assert not any(isinstance(m, nn.BatchNorm2d) for m in model.backbone.bottom_up.modules())
     rows = {row.stage: row for row in norm_census(model)}
     assert rows["res4"].trainable == rows["box head"].trainable == 0 and rows["fpn"].trainable == rows["fpn"].layers * 2
+
+
+def test_class_weights_are_a_weighted_mean() -> None:
+    """loss_cls is sum(w_c l) / sum(w_c) over the RoIs; equal weights change nothing, and no weight is saved."""
+    weights = {"MODEL__CLASS_NAMES": ("a", "b", "c"), "MODEL__ROI_HEADS__NUM_CLASSES": 3}
+    rows = {"MODEL__ROI_BOX_HEAD__CLASS_WEIGHTS": [["b", 4.0], ["background", 0.5]]}
+    plain, weighted = (tiny(**weights, **more).roi_heads.box_predictor for more in ({}, rows))
+    assert plain.class_weights is None and weighted.class_weights.tolist() == [1.0, 4.0, 1.0, 0.5]
+    assert plain.state_dict().keys() == weighted.state_dict().keys()
+    torch.manual_seed(0)
+    logits, classes, boxes = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 3, 1]), torch.rand(6, 4) + torch.arange(4)
+    ours = weighted.losses(logits, torch.zeros(6, 12), boxes, boxes, classes, Metrics())["loss_cls"]
+    each, w = -logits.log_softmax(1)[range(6), classes], weighted.class_weights[classes]
+    torch.testing.assert_close(ours, (w * each).sum() / w.sum())
+    empty = weighted.losses(logits[:0], torch.zeros(0, 12), boxes[:0], boxes[:0], classes[:0], Metrics())
+    assert empty["loss_cls"] == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "text"),
+    [([["sell", 2.0]], "there is no class 'sell'; the classes are cell, and background"),
+     ([["cell", 2.0], ["cell", 3.0]], "class 'cell' is given twice")],
+)  # fmt: skip
+def test_bad_class_weights_are_refused(rows: list[Any], text: str) -> None:
+    one = {"MODEL__CLASS_NAMES": ("cell",), "MODEL__ROI_HEADS__NUM_CLASSES": 1}
+    with pytest.raises(ConfigError, match=f"MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS: {text}"):
+        tiny(**one, MODEL__ROI_BOX_HEAD__CLASS_WEIGHTS=rows)
+
+
+@pytest.mark.parametrize("case", ["gn_fpn", "gn_c4", "bn_fpn"])
+def test_recomputed_backbone_has_the_same_bits(case: str) -> None:
+    """Gradient checkpointing: equal losses and gradients, and a fraction of the activations is kept."""
+    found = []
+    for recompute in (False, True):
+        model, kept = tiny(case, MODEL__BACKBONE__RECOMPUTE=recompute, MODEL__BACKBONE__FREEZE_AT=1), [0]
+
+        def pack(t: Tensor, kept: list[int] = kept) -> Tensor:
+            kept[0] += t.numel()
+            return t
+
+        features = model.train().backbone
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            features(torch.zeros(1, 3, 64, 64))
+        losses = losses_of(model, "two_sizes")
+        sum(losses.values()).backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append((losses, grads, kept[0]))
+    (losses, grads, kept), (losses_2, grads_2, kept_2) = found
+    assert all(torch.equal(value, losses_2[name]) for name, value in losses.items())
+    assert grads.keys() == grads_2.keys() and all(torch.equal(g, grads_2[name]) for name, g in grads.items())
+    assert kept_2 < kept / 3
 
 
 @pytest.mark.parametrize("part", ["backbon", "roi_heads.box_pooler", ""])
