@@ -66,7 +66,7 @@ def _state(results: Results) -> list[tuple[str, str]]:
     if results.plan.suite.folds:
         seeds, parts = [], {**parts, "folds": results.plan.suite.folds}
     shown = [(str(n), name) for name, n in parts.items() if n or name == "rows done"]
-    return shown + [(" or ".join(map(str, seeds)), "seed a row" if seeds == [1] else "seeds a row")] * bool(seeds)
+    return shown + [(" or ".join(map(str, seeds)), "seed per row" if seeds == [1] else "seeds per row")] * bool(seeds)
 
 
 def _configs(results: Results) -> list[dict[str, Any]]:

@@ -107,7 +107,7 @@ def plot_lines(
             style = {"color": line.color, "linestyle": line.dash, **behind}
             for run in line.runs:
                 axes.plot(run[:, 0], run[:, 1], **{**style, "linewidth": 0.8, "alpha": 0.35})
-            marker = "o" if dots and len(line.points) <= _MOST_DOTS else None
+            marker = "o" if (dots and len(line.points) <= _MOST_DOTS) or len(line.points) == 1 else None
             axes.errorbar(*line.points.T, yerr=line.spread, marker=marker, markersize=4, linewidth=1.8, **style)
         axes.set(xlabel=x_label, ylabel=y_label)
         if categories:
