@@ -205,6 +205,8 @@ def validate(
             images += len(labels)
     model.train()
     rows = dist.gather_rows(torch.stack([wrong, torch.full_like(wrong, images)]))
+    if not sum(row[1] for row in rows):
+        raise DataError("no validation video can be used")
     error = 100 * sum(row[0] for row in rows) / sum(row[1] for row in rows)
     return {"val_error": error, "inference_seconds_per_image": statistics.median(times or [math.nan])}
 

@@ -49,11 +49,16 @@ class Video(Protocol):
 
 
 class Loaded(NamedTuple):
-    """What a worker sends back: clips (N, 3, T, side, side) uint8, classes (N,), and what could not be used."""
+    """What a worker sends back: clips (N, 3, T, side, side) uint8 and classes (N,).
+
+    ``bad`` holds videos that could not be used, with the reason, and ``short`` the frames of one that is shorter than a
+    clip, 0 for none.
+    """
 
     pixels: Tensor
     labels: Tensor
     bad: list[tuple[str, str]]
+    short: int
 
 
 def clip_numbers(start: int, frames: int, stride: int) -> list[int]:
@@ -96,6 +101,7 @@ class ClipSource:
         self.bad: dict[str, str] = {}
         self._train, self._val, self._settings = train, val, settings
         self._open, self._flip = open_video, flip
+        self._told = False
         self._note(bad)
 
     def train_batches(self, epoch: int, batches: Sequence[np.ndarray]) -> Iterator[Batch]:
@@ -115,6 +121,8 @@ class ClipSource:
         for loaded in self._loaded(_Clips, entries, batches, epoch):
             if len(loaded.labels):
                 yield loaded.pixels, loaded.labels
+            elif epoch is not None:
+                raise DataError(f"{self._settings.data}: no training video can be used")
 
     def _loaded(
         self, kind: type[_Clips], entries: list[Entry], batches: list[list[Any]], epoch: int | None
@@ -122,6 +130,13 @@ class ClipSource:
         data = kind(entries, self._settings, epoch, self._open, self._flip, self.input.order)
         for loaded in load_batches(data, batches, min(self._settings.workers, len(batches))):
             self._note(loaded.bad)
+            if loaded.short and not self._told:
+                self._told = True
+                logger.warning(
+                    "some videos are shorter than a clip (one has %s, a clip spans %d) and are read again from their "
+                    "start; lower --frames or --frame-stride",
+                    *(count(loaded.short, "frame"), self._settings.span),
+                )
             yield loaded
 
     def _note(self, bad: Sequence[tuple[str, str]]) -> None:
@@ -156,6 +171,7 @@ class _Clips(WorkerData):
     ) -> None:
         self._entries, self._settings, self._epoch = entries, settings, epoch
         self._open, self._flip, self._order = open_video, flip, order
+        self._short = 0
 
     def name_of(self, index: int) -> str:
         return self._entries[index][0]
@@ -165,6 +181,7 @@ class _Clips(WorkerData):
         clips: list[Tensor] = []
         labels: list[int] = []
         bad: list[tuple[str, str]] = []
+        self._short = 0
         for number in batch:
             others = range(len(self._entries)) if self._epoch is not None else range(1)
             for place in ((number + other) % len(self._entries) for other in others):
@@ -180,13 +197,15 @@ class _Clips(WorkerData):
                 labels.append(label)
                 break
         pixels = torch.stack(clips) if clips else torch.empty(0, dtype=torch.uint8)
-        return Loaded(pixels, torch.tensor(labels, dtype=torch.int64), bad)
+        return Loaded(pixels, torch.tensor(labels, dtype=torch.int64), bad, self._short)
 
     def _clip(self, video: Video, number: int) -> Tensor:
         settings, side = self._settings, self._settings.side
         epoch = (0, 0) if self._epoch is None else (1, self._epoch)
         rng = np.random.default_rng([settings.seed, *epoch, number])
-        last = max(video.frames - settings.frames * settings.frame_stride, 0)
+        last = video.frames - settings.span
+        if last < 0:
+            last, self._short = 0, video.frames
         start = int(rng.integers(0, last + 1))
         low, high = (round(side * edge / _CROP) for edge in _JITTER)
         short = int(rng.integers(low, high + 1))
@@ -214,13 +233,14 @@ class _TestClips(_Clips):
             start = test_start(clip, settings.test_clips, video.frames)
             frames = video.read(clip_numbers(start, settings.frames, settings.frame_stride), side)
         except ClipError as error:
-            return Loaded(torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), [(name, str(error))])
+            bad = [(name, str(error))]
+            return Loaded(torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), bad, 0)
         height, width = frames.shape[1:3]
         # Along the longer side: both ends and the middle.
         shares = (0.5,) if settings.test_crops == 1 else (0, 0.5, 1)
         corners = [(int(share * (height - side)), int(share * (width - side))) for share in shares]
         crops = torch.stack([self._tensor(frames[:, y : y + side, x : x + side]) for y, x in corners])
-        return Loaded(crops, torch.full((len(crops),), label), [])
+        return Loaded(crops, torch.full((len(crops),), label), [], 0)
 
 
 # ------------------------------------------------------------ which videos

@@ -29,10 +29,15 @@ from gn_det.text import one_line
 TOP = 5
 
 
-def predict_clips(weights: str, videos: Sequence[str], output: str, *, device: str = "auto") -> bool:
+def predict_clips(
+    weights: str, videos: Sequence[str], output: str, *, device: str = "auto", unused: Sequence[str] = ()
+) -> bool:
     """Print the top classes of each video and write them to ``<output>/classes.json``.
 
     The scores are the mean softmax over the clips and crops that the final test of the training took.
+
+    Args:
+        unused: flags that were given and mean nothing to a classifier.
 
     Returns:
         False, having done nothing, where ``weights`` are not of a classifier of videos.
@@ -45,6 +50,8 @@ def predict_clips(weights: str, videos: Sequence[str], output: str, *, device: s
     if found is None:
         return False
     settings, names = found
+    if unused:
+        raise ConfigError(f"{unused[0]} is for detectors, and {weights} is a classifier of videos; leave it out")
     kind = dist.resolve_device(device)
     model, given = _load(payload, settings, names, weights)
     model, normalize = model.to(kind).eval(), Normalize(given).to(kind)

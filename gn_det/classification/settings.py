@@ -249,6 +249,11 @@ class Settings:
         return self.arch in CLIPS
 
     @property
+    def span(self) -> int:
+        """Frames of a video from the start of a clip to its end."""
+        return self.frames * self.frame_stride
+
+    @property
     def val_batch(self) -> int:
         """Images or clips that one process validates at a time."""
         return self.batch_size if self.of_clips else 64

@@ -90,7 +90,10 @@ def run(args: argparse.Namespace) -> int:
     elif videos and not images:
         from gn_det.classification.predict_clips import predict_clips
 
-        if predict_clips(args.weights, videos, args.output, device=args.device):
+        values = {"--threshold": args.threshold, "--classes": args.classes, "--max-frames": args.max_frames}
+        values |= {"--config": args.config, "--resume": args.resume or None, "--every": args.every - 1 or None}
+        unused = [flag for flag, value in values.items() if value is not None]
+        if predict_clips(args.weights, videos, args.output, device=args.device, unused=unused):
             return 0
     if images:
         tiling = None if args.tiles is None else Tiling(args.tiles, 0.2 if args.overlap is None else args.overlap)

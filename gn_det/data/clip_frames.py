@@ -167,7 +167,10 @@ class VideoFile:
                 size.extend(side * edge // short for edge in (frame.width, frame.height))
                 if size[0] * size[1] > MAX_PIXELS:
                     raise ClipError(f"{self.name}: frames of {frame.width}x{frame.height} pixels are too long")
-            made = reformatter.reformat(frame, *size, "rgb24", interpolation="BILINEAR")
-            return np.rot90(made.to_ndarray(), round(frame.rotation / 90))
+            try:
+                made = reformatter.reformat(frame, *size, "rgb24", interpolation="BILINEAR").to_ndarray()
+            except (self._av.FFmpegError, ValueError) as error:
+                raise ClipError(f"{self.name}: its pixels cannot be read ({one_line(error, 100)})") from None
+            return np.rot90(made, round(frame.rotation / 90))
 
         return scale

@@ -40,8 +40,8 @@ def group_norm_act(
     native.cpp on a CPU) computes in fp32 and rounds once; under autocast its result has the dtype of ``x``.
 
     Args:
-        x: (N, C, ...), N may be 0; NCHW or channels_last, a layout that the fused operator keeps. Clips (N, C, T, H, W)
-            are computed as images of T * H rows: the same numbers, and the same memory.
+        x: (N, C, ...), N may be 0; NCHW or channels_last, a layout that the fused operator keeps, as it does
+            channels_last_3d.
         num_groups: G; divides C.
         weight, bias: gamma and beta (C,), any floating dtype, or None (plain torch).
         eps: added to the variance.
@@ -57,24 +57,13 @@ def group_norm_act(
     """
     if act not in ACTIVATIONS or fused not in MODES:
         raise ValueError(f"act={act!r}, fused={fused!r}: use one of {ACTIVATIONS} and one of {MODES}")
-    if x.dim() == 5:
-        y = group_norm_act(
-            *(
-                x.flatten(2, 3),
-                num_groups,
-                weight,
-                bias,
-                eps,
-                None if residual is None else residual.flatten(2, 3),
-                act,
-            ),
-            fused=fused,
-        )
-        return y.view(x.shape)
     relu = act == "relu"
     lean = recompute and relu and residual is None and not _exporting() and not torch.compiler.is_compiling()
     if weight is not None and bias is not None:
         if takes_kernels(x, fused) and (residual is None or residual.shape == x.shape):
+            if x.dim() == 5:  # as images of T * H rows: the same numbers, and the same memory
+                flat = None if residual is None else residual.flatten(2, 3)
+                return _fused(x.flatten(2, 3), num_groups, weight, bias, eps, flat, relu, False).view(x.shape)
             return _fused(x, num_groups, weight, bias, eps, residual, relu, lean)
         if lean and x.shape[0] > 0:
             return _lean_plain(x, num_groups, weight, bias, eps)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from gn_det.classification import Settings
+from gn_det.classification.classifier_loop import ClassifierLoss, validate
 from gn_det.classification.clip_sources import ClipSource, clip_numbers, load_videos, test_start
 from gn_det.classification.motions import MOTIONS, load_motions
 from gn_det.errors import DataError
@@ -138,6 +139,25 @@ def read_all(source: ClipSource) -> tuple[int, int]:
 def test_folder_of_classes(folder: Path) -> None:
     source = load_videos(settings(str(folder)))
     assert source.class_names == ("jump", "run") and read_all(source) == (4, 4) and not source.bad
+
+
+def test_videos_shorter_than_a_clip_are_told_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING"):
+        read_all(load_videos(settings(str(folder), frame_stride=3)))
+    assert [r.getMessage().split(" and are")[0] for r in caplog.records] == [
+        "some videos are shorter than a clip (one has 20 frames, a clip spans 24)"
+    ]
+
+
+def test_no_video_that_can_be_used(folder: Path) -> None:
+    """Fewer than max_bad, but all of them."""
+    for path in folder.rglob("*.mp4"):
+        path.write_bytes(b"no video")
+    source = load_videos(settings(str(folder)))
+    with pytest.raises(DataError, match="no training video can be used"):
+        read_all(source)
+    with pytest.raises(DataError, match="no validation video can be used"):
+        validate(ClassifierLoss(torch.nn.Conv3d(3, 2, 1), source.input), source)
 
 
 def test_bad_videos_are_skipped_and_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
