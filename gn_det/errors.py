@@ -35,7 +35,7 @@ class WriteError(UserError):
     """A file that cannot be written (full disk, no permission ...); an older file of that name is kept.
 
     Attributes:
-        reason: what the file system says.
+        reason: error of the file system.
     """
 
     reason = ""

@@ -39,7 +39,7 @@ def open_regular(path: StrPath) -> BinaryIO:
     Opening never waits: a named pipe without a writer is refused instead.
 
     Raises:
-        NotRegularFile: the path is a pipe, device, socket or folder; ``strerror`` says which.
+        NotRegularFile: the path is a pipe, device, socket or folder, named in ``strerror``.
         OSError: it does not exist or may not be read.
         ValueError: the name holds a NUL character.
     """
@@ -234,7 +234,7 @@ def lock(path: StrPath, *, patience: float = 0.0) -> Iterator[None]:
         Busy: another process, or another context of this one, holds it.
         OSError: the file cannot be made, or the file system has no locks (``errno.ENOLCK``, ``ENOSYS``, ``ENOTSUP``).
     """
-    # No link is followed, nothing waits and nothing is truncated: the name lies in a folder that others may write to.
+    # Do not follow links, wait or truncate: others may be able to write to the folder.
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     with contextlib.suppress(FileNotFoundError):
         status = os.stat(path, follow_symlinks=False)

@@ -86,7 +86,7 @@ class GroupRule:
 
 
 class GroupNorm(nn.GroupNorm):
-    """``nn.GroupNorm`` that knows which of GN, LN, IN it stands for, and takes inputs of 0 samples.
+    """``nn.GroupNorm`` that records whether it is GN, LN or IN, and accepts inputs with 0 samples.
 
     It stays a subclass of ``nn.GroupNorm`` because weight-decay rules (Detectron2's WEIGHT_DECAY_NORM and ours) find
     gamma and beta by module class.

@@ -59,7 +59,7 @@ def one_line(value: object, limit: int | None = 120) -> str:
 
 
 def as_line(text: object, limit: int = 2000) -> str:
-    """Return ``text`` as it is on one printable line; longer text is cut and its full length appended."""
+    """Return ``text`` on one printable line; longer text is cut, with its full length appended."""
     words = str(text)
     line = printable(words[:limit], keep="\t")
     return line if len(words) <= limit else f"{line}… ({len(words)} characters)"

@@ -91,7 +91,7 @@ def text(most: int, *, least: int = 0, printable: bool = False) -> Value:
 
 
 def one_of(*choices: Any) -> Value:
-    """One of a few values; a text that is close to one of them is told which."""
+    """Check for one of a few values; the error suggests the nearest one."""
 
     def check(value: Any, where: str) -> None:
         if not any(type(value) is type(choice) and value == choice for choice in choices):
@@ -143,7 +143,7 @@ def items(check: Check, least: int, most: int) -> Value:
 
 
 def row(*checks: Check) -> Value:
-    """A list or tuple of fixed length, each item with a check of its own."""
+    """Check for a list or tuple of fixed length, with one check per item."""
 
     def inside(value: Any, where: str) -> None:
         for index, (check, item) in enumerate(zip(checks, value)):

@@ -126,7 +126,7 @@ def _curves(
 
 
 def thin(points: np.ndarray) -> np.ndarray:
-    """At most about 200 of (N, 2) points, each the mean of its neighbors; few points are kept as they are."""
+    """Reduce (N, 2) points to about 200 means of neighbors; few points are returned unchanged."""
     if len(points) <= _MOST_POINTS:
         return points
     return np.array([part.mean(axis=0) for part in np.array_split(points, _MOST_POINTS)])
@@ -140,7 +140,7 @@ def mean_curve(runs: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _by_label(rows: Sequence[RowResult], grid: Grid, names: Sequence[str], across: Sequence[str]) -> list[Line]:
-    """The number of a grid against its columns, with the deviation over seeds; a cost as it is."""
+    """Plot a grid's value against its columns, with the deviation over seeds (costs without)."""
     lines = []
     place = common_place(rows)
     for index, name in enumerate(names):

@@ -103,7 +103,7 @@ def _noise(found: Difference, column: str) -> str:
     if found.half is None:
         return "one seed each: the noise is unknown, so this may be chance."
     how = f"{found.n[0]} paired seeds" if found.paired else f"{found.n[0]} and {found.n[1]} seeds"
-    how += ", assuming both rows vary alike" if found.assumed else ""
+    how += ", assuming both rows vary equally" if found.assumed else ""
     interval = f"95% interval {signed(found.value - found.half)} to {signed(found.value + found.half)} over {how}"
     if not found.beyond_noise:
         return f"{interval}: not larger than the noise."

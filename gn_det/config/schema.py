@@ -132,7 +132,7 @@ _WS = (
     "Weight Standardization of {}: jhu (the authors' code and mmcv), bit (BiT) or timm (timm's BiT), which differ in "
     "variance and epsilon; needs {}."
 )
-#: Sections of MODEL that have a norm -> what MODEL.WS says of them.
+#: Sections of MODEL with a norm -> description in MODEL.WS.
 WS_SECTIONS = {
     "RESNETS": _WS.format("the backbone's convolutions", "MODEL.RESNETS.NORM"),
     "FPN": _WS.format("the lateral and output convolutions", "MODEL.FPN.NORM"),
@@ -481,7 +481,7 @@ _KEYS = (
         "Keep a moving average of the weights; it is what is evaluated and saved as the model.", ours=True),
     Key("SOLVER.EMA.DECAY", 0.999, number(0, 1, below=True), "What stays of the average at each step.", ours=True),
     Key("SOLVER.MAX_HOURS", 0.0, number(0, 100_000),
-        "> 0: evaluate, save and stop within so many hours of this start; --resume continues.", ours=True),
+        "> 0: evaluate, save and stop within this many hours of this start; --resume continues.", ours=True),
     Key("SOLVER.CHECKPOINT_KEEP", 3, integer(1, 1_000_000),
         "Periodic checkpoints that stay on disk, besides the best and the final one.", ours=True),
 
@@ -503,7 +503,7 @@ _KEYS = (
         "Detections of a class that count in an image (COCOeval's maxDets); raise it with DETECTIONS_PER_IMAGE if "
         "images have more objects.", ours=True),
     Key("TEST.PATIENCE", 0, integer(0, 1_000_000),
-        "Stop after so many evaluations without a better TEST.BEST_METRIC; 0: never.", ours=True),
+        "Stop after this many evaluations without a better TEST.BEST_METRIC; 0: never.", ours=True),
     Key("TEST.BEST_METRIC", "segm/AP", _NAME,
         'Chooses model_best.pth; without a mask head "segm/AP" means "bbox/AP".', ours=True),
 )

@@ -34,7 +34,7 @@ class AnnotationTable:
         id, category: (M,) int64; the category is contiguous.
         crowd: (M,) bool.
         bbox: (M, 4) float64 XYWH.
-        hull: (M, 4) float64 XYXY box of the mask, NaN where there is none.
+        hull: (M, 4) float64 XYXY box of the mask, NaN without a mask.
         as_written: (M,) bool, whether the box is the json's own.
         texts: json of the annotations that differ from the file, by position.
     """

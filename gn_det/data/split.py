@@ -162,7 +162,7 @@ def fold_numbers(labels: Sequence[set[Any]], folds: int, seed: int = 0) -> list[
     fold that lacks most of that class, of those to the one with fewest images.
 
     Args:
-        labels: the classes of each image; an image without any counts as a class of its own.
+        labels: the classes of each image; images without any form a class of their own.
     """
     order = list(range(len(labels)))
     random.Random(seed).shuffle(order)

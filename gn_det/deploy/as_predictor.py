@@ -1,4 +1,4 @@
-"""An exported file in the place of a model, for ``gn-det predict``; torch is not imported."""
+"""Use an exported file like a model in ``gn-det predict``, without importing torch."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def _own_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Param
 
 
 def _hyperparameters(cfg: CfgNode, module: nn.Module, name: str) -> dict[str, float]:
-    """What a parameter's group says explicitly; a missing weight decay is the optimizer's default."""
+    """Return the explicit settings of a parameter's group; a missing weight decay is the optimizer's default."""
     solver = cfg.SOLVER
     explicit = {"lr": float(solver.BASE_LR)}
     if isinstance(module, NORM_MODULES) and solver.WEIGHT_DECAY_NORM is not None:

@@ -108,7 +108,7 @@ def _plan_of(x: Tensor, groups: int) -> Plan:
 
 
 def _ready(t: Tensor, fmt: torch.memory_format) -> Tensor:
-    """In the layout, and aligned: Triton compiles anew for pointers that are no multiple of 16."""
+    """Return the tensor in the layout and aligned: Triton recompiles for pointers that are not multiples of 16."""
     t = t.contiguous(memory_format=fmt)
     return t if t.data_ptr() % 16 == 0 else t.clone(memory_format=torch.preserve_format)
 

@@ -31,7 +31,7 @@ def can_run(x: Tensor) -> bool:
 # A constant to torch.compile, which cannot trace a compiler.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def available() -> bool:
-    """Whether the library is built and loaded; says once why not."""
+    """Return whether the library is built and loaded; log once why not."""
     return _library() is not None
 
 

@@ -2,7 +2,7 @@
 
 Normally a norm keeps x, and the convolution behind it keeps y. In-place ABN gets rid of x by inverting the activation;
 ReLU cannot be inverted, so here y goes instead (the checkpoint variant of that paper, arXiv 1712.02616). The maker of y
-leaves a :class:`Recipe` on it; the reader wraps itself in :func:`saving`, which keeps the recipe in the place of y.
+leaves a :class:`Recipe` on it; the reader wraps itself in :func:`saving`, which stores the recipe instead of y.
 """
 
 from __future__ import annotations

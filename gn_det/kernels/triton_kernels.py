@@ -16,7 +16,7 @@ fixed order: no atomics, the same bits in every run.
 import triton
 import triton.language as tl
 
-#: sizes that differ between images; Triton would compile anew for 1, for multiples of 16 and for others
+#: sizes that differ between images; Triton would recompile for 1, for multiples of 16 and for others
 _SIZES = ["C", "G", "P", "S", "chunk", "blocks", "N", "programs"]
 
 

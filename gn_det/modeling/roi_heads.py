@@ -48,7 +48,7 @@ class RoISampler:
         )
         picked = torch.cat([foreground, background])
         matched = matches[picked]
-        # Without objects there is no ground truth to point to; a box stands in, no loss reads it.
+        # Without objects there is no ground truth to index; use a dummy box that no loss reads.
         gt_boxes = target.boxes[matched] if len(target) else boxes[picked]
         masks = target.masks[matched[: len(foreground)]] if target.masks is not None and len(target) else Masks([])
         return SampledRoIs(boxes[picked], classes[picked], gt_boxes, masks, len(foreground))

@@ -278,7 +278,7 @@ def _union(parts: list[_Piece]) -> _Piece:
 
 
 def _seen_whole(piece: _Piece, others: np.ndarray) -> bool:
-    """Whether the piece lies well inside one of the other tiles, which would have found it."""
+    """Return whether the piece is well inside another tile, which would have found it."""
     reach = max(2.0, _CUT * float(np.max(others[:, 2:] - others[:, :2], initial=0)))
     inside = (others[:, :2] + reach <= piece.box[:2]) & (others[:, 2:] - reach >= piece.box[2:])
     return bool(inside.all(axis=1).any())

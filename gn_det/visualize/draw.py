@@ -21,7 +21,7 @@ Box = tuple[float, float, float, float]
 #: Which labels are drawn: all, those that fit (in a crowded image no label is larger than its object or covers
 #: another one), or none.
 Labels = Literal["all", "fit", "none"]
-#: What a color stands for.
+#: What colors encode.
 Colors = Literal["class", "instance"]
 
 #: Fill opacity of a mask.
@@ -60,7 +60,7 @@ def draw_detections(
         crops: the masks of the detections, if they are not in ``detections``.
 
     Returns:
-        (H * k, W * k, 3) uint8 with k a whole number >= 1, or less where ``max_size`` says so.
+        (H * k, W * k, 3) uint8 with an integer k >= 1, or smaller because of ``max_size``.
     """
     masks, given = detections.masks, crops
 

@@ -28,7 +28,7 @@ _LOSSES = {
     "loss_rpn_cls": "RPN objectness",
     "loss_rpn_loc": "RPN box",
 }
-#: Colors that stand for those of the page while a chart is drawn.
+#: Placeholder colors while a chart is drawn, replaced by those of the page.
 _INK, _LINE = "#010203", "#010204"
 _SVG_STYLE: Any = {
     "svg.fonttype": "none",
@@ -43,7 +43,7 @@ _SVG_STYLE: Any = {
     "grid.color": _LINE,
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
 }
-#: What is only needed where an SVG is a file of its own, and the font that only measured the text.
+#: Parts of an SVG that are only needed in a separate file, and the font that was only used to measure text.
 _NOT_INLINE = re.compile(r' xmlns(:\w+)?="[^"]*"| width="[\d.]+pt" height="[\d.]+pt"| font-family: [^;"]*;?')
 #: Points beyond which a curve has no dots.
 _MOST_DOTS = 60

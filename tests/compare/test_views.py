@@ -68,7 +68,7 @@ def test_a_row_of_one_seed_is_told_with_its_assumption(tmp_path: Path) -> None:
     rows = [{**BN, "seeds": 3}, {**GN, "seeds": 1}]
     found = results(tmp_path, rows, None, Fake(values={"bn": 30.0, "gn": 36.0}))
     assert (
-        "over 1 and 3 seeds, assuming both rows vary alike: larger than the noise, better"
+        "over 1 and 3 seeds, assuming both rows vary equally: larger than the noise, better"
         in findings(found)["gn"].sentences[0]
     )
     shown = view(found, found.plan.suite.tables[0])
