@@ -1,10 +1,14 @@
 """``gn-det predict`` on a folder against one image after the other: images a second, and where the CPU time goes.
 
     python benchmarks/predict.py --weights output/model_best.pth --images photos/ --repeats 5
+    python benchmarks/predict.py --weights output/model_best.pth --video clip.mp4 --threads 1
 
 "sequential" is what predict did before its stages overlapped: decode for the model, detect, decode again, draw with the
 masks of the whole image, encode, write PNGs at level 3. Both take turns in one process and must find the same. Writes
 benchmarks/results/predict.json.
+
+With ``--video`` the two sides are ``gn-det predict`` on a clip, with its drawings and json lines, and the model alone
+on the same frames, which were decoded and resized before. Writes benchmarks/results/predict_video.json.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +35,12 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from gn_det.data.inputs import collect_images
+from gn_det.data.video_frames import VideoFrames
 from gn_det.evaluation.results import detections_to_coco
 from gn_det.files import atomic_write, json_bytes
 from gn_det.prediction.images import predict
 from gn_det.prediction.predictor import Predictor, Selection, load_predictor
+from gn_det.prediction.video import predict_videos
 from gn_det.visualize.draw import draw_detections
 
 _AMP = ("TEST.AMP", "True", "MODEL.CHANNELS_LAST", "True")
@@ -70,18 +77,63 @@ def sequential(predictor: Predictor, paths: list[Path], folder: Path, spent: dic
     return results
 
 
+def measure_video(weights: str, predictor: Predictor, clip: str, frames: int, repeats: int) -> dict[str, Any]:
+    """Frames a second and CPU time of a clip against those of the model alone, taking turns."""
+    with VideoFrames(clip) as video:
+        samples = [predictor.sample(frame.pixels) for frame in islice(video, frames)]
+    walls: list[tuple[float, float]] = []
+    cpus: list[tuple[float, float]] = []
+
+    def alone(_: str) -> None:
+        for sample in samples:
+            predictor.infer(sample)
+
+    def whole(folder: str) -> None:
+        options: Any = {"predictor": predictor, "max_frames": frames, "report": lambda line: None}
+        predict_videos(weights, [clip], folder, **options)
+
+    with tempfile.TemporaryDirectory() as folder:
+        for repeat in range(repeats + 1):
+            wall, cpu = [], []
+            for side in (alone, whole):
+                start, cpu_start = time.perf_counter(), time.process_time()
+                side(folder)
+                wall.append(time.perf_counter() - start)
+                cpu.append(time.process_time() - cpu_start)
+            if repeat:
+                walls.append((wall[0], wall[1]))
+                cpus.append((cpu[0], cpu[1]))
+    ratios = [model / video for model, video in walls]
+    return {
+        "clip": Path(clip).name,
+        "frames": len(samples),
+        "model_fps": len(samples) / statistics.median(model for model, _ in walls),
+        "video_fps": len(samples) / statistics.median(video for _, video in walls),
+        "video_fps / model_fps": {"median": statistics.median(ratios), "all": ratios},
+        "cpu_video / cpu_model": statistics.median(video / model for model, video in cpus),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--weights", required=True)
-    parser.add_argument("--images", required=True)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--images")
+    what.add_argument("--video", action="append", metavar="CLIP", help="may be given more than once")
+    parser.add_argument("--frames", type=int, default=40, help="of a clip")
     parser.add_argument("--limit", type=int, default=20, help="images taken")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path)
     parser.add_argument("--amp", action="store_true", help="the pipeline computes in bf16; results then differ")
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 keeps torch's choice")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.video:
+        predictor = load_predictor(args.weights, overrides=_AMP if args.amp else (), device="cpu")
+        clips = [measure_video(args.weights, predictor, clip, args.frames, args.repeats) for clip in args.video]
+        save({"bf16": args.amp, "clips": clips}, args.output or RESULTS.with_name("predict_video.json"))
+        return
     paths = collect_images([args.images])[0][: args.limit]
     predictor = load_predictor(args.weights, device="cpu")
     fast = load_predictor(args.weights, overrides=_AMP, device="cpu") if args.amp else predictor
@@ -109,6 +161,13 @@ def main() -> None:
         "speedup_wall": {"median": statistics.median(ratios), "all": ratios},
         "speedup_cpu": {"median": statistics.median(cpu_ratios), "all": cpu_ratios},
         "cpu_seconds_per_image_sequential": stages,
+    }
+    save(result, args.output or RESULTS)
+
+
+def save(result: dict[str, Any], path: Path) -> None:
+    """Print and write a result with where it was measured."""
+    result |= {
         "load_average": os.getloadavg()[0],
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -116,7 +175,7 @@ def main() -> None:
         "python": platform.python_version(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    atomic_write(args.output, json_bytes(result, indent=1))
+    atomic_write(path, json_bytes(result, indent=1))
     print(json.dumps(result, indent=1))
 
 

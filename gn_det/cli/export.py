@@ -1,4 +1,4 @@
-"""Write a trained detector as ONNX or as a torch.export program."""
+"""Write a trained detector as ONNX, a torch.export program or a compiled package."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FILE", required=True, help="file to write")
     parser.add_argument(
         "--to",
-        choices=("onnx", "pt2"),
+        choices=("onnx", "pt2", "aoti"),
         default="onnx",
-        help="onnx (default), or pt2: a torch.export program",
+        help="onnx (default); pt2: a torch.export program; aoti: the same, compiled for this CPU (needs --check)",
     )
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument(
@@ -55,6 +55,10 @@ def run(args: argparse.Namespace) -> int:
 
     if args.check_json and not args.check:
         raise ConfigError("--check-json needs --check with the images")
+    if args.to == "aoti" and not args.check:
+        raise ConfigError(
+            "--to aoti needs --check with some images: what a compiler makes of a model is compared with it"
+        )
     options = Options(args.to, args.size, args.batch, args.opset, args.fp16, args.paste)
     exported = export(args.weights, args.output, options, config=args.config)
     names = ("batch", "height", "width")

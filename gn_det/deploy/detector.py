@@ -28,7 +28,7 @@ PROVIDERS = {
     "openvino": ("OpenVINOExecutionProvider", "onnxruntime-openvino"),
 }
 #: Providers on which the exported graphs have been run.
-MEASURED = ("cpu",)
+MEASURED = ("cpu", "openvino")
 #: Smallest input height and width of a graph in pixels; smaller images are padded.
 LEAST = 32
 #: Threshold for mask probabilities.
@@ -224,6 +224,7 @@ def _session(path: str, provider: str, threads: int) -> Any:
             f"provider {provider} is not part of the installed onnxruntime {onnxruntime.__version__}; "
             f"pip install {distribution} instead, or use the provider cpu"
         )
+    onnxruntime.set_default_logger_severity(3)  # providers log outside of the session
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads

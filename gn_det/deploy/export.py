@@ -1,4 +1,4 @@
-"""Write a trained detector as ONNX or as a ``torch.export`` program."""
+"""Write a trained detector as ONNX, as a ``torch.export`` program, or as an AOTInductor package."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from gn_det.text import one_line
 
 #: Opset 21 is the first with gamma and beta per channel in GroupNormalization; in older ones, GN becomes four nodes.
 OPSETS = (18, 19, 20, 21, 22, 23)
+#: torch 2.6 cannot export graphs whose sizes depend on the data.
+_LEAST_TORCH = (2, 7)
 #: Largest batch and side of a dynamic graph.
 _MOST_IMAGES, _MOST_SIDE = 1024, 16384
 
@@ -36,7 +39,7 @@ class Options:
     """Options of an export.
 
     Attributes:
-        to: "onnx" or "pt2".
+        to: "onnx", "pt2" or "aoti".
         size: (height, width) of the input in pixels; None: dynamic.
         batch: images per batch; None: dynamic, or 1 with a ``size``.
         opset: ONNX opset.
@@ -89,6 +92,12 @@ def export(weights: StrPath, output: StrPath, options: Options = Options(), *, c
         UserError: the options do not fit the model, the weights cannot be used, or torch cannot export.
     """
     path = Path(os.path.expanduser(output))
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _LEAST_TORCH:
+        least = ".".join(map(str, _LEAST_TORCH))
+        raise ConfigError(
+            f"export needs torch {least} or newer; this is {torch.__version__}: pip install -U torch torchvision. "
+            "The exported file then runs without torch"
+        )
     if options.to == "onnx" and options.opset not in OPSETS:
         raise ConfigError(f"--opset {options.opset}: use one of {', '.join(map(str, OPSETS))}")
     predictor = load_predictor(weights, config=config, device="cpu", engine=choice.load(choice.Choice("embedded", "")))
@@ -233,7 +242,18 @@ def _pt2(program: torch.export.ExportedProgram, graph: GraphDetector, metadata: 
     return file.getvalue()
 
 
-_WRITERS = {"onnx": _onnx, "pt2": _pt2}
+def _aoti(program: torch.export.ExportedProgram, graph: GraphDetector, metadata: Metadata, options: Options) -> bytes:
+    from torch._inductor import aoti_compile_and_package, config
+
+    # With it, a convolution after a transposed one gives wrong values where the batch, here the number of detections,
+    # depends on the data (torch 2.14.1, CPU).
+    changes = {"layout_optimization": False, "aot_inductor.metadata": {NAME: metadata.to_json()}}
+    with tempfile.TemporaryDirectory() as folder, config.patch(changes):
+        path = aoti_compile_and_package(program, package_path=os.path.join(folder, "model.pt2"))
+        return Path(path).read_bytes()
+
+
+_WRITERS = {"onnx": _onnx, "pt2": _pt2, "aoti": _aoti}
 
 
 def _check_size(size: tuple[int, int] | None, divisor: int) -> None:

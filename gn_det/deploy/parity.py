@@ -157,7 +157,7 @@ def match(original: AnyDetections, exported: AnyDetections, threshold: float) ->
 
 
 class ProgramDetector(Detector):
-    """A ``torch.export`` program with the interface of :class:`Detector`."""
+    """A ``torch.export`` program or AOTInductor package with the interface of :class:`Detector`."""
 
     def __init__(self, exported: Exported) -> None:
         self.path = os.fspath(exported.path)
@@ -166,7 +166,10 @@ class ProgramDetector(Detector):
         self._reader = self.metadata.reader()
         self.shape = exported.shape
         self._names = exported.outputs
-        self._run: Callable[..., Any] = torch.export.load(self.path).module()
+        compiled = exported.options.to == "aoti"
+        self._run: Callable[..., Any] = (
+            torch._inductor.aoti_load_package(self.path) if compiled else torch.export.load(self.path).module()
+        )
 
     def run(self, image: np.ndarray, size: np.ndarray) -> dict[str, np.ndarray]:
         with torch.no_grad():

@@ -162,6 +162,7 @@ def test_command_of_a_fixed_c4_with_check(tmp_path: Path, images: Path, capsys: 
         ("gn_fpn", Options(size=(160, 160), batch=2)),
         ("r18", Options(to="pt2")),
         ("gn_c4", Options(to="pt2", size=(160, 160))),
+        ("r18", Options(to="aoti")),
     ],
 )
 def test_other_models_and_formats(case: str, options: Options, tmp_path: Path, images: Path) -> None:
@@ -191,6 +192,7 @@ def test_half_precision_and_pasted_masks(tmp_path: Path, images: Path, weights: 
         (["--size", "99999x64"], "use 16384x64"),
         (["--opset", "99"], "--opset 99: use one of 18, 19, 20, 21"),
         (["--check-json", "x.json"], "--check-json needs --check"),
+        (["--to", "aoti"], "--to aoti needs --check"),
         (["--size", "64x64", "--dynamic"], "not allowed with argument"),
         (["--weights", "absent.pth"], "absent.pth"),
     ],
@@ -212,6 +214,15 @@ def test_pooling_that_onnx_lacks(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "m.pth", "gn_fpn_2fc", small=True, MODEL__ROI_MASK_HEAD__POOLER_TYPE="ROIPool")
     with pytest.raises(UserError, match=r"MODEL\.ROI_MASK_HEAD\.POOLER_TYPE ROIPool cannot be exported to ONNX"):
         export(source, tmp_path / "m.onnx")
+
+
+def test_old_torch_is_one_line(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.6.0+cpu")
+    assert main(["export", "--weights", f"{weights}", "--output", f"{tmp_path / 'm.onnx'}"]) == 2
+    error = capsys.readouterr().err
+    assert "export needs torch 2.7 or newer; this is 2.6.0+cpu: pip install -U" in error and error.count("\n") == 1
 
 
 def test_weights_without_a_number_of_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from gn_det.cli import flags, parse
 from gn_det.config import load_config
@@ -105,12 +106,21 @@ def test_pictures_go_to_the_run_that_is_there(tmp_path: Path, monkeypatch: pytes
     send_pictures(cfg, [])
 
 
+def a_picture(folder: Path, name: str) -> tuple[Any, list[Path]]:
+    """What send_pictures takes: the config of a run in ``folder``, and a PNG."""
+    Image.new("RGB", (8, 8)).save(folder / "curves.png")
+    cfg = load_config("quickstart.yaml", ["LOGGERS", f"('{name}',)", "OUTPUT_DIR", str(folder)])
+    return cfg, [folder / "curves.png"]
+
+
 @pytest.mark.slow
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb", reason="needs wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     cut_and_resumed(tmp_path, "wandb")
     assert (tmp_path / "wandb_run").read_text() and list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    send_pictures(*a_picture(tmp_path, "wandb"))
+    assert list((tmp_path / "wandb").glob("offline-run-*/files/media/images/curves_*.png"))
 
 
 @pytest.mark.slow
@@ -126,6 +136,8 @@ def test_mlflow_into_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     history = client.get_metric_history(found.info.run_id, "total_loss")
     assert {(19, "total_loss"), (24, "total_loss")} <= {(m.step, m.key) for m in history}
     assert {(m.step, m.key, m.value) for m in history} >= {s for s in sent(tmp_path) if s[1] == "total_loss"}
+    send_pictures(*a_picture(tmp_path, "mlflow"))
+    assert [artifact.path for artifact in client.list_artifacts(found.info.run_id)] == ["curves.png"]
 
 
 def test_the_flag() -> None:
