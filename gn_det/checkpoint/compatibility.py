@@ -33,6 +33,13 @@ NORM_NAMES = {"affine": "GN, LN or IN", "affine BN": "BN folded into scale and s
 _TOLERANCE = 0.01
 
 
+_VARIANTS = {
+    "v1": "a post-activation ResNet",
+    "bit": "a pre-activation ResNet (BiT)",
+    "v2d": "a pre-activation ResNet with a deep stem",
+}
+
+
 def check_architecture(source: str, found: Architecture, wanted: Architecture) -> None:
     """Compare depth and style (FPN or C4) of the file and the model; an unknown value passes."""
     if found.blocks and wanted.blocks and (found.blocks, found.bottleneck) != (wanted.blocks, wanted.bottleneck):
@@ -40,6 +47,11 @@ def check_architecture(source: str, found: Architecture, wanted: Architecture) -
         raise WeightsError(
             f"{source}: holds {found.resnet}, but the config describes {wanted.resnet} (MODEL.RESNETS.DEPTH): "
             f"{advice}, or set MODEL.WEIGHTS to weights of the configured depth"
+        )
+    if found.variant and wanted.variant and found.variant != wanted.variant:
+        raise WeightsError(
+            f"{source}: holds {_VARIANTS[found.variant]}, but the config describes {_VARIANTS[wanted.variant]}: set "
+            f"MODEL.RESNETS.VARIANT {found.variant}"
         )
     if found.style and wanted.style and found.style != wanted.style:
         raise WeightsError(
@@ -110,7 +122,7 @@ def check_ws(source: str, weights: Weights, found: Architecture, cfg: Any) -> No
     for part, formula in weights.ws.items():
         ours = get_value(cfg, f"MODEL.WS.{part}") or ""
         held = bool(found.blocks) if part == "RESNETS" else any(map(_OF_PART[part], weights.state))
-        if held and formula != ours:
+        if held and formula != ours and {formula, ours} != {"bit", "timm"}:  # these differ in epsilon alone
             wrong[f"MODEL.WS.{part}"] = (ours, formula)
     if wrong:
         now = ", ".join(f"{key} is {ours!r}" for key, (ours, _) in wrong.items())

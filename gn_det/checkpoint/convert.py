@@ -116,6 +116,10 @@ def _as_layers(source: str, weights: Weights, state: State) -> tuple[State, list
             f"{source}: has its stride in the 1x1 convolutions; torchvision and timm have it in the 3x3 and would "
             "compute other features"
         )
+    pre_activation = architecture_of(state).variant not in ("", "v1")
+    if pre_activation or weights.ws.get("RESNETS"):
+        what = "a pre-activation ResNet" if pre_activation else "standardized weights"
+        raise WeightsError(f"{source}: {what}, which torchvision's ResNets do not have; use --to detectron2")
     names = {name: torchvision.name_back(match[1]) for name in state if (match := _BOTTOM_UP.match(name))}
     layers: State = {theirs: state[name] for name, theirs in names.items() if theirs is not None}
     rest = [name for name in state if names.get(name) is None]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gn_det.checkpoint.formats import caffe2, detectron2, mmdet, torchvision
+from gn_det.checkpoint.formats import caffe2, detectron2, mmdet, timm_v2, torchvision
 from gn_det.checkpoint.formats.common import State, Weights
 from gn_det.checkpoint.io import check_tensors, read_any
 from gn_det.checkpoint.meta import read_meta
@@ -50,6 +50,7 @@ FORMATS: tuple[tuple[Callable[[Collection[str]], bool], Callable[[State, Mapping
     (caffe2.recognizes_backbone, caffe2.translate_backbone),
     (mmdet.recognizes, mmdet.translate),
     (torchvision.recognizes, torchvision.translate),
+    (timm_v2.recognizes, timm_v2.translate),
     (lambda names: any(map(_OTHER_LAYERED.match, names)), _refuse_layered),
     (detectron2.recognizes, detectron2.translate),
     (lambda names: True, lambda state, _: Weights(state, "state dict of another model")),

@@ -46,6 +46,7 @@ class Architecture:
     blocks: tuple[int, ...]  # number of blocks in res2, res3, res4; () without any
     bottleneck: bool  # whether blocks have three convolutions
     style: str  # "FPN" or "C4" for a whole detector, "" for a bare backbone
+    variant: str  # "v1" (post-activation), "bit" or "v2d" (see gn_det.modeling.resnet_v2), "" without a backbone
     stages: int | None  # of Cascade R-CNN's box heads, 0 for a plain one; None without any
     norm: str  # "BN" (with running statistics), "affine" (scale and shift alone: GN, LN, IN or folded BN), "" (none)
 
@@ -72,7 +73,11 @@ def architecture_of(names: Iterable[str]) -> Architecture:
         norm = "BN" if any(rest.endswith("norm.running_var") for _, _, rest in inner) else "affine"
     heads = {match[1] for name in names if (match := _PREDICTOR.match(name))}
     stages = len(heads - {None}) if heads else None
-    return Architecture(_DEPTHS.get((counts, bottleneck), 0), counts if inner else (), bottleneck, style, stages, norm)
+    variant = "v1" if inner else ""
+    if any(rest.startswith("norm.") for _, _, rest in inner):
+        variant = "v2d" if any(".stem.conv2." in f".{name}" for name in names) else "bit"
+    depth = _DEPTHS.get((counts, bottleneck), 0)
+    return Architecture(depth, counts if inner else (), bottleneck, style, variant, stages, norm)
 
 
 def shorten(names: Iterable[str], limit: int = 3) -> str:

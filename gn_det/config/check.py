@@ -202,6 +202,8 @@ def _check_model(cfg: CN) -> None:
             f"MODEL.ROI_HEADS.NAME {model.ROI_HEADS.NAME} does not work with MODEL.BACKBONE.NAME {backbone}; "
             "use StandardROIHeads with FPN"
         )
+    if resnets.get("VARIANT", "v1") != "v1":
+        _check_pre_activation(model)
     for section in WS_SECTIONS:
         formula = model.get("WS", {}).get(section, "")
         if formula and not model[section].NORM:
@@ -234,3 +236,19 @@ def _check_cascade(model: CN) -> None:
         raise ConfigError(
             f"{name}.IOUS {shown(cascade.IOUS)} must begin with MODEL.ROI_HEADS.IOU_THRESHOLDS {shown(thresholds)}"
         )
+
+
+def _check_pre_activation(model: CN) -> None:
+    """Refuse what the pre-activation ResNets do not have."""
+    resnets = model.RESNETS
+    needs = {
+        "MODEL.BACKBONE.NAME": ("_fpn_" in model.BACKBONE.NAME, "an FPN backbone"),
+        "MODEL.RESNETS.DEPTH": (resnets.DEPTH >= 50, "50, 101 or 152"),
+        "MODEL.RESNETS.NORM": (resnets.NORM != "", "a norm, such as GN"),
+        "MODEL.RESNETS.STRIDE_IN_1X1": (not resnets.STRIDE_IN_1X1, "False"),
+        "MODEL.RESNETS.NUM_GROUPS": (resnets.NUM_GROUPS == 1, "1"),
+        "MODEL.RESNETS.RES5_DILATION": (resnets.RES5_DILATION == 1, "1"),
+    }
+    for key, (good, need) in needs.items():
+        if not good:
+            raise ConfigError(f"MODEL.RESNETS.VARIANT {resnets.VARIANT} needs {key} {need}")

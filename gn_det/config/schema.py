@@ -230,6 +230,9 @@ _KEYS = (
     Key("MODEL.RESNETS.STRIDE_IN_1X1", True, FLAG,
         "Stride in the first 1x1 convolution of a bottleneck (MSRA's ResNets) instead of the 3x3 (torch's ResNets, "
         "Detectron's GN and ResNeXt weights)."),
+    Key("MODEL.RESNETS.VARIANT", "v1", one_of("v1", "bit", "v2d"),
+        "v1: ResNet and ResNeXt; bit: pre-activation ResNet of Big Transfer (RES2_OUT_CHANNELS, WIDTH_PER_GROUP and "
+        "STEM_OUT_CHANNELS times its width); v2d: the same with a deep stem and averaging shortcuts.", ours=True),
     Key("MODEL.RESNETS.RES5_DILATION", 1, integer(1, 64), "Dilation of res5 in place of its stride.", known=(1, 2)),
     Key("MODEL.RESNETS.RES2_OUT_CHANNELS", 256, _CHANNELS, "Channels of res2; 64 for ResNet-18 and 34."),
     Key("MODEL.RESNETS.STEM_OUT_CHANNELS", 64, _CHANNELS, "Channels of the stem."),

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torchvision.ops import nms
 
 from gn_det.modeling.heads import mask_probabilities
+from gn_det.modeling.layers import fold_weights
 from gn_det.modeling.mask_rcnn import MaskRCNN
 from gn_det.modeling.poolers import RoIPooler
 from gn_det.modeling.roi_heads import Res5RoIHeads, StandardRoIHeads
@@ -122,6 +123,7 @@ class GraphDetector(nn.Module):
     ) -> None:
         super().__init__()
         model = copy.deepcopy(model).eval().to(memory_format=torch.contiguous_format)
+        fold_weights(model)
         _graph_norms(model)
         for part in model.modules():
             if isinstance(part, RoIPooler):

@@ -14,10 +14,17 @@ from torch import Tensor, nn
 
 from gn_det.detectron2.scripting import ScriptableFPN, ScriptableResNet
 from gn_det.errors import ConfigError
-from gn_det.modeling.build import fpn_arguments, group_rule, resnet_arguments, weight_standardization
+from gn_det.modeling.build import (
+    fpn_arguments,
+    group_rule,
+    is_pre_activation,
+    resnet_arguments,
+    weight_standardization,
+)
 from gn_det.modeling.fpn import FPN
 from gn_det.modeling.layers import FeatureSpec
 from gn_det.modeling.resnet import ResNet
+from gn_det.modeling.resnet_v2 import ResNetV2
 from gn_det.norm import GroupRule, NormSpec, norm_with_groups
 
 if TYPE_CHECKING:
@@ -46,6 +53,13 @@ class GNResNet(ResNet, Backbone):
 
     def __prepare_scriptable__(self) -> nn.Module:
         return ScriptableResNet(self)
+
+
+class GNResNetV2(ResNetV2, Backbone):
+    """:class:`gn_det.modeling.resnet_v2.ResNetV2` under Detectron2's backbone contract; the same keyword arguments."""
+
+    output_shape = GNResNet.output_shape
+    __prepare_scriptable__ = GNResNet.__prepare_scriptable__
 
 
 class GNFPN(FPN, Backbone):
@@ -127,6 +141,11 @@ def build_gn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
             "MODEL.RESNETS.DEFORM_ON_PER_STAGE: gn_det's ResNet has no deformable convolutions; Detectron2's has no "
             f"MODEL.RESNETS.NORM {resnets.NORM} with this MODEL.GN; use GN with the default MODEL.GN"
         )
+    if (deformable or resnets.NORM in THEIR_NORMS) and is_pre_activation(cfg):
+        raise ConfigError(
+            f"MODEL.RESNETS.VARIANT {resnets.VARIANT} has no deformable convolutions and none of Detectron2's norms "
+            f"{', '.join(THEIR_NORMS)}; set it to v1"
+        )
     if deformable or resnets.NORM in THEIR_NORMS:
         if ws := weight_standardization(cfg, "RESNETS"):
             raise ConfigError(
@@ -134,7 +153,8 @@ def build_gn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
                 f"{', '.join(THEIR_NORMS)}, have no Weight Standardization; set MODEL.WS.RESNETS ''"
             )
         return build_resnet_backbone(cfg, input_shape)
-    return GNResNet(in_channels=input_shape.channels, **resnet_arguments(cfg))
+    bottom_up = GNResNetV2 if is_pre_activation(cfg) else GNResNet
+    return bottom_up(in_channels=input_shape.channels, **resnet_arguments(cfg))
 
 
 @BACKBONE_REGISTRY.register()

@@ -22,7 +22,7 @@ from fvcore.common.registry import Registry
 from gn_det.detectron2 import backbone
 from gn_det.detectron2 import gn_heads as heads
 from gn_det.detectron2.config import GROUP_NORMS, has_gn_keys, mention_other_groups, prepare_config, warn_of_norms
-from gn_det.modeling.build import group_rule, weight_standardization
+from gn_det.modeling.build import group_rule, is_pre_activation, weight_standardization
 from gn_det.norm import GroupRule
 
 #: registry, Detectron2's name, gn_det's builder, sections whose NORM decides
@@ -122,6 +122,8 @@ def _is_ours(cfg: Any, sections: tuple[str, ...]) -> bool:
     if "FPN" in sections and "res5" not in cfg.MODEL.FPN.IN_FEATURES:
         return True
     if any(weight_standardization(cfg, section) for section in sections):
+        return True
+    if "RESNETS" in sections and is_pre_activation(cfg):
         return True
     if not norms & set(GROUP_NORMS):
         return False

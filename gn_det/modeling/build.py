@@ -26,6 +26,7 @@ from gn_det.modeling.mask_rcnn import MaskRCNN
 from gn_det.modeling.matcher import Matcher
 from gn_det.modeling.poolers import RoIPooler
 from gn_det.modeling.resnet import BottleneckBlock, ResNet, freeze, make_stage
+from gn_det.modeling.resnet_v2 import ResNetV2
 from gn_det.modeling.roi_heads import Res5RoIHeads, RoIHeads, RoISampler, StandardRoIHeads
 from gn_det.modeling.rpn import RPN, RPNHead
 from gn_det.norm import GroupRule, NormFactory
@@ -110,28 +111,39 @@ def freeze_parts(model: nn.Module, names: Sequence[str]) -> None:
 
 def build_backbone(cfg: Cfg) -> FPN | ResNet:
     """ResNet, or FPN on it; ``feature_specs`` of the result name its features."""
-    resnet = ResNet(in_channels=len(cfg.MODEL.PIXEL_MEAN), **resnet_arguments(cfg))  # 1 with INPUT.FORMAT L
+    bottom_up = ResNetV2 if is_pre_activation(cfg) else ResNet
+    resnet = bottom_up(in_channels=len(cfg.MODEL.PIXEL_MEAN), **resnet_arguments(cfg))  # 1 with INPUT.FORMAT L
     return FPN(resnet, **fpn_arguments(cfg)) if cfg.MODEL.BACKBONE.NAME == "build_resnet_fpn_backbone" else resnet
 
 
+def is_pre_activation(cfg: Cfg) -> bool:
+    """Whether MODEL.RESNETS.VARIANT asks for :class:`ResNetV2`; Detectron2's own and stored configs lack the key."""
+    return bool(cfg.MODEL.RESNETS.get("VARIANT", "v1") != "v1")
+
+
 def resnet_arguments(cfg: Cfg) -> dict[str, Any]:
-    """Keyword arguments of :class:`ResNet`."""
+    """Keyword arguments of :class:`ResNet`, or of :class:`ResNetV2`."""
     resnets, norm = cfg.MODEL.RESNETS, norm_factory(cfg, "RESNETS")
     recompute = bool(cfg.MODEL.BACKBONE.get("RECOMPUTE", False))
     if recompute and norm is not None:  # what a block keeps for its norms is dropped with the rest of the block
         norm = dataclasses.replace(norm, rule=dataclasses.replace(norm.rule, recompute=False))
-    return {
+    shared = {
         "depth": resnets.DEPTH,
         "out_features": resnets.OUT_FEATURES,
         "stem_channels": resnets.STEM_OUT_CHANNELS,
         "res2_channels": resnets.RES2_OUT_CHANNELS,
-        "num_groups": resnets.NUM_GROUPS,
         "width_per_group": resnets.WIDTH_PER_GROUP,
-        "stride_in_1x1": resnets.STRIDE_IN_1X1,
-        "res5_dilation": resnets.RES5_DILATION,
         "norm": norm,
         "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
         "recompute": recompute,
+    }
+    if is_pre_activation(cfg):
+        return {**shared, "variant": resnets.VARIANT}
+    return {
+        **shared,
+        "num_groups": resnets.NUM_GROUPS,
+        "stride_in_1x1": resnets.STRIDE_IN_1X1,
+        "res5_dilation": resnets.RES5_DILATION,
     }
 
 

@@ -344,10 +344,14 @@ def test_dilated_c5() -> None:
 
 
 def test_weight_standardization() -> None:
-    """Detectron2's model on the registered modules has it too; with norms that need no gn_det module as well."""
+    """Detectron2's model on the registered modules has it too, and BiT's backbone; norms of Detectron2's are routed."""
     parts = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
     pair = make_pair("gn_fpn", "registered", **{f"MODEL__WS__{part}": "jhu" for part in parts})
     assert sum(bool(getattr(m, "ws", "")) for m in pair[1].modules()) == 53 + 8 + 4 + 4
+    assert_same_training(pair, BATCHES["two_sizes"]())
+    assert sum(assert_same_detections(pair, BATCHES["two_sizes"]())) > 0
+    keys = {"MODEL__RESNETS__VARIANT": "bit", "MODEL__WS__RESNETS": "timm", "MODEL__RESNETS__STRIDE_IN_1X1": False}
+    pair = make_pair("gn_fpn", "registered", **keys)
     assert_same_training(pair, BATCHES["two_sizes"]())
     assert sum(assert_same_detections(pair, BATCHES["two_sizes"]())) > 0
     routed = build_detectron2_model(configure(registered_cfg(), "bn_fpn_gn_head", MODEL__WS__RESNETS="timm"))
