@@ -15,6 +15,7 @@ the peak memory of each in a process of its own.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -31,7 +32,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from gn_det.engine.precision import BF16_FEATURES, cpu_features
+from gn_det.compiler import cpu_features
+from gn_det.engine.heap import keep_freed_memory
+from gn_det.engine.precision import BF16_FEATURES, lay_out_for_inference
 
 #: Largest ratios, by (bf16, channels_last); those of bf16 are for CPUs with AMX.
 TARGETS = {
@@ -167,14 +170,20 @@ def make_steps(
     model = build(engine, cfg)
     if last:
         model = model.to(memory_format=torch.channels_last)
+    frozen = model
+    if amp and engine == "embedded":  # as gn-det predict and eval have it
+        settings = cfg.clone()
+        settings.defrost()
+        settings.TEST.AMP = True
+        frozen = lay_out_for_inference(build(engine, cfg).eval(), settings, "cpu")
     samples = make_batch(engine, size, batch, cfg.MODEL.ROI_HEADS.NUM_CLASSES, objects)
     # The learning rate is 0: the weights stay equal in both engines, however many steps are measured.
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0, momentum=0.9)
 
     def infer() -> Any:
-        model.eval()
+        frozen.eval()
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            return model(samples[:1])
+            return frozen(samples[:1])
 
     def train() -> dict[str, float]:
         model.train()
@@ -197,11 +206,25 @@ def make_steps(
     return {"inference": infer, "training step": train}
 
 
-def measure_pairs(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -> np.ndarray:
-    """(2, 2, repeats) seconds: engine, clock (wall, this process's CPU), pair; run in alternating order."""
+def set_heap(kept: bool) -> None:
+    """Memory as ``gn-det train`` and ``predict`` keep it, or as glibc comes to keep large pieces by itself, at most."""
+    if kept:
+        keep_freed_memory("cpu")
+    elif hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-3, 32 << 20), libc.mallopt(-1, 64 << 20), libc.malloc_trim(0)
+
+
+def measure_pairs(
+    first: Callable[[], Any], second: Callable[[], Any], repeats: int, *, kept: tuple[bool, bool] = (True, False)
+) -> np.ndarray:
+    """(2, 2, repeats) seconds: engine, clock (wall, this process's CPU), pair; run in alternating order.
+
+    ``kept`` is what :func:`set_heap` gets before each.
+    """
     seconds = np.zeros((2, 2, repeats))
     for k in range(-1, repeats):  # the pair -1 warms up
         for which in (0, 1) if k % 2 else (1, 0):
+            set_heap(kept[which])
             wall, cpu = time.perf_counter(), time.process_time()
             (first, second)[which]()
             if k >= 0:
@@ -261,7 +284,9 @@ def measure_predict(cfg: Any, size: tuple[int, int], repeats: int) -> dict[str, 
         f"{len(model.predict(pixels))} detections on {size[0]}x{size[1]}, network input {tuple(sample['image'].shape)}"
     )
     return summarize(
-        measure_pairs(lambda: model.predict(pixels), lambda: predictor.infer(sample), repeats), "predict", "model"
+        measure_pairs(lambda: model.predict(pixels), lambda: predictor.infer(sample), repeats, kept=(True, True)),
+        "predict",
+        "model",
     )
 
 
@@ -306,6 +331,7 @@ def main(argv: list[str] | None = None) -> int:
     cfg = load_cfg(args.config, args.overrides)
     if args.memory_of:
         how = {} if args.memory_of == "detectron2" else {"amp": args.amp, "last": args.channels_last}
+        set_heap(args.memory_of != "detectron2")
         steps = make_steps(args.memory_of, cfg, (height, width), args.batch, **how)
         for name in ("inference", "training step", "training step"):
             steps[name]()

@@ -6,6 +6,7 @@ A file is compiled at its first use (a few seconds) for this very CPU and kept i
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import logging
 import os
@@ -42,7 +43,9 @@ def load(source: Path, fallback: str) -> ctypes.CDLL | None:
 def _build(source: Path, compiler: str) -> Path:
     """The shared library of this source, compiler and CPU; other processes may build it at the same time."""
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=30).stdout
-    parts = (source.read_text(), version, str(_FLAGS), platform.machine(), _cpu_features())
+    # On a shared home directory machines must not load each other's code.
+    machine = (platform.machine(), *sorted(cpu_features() or {platform.processor()}))
+    parts = (source.read_text(), version, str(_FLAGS), *machine)
     folder = private_folder()
     library = folder / f"{source.stem}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}.so"
     if library.is_file():
@@ -73,10 +76,12 @@ def private_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="gn_det-"))
 
 
-def _cpu_features() -> str:
-    """Flags of the CPU: on a shared home directory machines must not load each other's code."""
+@functools.cache
+def cpu_features() -> frozenset[str]:
+    """Features that Linux reports of this CPU; empty on other systems."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+        return frozenset()
+    found = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return frozenset(found.partition(":")[2].split())

@@ -100,7 +100,8 @@ def export(weights: StrPath, output: StrPath, options: Options = Options(), *, c
         )
     if options.to == "onnx" and options.opset not in OPSETS:
         raise ConfigError(f"--opset {options.opset}: use one of {', '.join(map(str, OPSETS))}")
-    predictor = load_predictor(weights, config=config, device="cpu", engine=choice.load(choice.Choice("embedded", "")))
+    engine = choice.load(choice.Choice("embedded", ""))
+    predictor = load_predictor(weights, config=config, overrides=("TEST.AMP", "False"), device="cpu", engine=engine)
     model, cfg = predictor.module, predictor.config
     assert isinstance(model, MaskRCNN) and cfg is not None
     divisor = max(model.backbone.size_divisibility, 1)

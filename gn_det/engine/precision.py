@@ -6,17 +6,16 @@ False before anything is built; config.yaml, checkpoints and the rows of a suite
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
+from gn_det.compiler import cpu_features
 from gn_det.config.defaults import get_value, set_value
 from gn_det.modeling.layers import fold_weights
 
@@ -31,17 +30,6 @@ AUTO = ("SOLVER.AMP.ENABLED", "TEST.AMP", "MODEL.CHANNELS_LAST")
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-@functools.cache
-def cpu_features() -> frozenset[str]:
-    """Return the features that Linux reports for this CPU; empty on other systems."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    found = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return frozenset(found.partition(":")[2].split())
-
-
 def chosen_by_auto(device: str) -> tuple[bool, str]:
     """Return whether ``auto`` enables bf16 and channels_last on ``device``, and why."""
     if not device.startswith("cpu"):
@@ -50,12 +38,15 @@ def chosen_by_auto(device: str) -> tuple[bool, str]:
     return bool(has), f"this CPU has {has[0]}" if has else f"this CPU has none of {', '.join(BF16_FEATURES)}"
 
 
-def settle(cfg: CfgNode, device: str, stored: Mapping[str, Any] | None = None) -> CfgNode:
+def settle(
+    cfg: CfgNode, device: str, stored: Mapping[str, Any] | None = None, report: Callable[[str], None] = logger.info
+) -> CfgNode:
     """Return ``cfg`` with True or False for every "auto"; warn if this CPU only emulates bf16.
 
     Args:
         device: resolved device, such as "cpu".
         stored: config of the checkpoint to resume, whose choice is kept.
+        report: receives a line for each key that was "auto".
     """
     chosen, why = chosen_by_auto(device)
     unsettled = [key for key in AUTO if get_value(cfg, key) == "auto"]
@@ -66,7 +57,7 @@ def settle(cfg: CfgNode, device: str, stored: Mapping[str, Any] | None = None) -
             old = None if stored is None else get_value(stored, key)
             value = old if isinstance(old, bool) else chosen
             set_value(cfg, key, value)
-            logger.info("%s auto: %s (%s).", key, value, "as the checkpoint has it" if isinstance(old, bool) else why)
+            report(f"{key} auto: {value} ({'as the checkpoint has it' if isinstance(old, bool) else why}).")
         if frozen:
             cfg.freeze()
     if device.startswith("cpu") and (cfg.SOLVER.AMP.ENABLED or cfg.TEST.AMP) and not chosen and cpu_features():
@@ -79,10 +70,21 @@ def lay_out(model: ModuleT, cfg: CfgNode) -> ModuleT:
     return model.to(memory_format=torch.channels_last) if cfg.MODEL.CHANNELS_LAST is True else model
 
 
-def lay_out_for_inference(model: ModuleT, cfg: CfgNode) -> ModuleT:
-    """:func:`lay_out`, and standardized weights folded: for a model that is neither trained nor saved."""
+def lay_out_for_inference(model: ModuleT, cfg: CfgNode, device: str) -> ModuleT:
+    """:func:`lay_out`, and standardized weights folded: for a model that is neither trained nor saved.
+
+    With TEST.AMP on a CPU weights also become bf16 in channels_last. Autocast would cast those of convolutions and linear
+    layers at every image, to the same values.
+    """
     fold_weights(model)
-    return lay_out(model, cfg)
+    if cfg.TEST.AMP is not True or not device.startswith("cpu"):
+        return lay_out(model, cfg)
+    for layer in model.modules():
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            for parameter in (layer.weight, layer.bias):
+                if parameter is not None:
+                    parameter.data = parameter.data.to(torch.bfloat16)
+    return model.to(memory_format=torch.channels_last)
 
 
 def inference_autocast(cfg: CfgNode, device: str) -> AbstractContextManager[Any]:

@@ -34,6 +34,7 @@ from gn_det.engine.engines import Engine
 from gn_det.engine.eval_report import EvalReport
 from gn_det.engine.eval_report import save_thresholds as store_thresholds
 from gn_det.engine.evaluator import evaluate_model, verify_expected
+from gn_det.engine.heap import keep_freed_memory
 from gn_det.engine.log import FILE_ONLY, run_log
 from gn_det.engine.loop import Hook
 from gn_det.engine.output import alone_in, check_output_name, check_writable, refuse_old_run
@@ -235,7 +236,7 @@ def _train_rank(
 def _train(
     cfg: CfgNode, engine: Engine, resume: bool, hooks: Sequence[Hook], augment: OwnTransform | None
 ) -> dict[str, float]:
-    _log_environment(cfg, engine, cfg.SOLVER.AMP.ENABLED is True)
+    _set_up_process(cfg, engine, cfg.SOLVER.AMP.ENABLED is True)
     point = find_resume(cfg.OUTPUT_DIR) if resume else None
     cfg = settle(cfg, dist.resolve_device(cfg.MODEL.DEVICE), stored_config(point))
     if point is None:
@@ -272,7 +273,7 @@ def _train(
 
 def _evaluate_rank(cfg: CfgNode, engine: Engine, page: Path | None, store: bool) -> dict[str, float]:
     with alone_in(cfg.OUTPUT_DIR), run_log(cfg.OUTPUT_DIR, rank=dist.rank()):
-        _log_environment(cfg, engine, cfg.TEST.AMP is True)
+        _set_up_process(cfg, engine, cfg.TEST.AMP is True)
         names = _classes_of(cfg.MODEL.WEIGHTS)
         test = load_once(lambda: load_test_sets(cfg, names))
         if not test:
@@ -286,7 +287,8 @@ def _evaluate_rank(cfg: CfgNode, engine: Engine, page: Path | None, store: bool)
         cfg = settle(with_classes(cfg, len(names), names), dist.resolve_device(cfg.MODEL.DEVICE))
         model = engine.build_model(cfg)
         logger.info(format_report(load_weights(model, cfg.MODEL.WEIGHTS, cfg, require_all=True)))
-        lay_out_for_inference(model.to(dist.local_device(cfg.MODEL.DEVICE)).eval(), cfg)
+        device = dist.resolve_device(cfg.MODEL.DEVICE)
+        lay_out_for_inference(model.to(dist.local_device(cfg.MODEL.DEVICE)).eval(), cfg, device)
         report = EvalReport(page) if page is not None else None
         results = evaluate_model(cfg, engine.detector(model, cfg), test, names, report=report)
         if dist.rank() == 0:
@@ -309,8 +311,10 @@ def _classes_of(weights: str) -> tuple[str, ...] | None:
     return tuple(block["class_names"]) or None if block else None
 
 
-def _log_environment(cfg: CfgNode, engine: Engine, autocast: bool) -> None:
+def _set_up_process(cfg: CfgNode, engine: Engine, autocast: bool) -> None:
+    """Settings of the whole process, and the log's first lines."""
     device = dist.resolve_device(cfg.MODEL.DEVICE)
+    keep_freed_memory(device)
     on_gpu = device.startswith("cuda")
     name = torch.cuda.get_device_name() if on_gpu else f"CPU, {count(torch.get_num_threads(), 'thread')}"
     amp = f", {cfg.SOLVER.AMP.DTYPE} autocast" if autocast else ""

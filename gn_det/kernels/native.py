@@ -126,7 +126,8 @@ class _RoIAlign(torch.autograd.Function):
         _, c, h, w = x.shape
         ctx.save_for_backward(rois)
         ctx.shape, ctx.numbers = x.shape, (len(rois), h, w, c, size, _threads(), float(scale), ratio, aligned)
-        y = x.new_empty((len(rois), c, size, size)).contiguous(memory_format=torch.channels_last)
+        shape = (len(rois), c, size, size)
+        y = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
         _call("roi_align", x, (x, rois, y), ctx.numbers)
         return y
 
@@ -135,7 +136,7 @@ class _RoIAlign(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (rois,) = ctx.saved_tensors
         dy = grads[0].contiguous(memory_format=torch.channels_last)
-        dx = torch.zeros(ctx.shape, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
+        dx = torch.empty(ctx.shape, dtype=torch.float32, memory_format=torch.channels_last).zero_()
         _call("roi_align_backward", dy, (dy, rois, dx), ctx.numbers)
         return dx.to(dy.dtype), None, None, None, None, None
 

@@ -20,24 +20,31 @@ from gn_det.kernels.reference import memory_format
 from gn_det.modeling import boxes as box_ops
 
 
-class _Reorder(torch.autograd.Function):
-    """``x[order]`` for a permutation; the backward is the inverse gather instead of a scattered sum."""
+class _Gather(torch.autograd.Function):
+    """Rows of ``parts`` at the places ``rows`` of one tensor in their layout; the backward takes them from there."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return _take(x, order)
+    def forward(ctx: Any, rows: Sequence[Tensor], *parts: Tensor) -> Tensor:
+        ctx.rows = rows
+        count = sum(len(part) for part in parts)
+        y = torch.empty(
+            (count, *parts[0].shape[1:]), dtype=parts[0].dtype, device=parts[0].device,
+            memory_format=memory_format(parts[0]),
+        )  # fmt: skip
+        for at, part in zip(rows, parts):
+            _rows_first(y).index_copy_(0, at, _rows_first(part))
+        return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return _take(grads[0], inverse), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        last = memory_format(grads[0]) is torch.channels_last
+        taken = (_rows_first(grads[0]).index_select(0, at) for at in ctx.rows)
+        return (None, *(t.permute(0, 3, 1, 2) if last else t for t in taken))
 
 
-def _take(x: Tensor, order: Tensor) -> Tensor:
-    if memory_format(x) is torch.channels_last:  # which index_select does not keep
-        return x.permute(0, 2, 3, 1).index_select(0, order).permute(0, 3, 1, 2)
-    return x.index_select(0, order)
+def _rows_first(x: Tensor) -> Tensor:
+    """``x`` in the order of memory: index_select does not keep channels_last."""
+    return x.permute(0, 2, 3, 1) if memory_format(x) is torch.channels_last else x
 
 
 class RoIPooler(nn.Module):
@@ -95,11 +102,9 @@ class RoIPooler(nn.Module):
             k = used[0] if used else 0
             return self.pool(features[k], rois, self.scales[k])
         by_level = levels.argsort(stable=True)
-        back = torch.empty_like(by_level)
-        back[by_level] = torch.arange(len(by_level), device=by_level.device)
-        parts = torch.split(rois[by_level], counts)
-        pooled = torch.cat([self.pool(features[k], parts[k], self.scales[k]) for k in used])
-        ordered: Tensor = _Reorder.apply(pooled, back, by_level)
+        rows = torch.split(by_level, counts)
+        pooled = [self.pool(features[k], rois[rows[k]], self.scales[k]) for k in used]
+        ordered: Tensor = _Gather.apply([rows[k] for k in used], *pooled)
         return ordered
 
     def levels(self, boxes: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ def predict(
     names = output_names(paths)
     make_folder(folder)
     _refuse_to_overwrite(folder, paths, names)
-    predictor = predictor or load_predictor(weights, config=config, overrides=overrides, device=device)
+    predictor = predictor or load_predictor(weights, config=config, overrides=overrides, device=device, report=report)
     keep = Selection.of(predictor, threshold, classes, agnostic_nms)
     categories = [{"id": i, "name": name} for i, name in zip(predictor.category_ids, predictor.class_names)]
     document: dict[str, list[Any]] = {"images": [], "categories": categories, "annotations": []}

@@ -72,8 +72,12 @@ def load_predictor(
     overrides: Overrides = (),
     device: str = "auto",
     engine: Engine | None = None,
+    report: Callable[[str], None] | None = None,
 ) -> Predictor:
     """Build and load the model of a checkpoint; ``engine`` None prefers the embedded one.
+
+    Args:
+        report: receives what "auto" means on this machine; None logs it.
 
     Raises:
         WeightsError: unreadable file, no stored config and none given, or incomplete weights.
@@ -89,6 +93,7 @@ def load_predictor(
     from gn_det.config.load import merge_overrides
     from gn_det.data.mapper import InferenceMapper
     from gn_det.engine.dist import resolve_device
+    from gn_det.engine.heap import keep_freed_memory
     from gn_det.engine.precision import inference_autocast, lay_out_for_inference, settle
 
     meta = read_meta(read_any(local_path(weights)), weights) or {}
@@ -107,8 +112,9 @@ def load_predictor(
     engine = engine or _engine_for(cfg, os.fspath(weights))
     model = engine.build_model(cfg).eval()
     load_weights(model, weights, cfg, require_all=True)
-    cfg = settle(cfg, target)
-    lay_out_for_inference(model.to(target), cfg)
+    cfg = settle(cfg, target) if report is None else settle(cfg, target, report=report)
+    lay_out_for_inference(model.to(target), cfg, target)
+    keep_freed_memory(target)
     detector = engine.detector(model, cfg)
 
     @torch.inference_mode()

@@ -90,7 +90,7 @@ def predict_videos(
     folder = named_folder(output)
     make_folder(folder)
     names = output_names([Path(_stem(source)) for source in sources], _SUFFIX)
-    predictor = predictor or load_predictor(weights, config=config, overrides=overrides, device=device)
+    predictor = predictor or load_predictor(weights, config=config, overrides=overrides, device=device, report=report)
     keep = Selection.of(predictor, threshold, classes, agnostic_nms)
     known = predictor.module is not None or os.path.isfile(weights)
     run = {

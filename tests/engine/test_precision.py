@@ -115,6 +115,22 @@ def test_evaluation_and_prediction_are_fp32_unless_asked(
         assert ("bf16 autocast" in caplog.text) == amp
 
 
+def test_weights_cast_once_give_what_autocast_gives() -> None:
+    """Equal to the bit: both round the same weights; norms stay in fp32."""
+    torch.manual_seed(0)
+    cfg = load_config("quickstart", ["MODEL.ROI_HEADS.NUM_CLASSES", "5", "TEST.AMP", "True"])
+    model = build_model(cfg).eval()
+    samples = [{"image": torch.randint(0, 256, (3, 96, 128), dtype=torch.uint8)}]
+    found = []
+    for ready in (precision.lay_out, lambda m, c: precision.lay_out_for_inference(m, c, "cpu")):
+        model = ready(model.to(memory_format=torch.channels_last), cfg)
+        with torch.inference_mode(), precision.inference_autocast(cfg, "cpu"):
+            found.append(model(samples)[0])
+    assert model.backbone.bottom_up.stem.conv1.weight.dtype == torch.bfloat16
+    assert {p.dtype for n, p in model.named_parameters() if ".norm." in n} == {torch.float32}
+    assert torch.equal(found[0].boxes, found[1].boxes) and torch.equal(found[0].scores, found[1].scores)
+
+
 def losses_of(*keys: str, autocast: bool = False) -> dict[str, float]:
     torch.manual_seed(0)
     cfg = load_config("quickstart", ["MODEL.ROI_HEADS.NUM_CLASSES", "5", *keys])

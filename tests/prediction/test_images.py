@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,11 @@ def test_a_checkpoint_brings_its_config_and_classes(photos: Path, tmp_path: Path
     file = tmp_path / "w.pth"
     save_checkpoint(file, {"model": state, "iteration": 1, "gn_det": meta})
     lines: list[str] = []
-    result = predict(file, photos / "x.jpg", tmp_path / "out", threshold=0.0, device="cpu", report=lines.append)
+    result = predict(
+        file, photos / "x.jpg", tmp_path / "out", threshold=0.0, device="cpu", overrides={"TEST.AMP": "auto"},
+        report=lines.append,
+    )  # fmt: skip
+    assert re.fullmatch(r"TEST.AMP auto: (True|False) \(this CPU has .*\).", lines[0])
     assert result["categories"][1] == {"id": 8, "name": "日本"}
     assert 0 < len(result["annotations"]) <= 5 and "segmentation" in result["annotations"][0]
 

@@ -1,0 +1,29 @@
+"""Freed memory of the process: kept for the next step instead of returned to the system."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+#: mallopt's parameters in glibc's malloc.h, and what they are set to (int).
+_OPTIONS = (
+    (-3, 1 << 30),  # M_MMAP_THRESHOLD: pieces below come from the heap
+    (-1, (1 << 31) - 1),  # M_TRIM_THRESHOLD: free memory at the heap's end that is kept
+)
+#: Who sets these has chosen by himself.
+_CHOSEN = ("LD_PRELOAD", "GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
+
+
+def keep_freed_memory(device: str) -> bool:
+    """On a CPU, keep what a step frees for the next one; True where that was set.
+
+    glibc returns large pieces to the system, which clears each page again at its next use: a tenth of the time of a
+    forward pass in bf16. The peak stays the same.
+    """
+    if not device.startswith("cpu") or any(os.environ.get(name) for name in _CHOSEN):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return False
+    return all(mallopt(*option) == 1 for option in _OPTIONS)
