@@ -73,8 +73,8 @@ def lay_out(model: ModuleT, cfg: CfgNode) -> ModuleT:
 def lay_out_for_inference(model: ModuleT, cfg: CfgNode, device: str) -> ModuleT:
     """:func:`lay_out`, and standardized weights folded: for a model that is neither trained nor saved.
 
-    With TEST.AMP on a CPU weights also become bf16 in channels_last. Autocast would cast those of convolutions and linear
-    layers at every image, to the same values.
+    With TEST.AMP on a CPU, weights also become bf16 in channels_last. Autocast would cast those of convolutions and
+    linear layers at every image, to the same values.
     """
     fold_weights(model)
     if cfg.TEST.AMP is not True or not device.startswith("cpu"):
