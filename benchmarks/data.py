@@ -1,6 +1,7 @@
 """Reading a json of COCO's size, checking it, mapping images and resuming: gn_det against Detectron2.
 
     python benchmarks/data.py                       # 118,000 images and 860,391 annotations: 540 MB, about ten minutes
+    python benchmarks/data.py --jitter              # images a second of large-scale jitter alone
     python benchmarks/data.py --images 2000 --annotations 14000 --repeats 1 --no-write
 
 The json is generated in a temporary folder and removed. Readers take turns, each in a process of its own, so that each
@@ -140,11 +141,12 @@ def in_child(name: str, path: Path) -> dict[str, float]:
 # ------------------------------------------------------------ mappers and the sampler
 
 
-def map_images(folder: Path, rounds: int) -> dict[str, Any]:
-    """Images a second at 800 pixels, polygons and flips; the samples are equal."""
+def map_images(folder: Path, rounds: int, *, jitter: bool = False) -> dict[str, Any]:
+    """Images a second at 800 pixels, polygons and flips, or with large-scale jitter at 1024; the samples are equal."""
     import torch
     from detectron2.config import get_cfg as get_d2_cfg
     from detectron2.data import DatasetMapper
+    from detectron2.data import transforms as T
     from detectron2.data.datasets.coco import load_coco_json
 
     from gn_det.config import get_cfg
@@ -164,8 +166,15 @@ def map_images(folder: Path, rounds: int) -> dict[str, Any]:
     for cfg in (get_cfg(), get_d2_cfg()):
         cfg.INPUT.MIN_SIZE_TRAIN, cfg.MODEL.MASK_ON = (800,), True
         mappers.append(cfg)
-    our_mapper, their_mapper = TrainMapper(mappers[0]), DatasetMapper(mappers[1], is_train=True)
+    more: dict[str, Any] = {}
+    if jitter:
+        mappers[0].INPUT.LSJ.ENABLED, side = True, 1024
+        scale = T.ResizeScale(0.1, 2.0, side, side)
+        more = {"augmentations": [scale, T.FixedSizeCrop((side, side), seg_pad_value=0), T.RandomFlip()]}
+        more["recompute_boxes"] = True
+    our_mapper, their_mapper = TrainMapper(mappers[0]), DatasetMapper(mappers[1], is_train=True, **more)
     seconds: dict[str, list[float]] = {"gn_det": [], "Detectron2": []}
+    ratios = []
     for number in range(rounds):
         for index in range(len(ours)):
             start = time.process_time()
@@ -178,8 +187,11 @@ def map_images(folder: Path, rounds: int) -> dict[str, Any]:
             assert torch.equal(a["image"], b["image"]) and torch.equal(
                 a["targets"].boxes, b["instances"].gt_boxes.tensor
             )
-    rates = {name: 1 / statistics.median(values) for name, values in seconds.items()}
-    return {"images_per_second": rates, "ratio": rates["gn_det"] / rates["Detectron2"]}
+        sums = [sum(values[-len(ours) :]) for values in (seconds["Detectron2"], seconds["gn_det"])]
+        ratios.append(sums[0] / sums[1])
+    rates = {name: 1 / statistics.fmean(values) for name, values in seconds.items()}
+    spread = [round(v, 3) for v in (min(ratios), max(ratios))]
+    return {"images_per_second": rates, "ratio": statistics.median(ratios), "ratio_range": spread}
 
 
 def resume_seconds(images: int) -> float:
@@ -198,10 +210,21 @@ def main() -> None:
     parser.add_argument("--annotations", type=int, default=860_391)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--no-write", action="store_true", help="print only")
+    parser.add_argument(
+        "--jitter", action="store_true", help="only large-scale jitter at 1024 pixels; writes data_jitter.json"
+    )
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         child(*args.child)
+        return
+    if args.jitter:
+        with tempfile.TemporaryDirectory(prefix="gn_det-") as place:
+            mapper = map_images(Path(place), 2 * args.repeats, jitter=True)
+        print(f"jitter: {mapper['ratio']:.2f} {mapper['ratio_range']} times Detectron2's images a second", mapper)
+        if not args.no_write:
+            out = {"date": datetime.date.today().isoformat(), "python": platform.python_version(), "mapper": mapper}
+            RESULTS.with_name("data_jitter.json").write_text(json.dumps(out, indent=1) + "\n")
         return
     has_detectron2 = importlib.util.find_spec("detectron2") is not None
     names = [name for name in READERS if has_detectron2 or name != "Detectron2"]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from fvcore.common.config import CfgNode
 
 from gn_det.engine import dist
@@ -69,6 +70,25 @@ def high_rate(cfg: CfgNode) -> str:
     return (
         f"SOLVER.BASE_LR {solver.BASE_LR:g} is a learning rate for SGD; AdamW takes about 0.0001 (SOLVER.BASE_LR "
         "0.0001, SOLVER.WEIGHT_DECAY 0.05)."
+    )
+
+
+def large_crop(cfg: CfgNode, sizes: np.ndarray) -> str:
+    """A sentence for absolute crops that are larger than images, which then are not cropped; "" otherwise.
+
+    Args:
+        sizes: (N, 2) width and height of the training images.
+    """
+    crop = cfg.INPUT.CROP
+    if not crop.ENABLED or not crop.TYPE.startswith("absolute") or cfg.INPUT.LSJ.ENABLED:
+        return ""
+    height, width = crop.SIZE
+    smaller = int(((sizes[:, 0] < width) | (sizes[:, 1] < height)).sum())
+    if not smaller:
+        return ""
+    return (
+        f"INPUT.CROP.SIZE [{height:g}, {width:g}] (height, width) is larger than {smaller:,} of "
+        f"{count(len(sizes), 'image')}, which keep that side whole; lower it."
     )
 
 

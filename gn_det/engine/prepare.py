@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from fvcore.common.config import CfgNode
 from torch import nn
 
@@ -21,7 +22,7 @@ from gn_det.data.augment import OwnTransform
 from gn_det.data.loader import build_train_loader
 from gn_det.data.sets import RunData, load_run_data, without_masks
 from gn_det.engine import dist
-from gn_det.engine.advice import half_gn, high_rate, short_for_scratch
+from gn_det.engine.advice import half_gn, high_rate, large_crop, short_for_scratch
 from gn_det.engine.log import on_screen
 from gn_det.engine.loggers import check_loggers
 from gn_det.engine.optimizer import format_groups
@@ -85,6 +86,8 @@ def prepare(cfg: CfgNode, augment: OwnTransform | None = None) -> Prepared:
     cfg, sentences = scale_schedule(cfg, dist.world_size(), data.images)
     for sentence in [*sentences, format_schedule(cfg, data.images, dist.world_size())]:
         logger.info(sentence)
+    if data.train and (advice := large_crop(cfg, np.concatenate([dataset.sizes for dataset in data.train]))):
+        logger.warning(advice)
     seed = dist.broadcast(int(cfg.SEED) if cfg.SEED >= 0 else secrets.randbelow(2**31))
     logger.info("Seed %d%s.", seed, "" if cfg.SEED >= 0 else " (random; set SEED to repeat the run)")
     seed_everything(seed + dist.rank())

@@ -6,15 +6,33 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from gn_det.config import load_config
-from gn_det.engine.advice import half_gn, short_for_scratch
+from gn_det.engine.advice import half_gn, high_rate, large_crop, short_for_scratch
 from gn_det.engine.scalars import Metrics
 from gn_det.errors import TrainingError
 from gn_det.modeling.census import CensusRow
 from tests.engine.cases import Tiny, run
+
+
+def test_rate_of_sgd_under_adamw() -> None:
+    keys = {"SOLVER.OPTIMIZER": "ADAMW"}
+    assert "SOLVER.BASE_LR 0.02 is a learning rate for SGD" in high_rate(load_config("gn_fpn.yaml", keys))
+    assert high_rate(load_config("gn_fpn.yaml")) == ""
+    assert high_rate(load_config("gn_fpn.yaml", {**keys, "SOLVER.BASE_LR": 0.0002})) == ""
+
+
+def test_crop_larger_than_images() -> None:
+    """Height and width against width and height; fractions always fit."""
+    sizes = np.array([[100, 50], [60, 60], [200, 200]])
+    keys = {"INPUT.CROP.ENABLED": True, "INPUT.CROP.TYPE": "absolute", "INPUT.CROP.SIZE": [55, 80]}
+    text = large_crop(load_config("gn_fpn.yaml", keys), sizes)
+    assert text.startswith("INPUT.CROP.SIZE [55, 80] (height, width) is larger than 2 of 3 images")
+    assert large_crop(load_config("gn_fpn.yaml", {**keys, "INPUT.CROP.SIZE": [50, 60]}), sizes) == ""
+    assert large_crop(load_config("gn_fpn.yaml", {"INPUT.CROP.ENABLED": True}), sizes) == ""
 
 
 class Full(Tiny):

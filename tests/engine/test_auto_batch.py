@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from gn_det.cli import main
+from gn_det.cli import flags, main, train
 from gn_det.config import get_cfg
 from gn_det.engine.auto_batch import largest_fit, train_once, trial_batch, with_accumulate
 from gn_det.engine.prepare import check_run
@@ -80,6 +80,26 @@ def test_a_trial_is_a_training_step_of_the_largest_size(lsj: bool) -> None:
     before = [p.clone() for p in model.parameters()]
     train_once(cfg, model, 1)
     assert all(torch.equal(p, q) and p.grad is None for p, q in zip(model.parameters(), before))
+
+
+def test_flags_set_their_keys() -> None:
+    """A batch that is typed is literal; --balance needs both keys; each wrong value is named."""
+    parser = flags.Parser()
+    train.add_flags(parser)
+
+    def read(*words: str) -> Any:
+        return flags.config_from_args(parser.parse(["--config", "gn_fpn.yaml", *words]))
+
+    cfg = read("--batch", "4", "--balance", "0.1")
+    assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.AUTO_BATCH) == (4, False)
+    assert "SOLVER.IMS_PER_BATCH" in cfg.SOLVER.NO_RESCALE
+    assert (cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER.REPEAT_THRESHOLD) == ("RepeatFactorTrainingSampler", 0.1)
+    cfg = read("--batch", "auto")
+    assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.AUTO_BATCH) == (16, True)
+    with pytest.raises(ConfigError, match=r"DATALOADER.REPEAT_THRESHOLD is 2.0; it must be a number from 0 up to 1"):
+        read("--balance", "2")
+    with pytest.raises(SystemExit):
+        read("--batch", "0")
 
 
 def test_refused_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

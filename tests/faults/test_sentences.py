@@ -34,6 +34,22 @@ REFUSED = {
         ["MODEL.BACKBONE.FREEZE_AT", "2"],
         "MODEL.BACKBONE.FREEZE_AT is 2 but MODEL.WEIGHTS is empty: the first stages would stay frozen at random values",
     ),
+    "random part frozen": (
+        ["MODEL.FREEZE", "backbone"],
+        "MODEL.FREEZE is backbone but MODEL.WEIGHTS is empty: these parts would stay frozen at random values",
+    ),
+    "weight of an unknown class": (
+        ["MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS", "[['sell', 2.0]]"],
+        "MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS: there is no class 'sell'; the classes are ",
+    ),
+    "weight of nothing": (
+        ["MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS", "[['ring', 0]]"],
+        "command line: MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS[0][1] is 0; it must be a number above 0",
+    ),
+    "recomputed BN": (
+        ["MODEL.BACKBONE.RECOMPUTE", "True", "MODEL.RESNETS.NORM", "BN"],
+        "MODEL.BACKBONE.RECOMPUTE True would count each batch twice in the statistics of MODEL.RESNETS.NORM BN",
+    ),
     "batch beyond any machine": (
         ["SOLVER.IMS_PER_BATCH", "100000000000"],
         "command line: SOLVER.IMS_PER_BATCH is 100000000000; it must be an integer from 1 to 65536",
