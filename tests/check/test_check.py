@@ -369,7 +369,7 @@ def test_box_written_as_corners_is_named(tmp_path: Path) -> None:
     found = survey(source, "train", TRAINING).findings
     assert "it fits as [x0, y0, x1, y1]" in str(found.found["bbox-mask"][0])
     source = write(tmp_path, first(bbox=[0, 0, 10, 30], segmentation=wide))
-    assert "take the box of the mask" in str(survey(source, "train", TRAINING).findings.found["bbox-mask"][0])
+    assert "use the box of the mask" in str(survey(source, "train", TRAINING).findings.found["bbox-mask"][0])
 
 
 def test_rule_for_vanishing_objects(tmp_path: Path) -> None:
