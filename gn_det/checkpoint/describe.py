@@ -31,15 +31,20 @@ def describe(path_or_uri: str) -> list[str]:
     dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in state.values()})
     parts = Counter(map(part_of, state))
     names = f": {one_line(shorten(weights.class_names, 5), 400)}" if weights.class_names else ""
+    clips = any(v.dim() == 5 for v in state.values())
     rows = {
         "file": f"{os.path.getsize(path) / 1e6:.1f} MB, sha256 {sha256_of(path)}",
         "holds": one_line(", ".join(filter(None, kind))),
         "tensors": f"{len(state)}, {sum(v.numel() for v in state.values()) / 1e6:.1f} M numbers, {', '.join(dtypes)}",
         "parts": ", ".join(f"{part} {parts[part]}" for part in PARTS if parts[part]),
         "classes": f"{weights.num_classes}{names}" if weights.num_classes else "",
-        "goes into": _WHERE.get(found.style, "a C4 detector") if found.blocks else "no known model",
+        "goes into": "gn-det predict on videos"
+        if clips
+        else _WHERE.get(found.style, "a C4 detector")
+        if found.blocks
+        else "no known model",
         "preprocessing": _preprocessing(weights),
-        "config keys": _keys(weights, found),
+        "config keys": "" if clips else _keys(weights, found),
         "not used": shorten(weights.ignored) if weights.ignored else "",
         "provenance": _provenance(weights),
     }

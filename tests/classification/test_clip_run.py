@@ -109,6 +109,8 @@ def test_prediction_names_the_top_classes(
     """With the weights' own preprocessing and clips; equal to what the trained network gives for the video."""
     monkeypatch.chdir(tmp_path)
     pretrain(replace(TINY, output="run", norm="GN", precise_bn=None, iterations=1))
+    assert main(["weights", "run/model_final.pth"]) == 0
+    assert "goes into     gn-det predict on videos" in capsys.readouterr().out
     video = str(write_video(tmp_path / "v.mp4", frames=20))
     assert main(["predict", "--weights", "run/model_final.pth", "--output", "found", "--device", "cpu", video]) == 0
     (found,) = json.loads(Path("found/classes.json").read_text())
