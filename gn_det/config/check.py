@@ -169,6 +169,11 @@ def _check_model(cfg: CN) -> None:
         raise ConfigError(
             f"TEST.AUG.ENABLED True is for GeneralizedRCNN, not {cfg.MODEL.META_ARCHITECTURE}; set it False"
         )
+    if cfg.TEST.PRECISE_BN.ENABLED and cfg.SOLVER.EMA.ENABLED:
+        raise ConfigError(
+            "TEST.PRECISE_BN.ENABLED does not go with SOLVER.EMA.ENABLED, whose average has statistics of its own; set "
+            "one of them False"
+        )
     model, resnets, backbone = cfg.MODEL, cfg.MODEL.RESNETS, cfg.MODEL.BACKBONE.NAME
     if model.BACKBONE.RECOMPUTE and resnets.NORM.endswith(("BN", "BN_N")) and resnets.NORM != "FrozenBN":
         raise ConfigError(

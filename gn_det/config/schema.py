@@ -501,7 +501,10 @@ _KEYS = (
         "Shorter sides of these sizes."),
     Key("TEST.AUG.MAX_SIZE", 4000, _PIXELS, "Upper bound of their longer sides."),
     Key("TEST.AUG.FLIP", True, FLAG, "Flip each of them, too."),
-    *_unused("TEST.PRECISE_BN", "Recompute BN statistics before evaluation.", ENABLED=False, NUM_ITER=200),
+    Key("TEST.PRECISE_BN.ENABLED", False, FLAG,
+        "Compute the running statistics of BN and SyncBN anew before each evaluation and at the end.",
+        detectron2=(False,)),
+    Key("TEST.PRECISE_BN.NUM_ITER", 200, integer(1, 10**6), "Training batches for that."),
     Key("TEST.MAX_DETS", 100, integer(1, 100_000),
         "Detections of a class that count in an image (COCOeval's maxDets); raise it with DETECTIONS_PER_IMAGE if "
         "images have more objects.", ours=True),

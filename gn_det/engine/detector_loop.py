@@ -16,7 +16,15 @@ from gn_det.checkpoint.meta import build_meta
 from gn_det.engine import dist
 from gn_det.engine.advice import explain_oom
 from gn_det.engine.engines import Engine
-from gn_det.engine.hooks import Checkpoint, Evaluate, Evaluator, Schedule, Signals, TimeLimit
+from gn_det.engine.hooks import (
+    Checkpoint,
+    Evaluate,
+    Evaluator,
+    PreciseBN,
+    Schedule,
+    Signals,
+    TimeLimit,
+)
 from gn_det.engine.loggers import open_loggers
 from gn_det.engine.loop import Hook, Loop, make_scaler, parallel
 from gn_det.engine.optimizer import clip_gradients
@@ -68,6 +76,9 @@ def fit(
     if resume is not None:
         restore(resume, state, cfg)
     own = [*engine.hooks(), Schedule(), *hooks]
+    if cfg.TEST.PRECISE_BN.ENABLED:
+        # Batches that training does not see in this order; the same ones after a resume.
+        own.append(PreciseBN(cfg, lambda: engine.inputs(make_loader(first_batch(cfg, state), state.seed + 1))))
     loop = make_loop(cfg, state, parallel(model), own, meta, evaluate, resume, terminal=terminal)
     loop.autocast_cache = engine.autocast_cache
     with explain_oom(cfg, loop):

@@ -7,8 +7,9 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,6 +25,7 @@ from gn_det.engine.output import BEST, FINAL, numbered
 from gn_det.engine.scalars import Metrics
 from gn_det.engine.state import ModelMeta, build_payload, capture_rng, restore_rng
 from gn_det.errors import TrainingError, WriteError
+from gn_det.modeling.precise_bn import precise_bn
 
 logger = logging.getLogger(__name__)
 
@@ -171,6 +173,34 @@ class TimeLimit(Hook):
                 "with --resume to continue.",
                 *(self.hours, loop.state.iteration, loop.total, self.checkpoint.path(loop)),
             )
+
+
+class PreciseBN(Hook):
+    """Computes BN's running statistics anew every ``TEST.EVAL_PERIOD`` iterations and at the end (TEST.PRECISE_BN).
+
+    Args:
+        make_batches: training batches of another random stream than the run's; called each time.
+    """
+
+    def __init__(self, cfg: CfgNode, make_batches: Callable[[], Iterable[Any]]) -> None:
+        self.period, self.batches = int(cfg.TEST.EVAL_PERIOD), int(cfg.TEST.PRECISE_BN.NUM_ITER)
+        self.make_batches = make_batches
+
+    def after_step(self, loop: Loop) -> None:
+        due = self.period > 0 and (loop.state.iteration + 1) % self.period == 0
+        if not (due or loop.last):
+            return
+        rng, model = capture_rng(), loop.state.model
+        batches = islice((batch for _ in range(1) for batch in self.make_batches()), self.batches)
+        try:
+            with getattr(model, "metrics_apart", nullcontext)(), loop.mixed_precision():
+                layers = precise_bn(model, model, batches)
+        finally:
+            restore_rng(rng)
+        if layers:
+            logger.info("Precise BN: statistics of %d layers from %d batches.", layers, self.batches)
+        else:
+            logger.info("TEST.PRECISE_BN has nothing to do: no BN layer of the model is trained.")
 
 
 class Evaluate(Hook):

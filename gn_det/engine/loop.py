@@ -170,6 +170,11 @@ class Loop:
         """Whether the result is final: all iterations are done, or a hook ended the training as finished."""
         return self.last or self._finished
 
+    def mixed_precision(self) -> torch.autocast:
+        """The autocast in which forward passes run."""
+        on = self.autocast is not None
+        return torch.autocast(self._device.type, self.autocast, on, cache_enabled=self.autocast_cache)
+
     # ------------------------------------------------------------ one iteration
 
     def step(self) -> None:
@@ -185,9 +190,7 @@ class Loop:
         for part in range(1, self.accumulate + 1):
             batch, waited = self._next_batch()
             with self._ddp.no_sync() if self._ddp is not None and part < self.accumulate else nullcontext():
-                with torch.autocast(
-                    self._device.type, self.autocast, self.autocast is not None, cache_enabled=self.autocast_cache
-                ):
+                with self.mixed_precision():
                     losses = self._forward(batch)
                     total = torch.stack([v.float() for v in losses.values()]).sum()
                 total = total / self.accumulate if self.accumulate > 1 else total

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,15 @@ class MaskRCNN(nn.Module):
     def pop_metrics(self) -> dict[str, float]:
         """Means of the training scalars (accuracies, numbers of samples) since the last call."""
         return self._metrics.pop()
+
+    @contextmanager
+    def metrics_apart(self) -> Iterator[None]:
+        """Within the context, forward passes leave no training scalars."""
+        kept, self._metrics = self._metrics, Metrics()
+        try:
+            yield
+        finally:
+            self._metrics = kept
 
     def forward(self, batch: Sequence[Sample]) -> dict[str, Tensor] | list[Detections]:
         """Losses in training mode, detections in evaluation mode.

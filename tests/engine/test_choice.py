@@ -174,7 +174,6 @@ def test_absent_detectron2_on_every_command(
         (["MODEL.RETINANET.NUM_CONVS", "3"], True),
         (["MODEL.KEYPOINT_ON", "True"], False),
         (["MODEL.RPN.BBOX_REG_LOSS_TYPE", "gIoU"], False),
-        (["TEST.PRECISE_BN.ENABLED", "True"], False),
         (["MODEL.PANOPTIC_FPN.INSTANCE_LOSS_WEIGHT", "2.0"], False),
     ],
 )

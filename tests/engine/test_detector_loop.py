@@ -96,6 +96,28 @@ def test_interrupted_and_resumed_run_is_bit_identical(tmp_path: Path, optimizer:
     assert [iteration for iteration, _ in found[0]] == [3, 7, 12]
 
 
+def test_precise_bn(tmp_path: Path) -> None:
+    """Statistics are those of other batches under the final weights, computed again here; a resume gives the same."""
+    keys = ["TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 3, "TEST.EVAL_PERIOD", 4]
+    run(tmp_path / "plain")
+    run(tmp_path / "precise", keys)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "cut", keys, make_loader=stop_at(7))
+    run(tmp_path / "cut", keys, resume=True)
+    plain, precise, cut = (weights(tmp_path / f / "model_final.pth") for f in ("plain", "precise", "cut"))
+    assert same(precise, cut)
+    statistics = ("bn.running_mean", "bn.running_var")
+    assert all(torch.equal(plain[k], precise[k]) != (k in statistics) for k in plain if "tracked" not in k)
+    model = Tiny().train()
+    model.load_state_dict(plain)
+    with torch.no_grad():
+        seen = [model.gn(model.conv(torch.stack([s["image"] for s in b]).float() / 255)).relu()
+                for b in (batch(8, 12 + k, 4) for k in range(3))]  # fmt: skip
+    values = torch.cat(seen).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(precise["bn.running_mean"], values.mean(1))
+    torch.testing.assert_close(precise["bn.running_var"], values.var(1, correction=0))
+
+
 def test_killed_run_resumes_from_its_last_checkpoint(tmp_path: Path) -> None:
     """Death without a word (here an exception in the loader) loses only what came after the checkpoint."""
     run(tmp_path / "whole")
