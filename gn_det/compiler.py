@@ -1,6 +1,6 @@
-"""Compiles a C++ file of the package where a compiler is installed, and loads it.
+"""Compile a C++ file of the package, if a compiler is installed, and load it.
 
-A file is compiled at its first use (a few seconds) for this very CPU and kept in ``~/.cache/gn_det_kernels``.
+A file is compiled for this CPU at its first use (a few seconds) and cached in ``~/.cache/gn_det_kernels``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trappin
 
 
 def load(source: Path, fallback: str) -> ctypes.CDLL | None:
-    """The library of ``source``, or None where it cannot be built, which is logged.
+    """Return the library of ``source``, or log why it cannot be built and return None.
 
     Args:
         fallback: what happens then, such as "images are resized by Pillow".
@@ -41,9 +41,9 @@ def load(source: Path, fallback: str) -> ctypes.CDLL | None:
 
 
 def _build(source: Path, compiler: str) -> Path:
-    """The shared library of this source, compiler and CPU; other processes may build it at the same time."""
+    """Return the shared library for this source, compiler and CPU; other processes may build it at the same time."""
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=30).stdout
-    # On a shared home directory machines must not load each other's code.
+    # Machines that share a home directory must not load each other's code.
     machine = (platform.machine(), *sorted(cpu_features() or {platform.processor()}))
     parts = (source.read_text(), version, str(_FLAGS), *machine)
     folder = private_folder()
@@ -64,7 +64,7 @@ def _build(source: Path, compiler: str) -> Path:
 
 
 def private_folder() -> Path:
-    """A folder that nobody else can write to: code is loaded from it."""
+    """Return a folder that only this user can write to, because code is loaded from it."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "gn_det_kernels"
     try:
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def private_folder() -> Path:
 
 @functools.cache
 def cpu_features() -> frozenset[str]:
-    """Features that Linux reports of this CPU; empty on other systems."""
+    """Return the features that Linux reports for this CPU; empty on other systems."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

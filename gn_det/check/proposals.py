@@ -12,8 +12,8 @@ from gn_det.check.audit import Training
 from gn_det.check.sizes import anchor_shapes, best_fit, flat, objects_at
 from gn_det.data.coco import CocoDataset
 
-#: The median object should have this side at training size: in COCO at 800 pixels it is about 70, and AP falls
-#: steeply below COCO's limit of small objects, 32.
+#: Wanted side of the median object at training size. In COCO at 800 pixels it is about 70, and AP falls steeply below
+#: 32, COCO's limit for small objects.
 _LEAST_SIDE = 32.0
 #: Images are not enlarged beyond this factor, nor beyond this side: interpolation adds no detail, and memory grows.
 _MOST_ENLARGED, _MOST_SIDE = 2.0, 1600
@@ -24,7 +24,7 @@ _ROOM = 1.5
 
 
 def propose(datasets: Sequence[CocoDataset], training: Training, cfg: Any) -> dict[str, Any]:
-    """Keys and values that fit the objects better than those of ``cfg``; empty where its values fit.
+    """Return keys and values that fit the objects better than those of ``cfg``; empty if its values fit.
 
     Args:
         datasets: training sets.
@@ -45,7 +45,7 @@ def propose(datasets: Sequence[CocoDataset], training: Training, cfg: Any) -> di
 
 
 def _image_sizes(datasets: Sequence[CocoDataset], training: Training, cfg: Any) -> dict[str, Any]:
-    """Larger images where the median object is small at training size; empty otherwise."""
+    """Propose larger images if the median object is small at training size; empty otherwise."""
     if cfg.INPUT.LSJ.ENABLED:
         return {}  # the scale is drawn from a range that covers both
     sides = np.sqrt(np.concatenate([objects_at(d, training) for d in datasets]).prod(axis=1))
@@ -88,7 +88,7 @@ def _plain(value: float) -> float:
 
 
 def as_overrides(keys: dict[str, Any]) -> list[str]:
-    """Lines to paste behind a command: ``KEY "value"``."""
+    """Return lines to append to a command: ``KEY "value"``."""
     return [
         f'{name} "{value}"' if isinstance(value, (tuple, list)) else f"{name} {value}" for name, value in keys.items()
     ]

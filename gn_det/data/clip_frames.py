@@ -1,8 +1,8 @@
-"""Frames of a video file by number, decoded by PyAV, which works from its wheel and is imported on use.
+"""Read frames of a video file by number with PyAV, which needs only its wheel and is imported on use.
 
-Decoders differ in what they take from one file. Here a video is its first video stream that is not a cover picture,
-whatever other streams say, and its frames are those that can be decoded, in the order of presentation: a file of
-variable frame rate has no frames repeated or dropped, and one that is cut short ends where it can no longer be read.
+Decoders differ in what they return for a file. Here a video is its first video stream that is not a cover picture, and
+its frames are those that can be decoded, in presentation order. So a file with variable frame rate has no repeated or
+dropped frames, and a truncated one ends where it can no longer be read.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from gn_det.text import one_line
 
 
 class ClipError(DataError):
-    """A video that cannot be used; the message names the file."""
+    """An unusable video; the message names the file."""
 
 
 def import_av() -> Any:
-    """Return PyAV, silent; raises ConfigError where it is not installed."""
+    """Import PyAV with its own messages silenced; raise ConfigError if it is not installed."""
     try:
         import av
     except ImportError:
@@ -39,7 +39,7 @@ class VideoFile:
     """The frames of a video file.
 
     Attributes:
-        frames: how many there are.
+        frames: number of frames.
     """
 
     def __init__(self, path: str) -> None:
@@ -63,7 +63,7 @@ class VideoFile:
             raise ClipError(f"{self.name}: no frame can be decoded")
 
     def read(self, numbers: Sequence[int], side: int) -> np.ndarray:
-        """Frames ``numbers``, modulo :attr:`frames`, with the shorter side scaled to ``side`` pixels.
+        """Return frames ``numbers``, modulo :attr:`frames`, with the shorter side scaled to ``side`` pixels.
 
         Returns:
             (T, H, W, 3) uint8 RGB.
@@ -73,7 +73,7 @@ class VideoFile:
         """
         wanted = {number % self.frames for number in numbers}
         found = self._sought(wanted, side) if self._times else {}
-        if len(found) < len(wanted):  # damaged, or a container that cannot seek: what can be decoded counts
+        if len(found) < len(wanted):  # damaged, or a container that cannot seek: use what can be decoded
             self.frames, self._times = sum(1 for _ in self._from_start()), []
             if not self.frames:
                 raise ClipError(f"{self.name}: no frame can be decoded")

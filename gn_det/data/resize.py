@@ -1,7 +1,7 @@
-"""Bilinear resize of 8-bit images as Pillow does it, equal to the bit, several times faster: resize.cpp.
+"""Bilinear resize of 8-bit images in resize.cpp: bit-identical with Pillow and several times faster.
 
-Pillow weighs pixels by triangles as wide as the scale (1 at least), in integers of 2^-22, and scales rows first. Since
-version 13 it scales columns first where that shrinks an image much more; those are left to it.
+Pillow weights pixels by triangles as wide as the scale (at least 1), in integers of 2^-22, and scales rows first. Since
+version 13 it scales columns first if that shrinks an image much more; Pillow still resizes those.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _SAMPLES = ((9, 13, 15, 22), (31, 40, 13, 9), (12, 30, 20, 11), (64, 48, 33, 31)
 
 
 def rows_first(height: int, width: int, new_height: int, new_width: int) -> bool:
-    """Whether every version of Pillow scales along rows before it scales along columns."""
+    """Return whether every version of Pillow scales rows before columns."""
     return new_height >= height or height - new_height <= 2 * (width - new_width)
 
 
 def can_resize(pixels: np.ndarray, new_height: int, new_width: int) -> bool:
-    """Whether :func:`resize` takes these pixels; compiles resize.cpp at its first use."""
+    """Return whether :func:`resize` supports these pixels; compiles resize.cpp at its first use."""
     fits = pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] in (1, 3) and 0 not in pixels.shape
     return fits and rows_first(pixels.shape[0], pixels.shape[1], new_height, new_width) and _library() is not None
 
@@ -38,7 +38,7 @@ def can_resize(pixels: np.ndarray, new_height: int, new_width: int) -> bool:
 def resize(
     pixels: np.ndarray, new_height: int, new_width: int, rows: slice = _WHOLE, columns: slice = _WHOLE
 ) -> np.ndarray:
-    """Scale pixels that :func:`can_resize` takes.
+    """Scale pixels that :func:`can_resize` supports.
 
     Args:
         pixels: (H, W, C) uint8.
@@ -81,7 +81,7 @@ def _run(
 
 @functools.lru_cache(maxsize=64)
 def _weights(size: int, new_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each new pixel the first of the pixels that it is made of, (S,) int32, and their weights, (taps, S) int32."""
+    """Return the first source pixel of each new pixel, (S,) int32, and the weights, (taps, S) int32."""
     scale = size / new_size
     support = max(scale, 1.0)
     center = (np.arange(new_size) + 0.5) * scale
@@ -100,7 +100,7 @@ def _library() -> ctypes.CDLL | None:
     library = compiler.load(Path(__file__).with_suffix(".cpp"), "images are resized by Pillow")
     if library is not None and not all(_same_as_pillow(library, *sizes) for sizes in _SAMPLES):
         logger.warning(
-            "The installed Pillow resizes otherwise than gn_det's resize.cpp does: images are left to Pillow."
+            "The installed Pillow resizes differently from gn_det's resize.cpp, so images are resized by Pillow."
         )
         return None
     return library

@@ -1,7 +1,7 @@
-"""SOLVER.AUTO_BATCH: as many images on the GPU at a time as its memory holds; the batch stays what the config says.
+"""SOLVER.AUTO_BATCH: put as many images on the GPU at a time as fit, without changing the batch of the config.
 
-A batch that does not fit is divided into micro-batches (SOLVER.ACCUMULATE). With GN that changes nothing but memory and
-time: no layer looks at more than one image.
+A batch that does not fit is divided into micro-batches (SOLVER.ACCUMULATE). With GN this changes only memory and time,
+because no layer combines several images.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from gn_det.structures import Masks, Sample, Targets
 
 logger = logging.getLogger(__name__)
 
-#: Part of the memory that a trial may take; the rest is for fragments of the allocator and images with more objects.
+#: Share of the memory for a trial; the rest is for fragmentation and images with more objects.
 _SHARE = 0.85
 _OBJECTS = 50
 
 
 def largest_fit(choices: Sequence[int], peak: Callable[[int], int], limit: int) -> int:
-    """The first of ``choices`` (numbers of images, falling) of which a training step fits; 0 if none does.
+    """Return the first of ``choices`` (numbers of images, descending) whose training step fits; 0 if none does.
 
     Args:
         peak: bytes that a step on that many images takes at most; may raise torch.OutOfMemoryError.
@@ -45,7 +45,7 @@ def largest_fit(choices: Sequence[int], peak: Callable[[int], int], limit: int) 
 
 
 def trial_batch(cfg: CfgNode, images: int) -> list[Sample]:
-    """``images`` gray samples of the largest size that training makes, each with 50 objects."""
+    """Return ``images`` gray samples of the largest training size, each with 50 objects."""
     longest = max(cfg.INPUT.MIN_SIZE_TRAIN)
     height, width = (
         (cfg.INPUT.LSJ.SIZE,) * 2 if cfg.INPUT.LSJ.ENABLED else (longest, max(longest, cfg.INPUT.MAX_SIZE_TRAIN))
@@ -59,7 +59,7 @@ def trial_batch(cfg: CfgNode, images: int) -> list[Sample]:
 
 
 def train_once(cfg: CfgNode, model: nn.Module, images: int) -> None:
-    """Forward and backward pass of a trial batch; gradients are dropped, weights stay.
+    """Run forward and backward pass of a trial batch; gradients are dropped, weights do not change.
 
     Raises:
         torch.OutOfMemoryError: the batch does not fit.
@@ -75,11 +75,11 @@ def train_once(cfg: CfgNode, model: nn.Module, images: int) -> None:
 
 
 def choose_accumulate(cfg: CfgNode, model: nn.Module) -> CfgNode:
-    """``cfg`` with the smallest SOLVER.ACCUMULATE whose micro-batches fit on the GPUs of this run; all ranks together.
+    """Return ``cfg`` with the smallest SOLVER.ACCUMULATE that fits on the GPUs of this run; all ranks must call this.
 
     Args:
         cfg: after :func:`gn_det.engine.schedule.scale_schedule`, with SOLVER.AUTO_BATCH.
-        model: on the CPU; a copy of it is tried, and no random stream moves.
+        model: model on the CPU; a copy is tried, and random streams do not change.
 
     Raises:
         ConfigError: a single image does not fit.
@@ -106,7 +106,7 @@ def choose_accumulate(cfg: CfgNode, model: nn.Module) -> CfgNode:
 
 
 def with_accumulate(cfg: CfgNode, total: int, fits: int) -> CfgNode:
-    """``cfg`` with ``total`` images of a GPU in micro-batches of at most ``fits``.
+    """Return ``cfg`` with the ``total`` images of a GPU in micro-batches of at most ``fits``.
 
     Raises:
         ConfigError: ``fits`` is 0.

@@ -56,7 +56,7 @@ class _Standardize(torch.autograd.Function):
         unbiased, _, outside = FORMULAS[ctx.formula]
         freedom = y[0].numel() - int(unbiased)
         factor = scale
-        if outside:  # weights that are all the same have no direction to grow in
+        if outside:  # equal weights have no gradient direction
             factor = torch.where(deviation > 0, deviation.reciprocal(), 0.0)
         along = (grad * y).sum(dim=(1, 2, 3), keepdim=True).mul_(factor / freedom)
         result = torch.addcmul(-grad.mean(dim=(1, 2, 3), keepdim=True) * scale, grad, scale)

@@ -1,4 +1,4 @@
-"""Cascade R-CNN (Cai and Vasconcelos 2018): box heads in a row, each trained on the boxes of the one before.
+"""Cascade R-CNN (Cai and Vasconcelos 2018): a sequence of box heads, each trained on the boxes of the previous one.
 
 Shape letters: P RoIs of all images, K foreground classes.
 """
@@ -35,7 +35,7 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 class CascadeRoIHeads(StandardRoIHeads):
-    """Box heads in a row and one mask head.
+    """A sequence of box heads and one mask head.
 
     The losses of all stages are added; the gradients that reach the features are divided by the number of stages.
 

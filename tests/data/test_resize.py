@@ -75,4 +75,4 @@ def test_a_pillow_that_resizes_otherwise_is_left_alone(
     )
     with caplog.at_level(logging.WARNING):
         assert module._library.__wrapped__() is None
-    assert "left to Pillow" in caplog.text
+    assert "resized by Pillow" in caplog.text
