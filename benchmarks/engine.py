@@ -60,7 +60,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--amp", action="store_true", help="ours under bf16 autocast; Detectron2 stays in fp32")
     parser.add_argument("--channels-last", action="store_true", help="ours in channels_last; Detectron2 in NCHW")
     parser.add_argument("--quick", action="store_true", help="small images, few RoIs, 3 pairs: checks that it runs")
-    where = "benchmarks/results/{engine,plugin}_<config>_<size>[_bf16][_last].json"
+    parser.add_argument("--only-inference", action="store_true", help="no training step and no memory")
+    where = "benchmarks/results/{engine,plugin}_<config>_<size>[_bf16][_last][_inference].json"
     parser.add_argument("--output", default="", help=f"json file; default {where}")
     parser.add_argument("overrides", nargs="*", help="KEY VALUE pairs, such as MODEL.RPN.POST_NMS_TOPK_TEST 200")
     parser.add_argument("--memory-of", choices=(*OURS, "detectron2"), help=argparse.SUPPRESS)
@@ -211,7 +212,7 @@ def set_heap(kept: bool) -> None:
     if kept:
         keep_freed_memory("cpu")
     elif hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-3, 32 << 20), libc.mallopt(-1, 64 << 20), libc.malloc_trim(0)
+        libc.mallopt(-3, 32 << 20), libc.mallopt(-1, 64 << 20)
 
 
 def measure_pairs(
@@ -345,7 +346,7 @@ def main(argv: list[str] | None = None) -> int:
     engines = (args.ours, "detectron2")
     how = [{"amp": args.amp, "last": args.channels_last}, {}]
     both = [make_steps(e, cfg, (height, width), args.batch, **h) for e, h in zip(engines, how)]
-    for name in both[0]:
+    for name in ("inference",) if args.only_inference else both[0]:
         results[name] = row = summarize(measure_pairs(both[0][name], both[1][name], args.repeats), args.ours)
         print(
             f"{name}: {args.ours} {row[args.ours + '_s']:.3f} s, Detectron2 {row['detectron2_s']:.3f} s; "
@@ -356,10 +357,11 @@ def main(argv: list[str] | None = None) -> int:
         )
     found = [steps["inference"]()[0] for steps in both]
     results["detections"] = [len(d["instances"]) if isinstance(d, dict) else len(d) for d in found]
-    results["losses_equal"] = both[0]["training step"]() == both[1]["training step"]()
-    print(f"detections {results['detections']}, losses equal: {results['losses_equal']}")
-    results["peak_memory_mb"] = {engine: round(peak_memory(engine, args)) for engine in engines}
-    print(", ".join(f"peak memory of {e}: {mb} MB" for e, mb in results["peak_memory_mb"].items()))
+    if not args.only_inference:
+        results["losses_equal"] = both[0]["training step"]() == both[1]["training step"]()
+        print(f"detections {results['detections']}, losses equal: {results['losses_equal']}")
+        results["peak_memory_mb"] = {engine: round(peak_memory(engine, args)) for engine in engines}
+        print(", ".join(f"peak memory of {e}: {mb} MB" for e, mb in results["peak_memory_mb"].items()))
     write(results, args, OURS[args.ours])
     return 0
 
@@ -367,7 +369,8 @@ def main(argv: list[str] | None = None) -> int:
 def write(results: Mapping[str, Any], args: argparse.Namespace, name: str) -> None:
     """Write the result file, and print its path and the row of a single measurement."""
     stem = f"{name}_{Path(args.config).stem}_{args.image_size.lower()}" + "_bf16" * args.amp
-    output = Path(args.output or RESULTS / f"{stem}{'_last' * args.channels_last}.json")
+    stem += "_last" * args.channels_last + "_inference" * args.only_inference
+    output = Path(args.output or RESULTS / f"{stem}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(results, indent=2) + "\n")
     print(*([json.dumps(results[name])] if name in results else []), f"written to {output}", sep="\n")
