@@ -35,11 +35,11 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from gn_det.data.inputs import collect_images
-from gn_det.data.video_frames import VideoFrames
+from gn_det.data.video_frames import VideoFrames, import_cv2
 from gn_det.evaluation.results import detections_to_coco
 from gn_det.files import atomic_write, json_bytes
-from gn_det.prediction.images import predict
-from gn_det.prediction.predictor import Predictor, Selection, load_predictor
+from gn_det.prediction.images import draw_scaled, entries_of, predict
+from gn_det.prediction.predictor import Predictor, Selection, crops_of, load_predictor
 from gn_det.prediction.video import predict_videos
 from gn_det.visualize.draw import draw_detections
 
@@ -77,6 +77,35 @@ def sequential(predictor: Predictor, paths: list[Path], folder: Path, spent: dic
     return results
 
 
+def video_stages(predictor: Predictor, clip: str, frames: int) -> dict[str, float]:
+    """CPU seconds a frame of each stage in one thread; ``predict`` runs all but model and select beside the model."""
+    spent: dict[str, float] = defaultdict(float)
+    keep, cv2, film = Selection.of(predictor), import_cv2(), None
+    with VideoFrames(clip) as video, tempfile.TemporaryDirectory() as folder:
+        source = iter(video)
+        for number in range(frames + 1):
+            stages = spent if number else defaultdict(float)  # the first frame warms up
+            with timed(stages, "read"):
+                frame = next(source)
+                sample = predictor.sample(frame.pixels)
+            with timed(stages, "model"):
+                found = predictor.infer(sample)
+            with timed(stages, "select"):
+                kept = keep(found)
+                crops, kept.masks = crops_of(kept), None
+            with timed(stages, "draw"):
+                drawn = draw_scaled(frame.pixels, kept, crops, predictor, "fit", "class")
+            if film is None:
+                code, size = cv2.VideoWriter.fourcc(*"mp4v"), (drawn.shape[1], drawn.shape[0])
+                film = cv2.VideoWriter(f"{folder}/film.mp4", code, video.fps, size)
+            with timed(stages, "write"):
+                film.write(drawn[:, :, ::-1].copy())
+                entries_of(kept, crops, predictor)
+        source.close()
+        film.release()
+    return {stage: seconds / frames for stage, seconds in spent.items()}
+
+
 def measure_video(weights: str, predictor: Predictor, clip: str, frames: int, repeats: int) -> dict[str, Any]:
     """Frames a second and CPU time of a clip against those of the model alone, taking turns."""
     with VideoFrames(clip) as video:
@@ -110,6 +139,7 @@ def measure_video(weights: str, predictor: Predictor, clip: str, frames: int, re
         "model_fps": len(samples) / statistics.median(model for model, _ in walls),
         "video_fps": len(samples) / statistics.median(video for _, video in walls),
         "video_fps / model_fps": {"median": statistics.median(ratios), "all": ratios},
+        "cpu_seconds_per_frame": video_stages(predictor, clip, len(samples)),
         "cpu_video / cpu_model": statistics.median(video / model for model, video in cpus),
     }
 
