@@ -14,6 +14,7 @@ from gn_det.data.catalog import BUILTIN, DatasetSource, datasets_for
 from gn_det.data.coco import CocoDataset, check_num_classes, check_trainable, load_coco
 from gn_det.data.coco_json import read_coco_json
 from gn_det.data.image import ImageReader
+from gn_det.data.split import held_out
 from gn_det.errors import ConfigError, DataError
 from gn_det.text import shown, some
 
@@ -172,7 +173,7 @@ def estimate_sizes(cfg: CfgNode) -> Sizes:
     for split, source in sources:
         count, found, line = _size_of(cfg, source, split)
         lines.append(f"{split}: {line}")
-        images += round(count * (1 - cfg.DATASETS.VAL_FRACTION)) if split == "train" else 0
+        images += round(count * (1 - held_out(cfg))) if split == "train" else 0
         names = names or found
     assumed = (BUILTIN[source.name].num_classes for _, source in sources if source.name in BUILTIN)
     classes = len(names) or next(assumed, 0)

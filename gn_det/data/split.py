@@ -43,6 +43,12 @@ def is_split(cfg: Any) -> bool:
     return bool(cfg.DATASETS.VAL_FRACTION or cfg.DATASETS.VAL_FOLD[1])
 
 
+def held_out(cfg: Any) -> float:
+    """Return the fraction of the training images that is held out, about; 0 without a split."""
+    folds = cfg.DATASETS.VAL_FOLD[1]
+    return 1 / folds if folds else float(cfg.DATASETS.VAL_FRACTION)
+
+
 @dataclass(frozen=True)
 class _Division:
     """A json in two parts; ``held`` says of each entry of ``content["images"]`` whether it is for validation."""

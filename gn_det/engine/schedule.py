@@ -24,6 +24,7 @@ from fvcore.common.param_scheduler import (
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from gn_det.config.defaults import get_value, set_value
+from gn_det.data.split import held_out
 from gn_det.errors import ConfigError
 from gn_det.text import count
 
@@ -290,7 +291,7 @@ def format_schedule(cfg: CfgNode, images: int, world_size: int = 0) -> str:
     if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
         lines.append(f"  times {solver.GAMMA:g} after {', '.join(steps) if steps else 'no iteration: constant'}")
     period = cfg.TEST.EVAL_PERIOD
-    if cfg.DATASETS.TEST or cfg.DATASETS.VAL_JSON or cfg.DATASETS.VAL_FRACTION:
+    if cfg.DATASETS.TEST or cfg.DATASETS.VAL_JSON or held_out(cfg):
         lines.append(f"  evaluation {'every ' + both(period) + ' and ' if period > 0 else ''}at the end")
     else:
         lines.append("  no evaluation: no test set")

@@ -10,9 +10,10 @@ import pytest
 
 from gn_det.config import load_config
 from gn_det.data.catalog import DatasetSource
-from gn_det.data.sets import load_run_data
+from gn_det.data.sets import estimate_sizes, load_run_data
 from gn_det.data.shapes import make_shapes
 from gn_det.data.split import fold_numbers, split_keys, stratified, write_split
+from gn_det.engine.schedule import format_schedule
 from gn_det.errors import ConfigError, DataError
 
 
@@ -76,6 +77,12 @@ def test_the_files_of_all_folds_make_up_the_set(source: DatasetSource, tmp_path:
         assert not ids & {image["id"] for image in train["images"]} and len(train["images"]) + len(ids) == 30
         held += ids
     assert len(held) == len(set(held)) == 30
+
+
+def test_a_dry_run_counts_the_images_of_a_fold(source: DatasetSource, tmp_path: Path) -> None:
+    cfg = _cfg(source, tmp_path, **{"DATASETS.VAL_FRACTION": 0.0, "DATASETS.VAL_FOLD": (1, 3)})
+    assert estimate_sizes(cfg).images == 20
+    assert "evaluation" in format_schedule(cfg, 20) and "no test set" not in format_schedule(cfg, 20)
 
 
 @pytest.mark.parametrize(
