@@ -1,7 +1,8 @@
 """Reading a json of COCO's size, checking it, mapping images and resuming: gn_det against Detectron2.
 
     python benchmarks/data.py                       # 118,000 images and 860,391 annotations: 540 MB, about ten minutes
-    python benchmarks/data.py --jitter              # images a second of large-scale jitter alone
+    python benchmarks/data.py --resize              # images a second of the mapper alone: resize to 800 pixels and flip
+    python benchmarks/data.py --jitter              # the same with large-scale jitter at 1024 pixels
     python benchmarks/data.py --images 2000 --annotations 14000 --repeats 1 --no-write
 
 The json is generated in a temporary folder and removed. Readers take turns, each in a process of its own, so that each
@@ -210,21 +211,21 @@ def main() -> None:
     parser.add_argument("--annotations", type=int, default=860_391)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--no-write", action="store_true", help="print only")
-    parser.add_argument(
-        "--jitter", action="store_true", help="only large-scale jitter at 1024 pixels; writes data_jitter.json"
-    )
+    parser.add_argument("--resize", action="store_true", help="only the mapper at 800 pixels; writes data_resize.json")
+    parser.add_argument("--jitter", action="store_true", help="only large-scale jitter; writes data_jitter.json")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         child(*args.child)
         return
-    if args.jitter:
+    if args.jitter or args.resize:
+        name = "jitter" if args.jitter else "resize"
         with tempfile.TemporaryDirectory(prefix="gn_det-") as place:
-            mapper = map_images(Path(place), 2 * args.repeats, jitter=True)
-        print(f"jitter: {mapper['ratio']:.2f} {mapper['ratio_range']} times Detectron2's images a second", mapper)
+            mapper = map_images(Path(place), 2 * args.repeats, jitter=args.jitter)
+        print(f"{name}: {mapper['ratio']:.2f} {mapper['ratio_range']} times Detectron2's images a second", mapper)
         if not args.no_write:
             out = {"date": datetime.date.today().isoformat(), "python": platform.python_version(), "mapper": mapper}
-            RESULTS.with_name("data_jitter.json").write_text(json.dumps(out, indent=1) + "\n")
+            RESULTS.with_name(f"data_{name}.json").write_text(json.dumps(out, indent=1) + "\n")
         return
     has_detectron2 = importlib.util.find_spec("detectron2") is not None
     names = [name for name in READERS if has_detectron2 or name != "Detectron2"]
