@@ -66,6 +66,7 @@ def test_small_objects_in_large_images_ask_for_larger_ones(tmp_path: Path, capsy
     keys, _ = proposed(tmp_path, grid(10), capsys, side=1600)
     assert keys["INPUT.MIN_SIZE_TEST"] == max(keys["INPUT.MIN_SIZE_TRAIN"]) == 1600
     assert keys["INPUT.MAX_SIZE_TRAIN"] == keys["INPUT.MAX_SIZE_TEST"] == 2688  # 1333 in proportion
+    assert "\nINPUT.MIN_SIZE_TEST 1600\nINPUT.MAX_SIZE_TEST 2688\n" in (tmp_path / "r.html").read_text()
 
 
 def test_many_objects_ask_for_more_detections(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
