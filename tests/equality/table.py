@@ -18,6 +18,7 @@ FAMILIES = {
     "gn_fpn_2fc": "2fc",
     "bn_fpn_4conv1fc": "4conv1fc",
     "gn_scratch": "scratch",
+    "cascade": "Cascade GN",
 }
 
 #: Golden case -> the shipped config of its family, at full size.
@@ -29,6 +30,7 @@ SHIPPED = {
     "gn_fpn_2fc": "bn_fpn.yaml",
     "bn_fpn_4conv1fc": "bn_fpn_4conv1fc.yaml",
     "gn_scratch": "gn_fpn_scratch_9x.yaml",
+    "cascade": "gn_cascade_scratch_9x.yaml",
 }
 
 #: check -> (column title, what a test allows, in words).

@@ -20,7 +20,7 @@ pytest.importorskip("detectron2.modeling", reason="compares with an installed De
 
 from detectron2.structures import Instances
 
-from gn_det.modeling import heads, poolers, postprocess, roi_heads
+from gn_det.modeling import cascade, heads, poolers, postprocess, roi_heads
 from gn_det.structures import Detections
 from tests.equality.pairs import Pair, make_pair
 from tests.equality.table import FAMILIES
@@ -67,6 +67,7 @@ def round_as_detectron2(monkeypatch: pytest.MonkeyPatch) -> None:
         poolers, "roi_align", lambda x, rois, *rest: pool(x, rois.to(x.dtype).float(), *rest).to(x.dtype)
     )
     monkeypatch.setattr(heads, "F", Rounded("softmax", softmax))
+    monkeypatch.setattr(cascade, "F", Rounded("softmax", softmax))
     monkeypatch.setattr(postprocess, "F", Rounded("grid_sample", grid_sample))
     monkeypatch.setattr(roi_heads, "mask_probabilities", mask_probabilities)
 

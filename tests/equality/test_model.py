@@ -47,7 +47,7 @@ pytestmark = pytest.mark.detectron2
 Measured = Callable[[str, str, str, float], None]
 
 
-#: The registered modules in the seven families and in ResNeXt; Detectron2's own in every case.
+#: The registered modules in the families of the table and in ResNeXt; Detectron2's own in every case.
 _PAIRS = [("own", case) for case in CASES] + [("registered", case) for case in (*FAMILIES, "resnext")]
 
 
