@@ -74,7 +74,7 @@ def test_retinanet_config() -> None:
     model = on_meta(plugin_cfg("gn_retinanet.yaml"))
     assert {"GNFPN", "GNResNet"} <= gn_modules(model)
     norms = [n for n, m in model.named_modules() if isinstance(m, torch.nn.GroupNorm)]
-    assert len(norms) == 53 + 6 + 5 * 8  # FPN on res3 to res5; a norm for each level of the head
+    assert len(norms) == 53 + 6 + 8  # FPN on res3 to res5, two branches of four convolutions in the head
 
 
 def describe(model: torch.nn.Module) -> list[tuple[Any, ...]]:
