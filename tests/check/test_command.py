@@ -248,7 +248,7 @@ def test_many_of_a_kind_are_counted_and_not_all_kept(tmp_path: Path, capsys: pyt
     source = write(tmp_path, change)
     assert main(words(source, None, "--json", str(tmp_path / "r.json"), "--fix", str(tmp_path / "out.json"))) == 2
     out = capsys.readouterr().out
-    assert "1500  boxes without area" in out and "... and 1497 more" in out and "1500 changes" in out
+    assert "1500  boxes without area" in out and "... and 1497 more" in out and "1,500 changes" in out
     problem = json.loads((tmp_path / "r.json").read_text())["sets"][0]["problems"][0]
     assert problem["count"] == 1500 and len(problem["listed"]) == 1000
     assert len(json.loads((tmp_path / "out.json").read_text())["annotations"]) == 4
