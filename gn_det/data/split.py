@@ -138,12 +138,7 @@ def stratified(labels: Sequence[set[Any]], fraction: float, seed: int) -> list[b
         fraction: fraction of the images, in (0, 1); each side keeps at least one image.
     """
     total = min(max(round(fraction * len(labels)), 1), len(labels) - 1)
-    order = list(range(len(labels)))
-    random.Random(seed).shuffle(order)
-    images_of: dict[Any, list[int]] = {}
-    for i in order:
-        for label in labels[i] or {""}:
-            images_of.setdefault(label, []).append(i)
+    order, images_of = _by_class(labels, seed)
     # A class with two images or more gets at least one; the only image of a class stays in training.
     wanted = {label: max(round(fraction * len(found)), 1) for label, found in images_of.items()}
     free = [all(len(images_of[label]) > 1 for label in found or {""}) for found in labels]
@@ -161,6 +156,17 @@ def stratified(labels: Sequence[set[Any]], fraction: float, seed: int) -> list[b
     return [i in held for i in range(len(labels))]
 
 
+def _by_class(labels: Sequence[set[Any]], seed: int) -> tuple[list[int], dict[Any, list[int]]]:
+    """The images in random order, and those of each class in the same order; "" is the class of images without any."""
+    order = list(range(len(labels)))
+    random.Random(seed).shuffle(order)
+    images_of: dict[Any, list[int]] = {}
+    for i in order:
+        for label in labels[i] or {""}:
+            images_of.setdefault(label, []).append(i)
+    return order, images_of
+
+
 def fold_numbers(labels: Sequence[set[Any]], folds: int, seed: int = 0) -> list[int]:
     """The fold (1 to ``folds``) of each image; every class is spread over the folds as evenly as it can be.
 
@@ -170,12 +176,7 @@ def fold_numbers(labels: Sequence[set[Any]], folds: int, seed: int = 0) -> list[
     Args:
         labels: the classes of each image; images without any form a class of their own.
     """
-    order = list(range(len(labels)))
-    random.Random(seed).shuffle(order)
-    images_of: dict[Any, list[int]] = {}
-    for i in order:
-        for label in labels[i] or {""}:
-            images_of.setdefault(label, []).append(i)
+    _, images_of = _by_class(labels, seed)
     lacking = {label: [len(found) / folds] * folds for label, found in images_of.items()}
     room, numbers = [len(labels) / folds] * folds, [0] * len(labels)
     for label, found in sorted(images_of.items(), key=lambda item: (len(item[1]), str(item[0]))):
