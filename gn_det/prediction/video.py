@@ -323,7 +323,9 @@ class _Film:
             fps = len(self._early) / max(time.perf_counter() - self._started, 1e-3)
         height, width = self._early[0].shape[:2]
         code = self._cv2.VideoWriter.fourcc(*_CODEC)
-        self._writer = self._cv2.VideoWriter(os.fspath(self._part), code, min(max(fps, 0.1), 240.0), (width, height))
+        # MPEG-4 has fractions of up to 65535: OpenCV would write 69.857 frames a second as 69857/1000, and fail.
+        fps = round(min(max(fps, 0.1), 240.0), 2)
+        self._writer = self._cv2.VideoWriter(os.fspath(self._part), code, fps, (width, height))
         if not self._writer.isOpened():
             self._part.unlink(missing_ok=True)
             raise WriteError(

@@ -262,6 +262,13 @@ def test_a_film_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: 
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["clip.jsonl"]
 
 
+def test_a_rate_that_mpeg4_cannot_write_is_rounded(tmp_path: Path) -> None:
+    """69.857 frames a second as 69857/1000 exceeds MPEG-4's 65535."""
+    clip = write_clip(tmp_path / "clip.avi", code="MJPG", fps=69.857)
+    run(clip, tmp_path / "out")
+    assert frames_of(tmp_path / "out" / "clip.mp4")[0] == frames_of(clip)[0]
+
+
 def test_frames_beyond_the_limit_of_pixels(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "clip.mp4")
     with pytest.raises(DataError, match=r"frames of 96x64 pixels are larger than INPUT\.MAX_PIXELS \(1000\)"):
