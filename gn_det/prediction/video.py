@@ -324,7 +324,8 @@ class _Film:
         height, width = self._early[0].shape[:2]
         code = self._cv2.VideoWriter.fourcc(*_CODEC)
         # MPEG-4 has fractions of up to 65535: OpenCV would write 69.857 frames a second as 69857/1000, and fail.
-        fps = round(min(max(fps, 0.1), 240.0), 2)
+        fps = min(max(fps, 0.1), 240.0)
+        fps = round(fps, 3 if fps < 65 else 2)
         self._writer = self._cv2.VideoWriter(os.fspath(self._part), code, fps, (width, height))
         if not self._writer.isOpened():
             self._part.unlink(missing_ok=True)
