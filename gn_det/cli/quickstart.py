@@ -12,7 +12,7 @@ from gn_det.errors import TrainingError
 
 _OWN_DATA = """
 Your own data in COCO format:
-  gn-det train --config gn_fpn.yaml --epochs 12 \\
+  gn-det train --config gn_fpn_finetune.yaml \\
       --train-json a.json --train-images imgs/ \\
       --val-json b.json --val-images imgs/"""
 
@@ -24,6 +24,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="output folder; an earlier run in it is replaced (default output/quickstart)",
     )
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run instead")
     flags.add_engine(parser)
     flags.add_verbose(parser)
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help=flags.OVERRIDES)
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     fastest = ["SOLVER.AMP.ENABLED", "auto", "MODEL.CHANNELS_LAST", "auto"]
     cfg = load_config("quickstart.yaml", ["OUTPUT_DIR", args.output, *fastest, *args.overrides])
     started = time.perf_counter()
-    results = train(cfg, engine=args.engine, overwrite=True)
+    results = train(cfg, engine=args.engine, resume=args.resume, overwrite=not args.resume)
     weights = Path(args.output) / "model_best.pth"
     if not weights.is_file():
         raise TrainingError(f"no evaluation gave an AP, so {weights} was not written; train longer (SOLVER.MAX_ITER)")

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -384,3 +385,16 @@ def test_screen_shows_the_short_form_unless_verbose(
         assert shown == ("a table\n  of 2 rows\n" if verbose == "1" else "2 rows\n")
         written = (tmp_path / verbose / "log.txt").read_text()
         assert re.fullmatch(r"\[\d\d/\d\d \d\d:\d\d:\d\d\] a table\n  of 2 rows\n", written)
+
+
+def test_quickstart_continues_an_interrupted_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An interrupted run says "Rerun with --resume", also that of quickstart; without the flag it starts again."""
+    calls: list[dict[str, Any]] = []
+
+    def train(cfg: Any, **keywords: Any) -> None:
+        calls.append(keywords)
+
+    monkeypatch.setattr("gn_det.engine.run.train", train)
+    for words in (["--resume"], []):
+        assert main(["quickstart", "--output", str(tmp_path), *words]) == 2  # it has written no model
+    assert [(call["resume"], call["overwrite"]) for call in calls] == [(True, False), (False, True)]
