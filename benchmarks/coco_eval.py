@@ -135,7 +135,7 @@ def measured(function: Callable[[], Any]) -> tuple[float, float, Any]:
 
     def run() -> None:
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        reset_peak()
         before, start = peak(), time.process_time()
         value = function()
         writer.send((time.process_time() - start, peak() - before, value))
@@ -148,8 +148,13 @@ def measured(function: Callable[[], Any]) -> tuple[float, float, Any]:
     return result
 
 
+def reset_peak() -> None:
+    """Reset the peak memory of this process to its current memory (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak() -> float:
-    """MiB that this process has held at most."""
+    """Peak resident memory of this process in MiB."""
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 
 

@@ -211,7 +211,7 @@ def validate(
     return {"val_error": error, "inference_seconds_per_image": statistics.median(times or [math.nan])}
 
 
-def test_clips(loss: ClassifierLoss, source: Any, autocast: torch.dtype | None = None) -> dict[str, float]:
+def final_test(loss: ClassifierLoss, source: Any, autocast: torch.dtype | None = None) -> dict[str, float]:
     """Errors of the mean softmax over all clips and crops of each validation video; leaves the model in evaluation.
 
     Returns:

@@ -66,7 +66,7 @@ def clip_numbers(start: int, frames: int, stride: int) -> list[int]:
     return [start + stride * k for k in range(frames)]
 
 
-def test_start(clip: int, clips: int, frames: int) -> int:
+def start_of_test_clip(clip: int, clips: int, frames: int) -> int:
     """First frame of the 0-based ``clip`` of ``clips`` in a video of ``frames``."""
     return int(clip * frames / clips)
 
@@ -230,7 +230,7 @@ class _TestClips(_Clips):
         self.note(number)
         try:
             video = self._open(name)
-            start = test_start(clip, settings.test_clips, video.frames)
+            start = start_of_test_clip(clip, settings.test_clips, video.frames)
             frames = video.read(clip_numbers(start, settings.frames, settings.frame_stride), side)
         except ClipError as error:
             bad = [(name, str(error))]

@@ -27,7 +27,7 @@ from gn_det.classification.classifier_loop import (
     Epochs,
     Plan,
     Progressed,
-    test_clips,
+    final_test,
     top1_error,
     utc_now,
     write_weights,
@@ -226,7 +226,7 @@ def _test(
         batches = islice(_batches(settings, source, replace(plan, total=10**12), plan.epochs), settings.precise_bn)
         with torch.autocast(loss.mistakes.device.type, autocast, enabled=autocast is not None):
             precise_bn(loss.classifier, loss, batches)
-    return test_clips(loss, source, autocast)
+    return final_test(loss, source, autocast)
 
 
 def _batches(settings: Settings, source: Source, plan: Plan, first: int) -> Iterator[Batch]:

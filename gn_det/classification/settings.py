@@ -116,7 +116,7 @@ class Settings:
         dropout: of the features before the linear layer of clips; None: 0.5.
         weights: 2-D backbone that is inflated for clips, of any kind that MODEL.WEIGHTS takes; None: from scratch.
         test_clips, test_crops: of each validation video, whose softmax is averaged at the end; None: 10 and 3.
-        precise_bn: training batches on which BN's statistics are computed anew before that; 0: none; None: 200.
+        precise_bn: training batches for recomputing BN's statistics before that; 0: none; None: 200.
         train_list, val_list: files that list the videos of ``data``: Kinetics' csv, or UCF101's text.
         max_bad: videos that cannot be used and are skipped; with more the run stops; None: 10.
 

@@ -502,7 +502,7 @@ _KEYS = (
     Key("TEST.AUG.MAX_SIZE", 4000, _PIXELS, "Upper bound of their longer sides."),
     Key("TEST.AUG.FLIP", True, FLAG, "Flip each of them, too."),
     Key("TEST.PRECISE_BN.ENABLED", False, FLAG,
-        "Compute the running statistics of BN and SyncBN anew before each evaluation and at the end.",
+        "Recompute the running statistics of BN and SyncBN before each evaluation and at the end.",
         detectron2=(False,)),
     Key("TEST.PRECISE_BN.NUM_ITER", 200, integer(1, 10**6), "Training batches for that."),
     Key("TEST.MAX_DETS", 100, integer(1, 100_000),

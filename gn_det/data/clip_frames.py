@@ -108,10 +108,9 @@ class VideoFile:
         container, stream = self._open()
         with closing(container):
             try:
-                packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
+                times = [p.pts for p in container.demux(stream) if p.size and not p.is_discard]
             except (self._av.FFmpegError, OSError, ValueError):
                 return []
-            times = [p.pts for p in packets]
         return sorted(times) if None not in times and len(set(times)) == len(times) else []
 
     def _decoded(self, container: Any, stream: Any) -> Iterator[Any]:

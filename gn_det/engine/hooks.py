@@ -176,10 +176,10 @@ class TimeLimit(Hook):
 
 
 class PreciseBN(Hook):
-    """Computes BN's running statistics anew every ``TEST.EVAL_PERIOD`` iterations and at the end (TEST.PRECISE_BN).
+    """Recomputes BN's running statistics every ``TEST.EVAL_PERIOD`` iterations and at the end (TEST.PRECISE_BN).
 
     Args:
-        make_batches: training batches of another random stream than the run's; called each time.
+        make_batches: training batches of another random stream than the run's; called each time, if there is BN.
     """
 
     def __init__(self, cfg: CfgNode, make_batches: Callable[[], Iterable[Any]]) -> None:
@@ -191,16 +191,19 @@ class PreciseBN(Hook):
         if not (due or loop.last):
             return
         rng, model = capture_rng(), loop.state.model
-        batches = islice((batch for _ in range(1) for batch in self.make_batches()), self.batches)
         try:
             with getattr(model, "metrics_apart", nullcontext)(), loop.mixed_precision():
-                layers = precise_bn(model, model, batches)
+                layers = precise_bn(model, model, islice(self._stream(), self.batches))
         finally:
             restore_rng(rng)
         if layers:
             logger.info("Precise BN: statistics of %d layers from %d batches.", layers, self.batches)
         else:
             logger.info("TEST.PRECISE_BN has nothing to do: no BN layer of the model is trained.")
+
+    def _stream(self) -> Iterator[Any]:
+        """The batches; a loader is started only when the first one is needed."""
+        yield from self.make_batches()
 
 
 class Evaluate(Hook):

@@ -1,4 +1,4 @@
-"""Precise BN: running statistics computed anew with fixed weights (Wu and Johnson 2021, "Rethinking Batch")."""
+"""Precise BN: running statistics recomputed with fixed weights (Wu and Johnson 2021, "Rethinking Batch")."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ class _Population:
 def precise_bn(model: nn.Module, forward: Callable[[Any], object], batches: Iterable[Any]) -> int:
     """Set the running statistics of every BN layer in training mode to those of all values in ``batches``.
 
-    Equal to fvcore's ``update_bn_stats``, which Detectron2's hook calls. Modes and weights stay as they are.
+    Equal to fvcore's ``update_bn_stats``, which Detectron2's hook calls. Unlike it, layers may be called several times
+    or on no values (a head without RoIs), and hooks and momentum are restored after an error. Modes and weights stay as
+    they are.
 
     Args:
         model: holds the layers.

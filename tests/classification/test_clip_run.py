@@ -16,14 +16,12 @@ from torch import Tensor
 from gn_det.checkpoint.io import read_checkpoint
 from gn_det.classification import Settings, pretrain
 from gn_det.classification import classifier_loop as loop
-from gn_det.classification.classifier_loop import ClassifierLoss, test_clips
+from gn_det.classification.classifier_loop import ClassifierLoss, final_test
 from gn_det.classification.clip_sources import RGB
 from gn_det.classification.predict_clips import predict_clips
 from gn_det.cli import main
 from gn_det.errors import ConfigError
 from tests.data.test_clip_frames import write_video
-
-test_clips.__test__ = False  # type: ignore[attr-defined]
 
 TINY = Settings(
     arch="i3d_r18", norm="BN", data="motions", output="out", images=16, frames=8, frame_stride=4, image_size=16,
@@ -99,7 +97,7 @@ class Sees(torch.nn.Module):
 
 def test_final_test_averages_softmax() -> None:
     """Three sure crops beat one beyond doubt (not so the mean of the scores); two against two, doubt loses."""
-    found = test_clips(ClassifierLoss(Sees(), RGB), Videos())
+    found = final_test(ClassifierLoss(Sees(), RGB), Videos())
     assert found == {"top1_error": pytest.approx(200 / 3), "top5_error": 0.0, "test_videos": 3}
 
 

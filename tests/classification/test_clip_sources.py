@@ -12,12 +12,10 @@ import torch
 
 from gn_det.classification import Settings
 from gn_det.classification.classifier_loop import ClassifierLoss, validate
-from gn_det.classification.clip_sources import ClipSource, clip_numbers, load_videos, test_start
+from gn_det.classification.clip_sources import ClipSource, clip_numbers, load_videos, start_of_test_clip
 from gn_det.classification.motions import MOTIONS, load_motions
 from gn_det.errors import DataError
 from tests.data.test_clip_frames import write_audio, write_video
-
-test_start.__test__ = False  # type: ignore[attr-defined]
 
 
 def settings(data: str = "folder", **changes: Any) -> Settings:
@@ -54,9 +52,9 @@ def test_training_clips(frames: int) -> None:
 
 @pytest.mark.parametrize("frames, starts", [(1, [0] * 10), (20, [0, 2, 4, 6, 8, 10, 12, 14, 16, 18])])
 def test_test_clips_begin_at_tenths(frames: int, starts: list[int]) -> None:
-    assert [test_start(k, 10, frames) for k in range(10)] == starts
-    assert [test_start(k, 10, 64) for k in range(10)] == [0, 6, 12, 19, 25, 32, 38, 44, 51, 57]
-    assert [test_start(k, 10, 300) for k in range(10)] == list(range(0, 300, 30))
+    assert [start_of_test_clip(k, 10, frames) for k in range(10)] == starts
+    assert [start_of_test_clip(k, 10, 64) for k in range(10)] == [0, 6, 12, 19, 25, 32, 38, 44, 51, 57]
+    assert [start_of_test_clip(k, 10, 300) for k in range(10)] == list(range(0, 300, 30))
     assert clip_numbers(57, 3, 2) == [57, 59, 61]
 
 

@@ -113,7 +113,7 @@ def test_sound_polygons_are_those_that_the_careful_reader_takes_unchanged() -> N
 
 
 def test_the_table_looks_for_masks_once() -> None:
-    """``gn-det check`` asks for each annotation: an array made anew each time costs the square of their number."""
+    """``gn-det check`` asks for each annotation: a new array each time takes quadratic time."""
     n = 3
     hull = np.array([[0.0, 0, 4, 4], [np.nan] * 4, [1, 1, 2, 2]])
     one, flags = np.arange(n), np.zeros(n, bool)
