@@ -124,11 +124,7 @@ def checked_images(images: ImageLike | Images) -> list[Path | np.ndarray]:
 
 
 def _checked(image: Any, where: str) -> Path | np.ndarray:
-    """``image`` as a path or as pixels.
-
-    Raises:
-        DataError: it is neither, or an array of another shape or type.
-    """
+    """Return ``image`` as a path or as pixels, or raise DataError."""
     if isinstance(image, (str, os.PathLike)):
         return Path(image)
     if isinstance(image, Image.Image):

@@ -140,11 +140,7 @@ class ClipSource:
             yield loaded
 
     def _note(self, bad: Sequence[tuple[str, str]]) -> None:
-        """Record what was skipped.
-
-        Raises:
-            DataError: more than max_bad videos.
-        """
+        """Record what was skipped; raise DataError for more than max_bad videos."""
         for name, reason in bad:
             if name not in self.bad:
                 self.bad[name] = reason
@@ -295,11 +291,7 @@ def _plain(name: str) -> str:
 
 
 def read_list(path: Path) -> list[tuple[str, str]]:
-    """(file name without its ending, class) of every line of Kinetics' csv or of UCF101's text.
-
-    Raises:
-        DataError: the list cannot be read, or a line of it.
-    """
+    """Return (file name without ending, class) of each line of a Kinetics csv or UCF101 list, or raise DataError."""
     try:
         with open_regular(path) as file:
             lines = file.read(_MOST_BYTES).decode().splitlines()

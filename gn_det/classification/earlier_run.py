@@ -27,11 +27,7 @@ _FREE = ("workers", "device", "output")
 
 
 def refuse_old(folder: Path, overwrite: bool) -> list[Path]:
-    """Stop before an earlier run is lost; return its files where it may be replaced.
-
-    Raises:
-        TrainingError: there is one and ``overwrite`` is False.
-    """
+    """Return the files of an earlier run; raise TrainingError if there are any, unless ``overwrite``."""
     there = [folder / name for name in (SUMMARY, LAST, METRICS, FINAL, BEST) if (folder / name).exists()]
     if there and not overwrite:
         raise TrainingError(
@@ -141,11 +137,7 @@ def settings_of(folder: Path) -> dict[str, Any]:
 
 
 def finished(folder: Path, settings: Settings) -> dict[str, Any] | None:
-    """The summary of a finished run of these settings; None where there is none.
-
-    Raises:
-        ConfigError: it is of other settings.
-    """
+    """Return the summary of a finished run, or None; raise ConfigError if it has other settings."""
     try:
         with open_regular(folder / SUMMARY) as file:
             summary = json.loads(file.read(_MOST_BYTES))

@@ -73,11 +73,7 @@ class Source(Protocol):
 
 
 def epoch_batches(settings: Settings, epoch: int, images: int, rank: int, processes: int) -> list[np.ndarray]:
-    """Image numbers of every batch that this process sees in ``epoch``; an incomplete last batch is left out.
-
-    Raises:
-        DataError: the set is smaller than one batch of all processes.
-    """
+    """Return the image numbers of each batch of this process, whole batches only; raise DataError if there is none."""
     size = settings.batch_size * processes
     if images < size:
         raise DataError(

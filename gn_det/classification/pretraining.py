@@ -93,11 +93,7 @@ def pretrain(settings: Settings, *, resume: bool = False, overwrite: bool = Fals
 
 
 def dry_run(settings: Settings, *, num_gpus: int = 1) -> None:
-    """Print data, network and recipe of a run.
-
-    Raises:
-        UserError: settings or data cannot be used.
-    """
+    """Print data, network and recipe of a run; raise UserError if they cannot be used."""
     device = _device(settings)
     settings = settings.settled(device, {})
     _check_early(settings)
@@ -241,11 +237,7 @@ def _batches(settings: Settings, source: Source, plan: Plan, first: int) -> Iter
 
 
 def open_source(settings: Settings) -> Source:
-    """Open the set that ``settings.data`` names.
-
-    Raises:
-        DataError: a folder that is missing, empty, or whose two parts have different classes.
-    """
+    """Open the set that ``settings.data`` names; raise DataError if it cannot be used."""
     builtin: dict[str, Callable[[Settings], Source]] = {
         "digits": load_digits,
         "shapes": load_shapes,

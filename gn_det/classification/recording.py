@@ -20,11 +20,7 @@ _POINTS, _LEAST_STEPS, _IMAGES, _VALUES = 200, 10, 8, 16_384
 
 
 def layer_of(trunk: nn.Module, name: str) -> nn.Module:
-    """The convolution or linear layer ``name`` of a classifier's trunk, such as "conv5_3" or "res4.2.conv2".
-
-    Raises:
-        ConfigError: there is none; names some that exist.
-    """
+    """Return a trunk's layer such as "conv5_3" or "res4.2.conv2"; ConfigError names some that exist."""
     layers = {n: m for n, m in trunk.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
     if name not in layers:
         hint = did_you_mean(name, layers) or f"; the layers are {some(layers, 8)}"

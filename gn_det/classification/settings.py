@@ -291,11 +291,7 @@ class Settings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Settings:
-        """Inverse of :meth:`to_dict`.
-
-        Raises:
-            ConfigError: an unknown or a missing field, or see :class:`Settings`.
-        """
+        """Invert :meth:`to_dict`; raise ConfigError for an unknown, missing or wrong field."""
         known = [f.name for f in fields(cls)]
         for name in values:
             if name not in known:

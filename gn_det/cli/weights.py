@@ -24,11 +24,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _fit(path_or_uri: str, config: str, overrides: list[str]) -> str:
-    """Report what would load into the model of a config (``?allow_partial=True`` as in training).
-
-    Raises:
-        WeightsError: the weights do not fit; the message names the keys to set.
-    """
+    """Report what would load into the model of a config, or raise WeightsError with the keys to set."""
     import torch
 
     from gn_det.checkpoint.open_weights import open_weights

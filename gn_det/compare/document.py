@@ -18,6 +18,7 @@ from gn_det.compare.outcomes import Results, RowResult, as_json
 from gn_det.compare.runner import Store, write_json
 from gn_det.compare.suite import DETECT
 from gn_det.compare.views import findings, fold_view, full_view, run_view, views
+from gn_det.config.defaults import edited
 from gn_det.engine.engines import Engine
 from gn_det.errors import UserError
 from gn_det.files import atomic_write
@@ -122,8 +123,7 @@ def _drawn(result: RowResult, results: Results, store: Store, *, truth: bool = F
         weights = None if truth else store.folder_of(record) / record.weights
         job = next(j for j in results.plan.jobs if (j.row.id, j.seed) == (record.row, record.seed))
         assert job.cfg is not None
-        cfg = job.cfg.clone()
-        cfg.OUTPUT_DIR = str(store.folder_of(record))  # the files of its split are there
+        cfg = edited(job.cfg, {"OUTPUT_DIR": str(store.folder_of(record))})  # the files of its split are there
         kept = []
         for image in _drawings(cfg, weights, results.plan.engine, count):
             image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)

@@ -22,6 +22,7 @@ from gn_det.classification import Settings, pretrain
 from gn_det.compare.columns import AP_METRICS
 from gn_det.compare.plan import Job, Plan, build_empty
 from gn_det.config import parse_config
+from gn_det.config.defaults import edited
 from gn_det.engine import run
 from gn_det.engine.engines import Engine
 from gn_det.engine.log import LOG_FILE
@@ -57,10 +58,7 @@ def execute(job: Job, folder: Path, weights: str, *, plan: Plan, measuring: bool
         settings = Settings.from_dict({**job.settings, "output": str(folder)})
         summary = pretrain(settings, resume=True, num_gpus=plan.num_gpus)
         return _of_pretraining(settings, folder, summary) if measuring else Outcome({})
-    cfg = job.cfg.clone()
-    cfg.defrost()
-    cfg.OUTPUT_DIR = str(folder)
-    cfg.MODEL.WEIGHTS = weights or cfg.MODEL.WEIGHTS
+    cfg = edited(job.cfg, {"OUTPUT_DIR": str(folder), "MODEL.WEIGHTS": weights or job.cfg.MODEL.WEIGHTS})
     results = run.train(cfg, engine=plan.engine, resume=True, num_gpus=plan.num_gpus)
     return _of_detection(job, cfg, plan.engine, results) if measuring else Outcome({})
 

@@ -21,7 +21,7 @@ from gn_det.classification.settings import BUILTIN
 from gn_det.compare.suite import DETECT, MAX_SEEDS, Row, Suite, matching
 from gn_det.config import dump_config, load_config
 from gn_det.config.check import check_config
-from gn_det.config.defaults import get_value
+from gn_det.config.defaults import edited, get_value
 from gn_det.config.load import merge_overrides
 from gn_det.config.schema import KEYS, WS_SECTIONS
 from gn_det.data.catalog import GENERATED, datasets_for
@@ -36,7 +36,7 @@ from gn_det.text import one_line, shown
 #: Most runs of a plan.
 MAX_RUNS = 2000
 #: Keys that affect location and speed, but not results.
-_NOT_RESULT = ["OUTPUT_DIR", "", "MODEL.WEIGHTS", "", "DATALOADER.NUM_WORKERS", 0]
+_NOT_RESULT = {"OUTPUT_DIR": "", "MODEL.WEIGHTS": "", "DATALOADER.NUM_WORKERS": 0}
 #: Keys that came later and decide nothing that the others do not: left out, so that runs from before them still count.
 _LEFT_OUT = ("LOGGERS", "SOLVER.AUTO_EPOCHS")
 #: Keys and settings that came later and change the result: left out at their default, for the same reason.
@@ -96,9 +96,7 @@ class Job:
         if self.cfg is None:
             kept = {k: v for k, v in self.settings.items() if k not in ("output", "workers")}
             return content | {"settings": {k: v for k, v in kept.items() if _LATER_SETTINGS.get(k, ...) != v}}
-        cfg = self.cfg.clone()
-        cfg.defrost()
-        cfg.merge_from_list(_NOT_RESULT)
+        cfg = edited(self.cfg, _NOT_RESULT)
         for key in (*_LEFT_OUT, *_LATER):
             section, _, last = key.rpartition(".")
             if key in _LEFT_OUT or get_value(cfg, key) == KEYS[key].default:
@@ -137,11 +135,7 @@ class Plan:
     num_gpus: int = 1  # processes of each run
 
     def check(self) -> None:
-        """Refuse to start if there is a problem.
-
-        Raises:
-            ConfigError: the first problem, and how many more there are.
-        """
+        """Raise ConfigError with the first problem, and how many more there are."""
         if self.problems:
             more = len(self.problems) - 1
             rest = f" (and {more} more: gn-det compare --dry-run lists them)" if more else ""
@@ -264,8 +258,7 @@ def _jobs(
     inputs |= {"engine": engine.name, "data": {file: file_hash(Path(file)) for file in files}}
     jobs = []
     for seed in mine:
-        own = cfg.clone()
-        own.SEED = seed
+        own = edited(cfg, {"SEED": seed})
         if suite.folds:
             own.DATASETS.VAL_FOLD = (seed, suite.folds)
         needs = None if source is None else (source.id, seed if seed in seeds[source.id] else seeds[source.id][0])
@@ -289,9 +282,7 @@ def build_empty(job: Job, engine: Engine) -> nn.Module:
 
         with torch.device("meta"):
             return build_classifier(Settings.from_dict(job.settings), num_classes=10)
-    cfg = job.cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.ROI_HEADS.NUM_CLASSES or 80
+    cfg = edited(job.cfg, {"MODEL.ROI_HEADS.NUM_CLASSES": job.cfg.MODEL.ROI_HEADS.NUM_CLASSES or 80})
     if engine.name != "embedded":
         return engine.build_model(cfg)
     with torch.device("meta"):

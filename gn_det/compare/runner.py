@@ -93,11 +93,7 @@ class Store:
         return [entry[-1] for entry in sorted(found, key=lambda entry: entry[:2])]
 
     def write(self, record: Record) -> None:
-        """Write a record atomically.
-
-        Raises:
-            WriteError: the folder cannot be written.
-        """
+        """Write a record atomically, or raise WriteError."""
         write_json(self.folder_of(record) / RECORD, vars(record))
 
 
@@ -268,11 +264,7 @@ class Runner:
 
 
 def fetch_weights(plan: Plan) -> None:
-    """Download missing weights first, so that a bad name does not stop the suite days later.
-
-    Raises:
-        UserError: names the row.
-    """
+    """Download missing weights before the first run, not days later; a UserError names the row."""
     for job in plan.jobs:
         if job.weights:
             try:

@@ -186,11 +186,7 @@ _SUITE = _mapping(
 
 
 def load_suite(path: Path) -> Suite:
-    """Read a suite file.
-
-    Raises:
-        ConfigError: the first error, as one line with file, row and key; or invalid YAML.
-    """
+    """Read a suite file; ConfigError is one line with file, row and key of the first error."""
     return parse_suite(read_yaml(path, "suite"), one_line(str(path), 300))
 
 
@@ -404,11 +400,7 @@ def shipped_suites() -> dict[str, Path]:
 
 
 def find_suite(name: str) -> Path:
-    """Return the path if the file exists, otherwise that of the shipped suite of this name.
-
-    Raises:
-        ConfigError: there is neither.
-    """
+    """Return the path if the file exists, otherwise that of the shipped suite of this name, or raise ConfigError."""
     path, suites = Path(os.path.expanduser(name)), shipped_suites()
     if os.path.isfile(path):
         return path

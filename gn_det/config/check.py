@@ -6,7 +6,7 @@ from typing import Any
 
 from fvcore.common.config import CfgNode as CN
 
-from gn_det.config.defaults import flatten, get_value
+from gn_det.config.defaults import as_lists, flatten, get_value
 from gn_det.config.schema import KEYS, WS_SECTIONS, bit_depth_span
 from gn_det.errors import ConfigError
 from gn_det.text import nearest, shown
@@ -17,11 +17,7 @@ _MAX_WEIGHTS = 2**30
 
 
 def check_value(name: str, value: Any, source: str = "") -> None:
-    """Refuse a value that no engine accepts for the key ``name``.
-
-    Raises:
-        ConfigError: names ``source``, the key, its value and what is allowed.
-    """
+    """Raise ConfigError for a value that no engine accepts, with ``source``, the key and what is allowed."""
     try:
         KEYS[name].check(value, name)
     except InvalidValue as error:
@@ -29,11 +25,7 @@ def check_value(name: str, value: Any, source: str = "") -> None:
 
 
 def check_values(cfg: CN) -> None:
-    """Refuse values in ``cfg`` that no engine accepts or that contradict each other.
-
-    Raises:
-        ConfigError: names the key, its value and what is allowed.
-    """
+    """Raise ConfigError for values that no engine accepts or that contradict each other."""
     for name, value in flatten(cfg):
         if name in KEYS:  # users of Detectron2 add their own keys
             check_value(name, value)
@@ -58,11 +50,7 @@ def check_config(cfg: CN, engine: str = "embedded") -> None:
 
 
 def bit_depth_range(bit_depth: str) -> tuple[float, float] | None:
-    """Return LOW and HIGH if ``INPUT.BIT_DEPTH`` is a range; None for "", "full" and "percentiles".
-
-    Raises:
-        ConfigError: it is none of these.
-    """
+    """Return LOW and HIGH of an ``INPUT.BIT_DEPTH`` "LOW,HIGH", None for its words; raise ConfigError for others."""
     check_value("INPUT.BIT_DEPTH", bit_depth)
     return bit_depth_span(bit_depth)
 
@@ -83,22 +71,14 @@ def _check_implemented(name: str, value: Any, engine: str) -> None:
 
 
 def _is_among(value: Any, known: tuple[Any, ...] | None) -> bool:
-    return known is None or _as_lists(value) in map(_as_lists, known)
-
-
-def _as_lists(value: Any) -> Any:
-    return list(map(_as_lists, value)) if isinstance(value, (list, tuple)) else value
+    return known is None or as_lists(value) in map(as_lists, known)
 
 
 # ------------------------------------------------------------ keys that must agree
 
 
 def check_size(cfg: CN, source: str = "") -> None:
-    """Refuse models with more weights than any machine can hold.
-
-    Raises:
-        ConfigError: names ``source``.
-    """
+    """Raise ConfigError, which names ``source``, for a model with more weights than any machine can hold."""
     weights = _least_weights(cfg)
     if weights > _MAX_WEIGHTS:
         raise ConfigError(

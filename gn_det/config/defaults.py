@@ -33,6 +33,20 @@ def _add(cfg: CN, name: str, default: Any) -> None:
     cfg[last] = copy.deepcopy(default)
 
 
+def edited(cfg: CN, values: Mapping[str, Any] | None = None) -> CN:
+    """Return a copy of ``cfg`` that is not frozen, with other ``values`` of dotted keys."""
+    out = cfg.clone()
+    out.defrost()
+    for name, value in (values or {}).items():
+        set_value(out, name, value)
+    return out
+
+
+def as_lists(value: Any) -> Any:
+    """Return ``value`` with tuples, also nested ones, as lists, to compare values of YAML, Python and checkpoints."""
+    return list(map(as_lists, value)) if isinstance(value, (list, tuple)) else value
+
+
 def get_value(cfg: Any, name: str) -> Any:
     """Return the value or section of a dotted key, or None."""
     for part in name.split("."):

@@ -67,11 +67,7 @@ def _hint(near: Sequence[str]) -> str:
 
 
 def shipped_config(name: str) -> Path:
-    """Return the path of a shipped config by its bare name, with or without ``.yaml``.
-
-    Raises:
-        ConfigError: there is none; the message suggests the nearest names.
-    """
+    """Return the path of a shipped config, with or without ``.yaml``; ConfigError suggests the nearest names."""
     path = None if "/" in name else _by_name(_configs_dir(), name)
     if path is None:
         near = nearest(_with_ending(name), shipped_configs()) or shipped_configs()

@@ -181,11 +181,7 @@ class Detector:
         )
 
     def _checked_shape(self) -> tuple[int | None, int | None, int | None]:
-        """Return batch, height and width of the input, None if dynamic.
-
-        Raises:
-            WeightsError: unexpected inputs or outputs, or an implausibly large input.
-        """
+        """Return batch, height and width of the input, None if dynamic; raise WeightsError for another graph."""
         inputs = {i.name: (i.type, len(i.shape)) for i in self._session.get_inputs()}
         outputs = {o.name for o in self._session.get_outputs()}
         wanted = {"boxes", "scores", "classes", "counts"} | ({"masks"} if self.metadata.masks != "none" else set())
@@ -205,12 +201,7 @@ class Detector:
 
 
 def _session(path: str, provider: str, threads: int) -> Any:
-    """Create an onnxruntime session.
-
-    Raises:
-        ConfigError: onnxruntime or the provider is not installed.
-        WeightsError: the file cannot be loaded.
-    """
+    """Create an onnxruntime session; raise ConfigError without the provider, WeightsError for a bad file."""
     try:
         import onnxruntime
     except ImportError:

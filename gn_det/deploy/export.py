@@ -208,11 +208,7 @@ def _onnx(program: torch.export.ExportedProgram, graph: GraphDetector, metadata:
 
 
 def _check_reacts(graph: Any) -> None:
-    """Check that every output depends on both inputs, because an exporter may silently treat an input as a constant.
-
-    Raises:
-        UserError: an output does not.
-    """
+    """Raise UserError if an output does not depend on both inputs, because the exporter made one a constant."""
     for output in graph.outputs:
         seen, left = set(), [output]
         while left:

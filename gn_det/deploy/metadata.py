@@ -75,11 +75,7 @@ class Metadata:
 
     @classmethod
     def from_json(cls, content: str | None, source: StrPath) -> Metadata:
-        """Read what :meth:`to_json` wrote.
-
-        Raises:
-            WeightsError: the entry is missing (a file of another tool) or invalid.
-        """
+        """Invert :meth:`to_json`; raise WeightsError if the entry is missing (another tool's file) or invalid."""
         where = one_line(str(source), 400)
         if content is None:
             raise WeightsError(f"{where}: it has no gn_det metadata; give a file written by gn-det export --to onnx")

@@ -236,11 +236,7 @@ def compare(
 
 
 def _image_ids(ground_truth: StrPath, paths: Sequence[Path]) -> dict[Path, Any]:
-    """Return the ids in a COCO json of the images at ``paths``, matched by file name.
-
-    Raises:
-        DataError: an image has no entry, or a name is ambiguous.
-    """
+    """Return the ids of the images at ``paths`` in a json, by file name; DataError names missing or ambiguous ones."""
     known: dict[str, Any] = {}
     for image in load_ground_truth(ground_truth).images:
         name = Path(image["file_name"]).name

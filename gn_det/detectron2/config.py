@@ -16,7 +16,8 @@ from gn_det.checkpoint.io import read_checkpoint
 from gn_det.checkpoint.meta import read_meta
 from gn_det.config import parse_config
 from gn_det.config.check import check_values
-from gn_det.config.defaults import add_gn_keys, flatten, get_value, set_value
+from gn_det.config.defaults import add_gn_keys, as_lists, edited, flatten, get_value, set_value
+from gn_det.config.schema import KEYS
 from gn_det.detectron2.datasets import is_own, register_named, register_own, take_mixed_masks
 from gn_det.engine.schedule import scale_schedule
 from gn_det.errors import ConfigError, DataError, UserError
@@ -41,6 +42,13 @@ _THEIR_NUM_CLASSES = 80
 #: Samplers of gn_det's loader, and the key of the last one, which Detectron2's defaults lack.
 _SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler")
 _SUBSET = "DATALOADER.RANDOM_SUBSET_RATIO"
+
+#: Keys that Detectron2's trainer and loader do not read.
+_UNREAD = (
+    *("MODEL.FREEZE", "MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS", "MODEL.CHANNELS_LAST", "TEST.AMP", "TEST.PATIENCE"),
+    *("SOLVER.OPTIMIZER", "SOLVER.BACKBONE_LR_FACTOR", "SOLVER.ACCUMULATE", "SOLVER.EPOCHS", "SOLVER.REFERENCE_BATCH"),
+    *("INPUT.LSJ.ENABLED", "INPUT.ROTATION", "INPUT.COLOR_JITTER", "INPUT.COPY_PASTE", "INPUT.BIT_DEPTH"),
+)
 
 #: Architectures of Detectron2 that need other ground truth, or do not output objects.
 _NO_INSTANCES = ("PanopticFPN", "SemanticSegmentor", "ProposalNetwork")
@@ -92,9 +100,7 @@ def scale_to_machine(cfg: CfgNode, num_gpus: int | None = None, *, written_for: 
     num_gpus = comm.get_world_size() if num_gpus is None else num_gpus
     if num_gpus < 1 or written_for < 1:
         raise ConfigError(f"scale_to_machine: num_gpus {num_gpus} and written_for {written_for} must be at least 1")
-    scaled = cfg.clone()
-    scaled.defrost()
-    scaled.SOLVER.REFERENCE_WORLD_SIZE = cfg.SOLVER.REFERENCE_WORLD_SIZE or written_for
+    scaled = edited(cfg, {"SOLVER.REFERENCE_WORLD_SIZE": cfg.SOLVER.REFERENCE_WORLD_SIZE or written_for})
     scaled.SOLVER.EPOCHS = 0.0  # counted by gn_det.detectron2.Trainer, which knows the images
     scaled, sentences = scale_schedule(scaled, num_gpus, images=0)
     with _thawed(cfg):
@@ -185,26 +191,14 @@ def _mention_what_is_not_read(cfg: CfgNode) -> None:
     if _read:
         return
     solver, sets = cfg.SOLVER, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
-    unread = {
-        "MODEL.FREEZE": len(cfg.MODEL.FREEZE),
-        "MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS": len(cfg.MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS),
-        "SOLVER.OPTIMIZER": solver.OPTIMIZER != "SGD",
-        "SOLVER.BACKBONE_LR_FACTOR": solver.BACKBONE_LR_FACTOR != 1,
-        "SOLVER.ACCUMULATE": solver.ACCUMULATE != 1,
-        "SOLVER.EPOCHS": solver.EPOCHS != 0,
-        "TEST.PATIENCE": cfg.TEST.PATIENCE != 0,
-        "TEST.AMP": cfg.TEST.AMP is not False,
-        "MODEL.CHANNELS_LAST": cfg.MODEL.CHANNELS_LAST is not False,
+    read = {
         # Detectron2 scales by REFERENCE_WORLD_SIZE.
-        "SOLVER.REFERENCE_BATCH": not solver.REFERENCE_WORLD_SIZE
-        and solver.REFERENCE_BATCH not in (0, solver.IMS_PER_BATCH),
-        "INPUT.LSJ.ENABLED": cfg.INPUT.LSJ.ENABLED,
-        "INPUT.ROTATION": cfg.INPUT.ROTATION,
-        "INPUT.COLOR_JITTER": any(cfg.INPUT.COLOR_JITTER),
-        "INPUT.COPY_PASTE": cfg.INPUT.COPY_PASTE,
-        "INPUT.BIT_DEPTH": cfg.INPUT.BIT_DEPTH and not all(map(is_own, sets)),
+        "SOLVER.REFERENCE_BATCH": solver.REFERENCE_WORLD_SIZE or solver.REFERENCE_BATCH == solver.IMS_PER_BATCH,
+        "INPUT.BIT_DEPTH": all(map(is_own, sets)),
     }
-    for name in [name for name, set_ in unread.items() if set_]:
+    for name in _UNREAD:
+        if read.get(name) or as_lists(get_value(cfg, name)) == as_lists(KEYS[name].default):
+            continue
         text = f"{name} is {get_value(cfg, name)!r}: Detectron2's DefaultTrainer and loader do not read this key, "
         if text not in _mentioned:
             _mentioned.add(text)
@@ -245,11 +239,7 @@ def warn_of_norms(cfg: CfgNode, model: nn.Module) -> None:
 
 
 def check_device(cfg: CfgNode, device: str) -> None:
-    """Refuse to train models that Detectron2 cannot run on a CPU.
-
-    Raises:
-        ConfigError: deformable convolutions without a GPU.
-    """
+    """Raise ConfigError for deformable convolutions on a CPU, which Detectron2 lacks."""
     if any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE) and device.startswith("cpu"):
         raise ConfigError(
             "MODEL.RESNETS.DEFORM_ON_PER_STAGE: Detectron2's deformable convolutions need a GPU, MODEL.DEVICE is cpu"
@@ -257,11 +247,7 @@ def check_device(cfg: CfgNode, device: str) -> None:
 
 
 def check_for_trainer(cfg: CfgNode, *, own_loader: bool, own_results: bool) -> None:
-    """Refuse settings that gn_det's loader and evaluation do not support, unless the user overrides these.
-
-    Raises:
-        ConfigError: names the key, and what to override or use instead.
-    """
+    """Raise ConfigError for what gn_det's loader and evaluation lack, unless the user overrides these."""
     check_values(cfg)
     model, sampler = cfg.MODEL, cfg.DATALOADER.SAMPLER_TRAIN
     check_device(cfg, _device() if model.DEVICE == "auto" else model.DEVICE)

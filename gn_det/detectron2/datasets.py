@@ -24,6 +24,7 @@ from detectron2.utils.file_io import PathHandler, PathManager
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from gn_det.config.defaults import edited
 from gn_det.data.catalog import BUILTIN, GENERATED, DatasetSource, resolve
 from gn_det.data.coco import CocoDataset, load_coco
 from gn_det.data.image import ImageReader
@@ -143,8 +144,7 @@ def name_by_files(cfg: CfgNode) -> CfgNode:
         ConfigError: a registered set has no ``thing_classes``.
         DataError: the function's result is not in Detectron2's standard format.
     """
-    out = cfg.clone()
-    out.defrost()
+    out = edited(cfg)
     for key in ("TRAIN", "TEST"):
         if not cfg.DATASETS[f"{'TRAIN' if key == 'TRAIN' else 'VAL'}_JSON"]:
             out.DATASETS[key] = tuple(_by_files(name, cfg.OUTPUT_DIR) for name in cfg.DATASETS[key])
@@ -188,11 +188,7 @@ def _write_json(name: str, folder: str) -> str:
 
 
 def to_coco(name: str, records: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> dict[str, Any]:
-    """Convert records in Detectron2's standard format to a COCO dict, with contiguous category ids.
-
-    Raises:
-        DataError: a record or an annotation lacks a key, or has a value of another type; names both.
-    """
+    """Convert records of Detectron2's format to COCO; DataError names a wrong record or annotation."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for position, record in enumerate(records):

@@ -17,6 +17,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import nn
 
+from gn_det.config.defaults import edited
 from gn_det.engine import dist
 from gn_det.engine.loop import Hook, Loop
 from gn_det.engine.optimizer import build_optimizer as own_optimizer
@@ -149,20 +150,14 @@ def _is_ours(cfg: CfgNode) -> bool:
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module, *, clips: bool = True) -> Optimizer:
-    """Build Detectron2's optimizer; the loop does clipping that it lacks, or all of it without ``clips``.
+    """Build Detectron2's optimizer, or gn_det's with the same groups; raise ConfigError if nothing is trained.
 
-    AdamW and SOLVER.BACKBONE_LR_FACTOR take :func:`gn_det.engine.optimizer.build_optimizer`, which forms the same
-    groups.
-
-    Raises:
-        ConfigError: every parameter is frozen.
+    The loop does clipping that the optimizer lacks, or all of it without ``clips``.
     """
     if _is_ours(cfg):
         return own_optimizer(cfg, model)
     check_trainable(model)
     if not clips or not clipped_by_detectron2(cfg):
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
+        cfg = edited(cfg, {"SOLVER.CLIP_GRADIENTS.ENABLED": False})
     optimizer: Optimizer = detectron2.solver.build_optimizer(cfg, model)
     return optimizer

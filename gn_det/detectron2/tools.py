@@ -57,11 +57,7 @@ def register_on_demand() -> None:
 
 
 def find_tool(name: str) -> Path:
-    """Return the script of that name: a file, or one beside Detectron2's package.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """Return the script of that name, a file or one beside Detectron2's package, or raise ConfigError."""
     beside = Path(os.path.abspath(detectron2.__file__)).parent.parent / "tools"
     for path in (Path(name), beside / name, beside / f"{name}.py"):
         if path.is_file():
@@ -71,11 +67,7 @@ def find_tool(name: str) -> Path:
 
 
 def tool_words(words: list[str]) -> list[str]:
-    """Return the tool's arguments, with a shipped config's name after ``--config-file`` replaced by its path.
-
-    Raises:
-        ConfigError: neither a file nor such a name.
-    """
+    """Return the tool's arguments, with the name of a config after ``--config-file`` replaced by its path."""
     out: list[str] = []
     for word in words:
         flag = "" if out[-1:] == ["--config-file"] else "--config-file="

@@ -20,6 +20,7 @@ from torch import nn
 
 from gn_det.checkpoint.last import last_name
 from gn_det.checkpoint.meta import build_meta
+from gn_det.config.defaults import edited
 from gn_det.data.augment import OwnTransform
 from gn_det.data.split import write_split
 from gn_det.detectron2.adapt import adapt
@@ -283,10 +284,7 @@ class _Checkpointer(DetectionCheckpointer):
 
 def _with_names(cfg: CfgNode, other: CfgNode) -> CfgNode:
     """Return a copy of ``cfg`` with the datasets of ``other``."""
-    out = cfg.clone()
-    out.defrost()
-    out.DATASETS = other.DATASETS.clone()
-    return out
+    return edited(cfg, {"DATASETS": other.DATASETS.clone()})
 
 
 def _nested(results: Mapping[str, float]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
+from gn_det.config.defaults import edited
 from gn_det.engine import dist
 from gn_det.engine.precision import DTYPES, lay_out
 from gn_det.engine.schedule import images_per_rank
@@ -59,11 +60,7 @@ def trial_batch(cfg: CfgNode, images: int) -> list[Sample]:
 
 
 def train_once(cfg: CfgNode, model: nn.Module, images: int) -> None:
-    """Run forward and backward pass of a trial batch; gradients are dropped, weights do not change.
-
-    Raises:
-        torch.OutOfMemoryError: the batch does not fit.
-    """
+    """Run forward and backward pass of a trial batch and drop the gradients; may raise torch.OutOfMemoryError."""
     autocast = DTYPES[cfg.SOLVER.AMP.DTYPE] if cfg.SOLVER.AMP.ENABLED is True else None
     kind = next(model.parameters()).device.type
     try:
@@ -78,7 +75,7 @@ def choose_accumulate(cfg: CfgNode, model: nn.Module) -> CfgNode:
     """Return ``cfg`` with the smallest SOLVER.ACCUMULATE that fits on the GPUs of this run; all ranks must call this.
 
     Args:
-        cfg: after :func:`gn_det.engine.schedule.scale_schedule`, with SOLVER.AUTO_BATCH.
+        cfg: after :func:`gn_det.engine.schedule.scale_schedule`.
         model: model on the CPU; a copy is tried, and random streams do not change.
 
     Raises:
@@ -106,20 +103,14 @@ def choose_accumulate(cfg: CfgNode, model: nn.Module) -> CfgNode:
 
 
 def with_accumulate(cfg: CfgNode, total: int, fits: int) -> CfgNode:
-    """Return ``cfg`` with the ``total`` images of a GPU in micro-batches of at most ``fits``.
-
-    Raises:
-        ConfigError: ``fits`` is 0.
-    """
+    """Return ``cfg`` with ``total`` images in micro-batches of at most ``fits``; raise ConfigError if that is 0."""
     if not fits:
         raise ConfigError(
             "SOLVER.AUTO_BATCH: a training step on a single image does not fit into the memory of the GPU; lower "
             "INPUT.MIN_SIZE_TRAIN and INPUT.MAX_SIZE_TRAIN, or set SOLVER.AMP.ENABLED or MODEL.BACKBONE.RECOMPUTE True"
         )
     images = max(n for n in range(1, fits + 1) if total % n == 0)
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.SOLVER.AUTO_BATCH, cfg.SOLVER.ACCUMULATE = False, total // images
+    cfg = edited(cfg, {"SOLVER.AUTO_BATCH": False, "SOLVER.ACCUMULATE": total // images})
     logger.info(
         "SOLVER.AUTO_BATCH: %d of the %d images of a GPU fit at a time: SOLVER.ACCUMULATE is %d.",
         *(images, total, cfg.SOLVER.ACCUMULATE),

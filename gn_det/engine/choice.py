@@ -11,8 +11,7 @@ import importlib.util
 import logging
 import sys
 import warnings
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from gn_det.errors import UserError
 
@@ -43,14 +42,8 @@ class _TooOld(ImportError):
     """Detectron2 lacks something that the plugin needs."""
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The engine to run.
-
-    Attributes:
-        name: "embedded" or "detectron2".
-        why: reason, for the log.
-    """
+class Choice(NamedTuple):
+    """The engine to run ("embedded" or "detectron2"), and the reason for the log."""
 
     name: str
     why: str
@@ -74,11 +67,7 @@ def installed_version(distribution: str) -> str | None:
 
 
 def choose(wanted: str = "auto") -> Choice:
-    """Choose an engine by what is installed, without importing it.
-
-    Raises:
-        EngineError: Detectron2 is requested but not installed.
-    """
+    """Choose an engine by what is installed, without importing it; raise EngineError if it is not the wanted one."""
     if wanted == "embedded":
         return Choice("embedded", "as --engine says")
     if is_installed():
@@ -121,11 +110,7 @@ def load(choice: Choice) -> Engine:
 
 
 def import_detectron2() -> None:
-    """Import all of Detectron2 that the plugin needs.
-
-    Raises:
-        Exception: whatever a broken installation raises.
-    """
+    """Import all of Detectron2 that the plugin needs; raises whatever a broken installation raises."""
     # Import the compiled part explicitly: Detectron2's modules tolerate a broken one until it is called.
     for name in ("detectron2", "detectron2._C", "detectron2.modeling", "detectron2.engine"):
         importlib.import_module(name)

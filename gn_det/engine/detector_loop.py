@@ -16,15 +16,7 @@ from gn_det.checkpoint.meta import build_meta
 from gn_det.engine import dist
 from gn_det.engine.advice import explain_oom
 from gn_det.engine.engines import Engine
-from gn_det.engine.hooks import (
-    Checkpoint,
-    Evaluate,
-    Evaluator,
-    PreciseBN,
-    Schedule,
-    Signals,
-    TimeLimit,
-)
+from gn_det.engine.hooks import Checkpoint, Evaluate, Evaluator, PreciseBN, Schedule, Signals, TimeLimit
 from gn_det.engine.loggers import open_loggers
 from gn_det.engine.loop import Hook, Loop, make_scaler, parallel
 from gn_det.engine.optimizer import clip_gradients

@@ -83,11 +83,7 @@ def broadcast(value: Any) -> Any:
 
 
 def on_first_rank(call: Callable[[], T]) -> T:
-    """Return the value of ``call()`` on rank 0, or raise its UserError, on every rank.
-
-    Raises:
-        UserError: raised by ``call``.
-    """
+    """Return the value of ``call()`` on rank 0, or raise its UserError, on every rank."""
     outcome: T | UserError | None = None
     if rank() == 0:
         try:
@@ -274,14 +270,10 @@ def _spawn(function: Callable[..., Any], args: tuple[Any, ...], plan: tuple[Any,
 
 
 def _raise_first_error(box: Path, failed: dict[int, int]) -> None:
-    """Raise the error that caused the others.
+    """Raise the error that caused the others: a UserError, or a RuntimeError with the first stack trace.
 
     Args:
         failed: exit codes of the processes that failed on their own.
-
-    Raises:
-        UserError: a user error in any process, or a process was killed by the system.
-        RuntimeError: a bug, with the stack trace of the process that failed first.
     """
     files = sorted(box.glob("error-*"), key=lambda f: f.stat().st_mtime_ns)
     errors = {int(f.name.removeprefix("error-")): pickle.loads(f.read_bytes()) for f in files}
@@ -296,10 +288,10 @@ def _raise_first_error(box: Path, failed: dict[int, int]) -> None:
                 "stopped. Lower SOLVER.IMS_PER_BATCH, DATALOADER.NUM_WORKERS or INPUT.MAX_SIZE_TRAIN, or give the "
                 "machine more memory, then continue with --resume"
             )
-    for index, error in errors.items():
-        raise RuntimeError(f"training process {index} failed first:\n{error}")
-    for index, code in failed.items():
-        raise RuntimeError(f"training process {index} exited with code {code} and no error message")
+    reports = [f"{index} failed first:\n{error}" for index, error in errors.items()]
+    reports += [f"{index} exited with code {code} and no error message" for index, code in failed.items()]
+    if reports:
+        raise RuntimeError(f"training process {reports[0]}")
 
 
 def _worker(index: int, function: Callable[..., Any], args: tuple[Any, ...], plan: tuple[Any, ...]) -> None:

@@ -112,11 +112,7 @@ def _evaluate_one(
 
 
 def verify_expected(cfg: CfgNode, results: Mapping[str, float]) -> None:
-    """Compare with ``TEST.EXPECTED_RESULTS``, a list of ``[task, metric, value, tolerance]``.
-
-    Raises:
-        TrainingError: a metric is missing or out of tolerance.
-    """
+    """Raise TrainingError if a row ``[task, metric, value, tolerance]`` of ``TEST.EXPECTED_RESULTS`` does not hold."""
     for task, metric, expected, tolerance in cfg.TEST.EXPECTED_RESULTS:
         value = results.get(f"{task}/{metric}", float("nan"))
         if not abs(value - expected) <= tolerance:

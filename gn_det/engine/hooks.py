@@ -133,11 +133,7 @@ class Signals(Hook):
         self._old = {}
 
     def interrupt(self, loop: Loop, *, collective: bool = True) -> None:
-        """Save a checkpoint, unless this iteration has one, and end the run.
-
-        Raises:
-            Interrupted: always.
-        """
+        """Save a checkpoint, unless this iteration has one, and raise Interrupted."""
         if not self.checkpoint.saved(loop):
             self.checkpoint.save(loop, collective=collective)
         self.checkpoint.metrics.write()

@@ -37,11 +37,7 @@ FILE_ONLY = on_screen("")
 
 
 def open_log(path: str | os.PathLike[str]) -> TextIO:
-    """Open a regular file for appending text.
-
-    Raises:
-        TrainingError: that fails.
-    """
+    """Open a regular file for appending text, or raise TrainingError."""
     try:
         return open_append(*os.path.split(path))
     except OSError as error:

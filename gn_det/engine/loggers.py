@@ -189,11 +189,7 @@ LOGGERS: dict[str, tuple[Callable[[Path, int], Logger], str]] = {
 
 
 def send_pictures(cfg: CfgNode, paths: Sequence[Path]) -> None:
-    """Upload PNGs of a finished run to Weights & Biases and MLflow, if named in ``LOGGERS``.
-
-    Raises:
-        TrainingError: an upload failed; the run itself is complete.
-    """
+    """Upload PNGs of a finished run to the W&B and MLflow of ``LOGGERS``; raise TrainingError if an upload fails."""
     for name in cfg.LOGGERS if paths else ():
         opened = LOGGERS[name][0]
         if opened in (WandbLogger, MlflowLogger):
@@ -207,11 +203,7 @@ def send_pictures(cfg: CfgNode, paths: Sequence[Path]) -> None:
 
 
 def check_loggers(cfg: CfgNode) -> None:
-    """Check before a run that the loggers' packages are installed.
-
-    Raises:
-        ConfigError: a package is missing; the message has the pip command.
-    """
+    """Raise ConfigError with the pip command if the package of a logger is not installed."""
     for name in cfg.LOGGERS:
         package = LOGGERS[name][1]
         if package and importlib.util.find_spec(package) is None:

@@ -178,11 +178,7 @@ class Loop:
     # ------------------------------------------------------------ one iteration
 
     def step(self) -> None:
-        """Run forward, backward and optimizer step of one iteration.
-
-        Raises:
-            TrainingError: a loss is not finite; the optimizer did not step.
-        """
+        """Run forward, backward and optimizer step; raise TrainingError before that step if a loss is not finite."""
         state, scaler = self.state, self.state.scaler
         self._micro, self.data_time = [], 0.0
         self.scalars = {}

@@ -182,11 +182,7 @@ def _same_lengths(targets: Any, where: str) -> None:
 
 
 def _check(content: Mapping[str, Any], model: nn.Module, num_classes: int) -> None:
-    """Check a saved batch, its random states and weights, which may contain nan and infinity.
-
-    Raises:
-        InvalidValue: names the entry.
-    """
+    """Raise InvalidValue unless batch, random states and weights can be used; weights may be nan or infinite."""
 
     def classes(value: Any, where: str) -> None:
         tensor((None,), torch.int64)(value, where)

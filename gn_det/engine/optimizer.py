@@ -73,11 +73,7 @@ def optimizer_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Refuse a model of which nothing trains.
-
-    Raises:
-        ConfigError: every parameter is frozen.
-    """
+    """Raise ConfigError for a model of which every parameter is frozen."""
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(
             "every parameter of the model is frozen; lower MODEL.BACKBONE.FREEZE_AT or shorten MODEL.FREEZE"
@@ -85,11 +81,7 @@ def check_trainable(model: nn.Module) -> None:
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD | torch.optim.AdamW:
-    """SOLVER.OPTIMIZER over :func:`optimizer_groups`.
-
-    Raises:
-        ConfigError: every parameter is frozen.
-    """
+    """Build SOLVER.OPTIMIZER over :func:`optimizer_groups`; raise ConfigError if every parameter is frozen."""
     check_trainable(model)
     groups, solver = optimizer_groups(cfg, model), cfg.SOLVER
     common = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY, "foreach": True}

@@ -55,11 +55,7 @@ def check_writable(folder: str | os.PathLike[str]) -> Path:
 
 
 def check_output_name(folder: str | os.PathLike[str]) -> None:
-    """Refuse a path that cannot become a folder, without creating it.
-
-    Raises:
-        TrainingError: the path or one of its parents exists and is not a folder.
-    """
+    """Raise TrainingError for a path that cannot become a folder, without creating it."""
     path = Path(folder)
     there = next((p for p in (path, *path.parents) if os.path.lexists(p)), None)
     if there is not None and not there.is_dir():
@@ -118,11 +114,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def refuse_old_run(folder: Path, *, overwrite: bool) -> None:
-    """Refuse to lose the results of an earlier run.
-
-    Raises:
-        TrainingError: there are checkpoints and ``overwrite`` is False.
-    """
+    """Raise TrainingError if ``folder`` holds checkpoints of an earlier run, unless ``overwrite``."""
     found = checkpoints(folder)
     if found and not overwrite:
         raise TrainingError(

@@ -16,7 +16,7 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from gn_det.compiler import cpu_features
-from gn_det.config.defaults import get_value, set_value
+from gn_det.config.defaults import edited, get_value, set_value
 from gn_det.modeling.layers import fold_weights
 
 logger = logging.getLogger(__name__)
@@ -51,8 +51,7 @@ def settle(
     chosen, why = chosen_by_auto(device)
     unsettled = [key for key in AUTO if get_value(cfg, key) == "auto"]
     if unsettled:
-        frozen, cfg = cfg.is_frozen(), cfg.clone()
-        cfg.defrost()
+        frozen, cfg = cfg.is_frozen(), edited(cfg)
         for key in unsettled:
             old = None if stored is None else get_value(stored, key)
             value = old if isinstance(old, bool) else chosen

@@ -18,6 +18,7 @@ from torch import nn
 from gn_det.checkpoint.last import remove_leftovers
 from gn_det.checkpoint.weights import format_report, load_weights
 from gn_det.config import dump_config
+from gn_det.config.defaults import edited
 from gn_det.data.augment import OwnTransform
 from gn_det.data.loader import build_train_loader
 from gn_det.data.sets import RunData, load_run_data, without_masks
@@ -50,7 +51,6 @@ class Prepared:
     Attributes:
         cfg: config with the classes of the data and the schedule for this number of processes.
         seed: seed of initialization and data stream; equal on every rank.
-        augment: the user's transform.
     """
 
     cfg: CfgNode
@@ -95,18 +95,10 @@ def prepare(cfg: CfgNode, augment: OwnTransform | None = None) -> Prepared:
 
 
 def with_classes(cfg: CfgNode, count: int, names: tuple[str, ...]) -> CfgNode:
-    """Return a copy of ``cfg`` with the number and names of classes filled in.
-
-    Raises:
-        ConfigError: the number is unknown (0).
-    """
+    """Return a copy of ``cfg`` with number and names of classes; raise ConfigError if the number is unknown (0)."""
     if count < 1:
         raise ConfigError("the number of classes is unknown: set MODEL.ROI_HEADS.NUM_CLASSES or name a training json")
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = count
-    cfg.MODEL.CLASS_NAMES = tuple(names)
-    return cfg
+    return edited(cfg, {"MODEL.ROI_HEADS.NUM_CLASSES": count, "MODEL.CLASS_NAMES": tuple(names)})
 
 
 def describe_model(cfg: CfgNode, model: nn.Module) -> None:
@@ -123,11 +115,7 @@ def describe_model(cfg: CfgNode, model: nn.Module) -> None:
 
 
 def load_initial(cfg: CfgNode, model: nn.Module, images: int) -> None:
-    """Load MODEL.WEIGHTS, checked against the configuration, and log the result; warn about a short run from scratch.
-
-    Raises:
-        WeightsError: they cannot be used.
-    """
+    """Load MODEL.WEIGHTS and log the result, or raise WeightsError; warn about a short run from scratch."""
     if cfg.MODEL.WEIGHTS:
         logger.info(format_report(load_weights(model, cfg.MODEL.WEIGHTS, cfg)))
     else:
@@ -159,18 +147,13 @@ def prepare_folder(cfg: CfgNode, model: nn.Module, *, fresh: bool) -> None:
 
 
 def check_freeze(cfg: CfgNode, *, strict: bool = True) -> None:
-    """Refuse layers that would be frozen at random values (or warn, if not strict).
-
-    Raises:
-        ConfigError: FREEZE_AT > 0, or MODEL.FREEZE, without weights.
-    """
+    """Refuse (or, if not strict, warn about) layers that would be frozen at random values."""
     at, parts = int(cfg.MODEL.BACKBONE.FREEZE_AT), tuple(cfg.MODEL.FREEZE)
     if cfg.MODEL.WEIGHTS or (at <= 0 and not parts):
         return
+    key, value, what, off = "FREEZE", some(parts), "these parts", '"()"'
     if at > 0:
         key, value, what, off = "BACKBONE.FREEZE_AT", str(at), "the first stages", "0"
-    else:
-        key, value, what, off = "FREEZE", some(parts), "these parts", '"()"'
     message = (
         f"MODEL.{key} is {value} but MODEL.WEIGHTS is empty: {what} would stay frozen at random "
         f"values; set MODEL.{key} {off} to train from scratch, or give MODEL.WEIGHTS"
@@ -181,12 +164,7 @@ def check_freeze(cfg: CfgNode, *, strict: bool = True) -> None:
 
 
 def check_run(cfg: CfgNode, device: str, world_size: int) -> None:
-    """Refuse settings that cannot work on these devices, before a process is started or a file is written.
-
-    Raises:
-        ConfigError: the batch is not divisible, a logger is not installed, or fp16 lacks a GPU; or see
-            :func:`check_metric`.
-    """
+    """Raise ConfigError for what cannot work on these devices, before a process is started or a file is written."""
     check_metric(cfg)
     check_loggers(cfg)
     if cfg.SOLVER.AUTO_BATCH and not device.startswith("cuda"):
@@ -201,11 +179,7 @@ def check_run(cfg: CfgNode, device: str, world_size: int) -> None:
 
 
 def check_metric(cfg: CfgNode) -> None:
-    """Refuse a metric for model_best.pth that no evaluation computes.
-
-    Raises:
-        ConfigError: TEST.BEST_METRIC is not a metric like "segm/AP", or TEST.PATIENCE is set without TEST.EVAL_PERIOD.
-    """
+    """Raise ConfigError for a metric that no evaluation computes, and for TEST.PATIENCE without TEST.EVAL_PERIOD."""
     name = str(cfg.TEST.BEST_METRIC)
     if not re.search(r"(^|/)(bbox|segm)/AP(50|75|s|m|l|-.+)?$", name):
         raise ConfigError(

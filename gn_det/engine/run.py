@@ -21,6 +21,7 @@ from gn_det.checkpoint.meta import config_of_checkpoint, read_meta
 from gn_det.checkpoint.weights import format_report, load_weights
 from gn_det.config import dump_config, load_config
 from gn_det.config.check import check_config
+from gn_det.config.defaults import edited
 from gn_det.config.load import Overrides, merge_overrides
 from gn_det.config.presets import apply_augmentation
 from gn_det.data.augment import OwnTransform
@@ -171,8 +172,7 @@ def _resolve(
 ) -> tuple[CfgNode, Engine]:
     """Return a checked copy of ``config`` with augmentation preset and ``overrides``, and the engine."""
     chosen = choice.choose(engine) if isinstance(engine, str) else engine
-    cfg = load_config(config, check=False) if isinstance(config, (str, os.PathLike)) else config.clone()
-    cfg.defrost()
+    cfg = load_config(config, check=False) if isinstance(config, (str, os.PathLike)) else edited(config)
     literal = merge_overrides(cfg, overrides, "overrides")
     if preset is not None:
         apply_augmentation(cfg, preset, literal)

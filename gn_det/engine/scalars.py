@@ -191,11 +191,7 @@ class Metrics(Hook):
             one.close()
 
     def write(self) -> None:
-        """Write what is new to each logger.
-
-        Raises:
-            TrainingError: a file cannot be written.
-        """
+        """Write what is new to each logger, or raise TrainingError."""
         try:
             for one in self.loggers:
                 for iteration, scalars in self.log.newer_than(one.written).items():

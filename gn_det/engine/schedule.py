@@ -23,7 +23,7 @@ from fvcore.common.param_scheduler import (
 )
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from gn_det.config.defaults import get_value, set_value
+from gn_det.config.defaults import edited, get_value, set_value
 from gn_det.data.split import held_out
 from gn_det.errors import ConfigError
 from gn_det.text import count
@@ -59,11 +59,9 @@ def lr_multiplier(cfg: CfgNode) -> Callable[[int], float]:
     curve = _main_curve(cfg)
     length = min(solver.WARMUP_ITERS / max_iter, 1.0)
     start = solver.WARMUP_FACTOR * curve(0.0)
-    ramp: ParamScheduler
+    ramp: ParamScheduler = ConstantParamScheduler(start)
     if solver.WARMUP_METHOD == "linear":
         ramp = LinearParamScheduler(start, curve(0.0) if solver.RESCALE_INTERVAL else curve(length))
-    else:
-        ramp = ConstantParamScheduler(start)
     whole = CompositeParamScheduler(
         [ramp, curve],
         lengths=[length, 1 - length],
@@ -194,12 +192,11 @@ def _for_epochs(cfg: CfgNode, images: int, literal: Collection[str]) -> list[str
     _scale_iterations(cfg, before / iterations, set(literal) - {"SOLVER.MAX_ITER"}, warmup=False)
     solver.MAX_ITER = iterations
     epoch = images / solver.IMS_PER_BATCH
-    for node, key, name in (
-        (cfg.TEST, "EVAL_PERIOD", "TEST.EVAL_PERIOD"),
-        (solver, "CHECKPOINT_PERIOD", "SOLVER.CHECKPOINT_PERIOD"),
-    ):
-        if node[key] > 0 and name not in literal and solver.EPOCHS >= 1:  # whole epochs, at most 20 times
-            node[key] = max(round(max(round(node[key] / epoch), math.ceil(solver.EPOCHS / 20), 1) * epoch), 1)
+    for name in ("TEST.EVAL_PERIOD", "SOLVER.CHECKPOINT_PERIOD"):
+        period = get_value(cfg, name)
+        if period > 0 and name not in literal and solver.EPOCHS >= 1:  # whole epochs, at most 20 times
+            epochs = max(round(period / epoch), math.ceil(solver.EPOCHS / 20), 1)
+            set_value(cfg, name, max(round(epochs * epoch), 1))
     if "SOLVER.WARMUP_ITERS" not in literal and iterations < before:
         solver.WARMUP_ITERS = min(solver.WARMUP_ITERS, iterations // 10)
     return [
@@ -211,9 +208,10 @@ def _for_epochs(cfg: CfgNode, images: int, literal: Collection[str]) -> list[str
 def scale_schedule(cfg: CfgNode, world_size: int, images: int) -> tuple[CfgNode, list[str]]:
     """Adapt a schedule to the number of GPUs, the batch and the epochs, in this order.
 
+    No rule changes the keys in ``SOLVER.NO_RESCALE`` (those given on the command line); without such keys, the GPU rule
+    is Detectron2's.
+
     Args:
-        cfg: not modified. No rule changes the keys in ``SOLVER.NO_RESCALE`` (those given on the command line); without
-            such keys, the GPU rule is Detectron2's.
         world_size: number of processes, one GPU each.
         images: training images in an epoch; only used with ``SOLVER.EPOCHS``.
 
@@ -223,8 +221,7 @@ def scale_schedule(cfg: CfgNode, world_size: int, images: int) -> tuple[CfgNode,
     Raises:
         ConfigError: the batch is not divisible, or SOLVER.EPOCHS is set without a training set.
     """
-    cfg = cfg.clone()
-    cfg.defrost()
+    cfg = edited(cfg)
     literal = tuple(cfg.SOLVER.NO_RESCALE)
     sentences = _for_world_size(cfg, world_size, literal) + _for_batch(cfg, literal)
     sentences += _choose_epochs(cfg, images, literal) + _for_epochs(cfg, images, literal)

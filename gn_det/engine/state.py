@@ -23,7 +23,7 @@ from gn_det.checkpoint.io import read_checkpoint
 from gn_det.checkpoint.last import read_last
 from gn_det.checkpoint.meta import build_meta, read_meta
 from gn_det.config import parse_config
-from gn_det.config.defaults import flatten
+from gn_det.config.defaults import as_lists, flatten
 from gn_det.engine import dist
 from gn_det.engine.payload import check_run, refuse, restore_slots, set_stream
 from gn_det.engine.schedule import set_iteration
@@ -304,9 +304,5 @@ def _changed_keys(resume: Resume, cfg: CfgNode) -> list[str]:
     return [
         f"{name} {one_line(old[name])} -> {one_line(value)}"
         for name, value in flatten(cfg)
-        if name in old and _as_list(old[name]) != _as_list(value) and name not in _SILENT
+        if name in old and as_lists(old[name]) != as_lists(value) and name not in _SILENT
     ]
-
-
-def _as_list(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

@@ -128,11 +128,7 @@ def load_predictor(
 
 
 def _engine_for(cfg: Any, source: str) -> Engine:
-    """Return the embedded engine, or Detectron2 for a model that only it implements.
-
-    Raises:
-        UserError: the model needs Detectron2, which is not installed or cannot be used.
-    """
+    """Return the embedded engine, or Detectron2 for a model that only it implements, or raise UserError."""
     from gn_det.config.check import check_config
     from gn_det.engine import choice
 
