@@ -52,6 +52,14 @@ def open_regular(path: StrPath) -> BinaryIO:
         raise
 
 
+def digest(path: StrPath, hasher: Any) -> bytes:
+    """Return the digest of a regular file's content by a hash of ``hashlib``; errors as :func:`open_regular`."""
+    with open_regular(path) as file:
+        while block := file.read(1 << 20):
+            hasher.update(block)
+    return bytes(hasher.digest())
+
+
 def check_regular(path: StrPath) -> None:
     """Raise what :func:`open_regular` would, for libraries that open a path themselves."""
     _require_regular(os.stat(path).st_mode, path)

@@ -117,6 +117,17 @@ class Masks:
             idx = np.flatnonzero(idx)
         return Masks([self.masks[int(i)] for i in idx])
 
+    def nonempty(self) -> Tensor:
+        """Return (N,) bool: whether a mask has polygons or pixels."""
+        import torch
+
+        found = [len(mask) > 0 if isinstance(mask, list) else bool(mask.any()) for mask in self.masks]
+        return torch.tensor(found, dtype=torch.bool)
+
+    def bitmaps(self, height: int, width: int) -> list[np.ndarray]:
+        """Return every mask as a (height, width) bool bitmap."""
+        return [rasterize_polygons(mask, height, width) if isinstance(mask, list) else mask for mask in self.masks]
+
     def crop_and_resize(self, boxes: Tensor, size: int) -> Tensor:
         """Mask targets: each mask cut by its own box and resized.
 

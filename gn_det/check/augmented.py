@@ -9,7 +9,7 @@ import torch
 
 from gn_det.data.coco import CocoDataset
 from gn_det.data.loader import build_train_loader
-from gn_det.structures import Detections, Sample, rasterize_polygons
+from gn_det.structures import Detections, Sample
 from gn_det.visualize.draw import draw_detections, draw_grid
 
 _IMAGES = 12
@@ -29,9 +29,7 @@ def _drawn(sample: Sample, dataset: CocoDataset, bgr: bool) -> np.ndarray:
     targets = sample["targets"]
     masks = None
     if targets.masks is not None:
-        bitmaps = [
-            rasterize_polygons(m, *targets.image_size) if isinstance(m, list) else m for m in targets.masks.masks
-        ]
+        bitmaps = targets.masks.bitmaps(*targets.image_size)
         masks = torch.from_numpy(np.stack(bitmaps)) if bitmaps else None
     shown = Detections(targets.image_size, targets.boxes, torch.ones(len(targets)), targets.classes, masks)
     return draw_detections(np.ascontiguousarray(rgb), shown, dataset.class_names, show_scores=False)

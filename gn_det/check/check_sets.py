@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 from typing import Any
-
-from PIL import Image
 
 from gn_det.check.audit import Training, survey
 from gn_det.check.fix import Cleaner, changes_file, refuse_overwriting
 from gn_det.check.report import Report, as_json, as_text, look_across
 from gn_det.data.catalog import DatasetSource, datasets_for
+from gn_det.data.image import png_bytes
 from gn_det.data.sets import load_set
 from gn_det.errors import ConfigError, UserError
 from gn_det.files import atomic_write
@@ -116,7 +114,5 @@ def _write_reports(report: Report, json_out: str | None, html_out: str | None) -
 def _draw_augmented(cfg: Any, source: DatasetSource, target: str) -> None:
     from gn_det.check.augmented import draw_augmented
 
-    buffer = io.BytesIO()
-    Image.fromarray(draw_augmented(cfg, load_set(cfg, source, quiet=True))).save(buffer, "PNG")
-    atomic_write(target, buffer.getvalue())
+    atomic_write(target, png_bytes(draw_augmented(cfg, load_set(cfg, source, quiet=True))))
     say(f"{target}: training images as the model sees them")

@@ -16,7 +16,7 @@ from gn_det.data.image import ImageError, ImageReader, one_color
 from gn_det.data.mapper import read_record_image
 from gn_det.data.records import Record
 from gn_det.data.workers import cores
-from gn_det.files import open_regular
+from gn_det.files import digest, open_regular
 from gn_det.parent_watch import end_with_parent
 
 #: Images per task: enough to make passing them negligible.
@@ -49,11 +49,7 @@ class Decoded(NamedTuple):
 def digest_of(path: str) -> bytes:
     """Return the content hash of a file, or b"" if it cannot be read."""
     try:
-        with open_regular(path) as file:
-            hasher = hashlib.blake2b(digest_size=16)
-            while block := file.read(1 << 20):
-                hasher.update(block)
-            return hasher.digest()
+        return digest(path, hashlib.blake2b(digest_size=16))
     except (OSError, ValueError):
         return b""
 
@@ -61,17 +57,17 @@ def digest_of(path: str) -> bytes:
 def decode(job: DecodeJob) -> Decoded:
     """Decode one image like training."""
     record = Record(file_name=job.path, width=job.width, height=job.height)
-    digest = digest_of(job.path)
+    found = digest_of(job.path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             pixels = read_record_image(record, job.reader)
         except ImageError as error:
-            return Decoded(error.kind, error.text, digest)
+            return Decoded(error.kind, error.text, found)
         if one_color(pixels):
             value = ", ".join(dict.fromkeys(str(v) for v in pixels[0, 0].tolist()))
-            return Decoded("image-constant", value, digest)
-        return Decoded(*_checksum_problem(job.path), digest)
+            return Decoded("image-constant", value, found)
+        return Decoded(*_checksum_problem(job.path), found)
 
 
 def _checksum_problem(path: str) -> tuple[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,7 @@ from gn_det.check.audit import Findings, Survey
 from gn_det.check.proposals import as_overrides
 from gn_det.check.report import Report, class_table, facts
 from gn_det.data.annotations import Defect, check_segmentation, is_number, usable_pieces
-from gn_det.data.image import ImageReader
 from gn_det.data.problems import Problem
-from gn_det.errors import DataError
 from gn_det.visualize.draw import draw_annotations, tint
 from gn_det.visualize.html import jpeg_uri, render
 from gn_det.visualize.plots import plot_histogram
@@ -131,7 +128,7 @@ def draw_sample(survey: Survey, index: int) -> np.ndarray | None:
     """Draw an image with all its annotations; None if it cannot be read."""
     assert survey.dataset is not None
     image = survey.images[index]
-    pixels = _read(survey, image)
+    pixels = survey.reader.rgb_or_none(survey.path(image))
     if pixels is None or pixels.shape[:2] != (image["height"], image["width"]):
         return None
     record = survey.dataset.records[index]
@@ -141,15 +138,6 @@ def draw_sample(survey: Survey, index: int) -> np.ndarray | None:
     fitted = Image.fromarray(drawn)
     fitted.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     return np.array(fitted)
-
-
-def _read(survey: Survey, image: dict[str, Any]) -> np.ndarray | None:
-    """Read RGB pixels like training; None if that fails."""
-    reader: ImageReader = replace(survey.reader, image_format="RGB")
-    try:
-        return np.array(reader.read(survey.path(image)))
-    except DataError:
-        return None
 
 
 # ------------------------------------------------------------ images of problems
@@ -165,7 +153,7 @@ def draw_problem(survey: Survey, finding: Problem) -> np.ndarray | None:
         return None
     image, raw = found
     box, polygons = _drawable_box(raw.get("bbox"), image), _drawable_polygons(raw.get("segmentation"), image)
-    pixels = _read(survey, image) if box or polygons else None
+    pixels = survey.reader.rgb_or_none(survey.path(image)) if box or polygons else None
     if pixels is None:
         return None
     _tint_rle(pixels, raw.get("segmentation"), image)

@@ -6,7 +6,7 @@ Each mismatch would load silently and train or predict badly, so it is an error 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from gn_det.checkpoint.formats.common import Weights
@@ -31,8 +31,6 @@ _SUITS = {
 NORM_NAMES = {"affine": "GN, LN or IN", "affine BN": "BN folded into scale and shift", "": "no norm"}
 # Tolerance in 0-255 units, only for the rounding of published constants.
 _TOLERANCE = 0.01
-
-
 _VARIANTS = {
     "v1": "a post-activation ResNet",
     "bit": "a pre-activation ResNet (BiT)",
@@ -123,11 +121,8 @@ def check_ws(source: str, weights: Weights, found: Architecture, cfg: Any) -> No
         ours = get_value(cfg, f"MODEL.WS.{part}") or ""
         held = bool(found.blocks) if part == "RESNETS" else any(map(_OF_PART[part], weights.state))
         if held and formula != ours and {formula, ours} != {"bit", "timm"}:  # these differ in epsilon alone
-            wrong[f"MODEL.WS.{part}"] = (ours, formula)
-    if wrong:
-        now = ", ".join(f"{key} is {ours!r}" for key, (ours, _) in wrong.items())
-        sets = " ".join(f"{key} {theirs!r}" for key, (_, theirs) in wrong.items())
-        raise WeightsError(f"{source}: {now}, but these weights ({weights.kind}) need: {sets}")
+            wrong[f"MODEL.WS.{part}"] = repr(ours), repr(formula)
+    _refuse(source, weights.kind, wrong)
 
 
 _OF_PART: dict[str, Callable[[str], Any]] = {
@@ -154,12 +149,19 @@ def check_preprocessing(source: str, weights: Weights, cfg: Any) -> None:
         "MODEL.PIXEL_STD": needs.pixel_std,
         "MODEL.RESNETS.STRIDE_IN_1X1": needs.stride_in_1x1,
     }
-    have = {key: get_value(cfg, key) for key, need in keys.items() if need is not None}
-    wrong = [key for key, value in have.items() if value is not None and not _agree(keys[key], value)]
+    wrong = {}
+    for key, need in keys.items():
+        have = get_value(cfg, key)
+        if need is not None and have is not None and not _agree(need, have):
+            wrong[key] = _show(have), _show(need)
+    _refuse(source, ", ".join(filter(None, (weights.kind, weights.norm))), wrong)
+
+
+def _refuse(source: str, kind: str, wrong: Mapping[str, tuple[str, str]]) -> None:
+    """Raise WeightsError for keys with the value that they have and the one that weights of this kind need, if any."""
     if wrong:
-        now = ", ".join(f"{key} is {_show(have[key])}" for key in wrong)
-        sets = " ".join(f"{key} {_show(keys[key])}" for key in wrong)
-        kind = ", ".join(filter(None, (weights.kind, weights.norm)))
+        now = ", ".join(f"{key} is {have}" for key, (have, _) in wrong.items())
+        sets = " ".join(f"{key} {need}" for key, (_, need) in wrong.items())
         raise WeightsError(f"{source}: {now}, but these weights ({kind}) need: {sets}")
 
 

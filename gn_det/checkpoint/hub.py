@@ -15,6 +15,7 @@ from gn_det.checkpoint.io import read_any
 from gn_det.checkpoint.meta import config_of_checkpoint, read_meta
 from gn_det.checkpoint.weights_uri import local_path
 from gn_det.config import dump_config
+from gn_det.config.defaults import get_value, set_value
 from gn_det.errors import ConfigError, UserError, WeightsError
 from gn_det.files import StrPath, open_regular
 from gn_det.text import one_line, shown, some
@@ -68,31 +69,21 @@ def push(weights: StrPath, repo: str, *, private: bool = False, license_name: st
         raise WeightsError(f"{path}: was not written by gn_det")
     if "optimizer" in payload:
         raise WeightsError(f"{path}: contains optimizer state; push model_best.pth, which is half as large")
+    cfg.defrost()
     for key in _LOCAL:
-        cfg.defrost()
-        node, _, leaf = key.rpartition(".")
-        (_node(cfg, node) if node else cfg)[leaf] = ""
-    files: list[tuple[str, Any]] = [
-        (MODEL, path),
-        (CONFIG, dump_config(cfg).encode()),
-        (CARD, model_card(repo, cfg, meta, _metrics(path), license_name).encode()),
-    ]
+        set_value(cfg, key, "")
+    card = model_card(repo, cfg, meta, _metrics(path), license_name)
+    files: dict[str, Any] = {MODEL: path, CONFIG: dump_config(cfg).encode(), CARD: card.encode()}
     try:
         api = HfApi()
         api.create_repo(repo, private=private, exist_ok=True)
-        operations = [CommitOperationAdd(name, content) for name, content in files]
+        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
         return str(api.create_commit(repo, operations, commit_message="Model trained with gn_det").commit_url)
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise UserError(
             f"{repo}: the Hub refused the upload ({one_line(error, 300)}); log in with 'hf auth login', and check the "
             f"name and the network"
         ) from None
-
-
-def _node(cfg: CfgNode, path: str) -> Any:
-    for name in path.split("."):
-        cfg = cfg[name]
-    return cfg
 
 
 def _metrics(weights: Path) -> dict[str, float]:
@@ -113,13 +104,13 @@ def model_card(
     repo: str, cfg: CfgNode, meta: Mapping[str, Any], metrics: Mapping[str, float], license_name: str = ""
 ) -> str:
     """Return README.md of the repository: classes, norms, data, AP, and how to use the model."""
-    names = {part: str(_node(cfg, key)) or "none" for part, key in _PARTS.items()}
+    names = {part: str(get_value(cfg, key)) or "none" for part, key in _PARTS.items()}
     if not cfg.MODEL.MASK_ON:
         del names["mask head"]
     data = some([*cfg.DATASETS.TRAIN]) if any(cfg.DATASETS.TRAIN) else "own data"
     front = ["library_name: gn_det", "pipeline_tag: object-detection"]
     front += ["tags: [mask-rcnn, group-normalization, instance-segmentation]"]
-    front += [f"license: {license_name}"] if license_name else []
+    front += [f"license: {license_name}"] * bool(license_name)
     rows = [(f"{task} AP", metrics.get(key)) for task, key in (("box", "bbox/AP"), ("mask", "segm/AP"))]
     scores = [f"| {name} | {value:.1f} |" for name, value in rows if value is not None]
     if scores:

@@ -191,15 +191,15 @@ def write_safetensors(path: StrPath, state: Mapping[str, torch.Tensor], block: M
 # ------------------------------------------------------------ the first bytes of a file
 
 
-def read_head(path: StrPath, size: int = 64) -> bytes:
-    """Return the first bytes of a regular, non-empty file.
+def read_head(path: StrPath) -> bytes:
+    """Return the first 64 bytes of a regular, non-empty file.
 
     Raises:
         WeightsError: no such file, a folder, pipe or device, unreadable, or empty.
     """
     try:
         with open_regular(path) as file:
-            head = file.read(size)
+            head = file.read(64)
         problem = "" if head else "is empty; copy or download it again"
     except FileNotFoundError:
         problem = "no such file; give an existing checkpoint (MODEL.WEIGHTS)"

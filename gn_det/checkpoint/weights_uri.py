@@ -20,7 +20,7 @@ from urllib.parse import urlparse
 
 from gn_det.checkpoint.preprocessing import CAFFE, PREPROCESSINGS, TORCH, Preprocessing
 from gn_det.errors import WeightsError
-from gn_det.files import StrPath, inside, open_regular
+from gn_det.files import StrPath, digest, inside
 from gn_det.text import one_line
 
 _C2 = "https://dl.fbaipublicfiles.com/detectron"
@@ -164,11 +164,7 @@ def with_option(uri: str, option: str) -> str:
 
 def sha256_of(path: StrPath) -> str:
     """Return the hex digest of a file's contents."""
-    digest = hashlib.sha256()
-    with open_regular(path) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return digest(path, hashlib.sha256()).hex()
 
 
 def cache_path(url: str) -> Path:

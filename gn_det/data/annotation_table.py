@@ -61,8 +61,7 @@ class AnnotationTable:
     @functools.cached_property
     def has_mask(self) -> np.ndarray:
         """(M,) bool; cached, because the check reads it for each annotation."""
-        found: np.ndarray = np.isfinite(self.hull[:, 0])
-        return found
+        return np.asarray(np.isfinite(self.hull[:, 0]))
 
     @property
     def sizes(self) -> np.ndarray:
@@ -142,9 +141,7 @@ def _inside(table: AnnotationTable) -> np.ndarray:
         (x + w <= width + FAR_OUTSIDE * width) & (y + h <= height + FAR_OUTSIDE * height)
     )
     far = (np.minimum(x0, y0) < -FAR_OUTSIDE * side) | (np.maximum(x1, y1) > (1 + FAR_OUTSIDE) * side)
-    good &= ~far
-    result: np.ndarray = good
-    return result
+    return np.asarray(good & ~far)
 
 
 def _as_text(annotation: Annotation, category_ids: Sequence[int]) -> bytes:

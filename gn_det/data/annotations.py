@@ -241,31 +241,23 @@ class AnnotationReader:
         self.category_ids = category_ids
         self.index_of = {category: i for i, category in enumerate(category_ids)}
         self.problems = problems
-        self._raw: dict[str, Any] = {}
-        self._image: dict[str, Any] = {}
 
     def read(self, raw: dict[str, Any], image: dict[str, Any]) -> Annotation | None:
         """Return the annotation with a contiguous category, or None if it is dropped and reported to ``problems``."""
-        self._raw, self._image = raw, image
+        where = Where(image["id"], image["file_name"], raw.get("id"))
         try:
-            return self._read(raw, image["height"], image["width"])
+            return self._read(raw, where, image["height"], image["width"])
         except Defect as defect:
-            self.problems.drop(defect.kind, self._where(), *defect.details)
+            self.problems.drop(defect.kind, where, *defect.details)
             return None
 
-    def _where(self) -> Where:
-        return Where(self._image["id"], self._image["file_name"], self._raw.get("id"))
-
-    def _repair(self, kind: str, count: int = 1) -> None:
-        self.problems.repair(kind, self._where(), count)
-
-    def _read(self, raw: dict[str, Any], height: int, width: int) -> Annotation:
+    def _read(self, raw: dict[str, Any], where: Where, height: int, width: int) -> Annotation:
         given = raw.get("category_id")
         category = given if type(given) is int and given in self.index_of else resolve_id(given, self.index_of)
         if category is None:
             raise Defect("category-unknown", shown(given), some([str(c) for c in self.category_ids]))
         if type(given) is not int:
-            self._repair("id-type")
+            self.problems.repair("id-type", where)
         if raw.get("ignore"):
             raise Defect("ignore")
         iscrowd = raw.get("iscrowd")
@@ -281,17 +273,18 @@ class AnnotationReader:
                 unusable = defect
         segmentation, left_out = check_segmentation(raw.get("segmentation"), height, width)
         if bbox is None or unusable is not None:
-            bbox = self._box_of(segmentation, height, width, unusable)
+            bbox = _box_of(segmentation, height, width, unusable)
+            self.problems.repair("bbox-missing" if unusable is None else "bbox-unusable", where)
         if iscrowd is None:
-            self._repair("iscrowd-missing")
+            self.problems.repair("iscrowd-missing", where)
         if left_out:
-            self._repair("polygon-piece", left_out)
+            self.problems.repair("polygon-piece", where, left_out)
         area: Any = raw.get("area")
         empty = segmentation is not None and covers_no_pixel(segmentation, height, width)
         if empty:
-            self._repair("polygon-empty")
+            self.problems.repair("polygon-empty", where)
         if not is_number(area) or area < 0 or (area == 0 and not empty):
-            self._repair("area-missing")
+            self.problems.repair("area-missing", where)
             area = float(bbox[2] * bbox[3]) if segmentation is None else mask_area(segmentation, height, width)
         index = self.index_of[category]
         annotation = Annotation(id=raw["id"], bbox=bbox, category_id=index, iscrowd=int(iscrowd or 0), area=area)
@@ -299,19 +292,18 @@ class AnnotationReader:
             annotation["segmentation"] = segmentation
         return annotation
 
-    def _box_of(self, segmentation: Any, height: int, width: int, unusable: Defect | None) -> list[float]:
-        """Return the box of the mask, in place of a missing or ``unusable`` one."""
-        if segmentation is None:
-            raise Defect("bbox-format", "None")
-        if unusable is not None and covers_no_pixel(segmentation, height, width):
-            raise unusable
-        try:
-            x0, y0, x1, y1 = mask_box(segmentation)
-            box = check_box([x0, y0, x1 - x0, y1 - y0], height, width)
-        except Defect as defect:
-            raise unusable or defect from None
-        self._repair("bbox-missing" if unusable is None else "bbox-unusable")
-        return box
+
+def _box_of(segmentation: Any, height: int, width: int, unusable: Defect | None) -> list[float]:
+    """Return the box of the mask, in place of a missing or ``unusable`` one."""
+    if segmentation is None:
+        raise Defect("bbox-format", "None")
+    if unusable is not None and covers_no_pixel(segmentation, height, width):
+        raise unusable
+    try:
+        x0, y0, x1, y1 = mask_box(segmentation)
+        return check_box([x0, y0, x1 - x0, y1 - y0], height, width)
+    except Defect as defect:
+        raise unusable or defect from None
 
 
 def fits_as_written(bbox: Sequence[float], mask: Sequence[float]) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from gn_det.errors import ConfigError
-from gn_det.structures import InstanceMask, Masks, Sample, Targets, rasterize_polygons
+from gn_det.structures import InstanceMask, Masks, Sample, Targets, crop_mask, rasterize_polygons
 
 #: ``image, target = transform(image, target)`` as in torchvision.transforms.v2; ``target`` has boxes, labels and masks.
 OwnTransform = Callable[..., Any]
@@ -55,11 +55,11 @@ def copy_paste(sample: Sample, other: Sample, rng: np.random.RandomState) -> Sam
     chosen = rng.rand(len(other["targets"])) < 0.5
     image, targets = sample["image"], sample["targets"]
     height, width = targets.image_size
-    offset = [
-        int(rng.randint(min(0, size - theirs), max(0, size - theirs) + 1))
-        for size, theirs in zip(targets.image_size, other["targets"].image_size)
-    ]
-    pasted = [_moved(bitmap, offset, (height, width)) for bitmap in _bitmaps(other["targets"], chosen)]
+    room = [ours - theirs for ours, theirs in zip(targets.image_size, other["targets"].image_size)]
+    offset = [int(rng.randint(min(0, free), max(0, free) + 1)) for free in room]
+    assert targets.masks is not None and other["targets"].masks is not None
+    theirs = other["targets"].masks[chosen].bitmaps(*other["targets"].image_size)
+    pasted = [_moved(bitmap, offset, (height, width)) for bitmap in theirs]
     visible = [bool(bitmap.any()) for bitmap in pasted]
     if not any(visible):
         return sample
@@ -68,7 +68,6 @@ def copy_paste(sample: Sample, other: Sample, rng: np.random.RandomState) -> Sam
     source = _moved(other["image"].numpy().transpose(1, 2, 0), offset, (height, width))
     mixed = torch.where(torch.from_numpy(over), torch.from_numpy(source.transpose(2, 0, 1).copy()), image)
 
-    assert targets.masks is not None
     masks: list[InstanceMask] = []
     boxes = targets.boxes.numpy().copy()
     keep = np.ones(len(boxes), dtype=bool)
@@ -95,12 +94,6 @@ def copy_paste(sample: Sample, other: Sample, rng: np.random.RandomState) -> Sam
     )
 
 
-def _bitmaps(targets: Targets, chosen: np.ndarray) -> Iterator[np.ndarray]:
-    assert targets.masks is not None
-    for mask in targets.masks[chosen].masks:
-        yield rasterize_polygons(mask, *targets.image_size) if isinstance(mask, list) else mask
-
-
 def _moved(array: np.ndarray, offset: Sequence[int], shape: tuple[int, int]) -> np.ndarray:
     """Return zeros of ``shape`` with ``array`` placed at ``offset`` (rows, columns) and clipped."""
     out = np.zeros((*shape, *array.shape[2:]), dtype=array.dtype)
@@ -120,10 +113,8 @@ def tight_box(mask: InstanceMask) -> np.ndarray:
             return np.zeros(4, dtype=np.float32)
         points = np.concatenate(mask).reshape(-1, 2).astype(np.float32)
         return np.concatenate([points.min(axis=0), np.maximum(points.max(axis=0), 0)])
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if len(rows) == 0:
-        return np.zeros(4, dtype=np.float32)
-    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], dtype=np.float32)
+    top, left, bitmap = crop_mask(mask)
+    return np.array([left, top, left + bitmap.shape[1], top + bitmap.shape[0]], dtype=np.float32)
 
 
 # ------------------------------------------------------------ user transforms
@@ -148,7 +139,7 @@ def apply_own(sample: Sample, transform: OwnTransform, rng: np.random.RandomStat
         "labels": targets.classes,
     }
     if targets.masks is not None:
-        bitmaps = list(_bitmaps(targets, np.ones(len(targets), dtype=bool)))
+        bitmaps = targets.masks.bitmaps(*targets.image_size)
         stacked = np.stack(bitmaps) if bitmaps else np.zeros((0, *targets.image_size), dtype=bool)
         target["masks"] = tv_tensors.Mask(torch.from_numpy(stacked))
     with _seeded(rng):
@@ -168,9 +159,10 @@ def apply_own(sample: Sample, transform: OwnTransform, rng: np.random.RandomStat
         raise _unusable(f"returned masks that differ in size from its image ({shape[1]} x {shape[0]})")
     boxes = torch.minimum(boxes.clamp(min=0), torch.tensor([shape[1], shape[0]] * 2))
     keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    masks = None
     if targets.masks is not None:
-        keep &= torch.tensor([bool(bitmap.any()) for bitmap in bitmaps], dtype=torch.bool)
-    masks = Masks(bitmaps)[keep] if targets.masks is not None else None
+        keep &= Masks(bitmaps).nonempty()
+        masks = Masks(bitmaps)[keep]
     pixels = (pixels.flip(0) if flip else pixels).contiguous()
     return Sample({**sample, "image": pixels, "targets": Targets(shape, boxes[keep], classes[keep], masks)})
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from gn_det.data.image import MAX_PIXELS
-from gn_det.data.video_frames import CONTAINERS
+from gn_det.data.video_frames import CONTAINERS, check_video
 from gn_det.errors import ConfigError, DataError
-from gn_det.files import check_regular
 from gn_det.text import one_line
 
 
@@ -50,13 +50,7 @@ class VideoFile:
             ClipError: no such file, no video, or no frame that can be decoded.
         """
         self._av, self._path, self.name = import_av(), os.path.abspath(path), one_line(path, 300)
-        try:
-            check_regular(path)
-        except FileNotFoundError:
-            raise ClipError(f"{self.name}: no such video") from None
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise ClipError(f"{self.name}: {reason}") from None
+        check_video(path, self.name, ClipError)
         self._times = self._presented()
         self.frames = len(self._times) or sum(1 for _ in self._from_start())
         if not self.frames:
@@ -79,7 +73,8 @@ class VideoFile:
                 raise ClipError(f"{self.name}: no frame can be decoded")
             wanted = {number % self.frames for number in numbers}
             scale = self._scaler(side)
-            found = {k: scale(frame) for k, frame in enumerate(self._from_start(max(wanted) + 1)) if k in wanted}
+            decoded = enumerate(islice(self._from_start(), max(wanted) + 1))
+            found = {k: scale(frame) for k, frame in decoded if k in wanted}
         return np.stack([found[number % self.frames] for number in numbers])
 
     # ------------------------------------------------------------ decoding
@@ -128,13 +123,10 @@ class VideoFile:
                 continue
             yield from frames
 
-    def _from_start(self, most: int | None = None) -> Iterator[Any]:
+    def _from_start(self) -> Iterator[Any]:
         container, stream = self._open()
         with closing(container):
-            for number, frame in enumerate(self._decoded(container, stream)):
-                if number == most:
-                    return
-                yield frame
+            yield from self._decoded(container, stream)
 
     def _sought(self, wanted: Collection[int], side: int) -> dict[int, np.ndarray]:
         """Frames by number, decoded from the last keyframe before them."""

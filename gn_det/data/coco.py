@@ -16,12 +16,7 @@ from typing import Any
 import numpy as np
 from msgspec.structs import asdict
 
-from gn_det.data.annotation_table import (
-    AnnotationTable,
-    check_annotations,
-    image_sizes,
-    refuse_corners,
-)
+from gn_det.data.annotation_table import AnnotationTable, check_annotations, image_sizes, refuse_corners
 from gn_det.data.annotations import AnnotationReader
 from gn_det.data.catalog import DatasetSource
 from gn_det.data.coco_json import CocoJson, collector_paused, read_coco_json
@@ -165,11 +160,8 @@ def load_coco(
         unusable = look_at_images(content.images, source, problems, reader=reader) if need_images else set()
         images = [image for image in content.images if image["id"] not in unusable]
         for image in (i for i in images if not i["width"]):
-            problems.drop(
-                "image-entry",
-                Where(image["id"], image["file_name"]),
-                "'width' and 'height' must be positive pixel counts",
-            )
+            where = Where(image["id"], image["file_name"])
+            problems.drop("image-entry", where, "'width' and 'height' must be positive pixel counts")
         annotations = AnnotationReader(content.category_ids, problems)
         table = check_annotations(content, [i for i in images if i["width"]], annotations)
         refuse_corners(table, problems)

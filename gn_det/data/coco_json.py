@@ -117,12 +117,9 @@ def structure(data: Any, problems: Problems, *, need_annotations: bool = True) -
     category_ids, class_names = _categories(data.get("categories"), problems)
     images, dropped = _images(data.get("images"), problems)
     annotations = data.get("annotations", [])
-    if isinstance(annotations, Entries):
-        entries = annotations
-    elif isinstance(annotations, list):
-        entries = Entries(annotations)
-    else:
+    if not isinstance(annotations, (list, Entries)):
         problems.stop("json-structure", f"'annotations' is a {type(annotations).__name__}, not a list")
+    entries = Entries(annotations) if isinstance(annotations, list) else annotations
     image_of = np.full(len(entries), -1)
     content = CocoJson(images, class_names, category_ids, entries, image_of, has_annotations="annotations" in data)
     _assign(content, dropped, problems)
@@ -265,14 +262,14 @@ def _categories(entries: Any, problems: Problems) -> tuple[tuple[int, ...], tupl
             problems.refuse("category-id-repeated", NOWHERE, number, shown(found[number]), shown(name))
         else:
             found[number] = name
+    found = dict(sorted(found.items()))
     ids_of = defaultdict(list)
-    for number, name in sorted(found.items()):
+    for number, name in found.items():
         ids_of[name].append(str(number))
     for name, ids in ids_of.items():
         if len(ids) > 1:
             problems.refuse("category-name-repeated", NOWHERE, shown(name), some(ids))
-    ids_and_names = sorted(found.items())
-    return tuple(number for number, _ in ids_and_names), tuple(name for _, name in ids_and_names)
+    return tuple(found), tuple(found.values())
 
 
 def _images(entries: Any, problems: Problems) -> tuple[list[dict[str, Any]], set[Any]]:

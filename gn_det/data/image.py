@@ -11,11 +11,12 @@ mapped by ``convert``), so both engines feed the same pixels to the same weights
 
 from __future__ import annotations
 
+import io
 import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -113,7 +114,8 @@ class ImageReader:
         mode = "RGB" if self.image_format == "BGR" else self.image_format
         with self._opened(path) as (file, opened):
             opened.load()  # before PNG's getexif(), which would load and swallow the errors
-            image = _upright(opened)
+            turn = _TURNS.get(_orientation(opened) or 1)
+            image = opened if turn is None else opened.transpose(turn)
             if opened.mode in _DEEP:
                 image = Image.fromarray(self._to_8_bits(path, opened, np.asarray(image)))
             if image.mode != mode:  # convert() copies an image of the same mode
@@ -160,6 +162,13 @@ class ImageReader:
             return np.asarray(Image.fromarray(pixels).convert("L"))[:, :, None]
         return pixels[:, :, ::-1] if self.image_format == "BGR" else pixels
 
+    def rgb_or_none(self, path: StrPath) -> np.ndarray | None:
+        """Return (H, W, 3) uint8 RGB pixels that may be drawn on; None if the image cannot be read."""
+        try:
+            return np.array(replace(self, image_format="RGB").read(path))
+        except ImageError:
+            return None
+
     @contextmanager
     def _opened(self, path: StrPath) -> Iterator[tuple[BinaryIO, Image.Image]]:
         """Open a file and read its image header; every failure becomes an ImageError."""
@@ -201,6 +210,13 @@ class ImageReader:
             span = (float(low), float(high))
         scaled = (np.where(finite, values, span[0]) - span[0]) / max(span[1] - span[0], 1e-300)
         return (scaled.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def png_bytes(pixels: np.ndarray) -> bytes:
+    """Encode (H, W) or (H, W, 3) pixels as a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
 
 
 def one_color(pixels: np.ndarray) -> bool:
@@ -277,11 +293,6 @@ def _orientation(image: Image.Image) -> int | None:
     except Exception:
         # A damaged EXIF block does not make an image unusable.
         return None
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    turn = _TURNS.get(_orientation(image) or 1)
-    return image if turn is None else image.transpose(turn)
 
 
 def _unreadable(path: StrPath, error: Exception) -> ImageError:

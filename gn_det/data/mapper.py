@@ -14,21 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from gn_det.data import transforms as geometry
 from gn_det.data.augment import OwnTransform, apply_own, copy_paste, jitter_color, tight_box
 from gn_det.data.image import ImageReader, wrong_size
 from gn_det.data.records import Annotation, Record
-from gn_det.data.transforms import (
-    Resize,
-    Transform,
-    apply_to_box,
-    apply_to_image,
-    draw_crop,
-    draw_flip,
-    draw_jitter,
-    draw_resize,
-    draw_rotation,
-    resized_shape,
-)
+from gn_det.data.transforms import Resize, Transform, apply_to_box, apply_to_image, resized_shape
 from gn_det.errors import ConfigError, DataError
 from gn_det.structures import InstanceMask, Masks, Sample, Targets, rasterize_polygons
 
@@ -100,7 +90,7 @@ class TrainMapper:
         pixels = pixels[:, :, order]
         transforms: list[Transform] = []
         for draw in self._draws(rng):
-            drawn = draw(_shape(pixels))
+            drawn = [transform for transform in draw(_shape(pixels)) if transform is not None]
             transforms += drawn
             pixels = apply_to_image(drawn, pixels)
         if any(self.color):
@@ -109,20 +99,20 @@ class TrainMapper:
         sample["targets"] = self.targets(record["annotations"], transforms, _shape(pixels))
         return sample
 
-    def _draws(self, rng: np.random.RandomState) -> Iterator[Callable[[tuple[int, int]], list[Transform]]]:
+    def _draws(self, rng: np.random.RandomState) -> Iterator[Callable[[tuple[int, int]], Sequence[Transform | None]]]:
         """Yield functions from an image's shape to transforms, in Detectron2's order."""
         if self.jitter:
             side, scale = self.jitter
-            yield lambda shape: draw_jitter(shape, side, scale, rng)
+            yield lambda shape: geometry.draw_jitter(shape, side, scale, rng)
         else:
             if self.crop:
                 kind, size = self.crop
-                yield lambda shape: [draw_crop(shape, kind, size, rng)]
-            yield lambda shape: _some(draw_resize(shape, self.sizes, self.max_size, self.style, rng))
+                yield lambda shape: [geometry.draw_crop(shape, kind, size, rng)]
+            yield lambda shape: [geometry.draw_resize(shape, self.sizes, self.max_size, self.style, rng)]
         if self.flip != "none":
-            yield lambda shape: _some(draw_flip(shape, self.flip, rng))
+            yield lambda shape: [geometry.draw_flip(shape, self.flip, rng)]
         if self.rotation:
-            yield lambda shape: [draw_rotation(shape, self.rotation, rng)]
+            yield lambda shape: [geometry.draw_rotation(shape, self.rotation, rng)]
 
     def targets(
         self, annotations: Sequence[Annotation], transforms: Sequence[Transform], shape: tuple[int, int]
@@ -144,7 +134,7 @@ class TrainMapper:
                 boxes = torch.from_numpy(np.array([tight_box(m) for m in masks.masks], np.float32).reshape(-1, 4))
         keep = (boxes[:, 2] - boxes[:, 0] > _MIN_SIDE) & (boxes[:, 3] - boxes[:, 1] > _MIN_SIDE)
         if masks is not None:
-            keep &= torch.tensor([_has_pixels(m) for m in masks.masks], dtype=torch.bool)
+            keep &= masks.nonempty()
         return Targets(shape, boxes[keep], classes[keep], None if masks is None else masks[keep])
 
 
@@ -195,10 +185,6 @@ def _shape(pixels: np.ndarray) -> tuple[int, int]:
     return int(pixels.shape[0]), int(pixels.shape[1])
 
 
-def _some(transform: Transform | None) -> list[Transform]:
-    return [] if transform is None else [transform]
-
-
 def _sample(record: Record, pixels: np.ndarray) -> Sample:
     return Sample(
         image=torch.from_numpy(np.stack([pixels[:, :, c] for c in range(pixels.shape[2])])),  # faster than a transpose
@@ -233,7 +219,3 @@ def _moved_mask(
         polygons = transform.polygons(polygons)
     flat = [p.reshape(-1).astype(np.float64) for p in polygons]
     return flat if mask_format == "polygon" else rasterize_polygons(flat, *shape)
-
-
-def _has_pixels(mask: InstanceMask) -> bool:
-    return len(mask) > 0 if isinstance(mask, list) else bool(mask.any())

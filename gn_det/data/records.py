@@ -111,12 +111,6 @@ class RecordList:
     def __iter__(self) -> Iterator[Record]:
         return (self[i] for i in range(len(self)))
 
-    @property
-    def nbytes(self) -> int:
-        """Size of all records in bytes."""
-        tensors = (self._text, self._rest, self._spans, self._bounds, self._head_ends)
-        return sum(tensor.nbytes for tensor in tensors)
-
     def entries(self, index: int) -> tuple[Head, list[Entry]]:
         """Return one image and its annotations with their json values."""
         i = range(len(self))[index]

@@ -40,11 +40,22 @@ class Frame(NamedTuple):
 
 def is_video(word: str) -> bool:
     """Return whether an input names a video: a file extension, a camera number, or a stream address."""
-    if _STREAM.match(word):
-        return True
-    if re.fullmatch(r"\d{1,2}", word):
-        return not os.path.exists(word)
-    return Path(word).suffix.lower() in VIDEO_SUFFIXES
+    return _is_live(word) or Path(word).suffix.lower() in VIDEO_SUFFIXES
+
+
+def _is_live(word: str) -> bool:
+    """Return whether an input is a stream's address, or the number of a camera and no file."""
+    return bool(_STREAM.match(word) or (re.fullmatch(r"\d{1,2}", word) and not os.path.exists(word)))
+
+
+def check_video(path: str, name: str, error: type[DataError] = DataError) -> None:
+    """Raise ``error``, naming the video ``name``, unless ``path`` is a regular file."""
+    try:
+        check_regular(path)
+    except FileNotFoundError:
+        raise error(f"{name}: no such video") from None
+    except (OSError, ValueError) as problem:
+        raise error(f"{name}: {problem.strerror if isinstance(problem, OSError) else problem}") from None
 
 
 def import_cv2() -> Any:
@@ -79,7 +90,7 @@ class VideoFrames:
         """
         self._cv2 = import_cv2()
         self.every, self._limit = every, max_pixels
-        self.live = bool(_STREAM.match(source)) or bool(re.fullmatch(r"\d{1,2}", source) and not os.path.exists(source))
+        self.live = _is_live(source)
         self.name = one_line(source, 200)
         self.dropped = 0
         self.notes: list[str] = []
@@ -107,12 +118,7 @@ class VideoFrames:
             return cv2.VideoCapture(source, cv2.CAP_FFMPEG, timeouts)
         if self.live:
             return cv2.VideoCapture(int(source))
-        try:
-            check_regular(source)
-        except FileNotFoundError:
-            raise DataError(f"{self.name}: no such video") from None
-        except (OSError, ValueError) as error:
-            raise DataError(f"{self.name}: {error.strerror if isinstance(error, OSError) else error}") from None
+        check_video(source, self.name)
         with _option(f"protocol_whitelist;file|format_whitelist;{CONTAINERS}"):
             return cv2.VideoCapture(os.path.abspath(source), cv2.CAP_FFMPEG)
 

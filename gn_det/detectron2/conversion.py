@@ -36,11 +36,6 @@ class MixedMasks(Masks):
     def device(self) -> torch.device:
         return torch.device("cpu")
 
-    def nonempty(self) -> Tensor:
-        """Return (N,) bool: whether a mask has polygons or pixels."""
-        found = [len(m) > 0 if isinstance(m, list) else bool(m.any()) for m in self.masks]
-        return torch.tensor(found, dtype=torch.bool)
-
     @staticmethod
     def cat(parts: Sequence[MixedMasks]) -> MixedMasks:
         """Concatenate the masks of several images."""

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from PIL import Image, ImageDraw
 from gn_det.data.coco import CocoDataset
 from gn_det.data.image import ImageReader
 from gn_det.data.records import Record
-from gn_det.errors import DataError
 from gn_det.evaluation.analysis import Analysis, Doubt, ImageErrors, Interval
 from gn_det.files import atomic_write
 from gn_det.text import one_line
@@ -50,9 +49,7 @@ def as_html(
         weights: name of the evaluated file.
     """
     main = analyses[-1]
-    pictures = _Pictures(
-        dataset, results, dict(zip(category_ids, class_names)), main.thresholds, replace(reader, image_format="RGB")
-    )
+    pictures = _Pictures(dataset, results, dict(zip(category_ids, class_names)), main.thresholds, reader)
     shown = sorted((c for c in main.classes if len(c.curve)), key=lambda c: -c.objects)[:_CURVES]
     curves = [
         Line(c.name, np.concatenate([[[0.0, c.curve[0, 1]]], c.curve, [[c.curve[-1, 0], 0.0]]]), k)
@@ -133,25 +130,21 @@ def _confusion(analysis: Analysis) -> dict[str, Any] | None:
     return {"columns": [names[j] for j in chosen], "rows": rows, "left": len(classes) + 1 - len(chosen)}
 
 
+@dataclass
 class _Pictures:
     """Draws ground truth and detections of single images, which are read when drawn."""
 
-    def __init__(
-        self,
-        dataset: CocoDataset,
-        results: Sequence[Mapping[str, Any]],
-        names: Mapping[int, str],
-        thresholds: Mapping[str, float],
-        reader: ImageReader,
-    ) -> None:
-        self.dataset, self.results, self.names = dataset, results, names
-        self.thresholds, self.reader = thresholds, reader
+    dataset: CocoDataset
+    results: Sequence[Mapping[str, Any]]
+    names: Mapping[int, str]
+    thresholds: Mapping[str, float]
+    reader: ImageReader
 
     def worst(self, errors: Sequence[ImageErrors]) -> list[dict[str, Any]]:
         found = []
         for error in errors:
             record = self.dataset.records[error.index]
-            pixels = self._read(record)
+            pixels = self.reader.rgb_or_none(record["file_name"])
             if pixels is None:
                 continue
             truth = [a for a in record["annotations"] if not a["iscrowd"]]
@@ -167,7 +160,7 @@ class _Pictures:
         found = []
         for doubt in doubts:
             record = self.dataset.records[doubt.index]
-            pixels = self._read(record)
+            pixels = self.reader.rgb_or_none(record["file_name"])
             if pixels is None:
                 continue
             what = "no label" if doubt.kind == "missing" else f"labeled {doubt.labeled}"
@@ -179,12 +172,6 @@ class _Pictures:
         shown = Record({**record, "annotations": objects})
         return jpeg_uri(draw_annotations(pixels, shown, names, min_size=_SIDE, max_size=_SIDE, labels="fit"))
 
-    def _read(self, record: Any) -> np.ndarray | None:
-        try:
-            return np.array(self.reader.read(record["file_name"]))
-        except DataError:
-            return None
-
     def _file(self, record: Any) -> str:
         return one_line(Path(record["file_name"]).name, 60)
 
@@ -192,22 +179,12 @@ class _Pictures:
         """Return the detections above their class's threshold as annotations."""
         index = {category: k for k, category in enumerate(self.names)}
         return [
-            {
-                "bbox": r["bbox"],
-                "category_id": index[r["category_id"]],
-                "segmentation": _drawable(r.get("segmentation")),
-            }
+            {"bbox": r["bbox"], "category_id": index[r["category_id"]], "segmentation": r.get("segmentation")}
             for r in self.results
             if r["image_id"] == image_id
             and r["category_id"] in index
             and r["score"] >= self.thresholds.get(self.names[r["category_id"]], 0.5)
         ]
-
-
-def _drawable(segmentation: Any) -> Any:
-    if isinstance(segmentation, dict) and isinstance(segmentation["counts"], str):
-        return {**segmentation, "counts": segmentation["counts"].encode()}
-    return segmentation
 
 
 def _cut(pixels: np.ndarray, box: Sequence[float]) -> np.ndarray:

@@ -27,16 +27,8 @@ from gn_det.checkpoint.formats.common import NameTable, State, Weights, classes_
 from gn_det.checkpoint.preprocessing import CAFFE, Preprocessing
 
 _CONV = {"branch1": "shortcut", "branch2a": "conv1", "branch2b": "conv2", "branch2c": "conv3"}
-_NORM = {
-    "s": "weight",
-    "b": "bias",
-    "gamma": "weight",
-    "beta": "bias",
-    "rm": "running_mean",
-    "running_mean": "running_mean",
-    "riv": "running_var",
-    "running_var": "running_var",
-}
+_NORM = {"s": "weight", "gamma": "weight", "b": "bias", "beta": "bias"}
+_NORM |= {"rm": "running_mean", "running_mean": "running_mean", "riv": "running_var", "running_var": "running_var"}
 _RPN = {"conv_rpn": "conv", "rpn_cls_logits": "objectness_logits", "rpn_bbox_pred": "anchor_deltas"}
 _LEAF = {"w": "weight", "b": "bias", "gn_s": "norm.weight", "gn_b": "norm.bias"}
 _STATS = f"({'|'.join(_NORM)})"

@@ -1,18 +1,5 @@
 """mmdetection's Mask R-CNN detectors (``configs/gn``), of versions 1 to 3.
 
-==============================================  ==================================================
-theirs (``roi_head.`` is absent in version 1)   ours
-==============================================  ==================================================
-``backbone.``                                   ``backbone.bottom_up.``, see ``torchvision``
-``neck.lateral_convs.I``, ``neck.fpn_convs.I``  ``backbone.fpn_lateral(I+2)``, ``fpn_output(I+2)``
-``rpn_head.rpn_{conv,cls,reg}``                 ``proposal_generator.rpn_head....``
-``roi_head.bbox_head.shared_convs.I``           ``roi_heads.box_head.conv(I+1)``
-``roi_head.bbox_head.shared_fcs.I``             ``roi_heads.box_head.fc(I+1)``
-``roi_head.bbox_head.fc_{cls,reg}``             ``roi_heads.box_predictor.{cls_score,bbox_pred}``
-``roi_head.mask_head.convs.I``                  ``roi_heads.mask_head.mask_fcn(I+1)``
-``roi_head.mask_head.{upsample,conv_logits}``   ``roi_heads.mask_head.{deconv,predictor}``
-==============================================  ==================================================
-
 Background is the last class since version 2 and was the first before; the number of rows of ``fc_reg`` shows which.
 """
 
@@ -30,6 +17,7 @@ from gn_det.config.schema import WS_SECTIONS
 
 _NORMED = r"\.(?:conv\.(weight|bias)|(?:gn|bn)\.(\w+))"
 _PLAIN = r"\.(weight|bias)"
+_BOX_HEAD, _MASK_HEAD = r"(?:roi_head\.)?bbox_head\.", r"(?:roi_head\.)?mask_head\."
 _RPN = {"conv": "conv", "cls": "objectness_logits", "reg": "anchor_deltas"}
 _BOX = {"cls": "cls_score", "reg": "bbox_pred"}
 _MASK = {"upsample": "deconv", "conv_logits": "predictor"}
@@ -39,27 +27,16 @@ def _leaf(match: re.Match[str], at: int) -> str:
     return match[at] or f"norm.{match[at + 1]}"
 
 
+#: Names of the parts beside the backbone; ``roi_head.`` is absent in version 1.
 _heads = NameTable(
     (rf"neck\.lateral_convs\.([0-3]){_NORMED}", lambda m: f"backbone.fpn_lateral{int(m[1]) + 2}.{_leaf(m, 2)}"),
     (rf"neck\.fpn_convs\.([0-3]){_NORMED}", lambda m: f"backbone.fpn_output{int(m[1]) + 2}.{_leaf(m, 2)}"),
     (rf"rpn_head\.rpn_(conv|cls|reg){_PLAIN}", lambda m: f"proposal_generator.rpn_head.{_RPN[m[1]]}.{m[2]}"),
-    (
-        rf"(?:roi_head\.)?bbox_head\.shared_convs\.(\d+){_NORMED}",
-        lambda m: f"roi_heads.box_head.conv{int(m[1]) + 1}.{_leaf(m, 2)}",
-    ),
-    (
-        rf"(?:roi_head\.)?bbox_head\.shared_fcs\.(\d+){_PLAIN}",
-        lambda m: f"roi_heads.box_head.fc{int(m[1]) + 1}.{m[2]}",
-    ),
-    (rf"(?:roi_head\.)?bbox_head\.fc_(cls|reg){_PLAIN}", lambda m: f"roi_heads.box_predictor.{_BOX[m[1]]}.{m[2]}"),
-    (
-        rf"(?:roi_head\.)?mask_head\.convs\.(\d+){_NORMED}",
-        lambda m: f"roi_heads.mask_head.mask_fcn{int(m[1]) + 1}.{_leaf(m, 2)}",
-    ),
-    (
-        rf"(?:roi_head\.)?mask_head\.(upsample|conv_logits){_PLAIN}",
-        lambda m: f"roi_heads.mask_head.{_MASK[m[1]]}.{m[2]}",
-    ),
+    (rf"{_BOX_HEAD}shared_convs\.(\d+){_NORMED}", lambda m: f"roi_heads.box_head.conv{int(m[1]) + 1}.{_leaf(m, 2)}"),
+    (rf"{_BOX_HEAD}shared_fcs\.(\d+){_PLAIN}", lambda m: f"roi_heads.box_head.fc{int(m[1]) + 1}.{m[2]}"),
+    (rf"{_BOX_HEAD}fc_(cls|reg){_PLAIN}", lambda m: f"roi_heads.box_predictor.{_BOX[m[1]]}.{m[2]}"),
+    (rf"{_MASK_HEAD}convs\.(\d+){_NORMED}", lambda m: f"roi_heads.mask_head.mask_fcn{int(m[1]) + 1}.{_leaf(m, 2)}"),
+    (rf"{_MASK_HEAD}(upsample|conv_logits){_PLAIN}", lambda m: f"roi_heads.mask_head.{_MASK[m[1]]}.{m[2]}"),
 )
 
 

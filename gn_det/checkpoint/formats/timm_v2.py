@@ -1,18 +1,6 @@
 """timm's pre-activation ResNets: ``resnetv2_*_bit`` (BiT) and ``resnetv2_50d_gn``.
 
-The table, with S = 0 ... 3:
-
-=======================================  ==========================
-theirs                                   ours
-=======================================  ==========================
-``stem.conv``, ``stem.conv[123]``        ``stem.conv1``, ``stem.conv[123]``
-``stem.norm[12]``                        ``stem.conv[12].norm``
-``stages.S.blocks.B.norm1``              ``res(S+2).B.norm``
-``stages.S.blocks.B.convN``              ``res(S+2).B.convN``
-``stages.S.blocks.B.norm[23]``           ``res(S+2).B.conv[12].norm``
-``stages.S.blocks.B.downsample.conv``    ``res(S+2).B.shortcut``
-``norm``, ``head.fc``                    not used by a detector
-=======================================  ==========================
+The norm before a convolution is ours of the convolution before it, or ``norm`` of the block.
 """
 
 from __future__ import annotations

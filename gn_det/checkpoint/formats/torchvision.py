@@ -1,21 +1,7 @@
 """ResNets named ``conv1 layer1 ... layer4 fc``: torchvision's, timm's, and the backbones of mmdetection.
 
-The table, with N = 1, 2, 3 and S = 1 ... 4:
-
-==================================  ==========================
-theirs                              ours
-==================================  ==========================
-``conv1``                           ``stem.conv1``
-``bn1``, mmdetection also ``gn1``   ``stem.conv1.norm``
-``layerS.B.convN``                  ``res(S+1).B.convN``
-``layerS.B.bnN``, ``.gnN``          ``res(S+1).B.convN.norm``
-``layerS.B.downsample.0``           ``res(S+1).B.shortcut``
-``layerS.B.downsample.1``           ``res(S+1).B.shortcut.norm``
-``fc``                              ``stem.fc`` (set aside)
-==================================  ==========================
-
 torchvision names every norm ``bn``, so a ResNet built with ``norm_layer=partial(nn.GroupNorm, 32)`` is recognized only
-by its lack of running statistics.
+by its lack of running statistics. mmdetection names GroupNorm ``gn``.
 """
 
 from __future__ import annotations

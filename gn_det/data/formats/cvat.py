@@ -9,18 +9,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from gn_det.data.formats.draft import (
-    FLAGS,
-    Document,
-    Draft,
-    Losses,
-    by_image,
-    corners,
-    crop_of_rle,
-    flags_of,
-    names_of,
-    xml_of,
-)
+from gn_det.data.formats import draft as tools
+from gn_det.data.formats.draft import FLAGS, Document, Draft, Losses
 from gn_det.errors import DataError
 from gn_det.files import atomic_write
 from gn_det.structures import MaskCrop, crop_mask
@@ -32,7 +22,7 @@ FILE = "annotations.xml"
 def read(source: Path, images: Path | None, classes: Sequence[str]) -> Draft:
     """Read ``source``, an XML file or a folder with ``annotations.xml``."""
     path = source / FILE if source.is_dir() else source
-    root = xml_of(path)
+    root = tools.xml_of(path)
     if root.tag != "annotations":
         raise DataError(f"{path}: its root is <{root.tag}>, not <annotations>; export as CVAT for images 1.1")
     listed = [(label.findtext("name") or "").strip() for label in root.iterfind("meta//labels/label")]
@@ -65,9 +55,9 @@ def _read_shapes(draft: Draft, image: str, entry: ElementTree.Element, size: tup
     for parts in groups.values():
         first = parts[0]
         attributes = {a.get("name"): (a.text or "").strip().lower() for a in first.iterfind("attribute")}
+        if first.get("occluded") == "1":  # in CVAT an attribute of the shape itself
+            attributes["occluded"] = "1"
         flags = [flag for flag in FLAGS if attributes.get(flag) in ("1", "true")]
-        if first.get("occluded") == "1" and "occluded" not in flags:
-            flags.append("occluded")
         more: dict[str, Any] = {"flags": flags, "crowd": attributes.get("iscrowd") in ("1", "true")}
         label = first.get("label") or ""
         try:
@@ -114,13 +104,13 @@ def _mask(shape: ElementTree.Element, size: tuple[int, int]) -> MaskCrop:
 
 def write(document: Document, folder: Path, root: Path, losses: Losses) -> None:
     """Write ``annotations.xml`` with the classes and all images."""
-    names = names_of(document)
+    names = tools.names_of(document)
     xml = ElementTree.Element("annotations")
     ElementTree.SubElement(xml, "version").text = "1.1"
     labels = ElementTree.SubElement(ElementTree.SubElement(ElementTree.SubElement(xml, "meta"), "task"), "labels")
     for name in names.values():
         ElementTree.SubElement(ElementTree.SubElement(labels, "label"), "name").text = name
-    for number, (image, objects) in enumerate(by_image(document)):
+    for number, (image, objects) in enumerate(tools.by_image(document)):
         size = {"width": str(image["width"]), "height": str(image["height"])}
         entry = ElementTree.SubElement(xml, "image", {"id": str(number), "name": image["file_name"], **size})
         for group, a in enumerate(objects, 1):
@@ -131,19 +121,18 @@ def write(document: Document, folder: Path, root: Path, losses: Losses) -> None:
 
 
 def _shapes(annotation: dict[str, Any], label: str, group: int) -> list[ElementTree.Element]:
-    flags = flags_of(annotation)
+    flags = tools.flags_of(annotation)
     base = {"label": label, "source": "auto" if "score" in annotation else "manual"}
     base |= {"occluded": str(int("occluded" in flags)), "z_order": "0"}
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, dict):
-        crop = crop_of_rle(segmentation)
+        crop = tools.crop_of_rle(segmentation)
         rows, columns = crop.bitmap.shape
         flat = np.concatenate([[False], crop.bitmap.ravel()])
         edges = np.flatnonzero(flat[1:] != flat[:-1])
         runs = np.diff(np.concatenate([[0], edges, [rows * columns]])).tolist()
-        where = {"left": crop.left, "top": crop.top, "width": columns, "height": rows}
-        given = {"rle": ", ".join(map(str, runs)), **{key: str(value) for key, value in where.items()}}
-        shapes = [ElementTree.Element("mask", base | given)]
+        box = {"left": str(crop.left), "top": str(crop.top), "width": str(columns), "height": str(rows)}
+        shapes = [ElementTree.Element("mask", base | box | {"rle": ", ".join(map(str, runs))})]
     elif segmentation:
         base |= {"group_id": str(group)} if len(segmentation) > 1 else {}
         shapes = []
@@ -151,7 +140,7 @@ def _shapes(annotation: dict[str, Any], label: str, group: int) -> list[ElementT
             points = ";".join(f"{x:.12g},{y:.12g}" for x, y in np.asarray(polygon, float).reshape(-1, 2).tolist())
             shapes.append(ElementTree.Element("polygon", base | {"points": points}))
     else:
-        sides = zip(("xtl", "ytl", "xbr", "ybr"), corners(annotation))
+        sides = zip(("xtl", "ytl", "xbr", "ybr"), tools.corners(annotation))
         shapes = [ElementTree.Element("box", base | {key: f"{value:.12g}" for key, value in sides})]
     for name in [*(f for f in flags if f != "occluded"), *(["iscrowd"] if annotation.get("iscrowd") else [])]:
         ElementTree.SubElement(shapes[0], "attribute", {"name": name}).text = "true"

@@ -14,21 +14,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from gn_det.data.formats.draft import (
-    FLAGS,
-    Document,
-    Draft,
-    Losses,
-    by_image,
-    class_list,
-    corners,
-    crop_of_rle,
-    files_of,
-    flags_of,
-    names_of,
-    place,
-    text_of,
-)
+from gn_det.data.formats import draft as tools
+from gn_det.data.formats.draft import FLAGS, Document, Draft, Losses
+from gn_det.data.image import png_bytes
 from gn_det.errors import DataError
 from gn_det.files import atomic_write, json_bytes
 from gn_det.structures import MaskCrop
@@ -40,10 +28,10 @@ _CORNERS_OF_CIRCLE = 36
 
 def read(source: Path, images: Path | None, classes: Sequence[str]) -> Draft:
     """Read every json of a folder; ``imagePath`` names the image, relative to ``images`` or to the json."""
-    draft = Draft(class_list(source, classes, CLASSES))
-    for path in files_of(source, ".json"):
+    draft = Draft(tools.class_list(source, classes, CLASSES))
+    for path in tools.files_of(source, ".json"):
         try:
-            content = json.loads(text_of(path))
+            content = json.loads(tools.text_of(path))
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: is not json ({one_line(error)})") from None
         if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
@@ -73,30 +61,25 @@ def _read_shapes(draft: Draft, image: str, shapes: list[Any], size: tuple[int, i
         groups.setdefault(key, []).append(shape)
     for parts in groups.values():
         where = f"{path}: {shown(parts[0]['label'])}"
-        given = parts[0].get("flags")
-        flags = given if isinstance(given, dict) else {}
-        more: dict[str, Any] = {
-            "flags": [flag for flag in FLAGS if flags.get(flag)],
-            "crowd": bool(flags.get("iscrowd")),
-        }
         kind, points = _kind(parts[0]), _points(parts[0])
+        outline: dict[str, Any] = {}
         if kind == "polygon" and all(len(_points(part)) >= 3 for part in parts):
-            polygons = [[v for point in _points(part) for v in point] for part in parts]
-            draft.add(image, parts[0]["label"], where, polygons=polygons, **more)
-        elif kind == "rectangle" and len(points) >= 2:
-            (x0, x1), (y0, y1) = (sorted(p[k] for p in points[:: len(points) - 1][:2]) for k in (0, 1))
-            if len(points) == 4:  # LabelMe 5.5 writes all corners
-                (x0, x1), (y0, y1) = ((min(p[k] for p in points), max(p[k] for p in points)) for k in (0, 1))
-            draft.add(image, parts[0]["label"], where, box=(x0, y0, x1, y1), **more)
+            outline["polygons"] = [[v for point in _points(part) for v in point] for part in parts]
+        elif kind == "rectangle" and len(points) >= 2:  # LabelMe 5.5 writes all four corners
+            outline["box"] = (*np.min(points, axis=0).tolist(), *np.max(points, axis=0).tolist())
         elif kind == "circle" and len(points) == 2:
             (x, y), radius = points[0], math.dist(*points)
             angles = [2 * math.pi * k / _CORNERS_OF_CIRCLE for k in range(_CORNERS_OF_CIRCLE)]
-            ring = [v for a in angles for v in (x + radius * math.cos(a), y + radius * math.sin(a))]
-            draft.add(image, parts[0]["label"], where, polygons=[ring], **more)
+            outline["polygons"] = [[v for a in angles for v in (x + radius * math.cos(a), y + radius * math.sin(a))]]
         elif kind == "mask" and (mask := _mask(parts[0], size)) is not None:
-            draft.add(image, parts[0]["label"], where, mask=mask, **more)
+            outline["mask"] = mask
         else:
             draft.problems.append(f"{where}: shape of type {shown(kind)} with {len(points)} points has no area")
+            continue
+        given = parts[0].get("flags")
+        flags = given if isinstance(given, dict) else {}
+        set_flags, crowd = [flag for flag in FLAGS if flags.get(flag)], bool(flags.get("iscrowd"))
+        draft.add(image, parts[0]["label"], where, flags=set_flags, crowd=crowd, **outline)
 
 
 def _kind(shape: dict[str, Any]) -> str:
@@ -128,30 +111,25 @@ def _mask(shape: dict[str, Any], size: tuple[int, int]) -> MaskCrop | None:
 
 def write(document: Document, folder: Path, root: Path, losses: Losses) -> None:
     """Write one json per image, with an ``imagePath`` to the image in ``root``, and the list of classes."""
-    names = names_of(document)
-    for image, objects in by_image(document):
-        path = place(folder, image, ".json")
+    names = tools.names_of(document)
+    for image, objects in tools.by_image(document):
+        path = tools.place(folder, image, ".json")
         shapes: list[dict[str, Any]] = []
         for group, a in enumerate(objects, 1):
-            flags = dict.fromkeys([*flags_of(a), *(["iscrowd"] if a.get("iscrowd") else [])], True)
-            base: dict[str, Any] = {
-                "label": names[a["category_id"]],
-                "group_id": None,
-                "description": "",
-                "flags": flags,
-            }
-            if "score" in a:
-                base["description"] = f"score {a['score']:.3f}"
+            flags = dict.fromkeys([*tools.flags_of(a), *(["iscrowd"] if a.get("iscrowd") else [])], True)
+            note = f"score {a['score']:.3f}" if "score" in a else ""
+            base: dict[str, Any] = {"label": names[a["category_id"]], "group_id": None, "description": note}
+            base["flags"] = flags
             segmentation = a.get("segmentation")
             if isinstance(segmentation, dict):
-                shapes.append({**base, **_mask_shape(crop_of_rle(segmentation))})
+                shapes.append({**base, **_mask_shape(tools.crop_of_rle(segmentation))})
             elif segmentation:
                 base["group_id"] = group if len(segmentation) > 1 else None
                 for polygon in segmentation:
                     points = np.asarray(polygon, float).reshape(-1, 2).tolist()
                     shapes.append({**base, "points": points, "shape_type": "polygon", "mask": None})
             else:
-                x0, y0, x1, y1 = corners(a)
+                x0, y0, x1, y1 = tools.corners(a)
                 shapes.append({**base, "points": [[x0, y0], [x1, y1]], "shape_type": "rectangle", "mask": None})
         content = {
             "version": "5.5.0",
@@ -167,8 +145,6 @@ def write(document: Document, folder: Path, root: Path, losses: Losses) -> None:
 
 
 def _mask_shape(crop: MaskCrop) -> dict[str, Any]:
-    file = io.BytesIO()
-    Image.fromarray(crop.bitmap).save(file, "PNG")
     rows, columns = crop.bitmap.shape
     first, last = [crop.left, crop.top], [crop.left + columns - 1, crop.top + rows - 1]
-    return {"points": [first, last], "shape_type": "mask", "mask": base64.b64encode(file.getvalue()).decode()}
+    return {"points": [first, last], "shape_type": "mask", "mask": base64.b64encode(png_bytes(crop.bitmap)).decode()}

@@ -5,7 +5,6 @@ Also read: ``NAME/ANYTHING/*.png`` and ``NAME.png`` whose values number the obje
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,19 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from gn_det.data.formats.draft import (
-    Document,
-    Draft,
-    Images,
-    Losses,
-    by_image,
-    class_list,
-    crop_of_rle,
-    flags_of,
-    names_of,
-    place,
-)
-from gn_det.data.image import MAX_PIXELS
+from gn_det.data.formats import draft as tools
+from gn_det.data.formats.draft import Document, Draft, Losses
+from gn_det.data.image import MAX_PIXELS, png_bytes
 from gn_det.errors import DataError
 from gn_det.files import atomic_write, inside, open_regular
 from gn_det.structures import MaskCrop, crop_mask, rasterize_polygons
@@ -36,11 +25,11 @@ CLASSES = "classes.txt"
 
 def read(source: Path, images: Path | None, classes: Sequence[str]) -> Draft:
     """Read the masks below ``source`` (or ``source/masks``) for the images in ``images`` or ``source/images``."""
-    names = class_list(source, classes, CLASSES)
+    names = tools.class_list(source, classes, CLASSES)
     if not names:
         raise DataError(f"{source}: no class names; give classes.txt, or name them with --classes")
     masks = source / "masks" if (source / "masks").is_dir() else source
-    files = Images(images or source / "images")
+    files = tools.Images(images or source / "images")
     draft = Draft(names)
     for stem, file in files.files.items():
         size = files.size(file)
@@ -52,12 +41,10 @@ def read(source: Path, images: Path | None, classes: Sequence[str]) -> Draft:
                 draft.problems.append(f"{path}: its folder is not one of the classes {', '.join(names)}")
                 continue
             try:
-                found = list(_objects(path, size))
+                for crop in _objects(path, size):
+                    draft.add(image, name, str(path), mask=crop)
             except DataError as error:
                 draft.problems.append(str(error))
-                continue
-            for crop in found:
-                draft.add(image, name, str(path), mask=crop)
     return draft
 
 
@@ -73,8 +60,8 @@ def _masks_of(masks: Path, stem: str, names: Sequence[str]) -> Iterator[tuple[Pa
             yield Path(root) / file, folder if folder in names else only
 
 
-def _objects(path: Path, size: tuple[int, int]) -> Iterator[MaskCrop]:
-    """Yield one object for each value except 0."""
+def _objects(path: Path, size: tuple[int, int]) -> list[MaskCrop]:
+    """Return one object for each value except 0."""
     try:
         with open_regular(path) as file, Image.open(file) as image:
             if image.size != size:
@@ -91,35 +78,31 @@ def _objects(path: Path, size: tuple[int, int]) -> Iterator[MaskCrop]:
     found = [value for value in np.unique(values).tolist() if value]
     if not found:
         raise DataError(f"{path}: the mask is empty; remove it")
-    for value in found:
-        yield crop_mask(values == value)
+    return [crop_mask(values == value) for value in found]
 
 
 def write(document: Document, folder: Path, root: Path, losses: Losses) -> None:
     """Write one PNG per object, and the list of classes."""
-    names = names_of(document)
+    names = tools.names_of(document)
     for name in names.values():
         try:
             inside(folder, name)
         except ValueError:
             raise DataError(f"class {shown(name)} cannot be the name of a folder; rename it") from None
-    for image, objects in by_image(document):
+    for image, objects in tools.by_image(document):
         size = image["height"], image["width"]
         for number, a in enumerate(objects, 1):
             if "segmentation" not in a or a.get("iscrowd"):
                 losses["crowd regions" if a.get("iscrowd") else "objects without a mask"] += 1
                 continue
-            for flag in flags_of(a):
+            for flag in tools.flags_of(a):
                 losses[f"'{flag}' flags"] += 1
-            bitmap = np.zeros(size, dtype=bool)
             if isinstance(a["segmentation"], dict):
-                top, left, part = crop_of_rle(a["segmentation"])
+                top, left, part = tools.crop_of_rle(a["segmentation"])
+                bitmap = np.zeros(size, dtype=bool)
                 bitmap[top : top + part.shape[0], left : left + part.shape[1]] = part
             else:
                 bitmap = rasterize_polygons([np.asarray(p, float) for p in a["segmentation"]], *size)
-            file = io.BytesIO()
-            Image.fromarray(bitmap).save(file, "PNG")
-            atomic_write(
-                place(folder / "masks", image, "") / names[a["category_id"]] / f"{number:04d}.png", file.getvalue()
-            )
+            path = tools.place(folder / "masks", image, "") / names[a["category_id"]] / f"{number:04d}.png"
+            atomic_write(path, png_bytes(bitmap))
     atomic_write(folder / CLASSES, "".join(f"{name}\n" for name in names.values()))

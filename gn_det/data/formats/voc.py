@@ -10,20 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from gn_det.data.formats.draft import (
-    FLAGS,
-    Document,
-    Draft,
-    Images,
-    Losses,
-    by_image,
-    class_list,
-    corners,
-    files_of,
-    names_of,
-    place,
-    xml_of,
-)
+from gn_det.data.formats import draft as tools
+from gn_det.data.formats.draft import FLAGS, Document, Draft, Losses
 from gn_det.files import atomic_write
 
 #: File with one class per line; not part of VOC itself.
@@ -34,10 +22,10 @@ def read(source: Path, images: Path | None, classes: Sequence[str]) -> Draft:
     """Read ``source/Annotations`` (or ``source``); images are in ``source/JPEGImages`` or ``images``."""
     folder = source / "Annotations" if (source / "Annotations").is_dir() else source
     found = images or source / "JPEGImages"
-    files = Images(found) if found.is_dir() else None
-    draft = Draft(class_list(source, classes, CLASSES))
-    for path in files_of(folder, ".xml"):
-        root = xml_of(path)
+    files = tools.Images(found) if found.is_dir() else None
+    draft = Draft(tools.class_list(source, classes, CLASSES))
+    for path in tools.files_of(folder, ".xml"):
+        root = tools.xml_of(path)
         if root.tag != "annotation":
             draft.problems.append(f"{path}: its root is <{root.tag}>, not <annotation>")
             continue
@@ -81,8 +69,8 @@ def _read_object(draft: Draft, image: str, entry: ElementTree.Element, where: st
 
 def write(document: Document, folder: Path, root: Path, losses: Losses) -> None:
     """Write ``Annotations/`` and the list of classes."""
-    names = names_of(document)
-    for image, objects in by_image(document):
+    names = tools.names_of(document)
+    for image, objects in tools.by_image(document):
         xml = ElementTree.Element("annotation")
         _text(xml, "filename", Path(image["file_name"]).name)
         size = ElementTree.SubElement(xml, "size")
@@ -98,11 +86,11 @@ def write(document: Document, folder: Path, root: Path, losses: Losses) -> None:
             for flag in FLAGS:
                 _text(entry, flag, int(bool(a.get(flag))))
             box = ElementTree.SubElement(entry, "bndbox")
-            x0, y0, x1, y1 = corners(a)
+            x0, y0, x1, y1 = tools.corners(a)
             for key, value in (("xmin", x0 + 1), ("ymin", y0 + 1), ("xmax", x1), ("ymax", y1)):
                 _text(box, key, f"{round(value, 6):.12g}")
         ElementTree.indent(xml)
-        atomic_write(place(folder / "Annotations", image, ".xml"), ElementTree.tostring(xml, encoding="utf-8"))
+        atomic_write(tools.place(folder / "Annotations", image, ".xml"), ElementTree.tostring(xml, encoding="utf-8"))
     atomic_write(folder / CLASSES, "".join(f"{name}\n" for name in names.values()))
 
 

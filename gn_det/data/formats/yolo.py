@@ -10,21 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gn_det.data.formats.draft import (
-    Document,
-    Draft,
-    Images,
-    Losses,
-    by_image,
-    class_list,
-    corners,
-    flags_of,
-    names_of,
-    place,
-    polygon_area,
-    text_of,
-    to_outlines,
-)
+from gn_det.data.formats import draft as tools
+from gn_det.data.formats.draft import Document, Draft, Losses
 from gn_det.errors import DataError
 from gn_det.files import atomic_write
 
@@ -37,8 +24,8 @@ _DIGITS = 6
 def read(source: Path, images: Path | None, classes: Sequence[str]) -> Draft:
     """Read ``source/labels`` (or ``source``) for the images in ``source/images``, or in ``images``."""
     labels = source / "labels" if (source / "labels").is_dir() else source
-    files = Images(images or source / "images")
-    names = list(classes) or _names(source) or class_list(source, (), "classes.txt", "labels.txt")
+    files = tools.Images(images or source / "images")
+    names = list(classes) or _names(source) or tools.class_list(source, (), "classes.txt", "labels.txt")
     if not names:
         raise DataError(f"{source}: no class names; give data.yaml or classes.txt, or name them with --classes")
     draft = Draft(names)
@@ -57,7 +44,7 @@ def read(source: Path, images: Path | None, classes: Sequence[str]) -> Draft:
 
 def _read_lines(draft: Draft, image: str, path: Path, names: Sequence[str], size: tuple[int, int]) -> None:
     width, height = size
-    for number, line in enumerate(text_of(path).splitlines(), 1):
+    for number, line in enumerate(tools.text_of(path).splitlines(), 1):
         words = line.split()
         if not words:
             continue
@@ -93,7 +80,7 @@ def _names(source: Path) -> list[str]:
     if path is None:
         return []
     try:
-        content: Any = yaml.safe_load(text_of(path))
+        content: Any = yaml.safe_load(tools.text_of(path))
         names = content["names"]
         ordered = [names[i] for i in range(len(names))]
     except (yaml.YAMLError, TypeError, KeyError):
@@ -107,31 +94,31 @@ def write(document: Document, folder: Path, root: Path, losses: Losses) -> None:
     """Write ``labels/`` and ``data.yaml``: polygons where every object has a mask, boxes otherwise."""
     import yaml
 
-    document = to_outlines(document, losses)
-    names = names_of(document)
+    document = tools.to_outlines(document, losses)
+    names = tools.names_of(document)
     index = {category: i for i, category in enumerate(names)}
     masks = sum("segmentation" in a for a in document["annotations"])
     outlined = masks == len(document["annotations"])
     if not outlined:
         losses["masks beside boxes without mask (boxes are written)"] += masks
-    for image, objects in by_image(document):
+    for image, objects in tools.by_image(document):
         width, height = image["width"], image["height"]
         lines = []
         for a in objects:
             if a.get("iscrowd"):
                 losses["crowd regions"] += 1
                 continue
-            for flag in flags_of(a):
+            for flag in tools.flags_of(a):
                 losses[f"'{flag}' flags"] += 1
             if outlined:
                 losses["further pieces of an object"] += len(a["segmentation"]) - 1
-                points = max(a["segmentation"], key=polygon_area)
+                points = max(a["segmentation"], key=tools.polygon_area)
                 values = [v / (height if k % 2 else width) for k, v in enumerate(points)]
             else:
-                x0, y0, x1, y1 = corners(a)
+                x0, y0, x1, y1 = tools.corners(a)
                 values = [(x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height]
             numbers = " ".join(f"{min(max(v, 0.0), 1.0):.12g}" for v in values if math.isfinite(v))
             lines.append(f"{index[a['category_id']]} {numbers}\n")
-        atomic_write(place(folder / "labels", image, ".txt"), "".join(lines))
+        atomic_write(tools.place(folder / "labels", image, ".txt"), "".join(lines))
     content = {"path": ".", "train": "images", "val": "images", "names": dict(enumerate(names.values()))}
     atomic_write(folder / "data.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
