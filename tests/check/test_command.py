@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gn_det.check.audit import Training, survey
+from gn_det.check.audit import Training
 from gn_det.check.sizes import size_table
 from gn_det.cli import main
 from gn_det.config import load_config
@@ -102,13 +102,6 @@ def test_overlap_by_file_and_by_content(tmp_path: Path, capsys: pytest.CaptureFi
     assert "4  image files in both train and val" in capsys.readouterr().out
 
 
-def test_equal_pictures_within_a_set(tmp_path: Path) -> None:
-    source = write(tmp_path)
-    shutil.copy(tmp_path / "im 5é.png", tmp_path / "im 8é.png")
-    found = survey(source, "train", Training((800,), 1333, True), decode=True).findings
-    assert found.counts["content-twice"] == 1 and "image 5" in str(found.found["content-twice"][0])
-
-
 def test_categories_that_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = in_folder(tmp_path / "a")
     named = other_pictures(in_folder(tmp_path / "b", lambda c: c["categories"][0].update(name="neun")))
@@ -124,12 +117,6 @@ def test_categories_that_differ(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "train and val number the same classes differently" in capsys.readouterr().out
 
 
-def test_number_of_classes_of_the_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = write(tmp_path)
-    assert main(words(source, None, "MODEL.ROI_HEADS.NUM_CLASSES", "80")) == 2
-    assert "NUM_CLASSES is 80" in capsys.readouterr().out
-
-
 def test_sets_without_objects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     empty = in_folder(tmp_path / "a", lambda c: c.update(annotations=[]))
     assert main(words(empty)) == 2
@@ -142,17 +129,6 @@ def test_sets_without_objects(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     blind = other_pictures(in_folder(tmp_path / "c", lambda c: c.pop("annotations")))
     assert main(words(train, blind)) == 1
     assert "AP cannot be measured" in capsys.readouterr().out
-
-
-def test_no_masks_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def strip(content: dict[str, Any]) -> None:
-        for annotation in content["annotations"]:
-            annotation.pop("segmentation")
-
-    source = write(tmp_path, strip)
-    assert main(words(source)) == 2
-    assert "train boxes only with MODEL.MASK_ON False" in capsys.readouterr().out.replace("\n", " ")
-    assert main(words(source, None, "MODEL.MASK_ON", "False")) == 0
 
 
 def test_table_of_sizes(tmp_path: Path) -> None:
@@ -390,16 +366,6 @@ def test_boxes_alone_without_masks_are_clean(tmp_path: Path, capsys: pytest.Capt
     assert main(words(train, val, "MODEL.MASK_ON", "False")) == 0
     assert "objects without a mask (MODEL.MASK_ON is False)" in capsys.readouterr().out
     assert main(words(train, val, "MODEL.MASK_ON", "True")) == 2
-
-
-def test_a_class_that_val_lacks_is_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def without_nine(content: dict[str, Any]) -> None:
-        content["categories"] = [c for c in content["categories"] if c["name"] != "nine"]
-        content["annotations"] = [a for a in content["annotations"] if a["category_id"] != 9]
-
-    train, val = in_folder(tmp_path / "a"), other_pictures(in_folder(tmp_path / "b", without_nine))
-    assert main(words(train, val)) == 0
-    assert "has no category 'nine'" in capsys.readouterr().out
 
 
 def test_more_objects_than_count_name_the_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

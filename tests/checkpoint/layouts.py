@@ -29,23 +29,32 @@ def real_shapes(config: str, *overrides: str) -> Shapes:
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
-def caffe2_backbone(depth: int = 50) -> Pairs:
-    """R-50-GN.pkl / R-101-GN.pkl without the classifier; ours without prefix."""
-    pairs = [
-        ("conv1_w", "stem.conv1.weight"),
-        ("conv1_gn_s", "stem.conv1.norm.weight"),
-        ("conv1_gn_b", "stem.conv1.norm.bias"),
-    ]
+#: Blobs of the norm after a convolution, and our names, by the kind of file.
+CAFFE2_NORMS = {
+    "gn": {"gn_s": "weight", "gn_b": "bias"},
+    "affine": {"bn_s": "weight", "bn_b": "bias"},
+    "stats": {"bn_gamma": "weight", "bn_beta": "bias"}
+    | {f"bn_{name}": name for name in ("running_mean", "running_var")},
+}
+
+
+def caffe2_backbone(depth: int = 50, norm: str = "gn") -> Pairs:
+    """An ImageNet pickle without the classifier; ours without prefix.
+
+    ``norm``: "gn" (R-50-GN.pkl), "affine" (MSRA of the catalog: folded BN), "stats" (detectron2://).
+    """
+
+    def normed(their: str, our: str, norm_of: str) -> Pairs:
+        leaves = CAFFE2_NORMS[norm].items()
+        return [(f"{their}_w", f"{our}.weight"), *((f"{norm_of}_{a}", f"{our}.norm.{b}") for a, b in leaves)]
+
+    pairs = normed("conv1", "stem.conv1", "conv1" if norm == "gn" else "res_conv1")
+    branches = [("branch2a", "conv1"), ("branch2b", "conv2"), ("branch2c", "conv3")]
     for stage, blocks in zip((2, 3, 4, 5), BLOCKS[depth]):
         for block in range(blocks):
-            branches = [("branch2a", "conv1"), ("branch2b", "conv2"), ("branch2c", "conv3")]
             for theirs, ours in [("branch1", "shortcut")] * (block == 0) + branches:
-                their, our = f"res{stage}_{block}_{theirs}", f"res{stage}.{block}.{ours}"
-                pairs += [
-                    (f"{their}_w", f"{our}.weight"),
-                    (f"{their}_gn_s", f"{our}.norm.weight"),
-                    (f"{their}_gn_b", f"{our}.norm.bias"),
-                ]
+                their = f"res{stage}_{block}_{theirs}"
+                pairs += normed(their, f"res{stage}.{block}.{ours}", their)
     return pairs
 
 

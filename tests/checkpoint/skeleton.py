@@ -5,15 +5,15 @@ Shapes keep what the code looks at (depth, basic or bottleneck, grouped or not, 
 
 from __future__ import annotations
 
-import pickle
+import re
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
 from gn_det.config import get_cfg
+from tests.checkpoint.layouts import caffe2_backbone
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 Shapes = dict[str, tuple[int, ...]]
@@ -124,46 +124,17 @@ def config(norm: str = "GN", depth: int = 50, classes: int = 3, **keys: object):
     return cfg
 
 
-def caffe2_names(depth: int, norm: str) -> list[str]:
-    """Every blob of a published ImageNet pickle, written down from Detectron's naming, independent of the mapping.
-
-    ``norm``: "gn" (R-*-GN.pkl), "affine" (MSRA of the catalog: folded BN, zero conv biases), "stats" (detectron2://).
-    """
-    suffixes = {
-        "gn": ["_gn_s", "_gn_b"],
-        "affine": ["_bn_s", "_bn_b"],
-        "stats": ["_bn_gamma", "_bn_beta", "_bn_running_mean", "_bn_running_var"],
-    }[norm]
-    names = ["conv1_w"] + [("conv1" if norm == "gn" else "res_conv1") + s for s in suffixes]
-    for stage, blocks in zip("2345", BLOCKS[depth]):
-        for block in range(blocks):
-            for branch in (["branch1"] if block == 0 else []) + ["branch2a", "branch2b", "branch2c"]:
-                names += [f"res{stage}_{block}_{branch}{s}" for s in ("_w", *suffixes)]
-                if norm == "affine":
-                    names.append(f"res{stage}_{block}_{branch}_b")
-    classifier = "pred" if norm == "gn" else "fc1000"
-    if norm == "affine":
-        names.append("conv1_b")
-    return [*names, f"{classifier}_w", f"{classifier}_b"]
-
-
 def caffe2_blobs(depth: int, norm: str, shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, np.ndarray]:
-    """Random blobs under those names, with the shapes of ``shapes`` (bare Detectron2 names)."""
+    """Random blobs of a published ImageNet pickle with the shapes of ``shapes`` (bare Detectron2 names).
+
+    ``norm``: see :func:`tests.checkpoint.layouts.caffe2_backbone`; "affine" also has the biases of its convolutions.
+    """
     rng = np.random.default_rng(seed)
-    convs = {"branch1": "shortcut", "branch2a": "conv1", "branch2b": "conv2", "branch2c": "conv3"}
     blobs = {}
-    for name in caffe2_names(depth, norm):
-        words = name.split("_")
-        if words[0] in ("pred", "fc1000"):
-            shape: tuple[int, ...] = (10, 8) if name.endswith("w") else (10,)
-        else:
-            ours = "stem.conv1" if "conv1" in words[:2] else f"{words[0]}.{words[1]}.{convs[words[2]]}"
-            shape = shapes[f"{ours}.weight"]
-            shape = shape if words[-1] == "w" else shape[:1]
-        blobs[name] = rng.random(shape, dtype=np.float32)
-    return blobs
-
-
-def write_pickle(path: Path, value: object, protocol: int = 2) -> Path:
-    path.write_bytes(pickle.dumps(value, protocol))
-    return path
+    for theirs, ours in caffe2_backbone(depth, norm):
+        shape = shapes[re.sub(r"(\.norm)?\.\w+$", ".weight", ours)]
+        blobs[theirs] = rng.random(shape if theirs.endswith("_w") else shape[:1], dtype=np.float32)
+        if norm == "affine" and theirs.endswith("_w"):
+            blobs[theirs[:-1] + "b"] = rng.random(shape[:1], dtype=np.float32)
+    classifier = "pred" if norm == "gn" else "fc1000"
+    return blobs | {f"{classifier}_{x}": rng.random(s, np.float32) for x, s in (("w", (10, 8)), ("b", (10,)))}

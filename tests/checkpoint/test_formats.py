@@ -96,15 +96,24 @@ def test_every_name_of_layered_resnets(norm: str, running: bool, depth: int) -> 
         assert [torchvision.name_back(ours) for _, ours in pairs] == [theirs for theirs, _ in pairs]
 
 
-def test_every_name_of_the_gn_backbones() -> None:
-    pairs = layouts.caffe2_backbone(50)
-    assert [caffe2.map_name(theirs) for theirs, _ in pairs] == [ours for _, ours in pairs]
-    assert len(pairs) == 159  # 53 convolutions, each with gamma and beta
+@pytest.mark.parametrize("depth", [50, 101])
+@pytest.mark.parametrize(("norm", "tensors"), [("gn", 3), ("affine", 3), ("stats", 5)])
+def test_every_name_of_the_caffe2_backbones(norm: str, tensors: int, depth: int) -> None:
+    pairs = layouts.caffe2_backbone(depth, norm)
+    theirs = [name for name, _ in pairs]
+    assert [caffe2.map_name(name) for name in theirs] == [ours for _, ours in pairs]
+    assert len(pairs) == {50: 53, 101: 104}[depth] * tensors  # a convolution and its norm
+    assert caffe2.recognizes_backbone(theirs) and not caffe2.recognizes_detector(theirs)
+    assert not any(map(caffe2.is_ignored, theirs))
+    assert caffe2.map_name("res3_1_branch2a_bn_rm") == "res3.1.conv1.norm.running_mean"
+    assert caffe2.map_name("res3_1_branch2a_bn_riv") == "res3.1.conv1.norm.running_var"
 
 
 @pytest.mark.parametrize(
     ("table", "name"),
     [
+        *((caffe2.map_name, name) for name in ("res3_1_branch2a_gn_gamma", "res6_0_branch2a_w", "xconv1_w")),
+        (caffe2.map_name, "conv1_w_momentum"),
         (caffe2.map_head_name, "fpn_6_w"),
         (caffe2.map_head_name, "kps_score_w"),
         (caffe2.map_head_name, "_[mask]_res5_0_branch2a_w"),
@@ -128,10 +137,9 @@ def test_what_no_row_knows(table: Callable[[str], str | None], name: str) -> Non
 
 def caffe2_names(layer: str) -> tuple[str, str, str]:
     if layer == "stem":
-        return "conv1_w", "conv1_gn_s", "conv1_gn_b"
+        return caffe2_triple("conv1")
     stage, block, branch = layer.split(".")
-    base = f"res{stage}_{block}_" + {"s": "branch1", "a": "branch2a", "b": "branch2b", "c": "branch2c"}[branch]
-    return f"{base}_w", f"{base}_gn_s", f"{base}_gn_b"
+    return caffe2_triple(f"res{stage}_{block}_branch{ {'s': 1}.get(branch, f'2{branch}') }")
 
 
 def caffe2_triple(base: str) -> tuple[str, str, str]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import mmap
 import os
 import pickle
-import pickletools
 import struct
 import tracemalloc
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -210,9 +209,6 @@ def test_a_dtype_that_changes_after_its_array_leaves_the_array_alone(tmp_path: P
 
 def test_not_a_dict_and_damaged(tmp_path: Path) -> None:
     assert "list, not a dict" in refused(tmp_path / "x.pkl", pickle.dumps([1], 2))
-    whole = pickle.dumps({"w": np.ones(50)}, 2)
-    for size in range(1, len(whole), 7):
-        refused(tmp_path / "x.pkl", whole[:size])
     refused(tmp_path / "x.pkl", b"not a pickle")
     assert "empty" in refused(tmp_path / "x.pkl", b"")
 
@@ -230,30 +226,3 @@ def test_an_attribute_set_by_one_file_is_gone_in_the_next(tmp_path: Path) -> Non
     value = {"w": np.ones(3)}
     path.write_bytes(pickle.dumps(value, 2))
     assert np.array_equal(read_any(path)["w"], value["w"])
-
-
-@pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_mutated_pickles_never_crash(tmp_path: Path, protocol: int) -> None:
-    """Random bytes in a real layout, with opcodes favored: read, or refused in one line, within the time of a test."""
-    blobs = {"conv1_w": np.ones((2, 3), np.float32), "res2_0_branch2a_w": np.ones(2), "n": np.float64(3), "s": "text"}
-    whole = pickle.dumps({"blobs": blobs, "cfg": "yaml"}, protocol)
-    opcodes = [ord(op.code) for op in pickletools.opcodes]
-    rng = np.random.default_rng(protocol)
-    outcomes: Counter[str] = Counter()
-    path = tmp_path / "x.pkl"
-    for _ in range(400):
-        mutated = bytearray(whole)
-        for _ in range(rng.integers(1, 5)):
-            at = rng.integers(2, len(mutated))
-            mutated[at] = rng.choice(opcodes) if rng.random() < 0.5 else rng.integers(256)
-        if rng.random() < 0.2:
-            at = rng.integers(2, len(mutated))
-            mutated[at:at] = bytes(rng.choice(opcodes, 3).astype(np.uint8))
-        path.write_bytes(mutated)
-        try:
-            read_any(path)
-            outcomes["read"] += 1
-        except WeightsError as error:
-            assert "\n" not in str(error)
-            outcomes["refused"] += 1
-    assert outcomes["read"] > 5 and outcomes["refused"] > 100, outcomes

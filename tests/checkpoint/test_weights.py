@@ -15,16 +15,8 @@ from gn_det.checkpoint.io import save_checkpoint
 from gn_det.checkpoint.meta import build_meta
 from gn_det.checkpoint.weights import format_report, load_weights
 from gn_det.errors import WeightsError
-from tests.checkpoint.skeleton import (
-    backbone_shapes,
-    caffe2_blobs,
-    caffe2_names,
-    config,
-    detector_shapes,
-    module,
-    random_state,
-    write_pickle,
-)
+from tests.checkpoint.layouts import write_pickle
+from tests.checkpoint.skeleton import backbone_shapes, caffe2_blobs, config, detector_shapes, module, random_state
 
 NORM = {"gn": "GN", "affine": "FrozenBN", "stats": "BN"}
 
@@ -42,48 +34,6 @@ def refused(*args: object, **keywords: object) -> str:
 def saved(path: Path, shapes: dict, seed: int = 0, **more: object) -> Path:
     save_checkpoint(path, {"model": random_state(shapes, seed), **more})
     return path
-
-
-# ------------------------------------------------------------------------------------------------- the table of names
-
-
-@pytest.mark.parametrize("norm", ["gn", "affine", "stats"])
-@pytest.mark.parametrize("depth", [50, 101])
-def test_every_caffe2_name_is_mapped_once(depth: int, norm: str) -> None:
-    names = caffe2_names(depth, norm)
-    # conv1 + 16 (33) bottlenecks of 3 + 4 shortcuts = 53 (104) convolutions with their norm
-    convolutions = {50: 53, 101: 104}[depth]
-    tensors = {"gn": 3, "affine": 3, "stats": 5}[norm]
-    used = [n for n in names if not caffe2.is_ignored(n)]
-    mapped = [caffe2.map_name(n) for n in used]
-    assert len(mapped) == convolutions * tensors
-    expected = [n for n in backbone_shapes(depth, NORM[norm]) if not n.endswith("tracked")]
-    if norm == "affine":
-        expected = [n for n in expected if "running" not in n]
-    assert sorted(map(str, mapped)) == sorted(expected)
-    assert not any(caffe2.map_name(n) for n in names if caffe2.is_ignored(n))
-    assert caffe2.recognizes_backbone(names) and not caffe2.recognizes_detector(names)
-
-
-@pytest.mark.parametrize(
-    ("blob", "ours"),
-    [
-        ("conv1_gn_s", "stem.conv1.norm.weight"),
-        ("conv1_gn_b", "stem.conv1.norm.bias"),
-        ("res_conv1_bn_beta", "stem.conv1.norm.bias"),
-        ("res2_0_branch1_gn_s", "res2.0.shortcut.norm.weight"),
-        ("res4_22_branch2c_bn_b", "res4.22.conv3.norm.bias"),
-        ("res5_2_branch2b_bn_running_var", "res5.2.conv2.norm.running_var"),
-        ("res3_1_branch2a_bn_rm", "res3.1.conv1.norm.running_mean"),
-        ("res3_1_branch2a_bn_riv", "res3.1.conv1.norm.running_var"),
-        ("res3_1_branch2a_gn_gamma", None),
-        ("res6_0_branch2a_w", None),
-        ("xconv1_w", None),
-        ("conv1_w_momentum", None),
-    ],
-)
-def test_rows_of_the_table(blob: str, ours: str | None) -> None:
-    assert caffe2.map_name(blob) == ours
 
 
 # ------------------------------------------------------------------------------------------------ backbones, FPN and C4

@@ -47,14 +47,6 @@ def test_damaged_strings_are_caught() -> None:
     assert passed < 200
 
 
-def test_whole_numbers_stay_whole() -> None:
-    """Detectron2 scales integer polygons as integers; the dtype has to survive for equal targets."""
-    whole, _ = check_segmentation([[1, 2, 3, 4, 5, 6]], 9, 9)
-    mixed, _ = check_segmentation([[1, 2, 3, 4.5, 5, 6]], 9, 9)
-    assert isinstance(whole, list) and whole[0].dtype == np.int64
-    assert isinstance(mixed, list) and mixed[0].dtype == np.float64
-
-
 @pytest.mark.parametrize("nothing", [None, [], {}])
 def test_no_segmentation(nothing: object) -> None:
     assert check_segmentation(nothing, 9, 9) == (None, 0)

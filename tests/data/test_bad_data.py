@@ -29,57 +29,58 @@ def _rle(size: list[int], counts: Any) -> Change:
     return _second(segmentation={"size": size, "counts": counts})
 
 
-BAD_ANNOTATIONS: dict[str, tuple[Change, str]] = {
-    "missing image": (_first(image_id=99), "annotation 11: image_id 99 is not in 'images'"),
-    "image id of a wrong type": (_first(image_id=[5]), "annotation 11: image_id [5] is not in 'images'"),
-    "image id in other words": (_first(image_id="five"), "image_id 'five' is not in 'images'"),
-    "category id as fraction": (_first(category_id=9.5), "category_id 9.5 is not in the json's categories"),
-    "far outside": (_first(bbox=[0, 0, 1e308, 5], segmentation=[]), "reaches far outside the 40x30 image"),
-    "missing category": (_first(category_id=3), "category_id 3 is not in the json's categories (2, 9)"),
-    "no category": (_first(category_id=None), "category_id None"),
-    "zero width": (_first(bbox=[2, 3, 0, 8], segmentation=[]), "bbox [2, 3, 0, 8] has no area"),
-    "negative height": (_first(bbox=[2, 3, 5, -8], segmentation=[]), "has no area"),
-    "outside": (_first(bbox=[41, 3, 5, 8], segmentation=[]), "is outside the 40x30 image"),
-    "left of the image": (_first(bbox=[-9, 3, 9, 8], segmentation=[]), "is outside the 40x30 image"),
-    "three numbers": (_first(bbox=[2, 3, 5], segmentation=[]), "is not [x, y, width, height]"),
-    "no box": (_first(bbox=None, segmentation=[]), "bbox None is not"),
-    "nan box": (_first(bbox=[2, 3, math.nan, 4], segmentation=[]), "in finite numbers"),
-    "text box": (_first(bbox=["2", 3, 4, 4], segmentation=[]), "in finite numbers"),
-    "nan vertex": (_first(segmentation=[[2, 3, math.nan, 3, 12, 11]]), "not finite numbers"),
-    "infinite vertex": (_first(segmentation=[[2, 3, math.inf, 3, 12, 11]]), "not finite numbers"),
-    "huge vertex": (_first(segmentation=[[2, 3, 1e7, 3, 12, 11]]), "vertex at (1e+07, 3), far outside the 40x30 image"),
-    "huge integer": (_first(segmentation=[[2, 3, 10**30, 3, 12, 11]]), "segmentation has"),
-    "two points": (_first(segmentation=[[2, 3, 12, 3]]), "no usable polygon (3 points or more"),
-    "odd length": (_first(segmentation=[[2, 3, 12, 3, 12, 11, 5]]), "an even number of coordinates"),
-    "flat polygon": (_first(segmentation=[2, 3, 12, 3, 12, 11]), "neither a list of polygons"),
-    "text polygon": (_first(segmentation=[["2", "3", "4", "5", "6", "7"]]), "not finite numbers"),
-    "nested polygon": (_first(segmentation=[[[2, 3], [4, 5], [6, 7]]]), "no usable polygon"),
-    "ragged polygon": (_first(segmentation=[[[2, 3], 4, 5, 6, 7, 8]]), "not finite numbers"),
-    "text segmentation": (_first(segmentation="abc"), "nor an RLE"),
-    "iscrowd 2": (_first(iscrowd=2), "iscrowd 2 is not 0 or 1"),
-    "ignore": (_first(ignore=1), "mark regions to ignore with iscrowd 1"),
-    "swapped size": (_rle([40, 30], [1200]), "RLE size [40, 30] is not the image's [height, width] [30, 40]"),
-    "wrong size": (_rle([20, 20], [0, 400]), "RLE size [20, 20] is not the image's [height, width] [30, 40]"),
-    "size is no pair": (_rle([1], [0, 400]), "RLE size [1] is not"),
-    "counts too short": (_rle([30, 40], [0, 30]), "RLE counts cover 30 pixels, the image has 1200"),
-    "counts too long": (_rle([30, 40], [0, 1201]), "RLE counts cover 1201 pixels"),
-    "negative counts": (_rle([30, 40], [1300, -100]), "negative"),
-    "fractions": (_rle([30, 40], [599.5, 600.5]), "not integers"),
-    "enormous counts": (_rle([30, 40], [2**62, 2**62, 2**62]), "integers below 2^40"),
-    "empty mask": (_rle([30, 40], [1200]), "no foreground pixel"),
-    "cut string": (_rle([30, 40], "oP"), "end in the middle of a number"),
-    "strange string": (_rle([30, 40], "0é"), "contain invalid characters"),
-    "long number": (_rle([30, 40], "o" * 30 + "0"), "larger than any image"),
-    "counts of a wrong type": (_rle([30, 40], 7), "neither a list of run lengths"),
-    "no counts": (_second(segmentation={"size": [30, 40]}), "neither a list of run lengths"),
-    "not an object": (lambda c: c["annotations"].append("x"), "is not an object"),
+#: What is done to an annotation, the kind of problem, and a part of the message.
+BAD_ANNOTATIONS: dict[str, tuple[Change, str, str]] = {
+    "missing image": (_first(image_id=99), "image-unknown", "image_id 99 is not in 'images'"),
+    "image id of a wrong type": (_first(image_id=[5]), "image-unknown", "image_id [5] is not in 'images'"),
+    "image id in other words": (_first(image_id="five"), "image-unknown", "image_id 'five' is not in 'images'"),
+    "category id as fraction": (_first(category_id=9.5), "category-unknown", "category_id 9.5 is not in"),
+    "far outside": (_first(bbox=[0, 0, 1e308, 5], segmentation=[]), "bbox-far", "reaches far outside the 40x30 image"),
+    "missing category": (_first(category_id=3), "category-unknown", "3 is not in the json's categories (2, 9)"),
+    "no category": (_first(category_id=None), "category-unknown", "category_id None"),
+    "zero width": (_first(bbox=[2, 3, 0, 8], segmentation=[]), "bbox-no-area", "bbox [2, 3, 0, 8] has no area"),
+    "negative height": (_first(bbox=[2, 3, 5, -8], segmentation=[]), "bbox-no-area", "has no area"),
+    "outside": (_first(bbox=[41, 3, 5, 8], segmentation=[]), "bbox-outside", "is outside the 40x30 image"),
+    "left of the image": (_first(bbox=[-9, 3, 9, 8], segmentation=[]), "bbox-outside", "is outside the 40x30 image"),
+    "three numbers": (_first(bbox=[2, 3, 5], segmentation=[]), "bbox-format", "is not [x, y, width, height]"),
+    "no box": (_first(bbox=None, segmentation=[]), "bbox-format", "bbox None is not"),
+    "nan box": (_first(bbox=[2, 3, math.nan, 4], segmentation=[]), "bbox-format", "in finite numbers"),
+    "text box": (_first(bbox=["2", 3, 4, 4], segmentation=[]), "bbox-format", "in finite numbers"),
+    "nan vertex": (_first(segmentation=[[2, 3, math.nan, 3, 12, 11]]), "polygon-no-number", "not finite numbers"),
+    "infinite vertex": (_first(segmentation=[[2, 3, math.inf, 3, 12, 11]]), "polygon-no-number", "not finite numbers"),
+    "huge vertex": (_first(segmentation=[[2, 3, 1e7, 3, 12, 11]]), "polygon-far", "vertex at (1e+07, 3), far outside"),
+    "huge integer": (_first(segmentation=[[2, 3, 10**30, 3, 12, 11]]), "polygon-no-number", "segmentation has"),
+    "two points": (_first(segmentation=[[2, 3, 12, 3]]), "polygon-short", "no usable polygon (3 points or more"),
+    "odd length": (_first(segmentation=[[2, 3, 12, 3, 12, 11, 5]]), "polygon-short", "an even number of coordinates"),
+    "flat polygon": (_first(segmentation=[2, 3, 12, 3, 12, 11]), "segmentation-format", "neither a list of polygons"),
+    "text polygon": (_first(segmentation=[["2", "3", "4", "5", "6", "7"]]), "polygon-no-number", "not finite numbers"),
+    "nested polygon": (_first(segmentation=[[[2, 3], [4, 5], [6, 7]]]), "polygon-short", "no usable polygon"),
+    "ragged polygon": (_first(segmentation=[[[2, 3], 4, 5, 6, 7, 8]]), "polygon-no-number", "not finite numbers"),
+    "text segmentation": (_first(segmentation="abc"), "segmentation-format", "nor an RLE"),
+    "iscrowd 2": (_first(iscrowd=2), "iscrowd", "iscrowd 2 is not 0 or 1"),
+    "ignore": (_first(ignore=1), "ignore", "mark regions to ignore with iscrowd 1"),
+    "swapped size": (_rle([40, 30], [1200]), "rle-size", "[40, 30] is not the image's [height, width] [30, 40]"),
+    "wrong size": (_rle([20, 20], [0, 400]), "rle-size", "RLE size [20, 20] is not the image's"),
+    "size is no pair": (_rle([1], [0, 400]), "rle-size", "RLE size [1] is not"),
+    "counts too short": (_rle([30, 40], [0, 30]), "rle-length", "RLE counts cover 30 pixels, the image has 1200"),
+    "counts too long": (_rle([30, 40], [0, 1201]), "rle-length", "RLE counts cover 1201 pixels"),
+    "negative counts": (_rle([30, 40], [1300, -100]), "rle-format", "negative"),
+    "fractions": (_rle([30, 40], [599.5, 600.5]), "rle-format", "not integers"),
+    "enormous counts": (_rle([30, 40], [2**62, 2**62, 2**62]), "rle-format", "integers below 2^40"),
+    "empty mask": (_rle([30, 40], [1200]), "rle-empty", "no foreground pixel"),
+    "cut string": (_rle([30, 40], "oP"), "rle-format", "end in the middle of a number"),
+    "strange string": (_rle([30, 40], "0é"), "rle-format", "contain invalid characters"),
+    "long number": (_rle([30, 40], "o" * 30 + "0"), "rle-format", "larger than any image"),
+    "counts of a wrong type": (_rle([30, 40], 7), "rle-format", "neither a list of run lengths"),
+    "no counts": (_second(segmentation={"size": [30, 40]}), "rle-format", "neither a list of run lengths"),
+    "not an object": (lambda c: c["annotations"].append("x"), "annotation-entry", "is not an object"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_ANNOTATIONS)
 def test_bad_annotation(tmp_path: Path, case: str) -> None:
     """Dropped and listed with MAX_BAD 1, refused with 0; the other objects are untouched."""
-    change, message = BAD_ANNOTATIONS[case]
+    change, _, message = BAD_ANNOTATIONS[case]
     source = write(tmp_path, change)
     data = load_coco(source, max_bad=1)
     assert len(data.bad) == 1 and message in data.bad[0]
@@ -91,24 +92,36 @@ def test_bad_annotation(tmp_path: Path, case: str) -> None:
     assert "\n" not in text and message in text and "own.json" in text and "DATALOADER.MAX_BAD" in text
 
 
-BAD_FILES: dict[str, tuple[Change, str]] = {
-    "no categories": (lambda c: c.pop("categories"), "'categories' is missing"),
-    "empty categories": (lambda c: c.update(categories=[]), "'categories' is missing"),
-    "category without name": (lambda c: c["categories"][0].pop("name"), "needs an integer 'id' and a text 'name'"),
-    "category twice": (lambda c: c["categories"][0].update(id=2), "category id 2 appears more than once"),
-    "name twice": (lambda c: c["categories"][0].update(name="two"), "category name 'two' is used by ids 2, 9"),
-    "no images": (lambda c: c.pop("images"), "'images' is missing"),
-    "empty images": (lambda c: c.update(images=[]), "'images' is missing"),
-    "image without id": (lambda c: c["images"][1].pop("id"), "entry 1 of 'images' has no 'id'"),
-    "image twice": (lambda c: c["images"][0].update(id=6), "image id 6 appears more than once (im 8é.png, im 6é.png)"),
-    "annotations is no list": (lambda c: c.update(annotations={}), "'annotations' is a dict"),
-    "misspelt key": (lambda c: c.update(annotation=c.pop("annotations")), "'annotations' is missing"),
+BAD_FILES: dict[str, tuple[Change, str, str]] = {
+    "no categories": (lambda c: c.pop("categories"), "categories-missing", "'categories' is missing"),
+    "empty categories": (lambda c: c.update(categories=[]), "categories-missing", "'categories' is missing"),
+    "category without name": (
+        lambda c: c["categories"][0].pop("name"),
+        "category-malformed",
+        "an integer 'id' and a text",
+    ),
+    "category twice": (
+        lambda c: c["categories"][0].update(id=2),
+        "category-id-repeated",
+        "id 2 appears more than once",
+    ),
+    "name twice": (lambda c: c["categories"][0].update(name="two"), "category-name-repeated", "is used by ids 2, 9"),
+    "no images": (lambda c: c.pop("images"), "images-missing", "'images' is missing"),
+    "empty images": (lambda c: c.update(images=[]), "images-missing", "'images' is missing"),
+    "image without id": (lambda c: c["images"][1].pop("id"), "image-no-id", "entry 1 of 'images' has no 'id'"),
+    "image twice": (
+        lambda c: c["images"][0].update(id=6),
+        "image-id-repeated",
+        "more than once (im 8é.png, im 6é.png)",
+    ),
+    "annotations is no list": (lambda c: c.update(annotations={}), "json-structure", "'annotations' is a dict"),
+    "misspelt key": (lambda c: c.update(annotation=c.pop("annotations")), "json-structure", "'annotations' is missing"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
 def test_bad_structure_is_refused(tmp_path: Path, case: str) -> None:
-    change, message = BAD_FILES[case]
+    change, _, message = BAD_FILES[case]
     with pytest.raises(DataError) as refused:
         load_coco(write(tmp_path, change), max_bad=1000)
     text = str(refused.value)
