@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import http.server
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -97,50 +94,6 @@ def test_offline_names_url_file_and_place(tmp_path: Path, capfd: pytest.CaptureF
     assert "\n" not in message and url in message and "MODEL.WEIGHTS" in message
     assert f"place the file at {tmp_path}/cache/detectron/ImageNetPretrained/47261647/R-50-GN.pkl" in message
     assert capfd.readouterr().err == ""  # no progress bar of a download that never began
-
-
-class _Handler(http.server.BaseHTTPRequestHandler):
-    requests = 0
-
-    def do_GET(self) -> None:
-        type(self).requests += 1
-        content = WEIGHTS
-        self.send_response(404 if "missing" in self.path else 200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content[:100] if "broken" in self.path else content)
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
-@pytest.fixture
-def server() -> Iterator[str]:
-    _Handler.requests = 0
-    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    thread = threading.Thread(target=httpd.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{httpd.server_port}"
-    httpd.shutdown()
-    httpd.server_close()
-    thread.join()
-
-
-def test_download_once(server: str) -> None:
-    path = local_path(f"{server}/a/w.pkl?matching_heuristics=True")
-    assert path.read_bytes() == WEIGHTS
-    requests = _Handler.requests
-    assert path == cache_path(f"{server}/a/w.pkl") == local_path(f"{server}/a/w.pkl")
-    assert _Handler.requests == requests
-
-
-@pytest.mark.parametrize(("name", "reason"), [("broken.pkl", "100 out of 7000 bytes"), ("missing.pkl", "Not Found")])
-def test_a_broken_download_leaves_no_file(server: str, tmp_path: Path, name: str, reason: str) -> None:
-    with pytest.raises(WeightsError) as caught:
-        local_path(f"{server}/a/{name}")
-    assert reason in str(caught.value) and "place the file at" in str(caught.value)
-    assert not cache_path(f"{server}/a/{name}").exists()
-    assert [f.name for f in (tmp_path / "cache").rglob("*") if f.is_file() and f.suffix != ".lock"] == []
 
 
 UP = "/".join([".."] * 12)

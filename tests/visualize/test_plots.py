@@ -27,6 +27,7 @@ def test_curves(tmp_path: Path) -> None:
     log.write_text("\n".join(json.dumps(line) for line in lines) + '\n{"iterat')
     entries = read_metrics(log)
     assert [e["iteration"] for e in entries] == [19, 39, 59] and entries[1]["total_loss"] == 1.0
+    assert entries[1]["loss_cls"] == 3.0 and (entries[2]["lr"], entries[2]["bbox/AP"]) == (0.01, 10.0)
     draw_curves(log, tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as image:
         assert image.width > 1200
@@ -39,14 +40,6 @@ def test_curves_without_metrics(tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text("\n")
     with pytest.raises(DataError, match="no metrics"):
         draw_curves(tmp_path / "metrics.json", tmp_path / "x.png")
-
-
-def test_lines_of_one_iteration_come_together_and_the_later_value_counts(tmp_path: Path) -> None:
-    """Losses and AP of an iteration stand in two lines; a resumed run writes an iteration again."""
-    log = tmp_path / "metrics.json"
-    entries = [{"iteration": 1, "lr": 0.1, "loss": 3.0}, {"iteration": 1, "AP": 7.0}, {"iteration": 1, "loss": 2.0}]
-    log.write_text("".join(json.dumps(e) + "\n" for e in entries))
-    assert read_metrics(log) == [{"iteration": 1, "lr": 0.1, "loss": 2.0, "AP": 7.0}]
 
 
 def test_smoothing_keeps_a_line_straight_to_its_ends() -> None:
