@@ -9,7 +9,7 @@ from typing import Any
 from gn_det.check.audit import Training, survey
 from gn_det.check.fix import Cleaner, changes_file, refuse_overwriting
 from gn_det.check.report import Report, as_json, as_text, look_across
-from gn_det.data.catalog import DatasetSource, datasets_for
+from gn_det.data.catalog import datasets_for
 from gn_det.data.image import png_bytes
 from gn_det.data.sets import load_set
 from gn_det.errors import ConfigError, UserError
@@ -68,7 +68,10 @@ def check(
     finally:
         _write_reports(report, json_out, html_out)
     if augmented_out:
-        _draw_augmented(cfg, train[0], augmented_out)
+        from gn_det.check.augmented import draw_augmented
+
+        atomic_write(augmented_out, png_bytes(draw_augmented(cfg, load_set(cfg, train[0], quiet=True))))
+        say(f"{augmented_out}: training images as the model sees them")
     return report.exit_code
 
 
@@ -109,10 +112,3 @@ def _write_reports(report: Report, json_out: str | None, html_out: str | None) -
 
         atomic_write(html_out, as_html(report).encode("utf-8", "backslashreplace"))
         say(f"{html_out}: this report with images")
-
-
-def _draw_augmented(cfg: Any, source: DatasetSource, target: str) -> None:
-    from gn_det.check.augmented import draw_augmented
-
-    atomic_write(target, png_bytes(draw_augmented(cfg, load_set(cfg, source, quiet=True))))
-    say(f"{target}: training images as the model sees them")

@@ -43,11 +43,13 @@ _Failure = tuple[str, str]
 class _Images(WorkerData):
     """Concatenated images of several sets; maps a batch to its samples (packed in a worker) and failures."""
 
-    def __init__(self, datasets: Sequence[CocoDataset], where: np.ndarray, max_bad: int, shared_memory: bool) -> None:
+    def __init__(self, datasets: Sequence[CocoDataset], where: np.ndarray, max_bad: int, mapper: Any) -> None:
         self.records: list[RecordList] = [d.records for d in datasets]
         self.known_bad = [entry for d in datasets for entry in d.bad]
         self.where = where  # (N, 2): set, and index into it
-        self.max_bad, self.shared_memory = max_bad, shared_memory
+        self.max_bad, self.mapper = max_bad, mapper
+        self.shared_memory = True
+        self._unreadable: dict[int, _Failure] = {}
 
     def record(self, index: int) -> Record:
         dataset, i = map(int, self.where[index])
@@ -66,57 +68,52 @@ class _Images(WorkerData):
         return samples if get_worker_info() is None else pack_samples(samples, self.shared_memory), failures
 
     def load(self, entry: Any, failures: list[_Failure]) -> Sample | None:
-        """Return the sample of one batch entry; None, or another image's sample, if it cannot be read."""
-        raise NotImplementedError
-
-
-class _TrainImages(_Images):
-    def __init__(self, *args: Any, mapper: TrainMapper, sizes: np.ndarray, seed: int) -> None:
-        super().__init__(*args)
-        self.mapper, self.seed, self.wide = mapper, seed, sizes[:, 0] > sizes[:, 1]
-        self._unreadable: dict[int, _Failure] = {}
-
-    def load(self, entry: Draw, failures: list[_Failure]) -> Sample | None:
-        """Return the sample of a draw, or of the next readable image, preferably of the same aspect group.
-
-        Gives up after more failures than MAX_BAD allows, because the main process stops then anyway.
-        """
-        index, position = entry
-        for candidate in self._candidates(index):
+        """Return the sample of one batch entry, or of its first readable candidate; None if there is none."""
+        for candidate in self.candidates(entry):
             if candidate not in self._unreadable:
                 self.note(candidate)
                 record = self.record(candidate)
                 try:
-                    return self.mapper(record, augmentation_state(self.seed, position), self._another)
+                    return self.map(record, entry)
                 except DataError as error:
                     self._unreadable[candidate] = (record["file_name"], str(error))
             failures.append(self._unreadable[candidate])
         return None
 
-    def _another(self, rng: np.random.RandomState) -> Record:
-        return self.record(int(rng.randint(len(self.where))))
+    def candidates(self, entry: Any) -> Iterator[int]:
+        """Yield the image of a batch entry, then those that may replace it."""
+        yield entry
 
-    def _candidates(self, index: int) -> Iterator[int]:
-        """Yield ``index``, the images after it in its aspect group, then others: one more than may be bad."""
+    def map(self, record: Record, entry: Any) -> Sample:
+        """Map a record for a batch entry."""
+        sample: Sample = self.mapper(record)
+        return sample
+
+
+class _TrainImages(_Images):
+    """Images for draws; an unreadable one is replaced, preferably by the next one of its aspect group."""
+
+    def __init__(self, *args: Any, sizes: np.ndarray, seed: int) -> None:
+        super().__init__(*args)
+        self.seed, self.wide = seed, sizes[:, 0] > sizes[:, 1]
+
+    def candidates(self, entry: Draw) -> Iterator[int]:
+        """Yield the image, those after it in its aspect group, then others: one more than may be bad.
+
+        With more failures than MAX_BAD allows, the main process stops anyway.
+        """
+        index = entry[0]
         yield index
         same, others = (np.flatnonzero(self.wide == wide) for wide in (self.wide[index], ~self.wide[index]))
         after = int(np.searchsorted(same, index))
         yield from np.concatenate([same[after + 1 :], same[:after], others])[: self.max_bad].tolist()
 
+    def map(self, record: Record, entry: Draw) -> Sample:
+        sample: Sample = self.mapper(record, augmentation_state(self.seed, entry[1]), self._another)
+        return sample
 
-class _TestImages(_Images):
-    def __init__(self, *args: Any, mapper: InferenceMapper) -> None:
-        super().__init__(*args)
-        self.mapper = mapper
-
-    def load(self, entry: int, failures: list[_Failure]) -> Sample | None:
-        self.note(entry)
-        record = self.record(entry)
-        try:
-            return self.mapper(record)
-        except DataError as error:
-            failures.append((record["file_name"], str(error)))
-            return None
+    def _another(self, rng: np.random.RandomState) -> Record:
+        return self.record(int(rng.randint(len(self.where))))
 
 
 class Loader:
@@ -229,10 +226,8 @@ def build_train_loader(
     sizes = np.concatenate([d.sizes for d in datasets])[keep]
     mapper = TrainMapper(cfg, augment)
     workers = _workers(cfg, num_workers)
-    shared_memory = shared_memory_fits(workers, images_per_rank * 3 * mapper.max_pixels)
-    data = _TrainImages(
-        datasets, where[keep], int(cfg.DATALOADER.MAX_BAD), shared_memory, mapper=mapper, sizes=sizes, seed=seed
-    )
+    data = _TrainImages(datasets, where[keep], int(cfg.DATALOADER.MAX_BAD), mapper, sizes=sizes, seed=seed)
+    data.shared_memory = shared_memory_fits(workers, images_per_rank * 3 * mapper.max_pixels)
 
     def batches() -> Iterator[list[Draw]]:
         grouping = sizes if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
@@ -253,23 +248,16 @@ def build_train_loader(
 
 
 def build_test_loader(
-    cfg: Any,
-    dataset: CocoDataset,
-    rank: int = 0,
-    world_size: int = 1,
-    *,
-    batch_size: int = 1,
-    num_workers: int | None = None,
+    cfg: Any, dataset: CocoDataset, rank: int = 0, world_size: int = 1, *, num_workers: int | None = None
 ) -> Loader:
-    """Build a loader of all images of ``dataset`` once, in order, without ground truth (this rank's share)."""
+    """Build a loader of all images of ``dataset`` once, one by one, without ground truth (this rank's share)."""
     shard = inference_shard(len(dataset), rank, world_size)
-    batches = [list(shard[i : i + batch_size]) for i in range(0, len(shard), batch_size)]
     mapper = InferenceMapper(cfg)
     workers = _workers(cfg, num_workers)
-    shared_memory = shared_memory_fits(workers, batch_size * 3 * max(mapper.size, 800) * mapper.max_size)
     where = np.stack([np.zeros(len(dataset), np.int64), np.arange(len(dataset))], axis=1)
-    data = _TestImages([dataset], where, int(cfg.DATALOADER.MAX_BAD), shared_memory, mapper=mapper)
-    return Loader(data, lambda: batches, workers, len(shard))
+    data = _Images([dataset], where, int(cfg.DATALOADER.MAX_BAD), mapper)
+    data.shared_memory = shared_memory_fits(workers, 3 * max(mapper.size, 800) * mapper.max_size)
+    return Loader(data, lambda: [[index] for index in shard], workers, len(shard))
 
 
 def _epochs(cfg: Any, datasets: Sequence[CocoDataset], keep: np.ndarray, seed: int) -> Iterator[np.ndarray]:

@@ -16,11 +16,11 @@ from torch import Tensor
 Draw = tuple[int, int]
 
 
-def shuffled_epochs(size: int, seed: int, *, shuffle: bool = True) -> Iterator[np.ndarray]:
+def shuffled_epochs(size: int, seed: int) -> Iterator[np.ndarray]:
     """Yield ``shuffle(range(size))``, ``shuffle(range(size))``, ... forever."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        yield (torch.randperm(size, generator=generator) if shuffle else torch.arange(size)).numpy()
+        yield torch.randperm(size, generator=generator).numpy()
 
 
 def subset_epochs(size: int, ratio: float, seed: int) -> Iterator[np.ndarray]:
@@ -30,7 +30,7 @@ def subset_epochs(size: int, ratio: float, seed: int) -> Iterator[np.ndarray]:
     return (part[epoch] for epoch in shuffled_epochs(len(part), seed))
 
 
-def repeat_epochs(repeat_factors: Tensor, seed: int, *, shuffle: bool = True) -> Iterator[np.ndarray]:
+def repeat_epochs(repeat_factors: Tensor, seed: int) -> Iterator[np.ndarray]:
     """Yield epochs forever in which index i occurs ``repeat_factors[i]`` times on average.
 
     Fractions are rounded randomly in every epoch, so epochs differ slightly in length.
@@ -41,7 +41,7 @@ def repeat_epochs(repeat_factors: Tensor, seed: int, *, shuffle: bool = True) ->
     while True:
         times = whole + (torch.rand(len(fraction), generator=generator) < fraction).float()
         indices = torch.repeat_interleave(torch.arange(len(times)), times.to(torch.int64))
-        yield (indices[torch.randperm(len(indices), generator=generator)] if shuffle else indices).numpy()
+        yield indices[torch.randperm(len(indices), generator=generator)].numpy()
 
 
 def repeat_factors(

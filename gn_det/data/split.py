@@ -167,7 +167,7 @@ def _by_class(labels: Sequence[set[Any]], seed: int) -> tuple[list[int], dict[An
     return order, images_of
 
 
-def fold_numbers(labels: Sequence[set[Any]], folds: int, seed: int = 0) -> list[int]:
+def fold_numbers(labels: Sequence[set[Any]], folds: int) -> list[int]:
     """The fold (1 to ``folds``) of each image; every class is spread over the folds as evenly as it can be.
 
     Iterative stratification (Sechidis et al. 2011): the images of the rarest class come first, and each goes to the
@@ -176,7 +176,7 @@ def fold_numbers(labels: Sequence[set[Any]], folds: int, seed: int = 0) -> list[
     Args:
         labels: the classes of each image; images without any form a class of their own.
     """
-    _, images_of = _by_class(labels, seed)
+    _, images_of = _by_class(labels, seed=0)
     lacking = {label: [len(found) / folds] * folds for label, found in images_of.items()}
     room, numbers = [len(labels) / folds] * folds, [0] * len(labels)
     for label, found in sorted(images_of.items(), key=lambda item: (len(item[1]), str(item[0]))):
