@@ -97,21 +97,13 @@ class Findings(Problems):
 
 @dataclass(frozen=True)
 class Training:
-    """The config values that the check needs.
+    """The config values that the check needs."""
 
-    Attributes:
-        short_sides: shorter sides that images are resized to (INPUT.MIN_SIZE_TRAIN), 0 for no resize.
-        max_size: INPUT.MAX_SIZE_TRAIN.
-        masks_on: MODEL.MASK_ON.
-        reader: reads images like training.
-        caps: limits on the number of detections.
-    """
-
-    short_sides: tuple[int, ...]
-    max_size: int
-    masks_on: bool
-    reader: ImageReader = field(default_factory=ImageReader)
-    caps: Caps = field(default_factory=Caps)
+    short_sides: tuple[int, ...]  # shorter sides that images are resized to (INPUT.MIN_SIZE_TRAIN), 0 for no resize
+    max_size: int  # INPUT.MAX_SIZE_TRAIN
+    masks_on: bool  # MODEL.MASK_ON
+    reader: ImageReader = field(default_factory=ImageReader)  # reads images like training
+    caps: Caps = field(default_factory=Caps)  # limits on the number of detections
 
     @classmethod
     def of(cls, cfg: Any) -> Training:
@@ -129,28 +121,19 @@ class Training:
 
 @dataclass
 class Survey:
-    """One dataset after reading it.
-
-    Attributes:
-        source, split: the set; ``split`` is "train" or "val".
-        findings: all problems found.
-        reader: reads its images like training.
-        dataset: what training would read, plus objects without a mask; None if nothing could be read.
-        content: its checked structure.
-        images: usable images, entries of ``content.images`` in the order of ``dataset``.
-        digests: content hash by image id, if all images were decoded.
-        decoded: whether all images were decoded.
-    """
+    """One dataset after reading it."""
 
     source: DatasetSource
-    split: str
-    findings: Findings
-    reader: ImageReader = field(default_factory=ImageReader)
+    split: str  # "train" or "val"
+    findings: Findings  # all problems found
+    reader: ImageReader = field(default_factory=ImageReader)  # reads its images like training
+    #: what training would read, plus objects without a mask; None if nothing could be read
     dataset: CocoDataset | None = None
-    content: CocoJson | None = None
+    content: CocoJson | None = None  # its checked structure
+    #: usable images, entries of ``content.images`` in the order of ``dataset``
     images: list[dict[str, Any]] = field(default_factory=list)
-    digests: dict[Any, bytes] = field(default_factory=dict)
-    decoded: bool = False
+    digests: dict[Any, bytes] = field(default_factory=dict)  # content hash by image id, if all images were decoded
+    decoded: bool = False  # whether all images were decoded
 
     def path(self, image: dict[str, Any]) -> str:
         """Return the path of an image file."""

@@ -31,27 +31,16 @@ _CLASSES, _NAME, _BAR = 20, 60, 30
 
 @dataclass
 class Report:
-    """All sets of one check.
+    """All sets of one check."""
 
-    Attributes:
-        surveys: training sets first.
-        across: problems between sets, or between sets and config.
-        training: the config values used.
-        config: name of the config.
-        sizes: object sizes of the training sets, None if none could be read.
-        proposals: config keys that fit the objects better than the config's.
-        changes: changes made by ``--fix``, one per line; None without it.
-        not_fixed: errors that the cleaned copy still has.
-    """
-
-    surveys: list[Survey]
-    across: Findings
-    training: Training
-    config: str = ""
-    sizes: SizeTable | None = None
-    proposals: dict[str, Any] = field(default_factory=dict)
-    changes: list[str] | None = None
-    not_fixed: list[str] = field(default_factory=list)
+    surveys: list[Survey]  # training sets first
+    across: Findings  # problems between sets, or between sets and config
+    training: Training  # the config values used
+    config: str = ""  # name of the config
+    sizes: SizeTable | None = None  # object sizes of the training sets, None if none could be read
+    proposals: dict[str, Any] = field(default_factory=dict)  # config keys that fit the objects better than the config's
+    changes: list[str] | None = None  # changes made by ``--fix``, one per line; None without it
+    not_fixed: list[str] = field(default_factory=list)  # errors that the cleaned copy still has
 
     def total(self, severity: str) -> int:
         """Return the number of findings of a severity in all sets."""

@@ -22,25 +22,15 @@ _BLOCK = 65536
 
 @dataclass(frozen=True)
 class SizeTable:
-    """Histogram of sqrt(box area) at training size.
+    """Histogram of sqrt(box area) at training size."""
 
-    Attributes:
-        edges: histogram edges, pixels.
-        counts: len(edges) + 1 bars.
-        anchors: anchor sizes of the config, pixels.
-        short_side: shorter side of the resized images, 0 for no resize.
-        max_size: their longest side.
-        fit: share of objects whose box shape has at least IoU 0.7 / 0.5 with a centered anchor.
-        small: share of objects smaller than half the smallest anchor.
-    """
-
-    edges: tuple[int, ...]
-    counts: tuple[int, ...]
-    anchors: tuple[float, ...]
-    short_side: int
-    max_size: int
-    fit: tuple[float, float]
-    small: float
+    edges: tuple[int, ...]  # histogram edges, pixels
+    counts: tuple[int, ...]  # len(edges) + 1 bars
+    anchors: tuple[float, ...]  # anchor sizes of the config, pixels
+    short_side: int  # shorter side of the resized images, 0 for no resize
+    max_size: int  # their longest side
+    fit: tuple[float, float]  # share of objects whose box shape has at least IoU 0.7 / 0.5 with a centered anchor
+    small: float  # share of objects smaller than half the smallest anchor
 
     @property
     def total(self) -> int:

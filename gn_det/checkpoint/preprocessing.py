@@ -12,18 +12,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What weights expect of input and network; None if unknown.
+    """What weights expect of input and network; None if unknown."""
 
-    Attributes:
-        format: channel order, "BGR" or "RGB".
-        pixel_mean, pixel_std: per channel in that order, in 0-255 units.
-        stride_in_1x1: whether a bottleneck strides in its first 1x1 convolution (else in the 3x3).
-    """
-
-    format: str | None = None
-    pixel_mean: tuple[float, ...] | None = None
-    pixel_std: tuple[float, ...] | None = None
-    stride_in_1x1: bool | None = None
+    format: str | None = None  # channel order, "BGR" or "RGB"
+    pixel_mean: tuple[float, ...] | None = None  # per channel in that order, in 0-255 units
+    pixel_std: tuple[float, ...] | None = None  # likewise
+    stride_in_1x1: bool | None = None  # whether a bottleneck strides in its first 1x1 convolution (else in the 3x3)
 
 
 #: Input of Caffe's models: BGR, 0-255, mean subtracted.

@@ -25,30 +25,18 @@ _MASK_CORNERS = 0.5
 
 @dataclass
 class AnnotationTable:
-    """Checked annotations, grouped by image.
+    """Checked annotations, grouped by image."""
 
-    Attributes:
-        images: the images; M annotations in all.
-        position: (M,) int64 position in the json.
-        image: (M,) int64 index into ``images``, ascending.
-        id, category: (M,) int64; the category is contiguous.
-        crowd: (M,) bool.
-        bbox: (M, 4) float64 XYWH.
-        hull: (M, 4) float64 XYXY box of the mask, NaN without a mask.
-        as_written: (M,) bool, whether the box is the json's own.
-        texts: json of the annotations that differ from the file, by position.
-    """
-
-    images: Sequence[dict[str, Any]]
-    position: np.ndarray
-    image: np.ndarray
-    id: np.ndarray
-    category: np.ndarray
-    crowd: np.ndarray
-    bbox: np.ndarray
-    hull: np.ndarray
-    as_written: np.ndarray
-    texts: dict[int, bytes]
+    images: Sequence[dict[str, Any]]  # the images; M annotations in all
+    position: np.ndarray  # (M,) int64 position in the json
+    image: np.ndarray  # (M,) int64 index into ``images``, ascending
+    id: np.ndarray  # (M,) int64
+    category: np.ndarray  # (M,) int64, contiguous
+    crowd: np.ndarray  # (M,) bool
+    bbox: np.ndarray  # (M, 4) float64 XYWH
+    hull: np.ndarray  # (M, 4) float64 XYXY box of the mask, NaN without a mask
+    as_written: np.ndarray  # (M,) bool, whether the box is the json's own
+    texts: dict[int, bytes]  # json of the annotations that differ from the file, by position
 
     def __len__(self) -> int:
         return len(self.position)

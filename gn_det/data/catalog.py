@@ -49,19 +49,12 @@ GENERATED = {"shapes_train": "train", "shapes_val": "val"}
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """One COCO-format dataset on disk.
+    """One COCO-format dataset on disk."""
 
-    Attributes:
-        name: its name in logs and tables.
-        json_file: annotations in COCO's instances format.
-        image_root: folder that the json's ``file_name`` entries are relative to.
-        origin: for messages: the key or variable to change when a path is wrong.
-    """
-
-    name: str
-    json_file: str
-    image_root: str
-    origin: str = ""
+    name: str  # its name in logs and tables
+    json_file: str  # annotations in COCO's instances format
+    image_root: str  # folder that the json's ``file_name`` entries are relative to
+    origin: str = ""  # for messages: the key or variable to change when a path is wrong
 
 
 def datasets_root() -> Path:

@@ -39,41 +39,25 @@ _LISTED = 1000
 
 @dataclass
 class CocoDataset:
-    """A checked dataset. Records are sorted by image id; category indices are contiguous, in the order of json ids.
+    """A checked dataset. Records are sorted by image id; category indices are contiguous, in the order of json ids."""
 
-    Attributes:
-        name, json_file, image_root: its source.
-        records: one :class:`Record` per image, bboxes XYWH as in the json, crowds included (``iscrowd`` 1).
-        class_names: names by contiguous index.
-        category_ids: json category id by contiguous index.
-        sizes: (N, 2) int64 width and height of every image.
-        object_images, object_classes: (M,) int64 image index and class of every non-crowd object.
-        object_sizes: (M, 2) float32 width and height of their boxes in pixels, at most 1e9.
-        crowd_images, crowd_classes: the same for crowd regions.
-        without_mask: objects without segmentation, which only box training can use.
-        maskless: one line for each of them (the first 1000).
-        bad: one line for each dropped image and annotation.
-        notes: one line for each kind of repair.
-        has_annotations: False for a test json, which has no ``annotations`` key.
-    """
-
-    name: str
+    name: str  # of the source, as are the next two
     json_file: str
     image_root: str
-    records: RecordList
-    class_names: tuple[str, ...]
-    category_ids: tuple[int, ...]
-    sizes: np.ndarray
-    object_images: np.ndarray
-    object_classes: np.ndarray
-    object_sizes: np.ndarray
-    crowd_images: np.ndarray
+    records: RecordList  # one :class:`Record` per image, bboxes XYWH as in the json, crowds included (``iscrowd`` 1)
+    class_names: tuple[str, ...]  # names by contiguous index
+    category_ids: tuple[int, ...]  # json category id by contiguous index
+    sizes: np.ndarray  # (N, 2) int64 width and height of every image
+    object_images: np.ndarray  # (M,) int64 image index of every non-crowd object
+    object_classes: np.ndarray  # (M,) int64
+    object_sizes: np.ndarray  # (M, 2) float32 width and height of their boxes in pixels, at most 1e9
+    crowd_images: np.ndarray  # the same for crowd regions
     crowd_classes: np.ndarray
-    without_mask: int = 0
-    maskless: list[str] = field(default_factory=list)
-    bad: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    has_annotations: bool = True
+    without_mask: int = 0  # objects without segmentation, which only box training can use
+    maskless: list[str] = field(default_factory=list)  # one line for each of them (the first 1000)
+    bad: list[str] = field(default_factory=list)  # one line for each dropped image and annotation
+    notes: list[str] = field(default_factory=list)  # one line for each kind of repair
+    has_annotations: bool = True  # False for a test json, which has no ``annotations`` key
 
     def __len__(self) -> int:
         return len(self.records)

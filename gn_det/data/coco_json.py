@@ -33,29 +33,20 @@ _UNZIPPED, _RATIO = 64 << 20, 100
 
 @dataclass
 class CocoJson:
-    """Images and annotations with a checked structure.
+    """Images and annotations with a checked structure."""
 
-    Attributes:
-        images: ``id``, ``file_name``, ``width`` and ``height`` of the usable images, sorted by id. Sizes that the json
-            lacks are 0; :func:`gn_det.data.image_files.look_at_images` then reads them from the file.
-        class_names, category_ids: in the order of the ids.
-        entries: the annotations, in file order.
-        image_of: (N,) int64 index into ``images`` of each annotation; -1 if it is dropped.
-        changed: annotations whose ids differ from the file, by position.
-        left_out: reason why an annotation is dropped, by position: a kind of problem, or "" if its image is dropped.
-        new_ids: new ids by position, for annotations without a unique one.
-        has_annotations: False for a test json, which has no ``annotations`` key.
-    """
-
+    #: ``id``, ``file_name``, ``width`` and ``height`` of the usable images, sorted by id. Sizes that the json
+    #: lacks are 0; :func:`gn_det.data.image_files.look_at_images` then reads them from the file.
     images: list[dict[str, Any]]
-    class_names: tuple[str, ...]
+    class_names: tuple[str, ...]  # in the order of the ids
     category_ids: tuple[int, ...]
-    entries: Entries
-    image_of: np.ndarray
-    changed: dict[int, dict[str, Any]] = field(default_factory=dict)
+    entries: Entries  # the annotations, in file order
+    image_of: np.ndarray  # (N,) int64 index into ``images`` of each annotation; -1 if it is dropped
+    changed: dict[int, dict[str, Any]] = field(default_factory=dict)  # whose ids differ from the file, by position
+    #: reason why an annotation is dropped, by position: a kind of problem, or "" if its image is dropped
     left_out: dict[int, str] = field(default_factory=dict)
-    new_ids: dict[int, int] = field(default_factory=dict)
-    has_annotations: bool = True
+    new_ids: dict[int, int] = field(default_factory=dict)  # by position, for annotations without a unique id
+    has_annotations: bool = True  # False for a test json, which has no ``annotations`` key
 
     def annotation(self, position: int) -> dict[str, Any]:
         """Return the annotation at a position of the file, with its new ids."""

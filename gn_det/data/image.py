@@ -67,17 +67,11 @@ class ImageError(DataError):
 
 @dataclass(frozen=True)
 class ImageReader:
-    """Reads images with the settings of a config.
+    """Reads images with the settings of a config."""
 
-    Attributes:
-        image_format: ``"BGR"``, ``"RGB"`` or ``"L"`` (INPUT.FORMAT).
-        bit_depth: how gray images of more than 8 bits are scaled (INPUT.BIT_DEPTH).
-        max_pixels: larger images are refused (INPUT.MAX_PIXELS).
-    """
-
-    image_format: str = "BGR"
-    bit_depth: str = ""
-    max_pixels: int = MAX_PIXELS
+    image_format: str = "BGR"  # "BGR", "RGB" or "L" (INPUT.FORMAT)
+    bit_depth: str = ""  # how gray images of more than 8 bits are scaled (INPUT.BIT_DEPTH)
+    max_pixels: int = MAX_PIXELS  # larger images are refused (INPUT.MAX_PIXELS)
 
     def __post_init__(self) -> None:
         if self.image_format not in FORMATS:

@@ -16,22 +16,15 @@ Severity = Literal["error", "warning", "note"]
 
 
 class Kind(NamedTuple):
-    """One kind of problem.
+    """One kind of problem."""
 
-    Attributes:
-        severity: an error is what training refuses or drops, and nothing else.
-        title: headline of all findings of the kind.
-        fix: what training does in memory (warnings) and ``gn-det check --fix`` does in the file; empty if only a person
-            can decide.
-        text: ``str.format`` template of one finding; empty if the title is enough.
-        blocks: whether it keeps ``--fix`` from writing anything.
-    """
-
-    severity: Severity
-    title: str
+    severity: Severity  # an error is what training refuses or drops, and nothing else
+    title: str  # headline of all findings of the kind
+    #: what training does in memory (warnings) and ``gn-det check --fix`` does in the file; empty if only a person
+    #: can decide
     fix: str = ""
-    text: str = ""
-    blocks: bool = False
+    text: str = ""  # ``str.format`` template of one finding; empty if the title is enough
+    blocks: bool = False  # whether it keeps ``--fix`` from writing anything
 
 
 _OUT = "the annotation is left out"

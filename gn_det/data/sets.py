@@ -26,23 +26,14 @@ _FEW = 20
 
 @dataclass(frozen=True)
 class RunData:
-    """Training and test data of a run.
+    """Training and test data of a run."""
 
-    Attributes:
-        train: training sets, all with the same classes; empty for evaluation.
-        test: test sets.
-        class_names: one name per class in the model's order.
-        category_ids: json category ids of the first set, in the same order.
-        images: number of images in an epoch.
-        boxes_only: whether masks are configured but no training object has one.
-    """
-
-    train: tuple[CocoDataset, ...]
-    test: tuple[CocoDataset, ...]
-    class_names: tuple[str, ...]
-    category_ids: tuple[int, ...]
-    images: int
-    boxes_only: bool = False
+    train: tuple[CocoDataset, ...]  # training sets, all with the same classes; empty for evaluation
+    test: tuple[CocoDataset, ...]  # test sets
+    class_names: tuple[str, ...]  # one name per class in the model's order
+    category_ids: tuple[int, ...]  # json category ids of the first set, in the same order
+    images: int  # number of images in an epoch
+    boxes_only: bool = False  # whether masks are configured but no training object has one
 
 
 def load_run_data(cfg: CfgNode) -> RunData:
@@ -145,19 +136,12 @@ def model_category_ids(dataset: CocoDataset, class_names: Sequence[str]) -> tupl
 
 @dataclass(frozen=True)
 class Sizes:
-    """Dataset sizes for ``--dry-run``, where the files may be absent.
+    """Dataset sizes for ``--dry-run``, where the files may be absent."""
 
-    Attributes:
-        images: training images in an epoch, 0 if unknown.
-        classes: number of classes, 0 if unknown.
-        class_names: class names, if known.
-        lines: one sentence per set.
-    """
-
-    images: int
-    classes: int
-    class_names: tuple[str, ...]
-    lines: tuple[str, ...]
+    images: int  # training images in an epoch, 0 if unknown
+    classes: int  # number of classes, 0 if unknown
+    class_names: tuple[str, ...]  # class names, if known
+    lines: tuple[str, ...]  # one sentence per set
 
 
 def estimate_sizes(cfg: CfgNode) -> Sizes:

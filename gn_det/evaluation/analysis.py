@@ -36,44 +36,29 @@ Interval = tuple[float, float, float]
 
 @dataclass
 class Matches:
-    """All detections of one class, by descending score.
+    """All detections of one class, by descending score."""
 
-    Attributes:
-        scores: (D,) scores.
-        images: (D,) image index.
-        hits: (T, D) bool: matched with an object.
-        ignored: (T, D) bool: matched with a crowd, or outside the size range.
-        objects: (N,) number of counted objects per image.
-    """
-
-    scores: np.ndarray
-    images: np.ndarray
-    hits: np.ndarray
-    ignored: np.ndarray
-    objects: np.ndarray
+    scores: np.ndarray  # (D,) scores
+    images: np.ndarray  # (D,) image index
+    hits: np.ndarray  # (T, D) bool: matched with an object
+    ignored: np.ndarray  # (T, D) bool: matched with a crowd, or outside the size range
+    objects: np.ndarray  # (N,) number of counted objects per image
 
 
 @dataclass
 class ClassAnalysis:
-    """Results of one class.
-
-    Attributes:
-        ap, ap50: percent with the ends of their 95 % interval; nan without objects.
-        threshold: score with the best F1 at IoU 0.5; nan without a hit.
-        precision, recall: at that score.
-        curve: (P, 2) recall and precision at IoU 0.5.
-    """
+    """Results of one class."""
 
     name: str
     objects: int
     detections: int
-    ap: Interval
-    ap50: Interval
-    threshold: float
+    ap: Interval  # percent with the ends of its 95 % interval; nan without objects
+    ap50: Interval  # likewise
+    threshold: float  # score with the best F1 at IoU 0.5; nan without a hit
     f1: float
-    precision: float
-    recall: float
-    curve: np.ndarray
+    precision: float  # at that score
+    recall: float  # at that score
+    curve: np.ndarray  # (P, 2) recall and precision at IoU 0.5
 
 
 @dataclass
@@ -100,24 +85,16 @@ class Doubt:
 
 @dataclass
 class Analysis:
-    """Analysis of one task.
+    """Analysis of one task."""
 
-    Attributes:
-        task: "bbox" or "segm".
-        ap, ap50: means over the classes with their intervals.
-        sizes: AP, interval and number of objects per size range.
-        confusion: (K + 1, K + 1) objects by true (row) and detected (column) class; the last is "none".
-        calibration: (B, 3) mean score, precision and number of detections per score bin.
-    """
-
-    task: str
+    task: str  # "bbox" or "segm"
     images: int
-    ap: Interval
-    ap50: Interval
+    ap: Interval  # mean over the classes with its interval
+    ap50: Interval  # likewise
     classes: list[ClassAnalysis]
-    sizes: dict[str, tuple[Interval, int]]
-    confusion: np.ndarray
-    calibration: np.ndarray
+    sizes: dict[str, tuple[Interval, int]]  # AP, interval and number of objects per size range
+    confusion: np.ndarray  # (K + 1, K + 1) objects by true (row) and detected (column) class; the last is "none"
+    calibration: np.ndarray  # (B, 3) mean score, precision and number of detections per score bin
     worst: list[ImageErrors] = field(default_factory=list)
     doubts: list[Doubt] = field(default_factory=list)
 

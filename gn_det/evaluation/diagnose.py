@@ -33,17 +33,11 @@ _SAMPLE = 200
 
 
 class Caps(NamedTuple):
-    """Limits on how many objects of an image can be detected, however good the model is.
+    """Limits on how many objects of an image can be detected, however good the model is."""
 
-    Attributes:
-        max_dets: TEST.MAX_DETS, counted detections per class.
-        detections: TEST.DETECTIONS_PER_IMAGE, of all classes together; None if unknown.
-        proposals: MODEL.RPN.POST_NMS_TOPK_TEST; None if unknown, or if the model has no RPN.
-    """
-
-    max_dets: int = 100
-    detections: int | None = None
-    proposals: int | None = None
+    max_dets: int = 100  # TEST.MAX_DETS, counted detections per class
+    detections: int | None = None  # TEST.DETECTIONS_PER_IMAGE, of all classes together; None if unknown
+    proposals: int | None = None  # MODEL.RPN.POST_NMS_TOPK_TEST; None if unknown, or if the model has no RPN
 
     @classmethod
     def of(cls, cfg: Any) -> Caps:

@@ -25,24 +25,16 @@ _ADVICE = "give the COCO json of the set to evaluate on"
 
 @dataclass
 class GroundTruth:
-    """A checked COCO data set.
+    """A checked COCO data set."""
 
-    Attributes:
-        source: path (or short name) for messages.
-        images: ``{"id", "height", "width", ...}``, ids unique.
-        categories: ``{"id", "name"}`` sorted by id.
-        annotations: COCO annotations with ``id`` 1..N, grouped by image, ``bbox`` (XYWH), ``area``, ``iscrowd``, and a
-            usable ``segmentation`` or none.
-        warnings: one sentence for each kind of repair and each dropped entry.
-        has_annotations: False for a test json, which has no ``annotations`` key.
-    """
-
-    source: str
-    images: list[dict[str, Any]]
-    categories: list[dict[str, Any]]
+    source: str  # path (or short name) for messages
+    images: list[dict[str, Any]]  # ``{"id", "height", "width", ...}``, ids unique
+    categories: list[dict[str, Any]]  # ``{"id", "name"}`` sorted by id
+    #: COCO annotations with ``id`` 1..N, grouped by image, ``bbox`` (XYWH), ``area``, ``iscrowd``, and a usable
+    #: ``segmentation`` or none
     annotations: list[dict[str, Any]]
-    warnings: list[str] = field(default_factory=list)
-    has_annotations: bool = True
+    warnings: list[str] = field(default_factory=list)  # one sentence for each kind of repair and each dropped entry
+    has_annotations: bool = True  # False for a test json, which has no ``annotations`` key
 
     @property
     def image_ids(self) -> list[Any]:

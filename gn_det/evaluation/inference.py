@@ -16,19 +16,12 @@ from gn_det.structures import Detections, Sample
 
 @dataclass(frozen=True)
 class InferenceProgress:
-    """Progress of an evaluation.
+    """Progress of an evaluation."""
 
-    Attributes:
-        images: images done on this rank.
-        total: images of this rank, None if unknown.
-        seconds_per_image: running average without the first batch, which warms up.
-        eta_seconds: estimated seconds left, None if ``total`` is.
-    """
-
-    images: int
-    total: int | None
-    seconds_per_image: float
-    eta_seconds: float | None
+    images: int  # images done on this rank
+    total: int | None  # images of this rank, None if unknown
+    seconds_per_image: float  # running average without the first batch, which warms up
+    eta_seconds: float | None  # estimated seconds left, None if ``total`` is
 
 
 def run_inference(

@@ -52,23 +52,14 @@ DASHES = ("solid", "dashed", "dotted")
 
 @dataclass
 class Line:
-    """One curve of a chart.
+    """One curve of a chart."""
 
-    Attributes:
-        name: for the legend, which belongs to the page.
-        points: (N, 2) x and y.
-        index: of its color and dash.
-        runs: (M, 2) curves of single runs, drawn faintly behind it.
-        spread: (N,) half heights of error bars; None draws none.
-        published: not measured here; drawn dotted and faintly, behind the others.
-    """
-
-    name: str
-    points: np.ndarray
-    index: int = 0
-    runs: Sequence[np.ndarray] = ()
-    spread: np.ndarray | None = None
-    published: bool = False
+    name: str  # for the legend, which belongs to the page
+    points: np.ndarray  # (N, 2) x and y
+    index: int = 0  # of its color and dash
+    runs: Sequence[np.ndarray] = ()  # (M, 2) curves of single runs, drawn faintly behind it
+    spread: np.ndarray | None = None  # (N,) half heights of error bars; None draws none
+    published: bool = False  # not measured here; drawn dotted and faintly, behind the others
 
     @property
     def dash(self) -> str:

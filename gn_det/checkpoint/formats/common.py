@@ -34,34 +34,30 @@ class NameTable:
 
 @dataclass
 class Weights:
-    """A translated weights file; what the source does not state is None or empty.
+    """A translated weights file; what the source does not state is None or empty."""
 
-    Attributes:
-        state: tensors with Detectron2's names, of a full model (``backbone.bottom_up.res2...``) or a bare backbone
-            (``res2...``). Unknown names are kept and reported as unexpected.
-        norm: norm of the bottom-up network: "GN", "LN", "IN", "BN" (with statistics), "affine BN" (folded into scale
-            and shift); "" to read it from the names.
-        foldable: whether the stem convolution may be rewritten for the config's channel order and std, because the
-            source's convention differs from Detectron2's.
-        asks: whether the user must state the preprocessing, because it is unknown and matters.
-        aside: the ignored ImageNet classifier with Detectron2's names (``stem.fc.weight``), kept by conversion.
-        ws: formula of Weight Standardization of each part, "" for none, such as {"RESNETS": "jhu"}; parts that the
-            source does not state are left out.
-    """
-
+    #: tensors with Detectron2's names, of a full model (``backbone.bottom_up.res2...``) or a bare backbone
+    #: (``res2...``). Unknown names are kept and reported as unexpected.
     state: State
     kind: str  # what the file is, for people
+    #: norm of the bottom-up network: "GN", "LN", "IN", "BN" (with statistics), "affine BN" (folded into scale and
+    #: shift); "" to read it from the names
     norm: str = ""
     groups: tuple[int, int] | None = None  # GN's NUM_GROUPS and CHANNELS_PER_GROUP
     ignored: tuple[str, ...] = ()  # names that are known and not meant for a detector
     preprocessing: Preprocessing | None = None
     config: dict[str, Any] | None = None  # training config of the weights
     meta: dict[str, Any] | None = None  # see gn_det.checkpoint.meta.read_meta
+    #: whether the stem convolution may be rewritten for the config's channel order and std, because the source's
+    #: convention differs from Detectron2's
     foldable: bool = False
-    asks: bool = False
+    asks: bool = False  # whether the user must state the preprocessing, because it is unknown and matters
+    #: the ignored ImageNet classifier with Detectron2's names (``stem.fc.weight``), kept by conversion
     aside: State = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # sentences worth showing the user
     class_names: tuple[str, ...] = ()
+    #: formula of Weight Standardization of each part, "" for none, such as {"RESNETS": "jhu"}; parts that the
+    #: source does not state are left out
     ws: dict[str, str] = field(default_factory=dict)
 
     @property
