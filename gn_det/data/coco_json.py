@@ -94,8 +94,15 @@ def read_coco_json(
         DataError: not found, not json, not COCO's instances format, no images or categories, or refused by ``problems``
             (repeated ids).
     """
-    problems = problems or Problems(source.json_file)
-    return structure(parse(source), problems, need_annotations=need_annotations)
+    advice = f"check {source.origin or 'the path'}"
+    if source.origin == "DETECTRON2_DATASETS":
+        advice = (
+            "put the dataset there, set the environment variable DETECTRON2_DATASETS to its parent folder, or give "
+            "your own data (--train-json, --train-images, --val-json, --val-images)"
+        )
+    what = f"annotation file of dataset {shown(source.name)}"
+    data = read_json(source.json_file, what, advice, keep_text=True)
+    return structure(data, problems or Problems(source.json_file), need_annotations=need_annotations)
 
 
 def structure(data: Any, problems: Problems, *, need_annotations: bool = True) -> CocoJson:
@@ -115,22 +122,6 @@ def structure(data: Any, problems: Problems, *, need_annotations: bool = True) -
     content = CocoJson(images, class_names, category_ids, entries, image_of, has_annotations="annotations" in data)
     _assign(content, dropped, problems)
     return content
-
-
-def parse(source: DatasetSource) -> Any:
-    """Parse ``source.json_file``.
-
-    Raises:
-        DataError: not found, not readable, or not json.
-    """
-    advice = f"check {source.origin or 'the path'}"
-    if source.origin == "DETECTRON2_DATASETS":
-        advice = (
-            "put the dataset there, set the environment variable DETECTRON2_DATASETS to its parent folder, or give "
-            "your own data (--train-json, --train-images, --val-json, --val-images)"
-        )
-    what = f"annotation file of dataset {shown(source.name)}"
-    return read_json(source.json_file, what, advice, keep_text=True)
 
 
 class _File(msgspec.Struct):

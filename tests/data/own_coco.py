@@ -15,47 +15,23 @@ from gn_det.data.catalog import DatasetSource
 
 Change = Callable[[dict[str, Any]], object]
 
+
+def _object(
+    number: int, image: int, category: int, bbox: list[float], area: float, segmentation: Any, iscrowd: int = 0
+) -> dict[str, Any]:
+    ids = {"id": number, "image_id": image, "category_id": category}
+    return {**ids, "bbox": bbox, "area": area, "iscrowd": iscrowd, "segmentation": segmentation}
+
+
 #: 4 images of 40 x 30 (w x h); ids 5, 6, 7, 8; category ids with gaps, unsorted; image 8 is empty, 7 has only a crowd.
 CONTENT: dict[str, Any] = {
     "images": [{"id": i, "file_name": f"im {i}é.png", "width": 40, "height": 30} for i in (8, 6, 5, 7)],
     "categories": [{"id": 9, "name": "nine"}, {"id": 2, "name": "two"}],
     "annotations": [
-        {
-            "id": 11,
-            "image_id": 5,
-            "category_id": 9,
-            "bbox": [2.0, 3.0, 10.0, 8.0],
-            "area": 80.0,
-            "iscrowd": 0,
-            "segmentation": [[2.0, 3.0, 12.0, 3.0, 12.0, 11.0, 2.0, 11.0]],
-        },
-        {
-            "id": 12,
-            "image_id": 5,
-            "category_id": 2,
-            "bbox": [20, 10, 5, 6],
-            "area": 30,
-            "iscrowd": 0,
-            "segmentation": {"size": [30, 40], "counts": [610, 6, 24, 6, 24, 6, 24, 6, 24, 6, 464]},
-        },
-        {
-            "id": 13,
-            "image_id": 6,
-            "category_id": 2,
-            "bbox": [0, 0, 4, 30],
-            "area": 120,
-            "iscrowd": 0,
-            "segmentation": {"size": [30, 40], "counts": ""},
-        },
-        {
-            "id": 14,
-            "image_id": 7,
-            "category_id": 2,
-            "bbox": [0, 0, 1, 30],
-            "area": 30,
-            "iscrowd": 1,
-            "segmentation": {"size": [30, 40], "counts": [0, 30, 1170]},
-        },
+        _object(11, 5, 9, [2.0, 3.0, 10.0, 8.0], 80.0, [[2.0, 3.0, 12.0, 3.0, 12.0, 11.0, 2.0, 11.0]]),
+        _object(12, 5, 2, [20, 10, 5, 6], 30, {"size": [30, 40], "counts": [610, *[6, 24] * 4, 6, 464]}),
+        _object(13, 6, 2, [0, 0, 4, 30], 120, {"size": [30, 40], "counts": ""}),
+        _object(14, 7, 2, [0, 0, 1, 30], 30, {"size": [30, 40], "counts": [0, 30, 1170]}, iscrowd=1),
     ],
 }
 
