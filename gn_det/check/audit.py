@@ -249,7 +249,8 @@ def _look_at_objects(table: AnnotationTable, training: Training, result: Survey,
 
 def _suspicious(objects: AnnotationTable, training: Training) -> np.ndarray:
     """(M,) bool: a superset of the objects that :func:`_look_at_image` reports."""
-    box, mask, size = _corners(objects.bbox), objects.hull, objects.sizes
+    box = np.concatenate([objects.bbox[:, :2], objects.bbox[:, :2] + objects.bbox[:, 2:]], axis=1)
+    mask, size = objects.hull, objects.sizes
     sizes, of = np.unique(size, axis=0, return_inverse=True)
     scale = np.array([training.scale(w, h, min(training.short_sides)) for w, h in sizes.tolist()]).reshape(-1, 2)[of]
     limits = np.concatenate([size, size], axis=1)
@@ -265,11 +266,6 @@ def _suspicious(objects: AnnotationTable, training: Training) -> np.ndarray:
     _, first, count = np.unique(key, return_inverse=True, return_counts=True)
     found: np.ndarray = ~objects.has_mask | apart | out | small | tiny | (count[first] > 1)
     return found
-
-
-def _corners(bbox: np.ndarray) -> np.ndarray:
-    """XYWH to XYXY."""
-    return np.concatenate([bbox[:, :2], bbox[:, :2] + bbox[:, 2:]], axis=1)
 
 
 def _look_at_image(

@@ -79,7 +79,13 @@ def _fix(report: Report, target: str) -> None:
     cleaner = Cleaner(report.surveys[0])
     cleaner.write(target)
     report.changes = cleaner.changes
-    report.not_fixed = _not_fixed(report)
+    # errors that a cleaned training json does not fix
+    report.not_fixed = [str(f) for name, _, _ in report.across.of("error") for f in report.across.found[name]]
+    report.not_fixed += [
+        f"{other.source.json_file} has {errors} errors of its own: give it as --train-json to --fix it"
+        for other in report.surveys[1:]
+        if (errors := other.findings.total("error"))
+    ]
     print()
     say(f"{target}: cleaned copy of {report.surveys[0].source.json_file}, {count(len(cleaner.changes), 'change')}")
     for line in cleaner.changes[:_CHANGES]:
@@ -89,18 +95,6 @@ def _fix(report: Report, target: str) -> None:
     say(f"  all changes: {changes_file(target)}")
     for line in report.not_fixed:
         say(f"  not fixed: {line}")
-
-
-def _not_fixed(report: Report) -> list[str]:
-    """Return the errors that a cleaned training json does not fix."""
-    lines = [str(f) for name, _, _ in report.across.of("error") for f in report.across.found[name]]
-    for other in report.surveys[1:]:
-        errors = other.findings.total("error")
-        if errors:
-            lines.append(
-                f"{other.source.json_file} has {errors} errors of its own: give it as --train-json to --fix it"
-            )
-    return lines
 
 
 def _write_reports(report: Report, json_out: str | None, html_out: str | None) -> None:

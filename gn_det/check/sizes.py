@@ -33,10 +33,6 @@ class SizeTable:
     small: float  # share of objects smaller than half the smallest anchor
 
     @property
-    def total(self) -> int:
-        return sum(self.counts)
-
-    @property
     def rule(self) -> str:
         """Describe how the sizes were measured."""
         resized = f"images resized to a shorter side of {self.short_side}, at most {self.max_size}"
@@ -44,7 +40,7 @@ class SizeTable:
 
     @property
     def many_small(self) -> bool:
-        return self.total > 0 and self.small > _MANY_SMALL
+        return sum(self.counts) > 0 and self.small > _MANY_SMALL
 
     def labels(self) -> list[str]:
         """Return the labels of the bars."""

@@ -135,10 +135,12 @@ class ImageReader:
             known = image.format != "PNG" or "exif" in image.info
             turned = known and _orientation(image) in _SWAPS_SIDES
             end = _ENDS.get(image.format or "")
-            if end is not None and not _ends_with(file, end):
-                file.seek(0)
-                with Image.open(file) as again:
-                    again.load()
+            if end is not None:
+                file.seek(max(file.seek(0, os.SEEK_END) - len(end), 0))
+                if file.read() != end:
+                    file.seek(0)
+                    with Image.open(file) as again:
+                        again.load()
         return (height, width) if turned else (width, height)
 
     def from_array(self, pixels: np.ndarray) -> np.ndarray:
@@ -274,11 +276,6 @@ def _check_png(file: BinaryIO) -> None:
         stored = file.read(4)
         if not left and len(stored) == 4 and int.from_bytes(stored, "big") != checksum:
             raise ValueError("the checksum of its pixels is wrong: download or copy this file again")
-
-
-def _ends_with(file: BinaryIO, end: bytes) -> bool:
-    file.seek(max(file.seek(0, os.SEEK_END) - len(end), 0))
-    return file.read() == end
 
 
 def _orientation(image: Image.Image) -> int | None:

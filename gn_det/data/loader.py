@@ -109,11 +109,11 @@ class _TrainImages(_Images):
         yield from np.concatenate([same[after + 1 :], same[:after], others])[: self.max_bad].tolist()
 
     def map(self, record: Record, entry: Draw) -> Sample:
-        sample: Sample = self.mapper(record, augmentation_state(self.seed, entry[1]), self._another)
-        return sample
+        def another(rng: np.random.RandomState) -> Record:
+            return self.record(int(rng.randint(len(self.where))))
 
-    def _another(self, rng: np.random.RandomState) -> Record:
-        return self.record(int(rng.randint(len(self.where))))
+        sample: Sample = self.mapper(record, augmentation_state(self.seed, entry[1]), another)
+        return sample
 
 
 class Loader:

@@ -279,12 +279,10 @@ def unpack_samples(packed: PackedSamples | list[Sample]) -> list[Sample]:
 
 
 def _pack_targets(targets: Targets) -> tuple[Any, ...]:
-    masks = None if targets.masks is None else [_pack_mask(m) for m in targets.masks.masks]
+    masks: Any = None
+    if targets.masks is not None:
+        masks = [mask if isinstance(mask, list) else (mask.shape, np.packbits(mask)) for mask in targets.masks.masks]
     return targets.image_size, targets.boxes.numpy(), targets.classes.numpy(), masks
-
-
-def _pack_mask(mask: InstanceMask) -> Any:
-    return mask if isinstance(mask, list) else (mask.shape, np.packbits(mask))
 
 
 def _unpack_mask(packed: Any) -> InstanceMask:

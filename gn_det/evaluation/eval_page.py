@@ -56,15 +56,17 @@ def as_html(
         for k, c in enumerate(shown)
     ]
     calibration = [Line("all classes", main.calibration[:, :2]), Line("perfect", np.array([[0.0, 0], [1, 1]]), 12)]
+    tasks = []
+    for a in analyses:
+        sizes = [{"name": name, "ap": percent(ap), "objects": n} for name, (ap, n) in a.sizes.items()]
+        tasks.append({"name": _TASKS[a.task], "ap": percent(a.ap), "ap50": percent(a.ap50), "sizes": sizes})
     return render(
         "eval.html",
         json_file=dataset.json_file,
         weights=weights,
         images=main.images,
         few=main.images < _FEW,
-        tasks=[
-            {"name": _TASKS[a.task], "ap": percent(a.ap), "ap50": percent(a.ap50), "sizes": _sizes(a)} for a in analyses
-        ],
+        tasks=tasks,
         task=_TASKS[main.task],
         classes=[_row(c) for c in sorted(main.classes, key=lambda c: (math.isnan(c.ap[0]), c.ap[0]))],
         curves=curves,
@@ -98,10 +100,6 @@ def percent(interval: Interval) -> str:
     if math.isnan(value):
         return "-"
     return f"{value:.1f}" if math.isnan(low) else f"{value:.1f} ({low:.1f} to {high:.1f})"
-
-
-def _sizes(analysis: Analysis) -> list[dict[str, Any]]:
-    return [{"name": name, "ap": percent(ap), "objects": n} for name, (ap, n) in analysis.sizes.items()]
 
 
 def _row(c: Any) -> dict[str, Any]:

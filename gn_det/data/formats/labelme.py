@@ -122,7 +122,10 @@ def write(document: Document, folder: Path, root: Path, losses: Losses) -> None:
             base["flags"] = flags
             segmentation = a.get("segmentation")
             if isinstance(segmentation, dict):
-                shapes.append({**base, **_mask_shape(tools.crop_of_rle(segmentation))})
+                top, left, bitmap = tools.crop_of_rle(segmentation)
+                points = [[left, top], [left + bitmap.shape[1] - 1, top + bitmap.shape[0] - 1]]
+                mask = base64.b64encode(png_bytes(bitmap)).decode()
+                shapes.append({**base, "points": points, "shape_type": "mask", "mask": mask})
             elif segmentation:
                 base["group_id"] = group if len(segmentation) > 1 else None
                 for polygon in segmentation:
@@ -142,9 +145,3 @@ def write(document: Document, folder: Path, root: Path, losses: Losses) -> None:
         }
         atomic_write(path, json_bytes(content, indent=1))
     atomic_write(folder / CLASSES, "".join(f"{name}\n" for name in names.values()))
-
-
-def _mask_shape(crop: MaskCrop) -> dict[str, Any]:
-    rows, columns = crop.bitmap.shape
-    first, last = [crop.left, crop.top], [crop.left + columns - 1, crop.top + rows - 1]
-    return {"points": [first, last], "shape_type": "mask", "mask": base64.b64encode(png_bytes(crop.bitmap)).decode()}
