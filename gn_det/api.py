@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gn_det.engine.run import evaluate, train
 from gn_det.prediction.predictor import Predictor, Selection, load_predictor
-from gn_det.result import ImageLike, Images, Result, checked_images, checked_threshold, wanted_classes
+from gn_det.result import ImageModel, Result
 
 if TYPE_CHECKING:
     import torch
@@ -20,12 +19,10 @@ if TYPE_CHECKING:
 __all__ = ["Model", "evaluate", "load_model", "train"]
 
 
-class Model:
+class Model(ImageModel):
     """A trained detector, ready to predict; made by :func:`load_model`.
 
     Attributes:
-        class_names: name of each class index.
-        category_ids: category id of each class index, as in the training json.
         config: the resolved configuration (a CfgNode).
         module: the ``torch.nn.Module``, in evaluation mode.
     """
@@ -43,49 +40,10 @@ class Model:
         """Device that the model runs on."""
         return next(self.module.parameters()).device
 
-    @overload
-    def predict(self, images: ImageLike, *, threshold: float = ..., classes: Sequence[str] | None = ...) -> Result: ...
-
-    @overload
-    def predict(
-        self, images: Images, *, threshold: float = ..., classes: Sequence[str] | None = ...
-    ) -> list[Result]: ...
-
-    def predict(
-        self,
-        images: ImageLike | Images,
-        *,
-        threshold: float = 0.5,
-        classes: Sequence[str] | None = None,
-    ) -> Result | list[Result]:
-        """Detect objects on one image, or on each image of a list.
-
-        Args:
-            images: a path, a PIL image or an (H, W, 3) uint8 array in RGB order (OpenCV frames are BGR: pass
-                ``frame[:, :, ::-1]``); or a list or tuple of these. EXIF orientation is applied.
-            threshold: keep detections with at least this score, in [0, 1].
-            classes: keep these class names only; None keeps all.
-
-        Returns:
-            One ``Result`` for one image, or a list of them in the order of ``images``.
-
-        Raises:
-            DataError: an image is missing, damaged or not of the expected form, or the list is empty.
-            ConfigError: the threshold is out of range, or a class name is unknown.
-        """
-        checked_threshold(threshold)
-        wanted = wanted_classes(classes, self.class_names)
-        results = [self._predict_one(image, threshold, wanted) for image in checked_images(images)]
-        return results if isinstance(images, (list, tuple)) else results[0]
-
     def _predict_one(self, image: Path | np.ndarray, threshold: float, wanted: set[int] | None) -> Result:
         found = Selection(threshold, wanted)(self._predictor.detect(image))
         return Result(
-            boxes=found.boxes,
-            scores=found.scores,
-            classes=found.classes,
-            masks=found.masks,
-            image_size=found.image_size,
+            **vars(found),
             class_names=self.class_names,
             category_ids=self.category_ids,
             _source=image,

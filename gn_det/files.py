@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import stat
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -92,6 +93,20 @@ def open_append(folder: StrPath, name: str) -> TextIO:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def check_writable(folder: StrPath, key: str = "OUTPUT_DIR") -> Path:
+    """Return ``folder``, which the user calls ``key``, after creating it and writing to it, or raise WriteError."""
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as probe:
+            probe.write(b"0")
+            probe.flush()
+    except OSError as error:
+        reason = error.strerror or error
+        raise WriteError(f"{key} {path}: cannot be written ({reason}); set {key} to another folder") from None
+    return path
 
 
 def inside(folder: StrPath, relative: str) -> Path:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -78,6 +78,52 @@ class Result:
         from gn_det.evaluation.results import detections_to_coco
 
         return detections_to_coco(image_id, self, self.category_ids)
+
+
+class ImageModel:
+    """What :class:`gn_det.Model` and :class:`gn_det.deploy.Detector` have in common: ``predict``.
+
+    Attributes:
+        class_names: name of each class index.
+        category_ids: category id of each class index, as in the training json.
+    """
+
+    class_names: Sequence[str]
+    category_ids: Sequence[int]
+
+    @overload
+    def predict(self, images: ImageLike, *, threshold: float = ..., classes: Sequence[str] | None = ...) -> Result: ...
+
+    @overload
+    def predict(
+        self, images: Images, *, threshold: float = ..., classes: Sequence[str] | None = ...
+    ) -> list[Result]: ...
+
+    def predict(
+        self, images: ImageLike | Images, *, threshold: float = 0.5, classes: Sequence[str] | None = None
+    ) -> Result | list[Result]:
+        """Detect objects on one image, or on each image of a list.
+
+        Args:
+            images: a path, a PIL image or an (H, W, 3) uint8 array in RGB order (OpenCV frames are BGR: pass
+                ``frame[:, :, ::-1]``); or a list or tuple of these. EXIF orientation is applied.
+            threshold: keep detections with at least this score, in [0, 1].
+            classes: keep these class names only; None keeps all.
+
+        Returns:
+            One ``Result`` for one image, or a list of them in the order of ``images``.
+
+        Raises:
+            DataError: an image is missing, damaged or not of the expected form, or the list is empty.
+            ConfigError: the threshold is out of range, or a class name is unknown.
+        """
+        checked_threshold(threshold)
+        wanted = wanted_classes(classes, self.class_names)
+        results = [self._predict_one(image, threshold, wanted) for image in checked_images(images)]
+        return results if isinstance(images, (list, tuple)) else results[0]
+
+    def _predict_one(self, image: Path | np.ndarray, threshold: float, wanted: set[int] | None) -> Result:
+        raise NotImplementedError
 
 
 def checked_threshold(threshold: Any) -> float:

@@ -15,7 +15,17 @@ from typing import Any
 import pytest
 
 from gn_det.errors import WriteError
-from gn_det.files import Busy, NotRegularFile, atomic_write, inside, json_bytes, lock, open_append, open_regular
+from gn_det.files import (
+    Busy,
+    NotRegularFile,
+    atomic_write,
+    check_writable,
+    inside,
+    json_bytes,
+    lock,
+    open_append,
+    open_regular,
+)
 
 
 def test_only_regular_files_open(tmp_path: Path) -> None:
@@ -203,3 +213,9 @@ def test_json_of_names_that_are_not_utf8() -> None:
     for name in ("ä", "\udcff"):
         assert json.loads(json_bytes({"file_name": name})) == {"file_name": name}
     assert json_bytes("ä") == b'"\xc3\xa4"'
+
+
+def test_unwritable_folder_is_found_at_start(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WriteError, match="OUTPUT_DIR"):
+        check_writable(tmp_path / "file" / "out")

@@ -19,9 +19,8 @@ from gn_det.classification.image_sources import Input
 from gn_det.classification.network import Classifier, build_classifier
 from gn_det.classification.settings import Settings
 from gn_det.engine import dist
-from gn_det.engine.output import check_writable
 from gn_det.errors import ConfigError, WeightsError
-from gn_det.files import atomic_write, json_bytes
+from gn_det.files import atomic_write, check_writable, json_bytes
 from gn_det.terminal import say
 from gn_det.text import one_line
 
@@ -55,7 +54,7 @@ def predict_clips(
     kind = dist.resolve_device(device)
     model, given = _load(payload, settings, names, weights)
     model, normalize = model.to(kind).eval(), Normalize(given).to(kind)
-    folder = check_writable(output)
+    folder = check_writable(output, "--output")
     results = []
     source = ClipSource(names, [], [(video, 0) for video in videos], replace(settings, max_bad=0, workers=0))
     source.input = given

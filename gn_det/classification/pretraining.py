@@ -48,13 +48,13 @@ from gn_det.engine.hooks import Schedule
 from gn_det.engine.log import FILE_ONLY, run_log
 from gn_det.engine.loggers import TensorBoardLogger
 from gn_det.engine.loop import make_scaler, parallel
-from gn_det.engine.output import BEST, FINAL, alone_in, check_writable
+from gn_det.engine.output import BEST, FINAL, alone_in
 from gn_det.engine.precision import DTYPES
 from gn_det.engine.scalars import Metrics
 from gn_det.engine.schedule import set_iteration
 from gn_det.engine.state import TrainState, seed_everything
 from gn_det.errors import ConfigError, DataError, TrainingError, UserError, out_of_memory
-from gn_det.files import atomic_write, json_bytes
+from gn_det.files import atomic_write, check_writable, json_bytes
 from gn_det.modeling.precise_bn import precise_bn
 from gn_det.terminal import say
 from gn_det.text import as_line, count
@@ -81,7 +81,7 @@ def pretrain(settings: Settings, *, resume: bool = False, overwrite: bool = Fals
     """
     device = _device(settings)
     _check_early(settings)
-    folder = check_writable(settings.output)
+    folder = check_writable(settings.output, "--output")
     settings = settings.settled(device, settings_of(folder) if resume else {})
     if not resume:
         refuse_old(folder, overwrite)

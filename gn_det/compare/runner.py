@@ -30,9 +30,9 @@ from gn_det.compare.plan import Job, Plan, file_hash
 from gn_det.engine import choice as engines
 from gn_det.engine import dist
 from gn_det.engine.hooks import Interrupted
-from gn_det.engine.output import alone_in, check_writable
+from gn_det.engine.output import alone_in
 from gn_det.errors import UserError, WeightsError
-from gn_det.files import atomic_write, json_bytes
+from gn_det.files import atomic_write, check_writable, json_bytes
 from gn_det.terminal import say
 from gn_det.text import count, one_line
 
@@ -190,7 +190,7 @@ class Runner:
         if dist.under_torchrun() and self.plan.jobs:
             dist.start_group(self.plan.jobs[0].device)
         try:
-            check_writable(self.store.root)
+            check_writable(self.store.root, "--output")
             with alone_in(self.store.root, key="--output"):
                 reasons = {job.name: self._run(job, number) for number, job in enumerate(self.plan.jobs, 1)}
         finally:

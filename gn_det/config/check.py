@@ -7,7 +7,8 @@ from typing import Any
 from fvcore.common.config import CfgNode as CN
 
 from gn_det.config.defaults import as_lists, flatten, get_value
-from gn_det.config.schema import KEYS, WS_SECTIONS, bit_depth_span
+from gn_det.config.kinds import bit_depth_span
+from gn_det.config.schema import KEYS, WS_SECTIONS
 from gn_det.errors import ConfigError
 from gn_det.text import nearest, shown
 from gn_det.values import InvalidValue

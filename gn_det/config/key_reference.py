@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from gn_det.config.schema import KEYS, Key
+from gn_det.config.kinds import Key
+from gn_det.config.schema import KEYS
 from gn_det.values import Value
 
 _HEAD = """\

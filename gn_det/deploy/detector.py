@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -15,7 +14,7 @@ from gn_det.data.transforms import Resize, resized_shape
 from gn_det.deploy.metadata import NAME, Metadata
 from gn_det.errors import ConfigError, DataError, UserError, WeightsError
 from gn_det.files import check_regular
-from gn_det.result import ImageLike, Images, Result, checked_images, checked_threshold, wanted_classes
+from gn_det.result import ImageModel, Result
 from gn_det.text import did_you_mean, one_line, shown
 
 logger = logging.getLogger(__name__)
@@ -37,12 +36,10 @@ _THRESHOLD = 0.5
 _MOST_PIXELS = 2**25
 
 
-class Detector:
-    """An exported detector.
+class Detector(ImageModel):
+    """An exported detector; its graph returns nothing below the ``MODEL.ROI_HEADS.SCORE_THRESH_TEST`` of its metadata.
 
     Attributes:
-        class_names: name of each class index.
-        category_ids: category id of each class index, as in the training json.
         metadata: the file's metadata.
         shape: batch, height and width of the input; None if dynamic.
     """
@@ -66,34 +63,6 @@ class Detector:
         self.category_ids = self.metadata.category_ids
         self._reader = self.metadata.reader()
         self.shape = self._checked_shape()
-
-    @overload
-    def predict(self, images: ImageLike, *, threshold: float = ..., classes: Sequence[str] | None = ...) -> Result: ...
-
-    @overload
-    def predict(
-        self, images: Images, *, threshold: float = ..., classes: Sequence[str] | None = ...
-    ) -> list[Result]: ...
-
-    def predict(
-        self, images: ImageLike | Images, *, threshold: float = 0.5, classes: Sequence[str] | None = None
-    ) -> Result | list[Result]:
-        """Detect objects in one image, or in each image of a list, like :meth:`gn_det.Model.predict`.
-
-        Args:
-            images: a path, a PIL image or an (H, W, 3) uint8 array in RGB order; or a list or tuple of these.
-            threshold: keep detections with at least this score; the graph itself returns none below
-                ``metadata.keys["MODEL.ROI_HEADS.SCORE_THRESH_TEST"]``.
-            classes: keep these class names only; None keeps all.
-
-        Raises:
-            DataError: an image cannot be read, or does not fit a graph of fixed size.
-            ConfigError: the threshold is out of range, or a class name is unknown.
-        """
-        checked_threshold(threshold)
-        wanted = wanted_classes(classes, self.class_names)
-        results = [self._predict_one(image, threshold, wanted) for image in checked_images(images)]
-        return results if isinstance(images, (list, tuple)) else results[0]
 
     def run(self, image: np.ndarray, size: np.ndarray) -> dict[str, np.ndarray]:
         """Return the outputs of the graph by name.
@@ -170,15 +139,9 @@ class Detector:
         keep = found["scores"] >= threshold
         if wanted is not None:
             keep &= np.isin(found["classes"], sorted(wanted))
-        for name in ("boxes", "scores", "classes", "masks"):
-            found[name] = None if found[name] is None else found[name][keep]
-        return Result(
-            **found,
-            class_names=self.class_names,
-            category_ids=self.category_ids,
-            _source=source,
-            _read=self.metadata.reader("RGB").read,
-        )
+        read = self.metadata.reader("RGB").read
+        names, ids = self.class_names, self.category_ids
+        return Result(**found, class_names=names, category_ids=ids, _source=source, _read=read)[keep]
 
     def _checked_shape(self) -> tuple[int | None, int | None, int | None]:
         """Return batch, height and width of the input, None if dynamic; raise WeightsError for another graph."""

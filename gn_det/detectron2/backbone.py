@@ -12,6 +12,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_resnet_backbo
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import Tensor, nn
 
+from gn_det.config.kinds import THEIR_NORMS
 from gn_det.detectron2.scripting import ScriptableFPN, ScriptableResNet
 from gn_det.errors import ConfigError
 from gn_det.modeling.build import (
@@ -29,9 +30,6 @@ from gn_det.norm import GroupRule, NormSpec, norm_with_groups
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
-
-#: Norm names that only Detectron2 builds.
-THEIR_NORMS = ("nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 
 
 def _shapes(specs: dict[str, FeatureSpec]) -> dict[str, ShapeSpec]:

@@ -19,6 +19,7 @@ from detectron2.modeling.roi_heads import ROI_BOX_HEAD_REGISTRY, ROI_HEADS_REGIS
 from fvcore.common.config import CfgNode
 from fvcore.common.registry import Registry
 
+from gn_det.config.kinds import THEIR_NORMS
 from gn_det.detectron2 import backbone
 from gn_det.detectron2 import gn_heads as heads
 from gn_det.detectron2.config import GROUP_NORMS, has_gn_keys, mention_other_groups, prepare_config, warn_of_norms
@@ -128,7 +129,7 @@ def _is_ours(cfg: Any, sections: tuple[str, ...]) -> bool:
     if not norms & set(GROUP_NORMS):
         return False
     deformable = "RESNETS" in sections and any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE)
-    only_theirs = deformable or norms & set(backbone.THEIR_NORMS)
+    only_theirs = deformable or norms & set(THEIR_NORMS)
     same_there = group_rule(cfg) == GroupRule() and not norms & {"LN", "IN"}
     # If neither can build it, gn_det's module raises the error.
     return not (only_theirs and same_there)

@@ -49,7 +49,7 @@ from gn_det.engine.evaluator import evaluate_model, verify_expected
 from gn_det.engine.log import run_log
 from gn_det.engine.loggers import check_loggers
 from gn_det.engine.loop import Loop, parallel
-from gn_det.engine.output import alone_in, check_writable, refuse_old_run
+from gn_det.engine.output import alone_in, refuse_old_run
 from gn_det.engine.precision import lay_out, settle
 from gn_det.engine.prepare import (
     Prepared,
@@ -62,6 +62,7 @@ from gn_det.engine.prepare import (
 )
 from gn_det.engine.state import ModelMeta, Resume, TrainState, find_resume, restore
 from gn_det.errors import TrainingError
+from gn_det.files import check_writable
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode

@@ -9,7 +9,6 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -33,25 +32,6 @@ PATIENCE = 10.0
 _OURS = re.compile(r"model_(\d{7}|best|final)\.pth$")
 
 logger = logging.getLogger(__name__)
-
-
-def check_writable(folder: str | os.PathLike[str]) -> Path:
-    """Create the folder and test that it is writable.
-
-    Raises:
-        TrainingError: that fails.
-    """
-    path = Path(folder)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path) as probe:
-            probe.write(b"0")
-            probe.flush()
-    except OSError as error:
-        raise TrainingError(
-            f"OUTPUT_DIR {path}: cannot be written ({error.strerror or error}); set OUTPUT_DIR to another folder"
-        ) from None
-    return path
 
 
 def check_output_name(folder: str | os.PathLike[str]) -> None:

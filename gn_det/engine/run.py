@@ -38,7 +38,7 @@ from gn_det.engine.evaluator import evaluate_model, verify_expected
 from gn_det.engine.heap import keep_freed_memory
 from gn_det.engine.log import FILE_ONLY, run_log
 from gn_det.engine.loop import Hook
-from gn_det.engine.output import alone_in, check_output_name, check_writable, refuse_old_run
+from gn_det.engine.output import alone_in, check_output_name, refuse_old_run
 from gn_det.engine.precision import lay_out_for_inference, settle
 from gn_det.engine.prepare import (
     check_freeze,
@@ -56,7 +56,7 @@ from gn_det.engine.schedule import format_schedule, lr_multiplier, scale_schedul
 from gn_det.engine.shared_copy import load_once
 from gn_det.engine.state import ModelMeta, find_resume, stored_config
 from gn_det.errors import ConfigError, WeightsError
-from gn_det.files import atomic_write, json_bytes
+from gn_det.files import atomic_write, check_writable, json_bytes
 from gn_det.text import as_line, count
 
 logger = logging.getLogger(__name__)

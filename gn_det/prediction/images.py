@@ -9,24 +9,26 @@ from __future__ import annotations
 import io
 import os
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from gn_det.config.load import Overrides
 from gn_det.data.inputs import collect_images, output_names
-from gn_det.errors import ConfigError, DataError, UserError, out_of_memory
+from gn_det.errors import ConfigError, DataError, out_of_memory
 from gn_det.evaluation.results import detections_to_coco
-from gn_det.files import atomic_write
+from gn_det.files import atomic_write, check_writable
 from gn_det.prediction.outputs import PREDICTIONS_FILE, check_outputs, write_outputs
-from gn_det.prediction.pipeline import AHEAD, in_thread
+from gn_det.prediction.pipeline import in_thread
 from gn_det.prediction.predictor import THRESHOLD, Predictor, Selection, crops_of, load_predictor
-from gn_det.prediction.tiles import LargeImage, Tiling, detect_tiles
+from gn_det.prediction.tiles import Found, LargeImage, Tiling, detect_tiles
 from gn_det.result import checked_threshold
 from gn_det.structures import ArrayDetections, MaskCrop, encode_crop
 from gn_det.terminal import say
@@ -34,6 +36,8 @@ from gn_det.text import count, one_line, shown
 from gn_det.visualize.draw import Colors, Labels, draw_detections
 
 __all__ = ["PREDICTIONS_FILE", "Predictor", "load_predictor", "predict"]
+
+T = TypeVar("T")
 
 #: Longer side of the drawing of an image that is predicted in tiles.
 _LARGE = 4096
@@ -91,14 +95,15 @@ def predict(
     for note in notes:
         report(f"note: {note}")
     names = output_names(paths)
-    make_folder(folder)
+    check_writable(folder, "--output")
     _refuse_to_overwrite(folder, paths, names)
     predictor = predictor or load_predictor(weights, config=config, overrides=overrides, device=device, report=report)
     keep = Selection.of(predictor, threshold, classes, agnostic_nms)
     categories = [{"id": i, "name": name} for i, name in zip(predictor.category_ids, predictor.class_names)]
     document: dict[str, list[Any]] = {"images": [], "categories": categories, "annotations": []}
     drawn = names if "drawings" in save else [""] * len(names)
-    job = _Job(predictor, keep, folder, labels, colors, tiling)
+    draw = partial(draw_scaled, predictor=predictor, labels=labels, colors=colors)
+    job = _Job(predictor, keep, folder, draw, tiling)
     failed: list[str] = []
     best, started = 0.0, time.perf_counter()
     try:
@@ -138,89 +143,62 @@ class _Result(NamedTuple):
     notes: list[str]
 
 
+@dataclass
 class _Job:
     """Three stages per image: load (thread), detect (caller's thread), draw and write (thread)."""
 
-    def __init__(
-        self,
-        predictor: Predictor,
-        keep: Selection,
-        folder: Path,
-        labels: Labels,
-        colors: Colors,
-        tiling: Tiling | None,
-    ) -> None:
-        self.predictor, self.keep, self.folder, self.tiling = predictor, keep, folder, tiling
-        self.labels: Labels = labels
-        self.colors: Colors = colors
+    predictor: Predictor
+    keep: Selection
+    folder: Path
+    draw: Callable[..., np.ndarray]  # draw_scaled for this predictor
+    tiling: Tiling | None
 
     def run(self, paths: Sequence[Path], drawings: Sequence[str]) -> Iterator[_Result | str]:
         """Yield the result of each image in order, or why it has none; drawings without a name are skipped."""
-        waiting: deque[tuple[Path, Future[_Result] | str]] = deque()
-        with ThreadPoolExecutor(1) as writer:
-            try:
-                for path, drawing, loading in zip(paths, drawings, in_thread(self._load, paths)):
-                    try:
-                        work = self._detect(loading)
-                        waiting.append((path, writer.submit(self._finish, drawing, *work)))
-                    except (DataError, RuntimeError, MemoryError) as error:
-                        waiting.append((path, _failure(path, error)))
-                    if len(waiting) > AHEAD:
-                        yield _outcome(*waiting.popleft())
-                while waiting:
-                    yield _outcome(*waiting.popleft())
-            finally:
-                writer.shutdown(wait=True, cancel_futures=True)
+        for path, writing in zip(paths, in_thread(self._finish, self._detected(paths, drawings))):
+            yield _or_reason(path, writing.result)
 
     def _load(self, path: Path) -> tuple[Any, np.ndarray] | LargeImage:
         return self.predictor.load(path) if self.tiling is None else LargeImage(path, self.predictor.reader)
 
-    def _detect(
-        self, loading: Future[tuple[Any, np.ndarray] | LargeImage]
-    ) -> tuple[ArrayDetections, list[MaskCrop] | None, np.ndarray | LargeImage, float, list[str]]:
+    def _detected(
+        self, paths: Sequence[Path], drawings: Sequence[str]
+    ) -> Iterator[tuple[str, tuple[Found, np.ndarray | LargeImage] | str]]:
+        for path, drawing, loading in zip(paths, drawings, in_thread(self._load, paths)):
+            yield drawing, _or_reason(path, partial(self._detect, loading))
+
+    def _detect(self, loading: Future[tuple[Any, np.ndarray] | LargeImage]) -> tuple[Found, np.ndarray | LargeImage]:
         loaded = loading.result()
         if isinstance(loaded, LargeImage):
             assert self.tiling is not None
-            found = detect_tiles(self.predictor, loaded, self.tiling, self.keep)
-            return found.detections, found.crops, loaded, found.best, found.notes
+            return detect_tiles(self.predictor, loaded, self.tiling, self.keep), loaded
         det = self.predictor.infer(loaded[0])
-        best = float(det.scores.max()) if len(det) else 0.0
         kept = self.keep(det)
-        return kept, crops_of(kept), loaded[1], best, []
+        return Found(kept, crops_of(kept), float(det.scores.max()) if len(det) else 0.0, []), loaded[1]
 
-    def _finish(
-        self,
-        drawing: str,
-        det: ArrayDetections,
-        crops: list[MaskCrop] | None,
-        pixels: np.ndarray | LargeImage,
-        best: float,
-        notes: list[str],
-    ) -> _Result:
+    def _finish(self, work: tuple[str, tuple[Found, np.ndarray | LargeImage] | str]) -> _Result | str:
+        drawing, detected = work
+        if isinstance(detected, str):
+            return detected
+        (det, crops, best, notes), pixels = detected
         det.masks = None
         if drawing:
             if isinstance(pixels, LargeImage):
                 pixels = pixels.thumbnail(_LARGE)
-            write_png(self.folder / drawing, draw_scaled(pixels, det, crops, self.predictor, self.labels, self.colors))
+            write_png(self.folder / drawing, self.draw(pixels, det, crops))
         return _Result(det, entries_of(det, crops, self.predictor), best, notes)
 
 
-def _outcome(path: Path, waiting: Future[_Result] | str) -> _Result | str:
-    if isinstance(waiting, str):
-        return waiting
+def _or_reason(path: Path, call: Callable[[], T]) -> T | str:
+    """Return ``call()``, or why a bad image or lack of memory prevents it."""
     try:
-        return waiting.result()
+        return call()
     except (DataError, RuntimeError, MemoryError) as error:
-        return _failure(path, error)
-
-
-def _failure(path: Path, error: Exception) -> str:
-    """Return why an image has no result; raise errors other than a bad image or lack of memory."""
-    if isinstance(error, DataError):
-        return str(error)
-    if not out_of_memory(error):
-        raise error
-    return f"{path}: not enough memory for this image of {os.path.getsize(path)} bytes"
+        if isinstance(error, DataError):
+            return str(error)
+        if not out_of_memory(error):
+            raise
+        return f"{path}: not enough memory for this image of {os.path.getsize(path)} bytes"
 
 
 def draw_scaled(
@@ -244,20 +222,6 @@ def named_folder(output: str | os.PathLike[str]) -> Path:
     if not os.fspath(output) or "\0" in os.fspath(output):
         raise ConfigError(f"output folder {shown(os.fspath(output))}: not a valid folder name; give another")
     return Path(os.path.expanduser(output))
-
-
-def make_folder(folder: Path) -> None:
-    """Create the output folder before the model runs, so that a typo does not waste an hour's work.
-
-    Raises:
-        UserError: it cannot be created or written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be created ({error.strerror}); choose another output folder") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"{folder}: is not writable; choose another output folder")
 
 
 def _refuse_to_overwrite(folder: Path, paths: Sequence[Path], names: Sequence[str]) -> None:

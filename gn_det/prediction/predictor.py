@@ -148,9 +148,7 @@ def _engine_for(cfg: Any, source: str) -> Engine:
 
 def _classes_of(meta: dict[str, Any], cfg: Any) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Return class names and ids from the checkpoint, else the config, else numbers."""
-    names, ids = tuple(meta.get("class_names") or ()), tuple(meta.get("category_ids") or ())
-    if not names:
-        names = tuple(cfg.MODEL.CLASS_NAMES)
+    names, ids = tuple(meta.get("class_names") or cfg.MODEL.CLASS_NAMES), tuple(meta.get("category_ids") or ())
     if not names:
         count = int(cfg.MODEL.ROI_HEADS.NUM_CLASSES)
         if count < 1:
@@ -194,14 +192,9 @@ class Selection:
         Raises:
             ConfigError: a threshold outside [0, 1], or an unknown class.
         """
-        chosen: float | Sequence[float] = predictor.thresholds or THRESHOLD
-        if threshold is not None:
-            chosen = checked_threshold(threshold)
-        iou = None
-        if agnostic_nms:
-            cfg = predictor.config
-            iou = float(cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST) if cfg is not None else 0.5
-        return cls(chosen, wanted_classes(classes, predictor.class_names), iou)
+        chosen = predictor.thresholds or THRESHOLD if threshold is None else checked_threshold(threshold)
+        iou = 0.5 if predictor.config is None else float(predictor.config.MODEL.ROI_HEADS.NMS_THRESH_TEST)
+        return cls(chosen, wanted_classes(classes, predictor.class_names), iou if agnostic_nms else None)
 
     def __str__(self) -> str:
         if isinstance(self.threshold, (int, float)):
@@ -211,10 +204,8 @@ class Selection:
     def __call__(self, det: AnyDetections) -> ArrayDetections:
         """Return the detections that are kept, best first, in host memory."""
         boxes, scores, classes = _floats(det.boxes), _floats(det.scores), to_numpy(det.classes)
-        lowest: Any = np.float32(self.threshold) if isinstance(self.threshold, (int, float)) else None
-        if lowest is None:
-            lowest = np.array(self.threshold, np.float32)[classes]
-        keep = scores >= lowest
+        lowest = np.array(self.threshold, np.float32)
+        keep = scores >= (lowest[classes] if lowest.ndim else lowest)
         if self.wanted is not None:
             keep &= np.isin(classes, sorted(self.wanted))
         index = np.flatnonzero(keep)

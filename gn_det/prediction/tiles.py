@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -91,14 +92,13 @@ class LargeImage:
         return out
 
 
-@dataclass
-class Tiled:
-    """What was found on an image: detections without masks, their masks, the best score of all, and remarks."""
+class Found(NamedTuple):
+    """What was found on an image: detections, the crops of their masks, the best score of all, and remarks."""
 
     detections: ArrayDetections
     crops: list[MaskCrop] | None
     best: float
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
 
 
 @dataclass
@@ -113,7 +113,7 @@ class _Piece:
     cut: bool
 
 
-def detect_tiles(predictor: Predictor, image: LargeImage, tiling: Tiling, keep: Selection) -> Tiled:
+def detect_tiles(predictor: Predictor, image: LargeImage, tiling: Tiling, keep: Selection) -> Found:
     """Detect on every tile and join what is one object.
 
     Detections of two tiles are one object if they have one class and agree where the tiles overlap. A whole object wins
@@ -148,7 +148,7 @@ def detect_tiles(predictor: Predictor, image: LargeImage, tiling: Tiling, keep: 
             f"{'was' if joined == 1 else 'were'} joined from parts; larger tiles or a larger overlap find them whole"
         )
     det = ArrayDetections((height, width), boxes, scores, labels)
-    return Tiled(det, crops if len(crops) == len(kept) else None, best, notes)
+    return Found(det, crops if len(crops) == len(kept) else None, best, notes)
 
 
 def _pieces(det: ArrayDetections, tile: int, window: Window, size: tuple[int, int]) -> Iterator[_Piece]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +22,8 @@ from gn_det.data.formats.draft import crop_of_rle
 from gn_det.data.inputs import output_names
 from gn_det.data.video_frames import Frame, VideoFrames, import_cv2
 from gn_det.errors import ConfigError, DataError, UserError, WriteError
-from gn_det.files import open_append
-from gn_det.prediction.images import draw_scaled, entries_of, make_folder, named_folder
+from gn_det.files import check_writable, open_append
+from gn_det.prediction.images import draw_scaled, entries_of, named_folder
 from gn_det.prediction.pipeline import AHEAD, in_thread
 from gn_det.prediction.predictor import Predictor, Selection, crops_of, load_predictor
 from gn_det.structures import ArrayDetections, MaskCrop
@@ -87,8 +88,7 @@ def predict_videos(
     unknown = [name for name in save if name not in ("drawings", "coco")]
     if unknown or not save:
         raise ConfigError(f"--save {shown(','.join(save))}: for videos, use drawings, coco or both")
-    folder = named_folder(output)
-    make_folder(folder)
+    folder = check_writable(named_folder(output), "--output")
     names = output_names([Path(_stem(source)) for source in sources], _SUFFIX)
     predictor = predictor or load_predictor(weights, config=config, overrides=overrides, device=device, report=report)
     keep = Selection.of(predictor, threshold, classes, agnostic_nms)
@@ -100,14 +100,14 @@ def predict_videos(
         "agnostic_iou": keep.agnostic_iou,
         "every": every,
     }
+    draw = partial(draw_scaled, predictor=predictor, labels=labels, colors=colors)
     for source, name in zip(sources, names):
         if os.path.exists(source) and os.path.realpath(source) == os.path.realpath(folder / name):
             raise ConfigError(f"output folder {folder}: {name} would overwrite an input; choose another folder")
         with VideoFrames(source, every=every, max_pixels=predictor.reader.max_pixels) as video:
             if resume and video.live:
                 raise ConfigError(f"{video.name}: a camera or stream cannot be resumed; leave out --resume")
-            job = _VideoJob(video, predictor, keep, folder / name, labels, colors, report)
-            job.run(run, save, resume, max_frames)
+            _VideoJob(video, predictor, keep, folder / name, draw, report).run(run, save, resume, max_frames)
 
 
 def _stem(source: str) -> str:
@@ -117,22 +117,16 @@ def _stem(source: str) -> str:
     return f"camera-{source}.x" if source.isdigit() and not os.path.exists(source) else source
 
 
+@dataclass
 class _VideoJob:
     """One video: read (thread), detect (caller's thread), draw and write (thread)."""
 
-    def __init__(
-        self,
-        video: VideoFrames,
-        predictor: Predictor,
-        keep: Selection,
-        target: Path,
-        labels: Labels,
-        colors: Colors,
-        report: Callable[[str], None],
-    ) -> None:
-        self.video, self.predictor, self.keep, self.target, self.report = video, predictor, keep, target, report
-        self.labels: Labels = labels
-        self.colors: Colors = colors
+    video: VideoFrames
+    predictor: Predictor
+    keep: Selection
+    target: Path
+    draw: Callable[..., np.ndarray]  # draw_scaled for this predictor
+    report: Callable[[str], None]
 
     def run(self, settings: dict[str, Any], save: Sequence[str], resume: bool, max_frames: int | None) -> None:
         """Process the video; after an error or interruption, the output so far is kept."""
@@ -179,7 +173,6 @@ class _VideoJob:
 
     def _detected(self, known: dict[int, list[dict[str, Any]]]) -> Generator[_Work, None, None]:
         """Yield frames with their detections, in order."""
-
         # A live source returns its newest frame on request, so do not request early.
         ahead = 0 if self.video.live else AHEAD
         frames = iter(self.video)
@@ -220,8 +213,7 @@ class _VideoJob:
 
     def _write(self, work: _Work, film: _Film | None, lines: _Lines | None) -> None:
         if film is not None:
-            drawn = draw_scaled(work.frame.pixels, work.found, work.crops, self.predictor, self.labels, self.colors)
-            film.add(drawn)
+            film.add(self.draw(work.frame.pixels, work.found, work.crops))
         if lines is not None and not work.known:
             entries = entries_of(work.found, work.crops, self.predictor)
             lines.add({"frame": work.frame.number, "time": round(work.frame.seconds, 6), "annotations": entries})
@@ -238,7 +230,7 @@ class _Lines:
         else:
             path.unlink(missing_ok=True)
         try:
-            self._file: io.TextIOBase = open_append(path.parent, path.name)  # type: ignore[assignment]
+            self._file = open_append(path.parent, path.name)
         except OSError as error:
             raise WriteError(f"{path}: cannot be written ({error.strerror})") from None
         if path.stat().st_size == 0:

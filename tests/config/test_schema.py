@@ -9,8 +9,9 @@ import pytest
 from gn_det.config import dump_config, get_cfg, load_config, parse_config
 from gn_det.config.check import check_config
 from gn_det.config.defaults import flatten, set_value
+from gn_det.config.kinds import Key
 from gn_det.config.load import merge_overrides
-from gn_det.config.schema import KEYS, Key
+from gn_det.config.schema import KEYS
 from gn_det.errors import ConfigError
 from gn_det.values import ANYTHING, InvalidValue, Value
 

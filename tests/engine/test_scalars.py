@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gn_det.engine.loggers import JsonLogger
-from gn_det.engine.output import check_writable, refuse_old_run, start_afresh, trim_metrics
+from gn_det.engine.output import refuse_old_run, start_afresh, trim_metrics
 from gn_det.engine.scalars import EventLog, Metrics, progress_line
 from gn_det.errors import TrainingError
 
@@ -72,9 +72,3 @@ def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     trim_metrics(tmp_path, 29)
     kept = [json.loads(line)["iteration"] for line in (tmp_path / "metrics.json").read_text().splitlines()]
     assert kept == [19, 30]  # the final evaluation of a run of 30 iterations stays
-
-
-def test_unwritable_folder_is_found_at_start(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(TrainingError, match="OUTPUT_DIR"):
-        check_writable(tmp_path / "file" / "out")
