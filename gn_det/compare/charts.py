@@ -21,7 +21,7 @@ _MOST_POINTS, _SMOOTH = 200, 2
 
 def charts(results: Results, table: Table) -> list[dict[str, Any]]:
     """Title, drawing and legend of every chart of a table that has something to show."""
-    rows = [results.row(identity) for identity in table.rows]
+    rows = results.of(table.rows)
     if table.grid is not None:
         found = _of_grid(rows, table, table.grid)
     elif rows[0].row.kind == DETECT:
@@ -163,7 +163,7 @@ def _published(
     rows: Sequence[RowResult], table: Table, grid: Grid, names: Sequence[str], across: Sequence[str]
 ) -> list[Line]:
     """What the source of a table has for the number of its grid, as lines behind the measured ones."""
-    source = table.reference or source_of(rows)
+    source = source_of(table, rows)
     values: dict[str, list[tuple[int, float]]] = {}
     for result, reference in zip(rows, published_rows(rows, source)):
         if reference is not None and grid.value in reference.values:

@@ -90,10 +90,8 @@ def _configs(results: Results) -> list[dict[str, Any]]:
 
 def sample_rows(results: Results) -> list[RowResult]:
     """Return the rows to draw predictions of: those named by the suite, else a baseline and its first compared row."""
-    named = [results.row(identity) for identity in results.plan.suite.sample_rows]
-    if not named:
-        compared = ([r.base, r] for r in results.rows if r.row.kind == DETECT and r.base is not None and r.done)
-        named = next(compared, [])
+    compared = ([r.base, r] for r in results.rows if r.row.kind == DETECT and r.base is not None and r.done)
+    named = results.of(results.plan.suite.sample_rows) or next(compared, [])
     return [r for r in named if r.done and r.done[0].weights and r.row.kind == DETECT]
 
 

@@ -77,10 +77,7 @@ def difference(row: Mapping[int, float], baseline: Mapping[int, float]) -> Diffe
     unknown.
 
     Args:
-        row, baseline: a metric by seed.
-
-    Returns:
-        The difference, or None if a side has no value.
+        row, baseline: a metric by seed; if one has no value, the result is None.
     """
     shared = sorted(row.keys() & baseline.keys())
     if len(shared) > 1 or (len(shared) == 1 and max(len(row), len(baseline)) == 1):
@@ -195,8 +192,9 @@ class Results:
     plan: Plan
     rows: list[RowResult]
 
-    def row(self, identity: str) -> RowResult:
-        return next(r for r in self.rows if r.row.id == identity)
+    def of(self, ids: Sequence[str]) -> list[RowResult]:
+        """Return the rows with these ids, in their order."""
+        return [next(r for r in self.rows if r.row.id == identity) for identity in ids]
 
 
 def collect(plan: Plan, store: Store, *, any_version: bool = False, any_settings: bool = False) -> Results:
@@ -204,7 +202,6 @@ def collect(plan: Plan, store: Store, *, any_version: bool = False, any_settings
 
     Args:
         plan: plan of the whole suite.
-        store: folder of the runs.
         any_version: accept finished runs of another version like those of this one; otherwise they are only used if
             this version has no run at all, not even a failed one.
         any_settings: use the newest finished run of a row if none has the plan's settings, for a report of what exists.

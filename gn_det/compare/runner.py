@@ -143,8 +143,7 @@ def find(
     key, version = job.settings_key(sha), str(RESULTS_VERSION)
     records = store.read(job.row.id, job.seed)
     found = choose(records, key, version, any_version=any_version)
-    if found is None and else_any:
-        found = choose(records, key, version, any_version=True)
+    found = found or (choose(records, key, version, any_version=True) if else_any else None)
     return found or Record(job.row.id, job.seed, run_key(key, version), key, version), weights
 
 
@@ -211,12 +210,10 @@ class Runner:
             self.say(f"{head}: {'resuming' if record.sessions else 'starting'} in {folder}")
             self._execute(job, record, folder, weights)
             reason = record.reason
-        end = (
-            f"failed: {reason}"
-            if record is None or reason
-            else f"{_numbers(record)} ({record.sessions[-1]['seconds']:.0f} s)"
-        )
-        self.say(f"{head}: {end}")
+        if record is None or reason:
+            self.say(f"{head}: failed: {reason}")
+        else:
+            self.say(f"{head}: {_numbers(record)} ({record.sessions[-1]['seconds']:.0f} s)")
         return str(reason)
 
     def _decide(self, job: Job) -> tuple[Record | None, str, str]:

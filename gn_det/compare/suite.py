@@ -20,13 +20,13 @@ from gn_det.classification import Settings
 from gn_det.compare.columns import COLUMNS, EXPECTED, SIZE, SOURCES, Reference, load_references
 from gn_det.config.reader import read_yaml
 from gn_det.errors import ConfigError
+from gn_det.files import shipped_folder
 from gn_det.text import did_you_mean, one_line, shown
 from gn_det.values import ANYTHING, FLAG, Check, InvalidValue, Value, integer, items, number, one_of
 
 DETECT, PRETRAIN = "detect", "pretrain"
-#: Most rows per suite, seeds per row, and values and characters that ``each`` may produce.
-MAX_ROWS, MAX_SEEDS, _MAX_WRITTEN = 500, 1000, 2_000_000
-MAX_FOLDS = 100
+#: Most rows per suite, seeds per row, folds, and values and characters that ``each`` may produce.
+MAX_ROWS, MAX_SEEDS, MAX_FOLDS, _MAX_WRITTEN = 500, 1000, 100, 2_000_000
 
 # ------------------------------------------------------------ values
 
@@ -102,10 +102,7 @@ def _made(kind: Any, content: Mapping[str, Any], **given: Any) -> Any:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table: a training and its seeds. ``weights`` None keeps the config's.
-
-    ``settings`` of pre-training are fields of :class:`gn_det.classification.Settings`.
-    """
+    """A training and its seeds. ``weights`` None keeps the config's; ``settings`` are those of a pre-training."""
 
     id: str = _key(Value("of letters, digits and . _ + * -, with / between parts of at most 100", _is_id), "", str)
     kind: str = _key(one_of(DETECT, PRETRAIN), DETECT)
@@ -230,10 +227,9 @@ def _expanded(written: Sequence[Any], source: str) -> Iterable[Mapping[str, Any]
             raise InvalidValue(f"{where}: each", f"makes more than {MAX_ROWS} rows")
         plain = {key: value for key, value in entry.items() if key != "each"}
         for combination in itertools.product(*each.values()):
-            together: dict[str, Any] = {}
-            for name, value in zip(each, combination):
-                together |= value if isinstance(value, Mapping) else {name: value}  # several keys that vary together
-            yield fill(plain, together)
+            # A mapping holds several keys that vary together.
+            parts = (v if isinstance(v, Mapping) else {name: v} for name, v in zip(each, combination))
+            yield fill(plain, {key: value for part in parts for key, value in part.items()})
 
 
 def _filler(where: str) -> Callable[[Any, Mapping[str, Any]], Any]:
@@ -287,8 +283,7 @@ def _row(entry: Mapping[str, Any], defaults: Mapping[str, Any], source: str) -> 
     row: Row = _made(Row, {key: merged.get(key) for key in checks}, title=str(identity), settings=own)
     if row.kind == DETECT and not row.config:
         raise InvalidValue(f"{where}: config", "is missing; name a .yaml file or a shipped config (gn-det configs)")
-    lacking = [key for key in _DATA if not row.data.get(key)]
-    if row.data and lacking:
+    if row.data and (lacking := [key for key in _DATA if not row.data.get(key)]):
         raise InvalidValue(f"{where}: data", f"lacks {', '.join(lacking)}; without a validation set there is no AP")
     if row.expected and (not str(row.expected.get("source") or "").strip() or len(row.expected) == 1):
         raise InvalidValue(f"{where}: expected", "needs a source, and a number for box_ap, mask_ap or another column")
@@ -305,11 +300,11 @@ def _check_ids(rows: Sequence[Row], source: str) -> None:
             raise InvalidValue(f"{source}: row '{row.id}':", "duplicate id; give every row its own")
         kinds[row.id] = row.kind
     for row in rows:
-        where = f"{source}: row '{row.id}': baseline:"
-        if row.baseline is not None and row.baseline not in kinds:
-            raise InvalidValue(where, f"no row {shown(row.baseline)}{did_you_mean(row.baseline, kinds)}")
-        if row.baseline is not None and kinds[row.baseline] != row.kind:
-            raise InvalidValue(where, f"'{row.baseline}' is a {kinds[row.baseline]} row, not {row.kind}")
+        where, base = f"{source}: row '{row.id}': baseline:", row.baseline
+        if base is not None and base not in kinds:
+            raise InvalidValue(where, f"no row {shown(base)}{did_you_mean(base, kinds)}")
+        if base is not None and kinds[base] != row.kind:
+            raise InvalidValue(where, f"'{base}' is a {kinds[base]} row, not {row.kind}")
 
 
 # ------------------------------------------------------------ tables
@@ -318,9 +313,9 @@ def _check_ids(rows: Sequence[Row], source: str) -> None:
 def _tables(value: Any, rows: Sequence[Row], source: str) -> tuple[Table, ...]:
     """Return the tables of the suite, or by default one table per kind of row."""
     if value is None:
-        headings = {DETECT: "Detection", PRETRAIN: "Classification"}
-        of_kind = {kind: tuple(row.id for row in rows if row.kind == kind) for kind in headings}
-        return tuple(Table(headings[kind], ids) for kind, ids in of_kind.items() if ids)
+        headings = {"Detection": DETECT, "Classification": PRETRAIN}
+        tables = (Table(text, tuple(row.id for row in rows if row.kind == kind)) for text, kind in headings.items())
+        return tuple(table for table in tables if table.rows)
     return tuple(_table(entry, rows, i, f"{source}: table {i}") for i, entry in enumerate(value, 1))
 
 
@@ -367,11 +362,10 @@ def own_suite(configs: Sequence[str], data: Mapping[str, str], folds: int = 0) -
     """Build a suite with one row per config on the user's data; the first row is the baseline.
 
     Args:
-        folds: cross-validate: train each row that many times, each time without another part of the training images.
-
-    Raises:
-        ConfigError: ``folds`` is out of range, or does not go with ``data``.
+        folds: cross-validate: train each row that many times, each time without another part of the training images;
+            raises ConfigError if it is out of range, or does not go with ``data``.
     """
+    own: dict[str, Any] = {"data": dict(data)} if data else {}
     if folds:
         if not 2 <= folds <= MAX_FOLDS:
             raise ConfigError(f"--folds is {folds}; it must be from 2 to {MAX_FOLDS}")
@@ -379,24 +373,20 @@ def own_suite(configs: Sequence[str], data: Mapping[str, str], folds: int = 0) -
             raise ConfigError(
                 "--folds divides the images of --train-json and --train-images; give both, and no --val-json"
             )
+        own = {"seeds": folds, "overrides": {f"DATASETS.{key.upper()}": path for key, path in data.items()}}
     ids: list[str] = []
     for config in configs:
         base = re.sub(r"[^\w.+-]", "_", Path(config).stem).lstrip("._-+") or "config"
         names = itertools.chain([base], (f"{base}_{count}" for count in itertools.count(2)))
         ids.append(next(name for name in names if name not in ids))
-    own: dict[str, Any] = {"data": dict(data)} if data and not folds else {}
-    if folds:
-        own = {"seeds": folds, "overrides": {f"DATASETS.{key.upper()}": path for key, path in data.items()}}
     rows = [{"id": name, "config": config, "baseline": ids[0], **own} for name, config in zip(ids, configs)]
     suite = parse_suite({"name": "own", "title": f"Comparison of {', '.join(ids)}", "rows": rows}, "--configs")
     return dataclasses.replace(suite, folds=folds)
 
 
 def shipped_suites() -> dict[str, Path]:
-    """Return the shipped suites by file name, from the installed package or the checkout."""
-    package = Path(__file__).resolve().parent.parent
-    folder = next(f for f in (package / "experiments", package.parent / "experiments") if f.is_dir())
-    return {path.name: path for path in sorted(folder.glob("*.yaml"))}
+    """Return the shipped suites by file name."""
+    return {path.name: path for path in sorted(shipped_folder("experiments").glob("*.yaml"))}
 
 
 def find_suite(name: str) -> Path:

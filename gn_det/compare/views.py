@@ -145,7 +145,7 @@ def views(results: Results, table: Table) -> list[View]:
     """Return a table, followed by a cost table if it names no columns and shows no cost itself."""
     shown = [view(results, table)]
     of_cost = table.grid is not None and COLUMNS[table.grid.value].what == COST
-    if not table.columns and not of_cost and any(results.row(i).done for i in table.rows):
+    if not table.columns and not of_cost and any(r.done for r in results.of(table.rows)):
         cost = Table(f"{table.title.partition(' (')[0]}: cost", table.rows, table.labels, COSTS)
         shown.append(view(results, cost, minor=True))
     return shown
@@ -153,13 +153,13 @@ def views(results: Results, table: Table) -> list[View]:
 
 def view(results: Results, table: Table, *, minor: bool = False) -> View:
     """Fill in a table of a suite; a ``minor`` one has no published numbers or notes on rows."""
-    rows = [results.row(identity) for identity in table.rows]
+    rows = results.of(table.rows)
     if table.grid is not None:
         return _grid_view(table, rows, table.grid)
     kind = rows[0].row.kind
     columns = table.columns or USUAL[kind]
     place = common_place(rows)
-    source = table.reference or source_of(rows)
+    source = source_of(table, rows)
     references = published_rows(rows, source)
     published = [c for c in columns if not minor and any(_published_cell(r, c).text for r in references)]
     compared = [c for c in (DECIDING[kind], "mask_ap") if c in columns and any(r.row.baseline for r in rows)]
@@ -185,7 +185,7 @@ def view(results: Results, table: Table, *, minor: bool = False) -> View:
 
 def full_view(results: Results, table: Table) -> View | None:
     """Return all APs (50, 75, small, medium, large) of a detection table; None for other rows or without results."""
-    rows = [results.row(identity) for identity in table.rows]
+    rows = results.of(table.rows)
     if rows[0].row.kind != DETECT or not any(r.done for r in rows):
         return None
     head = [(LABEL, "row")] + [(MEASURED, COLUMNS[c].heading) for c in AP_METRICS]
@@ -220,6 +220,7 @@ def run_view(results: Results) -> View:
     """Return the table of all runs behind the numbers."""
     head = ("run", "status", "results version", "trained by", "machine", "day", "minutes")
     body = []
+    unit = "fold" if results.plan.suite.folds else "seed"
     for result in results.rows:
         for seed, record in sorted(result.records.items()):
             last = record.sessions[-1] if record.sessions else {}
@@ -228,12 +229,7 @@ def run_view(results: Results) -> View:
             minutes = f"{'> ' if len(known) < len(record.sessions) else ''}{sum(known) / 60:.1f}"
             commit = record.software.get("commit", "")
             version = f"{record.version} ({commit})" if commit else record.version
-            words = [
-                f"{result.row.id}, {_unit(results)} {seed}",
-                record.status,
-                version,
-                record.software.get("engine", ""),
-            ]
+            words = [f"{result.row.id}, {unit} {seed}", record.status, version, record.software.get("engine", "")]
             body.append([Cell(w) for w in (*words, str(last.get("device", "")), str(last.get("day", "")), minutes)])
     remarks = [f"{r.row.title}: {remark}" for r in results.rows for remark in r.remarks]
     return View("Runs", [(LABEL, text) for text in head], body, remarks)
@@ -242,7 +238,7 @@ def run_view(results: Results) -> View:
 def _grid_view(table: Table, rows: Sequence[RowResult], grid: Grid) -> View:
     across = list(dict.fromkeys(r.row.labels[grid.columns] for r in rows))
     down = list(dict.fromkeys(r.row.labels[grid.rows] for r in rows))
-    source = table.reference or source_of(rows)
+    source = source_of(table, rows)
     place = common_place(rows)
     by_labels = {(r.row.labels[grid.rows], r.row.labels[grid.columns]): r for r in rows}
     known = dict(zip(by_labels, published_rows(list(by_labels.values()), source)))
@@ -255,14 +251,13 @@ def _grid_view(table: Table, rows: Sequence[RowResult], grid: Grid) -> View:
         results = [by_labels.get((d, a)) for a in across]
         measured = [_cell(r, grid.value, place) if r else _EMPTY for r in results]
         body.append([Cell(d), *measured, *(cells.get((d, a), _EMPTY) for a in shown)])
-    what = COLUMNS[grid.value].heading
-    if COLUMNS[grid.value].what == METRIC:
-        notes = [f"{what}; mean ± standard deviation over seeds."]
-    else:
-        notes = [f"{what}; measured on {place[2]}, {place[1]}."] if place is not None else []
-    notes += _row_notes(rows)
-    reference = _sentence_on(source, list(known.values())) if shown else ""
-    return View(table.title, head, body, notes + ([table.note] if table.note else []), reference)
+    column, notes = COLUMNS[grid.value], []
+    if column.what == METRIC:
+        notes = [f"{column.heading}; mean ± standard deviation over seeds."]
+    elif place is not None:
+        notes = [f"{column.heading}; measured on {place[2]}, {place[1]}."]
+    notes += [*_row_notes(rows), *([table.note] if table.note else [])]
+    return View(table.title, head, body, notes, _sentence_on(source, list(known.values())) if shown else "")
 
 
 # ------------------------------------------------------------ cells
@@ -289,10 +284,10 @@ def _difference_cell(result: RowResult, column: str) -> Cell:
     return Cell(f"{signed(found.value)} {noise}", strong=bool(found.beyond_noise))
 
 
-def source_of(rows: Sequence[RowResult]) -> str:
-    """Return the source of most rows, so that columns never mix sources."""
+def source_of(table: Table, rows: Sequence[RowResult]) -> str:
+    """Return the source that a table names, or that of most rows, so that columns never mix sources."""
     counts = Counter(source for r in rows for source in {found.source for found in r.row.references})
-    return max(SOURCES, key=lambda source: counts[source]) if counts else ""
+    return table.reference or (max(SOURCES, key=lambda source: counts[source]) if counts else "")
 
 
 def published_rows(rows: Sequence[RowResult], source: str) -> list[Reference | None]:
@@ -337,10 +332,6 @@ def _notes(rows: list[RowResult], columns: Sequence[str], place: Place | None, c
         if blank:
             notes.append(f"No cost for {', '.join(blank)}: not measured on the same machine and day.")
     return notes
-
-
-def _unit(results: Results) -> str:
-    return "fold" if results.plan.suite.folds else "seed"
 
 
 def _row_notes(rows: Sequence[RowResult]) -> list[str]:

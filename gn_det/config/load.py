@@ -21,6 +21,7 @@ from gn_det.config.defaults import get_cfg, set_value
 from gn_det.config.reader import MAX_BYTES, parse_yaml, python_value, read_yaml
 from gn_det.config.schema import KEYS
 from gn_det.errors import ConfigError
+from gn_det.files import shipped_folder
 from gn_det.text import nearest, one_line, shown
 from gn_det.values import is_number
 
@@ -38,16 +39,9 @@ _SECTIONS |= {name.rpartition(".")[0] for name in _SECTIONS} - {""}
 # ------------------------------------------------------------ names of files
 
 
-def _configs_dir() -> Path:
-    """Return the folder of the shipped configs, in the installed package or the checkout."""
-    package = Path(__file__).resolve().parent.parent
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
-
-
 def shipped_configs() -> list[str]:
     """Return the names of the shipped configs, without the ``Base-*.yaml`` files that they build on."""
-    return sorted(p.name for p in _configs_dir().glob("*.yaml") if not p.name.startswith("Base-"))
+    return sorted(p.name for p in shipped_folder("configs").glob("*.yaml") if not p.name.startswith("Base-"))
 
 
 def _with_ending(name: str) -> str:
@@ -68,7 +62,7 @@ def _hint(near: Sequence[str]) -> str:
 
 def shipped_config(name: str) -> Path:
     """Return the path of a shipped config, with or without ``.yaml``; ConfigError suggests the nearest names."""
-    path = None if "/" in name else _by_name(_configs_dir(), name)
+    path = None if "/" in name else _by_name(shipped_folder("configs"), name)
     if path is None:
         near = nearest(_with_ending(name), shipped_configs()) or shipped_configs()
         raise ConfigError(f"config {shown(name)} is neither a file nor a shipped config{_hint(near)}")
@@ -214,7 +208,7 @@ class _Files:
         values: dict[str, tuple[Any, str]] = {}
         for base in bases:
             values |= self.load(_base_path(path, base, source), (*chain, place))
-        if place[0].parent == _configs_dir().resolve():
+        if place[0].parent == shipped_folder("configs").resolve():
             # The file's own values are set later and win.
             self.written_for = _WRITTEN_FOR.get(place[0].name, self.written_for)
         self._read[place] = values | own
@@ -228,9 +222,13 @@ def _base_path(path: Path, base: str, source: str) -> Path:
     found = Path(os.path.join(path.parent, os.path.expanduser(base)))
     if os.path.isfile(found):
         return found
-    shipped = None if "/" in base else _by_name(_configs_dir(), base)
+    shipped = None if "/" in base else _by_name(shipped_folder("configs"), base)
     if shipped is None:
-        near = [] if "/" in base else nearest(_with_ending(base), [p.name for p in _configs_dir().glob("*.yaml")])
+        near = (
+            []
+            if "/" in base
+            else nearest(_with_ending(base), [p.name for p in shipped_folder("configs").glob("*.yaml")])
+        )
         raise ConfigError(
             f"{source}: {BASE_KEY} {shown(base)} is neither a file (looked for {one_line(str(found), 300)}) nor a "
             f"shipped config{_hint(near)}"
@@ -245,7 +243,9 @@ def merge_file(cfg: CN, path: Path) -> None:
     if files.written_for is not None:
         cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.REFERENCE_BATCH = files.written_for
         # A length in the user's own YAML is kept.
-        cfg.SOLVER.AUTO_EPOCHS = Path(values["SOLVER.MAX_ITER"][1]).resolve().parent == _configs_dir().resolve()
+        cfg.SOLVER.AUTO_EPOCHS = (
+            Path(values["SOLVER.MAX_ITER"][1]).resolve().parent == shipped_folder("configs").resolve()
+        )
     for name, (value, source) in values.items():
         _set(cfg, name, value, source)
 
