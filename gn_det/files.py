@@ -112,7 +112,7 @@ def check_writable(folder: StrPath, key: str = "OUTPUT_DIR") -> Path:
 def shipped_folder(name: str) -> Path:
     """Return a folder of shipped files, in the installed package or beside it in the checkout."""
     package = Path(__file__).resolve().parent
-    return next(folder for folder in (package / name, package.parent / name) if folder.is_dir())
+    return next(folder.resolve() for folder in (package / name, package.parent / name) if folder.is_dir())
 
 
 def inside(folder: StrPath, relative: str) -> Path:

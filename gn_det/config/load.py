@@ -208,7 +208,7 @@ class _Files:
         values: dict[str, tuple[Any, str]] = {}
         for base in bases:
             values |= self.load(_base_path(path, base, source), (*chain, place))
-        if place[0].parent == shipped_folder("configs").resolve():
+        if place[0].parent == shipped_folder("configs"):
             # The file's own values are set later and win.
             self.written_for = _WRITTEN_FOR.get(place[0].name, self.written_for)
         self._read[place] = values | own
