@@ -6,7 +6,8 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -190,10 +191,8 @@ def validate(
     All processes take part. BN's running statistics become those of rank 0, whose weights are written.
     """
     model, device = loss.classifier, loss.mistakes.device
-    same_buffers(model)
     wrong, images, times = torch.zeros_like(loss.mistakes), 0, []
-    model.eval()
-    with torch.inference_mode(), torch.autocast(device.type, autocast, enabled=autocast is not None):
+    with _evaluating(loss, autocast):
         for pixels, labels in source.val_batches(range(dist.rank(), source.val_images, dist.world_size()), batch):
             pixels, labels = pixels.to(device), labels.to(device)
             _wait(device)
@@ -217,30 +216,33 @@ def final_test(loss: ClassifierLoss, source: Any, autocast: torch.dtype | None =
     Returns:
         top1_error and top5_error (percent), and test_videos, those that could be used.
     """
-    model, device = loss.classifier, loss.mistakes.device
-    same_buffers(model)
-    model.eval()
     sums: dict[int, Tensor] = {}
     classes: dict[int, int] = {}
-    with torch.inference_mode(), torch.autocast(device.type, autocast, enabled=autocast is not None):
+    with _evaluating(loss, autocast):
         for number, (pixels, labels) in source.test_batches(range(dist.rank(), source.val_images, dist.world_size())):
             if len(labels):
-                softmax = model(loss.normalize(pixels)).float().softmax(dim=1).sum(dim=0)
+                softmax = loss.classifier(loss.normalize(pixels)).float().softmax(dim=1).sum(dim=0)
                 sums[number] = sums[number] + softmax if number in sums else softmax
                 classes[number] = int(labels[0])
     ranks = [int((scores > scores[classes[number]]).sum()) for number, scores in sums.items()]
     row = [sum(rank > 0 for rank in ranks), sum(rank > 4 for rank in ranks), len(ranks)]
-    top1, top5, videos = (sum(part) for part in zip(*dist.gather_rows(torch.tensor(row, device=device))))
+    rows = dist.gather_rows(torch.tensor(row, device=loss.mistakes.device))
+    top1, top5, videos = (sum(part) for part in zip(*rows))
     if not videos:
         raise DataError("no validation video can be used")
     return {"top1_error": 100 * top1 / videos, "top5_error": 100 * top5 / videos, "test_videos": videos}
 
 
-def same_buffers(model: nn.Module) -> None:
-    """Give BN of all processes the running statistics of rank 0."""
+@contextmanager
+def _evaluating(loss: ClassifierLoss, autocast: torch.dtype | None) -> Iterator[None]:
+    """Put the classifier in evaluation mode, with rank 0's running statistics of BN, for inference in the context."""
     if dist.world_size() > 1:
-        for buffer in model.buffers():
+        for buffer in loss.classifier.buffers():
             torch.distributed.broadcast(buffer, src=0)
+    loss.classifier.eval()
+    kind = loss.mistakes.device.type
+    with torch.inference_mode(), torch.autocast(kind, autocast, enabled=autocast is not None):
+        yield
 
 
 def _wait(device: torch.device) -> None:

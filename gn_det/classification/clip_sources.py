@@ -268,9 +268,8 @@ def load_videos(settings: Settings) -> ClipSource:
     if len(names) < 2:
         raise DataError(f"{settings.train_list}: lists {count(len(names), 'class', 'classes')}; at least 2 are needed")
     folders = {_plain(name): name for name in names}
-    found: list[list[Entry]] = []
-    for rows in parts:
-        found.append([])
+    found: list[list[Entry]] = [[], []]
+    for rows, entries in zip(parts, found):
         for stem, label in rows:
             file = files.get(stem)
             folder = folders.get(_plain(Path(file).parent.name), label) if file else label
@@ -279,8 +278,8 @@ def load_videos(settings: Settings) -> ClipSource:
             elif folder != label:
                 bad.append((file, f"{one_line(file, 300)}: is in the folder of {folder!r}, but listed as {label!r}"))
             else:
-                found[-1].append((file, names.index(label)))
-    source = ClipSource(names, found[0], found[1], settings, bad=bad)
+                entries.append((file, names.index(label)))
+    source = ClipSource(names, *found, settings, bad=bad)
     if not all(found):
         raise DataError(f"{root}: holds no video of {settings.val_list if found[0] else settings.train_list}")
     return source
@@ -296,9 +295,8 @@ def read_list(path: Path) -> list[tuple[str, str]]:
         with open_regular(path) as file:
             lines = file.read(_MOST_BYTES).decode().splitlines()
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path}: cannot be read ({one_line(getattr(error, 'strerror', None) or error, 100)})"
-        ) from None
+        reason = one_line(getattr(error, "strerror", None) or error, 100)
+        raise DataError(f"{path}: cannot be read ({reason})") from None
     rows = []
     try:
         if lines and {"label", "youtube_id"} <= set(lines[0].split(",")):

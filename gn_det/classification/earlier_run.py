@@ -122,27 +122,28 @@ def restore(path: Path, settings: Settings, state: TrainState) -> Progressed:
 def settings_of(folder: Path) -> dict[str, Any]:
     """The settings of the run in ``folder``; empty where none can be read."""
     try:
-        with open_regular(folder / SUMMARY) as file:
-            found = json.loads(file.read(_MOST_BYTES))["settings"]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
-        try:
-            found = read_checkpoint(folder / LAST, mmap=True)["settings"]
-        except (WeightsError, KeyError):
-            return {}
-    try:
+        summary = _read_summary(folder)
+        found = read_checkpoint(folder / LAST, mmap=True)["settings"] if summary is None else summary["settings"]
         _SETTINGS(found, "settings")
-    except InvalidValue:
+    except (WeightsError, KeyError, InvalidValue):
         return {}
     return dict(found)
 
 
-def finished(folder: Path, settings: Settings) -> dict[str, Any] | None:
-    """Return the summary of a finished run, or None; raise ConfigError if it has other settings."""
+def _read_summary(folder: Path) -> dict[str, Any] | None:
+    """The checked content of ``summary.json``; None where it is missing or invalid."""
     try:
         with open_regular(folder / SUMMARY) as file:
             summary = json.loads(file.read(_MOST_BYTES))
         _SUMMARY(summary, "")
     except (OSError, ValueError, RecursionError):  # InvalidValue is a ValueError
         return None
+    return dict(summary)
+
+
+def finished(folder: Path, settings: Settings) -> dict[str, Any] | None:
+    """Return the summary of a finished run, or None; raise ConfigError if it has other settings."""
+    if (summary := _read_summary(folder)) is None:
+        return None
     _check_settings(folder / SUMMARY, summary["settings"], settings)
-    return dict(summary) if (folder / FINAL).is_file() else None
+    return summary if (folder / FINAL).is_file() else None

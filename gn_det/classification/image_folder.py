@@ -98,7 +98,6 @@ def load_small_images(settings: Settings) -> ArraySource:
 
     Raises:
         DataError: see :func:`scan_both`; an unreadable image; more than fits.
-        ConfigError: see :func:`scan_both`.
     """
     names, *parts = scan_both(settings)
     side, shift = settings.side, settings.side // 8
@@ -120,12 +119,7 @@ def load_small_images(settings: Settings) -> ArraySource:
 
 
 class FolderSource:
-    """See :class:`gn_det.classification.image_sources.Source`.
-
-    Raises:
-        DataError: see :func:`scan_both`.
-        ConfigError: see :func:`scan_both`.
-    """
+    """See :class:`gn_det.classification.image_sources.Source`, and :func:`scan_both` for the errors."""
 
     def __init__(self, settings: Settings) -> None:
         names, self._train, self._val = scan_both(settings)
@@ -149,11 +143,7 @@ class FolderSource:
 
 
 class _Images(WorkerData):
-    """Images of one epoch; what is drawn for an image depends on (seed, epoch, number) alone.
-
-    Args:
-        epoch: None for validation.
-    """
+    """Images of one epoch (None: validation); what is drawn for one depends on (seed, epoch, number) alone."""
 
     def __init__(self, entries: list[Entry], settings: Settings, epoch: int | None) -> None:
         self._entries, self._seed, self._epoch = entries, settings.seed, epoch
@@ -186,11 +176,10 @@ class _Images(WorkerData):
         try:
             image = Image.fromarray(ImageReader("RGB").read(file))
         except ImageError as error:
+            text = f"{error} (classify cannot leave it out: repair or remove the file)"
             if error.kind == "image-depth":
-                raise ImageError(
-                    f"{file}: image holds more than 8 bits: classify cannot scale it, convert it first"
-                ) from None
-            raise ImageError(f"{error} (classify cannot leave it out: repair or remove the file)") from None
+                text = f"{file}: image holds more than 8 bits: classify cannot scale it, convert it first"
+            raise ImageError(text) from None
         if self._epoch is None:
             return _as_bgr(self._transform(image))
         with torch.random.fork_rng(devices=[]):

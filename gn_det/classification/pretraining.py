@@ -141,9 +141,8 @@ def _rank(settings: Settings, resume: bool, overwrite: bool) -> dict[str, Any]:
         except (RuntimeError, MemoryError) as error:
             failure: UserError | None = worker_failure(error) if isinstance(error, RuntimeError) else None
             if out_of_memory(error):
-                failure = TrainingError(
-                    f"out of memory with batch_size {settings.batch_size}: lower it, or use amp bf16"
-                )
+                what = f"out of memory with batch_size {settings.batch_size}"
+                failure = TrainingError(f"{what}: lower it, or use amp bf16")
             if failure is None:
                 raise
             raise failure from error

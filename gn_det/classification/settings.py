@@ -8,7 +8,7 @@ from typing import Any
 
 from gn_det.errors import ConfigError
 from gn_det.text import did_you_mean, one_line, shown
-from gn_det.values import FLAG, Check, InvalidValue, Value, integer, is_number, number, one_of, optional, text
+from gn_det.values import FLAG, Check, InvalidValue, Value, every, integer, items, number, one_of, optional, text
 
 #: ResNets for images of ImageNet's size: their backbones are those of the detection configs.
 DEPTHS = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101}
@@ -48,20 +48,11 @@ VGG_WARMUP_EPOCHS = 3
 _RENORM: dict[str, Any] = {"r_max": 1.5, "d_max": 0.5, "renorm_ramp": (0.04, 0.3)}
 
 _TEXT = text(4096, least=1, printable=True)
-_RISING = Value(
-    "a rising list of fractions of the training, each above 0 and below 1",
-    lambda v: (
-        isinstance(v, (list, tuple))
-        and len(v) <= 1000
-        and all(is_number(s) and 0 < s < 1 for s in v)
-        and list(v) == sorted(set(v))
-    ),
+_RISING = every(
+    items(number(0, 1, above=True, below=True), 0, 1000),
+    Value("rising fractions of the training", lambda v: list(v) == sorted(set(v))),
 )
-
-_RAMP = Value(
-    "two fractions of the training, the first not above the second",
-    lambda v: isinstance(v, (list, tuple)) and len(v) == 2 and all(is_number(s) for s in v) and 0 <= v[0] <= v[1] <= 1,
-)
+_RAMP = every(items(number(0, 1), 2, 2), Value("fractions of the training, none falling", lambda v: v[0] <= v[1]))
 
 
 def _setting(check: Check, *default: Any) -> Any:
@@ -194,53 +185,35 @@ class Settings:
         small, folder = self.arch in SMALL, self.source not in BUILTIN
         br = "it is of norm BR; leave it out"
         renorm = [(name, self.norm != "BR" and getattr(self, name) is not None, br) for name in _RENORM]
-        names = ", ".join(CLIPS)
-        of_clips = [
-            (
-                name,
-                not self.of_clips and getattr(self, name) is not None,
-                f"it is of clips (arch {names}); leave it out",
-            )
-            for name in _OF_CLIPS
-        ]
+        clips = f"clips (arch {', '.join(CLIPS)})"
+        why = f"it is of {clips}; leave it out"
+        of_clips = [(name, not self.of_clips and getattr(self, name) is not None, why) for name in _OF_CLIPS]
         lists = (self.train_list is None) != (self.val_list is None)
+        others = (self.source == "motions") != self.of_clips and not folder
+        alone = self.norm in _OF_BATCHES and self.batch_size == 1
+        shifts = self.augment == SHIFT and (self.of_clips or not folder)
+        strides = self.stride_in_1x1 and DEPTHS.get(self.arch, 0) < 50
         return [
             *renorm,
             *of_clips,
             ("iterations", None not in (self.iterations, self.epochs), "epochs is given, too; give one of them"),
             ("norm", self.of_clips and self.norm in ("WN", "BR"), "clips have BN, SyncBN, LN, IN, GN or none"),
-            (
-                "data",
-                (self.source == "motions") != self.of_clips and not folder,
-                f"arch is {self.arch}; clips (arch {names}) take a folder of videos or motions",
-            ),
+            ("data", others, f"arch is {self.arch}; {clips} take a folder of videos or motions"),
             ("precise_bn", bool(self.precise_bn) and self.norm not in ("BN", "SyncBN"), f"norm {self.norm} needs none"),
             ("train_list", lists, f"val_list is {shown(self.val_list)}; give both lists or none"),
             ("train_list", self.train_list is not None and not folder, "data is generated; leave it out"),
             ("image_size", self.of_clips and self.side < 16, f"{self.arch} needs at least 16"),
             ("groups", both, f"channels_per_group is {self.channels_per_group}; give one of them"),
             (given, self.norm != "GN" and has_groups, f"norm {self.norm} has none; leave it out"),
-            (
-                "batch_size",
-                self.norm in _OF_BATCHES and self.batch_size == 1,
-                f"{self.norm} needs at least 2 images for its statistics",
-            ),
+            ("batch_size", alone, f"{self.norm} needs at least 2 images for its statistics"),
             ("image_size", small and folder and not self.image_size, f"{self.arch} on a folder needs it, such as 32"),
             ("images", self.images is not None and self.data == "digits", "digits are always used whole"),
             ("images", self.images is not None and self.of_clips and folder, "videos are always used whole"),
-            (
-                "augment",
-                self.augment == SHIFT and (self.of_clips or not folder),
-                f"data {self.data} has its own; leave it out",
-            ),
+            ("augment", shifts, f"data {self.data} has its own; leave it out"),
             ("arch", self.data == "digits" and not small, f"digits have 8x8 pixels; use one of {', '.join(SMALL)}"),
             ("image_size", self.source == "cifar10" and self.side != 32, "cifar10 has images of 32 pixels"),
             ("image_size", self.arch == VGG and self.side < 32, "vgg16 halves it five times; use at least 32"),
-            (
-                "stride_in_1x1",
-                self.stride_in_1x1 and DEPTHS.get(self.arch, 0) < 50,
-                f"{self.arch} has no such choice; leave it out",
-            ),
+            ("stride_in_1x1", strides, f"{self.arch} has no such choice; leave it out"),
         ]
 
     @property

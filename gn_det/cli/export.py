@@ -9,9 +9,10 @@ from gn_det.cli import flags
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--weights", metavar="FILE", required=True, help="checkpoint of gn-det train")
-    parser.add_argument("--output", metavar="FILE", required=True, help="file to write")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--weights", metavar="FILE", required=True, help="checkpoint of gn-det train")
+    add("--output", metavar="FILE", required=True, help="file to write")
+    add(
         "--to",
         choices=("onnx", "pt2", "aoti"),
         default="onnx",
@@ -22,16 +23,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--size", metavar="HxW", type=_size, help="fixed height and width of the input, such as 800x1344"
     )
     shape.add_argument("--dynamic", action="store_true", help="any height and width (default)")
-    parser.add_argument(
-        "--batch", type=flags.whole(1), metavar="N", help="fixed number of images (default: any; 1 with --size)"
-    )
-    parser.add_argument("--opset", type=flags.whole(1), default=21, metavar="N", help="of ONNX (default 21)")
-    parser.add_argument(
-        "--fp16", action="store_true", help="half-precision weights and convolutions; boxes stay float32"
-    )
-    parser.add_argument(
-        "--paste", action="store_true", help="masks at the size of the input, not 28x28 within the boxes"
-    )
+    add("--batch", type=flags.whole(1), metavar="N", help="fixed number of images (default: any; 1 with --size)")
+    add("--opset", type=flags.whole(1), default=21, metavar="N", help="of ONNX (default 21)")
+    add("--fp16", action="store_true", help="half-precision weights and convolutions; boxes stay float32")
+    add("--paste", action="store_true", help="masks at the size of the input, not 28x28 within the boxes")
     flags.add_config(parser, overrides=False)
     check = parser.add_argument_group("comparison with the original")
     check.add_argument("--check", nargs="+", metavar="IMAGE", help="images, folders or globs to compare on")

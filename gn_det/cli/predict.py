@@ -11,26 +11,21 @@ from gn_det.cli import flags
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="images, folders, globs, videos, 0 (a camera), rtsp://..."
-    )
-    parser.add_argument("--weights", metavar="FILE", required=True, help="checkpoint, or file of gn-det export (.onnx)")
-    parser.add_argument("--output", metavar="DIR", required=True, help="folder for what is written")
-    parser.add_argument(
-        "--threshold", type=float, metavar="P", help="lowest score kept (default: that of the checkpoint, or 0.5)"
-    )
-    parser.add_argument("--classes", metavar="A,B", help="only these classes, by name, separated by commas")
-    parser.add_argument(
-        "--agnostic-nms", action="store_true", help="of overlapping objects of different classes keep the best"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("inputs", nargs="+", metavar="INPUT", help="images, folders, globs, videos, 0 (a camera), rtsp://...")
+    add("--weights", metavar="FILE", required=True, help="checkpoint, or file of gn-det export (.onnx)")
+    add("--output", metavar="DIR", required=True, help="folder for what is written")
+    add("--threshold", type=float, metavar="P", help="lowest score kept (default: that of the checkpoint, or 0.5)")
+    add("--classes", metavar="A,B", help="only these classes, by name, separated by commas")
+    add("--agnostic-nms", action="store_true", help="of overlapping objects of different classes keep the best")
+    add(
         "--save",
         metavar="A,B",
         default="drawings,coco",
         help="drawings, coco (predictions.json), csv, labelme, cvat, yolo, masks (default drawings,coco)",
     )
-    parser.add_argument("--labels", choices=("fit", "all", "none"), default="fit", help="labels drawn (default fit)")
-    parser.add_argument("--colors", choices=("class", "instance"), default="class", help="color by class or by object")
+    add("--labels", choices=("fit", "all", "none"), default="fit", help="labels drawn (default fit)")
+    add("--colors", choices=("class", "instance"), default="class", help="color by class or by object")
     tiles = parser.add_argument_group("large images")
     tiles.add_argument("--tiles", type=flags.whole(1), metavar="N", help="cut images into tiles of N x N pixels")
     tiles.add_argument("--overlap", type=float, metavar="P", help="share of a tile in the next one (default 0.2)")
@@ -48,9 +43,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "mixed precision, bf16 on a CPU; auto: where the CPU computes in it",
         choices=("True", "False", "auto"),
     )
-    parser.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:1; of an .onnx file its provider"
-    )
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:1; of an .onnx file its provider")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -224,11 +224,8 @@ def _base_path(path: Path, base: str, source: str) -> Path:
         return found
     shipped = None if "/" in base else _by_name(shipped_folder("configs"), base)
     if shipped is None:
-        near = (
-            []
-            if "/" in base
-            else nearest(_with_ending(base), [p.name for p in shipped_folder("configs").glob("*.yaml")])
-        )
+        names = () if "/" in base else [p.name for p in shipped_folder("configs").glob("*.yaml")]
+        near = nearest(_with_ending(base), names)
         raise ConfigError(
             f"{source}: {BASE_KEY} {shown(base)} is neither a file (looked for {one_line(str(found), 300)}) nor a "
             f"shipped config{_hint(near)}"
@@ -243,9 +240,7 @@ def merge_file(cfg: CN, path: Path) -> None:
     if files.written_for is not None:
         cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.REFERENCE_BATCH = files.written_for
         # A length in the user's own YAML is kept.
-        cfg.SOLVER.AUTO_EPOCHS = (
-            Path(values["SOLVER.MAX_ITER"][1]).resolve().parent == shipped_folder("configs").resolve()
-        )
+        cfg.SOLVER.AUTO_EPOCHS = Path(values["SOLVER.MAX_ITER"][1]).resolve().parent == shipped_folder("configs")
     for name, (value, source) in values.items():
         _set(cfg, name, value, source)
 
