@@ -22,11 +22,7 @@ _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trappin
 
 
 def load(source: Path, fallback: str) -> ctypes.CDLL | None:
-    """Return the library of ``source``, or log why it cannot be built and return None.
-
-    Args:
-        fallback: what happens then, such as "images are resized by Pillow".
-    """
+    """Return the library of ``source``, or None after logging why, and ``fallback``: what is done instead."""
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
     if compiler is None:
         logger.info("No C++ compiler (c++, g++, clang++): %s, which takes longer.", fallback)

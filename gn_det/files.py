@@ -76,11 +76,7 @@ def _require_regular(mode: int, path: StrPath) -> None:
 
 
 def open_append(folder: StrPath, name: str) -> TextIO:
-    """Open the regular file ``folder/name`` for appending text, made where absent; it stays inside the folder.
-
-    Raises:
-        OSError: it is a pipe, device or folder, a link that leads out of the folder, or may not be written.
-    """
+    """Open the regular file ``folder/name`` for appending text; OSError if a link leads out of the folder."""
     try:
         path = inside(folder, name)
     except ValueError as error:

@@ -62,11 +62,7 @@ class Result:
         )
 
     def draw(self) -> Image.Image:
-        """Draw masks, boxes and labels on a copy of the image.
-
-        Raises:
-            DataError: the image was given by its path and cannot be read any more.
-        """
+        """Draw masks, boxes and labels on a copy of the image; raise DataError if its file cannot be read any more."""
         from gn_det.visualize.draw import draw_detections
 
         pixels = self._source if isinstance(self._source, np.ndarray) else self._read(self._source)
@@ -134,11 +130,7 @@ def checked_threshold(threshold: Any) -> float:
 
 
 def wanted_classes(classes: Sequence[str] | None, names: Sequence[str]) -> set[int] | None:
-    """Indices of the named classes, whatever their case; None for all.
-
-    Raises:
-        ConfigError: an unknown name, or an empty list.
-    """
+    """Return the indices of named classes, in any case; None for all. ConfigError for an unknown name or []."""
     if classes is None:
         return None
     if not classes:
@@ -157,11 +149,7 @@ def wanted_classes(classes: Sequence[str] | None, names: Sequence[str]) -> set[i
 
 
 def checked_images(images: ImageLike | Images) -> list[Path | np.ndarray]:
-    """One image or a list of them, each as a path or as pixels.
-
-    Raises:
-        DataError: one of them is neither, or an array of another shape or type, or the list is empty.
-    """
+    """Return one image or a list of them, each as a path or as pixels; raise DataError for anything else and for []."""
     if not isinstance(images, (list, tuple)):
         return [_checked(images, "image")]
     if not images:

@@ -108,8 +108,7 @@ def guard() -> Screen:
 def guarded(*, for_good: bool = False) -> Iterator[Screen]:
     """:func:`guard` while the context lasts.
 
-    Args:
-        for_good: the process is ours, so the streams stay guarded for a stack trace and for Python's last flush.
+    The streams stay guarded ``for_good``, also for a stack trace and Python's last flush, where the process is ours.
     """
     if for_good:
         _open_missing_descriptors()

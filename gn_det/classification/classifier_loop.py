@@ -211,10 +211,9 @@ def validate(
 
 
 def final_test(loss: ClassifierLoss, source: Any, autocast: torch.dtype | None = None) -> dict[str, float]:
-    """Errors of the mean softmax over all clips and crops of each validation video; leaves the model in evaluation.
+    """Return top1_error and top5_error (percent), and test_videos, the number that could be used.
 
-    Returns:
-        top1_error and top5_error (percent), and test_videos, those that could be used.
+    The softmax is averaged over all clips and crops of a validation video. The model stays in evaluation mode.
     """
     sums: dict[int, Tensor] = {}
     classes: dict[int, int] = {}
@@ -254,13 +253,8 @@ def write_weights(path: Path, model: Classifier, settings: Settings, source: Sou
     """Write ``model`` for MODEL.WEIGHTS of either engine, with the preprocessing and norm that a config must match.
 
     Trunk tensors are named ``stem.conv1.weight``, ``res2.0.conv1.weight`` ...; the linear layer is stored as
-    ``stem.fc``, which detectors ignore and conversion to torchvision's layout keeps.
-
-    Args:
-        facts: plain values of the run for the provenance (epoch, error, date).
-
-    Raises:
-        WriteError: the file cannot be written.
+    ``stem.fc``, which detectors ignore and conversion to torchvision's layout keeps. ``facts`` are plain values of the
+    run for the provenance (epoch, error, date).
     """
     state = plain_weights(model.trunk)
     state["stem.fc.weight"] = model.linear.weight.detach().cpu()

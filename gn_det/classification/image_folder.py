@@ -39,7 +39,7 @@ Entry = tuple[str, int]
 def scan(
     folder: Path, suffixes: Collection[str] = IMAGE_SUFFIXES, what: str = "images"
 ) -> tuple[list[str], list[Entry]]:
-    """Class names (sorted folder names), and (file, class index) of every file below that ends as ``suffixes``.
+    """Return sorted names of class folders, and (file, class index) of each file that ends as ``suffixes``.
 
     Raises:
         DataError: no such folder, no classes, or a class without such files, which are called ``what``.
@@ -63,11 +63,7 @@ def scan(
 def scan_parts(
     root: Path, suffixes: Collection[str] = IMAGE_SUFFIXES, what: str = "images"
 ) -> tuple[list[str], list[Entry], list[Entry]]:
-    """Class names, and the files of ``train/`` and of ``val/``; see :func:`scan`.
-
-    Raises:
-        DataError: see :func:`scan`; or classes that differ between train and val.
-    """
+    """Return class names, equal for train and val, and the files of ``train/`` and of ``val/``; see :func:`scan`."""
     names, train = scan(root / "train", suffixes, what)
     val_names, val = scan(root / "val", suffixes, what)
     if names != val_names:
@@ -81,12 +77,7 @@ def scan_parts(
 
 
 def scan_both(settings: Settings) -> tuple[list[str], list[Entry], list[Entry]]:
-    """Class names, training and validation entries, as many as ``settings.images`` allows.
-
-    Raises:
-        DataError: see :func:`scan_parts`.
-        ConfigError: fewer training images than ``settings.images``.
-    """
+    """Return class names and at most ``settings.images`` entries of both parts; ConfigError if train has fewer."""
     names, train, val = scan_parts(Path(settings.data).expanduser())
     enough(settings, len(train))
     train, val = ([part[k] for k in subset([label for _, label in part], settings.images)] for part in (train, val))
@@ -94,11 +85,7 @@ def scan_both(settings: Settings) -> tuple[list[str], list[Entry], list[Entry]]:
 
 
 def load_small_images(settings: Settings) -> ArraySource:
-    """All images of a folder in memory, resized to ``settings.side`` (longer sides cropped), shifted and flipped.
-
-    Raises:
-        DataError: see :func:`scan_both`; an unreadable image; more than fits.
-    """
+    """Load all images of a folder, resized to ``settings.side`` and cropped; raise DataError if they do not fit."""
     names, *parts = scan_both(settings)
     side, shift = settings.side, settings.side // 8
     size = sum(map(len, parts)) * 3 * (side + 2 * shift) ** 2

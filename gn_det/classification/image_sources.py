@@ -147,12 +147,9 @@ def enough(settings: Settings, there: int) -> None:
 
 
 def load_digits(settings: Settings) -> ArraySource:
-    """scikit-learn's 1797 handwritten digits of 8x8 pixels, enlarged to ``settings.side``, without augmentation.
+    """Enlarge scikit-learn's 1797 handwritten digits of 8x8 pixels to ``settings.side``, without augmentation.
 
-    Every other image of a class is for validation, whatever the seed.
-
-    Raises:
-        ConfigError: scikit-learn is not installed.
+    Every other image of a class is for validation, whatever the seed. Raises ConfigError without scikit-learn.
     """
     try:
         from sklearn import datasets
@@ -177,12 +174,9 @@ _CIFAR = Input("BGR", (113.87, 122.95, 125.31), (66.70, 62.09, 62.99))
 
 
 def load_cifar10(settings: Settings) -> ArraySource:
-    """CIFAR-10 in torchvision's layout below the folder of "cifar10:FOLDER" (by default DETECTRON2_DATASETS).
+    """Load CIFAR-10 from "cifar10:FOLDER" (by default DETECTRON2_DATASETS), downloaded if absent, or raise DataError.
 
-    It is downloaded where it is absent. Augmentation: shifts by up to 4 pixels, and flips.
-
-    Raises:
-        DataError: it cannot be downloaded or read.
+    Augmentation: shifts by up to 4 pixels, and flips.
     """
     from torchvision.datasets import CIFAR10
 

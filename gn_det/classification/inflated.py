@@ -100,8 +100,7 @@ def inflate_(network: InflatedResNet, source: str, norm: str, groups: tuple[int,
 
     Args:
         source: path or URI of any ResNet that MODEL.WEIGHTS takes, a backbone or a detector.
-        norm: norm of the network, by name.
-        groups: its groups and channels per group.
+        norm, groups: norm of the network by name; its groups and channels per group.
 
     Returns:
         The input that the weights expect.

@@ -79,10 +79,7 @@ def load_motions(settings: Settings) -> ClipSource:
 
     The pictures are those of the folder of "motions:FOLDER", every fifth of them for validation, or CIFAR-10's where
     the folder holds it in torchvision's layout; without a folder generated shapes. Each clip is a function of (part,
-    number) and the pictures.
-
-    Raises:
-        DataError: a folder without usable pictures.
+    number) and the pictures. Raises DataError for a folder without usable pictures.
     """
     total = settings.images or NUM_SHAPES
     pictures = dict(zip(("train", "val"), _pictures(settings)))

@@ -114,8 +114,7 @@ class Classifier(nn.Module):
 def build_classifier(settings: Settings, num_classes: int, in_channels: int = 3) -> Classifier:
     """Build a classifier on the CPU, with He's initialization; every residual block begins as its shortcut.
 
-    Raises:
-        ConfigError: the groups do not divide the channels of a layer; no layer has the name of ``settings.record``.
+    Raises ConfigError for groups that do not divide channels, and an unknown layer ``settings.record``.
     """
     other: dict[str, NormSpec] = {"WN": None, "none": None, "BR": BatchRenorm2d}
     if settings.of_clips:

@@ -31,18 +31,13 @@ TOP = 5
 def predict_clips(
     weights: str, videos: Sequence[str], output: str, *, device: str = "auto", unused: Sequence[str] = ()
 ) -> bool:
-    """Print the top classes of each video and write them to ``<output>/classes.json``.
-
-    The scores are the mean softmax over the clips and crops that the final test of the training took.
+    """Print the top classes of each video and write them to ``<output>/classes.json``; see :func:`final_test`.
 
     Args:
         unused: flags that were given and mean nothing to a classifier.
 
     Returns:
         False, having done nothing, where ``weights`` are not of a classifier of videos.
-
-    Raises:
-        UserError: the file, a video or the folder cannot be used.
     """
     payload = read_any(local_path(weights))
     found = _run_of(payload, weights)

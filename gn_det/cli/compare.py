@@ -160,11 +160,9 @@ def _described(job: Job, images: dict[str, int]) -> str:
 
 
 def _length(cfg: CfgNode, processes: int, images: dict[str, int]) -> str:
-    """How long a detection row trains here, in brackets; "" where its data are missing.
+    """Return how long a detection row trains here, in brackets; "" where its data are missing.
 
-    Args:
-        processes: of the run, one GPU each.
-        images: in an epoch, by data settings; filled in, because COCO's annotations take long to read.
+    ``images`` caches the images of an epoch by data settings, because COCO's annotations take long to read.
     """
     from gn_det.data.sets import estimate_sizes
     from gn_det.engine.schedule import scale_schedule

@@ -98,7 +98,7 @@ def try_python(code: str) -> Trial:
 
 
 def requirements(declared: Iterable[str]) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Parse requirements of a distribution's metadata, such as ``torch>=2.6`` or ``wandb; extra == "wandb"``.
+    """Parse requirements such as ``torch>=2.6`` or ``wandb; extra == "wandb"``.
 
     Returns:
         Lowest versions ("" for any) by name; and the names of each extra for users.

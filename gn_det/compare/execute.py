@@ -50,8 +50,8 @@ def execute(job: Job, folder: Path, weights: str, *, plan: Plan, measuring: bool
     """Run or resume ``job`` in ``folder``: a detection row on the plan's engine, or a pre-training row.
 
     Args:
-        weights: initial weights of a detection row that starts from a pre-training row, else "".
-        measuring: whether this process measures; other ranks of torchrun only train.
+        weights: of the pre-training row that a detection row starts from, else "".
+        measuring: False for ranks of torchrun that only train.
     """
     _reset_peak_memory()
     if job.cfg is None:

@@ -82,11 +82,7 @@ class Job:
         return str(self.settings.get("weights") or "") if self.cfg is None else str(self.cfg.MODEL.WEIGHTS)
 
     def settings_key(self, weights_sha: str) -> str:
-        """Return a hash of everything that determines the result, except gn_det's code.
-
-        Args:
-            weights_sha: sha256 of the initial weights, "" for none.
-        """
+        """Return a hash of all that decides the result but code; ``weights_sha`` of initial weights, "" for none."""
         content = {**self._decides, "weights": weights_sha}
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -154,8 +150,7 @@ def make_plan(
     """Resolve and check every row of a suite.
 
     Args:
-        suite: from :func:`gn_det.compare.suite.load_suite`.
-        engine: engine of the detection rows.
+        engine: of the detection rows.
         overrides: config keys from the command line, for all detection rows.
         only: ids or patterns with ``*``; required pre-training rows are added. Empty means all rows.
         seeds: number of runs per row, instead of the suite's.
@@ -272,11 +267,7 @@ def as_argv(overrides: Mapping[str, Any]) -> list[str]:
 
 
 def build_empty(job: Job, engine: Engine) -> nn.Module:
-    """Build the model of a run, on torch's meta device if the engine supports it; 80 classes if unknown.
-
-    Raises:
-        UserError: config or settings do not describe a model.
-    """
+    """Build the model of a run, on the meta device if the engine can; 80 classes if unknown; may raise UserError."""
     if job.cfg is None:
         from gn_det.classification.network import build_classifier
 

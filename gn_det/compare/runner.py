@@ -125,9 +125,7 @@ def find(
 ) -> tuple[Record, str]:
     """Return the record of a job (a new one if there is none), and its initial weights if another row makes them.
 
-    Args:
-        any_version: finished runs of another version count.
-        else_any: they count only if this version has no run at all.
+    Finished runs of another version count with ``any_version``; with ``else_any`` only if this version has no run.
 
     Raises:
         MissingWeights: the run that produces its initial weights is not done.
@@ -180,12 +178,7 @@ class Runner:
     recording: bool = True
 
     def run(self) -> dict[str, str]:
-        """Run all jobs and return {name: reason} of failures; on a signal, the current run is recorded as interrupted.
-
-        Raises:
-            InUse: another comparison runs in the store.
-            WriteError: a record cannot be written.
-        """
+        """Run all jobs and return {name: reason} of failures; a signal marks the current run as interrupted."""
         if dist.under_torchrun() and self.plan.jobs:
             dist.start_group(self.plan.jobs[0].device)
         try:

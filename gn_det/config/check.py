@@ -36,13 +36,9 @@ def check_values(cfg: CN) -> None:
 
 
 def check_config(cfg: CN, engine: str = "embedded") -> None:
-    """Refuse values that are out of range, contradict each other, or are not implemented by the engine.
+    """Raise ConfigError for values that are out of range, contradict each other or that ``engine`` does not implement.
 
-    Args:
-        engine: "embedded" or "detectron2".
-
-    Raises:
-        ConfigError: names the key, its value and what is allowed, and the other engine if that one implements it.
+    The message names the key, its value, what is allowed, and the other engine if that one implements it.
     """
     check_values(cfg)
     for name in KEYS:

@@ -91,12 +91,9 @@ def _zoo_config(name: str) -> Path:
 
 
 def resolve_config(name_or_path: str) -> Path:
-    """Return the path if the file exists, otherwise the path of the config of that name.
+    """Return the path if the file exists, otherwise that of the config of that name; ConfigError suggests the nearest.
 
     ``gn_fpn_long.yaml`` is gn_det's; ``Misc/mask_rcnn_R_50_FPN_3x_gn.yaml`` is Detectron2's, if that is installed.
-
-    Raises:
-        ConfigError: there is neither; the message suggests the nearest names.
     """
     path = Path(os.path.expanduser(name_or_path))
     if os.path.isfile(path):
@@ -307,8 +304,7 @@ class _PlainDumper(yaml.SafeDumper):
 def dump_config(cfg: CN, *, implemented_only: bool = False) -> str:
     """Return YAML text that :func:`parse_config` and Detectron2 can read.
 
-    Args:
-        implemented_only: omit the sections of models that the embedded engine lacks.
+    ``implemented_only`` omits the sections of models that the embedded engine lacks.
     """
 
     def plain(value: Any, name: str) -> Any:

@@ -31,13 +31,9 @@ _SMALLEST = {"light": 0.8, "strong": 0.5}
 
 
 def apply_augmentation(cfg: CN, name: str, literal: Collection[str] = ()) -> None:
-    """Replace the augmentation of ``cfg`` by the preset ``name``.
+    """Replace the augmentation of ``cfg`` by the preset ``name``, or raise ConfigError if there is none.
 
-    Args:
-        literal: keys set by the user, which are kept; the preset then varies the size around INPUT.MIN_SIZE_TRAIN.
-
-    Raises:
-        ConfigError: there is no such preset.
+    Keys in ``literal`` are the user's and are kept; the preset then varies the size around INPUT.MIN_SIZE_TRAIN.
     """
     if name not in _PRESETS:
         raise ConfigError(f"augment: unknown preset {shown(name)}; known are {', '.join(_PRESETS)}")

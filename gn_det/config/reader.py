@@ -135,11 +135,7 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def read_yaml(path: Path, what: str = "config file") -> dict[str, Any]:
-    """Return the keys and values of a YAML file; messages call it ``what``.
-
-    Raises:
-        ConfigError: missing, not readable, not valid YAML, or no keys and values; see :func:`parse_yaml`.
-    """
+    """Return keys and values of a YAML file; ConfigError calls it ``what``. See :func:`parse_yaml`."""
     source = f"{what} {one_line(str(path), 300)}"
     try:
         with open_regular(path) as file:
@@ -159,11 +155,8 @@ def read_yaml(path: Path, what: str = "config file") -> dict[str, Any]:
 def parse_yaml(text: str | bytes, source: str) -> Any:
     """Return the value of a YAML text: None, bool, int, float, str, list or dict with text keys.
 
-    Args:
-        text: at most :data:`MAX_BYTES`; bytes are UTF-8, with or without a byte order mark.
-
-    Raises:
-        ConfigError: not valid or not plain YAML, or too large; one line with the source and the place.
+    It has at most :data:`MAX_BYTES`; bytes are UTF-8, with or without a byte order mark. Anything else is a ConfigError
+    of one line with the source and the place.
     """
     if len(text) > MAX_BYTES:
         raise ConfigError(f"{source} is larger than {MAX_BYTES // 1024} kB")
@@ -207,12 +200,9 @@ _HELP = "only numbers, + - * / **, lists and one comprehension over a list are a
 
 
 def arithmetic(text: str) -> Any:
-    """Evaluate numbers, ``+ - * / **``, lists and one comprehension over a literal list like ``eval``.
+    """Evaluate numbers, ``+ - * / **``, lists and one comprehension over a literal list like ``eval``, or ValueError.
 
     Example: ``[[x, x * 2**(1.0/3)] for x in [32, 64]]``.
-
-    Raises:
-        ValueError: anything else, or a result that is too large.
     """
     if len(text) > _MAX_FORMULA:
         raise ValueError(f"a formula of {len(text)} characters")
@@ -267,12 +257,9 @@ _TOKEN = re.compile(r"""\s+|[\[\](),]|'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*"|[+
 
 
 def python_value(text: str) -> Any:
-    """Evaluate numbers, text, True, False, None and lists and tuples of these like ``ast.literal_eval``.
+    """Evaluate numbers, text, True, False, None and lists and tuples of these like ``ast.literal_eval``, or ValueError.
 
     Unlike ``literal_eval`` it is bounded: deep nesting cannot exhaust the stack, and long numbers cannot take long.
-
-    Raises:
-        ValueError: anything else.
     """
     at, depth, count = 0, 0, 0
     while at < len(text):

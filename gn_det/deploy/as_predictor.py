@@ -15,15 +15,11 @@ from gn_det.structures import ArrayDetections
 
 
 def as_predictor(path: StrPath, device: str = "auto", *, max_pixels: int | None = None) -> Predictor:
-    """Load an ONNX file.
+    """Load an ONNX file of ``gn-det export``; see :class:`gn_det.deploy.Detector` for the errors.
 
     Args:
-        path: written by ``gn-det export --to onnx``.
         device: a provider; "auto" is the CPU.
         max_pixels: larger images are refused; None takes the limit in the file.
-
-    Raises:
-        UserError: see :class:`gn_det.deploy.Detector`.
     """
     detector = Detector(path, provider="cpu" if device == "auto" else device)
     reader = detector.metadata.reader()

@@ -65,14 +65,11 @@ class Detector(ImageModel):
         self.shape = self._checked_shape()
 
     def run(self, image: np.ndarray, size: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the outputs of the graph by name.
+        """Return the outputs of the graph by name, or raise UserError, such as for lack of memory.
 
         Args:
             image: (B, H, W, channels) uint8.
             size: (B, 2) int64, rows and columns of each image before padding.
-
-        Raises:
-            UserError: onnxruntime failed, such as for lack of memory.
         """
         names = [output.name for output in self._session.get_outputs()]
         try:
@@ -83,11 +80,7 @@ class Detector(ImageModel):
             ) from error
 
     def prepare(self, pixels: np.ndarray, name: str = "image") -> tuple[np.ndarray, np.ndarray]:
-        """Resize and pad: the inputs ``image`` and ``size`` of the graph for one image (H, W, channels) uint8.
-
-        Raises:
-            DataError: the resized image does not fit a graph of fixed size.
-        """
+        """Resize and pad an image (H, W, channels) uint8 to the graph's ``image`` and ``size``, or raise DataError."""
         keys, (height, width) = self.metadata.keys, pixels.shape[:2]
         if keys["INPUT.MIN_SIZE_TEST"]:
             shape = resized_shape(height, width, keys["INPUT.MIN_SIZE_TEST"], keys["INPUT.MAX_SIZE_TEST"])

@@ -71,11 +71,9 @@ class Parity:
     ap: dict[str, tuple[float, float, float]] = field(default_factory=dict)
 
     def add(self, original: AnyDetections, exported: AnyDetections, threshold: float) -> None:
-        """Compare the detections of one image.
+        """Compare the detections of one image, at its original size, with scores of at least ``threshold``.
 
-        Args:
-            original, exported: detections at the image's original size.
-            threshold: lowest score of either side; differences around it do not count as unmatched.
+        Differences around the threshold do not count as unmatched.
         """
         self.images += 1
         self.original += len(original)
@@ -194,7 +192,6 @@ def compare(
     """Detect objects in every image with the exported file and, on the same padded input, with the original.
 
     Args:
-        exported: result of :func:`gn_det.deploy.export.export`.
         inputs: images, folders and globs.
         ground_truth: COCO json of the images, matched by file name; AP is computed if it is given.
         provider: see :class:`gn_det.deploy.Detector`.

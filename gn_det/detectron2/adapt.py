@@ -36,13 +36,9 @@ class WeightedOutputLayers(FastRCNNOutputLayers):
 
 
 def adapt(model: nn.Module, cfg: CfgNode) -> None:
-    """Apply MODEL.FREEZE and MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS to ``model`` in place.
+    """Apply MODEL.FREEZE and MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS to ``model`` in place; ConfigError if that is impossible.
 
-    Args:
-        cfg: the config that it was built from, with the names of the classes.
-
-    Raises:
-        ConfigError: a part or class of these names does not exist, or the model has nothing that a key applies to.
+    ``cfg`` is the config that it was built from, with the names of the classes.
     """
     freeze_parts(model, cfg.MODEL.FREEZE)
     if cfg.MODEL.BACKBONE.RECOMPUTE and not any(isinstance(m, ResNet) for m in model.modules()):

@@ -138,11 +138,7 @@ def name_by_files(cfg: CfgNode) -> CfgNode:
     """Return a copy of ``cfg`` in which sets known only to Detectron2's catalog are named ``json@images``.
 
     Sets registered by ``register_coco_instances`` have their files in the metadata. The result of a registered function
-    is written as COCO json to OUTPUT_DIR. All processes of the group must call this.
-
-    Raises:
-        ConfigError: a registered set has no ``thing_classes``.
-        DataError: the function's result is not in Detectron2's standard format.
+    is written as COCO json to OUTPUT_DIR, or refused. All processes of the group must call this.
     """
     out = edited(cfg)
     for key in ("TRAIN", "TEST"):

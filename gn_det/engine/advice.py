@@ -42,12 +42,7 @@ def half_gn(rows: Sequence[CensusRow]) -> str:
 
 
 def short_for_scratch(cfg: CfgNode, images: int) -> str:
-    """Return a sentence for training from scratch that is much shorter than published runs; "" for all other runs.
-
-    Args:
-        cfg: after :func:`gn_det.engine.schedule.scale_schedule`.
-        images: images in an epoch.
-    """
+    """Return a sentence for a scaled ``cfg`` of a run from scratch, far shorter than published ones; "" for others."""
     names = tuple(cfg.DATASETS.TRAIN)
     generated = bool(names) and all(n.startswith("shapes_") for n in names) and not cfg.DATASETS.TRAIN_JSON
     if cfg.MODEL.WEIGHTS or images <= 0 or generated:
@@ -74,11 +69,7 @@ def high_rate(cfg: CfgNode) -> str:
 
 
 def large_crop(cfg: CfgNode, sizes: np.ndarray) -> str:
-    """A sentence for absolute crops that are larger than images, which then are not cropped; "" otherwise.
-
-    Args:
-        sizes: (N, 2) width and height of the training images.
-    """
+    """Return a sentence for absolute crops larger than training images of ``sizes`` (N, 2) width, height; else ""."""
     crop = cfg.INPUT.CROP
     if not crop.ENABLED or not crop.TYPE.startswith("absolute") or cfg.INPUT.LSJ.ENABLED:
         return ""
@@ -97,11 +88,7 @@ def large_crop(cfg: CfgNode, sizes: np.ndarray) -> str:
 
 @contextmanager
 def explain_oom(cfg: CfgNode, loop: Loop) -> Iterator[None]:
-    """Turn out-of-memory errors into one line that says what to lower.
-
-    Raises:
-        TrainingError: in place of torch.OutOfMemoryError, MemoryError, or the RuntimeError of the host's allocator.
-    """
+    """Turn errors of the allocators of GPU and host into a TrainingError of one line that says what to lower."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError

@@ -82,12 +82,7 @@ def choose(wanted: str = "auto") -> Choice:
 
 
 def load(choice: Choice) -> Engine:
-    """Import and return the chosen engine.
-
-    Raises:
-        EngineError: Detectron2 is installed but broken or too old; one line with the cause, the fix, its installation
-            page and a workaround.
-    """
+    """Import and return the chosen engine; EngineError has cause, fix, installation page and workaround on one line."""
     if choice.name == "embedded":
         from gn_det.engine.engines import Engine
 
@@ -133,11 +128,7 @@ def probe(module: str = "") -> None:
 
 
 def fix(error: BaseException | None) -> str:
-    """Return the fix for an exception on importing Detectron2, with the installation page.
-
-    Args:
-        error: the exception; None if the interpreter crashed, as it does with a compiled part for another torch.
-    """
+    """Return the fix for an exception on importing Detectron2; None: a crash, as of a part for another torch."""
     place = error.name if isinstance(error, ImportError) else None
     if isinstance(error, AttributeError):  # a module lacks a name, possibly since an upgrade
         place = getattr(error.obj, "__name__", None)

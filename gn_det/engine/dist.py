@@ -97,11 +97,7 @@ def on_first_rank(call: Callable[[], T]) -> T:
 
 
 def resolve_device(name: str, key: str = "MODEL.DEVICE") -> str:
-    """Return the device called ``name`` as "cpu", "cuda" or "cuda:N"; ``key`` is the user's setting.
-
-    Raises:
-        ConfigError: a GPU is requested but missing, or the name is unknown.
-    """
+    """Return "cpu", "cuda" or "cuda:N" for the user's setting ``key``; raise ConfigError if unknown or missing."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
@@ -272,8 +268,7 @@ def _spawn(function: Callable[..., Any], args: tuple[Any, ...], plan: tuple[Any,
 def _raise_first_error(box: Path, failed: dict[int, int]) -> None:
     """Raise the error that caused the others: a UserError, or a RuntimeError with the first stack trace.
 
-    Args:
-        failed: exit codes of the processes that failed on their own.
+    ``failed`` holds the exit codes of the processes that failed on their own.
     """
     files = sorted(box.glob("error-*"), key=lambda f: f.stat().st_mtime_ns)
     errors = {int(f.name.removeprefix("error-")): pickle.loads(f.read_bytes()) for f in files}

@@ -61,11 +61,7 @@ class EvalReport:
 
 
 def save_thresholds(weights: str, thresholds: Mapping[str, float]) -> None:
-    """Store the score of best F1 of each class (0.5 if undefined) in a checkpoint, for prediction.
-
-    Raises:
-        ConfigError: the file is not a gn_det checkpoint.
-    """
+    """Store the score of best F1 of each class (0.5 if undefined) in a checkpoint of gn_det, for prediction."""
     payload = dict(read_checkpoint(weights))
     meta = read_meta(payload, weights)
     if meta is None or not meta["class_names"]:

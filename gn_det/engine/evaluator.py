@@ -43,10 +43,7 @@ def evaluate_model(
 ) -> dict[str, float]:
     """Return flat APs of ``model`` on all test sets: ``{"bbox/AP": ..., "segm/AP50": ..., "bbox/AP-<class>": ...}``.
 
-    With several sets, names are ``<set>/bbox/AP``. All ranks must call this, and get the same dict.
-
-    Raises:
-        DataError: results and json do not match.
+    With several sets, names are ``<set>/bbox/AP``. All ranks must call this, and get the same dict, or a DataError.
     """
     flat: dict[str, float] = {}
     for dataset in test_sets:

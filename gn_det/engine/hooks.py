@@ -71,13 +71,9 @@ class Checkpoint(Hook):
         return loop.state.saved == os.fspath(self.path(loop))
 
     def save(self, loop: Loop, *, collective: bool = True) -> None:
-        """Write the checkpoint of this iteration and make it the one to resume from.
+        """Write the checkpoint of this iteration and make it the one to resume from, or raise TrainingError.
 
-        Args:
-            collective: False if the other ranks do not take part; their random streams are re-seeded on resuming.
-
-        Raises:
-            TrainingError: on every rank: the file cannot be written, or the weights are not finite.
+        If not ``collective``, the other ranks take no part; their random streams are re-seeded on resuming.
         """
         rng, path = dist.gather_objects(capture_rng()) if collective else [capture_rng()], self.path(loop)
 

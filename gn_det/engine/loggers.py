@@ -213,11 +213,7 @@ def check_loggers(cfg: CfgNode) -> None:
 
 
 def open_loggers(cfg: CfgNode, iteration: int, written: int | None) -> list[Logger]:
-    """Open the loggers of a run (rank 0); files continue after ``written``, or after ``iteration`` if unknown.
-
-    Raises:
-        TrainingError: a file cannot be opened.
-    """
+    """Open the loggers of rank 0, to continue after ``written``, or ``iteration`` if unknown."""
     folder = Path(cfg.OUTPUT_DIR)
     if iteration >= 0:
         trim_metrics(folder, iteration, written)

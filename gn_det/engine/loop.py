@@ -110,11 +110,7 @@ class Loop:
     # ------------------------------------------------------------ the run
 
     def run(self, make_batches: Callable[[], Iterable[Any]]) -> None:
-        """Train for up to ``total`` iterations, or until a hook ends it.
-
-        Args:
-            make_batches: called if any iterations are left; must yield at least the micro-batches needed.
-        """
+        """Train for up to ``total`` iterations, or until a hook ends it; if none is left, read no batch."""
         try:
             self.begin()
             if not (self.last or self.stopping):
@@ -154,8 +150,7 @@ class Loop:
     def stop(self, *, finished: bool = True) -> None:
         """End training after this iteration; must be called on all ranks.
 
-        Args:
-            finished: whether the result is final (``model_final.pth``), or ``--resume`` should continue.
+        The result is final (``model_final.pth``) if ``finished``; otherwise ``--resume`` should continue.
         """
         self.stopping = True
         self._finished = self._finished or finished
@@ -242,11 +237,7 @@ class Loop:
         self.agreed = {name: max(r[count + i] for r in rows) for i, name in enumerate(self.flags)}
 
     def stop_non_finite(self, names: Sequence[str], rows: Sequence[Sequence[float]]) -> NoReturn:
-        """Raise the error for a non-finite loss, on all ranks; ``rows`` begin with every rank's losses.
-
-        Raises:
-            TrainingError: names losses, images, and the first bad layer.
-        """
+        """Raise TrainingError on all ranks; ``rows`` begin with each rank's losses, ``names`` are theirs."""
         assert self.current is not None
         own = {n: v for n, v in zip(names, rows[dist.rank()]) if not math.isfinite(v)}
         mine = (own, self.current.images(), self._diagnose() if own else "")

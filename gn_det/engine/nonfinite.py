@@ -72,7 +72,7 @@ def diagnose(done: Pass, model: nn.Module, folder: Path, about: Mapping[str, Any
 
     Args:
         model: the bare module, with the weights that gave the losses.
-        about: further plain values to save; ``iteration`` is part of the file name.
+        about: further plain values to save, with ``iteration``.
     """
     path = folder / f"nonfinite_{about['iteration']:07d}_rank{dist.rank()}.pth"
     try:
@@ -95,11 +95,9 @@ def diagnose(done: Pass, model: nn.Module, folder: Path, about: Mapping[str, Any
 
 
 def find_origin(model: nn.Module, forward: Callable[[], Any]) -> str:
-    """Describe in one sentence the first layer with a non-finite output, and the magnitude of its inputs.
+    """Describe in one sentence the first layer of the bare ``model`` with a non-finite output, and its inputs' size.
 
-    Args:
-        model: the bare module.
-        forward: runs it once, as in training; its exceptions are ignored.
+    ``forward`` runs it once, as in training; its exceptions are ignored.
     """
     for name, parameter in model.named_parameters():  # not buffers: this pass may have ruined running statistics
         if not bool(torch.isfinite(parameter).all()):
@@ -212,10 +210,7 @@ def _check(content: Mapping[str, Any], model: nn.Module, num_classes: int) -> No
 
 
 def replay(path: str | os.PathLike[str]) -> str:
-    """Repeat a saved pass on the CPU; return the losses, one per line, and the first bad layer.
-
-    Args:
-        path: a file written by either engine; the embedded engine's model repeats it.
+    """Repeat a pass saved by either engine with the embedded engine's model; return losses and the first bad layer.
 
     Raises:
         WeightsError: not such a file, or its weights do not match.

@@ -121,14 +121,7 @@ def start_afresh(folder: Path, *, keep: str = "") -> None:
 
 
 def check_space(folder: Path, model: nn.Module, *, replaced: bool) -> None:
-    """Refuse to train if the disk has no space for a checkpoint.
-
-    Args:
-        replaced: whether the checkpoints of an earlier run will be deleted.
-
-    Raises:
-        TrainingError: there is no space for a single checkpoint (tensors and momentum).
-    """
+    """Raise TrainingError if there is no space for one checkpoint; those of an earlier run count if ``replaced``."""
     tensors = [*model.parameters(), *model.buffers(), *(p for p in model.parameters() if p.requires_grad)]
     needed = sum(t.numel() * t.element_size() for t in tensors)
     free = shutil.disk_usage(folder).free
@@ -149,8 +142,7 @@ def numbered(iteration: int) -> str:
 def trim_metrics(folder: Path, iteration: int, written: int | None = None) -> None:
     """Drop the lines of metrics.json that a run resumed after ``iteration`` will write again.
 
-    Args:
-        written: last iteration in the file when the checkpoint was saved, if known.
+    ``written`` is the last iteration in the file when the checkpoint was saved, if known.
     """
 
     def keep(line: str) -> bool:

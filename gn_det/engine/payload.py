@@ -131,13 +131,10 @@ _SAVED = record(
 
 
 def restore_slots(optimizer: Optimizer, saved: Any, where: str) -> Callable[[], None]:
-    """Check a saved optimizer state; return a function that copies its buffers into ``optimizer``.
-
-    The optimizer keeps its own hyperparameters.
+    """Check a saved optimizer state; return a function that copies its buffers, not hyperparameters, to ``optimizer``.
 
     Raises:
-        InvalidValue: an entry cannot be used.
-        OtherGroups: the groups have other numbers of parameters.
+        InvalidValue: an entry cannot be used, or (OtherGroups) the groups have other numbers of parameters.
     """
     _SAVED(saved, where)
     groups, ours = saved["param_groups"], optimizer.state_dict()["param_groups"]
@@ -271,10 +268,7 @@ def check_run(payload: Mapping[str, Any], model: nn.Module, batch: int, processe
 
     Args:
         batch: SOLVER.IMS_PER_BATCH of the run.
-        processes: number of processes of the run; random states for another number are not used.
-
-    Raises:
-        InvalidValue: names the entry.
+        processes: of the run; random states for another number are not used.
     """
     weights, states = weights_of(model), payload.get("rng")
     of_this_run = isinstance(states, (list, tuple)) and len(states) == processes

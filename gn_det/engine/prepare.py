@@ -76,11 +76,7 @@ class Prepared:
 
 
 def prepare(cfg: CfgNode, augment: OwnTransform | None = None) -> Prepared:
-    """Read the data, determine and log classes and schedule, and seed this process; all ranks must call this.
-
-    Raises:
-        UserError: the data cannot be used, or does not match the configuration; the same on every rank.
-    """
+    """Read the data, log classes and schedule, and seed this process; all ranks must call this."""
     data = load_once(lambda: load_run_data(cfg))
     cfg = with_classes(without_masks(cfg) if data.boxes_only else cfg, len(data.class_names), data.class_names)
     cfg, sentences = scale_schedule(cfg, dist.world_size(), data.images)
@@ -129,11 +125,7 @@ def warn_if_short(cfg: CfgNode, images: int) -> None:
 
 
 def prepare_folder(cfg: CfgNode, model: nn.Module, *, fresh: bool) -> None:
-    """Prepare OUTPUT_DIR (rank 0): delete leftovers and, if ``fresh``, an earlier run, and write config.yaml.
-
-    Raises:
-        TrainingError: there is no space for a checkpoint.
-    """
+    """Prepare OUTPUT_DIR (rank 0): delete leftovers and, if ``fresh``, an earlier run, and write config.yaml."""
     if dist.rank() == 0:
         folder = Path(cfg.OUTPUT_DIR)
         remove_leftovers(folder)

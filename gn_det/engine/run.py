@@ -181,12 +181,7 @@ def _resolve(
 
 
 def dry_run(cfg: CfgNode, engine: Engine, *, num_gpus: int = 1, num_machines: int = 1) -> None:
-    """Print config, model, optimizer, schedule and datasets of a run; needs neither data nor weights.
-
-    Raises:
-        ConfigError: the configuration contradicts itself.
-        TrainingError: OUTPUT_DIR cannot be a folder.
-    """
+    """Print config, model, optimizer, schedule and datasets of a run, or raise UserError; needs no data or weights."""
     check_output_name(cfg.OUTPUT_DIR)
     with run_log(None, times=False, verbose=True):
         cfg = settle(cfg, dist.resolve_device(cfg.MODEL.DEVICE))

@@ -50,11 +50,7 @@ def _main_curve(cfg: CfgNode) -> ParamScheduler:
 
 
 def lr_multiplier(cfg: CfgNode) -> Callable[[int], float]:
-    """Return the learning rate factor of all groups as a function of the 0-based iteration in [0, MAX_ITER].
-
-    Raises:
-        ConfigError: SOLVER.BASE_LR_END exceeds SOLVER.BASE_LR.
-    """
+    """Return the learning rate factor of all groups as a function of the 0-based iteration in [0, MAX_ITER]."""
     solver, max_iter = cfg.SOLVER, int(cfg.SOLVER.MAX_ITER)
     curve = _main_curve(cfg)
     length = min(solver.WARMUP_ITERS / max_iter, 1.0)
@@ -244,11 +240,7 @@ def scale_schedule(cfg: CfgNode, world_size: int, images: int) -> tuple[CfgNode,
 
 
 def images_per_rank(cfg: CfgNode, world_size: int) -> int:
-    """Return the images per micro-batch on one GPU: ``IMS_PER_BATCH / (world_size * ACCUMULATE)``.
-
-    Raises:
-        ConfigError: it is not an integer of at least 1.
-    """
+    """Return images per micro-batch of a GPU, ``IMS_PER_BATCH / (world_size * ACCUMULATE)``, or raise ConfigError."""
     batch, accumulate = int(cfg.SOLVER.IMS_PER_BATCH), int(cfg.SOLVER.ACCUMULATE)
     parts = world_size * accumulate
     if batch < parts or batch % parts:
@@ -261,12 +253,7 @@ def images_per_rank(cfg: CfgNode, world_size: int) -> int:
 
 
 def format_schedule(cfg: CfgNode, images: int, world_size: int = 0) -> str:
-    """Describe the schedule in iterations and epochs, in a few lines.
-
-    Args:
-        images: training images in an epoch; 0 (unknown) omits epochs.
-        world_size: number of processes; 0 describes the schedule as configured.
-    """
+    """Describe the schedule in a few lines; ``images`` 0 omits epochs, ``world_size`` 0 describes it as configured."""
     solver = cfg.SOLVER
 
     def both(iterations: int) -> str:

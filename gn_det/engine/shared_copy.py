@@ -23,10 +23,7 @@ _PAGE = 4096
 def load_once(load: Callable[[], T]) -> T:
     """Return the value of ``load()``, called on one rank per machine; the others map the same arrays and tensors.
 
-    Writing to them changes a private copy of the page. All ranks must call this.
-
-    Raises:
-        UserError: ``load`` raised it on any machine; the same error on every rank.
+    Writing to them changes a private copy of the page. All ranks must call this, and raise its UserError together.
     """
     if dist.world_size() == 1:
         return load()

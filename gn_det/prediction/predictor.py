@@ -187,11 +187,7 @@ class Selection:
         classes: Sequence[str] | None = None,
         agnostic_nms: bool = False,
     ) -> Selection:
-        """Check the user's selection; without a ``threshold``, those of the checkpoint apply, or 0.5.
-
-        Raises:
-            ConfigError: a threshold outside [0, 1], or an unknown class.
-        """
+        """Check the user's selection, or raise ConfigError; without ``threshold``, the checkpoint's apply, or 0.5."""
         chosen = predictor.thresholds or THRESHOLD if threshold is None else checked_threshold(threshold)
         iou = 0.5 if predictor.config is None else float(predictor.config.MODEL.ROI_HEADS.NMS_THRESH_TEST)
         return cls(chosen, wanted_classes(classes, predictor.class_names), iou if agnostic_nms else None)

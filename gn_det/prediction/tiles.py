@@ -114,14 +114,11 @@ class _Piece:
 
 
 def detect_tiles(predictor: Predictor, image: LargeImage, tiling: Tiling, keep: Selection) -> Found:
-    """Detect on every tile and join what is one object.
+    """Detect on every tile and join what is one object, or raise ImageError for a part that cannot be decoded.
 
     Detections of two tiles are one object if they have one class and agree where the tiles overlap. A whole object wins
     over its cut parts; of parts alone the union is taken. A part that another tile sees whole and does not confirm is
     dropped.
-
-    Raises:
-        ImageError: a part of the file cannot be decoded.
     """
     width, height = image.size
     windows = tiling.windows(width, height)
