@@ -26,6 +26,14 @@ def to_numpy(values: Any) -> np.ndarray:
     return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
 
 
+def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the (M, N) IoU of XYXY boxes ``a`` (M, 4) and ``b`` (N, 4)."""
+    inter = (np.minimum(a[:, None, 2:], b[:, 2:]) - np.maximum(a[:, None, :2], b[:, :2])).clip(0).prod(axis=2)
+    area_a, area_b = ((boxes[:, 2:] - boxes[:, :2]).clip(0).prod(axis=1) for boxes in (a, b))
+    iou: np.ndarray = inter / np.maximum(area_a[:, None] + area_b - inter, 1e-9)
+    return iou
+
+
 def rasterize_polygons(polygons: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
     """Union of polygons as a (height, width) bool bitmap, rasterized by the COCO mask API."""
     from pycocotools import mask as coco_mask

@@ -36,22 +36,15 @@ METRICS = "metrics.jsonl"
 
 @dataclass
 class Progressed:
-    """What a run has done; all of it survives an interruption.
+    """What a run has done; all of it survives an interruption."""
 
-    Attributes:
-        epochs: finished.
-        curve: one row per epoch: epoch (1-based), train_loss, train_error, val_error (percent), lr (of its end),
-            seconds_per_iteration, inference_seconds_per_image.
-        best: lowest validation error, its epoch.
-        peak_memory_mb: of this machine so far.
-        recorded: see :class:`gn_det.classification.recording.Recorder`.
-    """
-
-    epochs: int = 0
+    epochs: int = 0  # finished
+    #: one row per epoch: epoch (1-based), train_loss, train_error, val_error (percent), lr (of its end),
+    #: seconds_per_iteration, inference_seconds_per_image
     curve: list[dict[str, float]] = field(default_factory=list)
-    best: dict[str, float] = field(default_factory=dict)
-    peak_memory_mb: float = 0.0
-    recorded: list[dict[str, float]] = field(default_factory=list)
+    best: dict[str, float] = field(default_factory=dict)  # lowest validation error, its epoch
+    peak_memory_mb: float = 0.0  # of this machine so far
+    recorded: list[dict[str, float]] = field(default_factory=list)  # see recording.Recorder
 
 
 @dataclass(frozen=True)

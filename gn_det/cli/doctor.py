@@ -52,17 +52,11 @@ class Trial:
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report.
+    """One line of the report."""
 
-    Attributes:
-        mark: "ok", "note" or "broken".
-        what: what was examined, and its state.
-        fix: what to do about it, or "".
-    """
-
-    mark: str
-    what: str
-    fix: str = ""
+    mark: str  # "ok", "note" or "broken"
+    what: str  # what was examined, and its state
+    fix: str = ""  # what to do about it
 
     def __str__(self) -> str:
         return as_line(f"{self.mark:7s} {self.what}") + (f"\n        fix: {as_line(self.fix)}" if self.fix else "")

@@ -25,29 +25,17 @@ from gn_det.values import (
 
 @dataclass(frozen=True)
 class Key:
-    """Declaration of one key.
+    """Declaration of one key."""
 
-    Attributes:
-        name: dotted, such as ``SOLVER.BASE_LR``.
-        default: also decides the type of values read from text.
-        check: requirements of all engines on a value.
-        doc: one or two sentences.
-        known: the only values that the engines implement; None: all that ``check`` accepts.
-        embedded: the only values that the embedded engine implements, if Detectron2 implements more.
-        detectron2: the only values that ``--engine detectron2`` implements, if ``embedded`` is given.
-        ours: whether Detectron2 lacks this key.
-        rescaled: whether scaling to another batch changes the value, unless set on the command line.
-    """
-
-    name: str
-    default: Any
-    check: Check
-    doc: str
-    known: tuple[Any, ...] | None = None
-    embedded: tuple[Any, ...] | None = None
-    detectron2: tuple[Any, ...] | None = None
-    ours: bool = False
-    rescaled: bool = False
+    name: str  # dotted, such as SOLVER.BASE_LR
+    default: Any  # also decides the type of values read from text
+    check: Check  # requirements of all engines on a value
+    doc: str  # one or two sentences
+    known: tuple[Any, ...] | None = None  # the only values that the engines implement; None: all that check accepts
+    embedded: tuple[Any, ...] | None = None  # the only ones of the embedded engine, if Detectron2 implements more
+    detectron2: tuple[Any, ...] | None = None  # the only ones of --engine detectron2, if embedded is given
+    ours: bool = False  # whether Detectron2 lacks this key
+    rescaled: bool = False  # whether scaling to another batch changes the value, unless set on the command line
 
     def implemented(self, engine: str) -> tuple[Any, ...] | None:
         """Return the only values that ``engine`` implements; None for all that pass ``check``."""

@@ -36,41 +36,25 @@ _MOST_IMAGES, _MOST_SIDE = 1024, 16384
 
 @dataclass(frozen=True)
 class Options:
-    """Options of an export.
+    """Options of an export."""
 
-    Attributes:
-        to: "onnx", "pt2" or "aoti".
-        size: (height, width) of the input in pixels; None: dynamic.
-        batch: images per batch; None: dynamic, or 1 with a ``size``.
-        opset: ONNX opset.
-        fp16: store and compute convolutions in half precision.
-        paste: return masks at the size of the input.
-    """
-
-    to: str = "onnx"
-    size: tuple[int, int] | None = None
-    batch: int | None = None
-    opset: int = 21
-    fp16: bool = False
-    paste: bool = False
+    to: str = "onnx"  # or "pt2", "aoti"
+    size: tuple[int, int] | None = None  # height and width of the input in pixels; None: dynamic
+    batch: int | None = None  # images per batch; None: dynamic, or 1 with a ``size``
+    opset: int = 21  # of ONNX
+    fp16: bool = False  # store and compute convolutions in half precision
+    paste: bool = False  # return masks at the size of the input
 
 
 @dataclass(frozen=True)
 class Exported:
-    """An exported file and its original model.
-
-    Attributes:
-        path: path of the file.
-        options, metadata: options and metadata of the file.
-        predictor: the original model.
-        outputs: names of the graph's outputs.
-    """
+    """An exported file and its original model."""
 
     path: Path
     options: Options
     metadata: Metadata
-    predictor: Predictor
-    outputs: tuple[str, ...]
+    predictor: Predictor  # the original model
+    outputs: tuple[str, ...]  # names, in order
 
     @property
     def shape(self) -> tuple[int | None, int | None, int | None]:
@@ -84,8 +68,6 @@ def export(weights: StrPath, output: StrPath, options: Options = Options(), *, c
 
     Args:
         weights: a checkpoint of gn_det, or other weights with ``config``.
-        output: file to write.
-        options: options of the file.
         config: path or shipped name; None uses the config stored in the checkpoint.
 
     Raises:

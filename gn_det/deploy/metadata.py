@@ -39,25 +39,15 @@ _ENTRIES = record(
 
 @dataclass(frozen=True)
 class Metadata:
-    """How to feed a graph and read its outputs.
-
-    Attributes:
-        class_names, category_ids: one of each a class.
-        divisor: height and width of the input are multiples of it.
-        masks: "none"; "box": probabilities within the boxes; "image": pasted at the size of the input.
-        precision: "fp32" or "fp16", of the weights.
-        keys: values of :data:`STORED`.
-        thresholds: lowest score of each class that ``gn-det predict`` keeps; () where the checkpoint stores none.
-        version: of gn_det.
-    """
+    """How to feed a graph and read its outputs."""
 
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
-    divisor: int
-    masks: str
-    precision: str
-    keys: Mapping[str, Any] = field(default_factory=dict)
-    thresholds: tuple[float, ...] = ()
+    divisor: int  # height and width of the input are multiples of it
+    masks: str  # "none"; "box": probabilities within the boxes; "image": pasted at the size of the input
+    precision: str  # "fp32" or "fp16", of the weights
+    keys: Mapping[str, Any] = field(default_factory=dict)  # values of STORED
+    thresholds: tuple[float, ...] = ()  # lowest score of each class to keep; () where the checkpoint stores none
     version: str = __version__
 
     @property

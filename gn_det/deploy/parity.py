@@ -23,26 +23,18 @@ from gn_det.evaluation.ground_truth import load_ground_truth
 from gn_det.evaluation.results import detections_to_coco
 from gn_det.files import StrPath
 from gn_det.modeling.mask_rcnn import MaskRCNN
-from gn_det.structures import AnyDetections, to_numpy
+from gn_det.structures import AnyDetections, box_iou, to_numpy
 from gn_det.text import count, one_line, some
 
 
 class Tolerance(NamedTuple):
-    """Largest allowed differences between an exported model and its original.
+    """Largest allowed differences between an exported model and its original."""
 
-    Attributes:
-        boxes: difference in pixels of the original image.
-        scores: difference of scores.
-        masks: lowest IoU of all masks of an image together.
-        unmatched: share of detections without a counterpart.
-        ap: difference in percent.
-    """
-
-    boxes: float
+    boxes: float  # in pixels of the original image
     scores: float
-    masks: float
-    unmatched: float
-    ap: float
+    masks: float  # lowest IoU of all masks of an image together
+    unmatched: float  # share of detections without a counterpart
+    ap: float  # in percent
 
 
 #: By precision of the weights. A detection may have no counterpart if its suppression depends on the last bit.
@@ -51,14 +43,7 @@ TOLERANCES = {"fp32": Tolerance(0.01, 1e-4, 0.999, 0.001, 0.1), "fp16": Toleranc
 
 @dataclass
 class Parity:
-    """Largest differences so far.
-
-    Attributes:
-        images, original, exported: number of images, and of detections of the two sides.
-        boxes, scores, masks, unmatched: as in :class:`Tolerance`, the last one as a number of detections.
-        ap: task -> AP of the original, of the exported file, and of the original without the padding of a fixed size
-            (nan if dynamic); empty without ground truth.
-    """
+    """Largest differences so far, as in :class:`Tolerance`; numbers of images, and of detections of the two sides."""
 
     tolerance: Tolerance
     images: int = 0
@@ -68,6 +53,8 @@ class Parity:
     scores: float = 0.0
     masks: float = 1.0
     unmatched: int = 0
+    #: task -> AP of the original, of the exported file, and of the original without the padding of a fixed size (nan
+    #: if dynamic); empty without ground truth
     ap: dict[str, tuple[float, float, float]] = field(default_factory=dict)
 
     def add(self, original: AnyDetections, exported: AnyDetections, threshold: float) -> None:
@@ -134,12 +121,7 @@ def match(original: AnyDetections, exported: AnyDetections, threshold: float) ->
         (n, 2) indices of pairs with an IoU of at least 0.5, and the number of detections above ``threshold`` in
         neither side's pairs.
     """
-    boxes_a, boxes_b = (to_numpy(d.boxes).astype(np.float64) for d in (original, exported))
-    low = np.maximum(boxes_a[:, None, :2], boxes_b[None, :, :2])
-    high = np.minimum(boxes_a[:, None, 2:], boxes_b[None, :, 2:])
-    inter = (high - low).clip(0).prod(2)
-    areas = [(b[:, 2:] - b[:, :2]).prod(1) for b in (boxes_a, boxes_b)]
-    iou = inter / np.maximum(areas[0][:, None] + areas[1] - inter, 1e-9)
+    iou = box_iou(*(to_numpy(d.boxes).astype(np.float64) for d in (original, exported)))
     iou *= to_numpy(original.classes)[:, None] == to_numpy(exported.classes)
     pairs = []
     for i in np.argsort(-to_numpy(original.scores), kind="stable"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,16 +61,6 @@ def to_inputs(samples: Sequence[Sample]) -> list[dict[str, Any]]:
             one["instances"] = to_instances(sample["targets"])
         inputs.append(one)
     return inputs
-
-
-class Inputs(Iterable[Any]):
-    """Iterable that converts batches of samples to batches of inputs."""
-
-    def __init__(self, batches: Iterable[list[Sample]]) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        return map(to_inputs, self.batches)
 
 
 def to_detections(instances: Instances) -> Detections:

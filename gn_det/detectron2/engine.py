@@ -14,7 +14,7 @@ from detectron2.config import CfgNode, get_cfg
 import gn_det.detectron2  # noqa: F401  # a process that unpickles the engine needs everything registered
 from gn_det.detectron2.adapt import adapt
 from gn_det.detectron2.config import add_gn_config, check_device, trainer_keys_are_read
-from gn_det.detectron2.conversion import Inputs, detector
+from gn_det.detectron2.conversion import detector, to_inputs
 from gn_det.detectron2.steps import Storage, build_optimizer
 from gn_det.engine.choice import Choice, load
 from gn_det.engine.engines import Engine
@@ -61,7 +61,7 @@ class Detectron2Engine(Engine):
         return detector(model, cfg)
 
     def inputs(self, batches: Iterable[list[Sample]]) -> Iterable[Any]:
-        return Inputs(batches)
+        return map(to_inputs, batches)
 
     def hooks(self) -> list[Hook]:
         return [Storage()]

@@ -31,7 +31,7 @@ from gn_det.detectron2.config import (
     trainer_keys_are_read,
     warn_of_norms,
 )
-from gn_det.detectron2.conversion import Inputs, detector
+from gn_det.detectron2.conversion import detector, to_inputs
 from gn_det.detectron2.datasets import name_by_files
 from gn_det.detectron2.steps import (
     EndHook,
@@ -80,7 +80,7 @@ class _OwnBatches(Iterable[Any]):
         self.start, self.seed = 0, prepared.seed
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(Inputs(self.prepared.make_loader(self.start, self.seed)))
+        return map(to_inputs, self.prepared.make_loader(self.start, self.seed))
 
 
 class Trainer(DefaultTrainer):

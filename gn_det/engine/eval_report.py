@@ -26,15 +26,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class EvalReport:
-    """Analyzes the results of an evaluation on rank 0.
+    """Analyzes the results of an evaluation on rank 0."""
 
-    Attributes:
-        html: path of the page; with several test sets, each name goes before the extension.
-        thresholds: score of best F1 by class name, for the last set.
-    """
-
-    html: Path
-    thresholds: dict[str, float] = field(default_factory=dict)
+    html: Path  # of the page; with several test sets, each name goes before the extension
+    thresholds: dict[str, float] = field(default_factory=dict)  # score of best F1 by class name, for the last set
 
     def write(
         self,

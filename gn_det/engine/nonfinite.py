@@ -36,19 +36,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Pass:
-    """A forward pass that can be repeated.
+    """A forward pass that can be repeated."""
 
-    Attributes:
-        batch: samples of gn_det or inputs of Detectron2.
-        rng: states of torch's generators before the pass.
-        device: "cpu" or "cuda".
-        dtype: dtype of autocast, or None.
-    """
-
-    batch: Sequence[Any]
-    rng: dict[str, Any]
-    device: str
-    dtype: torch.dtype | None
+    batch: Sequence[Any]  # samples of gn_det or inputs of Detectron2
+    rng: dict[str, Any]  # states of torch's generators before the pass
+    device: str  # "cpu" or "cuda"
+    dtype: torch.dtype | None  # of autocast
 
     def again(self, model: Callable[[Any], Any]) -> Any:
         """Run ``model`` on the batch exactly as the first time."""

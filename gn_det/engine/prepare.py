@@ -46,16 +46,11 @@ def indented(text: str) -> str:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that is ready to build its model.
+    """A run that is ready to build its model."""
 
-    Attributes:
-        cfg: config with the classes of the data and the schedule for this number of processes.
-        seed: seed of initialization and data stream; equal on every rank.
-    """
-
-    cfg: CfgNode
+    cfg: CfgNode  # with the classes of the data and the schedule for this number of processes
     data: RunData
-    seed: int
+    seed: int  # of initialization and data stream; equal on every rank
     augment: OwnTransform | None = None
 
     def make_loader(self, start_batch: int, seed: int) -> Iterable[Any]:

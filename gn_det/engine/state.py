@@ -83,39 +83,23 @@ def _copy_into(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> N
 
 @dataclass
 class TrainState:
-    """Model, optimizer, schedule and counters of a run, which can be resumed.
+    """Model, optimizer, schedule and counters of a run, which can be resumed."""
 
-    Attributes:
-        model: the bare module, not wrapped for several processes.
-        seed: seed of data stream and initialization.
-        scaler: gradient scaler of fp16.
-        average: moving average of the weights (SOLVER.EMA).
-        iteration: last finished iteration, 0-based; -1 before the first.
-        images_seen: training images consumed by finished iterations, over all GPUs.
-        best: best value of the metric that chooses model_best.pth; None before the first.
-        best_iteration: iteration of that evaluation, -1 before the first.
-        stale: evaluations since the best one.
-        evaluated_at: iteration after which the model was last evaluated, -1 if never.
-        results: metrics of the last evaluation, flat.
-        saved: path of the newest checkpoint, "" without one.
-        rng: random streams of the checkpoint, to be restored just before training continues.
-    """
-
-    model: nn.Module
+    model: nn.Module  # bare, not wrapped for several processes
     optimizer: Optimizer
     scheduler: LRScheduler
-    seed: int = 0
-    scaler: torch.amp.GradScaler | None = None
-    average: WeightAverage | None = None
-    iteration: int = -1
-    images_seen: int = 0
-    best: float | None = None
-    best_iteration: int = -1
-    stale: int = 0
-    evaluated_at: int = -1
-    results: dict[str, float] = field(default_factory=dict)
-    saved: str = ""
-    rng: Mapping[str, Any] | None = None
+    seed: int = 0  # of data stream and initialization
+    scaler: torch.amp.GradScaler | None = None  # of fp16
+    average: WeightAverage | None = None  # SOLVER.EMA
+    iteration: int = -1  # last finished one, 0-based; -1 before the first
+    images_seen: int = 0  # training images of finished iterations, over all GPUs
+    best: float | None = None  # value of the metric that chooses model_best.pth; None before the first
+    best_iteration: int = -1  # of that evaluation, -1 before the first
+    stale: int = 0  # evaluations since the best one
+    evaluated_at: int = -1  # iteration after which the model was last evaluated, -1 if never
+    results: dict[str, float] = field(default_factory=dict)  # metrics of the last evaluation, flat
+    saved: str = ""  # path of the newest checkpoint, "" without one
+    rng: Mapping[str, Any] | None = None  # random streams to be restored just before training continues
 
 
 @dataclass(frozen=True)

@@ -34,25 +34,17 @@ class Predictor:
     Attributes:
         sample: path of an image, or an (H, W, 3) uint8 array in RGB order (OpenCV frames are BGR: pass
             ``frame[:, :, ::-1]``) -> what the model takes; raises DataError for an unreadable image.
-        infer: one sample -> its detections at the (upright) original size.
-        class_names: name of each class index.
-        category_ids: json category id of each class index.
-        reader: reads the RGB pixels of an image file, for drawing.
-        module: the model, in evaluation mode.
-        config: its resolved configuration.
-        thresholds: score threshold of each class stored in the checkpoint; () if there are none.
-        gray: the model takes images of one channel.
     """
 
     sample: Callable[[Path | np.ndarray], Any]
-    infer: Callable[[Any], AnyDetections]
+    infer: Callable[[Any], AnyDetections]  # one sample -> its detections at the (upright) original size
     class_names: Sequence[str]
-    category_ids: Sequence[int]
-    reader: ImageReader = field(default_factory=lambda: ImageReader("RGB"))
-    module: nn.Module | None = None
+    category_ids: Sequence[int]  # of the json, for each class index
+    reader: ImageReader = field(default_factory=lambda: ImageReader("RGB"))  # of the pixels for drawing
+    module: nn.Module | None = None  # in evaluation mode
     config: CfgNode | None = None
-    thresholds: Sequence[float] = ()
-    gray: bool = False
+    thresholds: Sequence[float] = ()  # of each class, as stored in the checkpoint; () if there are none
+    gray: bool = False  # the model takes images of one channel
 
     def detect(self, image: Path | np.ndarray) -> AnyDetections:
         """Return the detections of one image; see ``sample`` and ``infer``."""
@@ -167,17 +159,11 @@ def _thresholds(meta: dict[str, Any], count: int) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Selection:
-    """Selects detections, best first.
+    """Selects detections, best first."""
 
-    Attributes:
-        threshold: lowest score, or one per class, in [0, 1].
-        wanted: class indices; None keeps all.
-        agnostic_iou: drop a detection whose box overlaps a better one of any class by more than this; None drops none.
-    """
-
-    threshold: float | Sequence[float] = THRESHOLD
-    wanted: set[int] | None = None
-    agnostic_iou: float | None = None
+    threshold: float | Sequence[float] = THRESHOLD  # lowest score, or one per class, in [0, 1]
+    wanted: set[int] | None = None  # class indices; None keeps all
+    agnostic_iou: float | None = None  # drops boxes that overlap a better one of any class by more
 
     @classmethod
     def of(

@@ -15,7 +15,7 @@ from gn_det.data.tiff_windows import TiffWindows, open_windows
 from gn_det.errors import ConfigError
 from gn_det.prediction.pipeline import in_thread
 from gn_det.prediction.predictor import Predictor, Selection, crops_of, nms
-from gn_det.structures import ArrayDetections, MaskCrop
+from gn_det.structures import ArrayDetections, MaskCrop, box_iou
 from gn_det.text import count
 
 #: XYXY in image pixels.
@@ -214,15 +214,9 @@ def _matches(pieces: list[_Piece], ours: list[int], theirs: list[int], shared: W
     """Pairs of one class that agree within ``shared``, the best first, each piece once."""
     if not ours or not theirs:
         return []
-    low, high = np.array(shared[:2]), np.array(shared[2:])
-    sides = []
-    for numbers in (ours, theirs):
-        boxes = np.array([pieces[i].box for i in numbers])
-        sides.append((np.maximum(boxes[:, :2], low), np.minimum(boxes[:, 2:], high)))
-    (low_a, high_a), (low_b, high_b) = sides
-    inter = (np.minimum(high_a[:, None], high_b) - np.maximum(low_a[:, None], low_b)).clip(0).prod(axis=2)
-    area_a, area_b = ((high - low).clip(0).prod(axis=1) for low, high in sides)
-    iou = inter / np.maximum(area_a[:, None] + area_b - inter, 1e-9)
+    sides = (np.array([pieces[i].box for i in numbers], np.float64) for numbers in (ours, theirs))
+    inside = (np.hstack([np.maximum(b[:, :2], shared[:2]), np.minimum(b[:, 2:], shared[2:])]) for b in sides)
+    iou = box_iou(*inside)
     found = []
     for r, c in np.argwhere(iou > _SAME / 2).tolist():
         one, other = pieces[ours[r]], pieces[theirs[c]]
