@@ -8,19 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from gn_det.values import (
-    FINITE,
-    FLAG,
-    Check,
-    Value,
-    every,
-    integer,
-    is_number,
-    items,
-    number,
-    one_of,
-    row,
-)
+from gn_det.values import FINITE, FLAG, Check, Value, every, integer, is_number, items, number, one_of, row
 
 
 @dataclass(frozen=True)
@@ -60,11 +48,8 @@ def _is_path(value: Any) -> bool:
 
 
 def rising(check: Check, least: int, most: int) -> Value:
-    return every(items(check, least, most), Value("in increasing order", _is_rising))
-
-
-def _is_rising(values: Any) -> bool:
-    return all(a < b for a, b in itertools.pairwise(values))
+    pairs = itertools.pairwise
+    return every(items(check, least, most), Value("in increasing order", lambda v: all(a < b for a, b in pairs(v))))
 
 
 def bit_depth_span(bit_depth: str) -> tuple[float, float] | None:

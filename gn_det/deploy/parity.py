@@ -157,12 +157,6 @@ class ProgramDetector(Detector):
         return dict(zip(self._names, map(to_numpy, outputs)))
 
 
-def open_exported(exported: Exported, provider: str = "cpu") -> Detector:
-    """Open an exported file for prediction."""
-    onnx = exported.options.to == "onnx"
-    return Detector(exported.path, provider=provider) if onnx else ProgramDetector(exported)
-
-
 def compare(
     exported: Exported,
     inputs: Sequence[StrPath],
@@ -185,7 +179,8 @@ def compare(
     """
     model, cfg = exported.predictor.module, exported.predictor.config
     assert isinstance(model, MaskRCNN) and cfg is not None
-    detector = open_exported(exported, provider)
+    onnx = exported.options.to == "onnx"
+    detector = Detector(exported.path, provider=provider) if onnx else ProgramDetector(exported)
     mapper, reader = InferenceMapper(cfg), exported.metadata.reader()
     paths, _ = collect_images(inputs)
     ids = {} if ground_truth is None else _image_ids(ground_truth, paths)

@@ -15,13 +15,7 @@ from torch import Tensor, nn
 from gn_det.config.kinds import THEIR_NORMS
 from gn_det.detectron2.scripting import ScriptableFPN, ScriptableResNet
 from gn_det.errors import ConfigError
-from gn_det.modeling.build import (
-    fpn_arguments,
-    group_rule,
-    is_pre_activation,
-    resnet_arguments,
-    weight_standardization,
-)
+from gn_det.modeling.build import fpn_arguments, group_rule, is_pre_activation, resnet_arguments, weight_standardization
 from gn_det.modeling.fpn import FPN
 from gn_det.modeling.layers import FeatureSpec
 from gn_det.modeling.resnet import ResNet

@@ -130,7 +130,9 @@ class _VideoJob:
 
     def run(self, settings: dict[str, Any], save: Sequence[str], resume: bool, max_frames: int | None) -> None:
         """Process the video; after an error or interruption, the output so far is kept."""
-        lines = _Lines(self.target.with_suffix(".jsonl"), self._header(settings), resume) if "coco" in save else None
+        categories = [{"id": i, "name": n} for i, n in zip(self.predictor.category_ids, self.predictor.class_names)]
+        header = {"video": self.video.name, "fps": self.video.fps, "categories": categories, "run": settings}
+        lines = _Lines(self.target.with_suffix(".jsonl"), header, resume) if "coco" in save else None
         known = lines.known if lines is not None else {}
         if resume and lines is None:
             raise ConfigError("--resume needs the json lines of the interrupted run; add coco to --save")
@@ -166,10 +168,6 @@ class _VideoJob:
             f"{self.video.name}: {count(done, 'frame')} in {seconds:.1f} s ({done / seconds:.1f} fps{reused}), "
             f"{count(objects, 'object')}; {', '.join(save)} in {self.target.parent}"
         )
-
-    def _header(self, settings: dict[str, Any]) -> dict[str, Any]:
-        categories = [{"id": i, "name": n} for i, n in zip(self.predictor.category_ids, self.predictor.class_names)]
-        return {"video": self.video.name, "fps": self.video.fps, "categories": categories, "run": settings}
 
     def _detected(self, known: dict[int, list[dict[str, Any]]]) -> Generator[_Work, None, None]:
         """Yield frames with their detections, in order."""
