@@ -77,29 +77,6 @@ def test_names_stay_in_their_folder(tmp_path: Path, name: str) -> None:
     assert inside(folder, "a/b.pth") == folder.resolve() / "a" / "b.pth"
 
 
-def test_lock_excludes_others_and_is_left_by_a_killed_process(tmp_path: Path) -> None:
-    path = tmp_path / ".lock"
-    with lock(path), pytest.raises(Busy), lock(path):
-        pass
-    hold = "\n".join(
-        [
-            "import time",
-            "from gn_det.files import lock",
-            f"with lock({str(path)!r}):",
-            "    print('held', flush=True)",
-            "    time.sleep(60)",
-        ]
-    )
-    other = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE)
-    assert other.stdout is not None and other.stdout.readline() == b"held\n"
-    with pytest.raises(Busy), lock(path):
-        pass
-    other.kill()
-    other.wait()
-    with lock(path):
-        pass
-
-
 def test_lock_of_one_process(tmp_path: Path) -> None:
     """It names its holder, is left empty, follows no link, and a forked process does not hold it."""
     path = tmp_path / ".lock"

@@ -61,17 +61,6 @@ def test_a_json_and_its_images_come_together(split: str, given: str, missing: st
         check_config(put(f"DATASETS.{split}_{given}", "a"))
 
 
-def test_the_other_engine_is_named_where_it_takes_the_value() -> None:
-    for key, value, named in (
-        ("MODEL.META_ARCHITECTURE", "RetinaNet", True),
-        ("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "no pooler", False),
-        ("MODEL.KEYPOINT_ON", True, False),
-    ):
-        with pytest.raises(ConfigError) as error:
-            check_config(put(key, value))
-        assert ("--engine detectron2 runs it" in str(error.value)) is named
-
-
 @pytest.mark.parametrize(
     ("kind", "good", "bad"),
     [
