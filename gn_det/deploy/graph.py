@@ -291,7 +291,7 @@ def best_of(scores: Tensor, owner: Tensor, num_images: int, topk: int) -> tuple[
     return image, position[image, rank]
 
 
-def paste(masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float = 0.5) -> Tensor:
+def paste(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
     """Return (N, height, width) bool; see :func:`gn_det.modeling.postprocess.paste_masks`.
 
     Bilinear sampling is separable: one matrix of weights for the rows and one for the columns of each mask.
@@ -303,7 +303,7 @@ def paste(masks: Tensor, boxes: Tensor, height: int, width: int, threshold: floa
         return (1 - (at[:, :, None] - _range(side, boxes)).abs()).clamp(min=0)
 
     rows, columns = weights(boxes[:, 1], boxes[:, 3], height), weights(boxes[:, 0], boxes[:, 2], width)
-    return rows @ masks @ columns.transpose(1, 2) >= threshold
+    return rows @ masks @ columns.transpose(1, 2) >= 0.5
 
 
 def _range(length: int, like: Tensor) -> Tensor:

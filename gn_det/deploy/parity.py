@@ -163,7 +163,6 @@ def compare(
     *,
     ground_truth: StrPath | None = None,
     provider: str = "cpu",
-    progress: Callable[[int, int], None] | None = None,
 ) -> Parity:
     """Detect objects in every image with the exported file and, on the same padded input, with the original.
 
@@ -171,7 +170,6 @@ def compare(
         inputs: images, folders and globs.
         ground_truth: COCO json of the images, matched by file name; AP is computed if it is given.
         provider: see :class:`gn_det.deploy.Detector`.
-        progress: called with the number of finished images and of all images.
 
     Raises:
         DataError: an image or the json cannot be used.
@@ -186,7 +184,7 @@ def compare(
     ids = {} if ground_truth is None else _image_ids(ground_truth, paths)
     parity = Parity(TOLERANCES[exported.metadata.precision])
     results: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
-    for number, path in enumerate(paths, 1):
+    for path in paths:
         sample = mapper(path)
         image, size = detector.prepare(reader.read(path), os.fspath(path))
         ours = image[0, : size[0, 0], : size[0, 1]].transpose(2, 0, 1)
@@ -202,8 +200,6 @@ def compare(
         for part, side in zip(results, (original, found, unpadded)):
             if path in ids and side is not None:
                 part += detections_to_coco(ids[path], side, detector.category_ids)
-        if progress is not None:
-            progress(number, len(paths))
     if ground_truth is not None:
         parity.ap = _precisions(ground_truth, ids, results, cfg.TEST.MAX_DETS)
     return parity

@@ -59,11 +59,8 @@ class GNFPN(FPN, Backbone):
 
     Args:
         bottom_up: any Detectron2 ``Backbone``, such as :class:`GNResNet`.
-        in_features: its features from fine to coarse, strides doubling.
-        out_channels: channels of every level.
-        norm: of lateral and output convolutions, see :data:`gn_det.norm.NormSpec`; without one they have biases.
+        in_features, out_channels, norm, fuse_type: as for :class:`gn_det.modeling.fpn.FPN`.
         top_block: makes the levels above the last, like Detectron2's ``LastLevelMaxPool`` and ``LastLevelP6P7``.
-        fuse_type: "sum" or "avg" of the lateral and the top-down feature.
         square_pad: if positive, images are padded to squares of this side.
         groups: deprecated, see :func:`gn_det.norm.norm_with_groups`.
     """
@@ -133,12 +130,12 @@ def build_gn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
             "MODEL.RESNETS.DEFORM_ON_PER_STAGE: gn_det's ResNet has no deformable convolutions; Detectron2's has no "
             f"MODEL.RESNETS.NORM {resnets.NORM} with this MODEL.GN; use GN with the default MODEL.GN"
         )
-    if (deformable or resnets.NORM in THEIR_NORMS) and is_pre_activation(cfg):
-        raise ConfigError(
-            f"MODEL.RESNETS.VARIANT {resnets.VARIANT} has no deformable convolutions and none of Detectron2's norms "
-            f"{', '.join(THEIR_NORMS)}; set it to v1"
-        )
     if deformable or resnets.NORM in THEIR_NORMS:
+        if is_pre_activation(cfg):
+            raise ConfigError(
+                f"MODEL.RESNETS.VARIANT {resnets.VARIANT} has no deformable convolutions and none of Detectron2's "
+                f"norms {', '.join(THEIR_NORMS)}; set it to v1"
+            )
         if ws := weight_standardization(cfg, "RESNETS"):
             raise ConfigError(
                 f"MODEL.WS.RESNETS {ws}: Detectron2's backbones, which alone have deformable convolutions and "

@@ -42,7 +42,6 @@ def fit(
     evaluate: Evaluator | None = None,
     resume: Resume | None = None,
     hooks: Sequence[Hook] = (),
-    terminal: bool | None = None,
 ) -> dict[str, float]:
     """Train ``model`` from iteration 0, or from ``resume``, to ``SOLVER.MAX_ITER``.
 
@@ -52,7 +51,6 @@ def fit(
         seed: seed of the data stream; a resumed run uses the checkpoint's.
         evaluate: called on every rank; None never evaluates.
         hooks: hooks of the user.
-        terminal: whether to show a progress bar; None detects a terminal.
 
     Returns:
         Metrics of the last evaluation, such as ``{"bbox/AP": 41.2, ...}``; empty without evaluation.
@@ -71,7 +69,7 @@ def fit(
     if cfg.TEST.PRECISE_BN.ENABLED:
         # Batches that training does not see in this order; the same ones after a resume.
         own.append(PreciseBN(cfg, lambda: engine.inputs(make_loader(first_batch(cfg, state), state.seed + 1))))
-    loop = make_loop(cfg, state, parallel(model), own, meta, evaluate, resume, terminal=terminal)
+    loop = make_loop(cfg, state, parallel(model), own, meta, evaluate, resume)
     loop.autocast_cache = engine.autocast_cache
     with explain_oom(cfg, loop):
         loop.run(lambda: engine.inputs(make_loader(first_batch(cfg, state), state.seed)))
@@ -88,7 +86,6 @@ def make_loop(
     resume: Resume | None,
     *,
     clip: bool = True,
-    terminal: bool | None = None,
 ) -> Loop:
     """Build the loop that continues from ``state``; opens files in OUTPUT_DIR, which ``loop.end()`` closes.
 
@@ -113,7 +110,7 @@ def make_loop(
     folder = Path(cfg.OUTPUT_DIR)
     logs = payload.get("logs")  # a file of another tool has none
     written = logs["written"] if logs else None
-    metrics = Metrics(open_loggers(cfg, state.iteration, written) if dist.rank() == 0 else [], terminal=terminal)
+    metrics = Metrics(open_loggers(cfg, state.iteration, written) if dist.rank() == 0 else [])
     if logs:
         metrics.restore(logs)
     checkpoint = Checkpoint(folder, meta, metrics, period=solver.CHECKPOINT_PERIOD, keep=solver.CHECKPOINT_KEEP)

@@ -119,27 +119,23 @@ def short_line(log: EventLog) -> str:
 class Metrics(Hook):
     """Writes losses, lr, times and further scalars with Detectron2's names, on rank 0 only.
 
-    A terminal shows a progress bar; log.txt and other outputs get a line every :data:`WINDOW` iterations.
-
-    Args:
-        loggers: where to write; closed at the end of training.
-        terminal: whether to show a progress bar; None detects a terminal.
+    A terminal shows a progress bar; log.txt and other outputs get a line every :data:`WINDOW` iterations. The loggers
+    are closed at the end of training.
     """
 
     WARMUP = 3  #: iterations whose time is not counted
     DIVERGED = 3.0  #: times the lowest loss
 
-    def __init__(self, loggers: list[Logger], *, terminal: bool | None = None) -> None:
+    def __init__(self, loggers: list[Logger]) -> None:
         self.log, self.loggers = EventLog(), loggers
         self.lowest: tuple[float, int] | None = None
-        self._warned, self._terminal = False, terminal
         self._bar: Any = None
-        self._mark, self._first, self._records = 0.0, 0, False
+        self._mark, self._first, self._records, self._warned = 0.0, 0, False, False
 
     def before_train(self, loop: Loop) -> None:
         self._mark, self._first = time.perf_counter(), loop.state.iteration + 1
         self._records = dist.rank() == 0
-        if self._records and (_is_terminal() if self._terminal is None else self._terminal):
+        if self._records and _is_terminal():
             from tqdm import tqdm
 
             layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"

@@ -148,5 +148,4 @@ def run(
         evaluate=evaluate,
         resume=point,
         hooks=hooks,
-        terminal=False,
     )

@@ -65,7 +65,6 @@ def train_alone(folder: Path, engine: Any, data: Any, workers: int, *, resume: b
     meta = ModelMeta(cfg, ("thing",), (1,))
     fit(
         engine, cfg, model=SeesAll(), make_loader=make_loader, meta=meta, seed=5, evaluate=evaluate, resume=point,
-        terminal=False,
     )  # fmt: skip
 
 

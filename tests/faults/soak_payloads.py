@@ -238,7 +238,7 @@ class _Resume:
         loggers.LOGGERS["tensorboard"] = (_NoBoard, "")  # type: ignore[assignment]  # takes longer than all the rest
         fit.build_meta = lambda *words, **more: {}  # type: ignore[assignment]  # so does the YAML of the config
         meta = ModelMeta(self.cfg, ("a",), (1,))
-        loop = fit.make_loop(self.cfg, state, state.model, [Schedule()], meta, None, point, terminal=False)
+        loop = fit.make_loop(self.cfg, state, state.model, [Schedule()], meta, None, point)
         loop.total = state.iteration + 3
         loop.hooks = [h for h in loop.hooks if not isinstance(h, hooks.Checkpoint)]
         loop.run(lambda: loader_factory(4)(fit.first_batch(self.cfg, state), state.seed))
