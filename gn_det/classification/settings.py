@@ -41,7 +41,7 @@ _OPTIONS: dict[str, Any] = {
     "precise_bn": 200,
     "max_bad": 10,
 }
-_OF_CLIPS = (*_OPTIONS, "iterations", "weights", "train_list", "val_list")
+OF_CLIPS = (*_OPTIONS, "iterations", "weights", "train_list", "val_list")
 _CLIPS = {"batch_size": 8, "weight_decay": 1e-4, "steps": (0.375, 0.75), **_OPTIONS}
 VGG_WARMUP_EPOCHS = 3
 #: Batch Renormalization: limits, and the fractions of the training between which they grow from batch norm's.
@@ -55,104 +55,80 @@ _RISING = every(
 _RAMP = every(items(number(0, 1), 2, 2), Value("fractions of the training, none falling", lambda v: v[0] <= v[1]))
 
 
-def _setting(check: Check, *default: Any) -> Any:
-    return field(metadata={"check": check}, **({"default": default[0]} if default else {}))
+def _setting(check: Check, doc: str, *default: Any) -> Any:
+    return field(metadata={"check": check, "doc": doc}, **({"default": default[0]} if default else {}))
 
 
+# fmt: off
 @dataclass(frozen=True)
 class Settings:
-    """A pre-training run; the defaults are the paper's recipe (section 4.1).
+    """A pre-training run; the defaults are the paper's recipe (section 4.1), and None takes that of the network.
 
-    Attributes:
-        arch: one of :data:`DEPTHS` (detection backbones) or :data:`SMALL` (for tiny images), "vgg16", or one of
-            :data:`CLIPS` (of videos).
-        norm: one of :data:`NORMS`, in every layer: WN is Weight Normalization, BR Batch Renormalization.
-        data: folder with ``train/<class>/*`` and ``val/<class>/*``, or "digits" (scikit-learn's handwritten digits),
-            "shapes" (generated, see :func:`gn_det.classification.image_sources.load_shapes`) or "cifar10[:FOLDER]"
-            (torchvision's, downloaded where absent). Of clips: such a folder of videos, or "motions[:FOLDER]"
-            (generated, see :func:`gn_det.classification.motions.load_motions`).
-        output: folder for weights, checkpoint, metrics and summary.
-        groups, channels_per_group: division of GN's channels (Table 3); at most one of them, 32 groups without.
-        batch_size: images or clips of one process in an iteration; None: 32, clips 8.
-        epochs: passes over the training images; a fraction is allowed; None: 100, clips see ``iterations``.
-        lr: learning rate, taken literally; None: 0.1 (VGG: 0.01) for 256 images in an iteration over all processes,
-            or 0.01 for 64 clips, and linear in that number.
-        momentum: Nesterov's, as in fb.resnet.torch.
-        weight_decay: of all parameters, gamma and beta included; VGG: of weights alone; clips: of all but gamma and
-            beta. None: 1e-4 (VGG: 5e-4).
-        steps: fractions of the training after which ``gamma`` multiplies the learning rate; None: epochs 30, 60 and 90
-            (VGG: 80) of 100; clips: 150,000 and 300,000 iterations of 400,000.
-        gamma: see ``steps``.
-        seed: of initial weights, order and augmentation.
-        workers: processes that read images from a folder.
-        amp: "off", "bf16" or "fp16" autocast, or "auto": bf16 on a CPU that computes in it, else "off".
-        channels_last: keep weights and activations in this layout; "auto": where amp "auto" takes bf16.
-        device: "auto", "cpu", "cuda" or "cuda:N".
-        image_size: side of the square that the network sees; None: 224, for digits 8, for shapes and motions 32.
-        images: number of training images. "shapes" and "motions" generate them (None: 3000). Of a folder or cifar10 a
-            random subset is taken, the same for every seed, with equal shares of the classes (None: all), and at most
-            as many validation images.
-        augment: of images from a folder: "crop", fb.resnet.torch's random crops; or "shift" for small images, which are
-            kept in memory, shifted by up to an eighth of ``image_size``, and flipped (He et al. for CIFAR).
-        color: brightness, contrast, saturation and lighting augmentation of fb.resnet.torch, together with "crop".
-        stride_in_1x1: stride in the first 1x1 of a bottleneck instead of its 3x3, as ``bn_*`` configs expect (so does
-            the published R-50). ResNet-18 and 34 have no such choice.
-        r_max, d_max: limits of BR, at least 1 and 0; None: 1.5 and 0.5.
-        renorm_ramp: fractions of the training between which BR's limits grow linearly from 1 and 0, which is BN, to
-            r_max and d_max; None: 0.04 and 0.3, about Ioffe's.
-        record: name of a layer such as "conv5_3"; percentiles of its output before norm and ReLU are recorded over the
-            training (Figure 6). None: of no layer.
-        frames, frame_stride: frames of a clip, and of the video from one to the next; None: 32 and 2.
-        iterations: length of a training on clips, in place of ``epochs``; None, without epochs: 400,000.
-        dropout: of the features before the linear layer of clips; None: 0.5.
-        weights: 2-D backbone that is inflated for clips, of any kind that MODEL.WEIGHTS takes; None: from scratch.
-        test_clips, test_crops: of each validation video, whose softmax is averaged at the end; None: 10 and 3.
-        precise_bn: training batches for recomputing BN's statistics before that; 0: none; None: 200.
-        train_list, val_list: files that list the videos of ``data``: Kinetics' csv, or UCF101's text.
-        max_bad: videos that cannot be used and are skipped; with more the run stops; None: 10.
+    ``doc`` in the metadata of a field is what ``gn-det classify --help`` says of it.
 
     Raises:
         ConfigError: a value, or two together, cannot be used; names the setting.
     """
 
-    arch: str = _setting(one_of(*DEPTHS, *SMALL, VGG, *CLIPS))
-    norm: str = _setting(one_of(*NORMS))
-    data: str = _setting(_TEXT)
-    output: str = _setting(_TEXT)
-    groups: int | None = _setting(optional(integer(1, 8192)), None)
-    channels_per_group: int | None = _setting(optional(integer(1, 8192)), None)
-    batch_size: int = _setting(optional(integer(1, 65_536)), None)
-    epochs: float = _setting(optional(number(0, 1e6, above=True)), None)
-    lr: float | None = _setting(optional(number(0, 1000, above=True)), None)
-    momentum: float = _setting(number(0, 1), 0.9)
-    weight_decay: float = _setting(optional(number(0, 1000)), None)
-    steps: tuple[float, ...] = _setting(optional(_RISING), None)
-    gamma: float = _setting(number(0, 1, above=True), 0.1)
-    seed: int = _setting(integer(0, 2**63 - 1), 1)
-    workers: int = _setting(integer(0, 1024), 4)
-    amp: str = _setting(one_of("off", "bf16", "fp16", "auto"), "off")
-    channels_last: bool | str = _setting(one_of(False, True, "auto"), False)
-    device: str = _setting(_TEXT, "auto")
-    image_size: int | None = _setting(optional(integer(8, 4096)), None)
-    images: int | None = _setting(optional(integer(10, 1_000_000)), None)
-    augment: str = _setting(one_of(CROP, SHIFT), CROP)
-    color: bool = _setting(FLAG, True)
-    stride_in_1x1: bool = _setting(FLAG, False)
-    r_max: float | None = _setting(optional(number(1, 1000)), None)
-    d_max: float | None = _setting(optional(number(0, 1000)), None)
-    renorm_ramp: tuple[float, float] | None = _setting(optional(_RAMP), None)
-    record: str | None = _setting(optional(_TEXT), None)
-    frames: int = _setting(optional(integer(8, 4096)), None)
-    frame_stride: int = _setting(optional(integer(1, 1000)), None)
-    iterations: int | None = _setting(optional(integer(1, 10**9)), None)
-    dropout: float = _setting(optional(number(0, 1, below=True)), None)
-    weights: str | None = _setting(optional(_TEXT), None)
-    test_clips: int = _setting(optional(integer(1, 1000)), None)
-    test_crops: int = _setting(optional(one_of(1, 3)), None)
-    precise_bn: int = _setting(optional(integer(0, 10**6)), None)
-    train_list: str | None = _setting(optional(_TEXT), None)
-    val_list: str | None = _setting(optional(_TEXT), None)
-    max_bad: int = _setting(optional(integer(0, 10**9)), None)
+    arch: str = _setting(one_of(*DEPTHS, *SMALL, VGG, *CLIPS),
+        "resnet18|34|50|101, vgg16; resnet8|14|20|32|44|56|110 (tiny images); i3d_r18|50 (videos)")
+    norm: str = _setting(one_of(*NORMS), "BN, SyncBN, LN, IN, GN, WN (Weight Norm), BR (Batch Renorm) or none")
+    data: str = _setting(_TEXT,
+        "folder with train/CLASS/* and val/CLASS/*; or digits, shapes, cifar10[:DIR], motions[:DIR] (videos)")
+    output: str = _setting(_TEXT, "default output/classify_ARCH_NORM")
+    groups: int | None = _setting(optional(integer(1, 8192)), "number of GN groups (default 32)", None)
+    channels_per_group: int | None = _setting(optional(integer(1, 8192)),
+        "size of GN groups, instead of --groups", None)
+    batch_size: int = _setting(optional(integer(1, 65_536)), "images per process (default 32; 8 clips)", None)
+    epochs: float = _setting(optional(number(0, 1e6, above=True)),
+        "default 100; the learning rate drops after 30, 60 and 90%", None)
+    lr: float | None = _setting(optional(number(0, 1000, above=True)),
+        "learning rate, not scaled (default 0.1 x batch / 256; vgg16 0.01; clips 0.01 x batch / 64)", None)
+    momentum: float = _setting(number(0, 1), "Nesterov's, as in fb.resnet.torch", 0.9)
+    #: None: 1e-4, VGG 5e-4
+    weight_decay: float = _setting(optional(number(0, 1000)),
+        "of all parameters, gamma and beta included; VGG: of weights alone; clips: of all but gamma and beta", None)
+    #: None: epochs 30, 60 and 90 (VGG: 80) of 100; clips: 150,000 and 300,000 iterations of 400,000
+    steps: tuple[float, ...] = _setting(optional(_RISING), "fractions of the training after which the rate drops", None)
+    gamma: float = _setting(number(0, 1, above=True), "factor of the learning rate at each step", 0.1)
+    seed: int = _setting(integer(0, 2**63 - 1), "default 1", 1)
+    workers: int = _setting(integer(0, 1024), "data loading processes (default 4)", 4)
+    amp: str = _setting(one_of("off", "bf16", "fp16", "auto"),
+        "autocast: bf16, fp16, off (default), or auto: bf16 where a CPU computes in it", "off")
+    channels_last: bool | str = _setting(one_of(False, True, "auto"),
+        "keep activations in this layout, faster on CPUs; auto: where --amp auto takes bf16", False)
+    device: str = _setting(_TEXT, "auto, cpu, cuda or cuda:1", "auto")
+    image_size: int | None = _setting(optional(integer(8, 4096)),
+        "side of the crops (default 224; digits 8, other built-in sets 32)", None)
+    #: A subset of a folder or of cifar10 is the same for every seed, with equal shares of the classes, and at most as
+    #: many validation images.
+    images: int | None = _setting(optional(integer(10, 1_000_000)),
+        "number of training images (default: all; shapes, motions: 3000)", None)
+    augment: str = _setting(one_of(CROP, SHIFT),
+        "of a folder: crop (default), or shift: small images, as CIFAR's", CROP)
+    color: bool = _setting(FLAG, "turn off color augmentation", True)
+    stride_in_1x1: bool = _setting(FLAG,
+        "stride in the first 1x1 of each bottleneck, as in the bn_* configs (default: in the 3x3, as in gn_*)", False)
+    r_max: float | None = _setting(optional(number(1, 1000)), "limit of Batch Renorm's r (default 1.5)", None)
+    d_max: float | None = _setting(optional(number(0, 1000)), "limit of Batch Renorm's d (default 0.5)", None)
+    #: About Ioffe's; before the first, BR is BN.
+    renorm_ramp: tuple[float, float] | None = _setting(optional(_RAMP),
+        "fractions of the training between which BR's limits grow to r_max and d_max (default 0.04 and 0.3)", None)
+    record: str | None = _setting(optional(_TEXT),
+        "percentiles of its output before norm and ReLU over training, e.g. conv5_3", None)
+    frames: int = _setting(optional(integer(8, 4096)), "frames of a clip (default 32)", None)
+    frame_stride: int = _setting(optional(integer(1, 1000)), "take every N-th frame (default 2)", None)
+    iterations: int | None = _setting(optional(integer(1, 10**9)),
+        "of clips, instead of --epochs (default 400000)", None)
+    dropout: float = _setting(optional(number(0, 1, below=True)), "before the linear layer (default 0.5)", None)
+    weights: str | None = _setting(optional(_TEXT), "2-D backbone to inflate, any that MODEL.WEIGHTS takes", None)
+    test_clips: int = _setting(optional(integer(1, 1000)), "clips of a video in the final test (default 10)", None)
+    test_crops: int = _setting(optional(one_of(1, 3)), "crops of each of them, 1 or 3 (default 3)", None)
+    precise_bn: int = _setting(optional(integer(0, 10**6)), "batches for BN's statistics before it (default 200)", None)
+    train_list: str | None = _setting(optional(_TEXT), "videos of --data: Kinetics' csv or UCF101's list", None)
+    val_list: str | None = _setting(optional(_TEXT), "the same for validation", None)
+    max_bad: int = _setting(optional(integer(0, 10**9)), "bad videos to skip before the run stops (default 10)", None)
+    # fmt: on
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -187,7 +163,7 @@ class Settings:
         renorm = [(name, self.norm != "BR" and getattr(self, name) is not None, br) for name in _RENORM]
         clips = f"clips (arch {', '.join(CLIPS)})"
         why = f"it is of {clips}; leave it out"
-        of_clips = [(name, not self.of_clips and getattr(self, name) is not None, why) for name in _OF_CLIPS]
+        of_clips = [(name, not self.of_clips and getattr(self, name) is not None, why) for name in OF_CLIPS]
         lists = (self.train_list is None) != (self.val_list is None)
         others = (self.source == "motions") != self.of_clips and not folder
         alone = self.norm in _OF_BATCHES and self.batch_size == 1
@@ -258,7 +234,7 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values by field, fit for JSON; without the options of norms and clips that this run does not have."""
-        optional = (*_RENORM, *_OF_CLIPS)
+        optional = (*_RENORM, *OF_CLIPS)
         values = {name: value for name, value in asdict(self).items() if value is not None or name not in optional}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
