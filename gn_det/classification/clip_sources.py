@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gn_det.classification.image_folder import Entry, scan_parts
-from gn_det.classification.image_sources import Batch, Input
+from gn_det.classification.image_sources import Batch, Input, in_parts
 from gn_det.classification.settings import Settings
 from gn_det.data.clip_frames import ClipError, VideoFile, import_av
 from gn_det.data.video_frames import VIDEO_SUFFIXES
@@ -108,8 +108,7 @@ class ClipSource:
         yield from self._load(self._train, [b.tolist() for b in batches], epoch)
 
     def val_batches(self, numbers: Sequence[int], size: int) -> Iterator[Batch]:
-        batches = [list(numbers[k : k + size]) for k in range(0, len(numbers), size)]
-        yield from self._load(self._val, batches, None)
+        yield from self._load(self._val, in_parts(numbers, size), None)
 
     def test_batches(self, numbers: Sequence[int]) -> Iterator[tuple[int, Batch]]:
         """The number of a validation video, and the crops of one of its clips; its clips one after the other."""

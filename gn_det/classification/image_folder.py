@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from gn_det.classification.image_sources import Arrays, ArraySource, Batch, bgr_input, enough, subset
+from gn_det.classification.image_sources import Arrays, ArraySource, Batch, bgr_input, enough, in_parts, subset
 from gn_det.classification.settings import CROP, SHIFT, Settings
 from gn_det.data.image import ImageError, ImageReader
 from gn_det.data.inputs import IMAGE_SUFFIXES
@@ -119,8 +119,7 @@ class FolderSource:
         return self._load(_Images(self._train, self._settings, epoch), [b.tolist() for b in batches])
 
     def val_batches(self, numbers: Sequence[int], size: int) -> Iterator[Batch]:
-        batches = [list(numbers[k : k + size]) for k in range(0, len(numbers), size)]
-        return self._load(_Images(self._val, self._settings, None), batches)
+        return self._load(_Images(self._val, self._settings, None), in_parts(numbers, size))
 
     def _load(self, data: _Images, batches: list[list[int]]) -> Iterator[Batch]:
         for batch in load_batches(data, batches, min(self._settings.workers, len(batches))):

@@ -72,6 +72,11 @@ class Source(Protocol):
         ...
 
 
+def in_parts(numbers: Sequence[int], size: int) -> list[list[int]]:
+    """Divide the numbers of validation images into batches of ``size``; the last one may be smaller."""
+    return [list(numbers[k : k + size]) for k in range(0, len(numbers), size)]
+
+
 def epoch_batches(settings: Settings, epoch: int, images: int, rank: int, processes: int) -> list[np.ndarray]:
     """Return the image numbers of each batch of this process, whole batches only; raise DataError if there is none."""
     size = settings.batch_size * processes

@@ -32,6 +32,14 @@ class Spread:
     std: float | None
     n: int
 
+    @property
+    def half(self) -> float | None:
+        """Half the width of the mean's 95% interval (Student's t); None with one value.
+
+        Folds share training images, so the true interval over folds is somewhat wider.
+        """
+        return _half(self.std, 1 / self.n, self.n - 1)
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -47,17 +55,6 @@ class Difference:
     def beyond_noise(self) -> bool | None:
         """Whether the interval excludes zero; None if the noise is unknown."""
         return None if self.half is None else abs(self.value) > self.half
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Mean over folds and half the width of its 95% interval; None with one fold.
-
-    Student's t over the folds. They share training images, so the true interval is somewhat wider.
-    """
-
-    mean: float
-    half: float | None
 
 
 def spread(values: Mapping[int, float]) -> Spread | None:
@@ -83,7 +80,7 @@ def difference(row: Mapping[int, float], baseline: Mapping[int, float]) -> Diffe
     if len(shared) > 1 or (len(shared) == 1 and max(len(row), len(baseline)) == 1):
         pairs = spread({seed: row[seed] - baseline[seed] for seed in shared})
         assert pairs is not None
-        return Difference(pairs.mean, _half(pairs.std, 1 / pairs.n, pairs.n - 1), (pairs.n, pairs.n), True)
+        return Difference(pairs.mean, pairs.half, (pairs.n, pairs.n), True)
     a, b = spread(row), spread(baseline)
     if a is None or b is None:
         return None
@@ -160,10 +157,6 @@ class RowResult:
 
     def spread(self, column: str) -> Spread | None:
         return spread(self.values(column))
-
-    def interval(self, column: str) -> Interval | None:
-        found = self.spread(column)
-        return None if found is None else Interval(found.mean, _half(found.std, 1 / found.n, found.n - 1))
 
     def difference(self, column: str) -> Difference | None:
         """Return row minus baseline; None without a baseline, or if a side has no number."""
@@ -273,7 +266,7 @@ def _row_json(result: RowResult, findings: Sequence[str]) -> dict[str, Any]:
         "remarks": result.remarks,
         "baseline": row.baseline,
         "metrics": {column: asdict(found) for column, found in spreads.items()},
-        "interval": {c: asdict(i) for c in spreads if (i := result.interval(c)) is not None},
+        "interval": {column: {"mean": found.mean, "half": found.half} for column, found in spreads.items()},
         "difference": {c: asdict(d) for c in spreads if (d := result.difference(c)) is not None},
         "parameters": result.size("parameters"),
         "cost": {c: result.cost(c, place) for c, column in COLUMNS.items() if column.what == COST},

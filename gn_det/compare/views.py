@@ -204,10 +204,10 @@ def fold_view(results: Results) -> View | None:
     body = []
     for result in rows:
         for column in columns:
-            values, interval = result.values(column), result.interval(column)
+            values, found = result.values(column), result.spread(column)
             cells = [Cell(COLUMNS[column].show(values[k])) if k in values else _NOTHING for k in range(1, folds + 1)]
-            text = "" if interval is None else COLUMNS[column].show(interval.mean)
-            text += "" if interval is None or interval.half is None else f" ± {interval.half:.1f}"
+            text = "" if found is None else COLUMNS[column].show(found.mean)
+            text += "" if found is None or found.half is None else f" ± {found.half:.1f}"
             body.append([Cell(result.row.title), Cell(COLUMNS[column].heading), *cells, Cell(text)])
     notes = [
         f"Every image is held out once, in one of {folds} folds of equal classes. Mean ± half of its 95% interval "
@@ -300,8 +300,8 @@ def published_rows(rows: Sequence[RowResult], source: str) -> list[Reference | N
 def _published_cell(reference: Reference | None, column: str) -> Cell:
     if reference is not None and column in reference.values:
         return Cell(COLUMNS[column].show(reference.values[column]))
-    if reference is not None and column in (reference.delta or {}):
-        return Cell(f"Δ about {signed((reference.delta or {})[column])}")
+    if reference is not None and reference.delta and column in reference.delta:
+        return Cell(f"Δ about {signed(reference.delta[column])}")
     return _EMPTY
 
 
