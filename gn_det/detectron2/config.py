@@ -43,14 +43,6 @@ _THEIR_NUM_CLASSES = 80
 _SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler")
 _SUBSET = "DATALOADER.RANDOM_SUBSET_RATIO"
 
-#: Keys that Detectron2's trainer and loader do not read.
-_UNREAD = (
-    *("MODEL.FREEZE", "MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS", "SOLVER.OPTIMIZER", "SOLVER.BACKBONE_LR_FACTOR"),
-    *("SOLVER.ACCUMULATE", "SOLVER.EPOCHS", "TEST.PATIENCE", "TEST.AMP", "MODEL.CHANNELS_LAST"),
-    *("SOLVER.REFERENCE_BATCH", "INPUT.LSJ.ENABLED", "INPUT.ROTATION", "INPUT.COLOR_JITTER", "INPUT.COPY_PASTE"),
-    "INPUT.BIT_DEPTH",
-)
-
 #: Architectures of Detectron2 that need other ground truth, or do not output objects.
 _NO_INSTANCES = ("PanopticFPN", "SemanticSegmentor", "ProposalNetwork")
 
@@ -191,13 +183,19 @@ def _mention_what_is_not_read(cfg: CfgNode) -> None:
     """Warn once about each key that Detectron2's trainer and loader do not read."""
     if _read:
         return
+    unread = (
+        *("MODEL.FREEZE", "MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS", "SOLVER.OPTIMIZER", "SOLVER.BACKBONE_LR_FACTOR"),
+        *("SOLVER.ACCUMULATE", "SOLVER.EPOCHS", "TEST.PATIENCE", "TEST.AMP", "MODEL.CHANNELS_LAST"),
+        *("SOLVER.REFERENCE_BATCH", "INPUT.LSJ.ENABLED", "INPUT.ROTATION", "INPUT.COLOR_JITTER", "INPUT.COPY_PASTE"),
+        "INPUT.BIT_DEPTH",
+    )
     solver, sets = cfg.SOLVER, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
     read = {
         # Detectron2 scales by REFERENCE_WORLD_SIZE.
         "SOLVER.REFERENCE_BATCH": solver.REFERENCE_WORLD_SIZE or solver.REFERENCE_BATCH == solver.IMS_PER_BATCH,
         "INPUT.BIT_DEPTH": all(map(is_own, sets)),
     }
-    for name in _UNREAD:
+    for name in unread:
         if read.get(name) or as_lists(get_value(cfg, name)) == as_lists(KEYS[name].default):
             continue
         text = f"{name} is {get_value(cfg, name)!r}: Detectron2's DefaultTrainer and loader do not read this key, "
