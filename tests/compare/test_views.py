@@ -177,5 +177,5 @@ def test_nothing_learned_on_both_sides_is_no_result(tmp_path: Path) -> None:
     finding = findings(found)["gn"]
     assert finding.sentences == ["gn against bn: neither learned (box AP 0.0 on both sides)."]
     assert [cell.text for cell in view(found, found.plan.suite.tables[0]).body[1]].count("neither learned") == 2
-    found.row("bn").done[0].metrics = {"box_ap": 0.1}
+    found.of(["bn"])[0].done[0].metrics = {"box_ap": 0.1}
     assert "neither" not in findings(found)["gn"].text
