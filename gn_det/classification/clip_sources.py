@@ -268,7 +268,7 @@ def load_videos(settings: Settings) -> ClipSource:
         raise DataError(f"{settings.train_list}: lists {count(len(names), 'class', 'classes')}; at least 2 are needed")
     folders = {_plain(name): name for name in names}
     found: list[list[Entry]] = [[], []]
-    for rows, entries in zip(parts, found):
+    for rows, usable in zip(parts, found):
         for stem, label in rows:
             file = files.get(stem)
             folder = folders.get(_plain(Path(file).parent.name), label) if file else label
@@ -277,8 +277,8 @@ def load_videos(settings: Settings) -> ClipSource:
             elif folder != label:
                 bad.append((file, f"{one_line(file, 300)}: is in the folder of {folder!r}, but listed as {label!r}"))
             else:
-                entries.append((file, names.index(label)))
-    source = ClipSource(names, *found, settings, bad=bad)
+                usable.append((file, names.index(label)))
+    source = ClipSource(names, found[0], found[1], settings, bad=bad)
     if not all(found):
         raise DataError(f"{root}: holds no video of {settings.val_list if found[0] else settings.train_list}")
     return source
