@@ -88,8 +88,7 @@ def pretrain(settings: Settings, *, resume: bool = False, overwrite: bool = Fals
     elif (done := finished(folder, settings)) is not None:
         say(f"{folder}: finished already, top-1 error {done['top1_error']:.2f} %.")
         return done
-    result: dict[str, Any] = dist.launch(_rank, (settings, resume, overwrite), device=device, num_gpus=num_gpus)
-    return result
+    return dist.launch(_rank, (settings, resume, overwrite), device=device, num_gpus=num_gpus)
 
 
 def dry_run(settings: Settings, *, num_gpus: int = 1) -> None:

@@ -172,7 +172,7 @@ def stop_group() -> None:
 
 
 def launch(
-    function: Callable[..., Any],
+    function: Callable[..., T],
     args: tuple[Any, ...],
     *,
     device: str,
@@ -180,7 +180,7 @@ def launch(
     num_machines: int = 1,
     machine_rank: int = 0,
     dist_url: str = "auto",
-) -> Any:
+) -> T:
     """Call ``function(*args)`` in ``num_gpus * num_machines`` processes and return rank 0's result.
 
     Under torchrun the processes already exist, and its counts apply. On a CPU, ``num_gpus`` counts processes.
@@ -208,7 +208,7 @@ def launch(
         plan = (device, num_gpus, num_machines, machine_rank, dist_url, box)
         _spawn(function, args, plan)
         result = Path(box) / "result-0"
-        return pickle.loads(result.read_bytes()) if result.is_file() else None
+        return cast(T, pickle.loads(result.read_bytes()) if result.is_file() else None)
 
 
 def _check_counts(device: str, num_gpus: int, num_machines: int, machine_rank: int, dist_url: str) -> None:

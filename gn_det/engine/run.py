@@ -110,7 +110,7 @@ def train(
     if not resume:
         refuse_old_run(folder, overwrite=overwrite)
     cfg = write_split(cfg)
-    result: dict[str, float] = dist.launch(
+    return dist.launch(
         _train_rank,
         (cfg, engine, resume, overwrite, hooks, augment),
         device=device,
@@ -119,7 +119,6 @@ def train(
         machine_rank=machine_rank,
         dist_url=dist_url,
     )
-    return result
 
 
 def evaluate(
@@ -161,10 +160,7 @@ def evaluate(
     check_writable(cfg.OUTPUT_DIR)
     device = dist.resolve_device(cfg.MODEL.DEVICE)
     page = Path(html) if html is not None else Path(cfg.OUTPUT_DIR) / "eval.html" if save_thresholds else None
-    result: dict[str, float] = dist.launch(
-        _evaluate_rank, (cfg, engine, page, save_thresholds), device=device, num_gpus=num_gpus
-    )
-    return result
+    return dist.launch(_evaluate_rank, (cfg, engine, page, save_thresholds), device=device, num_gpus=num_gpus)
 
 
 def _resolve(

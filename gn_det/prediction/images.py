@@ -96,7 +96,7 @@ def predict(
         report(f"note: {note}")
     names = output_names(paths)
     check_writable(folder, "--output")
-    _refuse_to_overwrite(folder, paths, names)
+    refuse_to_overwrite(folder, paths, names)
     predictor = predictor or load_predictor(weights, config=config, overrides=overrides, device=device, report=report)
     keep = Selection.of(predictor, threshold, classes, agnostic_nms)
     categories = [{"id": i, "name": name} for i, name in zip(predictor.category_ids, predictor.class_names)]
@@ -224,10 +224,11 @@ def named_folder(output: str | os.PathLike[str]) -> Path:
     return Path(os.path.expanduser(output))
 
 
-def _refuse_to_overwrite(folder: Path, paths: Sequence[Path], names: Sequence[str]) -> None:
-    images = {path.resolve() for path in paths}
+def refuse_to_overwrite(folder: Path, inputs: Sequence[Path], names: Sequence[str]) -> None:
+    """Raise ConfigError if one of the files ``names`` of ``folder`` is an input."""
+    there = {path.resolve() for path in inputs}
     for name in names:
-        if (folder / name).resolve() in images:
+        if (folder / name).resolve() in there:
             raise ConfigError(f"output folder {folder}: {name} would overwrite an input; choose another folder")
 
 

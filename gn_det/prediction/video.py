@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, repeat
@@ -23,7 +23,7 @@ from gn_det.data.inputs import output_names
 from gn_det.data.video_frames import Frame, VideoFrames, import_cv2
 from gn_det.errors import ConfigError, DataError, UserError, WriteError
 from gn_det.files import check_writable, open_append
-from gn_det.prediction.images import draw_scaled, entries_of, named_folder
+from gn_det.prediction.images import draw_scaled, entries_of, named_folder, refuse_to_overwrite
 from gn_det.prediction.pipeline import AHEAD, in_thread
 from gn_det.prediction.predictor import Predictor, Selection, crops_of, load_predictor
 from gn_det.structures import ArrayDetections, MaskCrop
@@ -101,9 +101,8 @@ def predict_videos(
         "every": every,
     }
     draw = partial(draw_scaled, predictor=predictor, labels=labels, colors=colors)
+    refuse_to_overwrite(folder, [Path(source) for source in sources if os.path.exists(source)], names)
     for source, name in zip(sources, names):
-        if os.path.exists(source) and os.path.realpath(source) == os.path.realpath(folder / name):
-            raise ConfigError(f"output folder {folder}: {name} would overwrite an input; choose another folder")
         with VideoFrames(source, every=every, max_pixels=predictor.reader.max_pixels) as video:
             if resume and video.live:
                 raise ConfigError(f"{video.name}: a camera or stream cannot be resumed; leave out --resume")
@@ -227,10 +226,8 @@ class _Lines:
             self._read(header)
         else:
             path.unlink(missing_ok=True)
-        try:
+        with self._naming_file():
             self._file = open_append(path.parent, path.name)
-        except OSError as error:
-            raise WriteError(f"{path}: cannot be written ({error.strerror})") from None
         if path.stat().st_size == 0:
             self.add(header)
 
@@ -259,9 +256,14 @@ class _Lines:
         os.truncate(self._path, end)
 
     def add(self, line: dict[str, Any]) -> None:
-        try:
+        with self._naming_file():
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
+
+    @contextmanager
+    def _naming_file(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise WriteError(f"{self._path}: cannot be written ({error.strerror})") from None
 

@@ -249,6 +249,11 @@ def test_hostile_files_are_one_line(tmp_path: Path, server: str) -> None:
         run(tmp_path / "folder.mp4", tmp_path / "out")
     with pytest.raises(ConfigError, match="would overwrite an input"):
         run(clip, tmp_path)
+    other = tmp_path / "other" / clip.name  # its film would take the place of the second video
+    other.parent.mkdir()
+    other.write_bytes(clip.read_bytes())
+    with pytest.raises(ConfigError, match="would overwrite an input"):
+        predict_videos("w", [str(other), str(clip)], tmp_path, predictor=SQUARE)
     with pytest.raises(ConfigError, match="for videos, use drawings, coco or both"):
         run(clip, tmp_path / "out", save=["yolo"])
     assert list((tmp_path / "out").glob("*.mp4")) == []
