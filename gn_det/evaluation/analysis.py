@@ -2,7 +2,7 @@
 
 Matching is COCO's. With every image counted once, the APs equal those of :func:`evaluate_coco`.
 
-Shape letters: T IoU thresholds, D detections, G objects, N images, R resamples.
+Shape letters: T IoU thresholds, D detections, G objects, N images, R resamples, S size ranges.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from gn_det.evaluation.ground_truth import GroundTruth
 IOUS = np.linspace(0.5, 0.95, 10)
 _RECALLS = np.linspace(0.0, 1.0, 101)
 SIZES = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}
-_ALL = (0.0, 1e10)
+#: (S, 2) ranges of areas: all, then those of SIZES.
+_SPANS = np.array([(0.0, 1e10), *SIZES.values()])
 #: Resamples of the images for an interval, and the fewest images for which an interval is given.
 _RESAMPLES, _LEAST_IMAGES = 200, 5
 #: Largest array of resamples x detections (elements), which bounds the memory.
@@ -121,19 +122,18 @@ def analyze(
         weights = weights[:0]
     weights = np.concatenate([np.ones((1, n), np.float32), weights])  # the first row is the full set
     classes, calibrated = [], []
-    aps: list[np.ndarray] = []
-    by_class = [_matches(groups, category, n, _ALL) for category in category_ids]
-    for name, matches in zip(class_names, by_class):
-        ap = average_precision(matches, weights)
-        aps.append(ap)
-        classes.append(_class(name, matches, ap))
-        calibrated.append(np.stack([matches.scores, matches.hits[0]], 1)[~matches.ignored[0]])
-    sizes = {}
-    for name, span in SIZES.items():
-        sized = [_matches(groups, category, n, span) for category in category_ids]
-        means = _mean([average_precision(m, weights) for m in sized])
-        sizes[name] = (_interval(means.mean(0)), int(sum(m.objects.sum() for m in sized)))
-    mean = _mean(aps)
+    aps: list[list[np.ndarray]] = [[] for _ in _SPANS]
+    objects = np.zeros(len(_SPANS), int)
+    for name, category in zip(class_names, category_ids):
+        sized = _matches(groups, category, n)
+        for k, matches in enumerate(sized):
+            aps[k].append(average_precision(matches, weights))
+            objects[k] += int(matches.objects.sum())
+        whole = sized[0]
+        classes.append(_class(name, whole, aps[0][-1]))
+        calibrated.append(np.stack([whole.scores, whole.hits[0]], 1)[~whole.ignored[0]])
+    mean, *means = map(_mean, aps)
+    sizes = {name: (_interval(m.mean(0)), int(count)) for name, m, count in zip(SIZES, means, objects[1:])}
     thresholds = {i: c.threshold if math.isfinite(c.threshold) else 0.5 for i, c in zip(category_ids, classes)}
     out = Analysis(
         task,
@@ -154,9 +154,9 @@ def analyze(
 
 @dataclass
 class _Image:
-    """Objects and detections of one image, all classes; ``iou`` is (D, G).
+    """Objects and detections of one image, all classes; ``iou`` is (D, G), ``areas`` (D,).
 
-    ``truth_of`` and ``found_of`` map categories to their indices.
+    ``truth_of`` and ``found_of`` map categories to their indices; ``crowd`` and ``sizes`` (area) are (G,).
     """
 
     index: int
@@ -167,6 +167,8 @@ class _Image:
 
     def __post_init__(self) -> None:
         self.truth_of, self.found_of = _places(self.truth), _places(self.found)
+        self.crowd = np.array([bool(a["iscrowd"]) for a in self.truth], dtype=bool)
+        self.sizes = np.array([a["area"] for a in self.truth], dtype=float)
 
 
 def _places(entries: Sequence[Mapping[str, Any]]) -> dict[Any, list[int]]:
@@ -196,7 +198,8 @@ def _groups(gt: GroundTruth, results: Sequence[Mapping[str, Any]], task: str, ma
             one, two = (np.array([e["bbox"] for e in entries], float).reshape(-1, 4) for entries in (there, here))
         else:
             one, two = ([_rle(e[key], image) for e in entries] for entries in (there, here))
-            areas = coco_mask.area(one).astype(float) if one else np.zeros(0)
+            # pycocotools 2.0.11 fails on more than 255 masks with NumPy 2.
+            areas = np.array([coco_mask.area(rle) for rle in one], dtype=float)
         crowd = [int(a["iscrowd"]) for a in here]
         iou = np.asarray(coco_mask.iou(one, two, crowd)) if len(one) and len(two) else np.zeros((len(one), len(two)))
         out.append(_Image(index, here, there, iou.reshape(len(there), len(here)), areas))
@@ -225,48 +228,44 @@ def _rle(segmentation: Any, image: Mapping[str, Any]) -> Any:
     return segmentation
 
 
-def _matches(groups: Sequence[_Image], category: int, images: int, span: tuple[float, float]) -> Matches:
-    """Match one class within a range of areas with COCO's greedy algorithm."""
-    scores, where, hits, ignored = [], [], [], []
-    objects = np.zeros(images, np.float32)
+def _matches(groups: Sequence[_Image], category: int, images: int) -> list[Matches]:
+    """Match one class with COCO's greedy algorithm, within each range of ``_SPANS``."""
+    found = [(group, rows) for group in groups if (rows := group.found_of.get(category))]
+    scores = np.array([group.found[k]["score"] for group, rows in found for k in rows], dtype=float)
+    where = np.array([group.index for group, rows in found for _ in rows], dtype=int)
+    areas = np.array([group.areas[k] for group, rows in found for k in rows], dtype=float)
+    hits = np.zeros((len(_SPANS), len(IOUS), len(scores)), bool)
+    ignored = np.zeros_like(hits)
+    objects = np.zeros((len(_SPANS), images), np.float32)
+    last = 0
     for group in groups:
-        columns, rows = group.truth_of.get(category, []), group.found_of.get(category, [])
-        skip = np.array(
-            [bool(group.truth[k]["iscrowd"]) or not span[0] <= group.truth[k]["area"] <= span[1] for k in columns],
-            dtype=bool,
-        )
-        objects[group.index] = (~skip).sum()
-        if not rows:
+        columns, rows = group.truth_of.get(category), group.found_of.get(category, [])
+        first, last = last, last + len(rows)
+        if not columns:
             continue
-        order = np.argsort(skip, kind="mergesort")  # those that count first
-        crowd = np.array([bool(group.truth[columns[k]]["iscrowd"]) for k in order], dtype=bool)
-        hit, ignore = _greedy(group.iou[np.ix_(rows, [columns[k] for k in order])], skip[order], crowd)
-        outside = ~((group.areas[rows] >= span[0]) & (group.areas[rows] <= span[1]))
-        ignore |= outside & ~hit
-        scores.append([group.found[k]["score"] for k in rows])
-        where.append(np.full(len(rows), group.index))
-        hits.append(hit & ~ignore)
-        ignored.append(ignore)
-    if not scores:
-        empty = np.zeros((len(IOUS), 0), bool)
-        return Matches(np.zeros(0), np.zeros(0, int), empty, empty.copy(), objects)
-    flat = np.concatenate(scores)
-    order = np.argsort(-flat, kind="mergesort")
-    return Matches(
-        flat[order],
-        np.concatenate(where)[order],
-        np.concatenate(hits, 1)[:, order],
-        np.concatenate(ignored, 1)[:, order],
-        objects,
-    )
+        crowd, sizes = group.crowd[columns], group.sizes[columns]
+        skip = crowd | (sizes < _SPANS[:, :1]) | (sizes > _SPANS[:, 1:])
+        objects[:, group.index] = (~skip).sum(1)
+        iou = group.iou[rows][:, columns]
+        if iou.max(initial=0.0) < IOUS[0]:
+            continue
+        for k, order in enumerate(np.argsort(skip, kind="mergesort")):  # those that count first
+            match = _greedy(iou[:, order], skip[k, order], crowd[order])
+            hits[k, :, first:last], ignored[k, :, first:last] = match
+    outside = (areas < _SPANS[:, :1]) | (areas > _SPANS[:, 1:])
+    ignored |= outside[:, None] & ~hits
+    hits &= ~ignored
+    order = np.argsort(-scores, kind="mergesort")
+    return [
+        Matches(scores[order], where[order], hits[k][:, order], ignored[k][:, order], objects[k])
+        for k in range(len(_SPANS))
+    ]
 
 
 def _greedy(iou: np.ndarray, skip: np.ndarray, crowd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return (T, D) matched and (T, D) ignored for (D, G) IoUs, sorted by descending score, ignored objects last."""
     hit = np.zeros((len(IOUS), len(iou)), bool)
     ignored = np.zeros_like(hit)
-    if not iou.shape[1]:
-        return hit, ignored
     taken = np.zeros((len(IOUS), iou.shape[1]), bool)
     steps = np.arange(len(IOUS))
     for d, row in enumerate(iou):
@@ -299,16 +298,24 @@ def _average_precision(matches: Matches, weights: np.ndarray) -> np.ndarray:
     out = np.full((len(IOUS), len(weights)), np.nan)
     total = weights @ matches.objects
     some = total > 0
-    each = weights[:, matches.images]
-    for t, (hit, ignored) in enumerate(zip(matches.hits, matches.ignored)):
-        true = np.cumsum(each * hit, 1, dtype=np.float32)
-        false = np.cumsum(each * ~(hit | ignored), 1, dtype=np.float32)
-        precision = true / np.maximum(true + false, np.float32(1e-9))
+    weights, total = weights[some], total[some, None]
+    counted = ~matches.ignored
+    counts = np.cumsum(weights[:, matches.images] * counted[0], 1, dtype=np.float32)
+    for t, hit in enumerate(matches.hits):
+        # Precision is highest, and recall rises, at hits; so only they matter.
+        at = np.flatnonzero(hit)
+        true = np.cumsum(weights[:, matches.images[at]], 1, dtype=np.float32)
+        found = counts[:, at]
+        # Few detections are ignored at one IoU threshold and counted at another.
+        changed = np.flatnonzero(counted[t] != counted[0])
+        if len(changed):
+            signs = np.where(counted[t, changed], np.float32(1), np.float32(-1))
+            steps = np.cumsum(weights[:, matches.images[changed]] * signs, 1, dtype=np.float32)
+            found += np.pad(steps, ((0, 0), (1, 0)))[:, np.searchsorted(changed, at, side="right")]
+        precision = true / np.maximum(found, np.float32(1e-9))
         precision = np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1]
-        for r in np.flatnonzero(some):
-            place = np.searchsorted(true[r] / total[r], _RECALLS, side="left")
-            inside = place < precision.shape[1]
-            out[t, r] = precision[r, place[inside]].sum() / len(_RECALLS)
+        reached = np.searchsorted(_RECALLS, true / total, side="right")
+        out[t, some] = (np.diff(reached, axis=1, prepend=0) * precision).sum(1) / len(_RECALLS)
     return out
 
 

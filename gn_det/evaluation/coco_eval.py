@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from gn_det.data.coco import CocoDataset
+from gn_det.data.coco_json import collector_paused
 from gn_det.errors import DataError
 from gn_det.evaluation import diagnose
 from gn_det.evaluation.diagnose import Caps
@@ -38,6 +39,7 @@ class EvalResult(dict[str, dict[str, float]]):
     warnings: list[str]
 
 
+@collector_paused()  # a third of the time otherwise: it would scan all entries again and again
 def evaluate_coco(
     ground_truth: StrPath | Mapping[str, Any] | CocoDataset | GroundTruth,
     results: Sequence[dict[str, Any]],

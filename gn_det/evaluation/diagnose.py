@@ -141,9 +141,9 @@ def _category_mismatch(
     category_ids: Sequence[int],
 ) -> list[str]:
     out = []
-    known = set(gt.category_ids)
     # The model's classes that the json lacks are known to have no objects.
-    strange = Counter(r["category_id"] for r in results if r["category_id"] not in known.union(category_ids))
+    known = {*gt.category_ids, *category_ids}
+    strange = Counter(r["category_id"] for r in results if r["category_id"] not in known)
     if strange:
         out.append(
             f"{sum(strange.values())} of {len(results)} detections have category ids that {gt.source} does not have "

@@ -36,11 +36,12 @@ def test_aps_are_those_of_the_evaluation(seed: int, task: str) -> None:
         assert c.ap[0] == pytest.approx(want[f"AP-{c.name}"], rel=1e-5, nan_ok=True)
 
 
-def test_max_dets() -> None:
+@pytest.mark.parametrize("task", ["bbox", "segm"])
+def test_max_dets(task: str) -> None:
     data, results = random_set(7, images=3, categories=2, gts=20, dets=300)
     for most in (20, 300):
-        want = evaluate_coco(data, results, max_dets=most)["bbox"]["AP"]
-        assert _analysed(data, results, "bbox", most).ap[0] == pytest.approx(want, rel=1e-5)
+        want = evaluate_coco(data, results, max_dets=most)[task]["AP"]
+        assert _analysed(data, results, task, most).ap[0] == pytest.approx(want, rel=1e-5)
 
 
 def test_an_image_counted_twice_is_two_images() -> None:
