@@ -3,9 +3,9 @@
     python benchmarks/predict.py --weights output/model_best.pth --images photos/ --repeats 5
     python benchmarks/predict.py --weights output/model_best.pth --video clip.mp4 --threads 1
 
-"sequential" is what predict did before its stages overlapped: decode for the model, detect, decode again, draw with the
-masks of the whole image, encode, write PNGs at level 3. Both take turns in one process and must find the same. Writes
-benchmarks/results/predict.json.
+"sequential" is what predict did before its stages overlapped, in fp32: decode for the model, detect, decode again, draw
+with the masks of the whole image, encode, write PNGs at level 3. Both take turns in one process and must find the same,
+unless ``--amp`` makes the pipeline compute in bf16. Writes benchmarks/results/predict.json.
 
 With ``--video`` the two sides are ``gn-det predict`` on a clip, with its drawings and json lines, and the model alone
 on the same frames, which were decoded and resized before. Writes benchmarks/results/predict_video.json.
@@ -44,6 +44,7 @@ from gn_det.prediction.video import predict_videos
 from gn_det.visualize.draw import draw_detections
 
 _AMP = ("TEST.AMP", "True", "MODEL.CHANNELS_LAST", "True")
+_FP32 = ("TEST.AMP", "False", "MODEL.CHANNELS_LAST", "False")
 RESULTS = Path(__file__).parent / "results" / "predict.json"
 
 
@@ -165,12 +166,13 @@ def main() -> None:
         save({"bf16": args.amp, "clips": clips}, args.output or RESULTS.with_name("predict_video.json"))
         return
     paths = collect_images([args.images])[0][: args.limit]
-    predictor = load_predictor(args.weights, device="cpu")
+    predictor = load_predictor(args.weights, overrides=_FP32, device="cpu")
     fast = load_predictor(args.weights, overrides=_AMP, device="cpu") if args.amp else predictor
     ratios, cpu_ratios, spent = [], [], defaultdict(float)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         sequential(predictor, paths[:2], folder, defaultdict(float))
+        predict(args.weights, paths[:2], folder / "out", predictor=fast, report=lambda line: None)
         for _ in range(args.repeats):
             wall, cpu = time.perf_counter(), time.process_time()
             before = sequential(predictor, paths, folder, spent)
