@@ -34,8 +34,10 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from gn_det.compiler import cpu_features
 from gn_det.data.inputs import collect_images
 from gn_det.data.video_frames import VideoFrames, import_cv2
+from gn_det.engine.precision import BF16_FEATURES
 from gn_det.evaluation.results import detections_to_coco
 from gn_det.files import atomic_write, json_bytes
 from gn_det.prediction.images import draw_scaled, entries_of, predict
@@ -203,6 +205,7 @@ def save(result: dict[str, Any], path: Path) -> None:
         "load_average": os.getloadavg()[0],
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "bf16_features": [f for f in BF16_FEATURES if f in cpu_features()],
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
