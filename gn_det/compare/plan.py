@@ -36,7 +36,7 @@ from gn_det.text import one_line, shown
 #: Most runs of a plan.
 MAX_RUNS = 2000
 #: Keys that affect location and speed, but not results.
-_NOT_RESULT = {"OUTPUT_DIR": "", "MODEL.WEIGHTS": "", "DATALOADER.NUM_WORKERS": 0}
+_NOT_RESULT = {"OUTPUT_DIR": "", "VIS_PERIOD": 0, "MODEL.WEIGHTS": "", "DATALOADER.NUM_WORKERS": 0}
 #: Keys that came later and decide nothing that the others do not: left out, so that runs from before them still count.
 _LEFT_OUT = ("LOGGERS", "SOLVER.AUTO_EPOCHS")
 #: Keys and settings that came later and change the result: left out at their default, for the same reason.

@@ -40,7 +40,9 @@ _KEYS = (
     Key("CUDNN_BENCHMARK", False, FLAG, "Let cuDNN search algorithms; worthwhile only if image sizes hardly vary."),
     Key("FLOAT32_PRECISION", "", one_of("", "highest", "high", "medium"),
         'Argument of torch.set_float32_matmul_precision; "" leaves torch\'s own.'),
-    *unused("", "Iterations between images drawn during training.", VIS_PERIOD=0),
+    Key("VIS_PERIOD", 0, kinds.PERIOD,
+        "Iterations between pictures of ground truth beside the 20 best proposals, written to OUTPUT_DIR/visualize and "
+        "to loggers that take pictures; 0: none."),
     *unused("GLOBAL", "Detectron2's scratch space for experiments.", HACK=1.0),
 
     Key("MODEL.META_ARCHITECTURE", "GeneralizedRCNN", kinds.NAME, "Kind of detector.",

@@ -8,9 +8,11 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import detectron2.solver
+import numpy as np
 import torch.distributed
 from detectron2.engine import HookBase, SimpleTrainer
 from detectron2.utils import comm
@@ -39,6 +41,7 @@ class Storage(Hook):
         join_local_group()
         self._storage = EventStorage(loop.state.iteration + 1)
         self._storage.__enter__()
+        loop.take_picture = partial(take_picture, self._storage)
 
     def before_step(self, loop: Loop) -> None:
         self._storage.iter = loop.state.iteration + 1
@@ -74,6 +77,7 @@ class LoopHook(HookBase):
         self.known: set[str] = set()
 
     def before_train(self) -> None:
+        self.loop.take_picture = partial(take_picture, get_event_storage())
         self.loop.begin()
         if self.loop.stopping:
             raise Ended
@@ -104,6 +108,16 @@ class EndHook(HookBase):
         loop.call("end_step")
         if loop.stopping:
             raise Ended
+
+
+def take_picture(storage: EventStorage) -> np.ndarray | None:
+    """Take the picture that the model drew by VIS_PERIOD out of the storage, which keeps all until they are taken.
+
+    Detectron2 also puts the masks there, one image each, as tensors: those are dropped.
+    """
+    drawn = [image for _, image, _ in storage._vis_data if isinstance(image, np.ndarray)]
+    storage.clear_images()
+    return drawn[-1].transpose(1, 2, 0) if drawn else None
 
 
 def scalars_of(storage: EventStorage, iteration: int) -> dict[str, float]:

@@ -16,7 +16,7 @@ from gn_det.checkpoint.meta import build_meta
 from gn_det.engine import dist
 from gn_det.engine.advice import explain_oom
 from gn_det.engine.engines import Engine
-from gn_det.engine.hooks import Checkpoint, Evaluate, Evaluator, PreciseBN, Schedule, Signals, TimeLimit
+from gn_det.engine.hooks import Checkpoint, Evaluate, Evaluator, PreciseBN, Schedule, Signals, TimeLimit, Visualize
 from gn_det.engine.loggers import open_loggers
 from gn_det.engine.loop import Hook, Loop, make_scaler, parallel
 from gn_det.engine.optimizer import clip_gradients
@@ -116,6 +116,8 @@ def make_loop(
     checkpoint = Checkpoint(folder, meta, metrics, period=solver.CHECKPOINT_PERIOD, keep=solver.CHECKPOINT_KEEP)
     signals, limit = Signals(checkpoint), TimeLimit(float(solver.MAX_HOURS), checkpoint)
     hooks: list[Hook] = [*own, metrics, signals, limit, checkpoint]
+    if cfg.VIS_PERIOD > 0:
+        hooks.insert(len(own), Visualize(cfg, meta.class_names, metrics.loggers if dist.rank() == 0 else None))
     if evaluate is not None:
         hooks.append(Evaluate(cfg, evaluate, signals, limit))
     loop = Loop(

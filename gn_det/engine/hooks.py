@@ -5,29 +5,40 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 from fvcore.common.config import CfgNode
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from gn_det.checkpoint.io import save_checkpoint
 from gn_det.checkpoint.last import prune, write_last
 from gn_det.engine import dist
+from gn_det.engine.loggers import Logger
 from gn_det.engine.loop import Hook, Loop
 from gn_det.engine.output import BEST, FINAL, numbered
 from gn_det.engine.scalars import Metrics
 from gn_det.engine.state import ModelMeta, build_payload, capture_rng, restore_rng
 from gn_det.errors import TrainingError, WriteError
+from gn_det.files import atomic_write
+from gn_det.modeling.mask_rcnn import MaskRCNN
 from gn_det.modeling.precise_bn import precise_bn
+from gn_det.modeling.rpn import Proposals
+from gn_det.structures import Sample, to_numpy
+from gn_det.visualize.draw import draw_grid, draw_sample, jpeg_bytes
 
 logger = logging.getLogger(__name__)
+
+_PICTURE = re.compile(r"iter_(\d{7,})\.jpg")
 
 #: ``evaluate(model, on_progress)`` returns flat metrics; the model is in evaluation mode.
 Evaluator = Callable[[nn.Module, Callable[[Any], None]], Mapping[str, float]]
@@ -196,6 +207,80 @@ class PreciseBN(Hook):
     def _stream(self) -> Iterator[Any]:
         """The batches; a loader is started only when the first one is needed."""
         yield from self.make_batches()
+
+
+class Visualize(Hook):
+    """Draws ground truth beside the 20 best proposals every VIS_PERIOD iterations, like Detectron2, from iteration 0.
+
+    Shown is the first image of rank 0's (micro-)batch. The picture is written to ``visualize`` in OUTPUT_DIR, where
+    the newest ``KEPT`` remain, and to the loggers that take pictures. A model with ``loop.take_picture`` draws itself.
+
+    Args:
+        loggers: of rank 0; None on other ranks.
+    """
+
+    FOLDER = "visualize"
+    KEPT = 100  #: newest pictures in the folder
+    PROPOSALS = 20
+    SIDE = 800  #: of each half, in pixels
+
+    def __init__(self, cfg: CfgNode, class_names: Sequence[str], loggers: Sequence[Logger] | None) -> None:
+        self.period, self.folder = int(cfg.VIS_PERIOD), Path(cfg.OUTPUT_DIR) / self.FOLDER
+        self.bgr, self.class_names, self.loggers = cfg.INPUT.FORMAT == "BGR", class_names, loggers
+        self._due = False
+        self._seen: tuple[Sample, Proposals] | None = None
+        self._handle: RemovableHandle | None = None
+
+    def before_train(self, loop: Loop) -> None:
+        if self.loggers is None:
+            return
+        # of an earlier run, or drawn again after a resume
+        self._delete(file for number, file in self._files() if number > loop.state.iteration)
+
+        def see(module: nn.Module, args: Any, output: Any) -> None:
+            if self._due and loop.current is not None:
+                self._due, self._seen = False, (loop.current.batch[0], output[0][0])
+
+        model = loop.state.model
+        if isinstance(model, MaskRCNN):
+            self._handle = model.proposal_generator.register_forward_hook(see)
+
+    def before_step(self, loop: Loop) -> None:
+        self._due = (loop.state.iteration + 1) % self.period == 0
+
+    def after_step(self, loop: Loop) -> None:
+        picture = self._draw(*self._seen) if self._seen else loop.take_picture() if loop.take_picture else None
+        self._seen = None
+        if picture is None or self.loggers is None:
+            return
+        path = self.folder / f"iter_{loop.state.iteration:07d}.jpg"
+        try:
+            atomic_write(path, jpeg_bytes(picture))
+        except WriteError as error:
+            logger.warning("VIS_PERIOD: %s", error)
+            return
+        for one in self.loggers:
+            one.picture(self.FOLDER, path, loop.state.iteration)
+        self._delete(file for _, file in self._files()[: -self.KEPT])
+
+    def after_train(self, loop: Loop) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+
+    def _draw(self, sample: Sample, proposals: Proposals) -> np.ndarray:
+        boxes = to_numpy(proposals.boxes[: self.PROPOSALS])
+        halves = [draw_sample(sample, self.class_names, bgr=self.bgr, proposals=p) for p in (None, boxes)]
+        return draw_grid(halves, ("ground truth", f"{len(boxes)} best proposals"), columns=2, cell=self.SIDE)
+
+    def _files(self) -> list[tuple[int, Path]]:
+        """Return the pictures in the folder, by iteration."""
+        return sorted((int(m[1]), f) for f in self.folder.glob("iter_*.jpg") if (m := _PICTURE.fullmatch(f.name)))
+
+    @staticmethod
+    def _delete(files: Iterable[Path]) -> None:
+        for file in files:
+            with suppress(OSError):
+                file.unlink()
 
 
 class Evaluate(Hook):

@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from fvcore.common.config import CfgNode
+from PIL import Image
 
 from gn_det.engine.log import open_log
 from gn_det.engine.output import METRICS, trim_lines, trim_metrics
@@ -22,7 +24,7 @@ from gn_det.text import one_line
 
 
 class Logger:
-    """Interface of a logger of scalars.
+    """Interface of a logger of scalars and pictures.
 
     Attributes:
         written: last iteration written; set by the caller.
@@ -34,6 +36,9 @@ class Logger:
     def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
         """Write the scalars of an iteration."""
         raise NotImplementedError
+
+    def picture(self, name: str, path: Path, iteration: int | None = None) -> None:
+        """Keep a PNG or JPEG file under ``name``: of an iteration, or of the whole run. Most loggers take none."""
 
     def flush(self) -> None:
         """Flush buffered output."""
@@ -90,15 +95,24 @@ class TensorBoardLogger(Logger):
         self._folder = os.fspath(folder)
         self._purge = None if written < 0 else written + 1  # hides what a killed run wrote beyond it
 
-    def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
+    def _open(self) -> bool:
+        """Open the event file if it is not open; return whether there is one."""
         if any("\ud800" <= character <= "\udfff" for character in self._folder):
-            return  # TensorBoard does not support non-UTF-8 folder names; metrics.json has the same numbers
+            return False  # TensorBoard does not support non-UTF-8 folder names; metrics.json has the same numbers
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(log_dir=self._folder, purge_step=self._purge)
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, iteration)
+        return True
+
+    def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
+        if self._open():
+            for name, value in scalars.items():
+                self._writer.add_scalar(name, value, iteration)
+
+    def picture(self, name: str, path: Path, iteration: int | None = None) -> None:
+        if self._open():
+            self._writer.add_image(name, np.asarray(Image.open(path)), iteration, dataformats="HWC")
 
     def flush(self) -> None:
         if self._writer is not None:
@@ -126,11 +140,10 @@ class WandbLogger(Logger):
     def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
         self._run.log(dict(scalars), step=iteration)
 
-    def picture(self, path: Path) -> None:
-        """Upload a PNG under its name."""
+    def picture(self, name: str, path: Path, iteration: int | None = None) -> None:
         import wandb
 
-        self._run.log({path.stem: wandb.Image(os.fspath(path))})
+        self._run.log({name: wandb.Image(os.fspath(path))}, step=iteration)
 
     def close(self) -> None:
         self._run.finish()
@@ -164,9 +177,8 @@ class MlflowLogger(Logger):
         for name, value in scalars.items():
             self._client.log_metric(self._id, re.sub(r"[^\w\-. /]", "_", name), value, step=iteration)
 
-    def picture(self, path: Path) -> None:
-        """Store a PNG with the run."""
-        self._client.log_artifact(self._id, os.fspath(path))
+    def picture(self, name: str, path: Path, iteration: int | None = None) -> None:
+        self._client.log_artifact(self._id, os.fspath(path), None if iteration is None else name)
 
     def close(self) -> None:
         self._client.set_terminated(self._id)
@@ -194,9 +206,9 @@ def send_pictures(cfg: CfgNode, paths: Sequence[Path]) -> None:
         opened = LOGGERS[name][0]
         if opened in (WandbLogger, MlflowLogger):
             try:
-                logger: Any = opened(Path(cfg.OUTPUT_DIR), 0)
+                logger = opened(Path(cfg.OUTPUT_DIR), 0)
                 for path in paths:
-                    logger.picture(path)
+                    logger.picture(path.stem, path)
                 logger.close()
             except Exception as error:  # of any kind: no account, no network ...
                 raise TrainingError(f"{name}: cannot upload the pictures ({one_line(error, 300)})") from error

@@ -11,6 +11,7 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -71,6 +72,8 @@ class Loop:
         agreed: maximum of each flag over ranks, updated with the losses; equal on all ranks.
         stopping: whether a hook ended the training, so that this iteration is the last.
         about: further content of the file of a non-finite loss.
+        take_picture: returns the RGB image (H, W, 3) uint8 that the model drew in this iteration by VIS_PERIOD, and
+            forgets it; None if the model does not draw.
         autocast_cache: whether to cast a weight once per forward pass, like Detectron2's trainer. If False, it is cast
             at each use, and the gradients are summed in float32.
     """
@@ -92,6 +95,7 @@ class Loop:
         self.total, self.accumulate, self.images = total, accumulate, images
         self.autocast, self.clip, self.folder = autocast, clip, folder
         self.about: dict[str, Any] = {}
+        self.take_picture: Callable[[], np.ndarray | None] | None = None
         self.autocast_cache = False
         self.losses: dict[str, float] = {}
         self.scalars: dict[str, float] = {}

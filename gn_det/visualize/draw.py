@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import io
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
@@ -11,11 +12,12 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
-from gn_det.structures import AnyDetections, MaskCrop, crop_mask, rasterize_polygons, to_numpy
+from gn_det.structures import AnyDetections, ArrayDetections, MaskCrop, crop_mask, rasterize_polygons, to_numpy
 from gn_det.visualize.colors import Color, class_color
 
 if TYPE_CHECKING:
     from gn_det.data.records import Record
+    from gn_det.structures import Sample
 
 Box = tuple[float, float, float, float]
 #: Which labels are drawn: all, those that fit (in a crowded image no label is larger than its object or covers
@@ -103,6 +105,35 @@ def draw_annotations(
     boxes[:, 2:] += boxes[:, :2]
     classes = [a["category_id"] for a in annotations]
     return _draw(image_rgb, boxes, classes, None, class_names, mask_of, min_size, max_size, labels)
+
+
+def draw_sample(
+    sample: Sample, class_names: Sequence[str], *, bgr: bool, proposals: np.ndarray | None = None, min_size: int = 640
+) -> np.ndarray:
+    """Draw a training image with its ground truth, or with ``proposals`` (P, 4) XYXY, as :func:`draw_detections` does.
+
+    Args:
+        bgr: whether the channels of the image are in BGR order.
+    """
+    pixels = to_numpy(sample["image"]).transpose(1, 2, 0)
+    rgb = np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels[:, :, ::-1] if bgr else pixels
+    if proposals is not None:
+        size, count = rgb.shape[:2], len(proposals)
+        boxes = ArrayDetections(size, proposals, np.ones(count), np.zeros(count, np.int64))
+        return draw_detections(rgb, boxes, (), min_size=min_size, labels="none", colors="instance")
+    targets = sample["targets"]
+    size, crops = targets.image_size, None
+    if targets.masks is not None:
+        crops = [crop_mask(bitmap) for bitmap in targets.masks.bitmaps(*size)]
+    truth = ArrayDetections(size, to_numpy(targets.boxes), np.ones(len(targets)), to_numpy(targets.classes))
+    return draw_detections(rgb, truth, class_names, min_size=min_size, show_scores=False, crops=crops)
+
+
+def jpeg_bytes(image: np.ndarray) -> bytes:
+    """(H, W, 3) uint8 RGB pixels as a JPEG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=86)
+    return buffer.getvalue()
 
 
 def _draw(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import functools
-import io
 import re
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image
 
 from gn_det.about import __version__
 from gn_det.text import as_line, one_line
 from gn_det.visualize.colors import hex_color
+from gn_det.visualize.draw import jpeg_bytes
 
 #: Characters of a printed value.
 _LONGEST = 10_000
@@ -58,7 +57,5 @@ def _markdown_line(value: Any) -> Markup:
 def jpeg_uri(image: np.ndarray | bytes) -> Markup:
     """(H, W, 3) uint8 RGB pixels, or the bytes of a JPEG file, as a data URI."""
     if isinstance(image, np.ndarray):
-        buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, "JPEG", quality=86)
-        image = buffer.getvalue()
+        image = jpeg_bytes(image)
     return Markup("data:image/jpeg;base64," + base64.b64encode(image).decode("ascii"))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("detectron2.config", reason="needs an installed Detectron2")
 
@@ -70,6 +71,24 @@ def test_python_and_command_line_give_the_same_run(
     assert again.start_iter == 4
     again.train()
     assert again.iter == 5 and [e["iteration"] for e in lines(tmp_path / "python")][-1] == 5
+
+
+def test_pictures_are_detectron2s_own(data: list[str], tmp_path: Path) -> None:
+    """VIS_PERIOD on every way to train: files of iterations 0 and 2, the same weights, nothing left in the storage."""
+    keys = ["SOLVER.MAX_ITER", "3", "TEST.EVAL_PERIOD", "0"]
+    for folder, engine, period in (("plain", "detectron2", "0"), ("d2", "detectron2", "2"), ("own", "embedded", "2")):
+        assert main(tiny(data, tmp_path / folder, *keys, "VIS_PERIOD", period, engine=engine)) == 0
+    trainer = Trainer(tiny_cfg(data, tmp_path / "python", *keys, "VIS_PERIOD", 2))
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    assert trainer.storage._vis_data == []
+    plain, *others = (state(tmp_path / f / "model_final.pth") for f in ("plain", "d2", "own", "python"))
+    assert all(torch.equal(plain[k], other[k]) for k in plain for other in others)
+    assert not (tmp_path / "plain" / "visualize").exists()
+    for folder in ("d2", "own", "python"):
+        files = sorted((tmp_path / folder / "visualize").iterdir())
+        assert [f.name for f in files] == ["iter_0000000.jpg", "iter_0000002.jpg"]
+        assert all(Image.open(file).width > 1.5 * Image.open(file).height for file in files)  # two images side by side
 
 
 def test_optimizer_frozen_parts_and_rates_are_the_same_everywhere(data: list[str], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The moving average of the weights, and the budget of hours: what is evaluated, saved and gone on with."""
+"""Moving average of the weights, budget of hours, and pictures: what is evaluated, saved, drawn and gone on with."""
 
 from __future__ import annotations
 
@@ -11,11 +11,17 @@ import pytest
 import torch
 from torch import nn
 
-from gn_det.engine import hooks
-from gn_det.engine.hooks import Interrupted, TimeLimit
+from gn_det.config import load_config
+from gn_det.engine import dist, hooks
+from gn_det.engine.hooks import Interrupted, TimeLimit, Visualize
+from gn_det.engine.loop import Hook, Loop
 from gn_det.engine.state import WeightAverage
+from gn_det.modeling.build import build_model
+from gn_det.structures import to_numpy
+from gn_det.visualize.draw import draw_grid, draw_sample, jpeg_bytes
 from tests.engine.cases import Tiny, loader_factory, run
 from tests.engine.test_detector_loop import lines, same, stop_at, weights
+from tests.faults.equal_ranks import SMALL, sample
 
 EMA = ["SOLVER.EMA.ENABLED", True, "SOLVER.EMA.DECAY", 0.6, "TEST.EVAL_PERIOD", 4]
 
@@ -152,3 +158,82 @@ def test_time_for_the_last_evaluation_is_kept_back(tmp_path: Path, monkeypatch: 
         now[0] += seconds
         limit.end_step(loop)  # type: ignore[arg-type]
         assert loop.flags["time is up"] is up
+
+
+def detector_run(folder: Path, *keys: Any, hooks: Any = (), max_iter: int = 5, **more: Any) -> None:
+    """A small Mask R-CNN on random images of two (micro-)batches a step, two images each."""
+    torch.manual_seed(3)
+    model = build_model(load_config("quickstart.yaml", ["MODEL.DEVICE", "cpu", *SMALL], check=False))
+
+    def make_loader(start: int, seed: int) -> Any:
+        while True:
+            yield [sample(2 * start, 3), sample(2 * start + 1, 3)]
+            start += 1
+
+    keys = ("SOLVER.IMS_PER_BATCH", 4, "SOLVER.ACCUMULATE", 2, "SOLVER.BASE_LR", 0.001, *keys)
+    run(folder, list(keys), max_iter=max_iter, model=model, make_loader=make_loader, hooks=hooks, **more)
+
+
+def pictures(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.glob("visualize/*"))
+
+
+class Witness(Hook):
+    """Records the first image and the proposals of every iteration."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Any, torch.Tensor]] = []
+
+    def before_train(self, loop: Loop) -> None:
+        def see(module: nn.Module, args: Any, output: Any) -> None:
+            assert loop.current is not None
+            self.seen.append((loop.current.batch[0], output[0][0].boxes))
+
+        loop.state.model.get_submodule("proposal_generator").register_forward_hook(see)
+
+
+def test_pictures_show_truth_and_proposals_and_leave_the_training_alone(tmp_path: Path) -> None:
+    """Weights and random streams: the same bits without VIS_PERIOD. Pictures: the file drawn again from the batch."""
+    witness = Witness()
+    detector_run(tmp_path / "plain")
+    detector_run(tmp_path / "drawn", "VIS_PERIOD", 2, hooks=[witness])
+    plain, drawn = (whole_file(tmp_path / f / "model_final.pth") for f in ("plain", "drawn"))
+    assert same(plain["model"], drawn["model"]) and torch.equal(plain["rng"][0]["torch"], drawn["rng"][0]["torch"])
+    assert pictures(tmp_path / "plain") == []
+    assert pictures(tmp_path / "drawn") == [f"iter_{i:07d}.jpg" for i in (0, 2, 4)]  # Detectron2's iterations
+    for iteration in (0, 2, 4):
+        shown, boxes = witness.seen[2 * iteration]
+        assert shown["image_id"] == 4 * iteration and len(boxes) > 20
+        halves = [draw_sample(shown, ("thing",), bgr=True, proposals=p) for p in (None, to_numpy(boxes[:20]))]
+        expected = draw_grid(halves, ("ground truth", "20 best proposals"), columns=2, cell=800)
+        assert (tmp_path / "drawn" / "visualize" / f"iter_{iteration:07d}.jpg").read_bytes() == jpeg_bytes(expected)
+
+
+def test_pictures_are_bounded_and_follow_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest remain; what an earlier run drew beyond the checkpoint goes, other files stay."""
+    monkeypatch.setattr(Visualize, "KEPT", 3)
+    folder = tmp_path / "visualize"
+    folder.mkdir()
+    for name in ("iter_0000900.jpg", "iter_mine.jpg"):
+        (folder / name).write_bytes(b"")
+    detector_run(tmp_path, "VIS_PERIOD", 1)
+    assert pictures(tmp_path) == [*(f"iter_{i:07d}.jpg" for i in (2, 3, 4)), "iter_mine.jpg"]
+    (folder / "iter_0000005.jpg").write_bytes(b"")
+    detector_run(tmp_path, "VIS_PERIOD", 3, max_iter=7, resume=True)
+    assert pictures(tmp_path) == [*(f"iter_{i:07d}.jpg" for i in (3, 4, 6)), "iter_mine.jpg"]
+
+
+def test_only_the_first_rank_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "rank", lambda: 1)
+    monkeypatch.setattr(Visualize, "_draw", lambda *_: pytest.fail("drawn"))
+    detector_run(tmp_path, "VIS_PERIOD", 1, max_iter=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_that_cannot_be_written_does_not_end_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "visualize").write_text("a file")
+    with caplog.at_level("WARNING", logger="gn_det"):
+        detector_run(tmp_path, "VIS_PERIOD", 4)
+    assert caplog.text.count("VIS_PERIOD: ") == 2 and (tmp_path / "model_final.pth").is_file()

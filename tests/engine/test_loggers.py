@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from gn_det.cli import flags, parse
 from gn_det.config import load_config
 from gn_det.config.schema import KEYS
-from gn_det.engine.loggers import LOGGERS, check_loggers, send_pictures
+from gn_det.engine.loggers import (
+    LOGGERS,
+    MlflowLogger,
+    TensorBoardLogger,
+    WandbLogger,
+    check_loggers,
+    send_pictures,
+)
 from gn_det.engine.run import train
 from gn_det.errors import ConfigError, TrainingError
 from gn_det.values import InvalidValue
@@ -88,7 +97,7 @@ def test_pictures_go_to_the_run_that_is_there(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "wandb_run").write_text("abc")
     (tmp_path / "mlflow_run").write_text("def")
     got: list[Any] = []
-    run = SimpleNamespace(id="abc", log=got.append, finish=lambda: got.append("finished"))
+    run = SimpleNamespace(id="abc", log=lambda *a, step: got.append((*a, step)), finish=lambda: got.append("finished"))
     wandb: Any = ModuleType("wandb")
     wandb.init = lambda **options: got.append(options["id"]) or run
     wandb.Image = lambda path: path
@@ -99,16 +108,34 @@ def test_pictures_go_to_the_run_that_is_there(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "mlflow", mlflow)
     path = tmp_path / "curves.png"
     send_pictures(cfg, [path])
-    assert got == ["abc", {"curves": str(path)}, "finished", ("def", str(path)), "def"]
+    assert got == ["abc", ({"curves": str(path)}, None), "finished", ("def", str(path), None), "def"]
+    got.clear()
+    for logger in (WandbLogger(tmp_path, 0), MlflowLogger(tmp_path, 0)):
+        logger.picture("visualize", path, 7)
+    assert got == ["abc", ({"visualize": str(path)}, 7), ("def", str(path), "visualize")]
     del mlflow.MlflowClient
     with pytest.raises(TrainingError, match="mlflow: cannot upload the pictures"):
         send_pictures(cfg, [path])
     send_pictures(cfg, [])
 
 
+def test_tensorboard_shows_the_picture_of_an_iteration(tmp_path: Path) -> None:
+    """The pixels of the file, under its name and iteration."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _, (path,) = a_picture(tmp_path, "csv")
+    logger = TensorBoardLogger(tmp_path)
+    logger.picture("visualize", path, 40)
+    logger.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    (found,) = events.Images("visualize")
+    assert found.step == 40
+    assert np.array_equal(Image.open(io.BytesIO(found.encoded_image_string)), Image.open(path))
+
+
 def a_picture(folder: Path, name: str) -> tuple[Any, list[Path]]:
     """What send_pictures takes: the config of a run in ``folder``, and a PNG."""
-    Image.new("RGB", (8, 8)).save(folder / "curves.png")
+    Image.new("RGB", (8, 8), "red").save(folder / "curves.png")
     cfg = load_config("quickstart.yaml", ["LOGGERS", f"('{name}',)", "OUTPUT_DIR", str(folder)])
     return cfg, [folder / "curves.png"]
 
