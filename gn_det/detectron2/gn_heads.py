@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from detectron2.config import configurable
+from detectron2.config import LazyCall, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads import (
     ROI_BOX_HEAD_REGISTRY,
@@ -22,7 +22,7 @@ from gn_det.detectron2.scripting import ScriptableMaskHead, scriptable_box_head
 from gn_det.errors import ConfigError
 from gn_det.modeling.build import build_res5, norm_factory
 from gn_det.modeling.heads import BoxHead, MaskHead
-from gn_det.norm import GroupRule, NormSpec, norm_with_groups
+from gn_det.norm import GroupRule, NormFactory, NormSpec, norm_with_groups
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -139,3 +139,34 @@ class GNRes5ROIHeads(Res5ROIHeads):
     @classmethod
     def _build_res5_block(cls, cfg: CfgNode) -> tuple[nn.Sequential, int]:
         return build_res5(cfg)
+
+
+def use_gn_heads(model: Any, rule: GroupRule | None = None) -> None:
+    """Replace the box and mask heads of a LazyConfig by gn_det's with GN, in place; sizes and weight names stay.
+
+    For Detectron2's ``model`` configs with StandardROIHeads, such as ViTDet's and those of new_baselines, and with
+    CascadeROIHeads, which have a box head for each stage.
+
+    Args:
+        model: LazyConfig of a GeneralizedRCNN.
+        rule: groups; None for 32.
+
+    Raises:
+        ConfigError: there is no box head, or one without convolutions and so without norms.
+    """
+    heads, rule = model.get("roi_heads") or {}, rule or GroupRule()
+    boxes = heads.get("box_heads") or ([heads["box_head"]] if "box_head" in heads else [])
+    if not boxes or not all(box.conv_dims for box in boxes):
+        raise ConfigError(
+            "roi_heads: GN is for a box head of convolutions; set its conv_dims to [256] * 4 and fc_dims to [1024]"
+            if boxes
+            else "roi_heads: there is neither box_head nor box_heads; give a GeneralizedRCNN with StandardROIHeads or "
+            "CascadeROIHeads"
+        )
+    groups = LazyCall(GroupRule)(
+        num_groups=rule.num_groups, channels_per_group=rule.channels_per_group, eps=rule.eps, fused=rule.fused
+    )
+    for head in boxes:
+        head._target_, head.conv_norm = GNFastRCNNConvFCHead, LazyCall(NormFactory)(kind="GN", rule=groups)
+    if mask := heads.get("mask_head"):
+        mask._target_, mask.conv_norm = GNMaskRCNNConvUpsampleHead, LazyCall(NormFactory)(kind="GN", rule=groups)

@@ -23,6 +23,8 @@ from detectron2.solver import build_optimizer, get_default_optimizer_params
 from detectron2.structures import Keypoints
 from detectron2.utils.events import EventStorage
 
+from gn_det.detectron2 import use_gn_heads
+from gn_det.errors import ConfigError
 from gn_det.modeling.census import norms_off_rule
 from gn_det.norm import GroupNorm, GroupRule, NormFactory
 from tests.detectron2.cases import plugin_cfg
@@ -62,12 +64,17 @@ def inputs() -> list[dict[str, Any]]:
     return found
 
 
-def check(model: nn.Module, parameters: Any, *foreign: str, batch: list[dict[str, Any]] | None = None) -> None:
-    """Train two iterations; ``foreign``: prefixes of the modules whose norms Detectron2 builds with 32 groups."""
+def check(model: nn.Module, parameters: Any, *foreign: str, layer_norm: str = "-") -> None:
+    """Train two iterations.
+
+    Args:
+        foreign: prefixes of the modules whose norms Detectron2 builds with 32 groups.
+        layer_norm: prefix of the modules with Detectron2's LayerNorm.
+    """
     optimizer = torch.optim.SGD(parameters, lr=1e-4)
     with EventStorage():
         for _ in range(2):
-            losses = model.train()(batch or inputs())
+            losses = model.train()(inputs())
             assert losses and all(torch.isfinite(loss) for loss in losses.values())
             optimizer.zero_grad()
             sum(losses.values()).backward()
@@ -79,7 +86,8 @@ def check(model: nn.Module, parameters: Any, *foreign: str, batch: list[dict[str
         for parameter in norm.parameters():
             assert parameter.grad is not None and decay[id(parameter)] == 0, name
         assert norm.num_groups == (32 if name.startswith(foreign) else 16), name
-    off = [name for names in norms_off_rule(model, RULE).values() for name in names]
+    found = [name for names in norms_off_rule(model, RULE).values() for name in names]
+    off = [name for name in found if not name.startswith(layer_norm)]
     assert sorted(off) == sorted(name for name in norms if name.startswith(foreign))
     assert foreign or all(isinstance(norm, GroupNorm) for norm in norms.values())
 
@@ -157,3 +165,45 @@ def test_new_baselines_by_lazyconfig() -> None:
     built = instantiate(model)
     decayed = get_default_optimizer_params(built, base_lr=1e-4, weight_decay_norm=0.0)
     check(built, [{"weight_decay": 1e-4, **group} for group in decayed])
+
+
+@needs_source
+@pytest.mark.parametrize("name", ["mask_rcnn_vitdet_b_100ep", "cascade_mask_rcnn_vitdet_b_100ep"])
+def test_heads_of_vitdet_by_lazyconfig(name: str, tmp_path: Path) -> None:
+    """ViTDet on a small ViT with its own AdamW: GN in the 4conv1fc box heads and the mask head, its LN elsewhere.
+
+    With 32 groups the state dict has the names and shapes of Detectron2's own GN heads.
+    """
+    file = str(SOURCE / f"projects/ViTDet/configs/COCO/{name}.py")
+    cfg, theirs = (LazyConfig.load(file) for _ in range(2))
+    use_gn_heads(cfg.model, RULE)
+    LazyConfig.save(cfg, str(tmp_path / "config.yaml"))  # as lazyconfig_train_net.py does
+    cfg.model = LazyConfig.load(str(tmp_path / "config.yaml")).model
+    for model in (cfg.model, theirs.model):
+        net = {"img_size": 128, "embed_dim": 64, "depth": 2, "num_heads": 2, "window_size": 4}
+        model.backbone.net.update(net | {"window_block_indexes": [0]})
+        model.backbone.square_pad = 128
+        model.roi_heads.num_classes, model.roi_heads.batch_size_per_image = 24, 16
+    heads = theirs.model.roi_heads
+    for head in (*heads.get("box_heads", [heads.get("box_head")]), heads.mask_head):
+        head.conv_norm = "GN"
+    built = instantiate(cfg.model)
+    built.load_state_dict(instantiate(theirs.model).state_dict(), strict=True)
+    norms = [n for n, m in built.named_modules() if isinstance(m, nn.GroupNorm)]
+    stages = 3 if "cascade" in name else 1
+    assert len(norms) == 4 * stages + 4 and all(
+        n.startswith(("roi_heads.box_head", "roi_heads.mask_head")) for n in norms
+    )
+    cfg.optimizer.params.model = built
+    groups = instantiate(cfg.optimizer).param_groups
+    parameters = [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in groups]
+    check(built, parameters, layer_norm="backbone.simfp_")
+
+
+@needs_source
+def test_gn_heads_need_a_head_with_norms() -> None:
+    models = SOURCE / "configs/common/models"
+    with pytest.raises(ConfigError, match=r"roi_heads: GN is for a box head of convolutions; set its conv_dims"):
+        use_gn_heads(LazyConfig.load(str(models / "mask_rcnn_fpn.py")).model)
+    with pytest.raises(ConfigError, match="roi_heads: there is neither box_head nor box_heads"):
+        use_gn_heads(LazyConfig.load(str(models / "retinanet.py")).model)
