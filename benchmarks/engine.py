@@ -1,13 +1,16 @@
 """gn_det against Detectron2's own modules: same config, weights and images, interleaved in one process on the CPU.
 
 What is measured is the embedded engine, or with ``--ours registered`` Detectron2's own model class on the modules that
-gn_det registers (the YAML read after ``add_gn_config``, against the same YAML without it). Prints the ratio of times
-(gn_det / Detectron2; below 1 gn_det is faster) for inference and for a training step, with its spread over pairs, and
-the peak memory of each in a process of its own.
+gn_det registers (the YAML read after ``add_gn_config``, against the same YAML without it), or with ``--ours ws`` the
+embedded engine with Weight Standardization in every part, against itself without. Prints the ratio of times (gn_det /
+Detectron2; below 1 gn_det is faster) for inference and for a training step, with its spread over pairs, and the peak
+memory of each in a process of its own.
 
     python benchmarks/engine.py --config gn_fpn.yaml --repeats 15 --image-size 480x640
     python benchmarks/engine.py --threads 1 --amp --channels-last      # ours in bf16, Detectron2 in fp32
     python benchmarks/engine.py --ours registered --config gn_fpn.yaml --repeats 15 --image-size 480x640
+    python benchmarks/engine.py --config gn_cascade_scratch_9x.yaml
+    python benchmarks/engine.py --ours ws    # GN + WS against GN; without Detectron2
     python benchmarks/engine.py --quick
     python benchmarks/engine.py --predict    # Model.predict against the model alone; without Detectron2
 """
@@ -33,6 +36,7 @@ import numpy as np
 import torch
 
 from gn_det.compiler import cpu_features
+from gn_det.config.schema import WS_SECTIONS
 from gn_det.engine.heap import keep_freed_memory
 from gn_det.engine.precision import BF16_FEATURES, lay_out_for_inference
 
@@ -42,8 +46,11 @@ TARGETS = {
     (False, True): {"inference": 1.0, "training step": 0.93},
     (True, True): {"inference": 0.28, "training step": 0.33},
 }
-#: What is measured against "detectron2", and the beginning of its result files' names.
-OURS = {"embedded": "engine", "registered": "plugin"}
+#: What is measured, and the beginning of its result files' names: the first two against "detectron2", "ws" against
+#: "embedded".
+OURS = {"embedded": "engine", "registered": "plugin", "ws": "ws"}
+#: Largest ratios with Weight Standardization; it is folded into the weights for inference.
+WS_TARGETS = {"inference": 1.0, "training step": 1.05}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -51,7 +58,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--config", default="gn_fpn.yaml", help="shipped name or path")
-    parser.add_argument("--ours", choices=OURS, default="embedded", help="the embedded engine, or the plugin's modules")
+    parser.add_argument(
+        "--ours", choices=OURS, default="embedded", help="the embedded engine, the plugin's modules, or WS"
+    )
     parser.add_argument("--repeats", type=int, default=15, help="pairs measured, after one that is not")
     parser.add_argument("--image-size", default="480x640", help="HEIGHTxWIDTH of the network input")
     parser.add_argument("--batch", type=int, default=2, help="images per training step; inference takes 1")
@@ -61,7 +70,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--channels-last", action="store_true", help="ours in channels_last; Detectron2 in NCHW")
     parser.add_argument("--quick", action="store_true", help="small images, few RoIs, 3 pairs: checks that it runs")
     parser.add_argument("--only-inference", action="store_true", help="no training step and no memory")
-    where = "benchmarks/results/{engine,plugin}_<config>_<size>[_bf16][_last][_inference].json"
+    where = "benchmarks/results/{engine,plugin,ws}_<config>_<size>[_bf16][_last][_inference].json"
     parser.add_argument("--output", default="", help=f"json file; default {where}")
     parser.add_argument("overrides", nargs="*", help="KEY VALUE pairs, such as MODEL.RPN.POST_NMS_TOPK_TEST 200")
     parser.add_argument("--memory-of", choices=(*OURS, "detectron2"), help=argparse.SUPPRESS)
@@ -120,8 +129,10 @@ def build(engine: str, cfg: Any) -> torch.nn.Module:
             raise SystemExit(f"{engine}: modules of gn_det in the model are {sorted(ours)}; name a config with GN")
     # Fresh scores are all alike; spread them, so that NMS and the mask head have their usual work.
     with torch.no_grad():
-        model.roi_heads.box_predictor.cls_score.weight *= 30
-        model.roi_heads.box_predictor.bbox_pred.weight *= 30
+        predictor = model.roi_heads.box_predictor
+        for stage in predictor if isinstance(predictor, torch.nn.ModuleList) else [predictor]:
+            stage.cls_score.weight *= 30
+            stage.bbox_pred.weight *= 30
     return model
 
 
@@ -172,10 +183,10 @@ def make_steps(
     if last:
         model = model.to(memory_format=torch.channels_last)
     frozen = model
-    if amp and engine == "embedded":  # as gn-det predict and eval have it
+    if engine == "embedded" and (amp or any(cfg.MODEL.WS.values())):  # as gn-det predict and eval have it
         settings = cfg.clone()
         settings.defrost()
-        settings.TEST.AMP = True
+        settings.TEST.AMP = amp
         frozen = lay_out_for_inference(build(engine, cfg).eval(), settings, "cpu")
     samples = make_batch(engine, size, batch, cfg.MODEL.ROI_HEADS.NUM_CLASSES, objects)
     # The learning rate is 0: the weights stay equal in both engines, however many steps are measured.
@@ -251,7 +262,7 @@ def verdict(row: Mapping[str, float], target: float) -> str:
 
 def peak_memory(engine: str, args: argparse.Namespace) -> float:
     """Peak resident MB of a fresh process that does one inference and two training steps."""
-    command = [sys.executable, __file__, "--memory-of", engine, "--config", args.config]
+    command = [sys.executable, __file__, "--memory-of", engine, "--ours", args.ours, "--config", args.config]
     command += ["--image-size", args.image_size, "--batch", str(args.batch), "--threads", str(args.threads)]
     command += ["--amp"] * args.amp + ["--channels-last"] * args.channels_last + args.overrides
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -324,16 +335,23 @@ def main(argv: list[str] | None = None) -> int:
         measured = {"config": Path(args.config).name, "image_size": [height, width], "environment": environment()}
         write({**measured, "repeats": args.repeats, "predict": row}, args, "predict")
         return 0
-    try:
-        import detectron2.modeling
-    except ImportError:
-        print("Detectron2 is not installed: there is nothing to compare with (the embedded engine works without it)")
-        return 2
-    cfg = load_cfg(args.config, args.overrides)
+    theirs = "embedded" if args.ours == "ws" else "detectron2"
+    if theirs == "detectron2":
+        try:
+            import detectron2.modeling
+        except ImportError:
+            print("Detectron2 is not installed: nothing to compare with (the embedded engine works without it)")
+            return 2
+
+    def steps_of(side: str) -> dict[str, Callable[[], Any]]:
+        standardized = [word for part in WS_SECTIONS for word in (f"MODEL.WS.{part}", "jhu")] if side == "ws" else []
+        how = {} if side == "detectron2" else {"amp": args.amp, "last": args.channels_last}
+        cfg = load_cfg(args.config, [*args.overrides, *standardized])
+        return make_steps("embedded" if side == "ws" else side, cfg, (height, width), args.batch, **how)
+
     if args.memory_of:
-        how = {} if args.memory_of == "detectron2" else {"amp": args.amp, "last": args.channels_last}
         set_heap(args.memory_of != "detectron2")
-        steps = make_steps(args.memory_of, cfg, (height, width), args.batch, **how)
+        steps = steps_of(args.memory_of)
         for name in ("inference", "training step", "training step"):
             steps[name]()
         print(own_peak_mb())
@@ -341,15 +359,17 @@ def main(argv: list[str] | None = None) -> int:
     results: dict[str, Any] = {"config": Path(args.config).name, "ours": args.ours, "image_size": [height, width]}
     results |= {"batch": args.batch, "bf16": args.amp, "channels_last": args.channels_last}
     targets = TARGETS.get((args.amp, args.channels_last), TARGETS[False, False])
+    targets = WS_TARGETS if args.ours == "ws" else targets
     results |= {"overrides": args.overrides, "repeats": args.repeats, "target": targets, "environment": environment()}
-    results["environment"]["detectron2"] = detectron2.__version__
-    engines = (args.ours, "detectron2")
-    how = [{"amp": args.amp, "last": args.channels_last}, {}]
-    both = [make_steps(e, cfg, (height, width), args.batch, **h) for e, h in zip(engines, how)]
+    if theirs == "detectron2":
+        results["environment"]["detectron2"] = detectron2.__version__
+    engines, kept = (args.ours, theirs), (True, theirs != "detectron2")
+    both = [steps_of(side) for side in engines]
     for name in ("inference",) if args.only_inference else both[0]:
-        results[name] = row = summarize(measure_pairs(both[0][name], both[1][name], args.repeats), args.ours)
+        seconds = measure_pairs(both[0][name], both[1][name], args.repeats, kept=kept)
+        results[name] = row = summarize(seconds, *engines)
         print(
-            f"{name}: {args.ours} {row[args.ours + '_s']:.3f} s, Detectron2 {row['detectron2_s']:.3f} s; "
+            f"{name}: {args.ours} {row[args.ours + '_s']:.3f} s, {theirs} {row[theirs + '_s']:.3f} s; "
             f"ratio {row['ratio']:.3f} (p20 {row['ratio_p20']:.3f}, p80 {row['ratio_p80']:.3f}), "
             f"of CPU time {row['cpu_ratio']:.3f} (p20 {row['cpu_ratio_p20']:.3f}, p80 {row['cpu_ratio_p80']:.3f}); "
             f"{verdict(row, targets[name])} <= {targets[name]}",
