@@ -70,7 +70,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--channels-last", action="store_true", help="ours in channels_last; Detectron2 in NCHW")
     parser.add_argument("--quick", action="store_true", help="small images, few RoIs, 3 pairs: checks that it runs")
     parser.add_argument("--only-inference", action="store_true", help="no training step and no memory")
-    where = "benchmarks/results/{engine,plugin,ws}_<config>_<size>[_bf16][_last][_inference].json"
+    parser.add_argument("--only-training", action="store_true", help="no inference and no memory")
+    where = "benchmarks/results/{engine,plugin,ws}_<config>_<size>[_bf16][_last][_inference|_training].json"
     parser.add_argument("--output", default="", help=f"json file; default {where}")
     parser.add_argument("overrides", nargs="*", help="KEY VALUE pairs, such as MODEL.RPN.POST_NMS_TOPK_TEST 200")
     parser.add_argument("--memory-of", choices=(*OURS, "detectron2"), help=argparse.SUPPRESS)
@@ -365,7 +366,8 @@ def main(argv: list[str] | None = None) -> int:
         results["environment"]["detectron2"] = detectron2.__version__
     engines, kept = (args.ours, theirs), (True, theirs != "detectron2")
     both = [steps_of(side) for side in engines]
-    for name in ("inference",) if args.only_inference else both[0]:
+    left_out = {"inference": args.only_training, "training step": args.only_inference}
+    for name in (name for name in both[0] if not left_out[name]):
         seconds = measure_pairs(both[0][name], both[1][name], args.repeats, kept=kept)
         results[name] = row = summarize(seconds, *engines)
         print(
@@ -375,11 +377,14 @@ def main(argv: list[str] | None = None) -> int:
             f"{verdict(row, targets[name])} <= {targets[name]}",
             flush=True,
         )
-    found = [steps["inference"]()[0] for steps in both]
-    results["detections"] = [len(d["instances"]) if isinstance(d, dict) else len(d) for d in found]
+    if not args.only_training:
+        found = [steps["inference"]()[0] for steps in both]
+        results["detections"] = [len(d["instances"]) if isinstance(d, dict) else len(d) for d in found]
+        print(f"detections {results['detections']}")
     if not args.only_inference:
         results["losses_equal"] = both[0]["training step"]() == both[1]["training step"]()
-        print(f"detections {results['detections']}, losses equal: {results['losses_equal']}")
+        print(f"losses equal: {results['losses_equal']}")
+    if not (args.only_inference or args.only_training):
         results["peak_memory_mb"] = {engine: round(peak_memory(engine, args)) for engine in engines}
         print(", ".join(f"peak memory of {e}: {mb} MB" for e, mb in results["peak_memory_mb"].items()))
     write(results, args, OURS[args.ours])
@@ -389,7 +394,7 @@ def main(argv: list[str] | None = None) -> int:
 def write(results: Mapping[str, Any], args: argparse.Namespace, name: str) -> None:
     """Write the result file, and print its path and the row of a single measurement."""
     stem = f"{name}_{Path(args.config).stem}_{args.image_size.lower()}" + "_bf16" * args.amp
-    stem += "_last" * args.channels_last + "_inference" * args.only_inference
+    stem += "_last" * args.channels_last + "_inference" * args.only_inference + "_training" * args.only_training
     output = Path(args.output or RESULTS / f"{stem}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(results, indent=2) + "\n")
