@@ -131,6 +131,7 @@ class RowResult:
     records: dict[int, Record] = field(default_factory=dict)  # the record that counts for each seed, of any status
     remarks: list[str] = field(default_factory=list)  # caveats: other versions, other settings
     left_out: str = ""  # why an optional row is not run
+    unit: str = "seed"  # what numbers the runs: "seed" or "fold"
     base: RowResult | None = None
 
     @property
@@ -139,16 +140,16 @@ class RowResult:
 
     @property
     def status(self) -> str:
-        """Status: "done", "failed", "2 of 3 seeds", "not run" or "left out"."""
+        """Status: "done", "failed", "2 of 3 seeds" (or folds), "not run" or "left out"."""
         if self.left_out:
             return "left out"
         if not self.done:
             return "failed" if any(r.status == FAILED for r in self.records.values()) else "not run"
-        return "done" if len(self.done) >= len(self.wanted) else f"{len(self.done)} of {len(self.wanted)} seeds"
+        return "done" if len(self.done) >= len(self.wanted) else f"{len(self.done)} of {len(self.wanted)} {self.unit}s"
 
     @property
     def reasons(self) -> list[str]:
-        return [f"seed {r.seed}: {r.reason}" for r in self.records.values() if r.status == FAILED]
+        return [f"{self.unit} {r.seed}: {r.reason}" for r in self.records.values() if r.status == FAILED]
 
     def values(self, column: str) -> dict[int, float]:
         """A metric by seed."""
@@ -200,7 +201,8 @@ def collect(plan: Plan, store: Store, *, any_version: bool = False, any_settings
         any_settings: use the newest finished run of a row if none has the plan's settings, for a report of what exists.
             The report mentions either case.
     """
-    rows = {row.id: RowResult(row, (), left_out=plan.left_out.get(row.id, "")) for row in plan.suite.rows}
+    unit = "fold" if plan.suite.folds else "seed"
+    rows = {row.id: RowResult(row, (), left_out=plan.left_out.get(row.id, ""), unit=unit) for row in plan.suite.rows}
     for job in plan.jobs:
         result = rows[job.row.id]
         result.wanted += (job.seed,)
@@ -208,7 +210,7 @@ def collect(plan: Plan, store: Store, *, any_version: bool = False, any_settings
         if record is not None:
             result.records[job.seed] = record
         if remark:
-            result.remarks.append(f"seed {job.seed}: {remark}")
+            result.remarks.append(f"{unit} {job.seed}: {remark}")
     for result in rows.values():
         result.base = rows.get(result.row.baseline or "")
     return Results(plan, list(rows.values()))

@@ -93,16 +93,16 @@ def _finding(result: RowResult, base: RowResult) -> Finding:
     for mine, other in itertools.product(result.row.references, base.row.references):
         delta = published_difference(mine, other, column)
         if delta is not None and not published:
-            published, contradicts = _against(found, mine, other, delta, column)
-    text = f"{head}: {signed(found.value)} {name}, {_noise(found, column)}"
+            published, contradicts = _against(found, mine, other, delta, column, result.unit)
+    text = f"{head}: {signed(found.value)} {name}, {_noise(found, column, result.unit)}"
     return Finding(text, published, bool(found.beyond_noise), contradicts)
 
 
-def _noise(found: Difference, column: str) -> str:
+def _noise(found: Difference, column: str, unit: str) -> str:
     """Return the second half of a sentence: interval and verdict."""
     if found.half is None:
-        return "one seed each: the noise is unknown, so this may be chance."
-    how = f"{found.n[0]} paired seeds" if found.paired else f"{found.n[0]} and {found.n[1]} seeds"
+        return f"one {unit} each: the noise is unknown, so this may be chance."
+    how = f"{found.n[0]} paired {unit}s" if found.paired else f"{found.n[0]} and {found.n[1]} {unit}s"
     how += ", assuming both rows vary equally" if found.assumed else ""
     interval = f"95% interval {signed(found.value - found.half)} to {signed(found.value + found.half)} over {how}"
     if not found.beyond_noise:
@@ -111,7 +111,9 @@ def _noise(found: Difference, column: str) -> str:
     return f"{interval}: larger than the noise, {'better' if better else 'worse'}."
 
 
-def _against(found: Difference, row: Reference, other: Reference, delta: float, column: str) -> tuple[str, bool]:
+def _against(
+    found: Difference, row: Reference, other: Reference, delta: float, column: str, unit: str
+) -> tuple[str, bool]:
     """Compare the sign of a difference with the published one: return a sentence, and whether they contradict."""
     name = SOURCES[row.source]
     numbers = row.where
@@ -122,9 +124,9 @@ def _against(found: Difference, row: Reference, other: Reference, delta: float, 
     if round(delta, 3) == 0 or (found.half is None and abs(found.value) < 0.05):
         return f"{head}.", False
     if found.half is None and same:
-        rest = "the same direction here, on one seed"
+        rest = f"the same direction here, on one {unit}"
     elif found.half is None:
-        rest = "the opposite direction here; with one seed it cannot be distinguished from noise"
+        rest = f"the opposite direction here; with one {unit} it cannot be distinguished from noise"
     elif not found.beyond_noise:
         rest = "neither confirmed nor contradicted here"
     else:
@@ -220,7 +222,6 @@ def run_view(results: Results) -> View:
     """Return the table of all runs behind the numbers."""
     head = ("run", "status", "results version", "trained by", "machine", "day", "minutes")
     body = []
-    unit = "fold" if results.plan.suite.folds else "seed"
     for result in results.rows:
         for seed, record in sorted(result.records.items()):
             last = record.sessions[-1] if record.sessions else {}
@@ -229,7 +230,12 @@ def run_view(results: Results) -> View:
             minutes = f"{'> ' if len(known) < len(record.sessions) else ''}{sum(known) / 60:.1f}"
             commit = record.software.get("commit", "")
             version = f"{record.version} ({commit})" if commit else record.version
-            words = [f"{result.row.id}, {unit} {seed}", record.status, version, record.software.get("engine", "")]
+            words = [
+                f"{result.row.id}, {result.unit} {seed}",
+                record.status,
+                version,
+                record.software.get("engine", ""),
+            ]
             body.append([Cell(w) for w in (*words, str(last.get("device", "")), str(last.get("day", "")), minutes)])
     remarks = [f"{r.row.title}: {remark}" for r in results.rows for remark in r.remarks]
     return View("Runs", [(LABEL, text) for text in head], body, remarks)
@@ -253,7 +259,7 @@ def _grid_view(table: Table, rows: Sequence[RowResult], grid: Grid) -> View:
         body.append([Cell(d), *measured, *(cells.get((d, a), _EMPTY) for a in shown)])
     column, notes = COLUMNS[grid.value], []
     if column.what == METRIC:
-        notes = [f"{column.heading}; mean ± standard deviation over seeds."]
+        notes = [f"{column.heading}; mean ± standard deviation over {rows[0].unit}s."]
     elif place is not None:
         notes = [f"{column.heading}; measured on {place[2]}, {place[1]}."]
     notes += [*_row_notes(rows), *([table.note] if table.note else [])]
@@ -318,12 +324,16 @@ def _sentence_on(source: str, found: Sequence[Reference | None]) -> str:
 def _notes(rows: list[RowResult], columns: Sequence[str], place: Place | None, compared: list[str]) -> list[str]:
     notes = []
     if any(len(r.done) > 1 for r in rows) and any(COLUMNS[c].what == METRIC for c in columns):
-        notes.append("Mean ± standard deviation over seeds.")
+        notes.append(f"Mean ± standard deviation over {rows[0].unit}s.")
     if compared:
         found = [d for r in rows for c in compared if (d := r.difference(c)) is not None]
         text = "Δ: against the row's baseline, ± half of its 95% interval; bold: larger than the noise"
-        text += "; (?): one seed, so the noise is unknown" if any(d.half is None for d in found) else ""
-        text += "; a row with one seed is assumed to vary like the other" if any(d.assumed for d in found) else ""
+        text += f"; (?): one {rows[0].unit}, so the noise is unknown" if any(d.half is None for d in found) else ""
+        text += (
+            f"; a row with one {rows[0].unit} is assumed to vary like the other"
+            if any(d.assumed for d in found)
+            else ""
+        )
         notes.append(f"{text}.")
     costs = [c for c in columns if COLUMNS[c].what == COST]
     if costs and place is not None:

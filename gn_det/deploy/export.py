@@ -164,6 +164,19 @@ def _onnx(program: torch.export.ExportedProgram, graph: GraphDetector, metadata:
         limits: list[Any] = [op.Constant(value_int=2**62), *(op.Constant(value_float=v) for v in (iou, -3e38))]
         return op.NonMaxSuppression(boxes, scores, *limits)
 
+    def group_norm(x: Any, groups: int, weight: Any, bias: Any, eps: float = 1e-5, _: bool = True) -> Any:
+        # BatchNormalization with mean 0 and variance 1 applies gamma and beta in one pass, Mul and Add need two.
+        zero, one = (onnx_ir.tensor([v], dtype=x.dtype) for v in (0.0, 1.0))
+        of_groups, of_channels = op.Constant(value_ints=[groups]), op.Shape(weight)
+        grouped = op.Reshape(x, op.Constant(value_ints=[0, groups, -1]))
+        scale, shift = (op.ConstantOfShape(of_groups, value=v) for v in (one, zero))
+        normal = op.Reshape(op.InstanceNormalization(grouped, scale, shift, epsilon=eps), op.Shape(x))
+        mean, variance = (op.ConstantOfShape(of_channels, value=v) for v in (zero, one))
+        return op.BatchNormalization(normal, weight, bias, mean, variance, epsilon=0.0)
+
+    table: dict[Any, Any] = {torch.ops.gn_det.onnx_nms.default: suppress}
+    if options.opset < 21:
+        table[torch.ops.aten.group_norm.default] = group_norm
     made = torch.onnx.export(
         program,
         (),
@@ -171,7 +184,7 @@ def _onnx(program: torch.export.ExportedProgram, graph: GraphDetector, metadata:
         optimize=True,
         opset_version=options.opset,
         verbose=False,
-        custom_translation_table={torch.ops.gn_det.onnx_nms.default: suppress},
+        custom_translation_table=table,
         input_names=["image", "size"],
         output_names=list(graph.outputs),
     )

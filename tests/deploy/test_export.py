@@ -168,6 +168,11 @@ def test_command_of_a_fixed_c4_with_check(tmp_path: Path, images: Path, capsys: 
 def test_other_models_and_formats(case: str, options: Options, tmp_path: Path, images: Path) -> None:
     exported = export(checkpoint(tmp_path / "model.pth", case), tmp_path / "model", options)
     agrees(exported, images)
+    if options.opset == 18:  # gamma and beta of every GN are one node
+        kinds = [node.op_type for node in onnx.load(exported.path).graph.node]
+        norms = sum(type(m).__name__ == "GroupNorm" for m in exported.predictor.module.modules())
+        assert kinds.count("InstanceNormalization") == kinds.count("BatchNormalization") == norms > 20
+        assert "GroupNormalization" not in kinds
 
 
 @pytest.mark.slow
