@@ -36,8 +36,6 @@ _FIT_PIXELS, _FIT_PART = 3.0, 0.1
 #: Smallest visible side of a box, clipped to the image, at training size in pixels.
 VISIBLE = 1.0
 
-Box = tuple[float, float, float, float]
-
 
 class Findings(Problems):
     """Collects problems instead of refusing the set.
@@ -238,99 +236,53 @@ def _read_annotations(
 
 
 def _look_at_objects(table: AnnotationTable, training: Training, result: Survey, bar: tqdm[Any]) -> None:
-    """Check the objects that the loader accepts: in detail only if a fast check over all of them finds something."""
-    objects = table[~table.crowd]
-    bounds = objects.bounds().tolist()
-    for index in np.unique(objects.image[_suspicious(objects, training)]).tolist():
-        rows = slice(bounds[index], bounds[index + 1])
-        _look_at_image(objects.images[index], objects, range(len(objects))[rows], training, result)
+    """Check the objects that the loader accepts, all at once; only what is found is looked at one by one."""
+    objects, findings = table[~table.crowd], result.findings
+    bbox, size = objects.bbox, objects.sizes
+    limits = np.concatenate([size, size], axis=1)
+    corners = np.concatenate([bbox[:, :2], bbox[:, :2] + bbox[:, 2:]], axis=1)
+    box, mask = corners.clip(0, limits), objects.hull.clip(0, limits)  # XYXY within the image; NaN without a mask
+    sizes, of = np.unique(size, axis=0, return_inverse=True)
+    scale = np.array([training.scale(w, h, min(training.short_sides)) for w, h in sizes.tolist()]).reshape(-1, 2)[of]
+    visible = (box[:, 2:] - box[:, :2]) * scale
+    fractions = (bbox.max(axis=1) <= 1) & (size.min(axis=1) > 1) & (bbox % 1 != 0).any(axis=1)
+    out = ~fractions & (np.maximum(-corners[:, :2], corners[:, 2:] - size).max(axis=1) > 1)
+    vanishes = ~fractions & (visible.min(axis=1) < VISIBLE)
+    twice, bare = _repeated(objects), ~objects.has_mask
+    longest = np.max([bbox[:, 2], bbox[:, 3], *(mask[:, 2:] - mask[:, :2]).T], axis=0)
+    apart = np.abs(box - mask).max(axis=1) > np.maximum(_FIT_PIXELS, _FIT_PART * longest)
+    as_corners = np.abs(bbox.clip(0, limits) - mask).max(axis=1) <= _FIT_PIXELS
+    for row in np.flatnonzero(fractions | out | vanishes | twice | apart | bare).tolist():
+        image, given = objects.images[objects.image[row]], _short(bbox[row].tolist())
+        where = Where(image["id"], image["file_name"], int(objects.id[row]))
+        if fractions[row]:
+            findings.add("bbox-normalised", where, given)
+        if out[row]:
+            findings.add("bbox-reaches-out", where, given, image["width"], image["height"])
+        if vanishes[row]:
+            findings.add("object-vanishes", where, given, *visible[row].tolist())
+        if twice[row]:
+            findings.add("object-twice", where)
+        if apart[row]:
+            x0, y0, x1, y1 = mask[row].tolist()
+            hint = "draw it again, or use the box of the mask"
+            if as_corners[row]:
+                hint = "it fits as [x0, y0, x1, y1], COCO boxes are [x, y, width, height]"
+            findings.add("bbox-mask", where, given, _short([round(v, 1) for v in (x0, y0, x1 - x0, y1 - y0)]), hint)
+        if bare[row] and training.masks_on and result.split != "val":
+            findings.drop("no-mask", where)
+        elif bare[row]:
+            findings.add("no-mask-val" if training.masks_on else "no-mask-unused", where)
     bar.update(len(table.images))
 
 
-def _suspicious(objects: AnnotationTable, training: Training) -> np.ndarray:
-    """(M,) bool: a superset of the objects that :func:`_look_at_image` reports."""
-    box = np.concatenate([objects.bbox[:, :2], objects.bbox[:, :2] + objects.bbox[:, 2:]], axis=1)
-    mask, size = objects.hull, objects.sizes
-    sizes, of = np.unique(size, axis=0, return_inverse=True)
-    scale = np.array([training.scale(w, h, min(training.short_sides)) for w, h in sizes.tolist()]).reshape(-1, 2)[of]
-    limits = np.concatenate([size, size], axis=1)
-    cut, cut_mask = box.clip(0, limits), mask.clip(0, limits)
-    longest = np.max([objects.bbox[:, 2], objects.bbox[:, 3], *(cut_mask[:, 2:] - cut_mask[:, :2]).T], axis=0)
-    apart = np.abs(cut - cut_mask).max(axis=1, initial=0) > np.maximum(_FIT_PIXELS, _FIT_PART * longest)
-    out = np.maximum(-box[:, :2], box[:, 2:] - size).max(axis=1, initial=-np.inf) > 1
-    small = ((cut[:, 2:] - cut[:, :2]) * scale).min(axis=1, initial=np.inf) < VISIBLE
-    tiny = objects.bbox.max(axis=1, initial=-np.inf) <= 1
-    key = objects.image * 1_000_003 + objects.category  # equal objects have equal keys, few others have
-    for column in objects.bbox.T:
-        key = key * 1_000_003 ^ (column + 0.0).view(np.int64)
-    _, first, count = np.unique(key, return_inverse=True, return_counts=True)
-    found: np.ndarray = ~objects.has_mask | apart | out | small | tiny | (count[first] > 1)
+def _repeated(objects: AnnotationTable) -> np.ndarray:
+    """(M,) bool: whether an object before it has the same image, category and box."""
+    columns = [*objects.bbox.T, objects.category, objects.image]
+    order = np.lexsort(columns)  # stable: the first of equal objects stays the first
+    found = np.zeros(len(objects), bool)
+    found[order[1:]] = np.all([column[order[1:]] == column[order[:-1]] for column in columns], axis=0)
     return found
-
-
-def _look_at_image(
-    image: dict[str, Any], objects: AnnotationTable, rows: range, training: Training, result: Survey
-) -> None:
-    findings = result.findings
-    scale = training.scale(image["width"], image["height"], min(training.short_sides))
-    seen: set[tuple[Any, ...]] = set()
-    for row in rows:
-        bbox, hull = objects.bbox[row].tolist(), objects.hull[row].tolist()
-        where = Where(image["id"], image["file_name"], int(objects.id[row]))
-        _look_at_box(bbox, image, scale, findings, where)
-        key = (int(objects.category[row]), *bbox)
-        if key in seen:
-            findings.add("object-twice", where)
-        seen.add(key)
-        if objects.has_mask[row]:
-            _compare(bbox, (hull[0], hull[1], hull[2], hull[3]), image, findings, where)
-        elif not training.masks_on:
-            findings.add("no-mask-unused", where)
-        elif result.split == "val":
-            findings.add("no-mask-val", where)
-        else:
-            findings.drop("no-mask", where)
-
-
-def _look_at_box(
-    bbox: Sequence[float], image: dict[str, Any], scale: tuple[float, float], findings: Findings, where: Where
-) -> None:
-    x, y, w, h = bbox
-    width, height = image["width"], image["height"]
-    if max(bbox) <= 1 and min(width, height) > 1 and any(v != int(v) for v in bbox):
-        findings.add("bbox-normalised", where, _short(bbox))
-        return
-    if max(-x, -y, x + w - width, y + h - height) > 1:
-        findings.add("bbox-reaches-out", where, _short(bbox), width, height)
-    x0, y0, x1, y1 = _inside((x, y, x + w, y + h), image)
-    seen = (x1 - x0) * scale[0], (y1 - y0) * scale[1]
-    if min(seen) < VISIBLE:
-        findings.add("object-vanishes", where, _short(bbox), *seen)
-
-
-def _compare(bbox: Sequence[float], found: Box, image: dict[str, Any], findings: Findings, where: Where) -> None:
-    """Compare an XYWH box with ``found``, the XYXY box of its mask."""
-    x, y, w, h = bbox
-    mask = _inside(found, image)
-    slack = max(_FIT_PIXELS, _FIT_PART * max(w, h, mask[2] - mask[0], mask[3] - mask[1]))
-    if _apart(_inside((x, y, x + w, y + h), image), mask) <= slack:
-        return
-    hint = "draw it again, or use the box of the mask"
-    if _apart(_inside((x, y, w, h), image), mask) <= _FIT_PIXELS:
-        hint = "it fits as [x0, y0, x1, y1], COCO boxes are [x, y, width, height]"
-    fitting = [round(v, 1) for v in (mask[0], mask[1], mask[2] - mask[0], mask[3] - mask[1])]
-    findings.add("bbox-mask", where, _short(bbox), _short(fitting), hint)
-
-
-def _inside(box: Box, image: dict[str, Any]) -> Box:
-    """Clip the XYXY box to its image."""
-    width, height = image["width"], image["height"]
-    x0, y0, x1, y1 = box
-    return min(max(x0, 0), width), min(max(y0, 0), height), min(max(x1, 0), width), min(max(y1, 0), height)
-
-
-def _apart(a: Sequence[float], b: Sequence[float]) -> float:
-    return max(abs(p - q) for p, q in zip(a, b))
 
 
 def _short(bbox: Sequence[float]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -46,9 +45,9 @@ class AnnotationTable:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return AnnotationTable(**{k: v[rows] if isinstance(v, np.ndarray) else v for k, v in values.items()})
 
-    @functools.cached_property
+    @property
     def has_mask(self) -> np.ndarray:
-        """(M,) bool; cached, because the check reads it for each annotation."""
+        """(M,) bool."""
         return np.asarray(np.isfinite(self.hull[:, 0]))
 
     @property

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from gn_det.data import coco_json
-from gn_det.data.annotation_table import AnnotationTable
 from gn_det.data.annotations import check_segmentation, covers_no_pixel, mask_box
 from gn_det.data.catalog import DatasetSource
 from gn_det.data.coco import CocoDataset, load_coco
@@ -110,13 +109,3 @@ def test_sound_polygons_are_those_that_the_careful_reader_takes_unchanged() -> N
         assert found is not None and not left_out
         assert not (sound and covers_no_pixel(found, 100, 100))
     assert 50 < entries.sound.sum() < 400
-
-
-def test_the_table_looks_for_masks_once() -> None:
-    """``gn-det check`` asks for each annotation: a new array each time takes quadratic time."""
-    n = 3
-    hull = np.array([[0.0, 0, 4, 4], [np.nan] * 4, [1, 1, 2, 2]])
-    one, flags = np.arange(n), np.zeros(n, bool)
-    table = AnnotationTable([], one, one, one, one, flags, np.zeros((n, 4)), hull, flags, {})
-    assert table.has_mask.tolist() == [True, False, True] and table.has_mask is table.has_mask
-    assert table[one[1:]].has_mask.tolist() == [False, True]
