@@ -16,13 +16,7 @@ from gn_det.checkpoint.formats.common import State, Weights
 from gn_det.checkpoint.io import check_tensors, read_any
 from gn_det.checkpoint.meta import read_meta
 from gn_det.checkpoint.preprocessing import Preprocessing
-from gn_det.checkpoint.weights_uri import (
-    local_path,
-    published_file,
-    published_preprocessing,
-    published_ws,
-    split_options,
-)
+from gn_det.checkpoint.weights_uri import local_path, published, split_options
 from gn_det.config.defaults import get_value
 from gn_det.config.reader import parse_yaml
 from gn_det.config.schema import WEIGHT_STANDARDIZATIONS, WS_SECTIONS
@@ -71,12 +65,12 @@ def open_weights(path_or_uri: StrPath, *, must_know: bool = True) -> Weights:
     uri, options = split_options(os.fspath(path_or_uri))
     path = local_path(uri)
     weights = read_weights(path)
-    known = options.preprocessing
-    if known is None and (weights.preprocessing is None or weights.asks):
-        known = published_preprocessing(uri) or (published_file(path) if weights.asks else None)
+    unknown = weights.preprocessing is None or weights.asks
+    needs, ws = published(uri, path) if unknown or not weights.ws else (None, None)
+    known = options.preprocessing or (needs if unknown else None)
     if known is not None:
         weights.preprocessing, weights.foldable = known, True
-    if not weights.ws and (ws := published_ws(uri, path)) is not None:
+    if not weights.ws and ws is not None:
         weights.ws = {"RESNETS": ws}
     if weights.ws.get("RESNETS"):  # the stem is standardized, so that a std cannot be folded into it
         weights.foldable = False

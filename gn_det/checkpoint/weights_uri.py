@@ -52,17 +52,12 @@ OPEN_MMLAB = {
 # timm's names without the tag of the training recipe.
 _TIMM_TAGS = {"resnet50_gn": "resnet50_gn.a1h_in1k"}
 
-# Preprocessing of published backbones whose files do not store it, by URI or path ...
-_PUBLISHED = (
-    (re.compile(r"ImageNetPretrained/torchvision/"), TORCH),
-    (re.compile(r"open-mmlab://detectron/resnet(?:50|101)_gn$"), CAFFE),
-    (re.compile(r"open-mmlab://(?:contrib|jhu)/"), TORCH),
-)
-# ... or by the start of their sha256, which the publisher puts into the file name.
-_PUBLISHED_FILES = {"9186a21c": CAFFE, "cac0ab98": CAFFE, "ad1730dd": TORCH}
-_PUBLISHED_FILES |= {url[-12:-4]: TORCH for name, url in OPEN_MMLAB.items() if name.startswith("jhu/")}
-# Beginnings of sha256 of published backbones -> their formula of Weight Standardization, "" for none; or by name.
-_PUBLISHED_WS = {url[-12:-4]: "jhu" if name.endswith("_ws") else "" for name, url in OPEN_MMLAB.items()}
+# Start of the sha256, which the publisher puts into the file name -> what a file does not store: preprocessing and
+# formula of Weight Standardization ("" for none).
+_PUBLISHED = {
+    url[-12:-4]: (CAFFE if name.startswith("detectron/") else TORCH, "jhu" if name.endswith("_ws") else "")
+    for name, url in OPEN_MMLAB.items()
+}
 
 SCHEMES = ("https://", "detectron2://", "catalog://", "timm://", "hf://", "open-mmlab://")
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
@@ -109,22 +104,15 @@ def resolve_url(uri: str) -> str | None:
     raise WeightsError(f"{one_line(uri, 200)}: {problem} (MODEL.WEIGHTS)")
 
 
-def published_preprocessing(uri: str) -> Preprocessing | None:
-    """Return what a published backbone expects, by its URI or its path in the cache; None if unknown."""
-    return next((needs for pattern, needs in _PUBLISHED if pattern.search(uri)), None)
+def published(uri: str, path: StrPath) -> tuple[Preprocessing | None, str | None]:
+    """Return preprocessing and formula of Weight Standardization ("" for none) of a published backbone.
 
-
-def published_file(path: StrPath) -> Preprocessing | None:
-    """Return what a published backbone expects, by its sha256; None if unknown."""
-    return _PUBLISHED_FILES.get(sha256_of(path)[:8])
-
-
-def published_ws(uri: str, path: StrPath) -> str | None:
-    """Return the formula of Weight Standardization of a published backbone, "" for none; None if unknown."""
-    match = re.search(r"open-mmlab://(.+)$", uri)
-    if match and match[1] in OPEN_MMLAB:
-        return _PUBLISHED_WS[OPEN_MMLAB[match[1]][-12:-4]]
-    return _PUBLISHED_WS.get(sha256_of(path)[:8])
+    It is known by its URI, its path in the cache or its sha256; None if unknown.
+    """
+    if "ImageNetPretrained/torchvision/" in uri:
+        return TORCH, None
+    url = OPEN_MMLAB.get(uri.removeprefix("open-mmlab://"), "")
+    return _PUBLISHED.get(url[-12:-4] or sha256_of(path)[:8], (None, None))
 
 
 @dataclass(frozen=True)
