@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from gn_det.check.decode import DecodeJob, decode_all
 from gn_det.data.annotation_table import AnnotationTable, check_annotations, refuse_corners
-from gn_det.data.annotations import AnnotationReader
 from gn_det.data.catalog import DatasetSource
 from gn_det.data.coco import CocoDataset, build_dataset
 from gn_det.data.coco_json import CocoJson, collector_paused, read_coco_json
@@ -205,8 +204,7 @@ def _read_annotations(
 ) -> CocoDataset:
     """Read the annotations of all images; those of unusable images are checked but not counted."""
     findings = result.findings
-    reader = AnnotationReader(content.category_ids, findings)
-    table = check_annotations(content, result.images, reader)
+    table = check_annotations(content, result.images, findings)
     # Annotations cannot be checked if the image size is unknown or differs from the json.
     others = [
         image
@@ -215,7 +213,7 @@ def _read_annotations(
     ]
     with _bar(progress, len(result.images) + len(others), f"{result.split}: annotations") as bar:
         _look_at_objects(table, training, result, bar)
-        _look_at_objects(check_annotations(content, others, reader), training, result, bar)
+        _look_at_objects(check_annotations(content, others, findings), training, result, bar)
     objects = table[~table.crowd]
     bounds = objects.bounds().tolist()
     capped: list[tuple[Where, int, int]] = []

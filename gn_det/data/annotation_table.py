@@ -66,11 +66,12 @@ def image_sizes(images: Sequence[dict[str, Any]]) -> np.ndarray:
     return np.array(sizes, dtype=np.int64).reshape(-1, 2)
 
 
-def check_annotations(content: CocoJson, images: Sequence[dict[str, Any]], reader: AnnotationReader) -> AnnotationTable:
+def check_annotations(content: CocoJson, images: Sequence[dict[str, Any]], problems: Problems) -> AnnotationTable:
     """Check the annotations of ``images``, which are some of ``content.images`` in the same order.
 
-    Sound annotations pass in bulk; ``reader`` checks the rest one by one.
+    Sound annotations pass in bulk; the rest are checked one by one, and reported to ``problems``.
     """
+    reader = AnnotationReader(content.category_ids, problems)
     wanted = {image["id"]: i for i, image in enumerate(images)}
     index = np.array([wanted.get(image["id"], -1) for image in content.images] + [-1])  # the last for those without
     image = index[content.image_of]

@@ -17,7 +17,6 @@ import numpy as np
 from msgspec.structs import asdict
 
 from gn_det.data.annotation_table import AnnotationTable, check_annotations, image_sizes, refuse_corners
-from gn_det.data.annotations import AnnotationReader
 from gn_det.data.catalog import DatasetSource
 from gn_det.data.coco_json import CocoJson, collector_paused, read_coco_json
 from gn_det.data.image import ImageReader
@@ -146,8 +145,7 @@ def load_coco(
         for image in (i for i in images if not i["width"]):
             where = Where(image["id"], image["file_name"])
             problems.drop("image-entry", where, "'width' and 'height' must be positive pixel counts")
-        annotations = AnnotationReader(content.category_ids, problems)
-        table = check_annotations(content, [i for i in images if i["width"]], annotations)
+        table = check_annotations(content, [i for i in images if i["width"]], problems)
         refuse_corners(table, problems)
         refuse_if_too_many(problems.bad, max_bad, source.json_file)
         dataset = build_dataset(source, content, table)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gn_det.data.annotation_table import check_annotations
-from gn_det.data.annotations import AnnotationReader
 from gn_det.data.catalog import DatasetSource
 from gn_det.data.coco import CocoDataset, build_dataset
 from gn_det.data.coco_json import collector_paused, read_json, structure
@@ -80,5 +79,5 @@ def _read(source: StrPath | Mapping[str, Any], problems: Problems) -> CocoDatase
             entries = [{"file_name": "-", **e} if isinstance(e, Mapping) else e for e in entries]
             data = {**data, "images": entries}
         content = structure(data, problems, need_annotations=False)
-        table = check_annotations(content, content.images, AnnotationReader(content.category_ids, problems))
+        table = check_annotations(content, content.images, problems)
         return build_dataset(DatasetSource(problems.path, problems.path, ""), content, table)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from gn_det.data.annotation_table import check_annotations, refuse_corners
-from gn_det.data.annotations import AnnotationReader
 from gn_det.data.catalog import DatasetSource
 from gn_det.data.coco_json import collector_paused, read_coco_json, structure
 from gn_det.data.formats.draft import FLAGS, Document, Losses, problem_text, refuse_collisions, to_outlines
@@ -103,7 +102,7 @@ def _refuse(source: Path, bad: Sequence[str], max_bad: int) -> None:
 
 def _checked(content: Any, problems: Problems) -> Document:
     """Return the entries that training would use, with their flags."""
-    table = check_annotations(content, content.images, AnnotationReader(content.category_ids, problems))
+    table = check_annotations(content, content.images, problems)
     refuse_corners(table, problems)
     annotations: list[dict[str, Any]] = []
     for image, position in zip(table.image.tolist(), table.position.tolist()):
