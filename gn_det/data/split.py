@@ -14,6 +14,7 @@ import random
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +144,8 @@ def stratified(labels: Sequence[set[Any]], fraction: float, seed: int) -> list[b
     wanted = {label: max(round(fraction * len(found)), 1) for label, found in images_of.items()}
     free = [all(len(images_of[label]) > 1 for label in found or {""}) for found in labels]
     held: set[int] = set()
-    rarest_first = sorted(images_of.items(), key=lambda item: (len(item[1]), str(item[0])))
     # Classes that share images need fewer; the last pass fills up the difference.
-    for label, found in [*rarest_first, (None, order)]:
+    for label, found in [*images_of.items(), (None, order)]:
         for i in found:
             if len(held) >= total or (label is not None and wanted[label] <= 0):
                 break
@@ -157,14 +157,14 @@ def stratified(labels: Sequence[set[Any]], fraction: float, seed: int) -> list[b
 
 
 def _by_class(labels: Sequence[set[Any]], seed: int) -> tuple[list[int], dict[Any, list[int]]]:
-    """The images in random order, and those of each class in the same order; "" is the class of images without any."""
+    """The images in random order, and those of each class likewise, rarest class first; "" for images without any."""
     order = list(range(len(labels)))
     random.Random(seed).shuffle(order)
     images_of: dict[Any, list[int]] = {}
     for i in order:
         for label in labels[i] or {""}:
             images_of.setdefault(label, []).append(i)
-    return order, images_of
+    return order, dict(sorted(images_of.items(), key=lambda item: (len(item[1]), str(item[0]))))
 
 
 def fold_numbers(labels: Sequence[set[Any]], folds: int) -> list[int]:
@@ -179,7 +179,7 @@ def fold_numbers(labels: Sequence[set[Any]], folds: int) -> list[int]:
     _, images_of = _by_class(labels, seed=0)
     lacking = {label: [len(found) / folds] * folds for label, found in images_of.items()}
     room, numbers = [len(labels) / folds] * folds, [0] * len(labels)
-    for label, found in sorted(images_of.items(), key=lambda item: (len(item[1]), str(item[0]))):
+    for label, found in images_of.items():
         for i in found:
             if not numbers[i]:
                 fold = max(range(folds), key=lambda f: (lacking[label][f], room[f], -f))
@@ -197,7 +197,7 @@ def _names(content: dict[str, Any]) -> dict[str, str]:
 
 
 def _check_folds(content: dict[str, Any], labels: Sequence[set[Any]], folds: int, json_file: str) -> None:
-    sizes, names = Counter(label for found in labels for label in found), _names(content)
+    sizes, names = Counter(chain(*labels)), _names(content)
     few = sorted((number, names.get(label, label)) for label, number in sizes.items() if number < folds)
     if few or len(labels) < folds:
         fewest = min(few[0][0] if few else len(labels), len(labels))
@@ -209,9 +209,8 @@ def _check_folds(content: dict[str, Any], labels: Sequence[set[Any]], folds: int
 def _check_classes(
     content: dict[str, Any], labels: Sequence[set[Any]], held: Sequence[bool], where: str, remedy: str
 ) -> None:
-    names = _names(content)
-    sizes = Counter(label for found in labels for label in found)
-    seen = {label for found, is_held in zip(labels, held) if is_held for label in found}
+    sizes, names = Counter(chain(*labels)), _names(content)
+    seen = set(chain(*(found for found, is_held in zip(labels, held) if is_held)))
     lacking = [label for label in sizes if label not in seen]
     single = [names.get(label, label) for label in lacking if sizes[label] == 1]
     left = [names.get(label, label) for label in lacking if sizes[label] > 1]
