@@ -65,8 +65,7 @@ def push(weights: StrPath, repo: str, *, private: bool = False, license_name: st
     path = Path(local_path(weights))
     payload = read_any(path)
     cfg, meta = config_of_checkpoint(path), read_meta(payload, path)
-    if meta is None:
-        raise WeightsError(f"{path}: was not written by gn_det")
+    assert meta is not None  # it holds the config
     if "optimizer" in payload:
         raise WeightsError(f"{path}: contains optimizer state; push model_best.pth, which is half as large")
     cfg.defrost()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from gn_det.data.problems import KINDS, Problems, Where
+from gn_det.data.problems import Problems, Where
 from gn_det.data.records import Annotation, Segmentation
 from gn_det.text import one_line, shown, some
 
@@ -30,9 +30,6 @@ class Defect(Exception):
     def __init__(self, kind: str, *details: Any) -> None:
         super().__init__(kind, *details)
         self.kind, self.details = kind, details
-
-    def __str__(self) -> str:
-        return KINDS[self.kind].text.format(*self.details)
 
 
 def is_number(value: Any) -> bool:
