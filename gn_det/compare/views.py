@@ -230,12 +230,8 @@ def run_view(results: Results) -> View:
             minutes = f"{'> ' if len(known) < len(record.sessions) else ''}{sum(known) / 60:.1f}"
             commit = record.software.get("commit", "")
             version = f"{record.version} ({commit})" if commit else record.version
-            words = [
-                f"{result.row.id}, {result.unit} {seed}",
-                record.status,
-                version,
-                record.software.get("engine", ""),
-            ]
+            run = f"{result.row.id}, {result.unit} {seed}"
+            words = [run, record.status, version, record.software.get("engine", "")]
             body.append([Cell(w) for w in (*words, str(last.get("device", "")), str(last.get("day", "")), minutes)])
     remarks = [f"{r.row.title}: {remark}" for r in results.rows for remark in r.remarks]
     return View("Runs", [(LABEL, text) for text in head], body, remarks)
@@ -328,12 +324,9 @@ def _notes(rows: list[RowResult], columns: Sequence[str], place: Place | None, c
     if compared:
         found = [d for r in rows for c in compared if (d := r.difference(c)) is not None]
         text = "Δ: against the row's baseline, ± half of its 95% interval; bold: larger than the noise"
-        text += f"; (?): one {rows[0].unit}, so the noise is unknown" if any(d.half is None for d in found) else ""
-        text += (
-            f"; a row with one {rows[0].unit} is assumed to vary like the other"
-            if any(d.assumed for d in found)
-            else ""
-        )
+        one = f"one {rows[0].unit}"
+        text += f"; (?): {one}, so the noise is unknown" if any(d.half is None for d in found) else ""
+        text += f"; a row with {one} is assumed to vary like the other" if any(d.assumed for d in found) else ""
         notes.append(f"{text}.")
     costs = [c for c in columns if COLUMNS[c].what == COST]
     if costs and place is not None:

@@ -116,6 +116,7 @@ def test_cross_validation_on_own_data(
     assert len(held) == 2 and not held[0] & held[1] and len(held[0] | held[1]) == 20
     report = (tmp_path / "folds" / "report.md").read_text()
     assert "Cross-validation in 2 folds" in report and "| fold 1 | fold 2 | mean |" in report
+    assert "standard deviation over folds" in report and "seeds" not in report
     (row,) = json.loads((tmp_path / "folds" / "results.json").read_text())["rows"]
     assert row["metrics"]["box_ap"]["n"] == 2 and row["interval"]["box_ap"]["half"] is not None
     assert main([*words, "SOLVER.MAX_ITER", "2"]) == 0
