@@ -154,14 +154,16 @@ def trace(graph: GraphDetector, channels: int, options: Options, divisor: int) -
 def _onnx(program: torch.export.ExportedProgram, graph: GraphDetector, metadata: Metadata, options: Options) -> bytes:
     try:
         import onnx_ir
-        from onnxscript import opset18 as op
+        from onnxscript import opset18
     except ImportError:
         raise ConfigError(
             "export to ONNX needs onnx and onnxscript; install them: pip install 'gn-det[export]'"
         ) from None
 
+    op: Any = opset18
+
     def suppress(boxes: Any, scores: Any, iou: float) -> Any:
-        limits: list[Any] = [op.Constant(value_int=2**62), *(op.Constant(value_float=v) for v in (iou, -3e38))]
+        limits = [op.Constant(value_int=2**62), *(op.Constant(value_float=v) for v in (iou, -3e38))]
         return op.NonMaxSuppression(boxes, scores, *limits)
 
     def group_norm(x: Any, groups: int, weight: Any, bias: Any, eps: float = 1e-5, _: bool = True) -> Any:
