@@ -112,7 +112,7 @@ class TensorBoardLogger(Logger):
 
     def picture(self, name: str, path: Path, iteration: int | None = None) -> None:
         if self._open():
-            self._writer.add_image(name, np.asarray(Image.open(path)), iteration, dataformats="HWC")
+            self._writer.add_image(name, np.asarray(Image.open(path).convert("RGB")), iteration, dataformats="HWC")
 
     def flush(self) -> None:
         if self._writer is not None:
