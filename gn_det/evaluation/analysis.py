@@ -208,13 +208,11 @@ def _groups(gt: GroundTruth, results: Sequence[Mapping[str, Any]], task: str, ma
 
 def _best_of_each_class(found: list[Mapping[str, Any]], most: int) -> list[Mapping[str, Any]]:
     """Return the detections of an image by descending score, at most ``most`` per class."""
-    order = np.argsort([-r["score"] for r in found], kind="mergesort")
     kept: list[Mapping[str, Any]] = []
     seen: dict[Any, int] = defaultdict(int)
-    for i in order:
-        category = found[i]["category_id"]
-        seen[category] += 1
-        if seen[category] <= most:
+    for i in np.argsort([-r["score"] for r in found], kind="mergesort"):
+        seen[found[i]["category_id"]] += 1
+        if seen[found[i]["category_id"]] <= most:
             kept.append(found[i])
     return kept
 

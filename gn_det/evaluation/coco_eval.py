@@ -39,7 +39,7 @@ class EvalResult(dict[str, dict[str, float]]):
     warnings: list[str]
 
 
-@collector_paused()  # a third of the time otherwise: it would scan all entries again and again
+@collector_paused()  # which would scan all entries again and again, for a third of the time
 def evaluate_coco(
     ground_truth: StrPath | Mapping[str, Any] | CocoDataset | GroundTruth,
     results: Sequence[dict[str, Any]],

@@ -13,6 +13,7 @@ from PIL import Image
 
 from gn_det.cli import main
 from gn_det.errors import UserError
+from gn_det.modeling.postprocess import paste_masks
 from tests.deploy.cases import IDS, NAMES, checkpoint, pictures
 from tests.test_imports import run_blocked
 
@@ -176,12 +177,23 @@ def test_other_models_and_formats(case: str, options: Options, tmp_path: Path, i
 
 
 @pytest.mark.slow
-def test_half_precision_and_pasted_masks(tmp_path: Path, images: Path, weights: Path) -> None:
-    half = export(weights, tmp_path / "half.onnx", Options(fp16=True))
+def test_masks_pasted_in_the_graph(tmp_path: Path, images: Path, weights: Path, dynamic: Exported) -> None:
+    """They are torch's, pasted from the masks of the other graph at the size of the input."""
     whole = export(weights, tmp_path / "whole.onnx", Options(paste=True))
-    assert half.path.stat().st_size < 0.6 * whole.path.stat().st_size
     parity = compare(whole, [images])
-    assert parity.unmatched == 0 and parity.boxes < 0.02 and parity.masks > 0.9  # masks are resized once more
+    assert parity.unmatched == 0 and parity.boxes < 0.02
+    boxed, pasted = Detector(dynamic.path), Detector(whole.path)
+    image, size = boxed.prepare(np.array(Image.open(sorted(images.iterdir())[0]).convert("RGB")))
+    found, masks = boxed.run(image, size), pasted.run(image, size)["masks"]
+    expected = paste_masks(*(torch.from_numpy(found[key]) for key in ("masks", "boxes")), *image.shape[1:3]).numpy()
+    assert masks.shape == expected.shape and len(masks) > 10 and expected.any()
+    assert (masks != expected).mean() < 1e-4
+
+
+@pytest.mark.slow
+def test_half_precision(tmp_path: Path, images: Path, weights: Path, dynamic: Exported) -> None:
+    half = export(weights, tmp_path / "half.onnx", Options(fp16=True))
+    assert half.path.stat().st_size < 0.6 * dynamic.path.stat().st_size
     parity = compare(half, [images])
     assert parity.unmatched < 0.2 * parity.original  # these weights amplify; a trained model loses fewer
 
