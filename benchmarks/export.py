@@ -45,7 +45,7 @@ _TORCH = "import gn_det, sys; gn_det.load_model(sys.argv[1], device='cpu').predi
 _ONNX = "from gn_det.deploy import Detector; import sys; Detector(sys.argv[1], threads=1).predict(sys.argv[2])"
 #: Kinds of nodes that are quantized.
 _INT8 = {"int8 fc": ["MatMul", "Gemm"], "int8 fc and conv": ["MatMul", "Gemm", "Conv"]}
-FORMATS = ("fp32", "opset 18", "fp16", *_INT8)
+FORMATS = ("fp32", "opset 21", "fp16", *_INT8)
 
 
 def fresh(config: str, path: Path) -> Path:
@@ -103,8 +103,8 @@ def make(name: str, weights: Path, whole: Exported, folder: Path) -> Exported:
     path = folder / f"{name}.onnx"
     if name == "fp32":
         return whole
-    if name in ("opset 18", "fp16"):
-        return export(weights, path, Options(fp16=True) if name == "fp16" else Options(opset=18))
+    if name in ("opset 21", "fp16"):
+        return export(weights, path, Options(fp16=True) if name == "fp16" else Options(opset=21))
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     quantize_dynamic(whole.path, path, op_types_to_quantize=_INT8[name], weight_type=QuantType.QUInt8)

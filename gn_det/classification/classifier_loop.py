@@ -273,6 +273,7 @@ def write_weights(path: Path, model: Classifier, settings: Settings, source: Sou
         "weights": {
             "norm": {"BR": "BN", "SyncBN": "BN", "WN": "", "none": ""}.get(settings.norm, settings.norm),
             "groups": list(settings.group_rule) if settings.norm == "GN" else None,
+            "ws": {"RESNETS": settings.ws or ""},
             "preprocessing": preprocessing if backbone else None,
             # Channel order and std may be folded into the stem for a config that wants others.
             "foldable": settings.arch in DEPTHS,

@@ -119,7 +119,7 @@ def build_classifier(settings: Settings, num_classes: int, in_channels: int = 3)
     other: dict[str, NormSpec] = {"WN": None, "none": None, "BR": BatchRenorm2d}
     if settings.of_clips:
         other["BN"] = nn.BatchNorm3d
-    norm = other.get(settings.norm, NormFactory(settings.norm, GroupRule(*settings.group_rule)))
+    norm = other.get(settings.norm, NormFactory(settings.norm, GroupRule(*settings.group_rule), ws=settings.ws or ""))
     trunk: ResNet | SmallResNet | VGG16
     try:
         if settings.arch == VGG:

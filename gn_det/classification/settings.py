@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from gn_det.config.schema import WEIGHT_STANDARDIZATIONS
 from gn_det.errors import ConfigError
 from gn_det.text import did_you_mean, one_line, shown
 from gn_det.values import FLAG, Check, InvalidValue, Value, every, integer, items, number, one_of, optional, text
@@ -79,6 +80,8 @@ class Settings:
     groups: int | None = _setting(optional(integer(1, 8192)), "number of GN groups (default 32)", None)
     channels_per_group: int | None = _setting(optional(integer(1, 8192)),
         "size of GN groups, instead of --groups", None)
+    ws: str | None = _setting(optional(one_of(*WEIGHT_STANDARDIZATIONS)),
+        "Weight Standardization before each norm: jhu, bit or timm, as MODEL.WS.RESNETS", None)
     batch_size: int = _setting(optional(integer(1, 65_536)), "images per process (default 32; 8 clips)", None)
     epochs: float = _setting(optional(number(0, 1e6, above=True)),
         "default 100; the learning rate drops after 30, 60 and 90%", None)
@@ -168,11 +171,13 @@ class Settings:
         others = (self.source == "motions") != self.of_clips and not folder
         alone = self.norm in _OF_BATCHES and self.batch_size == 1
         shifts = self.augment == SHIFT and (self.of_clips or not folder)
+        ws = self.ws is not None and (self.of_clips or self.norm in ("WN", "BR", "none"))
         strides = self.stride_in_1x1 and DEPTHS.get(self.arch, 0) < 50
         return [
             *renorm,
             *of_clips,
             ("iterations", None not in (self.iterations, self.epochs), "epochs is given, too; give one of them"),
+            ("ws", ws, "only images with norm BN, SyncBN, LN, IN or GN have it; leave it out"),
             ("norm", self.of_clips and self.norm in ("WN", "BR"), "clips have BN, SyncBN, LN, IN, GN or none"),
             ("data", others, f"arch is {self.arch}; {clips} take a folder of videos or motions"),
             ("precise_bn", bool(self.precise_bn) and self.norm not in ("BN", "SyncBN"), f"norm {self.norm} needs none"),
@@ -233,8 +238,8 @@ class Settings:
         return replace(self, **{name: old.get(name, choice) for name, choice in unsettled.items()})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values by field, fit for JSON; without the options of norms and clips that this run does not have."""
-        optional = (*_RENORM, *OF_CLIPS)
+        """Plain values by field, fit for JSON; without the options that this run does not have."""
+        optional = ("ws", *_RENORM, *OF_CLIPS)
         values = {name: value for name, value in asdict(self).items() if value is not None or name not in optional}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 

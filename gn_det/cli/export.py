@@ -24,7 +24,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     shape.add_argument("--dynamic", action="store_true", help="any height and width (default)")
     add("--batch", type=flags.whole(1), metavar="N", help="fixed number of images (default: any; 1 with --size)")
-    add("--opset", type=flags.whole(1), default=21, metavar="N", help="of ONNX (default 21)")
+    add("--opset", type=flags.whole(1), default=18, metavar="N", help="of ONNX (default 18)")
     add("--fp16", action="store_true", help="half-precision weights and convolutions; boxes stay float32")
     add("--paste", action="store_true", help="masks at the size of the input, not 28x28 within the boxes")
     flags.add_config(parser, overrides=False)

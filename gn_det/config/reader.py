@@ -50,7 +50,6 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self.depth = self.nodes = 0
         self.sizes: dict[int, int] = {}
-        self.merged: set[int] = set()
 
     def fetch_more_tokens(self) -> Any:
         # The scanner runs ahead of the composer, and the cost of each step grows with the number of open brackets.
@@ -107,18 +106,25 @@ class _Loader(yaml.SafeLoader):
             raise _refused(f"{shown(node.value)} is not a valid {kind}", node.start_mark) from None
 
     def section(self, node: yaml.MappingNode) -> dict[str, Any]:
-        """Return keys and values; ``<<`` adds missing keys from one or more other mappings."""
-        if id(node) not in self.merged:
-            names: set[str] = set()
-            for key, value in node.value:
-                if isinstance(key, yaml.ScalarNode) and key.value in names:
-                    raise _refused(f"duplicate key {shown(key.value)}", key.start_mark)
-                names.add(str(key.value))
-                if key.tag == f"{_PREFIX}merge":
-                    self.value(value)  # finds its own duplicates
-            self.flatten_mapping(node)
-            self.merged.add(id(node))
-        return {self.key(key): self.value(value) for key, value in node.value}
+        """Return keys and values; ``<<`` adds missing keys from one or more other mappings, the first of which wins.
+
+        Our own merge: PyYAML 6.0.4 lets the last one win.
+        """
+        merged: dict[str, Any] = {}
+        own: dict[str, Any] = {}
+        names: set[str] = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in names:
+                raise _refused(f"duplicate key {shown(key.value)}", key.start_mark)
+            names.add(str(key.value))
+            if key.tag != f"{_PREFIX}merge":
+                own[self.key(key)] = self.value(value)
+                continue
+            for other in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                if not isinstance(other, yaml.MappingNode):
+                    raise _refused("expected a mapping or list of mappings for merging", other.start_mark)
+                merged = self.section(other) | merged
+        return merged | own
 
     def key(self, node: yaml.Node) -> str:
         if node.tag != f"{_PREFIX}str" or not isinstance(node, yaml.ScalarNode):

@@ -67,6 +67,7 @@ def features(model: nn.Module, cfg: Any) -> torch.Tensor:
 CASES = [
     ("resnet18", "GN", {}, "gn_fpn.yaml", R18),
     ("resnet18", "GN", {"channels_per_group": 16}, "gn_fpn.yaml", [*R18, "MODEL.GN.CHANNELS_PER_GROUP", 16]),
+    ("resnet18", "GN", {"ws": "jhu"}, "gn_fpn.yaml", [*R18, "MODEL.WS.RESNETS", "jhu"]),
     ("resnet18", "LN", {}, "gn_fpn.yaml", [*R18, "MODEL.RESNETS.NORM", "LN"]),
     ("resnet18", "BN", {}, "bn_fpn.yaml", R18),
     ("resnet18", "BN", {}, "bn_fpn.yaml", [*R18, "MODEL.RESNETS.NORM", "BN"]),
@@ -118,6 +119,7 @@ def test_config_with_another_std_gets_it_folded_into_the_stem(tmp_path: Path) ->
         ("resnet18", "LN", "gn_fpn.yaml", R18, "set MODEL.RESNETS.NORM 'LN'"),
         ("resnet18", "GN", "gn_fpn.yaml", [*R18, "MODEL.GN.NUM_GROUPS", 16], "set MODEL.GN.NUM_GROUPS 32"),
         ("resnet18", "GN", "gn_fpn.yaml", [], "MODEL.RESNETS.DEPTH 18"),
+        ("resnet18", "GN", "gn_fpn.yaml", [*R18, "MODEL.WS.RESNETS", "jhu"], "need: MODEL.WS.RESNETS ''"),
         ("resnet50", "BN", "bn_fpn.yaml", [], "MODEL.RESNETS.STRIDE_IN_1X1 False"),
     ],
 )

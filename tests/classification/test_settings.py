@@ -53,6 +53,7 @@ GOOD: dict[str, Any] = {"arch": "resnet50", "norm": "GN", "data": "imagenet", "o
         ("record", ""),
         ("color", 1),
         ("stride_in_1x1", None),
+        ("ws", "mmcv"),
     ],
 )
 def test_bad_values_are_refused_by_name(field: str, value: Any) -> None:
@@ -76,6 +77,8 @@ def test_bad_values_are_refused_by_name(field: str, value: Any) -> None:
         ({"data": "cifar10", "image_size": 64}, "cifar10 has images of 32 pixels"),
         ({"arch": "vgg16", "image_size": 24}, "halves it five times"),
         ({"arch": "resnet18", "stride_in_1x1": True}, "stride_in_1x1 is True"),
+        ({"norm": "WN", "ws": "jhu"}, "ws is 'jhu', but only images with norm BN"),
+        ({"arch": "i3d_r18", "ws": "jhu"}, "ws is 'jhu', but only images"),
     ],
 )
 def test_contradictions_are_refused(changes: dict[str, Any], told: str) -> None:

@@ -26,10 +26,6 @@ e: |
   lines
 f: &f {x: [1], y: é}
 g: *f
-h: {<<: *f, y: 2}
-i: {<<: [{z: 0}, *f, {z: 1, x: 3}]}
-j: &j {<<: *f, x: 2}
-k: [*j, {<<: *j}]
 """
 
 
@@ -41,6 +37,22 @@ def test_plain_yaml_has_safe_loaders_values() -> None:
         assert repr(parse_yaml(path.read_bytes(), "x")) == repr(yaml.safe_load(path.read_text()))
     assert parse_yaml("", "x") is None and parse_yaml("# only a comment", "x") is None
     assert parse_yaml("a: 2020-01-01\nb: =", "x") == {"a": "2020-01-01", "b": "="}
+
+
+def test_own_keys_win_over_merged_ones_and_the_first_of_several_sections() -> None:
+    """As YAML's merge key says; PyYAML 6.0.4 compares keys by identity and takes others."""
+    text = """\
+f: &f {x: [1], MODEL.NORM: GN}
+g: {<<: *f, MODEL.NORM: BN}
+h: {<<: [{z: 0}, *f, {z: 1, x: 3, MODEL.NORM: LN}]}
+i: &i {<<: *f, x: 2}
+j: [*i, {<<: *i}, {<<: [*f, *i]}, {<<: [*i, *f], MODEL.NORM: IN}]
+"""
+    loaded = parse_yaml(text, "x")
+    assert loaded["g"] == {"x": [1], "MODEL.NORM": "BN"}
+    assert loaded["h"] == {"z": 0, "x": [1], "MODEL.NORM": "GN"}
+    both = {"x": 2, "MODEL.NORM": "GN"}
+    assert loaded["j"] == [both, both, {"x": [1], "MODEL.NORM": "GN"}, {"x": 2, "MODEL.NORM": "IN"}]
 
 
 def test_numbers_of_100_characters_are_the_longest() -> None:
