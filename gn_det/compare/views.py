@@ -129,6 +129,7 @@ def _against(
         rest = f"the opposite direction here; with one {unit} it cannot be distinguished from noise"
     elif not found.beyond_noise:
         rest = "neither confirmed nor contradicted here"
+        rest += ", but the interval excludes a difference of that size" * (abs(found.value - delta) > found.half)
     else:
         rest = "the same direction here" if same else f"this result contradicts {name}"
     return f"{head}: {rest}.", bool(found.beyond_noise) and not same

@@ -76,6 +76,19 @@ def test_a_row_of_one_seed_is_told_with_its_assumption(tmp_path: Path) -> None:
     assert shown.body[1][2].strong
 
 
+def test_difference_within_the_noise_may_still_exclude_what_was_expected(tmp_path: Path) -> None:
+    """BN at 30.1 with a deviation of 0.3 against 30.3: an expected loss of 9 is excluded, a gain of 0.5 is not."""
+    source = {"source": "our note"}
+    for gained, told in ((-9.0, "excludes a difference of that size."), (0.5, "nor contradicted here.")):
+        rows = [
+            {**BN, "seeds": 3, "expected": {"box_ap": 30.0, **source}},
+            {**GN, "seeds": 1, "expected": {"box_ap": 30.0 + gained, **source}},
+        ]
+        found = results(tmp_path / told[:3], rows, None, Fake(values={"bn": 30.0, "gn": 30.0}))
+        sentence = findings(found)["gn"].sentences[1]
+        assert "neither confirmed" in sentence and sentence.endswith(told)
+
+
 def test_minutes_of_a_killed_start_are_not_made_up(tmp_path: Path) -> None:
     found = results(tmp_path, [BN], 1, Fake())
     record = found.rows[0].records[1]
