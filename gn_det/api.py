@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from gn_det.engine.run import evaluate, train
 from gn_det.prediction.predictor import Predictor, Selection, load_predictor
-from gn_det.result import ImageModel, Result
+from gn_det.result import ImageModel, Result, checked_path
 
 if TYPE_CHECKING:
     import torch
@@ -40,8 +41,14 @@ class Model(ImageModel):
         """Device that the model runs on."""
         return next(self.module.parameters()).device
 
-    def _predict_one(self, image: Path | np.ndarray, threshold: float, wanted: set[int] | None) -> Result:
-        found = Selection(threshold, wanted)(self._predictor.detect(image))
+    @property
+    def _thresholds(self) -> Sequence[float]:
+        return self._predictor.thresholds
+
+    def _predict_one(
+        self, image: Path | np.ndarray, lowest: float | Sequence[float], wanted: set[int] | None
+    ) -> Result:
+        found = Selection(lowest, wanted)(self._predictor.detect(image))
         return Result(
             **vars(found),
             class_names=self.class_names,
@@ -64,6 +71,8 @@ def load_model(
 
     Raises:
         WeightsError: the file is missing, unreadable, stores no config and none is given, or does not fill the model.
-        ConfigError: the config or the device cannot be used.
+        ConfigError: the config or the device cannot be used, or an argument is not a path.
     """
-    return Model(load_predictor(weights, config=None if config is None else os.fspath(config), device=device))
+    weights = checked_path(weights, "weights", "output/model_best.pth")
+    config = None if config is None else checked_path(config, "config", "gn_fpn.yaml")
+    return Model(load_predictor(weights, config=config, device=device))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -12,16 +13,19 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from gn_det.errors import ConfigError, DataError
-from gn_det.text import nearest, one_line, shown
+from gn_det.text import count, nearest, one_line, shown, some
 
 #: What ``predict`` takes as one image.
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 Images = list[Any] | tuple[Any, ...]
 
+#: Default score threshold if neither the user nor the checkpoint gives one.
+THRESHOLD = 0.5
+
 _EXPECTED = "give a path, a PIL image, or an (H, W, 3) uint8 array in RGB order"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)  # arrays have no single truth value
 class Result:
     """Detections of one image, best first, as NumPy arrays. N is the number of detections.
 
@@ -42,8 +46,12 @@ class Result:
     image_size: tuple[int, int]
     class_names: Sequence[str]
     category_ids: Sequence[int]
-    _source: Path | np.ndarray = field(repr=False, compare=False)
-    _read: Callable[[Path], np.ndarray] = field(repr=False, compare=False)
+    _source: Path | np.ndarray
+    _read: Callable[[Path], np.ndarray]
+
+    def __repr__(self) -> str:
+        found = some(f"{number} {name}" for name, number in Counter(self.names).most_common())
+        return f"<Result: {count(len(self), 'object')}{found and f' ({found})'}, image_size={self.image_size}>"
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -88,22 +96,25 @@ class ImageModel:
     category_ids: Sequence[int]
 
     @overload
-    def predict(self, images: ImageLike, *, threshold: float = ..., classes: Sequence[str] | None = ...) -> Result: ...
+    def predict(
+        self, images: ImageLike, *, threshold: float | None = ..., classes: Sequence[str] | None = ...
+    ) -> Result: ...
 
     @overload
     def predict(
-        self, images: Images, *, threshold: float = ..., classes: Sequence[str] | None = ...
+        self, images: Images, *, threshold: float | None = ..., classes: Sequence[str] | None = ...
     ) -> list[Result]: ...
 
     def predict(
-        self, images: ImageLike | Images, *, threshold: float = 0.5, classes: Sequence[str] | None = None
+        self, images: ImageLike | Images, *, threshold: float | None = None, classes: Sequence[str] | None = None
     ) -> Result | list[Result]:
         """Detect objects on one image, or on each image of a list.
 
         Args:
             images: a path, a PIL image or an (H, W, 3) uint8 array in RGB order (OpenCV frames are BGR: pass
                 ``frame[:, :, ::-1]``); or a list or tuple of these. EXIF orientation is applied.
-            threshold: keep detections with at least this score, in [0, 1].
+            threshold: keep detections with at least this score, in [0, 1]; None: the threshold of each class that
+                ``gn-det eval --save-thresholds`` stored, or 0.5.
             classes: keep these class names only; None keeps all.
 
         Returns:
@@ -113,20 +124,40 @@ class ImageModel:
             DataError: an image is missing, damaged or not of the expected form, or the list is empty.
             ConfigError: the threshold is out of range, or a class name is unknown.
         """
-        checked_threshold(threshold)
+        lowest = lowest_score(threshold, self._thresholds)
         wanted = wanted_classes(classes, self.class_names)
-        results = [self._predict_one(image, threshold, wanted) for image in checked_images(images)]
+        results = [self._predict_one(image, lowest, wanted) for image in checked_images(images)]
         return results if isinstance(images, (list, tuple)) else results[0]
 
-    def _predict_one(self, image: Path | np.ndarray, threshold: float, wanted: set[int] | None) -> Result:
+    @property
+    def _thresholds(self) -> Sequence[float]:
+        """Stored threshold of each class; empty if there are none."""
+        raise NotImplementedError
+
+    def _predict_one(
+        self, image: Path | np.ndarray, lowest: float | Sequence[float], wanted: set[int] | None
+    ) -> Result:
         raise NotImplementedError
 
 
+def lowest_score(threshold: Any, stored: Sequence[float]) -> float | Sequence[float]:
+    """Return ``threshold``, else the ``stored`` ones of each class, else 0.5; raise ConfigError for a bad threshold."""
+    return stored or THRESHOLD if threshold is None else checked_threshold(threshold)
+
+
 def checked_threshold(threshold: Any) -> float:
-    """``threshold`` if it is a number from 0 to 1; anything else raises ConfigError."""
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
+    """``threshold`` if it is a number from 0 to 1, NumPy's included; anything else raises ConfigError."""
+    known = isinstance(threshold, (int, float, np.integer, np.floating)) and not isinstance(threshold, bool)
+    if not known or not 0 <= threshold <= 1:
         raise ConfigError(f"threshold {shown(threshold)}: give a number from 0 to 1")
-    return threshold
+    return float(threshold)
+
+
+def checked_path(given: Any, name: str, example: str) -> str:
+    """Return the argument ``name`` as text, or raise ConfigError if it is not a path."""
+    if not isinstance(given, (str, os.PathLike)):
+        raise ConfigError(f"{name} is {shown(given)}; give a path, such as {example}")
+    return str(os.fspath(given))
 
 
 def wanted_classes(classes: Sequence[str] | None, names: Sequence[str]) -> set[int] | None:

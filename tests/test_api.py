@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +130,50 @@ def test_bad_threshold(model: gn_det.Model, pixels: np.ndarray, threshold: Any) 
         model.predict(pixels, threshold=threshold)
 
 
+@pytest.mark.parametrize("threshold", [np.float32(0.0), np.float64(0), np.int64(0), 0])
+def test_threshold_may_be_any_number(model: gn_det.Model, pixels: np.ndarray, threshold: Any) -> None:
+    assert len(model.predict(pixels, threshold=threshold)) == 8
+
+
+def test_default_threshold_is_that_of_the_checkpoint(weights: Path, pixels: np.ndarray, tmp_path: Path) -> None:
+    """One for each class, as with gn-det predict; 0.5 where none is stored."""
+    every = gn_det.load_model(weights, device="cpu").predict(pixels, threshold=0)
+    lowest = float(every.scores.max()) - 1e-6
+    payload = torch.load(weights, weights_only=True)
+    payload["gn_det"]["thresholds"] = [lowest if k == every.classes[0] else 1.0 for k in range(3)]
+    save_checkpoint(tmp_path / "stored.pth", payload)
+    stored = gn_det.load_model(tmp_path / "stored.pth", device="cpu")
+    assert every.scores[0] < 0.5  # otherwise 0.5 would find it, too
+    assert len(gn_det.load_model(weights, device="cpu").predict(pixels)) == 0
+    assert stored.predict(pixels).scores.tolist() == [s for s in every.scores.tolist() if s >= lowest]
+    assert len(stored.predict(pixels, threshold=0)) == 8
+
+
+def test_results_compare_by_identity_and_show_in_one_line(model: gn_det.Model, pixels: np.ndarray) -> None:
+    one, other = model.predict([pixels, pixels], threshold=0.0)
+    assert one == one and one != other and other in [one, other] and one not in [other]
+    number = Counter(one.names).most_common(1)[0]
+    assert repr(one).startswith(f"<Result: 8 objects ({number[1]} {number[0]}")
+    assert repr(one).endswith("), image_size=(70, 110)>")
+    assert repr(one[[]]) == "<Result: 0 objects, image_size=(70, 110)>"
+
+
+def test_weights_of_a_classifier_are_named_as_such(tmp_path: Path) -> None:
+    block = {"version": "1", "provenance": [{"kind": "R-50 GN classifier of photos", "trained": True}]}
+    save_checkpoint(tmp_path / "c.pth", {"model": {}, "gn_det": block})
+    with pytest.raises(WeightsError, match=r"c\.pth: these are weights of a classifier .* MODEL\.WEIGHTS") as told:
+        gn_det.load_model(tmp_path / "c.pth")
+    assert "--config" not in str(told.value)
+
+
 def test_what_cannot_be_loaded(tmp_path: Path, model: gn_det.Model, pixels: np.ndarray) -> None:
     with pytest.raises(WeightsError, match=r"none\.pth"):
         gn_det.load_model(tmp_path / "none.pth")
+    nothing: Any = None
+    with pytest.raises(ConfigError, match=r"weights is None; give a path, such as output/model_best\.pth"):
+        gn_det.load_model(nothing)
+    with pytest.raises(ConfigError, match=r"config is \[1\]; give a path"):
+        gn_det.load_model("a.pth", config=[1])  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="did you mean 'star'"):
         model.predict(pixels, classes=["stat"])
 

@@ -36,7 +36,7 @@ _LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # before, a magic numbe
 # Protocols 0 and 1 have no magic number: an empty dict, a mark and a dict, or a dict's class.
 _PICKLE = re.compile(rb"\x80[\x01-\x05]|\(d[p.]|\}[q.(]|ccollections\n")
 _NOT_WEIGHTS = (
-    (b"<", "a web page or XML, probably a failed download; download it again"),
+    (rb"<[!?a-z]", "a web page or XML, probably a failed download; download it again"),
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself; run `git lfs pull`"),
     (b"\x89PNG", "a picture"),
     (b"\xff\xd8\xff", "a picture"),
@@ -221,7 +221,9 @@ def _looks_like_safetensors(head: bytes) -> bool:
 
 def _known_mistake(head: bytes) -> str:
     """Return what a file seems to be instead of weights, and what to do; "" if unknown."""
-    return next((what for magic, what in _NOT_WEIGHTS if head.lstrip().startswith(magic)), "")
+    if _looks_like_safetensors(head) and head[5:8] == b"\0\0\0":  # its length of the header may look like anything
+        return ""
+    return next((what for pattern, what in _NOT_WEIGHTS if re.match(pattern, head.lstrip(), re.IGNORECASE)), "")
 
 
 def not_weights(head: bytes) -> str:

@@ -198,7 +198,10 @@ def load_cifar10(settings: Settings) -> ArraySource:
         train, val = part(True), part(False)
     except (OSError, RuntimeError, EOFError, KeyError) as error:  # no network, a broken archive, other checksums
         reason = one_line(error, 200)
-        raise DataError(f"classify data {settings.data}: CIFAR-10 cannot be had in {root} ({reason})") from None
+        raise DataError(
+            f"classify data {settings.data}: CIFAR-10 is not in {root} and cannot be downloaded ({reason}); give the "
+            f"folder that holds it as cifar10:FOLDER, or ./cifar10 for a folder of your own images"
+        ) from None
     enough(settings, len(train[1]))
     return ArraySource(classes, train, val, _CIFAR, shift=4, flip=True, seed=settings.seed)
 

@@ -281,8 +281,9 @@ def _describe(settings: Settings, source: Source, model: Classifier, plan: Plan,
     logger.info(
         f"batch {settings.batch_size * processes} ({count(processes, 'process', 'processes')} × "
         f"{count(settings.batch_size, 'clip' if settings.of_clips else 'image')}), "
-        f"{epochs:g} epochs = {plan.total} iterations, lr {plan.lr:g} ({why}), x {settings.gamma:g} after "
-        f"epochs {steps}; weight decay {settings.weight_decay:g} on all {decayed}; autocast {settings.amp}"
+        f"{epochs:g} {'epoch' if epochs == 1 else 'epochs'} = {count(plan.total, 'iteration')}, "
+        f"lr {plan.lr:g} ({why}), x {settings.gamma:g} after epochs {steps}; "
+        f"weight decay {settings.weight_decay:g} on all {decayed}; autocast {settings.amp}"
         f"{', channels_last' if settings.channels_last else ''}; seed {settings.seed}"
     )
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from gn_det.config.schema import WEIGHT_STANDARDIZATIONS
 from gn_det.errors import ConfigError
 from gn_det.text import did_you_mean, one_line, shown
 from gn_det.values import FLAG, Check, InvalidValue, Value, every, integer, items, number, one_of, optional, text
@@ -19,6 +18,8 @@ VGG = "vgg16"
 #: ResNets inflated for clips.
 CLIPS = {"i3d_r18": 18, "i3d_r50": 50}
 NORMS = ("BN", "SyncBN", "LN", "IN", "GN", "WN", "BR", "none")
+#: Formulas of Weight Standardization, as in the config's schema, which needs too much for a command's help.
+STANDARDIZATIONS = ("jhu", "bit", "timm")
 #: Norms whose statistics are those of the batch.
 _OF_BATCHES = ("BN", "SyncBN", "BR")
 #: Data sets that need no folder; "cifar10:FOLDER" and "motions:FOLDER" name one.
@@ -80,7 +81,7 @@ class Settings:
     groups: int | None = _setting(optional(integer(1, 8192)), "number of GN groups (default 32)", None)
     channels_per_group: int | None = _setting(optional(integer(1, 8192)),
         "size of GN groups, instead of --groups", None)
-    ws: str | None = _setting(optional(one_of(*WEIGHT_STANDARDIZATIONS)),
+    ws: str | None = _setting(optional(one_of(*STANDARDIZATIONS)),
         "Weight Standardization before each norm: jhu, bit or timm, as MODEL.WS.RESNETS", None)
     batch_size: int = _setting(optional(integer(1, 65_536)), "images per process (default 32; 8 clips)", None)
     epochs: float = _setting(optional(number(0, 1e6, above=True)),

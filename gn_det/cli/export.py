@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 
 from gn_det.cli import flags
+
+#: An example of an output by format.
+_NAMES = {"onnx": "model.onnx", "pt2": "model.pt2", "aoti": "model.pt2"}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +47,23 @@ def _size(word: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def _check_output(name: str, to: str) -> None:
+    """Refuse a folder, and the extension of another format."""
+    from gn_det.errors import ConfigError
+    from gn_det.text import one_line
+
+    path, where = Path(name).expanduser(), f"--output {one_line(name, 400)}"
+    if path.is_dir():
+        raise ConfigError(f"{where}: it is a folder; name a file, such as {path / _NAMES[to]}")
+    suffix = path.suffix.lower()
+    if suffix in (".onnx", ".pt2") and not _NAMES[to].endswith(suffix):
+        other = "--to pt2 or aoti" if suffix == ".pt2" else "--to onnx"
+        raise ConfigError(f"{where}: --to {to} writes another format; use {other}, or a name like {_NAMES[to]}")
+
+
 def run(args: argparse.Namespace) -> int:
+    from gn_det.data.inputs import collect_images
+    from gn_det.deploy.detector import find_provider
     from gn_det.deploy.export import Options, export
     from gn_det.errors import ConfigError, UserError
     from gn_det.terminal import say
@@ -54,14 +74,22 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             "--to aoti needs --check with some images: what a compiler makes of a model is compared with it"
         )
+    # An export takes minutes: everything that can be wrong without it is refused before.
+    _check_output(args.output, args.to)
+    if args.check:
+        from gn_det.deploy.parity import compare, image_ids
+
+        paths, _ = collect_images(args.check)
+        if args.to == "onnx":
+            find_provider(args.provider)
+        if args.check_json:
+            image_ids(args.check_json, paths)
     options = Options(args.to, args.size, args.batch, args.opset, args.fp16, args.paste)
     exported = export(args.weights, args.output, options, config=args.config)
     names = ("batch", "height", "width")
     shape = " x ".join(str(fixed or name) for fixed, name in zip(exported.shape, names))
     say(f"{exported.path}: {args.to}, {exported.path.stat().st_size / 2**20:.1f} MiB, images {shape} (uint8 RGB)")
     if args.check:
-        from gn_det.deploy.parity import compare
-
         parity = compare(exported, args.check, ground_truth=args.check_json, provider=args.provider)
         for line in parity.lines():
             say(line)

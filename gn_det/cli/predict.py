@@ -31,6 +31,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     tiles.add_argument("--overlap", type=float, metavar="P", help="share of a tile in the next one (default 0.2)")
     text = "pixels of the largest image that is read"
     flags.add_key(tiles, "--max-pixels", "INPUT.MAX_PIXELS", text, metavar="N", type=flags.whole(1, 10**10))
+    flags.add_key(
+        parser,
+        "--bit-depth",
+        "INPUT.BIT_DEPTH",
+        "values of images of more than 8 bits: LOW,HIGH (black, white), full or percentiles",
+        metavar="RANGE",
+    )
     videos = parser.add_argument_group("videos, cameras and streams")
     videos.add_argument("--every", type=flags.whole(1), default=1, metavar="N", help="use every N-th frame (default 1)")
     videos.add_argument("--max-frames", type=flags.whole(1), metavar="N", help="stop after N frames")
@@ -79,7 +86,9 @@ def run(args: argparse.Namespace) -> int:
         for flag, value in (("--config", args.config), ("--amp", given["TEST.AMP"])):
             if value is not None:
                 raise ConfigError(f"{flag} is for checkpoints; leave it out with the exported file {args.weights}")
-        options["predictor"] = as_predictor(args.weights, args.device, max_pixels=given["INPUT.MAX_PIXELS"])
+        options["predictor"] = as_predictor(
+            args.weights, args.device, max_pixels=given["INPUT.MAX_PIXELS"], bit_depth=given["INPUT.BIT_DEPTH"]
+        )
     elif videos and not images:
         from gn_det.classification.predict_clips import predict_clips
 

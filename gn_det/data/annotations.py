@@ -185,11 +185,11 @@ def _check_rle(rle: dict[str, Any], height: int, width: int) -> dict[str, Any]:
 def _runs(counts: list[Any]) -> np.ndarray:
     try:
         runs = np.asarray(counts)
-        if runs.ndim == 1 and runs.dtype.kind in "iuf" and (np.abs(runs) < 2**40).all() and (runs % 1 == 0).all():
+        if runs.ndim == 1 and runs.dtype.kind in "iuf" and (np.abs(runs) < 2**32).all() and (runs % 1 == 0).all():
             return runs.astype(np.int64)
     except (ValueError, OverflowError):
         pass
-    raise Defect("rle-format", "counts are not integers below 2^40")
+    raise Defect("rle-format", "counts are not integers below 2^32")
 
 
 def _as_bytes(counts: Any) -> bytes:

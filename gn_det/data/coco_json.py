@@ -29,6 +29,10 @@ from gn_det.text import one_line, shown, some
 _GZIP = b"\x1f\x8b"
 #: A gzipped json may unpack to this many bytes, or to this multiple of its size. Annotations shrink about tenfold.
 _UNZIPPED, _RATIO = 64 << 20, 100
+#: Longest class name: a checkpoint's keys of metrics, such as "segm/AP-NAME", have at most 512 characters.
+_MOST_NAME = 480
+#: What a config cannot store in a name.
+_NO_NAME = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 @dataclass
@@ -226,13 +230,18 @@ def category_id(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
+def _is_name(value: Any) -> bool:
+    """Whether configs and checkpoints can store a class name, and a key made of it."""
+    return isinstance(value, str) and 0 < len(value) <= _MOST_NAME and not _NO_NAME.search(value)
+
+
 def _categories(entries: Any, problems: Problems) -> tuple[tuple[int, ...], tuple[str, ...]]:
     if not isinstance(entries, list) or not entries:
         problems.stop("categories-missing")
     found: dict[int, str] = {}
     for entry in entries:
         number = category_id(entry.get("id")) if isinstance(entry, dict) else None
-        if number is None or not isinstance(entry.get("name"), str):
+        if number is None or not _is_name(entry.get("name")):
             problems.refuse("category-malformed", NOWHERE, shown(entry))
             continue
         name = entry["name"]

@@ -48,6 +48,11 @@ _BETWEEN = re.compile(rb"[\s,]*")
 _FIELDS = attrgetter("id", "image_id", "category_id", "bbox", "iscrowd", "segmentation", "ignore")
 
 
+def _integer(digits: str) -> float:
+    """An integer of any length: Python refuses those of more than 4300 digits, which are beyond every limit."""
+    return int(digits) if len(digits) < 1000 else float(digits)
+
+
 class Entries(Sequence[Any]):
     """Sequence in which ``entries[position]`` is the parsed annotation at that position of the json.
 
@@ -84,7 +89,7 @@ class Entries(Sequence[Any]):
         if self._parsed is not None:
             return self._parsed[position]
         start, end = self.spans[position]
-        return json.loads(self.text[start:end])
+        return json.loads(self.text[start:end], parse_int=_integer)
 
     def _read(self, first: int, spans: list[list[int]]) -> None:
         """Fill the columns of one chunk."""

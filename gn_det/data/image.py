@@ -238,7 +238,7 @@ def _too_deep(path: StrPath, mode: str, values: np.ndarray | None = None) -> Ima
     bits = {"I": "32-bit integers", "F": "floats"}.get(mode, "16-bit integers")
     return ImageError(
         f"{_shown(path)}: image holds {bits} (mode {mode}){span}, not 8 bits: set INPUT.BIT_DEPTH to LOW,HIGH (the "
-        f"values of black and white), full or percentiles",
+        f"values of black and white), full or percentiles; gn-det predict has --bit-depth for it",
         "image-depth",
     )
 

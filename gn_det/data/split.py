@@ -95,13 +95,16 @@ def _divide(cfg: Any) -> _Division:
     return _Division(content, ids, held, what)
 
 
-def write_split(cfg: Any) -> Any:
+def write_split(cfg: Any, *, started: bool = False) -> Any:
     """Write the files of the split that DATASETS.VAL_FRACTION or VAL_FOLD asks for; returns :func:`split_keys`.
 
     The same json, fraction and SEED (0 where it is negative) give the same split; folds depend on the json alone.
 
+    Args:
+        started: a run in OUTPUT_DIR has trained on the split that is there; no image may change sides.
+
     Raises:
-        DataError: the json cannot be read, or a class would be left without validation images.
+        DataError: the json cannot be read, a class would be left without validation images, or an image changes sides.
     """
     if not is_split(cfg):
         return cfg
@@ -109,6 +112,8 @@ def write_split(cfg: Any) -> Any:
     content, held = division.content, division.held
     images, annotations = content["images"], content["annotations"]
     out = split_keys(cfg)
+    if started:
+        _check_sides(out, division)
     val_ids = {i for i, is_held in zip(division.ids, held) if is_held and isinstance(i, Hashable)}
     for path, wanted in ((out.DATASETS.TRAIN_JSON, False), (out.DATASETS.VAL_JSON, True)):
         part = {
@@ -124,6 +129,21 @@ def write_split(cfg: Any) -> Any:
         os.path.dirname(out.DATASETS.TRAIN_JSON),
     )
     return out
+
+
+def _check_sides(out: Any, division: _Division) -> None:
+    """Refuse to validate on images that the run in the folder of ``out`` has trained on, or the other way round."""
+    moved: set[str] = set()
+    for path, side in ((out.DATASETS.TRAIN_JSON, False), (out.DATASETS.VAL_JSON, True)):
+        if os.path.exists(path):
+            before = {json.dumps(image.get("id")) for image in read_json(path)["images"] if isinstance(image, dict)}
+            moved |= before & {json.dumps(i) for i, held in zip(division.ids, division.held) if held != side}
+    if moved:
+        raise DataError(
+            f"{division.what}: {count(len(moved), 'image')} would change between training and validation while a run "
+            "continues, because json, fraction or SEED are not those of its start; use those, or continue on its own "
+            f"files: --train-json {out.DATASETS.TRAIN_JSON} --val-json {out.DATASETS.VAL_JSON}"
+        )
 
 
 def _belongs(annotation: Any, ids: set[Any]) -> bool:

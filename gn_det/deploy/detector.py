@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from gn_det.data.transforms import Resize, resized_shape
 from gn_det.deploy.metadata import NAME, Metadata
 from gn_det.errors import ConfigError, DataError, UserError, WeightsError
 from gn_det.files import check_regular
-from gn_det.result import ImageModel, Result
+from gn_det.result import ImageModel, Result, checked_path
 from gn_det.text import did_you_mean, one_line, shown
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ class Detector(ImageModel):
             WeightsError: the file is missing or damaged, or was not written by gn_det.
             ConfigError: onnxruntime or the provider is not installed.
         """
-        self.path = os.fspath(path)
+        self.path = checked_path(path, "path", "model.onnx")
         self._session = _session(self.path, provider, threads)
         self.metadata = Metadata.from_json(self._session.get_modelmeta().custom_metadata_map.get(NAME), self.path)
         self.class_names = self.metadata.class_names
@@ -124,12 +125,19 @@ class Detector(ImageModel):
             "image_size": (height, width),
         }
 
-    def _predict_one(self, source: Path | np.ndarray, threshold: float, wanted: set[int] | None) -> Result:
+    @property
+    def _thresholds(self) -> Sequence[float]:
+        return self.metadata.thresholds
+
+    def _predict_one(
+        self, source: Path | np.ndarray, lowest: float | Sequence[float], wanted: set[int] | None
+    ) -> Result:
         if isinstance(source, np.ndarray):
             found = self.detect(self._reader.from_array(source))
         else:
             found = self.detect(self._reader.read(source), os.fspath(source))
-        keep = found["scores"] >= threshold
+        limits = np.array(lowest, np.float32)
+        keep = found["scores"] >= (limits[found["classes"]] if limits.ndim else limits)
         if wanted is not None:
             keep &= np.isin(found["classes"], sorted(wanted))
         read = self.metadata.reader("RGB").read
@@ -156,8 +164,8 @@ class Detector(ImageModel):
         return batch, height, width
 
 
-def _session(path: str, provider: str, threads: int) -> Any:
-    """Create an onnxruntime session; raise ConfigError without the provider, WeightsError for a bad file."""
+def find_provider(provider: str) -> str:
+    """Return onnxruntime's name of a provider; raise ConfigError if it, or onnxruntime, is not installed."""
     try:
         import onnxruntime
     except ImportError:
@@ -171,6 +179,14 @@ def _session(path: str, provider: str, threads: int) -> Any:
             f"provider {provider} is not part of the installed onnxruntime {onnxruntime.__version__}; "
             f"pip install {distribution} instead, or use the provider cpu"
         )
+    return name
+
+
+def _session(path: str, provider: str, threads: int) -> Any:
+    """Create an onnxruntime session; raise ConfigError without the provider, WeightsError for a bad file."""
+    name = find_provider(provider)
+    import onnxruntime
+
     onnxruntime.set_default_logger_severity(3)  # providers log outside of the session
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

@@ -198,7 +198,7 @@ def compare(
     detector = Detector(exported.path, provider=provider) if onnx else ProgramDetector(exported)
     mapper, reader = InferenceMapper(cfg), exported.metadata.reader()
     paths, _ = collect_images(inputs)
-    ids = {} if ground_truth is None else _image_ids(ground_truth, paths)
+    ids = {} if ground_truth is None else image_ids(ground_truth, paths)
     parity = Parity(TOLERANCES[exported.metadata.precision])
     results: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
     for path in paths:
@@ -222,7 +222,7 @@ def compare(
     return parity
 
 
-def _image_ids(ground_truth: StrPath, paths: Sequence[Path]) -> dict[Path, Any]:
+def image_ids(ground_truth: StrPath, paths: Sequence[Path]) -> dict[Path, Any]:
     """Return the ids of the images at ``paths`` in a json, by file name; DataError names missing or ambiguous ones."""
     known: dict[str, Any] = {}
     for image in load_ground_truth(ground_truth).images:

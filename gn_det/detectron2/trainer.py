@@ -49,7 +49,7 @@ from gn_det.engine.evaluator import evaluate_model, verify_expected
 from gn_det.engine.log import run_log
 from gn_det.engine.loggers import check_loggers
 from gn_det.engine.loop import Loop, parallel
-from gn_det.engine.output import alone_in, refuse_old_run
+from gn_det.engine.output import alone_in, checkpoints, refuse_old_run
 from gn_det.engine.precision import lay_out, settle
 from gn_det.engine.prepare import (
     Prepared,
@@ -124,7 +124,8 @@ class Trainer(DefaultTrainer):
         if not self._own_results():  # otherwise the names depend on the user's evaluator
             check_metric(cfg)
         with self._log(), trainer_keys_are_read():
-            cfg = write_split(cfg)
+            # Without overwrite, an earlier run can only be continued.
+            cfg = write_split(cfg, started=not overwrite and bool(checkpoints(self._folder)))
             device = dist.resolve_device(cfg.MODEL.DEVICE)
             prepared = prepare(settle(name_by_files(cfg), device), augment)
             self.cfg = cfg = _with_names(prepared.cfg, cfg)

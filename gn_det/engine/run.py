@@ -38,7 +38,7 @@ from gn_det.engine.evaluator import evaluate_model, verify_expected
 from gn_det.engine.heap import keep_freed_memory
 from gn_det.engine.log import FILE_ONLY, run_log
 from gn_det.engine.loop import Hook
-from gn_det.engine.output import alone_in, check_output_name, refuse_old_run
+from gn_det.engine.output import alone_in, check_output_name, checkpoints, refuse_old_run
 from gn_det.engine.precision import lay_out_for_inference, settle
 from gn_det.engine.prepare import (
     check_freeze,
@@ -109,7 +109,7 @@ def train(
     folder = check_writable(cfg.OUTPUT_DIR)
     if not resume:
         refuse_old_run(folder, overwrite=overwrite)
-    cfg = write_split(cfg)
+    cfg = write_split(cfg, started=resume and bool(checkpoints(folder)))
     return dist.launch(
         _train_rank,
         (cfg, engine, resume, overwrite, hooks, augment),

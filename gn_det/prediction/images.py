@@ -27,9 +27,9 @@ from gn_det.evaluation.results import detections_to_coco
 from gn_det.files import atomic_write, check_writable
 from gn_det.prediction.outputs import PREDICTIONS_FILE, check_outputs, write_outputs
 from gn_det.prediction.pipeline import in_thread
-from gn_det.prediction.predictor import THRESHOLD, Predictor, Selection, crops_of, load_predictor
+from gn_det.prediction.predictor import Predictor, Selection, crops_of, load_predictor
 from gn_det.prediction.tiles import Found, LargeImage, Tiling, detect_tiles
-from gn_det.result import checked_threshold
+from gn_det.result import lowest_score
 from gn_det.structures import ArrayDetections, MaskCrop, encode_crop
 from gn_det.terminal import say
 from gn_det.text import count, one_line, shown
@@ -88,7 +88,7 @@ def predict(
             could not be read, with reasons.
     """
     check_outputs(save)
-    checked_threshold(THRESHOLD if threshold is None else threshold)
+    lowest_score(threshold, ())
     folder = named_folder(output)
     given = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
     paths, notes = collect_images(given, exclude=folder)

@@ -13,7 +13,7 @@ import numpy as np
 
 from gn_det.data.image import ImageReader
 from gn_det.errors import ConfigError, WeightsError
-from gn_det.result import checked_threshold, wanted_classes
+from gn_det.result import THRESHOLD, lowest_score, wanted_classes
 from gn_det.structures import AnyDetections, ArrayDetections, MaskCrop, Sample, crop_mask, to_numpy
 
 if TYPE_CHECKING:
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 
     from gn_det.config.load import Overrides
     from gn_det.engine.engines import Engine
-
-#: Default score threshold if neither the user nor the checkpoint gives one.
-THRESHOLD = 0.5
 
 
 @dataclass(frozen=True)
@@ -94,9 +91,13 @@ def load_predictor(
     elif meta.get("config"):
         cfg = parse_config(meta["config"], os.fspath(weights))
     else:
-        raise WeightsError(
-            f"{os.fspath(weights)}: no config is stored in this file; give the one it was trained with (--config)"
-        )
+        text = "no config is stored in this file; give the one it was trained with (--config)"
+        if _of_classifier(meta):
+            text = (
+                "these are weights of a classifier (gn-det classify), not of a detector; train a detector with them as "
+                "MODEL.WEIGHTS, and give its checkpoint"
+            )
+        raise WeightsError(f"{os.fspath(weights)}: {text}")
     merge_overrides(cfg, overrides)
     names, ids = _classes_of(meta, cfg)
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(names)
@@ -117,6 +118,12 @@ def load_predictor(
     reader, thresholds = ImageReader.of(cfg, "RGB"), _thresholds(meta, len(names))
     gray = cfg.INPUT.FORMAT == "L"
     return Predictor(InferenceMapper(cfg), infer, names, ids, reader, model, cfg, thresholds, gray)
+
+
+def _of_classifier(meta: dict[str, Any]) -> bool:
+    """Return whether ``gn-det classify`` wrote the file."""
+    steps = meta.get("provenance")
+    return isinstance(steps, (list, tuple)) and any(isinstance(s, dict) and s.get("trained") is True for s in steps)
 
 
 def _engine_for(cfg: Any, source: str) -> Engine:
@@ -174,7 +181,7 @@ class Selection:
         agnostic_nms: bool = False,
     ) -> Selection:
         """Check the user's selection, or raise ConfigError; without ``threshold``, the checkpoint's apply, or 0.5."""
-        chosen = predictor.thresholds or THRESHOLD if threshold is None else checked_threshold(threshold)
+        chosen = lowest_score(threshold, predictor.thresholds)
         iou = 0.5 if predictor.config is None else float(predictor.config.MODEL.ROI_HEADS.NMS_THRESH_TEST)
         return cls(chosen, wanted_classes(classes, predictor.class_names), iou if agnostic_nms else None)
 

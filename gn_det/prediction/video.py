@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -100,6 +101,8 @@ def predict_videos(
         "agnostic_iou": keep.agnostic_iou,
         "every": every,
     }
+    if predictor.config is not None:  # what an exported file fixes is part of its sha256
+        run["config"] = _config_hash(predictor.config)
     draw = partial(draw_scaled, predictor=predictor, labels=labels, colors=colors)
     refuse_to_overwrite(folder, [Path(source) for source in sources if os.path.exists(source)], names)
     for source, name in zip(sources, names):
@@ -107,6 +110,12 @@ def predict_videos(
             if resume and video.live:
                 raise ConfigError(f"{video.name}: a camera or stream cannot be resumed; leave out --resume")
             _VideoJob(video, predictor, keep, folder / name, draw, report).run(run, save, resume, max_frames)
+
+
+def _config_hash(config: Any) -> str:
+    """Return a short hash of the config keys that decide detections, with "auto" resolved."""
+    keys = [config.INPUT, config.MODEL, config.TEST, config.SOLVER.AMP.DTYPE]
+    return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _stem(source: str) -> str:
@@ -245,8 +254,8 @@ class _Lines:
                 if number == 0:
                     if line != json.loads(json.dumps(header)):
                         raise ConfigError(
-                            f"{self._path}: was made from another video or with other weights or settings; use these "
-                            f"again, or leave out --resume to start over"
+                            f"{self._path}: was made from another video or with other weights or settings, or by "
+                            f"another version of gn-det; use these again, or leave out --resume to start over"
                         )
                 elif not _is_frame(line, {c["id"] for c in header["categories"]}):
                     raise DataError(f"{self._path} line {number + 1}: is not a frame; leave out --resume to start over")

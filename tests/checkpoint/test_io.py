@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from gn_det import files
-from gn_det.checkpoint.io import read_checkpoint, save_checkpoint
+from gn_det.checkpoint.io import read_any, read_checkpoint, save_checkpoint
 from gn_det.errors import WeightsError, WriteError
 
 
@@ -149,6 +149,21 @@ def test_truncated(tmp_path: Path, mmap: bool) -> None:
 def test_not_a_checkpoint(tmp_path: Path, content: bytes, expected: str) -> None:
     (tmp_path / "x.pth").write_bytes(content)
     assert expected in refused(read_checkpoint, tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("length", [0x3C, 0x213C, 0x683C, 0x3C20, 0x8B1F, 0xD8FF])
+def test_length_of_a_safetensors_header_may_look_like_text(tmp_path: Path, length: int) -> None:
+    """The file begins with this number, low byte first: as "<", "<!", "<h", " <", or as gzip."""
+    path, data = tmp_path / "m.safetensors", b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+    values = np.array([3, 4], np.float32)
+    path.write_bytes(length.to_bytes(8, "little") + data.ljust(length) + values.tobytes())
+    assert read_any(path)["state_dict"]["w"].tolist() == [3, 4]
+
+
+@pytest.mark.parametrize(("content", "page"), [(b" \n<HTML>x", True), (b"<?xml ?>", True), (b"<\1\2\3\4", False)])
+def test_only_text_is_a_web_page(tmp_path: Path, content: bytes, page: bool) -> None:
+    (tmp_path / "m.pth").write_bytes(content)
+    assert ("a web page" in refused(read_any, tmp_path / "m.pth")) == page
 
 
 def test_code_is_named_and_not_run(tmp_path: Path) -> None:

@@ -299,7 +299,7 @@ def test_cifar10_in_its_own_format(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     file = next(tmp_path.rglob("data_batch_1"))
     file.write_bytes(file.read_bytes()[:-9])
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", _no_network)
-    with pytest.raises(DataError, match=r"classify data cifar10:.*cannot be had in .*no network") as told:
+    with pytest.raises(DataError, match=r"cifar10:.* is not in .*no network\); give .* \./cifar10") as told:
         open_source(settings)
     assert "\n" not in str(told.value)
 

@@ -36,6 +36,18 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return dict(read_checkpoint(folder / "model_final.pth")["model"])
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [({"images": 10, "batch_size": 10, "epochs": 1}, "1 epoch = 1 iteration,"), ({}, "4 epochs = 20 ")],
+)
+def test_numbers_of_epochs_and_iterations(
+    changes: dict[str, Any], told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        dry_run(tiny(tmp_path, **changes))
+    assert f", {told}" in caplog.text
+
+
 def test_run_writes_weights_curve_and_summary(tmp_path: Path) -> None:
     summary = pretrain(tiny(tmp_path))
     on_disk = json.loads((tmp_path / "summary.json").read_text())

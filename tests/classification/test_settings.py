@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from gn_det.classification import Settings
-from gn_det.classification.settings import base_lr, lr_factor
+from gn_det.classification.settings import STANDARDIZATIONS, base_lr, lr_factor
+from gn_det.config.schema import WEIGHT_STANDARDIZATIONS
 from gn_det.errors import ConfigError
 
 GOOD: dict[str, Any] = {"arch": "resnet50", "norm": "GN", "data": "imagenet", "output": "out"}
@@ -85,6 +86,10 @@ def test_contradictions_are_refused(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match="classify") as caught:
         Settings(**{**GOOD, **changes})
     assert told in str(caught.value)
+
+
+def test_weight_standardization_has_the_formulas_of_the_config() -> None:
+    assert STANDARDIZATIONS == WEIGHT_STANDARDIZATIONS
 
 
 def test_dict_round_trip_and_unknown_fields() -> None:

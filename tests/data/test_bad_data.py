@@ -66,7 +66,8 @@ BAD_ANNOTATIONS: dict[str, tuple[Change, str, str]] = {
     "counts too long": (_rle([30, 40], [0, 1201]), "rle-length", "RLE counts cover 1201 pixels"),
     "negative counts": (_rle([30, 40], [1300, -100]), "rle-format", "negative"),
     "fractions": (_rle([30, 40], [599.5, 600.5]), "rle-format", "not integers"),
-    "enormous counts": (_rle([30, 40], [2**62, 2**62, 2**62]), "rle-format", "integers below 2^40"),
+    "enormous counts": (_rle([30, 40], [2**62, 2**62, 2**62]), "rle-format", "integers below 2^32"),
+    "counts beyond 32 bits": (_rle([30, 40], [2**32, 4]), "rle-format", "integers below 2^32"),
     "empty mask": (_rle([30, 40], [1200]), "rle-empty", "no foreground pixel"),
     "cut string": (_rle([30, 40], "oP"), "rle-format", "end in the middle of a number"),
     "strange string": (_rle([30, 40], "0é"), "rle-format", "contain invalid characters"),
@@ -92,14 +93,31 @@ def test_bad_annotation(tmp_path: Path, case: str) -> None:
     assert "\n" not in text and message in text and "own.json" in text and "DATALOADER.MAX_BAD" in text
 
 
+def test_integer_of_5000_digits(tmp_path: Path) -> None:
+    """Python refuses to parse it; here it is a number like any other that is too large."""
+    source = write(tmp_path, _first(bbox=[2, 3, "HUGE", 4], segmentation=[]))
+    path = Path(source.json_file)
+    path.write_text(path.read_text().replace('"HUGE"', "9" * 5000))
+    data = load_coco(source, max_bad=1)
+    assert len(data.bad) == 1 and "is not [x, y, width, height] in finite numbers" in data.bad[0]
+
+
 BAD_FILES: dict[str, tuple[Change, str, str]] = {
     "no categories": (lambda c: c.pop("categories"), "categories-missing", "'categories' is missing"),
     "empty categories": (lambda c: c.update(categories=[]), "categories-missing", "'categories' is missing"),
     "category without name": (
         lambda c: c["categories"][0].pop("name"),
         "category-malformed",
-        "an integer 'id' and a text",
+        "an integer 'id' and a 'name'",
     ),
+    **{
+        f"category name {name[:9]!a}": (
+            lambda c, name=name: c["categories"][0].update(name=name),
+            "category-malformed",
+            "without control characters",
+        )
+        for name in ("", "a\nb", "a\tb", "a\x00", "\x7f", "\ud800", "x" * 481)
+    },
     "category twice": (
         lambda c: c["categories"][0].update(id=2),
         "category-id-repeated",

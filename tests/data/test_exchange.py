@@ -15,7 +15,7 @@ from pycocotools import mask as coco_mask
 from gn_det.cli import main
 from gn_det.data.formats import exchange
 from gn_det.data.formats.draft import Losses, crop_of_rle, outlines
-from gn_det.errors import ConfigError, DataError
+from gn_det.errors import ConfigError, DataError, UserError
 from gn_det.structures import MaskCrop, encode_crop
 
 NAMES = ("cat", "dog", "unused", "日本 x")
@@ -210,7 +210,38 @@ def test_no_name_leads_out_of_the_folder(name: str, images: Path, tmp_path: Path
             "height='9' rle='99999999999'/></image></annotations>",
             "has no area or unusable coordinates",
         ),
+        (
+            "cvat",
+            "<annotations><track id='0' label='x'/></annotations>",
+            "annotations of videos cannot be read: export as",
+        ),
+        (
+            "cvat",
+            "<annotations><image name='a.jpg' width='9' height='9'><ellipse label='x'/></image></annotations>",
+            "<ellipse> is not supported; draw a box",
+        ),
+        (
+            "cvat",
+            "<annotations><image name='a.jpg' width='9' height='9'><box label='x' xtl='1' ytl='1' xbr='5' ybr='5' "
+            "rotation='nan'/></image></annotations>",
+            "unusable coordinates",
+        ),
         ("labelme", "[1", "is not json"),
+        (
+            "labelme",
+            '{"imageWidth": 9, "imageHeight": 9, "shapes": [], "imagePath": "x/.."}',
+            "imagePath '..' is not the name of a file",
+        ),
+        (
+            "labelme",
+            '{"imageWidth": 9, "imageHeight": 9, "shapes": [], "imagePath": "a\\u0000.png"}',
+            "is not the name of a file",
+        ),
+        (
+            "labelme",
+            '{"imageWidth": 9, "imageHeight": 9, "shapes": [], "imagePath": "' + "x" * 252 + '.png"}',
+            "is not the name of a file",
+        ),
         ("labelme", '{"shapes": 3}', "has no list 'shapes'"),
         ("labelme", '{"shapes": [], "imageWidth": 0, "imageHeight": 5}', "imageWidth and imageHeight"),
         (
@@ -297,6 +328,167 @@ def test_outlines_have_few_points_and_cover_the_mask(radius: int) -> None:
 
 
 def test_split_refuses_what_makes_no_sense() -> None:
-    for shares in ((1.0,), (0.5, 0.6), (0.9, -0.1, 0.2), (0.99, 0.01)):
+    nan, inf = float("nan"), float("inf")
+    for shares in ((1.0,), (0.5, 0.6), (0.9, -0.1, 0.2), (0.99, 0.01), (nan, 0.5), (0.5, nan), (0.5, inf)):
         with pytest.raises(ConfigError, match="--split"):
             exchange.split(document(), shares, 0)
+
+
+def test_a_rotated_box_of_cvat_is_a_polygon(tmp_path: Path) -> None:
+    """CVAT turns a box clockwise around its center; a small angle tells the direction."""
+    box = "<box label='car' xtl='10' ytl='30' xbr='70' ybr='40' rotation='{}'/>"
+    (tmp_path / "annotations.xml").write_text(
+        "<annotations><image name='a.png' width='100' height='80'>"
+        + "".join(map(box.format, ("90.00", "0.00", "45")))
+        + "</image></annotations>"
+    )
+    turned, plain, slanted = exchange.read("cvat", tmp_path)[0]["annotations"]
+    assert turned["bbox"] == [35, 5, 10, 60] and turned["area"] == 600
+    assert turned["segmentation"] == [[45, 5, 45, 65, 35, 65, 35, 5]]
+    assert plain["bbox"] == [10, 30, 60, 10] and "segmentation" not in plain
+    # the left end of the box goes up, the right end down
+    np.testing.assert_allclose(slanted["segmentation"][0][:4], [22.322330, 10.251263, 64.748737, 52.677670], atol=1e-5)
+
+
+def _png(path: Path, values: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(values).save(path)
+
+
+def test_a_mask_with_soft_edges_is_one_object(images: Path, tmp_path: Path) -> None:
+    """White with gray edges in a folder; other values there are refused, not guessed."""
+    soft = np.zeros((40, 60), np.uint8)
+    soft[2:12, 3:23], soft[3:11, 4:22], soft[4:10, 5:21] = 100, 180, 255
+    _png(tmp_path / "m" / "a" / "cell" / "1.png", soft)
+    _png(tmp_path / "m" / "a" / "cell" / "2.png", np.stack([soft] * 3, axis=2))
+    read, _ = exchange.read("masks", tmp_path / "m", images, ["cell"])
+    assert [(a["bbox"], a["area"]) for a in read["annotations"]] == [([4, 3, 18, 8], 144)] * 2
+    _png(tmp_path / "m" / "a" / "cell" / "2.png", soft // 100)
+    with pytest.raises(DataError, match=r"2\.png: has 2 values besides black; a file in a folder is one object"):
+        exchange.read("masks", tmp_path / "m", images, ["cell"])
+
+
+def test_colors_of_a_mask_number_its_objects(images: Path, tmp_path: Path) -> None:
+    """Red and a green of the same brightness; a photo is not a mask."""
+    colors = np.zeros((40, 60, 3), np.uint8)
+    colors[0:5, 0:5], colors[10:20, 10:30] = (255, 0, 0), (0, 130, 0)
+    _png(tmp_path / "m" / "a.png", colors)
+    read, _ = exchange.read("masks", tmp_path / "m", images, ["cell"])
+    assert sorted((a["bbox"], a["area"]) for a in read["annotations"]) == [([0, 0, 5, 5], 25), ([10, 10, 20, 10], 200)]
+    big = np.random.RandomState(0).randint(0, 256, (300, 300, 3)).astype(np.uint8)
+    _png(tmp_path / "photos" / "a.png", big)
+    _png(tmp_path / "m" / "a.png", big)
+    with pytest.raises(DataError, match=r"a\.png: has \d\d,\d{3} colors; a mask has one color for each object"):
+        exchange.read("masks", tmp_path / "m", tmp_path / "photos", ["cell"])
+
+
+def test_masks_without_image_are_named(images: Path, tmp_path: Path) -> None:
+    """Files and folders; the images themselves may lie in the folder of the masks."""
+    mask = np.full((40, 60), 255, np.uint8)
+    for name in ("a.png", "a_mask.png", "zz/cell/1.png"):
+        _png(tmp_path / "m" / name, mask)
+    with pytest.raises(DataError, match="2 invalid entries") as raised:
+        exchange.read("masks", tmp_path / "m", images, ["cell"])
+    for name in ("a_mask.png", "zz/cell/1.png"):
+        assert f"{tmp_path / 'm' / name}: is not a mask of an image in {images}" in str(raised.value)
+    _png(images.parent / "a" / "cell" / "1.png", mask)
+    (tmp_path / "m").rename(tmp_path.parent / f"{tmp_path.name}-m")
+    read, bad = exchange.read("masks", images.parent, None, ["cell"])
+    assert bad == [] and len(read["annotations"]) == 1
+
+
+@pytest.mark.parametrize("classes", [(), ("cat",)])
+def test_pose_data_of_yolo_are_refused(classes: tuple[str, ...], images: Path, tmp_path: Path) -> None:
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "data.yaml").write_text("names: 3")
+    exchange.read("yolo", tmp_path, classes=["cat"])  # the remedy for a file without names
+    (tmp_path / "data.yaml").write_text("kpt_shape: [2, 2]\nnames: [cat]")
+    with pytest.raises(DataError, match=r"data\.yaml: 'kpt_shape': keypoints are not supported"):
+        exchange.read("yolo", tmp_path, classes=classes)
+
+
+@pytest.mark.parametrize("name", ["yolo", "labelme", "cvat", "masks"])
+def test_a_huge_declared_size_is_one_line(name: str, tmp_path: Path) -> None:
+    """Drawing it would need 40 GB; outlines that stay polygons are written."""
+    side = 200_000
+    entry = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [9, 9, 99, 99], "area": 9, "iscrowd": 0}
+    given = {
+        "images": [{"id": 1, "file_name": "a.png", "width": side, "height": side}],
+        "annotations": [{**entry, "segmentation": {"size": [side, side], "counts": [9, side * side - 9]}}],
+        "categories": [{"id": 1, "name": "a"}],
+    }
+    with pytest.raises(DataError, match=r"image 1 \('a\.png'\): its masks of 200000x200000 pixels are larger than"):
+        exchange.write(name, given, tmp_path / "out", tmp_path)
+    given["annotations"] = [{**entry, "segmentation": [[9, 9, 99, 9, 99, 99]]}]
+    if name == "masks":
+        with pytest.raises(DataError, match="correct its width and height"):
+            exchange.write(name, given, tmp_path / "out", tmp_path)
+    else:
+        exchange.write(name, given, tmp_path / "out", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["yolo", "voc", "labelme", "cvat", "masks"])
+def test_class_names_of_a_round_trip(name: str, images: Path, tmp_path: Path) -> None:
+    """Spaces around a name are lost, which is said; a slash is kept, or refused where it would make folders."""
+    given = document(masks={"masks": "rle", "labelme": "mixed", "cvat": "mixed"}.get(name, "boxes"), flags=False)
+    given["annotations"] = [a for a in given["annotations"] if not a["iscrowd"]]
+    given["categories"][0]["name"] = " cat "
+    assert exchange.write(name, given, tmp_path / "out", images) == [
+        f"{name} cannot represent spaces around class names: 1"
+    ]
+    read, bad = exchange.read(name, tmp_path / "out", images)
+    assert bad == [] and [c["name"] for c in read["categories"]] == list(NAMES)
+    assert len(read["annotations"]) == len(given["annotations"])
+    given["categories"][1]["name"] = "cat"
+    with pytest.raises(DataError, match="class 'cat' is there twice"):
+        exchange.write(name, given, tmp_path / "out", images)
+    given["categories"][0]["name"] = "cat/dog"
+    if name == "masks":
+        with pytest.raises(DataError, match="class 'cat/dog' cannot be the name of a folder"):
+            exchange.write(name, given, tmp_path / "out2", images)
+        return
+    exchange.write(name, given, tmp_path / "out2", images)
+    assert exchange.read(name, tmp_path / "out2", images)[0]["categories"][0]["name"] == "cat/dog"
+
+
+def test_folders_of_coco_and_of_subfolders(images: Path, tmp_path: Path) -> None:
+    """A folder that --to coco wrote is read back; of a split, or of Roboflow's YOLO, the subfolders are named."""
+    for part in ("train", "val"):
+        exchange.write("coco", document(), tmp_path / "c" / part, images)
+    assert exchange.detect_format(tmp_path / "c" / "train") == "coco"
+    read, _ = exchange.read("coco", tmp_path / "c" / "train")
+    assert read["images"] == document()["images"]
+    for part in ("train", "valid"):
+        (tmp_path / "r" / part / "labels").mkdir(parents=True)
+        (tmp_path / "r" / part / "labels" / "a.txt").write_text("")
+    (tmp_path / "r" / "data.yaml").write_text("names: [a]")
+    with pytest.raises(DataError, match=r"c: has no annotations itself; give one of its subfolders: train, val$"):
+        exchange.detect_format(tmp_path / "c")
+    with pytest.raises(DataError, match=r"r: has no annotations itself; give one of its subfolders: train, valid$"):
+        exchange.detect_format(tmp_path / "r")
+    assert exchange.detect_format(tmp_path / "r" / "train") == "yolo"
+
+
+def test_labelme_names_its_image(tmp_path: Path) -> None:
+    """Only the name of imagePath counts, and the json's own name where there is none or it belongs to another json."""
+    (tmp_path / "sub").mkdir()
+    paths = {"photo_ann.json": r"..\\x\\photo.png", "sub/b.json": "../../b2.jpg", "c.json": "", "c-2.json": "../c.png"}
+    for file, path in paths.items():
+        content = {"shapes": [], "imagePath": path, "imageWidth": 9, "imageHeight": 9}
+        (tmp_path / file).write_text(json.dumps(content))
+    read, _ = exchange.read("labelme", tmp_path, classes=["x"])
+    assert [image["file_name"] for image in read["images"]] == ["c-2.png", "c.jpg", "photo.png", "sub/b2.jpg"]
+
+
+def test_classes_and_images_that_do_not_fit_are_refused(images: Path, tmp_path: Path) -> None:
+    exchange.write("coco", document(), tmp_path / "c", images)
+    exchange.read("coco", tmp_path / "c", images, NAMES)
+    with pytest.raises(DataError, match="lists its own classes, cat, dog, unused, 日本 x; leave out --classes"):
+        exchange.read("coco", tmp_path / "c", images, ["cat", "dog"])
+    with pytest.raises(DataError, match=r"--images .*nope: no such folder"):
+        exchange.read("coco", tmp_path / "c", tmp_path / "nope")
+
+
+def test_images_are_not_copied_onto_themselves(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="already holds the images; leave out --copy-images or choose another --output"):
+        exchange.copy_images(document(), images, images)

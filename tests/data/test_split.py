@@ -46,6 +46,24 @@ def test_parts_are_disjoint_and_complete(source: DatasetSource, tmp_path: Path) 
     assert Path(other.DATASETS.VAL_JSON).read_text() != Path(cfg.DATASETS.VAL_JSON).read_text()
 
 
+def test_no_image_changes_sides_while_a_run_continues(source: DatasetSource, tmp_path: Path) -> None:
+    """Another seed or fraction is refused and writes nothing; the same split with corrected annotations is not."""
+    cfg = write_split(_cfg(source, tmp_path))
+    files = [Path(cfg.DATASETS.TRAIN_JSON), Path(cfg.DATASETS.VAL_JSON)]
+    before = [file.read_bytes() for file in files]
+    for change in ({"SEED": 5}, {"DATASETS.VAL_FRACTION": 0.5}):
+        with pytest.raises(DataError, match=r"would change between training and validation .*--val-json .*val.json$"):
+            write_split(_cfg(source, tmp_path, **change), started=True)
+    assert [file.read_bytes() for file in files] == before
+    content = json.loads(Path(source.json_file).read_text())
+    content["annotations"][0]["bbox"][2] += 1
+    corrected = tmp_path / "corrected.json"
+    corrected.write_text(json.dumps(content))
+    again = write_split(_cfg(source, tmp_path, **{"DATASETS.TRAIN_JSON": str(corrected)}), started=True)
+    assert again.DATASETS == cfg.DATASETS and [file.read_bytes() for file in files] != before
+    write_split(_cfg(source, tmp_path, SEED=5))  # a new run
+
+
 def test_every_class_keeps_its_share() -> None:
     labels = [{"common"} for _ in range(80)] + [{"common", "rare"} for _ in range(10)] + [{"twice"}] * 2 + [set()] * 8
     held = stratified(labels, 0.2, 0)

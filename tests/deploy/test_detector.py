@@ -16,6 +16,7 @@ from PIL import Image
 from gn_det.cli import main
 from gn_det.config import get_cfg
 from gn_det.data.mapper import InferenceMapper
+from gn_det.deploy.as_predictor import as_predictor
 from gn_det.deploy.detector import PROVIDERS, Detector, paste_masks
 from gn_det.deploy.metadata import STORED, Metadata
 from gn_det.errors import ConfigError, DataError, UserError, WeightsError
@@ -95,6 +96,30 @@ def test_boxes_are_scaled_clipped_and_filtered(write: Write) -> None:
         detector.predict(pixels, classes=["cats"])
     best = detector.predict([pixels, pixels])
     assert [len(b) for b in best] == [1, 1] and best[0].scores[0] == np.float32(0.9)
+
+
+def test_default_threshold_is_that_of_the_file(write: Write) -> None:
+    """The cat of 0.4 is below 0.5, but not below the threshold of its class."""
+    pixels = np.zeros((50, 100, 3), np.uint8)
+    assert Detector(write()).predict(pixels).names == ["dog"]
+    detector = Detector(write(replace(METADATA, thresholds=(0.4, 0.95)).to_json()))
+    assert detector.predict(pixels).names == ["cat"]
+    assert detector.predict(pixels, threshold=np.float32(0.5)).names == ["dog"]
+
+
+def test_deep_images_with_bit_depth(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without the flag the error names it; a wrong value is one line."""
+    Image.fromarray(np.full((50, 100), 1000, np.uint16)).save(tmp_path / "a.png")
+    command = ["predict", "--weights", f"{write()}", f"{tmp_path / 'a.png'}", "--output", f"{tmp_path / 'out'}"]
+    for words, code, told in (
+        ([], 2, "gn-det predict has --bit-depth"),
+        (["--bit-depth", "x"], 2, "INPUT.BIT_DEPTH"),
+        (["--bit-depth", "0,2000"], 0, ""),
+    ):
+        assert main([*command, *words]) == code
+        error = capsys.readouterr().err
+        assert told in error and error.count("\n") <= 1
+    assert as_predictor(write(), bit_depth="0,2000").sample(tmp_path / "a.png")[0].tolist()[0][0] == [128] * 3
 
 
 def test_input_is_that_of_the_mapper(write: Write, tmp_path: Path) -> None:
@@ -247,6 +272,8 @@ def test_files_that_are_refused(write: Write, tmp_path: Path) -> None:
         Detector(tmp_path / "junk.onnx")
     with pytest.raises(WeightsError, match="No such file"):
         Detector(tmp_path / "absent.onnx")
+    with pytest.raises(ConfigError, match="path is None; give a path"):
+        Detector(None)  # type: ignore[arg-type]
     with pytest.raises(WeightsError, match="a folder, not a regular file"):
         Detector(tmp_path)
 

@@ -243,6 +243,39 @@ def test_mistakes_are_one_line(
     assert not target.exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--check", "absent.png"], "absent.png: no such image"),
+        (["--check", "IMAGES", "--provider", "gpu"], "provider 'gpu': use one of cpu"),
+        (["--check", "IMAGES", "--check-json", "absent.json"], "absent.json"),
+        (["--output", "FOLDER"], "it is a folder; name a file, such as"),
+        (
+            ["--output", "x.pt2"],
+            "--output x.pt2: --to onnx writes another format; use --to pt2 or aoti, or a name",
+        ),
+        (
+            ["--output", "x.ONNX", "--to", "pt2"],
+            "--to pt2 writes another format; use --to onnx, or a name like m",
+        ),
+    ],
+)
+def test_cheap_mistakes_are_refused_before_the_export(
+    flags: list[str],
+    told: str,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """An export would fail here for lack of the weights."""
+    monkeypatch.chdir(tmp_path)
+    words = [{"IMAGES": f"{images}", "FOLDER": f"{tmp_path}"}.get(word, word) for word in flags]
+    assert main(["export", "--weights", "absent.pth", "--output", "model.onnx", *words]) == 2
+    error = capsys.readouterr().err
+    assert told in error and "absent.pth" not in error and error.count("\n") == 1
+
+
 def test_pooling_that_onnx_lacks(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "m.pth", "gn_fpn_2fc", small=True, MODEL__ROI_MASK_HEAD__POOLER_TYPE="ROIPool")
     with pytest.raises(UserError, match=r"MODEL\.ROI_MASK_HEAD\.POOLER_TYPE ROIPool cannot be exported to ONNX"):

@@ -16,6 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
+from gn_det.config import get_cfg
+from gn_det.config.defaults import set_value
 from gn_det.data.video_frames import VideoFrames, is_video
 from gn_det.errors import ConfigError, DataError, UserError, WriteError
 from gn_det.prediction.predictor import Predictor
@@ -124,6 +126,31 @@ def test_resume_detects_only_what_is_missing(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "clip.mp4").read_bytes() == (tmp_path / "whole" / "clip.mp4").read_bytes()
     with pytest.raises(ConfigError, match="with other weights or settings"):
         run(clip, tmp_path / "out", resume=True, threshold=0.7)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("INPUT.MIN_SIZE_TEST", 64), ("TEST.AMP", True), ("MODEL.CHANNELS_LAST", True), ("", None)]
+)
+def test_resume_refuses_frames_of_another_config(tmp_path: Path, key: str, value: Any) -> None:
+    """Also those of a file that does not say its config; paths of data and output do not matter."""
+    clip = write_clip(tmp_path / "clip.mp4", 3)
+    cfg = get_cfg()
+    whole, _ = run(clip, tmp_path / "out", fake(find_square, config=cfg))
+    other = get_cfg()
+    other.OUTPUT_DIR = "elsewhere"
+    assert run(clip, tmp_path / "out", fake(find_square, config=other), resume=True)[0] == whole
+    if key:
+        set_value(other, key, value)
+    else:
+        path = tmp_path / "out" / "clip.jsonl"
+        first, _, rest = path.read_text().partition("\n")
+        header = json.loads(first)
+        del header["run"]["config"]
+        path.write_text(json.dumps(header) + "\n" + rest)
+    with pytest.raises(
+        ConfigError, match=r"clip\.jsonl: was made from another video or with other weights or settings"
+    ):
+        run(clip, tmp_path / "out", fake(find_square, config=other), resume=True)
 
 
 @pytest.mark.parametrize("line", ["3", '{"frame": 1, "annotations": [{"bbox": [1]}]}', '{"frame": "x"}'])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ def read(source: Path, images: Path | None, classes: Sequence[str]) -> Draft:
     root = tools.xml_of(path)
     if root.tag != "annotations":
         raise DataError(f"{path}: its root is <{root.tag}>, not <annotations>; export as CVAT for images 1.1")
+    if root.find("track") is not None:
+        raise DataError(f"{path}: has a <track>; annotations of videos cannot be read: export as CVAT for images 1.1")
     listed = [(label.findtext("name") or "").strip() for label in root.iterfind("meta//labels/label")]
     draft = Draft(list(classes) or [name for name in listed if name])
     for entry in root.iter("image"):
@@ -48,7 +51,7 @@ def _read_shapes(draft: Draft, image: str, entry: ElementTree.Element, size: tup
     for number, shape in enumerate(entry, 1):
         if shape.tag not in ("box", "polygon", "mask"):
             if shape.tag != "tag":
-                draft.problems.append(f"{where}: <{shape.tag}> has no area")
+                draft.problems.append(f"{where}: <{shape.tag}> is not supported; draw a box, polygon or mask instead")
             continue
         group = (shape.get("group_id"), shape.get("label"))
         groups.setdefault(group if group[0] not in (None, "0") and shape.tag == "polygon" else number, []).append(shape)
@@ -65,7 +68,9 @@ def _read_shapes(draft: Draft, image: str, entry: ElementTree.Element, size: tup
                 x0, y0, x1, y1 = (_number(first.get(key, "")) for key in ("xtl", "ytl", "xbr", "ybr"))
                 if x0 >= x1 or y0 >= y1:
                     raise ValueError
-                draft.add(image, label, where, box=(x0, y0, x1, y1), **more)
+                angle = _number(first.get("rotation", "0")) % 360
+                outline = {"polygons": [_rotated(x0, y0, x1, y1, angle)]} if angle else {"box": (x0, y0, x1, y1)}
+                draft.add(image, label, where, **outline, **more)
             elif first.tag == "polygon":
                 draft.add(image, label, where, polygons=[_polygon(part) for part in parts], **more)
             else:
@@ -79,6 +84,14 @@ def _number(word: str) -> float:
     if not abs(value) < 1e9:
         raise ValueError
     return value
+
+
+def _rotated(x0: float, y0: float, x1: float, y1: float, degrees: float) -> list[float]:
+    """Return the corners of a box after CVAT's rotation: clockwise around its center."""
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    x, y = (x0 + x1) / 2, (y0 + y1) / 2
+    sides = [(u - x, v - y) for u, v in ((x0, y0), (x1, y0), (x1, y1), (x0, y1))]
+    return [round(c, 6) for u, v in sides for c in (x + u * cos - v * sin, y + u * sin + v * cos)]
 
 
 def _polygon(shape: ElementTree.Element) -> list[float]:

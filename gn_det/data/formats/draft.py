@@ -49,6 +49,7 @@ class Draft:
 
     def __init__(self, names: Sequence[str] = ()) -> None:
         """``names`` are all classes; by default the classes are those of the objects, sorted by name."""
+        names = [name.strip() for name in names]  # as everywhere: files of class names lose these spaces
         repeated = [name for name, number in Counter(names).items() if number > 1]
         if repeated:
             raise DataError(f"class {shown(repeated[0])} is listed twice; give every class its own name")
@@ -80,6 +81,7 @@ class Draft:
         crowd: bool = False,
     ) -> None:
         """Add an object given as XYXY ``box``, polygons or mask; an unknown class is a problem."""
+        name = name.strip()
         if self._fixed and name not in self._names:
             self.problems.append(f"{where}: class {shown(name)} is not one of {some(self._names)}")
             return
@@ -238,8 +240,12 @@ def by_image(document: Document) -> Iterator[tuple[dict[str, Any], list[dict[str
 
 
 def names_of(document: Document) -> dict[int, str]:
-    """Map each category id to its class name, in the order of the ids."""
-    return {c["id"]: c["name"] for c in sorted(document["categories"], key=lambda c: c["id"])}
+    """Map each category id to its class name, in the order of the ids, without the spaces that readers strip."""
+    names = {c["id"]: c["name"].strip() for c in sorted(document["categories"], key=lambda c: c["id"])}
+    repeated = [name for name, number in Counter(names.values()).items() if number > 1]
+    if repeated:
+        raise DataError(f"class {shown(repeated[0])} is there twice, spaces around it aside; rename one of them")
+    return names
 
 
 def flags_of(annotation: dict[str, Any]) -> list[str]:

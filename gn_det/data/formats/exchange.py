@@ -16,6 +16,7 @@ from gn_det.data.annotation_table import check_annotations, refuse_corners
 from gn_det.data.catalog import DatasetSource
 from gn_det.data.coco_json import collector_paused, read_coco_json, structure
 from gn_det.data.formats.draft import FLAGS, Document, Losses, problem_text, refuse_collisions, to_outlines
+from gn_det.data.image import MAX_PIXELS
 from gn_det.data.problems import Problems
 from gn_det.errors import ConfigError, DataError, UserError
 from gn_det.files import atomic_write, inside, json_bytes
@@ -26,6 +27,18 @@ FORMATS = {"yolo": "yolo", "voc": "voc", "labelme": "labelme", "cvat": "cvat", "
 ALL = ("coco", *FORMATS)
 #: Names of the split parts.
 PARTS = ("train", "val", "test")
+#: COCO jsons in a folder, ours and Roboflow's.
+_COCO = ("annotations.json", "_annotations.coco.json")
+_RULES = (
+    ("cvat", "annotations.xml"),
+    ("voc", "Annotations/**/*.xml"),
+    ("voc", "*.xml"),
+    ("yolo", "labels/**/*.txt"),
+    ("masks", "masks/**/*.png"),
+    *(("coco", name) for name in _COCO),
+    *(("", f"*/{name}") for name in _COCO),  # a split dataset
+    ("labelme", "**/*.json"),
+)
 
 
 def _module(name: str) -> Any:
@@ -43,18 +56,17 @@ def detect_format(source: Path) -> str:
     if source.is_file():
         found = {".json": "coco", ".xml": "cvat"}.get(source.suffix.lower(), "")
     else:
-        rules = (
-            ("cvat", "annotations.xml"),
-            ("voc", "Annotations/**/*.xml"),
-            ("voc", "*.xml"),
-            ("yolo", "labels/**/*.txt"),
-            ("masks", "masks/**/*.png"),
-            ("labelme", "**/*.json"),
-        )
-        found = next((name for name, pattern in rules if next(source.glob(pattern), None)), "")
+        found = _format_of(source)
     if not found:
+        parts = sorted(p.name for p in source.iterdir() if p.is_dir() and _format_of(p)) if source.is_dir() else []
+        if parts:
+            raise DataError(f"{source}: has no annotations itself; give one of its subfolders: {some(parts)}")
         raise DataError(f"{source}: unknown annotation format; name it with --from ({', '.join(ALL)})")
     return found
+
+
+def _format_of(folder: Path) -> str:
+    return next((name for name, pattern in _RULES if next(folder.glob(pattern), None)), "")
 
 
 def read(
@@ -75,11 +87,17 @@ def read(
     Raises:
         DataError: nothing usable, or more than ``max_bad`` invalid entries; names files and lines.
     """
+    if images is not None and not images.is_dir():
+        raise DataError(f"--images {images}: no such folder")
+    if name == "coco" and source.is_dir():
+        source = next((source / file for file in _COCO if (source / file).is_file()), source)
     with collector_paused():
         if name == "coco":
             problems = Problems(str(source))
             content = read_coco_json(DatasetSource(source.stem, str(source), "", "the path"), problems)
             bad: list[str] = []
+            if classes and list(classes) != list(content.class_names):
+                raise DataError(f"{source}: lists its own classes, {some(content.class_names)}; leave out --classes")
         else:
             draft = _module(name).read(source, images, classes)
             bad = draft.problems
@@ -141,6 +159,8 @@ def write(
         UserError: a file cannot be written, or two images would share one.
     """
     losses = Losses()
+    if stems is None and name != "coco":  # predictions, which have stems, are as large as images that were read
+        _refuse_huge(name, document)
     if stems is not None:
         images = [{**image, "stem": f"{stem}.x"} for image, stem in zip(document["images"], stems)]
         document = {**document, "images": images}
@@ -150,6 +170,7 @@ def write(
         atomic_write(folder / "annotations.json", json_bytes(document))
     else:
         refuse_collisions(document)
+        losses["spaces around class names"] += sum(c["name"] != c["name"].strip() for c in document["categories"])
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -158,13 +179,26 @@ def write(
     return losses.lines(name)
 
 
+def _refuse_huge(name: str, document: Document) -> None:
+    """Raise DataError if masks would be drawn at a declared size that no image has."""
+    outlines = [(a["image_id"], a.get("segmentation")) for a in document["annotations"]]
+    drawn = {image for image, outline in outlines if isinstance(outline, dict) or (outline and name == "masks")}
+    for image in document["images"]:
+        width, height = image["width"], image["height"]
+        if image["id"] in drawn and width * height > MAX_PIXELS:
+            raise DataError(
+                f"image {image['id']} ({shown(image['file_name'])}): its masks of {width}x{height} pixels are larger "
+                f"than {MAX_PIXELS} pixels; correct its width and height, or cut it into tiles"
+            )
+
+
 def split(document: Document, shares: Sequence[float], seed: int) -> dict[str, Document]:
     """Split images randomly by shares, such as (0.8, 0.2) for train and val; the same seed gives the same split.
 
     Raises:
         ConfigError: the shares are not two or three positive numbers that sum to 1, or there are too few images.
     """
-    if not 2 <= len(shares) <= 3 or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
+    if not 2 <= len(shares) <= 3 or not min(shares) > 0 or not abs(sum(shares) - 1) <= 1e-6:  # nan fails
         raise ConfigError(f"--split {','.join(f'{s:g}' for s in shares)}: give 2 or 3 positive shares that sum to 1")
     images = sorted(document["images"], key=lambda image: str(image["file_name"]))
     random.Random(seed).shuffle(images)
@@ -204,6 +238,10 @@ def copy_images(document: Document, root: Path, folder: Path) -> None:
             target = inside(folder, name)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(root / name, target)
+        except shutil.SameFileError:
+            raise UserError(
+                f"{folder}: already holds the images; leave out --copy-images or choose another --output"
+            ) from None
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise UserError(f"image {shown(os.fspath(root / name))} cannot be copied ({reason})") from None

@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ _CORNERS_OF_CIRCLE = 36
 
 
 def read(source: Path, images: Path | None, classes: Sequence[str]) -> Draft:
-    """Read every json of a folder; ``imagePath`` names the image, relative to ``images`` or to the json."""
+    """Read every json of a folder; ``imagePath`` names the image, in the subfolder of the json."""
     draft = Draft(tools.class_list(source, classes, CLASSES))
     for path in tools.files_of(source, ".json"):
         try:
@@ -41,10 +41,16 @@ def read(source: Path, images: Path | None, classes: Sequence[str]) -> Draft:
         if not (type(width) is int and type(height) is int and min(width, height) > 0):
             draft.problems.append(f"{path}: imageWidth and imageHeight must be numbers of pixels")
             continue
-        name = str(content.get("imagePath") or "").replace("\\", "/")
+        name = PurePosixPath(str(content.get("imagePath") or "").replace("\\", "/")).name
+        if not name.isprintable() or name == ".." or len(name.encode()) > 250:  # 255 with .json is the limit of disks
+            draft.problems.append(f"{path}: imagePath {shown(name)} is not the name of a file")
+            continue
         # The json's subfolders are the image's; --images says if the images are elsewhere.
-        stem = path.relative_to(source).with_suffix(Path(name).suffix or ".jpg")
-        image = draft.image(stem.as_posix(), (width, height), str(path))
+        file = path.relative_to(source).with_suffix(PurePosixPath(name).suffix or ".jpg")
+        # Images of one name in two folders have x.json and x-2.json: x.png is then the image of x.json.
+        if PurePosixPath(name).suffix and not path.with_name(name).with_suffix(".json").is_file():
+            file = file.with_name(name)
+        image = draft.image(file.as_posix(), (width, height), str(path))
         if image is not None:
             _read_shapes(draft, image, content["shapes"], (width, height), path)
     return draft

@@ -1,6 +1,7 @@
 """PNG masks: ``NAME/CLASS/NUMBER.png`` holds one object of ``NAME.jpg``, white on black, as large as the image.
 
-Also read: ``NAME/ANYTHING/*.png`` and ``NAME.png`` whose values number the objects, both of a single class.
+Also read, both of a single class: ``NAME/ANYTHING/*.png``, one object each, and ``NAME.png``, one object for each gray
+value, palette entry or color except black.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from PIL import Image
 from gn_det.data.formats import draft as tools
 from gn_det.data.formats.draft import Document, Draft, Losses
 from gn_det.data.image import MAX_PIXELS, png_bytes
+from gn_det.data.inputs import IMAGE_SUFFIXES
 from gn_det.errors import DataError
 from gn_det.files import atomic_write, inside, open_regular
 from gn_det.structures import MaskCrop, crop_mask, rasterize_polygons
 from gn_det.text import one_line, shown
 
 CLASSES = "classes.txt"
+#: Most objects in one file: one for each value of 16 bits. A photo has more colors than that.
+_MOST_OBJECTS = 65_535
 
 
 def read(source: Path, images: Path | None, classes: Sequence[str]) -> Draft:
@@ -31,20 +35,28 @@ def read(source: Path, images: Path | None, classes: Sequence[str]) -> Draft:
     masks = source / "masks" if (source / "masks").is_dir() else source
     files = tools.Images(images or source / "images")
     draft = Draft(names)
+    base = files.folder.resolve()
+    known = {base / file for file in files.files.values()}  # the images may lie in the same folder as the masks
     for stem, file in files.files.items():
         size = files.size(file)
         image = draft.image(file, size, file)
         if image is None:
             continue
         for path, name in _masks_of(masks, stem, names):
+            known.add(path.parent.resolve() / path.name)
             if name is None:
                 draft.problems.append(f"{path}: its folder is not one of the classes {', '.join(names)}")
                 continue
             try:
-                for crop in _objects(path, size):
+                for crop in _objects(path, size, single=path.parent != (masks / stem).parent):
                     draft.add(image, name, str(path), mask=crop)
             except DataError as error:
                 draft.problems.append(str(error))
+    for path in sorted(p for p in masks.rglob("[!.]*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()):
+        if path.parent.resolve() / path.name not in known:
+            draft.problems.append(
+                f"{path}: is not a mask of an image in {files.folder}; a mask is NAME.png or NAME/CLASS/*.png"
+            )
     return draft
 
 
@@ -60,8 +72,8 @@ def _masks_of(masks: Path, stem: str, names: Sequence[str]) -> Iterator[tuple[Pa
             yield Path(root) / file, folder if folder in names else only
 
 
-def _objects(path: Path, size: tuple[int, int]) -> list[MaskCrop]:
-    """Return one object for each value except 0."""
+def _objects(path: Path, size: tuple[int, int], *, single: bool) -> list[MaskCrop]:
+    """Return the object of a file with a ``single`` one, or one object for each value except 0."""
     try:
         with open_regular(path) as file, Image.open(file) as image:
             if image.size != size:
@@ -70,7 +82,7 @@ def _objects(path: Path, size: tuple[int, int]) -> list[MaskCrop]:
                 )
             if size[0] * size[1] > MAX_PIXELS:
                 raise DataError(f"{path}: has more than {MAX_PIXELS} pixels")
-            values = np.asarray(image if image.mode in ("1", "L", "P", "I", "I;16") else image.convert("L"))
+            values = _values(image, single)
     except DataError:
         raise
     except Exception as error:  # Pillow raises nearly anything on damaged files
@@ -78,7 +90,27 @@ def _objects(path: Path, size: tuple[int, int]) -> list[MaskCrop]:
     found = [value for value in np.unique(values).tolist() if value]
     if not found:
         raise DataError(f"{path}: the mask is empty; remove it")
+    if single and len(found) > 1:  # white with soft edges
+        if found[-1] not in (255, 65_535):
+            raise DataError(
+                f"{path}: has {len(found)} values besides black; a file in a folder is one object, white on black"
+            )
+        return [crop_mask(values > found[-1] / 2)]
+    if len(found) > _MOST_OBJECTS:
+        raise DataError(f"{path}: has {len(found):,} colors; a mask has one color for each object")
     return [crop_mask(values == value) for value in found]
+
+
+def _values(image: Image.Image, single: bool) -> np.ndarray:
+    """Return (H, W) numbers: 0 for black, gray values as they are, other colors above all gray values."""
+    if image.mode in ("1", "L", "I", "I;16") or (image.mode == "P" and not single):
+        return np.asarray(image)
+    pixels: np.ndarray = np.asarray(image.convert("RGB"))
+    if (pixels == pixels[..., :1]).all():
+        return pixels[..., 0]
+    colors: np.ndarray = pixels.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.int32)
+    colors[colors > 0] += 1 << 24
+    return colors
 
 
 def write(document: Document, folder: Path, root: Path, losses: Losses) -> None:
@@ -87,6 +119,8 @@ def write(document: Document, folder: Path, root: Path, losses: Losses) -> None:
     for name in names.values():
         try:
             inside(folder, name)
+            if "/" in name:  # the reader would take the inner folder for the class
+                raise ValueError
         except ValueError:
             raise DataError(f"class {shown(name)} cannot be the name of a folder; rename it") from None
     for image, objects in tools.by_image(document):

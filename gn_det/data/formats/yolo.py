@@ -25,7 +25,7 @@ def read(source: Path, images: Path | None, classes: Sequence[str]) -> Draft:
     """Read ``source/labels`` (or ``source``) for the images in ``source/images``, or in ``images``."""
     labels = source / "labels" if (source / "labels").is_dir() else source
     files = tools.Images(images or source / "images")
-    names = list(classes) or _names(source) or tools.class_list(source, (), "classes.txt", "labels.txt")
+    names = _names(source, classes) or tools.class_list(source, (), "classes.txt", "labels.txt")
     if not names:
         raise DataError(f"{source}: no class names; give data.yaml or classes.txt, or name them with --classes")
     draft = Draft(names)
@@ -72,19 +72,26 @@ def _read_lines(draft: Draft, image: str, path: Path, names: Sequence[str], size
             draft.add(image, names[index], where, polygons=[points])
 
 
-def _names(source: Path) -> list[str]:
-    """Return the classes of ``data.yaml``; [] without that file."""
+def _names(source: Path, given: Sequence[str]) -> list[str]:
+    """Return the ``given`` classes, or those of ``data.yaml``; [] without either."""
     import yaml
 
     path = next((p for p in (source / "data.yaml", source.parent / "data.yaml") if p.is_file()), None)
     if path is None:
-        return []
+        return list(given)
     try:
         content: Any = yaml.safe_load(tools.text_of(path))
+        if isinstance(content, dict) and "kpt_shape" in content:
+            raise DataError(
+                f"{path}: 'kpt_shape': keypoints are not supported; keep the first 5 numbers of each label line and "
+                "remove this key"
+            )
         names = content["names"]
         ordered = [names[i] for i in range(len(names))]
     except (yaml.YAMLError, TypeError, KeyError):
         ordered = [None]
+    if given:
+        return list(given)
     if not ordered or not all(isinstance(name, str) for name in ordered):
         raise DataError(f"{path}: 'names' must list the classes as [a, b] or {{0: a, 1: b}}")
     return ordered
