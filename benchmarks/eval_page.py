@@ -3,9 +3,10 @@
     python benchmarks/eval_page.py      # 5000 images, 80 classes, about 7 objects and up to 100 detections each
     python benchmarks/eval_page.py --images 200 --no-write
 
-Everything runs in one process, with one thread: scoring and page on generated results, then inference of gn_fpn.yaml on
-a few 640x480 images (random weights). Times are CPU seconds. Memory is the process's peak, dataset and results
-included. Writes benchmarks/results/eval_page.json.
+Scoring and page run on results that another process generated, packed as inference packs them; then inference of
+gn_fpn.yaml on a few 640x480 images (random weights). One thread; times are CPU seconds. Memory is the peak of the
+process during scoring and page, with libraries, dataset and results, without a model. Writes
+benchmarks/results/eval_page.json.
 """
 
 from __future__ import annotations
@@ -13,8 +14,12 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
+import itertools
 import json
+import multiprocessing
+import operator
 import os
+import pickle
 import platform
 import statistics
 import sys
@@ -34,6 +39,7 @@ from gn_det.data.sets import load_first_test_set
 from gn_det.engine.eval_report import EvalReport
 from gn_det.evaluation.coco_eval import evaluate_coco
 from gn_det.evaluation.ground_truth import load_ground_truth
+from gn_det.evaluation.results import CocoResults, ImageResults
 from gn_det.modeling import build_model
 
 RESULTS = Path(__file__).parent / "results" / "eval_page.json"
@@ -75,6 +81,20 @@ def write_images(folder: Path, data: dict[str, Any]) -> None:
             made[size] = path
 
 
+def make_set(folder: Path, images: int, classes: int) -> None:
+    """Write val.json, the images, and results.pickle."""
+    data, entries = generate(images, classes)
+    write_images(folder, data)
+    (folder / "val.json").write_text(json.dumps(data), encoding="utf-8")
+    packed = CocoResults()
+    for image_id, group in itertools.groupby(entries, operator.itemgetter("image_id")):
+        found = list(group)
+        boxes, scores = np.array([r["bbox"] for r in found], np.float32), np.array([r["score"] for r in found])
+        categories, masks = [r["category_id"] for r in found], [r["segmentation"] for r in found]
+        packed.append(ImageResults.pack(image_id, categories, boxes, scores, masks))
+    (folder / "results.pickle").write_bytes(pickle.dumps(packed))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=5000)
@@ -82,22 +102,25 @@ def main() -> int:
     parser.add_argument("--no-write", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    data, results = generate(args.images, args.classes)
-    print(f"{args.images} images, {len(data['annotations'])} objects, {len(results)} detections", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_images(folder, data)
-        (folder / "val.json").write_text(json.dumps(data), encoding="utf-8")
-        objects = len(data.pop("annotations"))
+        made = multiprocessing.get_context("spawn").Process(target=make_set, args=(folder, args.images, args.classes))
+        made.start()
+        made.join()
+        libraries = resident_mib()
+        results: CocoResults = pickle.loads((folder / "results.pickle").read_bytes())
         cfg = load_config("gn_fpn.yaml", {"MODEL.WEIGHTS": ""})
         cfg.DATASETS.VAL_JSON, cfg.DATASETS.VAL_IMAGES = str(folder / "val.json"), name
+        reset_peak()
         start = time.process_time()
         dataset = load_first_test_set(cfg)
         truth = load_ground_truth(dataset)
         names, ids = dataset.class_names, dataset.category_ids
         evaluate_coco(truth, results, names, ids, iou_types=("bbox", "segm"))
         scoring = time.process_time() - start
-        before = resident_mib()
+        before, scoring_peak = resident_mib(), peak()
+        objects = len(truth.annotations)
+        print(f"{args.images} images, {objects} objects, {len(results)} detections", flush=True)
         reset_peak()
         start = time.process_time()
         EvalReport(folder / "eval.html").write(cfg, dataset, truth, results, names, ids, ["bbox", "segm"])
@@ -117,12 +140,14 @@ def main() -> int:
         "share": share,
         "share_without_inference": page / scoring,
         "break_even_inference_ms": max(1000 * (page / TARGETS["share"] - scoring) / args.images, 0.0),
+        "libraries_mib": libraries,
+        "scoring_peak_mib": scoring_peak,
         "mib_before_page": before,
         "peak_mib": highest,
         "page_mib": highest - before,
         "html_mib": size / 2**20,
         "targets": TARGETS,
-        "met": share <= TARGETS["share"] and highest <= TARGETS["peak_mib"],
+        "met": share <= TARGETS["share"] and max(scoring_peak, highest) <= TARGETS["peak_mib"],
         "date": datetime.date.today().isoformat(),
         "device": f"{platform.machine()}, one thread",
         "versions": {p: importlib.metadata.version(p) for p in ("torch", "numpy", "pycocotools")},
@@ -132,7 +157,8 @@ def main() -> int:
     print(
         f"inference {1000 * inference:.0f} ms an image, scoring {scoring:.1f} s, page {page:.1f} s: {share:.2%} of the "
         f"evaluation; 20% or less where inference takes {report['break_even_inference_ms']:.1f} ms an image or more\n"
-        f"peak {highest:.0f} MiB, {before:.0f} MiB before the page; page of {size / 2**20:.1f} MiB; "
+        f"peak {scoring_peak:.0f} MiB in scoring and {highest:.0f} in the page, {libraries:.0f} of them "
+        f"libraries; page of {size / 2**20:.1f} MiB; "
         f"{'targets met' if report['met'] else 'targets MISSED'}"
     )
     return 0 if report["met"] else 1

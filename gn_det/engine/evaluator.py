@@ -18,10 +18,10 @@ from gn_det.engine.eval_report import EvalReport
 from gn_det.engine.log import on_screen
 from gn_det.engine.precision import inference_autocast
 from gn_det.errors import TrainingError
-from gn_det.evaluation.coco_eval import evaluate_coco, load_ground_truth, merge_results
+from gn_det.evaluation.coco_eval import evaluate_coco, load_ground_truth
 from gn_det.evaluation.diagnose import Caps
 from gn_det.evaluation.inference import InferenceProgress, run_inference
-from gn_det.evaluation.results import format_results
+from gn_det.evaluation.results import CocoResults, format_results
 from gn_det.structures import Detections, Sample
 
 logger = logging.getLogger(__name__)
@@ -81,10 +81,10 @@ def _evaluate_one(
     with inference_autocast(cfg, dist.resolve_device(cfg.MODEL.DEVICE)):
         results = run_inference(model, loader, ids, on_progress=progress, total=loader.num_images)
     seconds = time.perf_counter() - start
-    parts = dist.gather_objects(results)
+    parts: list[CocoResults] = dist.gather_objects(results)
 
     def score() -> Scores:
-        merged, caps = merge_results(parts), Caps.of(cfg)
+        merged, caps = CocoResults(image for part in parts for image in part.images), Caps.of(cfg)
         logger.info("%s: %d detections in %d images, %.1f s.", dataset.name, len(merged), len(dataset), seconds)
         truth = load_ground_truth(dataset)
         scores: Scores = evaluate_coco(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ _SPANS = np.array([(0.0, 1e10), *SIZES.values()])
 #: Resamples of the images for an interval, and the fewest images for which an interval is given.
 _RESAMPLES, _LEAST_IMAGES = 200, 5
 #: Largest array of resamples x detections (elements), which bounds the memory.
-_CELLS = 1 << 22
+_CELLS = 1 << 20
 #: Score bins for the calibration.
 _BINS = 10
 #: A false detection with at least this score hints at a wrong label.
@@ -154,55 +154,57 @@ def analyze(
 
 @dataclass
 class _Image:
-    """Objects and detections of one image, all classes; ``iou`` is (D, G), ``areas`` (D,).
+    """Objects and detections of one image, all classes.
 
     ``truth_of`` and ``found_of`` map categories to their indices; ``crowd`` and ``sizes`` (area) are (G,).
     """
 
     index: int
     truth: list[Mapping[str, Any]]
-    found: list[Mapping[str, Any]]
-    iou: np.ndarray
-    areas: np.ndarray
+    iou: np.ndarray  # (D, G)
+    categories: list[int]  # (D,) category ids; detections by descending score
+    boxes: np.ndarray  # (D, 4) XYWH
+    scores: np.ndarray  # (D,)
+    areas: np.ndarray  # (D,)
 
     def __post_init__(self) -> None:
-        self.truth_of, self.found_of = _places(self.truth), _places(self.found)
+        self.truth_of, self.found_of = _places(a["category_id"] for a in self.truth), _places(self.categories)
         self.crowd = np.array([bool(a["iscrowd"]) for a in self.truth], dtype=bool)
         self.sizes = np.array([a["area"] for a in self.truth], dtype=float)
 
 
-def _places(entries: Sequence[Mapping[str, Any]]) -> dict[Any, list[int]]:
+def _places(categories: Iterable[Any]) -> dict[Any, list[int]]:
     places: dict[Any, list[int]] = defaultdict(list)
-    for k, entry in enumerate(entries):
-        places[entry["category_id"]].append(k)
+    for k, category in enumerate(categories):
+        places[category].append(k)
     return places
 
 
 def _groups(gt: GroundTruth, results: Sequence[Mapping[str, Any]], task: str, max_dets: int) -> list[_Image]:
     key = "bbox" if task == "bbox" else "segmentation"
     truth: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
-    found: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
+    found = _places(r["image_id"] for r in results)
     for a in gt.annotations:
         if key in a:
             truth[a["image_id"]].append(a)
-    for r in results:
-        found[r["image_id"]].append(r)
     out = []
     for index, image in enumerate(gt.images):
-        here, there = truth.get(image["id"], []), found.get(image["id"], [])
+        here, there = truth.get(image["id"], []), [results[k] for k in found.get(image["id"], [])]
         there = _best_of_each_class(there, max_dets)
+        boxes = np.array([r["bbox"] for r in there], float).reshape(-1, 4)
         one: Any
         two: Any
         if task == "bbox":
-            areas = np.array([r["bbox"][2] * r["bbox"][3] for r in there])
-            one, two = (np.array([e["bbox"] for e in entries], float).reshape(-1, 4) for entries in (there, here))
+            areas = boxes[:, 2] * boxes[:, 3]
+            one, two = boxes, np.array([a["bbox"] for a in here], float).reshape(-1, 4)
         else:
             one, two = ([_rle(e[key], image) for e in entries] for entries in (there, here))
             # pycocotools 2.0.11 fails on more than 255 masks with NumPy 2.
             areas = np.array([coco_mask.area(rle) for rle in one], dtype=float)
         crowd = [int(a["iscrowd"]) for a in here]
         iou = np.asarray(coco_mask.iou(one, two, crowd)) if len(one) and len(two) else np.zeros((len(one), len(two)))
-        out.append(_Image(index, here, there, iou.reshape(len(there), len(here)), areas))
+        categories, scores = [r["category_id"] for r in there], np.array([r["score"] for r in there], float)
+        out.append(_Image(index, here, iou.reshape(len(there), len(here)), categories, boxes, scores, areas))
     return out
 
 
@@ -229,7 +231,7 @@ def _rle(segmentation: Any, image: Mapping[str, Any]) -> Any:
 def _matches(groups: Sequence[_Image], category: int, images: int) -> list[Matches]:
     """Match one class with COCO's greedy algorithm, within each range of ``_SPANS``."""
     found = [(group, rows) for group in groups if (rows := group.found_of.get(category))]
-    scores = np.array([group.found[k]["score"] for group, rows in found for k in rows], dtype=float)
+    scores = np.array([group.scores[k] for group, rows in found for k in rows], dtype=float)
     where = np.array([group.index for group, rows in found for _ in rows], dtype=int)
     areas = np.array([group.areas[k] for group, rows in found for k in rows], dtype=float)
     hits = np.zeros((len(_SPANS), len(IOUS), len(scores)), bool)
@@ -368,13 +370,13 @@ def _look_at_images(
     row_of = {category: k for k, category in enumerate(names)}
     none = len(names)
     for group in groups:
-        sure = [k for k, r in enumerate(group.found) if r["score"] >= thresholds.get(r["category_id"], 2.0)]
+        sure = [k for k, c in enumerate(group.categories) if group.scores[k] >= thresholds.get(c, 2.0)]
         real = [k for k, a in enumerate(group.truth) if not a["iscrowd"] and a["category_id"] in row_of]
         crowds = [k for k, a in enumerate(group.truth) if a["iscrowd"]]
         taken: set[int] = set()
         false = 0
         for d in sure:
-            category = group.found[d]["category_id"]
+            category = group.categories[d]
             free = [k for k in real if k not in taken and group.iou[d, k] >= 0.5]
             # prefer an object of the same class
             best = max(free, key=lambda k: (group.truth[k]["category_id"] == category, group.iou[d, k]), default=None)
@@ -385,14 +387,12 @@ def _look_at_images(
             false += label != category
             if best is not None:
                 taken.add(best)
-            if group.found[d]["score"] >= _SURE and label != category:
+            if group.scores[d] >= _SURE and label != category:
                 meets = max((group.iou[d, k] for k in range(len(group.truth))), default=0.0)
                 if best is not None or meets < 0.1:
                     kind, labeled = ("missing", "") if label is None else ("class", names[label])
-                    r = group.found[d]
-                    out.doubts.append(
-                        Doubt(kind, group.index, list(r["bbox"]), float(r["score"]), names[category], labeled)
-                    )
+                    box, score = group.boxes[d].tolist(), float(group.scores[d])
+                    out.doubts.append(Doubt(kind, group.index, box, score, names[category], labeled))
         for k in set(real) - taken:
             out.confusion[row_of[group.truth[k]["category_id"]], none] += 1
         out.worst.append(ImageErrors(group.index, len(real) - len(taken), false, len(real)))

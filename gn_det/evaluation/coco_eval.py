@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,13 +20,19 @@ from gn_det.errors import DataError
 from gn_det.evaluation import diagnose
 from gn_det.evaluation.diagnose import Caps
 from gn_det.evaluation.ground_truth import GroundTruth, load_ground_truth
-from gn_det.evaluation.results import METRICS, detections_to_coco, merge_results, write_results
+from gn_det.evaluation.results import METRICS, detections_to_coco, write_results
 from gn_det.files import StrPath
 from gn_det.text import count
 
-__all__ = ["EvalResult", "detections_to_coco", "evaluate_coco", "load_ground_truth", "merge_results"]
+__all__ = ["EvalResult", "detections_to_coco", "evaluate_coco", "load_ground_truth"]
 
 log = logging.getLogger(__name__)
+
+#: Categories are scored a few at a time, of about this many detections and pairs of image and category together, which
+#: bounds the memory: they do not depend on each other.
+_PART = 30_000
+#: Results converted at once.
+_BLOCK = 4096
 
 
 class EvalResult(dict[str, dict[str, float]]):
@@ -142,11 +150,36 @@ def _check_results(gt: GroundTruth, results: Sequence[Mapping[str, Any]]) -> Non
 
 def _precision(gt: GroundTruth, results: Sequence[dict[str, Any]], task: str, max_dets: int | None) -> np.ndarray:
     """Return precision (IoU threshold 10, recall 101, category, area range 4, max dets 1); -1 if undefined."""
+    found = defaultdict(list)
+    for index, result in enumerate(results):
+        found[result["category_id"]].append(index)
+    parts: list[list[Any]] = [[]]
+    size = 0
+    for category in gt.categories:
+        if parts[-1] and size > _PART:
+            parts.append([])
+            size = 0
+        parts[-1].append(category)
+        size += len(gt.images) + len(found[category["id"]])
+    precisions = []
+    for categories in parts:
+        entries = (results[index] for category in categories for index in found[category["id"]])
+        precisions.append(_precision_of(gt, categories, entries, task, max_dets))
+    return np.concatenate(precisions, axis=2)
+
+
+def _precision_of(
+    gt: GroundTruth, categories: Sequence[Any], results: Iterable[Any], task: str, max_dets: int | None
+) -> np.ndarray:
+    """Return the precision of some categories, of which ``results`` are all the results."""
     from faster_coco_eval import COCO, COCOeval_faster
 
+    ids = {category["id"] for category in categories}
     # Shallow copies, because the evaluator writes flags and run-length objects into the entries.
-    annotations = [dict(a) for a in gt.annotations if task == "bbox" or "segmentation" in a]
-    entries = _boxes(results) if task == "bbox" else _masks(results, annotations)
+    annotations = [
+        dict(a) for a in gt.annotations if a["category_id"] in ids and (task == "bbox" or "segmentation" in a)
+    ]
+    entries = _entries(results, task, annotations)
     number = {image_id: image_id for image_id in gt.image_ids}
     # The evaluator stores ids as doubles, so replace text and large numbers by a running index.
     if not all(type(i) is int and abs(i) < 2**53 for i in number):
@@ -155,7 +188,7 @@ def _precision(gt: GroundTruth, results: Sequence[dict[str, Any]], task: str, ma
             entry["image_id"] = number[entry["image_id"]]
     images = [{"id": number[i["id"]], "height": i.get("height"), "width": i.get("width")} for i in gt.images]
     truth, found = (
-        COCO({"images": images, "categories": gt.categories, "annotations": a}, print_function=_silent)
+        COCO({"images": images, "categories": categories, "annotations": a}, print_function=_silent)
         for a in (annotations, entries)
     )
     evaluator = COCOeval_faster(truth, found, task, print_function=_silent, extra_calc=False)
@@ -166,13 +199,10 @@ def _precision(gt: GroundTruth, results: Sequence[dict[str, Any]], task: str, ma
     return np.asarray(evaluator.eval["precision"])
 
 
-def _boxes(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return detections for box AP, with size ranges by box area."""
-    return [_entry(n, r, "bbox", r["bbox"], r["bbox"][2] * r["bbox"][3]) for n, r in enumerate(results, 1)]
-
-
-def _masks(results: Sequence[Mapping[str, Any]], annotations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return detections for mask AP, with size ranges by mask area.
+def _entries(
+    results: Iterable[Mapping[str, Any]], task: str, annotations: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return the evaluator's detections, with size ranges by the area of the box or of the mask.
 
     A detection whose category has no object in its image cannot match, so only its area matters. Giving it a mask of
     one pixel avoids most of the run-length work on typical results.
@@ -180,17 +210,22 @@ def _masks(results: Sequence[Mapping[str, Any]], annotations: Sequence[Mapping[s
     from faster_coco_eval.core import mask as fast_mask
 
     present = {(a["image_id"], a["category_id"]) for a in annotations}
-    areas = fast_mask.area([r["segmentation"] for r in results]).tolist()
     stand_in = {"size": [1, 1], "counts": "1"}
-    return [
-        _entry(n, r, "segmentation", r["segmentation"] if (r["image_id"], r["category_id"]) in present else stand_in, a)
-        for n, (r, a) in enumerate(zip(results, areas), 1)
-    ]
-
-
-def _entry(number: int, result: Mapping[str, Any], key: str, value: Any, area: float) -> dict[str, Any]:
-    kept = {k: result[k] for k in ("image_id", "category_id", "score")}
-    return {"id": number, **kept, key: value, "area": area, "iscrowd": 0}
+    remaining, number, entries = iter(results), itertools.count(1), []
+    while some := list(itertools.islice(remaining, _BLOCK)):
+        if task == "bbox":
+            areas = [r["bbox"][2] * r["bbox"][3] for r in some]
+        else:
+            areas = fast_mask.area([r["segmentation"] for r in some]).tolist()
+        for r, area in zip(some, areas):
+            image, category = r["image_id"], r["category_id"]
+            entry = {"id": next(number), "image_id": image, "category_id": category, "score": r["score"], "area": area}
+            if task == "bbox":
+                entry["bbox"] = r["bbox"]
+            else:
+                entry["segmentation"] = r["segmentation"] if (image, category) in present else stand_in
+            entries.append({**entry, "iscrowd": 0})
+    return entries
 
 
 def _silent(*_: object) -> None:

@@ -211,11 +211,14 @@ def _fit(objects: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, An
     """Return the shares, and the highest IoU of a detection with an object of its class."""
     found: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
     truth: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
-    for groups, entries in ((found, results), (truth, objects)):
-        for entry in entries:
-            groups[entry["image_id"]].append(entry)
+    for a in objects:
+        truth[a["image_id"]].append(a)
+    sample = dict.fromkeys(list(truth)[:_SAMPLE])
+    for r in results:
+        if r["image_id"] in sample:
+            found[r["image_id"]].append(r)
     best: list[np.ndarray] = []
-    for image_id in list(truth)[:_SAMPLE]:
+    for image_id in sample:
         here, there = truth[image_id], found.get(image_id)
         if not there:
             best.append(np.zeros((4, len(here))))

@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
-from gn_det.evaluation.results import detections_to_coco
+from gn_det.evaluation.results import CocoResults, ImageResults
 from gn_det.structures import Detections, Sample
 
 
@@ -31,7 +30,7 @@ def run_inference(
     *,
     on_progress: Callable[[InferenceProgress], None] | None = None,
     total: int | None = None,
-) -> list[dict[str, Any]]:
+) -> CocoResults:
     """Return the COCO results of every image of ``loader``; repeated images count once.
 
     Args:
@@ -41,8 +40,7 @@ def run_inference(
         on_progress: called after every batch.
         total: number of images, if known.
     """
-    results: list[dict[str, Any]] = []
-    seen: set[Any] = set()
+    results = CocoResults()
     done = 0
     timed_from, timed_images = time.perf_counter(), 0
     was_training = isinstance(model, nn.Module) and model.training
@@ -52,9 +50,7 @@ def run_inference(
         with torch.inference_mode():
             for number, batch in enumerate(loader):
                 for sample, det in zip(batch, model(batch), strict=True):
-                    if sample["image_id"] not in seen:
-                        seen.add(sample["image_id"])
-                        results.extend(detections_to_coco(sample["image_id"], det, category_ids))
+                    results.append(ImageResults.of(sample["image_id"], det, category_ids))
                 done += len(batch)
                 now = time.perf_counter()
                 pace = (now - timed_from) / max(done - timed_images, 1)

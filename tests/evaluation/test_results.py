@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +15,16 @@ from pycocotools import mask as coco_mask
 from torch import nn
 
 from gn_det.errors import DataError
+from gn_det.evaluation import results as results_module
 from gn_det.evaluation.inference import run_inference
-from gn_det.evaluation.results import detections_to_coco, encode_masks, format_results, merge_results
+from gn_det.evaluation.results import (
+    CocoResults,
+    ImageResults,
+    detections_to_coco,
+    encode_masks,
+    format_results,
+    write_results,
+)
 from gn_det.structures import Detections
 
 
@@ -63,9 +74,43 @@ def test_more_classes_than_categories_is_explained() -> None:
         detections_to_coco(1, detections(3), (1, 2))
 
 
-def test_ranks_merge_without_doubles() -> None:
-    a, b, c = ({"image_id": i, "score": s} for i, s in ((1, 0.1), (1, 0.2), (2, 0.3)))
-    assert merge_results([[a, b], [c, dict(a)], [dict(c)]]) == [a, b, c]
+@pytest.mark.parametrize("masks", [True, False])
+def test_compact_results_are_the_same_sequence(masks: bool) -> None:
+    """Iteration, every index and slice, and the file equal those of the list of entries, also with empty images."""
+    shots = [(k, detections(n, masks=masks, size=(7 + k, 9))) for k, n in enumerate((2, 0, 5, 1, 0))]
+    plain = [entry for k, det in shots for entry in detections_to_coco(k, det, (5, 8, 13))]
+    packed = CocoResults(ImageResults.of(k, det, (5, 8, 13)) for k, det in shots)
+    assert list(packed) == plain and len(packed) == len(plain) == 8
+    assert [packed[k] for k in range(-8, 8)] == plain + plain
+    assert packed[1:7:2] == plain[1:7:2] and packed[:0] == []
+    with pytest.raises(IndexError):
+        packed[8]
+
+
+def test_an_image_of_two_ranks_counts_once() -> None:
+    a, b, c = (ImageResults.of(k, detections(2), (1, 2, 3)) for k in (1, 2, 1))
+    assert list(CocoResults([a, b, c])) == [*a, *b]
+
+
+def test_results_file_in_parts(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = detections_to_coco("ä", detections(7), (1, 2, 3))
+    for part in (3, 7, 100):
+        monkeypatch.setattr(results_module, "_PART", part)
+        assert Path(write_results(plain, tmp_path)).read_text("utf-8") == json.dumps(plain, ensure_ascii=False)
+    assert Path(write_results([], tmp_path)).read_text("utf-8") == "[]"
+
+
+def test_ten_times_less_memory_than_entries() -> None:
+    det = detections(100, size=(30, 40))
+    sizes = []
+    for make in (ImageResults.of, detections_to_coco):
+        tracemalloc.start()
+        kept = [make(k, det, (1, 2, 3)) for k in range(50)]
+        sizes.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+        assert len(kept) == 50
+    texts = 50 * sum(len(r["segmentation"]["counts"]) for r in detections_to_coco(0, det, (1, 2, 3)))
+    assert 5 * (sizes[0] - texts) < sizes[1] - texts
 
 
 def test_inference_puts_the_model_in_eval_mode_and_reports() -> None:
