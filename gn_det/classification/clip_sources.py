@@ -218,14 +218,20 @@ class _Clips(WorkerData):
 class _TestClips(_Clips):
     """Crops (test_crops, 3, T, side, side) of one clip each, addressed by ``[(video, clip)]``."""
 
+    #: The video read last, with its place and its number of frames when opened: all packets were read to count them.
+    _last: tuple[int, Video, int] | None = None
+
     def __getitem__(self, batch: Sequence[tuple[int, int]]) -> Loaded:  # type: ignore[override]
         settings, ((number, clip),) = self._settings, batch
         side = round(settings.side * _TEST / _CROP)
         name, label = self._entries[number]
         self.note(number)
         try:
-            video = self._open(name)
-            start = start_of_test_clip(clip, settings.test_clips, video.frames)
+            if self._last is None or self._last[0] != number:
+                video = self._open(name)
+                self._last = number, video, video.frames
+            _, video, length = self._last
+            start = start_of_test_clip(clip, settings.test_clips, length)
             frames = video.read(clip_numbers(start, settings.frames, settings.frame_stride), side)
         except ClipError as error:
             bad = [(name, str(error))]

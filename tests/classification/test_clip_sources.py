@@ -76,6 +76,26 @@ def test_three_crops_lie_at_both_ends_and_in_the_middle() -> None:
     assert pixels[:, 0, 0, 0, 0].tolist() == [0, 18, 37]
 
 
+def test_a_test_video_is_opened_once_and_its_first_length_counts() -> None:
+    """Opening reads all packets. A damaged video is found to be shorter by ``read``: clip starts stay the same."""
+    opened: list[str] = []
+
+    class Shrinks(Counted):
+        def __init__(self, name: str) -> None:
+            opened.append(name)
+            super().__init__(name)
+
+        def read(self, numbers: Sequence[int], side: int) -> np.ndarray:
+            self.frames = 50
+            return super().read(numbers, side)
+
+    given = settings(test_clips=5)
+    source = ClipSource(["a", "b"], [], [("100", 1), ("80", 0)], given, open_video=Shrinks)
+    starts = [int(pixels[0, 0, 0, 0, 0]) for _, (pixels, _) in source.test_batches([0, 1])]
+    assert opened == ["100", "80"]
+    assert starts == [k % 50 for k in (0, 20, 40, 60, 80, 0, 16, 32, 48, 64)]
+
+
 def test_scale_jitter_crop_and_flip() -> None:
     """The shorter side is uniform in [256, 320] of 224, crops lie inside, half of the clips are mirrored."""
     sides: set[int] = set()
