@@ -64,8 +64,8 @@ def shipped_config(name: str) -> Path:
     """Return the path of a shipped config, with or without ``.yaml``; ConfigError suggests the nearest names."""
     path = None if "/" in name else _by_name(shipped_folder("configs"), name)
     if path is None:
-        near = nearest(_with_ending(name), shipped_configs()) or shipped_configs()
-        raise ConfigError(f"config {shown(name)} is neither a file nor a shipped config{_hint(near)}")
+        hint = _hint(nearest(_with_ending(name), shipped_configs())) or "; gn-det configs lists those"
+        raise ConfigError(f"config {shown(name)} is neither a file nor a shipped config{hint}")
     return path
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
 from gn_det.errors import ConfigError
@@ -174,7 +175,8 @@ def parse_yaml(text: str | bytes, source: str) -> Any:
         kind = " (it looks like UTF-16)" if text[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
         raise ConfigError(f"{source} is not UTF-8 text{kind}; save it as UTF-8") from None
     except yaml.MarkedYAMLError as error:
-        mark, problem = error.problem_mark, one_line(error.problem or "not valid YAML", 300)
+        parts = [error.context, error.problem] if isinstance(error, ComposerError) else [error.problem]
+        mark, problem = error.problem_mark, one_line(", ".join(filter(None, parts)) or "not valid YAML", 300)
         place = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigError(f"{source}{place}: {problem}") from None
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # "\U99999999", tags that are no URI

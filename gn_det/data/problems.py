@@ -110,8 +110,8 @@ KINDS: dict[str, Kind] = {
     "polygon-no-number": _error("polygon coordinates that are not finite numbers", _OUT,
         "segmentation has polygon coordinates that are not finite numbers: a polygon is [x0, y0, x1, y1, ...]"),
     "polygon-short": _error("masks without a polygon of 3 points or more", _OUT,
-        "segmentation has no usable polygon (3 points or more, an even number of coordinates): draw it again or "
-        "remove the annotation"),
+        "segmentation has no usable polygon (3 points or more as [x0, y0, x1, y1, ...], an even number of coordinates)"
+        ": draw it again or remove the annotation"),
     "polygon-far": _error("polygons that reach far outside their image", _OUT,
         "segmentation has a vertex at ({:g}, {:g}), far outside the {}x{} image: coordinates are pixels; fix or "
         "remove it"),

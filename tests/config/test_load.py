@@ -385,7 +385,7 @@ def test_files_and_shipped_names_come_first(zoo: Path, tmp_path: Path, monkeypat
         ("/nowhere/Misc/mask_gn.yaml", "does not exist"),
         ("mask_gn.yaml", "neither a file nor a shipped config"),
         ("Misc/" + "x" * 5000, "(5005 characters) is neither a file nor in"),
-        ("x" * 5000, "(5000 characters) is neither a file nor a shipped config"),
+        ("x" * 5000, "(5000 characters) is neither a file nor a shipped config; gn-det configs lists those"),
         ("Misc/a\0b.yaml", "neither a file nor in"),
         ("/dev/zero", "is a pipe or device"),
     ],
