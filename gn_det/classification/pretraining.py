@@ -165,7 +165,7 @@ def _train(settings: Settings, resume: bool) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     loss = ClassifierLoss(model, source.input).to(device)
     if settings.channels_last:
-        loss.to(memory_format=torch.channels_last_3d if settings.of_clips else torch.channels_last)
+        model.to(memory_format=torch.channels_last_3d if settings.of_clips else torch.channels_last)
     optimizer = build_optimizer(settings, model, plan.lr)
     processes = dist.world_size()
     scheduler = LambdaLR(optimizer, lambda iteration: lr_factor(settings, iteration, plan.total, processes))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gn_det.checkpoint.io import read_checkpoint
-from gn_det.classification import Settings, pretrain
+from gn_det.classification import Settings, pretrain, pretraining
 from gn_det.classification import classifier_loop as loop
 from gn_det.classification.classifier_loop import ClassifierLoss, final_test
 from gn_det.classification.clip_sources import RGB
@@ -69,6 +69,27 @@ def test_killed_and_resumed_run_equals_an_undisturbed_one(tmp_path: Path) -> Non
     assert all(resumed[k] == straight[k] for k in ("top1_error", "top5_error")) and straight["test_videos"] == 8
     with pytest.raises(ConfigError, match=r"was started with frames 8, not 16"):
         pretrain(replace(first, frames=16), resume=True)
+
+
+@pytest.mark.parametrize("norm", ["GN", "BN"])
+def test_channels_last_trains_the_same_network(norm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights and error of the final test after two steps; maps of images have 4 dimensions, those of clips 5."""
+    layouts: list[bool] = []
+
+    class Seen(ClassifierLoss):
+        def forward(self, batch: Any) -> Any:
+            weight = self.classifier.trunk.stem.conv1.weight
+            layouts.append(weight.is_contiguous(memory_format=torch.channels_last_3d))
+            return super().forward(batch)
+
+    monkeypatch.setattr(pretraining, "ClassifierLoss", Seen)
+    short = replace(TINY, norm=norm, precise_bn=2 if norm == "BN" else None, iterations=2)
+    for last in (False, True):
+        pretrain(replace(short, output=str(tmp_path / str(last)), channels_last=last))
+    assert layouts == [False] * (len(layouts) // 2) + [True] * (len(layouts) // 2)
+    plain, other = state(tmp_path / "False"), state(tmp_path / "True")
+    for name in plain:
+        torch.testing.assert_close(other[name], plain[name], rtol=1e-3, atol=1e-4)
 
 
 class Videos:
