@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 RGB = Input("RGB", (114.75,) * 3, (57.375,) * 3)
 #: Scale jitter and test size of the shorter side, for a crop of 224.
 _CROP, _JITTER, _TEST = 224, (256, 320), 256
+#: A test crop is as large as the shorter side (256), but of a multiple of this many pixels, the network's stride: 37
+#: pixels instead of 32 would make a last map of 2x2 instead of 1x1, which a network trained on 32 has never seen.
+_STRIDE = 32
 #: Bytes of a list of videos.
 _MOST_BYTES = 1 << 28
 
@@ -223,7 +226,8 @@ class _TestClips(_Clips):
 
     def __getitem__(self, batch: Sequence[tuple[int, int]]) -> Loaded:  # type: ignore[override]
         settings, ((number, clip),) = self._settings, batch
-        side = round(settings.side * _TEST / _CROP)
+        short = round(settings.side * _TEST / _CROP)
+        side = max(short // _STRIDE * _STRIDE, settings.side)
         name, label = self._entries[number]
         self.note(number)
         try:
@@ -232,14 +236,15 @@ class _TestClips(_Clips):
                 self._last = number, video, video.frames
             _, video, length = self._last
             start = start_of_test_clip(clip, settings.test_clips, length)
-            frames = video.read(clip_numbers(start, settings.frames, settings.frame_stride), side)
+            frames = video.read(clip_numbers(start, settings.frames, settings.frame_stride), short)
         except ClipError as error:
             bad = [(name, str(error))]
             return Loaded(torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), bad, 0)
         height, width = frames.shape[1:3]
-        # Along the longer side: both ends and the middle.
+        # Along the longer side: both ends and the middle; of the shorter side the middle.
         shares = (0.5,) if settings.test_crops == 1 else (0, 0.5, 1)
-        corners = [(int(share * (height - side)), int(share * (width - side))) for share in shares]
+        along_y, along_x = ((0.5,) * 3, shares) if width >= height else (shares, (0.5,) * 3)
+        corners = [(int(v * (height - side)), int(h * (width - side))) for v, h in zip(along_y, along_x)]
         crops = torch.stack([self._tensor(frames[:, y : y + side, x : x + side]) for y, x in corners])
         return Loaded(crops, torch.full((len(crops),), label), [], 0)
 

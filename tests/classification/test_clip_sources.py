@@ -67,13 +67,44 @@ class Ramp(Counted):
 
 
 def test_three_crops_lie_at_both_ends_and_in_the_middle() -> None:
-    """Shorter side 256 for crops of 224, here 37 for 32; on the longer side of 74 they begin at 0, 18 and 37."""
+    """Shorter side 37 for crops of 32, as 256 for 224; on the longer side of 74 they begin at 0, 21 and 42."""
     source = ClipSource(["a", "b"], [], [("9", 1), ("9", 0)], settings(), open_video=Ramp)
     found = list(source.test_batches([0, 1]))
     assert [number for number, _ in found] == [0, 0, 1, 1]
     pixels, labels = found[0][1]
-    assert pixels.shape == (3, 3, 8, 37, 37) and labels.tolist() == [1, 1, 1]
-    assert pixels[:, 0, 0, 0, 0].tolist() == [0, 18, 37]
+    assert pixels.shape == (3, 3, 8, 32, 32) and labels.tolist() == [1, 1, 1]
+    assert pixels[:, 0, 0, 0, 0].tolist() == [0, 21, 42]
+
+
+@pytest.mark.parametrize(
+    ("size", "tall", "short", "crop", "starts"),
+    [
+        (224, False, 256, 256, [(0, 0), (0, 128), (0, 256)]),
+        (224, True, 256, 256, [(0, 0), (128, 0), (256, 0)]),
+        (112, False, 128, 128, [(0, 0), (0, 64), (0, 128)]),
+        (32, True, 37, 32, [(0, 2), (21, 2), (42, 2)]),
+        (16, False, 18, 16, [(1, 0), (1, 10), (1, 20)]),
+    ],
+)
+def test_test_crops(size: int, tall: bool, short: int, crop: int, starts: list[tuple[int, int]]) -> None:
+    """The whole shorter side of 256 for 224; never a map larger than that of training by a part of the stride of 32."""
+    asked: list[int] = []
+
+    class Places(Counted):
+        """Red is the row, green the column, both modulo 256."""
+
+        def read(self, numbers: Sequence[int], side: int) -> np.ndarray:
+            asked.append(side)
+            height, width = (2 * side, side) if tall else (side, 2 * side)
+            rows, columns = np.mgrid[:height, :width]
+            frame = np.stack([rows, columns, rows], axis=2).astype(np.uint8)
+            return np.broadcast_to(frame, (len(numbers), *frame.shape))
+
+    given = settings(image_size=size, test_clips=1)
+    source = ClipSource(["a", "b"], [], [("9", 1)], given, open_video=Places)
+    ((_, (pixels, _)),) = source.test_batches([0])
+    assert asked == [short] and pixels.shape[3:] == (crop, crop)
+    assert [tuple(p[:2, 0, 0, 0].tolist()) for p in pixels] == [(y % 256, x % 256) for y, x in starts]
 
 
 def test_a_test_video_is_opened_once_and_its_first_length_counts() -> None:
