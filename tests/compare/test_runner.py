@@ -256,7 +256,7 @@ def test_runs_of_the_time_of_hashes_are_taken_as_another_version(tmp_path: Path)
         (folder / "run.json").write_text(json.dumps(record))
     rows = results(tmp_path, seeds=1)["rows"]
     assert [r["status"] for r in rows] == ["done"] * 3
-    assert all(r["remarks"] == ["seed 1: run with gn_det results version 0123456789ab, not 1"] for r in rows)
+    assert all(r["remarks"] == ["seed 1: run with gn_det results version 0123456789ab, not 2"] for r in rows)
     kept, anew = Fake(), Fake()
     run(tmp_path, kept, seeds=1, any_version=True)
     run(tmp_path, anew, seeds=1)
