@@ -95,7 +95,7 @@ def memory(norm: str, side: int) -> dict[str, float]:
         "import torch; torch.set_num_threads(1)\n"
         "from benchmarks.clips import network, step\n"
         "model = network('i3d_r50 {norm}'); peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
-        "step(model, torch.randn(1, 3, 8, 32, 32)); before = peak()\n"
+        "model.eval(); step(model, torch.randn(1, 3, 8, 32, 32)); model.train(); before = peak()\n"
         "step(model, torch.randn(1, 3, {frames}, {side}, {side})); print(peak() - before)"
     )
     found = {}
