@@ -194,6 +194,8 @@ def _precision_of(
     evaluator = COCOeval_faster(truth, found, task, print_function=_silent, extra_calc=False)
     # A single number is enough: COCOeval reads only the largest.
     evaluator.params.maxDets = [100 if max_dets is None else int(max_dets)]
+    # By default faster-coco-eval 1.8 computes each image and category in a thread, which costs more than it saves.
+    evaluator.rle_iou_max_workers = 1
     evaluator.evaluate()
     evaluator.accumulate()
     return np.asarray(evaluator.eval["precision"])
@@ -224,7 +226,8 @@ def _entries(
                 entry["bbox"] = r["bbox"]
             else:
                 entry["segmentation"] = r["segmentation"] if (image, category) in present else stand_in
-            entries.append({**entry, "iscrowd": 0})
+            entry["iscrowd"] = 0
+            entries.append(entry)
     return entries
 
 
