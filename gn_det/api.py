@@ -30,7 +30,7 @@ class Model(ImageModel):
 
     def __init__(self, predictor: Predictor) -> None:
         assert predictor.module is not None
-        self._predictor = predictor
+        self._predictor, self._thresholds = predictor, predictor.thresholds
         self.class_names = tuple(predictor.class_names)
         self.category_ids = tuple(predictor.category_ids)
         self.config = predictor.config
@@ -40,10 +40,6 @@ class Model(ImageModel):
     def device(self) -> torch.device:
         """Device that the model runs on."""
         return next(self.module.parameters()).device
-
-    @property
-    def _thresholds(self) -> Sequence[float]:
-        return self._predictor.thresholds
 
     def _predict_one(
         self, image: Path | np.ndarray, lowest: float | Sequence[float], wanted: set[int] | None

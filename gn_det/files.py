@@ -44,10 +44,16 @@ def open_regular(path: StrPath) -> BinaryIO:
         OSError: it does not exist or may not be read.
         ValueError: the name holds a NUL character.
     """
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    file: BinaryIO = _open(path, os.O_RDONLY, "rb")
+    return file
+
+
+def _open(path: StrPath, flags: int, mode: str, **options: Any) -> Any:
+    flags |= getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags, 0o666)
     try:
         _require_regular(os.fstat(descriptor).st_mode, path)
-        return os.fdopen(descriptor, "rb")
+        return os.fdopen(descriptor, mode, **options)
     except BaseException:
         os.close(descriptor)
         raise
@@ -81,14 +87,8 @@ def open_append(folder: StrPath, name: str) -> TextIO:
         path = inside(folder, name)
     except ValueError as error:
         raise OSError(errno.ELOOP, str(error), os.fspath(Path(folder) / name)) from None
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0)
-    descriptor = os.open(path, flags, 0o666)
-    try:
-        _require_regular(os.fstat(descriptor).st_mode, path)
-        return os.fdopen(descriptor, "a", encoding="utf-8")
-    except BaseException:
-        os.close(descriptor)
-        raise
+    file: TextIO = _open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, "a", encoding="utf-8")
+    return file
 
 
 def check_writable(folder: StrPath, key: str = "OUTPUT_DIR") -> Path:
@@ -157,7 +157,7 @@ def atomic_write(path: StrPath, content: Content) -> None:
         # A file of that name is left from a dead process, or a link that somebody put there.
         temporary.unlink(missing_ok=True)
         try:
-            with open(temporary, "wb", opener=_new_file) as raw:
+            with open(temporary, "xb") as raw:
                 file = _ErrorKeeper(raw)
                 try:
                     if callable(content):
@@ -176,17 +176,12 @@ def atomic_write(path: StrPath, content: Content) -> None:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL character
-        remedy = (
-            "give the name of a file" if isinstance(error, NotRegularFile) else "free space or choose another folder"
-        )
         reason = one_line(getattr(error, "strerror", None) or error)
-        problem = WriteError(f"{one_line(os.fspath(path), 400)}: cannot be written ({reason}); {remedy}")
+        problem = WriteError(
+            f"{one_line(os.fspath(path), 400)}: cannot be written ({reason}); free space or choose another place"
+        )
         problem.reason = reason
         raise problem from error
-
-
-def _new_file(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 class _ErrorKeeper:
@@ -236,7 +231,9 @@ class Busy(OSError):
         holder: what it wrote into the lock file about itself; "" where that cannot be read.
     """
 
-    holder = ""
+    def __init__(self, path: StrPath, holder: str) -> None:
+        super().__init__(errno.EWOULDBLOCK, "in use by another process", os.fspath(path))
+        self.holder = holder
 
 
 #: Locked files of this process, by device and number: the kernel's locks tell processes apart, not parts of one.
@@ -259,21 +256,18 @@ def lock(path: StrPath, *, patience: float = 0.0) -> Iterator[None]:
         Busy: another process, or another context of this one, holds it.
         OSError: the file cannot be made, or the file system has no locks (``errno.ENOLCK``, ``ENOSYS``, ``ENOTSUP``).
     """
-    # Do not follow links, wait or truncate: others may be able to write to the folder.
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     with contextlib.suppress(FileNotFoundError):
         status = os.stat(path, follow_symlinks=False)
         if (status.st_dev, status.st_ino) in _held:  # to open and close the file would release the lock
-            raise _busy(path, f"process {os.getpid()}")
-    descriptor = os.open(path, flags, 0o666)
-    with os.fdopen(descriptor, "r+b", buffering=0) as file:
-        status = os.fstat(descriptor)
-        _require_regular(status.st_mode, path)
+            raise Busy(path, f"process {os.getpid()}")
+    # Do not follow links or truncate: others may be able to write to the folder.
+    with _open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), "r+b", buffering=0) as file:
         deadline = time.monotonic() + patience
         while not _try_lock(file):
             if time.monotonic() >= deadline:
-                raise _busy(path, _holder(file))
+                raise Busy(path, _holder(file))
             time.sleep(0.05)
+        status = os.fstat(file.fileno())
         key = (status.st_dev, status.st_ino)
         _held.add(key)
         try:
@@ -292,12 +286,6 @@ def _holder(file: BinaryIO) -> str:
         return printable(file.read(100).decode("utf-8", "replace"), keep="")
     except OSError:  # Windows does not let it be read
         return ""
-
-
-def _busy(path: StrPath, holder: str) -> Busy:
-    error = Busy(errno.EWOULDBLOCK, "in use by another process", os.fspath(path))
-    error.holder = holder
-    return error
 
 
 def _try_lock(file: BinaryIO) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from gn_det.errors import ConfigError, DataError
-from gn_det.text import count, nearest, one_line, shown, some
+from gn_det.text import count, did_you_mean, shown, some
 
 #: What ``predict`` takes as one image.
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
@@ -94,6 +94,7 @@ class ImageModel:
 
     class_names: Sequence[str]
     category_ids: Sequence[int]
+    _thresholds: Sequence[float]  # stored threshold of each class; empty if there are none
 
     @overload
     def predict(
@@ -129,11 +130,6 @@ class ImageModel:
         results = [self._predict_one(image, lowest, wanted) for image in checked_images(images)]
         return results if isinstance(images, (list, tuple)) else results[0]
 
-    @property
-    def _thresholds(self) -> Sequence[float]:
-        """Stored threshold of each class; empty if there are none."""
-        raise NotImplementedError
-
     def _predict_one(
         self, image: Path | np.ndarray, lowest: float | Sequence[float], wanted: set[int] | None
     ) -> Result:
@@ -141,12 +137,13 @@ class ImageModel:
 
 
 def lowest_score(threshold: Any, stored: Sequence[float]) -> float | Sequence[float]:
-    """Return ``threshold``, else the ``stored`` ones of each class, else 0.5; raise ConfigError for a bad threshold."""
-    return stored or THRESHOLD if threshold is None else checked_threshold(threshold)
+    """Return ``threshold``, else the ``stored`` ones of each class, else 0.5.
 
-
-def checked_threshold(threshold: Any) -> float:
-    """``threshold`` if it is a number from 0 to 1, NumPy's included; anything else raises ConfigError."""
+    Raises:
+        ConfigError: ``threshold`` is not a number from 0 to 1, NumPy's included.
+    """
+    if threshold is None:
+        return stored or THRESHOLD
     known = isinstance(threshold, (int, float, np.integer, np.floating)) and not isinstance(threshold, bool)
     if not known or not 0 <= threshold <= 1:
         raise ConfigError(f"threshold {shown(threshold)}: give a number from 0 to 1")
@@ -171,10 +168,8 @@ def wanted_classes(classes: Sequence[str] | None, names: Sequence[str]) -> set[i
     for name in classes:
         index = names.index(name) if name in names else lower.get(name.lower())
         if index is None:
-            near = nearest(name.lower(), lower, 1)
-            known = ", ".join(one_line(n, 60) for n in names[:10])
-            hint = f"did you mean {shown(names[lower[near[0]]])}?" if near else f"the model knows {known}"
-            raise ConfigError(f"class {shown(name)} is not one of the model's {len(names)} classes; {hint}")
+            hint = did_you_mean(name, names) or f"; the model knows {some(names, 10)}"
+            raise ConfigError(f"class {shown(name)} is not one of the model's {len(names)} classes{hint}")
         indices.add(index)
     return indices
 

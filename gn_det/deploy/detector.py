@@ -62,6 +62,7 @@ class Detector(ImageModel):
         self.metadata = Metadata.from_json(self._session.get_modelmeta().custom_metadata_map.get(NAME), self.path)
         self.class_names = self.metadata.class_names
         self.category_ids = self.metadata.category_ids
+        self._thresholds = self.metadata.thresholds
         self._reader = self.metadata.reader()
         self.shape = self._checked_shape()
 
@@ -124,10 +125,6 @@ class Detector(ImageModel):
             "masks": masks,
             "image_size": (height, width),
         }
-
-    @property
-    def _thresholds(self) -> Sequence[float]:
-        return self.metadata.thresholds
 
     def _predict_one(
         self, source: Path | np.ndarray, lowest: float | Sequence[float], wanted: set[int] | None
