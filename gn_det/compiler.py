@@ -75,9 +75,13 @@ def private_folder() -> Path:
 @functools.cache
 def cpu_features() -> frozenset[str]:
     """Return the features that Linux reports for this CPU; empty on other systems."""
+    return frozenset(cpu_info("flags", "Features").split())
+
+
+def cpu_info(*names: str) -> str:
+    """Return the first of the named entries of Linux's /proc/cpuinfo; "" on other systems."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return frozenset()
-    found = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return frozenset(found.partition(":")[2].split())
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(names)), "")

@@ -18,12 +18,14 @@ from datetime import timedelta
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any, TypeVar, cast
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from gn_det.compiler import cpu_info
 from gn_det.errors import ConfigError, TrainingError, UserError
 from gn_det.parent_watch import end_with_parent
 from gn_det.terminal import guard
@@ -123,11 +125,7 @@ def device_name(device: str) -> str:
     """Return the name of the GPU or the CPU."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine() or "CPU"
+    return cpu_info("model name") or platform.processor() or platform.machine() or "CPU"
 
 
 def under_torchrun() -> bool:
@@ -139,20 +137,13 @@ def planned_world_size(count: int) -> int:
     return int(os.environ["WORLD_SIZE"]) if under_torchrun() else count
 
 
-def start_group(device: str, init_method: str = "env://") -> None:
-    """Join the process group described by RANK and WORLD_SIZE; do nothing for a single process."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 or dist.is_initialized():
+def start_group(device: str) -> None:
+    """Join the process group that the environment describes; do nothing for a single process."""
+    if os.environ.get("WORLD_SIZE", "1") == "1" or dist.is_initialized():
         return
     if device.startswith("cuda"):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(
-        "nccl" if device.startswith("cuda") else "gloo",
-        init_method=init_method,
-        rank=int(os.environ["RANK"]),
-        world_size=size,
-        timeout=TIMEOUT,
-    )
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)
 
 
 def stop_group() -> None:
@@ -202,12 +193,18 @@ def launch(
     _check_counts(device, num_gpus, num_machines, machine_rank, dist_url)
     if num_gpus * num_machines == 1:
         return function(*args)
-    if dist_url == "auto":
-        dist_url = f"tcp://127.0.0.1:{_free_port()}"
-    with tempfile.TemporaryDirectory(prefix="gn_det-") as box:
-        plan = (device, num_gpus, num_machines, machine_rank, dist_url, box)
-        _spawn(function, args, plan)
-        result = Path(box) / "result-0"
+    url = urlsplit(dist_url if num_machines > 1 else f"tcp://127.0.0.1:{_free_port()}")
+    common = {
+        "WORLD_SIZE": num_gpus * num_machines,
+        "LOCAL_WORLD_SIZE": num_gpus,
+        "MASTER_ADDR": url.hostname,
+        "MASTER_PORT": url.port or 29500,
+    }
+    with tempfile.TemporaryDirectory(prefix="gn_det-") as folder:
+        box = Path(folder)
+        ranks = [{**common, "RANK": machine_rank * num_gpus + i, "LOCAL_RANK": i} for i in range(num_gpus)]
+        _raise_first_error(box, _spawn([(rank, device, box, function, args) for rank in ranks]))
+        result = box / "result-0"
         return cast(T, pickle.loads(result.read_bytes()) if result.is_file() else None)
 
 
@@ -221,7 +218,7 @@ def _check_counts(device: str, num_gpus: int, num_machines: int, machine_rank: i
         raise ConfigError(f"--num-gpus {num_gpus}: torch finds {found} on this machine")
     if ":" in device and num_gpus > 1:
         raise ConfigError(f"MODEL.DEVICE {device} names one GPU; use MODEL.DEVICE cuda with --num-gpus {num_gpus}")
-    if num_machines > 1 and dist_url == "auto":
+    if num_machines > 1 and not urlsplit(dist_url).hostname:
         raise ConfigError("--num-machines > 1 needs --dist-url tcp://ADDRESS_OF_MACHINE_0:PORT, equal on all machines")
 
 
@@ -235,11 +232,12 @@ def in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-def _spawn(function: Callable[..., Any], args: tuple[Any, ...], plan: tuple[Any, ...]) -> None:
+def _spawn(calls: list[tuple[Any, ...]]) -> dict[int, int]:
+    """Call :func:`_worker` in a process each; return the exit codes of those that failed on their own."""
     context = mp.get_context("spawn")
     # Otherwise a process whose peer stopped prints C++ frames around the line that matters.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    workers = [context.Process(target=_worker, args=(i, function, args, plan)) for i in range(plan[1])]
+    workers = [context.Process(target=_worker, args=call) for call in calls]
     for worker in workers:
         worker.start()
 
@@ -262,14 +260,11 @@ def _spawn(function: Callable[..., Any], args: tuple[Any, ...], plan: tuple[Any,
         failed = {i: w.exitcode for i, w in enumerate(workers) if w.exitcode}
         for worker in workers:
             worker.kill()
-    _raise_first_error(Path(plan[-1]), failed)
+    return failed
 
 
 def _raise_first_error(box: Path, failed: dict[int, int]) -> None:
-    """Raise the error that caused the others: a UserError, or a RuntimeError with the first stack trace.
-
-    ``failed`` holds the exit codes of the processes that failed on their own.
-    """
+    """Raise the error that caused the others: a UserError, or a RuntimeError with the first stack trace."""
     files = sorted(box.glob("error-*"), key=lambda f: f.stat().st_mtime_ns)
     errors = {int(f.name.removeprefix("error-")): pickle.loads(f.read_bytes()) for f in files}
     for error in errors.values():
@@ -289,29 +284,21 @@ def _raise_first_error(box: Path, failed: dict[int, int]) -> None:
         raise RuntimeError(f"training process {reports[0]}")
 
 
-def _worker(index: int, function: Callable[..., Any], args: tuple[Any, ...], plan: tuple[Any, ...]) -> None:
+def _worker(rank: dict[str, Any], device: str, box: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     end_with_parent()
     guard()
-    device, num_gpus, num_machines, machine_rank, dist_url, box = plan
-    address, _, port = dist_url.removeprefix("tcp://").partition(":")
-    os.environ.update(
-        RANK=str(machine_rank * num_gpus + index),
-        LOCAL_RANK=str(index),
-        WORLD_SIZE=str(num_gpus * num_machines),
-        LOCAL_WORLD_SIZE=str(num_gpus),
-    )
-    os.environ.setdefault("MASTER_ADDR", address)
-    os.environ.setdefault("MASTER_PORT", port or "29500")
+    os.environ.update({name: str(value) for name, value in rank.items()})
+    index = rank["LOCAL_RANK"]
     if device == "cpu":
-        torch.set_num_threads(max(torch.get_num_threads() // num_gpus, 1))
+        torch.set_num_threads(max(torch.get_num_threads() // rank["LOCAL_WORLD_SIZE"], 1))
     try:
-        start_group(device, dist_url)
+        start_group(device)
         result = function(*args)
         if index == 0:
-            (Path(box) / "result-0").write_bytes(pickle.dumps(result))
+            (box / "result-0").write_bytes(pickle.dumps(result))
         stop_group()
     except BaseException as error:
         content = error if isinstance(error, UserError) else traceback.format_exc()
-        (Path(box) / f"error-{index}").write_bytes(pickle.dumps(content))
+        (box / f"error-{index}").write_bytes(pickle.dumps(content))
         sys.stdout.flush()
         os._exit(1)  # no clean shutdown: peers may be waiting in a collective
