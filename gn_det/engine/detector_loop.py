@@ -97,7 +97,7 @@ def make_loop(
     payload, solver = resume.payload if resume is not None else {}, cfg.SOLVER
     autocast = DTYPES[solver.AMP.DTYPE] if solver.AMP.ENABLED else None
     state.scaler = make_scaler(autocast, next(state.model.parameters()).device.type)
-    if state.scaler is not None and payload.get("grad_scaler"):
+    if payload.get("grad_scaler"):
         state.scaler.load_state_dict(dict(payload["grad_scaler"]))
     if solver.EMA.ENABLED:
         average = state.average = WeightAverage(state.model, float(solver.EMA.DECAY))
@@ -107,32 +107,27 @@ def make_loop(
             "SOLVER.EMA: the average of the weights (decay %g) is evaluated and saved; it %s.",
             *(average.decay, f"continues after {average.steps} steps" if average.steps else "starts at these weights"),
         )
-    folder = Path(cfg.OUTPUT_DIR)
-    logs = payload.get("logs")  # a file of another tool has none
-    written = logs["written"] if logs else None
-    metrics = Metrics(open_loggers(cfg, state.iteration, written) if dist.rank() == 0 else [])
+    folder, first = Path(cfg.OUTPUT_DIR), dist.rank() == 0
+    logs = payload.get("logs") or {}  # a file of another tool has none
+    metrics = Metrics(open_loggers(cfg, state.iteration, logs.get("written")) if first else [])
     if logs:
         metrics.restore(logs)
     checkpoint = Checkpoint(folder, meta, metrics, period=solver.CHECKPOINT_PERIOD, keep=solver.CHECKPOINT_KEEP)
     signals, limit = Signals(checkpoint), TimeLimit(float(solver.MAX_HOURS), checkpoint)
-    hooks: list[Hook] = [*own, metrics, signals, limit, checkpoint]
-    if cfg.VIS_PERIOD > 0:
-        hooks.insert(len(own), Visualize(cfg, meta.class_names, metrics.loggers if dist.rank() == 0 else None))
-    if evaluate is not None:
-        hooks.append(Evaluate(cfg, evaluate, signals, limit))
-    loop = Loop(
+    drawing = [Visualize(cfg, meta.class_names, metrics.loggers if first else None)] if cfg.VIS_PERIOD > 0 else []
+    evaluating = [Evaluate(cfg, evaluate, signals, limit)] if evaluate is not None else []
+    return Loop(
         state,
         forward,
-        hooks,
+        [*own, *drawing, metrics, signals, limit, checkpoint, *evaluating],
         total=int(solver.MAX_ITER),
         accumulate=int(solver.ACCUMULATE),
         images=int(solver.IMS_PER_BATCH),
         autocast=autocast,
         clip=partial(clip_gradients, cfg) if clip and solver.CLIP_GRADIENTS.ENABLED else None,
         folder=folder,
+        about={"gn_det": build_meta(cfg, meta.class_names, meta.category_ids)},
     )
-    loop.about = {"gn_det": build_meta(cfg, meta.class_names, meta.category_ids)}
-    return loop
 
 
 def first_batch(cfg: CfgNode, state: TrainState) -> int:

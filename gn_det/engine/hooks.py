@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from itertools import islice
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from fvcore.common.config import CfgNode
@@ -25,9 +25,9 @@ from gn_det.checkpoint.last import prune, write_last
 from gn_det.engine import dist
 from gn_det.engine.loggers import Logger
 from gn_det.engine.loop import Hook, Loop
-from gn_det.engine.output import BEST, FINAL, numbered
+from gn_det.engine.output import BEST, FINAL
 from gn_det.engine.scalars import Metrics
-from gn_det.engine.state import ModelMeta, build_payload, capture_rng, restore_rng
+from gn_det.engine.state import ModelMeta, build_checkpoint, build_payload, capture_rng, restore_rng
 from gn_det.errors import TrainingError, WriteError
 from gn_det.files import atomic_write
 from gn_det.modeling.mask_rcnn import MaskRCNN
@@ -66,7 +66,7 @@ class Checkpoint(Hook):
         self.folder, self.meta, self.metrics, self.period, self.keep = folder, meta, metrics, period, keep
 
     def after_step(self, loop: Loop) -> None:  # before the evaluation, in case it fails
-        if loop.last or loop.stopping or (self.period > 0 and (loop.state.iteration + 1) % self.period == 0):
+        if loop.stopping or loop.due(self.period):
             self.save(loop)
 
     def after_eval(self, loop: Loop) -> None:
@@ -75,7 +75,7 @@ class Checkpoint(Hook):
 
     def path(self, loop: Loop) -> Path:
         """Return the file of the iteration that just ended."""
-        return self.folder / (FINAL if loop.finished else numbered(loop.state.iteration))
+        return self.folder / (FINAL if loop.finished else f"model_{loop.state.iteration:07d}.pth")
 
     def saved(self, loop: Loop) -> bool:
         """Return whether this iteration already has a checkpoint."""
@@ -90,7 +90,7 @@ class Checkpoint(Hook):
 
         def write() -> None:
             with _naming_resume():
-                save_checkpoint(path, build_payload(loop.state, self.meta, rng=rng, logs=self.metrics.dump()))
+                save_checkpoint(path, build_checkpoint(loop.state, self.meta, rng, self.metrics.dump()))
                 write_last(self.folder, path.name)
             prune(self.folder, self.keep)
 
@@ -139,7 +139,7 @@ class Signals(Hook):
             signal.signal(number, handler)
         self._old = {}
 
-    def interrupt(self, loop: Loop, *, collective: bool = True) -> None:
+    def interrupt(self, loop: Loop, *, collective: bool = True) -> NoReturn:
         """Save a checkpoint, unless this iteration has one, and raise Interrupted."""
         if not self.checkpoint.saved(loop):
             self.checkpoint.save(loop, collective=collective)
@@ -172,8 +172,7 @@ class TimeLimit(Hook):
             loop.flags["time is up"] = True
         if loop.agreed.get("time is up") and not loop.finished:
             logger.info(
-                "Time limit of %g h (SOLVER.MAX_HOURS, --max-hours) reached at iteration %d of %d; saved %s. Rerun "
-                "with --resume to continue.",
+                "Time limit of %g h reached at iteration %d/%d; saved %s. Rerun with --resume to continue.",
                 *(self.hours, loop.state.iteration, loop.total, self.checkpoint.path(loop)),
             )
 
@@ -190,8 +189,7 @@ class PreciseBN(Hook):
         self.make_batches = make_batches
 
     def after_step(self, loop: Loop) -> None:
-        due = self.period > 0 and (loop.state.iteration + 1) % self.period == 0
-        if not (due or loop.last):
+        if not loop.due(self.period):
             return
         rng, model = capture_rng(), loop.state.model
         try:
@@ -199,10 +197,7 @@ class PreciseBN(Hook):
                 layers = precise_bn(model, model, islice(self._stream(), self.batches))
         finally:
             restore_rng(rng)
-        if layers:
-            logger.info("Precise BN: statistics of %d layers from %d batches.", layers, self.batches)
-        else:
-            logger.info("TEST.PRECISE_BN has nothing to do: no BN layer of the model is trained.")
+        logger.info("TEST.PRECISE_BN: statistics of %d trained BN layers from %d batches.", layers, self.batches)
 
     def _stream(self) -> Iterator[Any]:
         """The batches; a loader is started only when the first one is needed."""
@@ -307,7 +302,7 @@ class Evaluate(Hook):
             self.run(loop)
 
     def _due(self, loop: Loop) -> bool:
-        return loop.last or loop.stopping or (self.period > 0 and (loop.state.iteration + 1) % self.period == 0)
+        return loop.stopping or loop.due(self.period)
 
     def run(self, loop: Loop) -> None:
         """Evaluate without changing the weights and random streams of training."""
@@ -319,24 +314,21 @@ class Evaluate(Hook):
                 raise _Left
 
         model.eval()
-        left = False
+        results: Mapping[str, float] | None = None
         try:
-            with state.average.swapped_in(model) if state.average is not None else nullcontext():
-                results = dict(self.evaluate(model, on_progress))
-        except _Left:
-            left = True
+            with suppress(_Left), state.average.swapped_in(model) if state.average is not None else nullcontext():
+                results = self.evaluate(model, on_progress)
         finally:
             restore_rng(rng)
-        if left:
+        if results is None:
             self.signals.interrupt(loop, collective=False)
         model.train(training)
         self.limit.reserve = max(self.limit.reserve, time.monotonic() - start)
-        state.results, state.evaluated_at = results, state.iteration
+        state.results, state.evaluated_at = dict(results), state.iteration
         self._judge(loop)
         if 0 < self.patience <= state.stale and not loop.last:
             logger.info(
-                "Stopped early: %d evaluations without a better %s than %.4f (iteration %d); TEST.PATIENCE 0 never "
-                "stops.",
+                "Stopped early (TEST.PATIENCE): %d evaluations without a better %s than %.4f (iteration %d).",
                 *(state.stale, self.metric, math.nan if state.best is None else state.best, state.best_iteration),
             )
             loop.stop()
@@ -345,12 +337,11 @@ class Evaluate(Hook):
     def _judge(self, loop: Loop) -> None:
         """Keep the model if its metric is the best so far."""
         state, name = loop.state, self.metric
-        value = state.results.get(name)
-        if value is None and state.results:
-            value = next((v for k, v in state.results.items() if k.endswith(f"/{name}")), None)
-            if value is None:
-                logger.warning("TEST.BEST_METRIC %s is not among the results (%s ...).", name, min(state.results))
-        if value is None or not math.isfinite(value):
+        found = [value for key, value in state.results.items() if f"/{key}".endswith(f"/{name}")]
+        if state.results and not found:
+            logger.warning("TEST.BEST_METRIC %s is not among the results (%s ...).", name, min(state.results))
+        value = found[0] if found else math.nan
+        if not math.isfinite(value):
             state.stale += 1
             logger.info("%s is undefined; %s is not written for iteration %d.", name, BEST, state.iteration)
         elif state.best is not None and value <= state.best:
@@ -361,7 +352,7 @@ class Evaluate(Hook):
             checkpoint = self.signals.checkpoint
             if dist.rank() == 0:
                 with _naming_resume():
-                    save_checkpoint(checkpoint.folder / BEST, build_payload(state, checkpoint.meta, resumable=False))
+                    save_checkpoint(checkpoint.folder / BEST, build_payload(state, checkpoint.meta))
             logger.info("%s %.4f is the best so far: %s written.", name, value, checkpoint.folder / BEST)
 
 

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -51,65 +52,39 @@ class Hook:
         """Called when training ends, also by an error; release resources here."""
 
 
+@dataclass(eq=False, repr=False)
 class Loop:
-    """One training run in this process.
+    """One training run in this process."""
 
-    Args:
-        forward: maps a micro-batch to its losses; usually ``state.model``, wrapped by :func:`parallel`.
-        total: iterations of the run, including those up to ``state.iteration``.
-        accumulate: micro-batches per iteration.
-        images: images per iteration, over all micro-batches and processes.
-        autocast: dtype of mixed precision, None for float32.
-        clip: function that clips the gradients of the optimizer's parameters.
-        folder: where to save the batch of a non-finite loss; None saves none.
+    state: TrainState
+    forward: Callable[[Any], Mapping[str, Tensor]]  # micro-batch -> losses; usually the model, wrapped by parallel()
+    hooks: Sequence[Hook] = ()
+    _: KW_ONLY
+    total: int  # iterations of the run, including those up to state.iteration
+    accumulate: int = 1  # micro-batches per iteration
+    images: int = 0  # per iteration, over all micro-batches and processes
+    autocast: torch.dtype | None = None  # of mixed precision; None: float32
+    #: whether to cast a weight once per forward pass, like Detectron2's trainer. If False, it is cast at each use, and
+    #: the gradients are summed in float32.
+    autocast_cache: bool = False
+    clip: Callable[[list[nn.Parameter]], None] | None = None  # clips the gradients of the optimizer's parameters
+    folder: Path | None = None  # where to save the batch of a non-finite loss; None saves none
+    about: Mapping[str, Any] = field(default_factory=dict)  # further content of that file
+    #: returns the RGB image (H, W, 3) uint8 that the model drew in this iteration by VIS_PERIOD, and forgets it; None
+    #: if the model does not draw.
+    take_picture: Callable[[], np.ndarray | None] | None = None
 
-    Attributes:
-        losses: mean of each loss over ranks and micro-batches in the last iteration.
-        scalars: further numbers of the iteration, to be logged.
-        lr: learning rate of the iteration, for the group with most tensors (as in Detectron2).
-        data_time: seconds that the iteration waited for data, on the slowest rank.
-        flags: numbers that hooks set on this rank, such as a received signal.
-        agreed: maximum of each flag over ranks, updated with the losses; equal on all ranks.
-        stopping: whether a hook ended the training, so that this iteration is the last.
-        about: further content of the file of a non-finite loss.
-        take_picture: returns the RGB image (H, W, 3) uint8 that the model drew in this iteration by VIS_PERIOD, and
-            forgets it; None if the model does not draw.
-        autocast_cache: whether to cast a weight once per forward pass, like Detectron2's trainer. If False, it is cast
-            at each use, and the gradients are summed in float32.
-    """
-
-    def __init__(
-        self,
-        state: TrainState,
-        forward: Callable[[Any], Mapping[str, Tensor]],
-        hooks: Iterable[Hook] = (),
-        *,
-        total: int,
-        accumulate: int = 1,
-        images: int = 0,
-        autocast: torch.dtype | None = None,
-        clip: Callable[[list[nn.Parameter]], None] | None = None,
-        folder: Path | None = None,
-    ) -> None:
-        self.state, self.forward, self.hooks = state, forward, list(hooks)
-        self.total, self.accumulate, self.images = total, accumulate, images
-        self.autocast, self.clip, self.folder = autocast, clip, folder
-        self.about: dict[str, Any] = {}
-        self.take_picture: Callable[[], np.ndarray | None] | None = None
-        self.autocast_cache = False
-        self.losses: dict[str, float] = {}
-        self.scalars: dict[str, float] = {}
-        self.flags: dict[str, float] = {}
-        self.agreed: dict[str, float] = {}
-        self.lr = self.data_time = 0.0
-        self.stopping = self._finished = False
-        self.current: Pass | None = None
-        self.batches: Iterator[Any] = iter(())
-        groups = state.optimizer.param_groups
-        self._largest_group = max(range(len(groups)), key=lambda i: len(groups[i]["params"]))
-        self._ddp = forward if isinstance(forward, DistributedDataParallel) else None
-        self._device = next(state.model.parameters()).device
-        self._micro: list[dict[str, float]] = []
+    # ------ set by the loop and its hooks
+    losses: dict[str, float] = field(default_factory=dict)  # of the last iteration: means over ranks and micro-batches
+    scalars: dict[str, float] = field(default_factory=dict)  # further numbers of the iteration, to be logged
+    lr: float = 0.0  # of the iteration, for the group with most tensors (as in Detectron2)
+    data_time: float = 0.0  # seconds that the iteration waited for data, on the slowest rank
+    flags: dict[str, float] = field(default_factory=dict)  # numbers set on this rank, such as a received signal
+    agreed: dict[str, float] = field(default_factory=dict)  # maximum of each flag over ranks, updated with the losses
+    stopping: bool = False  # whether a hook ended the training, so that this iteration is the last
+    current: Pass | None = None  # the newest forward pass
+    batches: Iterator[Any] = field(default_factory=lambda: iter(()))
+    _finished: bool = False
 
     # ------------------------------------------------------------ the run
 
@@ -133,11 +108,7 @@ class Loop:
         if self.state.iteration >= 0:
             self.call("end_step")  # a killed run may not have reached it
         if self.last:
-            logger.info(
-                "Nothing left to train: iteration %d is done and SOLVER.MAX_ITER is %d; raise SOLVER.MAX_ITER to "
-                "continue.",
-                *(self.state.iteration, self.total),
-            )
+            logger.info("Nothing left to train: raise SOLVER.MAX_ITER (now %d) to continue.", self.total)
 
     def end(self) -> None:
         """Release the batches, which ends their workers, and call ``after_train`` of all hooks even if some fail."""
@@ -159,6 +130,10 @@ class Loop:
         self.stopping = True
         self._finished = self._finished or finished
 
+    def due(self, period: int) -> bool:
+        """Whether this iteration ends with what is done every ``period`` iterations (0: never) and after the last."""
+        return self.last or (period > 0 and (self.state.iteration + 1) % period == 0)
+
     @property
     def last(self) -> bool:
         """Whether all iterations are done."""
@@ -172,73 +147,65 @@ class Loop:
     def mixed_precision(self) -> torch.autocast:
         """The autocast in which forward passes run."""
         on = self.autocast is not None
-        return torch.autocast(self._device.type, self.autocast, on, cache_enabled=self.autocast_cache)
+        return torch.autocast(self._device, self.autocast, on, cache_enabled=self.autocast_cache)
+
+    @property
+    def _device(self) -> str:
+        return next(self.state.model.parameters()).device.type
 
     # ------------------------------------------------------------ one iteration
 
     def step(self) -> None:
         """Run forward, backward and optimizer step; raise TrainingError before that step if a loss is not finite."""
-        state, scaler = self.state, self.state.scaler
-        self._micro, self.data_time = [], 0.0
-        self.scalars = {}
+        state, micro = self.state, []
+        ddp = self.forward if isinstance(self.forward, DistributedDataParallel) else None
+        self.scalars, self.data_time = {}, 0.0
         state.optimizer.zero_grad()
         for part in range(1, self.accumulate + 1):
-            batch, waited = self._next_batch()
-            with self._ddp.no_sync() if self._ddp is not None and part < self.accumulate else nullcontext():
+            start = time.perf_counter()
+            batch = next(self.batches)
+            waited = time.perf_counter() - start
+            if state.rng is not None:  # as late as possible, because building loaders uses the random streams, too
+                restore_rng(state.rng)
+                state.rng = None
+            with ddp.no_sync() if ddp is not None and part < self.accumulate else nullcontext():
                 with self.mixed_precision():
                     losses = self._forward(batch)
-                    total = torch.stack([v.float() for v in losses.values()]).sum()
-                total = total / self.accumulate if self.accumulate > 1 else total
-                torch.autograd.backward(total if scaler is None else scaler.scale(total))
-            self._look(losses, waited)
-        self.losses = {n: sum(m[n] for m in self._micro) / len(self._micro) for n in self._micro[0]}
-        self.lr = float(state.optimizer.param_groups[self._largest_group]["lr"])
-        if scaler is not None:
-            scaler.unscale_(state.optimizer)
+                    total = torch.stack([v.float() for v in losses.values()]).sum() / self.accumulate
+                torch.autograd.backward(state.scaler.scale(total))
+            micro.append(self._look(losses, waited))
+        self.losses = {name: sum(m[name] for m in micro) / len(micro) for name in micro[0]}
+        groups = state.optimizer.param_groups
+        self.lr = float(max(groups, key=lambda group: len(group["params"]))["lr"])
+        state.scaler.unscale_(state.optimizer)
         if self.clip is not None:
-            self.clip([p for g in state.optimizer.param_groups for p in g["params"]])
-        if scaler is None:
-            state.optimizer.step()
-        else:
-            scaler.step(state.optimizer)
-            scaler.update()
+            self.clip([p for group in groups for p in group["params"]])
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
         if state.average is not None:
             state.average.update(state.model)
         state.iteration += 1
         state.images_seen += self.images
 
-    def _next_batch(self) -> tuple[Any, float]:
-        start = time.perf_counter()
-        batch = next(self.batches)
-        waited = time.perf_counter() - start
-        if self.state.rng is not None:  # as late as possible, because building loaders uses the random streams, too
-            restore_rng(self.state.rng)
-            self.state.rng = None
-        return batch, waited
-
     def _forward(self, batch: Sequence[Any]) -> Mapping[str, Tensor]:
-        cuda = torch.cuda.get_rng_state() if self._device.type == "cuda" else None
-        self.current = Pass(batch, {"torch": torch.get_rng_state(), "cuda": cuda}, self._device.type, self.autocast)
+        cuda = torch.cuda.get_rng_state() if self._device == "cuda" else None
+        self.current = Pass(batch, {"torch": torch.get_rng_state(), "cuda": cuda}, self._device, self.autocast)
         try:
             return self.forward(batch)
         except FloatingPointError as error:  # no proposals can be computed from such predictions, so there is no loss
             what = f"loss_rpn_cls, loss_rpn_loc, images {self.current.images()} ({error})"
             raise self._not_finite(what, [self._diagnose()]) from None
 
-    def _look(self, losses: Mapping[str, Tensor], waited: float) -> None:
-        """Collect the losses of all ranks while the device still computes the backward pass."""
+    def _look(self, losses: Mapping[str, Tensor], waited: float) -> dict[str, float]:
+        """Return the mean losses of all ranks, gathered while the device still computes the backward pass."""
         row = torch.stack([v.detach().float() for v in losses.values()])
-        extra = [*self.flags.values(), waited]
-        if self._ddp is not None:
-            rows = dist.gather_rows(torch.cat([row, row.new_tensor(extra)]))
-        else:
-            rows = [[*row.tolist(), *extra]]
+        rows = dist.gather_rows(torch.cat([row, row.new_tensor([*self.flags.values(), waited])]))
         count = len(losses)
         if not all(math.isfinite(v) for r in rows for v in r[:count]):
             self.stop_non_finite(list(losses), rows)
-        self._micro.append({name: sum(r[i] for r in rows) / len(rows) for i, name in enumerate(losses)})
         self.data_time += max(r[-1] for r in rows)
         self.agreed = {name: max(r[count + i] for r in rows) for i, name in enumerate(self.flags)}
+        return {name: sum(r[i] for r in rows) / len(rows) for i, name in enumerate(losses)}
 
     def stop_non_finite(self, names: Sequence[str], rows: Sequence[Sequence[float]]) -> NoReturn:
         """Raise TrainingError on all ranks; ``rows`` begin with each rank's losses, ``names`` are theirs."""
@@ -274,10 +241,9 @@ def parallel(model: nn.Module) -> nn.Module:
     return model if dist.world_size() == 1 else DistributedDataParallel(model, broadcast_buffers=False)
 
 
-def make_scaler(dtype: torch.dtype | None, device: str) -> torch.amp.GradScaler | None:
-    """Return a gradient scaler for fp16; None for other types."""
-    if dtype is not torch.float16:
-        return None
-    # If the first step is skipped because of infinite gradients, torch warns that the schedule advances.
-    warnings.filterwarnings("ignore", message=r".*lr_scheduler\.step\(\)")
-    return torch.amp.GradScaler(device)
+def make_scaler(dtype: torch.dtype | None, device: str) -> torch.amp.GradScaler:
+    """Return a gradient scaler, which does nothing except for fp16."""
+    if dtype is torch.float16:
+        # If the first step is skipped because of infinite gradients, torch warns that the schedule advances.
+        warnings.filterwarnings("ignore", message=r".*lr_scheduler\.step\(\)")
+    return torch.amp.GradScaler(device, enabled=dtype is torch.float16)

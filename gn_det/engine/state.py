@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from gn_det.checkpoint.io import read_checkpoint
 from gn_det.checkpoint.last import read_last
 from gn_det.checkpoint.meta import build_meta, read_meta
 from gn_det.config import parse_config
-from gn_det.config.defaults import as_lists, flatten
+from gn_det.config.defaults import as_lists, flatten, get_value
 from gn_det.engine import dist
 from gn_det.engine.payload import check_run, refuse, restore_slots, set_stream
 from gn_det.engine.schedule import set_iteration
@@ -89,7 +90,8 @@ class TrainState:
     optimizer: Optimizer
     scheduler: LRScheduler
     seed: int = 0  # of data stream and initialization
-    scaler: torch.amp.GradScaler | None = None  # of fp16
+    #: of fp16; does nothing otherwise
+    scaler: torch.amp.GradScaler = field(default_factory=partial(torch.amp.GradScaler, "cpu", enabled=False))
     average: WeightAverage | None = None  # SOLVER.EMA
     iteration: int = -1  # last finished one, 0-based; -1 before the first
     images_seen: int = 0  # training images of finished iterations, over all GPUs
@@ -142,55 +144,45 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def build_payload(
-    state: TrainState,
-    meta: ModelMeta,
-    *,
-    resumable: bool = True,
-    rng: Sequence[Mapping[str, Any]] = (),
-    logs: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Return the content of a checkpoint file.
-
-    With ``state.average``, ``model`` holds the evaluated averages, and the training weights are stored under ``ema``.
-
-    Args:
-        resumable: False for weights and metadata only (``model_best.pth``).
-        rng: random streams of all ranks.
-        logs: from :meth:`gn_det.engine.scalars.Metrics.dump`.
+def build_payload(state: TrainState, meta: ModelMeta) -> dict[str, Any]:
+    """Return the content of a file of weights (with ``state.average``, the evaluated averages) and metadata.
 
     Raises:
         TrainingError: the weights contain nan or inf, so an older checkpoint is better than this one.
     """
-    model, average = state.model, state.average
-    weights = model.state_dict()  # a new OrderedDict that keeps the version metadata
+    weights = state.model.state_dict()  # a new OrderedDict that keeps the version metadata
     floating = [t for t in weights.values() if isinstance(t, Tensor) and t.is_floating_point()]
     if floating and not torch.stack([torch.isfinite(t).all() for t in floating]).all():  # one device synchronization
         raise TrainingError(
             f"the weights contain nan or inf after iteration {state.iteration}, so no checkpoint is written (an older "
             "one is kept); lower SOLVER.BASE_LR or set SOLVER.CLIP_GRADIENTS.ENABLED True"
         )
-    for name in weights:
-        weights[name] = _on_cpu(weights[name] if average is None else average.tensors[name])
-    extra = {name: getattr(state, name) for name in _COUNTERS}
-    payload: dict[str, Any] = {
-        "model": weights,
-        "iteration": state.iteration,
-        "gn_det": build_meta(
-            meta.cfg, meta.class_names, meta.category_ids, iteration=state.iteration, best_metric=state.best, **extra
-        ),
-    }
-    if resumable:
-        optimizer = _on_cpu(state.optimizer.state_dict())
-        scheduler = {"base_lrs": list(state.scheduler.base_lrs), "last_epoch": int(state.scheduler.last_epoch)}
-        scaler = state.scaler.state_dict() if state.scaler is not None else None
-        payload |= {"optimizer": optimizer, "scheduler": scheduler, "grad_scaler": scaler}
-        payload |= {"rng": list(rng), "logs": dict(logs or {})}
-        if average is not None:
-            payload["ema"] = {"steps": average.steps, "learning": _on_cpu(dict(model.state_dict()))}
-        # The same objects under the names that Detectron2's own trainer reads; the file stores them once.
-        inner = {"iteration": state.iteration, "optimizer": optimizer, **({"grad_scaler": scaler} if scaler else {})}
-        payload["trainer"] = {"iteration": state.iteration, "hooks": {"LRScheduler": scheduler}, "_trainer": inner}
+    weights.update(_on_cpu(weights if state.average is None else state.average.tensors))
+    extra = {name: getattr(state, name) for name in ("iteration", *_COUNTERS)}
+    block = build_meta(meta.cfg, meta.class_names, meta.category_ids, best_metric=state.best, **extra)
+    return {"model": weights, "iteration": state.iteration, "gn_det": block}
+
+
+def build_checkpoint(
+    state: TrainState, meta: ModelMeta, rng: Sequence[Mapping[str, Any]], logs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the content of a checkpoint to resume from: :func:`build_payload` and all other state of the run.
+
+    With ``state.average``, the training weights are stored under ``ema``.
+
+    Args:
+        rng: random streams of all ranks.
+        logs: from :meth:`gn_det.engine.scalars.Metrics.dump`.
+    """
+    optimizer, scaler = _on_cpu(state.optimizer.state_dict()), state.scaler.state_dict() or None
+    scheduler = {"base_lrs": list(state.scheduler.base_lrs), "last_epoch": int(state.scheduler.last_epoch)}
+    payload = build_payload(state, meta)
+    payload |= {"optimizer": optimizer, "scheduler": scheduler, "grad_scaler": scaler, "rng": rng, "logs": logs}
+    if state.average is not None:
+        payload["ema"] = {"steps": state.average.steps, "learning": _on_cpu(dict(state.model.state_dict()))}
+    # The same objects under the names that Detectron2's own trainer reads; the file stores them once.
+    inner = {"iteration": state.iteration, "optimizer": optimizer, **({"grad_scaler": scaler} if scaler else {})}
+    payload["trainer"] = {"iteration": state.iteration, "hooks": {"LRScheduler": scheduler}, "_trainer": inner}
     return payload
 
 
@@ -256,11 +248,8 @@ def restore(resume: Resume, state: TrainState, cfg: CfgNode) -> None:
 
 def _momentum(payload: Mapping[str, Any], model: nn.Module, optimizer: Optimizer) -> tuple[Callable[[], None], str]:
     """Return a function that restores the optimizer's state (ours, or of Detectron2's trainer), and a remark."""
-    where, saved = "optimizer", payload.get("optimizer")
-    if saved is None:
-        where, saved = "trainer._trainer.optimizer", payload
-        for name in ("trainer", "_trainer", "optimizer"):
-            saved = saved.get(name) if isinstance(saved, Mapping) else None
+    where = "trainer._trainer.optimizer" if payload.get("optimizer") is None else "optimizer"
+    saved = get_value(payload, where)
     if saved is None:
         return lambda: None, "It has no optimizer state: momentum starts at zero."
     if list(payload["model"]) != list(model.state_dict()):
