@@ -26,11 +26,9 @@ class InvalidValue(ValueError):
         remedy: what to do about it, if that does not depend on the reader of the value.
     """
 
-    remedy = ""
-
-    def __init__(self, where: str, problem: str):
+    def __init__(self, where: str, problem: str, remedy: str = "") -> None:
         super().__init__(f"{where} {problem}")
-        self.where, self.problem = where, problem
+        self.where, self.problem, self.remedy = where, problem, remedy
 
 
 @dataclass(frozen=True)

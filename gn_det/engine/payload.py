@@ -45,25 +45,13 @@ _LARGEST_BATCH = 1024
 _REMEDY = "delete that file to resume from an older checkpoint, or start a new run with MODEL.WEIGHTS"
 
 
-class OtherModel(InvalidValue):
-    """The checkpoint does not match the configured model."""
-
-    remedy = "resume with the configuration that the run was started with, or start a new one with MODEL.WEIGHTS"
-
-
-class OtherGroups(InvalidValue):
-    """The saved optimizer state has other parameter groups."""
-
-    remedy = (
-        "resume with the MODEL.BACKBONE.FREEZE_AT, MODEL.FREEZE, SOLVER.BACKBONE_LR_FACTOR and weight decay keys of "
-        "the run, or start a new one with MODEL.WEIGHTS"
-    )
-
-
-class OtherOptimizer(InvalidValue):
-    """The saved optimizer state is of another optimizer."""
-
-    remedy = "resume with the SOLVER.OPTIMIZER of the run, or start a new one with MODEL.WEIGHTS"
+#: What to do about a checkpoint that does not match the configuration, by what differs.
+_RESUME_WITH = {
+    "model": "resume with the configuration that the run was started with, or start a new one with MODEL.WEIGHTS",
+    "groups": "resume with the MODEL.BACKBONE.FREEZE_AT, MODEL.FREEZE, SOLVER.BACKBONE_LR_FACTOR and weight decay keys "
+    "of the run, or start a new one with MODEL.WEIGHTS",
+    "optimizer": "resume with the SOLVER.OPTIMIZER of the run, or start a new one with MODEL.WEIGHTS",
+}
 
 
 # ------------------------------------------------------------ tensors
@@ -110,10 +98,8 @@ def weights_of(model: nn.Module, *, finite: bool = True) -> Check:
         differing = [name for name in own if getattr(value.get(name), "shape", own[name].shape) != own[name].shape]
         differing += [name for name in {**own, **value} if name not in own or name not in value]
         if differing:
-            raise OtherModel(
-                where,
-                f"has {len(differing)} tensors that differ from the configured model (first: {shown(differing[0])})",
-            )
+            problem = f"has {len(differing)} tensors that differ from the configured model (first: "
+            raise InvalidValue(where, f"{problem}{shown(differing[0])})", _RESUME_WITH["model"])
         for name, tensor in own.items():
             tensor_like(tensor, finite=finite)(value[name], f"{where}.{name}")
 
@@ -134,13 +120,14 @@ def restore_slots(optimizer: Optimizer, saved: Any, where: str) -> Callable[[], 
     """Check a saved optimizer state; return a function that copies its buffers, not hyperparameters, to ``optimizer``.
 
     Raises:
-        InvalidValue: an entry cannot be used, or (OtherGroups) the groups have other numbers of parameters.
+        InvalidValue: an entry cannot be used, or the groups have other numbers of parameters.
     """
     _SAVED(saved, where)
     groups, ours = saved["param_groups"], optimizer.state_dict()["param_groups"]
     counts, wanted = ([len(g["params"]) for g in part] for part in (groups, ours))
     if counts != wanted:
-        raise OtherGroups(f"{where}.param_groups", f"hold {shown(counts)} parameters, not {shown(wanted)}")
+        problem = f"hold {shown(counts)} parameters, not {shown(wanted)}"
+        raise InvalidValue(f"{where}.param_groups", problem, _RESUME_WITH["groups"])
     theirs = [key for group in groups for key in group["params"]]
     if len(set(theirs)) != len(theirs):
         raise InvalidValue(f"{where}.param_groups", "name a parameter twice in their params")
@@ -163,7 +150,7 @@ def _slot(optimizer: Optimizer, parameter: Tensor, slot: Mapping[str, Any], wher
     out: dict[str, Any] = {}
     sgd, adam = isinstance(optimizer, SGD), isinstance(optimizer, (Adam, AdamW))
     if (sgd and slot.keys() >= set(_ADAM)) or (adam and not slot.keys() >= set(_ADAM)):
-        raise OtherOptimizer(where, f"has no state of {type(optimizer).__name__}")
+        raise InvalidValue(where, f"has no state of {type(optimizer).__name__}", _RESUME_WITH["optimizer"])
     for name, value in slot.items():
         if sgd and name != "momentum_buffer":
             continue

@@ -217,16 +217,16 @@ def test_no_entry_is_beyond_the_iteration(entry: Any, last: int) -> None:
 
 def test_absent_entries_and_remedies(folder: Path, tmp_path: Path) -> None:
     """An empty dict or None stands for an absent entry; each kind of problem has its own remedy."""
-    from gn_det.engine.payload import OtherGroups, OtherModel, refuse
+    from gn_det.engine.payload import refuse
     from gn_det.values import InvalidValue
 
     for nothing in ({}, None):
         payload = read_checkpoint(folder / "model_0000004.pth") | {"logs": nothing, "grad_scaler": nothing}
         assert resume(folder, payload, tmp_path).iteration == 4
-    kinds = (InvalidValue, OtherModel, OtherGroups)
-    remedies = [str(refuse("x.pth", kind("model", "why"))).rpartition("model why; ")[2] for kind in kinds]
-    assert "delete that file" in remedies[0] and remedies[1:] == [OtherModel.remedy, OtherGroups.remedy]
-    assert str(refuse("x.pth", OtherModel("model", "why"), "use --overwrite")).endswith("model why; use --overwrite")
+    errors = (InvalidValue("model", "why"), InvalidValue("model", "why", "its own"))
+    remedies = [str(refuse("x.pth", error)).rpartition("model why; ")[2] for error in errors]
+    assert "delete that file" in remedies[0] and remedies[1] == "its own"
+    assert str(refuse("x.pth", errors[1], "use --overwrite")).endswith("model why; use --overwrite")
 
 
 def test_steps_of_other_optimizers_are_copied() -> None:
@@ -265,14 +265,15 @@ def test_hostile_state_of_adamw_is_refused_by_name(change: tuple[str, Any]) -> N
 
 def test_state_of_another_optimizer_is_refused() -> None:
     """Neither reads the other's, and zero momentum in its place would go unnoticed."""
-    from gn_det.engine.payload import OtherOptimizer
+    from gn_det.values import InvalidValue
 
     model = torch.nn.Linear(3, 2)
     adam, sgd = adamw(model), torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     sgd.step()
     for optimizer, other in ((adam, sgd), (sgd, adam)):
-        with pytest.raises(OtherOptimizer, match=rf"state\[0\] has no state of {type(optimizer).__name__}"):
+        with pytest.raises(InvalidValue, match=rf"state\[0\] has no state of {type(optimizer).__name__}") as error:
             restore_slots(optimizer, copy.deepcopy(other.state_dict()), "optimizer")
+        assert "SOLVER.OPTIMIZER" in error.value.remedy
 
 
 def test_checkpoints_of_detectron2s_trainer_and_bare_weights_resume(folder: Path, tmp_path: Path) -> None:
