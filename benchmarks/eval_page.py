@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.coco_eval import generate, peak, reset_peak
 from gn_det.config import load_config
 from gn_det.data.sets import load_first_test_set
-from gn_det.engine.eval_report import EvalReport
+from gn_det.engine.evaluator import EvalReport
 from gn_det.evaluation.coco_eval import evaluate_coco
 from gn_det.evaluation.ground_truth import load_ground_truth
 from gn_det.evaluation.results import CocoResults, ImageResults

@@ -96,7 +96,7 @@ def dry_run(settings: Settings, *, num_gpus: int = 1) -> None:
     device = _device(settings)
     settings = settings.settled(device, {})
     _check_early(settings)
-    with run_log(None, times=False):
+    with run_log(None):
         source, model = _source_and_model(settings)
         processes = dist.planned_world_size(num_gpus)
         _describe(settings, source, model, _plan(settings, source, processes), processes)

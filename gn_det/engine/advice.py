@@ -98,15 +98,16 @@ def explain_oom(cfg: CfgNode, loop: Loop) -> Iterator[None]:
 
 
 def _no_memory(cfg: CfgNode, loop: Loop, error: BaseException) -> str:
-    state = loop.state
-    text = f"out of memory at iteration {state.iteration + 1} ({one_line(error, 200)})"
-    if not state.model.training:
-        lower = f"INPUT.MIN_SIZE_TEST {_four_fifths(cfg.INPUT.MIN_SIZE_TEST)} INPUT.MAX_SIZE_TEST "
-        lower += f"{_four_fifths(cfg.INPUT.MAX_SIZE_TEST)} (36% fewer pixels)"
-        return f"{text} while evaluating: set {lower}, or lower TEST.DETECTIONS_PER_IMAGE; then continue with --resume"
-    text += f" in a batch of {_describe_batch(loop.current.batch if loop.current is not None else ())}"
-    kept = "continue with --resume" if state.saved else "start again"
-    return f"{text}: {'; or '.join(_smaller(cfg))}; then {kept}"
+    text = f"out of memory at iteration {loop.state.iteration + 1} ({one_line(error, 200)})"
+    if not loop.state.model.training:
+        shorter, longer = _four_fifths(cfg.INPUT.MIN_SIZE_TEST), _four_fifths(cfg.INPUT.MAX_SIZE_TEST)
+        return (
+            f"{text} while evaluating: set INPUT.MIN_SIZE_TEST {shorter} INPUT.MAX_SIZE_TEST {longer} (36% fewer "
+            "pixels), or lower TEST.DETECTIONS_PER_IMAGE; then continue with --resume"
+        )
+    batch = _describe_batch(loop.current.batch if loop.current is not None else ())
+    again = "continue with --resume" if loop.state.saved else "start again"
+    return f"{text} in a batch of {batch}: {'; or '.join(_smaller(cfg))}; then {again}"
 
 
 def _four_fifths(side: int) -> int:
@@ -131,8 +132,6 @@ def _smaller(cfg: CfgNode) -> list[str]:
 
 def _describe_batch(batch: Sequence[Any]) -> str:
     """Describe a micro-batch of either engine: number, size and objects."""
-    shapes = [tuple(s["image"].shape[-2:]) for s in batch if "image" in s]
-    held = [s.get("targets", s.get("instances")) for s in batch]
-    objects = sum(len(h) for h in held if h is not None)
-    height, width = (max(side) for side in zip(*shapes)) if shapes else (0, 0)
+    height, width = (max((s["image"].shape[axis] for s in batch), default=0) for axis in (-2, -1))
+    objects = sum(len(s.get("targets", s.get("instances", ()))) for s in batch)
     return f"{count(len(batch), 'image')} padded to {height}x{width}, with {count(objects, 'object')}"

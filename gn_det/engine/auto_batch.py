@@ -111,8 +111,6 @@ def with_accumulate(cfg: CfgNode, total: int, fits: int) -> CfgNode:
         )
     images = max(n for n in range(1, fits + 1) if total % n == 0)
     cfg = edited(cfg, {"SOLVER.AUTO_BATCH": False, "SOLVER.ACCUMULATE": total // images})
-    logger.info(
-        "SOLVER.AUTO_BATCH: %d of the %d images of a GPU fit at a time: SOLVER.ACCUMULATE is %d.",
-        *(images, total, cfg.SOLVER.ACCUMULATE),
-    )
+    accumulate = cfg.SOLVER.ACCUMULATE
+    logger.info("SOLVER.AUTO_BATCH: SOLVER.ACCUMULATE is %d (%d of %d images fit).", accumulate, images, total)
     return cfg

@@ -25,21 +25,17 @@ ENGINES = ("auto", "embedded", "detectron2")
 
 _WITHOUT_IT = "--engine embedded runs without it"
 
-#: Package whose import fails in Detectron2 -> the fix.
+#: What fails on importing Detectron2 (package, or its age) -> the fix.
 _FIXES = {
     "pkg_resources": "pip install 'setuptools<81' (it has pkg_resources, which this Detectron2 still imports)",
     "iopath": "pip install 'iopath>=0.1.7,<0.1.10'",
     "cv2": "pip uninstall -y opencv-python && pip install opencv-python-headless",
-    "PIL": "this Detectron2 is too old: install its current source",
+    **dict.fromkeys(("PIL", "its age"), "this Detectron2 is too old: install its current source"),
 }
 
 
 class EngineError(UserError):
     """Detectron2 was requested, or is installed, but cannot be used."""
-
-
-class _TooOld(ImportError):
-    """Detectron2 lacks something that the plugin needs."""
 
 
 class Choice(NamedTuple):
@@ -110,7 +106,7 @@ def import_detectron2() -> None:
     for name in ("detectron2", "detectron2._C", "detectron2.modeling", "detectron2.engine"):
         importlib.import_module(name)
     if not hasattr(sys.modules["detectron2.modeling"].Backbone, "padding_constraints"):
-        raise _TooOld("too old: detectron2.modeling.Backbone has no padding_constraints")
+        raise ImportError("too old: detectron2.modeling.Backbone has no padding_constraints", name="its age")
 
 
 def error_line(error: BaseException) -> str:
@@ -136,8 +132,6 @@ def fix(error: BaseException | None) -> str:
     if error is None or (package == "detectron2" and isinstance(error, ImportError)):
         torch = installed_version("torch")
         found = f"its compiled part does not fit torch {torch}: rebuild Detectron2 with this torch"
-    elif isinstance(error, _TooOld):
-        found = _FIXES["PIL"]
     elif package in _FIXES:
         found = _FIXES[package]
     elif isinstance(error, ModuleNotFoundError) and package:

@@ -7,16 +7,11 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from gn_det.errors import TrainingError
 from gn_det.files import open_append
 from gn_det.text import as_line, one_line, printable
-
-if TYPE_CHECKING:
-    _StreamHandler = logging.StreamHandler[TextIO]
-else:
-    _StreamHandler = logging.StreamHandler
 
 LOG_FILE = "log.txt"
 
@@ -45,7 +40,7 @@ def open_log(path: str | os.PathLike[str]) -> TextIO:
         raise TrainingError(f"{os.fspath(path)}: cannot append to this file ({reason}); move it away") from None
 
 
-class _Handler(_StreamHandler):
+class _Handler(logging.StreamHandler):  # type: ignore[type-arg]
     """Drops lines that cannot be written, because the disk is full or a pipe is closed."""
 
     def handleError(self, record: logging.LogRecord) -> None:
@@ -96,26 +91,22 @@ class _Printable(logging.Formatter):
 
 
 @contextmanager
-def run_log(
-    folder: str | os.PathLike[str] | None, *, rank: int = 0, times: bool = True, verbose: bool = False
-) -> Iterator[None]:
+def run_log(folder: str | os.PathLike[str] | None, *, rank: int = 0) -> Iterator[None]:
     """Within the context, show gn_det's log on standard output and append it to ``folder/log.txt``.
 
     Args:
-        folder: OUTPUT_DIR; None writes no file.
+        folder: OUTPUT_DIR; None, for a dry run, writes no file, and shows long forms and no times.
         rank: processes other than 0 show only warnings and write no file.
-        times: start lines with the time, and in the file also the date.
-        verbose: show long forms on the screen, like the environment variable GN_DET_VERBOSE.
     """
     package = logging.getLogger("gn_det")
     old_level, old_propagate = package.level, package.propagate
     handlers: list[logging.Handler] = []
-    layout = "[%(asctime)s] %(message)s" if times else "%(message)s"
+    layout = "%(message)s" if folder is None else "[%(asctime)s] %(message)s"
     if not package.handlers:
         console = _Console(sys.stdout)
         console.setLevel(logging.INFO if rank == 0 else logging.WARNING)
         console.setFormatter(_Printable(layout, "%H:%M:%S"))
-        console.verbose = verbose or os.environ.get(VERBOSE, "0") not in ("", "0")
+        console.verbose = folder is None or os.environ.get(VERBOSE, "0") not in ("", "0")
         handlers.append(console)
         # libraries add handlers to the root logger; keep only pytest's
         package.propagate = "pytest" in sys.modules

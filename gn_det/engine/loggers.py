@@ -86,32 +86,23 @@ class CsvLogger(_TextLogger):
 
 
 class TensorBoardLogger(Logger):
-    """Writes TensorBoard scalars; the event file is created by the first write."""
-
-    _writer: Any = None
+    """Writes TensorBoard scalars; none if the folder's name is not UTF-8, which TensorBoard does not support."""
 
     def __init__(self, folder: str | os.PathLike[str], written: int = -1) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
         super().__init__(written)
-        self._folder = os.fspath(folder)
-        self._purge = None if written < 0 else written + 1  # hides what a killed run wrote beyond it
-
-    def _open(self) -> bool:
-        """Open the event file if it is not open; return whether there is one."""
-        if any("\ud800" <= character <= "\udfff" for character in self._folder):
-            return False  # TensorBoard does not support non-UTF-8 folder names; metrics.json has the same numbers
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(log_dir=self._folder, purge_step=self._purge)
-        return True
+        purge = None if written < 0 else written + 1  # hides what a killed run wrote beyond it
+        self._writer: Any = None
+        if os.fsencode(folder).decode(errors="ignore") == os.fspath(folder):
+            self._writer = SummaryWriter(log_dir=os.fspath(folder), purge_step=purge)
 
     def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
-        if self._open():
-            for name, value in scalars.items():
-                self._writer.add_scalar(name, value, iteration)
+        for name, value in scalars.items() if self._writer is not None else ():
+            self._writer.add_scalar(name, value, iteration)
 
     def picture(self, name: str, path: Path, iteration: int | None = None) -> None:
-        if self._open():
+        if self._writer is not None:
             self._writer.add_image(name, np.asarray(Image.open(path).convert("RGB")), iteration, dataformats="HWC")
 
     def flush(self) -> None:

@@ -29,7 +29,7 @@ from gn_det.engine.payload import TORCH_RNG, refuse, tensor, weights_of
 from gn_det.errors import UserError, WeightsError, WriteError
 from gn_det.structures import Masks, Sample, Targets
 from gn_det.text import as_line, printable
-from gn_det.values import InvalidValue, every, integer, items, one_of, optional, record, row, text
+from gn_det.values import InvalidValue, every, integer, items, one_of, optional, record, text
 
 logger = logging.getLogger(__name__)
 
@@ -128,35 +128,31 @@ def _plain(sample: Mapping[str, Any]) -> dict[str, Any]:
     """Convert a sample of either engine to tensors and plain values."""
     out: dict[str, Any] = {"image": sample["image"].cpu()}
     out |= {k: sample[k] for k in ("image_id", "file_name", "height", "width") if type(sample.get(k)) in (int, str)}
-    targets, instances = sample.get("targets"), sample.get("instances")
-    if targets is not None:
-        size, boxes, classes, masks = targets.image_size, targets.boxes, targets.classes, targets.masks
-    elif instances is not None:
-        size, boxes, classes = instances.image_size, instances.gt_boxes.tensor, instances.gt_classes
+    if (targets := sample.get("targets")) is not None:
+        boxes, classes, masks = targets.boxes, targets.classes, targets.masks
+    elif (instances := sample.get("instances")) is not None:
+        boxes, classes = instances.gt_boxes.tensor, instances.gt_classes
         masks = instances.gt_masks if instances.has("gt_masks") else None
     else:
         return out
     each = next((getattr(masks, name) for name in ("masks", "polygons", "tensor") if hasattr(masks, name)), None)
     if each is not None:
         each = [[torch.tensor(p) for p in m] if isinstance(m, list) else torch.tensor(m) for m in each]
-    out["targets"] = {
-        "image_size": [int(v) for v in size], "boxes": boxes.cpu(), "classes": classes.cpu(), "masks": each
-    }  # fmt: skip
-    return out
+    return {**out, "targets": {"boxes": boxes.cpu(), "classes": classes.cpu(), "masks": each}}
 
 
 def _sample(entry: Mapping[str, Any]) -> Sample:
     """Invert :func:`_plain` for a checked entry."""
-    sample: Sample = {k: v for k, v in entry.items() if k != "targets"}  # type: ignore[assignment]
+    sample: Sample = {**entry}  # type: ignore[typeddict-item]
     if "targets" in entry:
-        t = entry["targets"]
-        each = t["masks"]
-        if each is not None:
-            each = Masks([[p.numpy() for p in m] if isinstance(m, list) else np.asarray(m) for m in each])
-        sample["targets"] = Targets(tuple(t["image_size"]), t["boxes"], t["classes"], each)
+        boxes, classes, masks = (entry["targets"][name] for name in ("boxes", "classes", "masks"))
+        if masks is not None:
+            masks = Masks([[p.numpy() for p in m] if isinstance(m, list) else np.asarray(m) for m in masks])
+        sample["targets"] = Targets(tuple(entry["image"].shape[-2:]), boxes, classes, masks)
     return sample
 
 
+_AUTOCAST = {str(dtype or ""): dtype for dtype in (None, torch.float16, torch.bfloat16)}
 _SIDE = integer(1, 1 << 16)
 _POLYGONS = items(tensor((None,), torch.float32, torch.float64), 0, 10**5)
 _BITMAP = tensor((None, None), torch.bool, torch.uint8)
@@ -181,7 +177,7 @@ def _check(content: Mapping[str, Any], model: nn.Module, num_classes: int) -> No
             raise InvalidValue(where, f"go beyond the {num_classes} classes of the model")
 
     boxes, masks = tensor((None, 4), torch.float32), optional(items(_mask, 0, 10**5))
-    targets = record({"image_size": row(_SIDE, _SIDE), "boxes": boxes, "classes": classes, "masks": masks})
+    targets = record({"boxes": boxes, "classes": classes, "masks": masks})
     sample = record(
         {"image": tensor((None, None, None), torch.uint8, torch.float32)},
         file_name=text(10_000),
@@ -193,7 +189,7 @@ def _check(content: Mapping[str, Any], model: nn.Module, num_classes: int) -> No
         {
             "batch": items(sample, 1, 1 << 16),
             "rng": record({"torch": TORCH_RNG}),
-            "autocast": one_of("", "torch.float16", "torch.bfloat16"),
+            "autocast": one_of(*_AUTOCAST),
             "model": weights_of(model, finite=False),
         }
     )(content, "")
@@ -223,8 +219,8 @@ def replay(path: str | os.PathLike[str]) -> str:
         raise refuse(os.fspath(path), error, "give a file as a run of this version wrote it", "replay it") from None
     model.load_state_dict(content["model"])
     model.train()
-    dtype = getattr(torch, content["autocast"].removeprefix("torch.")) if content["autocast"] else None
-    done = Pass([_sample(e) for e in content["batch"]], {**content["rng"], "cuda": None}, "cpu", dtype)
+    rng, dtype = {**content["rng"], "cuda": None}, _AUTOCAST[content["autocast"]]
+    done = Pass([_sample(e) for e in content["batch"]], rng, "cpu", dtype)
     lines = [f"image {s.get('image_id')} {s.get('file_name', '')}".rstrip() for s in done.batch]
     try:
         with torch.no_grad():

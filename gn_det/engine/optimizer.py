@@ -19,16 +19,10 @@ from gn_det.errors import ConfigError
 from gn_det.modeling.census import frozen_by
 from gn_det.text import count
 
-#: Module classes whose parameters count as gamma and beta.
+#: Module classes whose parameters count as gamma and beta; the first is the base of all batch and instance norms.
 NORM_MODULES: tuple[type[nn.Module], ...] = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.SyncBatchNorm,
+    nn.modules.batchnorm._NormBase,
     nn.GroupNorm,
-    nn.InstanceNorm1d,
-    nn.InstanceNorm2d,
-    nn.InstanceNorm3d,
     nn.LayerNorm,
     nn.LocalResponseNorm,
 )

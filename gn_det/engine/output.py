@@ -20,7 +20,7 @@ from gn_det.checkpoint.weights_uri import split_options
 from gn_det.data.workers import script_in_worker
 from gn_det.engine import dist
 from gn_det.errors import TrainingError
-from gn_det.files import Busy, NotRegularFile, atomic_write, lock
+from gn_det.files import Busy, atomic_write, lock
 from gn_det.text import count, one_line
 
 METRICS = "metrics.json"
@@ -47,16 +47,14 @@ class InUse(TrainingError):
 
 
 @contextmanager
-def alone_in(
-    folder: str | os.PathLike[str], *, key: str = "OUTPUT_DIR", patience: float | None = None
-) -> Iterator[None]:
+def alone_in(folder: str | os.PathLike[str], *, key: str = "OUTPUT_DIR") -> Iterator[None]:
     """Keep other runs out of the existing ``folder`` within the context; all ranks must call this.
 
-    Rank 0 holds the lock. A file system without locks causes a warning.
+    Rank 0 holds the lock, after waiting up to PATIENCE for processes of a killed run to exit. A file system without
+    locks causes a warning.
 
     Args:
         key: the user's name for the folder.
-        patience: seconds to wait for processes of a killed run to exit; None: PATIENCE.
 
     Raises:
         InUse: another run writes there; raised on every rank.
@@ -68,21 +66,19 @@ def alone_in(
         def take_lock() -> None:
             path = Path(folder) / LOCK
             try:
-                stack.enter_context(lock(path, patience=PATIENCE if patience is None else patience))
+                stack.enter_context(lock(path, patience=PATIENCE))
             except Busy as error:
-                whose = f"another run ({error.holder})" if error.holder else "another run"
                 raise script_in_worker() or InUse(
-                    f"{key} {folder} is in use by {whose}; wait for it to end, or set {key} to another folder"
+                    f"{key} {folder} is in use by another run ({error.holder or 'unknown'}); wait for it to end, or "
+                    f"set {key} to another folder"
                 ) from None
             except OSError as error:
                 if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
                     logger.warning("%s %s: this file system has no locks; do not start another run there.", key, folder)
                     return
-                odd = isinstance(error, NotRegularFile) or error.errno == errno.ELOOP
-                raise TrainingError(
-                    f"{path}: cannot be locked ({one_line(error.strerror or error)}); "
-                    f"{'delete it' if odd else f'set {key} to a folder that can be written'}"
-                ) from None
+                reason = one_line(error.strerror or error)
+                remedy = f"delete it, or set {key} to a folder that can be written"
+                raise TrainingError(f"{path}: cannot be locked ({reason}); {remedy}") from None
 
         dist.on_first_rank(take_lock)
         yield
@@ -132,11 +128,6 @@ def check_space(folder: Path, model: nn.Module, *, replaced: bool) -> None:
             f"OUTPUT_DIR {folder}: {free / 2**20:.0f} MiB are free, a checkpoint takes {needed / 2**20:.0f}: free "
             "space on that disk, or set OUTPUT_DIR elsewhere"
         )
-
-
-def numbered(iteration: int) -> str:
-    """Return Detectron2's file name of the checkpoint after the 0-based ``iteration``."""
-    return f"model_{iteration:07d}.pth"
 
 
 def trim_metrics(folder: Path, iteration: int, written: int | None = None) -> None:

@@ -16,7 +16,7 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from gn_det.compiler import cpu_features
-from gn_det.config.defaults import edited, get_value, set_value
+from gn_det.config.defaults import edited, get_value
 from gn_det.modeling.layers import fold_weights
 
 logger = logging.getLogger(__name__)
@@ -49,16 +49,12 @@ def settle(
         report: receives a line for each key that was "auto".
     """
     chosen, why = chosen_by_auto(device)
-    unsettled = [key for key in AUTO if get_value(cfg, key) == "auto"]
-    if unsettled:
-        frozen, cfg = cfg.is_frozen(), edited(cfg)
-        for key in unsettled:
-            old = None if stored is None else get_value(stored, key)
-            value = old if isinstance(old, bool) else chosen
-            set_value(cfg, key, value)
-            report(f"{key} auto: {value} ({'as the checkpoint has it' if isinstance(old, bool) else why}).")
-        if frozen:
-            cfg.freeze()
+    for key in AUTO:
+        if get_value(cfg, key) == "auto":
+            old = get_value(stored, key)
+            kept = isinstance(old, bool)
+            cfg = edited(cfg, {key: old if kept else chosen})
+            report(f"{key} auto: {get_value(cfg, key)} ({'as the checkpoint has it' if kept else why}).")
     if device.startswith("cpu") and (cfg.SOLVER.AMP.ENABLED or cfg.TEST.AMP) and not chosen and cpu_features():
         logger.warning("bf16 is emulated and slower than float32: %s.", why)
     return cfg

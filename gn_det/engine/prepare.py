@@ -34,7 +34,6 @@ from gn_det.engine.state import seed_everything
 from gn_det.errors import ConfigError
 from gn_det.files import atomic_write
 from gn_det.modeling.census import format_census, frozen_by, norm_census, sum_census
-from gn_det.text import some
 
 logger = logging.getLogger(__name__)
 
@@ -135,15 +134,11 @@ def prepare_folder(cfg: CfgNode, model: nn.Module, *, fresh: bool) -> None:
 
 def check_freeze(cfg: CfgNode, *, strict: bool = True) -> None:
     """Refuse (or, if not strict, warn about) layers that would be frozen at random values."""
-    at, parts = int(cfg.MODEL.BACKBONE.FREEZE_AT), tuple(cfg.MODEL.FREEZE)
-    if cfg.MODEL.WEIGHTS or (at <= 0 and not parts):
+    if cfg.MODEL.WEIGHTS or not (cfg.MODEL.BACKBONE.FREEZE_AT > 0 or cfg.MODEL.FREEZE):
         return
-    key, value, what, off = "FREEZE", some(parts), "these parts", '"()"'
-    if at > 0:
-        key, value, what, off = "BACKBONE.FREEZE_AT", str(at), "the first stages", "0"
     message = (
-        f"MODEL.{key} is {value} but MODEL.WEIGHTS is empty: {what} would stay frozen at random "
-        f"values; set MODEL.{key} {off} to train from scratch, or give MODEL.WEIGHTS"
+        f"MODEL.WEIGHTS is empty, and {frozen_by(cfg)} would freeze layers at random values; give MODEL.WEIGHTS, or "
+        'set MODEL.BACKBONE.FREEZE_AT 0 MODEL.FREEZE "()" to train from scratch'
     )
     if strict:
         raise ConfigError(message)

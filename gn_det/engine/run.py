@@ -6,7 +6,8 @@ import dataclasses
 import logging
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,30 +29,16 @@ from gn_det.data.augment import OwnTransform
 from gn_det.data.sets import estimate_sizes, load_test_sets
 from gn_det.data.split import write_split
 from gn_det.data.workers import worker_failure
-from gn_det.engine import choice, dist
+from gn_det.engine import choice, dist, prepare
 from gn_det.engine.auto_batch import choose_accumulate
 from gn_det.engine.detector_loop import fit
 from gn_det.engine.engines import Engine
-from gn_det.engine.eval_report import EvalReport
-from gn_det.engine.eval_report import save_thresholds as store_thresholds
-from gn_det.engine.evaluator import evaluate_model, verify_expected
+from gn_det.engine.evaluator import EvalReport, evaluate_model, store_thresholds, verify_expected
 from gn_det.engine.heap import keep_freed_memory
 from gn_det.engine.log import FILE_ONLY, run_log
 from gn_det.engine.loop import Hook
 from gn_det.engine.output import alone_in, check_output_name, checkpoints, refuse_old_run
 from gn_det.engine.precision import lay_out_for_inference, settle
-from gn_det.engine.prepare import (
-    check_freeze,
-    check_metric,
-    check_run,
-    describe_model,
-    indented,
-    load_initial,
-    prepare,
-    prepare_folder,
-    warn_if_short,
-    with_classes,
-)
 from gn_det.engine.schedule import format_schedule, lr_multiplier, scale_schedule
 from gn_det.engine.shared_copy import load_once
 from gn_det.engine.state import ModelMeta, find_resume, stored_config
@@ -105,13 +92,13 @@ def train(
     preset, augment = (augment, None) if isinstance(augment, str) else (None, augment)
     cfg, engine = _resolve(config, overrides, engine, preset)
     device = dist.resolve_device(cfg.MODEL.DEVICE)
-    check_run(cfg, device, num_gpus * num_machines)
+    prepare.check_run(cfg, device, num_gpus * num_machines)
     folder = check_writable(cfg.OUTPUT_DIR)
     if not resume:
         refuse_old_run(folder, overwrite=overwrite)
     cfg = write_split(cfg, started=resume and bool(checkpoints(folder)))
     return dist.launch(
-        _train_rank,
+        _train,
         (cfg, engine, resume, overwrite, hooks, augment),
         device=device,
         num_gpus=num_gpus,
@@ -160,7 +147,7 @@ def evaluate(
     check_writable(cfg.OUTPUT_DIR)
     device = dist.resolve_device(cfg.MODEL.DEVICE)
     page = Path(html) if html is not None else Path(cfg.OUTPUT_DIR) / "eval.html" if save_thresholds else None
-    return dist.launch(_evaluate_rank, (cfg, engine, page, save_thresholds), device=device, num_gpus=num_gpus)
+    return dist.launch(_evaluate, (cfg, engine, page, save_thresholds), device=device, num_gpus=num_gpus)
 
 
 def _resolve(
@@ -179,7 +166,7 @@ def _resolve(
 def dry_run(cfg: CfgNode, engine: Engine, *, num_gpus: int = 1, num_machines: int = 1) -> None:
     """Print config, model, optimizer, schedule and datasets of a run, or raise UserError; needs no data or weights."""
     check_output_name(cfg.OUTPUT_DIR)
-    with run_log(None, times=False, verbose=True):
+    with run_log(None):
         cfg = settle(cfg, dist.resolve_device(cfg.MODEL.DEVICE))
         sizes = estimate_sizes(cfg)
         for line in (str(engine), *sizes.lines):
@@ -187,20 +174,20 @@ def dry_run(cfg: CfgNode, engine: Engine, *, num_gpus: int = 1, num_machines: in
         world = dist.planned_world_size(num_gpus * num_machines)
         written = format_schedule(cfg, sizes.images)
         cfg, sentences = scale_schedule(cfg, world, sizes.images)
-        cfg = with_classes(cfg, sizes.classes or int(cfg.MODEL.ROI_HEADS.NUM_CLASSES), sizes.class_names)
+        cfg = prepare.with_classes(cfg, sizes.classes or int(cfg.MODEL.ROI_HEADS.NUM_CLASSES), sizes.class_names)
         logger.info(
-            "Resolved configuration\n%s", indented(dump_config(cfg, implemented_only=engine.name == "embedded"))
+            "Resolved configuration\n%s", prepare.indented(dump_config(cfg, implemented_only=engine.name == "embedded"))
         )
-        check_metric(cfg)
-        check_freeze(cfg, strict=False)
-        describe_model(cfg, engine.build_model(cfg))
+        prepare.check_metric(cfg)
+        prepare.check_freeze(cfg, strict=False)
+        prepare.describe_model(cfg, engine.build_model(cfg))
         if sentences:
-            logger.info("As configured\n%s", indented(written))
+            logger.info("As configured\n%s", prepare.indented(written))
         for sentence in sentences:
             logger.info("%s", sentence)
-        logger.info("As it would run here\n%s", indented(format_schedule(cfg, sizes.images, world)))
+        logger.info("As it would run here\n%s", prepare.indented(format_schedule(cfg, sizes.images, world)))
         lr_multiplier(cfg)
-        warn_if_short(cfg, sizes.images)
+        prepare.warn_if_short(cfg, sizes.images)
         weights, output = as_line(cfg.MODEL.WEIGHTS) or "none (from scratch)", as_line(cfg.OUTPUT_DIR)
         logger.info("Weights: %s\nOutput: %s\nDry run: nothing was trained or written.", weights, output)
 
@@ -208,63 +195,64 @@ def dry_run(cfg: CfgNode, engine: Engine, *, num_gpus: int = 1, num_machines: in
 # ------------------------------------------------------------ in each process
 
 
-def _train_rank(
-    cfg: CfgNode, engine: Engine, resume: bool, overwrite: bool, hooks: Sequence[Hook], augment: OwnTransform | None
-) -> dict[str, float]:
+@contextmanager
+def _in_output(cfg: CfgNode) -> Iterator[None]:
+    """Hold OUTPUT_DIR, log to it, and log there the error that ends the run, which the command line prints itself."""
     with alone_in(cfg.OUTPUT_DIR), run_log(cfg.OUTPUT_DIR, rank=dist.rank()):
         try:
-            if not resume and not overwrite:  # checked again, because a run may have ended since
-                dist.on_first_rank(partial(refuse_old_run, Path(cfg.OUTPUT_DIR), overwrite=False))
-            return _train(cfg, engine, resume, hooks, augment)
+            yield
         except Exception as error:
             failure = worker_failure(error) if isinstance(error, RuntimeError) else None
-            logger.error("stopped: %s", failure or error, extra=FILE_ONLY)  # the command line prints it itself
+            logger.error("stopped: %s", failure or error, extra=FILE_ONLY)
             if failure is not None:
                 raise failure from error
             raise
 
 
 def _train(
-    cfg: CfgNode, engine: Engine, resume: bool, hooks: Sequence[Hook], augment: OwnTransform | None
+    cfg: CfgNode, engine: Engine, resume: bool, overwrite: bool, hooks: Sequence[Hook], augment: OwnTransform | None
 ) -> dict[str, float]:
-    _set_up_process(cfg, engine, cfg.SOLVER.AMP.ENABLED is True)
-    point = find_resume(cfg.OUTPUT_DIR) if resume else None
-    cfg = settle(cfg, dist.resolve_device(cfg.MODEL.DEVICE), stored_config(point))
-    if point is None:
-        check_freeze(cfg)
-    prepared = prepare(cfg, augment)
-    cfg, data = prepared.cfg, prepared.data
-    model = engine.build_model(cfg)
-    if cfg.SOLVER.AUTO_BATCH:
-        cfg = choose_accumulate(cfg, model)
-        prepared = dataclasses.replace(prepared, cfg=cfg)
-    describe_model(cfg, model)
-    if point is None:
-        load_initial(cfg, model, data.images)
-    prepare_folder(cfg, model, fresh=point is None)
+    with _in_output(cfg):
+        if not resume and not overwrite:  # checked again, because a run may have ended since
+            dist.on_first_rank(partial(refuse_old_run, Path(cfg.OUTPUT_DIR), overwrite=False))
+        device = _set_up_process(cfg, engine, cfg.SOLVER.AMP.ENABLED is True)
+        point = find_resume(cfg.OUTPUT_DIR) if resume else None
+        cfg = settle(cfg, device, stored_config(point))
+        if point is None:
+            prepare.check_freeze(cfg)
+        prepared = prepare.prepare(cfg, augment)
+        cfg, data = prepared.cfg, prepared.data
+        model = engine.build_model(cfg)
+        if cfg.SOLVER.AUTO_BATCH:
+            cfg = choose_accumulate(cfg, model)
+            prepared = dataclasses.replace(prepared, cfg=cfg)
+        prepare.describe_model(cfg, model)
+        if point is None:
+            prepare.load_initial(cfg, model, data.images)
+        prepare.prepare_folder(cfg, model, fresh=point is None)
 
-    def run_evaluation(current: nn.Module, on_progress: Any) -> Mapping[str, float]:
-        return evaluate_model(cfg, engine.detector(current, cfg), data.test, data.class_names, on_progress)
+        def run_evaluation(current: nn.Module, on_progress: Any) -> Mapping[str, float]:
+            return evaluate_model(cfg, engine.detector(current, cfg), data.test, data.class_names, on_progress)
 
-    results = fit(
-        engine,
-        cfg,
-        model=model,
-        make_loader=prepared.make_loader,
-        meta=ModelMeta(cfg, data.class_names, data.category_ids),
-        seed=prepared.seed,
-        evaluate=run_evaluation if data.test else None,
-        resume=point,
-        hooks=hooks,
-    )
-    verify_expected(cfg, results)
-    logger.info("Done: %s", cfg.OUTPUT_DIR)
-    return results
+        results = fit(
+            engine,
+            cfg,
+            model=model,
+            make_loader=prepared.make_loader,
+            meta=ModelMeta(cfg, data.class_names, data.category_ids),
+            seed=prepared.seed,
+            evaluate=run_evaluation if data.test else None,
+            resume=point,
+            hooks=hooks,
+        )
+        verify_expected(cfg, results)
+        logger.info("Done: %s", cfg.OUTPUT_DIR)
+        return results
 
 
-def _evaluate_rank(cfg: CfgNode, engine: Engine, page: Path | None, store: bool) -> dict[str, float]:
-    with alone_in(cfg.OUTPUT_DIR), run_log(cfg.OUTPUT_DIR, rank=dist.rank()):
-        _set_up_process(cfg, engine, cfg.TEST.AMP is True)
+def _evaluate(cfg: CfgNode, engine: Engine, page: Path | None, store: bool) -> dict[str, float]:
+    with _in_output(cfg):
+        device = _set_up_process(cfg, engine, cfg.TEST.AMP is True)
         names = _classes_of(cfg.MODEL.WEIGHTS)
         test = load_once(lambda: load_test_sets(cfg, names))
         if not test:
@@ -275,10 +263,9 @@ def _evaluate_rank(cfg: CfgNode, engine: Engine, page: Path | None, store: bool)
                 f"MODEL.ROI_HEADS.NUM_CLASSES is {cfg.MODEL.ROI_HEADS.NUM_CLASSES} but there are {len(names)} classes "
                 f"({', '.join(names[:5])} ...); remove the key or set it to {len(names)}"
             )
-        cfg = settle(with_classes(cfg, len(names), names), dist.resolve_device(cfg.MODEL.DEVICE))
+        cfg = settle(prepare.with_classes(cfg, len(names), names), device)
         model = engine.build_model(cfg)
         logger.info(format_report(load_weights(model, cfg.MODEL.WEIGHTS, cfg, require_all=True)))
-        device = dist.resolve_device(cfg.MODEL.DEVICE)
         lay_out_for_inference(model.to(dist.local_device(cfg.MODEL.DEVICE)).eval(), cfg, device)
         report = EvalReport(page) if page is not None else None
         results = evaluate_model(cfg, engine.detector(model, cfg), test, names, report=report)
@@ -302,14 +289,14 @@ def _classes_of(weights: str) -> tuple[str, ...] | None:
     return tuple(block["class_names"]) or None if block else None
 
 
-def _set_up_process(cfg: CfgNode, engine: Engine, autocast: bool) -> None:
-    """Settings of the whole process, and the log's first lines."""
+def _set_up_process(cfg: CfgNode, engine: Engine, autocast: bool) -> str:
+    """Make settings of the whole process, write the log's first lines, and return the device."""
     device = dist.resolve_device(cfg.MODEL.DEVICE)
     keep_freed_memory(device)
     on_gpu = device.startswith("cuda")
     name = torch.cuda.get_device_name() if on_gpu else f"CPU, {count(torch.get_num_threads(), 'thread')}"
     amp = f", {cfg.SOLVER.AMP.DTYPE} autocast" if autocast else ""
-    processes = f"{dist.world_size()} processes" if dist.world_size() > 1 else "1 process"
+    processes = count(dist.world_size(), "process", "processes")
     logger.info(
         "gn_det %s, torch %s, python %s; %s on %s%s",
         *(__version__, torch.__version__, platform.python_version(), processes, name, amp),
@@ -317,3 +304,4 @@ def _set_up_process(cfg: CfgNode, engine: Engine, autocast: bool) -> None:
     logger.info("%s", engine)
     if cfg.FLOAT32_PRECISION:
         torch.set_float32_matmul_precision(cfg.FLOAT32_PRECISION)
+    return device

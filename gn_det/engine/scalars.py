@@ -86,19 +86,17 @@ def peak_memory_mb() -> float:
 def progress_line(log: EventLog, iteration: int) -> str:
     """Format Detectron2's log line, readable by its parsers: losses as medians of 20, times as means."""
     found = log.histories
-    parts = []
-    if "eta_seconds" in found:
-        parts.append(f"eta: {datetime.timedelta(seconds=int(found['eta_seconds'].latest()))}")
-    parts.append(f"iter: {iteration}")
-    parts += [f"{name}: {h.median(WINDOW):.4g}" for name, h in found.items() if "loss" in name]
+    parts = [f"iter: {iteration}", *(f"{name}: {h.median(WINDOW):.4g}" for name, h in found.items() if "loss" in name)]
     if "time" in found:
+        parts.insert(0, f"eta: {_remaining(log)}")
         parts.append(f"time: {found['time'].global_avg():.4f}  last_time: {found['time'].latest():.4f}")
-    if "data_time" in found:
-        times = found["data_time"]
-        parts.append(f"data_time: {times.avg(WINDOW):.4f}  last_data_time: {times.latest():.4f}")
-    if "lr" in found:
-        parts.append(f"lr: {found['lr'].latest():.5g}")
+    times, lr = found["data_time"], found["lr"].latest()
+    parts.append(f"data_time: {times.avg(WINDOW):.4f}  last_data_time: {times.latest():.4f}  lr: {lr:.5g}")
     return "  ".join([*parts, f"max_mem: {peak_memory_mb():.0f}M"])
+
+
+def _remaining(log: EventLog) -> datetime.timedelta:
+    return datetime.timedelta(seconds=int(log.histories["eta_seconds"].latest()))
 
 
 def _is_terminal() -> bool:
@@ -112,8 +110,8 @@ def _is_terminal() -> bool:
 def short_line(log: EventLog) -> str:
     """Return loss, learning rate and time per iteration on one short line."""
     found = log.histories
-    parts = [f"loss {found['total_loss'].median(WINDOW):.4g}", f"lr {found['lr'].latest():.3g}"]
-    return "  ".join([*parts, *([f"{found['time'].median(WINDOW):.2f} s/it"] if "time" in found else [])])
+    pace = f"  {found['time'].median(WINDOW):.2f} s/it" if "time" in found else ""
+    return f"loss {found['total_loss'].median(WINDOW):.4g}  lr {found['lr'].latest():.3g}{pace}"
 
 
 class Metrics(Hook):
@@ -164,8 +162,8 @@ class Metrics(Hook):
             self._bar.update(1)
         if (iteration + 1) % WINDOW == 0 or loop.last:
             short = f"iter {iteration + 1}/{loop.total}  {short_line(log)}"
-            if "eta_seconds" in log.histories:
-                short += f"  {datetime.timedelta(seconds=int(log.histories['eta_seconds'].latest()))} left"
+            if "time" in log.histories:
+                short += f"  {_remaining(log)} left"
             logger.info(progress_line(log, iteration), extra=on_screen(short) if self._bar is None else FILE_ONLY)
 
     def after_eval(self, loop: Loop) -> None:
@@ -195,10 +193,8 @@ class Metrics(Hook):
                     one.written = iteration
                 one.flush()
         except OSError as error:
-            raise TrainingError(
-                f"metrics cannot be written to OUTPUT_DIR ({error.strerror or error}): free space there, then "
-                "continue with --resume"
-            ) from error
+            reason = f"metrics cannot be written to OUTPUT_DIR ({error.strerror or error})"
+            raise TrainingError(f"{reason}: free space there, then continue with --resume") from error
 
     def dump(self) -> dict[str, Any]:
         """Return the scalars' windows and the last written iterations, for the checkpoint."""
@@ -224,7 +220,6 @@ class Metrics(Hook):
             self._warned = True
             logger.warning(
                 f"total_loss has risen to {median:.3g} at iteration {iteration}, {median / low:.1f} times its lowest "
-                f"({low:.3g} at iteration {at}): training diverges; lower SOLVER.BASE_LR (now {lr:.3g}), lengthen "
-                "SOLVER.WARMUP_ITERS or set SOLVER.CLIP_GRADIENTS.ENABLED True, and start again from a checkpoint "
-                "before that."
+                f"({low:.3g} at iteration {at}): training diverges; lower SOLVER.BASE_LR (now {lr:.3g}) or set "
+                "SOLVER.CLIP_GRADIENTS.ENABLED True, and start again from a checkpoint before that."
             )

@@ -11,16 +11,8 @@ import warnings
 from collections.abc import Callable, Collection
 
 import torch
+from fvcore.common import param_scheduler as curves
 from fvcore.common.config import CfgNode
-from fvcore.common.param_scheduler import (
-    CompositeParamScheduler,
-    ConstantParamScheduler,
-    CosineParamScheduler,
-    LinearParamScheduler,
-    MultiStepParamScheduler,
-    ParamScheduler,
-    StepWithFixedGammaParamScheduler,
-)
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from gn_det.config.defaults import edited, get_value, set_value
@@ -32,19 +24,19 @@ from gn_det.text import count
 _LEAST_EPOCHS, _MANY_EPOCHS, _DEFAULT_IMAGES = 12, 100, 6000
 
 
-def _main_curve(cfg: CfgNode) -> ParamScheduler:
+def _main_curve(cfg: CfgNode) -> curves.ParamScheduler:
     """Return the curve without warm-up, a function of progress in [0, 1] that starts at 1."""
     solver = cfg.SOLVER
     if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
         steps = [s for s in solver.STEPS if s <= solver.MAX_ITER]
         values = [solver.GAMMA**k for k in range(len(steps) + 1)]
-        return MultiStepParamScheduler(values=values, milestones=steps, num_updates=solver.MAX_ITER)
+        return curves.MultiStepParamScheduler(values=values, milestones=steps, num_updates=solver.MAX_ITER)
     if solver.LR_SCHEDULER_NAME == "WarmupCosineLR":
         end = solver.BASE_LR_END / solver.BASE_LR
         if end > 1.0:
             raise ConfigError(f"SOLVER.BASE_LR_END {solver.BASE_LR_END:g} must not exceed SOLVER.BASE_LR")
-        return CosineParamScheduler(1, end)
-    return StepWithFixedGammaParamScheduler(
+        return curves.CosineParamScheduler(1, end)
+    return curves.StepWithFixedGammaParamScheduler(
         base_value=1.0, gamma=solver.GAMMA, num_decays=solver.NUM_DECAYS, num_updates=solver.MAX_ITER
     )
 
@@ -55,10 +47,10 @@ def lr_multiplier(cfg: CfgNode) -> Callable[[int], float]:
     curve = _main_curve(cfg)
     length = min(solver.WARMUP_ITERS / max_iter, 1.0)
     start = solver.WARMUP_FACTOR * curve(0.0)
-    ramp: ParamScheduler = ConstantParamScheduler(start)
+    ramp: curves.ParamScheduler = curves.ConstantParamScheduler(start)
     if solver.WARMUP_METHOD == "linear":
-        ramp = LinearParamScheduler(start, curve(0.0) if solver.RESCALE_INTERVAL else curve(length))
-    whole = CompositeParamScheduler(
+        ramp = curves.LinearParamScheduler(start, curve(0.0) if solver.RESCALE_INTERVAL else curve(length))
+    whole = curves.CompositeParamScheduler(
         [ramp, curve],
         lengths=[length, 1 - length],
         interval_scaling=["rescaled", "rescaled" if solver.RESCALE_INTERVAL else "fixed"],

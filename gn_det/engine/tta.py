@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
 
-from gn_det.data.transforms import Flip, Resize, Transform, resized_shape
+from gn_det.data.transforms import Flip, Resize, Transform, apply_to_image, resized_shape
 from gn_det.modeling import boxes as box_ops
 from gn_det.modeling.mask_rcnn import MaskRCNN
 from gn_det.modeling.postprocess import resize_detections
@@ -28,17 +28,11 @@ class _View:
     def __init__(self, pixels: np.ndarray, original: tuple[int, int], side: int, most: int, flip: bool) -> None:
         shape = pixels.shape[0], pixels.shape[1]
         resize = Resize(*shape, *resized_shape(*shape, side, most))
-        self.there: list[Transform] = [resize]
-        self.back: list[Transform] = [Resize(resize.new_height, resize.new_width, *shape)]
-        if shape != original:
-            self.there.insert(0, Resize(*original, *shape))
-            self.back.append(Resize(*shape, *original))
-        pixels, self.flipped = resize.image(pixels), flip
-        if flip:
-            mirror = Flip(1, pixels.shape[1])
-            pixels = mirror.image(pixels)
-            self.there.append(mirror)
-            self.back.insert(0, mirror)
+        mirror = [Flip(1, resize.new_width)] if flip else []
+        self.flipped = flip
+        self.there: list[Transform] = [Resize(*original, *shape), resize, *mirror]
+        self.back = [*mirror, Resize(resize.new_height, resize.new_width, *shape), Resize(*shape, *original)]
+        pixels = apply_to_image([resize, *mirror], pixels)
         self.sample = Sample(image=torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))))
 
     @staticmethod
@@ -70,10 +64,16 @@ class Augmented:
         original = (sample["height"], sample["width"])
         flips = (False, True) if self.flip else (False,)
         views = [_View(pixels, original, int(side), self.most, flip) for side in self.sizes for flip in flips]
-        found = [d for levels, sizes in self._features(views) for d in self._boxes(levels, sizes)]
+        heads, found = self.model.roi_heads, list[Detections]()
+        for features, sizes in self._features(views):
+            proposals, _ = self.model.proposal_generator(features, sizes)
+            found += heads.detect_boxes([features[name] for name in heads.in_features], proposals)
+        scores, classes = (torch.cat([getattr(d, part) for d in found]) for part in ("scores", "classes"))
         boxes = torch.cat([view.move(d.boxes, view.back) for view, d in zip(views, found)])
-        merged = self._merge(boxes, found, original)
-        if self.model.roi_heads.mask_head is None:
+        boxes = box_ops.clip(boxes, original)
+        keep = batched_nms(boxes, scores, classes, self.nms)[: self.keep]
+        merged = Detections(original, boxes[keep], scores[keep], classes[keep])
+        if heads.mask_head is None:
             return merged
         merged.masks = self._masks(views, merged)
         return resize_detections(merged, *original)
@@ -82,17 +82,6 @@ class Augmented:
         for start in range(0, len(views), _BATCH):
             images, sizes = self.model.preprocess([view.sample for view in views[start : start + _BATCH]])
             yield self.model.backbone(images), sizes
-
-    def _boxes(self, features: dict[str, Tensor], sizes: list[tuple[int, int]]) -> list[Detections]:
-        heads = self.model.roi_heads
-        proposals, _ = self.model.proposal_generator(features, sizes)
-        return heads.detect_boxes([features[name] for name in heads.in_features], proposals)
-
-    def _merge(self, boxes: Tensor, found: Sequence[Detections], size: tuple[int, int]) -> Detections:
-        scores, classes = (torch.cat([getattr(d, part) for d in found]) for part in ("scores", "classes"))
-        boxes = box_ops.clip(boxes, size)
-        keep = batched_nms(boxes, scores, classes, self.nms)[: self.keep]
-        return Detections(size, boxes[keep], scores[keep], classes[keep])
 
     def _masks(self, views: Sequence[_View], merged: Detections) -> Tensor:
         """Return the mask probabilities within the merged boxes, averaged over the views."""

@@ -43,6 +43,11 @@ with alone_in(sys.argv[1]):
 """
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output, "PATIENCE", 0.0)
+
+
 @pytest.fixture()
 def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process that is alone in the folder, with two forked workers of a loader."""
@@ -56,7 +61,7 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 @needs_posix
 def test_second_run_is_told_which_process_has_the_folder(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
-    with pytest.raises(InUse) as error, alone_in(tmp_path, patience=0.2):
+    with pytest.raises(InUse) as error, alone_in(tmp_path):
         raise AssertionError("both are alone")
     assert f"OUTPUT_DIR {tmp_path} is in use by another run (process {holder.pid} on " in str(error.value)
     assert "set OUTPUT_DIR to another folder" in str(error.value) and "\n" not in str(error.value)
@@ -73,7 +78,7 @@ def test_killed_run_does_not_block_the_next_at_once(tmp_path: Path, holder: subp
     holder.kill()
     holder.wait()
     try:
-        with alone_in(tmp_path, patience=0.0):
+        with alone_in(tmp_path):
             assert all(Path(f"/proc/{worker}").exists() for worker in workers)
     finally:
         for worker in workers:
@@ -83,7 +88,7 @@ def test_killed_run_does_not_block_the_next_at_once(tmp_path: Path, holder: subp
 def test_one_process_is_alone_only_once(tmp_path: Path) -> None:
     with alone_in(tmp_path):
         for _ in range(2):  # a failed attempt must not release the lock
-            with pytest.raises(InUse, match=f"process {os.getpid()}"), alone_in(tmp_path, patience=0.0):
+            with pytest.raises(InUse, match=f"process {os.getpid()}"), alone_in(tmp_path):
                 raise AssertionError("both are alone")
         child = "from gn_det.files import *; import sys\ntry:\n with lock(sys.argv[1]): pass\nexcept Busy: print(1)"
         said = subprocess.run(
@@ -125,14 +130,11 @@ def test_file_system_without_locks_is_a_warning(
 
 
 @pytest.mark.parametrize("what", ["train", "eval", "pretrain", "compare"])
-def test_every_command_that_writes_is_alone(
-    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_command_that_writes_is_alone(what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Refused with one line before a file is read or written."""
     from gn_det.cli import main
     from gn_det.data.shapes import make_shapes
 
-    monkeypatch.setattr(output, "PATIENCE", 0.0)
     made = make_shapes(tmp_path / "shapes", "train", 4)
     out = tmp_path / "out"
     out.mkdir()
@@ -268,9 +270,9 @@ def test_output_that_can_be_no_folder_is_told_before_anything_is_made(tmp_path: 
 
 def test_a_worker_that_imports_the_script_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its folder is in use by the very run that started the worker."""
-    with alone_in(tmp_path, patience=0):
+    with alone_in(tmp_path):
         monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
-        with pytest.raises(DataError, match="if __name__ == '__main__':"), alone_in(tmp_path, patience=0):
+        with pytest.raises(DataError, match="if __name__ == '__main__':"), alone_in(tmp_path):
             pass
 
 

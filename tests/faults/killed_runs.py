@@ -23,10 +23,11 @@ ITERATIONS = 46
 
 def train(folder: Path, *args: Any, resume: bool) -> None:
     """A run that has the folder to itself; workers of the one that was just killed may live still, and hold nothing."""
-    from gn_det.engine.output import alone_in
+    from gn_det.engine import output
 
+    output.PATIENCE = 0.0
     folder.mkdir(parents=True, exist_ok=True)
-    with alone_in(folder, patience=0.0):
+    with output.alone_in(folder):
         train_alone(folder, *args, resume=resume)
 
 

@@ -32,11 +32,11 @@ def with_val(arguments: list[str], path: Path, **changes: Any) -> list[str]:
 REFUSED = {
     "random layers frozen": (
         ["MODEL.BACKBONE.FREEZE_AT", "2"],
-        "MODEL.BACKBONE.FREEZE_AT is 2 but MODEL.WEIGHTS is empty: the first stages would stay frozen at random values",
+        "MODEL.WEIGHTS is empty, and MODEL.BACKBONE.FREEZE_AT would freeze layers at random values; give MODEL.WEIGHTS",
     ),
     "random part frozen": (
         ["MODEL.FREEZE", "backbone"],
-        "MODEL.FREEZE is backbone but MODEL.WEIGHTS is empty: these parts would stay frozen at random values",
+        "MODEL.WEIGHTS is empty, and MODEL.FREEZE (backbone) would freeze layers at random values; give MODEL.WEIGHTS",
     ),
     "weight of an unknown class": (
         ["MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS", "[['sell', 2.0]]"],
