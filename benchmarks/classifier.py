@@ -131,7 +131,7 @@ def our_loop(images: np.ndarray, labels: np.ndarray, batch: int, folder: Path) -
     optimizer = build_optimizer(given, model, 0.01)
     state = TrainState(model, optimizer, LambdaLR(optimizer, lambda step: lr_factor(given, step, TOTAL)), 1)
     epochs = Epochs(given, source, Plan(0.01, TOTAL, TOTAL), loss, Progressed(), folder)
-    loop = ClassifierLoop(state, loss, [Schedule(), Metrics([], terminal=False), epochs], total=TOTAL)
+    loop = ClassifierLoop(state, loss, [Schedule(), Metrics([]), epochs], total=TOTAL)
 
     def batches() -> Iterator[Any]:
         for epoch in itertools.count():

@@ -41,7 +41,7 @@ class Value:
 
     def __call__(self, value: Any, where: str) -> None:
         if not self.holds(value):
-            raise InvalidValue(where, f"is {shown(value)}; it must be {self.expected}")
+            raise InvalidValue(where or "the content", f"is {shown(value)}; it must be {self.expected}")
         if self.inside is not None:
             self.inside(value, where)
 
@@ -170,17 +170,14 @@ def record(required: Mapping[str, Check], **more: Check) -> Value:
     """
 
     def inside(value: Any, where: str) -> None:
-        if not isinstance(value, Mapping):
-            raise InvalidValue(where or "the content", f"is {shown(value)}; it must be a dict")
-        dot = f"{where}." if where else ""
-        for name in required:
-            if name not in value:
-                raise InvalidValue(f"{dot}{name}", "is missing")
         for name, check in (*required.items(), *more.items()):
+            place = f"{where}.{name}" if where else name
             if name in value:
-                check(value[name], f"{dot}{name}")
+                check(value[name], place)
+            elif name in required:
+                raise InvalidValue(place, "is missing")
 
-    return Value("a dict", lambda v: True, inside)
+    return Value("a dict", lambda v: isinstance(v, Mapping), inside)
 
 
 def _expected(check: Check) -> str:

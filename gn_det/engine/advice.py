@@ -43,8 +43,7 @@ def half_gn(rows: Sequence[CensusRow]) -> str:
 
 def short_for_scratch(cfg: CfgNode, images: int) -> str:
     """Return a sentence for a scaled ``cfg`` of a run from scratch, far shorter than published ones; "" for others."""
-    names = tuple(cfg.DATASETS.TRAIN)
-    generated = bool(names) and all(n.startswith("shapes_") for n in names) and not cfg.DATASETS.TRAIN_JSON
+    generated = not cfg.DATASETS.TRAIN_JSON and all(name.startswith("shapes_") for name in cfg.DATASETS.TRAIN)
     if cfg.MODEL.WEIGHTS or images <= 0 or generated:
         return ""
     epochs = cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH / images
@@ -74,7 +73,7 @@ def large_crop(cfg: CfgNode, sizes: np.ndarray) -> str:
     if not crop.ENABLED or not crop.TYPE.startswith("absolute") or cfg.INPUT.LSJ.ENABLED:
         return ""
     height, width = crop.SIZE
-    smaller = int(((sizes[:, 0] < width) | (sizes[:, 1] < height)).sum())
+    smaller = int((sizes < (width, height)).any(axis=1).sum())
     if not smaller:
         return ""
     return (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 from fvcore.common.config import CfgNode
@@ -37,20 +38,18 @@ def largest_fit(choices: Sequence[int], peak: Callable[[int], int], limit: int) 
         limit: bytes that it may take.
     """
     for images in choices:
-        try:
+        with suppress(torch.OutOfMemoryError):
             if peak(images) <= limit:
                 return images
-        except torch.OutOfMemoryError:
-            pass
     return 0
 
 
 def trial_batch(cfg: CfgNode, images: int) -> list[Sample]:
     """Return ``images`` gray samples of the largest training size, each with 50 objects."""
     longest = max(cfg.INPUT.MIN_SIZE_TRAIN)
-    height, width = (
-        (cfg.INPUT.LSJ.SIZE,) * 2 if cfg.INPUT.LSJ.ENABLED else (longest, max(longest, cfg.INPUT.MAX_SIZE_TRAIN))
-    )
+    height, width = longest, max(longest, cfg.INPUT.MAX_SIZE_TRAIN)
+    if cfg.INPUT.LSJ.ENABLED:
+        height = width = cfg.INPUT.LSJ.SIZE
     corners = torch.arange(_OBJECTS) * (min(height, width) / (2 * _OBJECTS))
     boxes = torch.stack([corners, corners, corners + height / 3, corners + height / 3], dim=1)
     masks = Masks([[box[[0, 1, 2, 1, 2, 3, 0, 3]].double().numpy()] for box in boxes])

@@ -70,10 +70,8 @@ def choose(wanted: str = "auto") -> Choice:
         why = "as --engine says" if wanted == "detectron2" else "because it is installed; or use --engine embedded"
         return Choice("detectron2", why)
     if wanted == "detectron2":
-        raise EngineError(
-            f"--engine detectron2: Detectron2 is not installed for this Python ({sys.executable}); see {INSTALL_PAGE}; "
-            f"{_WITHOUT_IT}"
-        )
+        what = f"--engine detectron2: Detectron2 is not installed for this Python ({sys.executable})"
+        raise EngineError(f"{what}; see {INSTALL_PAGE}; {_WITHOUT_IT}")
     return Choice("embedded", "because Detectron2 is not installed")
 
 

@@ -103,10 +103,8 @@ def make_loop(
         average = state.average = WeightAverage(state.model, float(solver.EMA.DECAY))
         if payload.get("ema"):
             average.restore(payload["model"], payload["ema"]["steps"])
-        logger.info(
-            "SOLVER.EMA: the average of the weights (decay %g) is evaluated and saved; it %s.",
-            *(average.decay, f"continues after {average.steps} steps" if average.steps else "starts at these weights"),
-        )
+        how = f"continues after {average.steps} steps" if average.steps else "starts at these weights"
+        logger.info("SOLVER.EMA: the average (decay %g) is evaluated and saved; it %s.", average.decay, how)
     folder, first = Path(cfg.OUTPUT_DIR), dist.rank() == 0
     logs = payload.get("logs") or {}  # a file of another tool has none
     metrics = Metrics(open_loggers(cfg, state.iteration, logs.get("written")) if first else [])

@@ -7,7 +7,6 @@ import os
 import pickle
 import platform
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -24,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from gn_det.compiler import cpu_info
 from gn_det.errors import ConfigError, TrainingError, UserError
@@ -193,7 +193,8 @@ def launch(
     _check_counts(device, num_gpus, num_machines, machine_rank, dist_url)
     if num_gpus * num_machines == 1:
         return function(*args)
-    url = urlsplit(dist_url if num_machines > 1 else f"tcp://127.0.0.1:{_free_port()}")
+    here = f"tcp://127.0.0.1:{get_free_port()}"  # type: ignore[no-untyped-call]
+    url = urlsplit(dist_url if num_machines > 1 else here)
     common = {
         "WORLD_SIZE": num_gpus * num_machines,
         "LOCAL_WORLD_SIZE": num_gpus,
@@ -220,12 +221,6 @@ def _check_counts(device: str, num_gpus: int, num_machines: int, machine_rank: i
         raise ConfigError(f"MODEL.DEVICE {device} names one GPU; use MODEL.DEVICE cuda with --num-gpus {num_gpus}")
     if num_machines > 1 and not urlsplit(dist_url).hostname:
         raise ConfigError("--num-machines > 1 needs --dist-url tcp://ADDRESS_OF_MACHINE_0:PORT, equal on all machines")
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def in_main_thread() -> bool:
@@ -274,9 +269,8 @@ def _raise_first_error(box: Path, failed: dict[int, int]) -> None:
         if code < 0:
             name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
             raise TrainingError(
-                f"training process {index} was killed by {name}, probably because memory ran out; the others were "
-                "stopped. Lower SOLVER.IMS_PER_BATCH, DATALOADER.NUM_WORKERS or INPUT.MAX_SIZE_TRAIN, or give the "
-                "machine more memory, then continue with --resume"
+                f"training process {index} was killed by {name}, probably because memory ran out: lower "
+                "SOLVER.IMS_PER_BATCH, DATALOADER.NUM_WORKERS or INPUT.MAX_SIZE_TRAIN, then continue with --resume"
             )
     reports = [f"{index} failed first:\n{error}" for index, error in errors.items()]
     reports += [f"{index} exited with code {code} and no error message" for index, code in failed.items()]

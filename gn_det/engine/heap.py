@@ -5,11 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 
-#: mallopt's parameters in glibc's malloc.h, and what they are set to (int).
-_OPTIONS = (
-    (-3, 1 << 30),  # M_MMAP_THRESHOLD: pieces below come from the heap
-    (-1, (1 << 31) - 1),  # M_TRIM_THRESHOLD: free memory at the heap's end that is kept
-)
 #: Users who set these have made their own choice.
 _CHOSEN = ("LD_PRELOAD", "GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
 
@@ -26,4 +21,5 @@ def keep_freed_memory(device: str) -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # not glibc
         return False
-    return all(mallopt(*option) == 1 for option in _OPTIONS)
+    # M_MMAP_THRESHOLD: pieces below come from the heap. M_TRIM_THRESHOLD: free memory at the heap's end that is kept.
+    return bool(mallopt(-3, 1 << 30) and mallopt(-1, (1 << 31) - 1))

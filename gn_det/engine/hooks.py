@@ -145,11 +145,9 @@ class Signals(Hook):
             self.checkpoint.save(loop, collective=collective)
         self.checkpoint.metrics.write()
         number = int(loop.flags["signal"] or loop.agreed.get("signal", signal.SIGTERM))
-        raise Interrupted(
-            f"interrupted ({signal.Signals(number).name}) after iteration {loop.state.iteration}; saved "
-            f"{self.checkpoint.path(loop)}. Rerun with --resume to continue",
-            128 + number,
-        )
+        name, path = signal.Signals(number).name, self.checkpoint.path(loop)
+        done = f"interrupted ({name}) after iteration {loop.state.iteration}; saved {path}"
+        raise Interrupted(f"{done}. Rerun with --resume to continue", 128 + number)
 
 
 class TimeLimit(Hook):
@@ -229,8 +227,7 @@ class Visualize(Hook):
     def before_train(self, loop: Loop) -> None:
         if self.loggers is None:
             return
-        # of an earlier run, or drawn again after a resume
-        self._delete(file for number, file in self._files() if number > loop.state.iteration)
+        self._prune(loop.state.iteration)
 
         def see(module: nn.Module, args: Any, output: Any) -> None:
             if self._due and loop.current is not None:
@@ -256,7 +253,7 @@ class Visualize(Hook):
             return
         for one in self.loggers:
             one.picture(self.FOLDER, path, loop.state.iteration)
-        self._delete(file for _, file in self._files()[: -self.KEPT])
+        self._prune(loop.state.iteration)
 
     def after_train(self, loop: Loop) -> None:
         if self._handle is not None:
@@ -267,15 +264,13 @@ class Visualize(Hook):
         halves = [draw_sample(sample, self.class_names, bgr=self.bgr, proposals=p) for p in (None, boxes)]
         return draw_grid(halves, ("ground truth", f"{len(boxes)} best proposals"), columns=2, cell=self.SIDE)
 
-    def _files(self) -> list[tuple[int, Path]]:
-        """Return the pictures in the folder, by iteration."""
-        return sorted((int(m[1]), f) for f in self.folder.glob("iter_*.jpg") if (m := _PICTURE.fullmatch(f.name)))
-
-    @staticmethod
-    def _delete(files: Iterable[Path]) -> None:
-        for file in files:
+    def _prune(self, last: int) -> None:
+        """Delete pictures beyond iteration ``last`` (an earlier run's, or drawn again), and all but the newest."""
+        files = {int(m[1]): file for file in self.folder.glob("iter_*.jpg") if (m := _PICTURE.fullmatch(file.name))}
+        kept = sorted(number for number in files if number <= last)[-self.KEPT :]
+        for number in files.keys() - set(kept):
             with suppress(OSError):
-                file.unlink()
+                files[number].unlink()
 
 
 class Evaluate(Hook):

@@ -182,22 +182,21 @@ def _read_id(path: Path, written: int) -> str | None:
     return path.read_text(encoding="utf-8").strip()[:200] or None
 
 
-#: Name in ``LOGGERS``: the logger, called with folder and last written iteration, and the package it needs.
-LOGGERS: dict[str, tuple[Callable[[Path, int], Logger], str]] = {
-    "tensorboard": (TensorBoardLogger, "tensorboard"),
-    "wandb": (WandbLogger, "wandb"),
-    "mlflow": (MlflowLogger, "mlflow"),
-    "csv": (CsvLogger, ""),
+#: Name in ``LOGGERS``, also of the Python module that it needs: the logger, called with folder and last iteration.
+LOGGERS: dict[str, Callable[[Path, int], Logger]] = {
+    "tensorboard": TensorBoardLogger,
+    "wandb": WandbLogger,
+    "mlflow": MlflowLogger,
+    "csv": CsvLogger,
 }
 
 
 def send_pictures(cfg: CfgNode, paths: Sequence[Path]) -> None:
     """Upload PNGs of a finished run to the W&B and MLflow of ``LOGGERS``; raise TrainingError if an upload fails."""
     for name in cfg.LOGGERS if paths else ():
-        opened = LOGGERS[name][0]
-        if opened in (WandbLogger, MlflowLogger):
+        if name in ("wandb", "mlflow"):
             try:
-                logger = opened(Path(cfg.OUTPUT_DIR), 0)
+                logger = LOGGERS[name](Path(cfg.OUTPUT_DIR), 0)
                 for path in paths:
                     logger.picture(path.stem, path)
                 logger.close()
@@ -208,11 +207,9 @@ def send_pictures(cfg: CfgNode, paths: Sequence[Path]) -> None:
 def check_loggers(cfg: CfgNode) -> None:
     """Raise ConfigError with the pip command if the package of a logger is not installed."""
     for name in cfg.LOGGERS:
-        package = LOGGERS[name][1]
-        if package and importlib.util.find_spec(package) is None:
-            raise ConfigError(
-                f"LOGGERS (--logger) names {name}, which is not installed: pip install {name}, or leave it out"
-            )
+        if importlib.util.find_spec(name) is None:
+            problem = f"LOGGERS (--logger) names {name}, which is not installed"
+            raise ConfigError(f"{problem}: pip install {name}, or leave it out")
 
 
 def open_loggers(cfg: CfgNode, iteration: int, written: int | None) -> list[Logger]:
@@ -225,9 +222,7 @@ def open_loggers(cfg: CfgNode, iteration: int, written: int | None) -> list[Logg
     out: list[Logger] = [JsonLogger(folder / METRICS, start)]
     for name in cfg.LOGGERS:
         try:
-            out.append(LOGGERS[name][0](folder, start))
-        except TrainingError:
-            raise
+            out.append(LOGGERS[name](folder, start))
         except Exception as error:  # of any kind: no account, no network ...
             reason = one_line(error, 300)
             raise TrainingError(f"LOGGERS (--logger): {name} cannot be started ({reason}); leave it out") from error

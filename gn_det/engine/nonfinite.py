@@ -26,6 +26,7 @@ from gn_det.checkpoint.meta import config_of_checkpoint
 from gn_det.config.check import check_config
 from gn_det.engine import dist
 from gn_det.engine.payload import TORCH_RNG, refuse, tensor, weights_of
+from gn_det.engine.state import restore_rng
 from gn_det.errors import UserError, WeightsError, WriteError
 from gn_det.structures import Masks, Sample, Targets
 from gn_det.text import as_line, printable
@@ -45,9 +46,7 @@ class Pass:
 
     def again(self, model: Callable[[Any], Any]) -> Any:
         """Run ``model`` on the batch exactly as the first time."""
-        torch.set_rng_state(self.rng["torch"])
-        if self.rng["cuda"] is not None:
-            torch.cuda.set_rng_state(self.rng["cuda"])
+        restore_rng(self.rng)
         with torch.autocast(self.device, self.dtype, self.dtype is not None):
             return model(self.batch)
 

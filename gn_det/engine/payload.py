@@ -287,10 +287,8 @@ def _check_together(payload: Mapping[str, Any], batch: int) -> None:
     block = block if isinstance(block, dict) else {}
     most = max(_LARGEST_BATCH, 64 * batch)
     if block.get("images_seen", 0) > (iteration + 1) * most:
-        raise InvalidValue(
-            "gn_det.images_seen",
-            f"is {block['images_seen']}: more than {most} images an iteration, with {iteration + 1} done",
-        )
+        problem = f"is {block['images_seen']}: more than {most} images an iteration, with {iteration + 1} done"
+        raise InvalidValue("gn_det.images_seen", problem)
     numbers = {f"gn_det.{name}": block.get(name, -1) for name in ("best_iteration", "evaluated_at")}
     numbers |= {f"logs.scalars[{shown(name)}][2]": entry[2] for name, entry in logs.get("scalars", {}).items()}
     numbers["logs.written"] = logs.get("written", -1) - 1  # the last evaluation is one beyond the last iteration

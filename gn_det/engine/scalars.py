@@ -128,12 +128,11 @@ class Metrics(Hook):
         self.log, self.loggers = EventLog(), loggers
         self.lowest: tuple[float, int] | None = None
         self._bar: Any = None
-        self._mark, self._first, self._records, self._warned = 0.0, 0, False, False
+        self._mark, self._first, self._warned = 0.0, 0, False
 
     def before_train(self, loop: Loop) -> None:
         self._mark, self._first = time.perf_counter(), loop.state.iteration + 1
-        self._records = dist.rank() == 0
-        if self._records and _is_terminal():
+        if dist.rank() == 0 and _is_terminal():
             from tqdm import tqdm
 
             layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
@@ -143,7 +142,7 @@ class Metrics(Hook):
 
     def after_step(self, loop: Loop) -> None:
         loop.scalars |= getattr(loop.state.model, "pop_metrics", dict)()
-        if not self._records:
+        if dist.rank() != 0:
             return
         log, iteration = self.log, loop.state.iteration
         log.put({"data_time": loop.data_time, "total_loss": sum(loop.losses.values())}, iteration)
@@ -172,7 +171,7 @@ class Metrics(Hook):
         self.write()  # immediately, because the log keeps only the latest evaluation
 
     def end_step(self, loop: Loop) -> None:
-        if self._records:
+        if dist.rank() == 0:
             self._take_scalars(loop)
             if (loop.state.iteration + 1) % WINDOW == 0 or loop.last or loop.stopping:
                 self.write()

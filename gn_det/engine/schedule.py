@@ -66,44 +66,36 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Lambda
 
 def set_iteration(scheduler: LRScheduler, iteration: int) -> None:
     """Move a scheduler to ``iteration`` and write the learning rates that belong there into its optimizer."""
-    scheduler.last_epoch = iteration
-    scheduler._step_count = iteration + 1
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch means get_lr to be called by step() alone
-        rates = scheduler.get_lr()
-    for group, rate in zip(scheduler.optimizer.param_groups, rates):
-        group["lr"] = rate
-    scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
+        warnings.simplefilter("ignore")  # torch means step() to be called without a number
+        scheduler.step(iteration)
 
 
-def _scale_iterations(cfg: CfgNode, scale: float, literal: Collection[str], *, warmup: bool = True) -> None:
-    """Divide everything counted in iterations by ``scale``, except the keys in ``literal``; no period becomes 0.
-
-    If the user gave MAX_ITER, nothing counted in iterations is scaled.
-    """
-    if "SOLVER.MAX_ITER" in literal:
-        return
-    solver = cfg.SOLVER
+def _scale_iterations(cfg: CfgNode, scale: float, literal: Collection[str]) -> None:
+    """Divide length, periods and steps by ``scale``, except the keys in ``literal``; no period becomes 0."""
     for name in ("SOLVER.MAX_ITER", "TEST.EVAL_PERIOD", "SOLVER.CHECKPOINT_PERIOD"):
         if name not in literal and get_value(cfg, name) > 0:
             set_value(cfg, name, max(round(get_value(cfg, name) / scale), 1))
-    if warmup and "SOLVER.WARMUP_ITERS" not in literal:
-        solver.WARMUP_ITERS = round(solver.WARMUP_ITERS / scale)
     if "SOLVER.STEPS" not in literal:
-        solver.STEPS = tuple(round(s / scale) for s in solver.STEPS)
+        cfg.SOLVER.STEPS = tuple(round(s / scale) for s in cfg.SOLVER.STEPS)
 
 
 def _scale_all(cfg: CfgNode, scale: float, literal: Collection[str]) -> str:
-    """Scale learning rate and iterations; return a description of the changes."""
+    """Scale learning rate and iterations; return a description of the changes.
+
+    If the user gave MAX_ITER, nothing counted in iterations is scaled.
+    """
     solver = cfg.SOLVER
     lr, iterations = solver.BASE_LR, solver.MAX_ITER
     rate = f"learning rate {lr:g} as given"
     if "SOLVER.BASE_LR" not in literal:
         solver.BASE_LR, solver.BASE_LR_END = lr * scale, solver.BASE_LR_END * scale
         rate = f"learning rate scaled linearly {lr:g} -> {solver.BASE_LR:g}"
-    _scale_iterations(cfg, scale, literal)
     if "SOLVER.MAX_ITER" in literal:
         return f"{rate}, {iterations} iterations as given"
+    _scale_iterations(cfg, scale, literal)
+    if "SOLVER.WARMUP_ITERS" not in literal:
+        solver.WARMUP_ITERS = round(solver.WARMUP_ITERS / scale)
     return f"{rate}, {iterations} -> {solver.MAX_ITER} iterations (the same epochs), {_steps_and_warmup(cfg)}"
 
 
@@ -177,7 +169,7 @@ def _for_epochs(cfg: CfgNode, images: int, literal: Collection[str]) -> list[str
     iterations, before = max(round(solver.EPOCHS * images / solver.IMS_PER_BATCH), 1), solver.MAX_ITER
     if iterations == before:
         return []
-    _scale_iterations(cfg, before / iterations, set(literal) - {"SOLVER.MAX_ITER"}, warmup=False)
+    _scale_iterations(cfg, before / iterations, literal)
     solver.MAX_ITER = iterations
     epoch = images / solver.IMS_PER_BATCH
     for name in ("TEST.EVAL_PERIOD", "SOLVER.CHECKPOINT_PERIOD"):
@@ -238,8 +230,7 @@ def images_per_rank(cfg: CfgNode, world_size: int) -> int:
     if batch < parts or batch % parts:
         raise ConfigError(
             f"SOLVER.IMS_PER_BATCH {batch} cannot be shared by {count(world_size, 'process', 'processes')} x "
-            f"SOLVER.ACCUMULATE {accumulate}; "
-            f"use a multiple of {parts}, such as {max(round(batch / parts), 1) * parts}"
+            f"SOLVER.ACCUMULATE {accumulate}; use a multiple of {parts}, such as {max(round(batch / parts), 1) * parts}"
         )
     return batch // parts
 
@@ -253,19 +244,18 @@ def format_schedule(cfg: CfgNode, images: int, world_size: int = 0) -> str:
             return f"{iterations} iterations"
         return f"{iterations} iterations ({iterations * solver.IMS_PER_BATCH / images:.2f} epochs)"
 
-    steps = [both(s) for s in solver.STEPS if s <= solver.MAX_ITER] if "Cosine" not in solver.LR_SCHEDULER_NAME else []
     batch = f"batch {solver.IMS_PER_BATCH}"
     if world_size:
-        parts = [count(world_size, "process", "processes"), count(images_per_rank(cfg, world_size), "image")]
-        if solver.ACCUMULATE > 1:
-            parts.insert(1, f"{solver.ACCUMULATE} micro-batches")
-        batch += f" ({' × '.join(parts)})"
+        micro = f"{solver.ACCUMULATE} micro-batches × " if solver.ACCUMULATE > 1 else ""
+        images_each = count(images_per_rank(cfg, world_size), "image")
+        batch += f" ({count(world_size, 'process', 'processes')} × {micro}{images_each})"
     lines = [
         f"Schedule: {solver.LR_SCHEDULER_NAME}, {both(solver.MAX_ITER)}, {batch}",
         f"  learning rate {solver.BASE_LR:g}, {solver.WARMUP_METHOD} warm-up over {both(solver.WARMUP_ITERS)}",
     ]
     if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
-        lines.append(f"  times {solver.GAMMA:g} after {', '.join(steps) if steps else 'no iteration: constant'}")
+        steps = ", ".join(both(s) for s in solver.STEPS if s <= solver.MAX_ITER)
+        lines.append(f"  times {solver.GAMMA:g} after {steps or 'no iteration: constant'}")
     period = cfg.TEST.EVAL_PERIOD
     if cfg.DATASETS.TEST or cfg.DATASETS.VAL_JSON or held_out(cfg):
         lines.append(f"  evaluation {'every ' + both(period) + ' and ' if period > 0 else ''}at the end")

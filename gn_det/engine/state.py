@@ -130,9 +130,10 @@ def capture_rng() -> dict[str, Any]:
 
 
 def restore_rng(state: Mapping[str, Any]) -> None:
-    """Invert :func:`capture_rng`; skip a GPU state if there is no GPU."""
+    """Invert :func:`capture_rng` for the generators in ``state``; skip a GPU state if there is no GPU."""
     for name, generator in (("python", random), ("numpy", np.random), ("torch", torch.default_generator)):
-        set_stream(generator, state[name])
+        if name in state:
+            set_stream(generator, state[name])
     if state.get("cuda") is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
 
@@ -236,10 +237,8 @@ def restore(resume: Resume, state: TrainState, cfg: CfgNode) -> None:
         state.rng = states[dist.rank()]
     elif states:
         logger.info("Resuming with %d processes instead of %d: random streams restart.", processes, len(states))
-    logger.info(
-        "Resumed from %s: iteration %d done, %d to go.",
-        *(resume.path, state.iteration, max(int(cfg.SOLVER.MAX_ITER) - state.iteration - 1, 0)),
-    )
+    left = max(int(cfg.SOLVER.MAX_ITER) - state.iteration - 1, 0)
+    logger.info("Resumed from %s: iteration %d done, %d to go.", resume.path, state.iteration, left)
     if sentence:
         logger.info(sentence)
     if changed := _changed_keys(resume, cfg):

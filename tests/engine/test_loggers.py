@@ -62,7 +62,7 @@ def test_csv(tmp_path: Path) -> None:
 
 
 def test_a_missing_package_is_found_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else name)
     cfg = load_config("quickstart.yaml", ["LOGGERS", "('csv', 'wandb')", "OUTPUT_DIR", str(tmp_path / "out")])
     with pytest.raises(ConfigError, match=r"names wandb, which is not installed: pip install wandb, or leave it out"):
         train(cfg)

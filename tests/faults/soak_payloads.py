@@ -235,7 +235,7 @@ class _Resume:
         from gn_det.engine.state import ModelMeta
         from tests.engine.cases import loader_factory
 
-        loggers.LOGGERS["tensorboard"] = (_NoBoard, "")  # type: ignore[assignment]  # takes longer than all the rest
+        loggers.LOGGERS["tensorboard"] = _NoBoard  # type: ignore[assignment]  # takes longer than all the rest
         fit.build_meta = lambda *words, **more: {}  # type: ignore[assignment]  # so does the YAML of the config
         meta = ModelMeta(self.cfg, ("a",), (1,))
         loop = fit.make_loop(self.cfg, state, state.model, [Schedule()], meta, None, point)
