@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -62,13 +63,11 @@ def _build(source: Path, compiler: str) -> Path:
 def private_folder() -> Path:
     """Return a folder that only this user can write to, because code is loaded from it."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "gn_det_kernels"
-    try:
+    with suppress(OSError):
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = cache.stat()
         if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(cache, os.W_OK):
             return cache
-    except OSError:
-        pass
     return Path(tempfile.mkdtemp(prefix="gn_det-"))
 
 

@@ -32,13 +32,7 @@ class WeightsError(UserError):
 
 
 class WriteError(UserError):
-    """A file that cannot be written (full disk, no permission ...); an older file of that name is kept.
-
-    Attributes:
-        reason: error of the file system.
-    """
-
-    reason = ""
+    """A file that cannot be written (full disk, no permission ...); an older file of that name is kept."""
 
 
 class TrainingError(UserError):

@@ -156,32 +156,27 @@ def atomic_write(path: StrPath, content: Content) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         # A file of that name is left from a dead process, or a link that somebody put there.
         temporary.unlink(missing_ok=True)
-        try:
-            with open(temporary, "xb") as raw:
-                file = _ErrorKeeper(raw)
-                try:
-                    if callable(content):
-                        content(file)  # type: ignore[arg-type]
-                    else:
-                        for piece in [content] if isinstance(content, (str, bytes)) else content:
-                            file.write(piece.encode() if isinstance(piece, str) else piece)
-                except RuntimeError as error:
-                    # torch's archive writer turns the OSError of a full disk into a RuntimeError without errno.
-                    raise file.error or error from None
-                raw.flush()
-                os.fsync(raw.fileno())
-            os.replace(temporary, target)
-            _sync_folder(target.parent)
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as raw:
+            file = _ErrorKeeper(raw)
+            try:
+                if callable(content):
+                    content(file)  # type: ignore[arg-type]
+                else:
+                    for piece in [content] if isinstance(content, (str, bytes)) else content:
+                        file.write(piece.encode() if isinstance(piece, str) else piece)
+            except RuntimeError as error:
+                # torch's archive writer turns the OSError of a full disk into a RuntimeError without errno.
+                raise file.error or error from None
+            raw.flush()
+            os.fsync(raw.fileno())
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL character
-        reason = one_line(getattr(error, "strerror", None) or error)
-        problem = WriteError(
-            f"{one_line(os.fspath(path), 400)}: cannot be written ({reason}); free space or choose another place"
-        )
-        problem.reason = reason
-        raise problem from error
+        where, reason = one_line(os.fspath(path), 400), one_line(getattr(error, "strerror", None) or error)
+        raise WriteError(f"{where}: cannot be written ({reason}); free space or choose another place") from error
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            temporary.unlink(missing_ok=True)
 
 
 class _ErrorKeeper:

@@ -170,7 +170,7 @@ def test_unwritable_places_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(WriteError, match=rf"cannot be written \(.*{reason}.*\); ") as raised:
             atomic_write(path, b"x")
-        assert str(raised.value).count("\n") == 0 and raised.value.reason in str(raised.value)
+        assert str(raised.value).count("\n") == 0
     assert sorted(os.listdir(tmp_path)) == ["file", "pipe"]
 
 

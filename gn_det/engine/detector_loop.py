@@ -105,14 +105,14 @@ def make_loop(
             average.restore(payload["model"], payload["ema"]["steps"])
         how = f"continues after {average.steps} steps" if average.steps else "starts at these weights"
         logger.info("SOLVER.EMA: the average (decay %g) is evaluated and saved; it %s.", average.decay, how)
-    folder, first = Path(cfg.OUTPUT_DIR), dist.rank() == 0
+    folder = Path(cfg.OUTPUT_DIR)
     logs = payload.get("logs") or {}  # a file of another tool has none
-    metrics = Metrics(open_loggers(cfg, state.iteration, logs.get("written")) if first else [])
+    metrics = Metrics(open_loggers(cfg, state.iteration, logs.get("written")) if dist.rank() == 0 else [])
     if logs:
         metrics.restore(logs)
     checkpoint = Checkpoint(folder, meta, metrics, period=solver.CHECKPOINT_PERIOD, keep=solver.CHECKPOINT_KEEP)
     signals, limit = Signals(checkpoint), TimeLimit(float(solver.MAX_HOURS), checkpoint)
-    drawing = [Visualize(cfg, meta.class_names, metrics.loggers if first else None)] if cfg.VIS_PERIOD > 0 else []
+    drawing = [Visualize(cfg, meta.class_names, metrics.loggers)] if cfg.VIS_PERIOD > 0 else []
     evaluating = [Evaluate(cfg, evaluate, signals, limit)] if evaluate is not None else []
     return Loop(
         state,

@@ -108,10 +108,9 @@ def resolve_device(name: str, key: str = "MODEL.DEVICE") -> str:
     if kind != "cuda" or (index and not index.isdigit()):
         raise ConfigError(f"{key} is {shown(name)}; use auto, cpu, cuda or cuda:N")
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not found:
-        raise ConfigError(f"{key} is '{name}' but torch finds no GPU; set {key} to cpu or auto")
-    if index and int(index) >= found:
-        raise ConfigError(f"{key} is '{name}' but torch finds {count(found, 'GPU')}, from cuda:0")
+    if int(index or 0) >= found:
+        there = count(found, "GPU") if found else "no GPU"
+        raise ConfigError(f"{key} is '{name}' but torch finds {there}; set {key} to cpu or auto")
     return name
 
 

@@ -207,9 +207,6 @@ class Visualize(Hook):
 
     Shown is the first image of rank 0's (micro-)batch. The picture is written to ``visualize`` in OUTPUT_DIR, where
     the newest ``KEPT`` remain, and to the loggers that take pictures. A model with ``loop.take_picture`` draws itself.
-
-    Args:
-        loggers: of rank 0; None on other ranks.
     """
 
     FOLDER = "visualize"
@@ -217,7 +214,7 @@ class Visualize(Hook):
     PROPOSALS = 20
     SIDE = 800  #: of each half, in pixels
 
-    def __init__(self, cfg: CfgNode, class_names: Sequence[str], loggers: Sequence[Logger] | None) -> None:
+    def __init__(self, cfg: CfgNode, class_names: Sequence[str], loggers: Sequence[Logger]) -> None:
         self.period, self.folder = int(cfg.VIS_PERIOD), Path(cfg.OUTPUT_DIR) / self.FOLDER
         self.bgr, self.class_names, self.loggers = cfg.INPUT.FORMAT == "BGR", class_names, loggers
         self._due = False
@@ -225,7 +222,7 @@ class Visualize(Hook):
         self._handle: RemovableHandle | None = None
 
     def before_train(self, loop: Loop) -> None:
-        if self.loggers is None:
+        if dist.rank() != 0:
             return
         self._prune(loop.state.iteration)
 
@@ -243,7 +240,7 @@ class Visualize(Hook):
     def after_step(self, loop: Loop) -> None:
         picture = self._draw(*self._seen) if self._seen else loop.take_picture() if loop.take_picture else None
         self._seen = None
-        if picture is None or self.loggers is None:
+        if picture is None or dist.rank() != 0:
             return
         path = self.folder / f"iter_{loop.state.iteration:07d}.jpg"
         try:

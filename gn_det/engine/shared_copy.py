@@ -28,9 +28,7 @@ def load_once(load: Callable[[], T]) -> T:
     if dist.world_size() == 1:
         return load()
     if not hasattr(os, "memfd_create"):  # only Linux has anonymous files
-        loaded: list[T] = []
-        dist.on_first_rank(lambda: loaded.append(load()))  # rank 0 first, because it writes generated sets
-        return loaded[0] if loaded else load()
+        return dist.on_first_rank(load)
     local = int(os.environ["LOCAL_RANK"])
     outcome: UserError | tuple[str, bytes, list[int]] | None = None
     file = -1
