@@ -54,7 +54,7 @@ class Hook:
 
 @dataclass(eq=False, repr=False)
 class Loop:
-    """One training run in this process."""
+    """One training run in this process; hooks may read all of its fields."""
 
     state: TrainState
     forward: Callable[[Any], Mapping[str, Tensor]]  # micro-batch -> losses; usually the model, wrapped by parallel()

@@ -32,11 +32,11 @@ def with_val(arguments: list[str], path: Path, **changes: Any) -> list[str]:
 REFUSED = {
     "random layers frozen": (
         ["MODEL.BACKBONE.FREEZE_AT", "2"],
-        "MODEL.WEIGHTS is empty, and MODEL.BACKBONE.FREEZE_AT would freeze layers at random values; give MODEL.WEIGHTS",
+        "MODEL.BACKBONE.FREEZE_AT would freeze layers at random values, but MODEL.WEIGHTS is empty; give MODEL.WEIGHTS",
     ),
     "random part frozen": (
         ["MODEL.FREEZE", "backbone"],
-        "MODEL.WEIGHTS is empty, and MODEL.FREEZE (backbone) would freeze layers at random values; give MODEL.WEIGHTS",
+        "MODEL.FREEZE (backbone) would freeze layers at random values, but MODEL.WEIGHTS is empty; give MODEL.WEIGHTS",
     ),
     "weight of an unknown class": (
         ["MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS", "[['sell', 2.0]]"],
