@@ -137,8 +137,8 @@ def check_freeze(cfg: CfgNode, *, strict: bool = True) -> None:
     if cfg.MODEL.WEIGHTS or not (cfg.MODEL.BACKBONE.FREEZE_AT > 0 or cfg.MODEL.FREEZE):
         return
     message = (
-        f"{frozen_by(cfg)} would freeze layers at random values, but MODEL.WEIGHTS is empty; give MODEL.WEIGHTS, or set "
-        'MODEL.BACKBONE.FREEZE_AT 0 MODEL.FREEZE "()" to train from scratch'
+        f"{frozen_by(cfg)} would freeze layers at random values, but MODEL.WEIGHTS is empty; give MODEL.WEIGHTS, or "
+        'set MODEL.BACKBONE.FREEZE_AT 0 MODEL.FREEZE "()" to train from scratch'
     )
     if strict:
         raise ConfigError(message)
