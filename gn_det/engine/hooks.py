@@ -329,11 +329,11 @@ class Evaluate(Hook):
     def _judge(self, loop: Loop) -> None:
         """Keep the model if its metric is the best so far."""
         state, name = loop.state, self.metric
-        found = [value for key, value in state.results.items() if f"/{key}".endswith(f"/{name}")]
-        if state.results and not found:
+        of_sets = (value for key, value in state.results.items() if key.endswith(f"/{name}"))
+        value = state.results.get(name, next(of_sets, None))
+        if value is None and state.results:
             logger.warning("TEST.BEST_METRIC %s is not among the results (%s ...).", name, min(state.results))
-        value = found[0] if found else math.nan
-        if not math.isfinite(value):
+        if value is None or not math.isfinite(value):
             state.stale += 1
             logger.info("%s is undefined; %s is not written for iteration %d.", name, BEST, state.iteration)
         elif state.best is not None and value <= state.best:
