@@ -18,9 +18,6 @@ LOG_FILE = "log.txt"
 #: Longest one-line message in characters; longer ones are cut.
 _LONGEST = 10_000
 
-#: Set to 1 by ``--verbose`` for all processes of a run, so that the screen shows the full log.
-VERBOSE = "GN_DET_VERBOSE"
-
 
 def on_screen(text: str) -> dict[str, str]:
     """Return the ``extra=`` of a record that the screen shows as ``text``, except with ``--verbose``."""
@@ -106,7 +103,8 @@ def run_log(folder: str | os.PathLike[str] | None, *, rank: int = 0) -> Iterator
         console = _Console(sys.stdout)
         console.setLevel(logging.INFO if rank == 0 else logging.WARNING)
         console.setFormatter(_Printable(layout, "%H:%M:%S"))
-        console.verbose = folder is None or os.environ.get(VERBOSE, "0") not in ("", "0")
+        # set to 1 by --verbose for all processes of a run, so that the screen shows the full log
+        console.verbose = folder is None or os.environ.get("GN_DET_VERBOSE", "0") not in ("", "0")
         handlers.append(console)
         # libraries add handlers to the root logger; keep only pytest's
         package.propagate = "pytest" in sys.modules
