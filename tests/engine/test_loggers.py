@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import os
 import sys
@@ -62,7 +63,8 @@ def test_csv(tmp_path: Path) -> None:
 
 
 def test_a_missing_package_is_found_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else name)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: find_spec(name) if name == "csv" else None)
     cfg = load_config("quickstart.yaml", ["LOGGERS", "('csv', 'wandb')", "OUTPUT_DIR", str(tmp_path / "out")])
     with pytest.raises(ConfigError, match=r"names wandb, which is not installed: pip install wandb, or leave it out"):
         train(cfg)
