@@ -20,7 +20,7 @@ from gn_det.checkpoint.formats.common import State, Weights
 from gn_det.checkpoint.io import save_checkpoint, write_safetensors
 from gn_det.checkpoint.open_weights import open_weights
 from gn_det.checkpoint.parameter_names import architecture_of, shorten
-from gn_det.checkpoint.preprocessing import CAFFE, STEM, TORCH, Preprocessing, fold, show
+from gn_det.checkpoint.preprocessing import CAFFE, STEM, TORCH, Preprocessing, close, fold, show
 from gn_det.checkpoint.weights_uri import local_path, sha256_of, split_options
 from gn_det.errors import WeightsError
 from gn_det.files import StrPath
@@ -100,7 +100,7 @@ def _fold(source: str, weights: Weights, usual: Preprocessing) -> None:
     if now.format != usual.format or now.pixel_std != usual.pixel_std:
         raise WeightsError(f"{source}: has no stem convolution of three channels to fold a preprocessing into")
     mean, wanted = now.pixel_mean or (), usual.pixel_mean or ()
-    if not mean or any(abs(a - b) > 0.01 for a, b in zip(mean, wanted)):
+    if not close(mean, wanted):
         raise WeightsError(
             f"{source}: its mean {show(mean)} is not {show(wanted)}, and a mean cannot be folded exactly (it would "
             "show at the border); convert without --fold and set MODEL.PIXEL_MEAN"

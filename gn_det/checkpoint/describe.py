@@ -6,15 +6,13 @@ import os
 from collections import Counter
 from typing import Any
 
-from gn_det.checkpoint.compatibility import NORM_NAMES
+from gn_det.checkpoint.compatibility import NORM_NAMES, STYLES, needed_keys
 from gn_det.checkpoint.formats.common import Weights
 from gn_det.checkpoint.open_weights import open_weights
 from gn_det.checkpoint.parameter_names import PARTS, Architecture, architecture_of, part_of, shorten
 from gn_det.checkpoint.preprocessing import Preprocessing, show
 from gn_det.checkpoint.weights_uri import local_path, sha256_of
 from gn_det.text import one_line
-
-_WHERE = {"": "a backbone: backbone.bottom_up with FPN, backbone and roi_heads.res5 without", "FPN": "an FPN detector"}
 
 
 def describe(path_or_uri: str) -> list[str]:
@@ -27,7 +25,7 @@ def describe(path_or_uri: str) -> list[str]:
     path, state = local_path(path_or_uri), weights.state
     found = architecture_of(state)
     norm = weights.norm or found.norm
-    kind = (weights.kind, *((found.resnet, NORM_NAMES.get(norm, norm)) if found.blocks else ()))
+    kind = (weights.kind, found.resnet, NORM_NAMES.get(norm, norm) if found.blocks else "")
     dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in state.values()})
     parts = Counter(map(part_of, state))
     names = f": {one_line(shorten(weights.class_names, 5), 400)}" if weights.class_names else ""
@@ -40,7 +38,7 @@ def describe(path_or_uri: str) -> list[str]:
         "classes": f"{weights.num_classes}{names}" if weights.num_classes else "",
         "goes into": "gn-det predict on videos"
         if clips
-        else _WHERE.get(found.style, "a C4 detector")
+        else STYLES[found.style][0] or "a backbone: backbone.bottom_up with FPN, backbone and roi_heads.res5 without"
         if found.blocks
         else "no known model",
         "preprocessing": _preprocessing(weights),
@@ -68,27 +66,16 @@ def _preprocessing(weights: Weights) -> str:
 
 
 def _keys(weights: Weights, found: Architecture) -> str:
-    keys = [f"MODEL.RESNETS.DEPTH {found.depth}"] if found.depth else []
-    norm = {"affine BN": "FrozenBN", "BN": "FrozenBN", "affine": "GN"}.get(weights.norm or found.norm)
+    norm = weights.norm or found.norm
+    keys: dict[str, Any] = {"MODEL.RESNETS.DEPTH": found.depth or None}
     if found.blocks:
-        keys.append(f"MODEL.RESNETS.NORM {norm or weights.norm or found.norm}")
-    if weights.groups:
-        keys += [f"MODEL.GN.NUM_GROUPS {weights.groups[0]}"]
-        keys += [f"MODEL.GN.CHANNELS_PER_GROUP {weights.groups[1]}"] if weights.groups[1] else []
-    keys += [f"MODEL.WS.{part} {formula}" for part, formula in weights.ws.items() if formula]
-    needs = weights.preprocessing
-    if needs is None:
-        return " ".join(keys)
-    if needs.stride_in_1x1 is not None:
-        keys.append(f"MODEL.RESNETS.STRIDE_IN_1X1 {needs.stride_in_1x1}")
-    mean = needs.pixel_mean
+        keys["MODEL.RESNETS.NORM"] = {"affine BN": "FrozenBN", "BN": "FrozenBN", "affine": "GN"}.get(norm, norm)
+    keys |= needed_keys(weights, found)
     if weights.foldable:
-        mean = mean[::-1] if mean and needs.format == "RGB" else mean
-    else:
-        keys += [f"INPUT.FORMAT {needs.format}"] if needs.format else []
-        keys += [f"MODEL.PIXEL_STD {show(needs.pixel_std)}"] if needs.pixel_std else []
-    keys += [f"MODEL.PIXEL_MEAN {show(mean)}"] if mean else []
-    return " ".join(keys)
+        if keys.pop("INPUT.FORMAT") == "RGB" and keys["MODEL.PIXEL_MEAN"]:
+            keys["MODEL.PIXEL_MEAN"] = keys["MODEL.PIXEL_MEAN"][::-1]
+        del keys["MODEL.PIXEL_STD"]
+    return " ".join(f"{key} {show(value)}" for key, value in keys.items() if value not in (None, ""))
 
 
 def _provenance(weights: Weights) -> str:

@@ -52,9 +52,11 @@ class Architecture:
 
     @property
     def resnet(self) -> str:
+        """Name of the ResNet; "" without blocks."""
+        if self.depth or not self.blocks:
+            return f"ResNet-{self.depth}" if self.depth else ""
         kind = "bottleneck" if self.bottleneck else "basic"
-        other = f"a ResNet of {list(self.blocks)} {kind} blocks in res2, res3, res4"
-        return f"ResNet-{self.depth}" if self.depth else other
+        return f"a ResNet of {list(self.blocks)} {kind} blocks in res2, res3, res4"
 
 
 def architecture_of(names: Iterable[str]) -> Architecture:

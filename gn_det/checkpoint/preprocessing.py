@@ -6,6 +6,8 @@ from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gn_det.text import one_line
+
 if TYPE_CHECKING:
     import torch
 
@@ -30,9 +32,16 @@ PREPROCESSINGS = {"caffe": CAFFE, "torch": TORCH}
 STEM = ("backbone.bottom_up.stem.conv1.weight", "backbone.stem.conv1.weight", "stem.conv1.weight")
 
 
-def show(values: Sequence[float]) -> str:
-    """Format numbers for a config override: ``[103.53,116.28,123.675]``."""
-    return "[" + ",".join(f"{v:.8g}" for v in values) + "]"
+def show(value: Any) -> str:
+    """Format a value for a config override; numbers as ``[103.53,116.28,123.675]``."""
+    if isinstance(value, (tuple, list)):
+        return "[" + ",".join(f"{v:.8g}" for v in value) + "]"
+    return one_line(value) or "''"
+
+
+def close(ours: Sequence[float], theirs: Sequence[float]) -> bool:
+    """Return whether two means or stds are equal up to the rounding of published constants."""
+    return len(ours) == len(theirs) and all(abs(a - b) <= 0.01 for a, b in zip(ours, theirs))
 
 
 def fold(state: MutableMapping[str, torch.Tensor], needs: Preprocessing, target: Preprocessing) -> Preprocessing:

@@ -15,14 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gn_det.checkpoint.compatibility import (
-    check_architecture,
-    check_norm,
-    check_preprocessing,
-    check_stages,
-    check_ws,
-)
-from gn_det.checkpoint.formats.common import Weights
+from gn_det.checkpoint.compatibility import check_architecture, check_keys, check_norm
+from gn_det.checkpoint.formats.common import State, Weights
 from gn_det.checkpoint.open_weights import open_weights
 from gn_det.checkpoint.parameter_names import BOTTOM_UP, PARTS, architecture_of, part_of, shorten
 from gn_det.checkpoint.preprocessing import fold, preprocessing_of_config, show
@@ -32,7 +26,6 @@ from gn_det.errors import WeightsError
 from gn_det.files import StrPath
 from gn_det.text import as_line, one_line, some
 
-Placed = dict[str, torch.Tensor]
 Shape = tuple[int, ...]
 
 # Layers whose first dimension depends on the number of classes.
@@ -87,22 +80,15 @@ class LoadReport(Outcome):
         return {part: parts[part] for part in PARTS if part in parts}
 
 
-def load_weights(
-    model: nn.Module,
-    path_or_uri: StrPath,
-    cfg: Any,
-    *,
-    allow_partial: bool = False,
-    require_all: bool = False,
-) -> LoadReport:
+def load_weights(model: nn.Module, path_or_uri: StrPath, cfg: Any, *, require_all: bool = False) -> LoadReport:
     """Load weights into ``model``; on an error, the model is unchanged.
 
     Args:
         model: its state dict has Detectron2's names (``backbone.``, ``proposal_generator.``, ``roi_heads.``).
         path_or_uri: local path or URI (see :mod:`gn_det.checkpoint.weights_uri`), optionally with
-            ``?allow_partial=True`` or ``?preprocessing=...`` appended.
+            ``?preprocessing=...`` appended, or ``?allow_partial=True`` to load matching tensors and report the others
+            instead of refusing a part that matches only partly.
         cfg: the resolved configuration the model was built from.
-        allow_partial: load matching tensors and report the others, instead of refusing a part that matches only partly.
         require_all: also refuse missing or re-initialized heads, for evaluation and prediction, where untrained layers
             produce noise.
 
@@ -112,14 +98,14 @@ def load_weights(
     """
     source, options = split_options(os.fspath(path_or_uri))
     weights = open_weights(path_or_uri)
-    report, good = plan_weights(model, source, weights, cfg, allow_partial or options.allow_partial, require_all)
+    report, good = plan_weights(model, source, weights, cfg, options.allow_partial, require_all)
     model.load_state_dict(good, strict=False)
     return report
 
 
 def plan_weights(
     model: nn.Module, source: str, weights: Weights, cfg: Any, allow_partial: bool = False, require_all: bool = False
-) -> tuple[LoadReport, Placed]:
+) -> tuple[LoadReport, State]:
     """Do all of :func:`load_weights` except the copy; ``model`` may be on the meta device.
 
     Returns:
@@ -133,21 +119,18 @@ def plan_weights(
             f"{source}: {weights.kind} does not match the configured architecture: it has {shorten(weights.state)}; "
             f"the configured model has {shorten(in_model)} (MODEL.WEIGHTS)"
         )
-    check_architecture(source, found, architecture_of(in_model))
-    if not allow_partial:
-        check_stages(source, found, architecture_of(in_model))
-        check_ws(source, weights, found, cfg)
+    check_architecture(source, found, architecture_of(in_model), allow_partial)
     notes = check_norm(source, weights, found, cfg, allow_partial)
     folded = _fold(weights, cfg)
-    check_preprocessing(source, weights, cfg)
+    check_keys(source, weights, found, cfg, allow_partial=allow_partial, norms=not notes)
 
     placed = _place(weights, in_model, skip_norms=bool(notes))
-    by_name = [] if require_all else _rows_by_name(weights, cfg, placed, parameters)
+    by_name = _rows_by_name(weights, cfg, placed, parameters, as_stored=require_all)
     kind = ", ".join(filter(None, (weights.kind, found.resnet, weights.norm))) if found.depth else weights.kind
     report = LoadReport(source=source, kind=kind, meta=weights.meta)
     whole = bool(found.style)
     _sort(report, placed, in_model, whole, weights.ignored)
-    report.notes = (*notes, *folded, *weights.notes, *(by_name or _class_notes(weights, cfg, report)))
+    report.notes = (*notes, *folded, *weights.notes, *by_name)
     if not allow_partial:
         _refuse_partial(report, whole)
     if require_all:
@@ -173,9 +156,9 @@ def _fold(weights: Weights, cfg: Any) -> list[str]:
     return [f"{' and '.join(done)} of the source folded into the stem convolution"] if done else []
 
 
-def _place(weights: Weights, in_model: Mapping[str, Shape], skip_norms: bool) -> Placed:
+def _place(weights: Weights, in_model: Mapping[str, Shape], skip_norms: bool) -> State:
     """Return tensors by their names in the model (or their own, if the model lacks them)."""
-    placed: Placed = {}
+    placed: State = {}
     for name, value in weights.state.items():
         target = name
         if name not in in_model and _BARE.match(name):
@@ -193,7 +176,7 @@ def _place(weights: Weights, in_model: Mapping[str, Shape], skip_norms: bool) ->
 
 
 def _sort(
-    report: LoadReport, placed: Placed, in_model: Mapping[str, Shape], whole: bool, ignored: tuple[str, ...]
+    report: LoadReport, placed: State, in_model: Mapping[str, Shape], whole: bool, ignored: tuple[str, ...]
 ) -> None:
     """Record the outcome of every name in model and file; ``whole``: the file holds a detector."""
     for name, shape in in_model.items():
@@ -208,26 +191,28 @@ def _sort(
         else:
             report.shape_differs[name] = tuple(value.shape), shape
     model_parts = {part_of(name) for name in in_model}
-    unknown = [name for name in placed if name not in in_model]
-    unused = [
-        name
-        for name in unknown
-        if name.endswith("num_batches_tracked")
-        or (not whole and part_of(name) in BOTTOM_UP and part_of(name) not in model_parts)
-    ]
+    unused = []
+    for name in [name for name in placed if name not in in_model]:
+        lacking = not whole and part_of(name) in BOTTOM_UP and part_of(name) not in model_parts
+        (unused if lacking or name.endswith("num_batches_tracked") else report.unexpected).append(name)
     report.ignored = (*ignored, *unused)
-    report.unexpected = [name for name in unknown if name not in set(unused)]
 
 
-def _rows_by_name(weights: Weights, cfg: Any, placed: Placed, ours: Mapping[str, torch.Tensor]) -> list[str]:
+def _rows_by_name(
+    weights: Weights, cfg: Any, placed: State, ours: Mapping[str, torch.Tensor], as_stored: bool
+) -> list[str]:
     """Reorder the predictors' rows in ``placed`` to the config's classes, by name; return what was kept.
 
-    Rows of classes that the file lacks keep the model's values. Nothing happens if all classes or no class names match.
+    Rows of classes that the file lacks keep the model's values. Nothing is reordered if all or no class names match, or
+    with ``as_stored``.
     """
     names, theirs = tuple(get_value(cfg, "MODEL.CLASS_NAMES") or ()), weights.class_names
     kept = [name for name in names if name in theirs]
-    if not kept or names == theirs:
-        return []
+    if not kept or names == theirs or as_stored:
+        if names == theirs or len(names) != len(theirs) or not any(map(_PREDICTORS.match, placed)):
+            return []
+        return [f"as many classes as the file, but with other names ({shorten(theirs)}): its predictors are kept"]
+    here, there = [names.index(name) for name in kept], [theirs.index(name) for name in kept]
     changed = False
     for name in [name for name in placed if name in ours and _PREDICTORS.match(name)]:
         old, rows = placed[name], ours[name]
@@ -239,25 +224,15 @@ def _rows_by_name(weights: Weights, cfg: Any, placed: Placed, ours: Mapping[str,
         if rows.is_meta:
             continue
         placed[name] = rows = rows.detach().clone()
-        for index, known in enumerate(names):
-            if known in theirs:
-                start = theirs.index(known) * per_class
-                rows[index * per_class : (index + 1) * per_class] = old[start : start + per_class]
         if background:
             rows[-1] = old[-1]
+            old, rows = old[:-1], rows[:-1]
+        rows.unflatten(0, (-1, per_class))[here] = old.to(rows.dtype).unflatten(0, (-1, per_class))[there]
     if not changed:
         return []
     new, gone = [n for n in names if n not in theirs], [n for n in theirs if n not in names]
     parts = {"kept by name": kept, "new and initialized": new, "only in the file": gone}
     return [f"rows of the predictors {'; '.join(f'{what}: {some(n)}' for what, n in parts.items() if n)}"]
-
-
-def _class_notes(weights: Weights, cfg: Any, report: LoadReport) -> list[str]:
-    names = tuple(get_value(cfg, "MODEL.CLASS_NAMES") or ())
-    theirs = weights.class_names
-    if names and theirs and names != theirs and not report.reinitialized and "box head" in report.by_part():
-        return [f"as many classes as the file, but with other names ({shorten(theirs)}): its predictors are kept"]
-    return []
 
 
 # ------------------------------------------------------------ refusals
@@ -288,18 +263,6 @@ def _refuse_partial(report: LoadReport, whole: bool) -> None:
         )
 
 
-def _describe(part: Outcome) -> str:
-    found = []
-    if part.shape_differs:
-        name, (theirs, ours) = next(iter(part.shape_differs.items()))
-        found.append(f"{len(part.shape_differs)} of other shape ({name} is {theirs} in the file, {ours} in the model)")
-    if part.missing:
-        found.append(f"{len(part.missing)} not in the file ({shorten(part.missing, 2)})")
-    if part.unexpected:
-        found.append(f"{len(part.unexpected)} not in the model ({shorten(part.unexpected, 2)})")
-    return ", ".join(found)
-
-
 def _refuse_untrained(report: LoadReport, cfg: Any, weights: Weights) -> None:
     if report.reinitialized:
         classes = weights.num_classes
@@ -327,7 +290,7 @@ def _refuse_frozen(report: LoadReport, model: nn.Module) -> None:
         )
 
 
-def _refuse_non_finite(source: str, state: Placed) -> None:
+def _refuse_non_finite(source: str, state: State) -> None:
     for name, value in state.items():
         # The fast sum may overflow, so check again.
         if value.is_floating_point() and not torch.isfinite(value.sum()) and not torch.isfinite(value).all():
@@ -345,8 +308,8 @@ def format_report(report: LoadReport) -> str:
     for name, part in report.by_part().items():
         total = len(part.loaded) + len(part.missing) + len(part.shape_differs) + len(part.reinitialized)
         counts = (len(part.missing), len(part.unexpected), len(part.shape_differs))
-        rows.append((name, f"{len(part.loaded)}/{total}", *(str(c or "-") for c in counts), _note(part)))
-    headers = ("part", "loaded", "missing", "unexpected", "shape", "note")
+        rows.append((name, f"{len(part.loaded)}/{total}", *(str(c or "-") for c in counts), _describe(part)))
+    headers = ("part", "loaded", "initialized", "unexpected", "shape", "note")
     align = ("left", *["right"] * 4, "left")
     table = tabulate(rows, headers, tablefmt="plain", disable_numparse=True, colalign=align if rows else None)
     lines = [f"Weights: {as_line(report.source)} ({one_line(report.kind)})"]
@@ -355,17 +318,18 @@ def format_report(report: LoadReport) -> str:
     return "\n".join([*lines, *(f"  note: {as_line(note)}" for note in report.notes)])
 
 
-def _note(part: Outcome) -> str:
-    notes = []
+def _describe(part: Outcome) -> str:
+    """Say what was not simply loaded."""
+    found = []
     if part.missing:
         partly = part.loaded or part.shape_differs or part.reinitialized
-        notes.append(f"initialized: {shorten(part.missing)}" if partly else "not in the file: initialized")
+        found.append(f"not in the file: {shorten(part.missing)}" if partly else "not in the file")
     if part.reinitialized:
         names = shorten(name.removeprefix("roi_heads.") for name in part.reinitialized)
-        notes.append(f"re-initialized, expected (classes differ): {names}")
+        found.append(f"re-initialized, expected (classes differ): {names}")
     if part.shape_differs:
-        some = [f"{one_line(n)} {a} in the file, {b} in the model" for n, (a, b) in part.shape_differs.items()]
-        notes.append(f"not loaded: {'; '.join(some[:2])}")
+        shapes = [f"{one_line(n)} {a} in the file, {b} in the model" for n, (a, b) in part.shape_differs.items()]
+        found.append(f"of other shape: {'; '.join(shapes[:2])}")
     if part.unexpected:
-        notes.append(f"only in the file: {shorten(part.unexpected)}")
-    return "; ".join(notes)
+        found.append(f"only in the file: {shorten(part.unexpected)}")
+    return "; ".join(found)

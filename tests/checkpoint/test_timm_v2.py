@@ -61,10 +61,11 @@ def test_what_the_config_must_say(tmp_path: Path) -> None:
     for keys, named in (
         ((), r"pre-activation ResNet \(BiT\), but .* post-activation ResNet: set MODEL\.RESNETS\.VARIANT bit$"),
         (DEEP, r"a pre-activation ResNet with a deep stem: set MODEL\.RESNETS\.VARIANT bit$"),
-        (BIT[:2], r"MODEL\.WS\.RESNETS is '', but .* need: MODEL\.WS\.RESNETS 'timm'$"),
-        ((*BIT[:3], "jhu"), r"MODEL\.WS\.RESNETS is 'jhu', but .* need: MODEL\.WS\.RESNETS 'timm'$"),
+        ((*HALF, *BIT[:2]), r"MODEL\.WS\.RESNETS is '', but .* need: MODEL\.WS\.RESNETS timm$"),
+        (BIT[:2], r"need: INPUT\.FORMAT RGB MODEL\.PIXEL_MEAN .* MODEL\.WS\.RESNETS timm$"),
+        ((*HALF, *BIT[:3], "jhu"), r"MODEL\.WS\.RESNETS is jhu, but .* need: MODEL\.WS\.RESNETS timm$"),
         (BIT, r"need: INPUT\.FORMAT RGB MODEL\.PIXEL_MEAN \[127\.5,127\.5,127\.5\] MODEL\.PIXEL_STD"),
-        ((*HALF, *BIT, "MODEL.GN.NUM_GROUPS", "16"), r"set MODEL\.GN\.NUM_GROUPS 32"),
+        ((*HALF, *BIT, "MODEL.GN.NUM_GROUPS", "16"), r"need: MODEL\.GN\.NUM_GROUPS 32"),
     ):
         with pytest.raises(WeightsError, match=named):
             load(path, *keys)
