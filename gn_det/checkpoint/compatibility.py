@@ -1,24 +1,28 @@
-"""Check weights against the config beyond names and shapes: depth, style, norm, groups, preprocessing.
+"""What weights need of a config beyond names and shapes: depth, style, norm, groups, preprocessing.
 
-Each mismatch would load silently and train or predict badly, so it is an error that names the keys.
+:func:`describe` says it in words. A config that says otherwise would load silently and train or predict badly, so each
+mismatch is an error that names the keys.
 """
 
 from __future__ import annotations
 
+import os
 import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 from gn_det.checkpoint.formats.common import Weights
-from gn_det.checkpoint.open_weights import NORM_KEYS
-from gn_det.checkpoint.parameter_names import Architecture
+from gn_det.checkpoint.open_weights import NORM_KEYS, open_weights
+from gn_det.checkpoint.parameter_names import PARTS, Architecture, architecture_of, part_of, shorten
 from gn_det.checkpoint.preprocessing import Preprocessing, close, show
+from gn_det.checkpoint.weights_uri import local_path, sha256_of
 from gn_det.config.defaults import get_value
 from gn_det.errors import WeightsError
-from gn_det.text import count
+from gn_det.text import count, one_line
 
 #: Style -> what the weights are, and the backbone to configure.
-STYLES = {
+_STYLES = {
     "": ("", ""),
     "FPN": ("an FPN detector", "build_resnet_fpn_backbone"),
     "C4": ("a C4 detector", "build_resnet_backbone"),
@@ -40,7 +44,7 @@ _SUITS = {
     "affine BN": ("FrozenBN",),
     "": ("",),
 }
-NORM_NAMES = {"affine": "GN, LN or IN", "affine BN": "BN folded into scale and shift", "": "no norm"}
+_NORM_NAMES = {"affine": "GN, LN or IN", "affine BN": "BN folded into scale and shift", "": "no norm"}
 _OF_PART: dict[str, Callable[[str], Any]] = {
     "FPN": re.compile(r"backbone\.fpn_").match,
     "ROI_BOX_HEAD": re.compile(r"roi_heads\.box_head\.(?:\d+\.)?conv").match,
@@ -54,11 +58,11 @@ def check_architecture(source: str, found: Architecture, wanted: Architecture, a
     if found.stages:
         heads = f"CascadeROIHeads and MODEL.ROI_BOX_CASCADE_HEAD.IOUS of {found.stages} entries"
     depth = f"MODEL.RESNETS.DEPTH {found.depth}" if found.depth else "MODEL.WEIGHTS to weights of MODEL.RESNETS.DEPTH"
-    style, backbone = STYLES[found.style]
+    style, backbone = _STYLES[found.style]
     facts = [
         (found.resnet, wanted.resnet, depth),
         (_VARIANTS[found.variant], _VARIANTS[wanted.variant], f"MODEL.RESNETS.VARIANT {found.variant}"),
-        (style, STYLES[wanted.style][0], f"MODEL.BACKBONE.NAME {backbone} (and its heads)"),
+        (style, _STYLES[wanted.style][0], f"MODEL.BACKBONE.NAME {backbone} (and its heads)"),
     ]
     if not allow_partial:
         fresh = "or append ?allow_partial=True to MODEL.WEIGHTS to start with fresh box heads"
@@ -84,7 +88,7 @@ def check_norm(source: str, weights: Weights, found: Architecture, cfg: Any, all
     suits = _SUITS.get(norm, ())
     if not found.blocks or wanted in (None, *suits):
         return []
-    differ = f"these weights are {NORM_NAMES.get(norm, norm)}, but the config says {wanted!r}"
+    differ = f"these weights are {_NORM_NAMES.get(norm, norm)}, but the config says {wanted!r}"
     if allow_partial:
         return [f"{differ}: the backbone's norms are not loaded"]
     raise WeightsError(
@@ -93,7 +97,7 @@ def check_norm(source: str, weights: Weights, found: Architecture, cfg: Any, all
     )
 
 
-def needed_keys(weights: Weights, found: Architecture) -> dict[str, Any]:
+def _needed_keys(weights: Weights, found: Architecture) -> dict[str, Any]:
     """Return the config keys that the weights state beyond depth and the backbone's norm; None for an unknown value."""
     needs, (groups, per_group) = weights.preprocessing or Preprocessing(), weights.groups or (None, None)
     return {
@@ -119,7 +123,7 @@ def check_keys(
     Raises:
         WeightsError: they differ; the message names all keys to set.
     """
-    needs, norms = needed_keys(weights, found), norms and bool(found.blocks)
+    needs, norms = _needed_keys(weights, found), norms and bool(found.blocks)
     if norms:
         needs |= {key: get_value(weights.config, key) for key in NORM_KEYS}
     skip = ("MODEL.WS.",) if allow_partial else ()
@@ -143,3 +147,70 @@ def _differ(key: str, need: Any, have: Any) -> bool:
     if key.startswith("MODEL.WS."):  # these differ in epsilon alone
         return need != have and {need, have} != {"bit", "timm"}
     return not close(need, have) if isinstance(need, tuple) else bool(need != have)
+
+
+def describe(path_or_uri: str) -> list[str]:
+    """Return lines about the content of a weights file and the config keys it needs.
+
+    Raises:
+        WeightsError: unreadable.
+    """
+    weights = open_weights(path_or_uri, must_know=False)
+    path, state = local_path(path_or_uri), weights.state
+    found = architecture_of(state)
+    norm = weights.norm or found.norm
+    kind = (weights.kind, found.resnet, _NORM_NAMES.get(norm, norm) if found.blocks else "")
+    dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in state.values()})
+    parts = Counter(map(part_of, state))
+    names = f": {one_line(shorten(weights.class_names, 5), 400)}" if weights.class_names else ""
+    steps = (weights.meta or {}).get("provenance")
+    steps = steps if isinstance(steps, (list, tuple)) else ()
+    folded = "; order and std are folded into the stem on load" if weights.foldable else ""
+    ask = "; append ?preprocessing=caffe or ?preprocessing=torch to the name" if weights.asks else ""
+    clips = any(v.dim() == 5 for v in state.values())
+    rows = {
+        "file": f"{os.path.getsize(path) / 1e6:.1f} MB, sha256 {sha256_of(path)}",
+        "holds": one_line(", ".join(filter(None, kind))),
+        "tensors": f"{len(state)}, {sum(v.numel() for v in state.values()) / 1e6:.1f} M numbers, {', '.join(dtypes)}",
+        "parts": ", ".join(f"{part} {parts[part]}" for part in PARTS if parts[part]),
+        "classes": f"{weights.num_classes}{names}" if weights.num_classes else "",
+        "goes into": "gn-det predict on videos"
+        if clips
+        else _STYLES[found.style][0] or "a backbone: backbone.bottom_up with FPN, backbone and roi_heads.res5 without"
+        if found.blocks
+        else "no known model",
+        "preprocessing": expects(weights.preprocessing) + folded if weights.preprocessing else f"unknown{ask}",
+        "config keys": "" if clips else _keys(weights, found),
+        "not used": shorten(weights.ignored) if weights.ignored else "",
+        "provenance": " -> ".join(_step(s) for s in steps if isinstance(s, dict)),
+    }
+    return [path_or_uri, *(f"  {name:14s}{value}" for name, value in rows.items() if value)]
+
+
+def expects(needs: Preprocessing) -> str:
+    """Return channel order, mean, std and stride as a sentence."""
+    mean, std = (show(values) if values else "unknown" for values in (needs.pixel_mean, needs.pixel_std))
+    stride = {True: "; stride in the 1x1", False: "; stride in the 3x3", None: ""}[needs.stride_in_1x1]
+    return f"{needs.format or 'channel order unknown'}, mean {mean}, std {std} (of 0-255){stride}"
+
+
+def _keys(weights: Weights, found: Architecture) -> str:
+    norm = weights.norm or found.norm
+    keys: dict[str, Any] = {"MODEL.RESNETS.DEPTH": found.depth or None}
+    if found.blocks:
+        keys["MODEL.RESNETS.NORM"] = {"affine BN": "FrozenBN", "BN": "FrozenBN", "affine": "GN"}.get(norm, norm)
+    keys |= _needed_keys(weights, found)
+    if weights.foldable:
+        if keys.pop("INPUT.FORMAT") == "RGB" and keys["MODEL.PIXEL_MEAN"]:
+            keys["MODEL.PIXEL_MEAN"] = keys["MODEL.PIXEL_MEAN"][::-1]
+        del keys["MODEL.PIXEL_STD"]
+    return " ".join(f"{key} {show(value)}" for key, value in keys.items() if value not in (None, ""))
+
+
+def _step(step: dict[str, Any]) -> str:
+    """Describe the source of a conversion, or a classifier of ``gn-det classify`` with its epoch and error."""
+    if step.get("trained") is not True:
+        return f"{one_line(step.get('source', ''), 80)} (sha256 {one_line(step.get('sha256', ''), 64)[:12]})"
+    error = step.get("top1_error", step.get("val_error"))
+    shown = f", top-1 error {error:.2f} %" if isinstance(error, float) else ""
+    return f"{one_line(step.get('kind', ''), 80)} (epoch {one_line(step.get('epoch', '?'), 12)}{shown})"

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from gn_det.checkpoint.io import read_any
 from gn_det.checkpoint.meta import config_of_checkpoint, read_meta
+from gn_det.checkpoint.open_weights import NORM_KEYS
 from gn_det.checkpoint.weights_uri import local_path
 from gn_det.config import dump_config
 from gn_det.config.defaults import get_value, set_value
@@ -25,12 +27,7 @@ if TYPE_CHECKING:
 
 #: File names in the repository.
 MODEL, CONFIG, CARD = "model.pth", "config.yaml", "README.md"
-_PARTS = {
-    "backbone": "MODEL.RESNETS.NORM",
-    "FPN": "MODEL.FPN.NORM",
-    "box head": "MODEL.ROI_BOX_HEAD.NORM",
-    "mask head": "MODEL.ROI_MASK_HEAD.NORM",
-}
+_PARTS = dict(zip(("backbone", "FPN", "box head", "mask head"), NORM_KEYS))
 #: Keys that hold local files and folders of the training machine.
 _LOCAL = (
     "DATASETS.TRAIN_JSON", "DATASETS.TRAIN_IMAGES", "DATASETS.VAL_JSON", "DATASETS.VAL_IMAGES", "OUTPUT_DIR",
@@ -87,16 +84,10 @@ def push(weights: StrPath, repo: str, *, private: bool = False, license_name: st
 
 def _metrics(weights: Path) -> dict[str, float]:
     """Return the AP of the best evaluation in the checkpoint's folder, by mask AP or else box AP."""
-    found: list[dict[str, float]] = []
-    try:
-        with open_regular(weights.parent / "metrics.json") as file:
-            for line in file:
-                entry = json.loads(line)
-                if isinstance(entry, Mapping) and isinstance(entry.get("bbox/AP"), (int, float)):
-                    found.append({k: v for k, v in entry.items() if isinstance(v, (int, float))})
-    except (OSError, ValueError):
-        return {}
-    return max(found, key=lambda entry: entry.get("segm/AP", entry["bbox/AP"]), default={})
+    with contextlib.suppress(OSError, ValueError), open_regular(weights.parent / "metrics.json") as file:
+        found = [entry for entry in map(json.loads, file) if isinstance(entry.get("bbox/AP"), (int, float))]
+        return max(found, key=lambda entry: entry.get("segm/AP", entry["bbox/AP"]), default={})
+    return {}
 
 
 def model_card(

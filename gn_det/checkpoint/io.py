@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -89,7 +89,7 @@ def read_checkpoint(path: StrPath, *, mmap: bool = False, verify: bool = False) 
     Raises:
         WeightsError: the file is missing, empty, truncated, not a checkpoint, or contains other objects.
     """
-    return _guarded(path, lambda head: _read_torch(path, head, mmap=mmap, verify=verify))
+    return _read(path, mmap=mmap, verify=verify)
 
 
 def read_any(path: StrPath) -> dict[str, Any]:
@@ -98,33 +98,26 @@ def read_any(path: StrPath) -> dict[str, Any]:
     Raises:
         WeightsError: see :func:`read_checkpoint`.
     """
-
-    def read(head: bytes) -> Any:
-        if _looks_like_safetensors(head):
-            return _read_safetensors(path)
-        pickled = head.startswith(b"\x80") or str(path).endswith(".pkl")
-        if pickled and not head.startswith((_ZIP, _LEGACY)):
-            return read_pickle(path)
-        return _read_torch(path, head, mmap=True)
-
-    return _guarded(path, read)
+    return _read(path, mmap=True, foreign=True)
 
 
-def _read_torch(path: StrPath, head: bytes, *, mmap: bool, verify: bool = False) -> Any:
-    if head.startswith(b"\x80"):
-        return read_legacy(path)
-    if not head.startswith(_ZIP):
-        raise Refused(NOT_SAVED)
-    return read_archive(path, map_tensors=mmap, verify=verify)
-
-
-def _guarded(path: StrPath, read: Callable[[bytes], Any]) -> dict[str, Any]:
-    """Return the dict that ``read`` makes from the first bytes of a file; its errors name the file."""
+def _read(path: StrPath, *, mmap: bool, verify: bool = False, foreign: bool = False) -> dict[str, Any]:
+    """Read the dict of a torch file or, if ``foreign``, of another container; errors name the file."""
     head, where = read_head(path), one_line(str(path), 400)
     if mistake := _known_mistake(head):
         raise WeightsError(f"{where}: not a checkpoint but {mistake}")
+    other = foreign and not head.startswith((_ZIP, _LEGACY))
     try:
-        loaded = read(head)
+        if other and _looks_like_safetensors(head):
+            loaded = _read_safetensors(path)
+        elif other and (head.startswith(b"\x80") or str(path).endswith(".pkl")):
+            loaded = read_pickle(path)
+        elif head.startswith(b"\x80"):
+            loaded = read_legacy(path)
+        elif head.startswith(_ZIP):
+            loaded = read_archive(path, map_tensors=mmap, verify=verify)
+        else:
+            raise Refused(NOT_SAVED)
     except Refused as error:
         raise WeightsError(f"{where}: {error}") from None
     except Exception as error:  # any exception here is caused by the file's content

@@ -32,8 +32,6 @@ def build_meta(cfg: CfgNode, class_names: Sequence[str], category_ids: Sequence[
     """
     from gn_det.config import dump_config
 
-    if len(class_names) != len(category_ids):
-        raise ValueError(f"{len(class_names)} class names but {len(category_ids)} category ids")
     return {
         "version": __version__,
         "class_names": [str(name) for name in class_names],

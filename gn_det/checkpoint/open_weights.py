@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -27,15 +26,6 @@ from gn_det.text import one_line
 NORM_KEYS = ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM", "MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_MASK_HEAD.NORM")
 
 _CHANNELS = 16  # of an image, at most
-_OTHER_LAYERED = re.compile(r"(?:\w+\.)*layer[1-4]\.\d+\.conv1\.")
-
-
-def _refuse_layered(state: State, payload: Mapping[str, Any]) -> Weights:
-    raise WeightsError(
-        "holds weights of a torchvision or mmdetection model of an unsupported architecture; give a plain ResNet (a "
-        "state dict with conv1, layer1 ... layer4) or one of mmdetection's FPN detectors"
-    )
-
 
 # For each project: a test of tensor names, and a translator of tensors and file. The first row that recognizes the
 # names wins. The last row accepts everything, so that the error can name the tensors.
@@ -45,7 +35,6 @@ FORMATS: tuple[tuple[Callable[[Collection[str]], bool], Callable[[State, Mapping
     (mmdet.recognizes, mmdet.translate),
     (torchvision.recognizes, torchvision.translate),
     (timm_v2.recognizes, timm_v2.translate),
-    (lambda names: any(map(_OTHER_LAYERED.match, names)), _refuse_layered),
     (detectron2.recognizes, detectron2.translate),
     (lambda names: True, lambda state, _: Weights(state, "state dict of another model")),
 )

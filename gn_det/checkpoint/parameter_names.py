@@ -62,21 +62,21 @@ class Architecture:
 def architecture_of(names: Iterable[str]) -> Architecture:
     """Read the architecture from tensor names (``backbone.``-prefixed or bare ``stem.``/``res2.`` names)."""
     names = list(names)
+
+    def has(prefix: str | tuple[str, ...]) -> bool:
+        return any(name.startswith(prefix) for name in names)
+
     inner = [match.groups() for name in names if (match := _BLOCK.match(name))]
     counts = tuple(max((int(b) + 1 for s, b, _ in inner if s == stage), default=0) for stage in "234")
-    bottleneck = any(rest.startswith("conv3.") for _, _, rest in inner)
-    style = ""
-    if any(name.startswith("backbone.bottom_up.") for name in names):
-        style = "FPN"
-    elif any(name.startswith(("backbone.res", "backbone.stem")) for name in names):
-        style = "C4"
-    norm = ""
-    if any(rest.endswith("norm.weight") for _, _, rest in inner):
-        norm = "BN" if any(rest.endswith("norm.running_var") for _, _, rest in inner) else "affine"
+    leaves = {rest for _, _, rest in inner}
+    bottleneck = any(leaf.startswith("conv3.") for leaf in leaves)
+    style = "FPN" if has("backbone.bottom_up.") else "C4" if has(("backbone.res", "backbone.stem")) else ""
+    norm = "affine" if any(leaf.endswith("norm.weight") for leaf in leaves) else ""
+    norm = "BN" if any(leaf.endswith("norm.running_var") for leaf in leaves) else norm
     heads = {match[1] for name in names if (match := _PREDICTOR.match(name))}
     stages = len(heads - {None}) if heads else None
     variant = "v1" if inner else ""
-    if any(rest.startswith("norm.") for _, _, rest in inner):
+    if any(leaf.startswith("norm.") for leaf in leaves):
         variant = "v2d" if any(".stem.conv2." in f".{name}" for name in names) else "bit"
     depth = _DEPTHS.get((counts, bottleneck), 0)
     return Architecture(depth, counts if inner else (), bottleneck, style, variant, stages, norm)

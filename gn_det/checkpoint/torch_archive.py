@@ -66,7 +66,7 @@ def read_archive(path: StrPath, *, map_tensors: bool, verify: bool = False) -> A
                 found.untyped_storage().byteswap(dtype)  # type: ignore[no-untyped-call, unused-ignore]
             return found
 
-        return _unpickler(Stream(mapped, *records[f"{root}/data.pkl"]), len(mapped), content).load()
+        return _Tensors(Stream(mapped, *records[f"{root}/data.pkl"]), len(mapped), content).load()
 
 
 def read_legacy(path: StrPath) -> Any:
@@ -88,7 +88,7 @@ def read_legacy(path: StrPath) -> Any:
             return made[key][0]
 
         stream = Stream(mapped)
-        pickles = _unpickler(stream, len(mapped), content)
+        pickles = _Tensors(stream, len(mapped), content)
         if pickles.load() != _LEGACY_MAGIC or pickles.load() != _LEGACY_PROTOCOL:
             raise Refused(NOT_SAVED)
         if pickles.load()["little_endian"] is not (sys.byteorder == "little"):
@@ -145,58 +145,64 @@ class _Storage(NamedTuple):
     content: torch.Tensor
 
 
-def _unpickler(stream: Stream, size: int, content: Callable[[str, int, torch.dtype], torch.Tensor]) -> Unpickler:
-    """Return an unpickler of torch's tensors.
+class _Tensors(Unpickler):
+    """Unpickler of torch's tensors.
 
     Args:
         stream: holds the pickle.
         size: bytes of the whole file.
         content: returns the bytes of a storage by key, number of bytes and dtype.
     """
-    known: dict[str, torch.Tensor] = {}
 
-    def storages(pid: Any) -> _Storage:
+    def __init__(self, stream: Stream, size: int, content: Callable[[str, int, torch.dtype], torch.Tensor]) -> None:
+        table: Table = {
+            ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+            ("torch._utils", "_rebuild_tensor"): _tensor,
+            ("torch._utils", "_rebuild_parameter"): _parameter,
+            ("torch", "Size"): _shape,
+            ("torch", "device"): lambda *_: "cpu",
+        }
+        for name, dtype in DTYPES.items():
+            table["torch", f"{name}Storage"] = dtype
+            table["torch", str(dtype).removeprefix("torch.")] = dtype  # a plain value, as in hyperparameters
+        super().__init__(stream, table)
+        self._size, self._content = size, content
+        self._known: dict[str, torch.Tensor] = {}
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        """Return the storage that torch refers to."""
         plain = type(pid) is tuple and len(pid) >= 5 and pid[5:] in ((), (None,)) and isinstance(pid[1], torch.dtype)
         if not plain or pid[0] != "storage" or type(pid[2]) is not str or type(pid[4]) is not int:
             raise Refused("is damaged: it refers to a storage in a way that torch.save does not")
         dtype, key, nbytes = pid[1], pid[2], pid[4] * pid[1].itemsize
-        if not 0 <= nbytes <= size:
-            raise Refused(f"is damaged: a tensor claims {one_line(nbytes)} bytes, the file has {size}")
-        if key not in known:
-            known[key] = content(key, nbytes, dtype)
-        if known[key].numel() != nbytes:
+        if not 0 <= nbytes <= self._size:
+            raise Refused(f"is damaged: a tensor claims {one_line(nbytes)} bytes, the file has {self._size}")
+        if key not in self._known:
+            self._known[key] = self._content(key, nbytes, dtype)
+        if self._known[key].numel() != nbytes:
             raise Refused("is damaged: it gives two lengths to one storage")
-        return _Storage(dtype, known[key])
+        return _Storage(dtype, self._known[key])
 
-    def tensor(storage: Any, offset: Any, size: Any, stride: Any, grad: Any = False, *_: Any) -> torch.Tensor:
-        if not isinstance(storage, _Storage):
-            raise Refused("makes a tensor of something that is not a storage")
-        _check_view(storage.content.numel() // storage.dtype.itemsize, offset, size, stride)
-        made = torch.empty(0, dtype=storage.dtype)
-        made.set_(storage.content.untyped_storage(), offset, size, stride)
-        return made.requires_grad_(grad is True and made.is_floating_point())
 
-    def parameter(data: Any, grad: Any = True, *_: Any) -> torch.nn.Parameter:
-        if type(data) is not torch.Tensor:
-            raise Refused("makes a parameter of something that is not a tensor")
-        return torch.nn.Parameter(data.detach(), grad is True and data.is_floating_point())
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, grad: Any = False, *_: Any) -> torch.Tensor:
+    if not isinstance(storage, _Storage):
+        raise Refused("makes a tensor of something that is not a storage")
+    _check_view(storage.content.numel() // storage.dtype.itemsize, offset, size, stride)
+    made = torch.empty(0, dtype=storage.dtype)
+    made.set_(storage.content.untyped_storage(), offset, size, stride)
+    return made.requires_grad_(grad is True and made.is_floating_point())
 
-    def shape(value: Any = ()) -> tuple[int, ...]:
-        if not _are_sizes(value):
-            raise Refused("holds a torch.Size of something that is not sizes")
-        return tuple(value)
 
-    table: Table = {
-        ("torch._utils", "_rebuild_tensor_v2"): tensor,
-        ("torch._utils", "_rebuild_tensor"): tensor,
-        ("torch._utils", "_rebuild_parameter"): parameter,
-        ("torch", "Size"): shape,
-        ("torch", "device"): lambda *_: "cpu",
-    }
-    for name, dtype in DTYPES.items():
-        table["torch", f"{name}Storage"] = dtype
-        table["torch", str(dtype).removeprefix("torch.")] = dtype  # a plain value, as in hyperparameters
-    return Unpickler(stream, table, storages=storages)
+def _parameter(data: Any, grad: Any = True, *_: Any) -> torch.nn.Parameter:
+    if type(data) is not torch.Tensor:
+        raise Refused("makes a parameter of something that is not a tensor")
+    return torch.nn.Parameter(data.detach(), grad is True and data.is_floating_point())
+
+
+def _shape(value: Any = ()) -> tuple[int, ...]:
+    if not _are_sizes(value):
+        raise Refused("holds a torch.Size of something that is not sizes")
+    return tuple(value)
 
 
 def _are_sizes(value: Any) -> bool:

@@ -130,23 +130,14 @@ class Unpickler(_Base):  # type: ignore[misc, unused-ignore]
     Args:
         stream: input; may hold several consecutive pickles.
         table: names that the pickle may use, besides plain containers.
-        storages: returns the storage of a persistent id, with which torch refers to data outside the pickle.
-        build: result of BUILD for a value and its state, for values other than dicts.
     """
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {}
 
-    def __init__(
-        self,
-        stream: Stream,
-        table: Table,
-        *,
-        storages: Callable[[Any], Any] | None = None,
-        build: Callable[[Any, Any], Any] | None = None,
-    ) -> None:
+    def __init__(self, stream: Stream, table: Table) -> None:
         super().__init__(stream, encoding="latin1")
         self.read, self.readline = stream.read, stream.readline
-        self._table, self._storages, self._build = _plain_constructors(stream) | table, storages, build
+        self._table = _plain_constructors(stream) | table
 
     def load(self) -> Any:
         """Return the value of a pickle.
@@ -178,9 +169,11 @@ class Unpickler(_Base):  # type: ignore[misc, unused-ignore]
             ) from None
 
     def persistent_load(self, pid: Any) -> Any:
-        if self._storages is None:
-            raise Refused("holds a persistent id, which no pickle of arrays does")
-        return self._storages(pid)
+        raise Refused("holds a persistent id, which no pickle of arrays does")
+
+    def build(self, value: Any, state: Any) -> Any:
+        """Return the result of BUILD for values other than dicts."""
+        raise Refused(f"sets the state of a {type(value).__name__}, which no weights file does")
 
     def _decode_string(self, value: bytes) -> Any:
         return value if len(value) > _LONG_STRING else str(value, "latin1")
@@ -205,11 +198,8 @@ class Unpickler(_Base):  # type: ignore[misc, unused-ignore]
 
     def _load_build(self) -> None:
         state, top = self.stack.pop(), self.stack[-1]
-        if isinstance(top, OrderedDict):
-            return  # module versions of a state_dict, which are not used
-        if self._build is None:
-            raise Refused(f"sets the state of a {type(top).__name__}, which no weights file does")
-        self.stack[-1] = self._build(top, state)
+        if not isinstance(top, OrderedDict):  # else module versions of a state_dict, which are not used
+            self.stack[-1] = self.build(top, state)
 
     def _load_refused(self) -> None:
         raise Refused("uses pickle opcodes that could run code and that no weights file needs")
@@ -289,56 +279,50 @@ def read_pickle(path: StrPath) -> Any:
         Exception: of any type, for damaged bytes.
     """
     with open_regular(path) as file:
-        stream = Stream(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        return Unpickler(stream, _array_constructors(stream), build=lambda *args: _build(stream, *args)).load()
+        return _Arrays(Stream(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))).load()
 
 
-def _build(stream: Stream, top: Any, state: Any) -> Any:
-    """Set the byte order of a dtype or the contents of an array."""
-    if isinstance(top, np.dtype):
-        if state[1] not in ("<", ">", "|", "=") or state[2:5] != (None, None, None):
-            raise Refused("holds an array of a structured dtype; only plain numbers are read")
-        top.__setstate__((3, state[1], None, None, None, -1, -1, 0))  # type: ignore[attr-defined]
-        return top
-    if not isinstance(top, _Pending):
-        raise Refused(f"sets the state of a {type(top).__name__}, which no weights file does")
-    _, shape, dtype, fortran, data = state
-    top.array = _array(stream, shape, dtype, data, "F" if fortran is True else "C")
-    return top.array
+class _Arrays(Unpickler):
+    """Unpickler of numpy's arrays."""
+
+    def __init__(self, stream: Stream) -> None:
+        table: Table = {("numpy", "ndarray"): None, ("numpy", "dtype"): _dtype}
+        for core in ("numpy.core", "numpy._core"):
+            table[f"{core}.multiarray", "_reconstruct"] = lambda kind, shape, code: _Pending()
+            table[f"{core}.multiarray", "scalar"] = lambda kind, data: self._array((), kind, data, "C")[()]
+            table[f"{core}.numeric", "_frombuffer"] = self._frombuffer
+        super().__init__(stream, table)
+        self._copies = stream.copies
+
+    def build(self, value: Any, state: Any) -> Any:
+        """Set the byte order of a dtype or the contents of an array."""
+        if isinstance(value, np.dtype):
+            if state[1] not in ("<", ">", "|", "=") or state[2:5] != (None, None, None):
+                raise Refused("holds an array of a structured dtype; only plain numbers are read")
+            value.__setstate__((3, state[1], None, None, None, -1, -1, 0))  # type: ignore[attr-defined]
+            return value
+        if not isinstance(value, _Pending):
+            return super().build(value, state)
+        _, shape, dtype, fortran, data = state
+        value.array = self._array(shape, dtype, data, "F" if fortran is True else "C")
+        return value.array
+
+    def _array(self, shape: Any, dtype: Any, data: Any, order: Any) -> np.ndarray:
+        if isinstance(data, str):  # Python 2's str, decoded as latin1
+            self._copies(len(data))
+            data = data.encode("latin1")
+        if not isinstance(data, (bytes, memoryview)) or not isinstance(dtype, np.dtype):
+            raise Refused("holds an array without plain contents or dtype")
+        # Copy the dtype, because the pickle may change the byte order of its own later.
+        made: np.ndarray = np.frombuffer(data, np.dtype(dtype.str)).reshape(shape, order="F" if order == "F" else "C")
+        return made
+
+    def _frombuffer(self, data: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> np.ndarray:
+        found = self._array(shape, dtype, data, order)
+        return found if axes is None else found.transpose(axes)  # since numpy 2.4, such as channels last
 
 
-def _array(stream: Stream, shape: Any, dtype: Any, data: Any, order: Any) -> np.ndarray:
-    if isinstance(data, str):  # Python 2's str, decoded as latin1
-        stream.copies(len(data))
-        data = data.encode("latin1")
-    if not isinstance(data, (bytes, memoryview)) or not isinstance(dtype, np.dtype):
-        raise Refused("holds an array without plain contents or dtype")
-    # Copy the dtype, because the pickle may change the byte order of its own later.
-    made: np.ndarray = np.frombuffer(data, np.dtype(dtype.str)).reshape(shape, order="F" if order == "F" else "C")
-    return made
-
-
-def _array_constructors(stream: Stream) -> Table:
-    def reconstruct(kind: Any, shape: Any, code: Any) -> _Pending:
-        return _Pending()
-
-    def dtype(code: Any, align: Any = False, copy: Any = False) -> np.dtype:
-        if not isinstance(code, str) or not _DTYPE.match(code):
-            raise Refused(f"holds an array of dtype {one_line(code, 40)!r}; only plain numbers are read")
-        return np.dtype(code, copy=True)  # not numpy's shared object, because BUILD may set its byte order
-
-    def scalar(kind: Any, data: Any) -> Any:
-        return _array(stream, (), kind, data, "C")[()]
-
-    def frombuffer(data: Any, kind: Any, shape: Any, order: Any, axes: Any = None) -> np.ndarray:
-        found = _array(stream, shape, kind, data, order)
-        if axes is not None:  # since numpy 2.4, such as channels last
-            found = found.transpose(axes)
-        return found
-
-    table: Table = {("numpy", "ndarray"): None, ("numpy", "dtype"): dtype}
-    for core in ("numpy.core", "numpy._core"):
-        table[f"{core}.multiarray", "_reconstruct"] = reconstruct
-        table[f"{core}.multiarray", "scalar"] = scalar
-        table[f"{core}.numeric", "_frombuffer"] = frombuffer
-    return table
+def _dtype(code: Any, align: Any = False, copy: Any = False) -> np.dtype:
+    if not isinstance(code, str) or not _DTYPE.match(code):
+        raise Refused(f"holds an array of dtype {one_line(code, 40)!r}; only plain numbers are read")
+    return np.dtype(code, copy=True)  # not numpy's shared object, because BUILD may set its byte order

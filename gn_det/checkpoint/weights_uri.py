@@ -195,15 +195,18 @@ def _placed(folder: StrPath, url: str, variable: str) -> Path:
         ) from None
 
 
-def _split_digest(uri: str) -> tuple[str, str]:
-    """Return the URI without ``#sha256=HEX``, and the digest (or its start) in lower case, or ""."""
+def _parse(path_or_uri: StrPath) -> tuple[str, str, str | None]:
+    """Return the URI without options and ``#sha256=HEX``, the digest (or its start) in lower case, and the URL."""
+    uri, _ = split_options(os.fspath(path_or_uri))
+    if not uri.strip():
+        raise WeightsError(f"MODEL.WEIGHTS is empty; give a path, {', '.join(SCHEMES)}")
     rest, name, digest = re.fullmatch(r"(.*?)(?:(#sha256=)([^#]*))?", uri, re.IGNORECASE | re.DOTALL).groups("")  # type: ignore[union-attr]
     if name and not re.fullmatch(r"[0-9a-fA-F]{8,64}", digest):
         raise WeightsError(f"{one_line(uri, 400)}: #sha256= takes 8 to 64 hexadecimal digits (MODEL.WEIGHTS)")
     if "#" in rest and _SCHEME.match(rest):
         fragment = one_line(rest.partition("#")[2], 60)
         raise WeightsError(f"{one_line(uri, 400)}: unknown fragment #{fragment}, only #sha256=HEX (MODEL.WEIGHTS)")
-    return rest, digest.lower()
+    return rest, digest.lower(), resolve_url(rest)
 
 
 def locate(path_or_uri: StrPath) -> tuple[Path, str]:
@@ -212,11 +215,7 @@ def locate(path_or_uri: StrPath) -> tuple[Path, str]:
     Raises:
         WeightsError: empty string, unknown name, or a path outside the cache or the mirror.
     """
-    uri, _ = split_options(os.fspath(path_or_uri))
-    if not uri.strip():
-        raise WeightsError(f"MODEL.WEIGHTS is empty; give a path, {', '.join(SCHEMES)}")
-    uri, _ = _split_digest(uri)
-    url = resolve_url(uri)
+    uri, _, url = _parse(path_or_uri)
     if url is None:
         return _local(uri), ""
     cached, source = cache_path(url), _mirrored(url)
@@ -234,8 +233,8 @@ def local_path(path_or_uri: StrPath) -> Path:
         WeightsError: see :func:`locate`; or the download failed (the message names the URL and where to put the file).
     """
     path, source = locate(path_or_uri)
-    uri, sha256 = _split_digest(split_options(os.fspath(path_or_uri))[0])
-    url, shown = resolve_url(uri), one_line(uri, 400)
+    uri, sha256, url = _parse(path_or_uri)
+    shown = one_line(uri, 400)
     if source:
         from gn_det.checkpoint.download import DownloadFailed, fetch
 

@@ -14,8 +14,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from gn_det.checkpoint.compatibility import expects
     from gn_det.checkpoint.convert import convert
-    from gn_det.checkpoint.describe import expects
     from gn_det.checkpoint.parameter_names import shorten
     from gn_det.terminal import say
     from gn_det.text import one_line

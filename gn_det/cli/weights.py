@@ -13,7 +13,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from gn_det.checkpoint.describe import describe
+    from gn_det.checkpoint.compatibility import describe
     from gn_det.terminal import say
 
     for line in describe(args.weights):

@@ -416,10 +416,16 @@ def test_mmdetection_detector_against_numpy(tmp_path: Path, text: str, version: 
 
 @pytest.mark.parametrize(
     "text",
-    [None, 3, "", "mean=[1,2,3], std=[1,1,1]", CAFFE_TEXT + TORCH_TEXT, "mean=[1,2], std=[1,1,1] to_rgb=True"],
+    ["", "mean=[1,2,3], std=[1,1,1]", CAFFE_TEXT + TORCH_TEXT, "mean=[1,2], std=[1,1,1] to_rgb=True"],
 )
-def test_a_config_that_does_not_tell_one_preprocessing(text: Any) -> None:
+def test_a_config_that_does_not_tell_one_preprocessing(text: str) -> None:
     assert mmdet.preprocessing_of(text) is None
+
+
+@pytest.mark.parametrize("config", [None, 3, TORCH_TEXT + " " * (1 << 20)])
+def test_a_config_that_is_not_read(config: Any) -> None:
+    weights = mmdet.translate({}, {"meta": {"config": config}})
+    assert weights.preprocessing is None and weights.asks and weights.ws == {}
 
 
 def test_mmdetection_backbones_ask(tmp_path: Path) -> None:

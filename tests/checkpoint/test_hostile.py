@@ -25,8 +25,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gn_det.checkpoint.compatibility import describe
 from gn_det.checkpoint.convert import convert
-from gn_det.checkpoint.describe import describe
 from gn_det.checkpoint.io import read_checkpoint
 from gn_det.checkpoint.open_weights import open_weights
 from gn_det.cli import main

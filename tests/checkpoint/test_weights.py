@@ -462,7 +462,7 @@ def test_another_model_altogether(tmp_path: Path) -> None:
 def test_known_but_not_read(tmp_path: Path) -> None:
     torch.save({"backbone.body.layer1.0.conv1.weight": torch.ones(1)}, tmp_path / "x.pth")
     message = refused(module(detector_shapes()), tmp_path / "x.pth", config())
-    assert "unsupported architecture" in message and "plain ResNet" in message
+    assert "it has backbone.body.layer1.0.conv1.weight; the configured model has backbone." in message
 
 
 def test_other_contents_are_refused_clearly(tmp_path: Path) -> None:

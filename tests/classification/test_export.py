@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from gn_det.checkpoint.compatibility import describe
 from gn_det.checkpoint.convert import convert
-from gn_det.checkpoint.describe import describe
 from gn_det.checkpoint.io import read_checkpoint
 from gn_det.checkpoint.open_weights import open_weights
 from gn_det.checkpoint.preprocessing import CAFFE

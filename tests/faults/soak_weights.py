@@ -591,8 +591,8 @@ def _of_files(folder: Path, first: int, count: int) -> dict[str, Any]:
 def structures(case: Case) -> None:
     """10,000 files by structure."""
     sys.path.insert(0, str(Path(__file__).parents[2]))
-    import gn_det.checkpoint.convert
-    import gn_det.checkpoint.describe  # noqa: F401 (imported before the memory is limited)
+    import gn_det.checkpoint.compatibility
+    import gn_det.checkpoint.convert  # noqa: F401 (imported before the memory is limited)
 
     folder = case.folder / "files"
     folder.mkdir()

@@ -61,33 +61,22 @@ def translate(state: State, payload: Mapping[str, Any]) -> Weights:
     meta = payload.get("meta")
     meta = meta if isinstance(meta, Mapping) else {}
     is_gn = "backbone.gn1.weight" in state
-    gn_heads = any(".gn." in name for name in state)
     config = meta.get("config", meta.get("cfg"))
-    found, ws = preprocessing_of(config), _weight_standardization(config)
+    config = config if isinstance(config, str) and len(config) <= 1 << 20 else ""
+    found, dataset = preprocessing_of(config), meta.get("dataset_meta")
+    names = dataset.get("classes", dataset.get("CLASSES")) if isinstance(dataset, Mapping) else meta.get("CLASSES")
+    ws = "jhu" if re.search(r"type\s*=\s*['\"]ConvWS['\"]", config) else ""  # of all parts or none
     return Weights(
         kept,
         "mmdetection detector",
         "GN" if is_gn else "",
-        (32, 0) if is_gn or gn_heads else None,
-        ws=ws,
+        (32, 0) if is_gn or any(".gn." in name for name in state) else None,
+        ws=dict.fromkeys(WS_SECTIONS, ws) if config else {},
         preprocessing=found,
         foldable=True,
         asks=found is None,
-        class_names=_class_names(meta),
+        class_names=names_of_classes(names),
     )
-
-
-def _weight_standardization(config: Any) -> dict[str, str]:
-    """From the text of an mmdetection config: all parts have it, or none; {} without a text."""
-    if not isinstance(config, str) or len(config) > 1 << 20:
-        return {}
-    return dict.fromkeys(WS_SECTIONS, "jhu" if re.search(r"type\s*=\s*['\"]ConvWS['\"]", config) else "")
-
-
-def _class_names(meta: Mapping[str, Any]) -> tuple[str, ...]:
-    dataset = meta.get("dataset_meta")
-    names = dataset.get("classes", dataset.get("CLASSES")) if isinstance(dataset, Mapping) else meta.get("CLASSES")
-    return names_of_classes(names)
 
 
 _NORMALIZE = re.compile(r"mean\s*=\s*\[([-+0-9.eE,\s]+)\],\s*std\s*=\s*\[([-+0-9.eE,\s]+)\]")
@@ -95,10 +84,8 @@ _TO_RGB = re.compile(r"(?:to_rgb|bgr_to_rgb)\s*=\s*(True|False)")
 _STYLE = re.compile(r"style\s*=\s*['\"](pytorch|caffe)['\"]")
 
 
-def preprocessing_of(config: Any) -> Preprocessing | None:
+def preprocessing_of(config: str) -> Preprocessing | None:
     """Parse ``mean=[...], std=[...]`` and ``to_rgb`` from the text of an mmdetection config; None if not unique."""
-    if not isinstance(config, str) or len(config) > 1 << 20:
-        return None
     pairs = {(_triple(m[1]), _triple(m[2])) for m in _NORMALIZE.finditer(config)}
     orders = set(_TO_RGB.findall(config))
     if len(pairs) != 1 or len(orders) != 1:
