@@ -15,7 +15,7 @@ from typing import Any
 from gn_det.checkpoint.formats.common import Weights
 from gn_det.checkpoint.open_weights import NORM_KEYS, open_weights
 from gn_det.checkpoint.parameter_names import PARTS, Architecture, architecture_of, part_of, shorten
-from gn_det.checkpoint.preprocessing import Preprocessing, close, show
+from gn_det.checkpoint.preprocessing import KEYS, Preprocessing, close, show
 from gn_det.checkpoint.weights_uri import local_path, sha256_of
 from gn_det.config.defaults import get_value
 from gn_det.errors import WeightsError
@@ -101,10 +101,7 @@ def _needed_keys(weights: Weights, found: Architecture) -> dict[str, Any]:
     """Return the config keys that the weights state beyond depth and the backbone's norm; None for an unknown value."""
     needs, (groups, per_group) = weights.preprocessing or Preprocessing(), weights.groups or (None, None)
     return {
-        "INPUT.FORMAT": needs.format,
-        "MODEL.PIXEL_MEAN": needs.pixel_mean,
-        "MODEL.PIXEL_STD": needs.pixel_std,
-        "MODEL.RESNETS.STRIDE_IN_1X1": needs.stride_in_1x1,
+        **{key: getattr(needs, name) for name, key in KEYS.items()},
         "MODEL.GN.NUM_GROUPS": None if per_group else groups,
         "MODEL.GN.CHANNELS_PER_GROUP": per_group,
         **{

@@ -14,7 +14,7 @@ from gn_det.checkpoint.formats import caffe2, detectron2, mmdet, timm_v2, torchv
 from gn_det.checkpoint.formats.common import State, Weights
 from gn_det.checkpoint.io import check_tensors, read_any
 from gn_det.checkpoint.meta import read_meta
-from gn_det.checkpoint.preprocessing import Preprocessing
+from gn_det.checkpoint.preprocessing import KEYS, read_preprocessing
 from gn_det.checkpoint.weights_uri import local_path, published, split_options
 from gn_det.config.defaults import get_value
 from gn_det.config.reader import parse_yaml
@@ -25,13 +25,11 @@ from gn_det.text import one_line
 
 NORM_KEYS = ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM", "MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_MASK_HEAD.NORM")
 
-_CHANNELS = 16  # of an image, at most
 
 # For each project: a test of tensor names, and a translator of tensors and file. The first row that recognizes the
 # names wins. The last row accepts everything, so that the error can name the tensors.
 FORMATS: tuple[tuple[Callable[[Collection[str]], bool], Callable[[State, Mapping[str, Any]], Weights]], ...] = (
-    (caffe2.recognizes_detector, caffe2.translate_detector),
-    (caffe2.recognizes_backbone, caffe2.translate_backbone),
+    (caffe2.recognizes, caffe2.translate),
     (mmdet.recognizes, mmdet.translate),
     (torchvision.recognizes, torchvision.translate),
     (timm_v2.recognizes, timm_v2.translate),
@@ -92,12 +90,11 @@ def read_weights(path: StrPath) -> Weights:
             config = parse_yaml(meta["config"], f"{one_line(str(path), 400)}: the config it stores")
         except ConfigError as error:
             raise WeightsError(str(error)) from None
+        about = meta.get("weights")  # written by `gn-det convert`
         if isinstance(config, dict):
-            weights.config = config
-            _take(weights, _facts_of_config(config))
-        elif isinstance(about := meta.get("weights"), Mapping):  # written by `gn-det convert`
+            weights.config, about = config, _facts_of_config(config)
+        if isinstance(about, Mapping):
             _take(weights, about)
-            weights.foldable, weights.asks = about.get("foldable") is True, about.get("asks") is True
     elif payload.get("__author__") and weights.kind == detectron2.KIND:
         weights.kind = f"{detectron2.KIND}, by {one_line(payload['__author__'], 60)!r}"
     return weights
@@ -157,39 +154,23 @@ def _kind(meta: Mapping[str, Any]) -> str:
 
 def _facts_of_config(config: Mapping[str, Any]) -> dict[str, Any]:
     norm = get_value(config, "MODEL.RESNETS.NORM")
-    has_gn = any(get_value(config, key) == "GN" for key in NORM_KEYS)
+    groups = [get_value(config, "MODEL.GN.NUM_GROUPS"), get_value(config, "MODEL.GN.CHANNELS_PER_GROUP") or 0]
     return {
         "norm": norm if norm in ("GN", "LN", "IN") else "",
         "ws": {part: get_value(config, f"MODEL.WS.{part}") or "" for part in WS_SECTIONS},
-        "groups": [get_value(config, "MODEL.GN.NUM_GROUPS"), get_value(config, "MODEL.GN.CHANNELS_PER_GROUP") or 0]
-        * has_gn,
-        "preprocessing": {
-            "format": get_value(config, "INPUT.FORMAT"),
-            "pixel_mean": get_value(config, "MODEL.PIXEL_MEAN"),
-            "pixel_std": get_value(config, "MODEL.PIXEL_STD"),
-            "stride_in_1x1": get_value(config, "MODEL.RESNETS.STRIDE_IN_1X1"),
-        },
+        "groups": groups if any(get_value(config, key) == "GN" for key in NORM_KEYS) else None,
+        "preprocessing": {name: get_value(config, key) for name, key in KEYS.items()},
     }
 
 
 def _take(weights: Weights, about: Mapping[str, Any]) -> None:
-    """Take norm, groups and preprocessing from ``about``, if they are valid."""
-    norm, groups, needs = about.get("norm"), about.get("groups"), about.get("preprocessing")
-    if isinstance(ws := about.get("ws"), Mapping):
+    """Take what is valid in the facts of a config or of a file of `gn-det convert`."""
+    norm, groups, needs, ws = (about.get(name) for name in ("norm", "groups", "preprocessing", "ws"))
+    if isinstance(ws, Mapping):
         weights.ws = {part: ws[part] for part in WS_SECTIONS if ws.get(part) in ("", *WEIGHT_STANDARDIZATIONS)}
     weights.norm = norm if norm in ("GN", "LN", "IN", "BN", "affine BN") else weights.norm
     if isinstance(groups, (list, tuple)) and len(groups) == 2 and all(type(g) is int for g in groups):
         weights.groups = (groups[0], groups[1])
     if isinstance(needs, Mapping):
-        order, stride = needs.get("format"), needs.get("stride_in_1x1")
-        weights.preprocessing = Preprocessing(
-            format=one_line(order, 20) if isinstance(order, str) else None,  # it is printed
-            pixel_mean=_numbers(needs.get("pixel_mean")),
-            pixel_std=_numbers(needs.get("pixel_std")),
-            stride_in_1x1=stride if isinstance(stride, bool) else None,
-        )
-
-
-def _numbers(value: Any) -> tuple[float, ...] | None:
-    good = isinstance(value, (list, tuple)) and len(value) <= _CHANNELS and all(type(v) in (int, float) for v in value)
-    return tuple(float(v) for v in value) if good else None
+        weights.preprocessing = read_preprocessing(needs)
+    weights.foldable, weights.asks = about.get("foldable") is True, about.get("asks") is True

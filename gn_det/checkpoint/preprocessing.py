@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,14 @@ class Preprocessing:
     stride_in_1x1: bool | None = None  # whether a bottleneck strides in its first 1x1 convolution (else in the 3x3)
 
 
+#: Field -> config key.
+KEYS = {
+    "format": "INPUT.FORMAT",
+    "pixel_mean": "MODEL.PIXEL_MEAN",
+    "pixel_std": "MODEL.PIXEL_STD",
+    "stride_in_1x1": "MODEL.RESNETS.STRIDE_IN_1X1",
+}
+_CHANNELS = 16  # of an image, at most
 #: Input of Caffe's models: BGR, 0-255, mean subtracted.
 CAFFE = Preprocessing("BGR", (103.530, 116.280, 123.675), (1.0, 1.0, 1.0), stride_in_1x1=False)
 #: Input of torchvision's and timm's ImageNet models, in 0-255 units: mean (0.485, 0.456, 0.406) of 1 in RGB, and std.
@@ -75,10 +83,17 @@ def fold(state: MutableMapping[str, torch.Tensor], needs: Preprocessing, target:
     return Preprocessing(target.format, mean, target.pixel_std, needs.stride_in_1x1)
 
 
-def preprocessing_of_config(cfg: Any) -> Preprocessing:
-    """Return what a configuration feeds the model (``cfg`` has INPUT.FORMAT, MODEL.PIXEL_MEAN and PIXEL_STD)."""
+def read_preprocessing(values: Mapping[str, Any]) -> Preprocessing:
+    """Return a preprocessing from values by name of the field, which may come from a file; None for invalid ones."""
+    order, stride = values.get("format"), values.get("stride_in_1x1")
     return Preprocessing(
-        str(cfg.INPUT.FORMAT),
-        tuple(float(v) for v in cfg.MODEL.PIXEL_MEAN),
-        tuple(float(v) for v in cfg.MODEL.PIXEL_STD),
+        one_line(order, 20) if isinstance(order, str) else None,  # it is printed
+        _numbers(values.get("pixel_mean")),
+        _numbers(values.get("pixel_std")),
+        stride if isinstance(stride, bool) else None,
     )
+
+
+def _numbers(value: Any) -> tuple[float, ...] | None:
+    good = isinstance(value, (list, tuple)) and len(value) <= _CHANNELS and all(type(v) in (int, float) for v in value)
+    return tuple(float(v) for v in value) if good else None

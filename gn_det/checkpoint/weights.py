@@ -19,7 +19,7 @@ from gn_det.checkpoint.compatibility import check_architecture, check_keys, chec
 from gn_det.checkpoint.formats.common import State, Weights
 from gn_det.checkpoint.open_weights import open_weights
 from gn_det.checkpoint.parameter_names import BOTTOM_UP, PARTS, architecture_of, part_of, shorten
-from gn_det.checkpoint.preprocessing import fold, preprocessing_of_config, show
+from gn_det.checkpoint.preprocessing import KEYS, fold, read_preprocessing, show
 from gn_det.checkpoint.weights_uri import split_options
 from gn_det.config.defaults import get_value
 from gn_det.errors import WeightsError
@@ -146,8 +146,9 @@ def _fold(weights: Weights, cfg: Any) -> list[str]:
     needs = weights.preprocessing
     if not weights.foldable or needs is None:
         return []
+    target = read_preprocessing({name: get_value(cfg, key) for name, key in KEYS.items()})
     weights.state = dict(weights.state)
-    weights.preprocessing = fold(weights.state, needs, preprocessing_of_config(cfg))
+    weights.preprocessing = fold(weights.state, needs, target)
     done = []
     if needs.format != weights.preprocessing.format:
         done.append(f"channel order {needs.format}")

@@ -103,7 +103,7 @@ def test_every_name_of_the_caffe2_backbones(norm: str, tensors: int, depth: int)
     theirs = [name for name, _ in pairs]
     assert [caffe2.map_name(name) for name in theirs] == [ours for _, ours in pairs]
     assert len(pairs) == {50: 53, 101: 104}[depth] * tensors  # a convolution and its norm
-    assert caffe2.recognizes_backbone(theirs) and not caffe2.recognizes_detector(theirs)
+    assert caffe2.recognizes(theirs) and not caffe2.is_detector(theirs)
     assert not any(map(caffe2.is_ignored, theirs))
     assert caffe2.map_name("res3_1_branch2a_bn_rm") == "res3.1.conv1.norm.running_mean"
     assert caffe2.map_name("res3_1_branch2a_bn_riv") == "res3.1.conv1.norm.running_var"

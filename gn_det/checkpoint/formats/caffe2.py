@@ -67,6 +67,10 @@ _DETECTOR = re.compile(r"(?:conv_rpn|rpn_|cls_score_|bbox_pred_|fpn_|_\[mask\]|m
 # Detectron's default and what all its published detectors were trained with; its ImageNet backbones were not.
 _DETECTOR_MEAN = (102.9801, 115.9465, 122.7717)
 _RPN_RATIOS = 3  # aspect ratios per anchor size, Detectron's default
+_DIFFERS = (
+    "Detectron's anchors, box widths and RoIAlign differ from Detectron2's by up to a pixel: fine-tuning adapts to "
+    "that, but without it these weights do not give exactly the published numbers"
+)
 
 
 def is_ignored(blob: str) -> bool:
@@ -74,11 +78,12 @@ def is_ignored(blob: str) -> bool:
     return _IGNORED.match(blob) is not None
 
 
-def recognizes_backbone(names: Collection[str]) -> bool:
-    return "conv1_w" in names and "res2_0_branch2a_w" in names
+def recognizes(names: Collection[str]) -> bool:
+    return is_detector(names) or ("conv1_w" in names and "res2_0_branch2a_w" in names)
 
 
-def recognizes_detector(names: Collection[str]) -> bool:
+def is_detector(names: Collection[str]) -> bool:
+    """Return whether there are blobs of a detector's heads."""
     return any("." not in name and _DETECTOR.match(name) for name in names)  # PyTorch's names have dots
 
 
@@ -89,7 +94,7 @@ def norm_kind(names: Collection[str]) -> str:
     return "BN" if "res_conv1_bn_running_mean" in names or "res_conv1_bn_rm" in names else "affine BN"
 
 
-def preprocessing_of(state: State, mean: tuple[float, ...] | None = CAFFE.pixel_mean) -> Preprocessing:
+def _preprocessing(state: State, norm: str, mean: tuple[float, ...] | None) -> Preprocessing:
     """Return what the published Caffe2 models were trained with (design facts, not read from the file).
 
     All are BGR in 0-255. FAIR's GN and ResNeXt models stride in the 3x3 convolution, MSRA's in the 1x1. The GN and
@@ -100,49 +105,40 @@ def preprocessing_of(state: State, mean: tuple[float, ...] | None = CAFFE.pixel_
         first is not None and second is not None and first.dim() == second.dim() == 4 and len(first) != second.shape[1]
     )
     std = None if grouped else CAFFE.pixel_std
-    return Preprocessing("BGR", mean, std, stride_in_1x1=not grouped and norm_kind(state) != "GN")
+    return Preprocessing("BGR", mean, std, stride_in_1x1=not grouped and norm != "GN")
 
 
-def translate_backbone(state: State, payload: Mapping[str, Any]) -> Weights:
-    """Translate an ImageNet backbone to bare names (``res2.0.conv1.weight``)."""
-    ignored = tuple(name for name in state if is_ignored(name))
-    kept = {map_name(name) or name: value for name, value in state.items() if not is_ignored(name)}
-    norm = norm_kind(state)
-    groups = (32, 0) if norm == "GN" else None
-    classifier = {f"stem.fc.{_LEAF[m[1]]}": state[name] for name in ignored if (m := _CLASSIFIER.match(name))}
-    needs = preprocessing_of(state)
-    return Weights(kept, "Caffe2 ImageNet backbone", norm, groups, ignored, needs, aside=classifier)
-
-
-def translate_detector(state: State, payload: Mapping[str, Any]) -> Weights:
-    """Translate a COCO detector (FPN, or C4 with res5 in the heads): names, class order, order of C4's anchors.
+def translate(state: State, payload: Mapping[str, Any]) -> Weights:
+    """Translate an ImageNet backbone to bare names, or a COCO detector: names, class order, order of C4's anchors.
 
     Raises:
         WeightsError: the detector has class-agnostic boxes or masks, or heads of other tasks.
     """
+    detector, fpn = is_detector(state), any(name.startswith("fpn_") for name in state)
     kept: State = {}
-    fpn = any(name.startswith("fpn_") for name in state)
     for blob, value in state.items():
         name = map_name(blob)
         if name is not None:
-            head = not fpn and name.startswith("res5.")
-            kept[("backbone.bottom_up." if fpn else "roi_heads." if head else "backbone.") + name] = value
+            c4 = "roi_heads." if name.startswith("res5.") else "backbone."
+            kept[("backbone.bottom_up." if fpn else c4 if detector else "") + name] = value
         elif not is_ignored(blob):
             kept[map_head_name(blob) or blob] = value
-    classes_last(kept)
-    if not fpn:
-        _anchors_by_size(kept)
+    mean = CAFFE.pixel_mean
+    if detector:
+        mean = _pixel_means(payload.get("cfg")) or _DETECTOR_MEAN
+        classes_last(kept)
+        if not fpn:
+            _anchors_by_size(kept)
+    norm = norm_kind(state)
     return Weights(
         kept,
-        "Caffe2 / Detectron detector",
-        norm_kind(state),
+        "Caffe2 / Detectron detector" if detector else "Caffe2 ImageNet backbone",
+        norm,
         (32, 0) if any(re.search(r"_gn_[sb]$", name) for name in state) else None,
-        tuple(name for name in state if is_ignored(name)),
-        preprocessing_of(state, _pixel_means(payload.get("cfg")) or _DETECTOR_MEAN),
-        notes=(
-            "Detectron's anchors, box widths and RoIAlign differ from Detectron2's by up to a pixel: fine-tuning "
-            "adapts to that, but without it these weights do not give exactly the published numbers",
-        ),
+        tuple(filter(is_ignored, state)),
+        _preprocessing(state, norm, mean),
+        aside={f"stem.fc.{_LEAF[m[1]]}": value for name, value in state.items() if (m := _CLASSIFIER.match(name))},
+        notes=(_DIFFERS,) if detector else (),
     )
 
 
