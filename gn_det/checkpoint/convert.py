@@ -90,36 +90,30 @@ def _fold(source: str, weights: Weights, usual: Preprocessing) -> None:
     needs = weights.preprocessing
     if needs is None:
         raise WeightsError(f"{source}: does not store its preprocessing, so nothing can be folded")
-    if formula := weights.ws.get("RESNETS"):
-        raise WeightsError(
-            f"{source}: its stem has standardized weights (MODEL.WS.RESNETS {formula}), which cannot take up a std; "
-            "convert without --fold"
-        )
+    if weights.ws.get("RESNETS"):
+        raise WeightsError(f"{source}: its stem has standardized weights, which take up no std; convert without --fold")
     weights.state = dict(weights.state)
     now = fold(weights.state, needs, usual)
     if now.format != usual.format or now.pixel_std != usual.pixel_std:
         raise WeightsError(f"{source}: has no stem convolution of three channels to fold a preprocessing into")
     mean, wanted = now.pixel_mean or (), usual.pixel_mean or ()
     if not close(mean, wanted):
-        raise WeightsError(
-            f"{source}: its mean {show(mean)} is not {show(wanted)}, and a mean cannot be folded exactly (it would "
-            "show at the border); convert without --fold and set MODEL.PIXEL_MEAN"
-        )
+        remedy = "a mean cannot be folded exactly: convert without --fold and set MODEL.PIXEL_MEAN"
+        raise WeightsError(f"{source}: its mean {show(mean)} is not {show(wanted)}, and {remedy}")
     weights.preprocessing = now
     weights.foldable = True  # a reader may fold it back
 
 
 def _as_layers(source: str, weights: Weights, state: State) -> tuple[State, list[str]]:
     """Return the bottom-up network with torchvision's and timm's names, and the names that do not fit there."""
-    if weights.preprocessing is not None and weights.preprocessing.stride_in_1x1:
-        raise WeightsError(
-            f"{source}: has its stride in the 1x1 convolutions; torchvision and timm have it in the 3x3 and would "
-            "compute other features"
-        )
-    pre_activation = architecture_of(state).variant not in ("", "v1")
-    if pre_activation or weights.ws.get("RESNETS"):
-        what = "a pre-activation ResNet" if pre_activation else "standardized weights"
-        raise WeightsError(f"{source}: {what}, which torchvision's ResNets do not have; use --to detectron2")
+    others = {
+        "has its stride in the 1x1 convolutions": weights.preprocessing and weights.preprocessing.stride_in_1x1,
+        "is a pre-activation ResNet": architecture_of(state).variant not in ("", "v1"),
+        "has standardized weights": weights.ws.get("RESNETS"),
+    }
+    for what, present in others.items():
+        if present:
+            raise WeightsError(f"{source}: {what}, which no ResNet of torchvision has; use --to detectron2")
     names = {name: torchvision.name_back(match[1]) for name in state if (match := _BOTTOM_UP.match(name))}
     layers: State = {theirs: state[name] for name, theirs in names.items() if theirs is not None}
     rest = [name for name in state if names.get(name) is None]

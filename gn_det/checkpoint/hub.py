@@ -76,10 +76,8 @@ def push(weights: StrPath, repo: str, *, private: bool = False, license_name: st
         operations = [CommitOperationAdd(name, content) for name, content in files.items()]
         return str(api.create_commit(repo, operations, commit_message="Model trained with gn_det").commit_url)
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise UserError(
-            f"{repo}: the Hub refused the upload ({one_line(error, 300)}); log in with 'hf auth login', and check the "
-            f"name and the network"
-        ) from None
+        remedy = "log in with 'hf auth login', and check the name and the network"
+        raise UserError(f"{repo}: the Hub refused the upload ({one_line(error, 300)}); {remedy}") from None
 
 
 def _metrics(weights: Path) -> dict[str, float]:

@@ -121,9 +121,8 @@ def _read(path: StrPath, *, mmap: bool, verify: bool = False, foreign: bool = Fa
     except Refused as error:
         raise WeightsError(f"{where}: {error}") from None
     except Exception as error:  # any exception here is caused by the file's content
-        raise WeightsError(
-            f"{where}: is not a weights file or is damaged ({one_line(error)}); copy or download it again"
-        ) from error
+        reason = f"is not a weights file or is damaged ({one_line(error)})"
+        raise WeightsError(f"{where}: {reason}; copy or download it again") from error
     if not isinstance(loaded, dict):
         raise WeightsError(f"{where}: holds a {type(loaded).__name__}, not a dict of weights")
     return loaded
@@ -143,10 +142,8 @@ def _read_safetensors(path: StrPath) -> dict[str, Any]:
         size = os.fstat(file.fileno()).st_size
         claimed = int.from_bytes(file.read(8), "little")
     if claimed > min(_MAX_HEADER, size - 8):
-        raise Refused(
-            f"is a truncated or damaged safetensors file (it claims a header of {claimed} bytes, the file has {size}); "
-            "copy or download it again"
-        )
+        claims = f"it claims a header of {claimed} bytes, the file has {size}"
+        raise Refused(f"is a truncated or damaged safetensors file ({claims}); copy or download it again")
     with safe_open(os.fspath(path), framework="pt", device="cpu") as file:
         metadata = dict(file.metadata() or {})
         names = list(file.keys())
@@ -254,6 +251,5 @@ def check_tensors(path: StrPath, tensors: Mapping[str, Any]) -> None:
         claimed += value.numel() * value.element_size()
         if claimed > _SHARED * size + 1024:
             raise WeightsError(
-                f"{where}: its entries share contents so often that they exceed {_SHARED} times the file size; no real "
-                "model does that"
+                f"{where}: its entries share contents so often that they exceed {_SHARED} times its size"
             )

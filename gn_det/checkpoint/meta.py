@@ -104,8 +104,6 @@ def names_of_classes(value: Any) -> tuple[str, ...]:
         return ()
     longest = max(map(len, value), default=0)
     if len(value) > _MAX_CLASSES or longest > _MAX_NAME:
-        raise WeightsError(
-            f"has {len(value)} class names, the longest of {longest} characters; at most {_MAX_CLASSES} of "
-            f"{_MAX_NAME} characters are read"
-        )
+        limit = f"at most {_MAX_CLASSES} of {_MAX_NAME} characters are read"
+        raise WeightsError(f"has {len(value)} class names, the longest of {longest} characters; {limit}")
     return tuple(value)

@@ -64,8 +64,7 @@ def open_weights(path_or_uri: StrPath, *, must_know: bool = True) -> Weights:
     if must_know and weights.asks and weights.preprocessing is None:
         raise WeightsError(
             f"{uri}: {weights.kind} that does not store how images were normalized: append ?preprocessing=caffe (BGR, "
-            "0-255, like open-mmlab://detectron/resnet50_gn) or ?preprocessing=torch (RGB, ImageNet mean and std, like "
-            "open-mmlab://contrib/resnet50_gn) to its name"
+            "0-255) or ?preprocessing=torch (RGB, ImageNet mean and std) to its name"
         )
     return weights
 

@@ -218,7 +218,5 @@ def _check_view(items: int, offset: Any, size: Any, stride: Any) -> None:
         good = good and (step > last or length == 1)
         last += step * (length - 1)
     if not good or offset + last >= items + (0 in size):
-        raise Refused(
-            f"holds a tensor of shape {one_line(size, 60)} and strides {one_line(stride, 60)}, which is more than the "
-            f"file holds ({items} numbers in its storage)"
-        )
+        view = f"shape {one_line(size, 60)} and strides {one_line(stride, 60)}"
+        raise Refused(f"holds a tensor of {view}, which is more than the file holds ({items} numbers in its storage)")

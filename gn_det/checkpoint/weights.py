@@ -192,7 +192,7 @@ def _sort(
         else:
             report.shape_differs[name] = tuple(value.shape), shape
     model_parts = {part_of(name) for name in in_model}
-    unused = []
+    unused: list[str] = []
     for name in [name for name in placed if name not in in_model]:
         lacking = not whole and part_of(name) in BOTTOM_UP and part_of(name) not in model_parts
         (unused if lacking or name.endswith("num_batches_tracked") else report.unexpected).append(name)
@@ -228,7 +228,8 @@ def _rows_by_name(
         if background:
             rows[-1] = old[-1]
             old, rows = old[:-1], rows[:-1]
-        rows.unflatten(0, (-1, per_class))[here] = old.to(rows.dtype).unflatten(0, (-1, per_class))[there]
+        by_class = (-1, per_class, *rows.shape[1:])
+        rows.view(by_class)[here] = old.to(rows.dtype).reshape(by_class)[there]
     if not changed:
         return []
     new, gone = [n for n in names if n not in theirs], [n for n in theirs if n not in names]
@@ -266,12 +267,9 @@ def _refuse_partial(report: LoadReport, whole: bool) -> None:
 
 def _refuse_untrained(report: LoadReport, cfg: Any, weights: Weights) -> None:
     if report.reinitialized:
-        classes = weights.num_classes
-        wanted = get_value(cfg, "MODEL.ROI_HEADS.NUM_CLASSES")
-        raise WeightsError(
-            f"{report.source}: was trained with {classes} classes, but MODEL.ROI_HEADS.NUM_CLASSES is {wanted}: set "
-            f"it to {classes}, or train first"
-        )
+        classes, wanted = weights.num_classes, get_value(cfg, "MODEL.ROI_HEADS.NUM_CLASSES")
+        differ = f"was trained with {classes} classes, but MODEL.ROI_HEADS.NUM_CLASSES is {wanted}"
+        raise WeightsError(f"{report.source}: {differ}: set it to {classes}, or train first")
     untrained = [f"{name} ({shorten(p.missing, 1)})" for name, p in report.by_part().items() if p.missing]
     if untrained:
         raise WeightsError(

@@ -77,10 +77,8 @@ def resolve_url(uri: str) -> str | None:
     if match is None or scheme == "file":
         return None
     if len(uri) > _MAX_URI or not uri.isprintable() or " " in uri:
-        raise WeightsError(
-            f"{one_line(uri)}: is not a URL: it has a space, a control character or more than {_MAX_URI} characters "
-            "(MODEL.WEIGHTS)"
-        )
+        problem = f"it has a space, a control character or more than {_MAX_URI} characters"
+        raise WeightsError(f"{one_line(uri)}: is not a URL: {problem} (MODEL.WEIGHTS)")
     rest = uri[match.end() :]
     plain = rest.split("?", 1)[0]  # Detectron2 appends options such as ?matching_heuristics=True
     if scheme in ("http", "https"):
@@ -242,10 +240,8 @@ def local_path(path_or_uri: StrPath) -> Path:
             fetch(str(url), path, source=source, sha256=sha256)
         except DownloadFailed as error:
             mirror = f" from the mirror {source}" if source != url else ""
-            raise WeightsError(
-                f"{shown}: cannot download {url}{mirror} ({error}); place the file at {path}, or set MODEL.WEIGHTS to "
-                "a local path"
-            ) from error
+            remedy = f"place the file at {path}, or set MODEL.WEIGHTS to a local path"
+            raise WeightsError(f"{shown}: cannot download {url}{mirror} ({error}); {remedy}") from error
     if url and not path.is_file():
         raise WeightsError(f"{shown}: the mirror has no file {path} ({MIRROR})")
     try:

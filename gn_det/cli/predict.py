@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         "device": args.device,
     }
     if args.weights.lower().endswith(".onnx"):
-        from gn_det.deploy.as_predictor import as_predictor
+        from gn_det.deploy.detector import as_predictor
 
         given = vars(args)
         for flag, value in (("--config", args.config), ("--amp", given["TEST.AMP"])):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ from PIL import Image
 from gn_det.data.transforms import Resize, resized_shape
 from gn_det.deploy.metadata import NAME, Metadata
 from gn_det.errors import ConfigError, DataError, UserError, WeightsError
-from gn_det.files import check_regular
+from gn_det.files import StrPath, check_regular
+from gn_det.prediction.predictor import Predictor
 from gn_det.result import ImageModel, Result, checked_path
+from gn_det.structures import ArrayDetections
 from gn_det.text import did_you_mean, one_line, shown
 
 logger = logging.getLogger(__name__)
@@ -77,9 +81,8 @@ class Detector(ImageModel):
         try:
             return dict(zip(names, self._session.run(names, {"image": image, "size": size})))
         except Exception as error:  # onnxruntime's exceptions have no base of their own
-            raise UserError(
-                f"{self.path}: onnxruntime failed on an input of {image.shape}: {one_line(error)}"
-            ) from error
+            problem = f"onnxruntime failed on an input of {image.shape}: {one_line(error)}"
+            raise UserError(f"{self.path}: {problem}") from error
 
     def prepare(self, pixels: np.ndarray, name: str = "image") -> tuple[np.ndarray, np.ndarray]:
         """Resize and pad an image (H, W, channels) uint8 to the graph's ``image`` and ``size``, or raise DataError."""
@@ -103,36 +106,29 @@ class Detector(ImageModel):
         """Detections of one image (H, W, channels) uint8, as the keywords ``boxes``, ``scores``, ``classes``, ``masks``
         and ``image_size`` of :class:`gn_det.Result`."""
         image, size = self.prepare(pixels, name)
-        out = self.run(image, size)
-        first = slice(0, int(out["counts"][0]))
-        boxes, scores, classes = (out[k][first] for k in ("boxes", "scores", "classes"))
-        height, width = pixels.shape[:2]
-        (rows, columns) = size[0].tolist()
-        boxes[:, 0::2] *= width / columns
-        boxes[:, 1::2] *= height / rows
-        boxes = boxes.clip(0, np.array([width, height] * 2, dtype=np.float32))
-        keep = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
-        masks = out["masks"][first][keep] if "masks" in out else None
-        boxes = boxes[keep]
-        if masks is not None and self.metadata.masks == "box":
-            masks = paste_masks(masks, boxes, height, width)
-        elif masks is not None:
-            masks = _resize_masks(masks[:, :rows, :columns], height, width)
-        return {
-            "boxes": boxes,
-            "scores": scores[keep],
-            "classes": classes[keep],
-            "masks": masks,
-            "image_size": (height, width),
-        }
+        outputs = self.run(image, size)
+        number = int(outputs.pop("counts")[0])
+        (height, width), (rows, columns) = pixels.shape[:2], size[0].tolist()
+        scale = np.array([width / columns, height / rows] * 2, np.float32)
+        outputs["boxes"] = boxes = (outputs["boxes"] * scale).clip(0, np.array([width, height] * 2, np.float32))
+        keep = np.flatnonzero((boxes[:number, 2:] > boxes[:number, :2]).all(axis=1))
+        found: dict[str, Any] = {name: values[keep] for name, values in outputs.items()}
+        if self.metadata.masks == "box":
+            found["masks"] = paste_masks(found["masks"], found["boxes"], height, width)
+        elif self.metadata.masks == "image":
+            found["masks"] = _resize_masks(found["masks"][:, :rows, :columns], height, width)
+        return {"masks": None, **found, "image_size": (height, width)}
+
+    def _load(self, image: Path | np.ndarray) -> tuple[np.ndarray, str]:
+        """Return the pixels for :meth:`detect` and a name for messages."""
+        if isinstance(image, np.ndarray):
+            return self._reader.from_array(image), "image"
+        return self._reader.read(image), os.fspath(image)
 
     def _predict_one(
         self, source: Path | np.ndarray, lowest: float | Sequence[float], wanted: set[int] | None
     ) -> Result:
-        if isinstance(source, np.ndarray):
-            found = self.detect(self._reader.from_array(source))
-        else:
-            found = self.detect(self._reader.read(source), os.fspath(source))
+        found = self.detect(*self._load(source))
         limits = np.array(lowest, np.float32)
         keep = found["scores"] >= (limits[found["classes"]] if limits.ndim else limits)
         if wanted is not None:
@@ -151,14 +147,39 @@ class Detector(ImageModel):
                 f"{self.path}: its inputs {shown(sorted(inputs))} and outputs {shown(sorted(outputs))} are not those "
                 "of a detector exported by gn-det; export it again"
             )
-        shape = [d if isinstance(d, int) else None for d in self._session.get_inputs()[0].shape[:3]]
-        batch, height, width = shape
-        if min(batch or 1, height or 1, width or 1) < 1 or (batch or 1) * (height or 1) * (width or 1) > _MOST_PIXELS:
+        batch, height, width = (d if isinstance(d, int) else None for d in self._session.get_inputs()[0].shape[:3])
+        fixed = [side or 1 for side in (batch, height, width)]
+        if min(fixed) < 1 or math.prod(fixed) > _MOST_PIXELS:
             raise WeightsError(
                 f"{self.path}: its input of {batch} x {height} x {width} pixels is larger than {_MOST_PIXELS} pixels; "
                 "export with a smaller --size"
             )
         return batch, height, width
+
+
+def as_predictor(
+    path: StrPath, device: str = "auto", *, max_pixels: int | None = None, bit_depth: str | None = None
+) -> Predictor:
+    """Load an ONNX file for ``gn-det predict``; see :class:`Detector` for the errors.
+
+    Args:
+        path: written by ``gn-det export --to onnx``.
+        device: a provider; "auto" is the CPU.
+        max_pixels: larger images are refused; None takes the limit in the file.
+        bit_depth: as INPUT.BIT_DEPTH; None takes that of the file.
+    """
+    detector = Detector(path, provider="cpu" if device == "auto" else device)
+    given: dict[str, Any] = {"max_pixels": max_pixels, "bit_depth": bit_depth}
+    detector._reader = replace(detector._reader, **{name: v for name, v in given.items() if v is not None})
+    return Predictor(
+        detector._load,
+        lambda sample: ArrayDetections(**detector.detect(*sample)),
+        detector.class_names,
+        detector.category_ids,
+        replace(detector._reader, image_format="RGB"),
+        thresholds=detector.metadata.thresholds,
+        gray=detector.metadata.image_format == "L",
+    )
 
 
 def find_provider(provider: str) -> str:

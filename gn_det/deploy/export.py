@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.torch_version import TorchVersion
 
 from gn_det.config.defaults import get_value
 from gn_det.deploy.detector import LEAST
@@ -31,7 +32,7 @@ from gn_det.text import one_line
 #: 2e-3, InstanceNormalization by 2e-5.
 OPSETS = (18, 19, 20, 21, 22, 23)
 #: torch 2.6 cannot export graphs whose sizes depend on the data.
-_LEAST_TORCH = (2, 7)
+_LEAST_TORCH = "2.7"
 #: Largest batch and side of a dynamic graph.
 _MOST_IMAGES, _MOST_SIDE = 1024, 16384
 
@@ -76,12 +77,9 @@ def export(weights: StrPath, output: StrPath, options: Options = Options(), *, c
         UserError: the options do not fit the model, the weights cannot be used, or torch cannot export.
     """
     path = Path(os.path.expanduser(output))
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _LEAST_TORCH:
-        least = ".".join(map(str, _LEAST_TORCH))
-        raise ConfigError(
-            f"export needs torch {least} or newer; this is {torch.__version__}: pip install -U torch torchvision. "
-            "The exported file then runs without torch"
-        )
+    if TorchVersion(torch.__version__) < _LEAST_TORCH:
+        remedy = "pip install -U torch torchvision"
+        raise ConfigError(f"export needs torch {_LEAST_TORCH} or newer; this is {torch.__version__}: {remedy}")
     if options.to == "onnx" and options.opset not in OPSETS:
         raise ConfigError(f"--opset {options.opset}: use one of {', '.join(map(str, OPSETS))}")
     engine = choice.load(choice.Choice("embedded", ""))
@@ -89,13 +87,17 @@ def export(weights: StrPath, output: StrPath, options: Options = Options(), *, c
     model, cfg = predictor.module, predictor.config
     assert isinstance(model, MaskRCNN) and cfg is not None
     divisor = max(model.backbone.size_divisibility, 1)
-    _check_size(options.size, divisor)
+    size, most = options.size or (), _MOST_SIDE // divisor * divisor
+    good = [min(max(-(-side // divisor) * divisor, LEAST), most) for side in size]
+    if good != [*size]:
+        raise ConfigError(
+            f"--size {'x'.join(map(str, size))}: this model takes sides from {LEAST} to {_MOST_SIDE} that are "
+            f"multiples of {divisor}; use {'x'.join(map(str, good))}"
+        )
     for section in ("ROI_BOX_HEAD", "ROI_MASK_HEAD"):
         if options.to == "onnx" and cfg.MODEL[section].POOLER_TYPE == "ROIPool":
-            raise ConfigError(
-                f"MODEL.{section}.POOLER_TYPE ROIPool cannot be exported to ONNX; use --to pt2, or train with "
-                "ROIAlignV2"
-            )
+            pooler = f"MODEL.{section}.POOLER_TYPE ROIPool"
+            raise ConfigError(f"{pooler} cannot be exported to ONNX; use --to pt2, or train with ROIAlignV2")
     graph = GraphDetector(
         model,
         cfg.INPUT.FORMAT,
@@ -116,14 +118,15 @@ def export(weights: StrPath, output: StrPath, options: Options = Options(), *, c
     with quiet():
         try:
             program = trace(graph, len(cfg.MODEL.PIXEL_MEAN), options, divisor)
-            content = _WRITERS[options.to](program, graph, metadata, options)
+            if options.to == "onnx":
+                content = _onnx(program, list(graph.outputs), metadata, options.opset)
+            else:
+                content = (_pt2 if options.to == "pt2" else _aoti)(program, metadata.to_json())
         except (UserError, KeyboardInterrupt, MemoryError):
             raise
         except Exception as error:  # the exporters raise exceptions of any type
-            raise UserError(
-                f"torch {torch.__version__} cannot export this model to {options.to} ({one_line(error, 300)}); "
-                "use a newer torch"
-            ) from error
+            problem = f"torch {torch.__version__} cannot export this model to {options.to}"
+            raise UserError(f"{problem} ({one_line(error, 300)}); use a newer torch") from error
     atomic_write(path, content)
     return Exported(path, options, metadata, predictor, graph.outputs)
 
@@ -180,25 +183,23 @@ def translations(opset: int) -> dict[Any, Any]:
     return table
 
 
-def _onnx(program: torch.export.ExportedProgram, graph: GraphDetector, metadata: Metadata, options: Options) -> bytes:
+def _onnx(program: torch.export.ExportedProgram, outputs: list[str], metadata: Metadata, opset: int) -> bytes:
     try:
         import onnx_ir
 
-        table = translations(options.opset)
+        table = translations(opset)
     except ImportError:
-        raise ConfigError(
-            "export to ONNX needs onnx and onnxscript; install them: pip install 'gn-det[export]'"
-        ) from None
+        raise ConfigError("export to ONNX needs onnx and onnxscript: pip install 'gn-det[export]'") from None
     made = torch.onnx.export(
         program,
         (),
         dynamo=True,
         optimize=True,
-        opset_version=options.opset,
+        opset_version=opset,
         verbose=False,
         custom_translation_table=table,
         input_names=["image", "size"],
-        output_names=list(graph.outputs),
+        output_names=outputs,
     )
     assert made is not None
     model = made.model
@@ -209,24 +210,8 @@ def _onnx(program: torch.export.ExportedProgram, graph: GraphDetector, metadata:
         node.doc_string = None
     for value in model.graph.initializers.values():
         value.metadata_props.clear()
-    _check_reacts(model.graph)
     _name_axes(model.graph)
     return bytes(onnx_ir.to_proto(model).SerializeToString())
-
-
-def _check_reacts(graph: Any) -> None:
-    """Raise UserError if an output does not depend on both inputs, because the exporter made one a constant."""
-    for output in graph.outputs:
-        seen, left = set(), [output]
-        while left:
-            value = left.pop()
-            if value is None or value in seen:
-                continue
-            seen.add(value)
-            left += value.producer().inputs if value.producer() is not None else ()
-        lost = [value.name for value in graph.inputs if value not in seen]
-        if lost or [value.name for value in graph.inputs] != ["image", "size"]:
-            raise UserError(f"the graph's output {output.name} does not depend on its inputs; use a newer torch")
 
 
 def _name_axes(graph: Any) -> None:
@@ -240,36 +225,21 @@ def _name_axes(graph: Any) -> None:
         value.shape = onnx_ir.Shape([*dims, *list(value.shape)[len(dims) :]])
 
 
-def _pt2(program: torch.export.ExportedProgram, graph: GraphDetector, metadata: Metadata, options: Options) -> bytes:
+def _pt2(program: torch.export.ExportedProgram, metadata: str) -> bytes:
     file = io.BytesIO()
-    torch.export.save(program, file, extra_files={NAME: metadata.to_json()})
+    torch.export.save(program, file, extra_files={NAME: metadata})
     return file.getvalue()
 
 
-def _aoti(program: torch.export.ExportedProgram, graph: GraphDetector, metadata: Metadata, options: Options) -> bytes:
+def _aoti(program: torch.export.ExportedProgram, metadata: str) -> bytes:
     from torch._inductor import aoti_compile_and_package, config
 
     # With it, a convolution after a transposed one gives wrong values where the batch, here the number of detections,
     # depends on the data (torch 2.14.1, CPU).
-    changes = {"layout_optimization": False, "aot_inductor.metadata": {NAME: metadata.to_json()}}
+    changes = {"layout_optimization": False, "aot_inductor.metadata": {NAME: metadata}}
     with tempfile.TemporaryDirectory() as folder, config.patch(changes):
         path = aoti_compile_and_package(program, package_path=os.path.join(folder, "model.pt2"))
         return Path(path).read_bytes()
-
-
-_WRITERS = {"onnx": _onnx, "pt2": _pt2, "aoti": _aoti}
-
-
-def _check_size(size: tuple[int, int] | None, divisor: int) -> None:
-    if size is None:
-        return
-    good = [max(-(-side // divisor) * divisor, LEAST) for side in size]
-    if list(size) != good or max(size) > _MOST_SIDE:
-        height, width = (min(side, _MOST_SIDE // divisor * divisor) for side in good)
-        raise ConfigError(
-            f"--size {size[0]}x{size[1]}: this model takes sides from {LEAST} to {_MOST_SIDE} that are multiples of "
-            f"{divisor}; use {height}x{width}"
-        )
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from gn_det.about import __version__
-from gn_det.checkpoint.meta import names_of_classes
 from gn_det.config.schema import KEYS
 from gn_det.data.image import ImageReader
 from gn_det.errors import WeightsError
@@ -81,13 +80,8 @@ class Metadata:
             if len(values.get("thresholds", ())) not in (0, len(values["class_names"])):
                 raise InvalidValue("thresholds", "has another length than class_names")
         except (ValueError, RecursionError) as error:
-            raise WeightsError(
-                f"{where}: its gn_det metadata cannot be used ({one_line(error)}); export it again"
-            ) from None
-        return cls(
-            names_of_classes(values["class_names"]),
-            tuple(values["category_ids"]),
-            **{name: values[name] for name in ("divisor", "masks", "precision", "version")},
-            keys={key: values["keys"][key] for key in STORED},
-            thresholds=tuple(values.get("thresholds", ())),
-        )
+            problem = f"its gn_det metadata cannot be used ({one_line(error)})"
+            raise WeightsError(f"{where}: {problem}; export it again") from None
+        known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+        known |= {name: tuple(known.get(name, ())) for name in ("class_names", "category_ids", "thresholds")}
+        return cls(**known)

@@ -88,10 +88,8 @@ def classes_last(state: State) -> None:
                 continue
             found = state[name].shape[0] if state[name].dim() else 0
             if found != per_class * rows:
-                raise WeightsError(
-                    f"{name}: has {found} rows, {per_class * rows} would belong to the {rows} classes of cls_score; "
-                    "class-agnostic boxes and masks are not read"
-                )
+                wanted = f"{per_class * rows} would belong to the {rows} classes of cls_score"
+                raise WeightsError(f"{name}: has {found} rows, {wanted}; class-agnostic boxes and masks are not read")
             state[name] = state[name][per_class:]
         name = box + "cls_score." + leaf
         if name in state and state[name].dim():

@@ -39,9 +39,7 @@ def translate(state: State, payload: Mapping[str, Any]) -> Weights:
         WeightsError: a model with BatchNorm.
     """
     if any(name.endswith("running_mean") for name in state):
-        raise WeightsError(
-            "holds a pre-activation ResNet with BatchNorm, which is not read; resnetv2_*_bit and resnetv2_50d_gn are"
-        )
+        raise WeightsError("holds a pre-activation ResNet with BatchNorm, which is not read; give one with GroupNorm")
     ignored = tuple(name for name in state if name.startswith(("norm.", "head.")))
     kept = {map_name(name) or name: value for name, value in state.items() if name not in ignored}
     bit = "stem.conv.weight" in state
