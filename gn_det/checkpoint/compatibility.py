@@ -7,9 +7,7 @@ mismatch is an error that names the keys.
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 from gn_det.checkpoint.formats.common import Weights
@@ -45,10 +43,12 @@ _SUITS = {
     "": ("",),
 }
 _NORM_NAMES = {"affine": "GN, LN or IN", "affine BN": "BN folded into scale and shift", "": "no norm"}
-_OF_PART: dict[str, Callable[[str], Any]] = {
-    "FPN": re.compile(r"backbone\.fpn_").match,
-    "ROI_BOX_HEAD": re.compile(r"roi_heads\.box_head\.(?:\d+\.)?conv").match,
-    "ROI_MASK_HEAD": re.compile(r"roi_heads\.mask_head\.mask_fcn").match,
+# Section of MODEL.WS -> beginnings of the names of its convolutions.
+_CONVOLUTIONS = {
+    "RESNETS": ("res", "backbone.res", "backbone.bottom_up.res", "roi_heads.res5"),
+    "FPN": "backbone.fpn_",
+    "ROI_BOX_HEAD": ("roi_heads.box_head.conv", "roi_heads.box_head.0.conv"),
+    "ROI_MASK_HEAD": "roi_heads.mask_head.mask_fcn",
 }
 
 
@@ -97,7 +97,7 @@ def check_norm(source: str, weights: Weights, found: Architecture, cfg: Any, all
     )
 
 
-def _needed_keys(weights: Weights, found: Architecture) -> dict[str, Any]:
+def _needed_keys(weights: Weights) -> dict[str, Any]:
     """Return the config keys that the weights state beyond depth and the backbone's norm; None for an unknown value."""
     needs, (groups, per_group) = weights.preprocessing or Preprocessing(), weights.groups or (None, None)
     return {
@@ -107,7 +107,7 @@ def _needed_keys(weights: Weights, found: Architecture) -> dict[str, Any]:
         **{
             f"MODEL.WS.{part}": formula
             for part, formula in weights.ws.items()
-            if (found.blocks if part == "RESNETS" else any(map(_OF_PART[part], weights.state)))
+            if any(name.startswith(_CONVOLUTIONS[part]) for name in weights.state)
         },
     }
 
@@ -120,7 +120,7 @@ def check_keys(
     Raises:
         WeightsError: they differ; the message names all keys to set.
     """
-    needs, norms = _needed_keys(weights, found), norms and bool(found.blocks)
+    needs, norms = _needed_keys(weights), norms and bool(found.blocks)
     if norms:
         needs |= {key: get_value(weights.config, key) for key in NORM_KEYS}
     skip = ("MODEL.WS.",) if allow_partial else ()
@@ -160,8 +160,7 @@ def describe(path_or_uri: str) -> list[str]:
     dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in state.values()})
     parts = Counter(map(part_of, state))
     names = f": {one_line(shorten(weights.class_names, 5), 400)}" if weights.class_names else ""
-    steps = (weights.meta or {}).get("provenance")
-    steps = steps if isinstance(steps, (list, tuple)) else ()
+    steps = weights.meta["provenance"] if weights.meta else []
     folded = "; order and std are folded into the stem on load" if weights.foldable else ""
     ask = "; append ?preprocessing=caffe or ?preprocessing=torch to the name" if weights.asks else ""
     clips = any(v.dim() == 5 for v in state.values())
@@ -179,7 +178,7 @@ def describe(path_or_uri: str) -> list[str]:
         "preprocessing": expects(weights.preprocessing) + folded if weights.preprocessing else f"unknown{ask}",
         "config keys": "" if clips else _keys(weights, found),
         "not used": shorten(weights.ignored) if weights.ignored else "",
-        "provenance": " -> ".join(_step(s) for s in steps if isinstance(s, dict)),
+        "provenance": " -> ".join(map(_step, steps)),
     }
     return [path_or_uri, *(f"  {name:14s}{value}" for name, value in rows.items() if value)]
 
@@ -196,7 +195,7 @@ def _keys(weights: Weights, found: Architecture) -> str:
     keys: dict[str, Any] = {"MODEL.RESNETS.DEPTH": found.depth or None}
     if found.blocks:
         keys["MODEL.RESNETS.NORM"] = {"affine BN": "FrozenBN", "BN": "FrozenBN", "affine": "GN"}.get(norm, norm)
-    keys |= _needed_keys(weights, found)
+    keys |= _needed_keys(weights)
     if weights.foldable:
         if keys.pop("INPUT.FORMAT") == "RGB" and keys["MODEL.PIXEL_MEAN"]:
             keys["MODEL.PIXEL_MEAN"] = keys["MODEL.PIXEL_MEAN"][::-1]

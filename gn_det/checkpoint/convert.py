@@ -129,8 +129,7 @@ def _as_layers(source: str, weights: Weights, state: State) -> tuple[State, list
 
 def _block(source: str, path: Path, weights: Weights, whole: bool) -> dict[str, Any]:
     """Return the ``gn_det`` block; ``whole``: the file is still described by the config of our own checkpoint."""
-    before = dict(weights.meta or {})
-    steps = before.get("provenance")
+    before = weights.meta or {}
     uri, _ = split_options(source)
     # Store only the name of a local file, because its folder is private.
     step = {"source": uri if "://" in uri else path.name, "sha256": sha256_of(path), "kind": weights.kind}
@@ -138,17 +137,14 @@ def _block(source: str, path: Path, weights: Weights, whole: bool) -> dict[str, 
         **before,
         "version": __version__,
         "class_names": list(weights.class_names),
-        "category_ids": list(before.get("category_ids", ())),
         "config": before.get("config", "") if whole else "",
-        "iteration": before.get("iteration"),
-        "best_metric": before.get("best_metric"),
         "weights": {
             "norm": weights.norm or ("GN" if weights.groups else ""),
             "groups": weights.groups,
             "ws": weights.ws,
             "preprocessing": None if weights.preprocessing is None else asdict(weights.preprocessing),
             "foldable": weights.foldable,
-            "asks": weights.asks and weights.preprocessing is None,
+            "asks": weights.asks,
         },
-        "provenance": [*(steps if isinstance(steps, (list, tuple)) else ()), step],
+        "provenance": [*before.get("provenance", ()), step],
     }

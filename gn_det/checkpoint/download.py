@@ -41,8 +41,8 @@ class DownloadFailed(Exception):
     """The reason in one line, without the URL."""
 
 
-def fetch(url: str, target: Path, *, source: str = "", sha256: str = "") -> Path:
-    """Return ``target``, downloading it from ``url`` or the mirror ``source`` if it does not exist.
+def fetch(url: str, target: Path, *, source: str, sha256: str = "") -> None:
+    """Download ``target`` from ``source``, which is ``url`` or its mirror, if it does not exist.
 
     ``sha256`` is a hex digest or the start of one; "" uses the published one, if known.
 
@@ -52,20 +52,19 @@ def fetch(url: str, target: Path, *, source: str = "", sha256: str = "") -> Path
     from iopath.common.file_io import file_lock
     from tqdm import tqdm
 
-    name = one_line(target.name, 40)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with file_lock(str(target)):
             if target.is_file():  # another process was faster
-                return target
+                return
             for stale in target.parent.glob(f".{target.name}.part-*"):  # left by a killed process; we hold the lock
                 stale.unlink(missing_ok=True)
             part = target.with_name(f".{target.name}.part-{os.getpid()}")
             try:
                 logger.info("Downloading %s", url)
-                unit = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
-                with open(part, "w+b") as file, tqdm(desc=name, disable=None, delay=1, **unit) as bar:
-                    _Download(source or url, file, bar, sha256 or _published_hash(url)).run()
+                look = {"desc": one_line(target.name, 40), "unit": "B", "unit_scale": True, "unit_divisor": 1024}
+                with open(part, "w+b") as file, tqdm(disable=None, delay=1, **look) as bar:
+                    _Download(source, file, bar, sha256 or _published_hash(url)).run()
                     file.flush()
                     os.fsync(file.fileno())
                     file.seek(0)
@@ -76,7 +75,6 @@ def fetch(url: str, target: Path, *, source: str = "", sha256: str = "") -> Path
                 part.unlink(missing_ok=True)
     except OSError as error:
         raise DownloadFailed(one_line(error.strerror or error)) from error
-    return target
 
 
 def _published_hash(url: str) -> str:

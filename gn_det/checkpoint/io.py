@@ -19,7 +19,7 @@ import torch
 from gn_det.checkpoint.torch_archive import DTYPES, NOT_SAVED, read_archive, read_legacy
 from gn_det.checkpoint.unpickler import MAX_KEY, Refused, check_values, read_pickle
 from gn_det.errors import WeightsError
-from gn_det.files import NotRegularFile, StrPath, atomic_write, open_regular
+from gn_det.files import StrPath, atomic_write, open_regular
 from gn_det.text import one_line
 
 _PLAIN = (str, int, float, bool, type(None))
@@ -38,8 +38,7 @@ _PICKLE = re.compile(rb"\x80[\x01-\x05]|\(d[p.]|\}[q.(]|ccollections\n")
 _NOT_WEIGHTS = (
     (rb"<[!?a-z]", "a web page or XML, probably a failed download; download it again"),
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself; run `git lfs pull`"),
-    (b"\x89PNG", "a picture"),
-    (b"\xff\xd8\xff", "a picture"),
+    (rb"\x89PNG|\xff\xd8\xff", "a picture"),
     (b"\x1f\x8b", "a gzip archive; unpack it first"),
 )
 
@@ -193,12 +192,9 @@ def read_head(path: StrPath) -> bytes:
         problem = "" if head else "is empty; copy or download it again"
     except FileNotFoundError:
         problem = "no such file; give an existing checkpoint (MODEL.WEIGHTS)"
-    except IsADirectoryError:
-        problem = "is a folder; give the checkpoint file in it, such as model_best.pth"
-    except NotRegularFile as error:
-        problem = f"{error.strerror}; give a checkpoint file (MODEL.WEIGHTS)"
     except (OSError, ValueError) as error:
-        problem = f"cannot be read ({one_line(getattr(error, 'strerror', '') or error)})"
+        reason = one_line(getattr(error, "strerror", "") or error)
+        problem = f"cannot be read ({reason}); give a checkpoint file, such as model_best.pth (MODEL.WEIGHTS)"
     if problem:
         raise WeightsError(f"{one_line(str(path), 400)}: {problem}")
     return head
@@ -250,6 +246,4 @@ def check_tensors(path: StrPath, tensors: Mapping[str, Any]) -> None:
             raise WeightsError(f"{where}: entry {one_line(name, 60)!r} {problem}")
         claimed += value.numel() * value.element_size()
         if claimed > _SHARED * size + 1024:
-            raise WeightsError(
-                f"{where}: its entries share contents so often that they exceed {_SHARED} times its size"
-            )
+            raise WeightsError(f"{where}: its entries share contents and claim more than {_SHARED} times its size")

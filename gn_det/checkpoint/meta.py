@@ -67,8 +67,8 @@ def read_meta(payload: Mapping[str, Any], source: StrPath = "") -> dict[str, Any
     """Return the metadata block of a checkpoint (from the file ``source``), or None if gn_det did not write it.
 
     Missing or ill-typed entries are returned empty, so callers can rely on ``version`` (str), ``class_names`` (tuple of
-    str), ``category_ids`` (tuple of int), ``config`` (YAML text, "" if unknown), ``iteration`` (int or None) and
-    ``best_metric`` (float or None).
+    str), ``category_ids`` (tuple of int), ``config`` (YAML text, "" if unknown), ``iteration`` (int or None),
+    ``best_metric`` (float or None) and ``provenance`` (list of dicts).
 
     Raises:
         WeightsError: the block has other than plain values, or implausibly many class names.
@@ -83,6 +83,7 @@ def read_meta(payload: Mapping[str, Any], source: StrPath = "") -> dict[str, Any
         where = f"{one_line(str(source), 400)}: " if source else ""
         raise WeightsError(f"{where}its gn_det metadata cannot be used ({error}); they must be plain values") from None
     ids, iteration, best, config = (block.get(k) for k in ("category_ids", "iteration", "best_metric", "config"))
+    steps = block.get("provenance")
     return {
         **block,
         "version": one_line(block.get("version", ""), 40),
@@ -90,6 +91,7 @@ def read_meta(payload: Mapping[str, Any], source: StrPath = "") -> dict[str, Any
         "category_ids": tuple(ids) if isinstance(ids, (list, tuple)) and all(type(i) is int for i in ids) else (),
         "config": config if isinstance(config, str) else "",
         "iteration": iteration if type(iteration) is int else None,
+        "provenance": [step for step in steps if isinstance(step, dict)] if isinstance(steps, (list, tuple)) else [],
         "best_metric": float(best) if isinstance(best, (int, float)) and not abs(best) > 2**63 else None,
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -10,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from gn_det.checkpoint.formats import caffe2, detectron2, mmdet, timm_v2, torchvision
+from gn_det.checkpoint.formats import caffe2, mmdet, timm_v2, torchvision
 from gn_det.checkpoint.formats.common import State, Weights
 from gn_det.checkpoint.io import check_tensors, read_any
 from gn_det.checkpoint.meta import read_meta
-from gn_det.checkpoint.preprocessing import KEYS, read_preprocessing
+from gn_det.checkpoint.preprocessing import KEYS, Preprocessing, read_preprocessing
 from gn_det.checkpoint.weights_uri import local_path, published, split_options
 from gn_det.config.defaults import get_value
 from gn_det.config.reader import parse_yaml
@@ -27,15 +28,35 @@ NORM_KEYS = ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM", "MODEL.ROI_BOX_HEAD.NORM", 
 
 
 # For each project: a test of tensor names, and a translator of tensors and file. The first row that recognizes the
-# names wins. The last row accepts everything, so that the error can name the tensors.
+# names wins.
 FORMATS: tuple[tuple[Callable[[Collection[str]], bool], Callable[[State, Mapping[str, Any]], Weights]], ...] = (
     (caffe2.recognizes, caffe2.translate),
     (mmdet.recognizes, mmdet.translate),
     (torchvision.recognizes, torchvision.translate),
     (timm_v2.recognizes, timm_v2.translate),
-    (detectron2.recognizes, detectron2.translate),
-    (lambda names: True, lambda state, _: Weights(state, "state dict of another model")),
 )
+_DETECTRON2 = "Detectron2 checkpoint"
+_KNOWN = re.compile(r"(?:backbone\.(?:bottom_up\.)?)?(?:stem\.conv1|res[2-5]\.\d+)\.")
+# Old constants and the ImageNet classifier: present in files, but not weights of a detector.
+_IGNORED = re.compile(r"(?:.*\.)?(?:pixel_mean|pixel_std)$|.*cell_anchors|(?:stem\.)?(?:fc|linear)\.(?:weight|bias)$")
+
+
+def _without_renaming(state: State, payload: Mapping[str, Any]) -> Weights:
+    """Return a detector or bare backbone of Detectron2 or ours, with the preprocessing if its constants are stored.
+
+    Any other state dict is returned too, so that the error can name its tensors.
+    """
+    mean, std = state.get("pixel_mean"), state.get("pixel_std")
+    needs = None
+    if mean is not None and std is not None and mean.numel() == std.numel() == 3:
+        needs = Preprocessing(pixel_mean=tuple(map(float, mean.flatten())), pixel_std=tuple(map(float, std.flatten())))
+    kind = _DETECTRON2 if any(map(_KNOWN.match, state)) else "state dict of another model"
+    if kind == _DETECTRON2 and payload.get("__author__"):
+        kind += f", by {one_line(payload['__author__'], 60)!r}"
+    ignored = tuple(filter(_IGNORED.match, state))
+    kept = {name: value for name, value in state.items() if not _IGNORED.match(name)}
+    aside = {name: state[name] for name in ignored if name.startswith("stem.fc.")}
+    return Weights(kept, kind, ignored=ignored, preprocessing=needs, aside=aside)
 
 
 def open_weights(path_or_uri: StrPath, *, must_know: bool = True) -> Weights:
@@ -52,7 +73,7 @@ def open_weights(path_or_uri: StrPath, *, must_know: bool = True) -> Weights:
     uri, options = split_options(os.fspath(path_or_uri))
     path = local_path(uri)
     weights = read_weights(path)
-    unknown = weights.preprocessing is None or weights.asks
+    unknown = weights.preprocessing is None
     needs, ws = published(uri, path) if unknown or not weights.ws else (None, None)
     known = options.preprocessing or (needs if unknown else None)
     if known is not None:
@@ -61,7 +82,7 @@ def open_weights(path_or_uri: StrPath, *, must_know: bool = True) -> Weights:
         weights.ws = {"RESNETS": ws}
     if weights.ws.get("RESNETS"):  # the stem is standardized, so that a std cannot be folded into it
         weights.foldable = False
-    if must_know and weights.asks and weights.preprocessing is None:
+    if must_know and weights.asks:
         raise WeightsError(
             f"{uri}: {weights.kind} that does not store how images were normalized: append ?preprocessing=caffe (BGR, "
             "0-255) or ?preprocessing=torch (RGB, ImageNet mean and std) to its name"
@@ -78,7 +99,7 @@ def read_weights(path: StrPath) -> Weights:
     payload = read_any(path)
     meta = read_meta(payload, path)
     state = _tensors(path, _state_of(path, payload))
-    translate = next(translate for recognizes, translate in FORMATS if recognizes(state.keys()))
+    translate = next((translate for recognizes, translate in FORMATS if recognizes(state)), _without_renaming)
     try:
         weights = translate(state, payload)
     except WeightsError as error:
@@ -94,8 +115,6 @@ def read_weights(path: StrPath) -> Weights:
             weights.config, about = config, _facts_of_config(config)
         if isinstance(about, Mapping):
             _take(weights, about)
-    elif payload.get("__author__") and weights.kind == detectron2.KIND:
-        weights.kind = f"{detectron2.KIND}, by {one_line(payload['__author__'], 60)!r}"
     return weights
 
 
@@ -142,8 +161,7 @@ def _from_numpy(array: np.ndarray) -> torch.Tensor:
 def _kind(meta: Mapping[str, Any]) -> str:
     """Describe one of our files: a training checkpoint, or the result of `gn-det classify` or `gn-det convert`."""
     ours = one_line(f"gn_det {meta['version']}", 40)
-    steps = meta.get("provenance")
-    step = steps[-1] if isinstance(steps, list) and steps and isinstance(steps[-1], Mapping) else {}
+    step = meta["provenance"][-1] if meta["provenance"] else {}
     before = step.get("kind")
     if meta["config"] or not isinstance(before, str):
         return ours
@@ -172,4 +190,4 @@ def _take(weights: Weights, about: Mapping[str, Any]) -> None:
         weights.groups = (groups[0], groups[1])
     if isinstance(needs, Mapping):
         weights.preprocessing = read_preprocessing(needs)
-    weights.foldable, weights.asks = about.get("foldable") is True, about.get("asks") is True
+    weights.foldable = about.get("foldable") is True

@@ -66,7 +66,6 @@ class LoadReport(Outcome):
     kind: str = ""  # detected kind of file, such as "Caffe2 ImageNet backbone, ResNet-50, GN"
     ignored: tuple[str, ...] = ()  # names not used by any detector (ImageNet classifier, momentum, anchors ...)
     notes: tuple[str, ...] = ()  # sentences worth showing the user
-    meta: dict[str, Any] | None = None  # the gn_det block of the file
 
     def by_part(self) -> dict[str, Outcome]:
         """Return the parts of :data:`PARTS` that the model or the file has, in that order."""
@@ -127,7 +126,7 @@ def plan_weights(
     placed = _place(weights, in_model, skip_norms=bool(notes))
     by_name = _rows_by_name(weights, cfg, placed, parameters, as_stored=require_all)
     kind = ", ".join(filter(None, (weights.kind, found.resnet, weights.norm))) if found.depth else weights.kind
-    report = LoadReport(source=source, kind=kind, meta=weights.meta)
+    report = LoadReport(source=source, kind=kind)
     whole = bool(found.style)
     _sort(report, placed, in_model, whole, weights.ignored)
     report.notes = (*notes, *folded, *weights.notes, *by_name)
@@ -300,19 +299,11 @@ def _refuse_non_finite(source: str, state: State) -> None:
 
 
 def format_report(report: LoadReport) -> str:
-    """Format the report as a table with one line per part, with details of everything that was not simply loaded."""
-    from tabulate import tabulate
-
-    rows = []
+    """Format the report with one line per part and details of everything that was not simply loaded."""
+    lines = [f"Weights: {as_line(report.source)} ({one_line(report.kind)})"]
     for name, part in report.by_part().items():
         total = len(part.loaded) + len(part.missing) + len(part.shape_differs) + len(part.reinitialized)
-        counts = (len(part.missing), len(part.unexpected), len(part.shape_differs))
-        rows.append((name, f"{len(part.loaded)}/{total}", *(str(c or "-") for c in counts), _describe(part)))
-    headers = ("part", "loaded", "initialized", "unexpected", "shape", "note")
-    align = ("left", *["right"] * 4, "left")
-    table = tabulate(rows, headers, tablefmt="plain", disable_numparse=True, colalign=align if rows else None)
-    lines = [f"Weights: {as_line(report.source)} ({one_line(report.kind)})"]
-    lines += [f"  {line}".rstrip() for line in table.splitlines()]
+        lines.append(f"  {name:9}  {f'{len(part.loaded)}/{total}':>7} loaded  {_describe(part)}".rstrip())
     lines += [f"  not used by a detector: {shorten(report.ignored)}"] if report.ignored else []
     return "\n".join([*lines, *(f"  note: {as_line(note)}" for note in report.notes)])
 

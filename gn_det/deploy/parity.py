@@ -106,9 +106,12 @@ class Parity:
             ("masks, IoU of an image", f"{self.masks:.5f}", f">= {limit.masks:g}", self.masks >= limit.masks),
             ("detections unmatched", str(self.unmatched), f"<= {limit.unmatched:.1%}", self.unmatched <= most),
         ]
-        for task, (original, exported, _) in self.ap.items():
+        for task, (original, exported, unpadded) in self.ap.items():
             difference = abs(original - exported)
-            rows.append((f"{task}/AP", f"{difference:.2f}", f"<= {limit.ap:g}", difference <= limit.ap))
+            sides = f"torch {original:.2f}, exported {exported:.2f}"
+            if not np.isnan(unpadded):
+                sides += f"; torch without the padding {unpadded:.2f}"
+            rows.append((f"{task}/AP", f"{difference:.2f} ({sides})", f"<= {limit.ap:g}", difference <= limit.ap))
         return rows
 
     @property
@@ -117,18 +120,10 @@ class Parity:
 
     def lines(self) -> list[str]:
         """Format the comparison as text."""
-        lines = [
-            f"{count(self.images, 'image')}: {self.original} detections by torch, {self.exported} by the exported file",
-            *tabulate(
-                [(name, value, limit, "ok" if kept else "FAILED") for name, value, limit, kept in self.rows],
-                ("largest difference", "", "tolerance", ""),
-                disable_numparse=True,
-            ).splitlines(),
-        ]
-        for task, (original, exported, unpadded) in self.ap.items():
-            padding = "" if np.isnan(unpadded) else f"; torch without the padding {unpadded:.2f}"
-            lines.append(f"{task}/AP: torch {original:.2f}, exported {exported:.2f}{padding}")
-        return lines
+        rows = [(name, value, limit, "ok" if kept else "FAILED") for name, value, limit, kept in self.rows]
+        table = tabulate(rows, ("largest difference", "", "tolerance", ""), disable_numparse=True)
+        sides = f"{self.original} detections by torch, {self.exported} by the exported file"
+        return [f"{count(self.images, 'image')}: {sides}", *table.splitlines()]
 
 
 def match(original: AnyDetections, exported: AnyDetections, threshold: float) -> tuple[np.ndarray, int]:

@@ -193,7 +193,8 @@ def test_a_weak_etag_recognizes_no_version(server: Server, tmp_path: Path) -> No
     assert local_path(f"{server.url}/norange/w.pth").read_bytes() == CHANGED
     assert [wanted for _, wanted in server.log] == [None, None]
     server.etag = '"one"'
-    target = download.fetch(f"{server.url}/whole/w.pth", tmp_path / "upper.pth", sha256=SHA.upper())
+    url, target = f"{server.url}/whole/w.pth", tmp_path / "upper.pth"
+    download.fetch(url, target, source=url, sha256=SHA.upper())
     assert target.read_bytes() == CONTENT
 
 
@@ -307,7 +308,7 @@ def test_no_network_fails_at_the_first_attempt(tmp_path: Path, monkeypatch: pyte
     waits: list[float] = []
     monkeypatch.setattr(download.time, "sleep", waits.append)
     with pytest.raises(download.DownloadFailed, match="Connection refused"):
-        download.fetch("http://127.0.0.1:9/x.pth", tmp_path / "x.pth")
+        download.fetch("http://127.0.0.1:9/x.pth", tmp_path / "x.pth", source="http://127.0.0.1:9/x.pth")
     assert waits == []
 
 

@@ -51,7 +51,6 @@ class Weights:
     #: whether the stem convolution may be rewritten for the config's channel order and std, because the source's
     #: convention differs from Detectron2's
     foldable: bool = False
-    asks: bool = False  # whether the user must state the preprocessing, because it is unknown and matters
     #: the ignored ImageNet classifier with Detectron2's names (``stem.fc.weight``), kept by conversion
     aside: State = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # sentences worth showing the user
@@ -59,6 +58,11 @@ class Weights:
     #: formula of Weight Standardization of each part, "" for none, such as {"RESNETS": "jhu"}; parts that the
     #: source does not state are left out
     ws: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def asks(self) -> bool:
+        """Whether the user must state the preprocessing, because it is unknown and not Detectron2's."""
+        return self.preprocessing is None and (self.foldable or bool(self.ws.get("RESNETS")))
 
     @property
     def num_classes(self) -> int:

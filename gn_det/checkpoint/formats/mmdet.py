@@ -63,7 +63,7 @@ def translate(state: State, payload: Mapping[str, Any]) -> Weights:
     is_gn = "backbone.gn1.weight" in state
     config = meta.get("config", meta.get("cfg"))
     config = config if isinstance(config, str) and len(config) <= 1 << 20 else ""
-    found, dataset = preprocessing_of(config), meta.get("dataset_meta")
+    dataset = meta.get("dataset_meta")
     names = dataset.get("classes", dataset.get("CLASSES")) if isinstance(dataset, Mapping) else meta.get("CLASSES")
     ws = "jhu" if re.search(r"type\s*=\s*['\"]ConvWS['\"]", config) else ""  # of all parts or none
     return Weights(
@@ -72,9 +72,8 @@ def translate(state: State, payload: Mapping[str, Any]) -> Weights:
         "GN" if is_gn else "",
         (32, 0) if is_gn or any(".gn." in name for name in state) else None,
         ws=dict.fromkeys(WS_SECTIONS, ws) if config else {},
-        preprocessing=found,
+        preprocessing=preprocessing_of(config),
         foldable=True,
-        asks=found is None,
         class_names=names_of_classes(names),
     )
 

@@ -40,15 +40,15 @@ def translate(state: State, payload: Mapping[str, Any]) -> Weights:
     """
     if any(name.endswith("running_mean") for name in state):
         raise WeightsError("holds a pre-activation ResNet with BatchNorm, which is not read; give one with GroupNorm")
-    ignored = tuple(name for name in state if name.startswith(("norm.", "head.")))
-    kept = {map_name(name) or name: value for name, value in state.items() if name not in ignored}
+    classifier = ("norm.", "head.")
+    kept = {map_name(name) or name: value for name, value in state.items() if not name.startswith(classifier)}
     bit = "stem.conv.weight" in state
     return Weights(
         kept,
         "timm's BiT backbone" if bit else "timm's pre-activation backbone",
         "GN",
         (32, 0),
-        ignored=ignored,
+        ignored=tuple(name for name in state if name.startswith(classifier)),
         preprocessing=Preprocessing("RGB", _HALF, _HALF, stride_in_1x1=False),
         ws={"RESNETS": "timm" if bit else ""},
     )

@@ -59,5 +59,5 @@ def translate(state: State, payload: Mapping[str, Any]) -> Weights:
     kept = {map_name(name) or name: value for name, value in state.items() if name not in ignored}
     aside = {f"stem.{name}": state[name] for name in ignored}
     if "gn1.weight" in state:  # mmdetection names norms by type; torchvision and timm always use bn
-        return Weights(kept, "mmdetection backbone", "GN", (32, 0), ignored, foldable=True, asks=True, aside=aside)
+        return Weights(kept, "mmdetection backbone", "GN", (32, 0), ignored, foldable=True, aside=aside)
     return Weights(kept, "torchvision or timm ResNet", ignored=ignored, preprocessing=TORCH, foldable=True, aside=aside)
