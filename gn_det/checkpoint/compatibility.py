@@ -12,12 +12,12 @@ from typing import Any
 
 from gn_det.checkpoint.formats.common import Weights
 from gn_det.checkpoint.open_weights import NORM_KEYS, open_weights
-from gn_det.checkpoint.parameter_names import PARTS, Architecture, architecture_of, part_of, shorten
+from gn_det.checkpoint.parameter_names import PARTS, Architecture, architecture_of, part_of
 from gn_det.checkpoint.preprocessing import KEYS, Preprocessing, close, show
 from gn_det.checkpoint.weights_uri import local_path, sha256_of
 from gn_det.config.defaults import get_value
 from gn_det.errors import WeightsError
-from gn_det.text import count, one_line
+from gn_det.text import count, one_line, some
 
 #: Style -> what the weights are, and the backbone to configure.
 _STYLES = {
@@ -44,11 +44,11 @@ _SUITS = {
 }
 _NORM_NAMES = {"affine": "GN, LN or IN", "affine BN": "BN folded into scale and shift", "": "no norm"}
 # Section of MODEL.WS -> beginnings of the names of its convolutions.
-_CONVOLUTIONS = {
+_CONVOLUTIONS: dict[str, tuple[str, ...]] = {
     "RESNETS": ("res", "backbone.res", "backbone.bottom_up.res", "roi_heads.res5"),
-    "FPN": "backbone.fpn_",
+    "FPN": ("backbone.fpn_",),
     "ROI_BOX_HEAD": ("roi_heads.box_head.conv", "roi_heads.box_head.0.conv"),
-    "ROI_MASK_HEAD": "roi_heads.mask_head.mask_fcn",
+    "ROI_MASK_HEAD": ("roi_heads.mask_head.mask_fcn",),
 }
 
 
@@ -159,7 +159,7 @@ def describe(path_or_uri: str) -> list[str]:
     kind = (weights.kind, found.resnet, _NORM_NAMES.get(norm, norm) if found.blocks else "")
     dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in state.values()})
     parts = Counter(map(part_of, state))
-    names = f": {one_line(shorten(weights.class_names, 5), 400)}" if weights.class_names else ""
+    names = f": {some(weights.class_names)}" if weights.class_names else ""
     steps = weights.meta["provenance"] if weights.meta else []
     folded = "; order and std are folded into the stem on load" if weights.foldable else ""
     ask = "; append ?preprocessing=caffe or ?preprocessing=torch to the name" if weights.asks else ""
@@ -177,7 +177,7 @@ def describe(path_or_uri: str) -> list[str]:
         else "no known model",
         "preprocessing": expects(weights.preprocessing) + folded if weights.preprocessing else f"unknown{ask}",
         "config keys": "" if clips else _keys(weights, found),
-        "not used": shorten(weights.ignored) if weights.ignored else "",
+        "not used": some(weights.ignored),
         "provenance": " -> ".join(map(_step, steps)),
     }
     return [path_or_uri, *(f"  {name:14s}{value}" for name, value in rows.items() if value)]

@@ -19,12 +19,12 @@ from gn_det.checkpoint.formats import torchvision
 from gn_det.checkpoint.formats.common import State, Weights
 from gn_det.checkpoint.io import save_checkpoint, write_safetensors
 from gn_det.checkpoint.open_weights import open_weights
-from gn_det.checkpoint.parameter_names import architecture_of, shorten
+from gn_det.checkpoint.parameter_names import architecture_of
 from gn_det.checkpoint.preprocessing import CAFFE, STEM, TORCH, Preprocessing, close, fold, show
 from gn_det.checkpoint.weights_uri import local_path, sha256_of, split_options
 from gn_det.errors import WeightsError
 from gn_det.files import StrPath
-from gn_det.text import one_line
+from gn_det.text import one_line, some
 
 #: Layouts that can be written, and their usual preprocessing.
 LAYOUTS = {"detectron2": CAFFE, "safetensors": CAFFE, "torchvision": TORCH, "timm": TORCH}
@@ -118,7 +118,7 @@ def _as_layers(source: str, weights: Weights, state: State) -> tuple[State, list
     layers: State = {theirs: state[name] for name, theirs in names.items() if theirs is not None}
     rest = [name for name in state if names.get(name) is None]
     if "conv1.weight" not in layers or not any(name.startswith("layer4.") for name in layers):
-        raise WeightsError(f"{source}: {weights.kind} has no ResNet of stem and res2 to res5 (it has {shorten(state)})")
+        raise WeightsError(f"{source}: {weights.kind} has no ResNet of stem and res2 to res5 (it has {some(state, 3)})")
     if weights.norm == "affine BN":
         for name in [n for n in layers if re.search(r"(?:bn\d|downsample\.1)\.weight$", n)]:
             base = name.removesuffix("weight")

@@ -5,6 +5,7 @@ As in Detectron2, a text file ``last_checkpoint`` holds the base name of the new
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -30,11 +31,9 @@ def write_last(folder: StrPath, name: str) -> None:
 
 def last_name(folder: StrPath) -> str:
     """Return the content of ``last_checkpoint`` in ``folder``, unchecked; "" without that file."""
-    try:
-        with open_regular(inside(folder, LAST)) as file:
-            return file.read(256).decode("utf-8", "replace").strip()
-    except (OSError, ValueError):
-        return ""
+    with contextlib.suppress(OSError, ValueError), open_regular(inside(folder, LAST)) as file:
+        return file.read(256).decode("utf-8", "replace").strip()
+    return ""
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:

@@ -148,11 +148,9 @@ def _tensors(path: StrPath, state: Mapping[Any, Any]) -> State:
 
 
 def _from_numpy(array: np.ndarray) -> torch.Tensor:
-    if not array.dtype.isnative:
-        array = array.astype(array.dtype.newbyteorder("="))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "not writable": the tensor is only read
-        return torch.from_numpy(array if array.flags.c_contiguous else array.copy())
+        return torch.from_numpy(np.asarray(array, array.dtype.newbyteorder("="), order="C"))
 
 
 # ------------------------------------------------------------ metadata of our own files

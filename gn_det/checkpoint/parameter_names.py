@@ -6,8 +6,6 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from gn_det.text import one_line
-
 PARTS = ("stem", "res2", "res3", "res4", "res5", "fpn", "rpn", "box head", "mask head", "res5 head", "other")
 BOTTOM_UP = ("stem", "res2", "res3", "res4", "res5")
 _PART_OF = (
@@ -80,14 +78,3 @@ def architecture_of(names: Iterable[str]) -> Architecture:
         variant = "v2d" if any(".stem.conv2." in f".{name}" for name in names) else "bit"
     depth = _DEPTHS.get((counts, bottleneck), 0)
     return Architecture(depth, counts if inner else (), bottleneck, style, variant, stages, norm)
-
-
-def shorten(names: Iterable[str], limit: int = 3) -> str:
-    """Return ``conv1.{weight,bias}, conv2.weight and 5 more``: tensors of one module together, the rest counted."""
-    leaves: dict[str, list[str]] = {}
-    for name in map(one_line, names):
-        module, dot, leaf = name.rpartition(".")
-        leaves.setdefault(module + dot if dot else name, []).append(leaf if dot else "")
-    shown = [m + (found[0] if len(found) == 1 else f"{{{','.join(found)}}}") for m, found in leaves.items()]
-    rest = sum(len(found) for found in list(leaves.values())[limit:])
-    return ", ".join(shown[:limit]) + (f" and {rest} more" if rest else "")

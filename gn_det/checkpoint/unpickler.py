@@ -243,9 +243,6 @@ def _plain_constructors(stream: Stream) -> Table:
         stream.copies(len(text))
         return text.encode("latin1")
 
-    def empty_bytes() -> bytes:  # how protocols < 3 write an empty array's contents; a size is not allowed
-        return b""
-
     def ordered(items: Any = ()) -> Any:
         stream.copies(200 * len(items))
         made: Any = OrderedDict()
@@ -261,8 +258,9 @@ def _plain_constructors(stream: Stream) -> Table:
 
     return {
         ("_codecs", "encode"): encode,
-        ("builtins", "bytes"): empty_bytes,
-        ("__builtin__", "bytes"): empty_bytes,
+        # How protocols < 3 write an empty array's contents; a size is not allowed.
+        ("builtins", "bytes"): lambda: b"",
+        ("__builtin__", "bytes"): lambda: b"",
         ("collections", "OrderedDict"): ordered,
         ("collections", "Counter"): counter,
     }

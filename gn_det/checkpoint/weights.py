@@ -18,7 +18,7 @@ from torch import nn
 from gn_det.checkpoint.compatibility import check_architecture, check_keys, check_norm
 from gn_det.checkpoint.formats.common import State, Weights
 from gn_det.checkpoint.open_weights import open_weights
-from gn_det.checkpoint.parameter_names import BOTTOM_UP, PARTS, architecture_of, part_of, shorten
+from gn_det.checkpoint.parameter_names import BOTTOM_UP, PARTS, architecture_of, part_of
 from gn_det.checkpoint.preprocessing import KEYS, fold, read_preprocessing, show
 from gn_det.checkpoint.weights_uri import split_options
 from gn_det.config.defaults import get_value
@@ -115,8 +115,8 @@ def plan_weights(
     found = architecture_of(weights.state)
     if all(part_of(name) == "other" for name in weights.state):
         raise WeightsError(
-            f"{source}: {weights.kind} does not match the configured architecture: it has {shorten(weights.state)}; "
-            f"the configured model has {shorten(in_model)} (MODEL.WEIGHTS)"
+            f"{source}: {weights.kind} does not match the configured architecture: it has {some(weights.state, 3)}; "
+            f"the configured model has {some(in_model, 3)} (MODEL.WEIGHTS)"
         )
     check_architecture(source, found, architecture_of(in_model), allow_partial)
     notes = check_norm(source, weights, found, cfg, allow_partial)
@@ -211,7 +211,7 @@ def _rows_by_name(
     if not kept or names == theirs or as_stored:
         if names == theirs or len(names) != len(theirs) or not any(map(_PREDICTORS.match, placed)):
             return []
-        return [f"as many classes as the file, but with other names ({shorten(theirs)}): its predictors are kept"]
+        return [f"as many classes as the file, but with other names ({some(theirs, 3)}): its predictors are kept"]
     here, there = [names.index(name) for name in kept], [theirs.index(name) for name in kept]
     changed = False
     for name in [name for name in placed if name in ours and _PREDICTORS.match(name)]:
@@ -269,7 +269,7 @@ def _refuse_untrained(report: LoadReport, cfg: Any, weights: Weights) -> None:
         classes, wanted = weights.num_classes, get_value(cfg, "MODEL.ROI_HEADS.NUM_CLASSES")
         differ = f"was trained with {classes} classes, but MODEL.ROI_HEADS.NUM_CLASSES is {wanted}"
         raise WeightsError(f"{report.source}: {differ}: set it to {classes}, or train first")
-    untrained = [f"{name} ({shorten(p.missing, 1)})" for name, p in report.by_part().items() if p.missing]
+    untrained = [f"{name} ({some(p.missing, 1)})" for name, p in report.by_part().items() if p.missing]
     if untrained:
         raise WeightsError(
             f"{report.source} ({report.kind}): has no weights for {', '.join(untrained)}: evaluate and predict with a "
@@ -283,7 +283,7 @@ def _refuse_frozen(report: LoadReport, model: nn.Module) -> None:
     frozen = [name for name, p in model.named_parameters() if name in lost and not p.requires_grad]
     if frozen:
         raise WeightsError(
-            f"{report.source}: has no weights for {shorten(frozen)}, which are frozen and would stay random: set "
+            f"{report.source}: has no weights for {some(frozen, 3)}, which are frozen and would stay random: set "
             "MODEL.BACKBONE.FREEZE_AT 0, and name no such part in MODEL.FREEZE"
         )
 
@@ -304,7 +304,7 @@ def format_report(report: LoadReport) -> str:
     for name, part in report.by_part().items():
         total = len(part.loaded) + len(part.missing) + len(part.shape_differs) + len(part.reinitialized)
         lines.append(f"  {name:9}  {f'{len(part.loaded)}/{total}':>7} loaded  {_describe(part)}".rstrip())
-    lines += [f"  not used by a detector: {shorten(report.ignored)}"] if report.ignored else []
+    lines += [f"  not used by a detector: {some(report.ignored, 3)}"] if report.ignored else []
     return "\n".join([*lines, *(f"  note: {as_line(note)}" for note in report.notes)])
 
 
@@ -313,13 +313,12 @@ def _describe(part: Outcome) -> str:
     found = []
     if part.missing:
         partly = part.loaded or part.shape_differs or part.reinitialized
-        found.append(f"not in the file: {shorten(part.missing)}" if partly else "not in the file")
+        found.append(f"not in the file: {some(part.missing, 3)}" if partly else "not in the file")
     if part.reinitialized:
-        names = shorten(name.removeprefix("roi_heads.") for name in part.reinitialized)
-        found.append(f"re-initialized, expected (classes differ): {names}")
+        found.append(f"re-initialized, expected (classes differ): {some(part.reinitialized, 3)}")
     if part.shape_differs:
         shapes = [f"{one_line(n)} {a} in the file, {b} in the model" for n, (a, b) in part.shape_differs.items()]
         found.append(f"of other shape: {'; '.join(shapes[:2])}")
     if part.unexpected:
-        found.append(f"only in the file: {shorten(part.unexpected)}")
+        found.append(f"only in the file: {some(part.unexpected, 3)}")
     return "; ".join(found)

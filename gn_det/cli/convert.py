@@ -16,14 +16,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from gn_det.checkpoint.compatibility import expects
     from gn_det.checkpoint.convert import convert
-    from gn_det.checkpoint.parameter_names import shorten
     from gn_det.terminal import say
-    from gn_det.text import one_line
+    from gn_det.text import one_line, some
 
     done = convert(args.source, args.target, args.to, fold_stem=args.fold)
     say(f"Wrote {done.path}: {done.tensors} tensors of {args.source} ({one_line(done.kind)})")
     if done.left_out:
-        say(f"  left out: {shorten(done.left_out)}")
+        say(f"  left out: {some(done.left_out)}")
     if done.preprocessing is not None:
         say(f"  expects {expects(done.preprocessing)}")
     return 0

@@ -17,7 +17,7 @@ from gn_det.data.inputs import collect_images
 from gn_det.data.mapper import InferenceMapper
 from gn_det.deploy.detector import Detector
 from gn_det.deploy.export import Exported, quiet
-from gn_det.errors import DataError, UserError
+from gn_det.errors import DataError
 from gn_det.evaluation.coco_eval import evaluate_coco
 from gn_det.evaluation.ground_truth import load_ground_truth
 from gn_det.evaluation.results import detections_to_coco
@@ -185,23 +185,19 @@ def compare(
 
     Raises:
         DataError: an image or the json cannot be used.
-        UserError: the two sides receive different pixels.
     """
     model, cfg = exported.predictor.module, exported.predictor.config
     assert isinstance(model, MaskRCNN) and cfg is not None
     onnx = exported.options.to == "onnx"
     detector = Detector(exported.path, provider=provider) if onnx else ProgramDetector(exported)
-    mapper, reader = InferenceMapper(cfg), exported.metadata.reader()
+    mapper = InferenceMapper(cfg)
     paths, _ = collect_images(inputs)
     ids = {} if ground_truth is None else image_ids(ground_truth, paths)
     parity = Parity(TOLERANCES[exported.metadata.precision])
     results: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
     for path in paths:
         sample = mapper(path)
-        image, size = detector.prepare(reader.read(path), os.fspath(path))
-        ours = image[0, : size[0, 0], : size[0, 1]].transpose(2, 0, 1)
-        if not np.array_equal(ours[::-1] if cfg.INPUT.FORMAT == "BGR" else ours, sample["image"].numpy()):
-            raise UserError(f"{path}: the exported file and the model receive different pixels; report this as a bug")
+        image, _ = detector.prepare(*detector._load(path))
         with torch.inference_mode():
             original = model.detect([sample], least=(image.shape[1], image.shape[2]))[0]
             unpadded = model.detect([sample])[0] if path in ids and detector.shape[1] else None
