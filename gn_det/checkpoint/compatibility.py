@@ -32,16 +32,8 @@ _VARIANTS = {
     "v2d": "a pre-activation ResNet with a deep stem",
 }
 _SAME_TENSORS = ("GN", "LN", "IN")
-# Norm of the weights -> values of MODEL.RESNETS.NORM that compute the same function.
-_SUITS = {
-    "GN": ("GN",),
-    "LN": ("LN",),
-    "IN": ("IN",),
-    "affine": _SAME_TENSORS,
-    "BN": ("BN", "SyncBN", "FrozenBN"),
-    "affine BN": ("FrozenBN",),
-    "": ("",),
-}
+# Norm of the weights -> values of MODEL.RESNETS.NORM that compute the same function, if not that norm alone.
+_SUITS = {"affine": _SAME_TENSORS, "BN": ("BN", "SyncBN", "FrozenBN"), "affine BN": ("FrozenBN",)}
 _NORM_NAMES = {"affine": "GN, LN or IN", "affine BN": "BN folded into scale and shift", "": "no norm"}
 # Section of MODEL.WS -> beginnings of the names of its convolutions.
 _CONVOLUTIONS: dict[str, tuple[str, ...]] = {
@@ -85,7 +77,7 @@ def check_norm(source: str, weights: Weights, found: Architecture, cfg: Any, all
         WeightsError: the config's norm would compute something else with these weights.
     """
     wanted, norm = get_value(cfg, "MODEL.RESNETS.NORM"), weights.norm or found.norm
-    suits = _SUITS.get(norm, ())
+    suits = _SUITS.get(norm, (norm,))
     if not found.blocks or wanted in (None, *suits):
         return []
     differ = f"these weights are {_NORM_NAMES.get(norm, norm)}, but the config says {wanted!r}"

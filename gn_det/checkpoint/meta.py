@@ -18,8 +18,6 @@ KEY = "gn_det"
 # LVIS has 1,203 classes.
 _MAX_CLASSES = 20_000
 _MAX_NAME = 1000
-#: Keys that a stored config does not set: output folder, other weights, and device.
-NOT_OF_THE_FILE = ("OUTPUT_DIR", "MODEL.WEIGHTS", "MODEL.DEVICE")
 
 
 def build_meta(cfg: CfgNode, class_names: Sequence[str], category_ids: Sequence[int], **extra: Any) -> dict[str, Any]:
@@ -42,7 +40,9 @@ def build_meta(cfg: CfgNode, class_names: Sequence[str], category_ids: Sequence[
 
 
 def config_of_checkpoint(path_or_uri: StrPath) -> CfgNode:
-    """Return the configuration stored in one of our checkpoints, checked like a config file, without NOT_OF_THE_FILE.
+    """Return the configuration stored in one of our checkpoints, checked like a config file.
+
+    Output folder, weights and device have their defaults.
 
     Raises:
         WeightsError: the file is unreadable or stores no configuration.
@@ -58,7 +58,7 @@ def config_of_checkpoint(path_or_uri: StrPath) -> CfgNode:
     if meta is None or not meta["config"]:
         raise WeightsError(f"{path_or_uri}: stores no config (not written by gn_det); name one with --config")
     cfg = parse_config(meta["config"], str(path_or_uri))
-    for name in NOT_OF_THE_FILE:
+    for name in ("OUTPUT_DIR", "MODEL.WEIGHTS", "MODEL.DEVICE"):
         set_value(cfg, name, KEYS[name].default)
     return cfg
 

@@ -73,10 +73,8 @@ def open_weights(path_or_uri: StrPath, *, must_know: bool = True) -> Weights:
     uri, options = split_options(os.fspath(path_or_uri))
     path = local_path(uri)
     weights = read_weights(path)
-    unknown = weights.preprocessing is None
-    needs, ws = published(uri, path) if unknown or not weights.ws else (None, None)
-    known = options.preprocessing or (needs if unknown else None)
-    if known is not None:
+    needs, ws = (None, None) if weights.preprocessing and weights.ws else published(uri, path)
+    if known := options.preprocessing or (None if weights.preprocessing else needs):
         weights.preprocessing, weights.foldable = known, True
     if not weights.ws and ws is not None:
         weights.ws = {"RESNETS": ws}

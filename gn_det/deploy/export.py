@@ -17,9 +17,8 @@ import torch
 from torch.torch_version import TorchVersion
 
 from gn_det.config.defaults import get_value
-from gn_det.deploy.detector import LEAST
+from gn_det.deploy.detector import LEAST, NAME, STORED, Metadata
 from gn_det.deploy.graph import GraphDetector, onnx_nms, portable_nms
-from gn_det.deploy.metadata import NAME, STORED, Metadata
 from gn_det.engine import choice
 from gn_det.errors import ConfigError, UserError
 from gn_det.files import StrPath, atomic_write
@@ -120,8 +119,12 @@ def export(weights: StrPath, output: StrPath, options: Options = Options(), *, c
             program = trace(graph, len(cfg.MODEL.PIXEL_MEAN), options, divisor)
             if options.to == "onnx":
                 content = _onnx(program, list(graph.outputs), metadata, options.opset)
+            elif options.to == "aoti":
+                content = _aoti(program, metadata.to_json())
             else:
-                content = (_pt2 if options.to == "pt2" else _aoti)(program, metadata.to_json())
+                file = io.BytesIO()
+                torch.export.save(program, file, extra_files={NAME: metadata.to_json()})
+                content = file.getvalue()
         except (UserError, KeyboardInterrupt, MemoryError):
             raise
         except Exception as error:  # the exporters raise exceptions of any type
@@ -223,12 +226,6 @@ def _name_axes(graph: Any) -> None:
         axes = names.get(value.name, ("detections", "height", "width"))
         dims = [d if isinstance(d, int) else axis for d, axis in zip(value.shape, (*axes, None))]
         value.shape = onnx_ir.Shape([*dims, *list(value.shape)[len(dims) :]])
-
-
-def _pt2(program: torch.export.ExportedProgram, metadata: str) -> bytes:
-    file = io.BytesIO()
-    torch.export.save(program, file, extra_files={NAME: metadata})
-    return file.getvalue()
 
 
 def _aoti(program: torch.export.ExportedProgram, metadata: str) -> bytes:

@@ -16,8 +16,7 @@ from PIL import Image
 from gn_det.cli import main
 from gn_det.config import get_cfg
 from gn_det.data.mapper import InferenceMapper
-from gn_det.deploy.detector import PROVIDERS, Detector, as_predictor, paste_masks
-from gn_det.deploy.metadata import STORED, Metadata
+from gn_det.deploy.detector import PROVIDERS, STORED, Detector, Metadata, as_predictor, paste_masks
 from gn_det.errors import ConfigError, DataError, UserError, WeightsError
 from gn_det.modeling import postprocess
 from tests.test_imports import run_blocked
