@@ -25,8 +25,8 @@ from gn_det.text import one_line, shown, some
 if TYPE_CHECKING:
     from fvcore.common.config import CfgNode
 
-#: File names in the repository.
-MODEL, CONFIG, CARD = "model.pth", "config.yaml", "README.md"
+#: Name of the checkpoint in the repository.
+MODEL = "model.pth"
 _PARTS = dict(zip(("backbone", "FPN", "box head", "mask head"), NORM_KEYS))
 #: Keys that hold local files and folders of the training machine.
 _LOCAL = (
@@ -69,7 +69,7 @@ def push(weights: StrPath, repo: str, *, private: bool = False, license_name: st
     for key in _LOCAL:
         set_value(cfg, key, "")
     card = model_card(repo, cfg, meta, _metrics(path), license_name)
-    files: dict[str, Any] = {MODEL: path, CONFIG: dump_config(cfg).encode(), CARD: card.encode()}
+    files: dict[str, Any] = {MODEL: path, "config.yaml": dump_config(cfg).encode(), "README.md": card.encode()}
     try:
         api = HfApi()
         api.create_repo(repo, private=private, exist_ok=True)

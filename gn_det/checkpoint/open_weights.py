@@ -35,7 +35,6 @@ FORMATS: tuple[tuple[Callable[[Collection[str]], bool], Callable[[State, Mapping
     (torchvision.recognizes, torchvision.translate),
     (timm_v2.recognizes, timm_v2.translate),
 )
-_DETECTRON2 = "Detectron2 checkpoint"
 _KNOWN = re.compile(r"(?:backbone\.(?:bottom_up\.)?)?(?:stem\.conv1|res[2-5]\.\d+)\.")
 # Old constants and the ImageNet classifier: present in files, but not weights of a detector.
 _IGNORED = re.compile(r"(?:.*\.)?(?:pixel_mean|pixel_std)$|.*cell_anchors|(?:stem\.)?(?:fc|linear)\.(?:weight|bias)$")
@@ -46,13 +45,14 @@ def _without_renaming(state: State, payload: Mapping[str, Any]) -> Weights:
 
     Any other state dict is returned too, so that the error can name its tensors.
     """
+    if not any(map(_KNOWN.match, state)):
+        return Weights(state, "state dict of another model")
     mean, std = state.get("pixel_mean"), state.get("pixel_std")
     needs = None
     if mean is not None and std is not None and mean.numel() == std.numel() == 3:
         needs = Preprocessing(pixel_mean=tuple(map(float, mean.flatten())), pixel_std=tuple(map(float, std.flatten())))
-    kind = _DETECTRON2 if any(map(_KNOWN.match, state)) else "state dict of another model"
-    if kind == _DETECTRON2 and payload.get("__author__"):
-        kind += f", by {one_line(payload['__author__'], 60)!r}"
+    author = payload.get("__author__")
+    kind = f"Detectron2 checkpoint, by {one_line(author, 60)!r}" if author else "Detectron2 checkpoint"
     ignored = tuple(filter(_IGNORED.match, state))
     kept = {name: value for name, value in state.items() if not _IGNORED.match(name)}
     aside = {name: state[name] for name in ignored if name.startswith("stem.fc.")}

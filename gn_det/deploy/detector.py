@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from gn_det.about import __version__
 from gn_det.config.schema import KEYS
@@ -59,8 +58,6 @@ PROVIDERS = {
 MEASURED = ("cpu", "openvino")
 #: Smallest input height and width of a graph in pixels; smaller images are padded.
 LEAST = 32
-#: Threshold for mask probabilities.
-_THRESHOLD = 0.5
 #: Largest input of a file in pixels; 32 times that of the paper's models.
 _MOST_PIXELS = 2**25
 
@@ -104,10 +101,9 @@ class Metadata:
             _ENTRIES(values, "")
             for key in STORED:
                 KEYS[key].check(values["keys"].get(key), key)
-            if len(values["class_names"]) != len(values["category_ids"]):
-                raise InvalidValue("category_ids", "has another length than class_names")
-            if len(values.get("thresholds", ())) not in (0, len(values["class_names"])):
-                raise InvalidValue("thresholds", "has another length than class_names")
+            for name in ("category_ids", "thresholds"):
+                if len(values.get(name, ())) not in (0, len(values["class_names"])):
+                    raise InvalidValue(name, "has another length than class_names")
         except (ValueError, RecursionError) as error:
             problem = f"its gn_det metadata cannot be used ({one_line(error)})"
             raise WeightsError(f"{where}: {problem}; export it again") from None
@@ -191,7 +187,9 @@ class Detector(ImageModel):
         if self.metadata.masks == "box":
             found["masks"] = paste_masks(found["masks"], found["boxes"], height, width)
         elif self.metadata.masks == "image":
-            found["masks"] = _resize_masks(found["masks"][:, :rows, :columns], height, width)
+            resize = Resize(rows, columns, height, width)
+            masks = [resize.image(np.uint8(255) * mask) >= 128 for mask in found["masks"][:, :rows, :columns]]
+            found["masks"] = np.array(masks, bool).reshape(-1, height, width)
         return {"masks": None, **found, "image_size": (height, width)}
 
     def _load(self, image: Path | np.ndarray) -> tuple[np.ndarray, str]:
@@ -316,14 +314,5 @@ def paste_masks(masks: np.ndarray, boxes: np.ndarray, height: int, width: int) -
         x0, y0 = (max(int(v) - 1, 0) for v in np.floor(box[:2]))
         x1, y1 = (min(int(v) + 1, most) for v, most in zip(np.ceil(box[2:]), (width, height)))
         rows, columns = weights(box[1], box[3], range(y0, y1)), weights(box[0], box[2], range(x0, x1))
-        np.greater_equal(rows @ mask @ columns.T, _THRESHOLD, out=pasted[y0:y1, x0:x1])
-    return out
-
-
-def _resize_masks(masks: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(N, h, w) bool to (N, height, width) bool."""
-    out = np.zeros((len(masks), height, width), dtype=bool)
-    for mask, resized in zip(masks, out):
-        image = Image.fromarray(mask.astype(np.uint8) * 255)
-        resized[:] = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR)) >= 128
+        np.greater_equal(rows @ mask @ columns.T, 0.5, out=pasted[y0:y1, x0:x1])
     return out
