@@ -10,9 +10,8 @@ import os
 from collections import Counter
 from typing import Any
 
-from gn_det.checkpoint.formats.common import Weights
+from gn_det.checkpoint.formats.common import PARTS, Architecture, Weights, part_of
 from gn_det.checkpoint.open_weights import NORM_KEYS, open_weights
-from gn_det.checkpoint.parameter_names import PARTS, Architecture, architecture_of, part_of
 from gn_det.checkpoint.preprocessing import KEYS, Preprocessing, close, show
 from gn_det.checkpoint.weights_uri import local_path, sha256_of
 from gn_det.config.defaults import get_value
@@ -70,15 +69,15 @@ def _stages(architecture: Architecture) -> str:
     return count(architecture.stages, "cascade stage")
 
 
-def check_norm(source: str, weights: Weights, found: Architecture, cfg: Any, allow_partial: bool) -> list[str]:
+def check_norm(source: str, weights: Weights, cfg: Any, allow_partial: bool) -> list[str]:
     """Check the norm of the bottom-up network; with ``allow_partial``, return why its norms cannot be loaded.
 
     Raises:
         WeightsError: the config's norm would compute something else with these weights.
     """
-    wanted, norm = get_value(cfg, "MODEL.RESNETS.NORM"), weights.norm or found.norm
+    wanted, norm = get_value(cfg, "MODEL.RESNETS.NORM"), weights.bottom_up_norm
     suits = _SUITS.get(norm, (norm,))
-    if not found.blocks or wanted in (None, *suits):
+    if not weights.architecture.blocks or wanted in (None, *suits):
         return []
     differ = f"these weights are {_NORM_NAMES.get(norm, norm)}, but the config says {wanted!r}"
     if allow_partial:
@@ -104,15 +103,13 @@ def _needed_keys(weights: Weights) -> dict[str, Any]:
     }
 
 
-def check_keys(
-    source: str, weights: Weights, found: Architecture, cfg: Any, *, allow_partial: bool, norms: bool
-) -> None:
+def check_keys(source: str, weights: Weights, cfg: Any, *, allow_partial: bool, norms: bool) -> None:
     """Compare what the weights state with the config's keys: norms if ``norms``, WS unless ``allow_partial``.
 
     Raises:
         WeightsError: they differ; the message names all keys to set.
     """
-    needs, norms = _needed_keys(weights), norms and bool(found.blocks)
+    needs, norms = _needed_keys(weights), norms and bool(weights.architecture.blocks)
     if norms:
         needs |= {key: get_value(weights.config, key) for key in NORM_KEYS}
     skip = ("MODEL.WS.",) if allow_partial else ()
@@ -145,9 +142,7 @@ def describe(path_or_uri: str) -> list[str]:
         WeightsError: unreadable.
     """
     weights = open_weights(path_or_uri, must_know=False)
-    path, state = local_path(path_or_uri), weights.state
-    found = architecture_of(state)
-    norm = weights.norm or found.norm
+    path, state, found, norm = local_path(path_or_uri), weights.state, weights.architecture, weights.bottom_up_norm
     kind = (weights.kind, found.resnet, _NORM_NAMES.get(norm, norm) if found.blocks else "")
     dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in state.values()})
     parts = Counter(map(part_of, state))
@@ -168,7 +163,7 @@ def describe(path_or_uri: str) -> list[str]:
         if found.blocks
         else "no known model",
         "preprocessing": expects(weights.preprocessing) + folded if weights.preprocessing else f"unknown{ask}",
-        "config keys": "" if clips else _keys(weights, found),
+        "config keys": "" if clips else _keys(weights),
         "not used": some(weights.ignored),
         "provenance": " -> ".join(map(_step, steps)),
     }
@@ -182,8 +177,8 @@ def expects(needs: Preprocessing) -> str:
     return f"{needs.format or 'channel order unknown'}, mean {mean}, std {std} (of 0-255){stride}"
 
 
-def _keys(weights: Weights, found: Architecture) -> str:
-    norm = weights.norm or found.norm
+def _keys(weights: Weights) -> str:
+    norm, found = weights.bottom_up_norm, weights.architecture
     keys: dict[str, Any] = {"MODEL.RESNETS.DEPTH": found.depth or None}
     if found.blocks:
         keys["MODEL.RESNETS.NORM"] = {"affine BN": "FrozenBN", "BN": "FrozenBN", "affine": "GN"}.get(norm, norm)

@@ -19,7 +19,6 @@ from gn_det.checkpoint.formats import torchvision
 from gn_det.checkpoint.formats.common import State, Weights
 from gn_det.checkpoint.io import save_checkpoint, write_safetensors
 from gn_det.checkpoint.open_weights import open_weights
-from gn_det.checkpoint.parameter_names import architecture_of
 from gn_det.checkpoint.preprocessing import CAFFE, STEM, TORCH, Preprocessing, close, fold, show
 from gn_det.checkpoint.weights_uri import local_path, sha256_of, split_options
 from gn_det.errors import WeightsError
@@ -81,7 +80,7 @@ def convert(source: StrPath, target: StrPath, to: str = "", *, fold_stem: bool =
         save_checkpoint(target, {"state_dict": own, "gn_det": block})
     else:
         # Detectron2 matches bare names only with this flag.
-        extra = {"matching_heuristics": True} if STEM[-1] in own and not architecture_of(own).style else {}
+        extra = {"matching_heuristics": True} if STEM[-1] in own and not weights.architecture.style else {}
         save_checkpoint(target, {"model": own, "__author__": f"gn_det {__version__}", **extra, "gn_det": block})
     return Converted(target, weights.kind, len(state), tuple(left_out), weights.preprocessing)
 
@@ -108,7 +107,7 @@ def _as_layers(source: str, weights: Weights, state: State) -> tuple[State, list
     """Return the bottom-up network with torchvision's and timm's names, and the names that do not fit there."""
     others = {
         "has its stride in the 1x1 convolutions": weights.preprocessing and weights.preprocessing.stride_in_1x1,
-        "is a pre-activation ResNet": architecture_of(state).variant not in ("", "v1"),
+        "is a pre-activation ResNet": weights.architecture.variant not in ("", "v1"),
         "has standardized weights": weights.ws.get("RESNETS"),
     }
     for what, present in others.items():

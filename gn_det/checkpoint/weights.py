@@ -16,9 +16,8 @@ import torch
 from torch import nn
 
 from gn_det.checkpoint.compatibility import check_architecture, check_keys, check_norm
-from gn_det.checkpoint.formats.common import State, Weights
+from gn_det.checkpoint.formats.common import BOTTOM_UP, PARTS, State, Weights, architecture_of, part_of
 from gn_det.checkpoint.open_weights import open_weights
-from gn_det.checkpoint.parameter_names import BOTTOM_UP, PARTS, architecture_of, part_of
 from gn_det.checkpoint.preprocessing import KEYS, fold, read_preprocessing, show
 from gn_det.checkpoint.weights_uri import split_options
 from gn_det.config.defaults import get_value
@@ -112,16 +111,16 @@ def plan_weights(
     """
     parameters = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     in_model = {name: tuple(value.shape) for name, value in parameters.items()}
-    found = architecture_of(weights.state)
+    found = weights.architecture
     if all(part_of(name) == "other" for name in weights.state):
         raise WeightsError(
             f"{source}: {weights.kind} does not match the configured architecture: it has {some(weights.state, 3)}; "
             f"the configured model has {some(in_model, 3)} (MODEL.WEIGHTS)"
         )
     check_architecture(source, found, architecture_of(in_model), allow_partial)
-    notes = check_norm(source, weights, found, cfg, allow_partial)
+    notes = check_norm(source, weights, cfg, allow_partial)
     folded = _fold(weights, cfg)
-    check_keys(source, weights, found, cfg, allow_partial=allow_partial, norms=not notes)
+    check_keys(source, weights, cfg, allow_partial=allow_partial, norms=not notes)
 
     placed = _place(weights, in_model, skip_norms=bool(notes))
     by_name = _rows_by_name(weights, cfg, placed, parameters, as_stored=require_all)

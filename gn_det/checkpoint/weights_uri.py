@@ -14,14 +14,13 @@ import hashlib
 import os
 import re
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from urllib.parse import urlparse
 
 from gn_det.checkpoint.preprocessing import CAFFE, PREPROCESSINGS, TORCH, Preprocessing
 from gn_det.errors import WeightsError
 from gn_det.files import StrPath, digest, inside
-from gn_det.text import one_line
+from gn_det.text import nearest, one_line
 
 _C2 = "https://dl.fbaipublicfiles.com/detectron"
 _D2 = "https://dl.fbaipublicfiles.com/detectron2"
@@ -95,7 +94,7 @@ def resolve_url(uri: str) -> str | None:
         names = CATALOG if scheme == "catalog" else OPEN_MMLAB
         if rest in names:
             return names[rest]
-        near = [f"{scheme}://{name}" for name in get_close_matches(rest, names, n=3, cutoff=0.0)]
+        near = [f"{scheme}://{name}" for name in nearest(rest, names, cutoff=0.0)]
         problem = f"not in the catalog; the nearest names are {', '.join(near)}"
     else:
         problem = f"unknown scheme {one_line(scheme, 40)}://; give a local path, {', '.join(SCHEMES)}"
