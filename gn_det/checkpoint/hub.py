@@ -17,7 +17,7 @@ from gn_det.checkpoint.meta import config_of_checkpoint, read_meta
 from gn_det.checkpoint.open_weights import NORM_KEYS
 from gn_det.checkpoint.weights_uri import local_path
 from gn_det.config import dump_config
-from gn_det.config.defaults import get_value, set_value
+from gn_det.config.defaults import get_value
 from gn_det.errors import ConfigError, UserError, WeightsError
 from gn_det.files import StrPath, open_regular
 from gn_det.text import one_line, shown, some
@@ -27,12 +27,6 @@ if TYPE_CHECKING:
 
 #: Name of the checkpoint in the repository.
 MODEL = "model.pth"
-_PARTS = dict(zip(("backbone", "FPN", "box head", "mask head"), NORM_KEYS))
-#: Keys that hold local files and folders of the training machine.
-_LOCAL = (
-    "DATASETS.TRAIN_JSON", "DATASETS.TRAIN_IMAGES", "DATASETS.VAL_JSON", "DATASETS.VAL_IMAGES", "OUTPUT_DIR",
-    "MODEL.WEIGHTS",
-)  # fmt: skip
 
 
 def push(weights: StrPath, repo: str, *, private: bool = False, license_name: str = "") -> str:
@@ -66,8 +60,8 @@ def push(weights: StrPath, repo: str, *, private: bool = False, license_name: st
     if "optimizer" in payload:
         raise WeightsError(f"{path}: contains optimizer state; push model_best.pth, which is half as large")
     cfg.defrost()
-    for key in _LOCAL:
-        set_value(cfg, key, "")
+    for key in ("TRAIN_JSON", "TRAIN_IMAGES", "VAL_JSON", "VAL_IMAGES"):  # paths of the training machine
+        cfg.DATASETS[key] = ""
     card = model_card(repo, cfg, meta, _metrics(path), license_name)
     files: dict[str, Any] = {MODEL: path, "config.yaml": dump_config(cfg).encode(), "README.md": card.encode()}
     try:
@@ -89,10 +83,11 @@ def _metrics(weights: Path) -> dict[str, float]:
 
 
 def model_card(
-    repo: str, cfg: CfgNode, meta: Mapping[str, Any], metrics: Mapping[str, float], license_name: str = ""
+    repo: str, cfg: CfgNode, meta: Mapping[str, Any], metrics: Mapping[str, float], license_name: str
 ) -> str:
     """Return README.md of the repository: classes, norms, data, AP, and how to use the model."""
-    names = {part: str(get_value(cfg, key)) or "none" for part, key in _PARTS.items()}
+    parts = ("backbone", "FPN", "box head", "mask head")
+    names = {part: str(get_value(cfg, key)) or "none" for part, key in zip(parts, NORM_KEYS)}
     if not cfg.MODEL.MASK_ON:
         del names["mask head"]
     data = some([*cfg.DATASETS.TRAIN]) if any(cfg.DATASETS.TRAIN) else "own data"
