@@ -117,7 +117,7 @@ def test_config_with_another_std_gets_it_folded_into_the_stem(tmp_path: Path) ->
     [
         ("resnet18", "BN", "gn_fpn.yaml", R18, "MODEL.RESNETS.NORM"),
         ("resnet18", "LN", "gn_fpn.yaml", R18, "set MODEL.RESNETS.NORM 'LN'"),
-        ("resnet18", "GN", "gn_fpn.yaml", [*R18, "MODEL.GN.NUM_GROUPS", 16], "set MODEL.GN.NUM_GROUPS 32"),
+        ("resnet18", "GN", "gn_fpn.yaml", [*R18, "MODEL.GN.NUM_GROUPS", 16], "need: MODEL.GN.NUM_GROUPS 32"),
         ("resnet18", "GN", "gn_fpn.yaml", [], "MODEL.RESNETS.DEPTH 18"),
         ("resnet18", "GN", "gn_fpn.yaml", [*R18, "MODEL.WS.RESNETS", "jhu"], "need: MODEL.WS.RESNETS ''"),
         ("resnet50", "BN", "bn_fpn.yaml", [], "MODEL.RESNETS.STRIDE_IN_1X1 False"),
