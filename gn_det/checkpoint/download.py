@@ -156,9 +156,8 @@ class _Download:
 
     def _is_rest(self, headers: Any) -> bool:
         """Return whether a partial response continues the file that we have the start of."""
-        part = re.fullmatch(
-            r"bytes (\d{1,15})-(\d{1,15})/(\d{1,15}|\*)", headers.get("Content-Range", "").strip(), re.A
-        )
+        sent = headers.get("Content-Range", "").strip()
+        part = re.fullmatch(r"bytes (\d{1,15})-(\d{1,15})/(\d{1,15}|\*)", sent, re.A)
         validator = headers.get("ETag" if self.validator.startswith('"') else "Last-Modified", "")
         if not part or validator != self.validator or int(part[1]) != self.have:
             return False

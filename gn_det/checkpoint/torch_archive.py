@@ -122,9 +122,8 @@ def _records(file: BinaryIO, mapped: mmap.mmap, verify: bool) -> dict[str, tuple
     found: dict[str, tuple[int, int]] = {}
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
-        if any(r.compress_type or r.compress_size != r.file_size for r in records) or sum(
-            r.file_size for r in records
-        ) > len(mapped):
+        packed = any(record.compress_type or record.compress_size != record.file_size for record in records)
+        if packed or sum(record.file_size for record in records) > len(mapped):
             raise Refused("is not a checkpoint written by torch.save (it unpacks to more than its size)")
         if verify and (broken := archive.testzip()):
             raise Refused(f"is damaged (wrong checksum of {one_line(broken, 100)}); copy, download or train it again")

@@ -135,7 +135,10 @@ def plan_weights(
         _refuse_untrained(report, cfg, weights)
     _refuse_frozen(report, model)
     good = {name: placed[name] for name in report.loaded}
-    _refuse_non_finite(source, good)
+    for name, value in good.items():
+        # The fast sum may overflow, so check again.
+        if value.is_floating_point() and not torch.isfinite(value.sum()) and not torch.isfinite(value).all():
+            raise WeightsError(f"{source}: {name} holds NaN or infinity; take an earlier checkpoint")
     return report, good
 
 
@@ -285,13 +288,6 @@ def _refuse_frozen(report: LoadReport, model: nn.Module) -> None:
             f"{report.source}: has no weights for {some(frozen, 3)}, which are frozen and would stay random: set "
             "MODEL.BACKBONE.FREEZE_AT 0, and name no such part in MODEL.FREEZE"
         )
-
-
-def _refuse_non_finite(source: str, state: State) -> None:
-    for name, value in state.items():
-        # The fast sum may overflow, so check again.
-        if value.is_floating_point() and not torch.isfinite(value.sum()) and not torch.isfinite(value).all():
-            raise WeightsError(f"{source}: {name} holds NaN or infinity; take an earlier checkpoint")
 
 
 # ------------------------------------------------------------ the report
