@@ -79,7 +79,7 @@ class Parity:
             left, right = to_numpy(original.masks), to_numpy(exported.masks)
             both = sum(int((left[i] & right[j]).sum()) for i, j in pairs)
             either = sum(int((left[i] | right[j]).sum()) for i, j in pairs)
-            self.masks = min(self.masks, both / max(either, 1) if either else 1.0)
+            self.masks = min(self.masks, both / either if either else 1.0)
 
     @property
     def boxes(self) -> float:
@@ -170,11 +170,7 @@ class ProgramDetector(Detector):
 
 
 def compare(
-    exported: Exported,
-    inputs: Sequence[StrPath],
-    *,
-    ground_truth: StrPath | None = None,
-    provider: str = "cpu",
+    exported: Exported, inputs: Sequence[StrPath], *, ground_truth: StrPath | None = None, provider: str = "cpu"
 ) -> Parity:
     """Detect objects in every image with the exported file and, on the same padded input, with the original.
 
