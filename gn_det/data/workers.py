@@ -8,6 +8,7 @@ batch share one buffer, masks are packed as bits, and if shared memory is scarce
 from __future__ import annotations
 
 import errno
+import math
 import multiprocessing
 import os
 import re
@@ -15,10 +16,11 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.sharedctypes import RawArray
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,59 +42,44 @@ _PAGE = 4096
 _SHARING = re.compile(r"unable to (?:write to file|open shared memory object|allocate shared memory|resize file|mmap)")
 
 
-class Heartbeat:
-    """Tells the main process which image each worker is reading, for the message if one hangs or dies.
+class WorkerData(Dataset[Any]):
+    """Dataset for :func:`load_batches`: maps the indices of a batch to a worker's result.
 
-    Args:
-        workers: number of processes.
-        name_of: file name of the image with a given index.
+    It knows which image each worker is reading, for the message if one hangs or dies.
     """
 
-    def __init__(self, workers: int, name_of: Callable[[int], str]) -> None:
-        self._pids = RawArray("q", workers)
-        self._reading = RawArray("q", [-1] * workers)
-        self._name_of = name_of
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_pids": self._pids, "_reading": self._reading}  # only the main process asks for names
-
-    def note(self, index: int) -> None:
-        """Called in a worker that starts to read image ``index``; -1 for none."""
-        info = get_worker_info()
-        if info is not None:
-            self._pids[info.id] = os.getpid()
-            self._reading[info.id] = index
-
-    def has_started(self, pid: int) -> bool:
-        """Return whether the worker with this process id has begun its work."""
-        return pid in list(self._pids)
-
-    def describe(self, pid: int | None = None) -> str:
-        """Return ``worker 1 at a.jpg, ...`` for the worker with that process id or all reading ones; "" for none."""
-        return ", ".join(
-            f"worker {worker} at {self._name_of(index)}"
-            for worker, index in enumerate(self._reading)
-            if index >= 0 and pid in (None, self._pids[worker])
-        )
-
-
-#: Heartbeat of the newest loader: torch reports a dead worker wherever the main process happens to be.
-_heartbeat: Heartbeat | None = None
-
-
-class WorkerData(Dataset[Any]):
-    """Dataset for :func:`load_batches`: maps the indices of a batch to a worker's result."""
-
-    heartbeat: Heartbeat | None = None
+    _pids: Any = ()  # process id of each worker, and the index of the image that it reads, shared with the workers
+    _reading: Any = ()
 
     def name_of(self, index: int) -> str:
         """File name of an image."""
         raise NotImplementedError
 
     def note(self, index: int) -> None:
-        """Record that image ``index`` is being read; -1 for none."""
-        if self.heartbeat is not None:
-            self.heartbeat.note(index)
+        """Record in a worker that it starts to read image ``index``; -1 for none."""
+        info = get_worker_info()
+        if info is not None:
+            self._pids[info.id], self._reading[info.id] = os.getpid(), index
+
+    def watch(self, workers: int) -> None:
+        """Prepare for a new set of ``workers`` processes."""
+        self._pids, self._reading = RawArray("q", workers), RawArray("q", [-1] * workers)
+
+    def has_started(self, pid: int) -> bool:
+        """Return whether the worker with this process id has begun its work."""
+        return pid in list(self._pids)
+
+    def describe(self, pid: int | None) -> str:
+        """Return ``worker 1 at a.jpg, ...`` for the worker with that process id or all reading ones; "" for none."""
+        return ", ".join(
+            f"worker {worker} at {self.name_of(index)}"
+            for worker, index in enumerate(self._reading)
+            if index >= 0 and pid in (None, self._pids[worker])
+        )
+
+
+#: Data of the newest loader with workers: torch reports a dead one wherever the main process happens to be.
+_watched: WorkerData | None = None
 
 
 def cores() -> int:
@@ -106,15 +93,15 @@ def load_batches(data: WorkerData, batches: Iterable[Any], workers: int) -> Iter
     Raises:
         DataError: a worker died or hangs; one line with the place and the remedy.
     """
-    global _heartbeat
-    outer = _heartbeat
-    failure = script_in_worker()
-    if workers and failure is not None:
-        raise failure
-    free = shared_memory_free()
-    if workers and free is not None and free < _PAGE * (8 + 3 * workers):
-        raise DataError(f"no shared memory to start {workers} data loading processes: {_more_memory()}")
-    _heartbeat = data.heartbeat = Heartbeat(workers, data.name_of) if workers else None
+    global _watched
+    if workers:
+        failure, free = script_in_worker(), shared_memory_free()
+        if failure is None and free is not None and free < _PAGE * (8 + 3 * workers):
+            failure = DataError(f"no shared memory to start {workers} data loading processes: {_more_memory()}")
+        if failure is not None:
+            raise failure
+        data.watch(workers)
+    outer, _watched = _watched, data if workers else None
     loader = DataLoader(
         data,
         sampler=batches,
@@ -124,7 +111,7 @@ def load_batches(data: WorkerData, batches: Iterable[Any], workers: int) -> Iter
         # Lets a model on a GPU copy images asynchronously.
         pin_memory=torch.cuda.is_initialized(),  # type: ignore[no-untyped-call]
         timeout=TIMEOUT if workers else 0,
-        worker_init_fn=_start_worker,
+        worker_init_fn=partial(_start_worker, data),
     )
     try:
         yield from loader
@@ -138,7 +125,7 @@ def load_batches(data: WorkerData, batches: Iterable[Any], workers: int) -> Iter
             raise
         raise DataError(f"cannot start the data loading processes ({error.strerror}): {_more_memory()}") from error
     finally:
-        _heartbeat = outer
+        _watched = outer
 
 
 def worker_failure(error: RuntimeError) -> DataError | None:
@@ -154,15 +141,15 @@ def worker_failure(error: RuntimeError) -> DataError | None:
         return None
     found = re.search(r"pid(?:\(s\))? (\d+)", text)
     pid = int(found[1]) if found else None
-    where = _heartbeat.describe(pid) if _heartbeat is not None else ""
-    where = f" ({where})" if where else ""
+    reading = _watched.describe(pid) if _watched is not None else ""
+    where = f" ({reading})" if reading else ""
     if "timed out" in text:
         return DataError(
             f"no batch arrived within {TIMEOUT} s: the image storage hangs or the workers are stuck{where}; check the "
             f"disk, or set DATALOADER.NUM_WORKERS 0 to see where"
         )
     if "killed" in text or "exited unexpectedly" in text:
-        if pid is not None and _heartbeat is not None and not _heartbeat.has_started(pid) and _imports_script():
+        if pid is not None and _watched is not None and not _watched.has_started(pid) and _imports_script():
             return DataError(_unguarded())
         return DataError(
             f"a data loading process was killed{where if pid else ''}, probably because memory or shared memory "
@@ -215,10 +202,8 @@ def _unchanged(loaded: Any) -> Any:
     return loaded
 
 
-def _start_worker(worker: int) -> None:
-    info = get_worker_info()
-    if info is not None:
-        cast(WorkerData, info.dataset).note(-1)  # it has started
+def _start_worker(data: WorkerData, worker: int) -> None:
+    data.note(-1)  # it has started
     # Ctrl-C reaches the whole process group; only the main process handles it and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # So may SIGTERM (timeout, batch systems): if it killed a worker, the main process could not save. Only the first
@@ -240,12 +225,10 @@ def _answer_sigterm(parent: int) -> None:
 
 @dataclass
 class PackedSamples:
-    """One batch: all images end to end in ``pixels``; ``shapes``, ``rest`` and ``targets`` hold one entry each."""
+    """One batch: all images end to end in ``pixels``; each of ``samples`` has the shape of its image instead."""
 
     pixels: Tensor | np.ndarray
-    shapes: list[tuple[int, ...]]
-    rest: list[dict[str, Any]]
-    targets: list[tuple[Any, ...] | None]
+    samples: list[dict[str, Any]]
 
     def pin_memory(self) -> PackedSamples:
         """Return the batch with page-locked pixels; called by torch's loader."""
@@ -256,25 +239,24 @@ def pack_samples(samples: list[Sample], shared_memory: bool = True) -> PackedSam
     """Pack samples for transfer to another process."""
     flat = [s["image"].flatten() for s in samples]
     pixels = torch.cat(flat) if flat else torch.zeros(0, dtype=torch.uint8)
-    rest = [{k: v for k, v in s.items() if k not in ("image", "targets")} for s in samples]
-    targets = [_pack_targets(s["targets"]) if "targets" in s else None for s in samples]
-    shapes = [tuple(s["image"].shape) for s in samples]
-    return PackedSamples(pixels if shared_memory else pixels.numpy(), shapes, rest, targets)
+    packed: list[dict[str, Any]] = [{**s, "image": tuple(s["image"].shape)} for s in samples]
+    for sample in packed:
+        if "targets" in sample:
+            sample["targets"] = _pack_targets(sample["targets"])
+    return PackedSamples(pixels if shared_memory else pixels.numpy(), packed)
 
 
 def unpack_samples(packed: PackedSamples | list[Sample]) -> list[Sample]:
     """Undo :func:`pack_samples`; return a list of samples unchanged."""
     if isinstance(packed, list):
         return packed
-    images = torch.split(torch.as_tensor(packed.pixels), [int(np.prod(shape)) for shape in packed.shapes])
-    samples = []
-    for image, shape, rest, targets in zip(images, packed.shapes, packed.rest, packed.targets):
-        sample = Sample(image=image.view(shape), **rest)  # type: ignore[typeddict-item]
-        if targets is not None:
-            size, boxes, classes, masks = targets
+    images = torch.split(torch.as_tensor(packed.pixels), [math.prod(s["image"]) for s in packed.samples])
+    samples: list[Any] = [{**s, "image": image.view(s["image"])} for s, image in zip(packed.samples, images)]
+    for sample in samples:
+        if "targets" in sample:
+            size, boxes, classes, masks = sample["targets"]
             unpacked = None if masks is None else Masks([_unpack_mask(m) for m in masks])
             sample["targets"] = Targets(size, torch.from_numpy(boxes), torch.from_numpy(classes), unpacked)
-        samples.append(sample)
     return samples
 
 

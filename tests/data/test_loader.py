@@ -274,7 +274,7 @@ def test_hanging_worker_is_one_line(shapes: CocoDataset, monkeypatch: pytest.Mon
     with pytest.raises(DataError, match=told):
         _batches(_cfg(), shapes, 20, num_workers=2)
     gc.collect()  # ends the workers while torch waits for them no longer than this
-    assert workers_module._heartbeat is None
+    assert workers_module._watched is None
 
 
 def test_negative_seed_is_refused(shapes: CocoDataset) -> None:
