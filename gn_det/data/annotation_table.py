@@ -78,7 +78,7 @@ def check_annotations(content: CocoJson, images: Sequence[dict[str, Any]], probl
     position = np.flatnonzero(image >= 0)
     position = position[np.argsort(image[position], kind="stable")]
     entries = content.entries
-    category, known = _classes(entries.category_id[position], content.category_ids)
+    category = np.array([reader.index_of.get(c, -1) for c in entries.category_id[position].tolist()], np.int64)
     table = AnnotationTable(
         images,
         position,
@@ -91,8 +91,7 @@ def check_annotations(content: CocoJson, images: Sequence[dict[str, Any]], probl
         np.ones(len(position), bool),
         {},
     )
-    good = entries.sound[position] & known & _inside(table)
-    good &= ~np.isin(position, np.fromiter(content.changed, np.int64, len(content.changed)))
+    good = entries.sound[position] & (category >= 0) & _inside(table) & ~np.isin(position, list(content.changed))
     keep = np.ones(len(position), bool)
     for row in np.flatnonzero(~good).tolist():
         raw = content.annotation(int(position[row]))
@@ -108,28 +107,18 @@ def check_annotations(content: CocoJson, images: Sequence[dict[str, Any]], probl
     return table[keep]
 
 
-def _classes(categories: np.ndarray, category_ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Contiguous index of each json category id, and whether it is known."""
-    pairs = [(c, i) for i, c in enumerate(category_ids) if abs(c) <= LARGEST_ID] or [(LARGEST_ID + 1, 0)]
-    ids, index = np.array(pairs, np.int64).T
-    at = np.searchsorted(ids, categories).clip(max=len(ids) - 1)
-    return index[at], ids[at] == categories
-
-
 def _inside(table: AnnotationTable) -> np.ndarray:
     """(M,) bool: the box covers part of its image, and neither box nor mask reaches far outside.
 
     Same rule as :func:`gn_det.data.annotations.check_box` and ``check_segmentation``, except for a few masks that reach
     far outside on the longer side only.
     """
-    (x, y, w, h), (width, height) = table.bbox.T, table.sizes.T
-    (x0, y0, x1, y1), side = table.hull.T, np.minimum(width, height)
-    good = (np.minimum(x + w, width) - np.maximum(x, 0) > 0) & (np.minimum(y + h, height) - np.maximum(y, 0) > 0)
-    good &= (np.minimum(x + FAR_OUTSIDE * width, y + FAR_OUTSIDE * height) >= 0) & (
-        (x + w <= width + FAR_OUTSIDE * width) & (y + h <= height + FAR_OUTSIDE * height)
-    )
-    far = (np.minimum(x0, y0) < -FAR_OUTSIDE * side) | (np.maximum(x1, y1) > (1 + FAR_OUTSIDE) * side)
-    return np.asarray(good & ~far)
+    size, low, high = table.sizes, table.bbox[:, :2], table.bbox[:, :2] + table.bbox[:, 2:]
+    good = np.minimum(high, size) - np.maximum(low, 0) > 0
+    good &= (low + FAR_OUTSIDE * size >= 0) & (high <= size + FAR_OUTSIDE * size)
+    side = size.min(axis=1, keepdims=True)
+    far = (table.hull[:, :2] < -FAR_OUTSIDE * side) | (table.hull[:, 2:] > (1 + FAR_OUTSIDE) * side)
+    return np.asarray((good & ~far).all(axis=1))
 
 
 def _as_text(annotation: Annotation, category_ids: Sequence[int]) -> bytes:
@@ -151,13 +140,13 @@ def refuse_corners(table: AnnotationTable, problems: Problems) -> None:
     Either most boxes match their masks' corners, or many leave the image as XYWH and all fit as corners.
     """
     table = table[table.as_written & ~table.crowd]
-    (x, y, w, h), (width, height) = table.bbox.T, table.sizes.T
+    size, first, last = table.sizes, table.bbox[:, :2], table.bbox[:, 2:]
     # Tools are off by a few pixels at the border, never by this much.
-    leaving = np.count_nonzero((x + w > 1.1 * width + 1) | (y + h > 1.1 * height + 1))
-    fits = (x >= 0) & (x < w) & (w <= width + 1) & (y >= 0) & (y < h) & (h <= height + 1)
+    leaving = np.count_nonzero((first + last > 1.1 * size + 1).any(axis=1))
+    fits = ((first >= 0) & (first < last) & (last <= size + 1)).all(axis=1)
     corners, boxes, masks = np.count_nonzero(fits), len(table), np.count_nonzero(table.has_mask)
     as_corners = np.abs(table.bbox - table.hull).max(axis=1, initial=0) <= SAME_PIXELS
-    as_box = np.abs(np.stack([x, y, x + w, y + h], axis=1) - table.hull).max(axis=1, initial=0) <= SAME_PIXELS
+    as_box = np.abs(np.hstack([first, first + last]) - table.hull).max(axis=1, initial=0) <= SAME_PIXELS
     mask_corners = np.count_nonzero(fits & as_corners & ~as_box)
     if mask_corners >= max(2, _MASK_CORNERS * masks):
         why = f"{mask_corners} of {masks} boxes match the corners of their masks"

@@ -117,11 +117,6 @@ def _check_polygon(piece: Sequence[Any], height: int, width: int) -> np.ndarray:
     if points.ndim != 1 or points.dtype.kind not in "iuf":
         raise Defect("polygon-no-number")
     points = points.astype(np.int64 if points.dtype.kind == "i" else np.float64, copy=False)
-    # Fast path: nearly all polygons pass with two reductions. NaN fails any comparison.
-    side = min(height, width)
-    low, high = np.minimum.reduce(points), np.maximum.reduce(points)
-    if low >= -FAR_OUTSIDE * side and high <= (1 + FAR_OUTSIDE) * side:
-        return points
     if not np.isfinite(points).all():
         raise Defect("polygon-no-number")
     # A vertex may be outside (tools draw past the border), but not by a multiple of the image size.
@@ -138,9 +133,8 @@ def mask_box(segmentation: Segmentation) -> tuple[float, float, float, float]:
     if isinstance(segmentation, dict):
         x, y, w, h = coco_mask.toBbox(segmentation).tolist()
         return x, y, x + w, y + h
-    points = segmentation[0] if len(segmentation) == 1 else np.concatenate(segmentation)
-    xs, ys = points[0::2], points[1::2]
-    return float(xs.min()), float(ys.min()), float(xs.max()), float(ys.max())
+    points = np.concatenate(segmentation).astype(float).reshape(-1, 2)
+    return (*points.min(axis=0).tolist(), *points.max(axis=0).tolist())
 
 
 def mask_area(segmentation: Segmentation, height: int, width: int) -> float:
@@ -152,18 +146,7 @@ def mask_area(segmentation: Segmentation, height: int, width: int) -> float:
 
 def covers_no_pixel(segmentation: Segmentation, height: int, width: int) -> bool:
     """Return whether polygons are so thin or far outside that their mask is empty (RLE is checked when read)."""
-    if isinstance(segmentation, dict):
-        return False
-    for piece in segmentation:
-        points = piece.astype(np.float64, copy=False).view(np.complex128)
-        # twice the area; one call for all but the closing edge
-        twice = abs(np.vdot(points[:-1], points[1:]).imag + (points[-1].conjugate() * points[0]).imag)
-        if twice > 2 * (width + height):  # thicker than a pixel, however long it is
-            return False
-        x0, y0, x1, y1 = mask_box([piece])
-        if twice > 2 * (x1 - x0 + y1 - y0):
-            return False
-    return mask_area(segmentation, height, width) == 0
+    return isinstance(segmentation, list) and mask_area(segmentation, height, width) == 0
 
 
 def _check_rle(rle: dict[str, Any], height: int, width: int) -> dict[str, Any]:

@@ -120,7 +120,6 @@ def load_coco(
     source: DatasetSource,
     *,
     max_bad: int,
-    need_images: bool = True,
     need_annotations: bool = True,
     reader: ImageReader | None = None,
 ) -> CocoDataset:
@@ -129,7 +128,6 @@ def load_coco(
     Args:
         source: from :func:`gn_det.data.catalog.datasets_for` or :func:`resolve`.
         max_bad: how many bad images and annotations may be dropped in total (DATALOADER.MAX_BAD).
-        need_images: check that every image exists and has the size that the json says (headers only).
         need_annotations: refuse a json without ``annotations`` (a test set without ground truth has none).
         reader: reads the images; default: one without INPUT.BIT_DEPTH.
 
@@ -140,12 +138,8 @@ def load_coco(
     problems = Problems(source.json_file)
     with collector_paused():
         content = read_coco_json(source, problems, need_annotations=need_annotations)
-        unusable = look_at_images(content.images, source, problems, reader=reader) if need_images else set()
-        images = [image for image in content.images if image["id"] not in unusable]
-        for image in (i for i in images if not i["width"]):
-            where = Where(image["id"], image["file_name"])
-            problems.drop("image-entry", where, "'width' and 'height' must be positive pixel counts")
-        table = check_annotations(content, [i for i in images if i["width"]], problems)
+        unusable = look_at_images(content.images, source, problems, reader=reader)
+        table = check_annotations(content, [i for i in content.images if i["id"] not in unusable], problems)
         refuse_corners(table, problems)
         refuse_if_too_many(problems.bad, max_bad, source.json_file)
         dataset = build_dataset(source, content, table)

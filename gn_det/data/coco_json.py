@@ -29,10 +29,9 @@ from gn_det.text import one_line, shown, some
 _GZIP = b"\x1f\x8b"
 #: A gzipped json may unpack to this many bytes, or to this multiple of its size. Annotations shrink about tenfold.
 _UNZIPPED, _RATIO = 64 << 20, 100
-#: Longest class name: a checkpoint's keys of metrics, such as "segm/AP-NAME", have at most 512 characters.
-_MOST_NAME = 480
-#: What a config cannot store in a name.
-_NO_NAME = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+#: A class name that configs can store. A checkpoint's keys of metrics, such as "segm/AP-NAME", have at most 512
+#: characters.
+_NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,480}")
 
 
 @dataclass
@@ -182,11 +181,8 @@ def read_json(
         stop(f"not a json file ({cause}): export or download the annotations again")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        chinese = _is_text(data[: 1 << 20], "gbk")
-        stop(
-            f"not a json file (not UTF-8 text{' but probably GBK' if chinese else ''}, line {line}): save it as UTF-8, "
-            f"such as with iconv -f {'GBK' if chinese else 'ITS_ENCODING'} -t UTF-8"
-        )
+        advice = "save it as UTF-8, such as with iconv -f ITS_ENCODING (perhaps GBK) -t UTF-8"
+        stop(f"not a json file (not UTF-8 text, line {line}): {advice}")
     except RecursionError:
         stop("not a COCO json file (lists are nested too deeply): export or download it again")
     except (OSError, EOFError, ValueError, zlib.error) as error:
@@ -216,23 +212,10 @@ def _unzipped(data: bytearray) -> bytearray:
     return bytearray(out)
 
 
-def _is_text(data: bytearray, encoding: str) -> bool:
-    try:
-        codecs.getincrementaldecoder(encoding)().decode(data)  # the last character may be incomplete
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
 def category_id(value: Any) -> int | None:
     """Return a category id as an integer if it is ``1``, ``1.0`` or ``"1"``, else None."""
     value = number_in(value) if isinstance(value, str) else whole(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _is_name(value: Any) -> bool:
-    """Whether configs and checkpoints can store a class name, and a key made of it."""
-    return isinstance(value, str) and 0 < len(value) <= _MOST_NAME and not _NO_NAME.search(value)
 
 
 def _categories(entries: Any, problems: Problems) -> tuple[tuple[int, ...], tuple[str, ...]]:
@@ -240,11 +223,10 @@ def _categories(entries: Any, problems: Problems) -> tuple[tuple[int, ...], tupl
         problems.stop("categories-missing")
     found: dict[int, str] = {}
     for entry in entries:
-        number = category_id(entry.get("id")) if isinstance(entry, dict) else None
-        if number is None or not _is_name(entry.get("name")):
+        number, name = (category_id(entry.get("id")), entry.get("name")) if isinstance(entry, dict) else (None, None)
+        if number is None or not isinstance(name, str) or not _NAME.fullmatch(name):
             problems.refuse("category-malformed", NOWHERE, shown(entry))
             continue
-        name = entry["name"]
         if type(entry["id"]) is not int:
             problems.repair("id-type", Where(file=f"category {name}"))
         if name == found.get(number):
@@ -310,7 +292,10 @@ def _assign(content: CocoJson, dropped: set[Any], problems: Problems) -> None:
     ids = [whole(e.get("id")) for e in unsound.values() if isinstance(e, dict)]
     ids = [i for i in ids if type(i) is int and 0 < i <= LARGEST_ID]
     largest = max(int(entries.id.max(initial=0)), max(ids, default=0))
-    plain, found = _plain(entries, ids, position_of)
+    # Sound annotations with a known image and a unique id need nothing else.
+    used, uses = np.unique(np.concatenate([entries.id[entries.sound], np.array(ids, np.int64)]), return_counts=True)
+    found = np.array([position_of.get(i, -1) for i in entries.image_id.tolist()], np.int64)
+    plain = entries.sound & (found >= 0) & ~np.isin(entries.id, used[uses > 1])
     content.image_of[plain] = found[plain]
     seen: dict[Any, dict[str, Any]] = {}
     for position in np.flatnonzero(~plain).tolist():
@@ -351,22 +336,3 @@ def _assign(content: CocoJson, dropped: set[Any], problems: Problems) -> None:
             seen[number] = entry
         content.image_of[position] = position_of[image]
         content.changed[position] = entry
-
-
-def _plain(entries: Entries, other_ids: list[int], position_of: Mapping[Any, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Find sound annotations with a known image and a unique id: (N,) bool, and (N,) int64 index of that image.
-
-    Args:
-        entries: all annotations.
-        other_ids: ids of the annotations that are not sound.
-        position_of: index of each image by its id.
-    """
-    known = np.array(sorted(i for i in position_of if type(i) is int and abs(i) <= LARGEST_ID), np.int64)
-    if not len(known):
-        return np.zeros_like(entries.sound), np.zeros_like(entries.id)
-    index = np.array([position_of[i] for i in known.tolist()])
-    all_ids = np.concatenate([entries.id[entries.sound], np.array(other_ids, np.int64)])
-    ids, counts = np.unique(all_ids, return_counts=True)
-    own = ~np.isin(entries.id, ids[counts > 1])
-    at = np.searchsorted(known, entries.image_id).clip(max=len(known) - 1)
-    return entries.sound & own & (known[at] == entries.image_id), index[at]

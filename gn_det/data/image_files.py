@@ -144,6 +144,4 @@ def _by_other_name(
         hint = f"it may mean {some(near, 3)}: correct file_name"
     elif os.path.exists(beside):
         hint = f"there is {one_line(beside, 300)}: correct file_name"
-    elif "\\" in given:
-        hint = "a backslash in file_name separates folders on Windows only: write a forward slash"
     return ImageError(f"{missing.text}; {hint}" if hint else missing.text, missing.kind)

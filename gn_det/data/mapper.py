@@ -7,8 +7,9 @@ Unlike there, one image may mix polygon and RLE objects, whatever ``INPUT.MASK_F
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,26 +40,30 @@ class TrainMapper:
     """
 
     def __init__(self, cfg: Any, augment: OwnTransform | None = None) -> None:
-        given, crop = cfg.INPUT, cfg.INPUT.CROP
-        size = given.MIN_SIZE_TRAIN
-        self.sizes: tuple[int, ...] = (size, size) if isinstance(size, int) else tuple(size)
-        self.style = given.MIN_SIZE_TRAIN_SAMPLING
-        if self.style == "range" and len(self.sizes) != 2:
+        given, crop, jitter = cfg.INPUT, cfg.INPUT.CROP, cfg.INPUT.LSJ
+        size, style, max_size = given.MIN_SIZE_TRAIN, given.MIN_SIZE_TRAIN_SAMPLING, given.MAX_SIZE_TRAIN
+        sizes = (size, size) if isinstance(size, int) else tuple(size)
+        if style == "range" and len(sizes) != 2:
             raise ConfigError(f"INPUT.MIN_SIZE_TRAIN {size} needs (low, high) for MIN_SIZE_TRAIN_SAMPLING range")
-        self.max_size = given.MAX_SIZE_TRAIN
-        self.flip = given.RANDOM_FLIP
+        #: functions from an image's shape and ``rng`` to transforms, in Detectron2's order
+        self._draws: list[Callable[..., list[Transform]]] = []
+        if jitter.ENABLED:
+            self._draws.append(partial(geometry.draw_jitter, size=jitter.SIZE, scale=jitter.SCALE))
+        else:
+            if crop.ENABLED:
+                self._draws.append(partial(geometry.draw_crop, kind=crop.TYPE, size=crop.SIZE))
+            self._draws.append(partial(geometry.draw_resize, sizes=sizes, max_size=max_size, style=style))
+        if given.RANDOM_FLIP != "none":
+            self._draws.append(partial(geometry.draw_flip, direction=given.RANDOM_FLIP))
+        if given.ROTATION:
+            self._draws.append(partial(geometry.draw_rotation, degrees=float(given.ROTATION)))
+        self.cuts = bool(crop.ENABLED or jitter.ENABLED or given.ROTATION)
+        self.max_pixels = jitter.SIZE**2 if jitter.ENABLED else max(sizes) * max_size
         self.reader = ImageReader.of(cfg)
         self.bgr = self.reader.image_format == "BGR"
         self.mask_format = given.MASK_FORMAT
         self.masks_on = bool(cfg.MODEL.MASK_ON)
-        self.crop: tuple[str, Sequence[float]] | None = (crop.TYPE, crop.SIZE) if crop.ENABLED else None
-        self.jitter: tuple[int, Sequence[float]] | None = (
-            (given.LSJ.SIZE, given.LSJ.SCALE) if given.LSJ.ENABLED else None
-        )
-        self.rotation, self.color, self.paste = float(given.ROTATION), given.COLOR_JITTER, float(given.COPY_PASTE)
-        self.augment = augment
-        self.cuts = bool(self.crop or self.jitter or self.rotation)
-        self.max_pixels = self.jitter[0] ** 2 if self.jitter else max(self.sizes) * self.max_size
+        self.color, self.paste, self.augment = given.COLOR_JITTER, float(given.COPY_PASTE), augment
 
     def __call__(
         self,
@@ -89,8 +94,8 @@ class TrainMapper:
         order = slice(None, None, -1 if pixels.strides[-1] < 0 else 1)
         pixels = pixels[:, :, order]
         transforms: list[Transform] = []
-        for draw in self._draws(rng):
-            drawn = [transform for transform in draw(_shape(pixels)) if transform is not None]
+        for draw in self._draws:
+            drawn = draw(_shape(pixels), rng=rng)
             transforms += drawn
             pixels = apply_to_image(drawn, pixels)
         if any(self.color):
@@ -98,21 +103,6 @@ class TrainMapper:
         sample = _sample(record, pixels[:, :, order])
         sample["targets"] = self.targets(record["annotations"], transforms, _shape(pixels))
         return sample
-
-    def _draws(self, rng: np.random.RandomState) -> Iterator[Callable[[tuple[int, int]], Sequence[Transform | None]]]:
-        """Yield functions from an image's shape to transforms, in Detectron2's order."""
-        if self.jitter:
-            side, scale = self.jitter
-            yield lambda shape: geometry.draw_jitter(shape, side, scale, rng)
-        else:
-            if self.crop:
-                kind, size = self.crop
-                yield lambda shape: [geometry.draw_crop(shape, kind, size, rng)]
-            yield lambda shape: [geometry.draw_resize(shape, self.sizes, self.max_size, self.style, rng)]
-        if self.flip != "none":
-            yield lambda shape: [geometry.draw_flip(shape, self.flip, rng)]
-        if self.rotation:
-            yield lambda shape: [geometry.draw_rotation(shape, self.rotation, rng)]
 
     def targets(
         self, annotations: Sequence[Annotation], transforms: Sequence[Transform], shape: tuple[int, int]

@@ -10,7 +10,6 @@ import ctypes
 import functools
 import logging
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -24,63 +23,56 @@ _WHOLE = slice(None)
 _SAMPLES = ((9, 13, 15, 22), (31, 40, 13, 9), (12, 30, 20, 11), (64, 48, 33, 31))
 
 
-def rows_first(height: int, width: int, new_height: int, new_width: int) -> bool:
-    """Return whether every version of Pillow scales rows before columns."""
-    return new_height >= height or height - new_height <= 2 * (width - new_width)
-
-
 def can_resize(pixels: np.ndarray, new_height: int, new_width: int) -> bool:
     """Return whether :func:`resize` supports these pixels; compiles resize.cpp at its first use."""
-    fits = pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] in (1, 3) and 0 not in pixels.shape
-    return fits and rows_first(pixels.shape[0], pixels.shape[1], new_height, new_width) and _library() is not None
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3) or 0 in pixels.shape:
+        return False
+    height, width, _ = pixels.shape
+    rows_first = new_height >= height or height - new_height <= 2 * (width - new_width)  # in every version of Pillow
+    return rows_first and _library() is not None
 
 
 def resize(
-    pixels: np.ndarray, new_height: int, new_width: int, rows: slice = _WHOLE, columns: slice = _WHOLE
+    pixels: np.ndarray,
+    new_height: int,
+    new_width: int,
+    rows: slice = _WHOLE,
+    columns: slice = _WHOLE,
+    library: ctypes.CDLL | None = None,
 ) -> np.ndarray:
     """Scale pixels that :func:`can_resize` supports.
 
     Args:
         pixels: (H, W, C) uint8.
         rows, columns: the part of the result that is wanted.
+        library: the compiled resize.cpp, if it is not the one in use.
 
     Returns:
         (H', W', C) uint8, a view of C contiguous planes.
     """
-    library = _library()
-    assert library is not None
-    return _run(library, pixels, new_height, new_width, rows, columns)
-
-
-def _run(
-    library: ctypes.CDLL, pixels: np.ndarray, new_height: int, new_width: int, rows: slice, columns: slice
-) -> np.ndarray:
     if pixels.strides[2] < 0:  # BGR as a view of RGB
-        return _run(library, pixels[:, :, ::-1], new_height, new_width, rows, columns)[:, :, ::-1]
+        return resize(pixels[:, :, ::-1], new_height, new_width, rows, columns, library)[:, :, ::-1]
+    library = library or _library()
+    assert library is not None
     pixels = np.ascontiguousarray(pixels)
     height, width, channels = pixels.shape
-    axes: list[Any] = []
-    sizes = []
-    for size, new_size, part in ((width, new_width, columns), (height, new_height, rows)):
-        first, weights = _weights(size, new_size)
-        first, weights = np.ascontiguousarray(first[part]), np.ascontiguousarray(weights[:, part])
-        axes += [first, weights]
-        sizes.append((ctypes.c_int64(len(first)), ctypes.c_int64(len(weights))))
-    out = np.empty((channels, sizes[1][0].value, sizes[0][0].value), np.uint8)
-    x_first, x_weights, y_first, y_weights = (ctypes.c_void_p(a.ctypes.data) for a in axes)
-    image, made = ctypes.c_void_p(pixels.ctypes.data), ctypes.c_void_p(out.ctypes.data)
-    done = library.resize_bilinear(
-        image, ctypes.c_int64(width), ctypes.c_int64(channels), made, x_first, x_weights, *sizes[0], y_first, y_weights,
-        *sizes[1],
-    )  # fmt: skip
-    if not done:
+    axes = [_weights(width, new_width, columns), _weights(height, new_height, rows)]
+    out = np.empty((channels, len(axes[1][0]), len(axes[0][0])), np.uint8)
+    taps = (v for first, weights in axes for v in (first.ctypes.data, weights.ctypes.data, len(first), len(weights)))
+    if not library.resize_bilinear(pixels.ctypes.data, width, channels, out.ctypes.data, *taps):
         raise MemoryError(f"cannot resize {width}x{height} pixels to {new_width}x{new_height}")
     hwc: np.ndarray = out.transpose(1, 2, 0)
     return hwc
 
 
+def _weights(size: int, new_size: int, part: slice) -> tuple[np.ndarray, np.ndarray]:
+    """Return :func:`_all_weights` of a part of the new pixels."""
+    first, weights = _all_weights(size, new_size)
+    return np.ascontiguousarray(first[part]), np.ascontiguousarray(weights[:, part])
+
+
 @functools.lru_cache(maxsize=64)
-def _weights(size: int, new_size: int) -> tuple[np.ndarray, np.ndarray]:
+def _all_weights(size: int, new_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the first source pixel of each new pixel, (S,) int32, and the weights, (taps, S) int32."""
     scale = size / new_size
     support = max(scale, 1.0)
@@ -98,7 +90,12 @@ def _weights(size: int, new_size: int) -> tuple[np.ndarray, np.ndarray]:
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     library = compiler.load(Path(__file__).with_suffix(".cpp"), "images are resized by Pillow")
-    if library is not None and not all(_same_as_pillow(library, *sizes) for sizes in _SAMPLES):
+    if library is None:
+        return None
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    axis = (pointer, pointer, number, number)
+    library.resize_bilinear.argtypes = (pointer, number, number, pointer, *axis, *axis)
+    if not all(_same_as_pillow(library, *sizes) for sizes in _SAMPLES):
         logger.warning(
             "The installed Pillow resizes differently from gn_det's resize.cpp, so images are resized by Pillow."
         )
@@ -109,4 +106,4 @@ def _library() -> ctypes.CDLL | None:
 def _same_as_pillow(library: ctypes.CDLL, height: int, width: int, new_height: int, new_width: int) -> bool:
     pixels = np.random.RandomState(0).randint(0, 256, (height, width, 3)).astype(np.uint8)
     wanted = Image.fromarray(pixels).resize((new_width, new_height), Image.Resampling.BILINEAR)
-    return np.array_equal(_run(library, pixels, new_height, new_width, _WHOLE, _WHOLE), np.asarray(wanted))
+    return np.array_equal(resize(pixels, new_height, new_width, library=library), np.asarray(wanted))

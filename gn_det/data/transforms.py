@@ -1,8 +1,9 @@
 """Geometric transforms on images (PIL bilinear on uint8), boxes, polygons and bitmaps.
 
-Every transform is a value. It is drawn once per sample (``draw_*`` functions take an explicit
-``numpy.random.RandomState``), then applied to image, boxes and masks. Rounding and the order of random numbers are
-Detectron2's, so one seed gives the same sample in both engines. Coordinates are continuous: pixel i covers [i, i + 1).
+Every transform is a value. It is drawn once per sample (``draw_*`` functions take the (height, width) of the image and
+an explicit ``numpy.random.RandomState``), then applied to image, boxes and masks. Rounding and the order of random
+numbers are Detectron2's, so one seed gives the same sample in both engines. Coordinates are continuous: pixel i covers
+[i, i + 1).
 
 As in Detectron2, coordinates written as integers in the json stay integers, and resizing truncates them. Coordinates
 with a decimal point are kept in float64.
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from gn_det.data.resize import can_resize, resize, rows_first
+from gn_det.data.resize import can_resize, resize
 
 #: Gray value of the padding, as in Detectron2's FixedSizeCrop.
 PAD_VALUE = 128
@@ -67,18 +68,10 @@ class Resize(Transform):
 
     def window(self, pixels: np.ndarray, crop: Crop) -> np.ndarray:
         """Return the ``crop`` of :meth:`image`, bit-identical but with less work."""
-        left, right = crop.x0, min(crop.x0 + crop.width, self.new_width)
-        top, bottom = crop.y0, min(crop.y0 + crop.height, self.new_height)
-        if can_resize(pixels, self.new_height, self.new_width):
-            return resize(pixels, self.new_height, self.new_width, slice(top, bottom), slice(left, right))
-        if not rows_first(self.height, self.width, self.new_height, self.new_width):
+        if not can_resize(pixels, self.new_height, self.new_width):
             return crop.image(self.image(pixels))
-        # Pillow scales rows first, to 8 bits, so columns outside the crop can be dropped before it scales columns.
-        wide = _pillow(pixels).resize((self.new_width, self.height), Image.Resampling.BILINEAR)
-        columns = wide.crop((left, 0, right, self.height))
-        high = columns.resize((right - left, self.new_height), Image.Resampling.BILINEAR)
-        out = np.asarray(high.crop((0, top, right - left, bottom)))
-        return out.reshape(*out.shape[:2], *pixels.shape[2:])
+        rows, columns = slice(crop.y0, crop.y0 + crop.height), slice(crop.x0, crop.x0 + crop.width)
+        return resize(pixels, self.new_height, self.new_width, rows, columns)
 
     def _resize(self, pixels: np.ndarray, how: Image.Resampling) -> np.ndarray:
         out = np.asarray(_pillow(pixels).resize((self.new_width, self.new_height), how))
@@ -219,21 +212,19 @@ def resized_shape(height: int, width: int, short_side: int, max_size: int) -> tu
 
 def draw_resize(
     shape: tuple[int, int], sizes: Sequence[int], max_size: int, style: str, rng: np.random.RandomState
-) -> Resize | None:
+) -> list[Transform]:
     """Draw a short side: one of ``sizes`` ("choice") or an integer within [low, high] ("range"); 0 means no resize."""
     side = int(rng.randint(sizes[0], sizes[1] + 1) if style == "range" else rng.choice(sizes))
-    return Resize(*shape, *resized_shape(*shape, side, max_size)) if side else None
+    return [Resize(*shape, *resized_shape(*shape, side, max_size))] if side else []
 
 
-def draw_flip(shape: tuple[int, int], direction: str, rng: np.random.RandomState) -> Flip | None:
+def draw_flip(shape: tuple[int, int], direction: str, rng: np.random.RandomState) -> list[Transform]:
     """Flip with probability 1/2 in ``direction`` ("horizontal" or "vertical")."""
-    if rng.uniform(0, 1.0, []) >= 0.5:
-        return None
     axis = 1 if direction == "horizontal" else 0
-    return Flip(axis, shape[axis])
+    return [Flip(axis, shape[axis])] if rng.uniform(0, 1.0, []) < 0.5 else []
 
 
-def draw_crop(shape: tuple[int, int], kind: str, size: Sequence[float], rng: np.random.RandomState) -> Crop:
+def draw_crop(shape: tuple[int, int], kind: str, size: Sequence[float], rng: np.random.RandomState) -> list[Transform]:
     """Draw a window with the size of INPUT.CROP.TYPE and INPUT.CROP.SIZE at a random place."""
     height, width = shape
     if kind == "relative":
@@ -249,7 +240,7 @@ def draw_crop(shape: tuple[int, int], kind: str, size: Sequence[float], rng: np.
         crop_w = rng.randint(min(width, int(size[0])), min(width, int(size[1])) + 1)
     y0 = int(rng.randint(height - crop_h + 1))
     x0 = int(rng.randint(width - crop_w + 1))
-    return Crop(x0, y0, int(crop_w), int(crop_h))
+    return [Crop(x0, y0, int(crop_w), int(crop_h))]
 
 
 def draw_jitter(
@@ -268,9 +259,9 @@ def draw_jitter(
     return [Resize(*shape, height, width), Crop(x0, y0, size, size), Pad(size, size)]
 
 
-def draw_rotation(shape: tuple[int, int], degrees: float, rng: np.random.RandomState) -> Rotate:
+def draw_rotation(shape: tuple[int, int], degrees: float, rng: np.random.RandomState) -> list[Transform]:
     """Rotate by an angle drawn from [-degrees, degrees]."""
-    return Rotate(*shape, float(rng.uniform(-degrees, degrees)))
+    return [Rotate(*shape, float(rng.uniform(-degrees, degrees)))]
 
 
 def apply_to_box(transforms: Sequence[Transform], box: np.ndarray) -> np.ndarray:

@@ -177,8 +177,6 @@ def test_file_names_that_may_mean_several_files(tmp_path: Path) -> None:
     source = write(tmp_path, lambda c: c["images"][0].update(file_name="IM 6é.png"))
     (tmp_path / "Im 8é.png").unlink()
     assert "image not found" in load_coco(source, max_bad=1).bad[0]
-    source = write(tmp_path, lambda c: c["images"][0].update(file_name="none\\x.png"))
-    assert "a backslash in file_name separates folders on Windows only" in load_coco(source, max_bad=1).bad[0]
 
 
 @pytest.mark.parametrize("form", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-8-sig", "gzip"])
@@ -194,7 +192,7 @@ def test_json_that_cannot_be_read_names_the_cause(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     bomb = gzip.compress(b" " * (70 << 20), 9)
     for data, cause in (
-        (json.dumps({"name": "圆形"}, ensure_ascii=False).encode("gbk"), "probably GBK, line 1"),
+        (json.dumps({"name": "圆形"}, ensure_ascii=False).encode("gbk"), "not UTF-8 text, line 1): save it as UTF-8"),
         (b'{"a": \n"\xff\xfe\xff"}', "not UTF-8 text, line 2"),
         (str(CONTENT).encode(), "keys are in single quotes, like a printed Python dict"),
         (b"[" * 1_000_000, "nested too deeply"),
