@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from gn_det.data.formats import draft as tools
-from gn_det.data.formats.draft import FLAGS, Document, Draft, Losses
+from gn_det.data.formats.draft import ATTRIBUTES, Draft, Groups, Invalid, Losses
 from gn_det.errors import DataError
 from gn_det.files import atomic_write
 from gn_det.structures import MaskCrop, crop_mask
@@ -32,51 +32,58 @@ def read(source: Path, images: Path | None, classes: Sequence[str]) -> Draft:
     draft = Draft(list(classes) or [name for name in listed if name])
     for entry in root.iter("image"):
         name = entry.get("name", "")
-        where = f"{path} image {shown(name)}"
-        try:
-            size = int(entry.get("width", "")), int(entry.get("height", ""))
-        except ValueError:
-            size = (0, 0)
-        if not name or min(size) <= 0:
-            draft.problems.append(f"{where}: has no name, width and height")
-            continue
-        image = draft.image(name, size, where)
-        if image is not None:
-            _read_shapes(draft, image, entry, size, where)
+        with draft.noting(where := f"{path} image {shown(name)}"):
+            try:
+                size = int(entry.get("width", "")), int(entry.get("height", ""))
+            except ValueError:
+                size = (0, 0)
+            if not name or min(size) <= 0:
+                raise Invalid("has no name, width and height")
+            draft.image(name, size)
+            for parts in _objects(draft, entry, where):
+                with draft.noting(where):
+                    _add(draft, name, parts, size)
     return draft
 
 
-def _read_shapes(draft: Draft, image: str, entry: ElementTree.Element, size: tuple[int, int], where: str) -> None:
+def _objects(draft: Draft, image: ElementTree.Element, where: str) -> Iterable[list[ElementTree.Element]]:
+    """Return the shapes of each object of an image."""
     groups: dict[Any, list[ElementTree.Element]] = {}
-    for number, shape in enumerate(entry, 1):
-        if shape.tag not in ("box", "polygon", "mask"):
-            if shape.tag != "tag":
-                draft.problems.append(f"{where}: <{shape.tag}> is not supported; draw a box, polygon or mask instead")
-            continue
-        group = (shape.get("group_id"), shape.get("label"))
-        groups.setdefault(group if group[0] not in (None, "0") and shape.tag == "polygon" else number, []).append(shape)
-    for parts in groups.values():
-        first = parts[0]
-        attributes = {a.get("name"): (a.text or "").strip().lower() for a in first.iterfind("attribute")}
-        if first.get("occluded") == "1":  # in CVAT an attribute of the shape itself
-            attributes["occluded"] = "1"
-        flags = [flag for flag in FLAGS if attributes.get(flag) in ("1", "true")]
-        more: dict[str, Any] = {"flags": flags, "crowd": attributes.get("iscrowd") in ("1", "true")}
-        label = first.get("label") or ""
-        try:
-            if first.tag == "box":
-                x0, y0, x1, y1 = (_number(first.get(key, "")) for key in ("xtl", "ytl", "xbr", "ybr"))
-                if x0 >= x1 or y0 >= y1:
-                    raise ValueError
-                angle = _number(first.get("rotation", "0")) % 360
-                outline = {"polygons": [_rotated(x0, y0, x1, y1, angle)]} if angle else {"box": (x0, y0, x1, y1)}
-                draft.add(image, label, where, **outline, **more)
-            elif first.tag == "polygon":
-                draft.add(image, label, where, polygons=[_polygon(part) for part in parts], **more)
-            else:
-                draft.add(image, label, where, mask=_mask(first, size), **more)
-        except (ValueError, OverflowError):
-            draft.problems.append(f"{where}: a <{first.tag}> of {shown(label)} has no area or unusable coordinates")
+    for number, shape in enumerate(image, 1):
+        with draft.noting(where):
+            if shape.tag == "tag":
+                continue
+            if shape.tag not in ("box", "polygon", "mask"):
+                raise Invalid(f"<{shape.tag}> is not supported; draw a box, polygon or mask instead")
+            group = shape.get("group_id", "0") if shape.tag == "polygon" else "0"
+            groups.setdefault(number if group == "0" else (group, shape.get("label")), []).append(shape)
+    return groups.values()
+
+
+def _add(draft: Draft, image: str, parts: list[ElementTree.Element], size: tuple[int, int]) -> None:
+    first, outline = parts[0], dict[str, Any]()
+    attributes = {a.get("name", ""): _is_true(a.text) for a in first.iterfind("attribute")}
+    if first.get("occluded") == "1":  # in CVAT an attribute of the shape itself
+        attributes["occluded"] = True
+    label = first.get("label") or ""
+    try:
+        if first.tag == "box":
+            x0, y0, x1, y1 = (_number(first.get(key, "")) for key in ("xtl", "ytl", "xbr", "ybr"))
+            if x0 >= x1 or y0 >= y1:
+                raise ValueError
+            angle = _number(first.get("rotation", "0")) % 360
+            outline = {"polygons": [_rotated(x0, y0, x1, y1, angle)]} if angle else {"box": (x0, y0, x1, y1)}
+        elif first.tag == "polygon":
+            outline["polygons"] = [_polygon(part) for part in parts]
+        else:
+            outline["mask"] = _mask(first, size)
+    except (ValueError, OverflowError):
+        raise Invalid(f"a <{first.tag}> of {shown(label)} has no area or unusable coordinates") from None
+    draft.add(image, label, attributes, **outline)
+
+
+def _is_true(text: str | None) -> bool:
+    return (text or "").strip().lower() in ("1", "true")
 
 
 def _number(word: str) -> float:
@@ -115,35 +122,31 @@ def _mask(shape: ElementTree.Element, size: tuple[int, int]) -> MaskCrop:
     return crop_mask(bitmap, top, left)
 
 
-def write(document: Document, folder: Path, root: Path, losses: Losses) -> None:
+def write(names: Mapping[int, str], groups: Groups, folder: Path, root: Path, losses: Losses) -> None:
     """Write ``annotations.xml`` with the classes and all images."""
-    names = tools.names_of(document)
     xml = ElementTree.Element("annotations")
     ElementTree.SubElement(xml, "version").text = "1.1"
     labels = ElementTree.SubElement(ElementTree.SubElement(ElementTree.SubElement(xml, "meta"), "task"), "labels")
     for name in names.values():
         ElementTree.SubElement(ElementTree.SubElement(labels, "label"), "name").text = name
-    for number, (image, objects) in enumerate(tools.by_image(document)):
+    for number, (image, objects) in enumerate(groups):
         size = {"width": str(image["width"]), "height": str(image["height"])}
         entry = ElementTree.SubElement(xml, "image", {"id": str(number), "name": image["file_name"], **size})
         for group, a in enumerate(objects, 1):
-            for shape in _shapes(a, names[a["category_id"]], group):
-                entry.append(shape)
+            entry.extend(_shapes(a, names[a["category_id"]], group))
     ElementTree.indent(xml)
     atomic_write(folder / FILE, ElementTree.tostring(xml, encoding="utf-8", xml_declaration=True))
 
 
 def _shapes(annotation: dict[str, Any], label: str, group: int) -> list[ElementTree.Element]:
-    flags = tools.flags_of(annotation)
     base = {"label": label, "source": "auto" if "score" in annotation else "manual"}
-    base |= {"occluded": str(int("occluded" in flags)), "z_order": "0"}
+    base |= {"occluded": str(int(bool(annotation.get("occluded")))), "z_order": "0"}
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, dict):
         crop = tools.crop_of_rle(segmentation)
         rows, columns = crop.bitmap.shape
-        flat = np.concatenate([[False], crop.bitmap.ravel()])
-        edges = np.flatnonzero(flat[1:] != flat[:-1])
-        runs = np.diff(np.concatenate([[0], edges, [rows * columns]])).tolist()
+        edges = np.flatnonzero(np.diff(crop.bitmap.ravel(), prepend=False))
+        runs = np.diff(edges, prepend=0, append=rows * columns).tolist()
         box = {"left": str(crop.left), "top": str(crop.top), "width": str(columns), "height": str(rows)}
         shapes = [ElementTree.Element("mask", base | box | {"rle": ", ".join(map(str, runs))})]
     elif segmentation:
@@ -155,6 +158,7 @@ def _shapes(annotation: dict[str, Any], label: str, group: int) -> list[ElementT
     else:
         sides = zip(("xtl", "ytl", "xbr", "ybr"), tools.corners(annotation))
         shapes = [ElementTree.Element("box", base | {key: f"{value:.12g}" for key, value in sides})]
-    for name in [*(f for f in flags if f != "occluded"), *(["iscrowd"] if annotation.get("iscrowd") else [])]:
-        ElementTree.SubElement(shapes[0], "attribute", {"name": name}).text = "true"
+    for name in ATTRIBUTES:
+        if annotation.get(name) and name != "occluded":
+            ElementTree.SubElement(shapes[0], "attribute", {"name": name}).text = "true"
     return shapes

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 from xml.etree import ElementTree
@@ -21,12 +22,15 @@ from gn_det.data.inputs import IMAGE_SUFFIXES
 from gn_det.errors import DataError
 from gn_det.files import inside, open_regular
 from gn_det.structures import MaskCrop, crop_mask, encode_crop
-from gn_det.text import count, one_line, shown, some
+from gn_det.text import one_line, shown, some
 
 Document = dict[str, Any]
+#: Each image with its annotations.
+Groups = list[tuple[dict[str, Any], list[dict[str, Any]]]]
 
 #: Attributes of an object besides class and outline.
 FLAGS = ("difficult", "truncated", "occluded")
+ATTRIBUTES = (*FLAGS, "iscrowd")
 #: Largest text file with the annotations of one image, in bytes.
 _MOST_BYTES = 256 << 20
 #: Largest error of simplified mask outlines, in pixels.
@@ -38,6 +42,10 @@ class Losses(Counter[str]):
 
     def lines(self, target: str) -> list[str]:
         return [f"{target} cannot represent {what}: {number:,}" for what, number in self.items() if number]
+
+
+class Invalid(Exception):
+    """An entry that cannot be used, with the reason; :meth:`Draft.noting` records it."""
 
 
 class Draft:
@@ -59,37 +67,43 @@ class Draft:
         self._objects: dict[str, list[dict[str, Any]]] = {}
         self.problems: list[str] = []
 
-    def image(self, file_name: str, size: tuple[int, int], where: str) -> str | None:
-        """Add an image of (width, height) ``size``; return its key, or None if the name was used before."""
+    @contextmanager
+    def noting(self, where: str) -> Iterator[None]:
+        """Leave out an entry at ``where`` that raises :class:`Invalid`, and record the problem."""
+        try:
+            yield
+        except Invalid as error:
+            self.problems.append(f"{where}: {error}")
+
+    def image(self, file_name: str, size: tuple[int, int]) -> None:
+        """Add an image of (width, height) ``size``; raise Invalid if the name was used before."""
         if file_name in self._images:
-            self.problems.append(f"{where}: image {shown(file_name)} occurs twice")
-            return None
+            raise Invalid(f"image {shown(file_name)} occurs twice")
         self._images[file_name] = {"file_name": file_name, "width": size[0], "height": size[1]}
         self._objects[file_name] = []
-        return file_name
 
     def add(
         self,
         image: str,
         name: str,
-        where: str,
+        attributes: Mapping[str, object],
         *,
         box: Sequence[float] | None = None,
         polygons: Sequence[Sequence[float]] = (),
         mask: MaskCrop | None = None,
-        flags: Sequence[str] = (),
-        crowd: bool = False,
     ) -> None:
-        """Add an object given as XYXY ``box``, polygons or mask; an unknown class is a problem."""
+        """Add an object given as XYXY ``box``, polygons or mask; raise Invalid for an unknown class.
+
+        Those of :data:`ATTRIBUTES` are set that are true in ``attributes``.
+        """
         name = name.strip()
         if self._fixed and name not in self._names:
-            self.problems.append(f"{where}: class {shown(name)} is not one of {some(self._names)}")
-            return
-        entry: dict[str, Any] = {"name": name, "iscrowd": int(crowd), **dict.fromkeys(flags, 1)}
+            raise Invalid(f"class {shown(name)} is not one of {some(self._names)}")
+        flags = {flag: 1 for flag in FLAGS if attributes.get(flag)}
+        entry: dict[str, Any] = {"name": name, "iscrowd": int(bool(attributes.get("iscrowd"))), **flags}
         if mask is not None:
-            height, width = self._images[image]["height"], self._images[image]["width"]
             rows, columns = mask.bitmap.shape
-            entry["segmentation"] = encode_crop(mask, height, width)
+            entry["segmentation"] = encode_crop(mask, self._images[image]["height"], self._images[image]["width"])
             entry["area"] = float(np.count_nonzero(mask.bitmap))
             box = (mask.left, mask.top, mask.left + columns, mask.top + rows)
         elif polygons:
@@ -100,7 +114,7 @@ class Draft:
         assert box is not None
         x0, y0, x1, y1 = (float(v) for v in box)
         entry.setdefault("area", (x1 - x0) * (y1 - y0))
-        entry["bbox"] = [x0, y0, _difference(x1, x0), _difference(y1, y0)]
+        entry["bbox"] = [x0, y0, round(x1 - x0, 9), round(y1 - y0, 9)]  # without noise of binary fractions
         self._objects[image].append(entry)
 
     def document(self) -> Document:
@@ -116,11 +130,6 @@ class Draft:
                 annotations.append({"id": len(annotations) + 1, "image_id": number, "category_id": category, **entry})
         categories = [{"id": i, "name": name} for name, i in ids.items()]
         return {"images": images, "annotations": annotations, "categories": categories}
-
-
-def _difference(a: float, b: float) -> float:
-    """Return ``a - b`` without binary rounding noise in the last digits."""
-    return round(a - b, 9)
 
 
 def polygon_area(polygon: Sequence[float]) -> float:
@@ -230,13 +239,12 @@ def refuse_collisions(document: Document) -> None:
         seen[stem] = name
 
 
-def by_image(document: Document) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Yield images with their annotations."""
-    groups: dict[Any, list[dict[str, Any]]] = {}
+def by_image(document: Document) -> Groups:
+    """Return images with their annotations."""
+    groups: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in document["images"]}
     for annotation in document["annotations"]:
-        groups.setdefault(annotation["image_id"], []).append(annotation)
-    for image in document["images"]:
-        yield image, groups.get(image["id"], [])
+        groups[annotation["image_id"]].append(annotation)
+    return [(image, groups[image["id"]]) for image in document["images"]]
 
 
 def names_of(document: Document) -> dict[int, str]:
@@ -246,11 +254,6 @@ def names_of(document: Document) -> dict[int, str]:
     if repeated:
         raise DataError(f"class {shown(repeated[0])} is there twice, spaces around it aside; rename one of them")
     return names
-
-
-def flags_of(annotation: dict[str, Any]) -> list[str]:
-    """Return the flags that are set."""
-    return [flag for flag in FLAGS if annotation.get(flag)]
 
 
 def corners(annotation: dict[str, Any]) -> tuple[float, float, float, float]:
@@ -308,9 +311,3 @@ def to_outlines(document: Document, losses: Losses) -> Document:
                 del annotation["segmentation"]
         annotations.append(annotation)
     return {**document, "annotations": annotations}
-
-
-def problem_text(problems: Sequence[str]) -> str:
-    """Return a count and the first few problems."""
-    quoted = "; ".join(one_line(p, 300) for p in problems[:3])
-    return f"{count(len(problems), 'invalid entry', 'invalid entries')}: {quoted}" + ("; ..." if problems[3:] else "")

@@ -15,12 +15,12 @@ from typing import Any
 from gn_det.data.annotation_table import check_annotations, refuse_corners
 from gn_det.data.catalog import DatasetSource
 from gn_det.data.coco_json import collector_paused, read_coco_json, structure
-from gn_det.data.formats.draft import FLAGS, Document, Losses, problem_text, refuse_collisions, to_outlines
+from gn_det.data.formats.draft import FLAGS, Document, Losses, by_image, names_of, refuse_collisions, to_outlines
 from gn_det.data.image import MAX_PIXELS
 from gn_det.data.problems import Problems
 from gn_det.errors import ConfigError, DataError, UserError
 from gn_det.files import atomic_write, inside, json_bytes
-from gn_det.text import count, shown, some
+from gn_det.text import count, one_line, shown, some
 
 #: Module of each format except COCO json.
 FORMATS = {"yolo": "yolo", "voc": "voc", "labelme": "labelme", "cvat": "cvat", "masks": "png_masks"}
@@ -115,7 +115,9 @@ def read(
 
 def _refuse(source: Path, bad: Sequence[str], max_bad: int) -> None:
     if len(bad) > max_bad:
-        raise DataError(f"{source}: {problem_text(bad)} (use --max-bad {len(bad)} to leave them out)")
+        quoted = "; ".join([*(one_line(line, 300) for line in bad[:3]), *(["..."] if len(bad) > 3 else [])])
+        what = count(len(bad), "invalid entry", "invalid entries")
+        raise DataError(f"{source}: {what}: {quoted} (use --max-bad {len(bad)} to leave them out)")
 
 
 def _checked(content: Any, problems: Problems) -> Document:
@@ -164,18 +166,24 @@ def write(
     if stems is not None:
         images = [{**image, "stem": f"{stem}.x"} for image, stem in zip(document["images"], stems)]
         document = {**document, "images": images}
-    if outlines:
+    if outlines or name == "yolo":
         document = to_outlines(document, losses)
     if name == "coco":
         atomic_write(folder / "annotations.json", json_bytes(document))
-    else:
-        refuse_collisions(document)
-        losses["spaces around class names"] += sum(c["name"] != c["name"].strip() for c in document["categories"])
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be created ({error.strerror})") from None
-        _module(name).write(document, folder, root, losses)
+        return losses.lines(name)
+    refuse_collisions(document)
+    module, objects = _module(name), document["annotations"]
+    losses["spaces around class names"] += sum(c["name"] != c["name"].strip() for c in document["categories"])
+    if "iscrowd" not in module.ATTRIBUTES:
+        objects = [a for a in objects if not a.get("iscrowd")]
+        losses["crowd regions"] += len(document["annotations"]) - len(objects)
+    for flag in (flag for flag in FLAGS if flag not in module.ATTRIBUTES):
+        losses[f"'{flag}' flags"] += sum(bool(a.get(flag)) for a in objects)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be created ({error.strerror})") from None
+    module.write(names_of(document), by_image({**document, "annotations": objects}), folder, root, losses)
     return losses.lines(name)
 
 

@@ -7,7 +7,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from gn_det.data.formats import draft as tools
-from gn_det.data.formats.draft import FLAGS, Document, Draft, Losses
+from gn_det.data.formats.draft import ATTRIBUTES, Draft, Groups, Invalid, Losses
 from gn_det.data.image import png_bytes
 from gn_det.errors import DataError
 from gn_det.files import atomic_write, json_bytes
@@ -34,58 +34,56 @@ def read(source: Path, images: Path | None, classes: Sequence[str]) -> Draft:
             content = json.loads(tools.text_of(path))
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: is not json ({one_line(error)})") from None
-        if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
-            draft.problems.append(f"{path}: has no list 'shapes'; it is not a LabelMe file")
-            continue
-        width, height = content.get("imageWidth"), content.get("imageHeight")
-        if not (type(width) is int and type(height) is int and min(width, height) > 0):
-            draft.problems.append(f"{path}: imageWidth and imageHeight must be numbers of pixels")
-            continue
-        name = PurePosixPath(str(content.get("imagePath") or "").replace("\\", "/")).name
-        if not name.isprintable() or name == ".." or len(name.encode()) > 250:  # 255 with .json is the limit of disks
-            draft.problems.append(f"{path}: imagePath {shown(name)} is not the name of a file")
-            continue
-        # The json's subfolders are the image's; --images says if the images are elsewhere.
-        file = path.relative_to(source).with_suffix(PurePosixPath(name).suffix or ".jpg")
-        # Images of one name in two folders have x.json and x-2.json: x.png is then the image of x.json.
-        if PurePosixPath(name).suffix and not path.with_name(name).with_suffix(".json").is_file():
-            file = file.with_name(name)
-        image = draft.image(file.as_posix(), (width, height), str(path))
-        if image is not None:
-            _read_shapes(draft, image, content["shapes"], (width, height), path)
+        with draft.noting(str(path)):
+            _read_file(draft, content, path, path.relative_to(source))
     return draft
 
 
-def _read_shapes(draft: Draft, image: str, shapes: list[Any], size: tuple[int, int], path: Path) -> None:
+def _read_file(draft: Draft, content: Any, path: Path, inner: Path) -> None:
+    """Read one json, which is at ``inner`` in its folder."""
+    if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
+        raise Invalid("has no list 'shapes'; it is not a LabelMe file")
+    width, height = content.get("imageWidth"), content.get("imageHeight")
+    if not (type(width) is int and type(height) is int and min(width, height) > 0):
+        raise Invalid("imageWidth and imageHeight must be numbers of pixels")
+    name = PurePosixPath(str(content.get("imagePath") or "").replace("\\", "/")).name
+    if not name.isprintable() or name == ".." or len(name.encode()) > 250:  # 255 with .json is the limit of disks
+        raise Invalid(f"imagePath {shown(name)} is not the name of a file")
+    # The json's subfolders are the image's; --images says if the images are elsewhere.
+    file = inner.with_suffix(PurePosixPath(name).suffix or ".jpg")
+    # Images of one name in two folders have x.json and x-2.json: x.png is then the image of x.json.
+    if PurePosixPath(name).suffix and not path.with_name(name).with_suffix(".json").is_file():
+        file = file.with_name(name)
+    image = file.as_posix()
+    draft.image(image, (width, height))
     groups: dict[Any, list[dict[str, Any]]] = {}
-    for number, shape in enumerate(shapes, 1):
-        if not isinstance(shape, dict) or not isinstance(shape.get("label"), str) or not _points(shape):
-            draft.problems.append(f"{path} shape {number}: needs a label and points in finite numbers")
-            continue
-        group = shape.get("group_id")
-        key = (group, shape["label"]) if isinstance(group, (int, str)) and _kind(shape) == "polygon" else number
-        groups.setdefault(key, []).append(shape)
+    for number, shape in enumerate(content["shapes"], 1):
+        with draft.noting(f"{path} shape {number}"):
+            if not isinstance(shape, dict) or not isinstance(shape.get("label"), str) or not _points(shape):
+                raise Invalid("needs a label and points in finite numbers")
+            group = shape.get("group_id")
+            key = (group, shape["label"]) if isinstance(group, (int, str)) and _kind(shape) == "polygon" else number
+            groups.setdefault(key, []).append(shape)
     for parts in groups.values():
-        where = f"{path}: {shown(parts[0]['label'])}"
-        kind, points = _kind(parts[0]), _points(parts[0])
-        outline: dict[str, Any] = {}
-        if kind == "polygon" and all(len(_points(part)) >= 3 for part in parts):
-            outline["polygons"] = [[v for point in _points(part) for v in point] for part in parts]
-        elif kind == "rectangle" and len(points) >= 2:  # LabelMe 5.5 writes all four corners
-            outline["box"] = (*np.min(points, axis=0).tolist(), *np.max(points, axis=0).tolist())
-        elif kind == "circle" and len(points) == 2:
-            (x, y), radius = points[0], math.dist(*points)
-            angles = [2 * math.pi * k / _CORNERS_OF_CIRCLE for k in range(_CORNERS_OF_CIRCLE)]
-            outline["polygons"] = [[v for a in angles for v in (x + radius * math.cos(a), y + radius * math.sin(a))]]
-        elif kind == "mask" and (mask := _mask(parts[0], size)) is not None:
-            outline["mask"] = mask
-        else:
-            draft.problems.append(f"{where}: shape of type {shown(kind)} with {len(points)} points has no area")
-            continue
-        given = parts[0].get("flags")
-        flags = given if isinstance(given, dict) else {}
-        set_flags, crowd = [flag for flag in FLAGS if flags.get(flag)], bool(flags.get("iscrowd"))
-        draft.add(image, parts[0]["label"], where, flags=set_flags, crowd=crowd, **outline)
+        label, flags = parts[0]["label"], parts[0].get("flags")
+        with draft.noting(f"{path}: {shown(label)}"):
+            draft.add(image, label, flags if isinstance(flags, dict) else {}, **_outline(parts, (width, height)))
+
+
+def _outline(parts: list[dict[str, Any]], size: tuple[int, int]) -> dict[str, Any]:
+    """Return the outline of an object as :meth:`Draft.add` takes it."""
+    kind, points = _kind(parts[0]), _points(parts[0])
+    if kind == "polygon" and all(len(_points(part)) >= 3 for part in parts):
+        return {"polygons": [[v for point in _points(part) for v in point] for part in parts]}
+    if kind == "rectangle" and len(points) >= 2:  # LabelMe 5.5 writes all four corners
+        return {"box": (*np.min(points, axis=0).tolist(), *np.max(points, axis=0).tolist())}
+    if kind == "circle" and len(points) == 2:
+        (x, y), radius = points[0], math.dist(*points)
+        angles = [2 * math.pi * k / _CORNERS_OF_CIRCLE for k in range(_CORNERS_OF_CIRCLE)]
+        return {"polygons": [[v for a in angles for v in (x + radius * math.cos(a), y + radius * math.sin(a))]]}
+    if kind == "mask" and (mask := _mask(parts[0], size)) is not None:
+        return {"mask": mask}
+    raise Invalid(f"shape of type {shown(kind)} with {len(points)} points has no area")
 
 
 def _kind(shape: dict[str, Any]) -> str:
@@ -115,35 +113,14 @@ def _mask(shape: dict[str, Any], size: tuple[int, int]) -> MaskCrop | None:
     return MaskCrop(int(y0), int(x0), bitmap) if bitmap.any() else None
 
 
-def write(document: Document, folder: Path, root: Path, losses: Losses) -> None:
+def write(names: Mapping[int, str], groups: Groups, folder: Path, root: Path, losses: Losses) -> None:
     """Write one json per image, with an ``imagePath`` to the image in ``root``, and the list of classes."""
-    names = tools.names_of(document)
-    for image, objects in tools.by_image(document):
+    for image, objects in groups:
         path = tools.place(folder, image, ".json")
-        shapes: list[dict[str, Any]] = []
-        for group, a in enumerate(objects, 1):
-            flags = dict.fromkeys([*tools.flags_of(a), *(["iscrowd"] if a.get("iscrowd") else [])], True)
-            note = f"score {a['score']:.3f}" if "score" in a else ""
-            base: dict[str, Any] = {"label": names[a["category_id"]], "group_id": None, "description": note}
-            base["flags"] = flags
-            segmentation = a.get("segmentation")
-            if isinstance(segmentation, dict):
-                top, left, bitmap = tools.crop_of_rle(segmentation)
-                points = [[left, top], [left + bitmap.shape[1] - 1, top + bitmap.shape[0] - 1]]
-                mask = base64.b64encode(png_bytes(bitmap)).decode()
-                shapes.append({**base, "points": points, "shape_type": "mask", "mask": mask})
-            elif segmentation:
-                base["group_id"] = group if len(segmentation) > 1 else None
-                for polygon in segmentation:
-                    points = np.asarray(polygon, float).reshape(-1, 2).tolist()
-                    shapes.append({**base, "points": points, "shape_type": "polygon", "mask": None})
-            else:
-                x0, y0, x1, y1 = tools.corners(a)
-                shapes.append({**base, "points": [[x0, y0], [x1, y1]], "shape_type": "rectangle", "mask": None})
         content = {
             "version": "5.5.0",
             "flags": {},
-            "shapes": shapes,
+            "shapes": [shape for group, a in enumerate(objects, 1) for shape in _shapes(a, names, group)],
             "imagePath": os.path.relpath(root / image["file_name"], path.parent).replace(os.sep, "/"),
             "imageData": None,
             "imageHeight": image["height"],
@@ -151,3 +128,24 @@ def write(document: Document, folder: Path, root: Path, losses: Losses) -> None:
         }
         atomic_write(path, json_bytes(content, indent=1))
     atomic_write(folder / CLASSES, "".join(f"{name}\n" for name in names.values()))
+
+
+def _shapes(annotation: dict[str, Any], names: Mapping[int, str], group: int) -> Iterator[dict[str, Any]]:
+    segmentation = annotation.get("segmentation") or []
+    pieces = not isinstance(segmentation, dict) and len(segmentation) > 1
+    base = {
+        "label": names[annotation["category_id"]],
+        "group_id": group if pieces else None,
+        "description": f"score {annotation['score']:.3f}" if "score" in annotation else "",
+        "flags": {name: True for name in ATTRIBUTES if annotation.get(name)},
+        "mask": None,
+    }
+    if isinstance(segmentation, dict):
+        top, left, bitmap = tools.crop_of_rle(segmentation)
+        points = [[left, top], [left + bitmap.shape[1] - 1, top + bitmap.shape[0] - 1]]
+        yield {**base, "points": points, "shape_type": "mask", "mask": base64.b64encode(png_bytes(bitmap)).decode()}
+    elif not segmentation:
+        x0, y0, x1, y1 = tools.corners(annotation)
+        yield {**base, "points": [[x0, y0], [x1, y1]], "shape_type": "rectangle"}
+    for polygon in segmentation if isinstance(segmentation, list) else ():
+        yield {**base, "points": np.asarray(polygon, float).reshape(-1, 2).tolist(), "shape_type": "polygon"}

@@ -7,14 +7,14 @@ value, palette entry or color except black.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from gn_det.data.formats import draft as tools
-from gn_det.data.formats.draft import Document, Draft, Losses
+from gn_det.data.formats.draft import Draft, Groups, Invalid, Losses
 from gn_det.data.image import MAX_PIXELS, png_bytes
 from gn_det.data.inputs import IMAGE_SUFFIXES
 from gn_det.errors import DataError
@@ -23,6 +23,8 @@ from gn_det.structures import MaskCrop, crop_mask, rasterize_polygons
 from gn_det.text import one_line, shown
 
 CLASSES = "classes.txt"
+#: What this format can represent.
+ATTRIBUTES = ()
 #: Most objects in one file: one for each value of 16 bits. A photo has more colors than that.
 _MOST_OBJECTS = 65_535
 
@@ -39,19 +41,14 @@ def read(source: Path, images: Path | None, classes: Sequence[str]) -> Draft:
     known = {base / file for file in files.files.values()}  # the images may lie in the same folder as the masks
     for stem, file in files.files.items():
         size = files.size(file)
-        image = draft.image(file, size, file)
-        if image is None:
-            continue
+        draft.image(file, size)
         for path, name in _masks_of(masks, stem, names):
             known.add(path.parent.resolve() / path.name)
-            if name is None:
-                draft.problems.append(f"{path}: its folder is not one of the classes {', '.join(names)}")
-                continue
-            try:
+            with draft.noting(str(path)):
+                if name is None:
+                    raise Invalid(f"its folder is not one of the classes {', '.join(names)}")
                 for crop in _objects(path, size, single=path.parent != (masks / stem).parent):
-                    draft.add(image, name, str(path), mask=crop)
-            except DataError as error:
-                draft.problems.append(str(error))
+                    draft.add(file, name, {}, mask=crop)
     for path in sorted(p for p in masks.rglob("[!.]*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()):
         if path.parent.resolve() / path.name not in known:
             draft.problems.append(
@@ -77,27 +74,23 @@ def _objects(path: Path, size: tuple[int, int], *, single: bool) -> list[MaskCro
     try:
         with open_regular(path) as file, Image.open(file) as image:
             if image.size != size:
-                raise DataError(
-                    f"{path}: is {image.width}x{image.height} pixels, its image {size[0]}x{size[1]}; make them equal"
-                )
+                raise Invalid(f"is {image.width}x{image.height} pixels, its image {size[0]}x{size[1]}; make them equal")
             if size[0] * size[1] > MAX_PIXELS:
-                raise DataError(f"{path}: has more than {MAX_PIXELS} pixels")
+                raise Invalid(f"has more than {MAX_PIXELS} pixels")
             values = _values(image, single)
-    except DataError:
+    except Invalid:
         raise
     except Exception as error:  # Pillow raises nearly anything on damaged files
-        raise DataError(f"{path}: cannot be read ({one_line(error)})") from None
+        raise Invalid(f"cannot be read ({one_line(error)})") from None
     found = [value for value in np.unique(values).tolist() if value]
     if not found:
-        raise DataError(f"{path}: the mask is empty; remove it")
+        raise Invalid("the mask is empty; remove it")
     if single and len(found) > 1:  # white with soft edges
         if found[-1] not in (255, 65_535):
-            raise DataError(
-                f"{path}: has {len(found)} values besides black; a file in a folder is one object, white on black"
-            )
+            raise Invalid(f"has {len(found)} values besides black; a file in a folder is one object, white on black")
         return [crop_mask(values > found[-1] / 2)]
     if len(found) > _MOST_OBJECTS:
-        raise DataError(f"{path}: has {len(found):,} colors; a mask has one color for each object")
+        raise Invalid(f"has {len(found):,} colors; a mask has one color for each object")
     return [crop_mask(values == value) for value in found]
 
 
@@ -113,9 +106,8 @@ def _values(image: Image.Image, single: bool) -> np.ndarray:
     return colors
 
 
-def write(document: Document, folder: Path, root: Path, losses: Losses) -> None:
+def write(names: Mapping[int, str], groups: Groups, folder: Path, root: Path, losses: Losses) -> None:
     """Write one PNG per object, and the list of classes."""
-    names = tools.names_of(document)
     for name in names.values():
         try:
             inside(folder, name)
@@ -123,14 +115,12 @@ def write(document: Document, folder: Path, root: Path, losses: Losses) -> None:
                 raise ValueError
         except ValueError:
             raise DataError(f"class {shown(name)} cannot be the name of a folder; rename it") from None
-    for image, objects in tools.by_image(document):
+    for image, objects in groups:
         size = image["height"], image["width"]
         for number, a in enumerate(objects, 1):
-            if "segmentation" not in a or a.get("iscrowd"):
-                losses["crowd regions" if a.get("iscrowd") else "objects without a mask"] += 1
+            if "segmentation" not in a:
+                losses["objects without a mask"] += 1
                 continue
-            for flag in tools.flags_of(a):
-                losses[f"'{flag}' flags"] += 1
             if isinstance(a["segmentation"], dict):
                 top, left, part = tools.crop_of_rle(a["segmentation"])
                 bitmap = np.zeros(size, dtype=bool)

@@ -6,14 +6,16 @@ Pixels count from 1 and the last one is included: ``xmin`` 1 and ``xmax`` W cove
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
 from gn_det.data.formats import draft as tools
-from gn_det.data.formats.draft import FLAGS, Document, Draft, Losses
+from gn_det.data.formats.draft import FLAGS, Draft, Groups, Invalid, Losses
 from gn_det.files import atomic_write
 
+#: What this format can represent.
+ATTRIBUTES = FLAGS
 #: File with one class per line; not part of VOC itself.
 CLASSES = "labels.txt"
 
@@ -26,20 +28,20 @@ def read(source: Path, images: Path | None, classes: Sequence[str]) -> Draft:
     draft = Draft(tools.class_list(source, classes, CLASSES))
     for path in tools.files_of(folder, ".xml"):
         root = tools.xml_of(path)
-        if root.tag != "annotation":
-            draft.problems.append(f"{path}: its root is <{root.tag}>, not <annotation>")
-            continue
-        stem = os.path.splitext(path.relative_to(folder).as_posix())[0]
-        file = (files.files.get(stem) if files else None) or f"{stem}{Path(root.findtext('filename', '')).suffix}"
-        size = _size(root)
-        if size is None:
-            if files is None or file not in files.files.values():
-                draft.problems.append(f"{path}: has no usable <size>, and its image is not there")
-                continue
-            size = files.size(file)
-        image = draft.image(file, size, str(path))
-        for number, entry in enumerate(root.iter("object") if image else (), 1):
-            _read_object(draft, image or "", entry, f"{path} object {number}")
+        with draft.noting(str(path)):
+            if root.tag != "annotation":
+                raise Invalid(f"its root is <{root.tag}>, not <annotation>")
+            stem = os.path.splitext(path.relative_to(folder).as_posix())[0]
+            file = (files.files.get(stem) if files else None) or f"{stem}{Path(root.findtext('filename', '')).suffix}"
+            size = _size(root)
+            if size is None:
+                if files is None or file not in files.files.values():
+                    raise Invalid("has no usable <size>, and its image is not there")
+                size = files.size(file)
+            draft.image(file, size)
+            for number, entry in enumerate(root.iter("object"), 1):
+                with draft.noting(f"{path} object {number}"):
+                    _read_object(draft, file, entry)
     return draft
 
 
@@ -51,35 +53,29 @@ def _size(root: ElementTree.Element) -> tuple[int, int] | None:
     return (width, height) if width > 0 and height > 0 else None
 
 
-def _read_object(draft: Draft, image: str, entry: ElementTree.Element, where: str) -> None:
+def _read_object(draft: Draft, image: str, entry: ElementTree.Element) -> None:
     name = (entry.findtext("name") or "").strip()
     try:
         x0, y0, x1, y1 = (float(entry.findtext(f"bndbox/{side}", "")) for side in ("xmin", "ymin", "xmax", "ymax"))
     except ValueError:
-        draft.problems.append(f"{where}: has no <bndbox> of four numbers")
-        return
+        raise Invalid("has no <bndbox> of four numbers") from None
     if not name:
-        draft.problems.append(f"{where}: has no <name>")
-    elif not (x0 - 1 < x1 and y0 - 1 < y1):
-        draft.problems.append(f"{where}: the box {x0:g} {y0:g} {x1:g} {y1:g} has no area")
-    else:
-        flags = [flag for flag in FLAGS if (entry.findtext(flag) or "").strip() in ("1", "true")]
-        draft.add(image, name, where, box=(x0 - 1, y0 - 1, x1, y1), flags=flags)
+        raise Invalid("has no <name>")
+    if not (x0 - 1 < x1 and y0 - 1 < y1):
+        raise Invalid(f"the box {x0:g} {y0:g} {x1:g} {y1:g} has no area")
+    flags = {flag: (entry.findtext(flag) or "").strip() in ("1", "true") for flag in FLAGS}
+    draft.add(image, name, flags, box=(x0 - 1, y0 - 1, x1, y1))
 
 
-def write(document: Document, folder: Path, root: Path, losses: Losses) -> None:
+def write(names: Mapping[int, str], groups: Groups, folder: Path, root: Path, losses: Losses) -> None:
     """Write ``Annotations/`` and the list of classes."""
-    names = tools.names_of(document)
-    for image, objects in tools.by_image(document):
+    for image, objects in groups:
         xml = ElementTree.Element("annotation")
         _text(xml, "filename", Path(image["file_name"]).name)
         size = ElementTree.SubElement(xml, "size")
         for key, value in (("width", image["width"]), ("height", image["height"]), ("depth", 3)):
             _text(size, key, value)
         for a in objects:
-            if a.get("iscrowd"):
-                losses["crowd regions"] += 1
-                continue
             losses["masks"] += "segmentation" in a
             entry = ElementTree.SubElement(xml, "object")
             _text(entry, "name", names[a["category_id"]])

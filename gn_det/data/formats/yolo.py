@@ -6,15 +6,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gn_det.data.formats import draft as tools
-from gn_det.data.formats.draft import Document, Draft, Losses
+from gn_det.data.formats.draft import Draft, Groups, Invalid, Losses
 from gn_det.errors import DataError
 from gn_det.files import atomic_write
 
+#: What this format can represent.
+ATTRIBUTES = ()
 #: Tolerance for coordinates outside the image, because tools round.
 _ROUNDING = 1e-3
 #: Digits after the point of a coordinate in pixels.
@@ -32,44 +34,37 @@ def read(source: Path, images: Path | None, classes: Sequence[str]) -> Draft:
     for stem, file in files.files.items():
         path = labels / f"{stem}.txt"
         width, height = files.size(file)
-        image = draft.image(file, (width, height), str(path))
-        if image is not None and path.is_file():
-            _read_lines(draft, image, path, names, (width, height))
+        draft.image(file, (width, height))
+        for number, line in enumerate(tools.text_of(path).splitlines() if path.is_file() else (), 1):
+            with draft.noting(f"{path} line {number}"):
+                _read_line(draft, file, line.split(), names, (width, height))
     known = {f"{stem}.txt" for stem in files.files} | {"classes.txt", "labels.txt"}
-    for path in sorted(labels.rglob("*.txt")):
-        if path.relative_to(labels).as_posix() not in known:
-            draft.problems.append(f"{path}: no image of this name in {files.folder}")
+    others = (path for path in sorted(labels.rglob("*.txt")) if path.relative_to(labels).as_posix() not in known)
+    draft.problems += [f"{path}: no image of this name in {files.folder}" for path in others]
     return draft
 
 
-def _read_lines(draft: Draft, image: str, path: Path, names: Sequence[str], size: tuple[int, int]) -> None:
-    width, height = size
-    for number, line in enumerate(tools.text_of(path).splitlines(), 1):
-        words = line.split()
-        if not words:
-            continue
-        where = f"{path} line {number}"
-        try:
-            index, values = int(words[0]), [float(word) for word in words[1:]]
-        except ValueError:
-            draft.problems.append(f"{where}: is not a class number and coordinates")
-            continue
-        if not 0 <= index < len(names):
-            draft.problems.append(f"{where}: class {index} is out of range; there are {len(names)} classes")
-        elif len(values) != 4 and (len(values) < 6 or len(values) % 2):
-            draft.problems.append(f"{where}: has {len(values)} coordinates; a box has 4, a polygon 6 or more in pairs")
-        elif not all(-_ROUNDING <= v <= 1 + _ROUNDING for v in values):  # nan fails, too
-            draft.problems.append(f"{where}: coordinates must be fractions of the image, from 0 to 1")
-        elif len(values) == 4:
-            cx, cy, w, h = values
-            if w <= 0 or h <= 0:
-                draft.problems.append(f"{where}: the box has no area")
-                continue
-            box = ((cx - w / 2) * width, (cy - h / 2) * height, (cx + w / 2) * width, (cy + h / 2) * height)
-            draft.add(image, names[index], where, box=[round(v, _DIGITS) for v in box])
-        else:
-            points = [round(v * (height if k % 2 else width), _DIGITS) for k, v in enumerate(values)]
-            draft.add(image, names[index], where, polygons=[points])
+def _read_line(draft: Draft, image: str, words: list[str], names: Sequence[str], size: tuple[int, int]) -> None:
+    if not words:
+        return
+    try:
+        index, values = int(words[0]), [float(word) for word in words[1:]]
+    except ValueError:
+        raise Invalid("is not a class number and coordinates") from None
+    if not 0 <= index < len(names):
+        raise Invalid(f"class {index} is out of range; there are {len(names)} classes")
+    if len(values) != 4 and (len(values) < 6 or len(values) % 2):
+        raise Invalid(f"has {len(values)} coordinates; a box has 4, a polygon 6 or more in pairs")
+    if not all(-_ROUNDING <= v <= 1 + _ROUNDING for v in values):  # nan fails, too
+        raise Invalid("coordinates must be fractions of the image, from 0 to 1")
+    if len(values) == 4:
+        cx, cy, w, h = values
+        if w <= 0 or h <= 0:
+            raise Invalid("the box has no area")
+        values = [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]
+    points = [round(v * size[k % 2], _DIGITS) for k, v in enumerate(values)]
+    outline: dict[str, Any] = {"box": points} if len(points) == 4 else {"polygons": [points]}
+    draft.add(image, names[index], {}, **outline)
 
 
 def _names(source: Path, given: Sequence[str]) -> list[str]:
@@ -97,34 +92,28 @@ def _names(source: Path, given: Sequence[str]) -> list[str]:
     return ordered
 
 
-def write(document: Document, folder: Path, root: Path, losses: Losses) -> None:
+def write(names: Mapping[int, str], groups: Groups, folder: Path, root: Path, losses: Losses) -> None:
     """Write ``labels/`` and ``data.yaml``: polygons where every object has a mask, boxes otherwise."""
     import yaml
 
-    document = tools.to_outlines(document, losses)
-    names = tools.names_of(document)
     index = {category: i for i, category in enumerate(names)}
-    masks = sum("segmentation" in a for a in document["annotations"])
-    outlined = masks == len(document["annotations"])
+    every = [a for _, objects in groups for a in objects]
+    masks = sum("segmentation" in a for a in every)
+    outlined = masks == len(every)
     if not outlined:
         losses["masks beside boxes without mask (boxes are written)"] += masks
-    for image, objects in tools.by_image(document):
-        width, height = image["width"], image["height"]
+    for image, objects in groups:
+        size = image["width"], image["height"]
         lines = []
         for a in objects:
-            if a.get("iscrowd"):
-                losses["crowd regions"] += 1
-                continue
-            for flag in tools.flags_of(a):
-                losses[f"'{flag}' flags"] += 1
             if outlined:
                 losses["further pieces of an object"] += len(a["segmentation"]) - 1
-                points = max(a["segmentation"], key=tools.polygon_area)
-                values = [v / (height if k % 2 else width) for k, v in enumerate(points)]
+                values = max(a["segmentation"], key=tools.polygon_area)
             else:
                 x0, y0, x1, y1 = tools.corners(a)
-                values = [(x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height]
-            numbers = " ".join(f"{min(max(v, 0.0), 1.0):.12g}" for v in values if math.isfinite(v))
+                values = [(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0]
+            parts = (v / size[k % 2] for k, v in enumerate(values))
+            numbers = " ".join(f"{min(max(v, 0.0), 1.0):.12g}" for v in parts if math.isfinite(v))
             lines.append(f"{index[a['category_id']]} {numbers}\n")
         atomic_write(tools.place(folder / "labels", image, ".txt"), "".join(lines))
     content = {"path": ".", "train": "images", "val": "images", "names": dict(enumerate(names.values()))}
