@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from itertools import islice
 from typing import Any
 
@@ -52,9 +52,7 @@ class VideoFile:
         self._av, self._path, self.name = import_av(), os.path.abspath(path), one_line(path, 300)
         check_video(path, self.name, ClipError)
         self._times = self._presented()
-        self.frames = len(self._times) or sum(1 for _ in self._from_start())
-        if not self.frames:
-            raise ClipError(f"{self.name}: no frame can be decoded")
+        self.frames = len(self._times) or self._count()
 
     def read(self, numbers: Sequence[int], side: int) -> np.ndarray:
         """Return frames ``numbers``, modulo :attr:`frames`, with the shorter side scaled to ``side`` pixels.
@@ -68,9 +66,7 @@ class VideoFile:
         wanted = {number % self.frames for number in numbers}
         found = self._sought(wanted, side) if self._times else {}
         if len(found) < len(wanted):  # damaged, or a container that cannot seek: use what can be decoded
-            self.frames, self._times = sum(1 for _ in self._from_start()), []
-            if not self.frames:
-                raise ClipError(f"{self.name}: no frame can be decoded")
+            self.frames, self._times = self._count(), []
             wanted = {number % self.frames for number in numbers}
             scale = self._scaler(side)
             decoded = enumerate(islice(self._from_start(), max(wanted) + 1))
@@ -79,7 +75,9 @@ class VideoFile:
 
     # ------------------------------------------------------------ decoding
 
-    def _open(self) -> tuple[Any, Any]:
+    @contextmanager
+    def _opened(self) -> Iterator[tuple[Any, Any]]:
+        """The container and its video stream."""
         av = self._av
         options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
         try:
@@ -87,21 +85,19 @@ class VideoFile:
         except (av.FFmpegError, OSError, ValueError) as error:
             reason = one_line(getattr(error, "strerror", None) or error, 100)
             raise ClipError(f"{self.name}: cannot be read as a video ({reason})") from None
-        cover = av.stream.Disposition.attached_pic
-        stream = next((s for s in container.streams.video if not s.disposition & cover), None)
-        if stream is None or stream.codec_context is None:
-            container.close()
-            raise ClipError(f"{self.name}: has no video stream that can be decoded")
-        if stream.width * stream.height > MAX_PIXELS:
-            container.close()
-            raise ClipError(f"{self.name}: frames of {stream.width}x{stream.height} pixels are too large")
-        stream.codec_context.thread_count = 1  # workers are many
-        return container, stream
+        with closing(container):
+            cover = av.stream.Disposition.attached_pic
+            stream = next((s for s in container.streams.video if not s.disposition & cover), None)
+            if stream is None or stream.codec_context is None:
+                raise ClipError(f"{self.name}: has no video stream that can be decoded")
+            if stream.width * stream.height > MAX_PIXELS:
+                raise ClipError(f"{self.name}: frames of {stream.width}x{stream.height} pixels are too large")
+            stream.codec_context.thread_count = 1  # workers are many
+            yield container, stream
 
     def _presented(self) -> list[int]:
         """Times of all frames in order, by the packets alone; [] where these do not say it."""
-        container, stream = self._open()
-        with closing(container):
+        with self._opened() as (container, stream):
             try:
                 times = [p.pts for p in container.demux(stream) if p.size and not p.is_discard]
             except (self._av.FFmpegError, OSError, ValueError):
@@ -113,19 +109,21 @@ class VideoFile:
         packets = container.demux(stream)
         while True:
             try:
-                packet = next(packets, None)
-                if packet is None:
-                    return
-                frames = packet.decode()
-            except self._av.FFmpegError as error:
-                if isinstance(error, (EOFError, OSError)):
-                    return
+                frames = next(packets).decode()
+            except (StopIteration, EOFError, OSError):
+                return
+            except self._av.FFmpegError:
                 continue
             yield from frames
 
+    def _count(self) -> int:
+        frames = sum(1 for _ in self._from_start())
+        if not frames:
+            raise ClipError(f"{self.name}: no frame can be decoded")
+        return frames
+
     def _from_start(self) -> Iterator[Any]:
-        container, stream = self._open()
-        with closing(container):
+        with self._opened() as (container, stream):
             yield from self._decoded(container, stream)
 
     def _sought(self, wanted: Collection[int], side: int) -> dict[int, np.ndarray]:
@@ -133,8 +131,7 @@ class VideoFile:
         numbers = {time: number for number, time in enumerate(self._times)}
         found: dict[int, np.ndarray] = {}
         scale, last = self._scaler(side), max(wanted)
-        container, stream = self._open()
-        with closing(container):
+        with self._opened() as (container, stream):
             try:
                 container.seek(self._times[min(wanted)], stream=stream)
             except (self._av.FFmpegError, OSError, ValueError):

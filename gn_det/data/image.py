@@ -15,12 +15,12 @@ import io
 import os
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from gn_det.config.check import bit_depth_range
 from gn_det.errors import ConfigError, DataError
@@ -39,19 +39,8 @@ _PERCENTILES = (0.5, 99.5)
 #: Longest file name in a message, in characters.
 _NAME = 300
 
-_ORIENTATION_TAG = 274
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 #: Last bytes of complete files, by PIL's name of the format.
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
-_SWAPS_SIDES = frozenset({5, 6, 7, 8})
 
 
 class ImageError(DataError):
@@ -108,8 +97,9 @@ class ImageReader:
         mode = "RGB" if self.image_format == "BGR" else self.image_format
         with self._opened(path) as (file, opened):
             opened.load()  # before PNG's getexif(), which would load and swallow the errors
-            turn = _TURNS.get(_orientation(opened) or 1)
-            image = opened if turn is None else opened.transpose(turn)
+            with suppress(Exception):  # a damaged EXIF block does not make an image unusable
+                ImageOps.exif_transpose(opened, in_place=True)
+            image: Image.Image = opened
             if opened.mode in _DEEP:
                 image = Image.fromarray(self._to_8_bits(path, opened, np.asarray(image)))
             if image.mode != mode:  # convert() copies an image of the same mode
@@ -131,9 +121,11 @@ class ImageReader:
             width, height = image.size
             if image.mode in _DEEP and not self.bit_depth:
                 raise _too_deep(path, image.mode)
+            turned = False
             # PNG's getexif() decodes all pixels to look for a trailing chunk; its header is enough here.
-            known = image.format != "PNG" or "exif" in image.info
-            turned = known and _orientation(image) in _SWAPS_SIDES
+            if image.format != "PNG" or "exif" in image.info:
+                with suppress(Exception):
+                    turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
             end = _ENDS.get(image.format or "")
             if end is not None:
                 file.seek(max(file.seek(0, os.SEEK_END) - len(end), 0))
@@ -276,14 +268,6 @@ def _check_png(file: BinaryIO) -> None:
         stored = file.read(4)
         if not left and len(stored) == 4 and int.from_bytes(stored, "big") != checksum:
             raise ValueError("the checksum of its pixels is wrong: download or copy this file again")
-
-
-def _orientation(image: Image.Image) -> int | None:
-    try:
-        return image.getexif().get(_ORIENTATION_TAG)
-    except Exception:
-        # A damaged EXIF block does not make an image unusable.
-        return None
 
 
 def _unreadable(path: StrPath, error: Exception) -> ImageError:

@@ -7,8 +7,9 @@ import os
 import re
 import threading
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,8 @@ VIDEO_SUFFIXES = frozenset(
 _STREAM = re.compile(r"(rtsp|rtsps|rtmp|http|https|udp|tcp)://", re.IGNORECASE)
 #: FFmpeg demuxers that a file may use: none that opens further files or addresses (playlists).
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,mpeg,mpegts,mpegvideo,asf,flv,ogg,m4v,h264,hevc,mjpeg"
+#: Where OpenCV reads options for FFmpeg.
+_OPTIONS = "OPENCV_FFMPEG_CAPTURE_OPTIONS"
 #: Milliseconds to wait for a stream.
 _PATIENCE = 10_000
 #: Assumed frame rate if the video does not state it.
@@ -98,12 +101,10 @@ class VideoFrames:
         if not self._capture.isOpened():
             self._capture.release()
             raise DataError(f"{self.name}: {self._advice(source)}")
-        fps, total = (float(self._capture.get(p)) for p in (self._cv2.CAP_PROP_FPS, self._cv2.CAP_PROP_FRAME_COUNT))
+        names = ("FPS", "FRAME_COUNT", "FRAME_WIDTH", "FRAME_HEIGHT")
+        fps, total, width, height = (self._capture.get(getattr(self._cv2, f"CAP_PROP_{name}")) for name in names)
         self.fps = fps if 0 < fps <= 1000 else _FPS
         self.total = int(total) if not self.live and math.isfinite(total) and 0 < total < 2**40 else None
-        width, height = (
-            self._capture.get(p) for p in (self._cv2.CAP_PROP_FRAME_WIDTH, self._cv2.CAP_PROP_FRAME_HEIGHT)
-        )
         if width * height > max_pixels:
             self.close()
             raise DataError(
@@ -119,8 +120,14 @@ class VideoFrames:
         if self.live:
             return cv2.VideoCapture(int(source))
         check_video(source, self.name)
-        with _option(f"protocol_whitelist;file|format_whitelist;{CONTAINERS}"):
+        before = os.environ.get(_OPTIONS)
+        os.environ[_OPTIONS] = f"protocol_whitelist;file|format_whitelist;{CONTAINERS}"
+        try:
             return cv2.VideoCapture(os.path.abspath(source), cv2.CAP_FFMPEG)
+        finally:
+            del os.environ[_OPTIONS]
+            if before is not None:
+                os.environ[_OPTIONS] = before
 
     def _advice(self, source: str) -> str:
         if _STREAM.match(source):
@@ -178,51 +185,30 @@ class VideoFrames:
 
 def _latest(video: VideoFrames) -> Iterator[Frame]:
     """Yield the newest frame on each request; a thread reads all frames, so that none gets stale in a buffer."""
-    newest: list[Frame] = []
-    changed = threading.Condition()
-    state = {"ended": False, "stopped": False}
+    newest: SimpleQueue[Frame | None] = SimpleQueue()  # at most one frame, and None at the end
+    stopped = threading.Event()
 
     def read() -> None:
         try:
             for frame in video._frames():
-                with changed:
-                    video.dropped += len(newest)
-                    newest[:] = [frame]
-                    changed.notify()
-                    if state["stopped"]:
-                        return
+                with suppress(Empty):
+                    newest.get_nowait()
+                    video.dropped += 1
+                newest.put(frame)
+                if stopped.is_set():
+                    return
         finally:
-            with changed:
-                state["ended"] = True
-                changed.notify()
+            newest.put(None)
 
     thread = threading.Thread(target=read, daemon=True)
     thread.start()
     try:
         while True:
-            with changed:
-                while not newest and not state["ended"]:
-                    changed.wait(0.2)  # wakes up regularly, so that Ctrl-C works
-                if not newest:
+            with suppress(Empty):
+                frame = newest.get(timeout=0.2)  # wakes up regularly, so that Ctrl-C works
+                if frame is None:
                     return
-                frame = newest.pop()
-            yield frame
+                yield frame
     finally:
-        with changed:
-            state["stopped"] = True
+        stopped.set()
         thread.join(timeout=_PATIENCE / 1000)
-
-
-@contextmanager
-def _option(value: str) -> Iterator[None]:
-    """Set FFmpeg options while a file is opened; OpenCV reads them only from the environment."""
-    key = "OPENCV_FFMPEG_CAPTURE_OPTIONS"
-    before = os.environ.get(key)
-    os.environ[key] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[key]
-        else:
-            os.environ[key] = before
