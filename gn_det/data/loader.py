@@ -43,7 +43,9 @@ _Failure = tuple[str, str]
 class _Images(WorkerData):
     """Concatenated images of several sets; maps a batch to its samples (packed in a worker) and failures."""
 
-    def __init__(self, datasets: Sequence[CocoDataset], where: np.ndarray, max_bad: int, mapper: Any) -> None:
+    def __init__(
+        self, datasets: Sequence[CocoDataset], where: np.ndarray, max_bad: int, mapper: Callable[..., Sample]
+    ) -> None:
         self.records: list[RecordList] = [d.records for d in datasets]
         self.known_bad = [entry for d in datasets for entry in d.bad]
         self.where = where  # (N, 2): set, and index into it
@@ -86,8 +88,7 @@ class _Images(WorkerData):
 
     def map(self, record: Record, entry: Any) -> Sample:
         """Map a record for a batch entry."""
-        sample: Sample = self.mapper(record)
-        return sample
+        return self.mapper(record)
 
 
 class _TrainImages(_Images):
@@ -109,11 +110,8 @@ class _TrainImages(_Images):
         yield from np.concatenate([same[after + 1 :], same[:after], others])[: self.max_bad].tolist()
 
     def map(self, record: Record, entry: Draw) -> Sample:
-        def another(rng: np.random.RandomState) -> Record:
-            return self.record(int(rng.randint(len(self.where))))
-
-        sample: Sample = self.mapper(record, augmentation_state(self.seed, entry[1]), another)
-        return sample
+        state = augmentation_state(self.seed, entry[1])
+        return self.mapper(record, state, lambda rng: self.record(int(rng.randint(len(self.where)))))
 
 
 class Loader:
@@ -150,13 +148,12 @@ class TrainLoader(Loader):
     """Endless batches, made by :func:`build_train_loader`.
 
     Attributes:
-        num_empty: number of images without objects, ``kept`` or left out (FILTER_EMPTY_ANNOTATIONS).
+        summary: a log line with the number of images.
     """
 
-    def __init__(self, *args: Any, num_empty: int, kept: bool, warn_of_one_color: bool) -> None:
+    def __init__(self, *args: Any, summary: str, warn_of_one_color: bool) -> None:
         super().__init__(*args)
-        self.num_empty, self.kept = num_empty, kept
-        self._warn_of_one_color = warn_of_one_color
+        self.summary, self._warn_of_one_color = summary, warn_of_one_color
 
     def __iter__(self) -> Iterator[list[Sample]]:
         for samples in self._loaded():
@@ -165,29 +162,15 @@ class TrainLoader(Loader):
                 raise DataError(
                     f"none of the {self.num_images} training images can be read (such as {why}): replace them"
                 )
-            if self._warn_of_one_color:
-                self._look_for_one_color(samples)
+            for sample in samples:
+                if self._warn_of_one_color and one_color(sample["image"].numpy().transpose(1, 2, 0)):
+                    self._warn_of_one_color = False
+                    logger.warning(
+                        "%s: every pixel has the same color, so there is nothing to learn; gn-det check --images lists "
+                        "all such images (training names only the first)",
+                        one_line(sample["file_name"], 300),
+                    )
             yield samples
-
-    def summary(self) -> str:
-        """Return a log line with the number of images."""
-        text = f"Training on {count(self.num_images, 'image')}"
-        if not self.num_empty:
-            return text
-        fate = "included" if self.kept else "left out"
-        return f"{text}; {self.num_empty} without objects {fate} (DATALOADER.FILTER_EMPTY_ANNOTATIONS)"
-
-    def _look_for_one_color(self, samples: Sequence[Sample]) -> None:
-        """Warn about the first image of a single color."""
-        for sample in samples:
-            if one_color(sample["image"].numpy().transpose(1, 2, 0)):
-                self._warn_of_one_color = False
-                logger.warning(
-                    "%s: every pixel has the same color, so there is nothing to learn; gn-det check --images lists "
-                    "all such images (training names only the first)",
-                    one_line(sample["file_name"], 300),
-                )
-                return
 
 
 def build_train_loader(
@@ -236,15 +219,12 @@ def build_train_loader(
             epochs, images_per_rank, rank=rank, world_size=world_size, sizes=grouping, start=start_batch
         )
 
-    return TrainLoader(
-        data,
-        batches,
-        workers,
-        len(sizes),
-        num_empty=int((~has_objects).sum()),
-        kept=kept,
-        warn_of_one_color=not mapper.cuts,  # a crop of plain sky is fine
-    )
+    summary, empty = f"Training on {count(len(sizes), 'image')}", int((~has_objects).sum())
+    if empty:
+        fate = "included" if kept else "left out"
+        summary += f"; {empty} without objects {fate} (DATALOADER.FILTER_EMPTY_ANNOTATIONS)"
+    warn_of_one_color = not mapper.cuts  # a crop of plain sky is fine
+    return TrainLoader(data, batches, workers, len(sizes), summary=summary, warn_of_one_color=warn_of_one_color)
 
 
 def build_test_loader(
@@ -282,6 +262,4 @@ def _epochs(cfg: Any, datasets: Sequence[CocoDataset], keep: np.ndarray, seed: i
 
 
 def _workers(cfg: Any, num_workers: int | None) -> int:
-    if num_workers is not None:
-        return num_workers
-    return min(int(cfg.DATALOADER.NUM_WORKERS), cores())
+    return min(int(cfg.DATALOADER.NUM_WORKERS), cores()) if num_workers is None else num_workers

@@ -12,12 +12,13 @@ import logging
 import os
 import random
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from gn_det.data.annotations import whole
 from gn_det.data.catalog import datasets_for
 from gn_det.data.coco_json import read_json
 from gn_det.errors import DataError
@@ -55,7 +56,7 @@ class _Division:
     """A json in two parts; ``held`` says of each entry of ``content["images"]`` whether it is for validation."""
 
     content: dict[str, Any]
-    ids: list[Any]
+    ids: list[str]  # as text, see :func:`_id`
     held: list[bool]
     what: str  # key and value that asked for it
 
@@ -78,21 +79,39 @@ def _divide(cfg: Any) -> _Division:
     images, annotations = (content.get(key) if isinstance(content, dict) else None for key in ("images", "annotations"))
     if not isinstance(images, list) or not isinstance(annotations, list) or len(images) < 2:
         raise DataError(f"{source.json_file}: {what} needs COCO images (at least 2) and annotations")
-    classes_of: dict[Any, set[Any]] = {}
+    classes_of: dict[str, set[str]] = {}
     for a in annotations:
-        if isinstance(a, dict) and isinstance(a.get("image_id"), Hashable) and not a.get("iscrowd"):
-            classes_of.setdefault(a["image_id"], set()).add(json.dumps(a.get("category_id")))
-    ids = [image.get("id") if isinstance(image, dict) else None for image in images]
-    labels = [classes_of.get(i, set()) if isinstance(i, Hashable) else set() for i in ids]
+        if isinstance(a, dict) and not a.get("iscrowd"):
+            classes_of.setdefault(_id(a, "image_id"), set()).add(_id(a, "category_id"))
+    ids = [_id(image) for image in images]
+    labels = [classes_of.get(i, set()) for i in ids]
+    names = {_id(c): one_line(c.get("name", "?"), 60) for c in content.get("categories") or () if isinstance(c, dict)}
+    sizes = Counter(chain(*labels))
     if folds:
-        _check_folds(content, labels, folds, source.json_file)
+        fewest, name = min(((number, names.get(i, i)) for i, number in sizes.items()), default=(len(images), ""))
+        if fewest < folds:
+            problem = f"class {name} is in {count(fewest, 'image')}" if name else f"there are {count(fewest, 'image')}"
+            remedy = f"take {fewest} folds" if fewest > 1 else "add images of it, or remove the class"
+            raise DataError(f"{source.json_file}: {problem}, too few for {folds} folds: {remedy}")
         held = [number == fold for number in fold_numbers(labels, folds)]
         remedy = "give --val-json, or fewer folds"
     else:
         held = stratified(labels, fraction, max(int(cfg.SEED), 0))
         remedy = "hold out more (--val-fraction), or give --val-json"
-    _check_classes(content, labels, held, f"{source.json_file}: {what}", remedy)
+    seen = set(chain(*(found for found, is_held in zip(labels, held) if is_held)))
+    left = [names.get(i, i) for i, number in sizes.items() if i not in seen and number > 1]
+    single = [names.get(i, i) for i, number in sizes.items() if i not in seen and number == 1]
+    if left or not any(held):
+        where = f"{source.json_file}: {what}"
+        raise DataError(f"{where} leaves no validation image for {some(left) or 'any class'}; {remedy}")
+    if single:
+        logger.warning("%s: in only one image, kept for training (no AP): %s.", source.json_file, some(single))
     return _Division(content, ids, held, what)
+
+
+def _id(entry: Any, key: str = "id") -> str:
+    """The id of an entry as text, which is the same for 77 and 77.0."""
+    return json.dumps(whole(entry.get(key)) if isinstance(entry, dict) else None)
 
 
 def write_split(cfg: Any, *, started: bool = False) -> Any:
@@ -110,16 +129,15 @@ def write_split(cfg: Any, *, started: bool = False) -> Any:
         return cfg
     division = _divide(cfg)
     content, held = division.content, division.held
-    images, annotations = content["images"], content["annotations"]
     out = split_keys(cfg)
     if started:
         _check_sides(out, division)
-    val_ids = {i for i, is_held in zip(division.ids, held) if is_held and isinstance(i, Hashable)}
+    val_ids = {i for i, is_held in zip(division.ids, held) if is_held}
     for path, wanted in ((out.DATASETS.TRAIN_JSON, False), (out.DATASETS.VAL_JSON, True)):
         part = {
             **content,
-            "images": [image for image, is_held in zip(images, held) if is_held == wanted],
-            "annotations": [a for a in annotations if _belongs(a, val_ids) == wanted],
+            "images": [image for image, is_held in zip(content["images"], held) if is_held == wanted],
+            "annotations": [a for a in content["annotations"] if (_id(a, "image_id") in val_ids) == wanted],
         }
         os.makedirs(os.path.dirname(path), exist_ok=True)
         atomic_write(path, json_bytes(part))
@@ -136,19 +154,14 @@ def _check_sides(out: Any, division: _Division) -> None:
     moved: set[str] = set()
     for path, side in ((out.DATASETS.TRAIN_JSON, False), (out.DATASETS.VAL_JSON, True)):
         if os.path.exists(path):
-            before = {json.dumps(image.get("id")) for image in read_json(path)["images"] if isinstance(image, dict)}
-            moved |= before & {json.dumps(i) for i, held in zip(division.ids, division.held) if held != side}
+            before = {_id(image) for image in read_json(path)["images"]}
+            moved |= before & {i for i, held in zip(division.ids, division.held) if held != side}
     if moved:
         raise DataError(
             f"{division.what}: {count(len(moved), 'image')} would change between training and validation while a run "
             "continues, because json, fraction or SEED are not those of its start; use those, or continue on its own "
             f"files: --train-json {out.DATASETS.TRAIN_JSON} --val-json {out.DATASETS.VAL_JSON}"
         )
-
-
-def _belongs(annotation: Any, ids: set[Any]) -> bool:
-    image = annotation.get("image_id") if isinstance(annotation, dict) else None
-    return isinstance(image, Hashable) and image in ids
 
 
 def stratified(labels: Sequence[set[Any]], fraction: float, seed: int) -> list[bool]:
@@ -208,33 +221,3 @@ def fold_numbers(labels: Sequence[set[Any]], folds: int) -> list[int]:
                 for other in labels[i] or {""}:
                     lacking[other][fold] -= 1
     return numbers
-
-
-def _names(content: dict[str, Any]) -> dict[str, str]:
-    """Class names by the text of their ids."""
-    categories = [c for c in content.get("categories") or () if isinstance(c, dict)]
-    return {json.dumps(c.get("id")): one_line(c.get("name", "?"), 60) for c in categories}
-
-
-def _check_folds(content: dict[str, Any], labels: Sequence[set[Any]], folds: int, json_file: str) -> None:
-    sizes, names = Counter(chain(*labels)), _names(content)
-    few = sorted((number, names.get(label, label)) for label, number in sizes.items() if number < folds)
-    if few or len(labels) < folds:
-        fewest = min(few[0][0] if few else len(labels), len(labels))
-        what = f"class {few[0][1]} is in {count(fewest, 'image')}" if few else f"there are {count(fewest, 'image')}"
-        remedy = f"take {fewest} folds" if fewest > 1 else "add images of it, or remove the class"
-        raise DataError(f"{json_file}: {what}, too few for {folds} folds: {remedy}")
-
-
-def _check_classes(
-    content: dict[str, Any], labels: Sequence[set[Any]], held: Sequence[bool], where: str, remedy: str
-) -> None:
-    sizes, names = Counter(chain(*labels)), _names(content)
-    seen = set(chain(*(found for found, is_held in zip(labels, held) if is_held)))
-    lacking = [label for label in sizes if label not in seen]
-    single = [names.get(label, label) for label in lacking if sizes[label] == 1]
-    left = [names.get(label, label) for label in lacking if sizes[label] > 1]
-    if left or not any(held):
-        raise DataError(f"{where} leaves no validation image for {some(left) or 'any class'}; {remedy}")
-    if single:
-        logger.warning("%s: in only one image, kept for training (no AP): %s.", where, some(single))

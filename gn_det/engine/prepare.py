@@ -65,7 +65,7 @@ class Prepared:
             seed=seed,
             augment=self.augment,
         )
-        logger.info(loader.summary())
+        logger.info(loader.summary)
         return loader
 
 

@@ -119,11 +119,11 @@ def test_other_samplers(shapes: CocoDataset, sampler: str) -> None:
 def test_images_without_objects(tmp_path: Path) -> None:
     data = load_coco(write(tmp_path), max_bad=0)
     loader = build_train_loader(_cfg(), [data], images_per_rank=2, seed=0, num_workers=0)
-    assert loader.num_images == 2 and "; 2 without objects left out" in loader.summary()
+    assert loader.num_images == 2 and "; 2 without objects left out" in loader.summary
     cfg = _cfg(FILTER_EMPTY_ANNOTATIONS=False)
     loader = build_train_loader(cfg, [data], images_per_rank=4, seed=0, num_workers=0)
     batch = next(iter(loader))
-    assert loader.num_images == 4 and "; 2 without objects included" in loader.summary()
+    assert loader.num_images == 4 and "; 2 without objects included" in loader.summary
     assert sorted(len(s["targets"]) for s in batch) == [0, 0, 1, 2]
     none = load_coco(write(tmp_path, lambda c: c.update(annotations=[])), max_bad=0)
     with pytest.raises(DataError, match="no image has an object to learn from"):
