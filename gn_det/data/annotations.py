@@ -243,18 +243,17 @@ class AnnotationReader:
         iscrowd = raw.get("iscrowd")
         if iscrowd is not None and iscrowd not in (0, 1):
             raise Defect("iscrowd", shown(iscrowd))
-        bbox, unusable = raw.get("bbox"), None
-        if bbox is not None:
-            try:
-                bbox = check_box(bbox, height, width)
-            except Defect as defect:
-                if not raw.get("segmentation"):
-                    raise
-                unusable = defect
-        segmentation, left_out = check_segmentation(raw.get("segmentation"), height, width)
-        if bbox is None or unusable is not None:
-            bbox = _box_of(segmentation, height, width, unusable)
-            self.problems.repair("bbox-missing" if unusable is None else "bbox-unusable", where)
+        segmentation, left_out = None, 0
+        try:
+            bbox = check_box(raw.get("bbox"), height, width)
+        except Defect as unusable:
+            if not raw.get("segmentation"):
+                raise
+            segmentation, left_out = check_segmentation(raw["segmentation"], height, width)
+            bbox = _box_of(segmentation, height, width, None if raw.get("bbox") is None else unusable)
+            self.problems.repair("bbox-missing" if raw.get("bbox") is None else "bbox-unusable", where)
+        else:
+            segmentation, left_out = check_segmentation(raw.get("segmentation"), height, width)
         if iscrowd is None:
             self.problems.repair("iscrowd-missing", where)
         if left_out:
@@ -275,8 +274,6 @@ class AnnotationReader:
 
 def _box_of(segmentation: Any, height: int, width: int, unusable: Defect | None) -> list[float]:
     """Return the box of the mask, in place of a missing or ``unusable`` one."""
-    if segmentation is None:
-        raise Defect("bbox-format", "None")
     if unusable is not None and covers_no_pixel(segmentation, height, width):
         raise unusable
     try:

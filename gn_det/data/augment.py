@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from gn_det.errors import ConfigError
-from gn_det.structures import InstanceMask, Masks, Sample, Targets, crop_mask, rasterize_polygons
+from gn_det.structures import InstanceMask, Masks, Sample, Targets, crop_mask
 
 #: ``image, target = transform(image, target)`` as in torchvision.transforms.v2; ``target`` has boxes, labels and masks.
 OwnTransform = Callable[..., Any]
@@ -68,16 +68,12 @@ def copy_paste(sample: Sample, other: Sample, rng: np.random.RandomState) -> Sam
     source = _moved(other["image"].numpy().transpose(1, 2, 0), offset, (height, width))
     mixed = torch.where(torch.from_numpy(over), torch.from_numpy(source.transpose(2, 0, 1).copy()), image)
 
-    masks: list[InstanceMask] = []
-    boxes = targets.boxes.numpy().copy()
+    masks, boxes = list(targets.masks.masks), targets.boxes.numpy().copy()
     keep = np.ones(len(boxes), dtype=bool)
-    for i, mask in enumerate(targets.masks.masks):
-        bitmap = rasterize_polygons(mask, height, width) if isinstance(mask, list) else mask
+    for i, bitmap in enumerate(targets.masks.bitmaps(height, width)):
         if (bitmap & over).any():
-            mask = bitmap & ~over
-            keep[i] = mask.any()
-            boxes[i] = tight_box(mask)
-        masks.append(mask)
+            masks[i] = left = bitmap & ~over
+            keep[i], boxes[i] = left.any(), tight_box(left)
     kept = Masks(masks)[keep].masks
     new_boxes = np.array([tight_box(bitmap) for bitmap in pasted], dtype=np.float32)
     return Sample(

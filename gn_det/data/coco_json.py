@@ -161,8 +161,6 @@ def read_json(
     except FileNotFoundError:
         stop(f"{what} not found: {advice}")
     except (OSError, ValueError) as error:
-        if os.path.isdir(path):
-            stop(f"is a folder, not a COCO json file: {advice}")
         stop(f"cannot be read ({error.strerror if isinstance(error, OSError) else error}): {advice}")
     try:
         if data.startswith(_GZIP):

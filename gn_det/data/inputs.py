@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import glob
 import os
-import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -113,28 +112,24 @@ def _matching(pattern: Path) -> list[Path]:
     while todo:
         folder, at = todo.pop()
         part, last = parts[at], at == len(parts) - 1
-        if not glob.has_magic(part):
-            matches = [folder / part] if os.path.lexists(folder / part) else []
+        if glob.has_magic(part):
+            names = fnmatch.filter(_entries(folder, at, seen), "*" if part == "**" else part)
+            matches = [folder / name for name in names if part.startswith(".") or not name.startswith(".")]
         else:
-            fits = re.compile(fnmatch.translate(os.path.normcase("*" if part == "**" else part))).match
-            entries = _entries(folder, at, seen)
-            matches = [
-                folder / e.name
-                for e in entries
-                if (part.startswith(".") or not e.name.startswith(".")) and fits(os.path.normcase(e.name))
-            ]
+            matches = [folder / part] if os.path.lexists(folder / part) else []
         if last:
             found.update(matches)
+        folders = [path for path in matches if os.path.isdir(path)]
         if part == "**":  # any number of folders, or none
-            todo += [] if last else [(folder, at + 1)]
-            todo += [(path, at) for path in matches if os.path.isdir(path)]
-        elif not last:
-            todo += [(path, at + 1) for path in matches if os.path.isdir(path)]
+            todo += [(path, at) for path in folders]
+            folders = [folder]
+        if not last:
+            todo += [(path, at + 1) for path in folders]
     return sorted(found)
 
 
-def _entries(folder: Path, at: int, seen: set[tuple[int, int, int]]) -> list[os.DirEntry[str]]:
-    """List a folder; empty if it cannot be read or was ``seen`` for this part of the pattern."""
+def _entries(folder: Path, at: int, seen: set[tuple[int, int, int]]) -> list[str]:
+    """Return the names in a folder; empty if it cannot be read or was ``seen`` for this part of the pattern."""
     try:
         status = os.stat(folder)
         key = (status.st_dev, status.st_ino, at)
@@ -142,7 +137,7 @@ def _entries(folder: Path, at: int, seen: set[tuple[int, int, int]]) -> list[os.
             return []
         seen.add(key)
         with os.scandir(folder) as entries:
-            return list(entries)
+            return [entry.name for entry in entries]
     except OSError:
         return []
 

@@ -14,6 +14,8 @@ CLASSES = ("circle", "square", "triangle", "star", "ring")
 _FINE = 4
 #: No object may be covered so far that less than this share stays visible.
 _LEAST_VISIBLE = 0.8
+#: Corners and size of each class.
+_SHAPES = {"circle": (48, 1.0), "square": (4, 1.15), "triangle": (3, 1.25), "star": (10, 1.2), "ring": (48, 1.0)}
 _IMAGE_SIZES = ((160, 160), (160, 200), (200, 160), (160, 184), (176, 160))
 
 
@@ -84,23 +86,13 @@ def _random_outline(
     name = CLASSES[category]
     # Tilted, not upside down: the quickstart has too few iterations to learn invariances.
     turn = rng.uniform(-0.35, 0.35) + (np.pi / 4 if name == "square" else -np.pi / 2)
-    hole = None
-    if name in ("circle", "ring"):
-        unit = _on_circle(48, 0.0)
-        hole = center + radius * rng.uniform(0.45, 0.6) * unit if name == "ring" else None
-    elif name == "square":
-        unit = _on_circle(4, turn) * 1.15
-    elif name == "triangle":
-        unit = _on_circle(3, turn) * 1.25
-    else:
-        unit = _on_circle(10, turn) * 1.2
+    corners, size = _SHAPES[name]
+    angles = (0.0 if corners == 48 else turn) + 2 * np.pi * np.arange(corners) / corners
+    unit = np.stack([np.cos(angles), np.sin(angles)], axis=1) * size
+    if name == "star":
         unit[1::2] *= 0.45
+    hole = center + radius * rng.uniform(0.45, 0.6) * unit if name == "ring" else None
     return center + radius * unit, hole
-
-
-def _on_circle(corners: int, turn: float) -> np.ndarray:
-    angles = turn + 2 * np.pi * np.arange(corners) / corners
-    return np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
 def _coverage(outline: np.ndarray, hole: np.ndarray | None, height: int, width: int) -> np.ndarray:
@@ -137,9 +129,8 @@ def _background(rng: np.random.Generator, height: int, width: int) -> tuple[np.n
     rows, columns = np.ogrid[0:height, 0:width]
     kind = rng.integers(4)
     angle = rng.uniform(0, np.pi)
-    along = columns * np.cos(angle) + rows * np.sin(angle)
-    across = -columns * np.sin(angle) + rows * np.cos(angle)
     period = rng.uniform(7, 18)
+    along, across = _turned(rows, columns, angle)
     if kind == 0:  # planks or stripes
         grain = grain + 9 * np.sign(np.sin(2 * np.pi * along / period))
     elif kind == 1:  # woven cloth
@@ -147,6 +138,11 @@ def _background(rng: np.random.Generator, height: int, width: int) -> tuple[np.n
     elif kind == 2:  # wood-like waves
         grain = grain + 9 * np.sin(2 * np.pi * along / period + 3 * _smooth_noise(rng, height, width, 5))
     return (canvas + grain[..., None]).astype(np.float32), lightness
+
+
+def _turned(rows: np.ndarray, columns: np.ndarray, angle: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the coordinates along and across a direction."""
+    return columns * np.cos(angle) + rows * np.sin(angle), -columns * np.sin(angle) + rows * np.cos(angle)
 
 
 def _paint(
@@ -170,8 +166,7 @@ def _paint(
     fill = color * np.clip(light, 0.7, 1.3)[..., None]
     kind = rng.integers(5)
     angle, period = rng.uniform(0, np.pi), rng.uniform(5, 9)
-    along = columns * np.cos(angle) + rows * np.sin(angle)
-    across = -columns * np.sin(angle) + rows * np.cos(angle)
+    along, across = _turned(rows, columns, angle)
     if kind == 0:
         fill *= (1 - 0.16 * (np.sin(2 * np.pi * along / period) > 0.2))[..., None]
     elif kind == 1:

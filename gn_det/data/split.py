@@ -99,14 +99,19 @@ def _divide(cfg: Any) -> _Division:
         held = stratified(labels, fraction, max(int(cfg.SEED), 0))
         remedy = "hold out more (--val-fraction), or give --val-json"
     seen = set(chain(*(found for found, is_held in zip(labels, held) if is_held)))
-    left = [names.get(i, i) for i, number in sizes.items() if i not in seen and number > 1]
-    single = [names.get(i, i) for i, number in sizes.items() if i not in seen and number == 1]
-    if left or not any(held):
-        where = f"{source.json_file}: {what}"
+    lacking = {names.get(i, i): number for i, number in sizes.items() if i not in seen}
+    _check_classes(lacking, any(held), f"{source.json_file}: {what}", remedy)
+    return _Division(content, ids, held, what)
+
+
+def _check_classes(lacking: dict[str, int], some_held: bool, where: str, remedy: str) -> None:
+    """Refuse a split without some classes (name to number of images) in validation, unless they have only one image."""
+    left = [name for name, number in lacking.items() if number > 1]
+    single = [name for name, number in lacking.items() if number == 1]
+    if left or not some_held:
         raise DataError(f"{where} leaves no validation image for {some(left) or 'any class'}; {remedy}")
     if single:
-        logger.warning("%s: in only one image, kept for training (no AP): %s.", source.json_file, some(single))
-    return _Division(content, ids, held, what)
+        logger.warning("%s: in only one image, kept for training (no AP): %s.", where, some(single))
 
 
 def _id(entry: Any, key: str = "id") -> str:

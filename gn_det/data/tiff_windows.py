@@ -84,16 +84,13 @@ class TiffWindows:
         """
         x0, y0, x1, y1 = window
         width, height = self._tile
-        out = np.empty((y1 - y0, x1 - x0, 3), np.uint8)
-        for row in range(y0 // height, -(-y1 // height)):
-            for column in range(x0 // width, -(-x1 // width)):
-                left, top = column * width, row * height
-                low_x, low_y, high_x, high_y = max(x0, left), max(y0, top), min(x1, left + width), min(y1, top + height)
-                tile = self._decoded(row, column)
-                out[low_y - y0 : high_y - y0, low_x - x0 : high_x - x0] = tile[
-                    low_y - top : high_y - top, low_x - left : high_x - left
-                ]
-        return out
+
+        def part(row: int, column: int) -> np.ndarray:
+            top, left = row * height, column * width
+            return self._decoded(row, column)[max(y0 - top, 0) : y1 - top, max(x0 - left, 0) : x1 - left]
+
+        rows, columns = range(y0 // height, -(-y1 // height)), range(x0 // width, -(-x1 // width))
+        return np.vstack([np.hstack([part(row, column) for column in columns]) for row in rows])
 
     def _decode(self, row: int, column: int) -> np.ndarray:
         """Decode one tile by wrapping its bytes as the only strip of a small TIFF."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -178,16 +178,16 @@ def class_list(folder: Path, given: Sequence[str], *names: str) -> list[str]:
     return []
 
 
-def files_of(folder: Path, suffix: str) -> list[Path]:
-    """Return the files with an extension in a folder and its subfolders, sorted; raise DataError without any."""
+def files_of(folder: Path, suffixes: Collection[str], what: str) -> list[Path]:
+    """Return the files with an extension in a folder and its subfolders, sorted; DataError without any ``what``."""
     found = sorted(
         Path(root) / name
         for root, _, names in os.walk(folder)
         for name in names
-        if name.lower().endswith(suffix) and not name.startswith(".")
+        if Path(name).suffix.lower() in suffixes and not name.startswith(".")
     )
     if not found:
-        raise DataError(f"{folder}: no {suffix} files in this folder")
+        raise DataError(f"{folder}: no {what}")
     return found
 
 
@@ -197,18 +197,11 @@ class Images:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files: dict[str, str] = {}
-        for root, _, names in os.walk(folder):
-            for name in names:
-                if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
-                    file = (Path(root) / name).relative_to(folder).as_posix()
-                    stem = os.path.splitext(file)[0]
-                    if stem in self.files:
-                        raise DataError(
-                            f"{folder}: {self.files[stem]} and {file} share one annotation file; rename one of them"
-                        )
-                    self.files[stem] = file
-        if not self.files:
-            raise DataError(f"{folder}: no images in this folder; name the image folder with --images")
+        for path in files_of(folder, IMAGE_SUFFIXES, "images in this folder; name the image folder with --images"):
+            file = path.relative_to(folder).as_posix()
+            other = self.files.setdefault(os.path.splitext(file)[0], file)
+            if other != file:
+                raise DataError(f"{folder}: {other} and {file} share one annotation file; rename one of them")
         self._reader = ImageReader(max_pixels=2**40)  # only headers are read
 
     def size(self, file: str) -> tuple[int, int]:

@@ -29,7 +29,7 @@ _CORNERS_OF_CIRCLE = 36
 def read(source: Path, images: Path | None, classes: Sequence[str]) -> Draft:
     """Read every json of a folder; ``imagePath`` names the image, in the subfolder of the json."""
     draft = Draft(tools.class_list(source, classes, CLASSES))
-    for path in tools.files_of(source, ".json"):
+    for path in tools.files_of(source, {".json"}, ".json files in this folder"):
         try:
             content = json.loads(tools.text_of(path))
         except (ValueError, RecursionError) as error:

@@ -26,7 +26,7 @@ def read(source: Path, images: Path | None, classes: Sequence[str]) -> Draft:
     found = images or source / "JPEGImages"
     files = tools.Images(found) if found.is_dir() else None
     draft = Draft(tools.class_list(source, classes, CLASSES))
-    for path in tools.files_of(folder, ".xml"):
+    for path in tools.files_of(folder, {".xml"}, ".xml files in this folder"):
         root = tools.xml_of(path)
         with draft.noting(str(path)):
             if root.tag != "annotation":
