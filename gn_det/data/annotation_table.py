@@ -35,7 +35,7 @@ class AnnotationTable:
     bbox: np.ndarray  # (M, 4) float64 XYWH
     hull: np.ndarray  # (M, 4) float64 XYXY box of the mask, NaN without a mask
     as_written: np.ndarray  # (M,) bool, whether the box is the json's own
-    texts: dict[int, bytes]  # json of the annotations that differ from the file, by position
+    spans: np.ndarray  # (M, 2) int64 start and end of each annotation in the text of the entries
 
     def __len__(self) -> int:
         return len(self.position)
@@ -69,7 +69,8 @@ def image_sizes(images: Sequence[dict[str, Any]]) -> np.ndarray:
 def check_annotations(content: CocoJson, images: Sequence[dict[str, Any]], problems: Problems) -> AnnotationTable:
     """Check the annotations of ``images``, which are some of ``content.images`` in the same order.
 
-    Sound annotations pass in bulk; the rest are checked one by one, and reported to ``problems``.
+    Sound annotations pass in bulk; the rest are checked one by one, and reported to ``problems``. What is read from
+    them is appended to the text of ``content.entries``.
     """
     reader = AnnotationReader(content.category_ids, problems)
     wanted = {image["id"]: i for i, image in enumerate(images)}
@@ -89,7 +90,7 @@ def check_annotations(content: CocoJson, images: Sequence[dict[str, Any]], probl
         entries.bbox[position],
         entries.hull[position],
         np.ones(len(position), bool),
-        {},
+        entries.spans[position],
     )
     good = entries.sound[position] & (category >= 0) & _inside(table) & ~np.isin(position, list(content.changed))
     keep = np.ones(len(position), bool)
@@ -103,7 +104,7 @@ def check_annotations(content: CocoJson, images: Sequence[dict[str, Any]], probl
             segmentation = annotation.get("segmentation")
             table.hull[row] = np.nan if segmentation is None else mask_box(segmentation)
             table.as_written[row] = raw.get("bbox") == annotation["bbox"]
-            table.texts[int(position[row])] = _as_text(annotation, content.category_ids)
+            table.spans[row] = entries.append(_as_text(annotation, content.category_ids))
     return table[keep]
 
 

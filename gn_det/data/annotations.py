@@ -34,8 +34,6 @@ class Defect(Exception):
 
 def is_number(value: Any) -> bool:
     """Return whether ``value`` is a finite real number (not a bool)."""
-    if type(value) is float:
-        return math.isfinite(value)
     try:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # integers beyond the range of float

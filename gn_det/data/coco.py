@@ -155,8 +155,7 @@ def build_dataset(source: DatasetSource, content: CocoJson, table: AnnotationTab
         [(i["file_name"], i["height"], i["width"], i["id"]) for i in table.images],
         table.bounds(),
         content.entries.text,
-        content.entries.spans[table.position],
-        {row: table.texts[p] for row, p in enumerate(table.position.tolist()) if p in table.texts},
+        table.spans,
     )
     objects, crowds = table[~table.crowd], table[table.crowd]
     maskless = objects[~objects.has_mask]
@@ -192,18 +191,14 @@ def refuse_if_too_many(bad: Sequence[str], max_bad: int, where: str, *, total: i
         )
 
 
-def check_num_classes(num_classes: int, dataset: CocoDataset) -> int:
-    """Return the number of classes to build: ``num_classes`` if it fits the json, or the json's number if it is 0.
-
-    Raises:
-        DataError: MODEL.ROI_HEADS.NUM_CLASSES differs from the categories of the json.
-    """
-    if num_classes in (0, dataset.num_classes):
-        return dataset.num_classes
-    raise DataError(
-        f"MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}, but {dataset.json_file} has {dataset.num_classes} categories "
-        f"({some(dataset.class_names)}): set it to {dataset.num_classes}, or to 0 to take it from the json"
-    )
+def check_num_classes(num_classes: int, dataset: CocoDataset) -> None:
+    """Raise DataError unless MODEL.ROI_HEADS.NUM_CLASSES is 0 or the number of categories of the json."""
+    if num_classes not in (0, dataset.num_classes):
+        raise DataError(
+            f"MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}, but {dataset.json_file} has {dataset.num_classes} "
+            f"categories ({some(dataset.class_names)}): set it to {dataset.num_classes}, or to 0 to take it from the "
+            "json"
+        )
 
 
 def check_same_classes(datasets: Sequence[CocoDataset]) -> None:

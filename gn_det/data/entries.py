@@ -61,7 +61,7 @@ class Entries(Sequence[Any]):
         text: text of the file.
 
     Attributes:
-        text: as given.
+        text: as given, and what :meth:`append` added.
         spans: (N, 2) int64 start and end of each entry in ``text``.
         sound: (N,) bool; the arrays below hold values where it is True.
         id, image_id, category_id: (N,) int64.
@@ -88,8 +88,16 @@ class Entries(Sequence[Any]):
     def __getitem__(self, position: Any) -> Any:
         if self._parsed is not None:
             return self._parsed[position]
-        start, end = self.spans[position]
+        return self.parse(*self.spans[position])
+
+    def parse(self, start: int, end: int) -> Any:
+        """Return the annotation between two places of the text."""
         return json.loads(self.text[start:end], parse_int=_integer)
+
+    def append(self, text: bytes) -> tuple[int, int]:
+        """Append the json of an annotation to the text, which no array may use yet; return its start and end."""
+        self.text += text
+        return len(self.text) - len(text), len(self.text)
 
     def _read(self, first: int, spans: list[list[int]]) -> None:
         """Fill the columns of one chunk."""

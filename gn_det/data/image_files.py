@@ -1,23 +1,35 @@
-"""Check the headers of a COCO json's image files before training."""
+"""Check the headers of a COCO json's image files before training.
+
+The sizes of large sets are cached in the user's cache folder. A file counts as unchanged while its length and
+modification time are. The cache file is validated like any outside file; at worst, a damaged image goes unnoticed until
+it is read.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import posixpath
+import time
 import unicodedata
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from contextlib import suppress
+from functools import cache, partial
 from itertools import islice
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 from urllib.parse import unquote
+
+import msgspec
 
 from gn_det.data.catalog import DatasetSource
 from gn_det.data.image import ImageError, ImageReader, values_in_words, wrong_size
-from gn_det.data.known_sizes import KnownSizes
 from gn_det.data.problems import NOWHERE, Problem, Problems, Where
+from gn_det.errors import WriteError
+from gn_det.files import atomic_write, open_regular
 from gn_det.text import one_line, some
 
 logger = logging.getLogger(__name__)
@@ -31,6 +43,12 @@ _REMEMBERED = 2000
 _RANGES = 3
 #: How many files of an image folder are searched for a misspelled name.
 _MOST_FILES = 1_000_000
+#: Larger cache files (bytes) are ignored.
+_LARGEST = 1 << 30
+#: A file modified this recently may change again without a new time stamp (nanoseconds).
+_SETTLED = 2 * 10**9
+_VERSION = 1
+_Side = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
 
 
 def look_at_images(
@@ -59,18 +77,18 @@ def look_at_images(
     if len(images) > _MANY_IMAGES:
         logger.info("%s: checking the headers of %d images", source.name, len(images))
     unusable: dict[Any, Problem] = {}
-    names = _NearNames(root, images)
-    known = KnownSizes(root, reader) if len(images) >= _REMEMBERED else None
+    near_names = cache(partial(_unnamed_files, root, images))
+    known = KnownSizes(root, reader, remember=len(images) >= _REMEMBERED)
     deep = 0
     with warnings.catch_warnings(), ThreadPoolExecutor(_THREADS) as pool:
         # Pillow warns about odd metadata and very large images; neither is an error in the dataset.
         warnings.simplefilter("ignore")
-        for image, found in zip(images, pool.map(partial(_size, root, reader, known), images)):
+        for image, found in zip(images, pool.map(partial(_size, known), images)):
             if step is not None:
                 step()
             where = Where(image["id"], image["file_name"])
             if isinstance(found, ImageError) and found.kind == "image-missing":
-                found = _by_other_name(image, names, found, problems) or _size(root, reader, known, image)
+                found = _by_other_name(image, root, near_names(), found, problems) or _size(known, image)
             if isinstance(found, ImageError):
                 if found.kind == "image-depth" and (deep := deep + 1) <= _RANGES:
                     found = ImageError(values_in_words(os.path.join(root, image["file_name"])), found.kind)
@@ -79,8 +97,7 @@ def look_at_images(
             elif not image["width"]:
                 image["width"], image["height"] = found
                 problems.repair("image-no-size", where)
-    if known is not None:
-        known.write()
+    known.write()
     if images and len(unusable) == len(images):
         first = next(iter(unusable.values()))
         # a problem that a config key solves is not a problem with the folder
@@ -90,38 +107,26 @@ def look_at_images(
     return set(unusable)
 
 
-def _size(
-    root: str, reader: ImageReader, known: KnownSizes | None, image: dict[str, Any]
-) -> tuple[int, int] | ImageError:
+def _size(known: KnownSizes, image: dict[str, Any]) -> tuple[int, int] | ImageError:
     """Return the width and height of an image file, or its error."""
-    name = image["file_name"]
-    path = os.path.join(root, name)
+    path = os.path.join(known.root, image["file_name"])
     try:
-        size = reader.size(path) if known is None else known.size(name, path)
+        size = known.size(image["file_name"], path)
     except ImageError as error:
         return error
     expected = (image["width"], image["height"])
     return wrong_size(path, size, expected) if image["width"] and size != expected else size
 
 
-class _NearNames:
-    """Finds files whose names differ only in slashes, letter case, Unicode form or escapes."""
-
-    def __init__(self, root: str, images: Sequence[dict[str, Any]]) -> None:
-        self.root, self._images = root, images
-        self._files: dict[str, list[str]] | None = None
-        self._named: set[str] = set()
-
-    def find(self, name: str) -> list[str]:
-        """Return the files that ``name`` may mean, relative to the folder, except those of other images in the json."""
-        if self._files is None:
-            self._named = {os.path.normpath(image["file_name"]) for image in self._images}
-            self._files = {}
-            found = (os.path.join(folder, file) for folder, _, files in os.walk(self.root) for file in files)
-            for path in islice(found, _MOST_FILES):
-                relative = os.path.relpath(path, self.root)
-                self._files.setdefault(_plain_name(relative), []).append(relative)
-        return [path for path in self._files.get(_plain_name(name), ()) if path not in self._named]
+def _unnamed_files(root: str, images: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """Return the files below ``root`` that no image names, by their names without what tools write differently."""
+    named = {os.path.normpath(image["file_name"]) for image in images}
+    files: dict[str, list[str]] = {}
+    found = (os.path.join(folder, file) for folder, _, names in os.walk(root) for file in names)
+    for path in islice((os.path.relpath(path, root) for path in found), _MOST_FILES):
+        if path not in named:
+            files.setdefault(_plain_name(path), []).append(path)
+    return files
 
 
 def _plain_name(name: str) -> str:
@@ -129,19 +134,72 @@ def _plain_name(name: str) -> str:
 
 
 def _by_other_name(
-    image: dict[str, Any], names: _NearNames, missing: ImageError, problems: Problems
+    image: dict[str, Any], root: str, files: dict[str, list[str]], missing: ImageError, problems: Problems
 ) -> ImageError | None:
     """Correct ``image`` if its name can mean only one file; otherwise return the error with a hint."""
     given = image["file_name"]
-    near = names.find(given)
+    near = files.get(_plain_name(given), [])
     if len(near) == 1:
         image["file_name"] = near[0]
         problems.repair("image-name", Where(image["id"], given))
         return None
-    hint = ""
-    beside = os.path.join(names.root, os.path.basename(given.replace("\\", "/")))
+    beside = os.path.join(root, os.path.basename(given.replace("\\", "/")))
     if near:
-        hint = f"it may mean {some(near, 3)}: correct file_name"
-    elif os.path.exists(beside):
-        hint = f"there is {one_line(beside, 300)}: correct file_name"
-    return ImageError(f"{missing.text}; {hint}" if hint else missing.text, missing.kind)
+        return ImageError(f"{missing.text}; it may mean {some(near, 3)}: correct file_name", missing.kind)
+    if os.path.exists(beside):
+        return ImageError(f"{missing.text}; there is {one_line(beside, 300)}: correct file_name", missing.kind)
+    return missing
+
+
+# ------------------------------------------------------------ known sizes
+
+
+class _Known(msgspec.Struct, forbid_unknown_fields=True):
+    """``files``: name to length, modification time in nanoseconds, width and height."""
+
+    version: int
+    files: dict[str, tuple[int, int, _Side, _Side]]
+
+
+class KnownSizes:
+    """Sizes of the files below one folder for one image reader, cached if ``remember`` is set."""
+
+    def __init__(self, root: str, reader: ImageReader, *, remember: bool = True) -> None:
+        self.root, self._reader, self._remember = root, reader, remember
+        key = repr((os.path.abspath(root), bool(reader.bit_depth), reader.max_pixels))
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+        name = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+        self.path = caches / "gn_det" / "image_sizes" / f"{name}.json"
+        self._files = _read(self.path) if remember else {}
+        self._found: dict[str, tuple[int, int, int, int]] = {}
+
+    def size(self, name: str, path: str) -> tuple[int, int]:
+        """Return :meth:`ImageReader.size` of the file ``name``; opens it only if it is new or has changed."""
+        try:
+            status = os.stat(path)
+        except (OSError, ValueError):
+            return self._reader.size(path)
+        length, changed, width, height = self._files.get(name, (-1, 0, 1, 1))
+        if (length, changed) == (status.st_size, status.st_mtime_ns) and width * height <= self._reader.max_pixels:
+            return width, height
+        size = self._reader.size(path)
+        if name.isprintable() and time.time_ns() - status.st_mtime_ns > _SETTLED:
+            self._found[name] = (status.st_size, status.st_mtime_ns, *size)
+        return size
+
+    def write(self) -> None:
+        """Write new entries; ignore a cache that cannot be written."""
+        if self._found and self._remember:
+            content = msgspec.json.encode(_Known(_VERSION, {**self._files, **self._found}))
+            with suppress(WriteError):
+                atomic_write(self.path, content)
+
+
+def _read(path: Path) -> Mapping[str, tuple[int, int, int, int]]:
+    try:
+        with open_regular(path) as file:
+            data = file.read(_LARGEST + 1)
+        known = msgspec.json.decode(data, type=_Known) if len(data) <= _LARGEST else None
+    except (OSError, ValueError, RecursionError, msgspec.MsgspecError):
+        return {}
+    return known.files if known is not None and known.version == _VERSION else {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import pickle
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias, TypedDict
 
 import msgspec
@@ -67,7 +67,6 @@ class RecordList:
         bounds: start of each image's annotations in ``spans``, and the end of the last ones.
         text: json of checked annotations: usable polygon pieces only, RLE compressed.
         spans: (A, 2) int64 start and end of each annotation in ``text``.
-        others: annotations that are not in ``text``, by index.
     """
 
     def __init__(
@@ -78,22 +77,18 @@ class RecordList:
         bounds: np.ndarray,
         text: bytearray,
         spans: np.ndarray,
-        others: Mapping[int, bytes],
     ) -> None:
         import torch  # its tensors can be shared between processes; reading annotations alone does not need it
 
         self.root = root
         self._class_of = {category: i for i, category in enumerate(category_ids)}
-        rest, ends, spans = bytearray(b"\0"), array("q", [1]), spans.copy()
+        pickled, ends = bytearray(), array("q", [0])
         for head in heads:
-            rest += pickle.dumps(head)
-            ends.append(len(rest))
-        for index, other in others.items():
-            spans[index] = -len(rest), -len(rest) - len(other)
-            rest += other
+            pickled += pickle.dumps(head)
+            ends.append(len(pickled))
         self._head_ends = torch.frombuffer(ends, dtype=torch.int64)
         self._bounds, self._spans = torch.from_numpy(bounds), torch.from_numpy(spans)
-        self._text, self._rest = (torch.frombuffer(data or bytearray(1), dtype=torch.uint8) for data in (text, rest))
+        self._text, self._heads = (torch.frombuffer(d or bytearray(1), dtype=torch.uint8) for d in (text, pickled))
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
@@ -114,11 +109,11 @@ class RecordList:
     def entries(self, index: int) -> tuple[Head, list[Entry]]:
         """Return one image and its annotations with their json values."""
         i = range(len(self))[index]
-        text, rest = self._text.numpy().data, self._rest.numpy().data
+        text, heads = self._text.numpy().data, self._heads.numpy().data
         start, end = self._head_ends[i : i + 2].tolist()
         first, last = self._bounds[i : i + 2].tolist()
-        found = (text[a:b] if a >= 0 else rest[-a:-b] for a, b in self._spans[first:last].tolist())
-        return pickle.loads(rest[start:end]), _ENTRIES.decode(b"[%b]" % b",".join(found))
+        found = (text[a:b] for a, b in self._spans[first:last].tolist())
+        return pickle.loads(heads[start:end]), _ENTRIES.decode(b"[%b]" % b",".join(found))
 
     def _annotation(self, entry: Entry) -> Annotation:
         category, found = self._class_of[entry.category_id], entry.segmentation

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import random
 import shutil
@@ -125,9 +124,8 @@ def _checked(content: Any, problems: Problems) -> Document:
     table = check_annotations(content, content.images, problems)
     refuse_corners(table, problems)
     annotations: list[dict[str, Any]] = []
-    for image, position in zip(table.image.tolist(), table.position.tolist()):
-        raw = content.annotation(position)
-        checked = json.loads(table.texts[position]) if position in table.texts else raw
+    for image, position, span in zip(table.image.tolist(), table.position.tolist(), table.spans.tolist()):
+        raw, checked = content.annotation(position), content.entries.parse(*span)
         entry = {key: checked[key] for key in ("id", "bbox", "category_id", "iscrowd", "area")}
         entry["image_id"] = content.images[image]["id"]
         if checked.get("segmentation"):

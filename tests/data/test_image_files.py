@@ -14,7 +14,7 @@ from gn_det.data import image_files
 from gn_det.data.catalog import DatasetSource
 from gn_det.data.coco import load_coco
 from gn_det.data.image import ImageReader
-from gn_det.data.known_sizes import KnownSizes
+from gn_det.data.image_files import KnownSizes
 from gn_det.errors import DataError
 from tests.data.own_coco import write
 
