@@ -180,9 +180,9 @@ class Cleaner:
             if "iscrowd-missing" in kinds:
                 what["iscrowd"] = 0
             if kinds & _BOX_OF_MASK:
-                what["bbox"] = found["bbox"]
+                what["bbox"] = found.bbox
             if "area-missing" in kinds:
-                what["area"] = found["area"]
+                what["area"] = found.area
             if "polygon-piece" in kinds:
                 what["segmentation"] = usable_pieces(entry["segmentation"])
         if self.corners and not kinds & _BOX_OF_MASK and not entry.get("iscrowd"):

@@ -8,12 +8,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+from msgspec.structs import asdict
 
 from gn_det.data.annotations import FAR_OUTSIDE, SAME_PIXELS, AnnotationReader, mask_box
 from gn_det.data.coco_json import CocoJson
-from gn_det.data.entries import LARGEST_ID
 from gn_det.data.problems import NOWHERE, Problems
-from gn_det.data.records import Annotation
 
 #: A set is taken for [x1, y1, x2, y2] when at least the first share of its boxes leaves the image as XYWH, and the
 #: second fits as corners.
@@ -96,15 +95,14 @@ def check_annotations(content: CocoJson, images: Sequence[dict[str, Any]], probl
     keep = np.ones(len(position), bool)
     for row in np.flatnonzero(~good).tolist():
         raw = content.annotation(int(position[row]))
-        annotation = reader.read(raw, images[int(table.image[row])])
-        keep[row] = annotation is not None
-        if annotation is not None:
-            table.id[row], table.category[row] = annotation["id"], annotation["category_id"]
-            table.crowd[row], table.bbox[row] = annotation["iscrowd"], annotation["bbox"]
-            segmentation = annotation.get("segmentation")
-            table.hull[row] = np.nan if segmentation is None else mask_box(segmentation)
-            table.as_written[row] = raw.get("bbox") == annotation["bbox"]
-            table.spans[row] = entries.append(_as_text(annotation, content.category_ids))
+        entry = reader.read(raw, images[int(table.image[row])])
+        keep[row] = entry is not None
+        if entry is not None:
+            table.id[row], table.category[row] = entry.id, reader.index_of[entry.category_id]
+            table.crowd[row], table.bbox[row] = entry.iscrowd, entry.bbox
+            table.hull[row] = np.nan if entry.segmentation is None else mask_box(entry.segmentation)
+            table.as_written[row] = raw.get("bbox") == entry.bbox
+            table.spans[row] = entries.append(json.dumps(asdict(entry)).encode())
     return table[keep]
 
 
@@ -120,19 +118,6 @@ def _inside(table: AnnotationTable) -> np.ndarray:
     side = size.min(axis=1, keepdims=True)
     far = (table.hull[:, :2] < -FAR_OUTSIDE * side) | (table.hull[:, 2:] > (1 + FAR_OUTSIDE) * side)
     return np.asarray((good & ~far).all(axis=1))
-
-
-def _as_text(annotation: Annotation, category_ids: Sequence[int]) -> bytes:
-    """The json of a checked annotation."""
-    entry: dict[str, Any] = {**annotation, "category_id": category_ids[annotation["category_id"]]}
-    if annotation["area"] > LARGEST_ID:  # only the json module reads integers of any length
-        entry["area"] = float(annotation["area"])
-    segmentation = annotation.get("segmentation")
-    if isinstance(segmentation, dict):
-        entry["segmentation"] = {"size": segmentation["size"], "counts": segmentation["counts"].decode("ascii")}
-    elif segmentation is not None:
-        entry["segmentation"] = [piece.tolist() for piece in segmentation]
-    return json.dumps(entry).encode()
 
 
 def refuse_corners(table: AnnotationTable, problems: Problems) -> None:

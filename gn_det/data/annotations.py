@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from gn_det.data.entries import LARGEST_ID
 from gn_det.data.problems import Problems, Where
-from gn_det.data.records import Annotation, Segmentation
+from gn_det.data.records import Entry
 from gn_det.text import one_line, shown, some
 
 #: The COCO mask API upsamples polygon edges; a vertex more than this many image sides outside is an error.
@@ -80,8 +81,8 @@ def check_box(bbox: Any, height: int, width: int) -> list[float]:
     return list(bbox)
 
 
-def check_segmentation(segmentation: Any, height: int, width: int) -> tuple[Segmentation | None, int]:
-    """Verify a segmentation and return it as polygons or compressed RLE.
+def check_segmentation(segmentation: Any, height: int, width: int) -> tuple[Any, int]:
+    """Verify a segmentation and return it as a json holds polygons or compressed RLE.
 
     Returns:
         The segmentation (None if the json has none), and how many polygon parts were dropped because they have fewer
@@ -107,7 +108,7 @@ def usable_pieces(pieces: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
     return [piece for piece in pieces if len(piece) >= 6 and len(piece) % 2 == 0]
 
 
-def _check_polygon(piece: Sequence[Any], height: int, width: int) -> np.ndarray:
+def _check_polygon(piece: Sequence[Any], height: int, width: int) -> list[float]:
     try:
         points = np.asarray(piece)
     except (ValueError, OverflowError):
@@ -123,10 +124,11 @@ def _check_polygon(piece: Sequence[Any], height: int, width: int) -> np.ndarray:
     if away.max() > 0.5 + FAR_OUTSIDE:
         x, y = corners[away.argmax()]
         raise Defect("polygon-far", x, y, width, height)
-    return points
+    flat: list[float] = points.tolist()
+    return flat
 
 
-def mask_box(segmentation: Segmentation) -> tuple[float, float, float, float]:
+def mask_box(segmentation: Any) -> tuple[float, float, float, float]:
     """Return the XYXY box of a checked segmentation."""
     if isinstance(segmentation, dict):
         x, y, w, h = coco_mask.toBbox(segmentation).tolist()
@@ -135,14 +137,14 @@ def mask_box(segmentation: Segmentation) -> tuple[float, float, float, float]:
     return (*points.min(axis=0).tolist(), *points.max(axis=0).tolist())
 
 
-def mask_area(segmentation: Segmentation, height: int, width: int) -> float:
+def mask_area(segmentation: Any, height: int, width: int) -> float:
     """Count the pixels of a checked segmentation."""
     if isinstance(segmentation, list):
-        segmentation = coco_mask.merge(coco_mask.frPyObjects([p.tolist() for p in segmentation], height, width))
+        segmentation = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
     return float(coco_mask.area(segmentation))
 
 
-def covers_no_pixel(segmentation: Segmentation, height: int, width: int) -> bool:
+def covers_no_pixel(segmentation: Any, height: int, width: int) -> bool:
     """Return whether polygons are so thin or far outside that their mask is empty (RLE is checked when read)."""
     return isinstance(segmentation, list) and mask_area(segmentation, height, width) == 0
 
@@ -159,8 +161,8 @@ def _check_rle(rle: dict[str, Any], height: int, width: int) -> dict[str, Any]:
     if int(runs[1::2].sum()) == 0:
         raise Defect("rle-empty")
     if isinstance(counts, list):
-        return dict(coco_mask.frPyObjects({"size": [height, width], "counts": runs.tolist()}, height, width))
-    return {"size": [height, width], "counts": _as_bytes(counts)}
+        counts = coco_mask.frPyObjects({"size": [height, width], "counts": runs.tolist()}, height, width)["counts"]
+    return {"size": [height, width], "counts": counts.decode("ascii") if isinstance(counts, bytes) else counts}
 
 
 def _runs(counts: list[Any]) -> np.ndarray:
@@ -171,10 +173,6 @@ def _runs(counts: list[Any]) -> np.ndarray:
     except (ValueError, OverflowError):
         pass
     raise Defect("rle-format", "counts are not integers below 2^32")
-
-
-def _as_bytes(counts: Any) -> bytes:
-    return counts.encode("ascii") if isinstance(counts, str) else counts
 
 
 def decode_counts(counts: Any) -> np.ndarray:
@@ -190,7 +188,8 @@ def decode_counts(counts: Any) -> np.ndarray:
     if not isinstance(counts, (str, bytes)):
         raise Defect("rle-format", "counts are neither a list of run lengths nor a compressed string")
     try:
-        raw = np.frombuffer(_as_bytes(counts), dtype=np.uint8).astype(np.int64) - 48
+        data = counts.encode("ascii") if isinstance(counts, str) else counts
+        raw = np.frombuffer(data, dtype=np.uint8).astype(np.int64) - 48
     except UnicodeEncodeError:
         raw = np.zeros(0, dtype=np.int64)
     if len(raw) == 0 or raw.min() < 0 or raw.max() > 63:
@@ -213,15 +212,15 @@ def decode_counts(counts: Any) -> np.ndarray:
 
 
 class AnnotationReader:
-    """Converts json annotations to :class:`Annotation`, for training, evaluation and the check."""
+    """Checks and repairs json annotations one by one, for training, evaluation and the check."""
 
     def __init__(self, category_ids: Sequence[int], problems: Problems) -> None:
         self.category_ids = category_ids
         self.index_of = {category: i for i, category in enumerate(category_ids)}
         self.problems = problems
 
-    def read(self, raw: dict[str, Any], image: dict[str, Any]) -> Annotation | None:
-        """Return the annotation with a contiguous category, or None if it is dropped and reported to ``problems``."""
+    def read(self, raw: dict[str, Any], image: dict[str, Any]) -> Entry | None:
+        """Return a checked annotation, or None if it is dropped and reported to ``problems``."""
         where = Where(image["id"], image["file_name"], raw.get("id"))
         try:
             return self._read(raw, where, image["height"], image["width"])
@@ -229,9 +228,9 @@ class AnnotationReader:
             self.problems.drop(defect.kind, where, *defect.details)
             return None
 
-    def _read(self, raw: dict[str, Any], where: Where, height: int, width: int) -> Annotation:
+    def _read(self, raw: dict[str, Any], where: Where, height: int, width: int) -> Entry:
         given = raw.get("category_id")
-        category = given if type(given) is int and given in self.index_of else resolve_id(given, self.index_of)
+        category = resolve_id(given, self.index_of)
         if category is None:
             raise Defect("category-unknown", shown(given), some([str(c) for c in self.category_ids]))
         if type(given) is not int:
@@ -263,11 +262,8 @@ class AnnotationReader:
         if not is_number(area) or area < 0 or (area == 0 and not empty):
             self.problems.repair("area-missing", where)
             area = float(bbox[2] * bbox[3]) if segmentation is None else mask_area(segmentation, height, width)
-        index = self.index_of[category]
-        annotation = Annotation(id=raw["id"], bbox=bbox, category_id=index, iscrowd=int(iscrowd or 0), area=area)
-        if segmentation is not None:
-            annotation["segmentation"] = segmentation
-        return annotation
+        area = float(area) if area > LARGEST_ID else area  # only the json module reads longer integers
+        return Entry(raw["id"], category, bbox, area, int(iscrowd or 0), segmentation)
 
 
 def _box_of(segmentation: Any, height: int, width: int, unusable: Defect | None) -> list[float]:

@@ -303,7 +303,7 @@ def _assign(content: CocoJson, dropped: set[Any], problems: Problems) -> None:
             content.left_out[position] = "annotation-entry"
             continue
         given, number = entry.get("image_id"), entry.get("id")
-        image = given if type(given) is int and given in position_of else resolve_id(given, position_of)
+        image = resolve_id(given, position_of)
         if image is None:
             # The image itself is already listed as bad.
             content.left_out[position] = "" if resolve_id(given, dropped) is not None else "image-unknown"

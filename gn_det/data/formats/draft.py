@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -25,7 +25,7 @@ from gn_det.structures import MaskCrop, crop_mask, encode_crop
 from gn_det.text import one_line, shown, some
 
 Document = dict[str, Any]
-#: Each image with its annotations.
+#: Each image, with the name of its annotation file as ``stem``, and its annotations.
 Groups = list[tuple[dict[str, Any], list[dict[str, Any]]]]
 
 #: Attributes of an object besides class and outline.
@@ -214,30 +214,18 @@ class Images:
 
 def place(folder: Path, image: dict[str, Any], ending: str) -> Path:
     """Return where to write the annotations of an image; raise DataError for a name that leads out of ``folder``."""
-    stem = os.path.splitext(PurePosixPath(image.get("stem", image["file_name"])))[0]
     try:
-        return inside(folder, f"{stem}{ending}")
+        return inside(folder, f"{image['stem']}{ending}")
     except ValueError as error:
         raise DataError(f"image {image['id']}: file_name {shown(image['file_name'])}: {error}; rename it") from None
 
 
-def refuse_collisions(document: Document) -> None:
-    """Raise DataError if two images would share an annotation file (``a.jpg`` and ``a.png``)."""
-    seen: dict[str, str] = {}
-    for image in document["images"]:
-        name = image["file_name"]
-        stem = os.path.splitext(image.get("stem", name))[0].casefold()
-        if stem in seen:
-            raise DataError(f"{name} and {seen[stem]} would share one annotation file; rename one of them")
-        seen[stem] = name
-
-
-def by_image(document: Document) -> Groups:
+def by_image(images: Sequence[dict[str, Any]], annotations: Sequence[dict[str, Any]]) -> Groups:
     """Return images with their annotations."""
-    groups: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in document["images"]}
-    for annotation in document["annotations"]:
+    groups: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in images}
+    for annotation in annotations:
         groups[annotation["image_id"]].append(annotation)
-    return [(image, groups[image["id"]]) for image in document["images"]]
+    return [(image, groups[image["id"]]) for image in images]
 
 
 def names_of(document: Document) -> dict[int, str]:

@@ -8,13 +8,13 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gn_det.data.annotation_table import check_annotations, refuse_corners
 from gn_det.data.catalog import DatasetSource
 from gn_det.data.coco_json import collector_paused, read_coco_json, structure
-from gn_det.data.formats.draft import FLAGS, Document, Losses, by_image, names_of, refuse_collisions, to_outlines
+from gn_det.data.formats.draft import FLAGS, Document, Losses, by_image, names_of, to_outlines
 from gn_det.data.image import MAX_PIXELS
 from gn_det.data.problems import Problems
 from gn_det.errors import ConfigError, DataError, UserError
@@ -91,17 +91,15 @@ def read(
     if name == "coco" and source.is_dir():
         source = next((source / file for file in _COCO if (source / file).is_file()), source)
     with collector_paused():
+        problems, bad = Problems(str(source)), list[str]()
         if name == "coco":
-            problems = Problems(str(source))
             content = read_coco_json(DatasetSource(source.stem, str(source), "", "the path"), problems)
-            bad: list[str] = []
             if classes and list(classes) != list(content.class_names):
                 raise DataError(f"{source}: lists its own classes, {some(content.class_names)}; leave out --classes")
         else:
             draft = _module(name).read(source, images, classes)
             bad = draft.problems
             _refuse(source, bad, max_bad)
-            problems = Problems(str(source))
             document = draft.document()
             if not document["categories"]:
                 raise DataError(f"{source}: no objects, so the classes are unknown; name them with --classes")
@@ -161,15 +159,19 @@ def write(
     losses = Losses()
     if stems is None and name != "coco":  # predictions, which have stems, are as large as images that were read
         _refuse_huge(name, document)
-    if stems is not None:
-        images = [{**image, "stem": f"{stem}.x"} for image, stem in zip(document["images"], stems)]
-        document = {**document, "images": images}
     if outlines or name == "yolo":
         document = to_outlines(document, losses)
     if name == "coco":
         atomic_write(folder / "annotations.json", json_bytes(document))
         return losses.lines(name)
-    refuse_collisions(document)
+    stems = stems or [os.path.splitext(PurePosixPath(image["file_name"]))[0] for image in document["images"]]
+    images = [{**image, "stem": stem} for image, stem in zip(document["images"], stems)]
+    owners: dict[str, dict[str, Any]] = {}
+    for image in images:
+        other = owners.setdefault(image["stem"].casefold(), image)
+        if other is not image:
+            pair = f"{image['file_name']} and {other['file_name']}"
+            raise DataError(f"{pair} would share one annotation file; rename one of them")
     module, objects = _module(name), document["annotations"]
     losses["spaces around class names"] += sum(c["name"] != c["name"].strip() for c in document["categories"])
     if "iscrowd" not in module.ATTRIBUTES:
@@ -181,7 +183,7 @@ def write(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be created ({error.strerror})") from None
-    module.write(names_of(document), by_image({**document, "annotations": objects}), folder, root, losses)
+    module.write(names_of(document), by_image(images, objects), folder, root, losses)
     return losses.lines(name)
 
 
