@@ -151,19 +151,16 @@ def _hulls(masks: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
     for piece in pieces:
         numbers.fromlist(piece)
     points = np.frombuffer(numbers, np.float64).reshape(-1, 2)
-    x, y = np.ascontiguousarray(points[:, 0]), np.ascontiguousarray(points[:, 1])
     starts = _starts([len(piece) // 2 for piece in pieces])
-    ends = np.append(starts[1:], len(x)) - 1
-    x0, y0 = np.minimum.reduceat(x, starts), np.minimum.reduceat(y, starts)
-    x1, y1 = np.maximum.reduceat(x, starts), np.maximum.reduceat(y, starts)
-    next_x, next_y = np.roll(x, -1), np.roll(y, -1)
-    next_x[ends], next_y[ends] = x[starts], y[starts]
+    low, high = np.minimum.reduceat(points, starts), np.maximum.reduceat(points, starts)
+    following = np.roll(points, -1, axis=0)
+    following[np.append(starts[1:], len(points)) - 1] = points[starts]
     with np.errstate(over="ignore", invalid="ignore"):
-        twice_area = np.abs(np.add.reduceat(x * next_y - next_x * y, starts))
-        thick = twice_area > 2.001 * (x1 - x0 + y1 - y0)  # above 2, so that rounding cannot matter
+        cross = points[:, 0] * following[:, 1] - following[:, 0] * points[:, 1]
+        # above 2, so that rounding cannot matter
+        thick = np.abs(np.add.reduceat(cross, starts)) > 2.001 * (high - low).sum(axis=1)
     firsts = _starts([len(mask) for mask in masks])
-    low, high = np.minimum.reduceat, np.maximum.reduceat
-    hulls = np.stack([low(x0, firsts), low(y0, firsts), high(x1, firsts), high(y1, firsts)], axis=1)
+    hulls = np.hstack([np.minimum.reduceat(low, firsts), np.maximum.reduceat(high, firsts)])
     return hulls, np.logical_or.reduceat(thick, firsts)
 
 

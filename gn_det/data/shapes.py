@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -62,12 +61,10 @@ def make_shapes(
         return source
     try:
         root.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{split}-", dir=root))
-        try:
+        with tempfile.TemporaryDirectory(prefix=f".{split}-", dir=root, ignore_cleanup_errors=True) as folder:
+            building = Path(folder) / "new"
             _write_split(building, split, count, seed, stamp)
             _put_in_place(building, place, stamp)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
     except OSError as error:
         raise DataError(
             f"{root}: the shapes set cannot be written ({error.strerror or error}): free space or fix the permissions, "
@@ -85,22 +82,18 @@ def _stamp_of(place: Path) -> Any:
 
 def _put_in_place(building: Path, place: Path, stamp: dict[str, Any]) -> None:
     """Move the finished folder into place, or keep the same set if another process was faster."""
-    building.chmod(0o755)
-    old = Path(tempfile.mkdtemp(prefix=".old-", dir=place.parent))
     try:
         if _stamp_of(place) != stamp:
             if place.exists():
-                place.rename(old / "set")
+                place.rename(building.with_name("old"))
             building.rename(place)
     except OSError:
         if _stamp_of(place) != stamp:
             raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_split(folder: Path, split: str, count: int, seed: int, stamp: dict[str, Any]) -> None:
-    (folder / "images").mkdir()
+    (folder / "images").mkdir(parents=True)
     split_number = int.from_bytes(split.encode(), "big") % (2**63)
 
     def one(number: int) -> tuple[dict[str, Any], list[Drawn]]:

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from gn_det.data.annotations import decode_counts
+from gn_det.data.annotations import decode_counts, polygon_area
 from gn_det.data.image import ImageReader
 from gn_det.data.inputs import IMAGE_SUFFIXES
 from gn_det.errors import DataError
@@ -61,8 +61,7 @@ class Draft:
         repeated = [name for name, number in Counter(names).items() if number > 1]
         if repeated:
             raise DataError(f"class {shown(repeated[0])} is listed twice; give every class its own name")
-        self._fixed = bool(names)
-        self._names = list(names)
+        self._names = names
         self._images: dict[str, dict[str, Any]] = {}
         self._objects: dict[str, list[dict[str, Any]]] = {}
         self.problems: list[str] = []
@@ -97,7 +96,7 @@ class Draft:
         Those of :data:`ATTRIBUTES` are set that are true in ``attributes``.
         """
         name = name.strip()
-        if self._fixed and name not in self._names:
+        if self._names and name not in self._names:
             raise Invalid(f"class {shown(name)} is not one of {some(self._names)}")
         flags = {flag: 1 for flag in FLAGS if attributes.get(flag)}
         entry: dict[str, Any] = {"name": name, "iscrowd": int(bool(attributes.get("iscrowd"))), **flags}
@@ -130,13 +129,6 @@ class Draft:
                 annotations.append({"id": len(annotations) + 1, "image_id": number, "category_id": category, **entry})
         categories = [{"id": i, "name": name} for name, i in ids.items()]
         return {"images": images, "annotations": annotations, "categories": categories}
-
-
-def polygon_area(polygon: Sequence[float]) -> float:
-    """Return the area of a flat polygon x0, y0, x1, y1 ... in square pixels."""
-    points = np.asarray(polygon, float).reshape(-1, 2)
-    x, y = points[:, 0], points[:, 1]
-    return abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))) / 2
 
 
 # ------------------------------------------------------------ reading
@@ -250,7 +242,6 @@ def crop_of_rle(rle: dict[str, Any]) -> MaskCrop:
     runs = np.asarray(counts) if isinstance(counts, list) else decode_counts(counts)
     ends = np.cumsum(runs)
     starts, stops = ends[:-1:2], ends[1::2]
-    starts = starts[: len(stops)]
     if len(starts) == 0 or height == 0:
         return MaskCrop(0, 0, np.zeros((0, 0), dtype=bool))
     first, last = int(starts[0]) // height, (int(stops[-1]) - 1) // height

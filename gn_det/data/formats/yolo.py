@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gn_det.data.annotations import polygon_area
 from gn_det.data.formats import draft as tools
 from gn_det.data.formats.draft import Draft, Groups, Invalid, Losses
 from gn_det.errors import DataError
@@ -108,7 +109,7 @@ def write(names: Mapping[int, str], groups: Groups, folder: Path, root: Path, lo
         for a in objects:
             if outlined:
                 losses["further pieces of an object"] += len(a["segmentation"]) - 1
-                values = max(a["segmentation"], key=tools.polygon_area)
+                values = max(a["segmentation"], key=polygon_area)
             else:
                 x0, y0, x1, y1 = tools.corners(a)
                 values = [(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0]
