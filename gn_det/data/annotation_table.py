@@ -79,18 +79,9 @@ def check_annotations(content: CocoJson, images: Sequence[dict[str, Any]], probl
     position = position[np.argsort(image[position], kind="stable")]
     entries = content.entries
     category = np.array([reader.index_of.get(c, -1) for c in entries.category_id[position].tolist()], np.int64)
-    table = AnnotationTable(
-        images,
-        position,
-        image[position],
-        entries.id[position],
-        category,
-        entries.crowd[position],
-        entries.bbox[position],
-        entries.hull[position],
-        np.ones(len(position), bool),
-        entries.spans[position],
-    )
+    columns = {name: getattr(entries, name)[position] for name in ("id", "crowd", "bbox", "hull", "spans")}
+    as_written = np.ones(len(position), bool)
+    table = AnnotationTable(images, position, image[position], category=category, as_written=as_written, **columns)
     good = entries.sound[position] & (category >= 0) & _inside(table) & ~np.isin(position, list(content.changed))
     keep = np.ones(len(position), bool)
     for row in np.flatnonzero(~good).tolist():

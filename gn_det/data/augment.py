@@ -76,18 +76,10 @@ def copy_paste(sample: Sample, other: Sample, rng: np.random.RandomState) -> Sam
             keep[i], boxes[i] = left.any(), tight_box(left)
     kept = Masks(masks)[keep].masks
     new_boxes = np.array([tight_box(bitmap) for bitmap in pasted], dtype=np.float32)
-    return Sample(
-        {
-            **sample,
-            "image": mixed,
-            "targets": Targets(
-                (height, width),
-                torch.from_numpy(np.concatenate([boxes[keep], new_boxes])),
-                torch.cat([targets.classes[torch.from_numpy(keep)], other["targets"].classes[chosen][visible]]),
-                Masks([*kept, *pasted]),
-            ),
-        }
-    )
+    all_boxes = torch.from_numpy(np.concatenate([boxes[keep], new_boxes]))
+    classes = torch.cat([targets.classes[torch.from_numpy(keep)], other["targets"].classes[chosen][visible]])
+    mixed_targets = Targets((height, width), all_boxes, classes, Masks([*kept, *pasted]))
+    return Sample({**sample, "image": mixed, "targets": mixed_targets})
 
 
 def _moved(array: np.ndarray, offset: Sequence[int], shape: tuple[int, int]) -> np.ndarray:

@@ -213,15 +213,6 @@ def one_color(pixels: np.ndarray) -> bool:
     return bool((pixels[::97, ::89] == first).all() and (pixels == first).all())
 
 
-def values_in_words(path: StrPath) -> str:
-    """Describe a gray image of more than 8 bits: its mode, its range of values and what to set."""
-    try:
-        ImageReader().read(path)
-    except ImageError as error:
-        return error.text
-    return _too_deep(path, "of more than 8 bits").text
-
-
 def _too_deep(path: StrPath, mode: str, values: np.ndarray | None = None) -> ImageError:
     span = ""
     if values is not None and np.isfinite(values).any():

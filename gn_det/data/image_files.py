@@ -26,7 +26,7 @@ from urllib.parse import unquote
 import msgspec
 
 from gn_det.data.catalog import DatasetSource
-from gn_det.data.image import ImageError, ImageReader, values_in_words, wrong_size
+from gn_det.data.image import ImageError, ImageReader, wrong_size
 from gn_det.data.problems import NOWHERE, Problem, Problems, Where
 from gn_det.errors import WriteError
 from gn_det.files import atomic_write, open_regular
@@ -91,7 +91,10 @@ def look_at_images(
                 found = _by_other_name(image, root, near_names(), found, problems) or _size(known, image)
             if isinstance(found, ImageError):
                 if found.kind == "image-depth" and (deep := deep + 1) <= _RANGES:
-                    found = ImageError(values_in_words(os.path.join(root, image["file_name"])), found.kind)
+                    try:
+                        reader.read(os.path.join(root, image["file_name"]))
+                    except ImageError as error:
+                        found = error  # with the range of values
                 problems.drop(found.kind, where, found.text)
                 unusable.setdefault(image["id"], Problem(found.kind, where, (found.text,)))
             elif not image["width"]:
@@ -100,10 +103,9 @@ def look_at_images(
     known.write()
     if images and len(unusable) == len(images):
         first = next(iter(unusable.values()))
-        # a problem that a config key solves is not a problem with the folder
-        settings = first.kind in ("image-depth", "image-large") and len({p.kind for p in unusable.values()}) == 1
-        text = f"none of its {len(images)} images can be used from {root} (first: {first})"
-        problems.refuse("image-folder", NOWHERE, text if settings else f"{text}: {advice}")
+        hint = f": {advice}" if first.kind == "image-missing" else ""
+        text = f"none of its {len(images)} images can be used from {root} (first: {first}){hint}"
+        problems.refuse("image-folder", NOWHERE, text)
     return set(unusable)
 
 

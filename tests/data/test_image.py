@@ -19,7 +19,6 @@ from gn_det.data.image import (
     ImageError,
     ImageReader,
     one_color,
-    values_in_words,
 )
 from gn_det.errors import ConfigError, DataError
 
@@ -65,7 +64,7 @@ def test_deep_gray_is_refused_by_mode_and_range(tmp_path: Path, kind: str) -> No
         ImageReader().read(path)
     text = str(refused.value)
     assert f"(mode {mode})" in text and "values from 0 to 4095" in text and "set INPUT.BIT_DEPTH to LOW,HIGH" in text
-    assert refused.value.kind == "image-depth" and values_in_words(path) == text
+    assert refused.value.kind == "image-depth"
     with pytest.raises(ImageError, match=r"INPUT.BIT_DEPTH"):  # the header alone tells the mode
         ImageReader().size(path)
 

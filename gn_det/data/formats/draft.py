@@ -7,7 +7,7 @@ A *document* is the content of a COCO json. An annotation may also have the flag
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -214,7 +214,7 @@ def place(folder: Path, image: dict[str, Any], ending: str) -> Path:
 
 def by_image(images: Sequence[dict[str, Any]], annotations: Sequence[dict[str, Any]]) -> Groups:
     """Return images with their annotations."""
-    groups: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in images}
+    groups: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for annotation in annotations:
         groups[annotation["image_id"]].append(annotation)
     return [(image, groups[image["id"]]) for image in images]

@@ -164,14 +164,7 @@ def write(
     if name == "coco":
         atomic_write(folder / "annotations.json", json_bytes(document))
         return losses.lines(name)
-    stems = stems or [os.path.splitext(PurePosixPath(image["file_name"]))[0] for image in document["images"]]
-    images = [{**image, "stem": stem} for image, stem in zip(document["images"], stems)]
-    owners: dict[str, dict[str, Any]] = {}
-    for image in images:
-        other = owners.setdefault(image["stem"].casefold(), image)
-        if other is not image:
-            pair = f"{image['file_name']} and {other['file_name']}"
-            raise DataError(f"{pair} would share one annotation file; rename one of them")
+    images = _with_stems(document["images"], stems)
     module, objects = _module(name), document["annotations"]
     losses["spaces around class names"] += sum(c["name"] != c["name"].strip() for c in document["categories"])
     if "iscrowd" not in module.ATTRIBUTES:
@@ -185,6 +178,18 @@ def write(
         raise UserError(f"{folder}: cannot be created ({error.strerror})") from None
     module.write(names_of(document), by_image(images, objects), folder, root, losses)
     return losses.lines(name)
+
+
+def _with_stems(images: Sequence[dict[str, Any]], stems: Sequence[str] | None) -> list[dict[str, Any]]:
+    """Return the images with the names of their annotation files; DataError if two would share one."""
+    stems = stems or [os.path.splitext(PurePosixPath(image["file_name"]))[0] for image in images]
+    owners: dict[str, str] = {}
+    for image, stem in zip(images, stems):
+        if (key := stem.casefold()) in owners:
+            pair = f"{image['file_name']} and {owners[key]}"
+            raise DataError(f"{pair} would share one annotation file; rename one of them")
+        owners[key] = image["file_name"]
+    return [{**image, "stem": stem} for image, stem in zip(images, stems)]
 
 
 def _refuse_huge(name: str, document: Document) -> None:
