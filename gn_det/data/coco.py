@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -205,8 +206,7 @@ def check_same_classes(datasets: Sequence[CocoDataset]) -> None:
     """Raise DataError unless all datasets have the same class names in the same order."""
     for other in datasets[1:]:
         first = datasets[0]
-        for i in range(max(first.num_classes, other.num_classes)):
-            a, b = (d.class_names[i] if i < d.num_classes else "nothing" for d in (first, other))
+        for i, (a, b) in enumerate(zip_longest(first.class_names, other.class_names, fillvalue="nothing")):
             if a != b:
                 raise DataError(
                     f"{first.json_file} and {other.json_file} have different categories: class {i} (by id) is "

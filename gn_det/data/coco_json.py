@@ -158,11 +158,6 @@ def read_json(
         with open_regular(path) as file:
             data = bytearray(os.fstat(file.fileno()).st_size)  # file.read() gives bytes, which tensors cannot share
             del data[file.readinto(data) :]  # type: ignore[attr-defined]
-    except FileNotFoundError:
-        stop(f"{what} not found: {advice}")
-    except (OSError, ValueError) as error:
-        stop(f"cannot be read ({error.strerror if isinstance(error, OSError) else error}): {advice}")
-    try:
         if data.startswith(_GZIP):
             data = _unzipped(data)
         if keep_text and (content := _with_text(data)) is not None:
@@ -170,6 +165,8 @@ def read_json(
         text = data.decode(json.detect_encoding(data))
         with collector_paused():
             return json.loads(text)
+    except FileNotFoundError:
+        stop(f"{what} not found: {advice}")
     except json.JSONDecodeError as error:
         cause = f"{error.msg} in line {error.lineno}, column {error.colno}"
         if not text.strip():
@@ -184,7 +181,7 @@ def read_json(
     except RecursionError:
         stop("not a COCO json file (lists are nested too deeply): export or download it again")
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        stop(f"cannot be read ({one_line(error)}): {advice}")
+        stop(f"cannot be read ({getattr(error, 'strerror', None) or one_line(error)}): {advice}")
 
 
 def _with_text(data: bytearray) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from contextlib import suppress
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import unquote
 
 import msgspec
@@ -47,7 +47,6 @@ _MOST_FILES = 1_000_000
 _LARGEST = 1 << 30
 #: A file modified this recently may change again without a new time stamp (nanoseconds).
 _SETTLED = 2 * 10**9
-_VERSION = 1
 _Side = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
 
 
@@ -159,7 +158,7 @@ def _by_other_name(
 class _Known(msgspec.Struct, forbid_unknown_fields=True):
     """``files``: name to length, modification time in nanoseconds, width and height."""
 
-    version: int
+    version: Literal[1]
     files: dict[str, tuple[int, int, _Side, _Side]]
 
 
@@ -192,16 +191,14 @@ class KnownSizes:
     def write(self) -> None:
         """Write new entries; ignore a cache that cannot be written."""
         if self._found and self._remember:
-            content = msgspec.json.encode(_Known(_VERSION, {**self._files, **self._found}))
+            content = msgspec.json.encode(_Known(1, {**self._files, **self._found}))
             with suppress(WriteError):
                 atomic_write(self.path, content)
 
 
 def _read(path: Path) -> Mapping[str, tuple[int, int, int, int]]:
-    try:
-        with open_regular(path) as file:
-            data = file.read(_LARGEST + 1)
-        known = msgspec.json.decode(data, type=_Known) if len(data) <= _LARGEST else None
-    except (OSError, ValueError, RecursionError, msgspec.MsgspecError):
-        return {}
-    return known.files if known is not None and known.version == _VERSION else {}
+    with suppress(OSError, ValueError, RecursionError, msgspec.MsgspecError), open_regular(path) as file:
+        data = file.read(_LARGEST + 1)
+        if len(data) <= _LARGEST:
+            return msgspec.json.decode(data, type=_Known).files
+    return {}
