@@ -117,7 +117,7 @@ def _check_polygon(piece: Sequence[Any], height: int, width: int) -> list[float]
         raise Defect("polygon-no-number")
     points = points.astype(np.int64 if points.dtype.kind == "i" else np.float64, copy=False)
     # A vertex may be outside (tools draw past the border), but not by a multiple of the image size. NaN fails, too.
-    corners, size = points.reshape(-1, 2), np.array((width, height))
+    corners, size = points.reshape(-1, 2), np.array((width, height), float)
     near = (corners >= -FAR_OUTSIDE * size) & (corners <= (1 + FAR_OUTSIDE) * size)
     if not near.all():
         if not np.isfinite(points).all():

@@ -23,7 +23,7 @@ from gn_det.structures import MaskCrop, crop_mask, rasterize_polygons
 from gn_det.text import one_line, shown
 
 CLASSES = "classes.txt"
-#: What this format can represent.
+#: Attributes of an object that this format can represent.
 ATTRIBUTES = ()
 #: Most objects in one file: one for each value of 16 bits. A photo has more colors than that.
 _MOST_OBJECTS = 65_535

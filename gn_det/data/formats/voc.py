@@ -14,7 +14,7 @@ from gn_det.data.formats import draft as tools
 from gn_det.data.formats.draft import FLAGS, Draft, Groups, Invalid, Losses
 from gn_det.files import atomic_write
 
-#: What this format can represent.
+#: Attributes of an object that this format can represent.
 ATTRIBUTES = FLAGS
 #: File with one class per line; not part of VOC itself.
 CLASSES = "labels.txt"

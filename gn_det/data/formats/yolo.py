@@ -16,7 +16,7 @@ from gn_det.data.formats.draft import Draft, Groups, Invalid, Losses
 from gn_det.errors import DataError
 from gn_det.files import atomic_write
 
-#: What this format can represent.
+#: Attributes of an object that this format can represent.
 ATTRIBUTES = ()
 #: Tolerance for coordinates outside the image, because tools round.
 _ROUNDING = 1e-3
