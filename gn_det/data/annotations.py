@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Container, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -178,12 +179,10 @@ def _check_rle(rle: dict[str, Any], height: int, width: int) -> dict[str, Any]:
 
 
 def _runs(counts: list[Any]) -> np.ndarray:
-    try:
+    with suppress(ValueError, OverflowError):
         runs = np.asarray(counts)
         if runs.ndim == 1 and runs.dtype.kind in "iuf" and (np.abs(runs) < 2**32).all() and (runs % 1 == 0).all():
             return runs.astype(np.int64)
-    except (ValueError, OverflowError):
-        pass
     raise Defect("rle-format", "counts are not integers below 2^32")
 
 
@@ -199,11 +198,8 @@ def decode_counts(counts: Any) -> np.ndarray:
     """
     if not isinstance(counts, (str, bytes)):
         raise Defect("rle-format", "counts are neither a list of run lengths nor a compressed string")
-    try:
-        data = counts.encode("ascii") if isinstance(counts, str) else counts
-        raw = np.frombuffer(data, dtype=np.uint8).astype(np.int64) - 48
-    except UnicodeEncodeError:
-        raw = np.zeros(0, dtype=np.int64)
+    data = counts.encode("utf-8", "surrogatepass") if isinstance(counts, str) else counts
+    raw = np.frombuffer(data, dtype=np.uint8).astype(np.int64) - 48
     if len(raw) == 0 or raw.min() < 0 or raw.max() > 63:
         raise Defect("rle-format", "counts are empty or contain invalid characters")
     last = (raw & 0x20) == 0

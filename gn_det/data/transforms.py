@@ -28,16 +28,19 @@ class Transform:
     """Interface of a geometric transform. Arrays passed as coordinates may be changed in place."""
 
     def image(self, pixels: np.ndarray) -> np.ndarray:
-        """(H, W, C) uint8 to (H', W', C) uint8."""
+        """(H, W, C) uint8 to (H', W', C) uint8; what comes from outside is gray."""
+        return self._moved(pixels, Image.Resampling.BILINEAR, PAD_VALUE)
+
+    def mask(self, bitmap: np.ndarray) -> np.ndarray:
+        """(H, W) uint8 to (H', W') uint8, nearest neighbor; what comes from outside is empty."""
+        return self._moved(bitmap, Image.Resampling.NEAREST, 0)
+
+    def _moved(self, array: np.ndarray, how: Image.Resampling, fill: int) -> np.ndarray:
         raise NotImplementedError
 
     def coords(self, points: np.ndarray) -> np.ndarray:
         """Move (P, 2) points (x, y)."""
         raise NotImplementedError
-
-    def mask(self, bitmap: np.ndarray) -> np.ndarray:
-        """(H, W) uint8 to (H', W') uint8, nearest neighbor."""
-        return self.image(bitmap)
 
     def polygons(self, polygons: list[np.ndarray]) -> list[np.ndarray]:
         """Move a list of (P, 2) polygons; cropping may change their number."""
@@ -53,13 +56,11 @@ class Resize(Transform):
     new_height: int
     new_width: int
 
-    def image(self, pixels: np.ndarray) -> np.ndarray:
-        if can_resize(pixels, self.new_height, self.new_width):
-            return resize(pixels, self.new_height, self.new_width)
-        return self._resize(pixels, Image.Resampling.BILINEAR)
-
-    def mask(self, bitmap: np.ndarray) -> np.ndarray:
-        return self._resize(bitmap, Image.Resampling.NEAREST)
+    def _moved(self, array: np.ndarray, how: Image.Resampling, fill: int) -> np.ndarray:
+        if how is Image.Resampling.BILINEAR and can_resize(array, self.new_height, self.new_width):
+            return resize(array, self.new_height, self.new_width)
+        out = np.asarray(_pillow(array).resize((self.new_width, self.new_height), how))
+        return out.reshape(*out.shape[:2], *array.shape[2:])
 
     def coords(self, points: np.ndarray) -> np.ndarray:
         points[:, 0] = points[:, 0] * (self.new_width * 1.0 / self.width)
@@ -73,10 +74,6 @@ class Resize(Transform):
         rows, columns = slice(crop.y0, crop.y0 + crop.height), slice(crop.x0, crop.x0 + crop.width)
         return resize(pixels, self.new_height, self.new_width, rows, columns)
 
-    def _resize(self, pixels: np.ndarray, how: Image.Resampling) -> np.ndarray:
-        out = np.asarray(_pillow(pixels).resize((self.new_width, self.new_height), how))
-        return out.reshape(*out.shape[:2], *pixels.shape[2:])
-
 
 @dataclass(frozen=True)
 class Flip(Transform):
@@ -85,8 +82,8 @@ class Flip(Transform):
     axis: int
     size: int
 
-    def image(self, pixels: np.ndarray) -> np.ndarray:
-        return np.flip(pixels, axis=self.axis)
+    def _moved(self, array: np.ndarray, how: Image.Resampling, fill: int) -> np.ndarray:
+        return np.flip(array, axis=self.axis)
 
     def coords(self, points: np.ndarray) -> np.ndarray:
         points[:, 1 - self.axis] = self.size - points[:, 1 - self.axis]
@@ -102,8 +99,8 @@ class Crop(Transform):
     width: int
     height: int
 
-    def image(self, pixels: np.ndarray) -> np.ndarray:
-        return pixels[self.y0 : self.y0 + self.height, self.x0 : self.x0 + self.width]
+    def _moved(self, array: np.ndarray, how: Image.Resampling, fill: int) -> np.ndarray:
+        return array[self.y0 : self.y0 + self.height, self.x0 : self.x0 + self.width]
 
     def coords(self, points: np.ndarray) -> np.ndarray:
         points[:, 0] -= self.x0
@@ -130,24 +127,18 @@ class Crop(Transform):
 
 @dataclass(frozen=True)
 class Pad(Transform):
-    """Add rows below and columns to the right, up to ``height`` x ``width``: gray in images, empty in masks."""
+    """Add rows below and columns to the right, up to ``height`` x ``width``."""
 
     height: int
     width: int
 
-    def image(self, pixels: np.ndarray) -> np.ndarray:
-        return self._pad(pixels, PAD_VALUE)
-
-    def mask(self, bitmap: np.ndarray) -> np.ndarray:
-        return self._pad(bitmap, 0)
+    def _moved(self, array: np.ndarray, how: Image.Resampling, fill: int) -> np.ndarray:
+        out = np.full((self.height, self.width, *array.shape[2:]), fill, dtype=array.dtype)
+        out[: array.shape[0], : array.shape[1]] = array
+        return out
 
     def coords(self, points: np.ndarray) -> np.ndarray:
         return points
-
-    def _pad(self, array: np.ndarray, value: int) -> np.ndarray:
-        out = np.full((self.height, self.width, *array.shape[2:]), value, dtype=array.dtype)
-        out[: array.shape[0], : array.shape[1]] = array
-        return out
 
 
 @dataclass(frozen=True)
@@ -158,11 +149,10 @@ class Rotate(Transform):
     width: int
     degrees: float
 
-    def image(self, pixels: np.ndarray) -> np.ndarray:
-        return self._rotate(pixels, Image.Resampling.BILINEAR, PAD_VALUE)
-
-    def mask(self, bitmap: np.ndarray) -> np.ndarray:
-        return self._rotate(bitmap, Image.Resampling.NEAREST, 0)
+    def _moved(self, array: np.ndarray, how: Image.Resampling, fill: int) -> np.ndarray:
+        picture = _pillow(array)
+        color: Any = (fill,) * len(picture.getbands()) if picture.mode != "L" else fill
+        return np.asarray(picture.rotate(self.degrees, how, fillcolor=color)).reshape(array.shape)
 
     def coords(self, points: np.ndarray) -> np.ndarray:
         sin, cos = np.sin(np.deg2rad(self.degrees)), np.cos(np.deg2rad(self.degrees))
@@ -173,11 +163,6 @@ class Rotate(Transform):
     def polygons(self, polygons: list[np.ndarray]) -> list[np.ndarray]:
         """Rotate polygons and clip them to the image."""
         return Crop(0, 0, self.width, self.height).polygons([self.coords(p) for p in polygons])
-
-    def _rotate(self, array: np.ndarray, how: Image.Resampling, fill: int) -> np.ndarray:
-        picture = _pillow(array)
-        color: Any = (fill,) * len(picture.getbands()) if picture.mode != "L" else fill
-        return np.asarray(picture.rotate(self.degrees, how, fillcolor=color)).reshape(array.shape)
 
 
 def _pillow(pixels: np.ndarray) -> Image.Image:
