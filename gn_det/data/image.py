@@ -39,6 +39,7 @@ _PERCENTILES = (0.5, 99.5)
 #: Longest file name in a message, in characters.
 _NAME = 300
 
+_ORIENTATION = ExifTags.Base.Orientation
 #: Last bytes of complete files, by PIL's name of the format.
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 
@@ -125,7 +126,7 @@ class ImageReader:
             # PNG's getexif() decodes all pixels to look for a trailing chunk; its header is enough here.
             if image.format != "PNG" or "exif" in image.info:
                 with suppress(Exception):
-                    turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+                    turned = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
             end = _ENDS.get(image.format or "")
             if end is not None:
                 file.seek(max(file.seek(0, os.SEEK_END) - len(end), 0))
