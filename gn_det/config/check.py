@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from fvcore.common.config import CfgNode as CN
@@ -10,7 +11,7 @@ from gn_det.config.defaults import as_lists, flatten, get_value
 from gn_det.config.kinds import bit_depth_span
 from gn_det.config.schema import KEYS, WS_SECTIONS
 from gn_det.errors import ConfigError
-from gn_det.text import nearest, shown
+from gn_det.text import did_you_mean, shown
 from gn_det.values import InvalidValue
 
 #: Most weights of a model; the largest published ones have 0.2 billion.
@@ -31,8 +32,8 @@ def check_values(cfg: CN) -> None:
         if name in KEYS:  # users of Detectron2 add their own keys
             check_value(name, value)
     check_size(cfg)
-    _check_labels(cfg)
-    _check_data(cfg)
+    for problem in _contradictions(cfg):
+        raise ConfigError(problem)
 
 
 def check_config(cfg: CN, engine: str = "embedded") -> None:
@@ -43,7 +44,8 @@ def check_config(cfg: CN, engine: str = "embedded") -> None:
     check_values(cfg)
     for name in KEYS:
         _check_implemented(name, get_value(cfg, name), engine)
-    _check_model(cfg)
+    for problem in _of_model(cfg):
+        raise ConfigError(problem)
 
 
 def bit_depth_range(bit_depth: str) -> tuple[float, float] | None:
@@ -56,8 +58,7 @@ def _check_implemented(name: str, value: Any, engine: str) -> None:
     known = KEYS[name].implemented(engine)
     if known is None or _is_among(value, known):
         return
-    near = nearest(value, [k for k in known if isinstance(k, str)], 1) if isinstance(value, str) else []
-    hint = f", did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(str(value), [word for word in known if isinstance(word, str)])
     other = "detectron2" if engine == "embedded" else "embedded"
     if _is_among(value, KEYS[name].implemented(other)):
         hint = f"; --engine {other} runs it"
@@ -71,7 +72,7 @@ def _is_among(value: Any, known: tuple[Any, ...] | None) -> bool:
     return known is None or as_lists(value) in map(as_lists, known)
 
 
-# ------------------------------------------------------------ keys that must agree
+# ------------------------------------------------------------ size
 
 
 def check_size(cfg: CN, source: str = "") -> None:
@@ -105,132 +106,99 @@ def _least_weights(cfg: CN) -> int:
     return int(weights)
 
 
-def _check_labels(cfg: CN) -> None:
+# ------------------------------------------------------------ keys that must agree
+
+
+def _contradictions(cfg: CN) -> Iterator[str]:
+    """Yield what is wrong between keys for any model, in Detectron2's configs too."""
     for name in ("MODEL.RPN", "MODEL.ROI_HEADS", "MODEL.RETINANET"):
-        section = get_value(cfg, name)
-        if len(section.IOU_LABELS) != len(section.IOU_THRESHOLDS) + 1:
-            raise ConfigError(
-                f"{name}.IOU_LABELS {shown(section.IOU_LABELS)} must have one more entry than {name}.IOU_THRESHOLDS "
-                f"{shown(section.IOU_THRESHOLDS)}"
-            )
-
-
-def _check_data(cfg: CN) -> None:
+        labels, thresholds = get_value(cfg, name).IOU_LABELS, get_value(cfg, name).IOU_THRESHOLDS
+        if len(labels) != len(thresholds) + 1:
+            yield f"{name}.IOU_LABELS {shown(labels)} must have one more entry than IOU_THRESHOLDS {shown(thresholds)}"
     kind, size = cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE
     if kind.startswith("relative") and max(size) > 1:
-        raise ConfigError(f"INPUT.CROP.SIZE is {shown(size)}; it must be fractions up to 1 for TYPE {kind}")
+        yield f"INPUT.CROP.SIZE is {shown(size)}; it must be fractions up to 1 for TYPE {kind}"
     if kind.startswith("absolute") and (min(size) < 1 or any(isinstance(side, float) for side in size)):
-        raise ConfigError(f"INPUT.CROP.SIZE is {shown(size)}; it must be whole pixels for TYPE {kind}")
+        yield f"INPUT.CROP.SIZE is {shown(size)}; it must be whole pixels for TYPE {kind}"
     if cfg.INPUT.COPY_PASTE and not cfg.MODEL.MASK_ON:
-        raise ConfigError(
-            f"INPUT.COPY_PASTE {cfg.INPUT.COPY_PASTE:g} pastes objects by their masks, but MODEL.MASK_ON is False; set "
-            "INPUT.COPY_PASTE 0"
-        )
+        amount = f"{cfg.INPUT.COPY_PASTE:g}"
+        yield f"INPUT.COPY_PASTE {amount} pastes objects by their masks, but MODEL.MASK_ON is False; set it 0"
     data = cfg.DATASETS
-    split = "VAL_FOLD" if data.VAL_FOLD[1] else "VAL_FRACTION" if data.VAL_FRACTION else ""
-    others = {"VAL_JSON": data.VAL_JSON, "VAL_FRACTION": split == "VAL_FOLD" and data.VAL_FRACTION}
-    given = [f"DATASETS.{name} is set, too" for name, value in others.items() if value]
-    given += ["DATASETS.TRAIN_JSON is not set"] * (not data.TRAIN_JSON)
-    if split and given:
-        raise ConfigError(f"DATASETS.{split} holds out a part of DATASETS.TRAIN_JSON, but {given[0]}; set only one")
-    for split in ("TRAIN", "VAL"):
-        parts = (f"{split}_JSON", f"{split}_IMAGES")
-        missing = [part for part in parts if not cfg.DATASETS[part]]
+    sources = {"VAL_FOLD": data.VAL_FOLD[1], "VAL_FRACTION": data.VAL_FRACTION, "VAL_JSON": data.VAL_JSON}
+    given = [name for name, value in sources.items() if value]
+    if given and given[0] != "VAL_JSON":
+        held_out = f"DATASETS.{given[0]} holds out a part of DATASETS.TRAIN_JSON"
+        if len(given) > 1:
+            yield f"{held_out}, but DATASETS.{given[1]} is set, too; set only one"
+        if not data.TRAIN_JSON:
+            yield f"{held_out}, which is not set; set it, too"
+    for part in ("TRAIN", "VAL"):
+        missing = [key for key in (f"{part}_JSON", f"{part}_IMAGES") if not data[key]]
         if len(missing) == 1:
             flag = f"--{missing[0].lower().replace('_', '-')}"
-            raise ConfigError(f"DATASETS.{missing[0]} is missing (flag {flag}); set both or none")
+            yield f"DATASETS.{missing[0]} is missing (flag {flag}); set both or none"
 
 
-def _check_model(cfg: CN) -> None:
-    if cfg.TEST.AUG.ENABLED and cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
-        raise ConfigError(
-            f"TEST.AUG.ENABLED True is for GeneralizedRCNN, not {cfg.MODEL.META_ARCHITECTURE}; set it False"
-        )
-    if cfg.TEST.PRECISE_BN.ENABLED and cfg.SOLVER.EMA.ENABLED:
-        raise ConfigError(
-            "TEST.PRECISE_BN.ENABLED does not go with SOLVER.EMA.ENABLED, whose average has statistics of its own; set "
-            "one of them False"
-        )
+def _of_model(cfg: CN) -> Iterator[str]:
+    """Yield what is wrong between keys for the models that gn_det builds."""
     model, resnets, backbone = cfg.MODEL, cfg.MODEL.RESNETS, cfg.MODEL.BACKBONE.NAME
+    architecture, heads, box_head = model.META_ARCHITECTURE, model.ROI_HEADS, model.ROI_BOX_HEAD
+    if cfg.TEST.AUG.ENABLED and architecture != "GeneralizedRCNN":
+        yield f"TEST.AUG.ENABLED True is for GeneralizedRCNN, not {architecture}; set it False"
+    if cfg.TEST.PRECISE_BN.ENABLED and cfg.SOLVER.EMA.ENABLED:
+        yield "TEST.PRECISE_BN.ENABLED does not go with SOLVER.EMA.ENABLED (it has its own statistics); set one False"
     if model.BACKBONE.RECOMPUTE and resnets.NORM.endswith(("BN", "BN_N")) and resnets.NORM != "FrozenBN":
-        raise ConfigError(
-            f"MODEL.BACKBONE.RECOMPUTE True would count each batch twice in the statistics of MODEL.RESNETS.NORM "
-            f"{resnets.NORM}; take GN or FrozenBN, or set it False"
-        )
-    if model.ROI_BOX_HEAD.CLASS_WEIGHTS and model.ROI_BOX_HEAD.USE_SIGMOID_CE:
-        raise ConfigError(
-            "MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS weighs the softmax loss, but MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE is True; "
-            "set one of them"
-        )
+        twice = f"counts each batch twice in the statistics of MODEL.RESNETS.NORM {resnets.NORM}"
+        yield f"MODEL.BACKBONE.RECOMPUTE True {twice}; take GN or FrozenBN, or set it False"
+    if box_head.CLASS_WEIGHTS and box_head.USE_SIGMOID_CE:
+        yield "MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS weighs the softmax loss, but USE_SIGMOID_CE is True; set one of them"
     if resnets.DEPTH in (18, 34):
         for name, value in {"RES2_OUT_CHANNELS": 64, "NUM_GROUPS": 1, "RES5_DILATION": 1}.items():
             if resnets[name] != value:
-                raise ConfigError(f"MODEL.RESNETS.{name} must be {value} for MODEL.RESNETS.DEPTH {resnets.DEPTH}")
+                yield f"MODEL.RESNETS.{name} must be {value} for MODEL.RESNETS.DEPTH {resnets.DEPTH}"
     fpn = "_fpn_" in backbone
-    features = ["p2", "p3", "p4", "p5", "p6", "p7"] if fpn else ["stem", "res2", "res3", "res4", "res5"]
-    if fpn and "retinanet" not in backbone:
-        features.remove("p7")
-    for section in ("RETINANET",) if model.META_ARCHITECTURE == "RetinaNet" else ("RPN", "ROI_HEADS"):
+    features = ["p2", "p3", "p4", "p5", "p6"] if fpn else ["stem", "res2", "res3", "res4", "res5"]
+    features += ["p7"] * ("retinanet" in backbone)
+    for section in ("RETINANET",) if architecture == "RetinaNet" else ("RPN", "ROI_HEADS"):
         for feature in model[section].IN_FEATURES:
             if feature not in features:
-                raise ConfigError(
-                    f"MODEL.{section}.IN_FEATURES: MODEL.BACKBONE.NAME {backbone} has no {shown(feature)}; use "
-                    f"{', '.join(features)}"
-                )
+                missing = f"MODEL.BACKBONE.NAME {backbone} has no {shown(feature)}"
+                yield f"MODEL.{section}.IN_FEATURES: {missing}; use {', '.join(features)}"
     if fpn and list(model.FPN.IN_FEATURES) != list(resnets.OUT_FEATURES):
-        raise ConfigError("MODEL.FPN.IN_FEATURES and MODEL.RESNETS.OUT_FEATURES must name the same features")
-    if fpn and "Res5ROIHeads" in model.ROI_HEADS.NAME and model.META_ARCHITECTURE == "GeneralizedRCNN":
-        raise ConfigError(
-            f"MODEL.ROI_HEADS.NAME {model.ROI_HEADS.NAME} does not work with MODEL.BACKBONE.NAME {backbone}; "
+        yield "MODEL.FPN.IN_FEATURES and MODEL.RESNETS.OUT_FEATURES must name the same features"
+    if fpn and "Res5ROIHeads" in heads.NAME and architecture == "GeneralizedRCNN":
+        yield (
+            f"MODEL.ROI_HEADS.NAME {heads.NAME} does not work with MODEL.BACKBONE.NAME {backbone}; "
             "use StandardROIHeads with FPN"
         )
     if resnets.get("VARIANT", "v1") != "v1":
-        _check_pre_activation(model)
+        needs = {
+            "MODEL.BACKBONE.NAME": (fpn, "an FPN backbone"),
+            "MODEL.RESNETS.DEPTH": (resnets.DEPTH >= 50, "50, 101 or 152"),
+            "MODEL.RESNETS.NORM": (resnets.NORM != "", "a norm, such as GN"),
+            "MODEL.RESNETS.STRIDE_IN_1X1": (not resnets.STRIDE_IN_1X1, "False"),
+            "MODEL.RESNETS.NUM_GROUPS": (resnets.NUM_GROUPS == 1, "1"),
+            "MODEL.RESNETS.RES5_DILATION": (resnets.RES5_DILATION == 1, "1"),
+        }
+        for key, (good, need) in needs.items():
+            if not good:
+                yield f"MODEL.RESNETS.VARIANT {resnets.VARIANT} needs {key} {need}"
     for section in WS_SECTIONS:
         formula = model.get("WS", {}).get(section, "")
         if formula and not model[section].NORM:
-            norm = f"MODEL.{section}.NORM"
-            raise ConfigError(
-                f"MODEL.WS.{section} {formula} is for convolutions with a norm, but {norm} is '': set {norm} GN, or "
-                f"MODEL.WS.{section} ''"
-            )
-    if model.ROI_HEADS.NAME == "CascadeROIHeads":
-        _check_cascade(model)
-    channels = 1 if cfg.INPUT.FORMAT == "L" else 3
+            key = f"MODEL.WS.{section}"
+            yield f"{key} {formula} needs a norm; set MODEL.{section}.NORM GN, or {key} ''"
+    if heads.NAME == "CascadeROIHeads":
+        cascade, name = model.ROI_BOX_CASCADE_HEAD, "MODEL.ROI_BOX_CASCADE_HEAD"
+        stages, weights = len(cascade.IOUS), len(cascade.BBOX_REG_WEIGHTS)
+        if stages != weights:
+            yield f"{name}.IOUS and BBOX_REG_WEIGHTS need one entry for each stage; they have {stages} and {weights}"
+        if not box_head.CLS_AGNOSTIC_BBOX_REG:
+            yield "MODEL.ROI_HEADS.NAME CascadeROIHeads needs MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG True"
+        if cascade.IOUS[0] != heads.IOU_THRESHOLDS[0]:
+            first = f"MODEL.ROI_HEADS.IOU_THRESHOLDS {shown(heads.IOU_THRESHOLDS)}"
+            yield f"{name}.IOUS {shown(cascade.IOUS)} must begin with {first}"
     for name in ("PIXEL_MEAN", "PIXEL_STD"):
-        if len(model[name]) != channels:
-            numbers = "3 numbers" if channels == 3 else "one number, such as [103.53], for INPUT.FORMAT L"
-            raise ConfigError(f"MODEL.{name} must have {numbers}, got {shown(model[name])}")
-
-
-def _check_cascade(model: CN) -> None:
-    """Check what CascadeROIHeads of either engine needs."""
-    cascade, thresholds = model.ROI_BOX_CASCADE_HEAD, model.ROI_HEADS.IOU_THRESHOLDS
-    name = "MODEL.ROI_BOX_CASCADE_HEAD"
-    if len(cascade.IOUS) != len(cascade.BBOX_REG_WEIGHTS):
-        raise ConfigError(
-            f"{name}.IOUS {shown(cascade.IOUS)} and {name}.BBOX_REG_WEIGHTS must have one entry for each stage; they "
-            f"have {len(cascade.IOUS)} and {len(cascade.BBOX_REG_WEIGHTS)}"
-        )
-    if not model.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG:
-        raise ConfigError("MODEL.ROI_HEADS.NAME CascadeROIHeads needs MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG True")
-    if cascade.IOUS[0] != thresholds[0]:
-        raise ConfigError(
-            f"{name}.IOUS {shown(cascade.IOUS)} must begin with MODEL.ROI_HEADS.IOU_THRESHOLDS {shown(thresholds)}"
-        )
-
-
-def _check_pre_activation(model: CN) -> None:
-    """Refuse what the pre-activation ResNets do not have."""
-    resnets = model.RESNETS
-    needs = {
-        "MODEL.BACKBONE.NAME": ("_fpn_" in model.BACKBONE.NAME, "an FPN backbone"),
-        "MODEL.RESNETS.DEPTH": (resnets.DEPTH >= 50, "50, 101 or 152"),
-        "MODEL.RESNETS.NORM": (resnets.NORM != "", "a norm, such as GN"),
-        "MODEL.RESNETS.STRIDE_IN_1X1": (not resnets.STRIDE_IN_1X1, "False"),
-        "MODEL.RESNETS.NUM_GROUPS": (resnets.NUM_GROUPS == 1, "1"),
-        "MODEL.RESNETS.RES5_DILATION": (resnets.RES5_DILATION == 1, "1"),
-    }
-    for key, (good, need) in needs.items():
-        if not good:
-            raise ConfigError(f"MODEL.RESNETS.VARIANT {resnets.VARIANT} needs {key} {need}")
+        if len(model[name]) != (1 if cfg.INPUT.FORMAT == "L" else 3):
+            numbers = "one number, such as [103.53]," if cfg.INPUT.FORMAT == "L" else "3 numbers"
+            yield f"MODEL.{name} must have {numbers} for INPUT.FORMAT {cfg.INPUT.FORMAT}, got {shown(model[name])}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -22,7 +23,7 @@ from gn_det.config.reader import MAX_BYTES, parse_yaml, python_value, read_yaml
 from gn_det.config.schema import KEYS
 from gn_det.errors import ConfigError
 from gn_det.files import shipped_folder
-from gn_det.text import nearest, one_line, shown
+from gn_det.text import did_you_mean, nearest, one_line, shown
 from gn_det.values import is_number
 
 #: Values of keys: ``{"SEED": 1}``, or ``KEY VALUE`` pairs and ``KEY=VALUE`` arguments as on the command line.
@@ -56,15 +57,11 @@ def _by_name(folder: Path, name: str) -> Path | None:
     return folder / wanted if os.path.isfile(folder / wanted) else None
 
 
-def _hint(near: Sequence[str]) -> str:
-    return f"; did you mean {', '.join(near)}?" if near else ""
-
-
 def shipped_config(name: str) -> Path:
-    """Return the path of a shipped config, with or without ``.yaml``; ConfigError suggests the nearest names."""
+    """Return the path of a shipped config, with or without ``.yaml``; ConfigError suggests the nearest name."""
     path = None if "/" in name else _by_name(shipped_folder("configs"), name)
     if path is None:
-        hint = _hint(nearest(_with_ending(name), shipped_configs())) or "; gn-det configs lists those"
+        hint = did_you_mean(_with_ending(name), shipped_configs()) or "; gn-det configs lists those"
         raise ConfigError(f"config {shown(name)} is neither a file nor a shipped config{hint}")
     return path
 
@@ -77,17 +74,12 @@ def _zoo_config(name: str) -> Path:
         spec = None
     roots = (spec.submodule_search_locations or []) if spec else []
     folders = [Path(root) / "model_zoo" / "configs" for root in roots]
-    folder = next((folder for folder in folders if folder.is_dir()), None)
-    path = None if folder is None else _by_name(folder, name)
-    if path is not None:
-        return path
-    names = [] if folder is None else [p.relative_to(folder).as_posix() for p in folder.glob("*/*.yaml")]
-    if name.partition("/")[0] not in {n.partition("/")[0] for n in names}:
-        missing = "" if folder else " (names of Detectron2's model zoo need Detectron2 installed)"
-        raise ConfigError(f"config {shown(name)} does not exist{missing}")
-    raise ConfigError(
-        f"config {shown(name)} is neither a file nor in Detectron2's model zoo{_hint(nearest(name, names))}"
-    )
+    path = next((path for folder in folders if (path := _by_name(folder, name))), None)
+    if path is None:
+        names = [p.relative_to(folder).as_posix() for folder in folders for p in folder.glob("*/*.yaml")]
+        hint = did_you_mean(name, names) if names else ", which needs Detectron2 installed"
+        raise ConfigError(f"config {shown(name)} is neither a file nor in Detectron2's model zoo{hint}")
+    return path
 
 
 def resolve_config(name_or_path: str) -> Path:
@@ -110,6 +102,7 @@ def resolve_config(name_or_path: str) -> Path:
 
 #: GPUs and batch that the schedules of shipped configs, and of configs based on them, are written for (0: no scaling).
 #: Not in the YAML, because Detectron2 would then also scale what its user sets in Python.
+_REFERENCE = ("SOLVER.REFERENCE_WORLD_SIZE", "SOLVER.REFERENCE_BATCH")
 _WRITTEN_FOR = {
     "Base-RCNN-FPN.yaml": (8, 16),
     "Base-RCNN-C4.yaml": (8, 8),
@@ -122,9 +115,9 @@ _WRITTEN_FOR = {
 def _unknown_key(name: str, source: str) -> ConfigError:
     """Return the error for an unknown key, suggesting keys with the same last part or a similar spelling."""
     last, tails = name.rpartition(".")[2].upper(), {key: key.rpartition(".")[2] for key in KEYS}
-    near = [key for key in KEYS if tails[key] == last] or nearest(name.upper(), KEYS, 1, 0.75)
-    close = nearest(last, sorted(set(tails.values())), 1)
-    near = near or [key for key in KEYS if tails[key] in close]
+    close = nearest(last, tails.values(), 1)
+    exact = [key for key in KEYS if tails[key] == last]
+    near = exact or nearest(name.upper(), KEYS, 1, 0.75) or [key for key in KEYS if tails[key] in close]
     hint = f"did you mean {' or '.join(near[:3])}?" if near else "gn-det configs --keys lists all keys"
     return ConfigError(f"{source}: unknown key {one_line(name)}; {hint}")
 
@@ -149,11 +142,9 @@ def _typed(value: Any, default: Any) -> Any:
     if isinstance(default, str):
         return str(value) if isinstance(value, (str, int, float, os.PathLike)) else value
     if isinstance(value, str):
-        try:
-            value = {"true": True, "false": False, "none": None}.get(value.lower(), value)
-            value = python_value(value) if isinstance(value, str) else value
-        except ValueError:
-            pass  # a name, for a list of names
+        words = {"true": True, "false": False, "none": None}
+        with suppress(ValueError):  # a name, for a list of names
+            value = words[value.lower()] if value.lower() in words else python_value(value)
     if isinstance(default, (tuple, list)):
         return type(default)(value if isinstance(value, (tuple, list)) else (value,))
     if isinstance(default, float) and is_number(value) and abs(value) < 1e300:
@@ -175,10 +166,9 @@ _Place = tuple[Path, Path]
 
 
 class _Files:
-    """A config file and its bases, each read once; ``written_for``: of the outermost shipped file."""
+    """A config file and its bases, each read once."""
 
     def __init__(self) -> None:
-        self.written_for: tuple[int, int] | None = None
         self._read: dict[_Place, dict[str, tuple[Any, str]]] = {}
         self._left = MAX_BYTES
 
@@ -201,14 +191,15 @@ class _Files:
         bases = bases if isinstance(bases, list) else [bases]
         if not all(isinstance(base, str) and base for base in bases):
             raise ConfigError(f"{source}: {BASE_KEY} must name a file or a list of files, got {shown(bases)}")
-        own = {name: (value, str(path)) for name, value in _known(loaded, str(path))}
+        shipped = place[0].parent == shipped_folder("configs")
+        own = dict(_known(loaded, str(path)))
+        implied: dict[str, Any] = dict(zip(_REFERENCE, _WRITTEN_FOR.get(place[0].name, ()))) if shipped else {}
+        if "SOLVER.MAX_ITER" in own:
+            implied["SOLVER.AUTO_EPOCHS"] = shipped  # a length in the user's own YAML is kept
         values: dict[str, tuple[Any, str]] = {}
         for base in bases:
             values |= self.load(_base_path(path, base, source), (*chain, place))
-        if place[0].parent == shipped_folder("configs"):
-            # The file's own values are set later and win.
-            self.written_for = _WRITTEN_FOR.get(place[0].name, self.written_for)
-        self._read[place] = values | own
+        self._read[place] = values | {name: (value, str(path)) for name, value in (implied | own).items()}
         return self._read[place]
 
 
@@ -219,27 +210,10 @@ def _base_path(path: Path, base: str, source: str) -> Path:
     found = Path(os.path.join(path.parent, os.path.expanduser(base)))
     if os.path.isfile(found):
         return found
-    shipped = None if "/" in base else _by_name(shipped_folder("configs"), base)
-    if shipped is None:
-        names = () if "/" in base else [p.name for p in shipped_folder("configs").glob("*.yaml")]
-        near = nearest(_with_ending(base), names)
-        raise ConfigError(
-            f"{source}: {BASE_KEY} {shown(base)} is neither a file (looked for {one_line(str(found), 300)}) nor a "
-            f"shipped config{_hint(near)}"
-        )
-    return shipped
-
-
-def merge_file(cfg: CN, path: Path) -> None:
-    """Merge a config file with its bases into ``cfg``; see :func:`load_config` for the errors."""
-    files = _Files()
-    values = files.load(path)
-    if files.written_for is not None:
-        cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.REFERENCE_BATCH = files.written_for
-        # A length in the user's own YAML is kept.
-        cfg.SOLVER.AUTO_EPOCHS = Path(values["SOLVER.MAX_ITER"][1]).resolve().parent == shipped_folder("configs")
-    for name, (value, source) in values.items():
-        _set(cfg, name, value, source)
+    try:
+        return shipped_config(base)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {BASE_KEY} (looked for {one_line(str(found), 300)}): {error}") from None
 
 
 def merge_overrides(cfg: CN, overrides: Overrides, source: str = "command line") -> set[str]:
@@ -284,7 +258,8 @@ def load_config(name_or_path: str | os.PathLike[str], overrides: Overrides = (),
         ConfigError: missing file, invalid YAML, unknown or duplicate key, or invalid value.
     """
     cfg = get_cfg()
-    merge_file(cfg, resolve_config(os.fspath(name_or_path)))
+    for name, (value, source) in _Files().load(resolve_config(os.fspath(name_or_path))).items():
+        _set(cfg, name, value, source)
     merge_overrides(cfg, overrides)
     if check:
         check_config(cfg)
@@ -292,13 +267,6 @@ def load_config(name_or_path: str | os.PathLike[str], overrides: Overrides = (),
 
 
 # ------------------------------------------------------------ text
-
-
-class _PlainDumper(yaml.SafeDumper):
-    """Dumper without ``&id001`` anchors for shared Python objects."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
 
 
 def dump_config(cfg: CN, *, implemented_only: bool = False) -> str:
@@ -315,7 +283,7 @@ def dump_config(cfg: CN, *, implemented_only: bool = False) -> str:
             return {part: v for part, v in inner.items() if v != {}}
         return [plain(v, name) for v in value] if isinstance(value, (list, tuple)) else value
 
-    return yaml.dump(plain(cfg, ""), Dumper=_PlainDumper, sort_keys=False, allow_unicode=True, default_flow_style=None)
+    return yaml.safe_dump(plain(cfg, ""), sort_keys=False, allow_unicode=True, default_flow_style=None)
 
 
 def _implemented(section: str) -> bool:
@@ -329,10 +297,10 @@ def parse_config(text: str, source: str) -> CN:
     cfg = get_cfg()
     try:
         loaded = parse_yaml(text, "its YAML")
+        if not isinstance(loaded, dict):
+            raise ConfigError("it has no keys")
     except ConfigError as error:
         raise ConfigError(f"{source}: the stored config is not readable ({error}); name one with --config") from None
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"{source}: the stored config is not readable; name one with --config")
     for name, value in _known(loaded, source):
         _set(cfg, name, value, source)
     check_size(cfg, source)

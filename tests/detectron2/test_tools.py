@@ -147,7 +147,7 @@ def test_names_and_usage(tmp_path: Path) -> None:
     for words, text in (
         ([], "usage: python -m gn_det.detectron2 TOOL.py"),
         (["nothing.py"], "error: tool 'nothing.py' is neither a file"),
-        ([__file__, "--config-file", "gn_fpm.yaml"], "did you mean gn_fpn.yaml"),
+        ([__file__, "--config-file", "gn_fpm.yaml"], "did you mean 'gn_fpn.yaml'"),
     ):
         output = run("-m", "gn_det.detectron2", *words, cwd=tmp_path, fails=True)
         assert text in output and "Traceback" not in output
