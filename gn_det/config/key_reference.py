@@ -7,7 +7,6 @@ from typing import Any
 
 from gn_det.config.kinds import Key
 from gn_det.config.schema import KEYS
-from gn_det.values import Value
 
 _HEAD = """\
 # Config keys
@@ -35,16 +34,12 @@ def _row(key: Key) -> str:
 
 
 def _values(key: Key) -> str:
-    only_default = (key.default,)
-    if key.known == only_default:
-        return "only the default"
-    expected = key.check.expected if isinstance(key.check, Value) else ""
-    if key.known is None and key.embedded is None:
-        return expected
-    if key.embedded == only_default and key.detectron2 is None:
-        return f"{expected}; only the default with the embedded engine"
-    known = key.known or key.embedded or ()
-    more = [value for value in key.detectron2 or () if value not in known]
+    known, theirs = key.implemented("embedded"), key.implemented("detectron2")
+    if known is None:
+        return key.check.expected
+    if known == (key.default,) and theirs in (known, None):
+        return "only the default" if theirs else f"{key.check.expected}; only the default with the embedded engine"
+    more = [value for value in theirs or () if value not in known]
     return _list(known) + (f"; with `--engine detectron2` also {_list(more)}" if more else "")
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from gn_det.values import FINITE, FLAG, Check, Value, every, integer, is_number, items, number, one_of, row
@@ -17,7 +17,7 @@ class Key:
 
     name: str  # dotted, such as SOLVER.BASE_LR
     default: Any  # also decides the type of values read from text
-    check: Check  # requirements of all engines on a value
+    check: Value  # requirements of all engines on a value
     doc: str  # one or two sentences
     known: tuple[Any, ...] | None = None  # the only values that the engines implement; None: all that check accepts
     embedded: tuple[Any, ...] | None = None  # the only ones of the embedded engine, if Detectron2 implements more
@@ -48,8 +48,7 @@ def _is_path(value: Any) -> bool:
 
 
 def rising(check: Check, least: int, most: int) -> Value:
-    pairs = itertools.pairwise
-    return every(items(check, least, most), Value("in increasing order", lambda v: all(a < b for a, b in pairs(v))))
+    return every(items(check, least, most), Value("in increasing order", lambda v: all(a < b for a, b in pairwise(v))))
 
 
 def bit_depth_span(bit_depth: str) -> tuple[float, float] | None:
@@ -99,7 +98,7 @@ def unused(section: str, doc: str, **defaults: Any) -> list[Key]:
     return [Key(f"{dot}{name}", value, _like(value), doc, known=(value,)) for name, value in defaults.items()]
 
 
-def _like(default: Any) -> Check:
+def _like(default: Any) -> Value:
     """Return a check for values of the type of ``default``."""
     if isinstance(default, (list, tuple)):
         return items(_like(default[0]) if default else NAME_OR_NUMBER, 0, 1000)
@@ -107,7 +106,7 @@ def _like(default: Any) -> Check:
     return kinds[type(default)]
 
 
-def theirs(name: str, default: Any, check: Check, doc: str) -> Key:
+def theirs(name: str, default: Any, check: Value, doc: str) -> Key:
     """Declare a key that only Detectron2 implements; the embedded engine accepts only the default."""
     return Key(name, default, check, doc, embedded=(default,))
 

@@ -18,7 +18,7 @@ from fvcore.common.config import BASE_KEY
 from fvcore.common.config import CfgNode as CN
 
 from gn_det.config.check import check_config, check_size, check_value
-from gn_det.config.defaults import get_cfg, set_value
+from gn_det.config.defaults import as_lists, get_cfg, set_value
 from gn_det.config.reader import MAX_BYTES, parse_yaml, python_value, read_yaml
 from gn_det.config.schema import KEYS
 from gn_det.errors import ConfigError
@@ -45,13 +45,9 @@ def shipped_configs() -> list[str]:
     return sorted(p.name for p in shipped_folder("configs").glob("*.yaml") if not p.name.startswith("Base-"))
 
 
-def _with_ending(name: str) -> str:
-    return name if name.endswith((".yaml", ".yml")) else f"{name}.yaml"
-
-
 def _by_name(folder: Path, name: str) -> Path | None:
     """Return the file of that name in ``folder``, with or without ``.yaml``."""
-    wanted = _with_ending(name)
+    wanted = name if name.endswith((".yaml", ".yml")) else f"{name}.yaml"
     if PurePath(wanted).anchor or "\\" in wanted or ".." in wanted.split("/"):
         return None
     return folder / wanted if os.path.isfile(folder / wanted) else None
@@ -61,7 +57,7 @@ def shipped_config(name: str) -> Path:
     """Return the path of a shipped config, with or without ``.yaml``; ConfigError suggests the nearest name."""
     path = None if "/" in name else _by_name(shipped_folder("configs"), name)
     if path is None:
-        hint = did_you_mean(_with_ending(name), shipped_configs()) or "; gn-det configs lists those"
+        hint = did_you_mean(name, shipped_configs()) or "; gn-det configs lists those"
         raise ConfigError(f"config {shown(name)} is neither a file nor a shipped config{hint}")
     return path
 
@@ -281,7 +277,7 @@ def dump_config(cfg: CN, *, implemented_only: bool = False) -> str:
                 return {}
             inner = {part: plain(v, f"{name}.{part}".lstrip(".")) for part, v in value.items()}
             return {part: v for part, v in inner.items() if v != {}}
-        return [plain(v, name) for v in value] if isinstance(value, (list, tuple)) else value
+        return as_lists(value)
 
     return yaml.safe_dump(plain(cfg, ""), sort_keys=False, allow_unicode=True, default_flow_style=None)
 
