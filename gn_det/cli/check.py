@@ -16,16 +16,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add_config(parser)
     flags.add_own_data(parser)
     flags.add_augment(parser)
-    parser.add_argument("--images", action="store_true", help="decode every image, on all cores")
-    parser.add_argument("--json", metavar="FILE", help="write the report as JSON")
-    parser.add_argument("--html", metavar="FILE", help="write the report as one HTML page with drawn samples")
-    parser.add_argument("--augmented", metavar="FILE", help="draw training images as the model sees them (PNG)")
-    parser.add_argument(
-        "--fix",
-        metavar="FILE",
-        help="write a repaired copy of --train-json without the entries that training drops, and a list of the "
-        "changes beside it",
-    )
+    add = parser.add_argument
+    add("--images", action="store_true", help="decode every image, on all cores")
+    add("--json", metavar="FILE", help="write the report as JSON")
+    add("--html", metavar="FILE", help="write the report as one HTML page with drawn samples")
+    add("--augmented", metavar="FILE", help="draw training images as the model sees them (PNG)")
+    text = "write a repaired copy of --train-json without what training drops, and a list of the changes beside it"
+    add("--fix", metavar="FILE", help=text)
 
 
 def run(args: argparse.Namespace) -> int:

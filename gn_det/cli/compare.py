@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from typing import TYPE_CHECKING
 
 from gn_det.cli import flags
@@ -10,7 +11,7 @@ from gn_det.cli import flags
 if TYPE_CHECKING:
     from fvcore.common.config import CfgNode
 
-    from gn_det.compare.plan import Job, Plan
+    from gn_det.compare.plan import Plan
     from gn_det.compare.runner import Store
     from gn_det.compare.suite import Suite
 
@@ -23,12 +24,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("words", nargs="*", metavar="SUITE.yaml | KEY VALUE", help="a suite, and " + flags.OVERRIDES)
     add("--output", metavar="DIR", help="folder of runs and report (default output/compare/NAME)")
     add("--rows", metavar="A,B", help="run only these rows, by id; * matches anything")
-    add(
-        "--folds",
-        type=int,
-        metavar="K",
-        help="with --configs and --train-json: cross-validate in K folds of the images, K runs a config",
-    )
+    text = "with --configs and --train-json: cross-validate in K folds of the images, K runs a config"
+    add("--folds", type=int, metavar="K", help=text)
     add("--seeds", type=int, metavar="N", help="run every row N times, with seeds 1 to N")
     text = "train every detection row for N passes over the data"
     flags.add_key(parser, "--epochs", "SOLVER.EPOCHS", text, type=float, metavar="N")
@@ -75,8 +72,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         if not args.report_only:
             runs = partial(execute, plan=plan, measuring=first_rank)
-            tell = say if first_rank else _silent
-            failed = Runner(plan, store, runs, args.any_version, say=tell, recording=first_rank).run()
+            failed = Runner(plan, store, runs, args.any_version, recording=first_rank).run()
     except InUse:
         writes_report = False  # the comparison that is running there writes it
         raise
@@ -89,10 +85,6 @@ def run(args: argparse.Namespace) -> int:
     for name, reason in failed.items():
         say(f"failed: {name}: {reason}")
     return 1 if failed else 0
-
-
-def _silent(line: object) -> None:
-    """Print nothing: rank 0 reports for all ranks."""
 
 
 def _suite_and_overrides(args: argparse.Namespace) -> tuple[Suite, list[str]]:
@@ -139,24 +131,18 @@ def _show(plan: Plan, store: Store, *, any_version: bool) -> int:
             state = "done" if record.status == DONE else "resumes" if record.sessions else "to run"
         except MissingWeights:
             state = f"after {job.needs[0]}" if job.needs else ""
-        say(f"{job.name:40s} {state:10s} {_described(job, images)}".rstrip())
+        if job.cfg is None:
+            what = "{arch} {norm} on {data}, batch {batch_size}".format(**job.settings)
+        else:
+            keys = (shlex.join((key, str(value))) for key, value in job.row.overrides.items())
+            what = " ".join(filter(None, (job.row.config, _length(job.cfg, job.inputs["processes"], images), *keys)))
+        say(f"{job.name:40s} {state:10s} {what}".rstrip())
     for identity, why in plan.left_out.items():
         say(f"{identity:40s} left out   {why}")
     for problem in plan.problems:
         say(f"{'missing' if problem.absent else 'wrong'}: {problem}")
     print("Dry run: nothing was trained or written.")
     return 2 if any(not p.absent for p in plan.problems) else 0
-
-
-def _described(job: Job, images: dict[str, int]) -> str:
-    from shlex import join
-
-    from gn_det.compare.plan import as_argv
-
-    if job.cfg is not None:
-        words = (job.row.config, _length(job.cfg, job.inputs["processes"], images), join(as_argv(job.row.overrides)))
-        return " ".join(word for word in words if word)
-    return "{arch} {norm} on {data}, batch {batch_size}".format(**job.settings)
 
 
 def _length(cfg: CfgNode, processes: int, images: dict[str, int]) -> str:

@@ -12,7 +12,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from gn_det.about import __version__
@@ -34,11 +34,7 @@ _TRY_GPU = (
     "print(json.dumps({'cuda': torch.version.cuda, 'gpus': [[torch.cuda.get_device_name(i), "
     "torch.cuda.get_device_properties(i).total_memory / 2**30, torch.cuda.is_bf16_supported()] for i in range(n)]}))"
 )
-# Where an import fails, the fix is printed.
 _FIND_DETECTRON2 = "from gn_det.engine.choice import is_installed; raise SystemExit(not is_installed())"
-_TRY_DETECTRON2 = "from gn_det.engine.choice import probe; probe()"
-_TRY_PLUGIN = "from gn_det.engine.choice import probe; probe('gn_det.detectron2.engine')"
-_TRY_ZOO = "from gn_det.engine.choice import probe; probe('detectron2.model_zoo')"
 
 
 @dataclass(frozen=True)
@@ -60,10 +56,6 @@ class Finding:
 
     def __str__(self) -> str:
         return as_line(f"{self.mark:7s} {self.what}") + (f"\n        fix: {as_line(self.fix)}" if self.fix else "")
-
-
-Try = Callable[[str], Trial]
-VersionOf = Callable[[str], str | None]
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -109,24 +101,20 @@ def requirements(declared: Iterable[str]) -> tuple[dict[str, str], dict[str, lis
     return required, extras
 
 
-def examine(
-    trial: Try = try_python, version_of: VersionOf = installed_version, declared: Iterable[str] | None = None
-) -> list[Finding]:
-    """Return all findings; the arguments are replaceable for tests."""
+def examine() -> list[Finding]:
+    """Return all findings."""
     first = Finding("ok", f"gn_det {__version__}, Python {platform.python_version()}, {platform.platform()}")
-    if declared is None:
-        if (known := installed_version("gn-det")) != __version__:
-            what = f"pip knows gn_det {known}" if known else "gn_det runs from a folder and is not installed"
-            return [first, Finding("broken", what, "pip install . in the checkout (-e . to work on it)")]
-        declared = importlib.metadata.requires("gn-det") or ()
-    required, extras = requirements(declared)
+    if (known := installed_version("gn-det")) != __version__:
+        what = f"pip knows gn_det {known}" if known else "gn_det runs from a folder and is not installed"
+        return [first, Finding("broken", what, "pip install . in the checkout (-e . to work on it)")]
+    required, extras = requirements(importlib.metadata.requires("gn-det") or ())
     return [
         first,
-        *(_package(name, trial, version_of, least=least) for name, least in required.items()),
-        *_opencv(trial, version_of),
-        *(_extra(name, parts, version_of) for name, parts in extras.items()),
-        *_gpus(trial),
-        *_detectron2(trial, version_of),
+        *(_package(name, least=least) for name, least in required.items()),
+        *_opencv(),
+        *(_extra(name, parts) for name, parts in extras.items()),
+        *_gpus(),
+        *_detectron2(),
     ]
 
 
@@ -134,10 +122,10 @@ def _numbers(version: str) -> list[int]:
     return [int(n) for n in re.findall(r"\d+", version)[:3]]
 
 
-def _package(name: str, trial: Try, version_of: VersionOf, module: str = "", least: str = "") -> Finding:
-    version = version_of(name)
+def _package(name: str, module: str = "", least: str = "") -> Finding:
+    version = installed_version(name)
     module = module or _MODULES.get(name, name.replace("-", "_"))
-    tried = trial(_TRY_TORCHVISION if name == "torchvision" else f"import {module}")
+    tried = try_python(_TRY_TORCHVISION if name == "torchvision" else f"import {module}")
     if version and _numbers(version) < _numbers(least):
         return Finding("broken", f"{name} {version} is too old", f"pip install --upgrade '{name}>={least}'")
     if tried.ok:
@@ -146,38 +134,38 @@ def _package(name: str, trial: Try, version_of: VersionOf, module: str = "", lea
         return Finding("broken", f"{name} is not installed", f"pip install {name}")
     what = f"{name} {version} cannot be used: {tried.error}"
     if module == "cv2" and "headless" not in name and "cannot open shared object" in tried.error:
-        return Finding("broken", what, _headless(d for d in _OPENCV if version_of(d)))
+        return Finding("broken", what, _headless(d for d in _OPENCV if installed_version(d)))
     if name == "torchvision":
-        reason = f"torchvision was built for another torch than {version_of('torch')}"
+        reason = f"torchvision was built for another torch than {installed_version('torch')}"
         return Finding("broken", what, f"{reason}: pip install --upgrade torch torchvision")
     return Finding("broken", what, f"pip install --force-reinstall {name}")
 
 
-def _extra(name: str, parts: list[str], version_of: VersionOf) -> Finding:
+def _extra(name: str, parts: list[str]) -> Finding:
     """Optional packages; their versions only, because importing them all would take long."""
-    absent = [part for part in parts if version_of(part) is None]
+    versions = {part: installed_version(part) for part in parts}
+    absent = [part for part, version in versions.items() if version is None]
     if absent:
-        return Finding(
-            "note", f"optional [{name}]: {', '.join(absent)} not installed", f"pip install {' '.join(absent)}"
-        )
-    return Finding("ok", f"optional [{name}]: {', '.join(f'{part} {version_of(part)}' for part in parts)}")
+        what = f"optional [{name}]: {', '.join(absent)} not installed"
+        return Finding("note", what, f"pip install {' '.join(absent)}")
+    return Finding("ok", f"optional [{name}]: {', '.join(f'{part} {version}' for part, version in versions.items())}")
 
 
 def _headless(installed: Iterable[str]) -> str:
     return f"pip uninstall -y {' '.join(installed)} && pip install opencv-python-headless"
 
 
-def _opencv(trial: Try, version_of: VersionOf) -> list[Finding]:
-    installed = [d for d in _OPENCV if version_of(d)]
-    findings = [_package(installed[0], trial, version_of, "cv2")] if installed else []
+def _opencv() -> list[Finding]:
+    installed = [d for d in _OPENCV if installed_version(d)]
+    findings = [_package(installed[0], "cv2")] if installed else []
     if len(installed) > 1:
         what = f"{' and '.join(installed)} overwrite each other's cv2; keep one"
         findings.append(Finding("note", what, _headless(installed)))
     return findings
 
 
-def _gpus(trial: Try) -> list[Finding]:
-    tried = trial(_TRY_GPU)
+def _gpus() -> list[Finding]:
+    tried = try_python(_TRY_GPU)
     if not tried.ok:
         return [Finding("broken", f"torch cannot list the GPUs: {tried.error}", "see torch above")]
     found = json.loads(tried.output.splitlines()[-1])
@@ -191,19 +179,24 @@ def _gpus(trial: Try) -> list[Finding]:
     ]
 
 
-def _detectron2(trial: Try, version_of: VersionOf) -> list[Finding]:
+def _probe(module: str = "") -> Trial:
+    """Import Detectron2, or a module that needs it; where that fails, the output is the fix."""
+    return try_python(f"from gn_det.engine.choice import probe; probe({module!r})")
+
+
+def _detectron2() -> list[Finding]:
     """Detectron2, the plugin, and the engine that follows."""
     engine = "engine of gn-det train, eval and quickstart"
-    version = version_of("detectron2")
-    if version is None and not trial(_FIND_DETECTRON2).ok:
+    version = installed_version("detectron2")
+    if version is None and not try_python(_FIND_DETECTRON2).ok:
         return [
             Finding("note", "Detectron2 is not installed; only --engine detectron2 needs it", INSTALL_PAGE),
             Finding("ok", f"{engine}: embedded, because Detectron2 is not installed"),
         ]
     name = f"Detectron2 {version or '(unknown version)'}"
-    tried = trial(_TRY_DETECTRON2)
+    tried = _probe()
     if tried.ok:
-        tried = trial(_TRY_PLUGIN)
+        tried = _probe("gn_det.detectron2.engine")
     if not tried.ok:
         what = f"{name} is installed, but cannot be used: {tried.error}"
         return [
@@ -211,10 +204,10 @@ def _detectron2(trial: Try, version_of: VersionOf) -> list[Finding]:
             Finding("note", f"{engine}: none until this is fixed; --engine embedded works without Detectron2"),
         ]
     findings = [Finding("ok", f"{name} and its plugin: import gn_det.detectron2")]
-    if not (zoo := trial(_TRY_ZOO)).ok:
+    if not (zoo := _probe("detectron2.model_zoo")).ok:
         what = f"detectron2.model_zoo cannot be imported: {zoo.error}; gn_det does not need it"
         findings.append(Finding("note", what, zoo.output.strip()))
-    iopath = version_of("iopath")
+    iopath = installed_version("iopath")
     if iopath and _numbers(iopath) >= [0, 1, 10]:
         what = f"Detectron2 requires iopath < 0.1.10, but {iopath} is installed"
         findings.append(Finding("note", what, "pip install 'iopath>=0.1.7,<0.1.10'"))

@@ -16,16 +16,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--weights", metavar="FILE", required=True, help="checkpoint of gn-det train")
     add("--output", metavar="FILE", required=True, help="file to write")
-    add(
-        "--to",
-        choices=("onnx", "pt2", "aoti"),
-        default="onnx",
-        help="onnx (default); pt2: a torch.export program; aoti: the same, compiled for this CPU (needs --check)",
-    )
+    text = "onnx (default); pt2: a torch.export program; aoti: the same, compiled for this CPU (needs --check)"
+    add("--to", choices=tuple(_NAMES), default="onnx", help=text)
     shape = parser.add_mutually_exclusive_group()
-    shape.add_argument(
-        "--size", metavar="HxW", type=_size, help="fixed height and width of the input, such as 800x1344"
-    )
+    text = "fixed height and width of the input, such as 800x1344"
+    shape.add_argument("--size", metavar="HxW", type=_size, help=text)
     shape.add_argument("--dynamic", action="store_true", help="any height and width (default)")
     add("--batch", type=flags.whole(1), metavar="N", help="fixed number of images (default: any; 1 with --size)")
     add("--opset", type=flags.whole(1), default=18, metavar="N", help="of ONNX (default 18)")
@@ -35,9 +30,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     check = parser.add_argument_group("comparison with the original")
     check.add_argument("--check", nargs="+", metavar="IMAGE", help="images, folders or globs to compare on")
     check.add_argument("--check-json", metavar="FILE", help="COCO json of these images: compare AP, too")
-    check.add_argument(
-        "--provider", default="cpu", metavar="NAME", help="what runs the ONNX file: cpu, cuda, tensorrt, openvino"
-    )
+    text = "what runs the ONNX file: cpu, cuda, tensorrt, openvino"
+    check.add_argument("--provider", default="cpu", metavar="NAME", help=text)
 
 
 def _size(word: str) -> tuple[int, int]:
@@ -71,9 +65,7 @@ def run(args: argparse.Namespace) -> int:
     if args.check_json and not args.check:
         raise ConfigError("--check-json needs --check with the images")
     if args.to == "aoti" and not args.check:
-        raise ConfigError(
-            "--to aoti needs --check with some images: what a compiler makes of a model is compared with it"
-        )
+        raise ConfigError("--to aoti needs --check with some images: a compiled model is compared with the original")
     # An export takes minutes: everything that can be wrong without it is refused before.
     _check_output(args.output, args.to)
     if args.check:

@@ -59,13 +59,8 @@ def batch(word: str) -> int | str:
 
 
 def add_config(parser: argparse.ArgumentParser, *, required: bool = False, overrides: bool = True) -> None:
-    parser.add_argument(
-        "--config",
-        "--config-file",
-        metavar="FILE",
-        required=required,
-        help="YAML file or name of a shipped config (see gn-det configs)",
-    )
+    text = "YAML file or name of a shipped config (see gn-det configs)"
+    parser.add_argument("--config", "--config-file", metavar="FILE", required=required, help=text)
     if overrides:
         parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help=OVERRIDES)
 
@@ -85,28 +80,19 @@ def add_data(parser: argparse.ArgumentParser, *splits: str) -> None:
 
 def add_own_data(parser: argparse.ArgumentParser) -> None:
     """Add the flags of one's own data that train and check share."""
-    parser.add_argument(
-        "--data", metavar="DIR", help="folder that Roboflow, CVAT or Label Studio exported in COCO format"
-    )
+    text = "folder that Roboflow, CVAT or Label Studio exported in COCO format"
+    parser.add_argument("--data", metavar="DIR", help=text)
     add_data(parser, "train", "val")
 
 
 def add_augment(parser: Any) -> None:
-    parser.add_argument(
-        "--augment",
-        choices=AUGMENTATIONS,
-        metavar="PRESET",
-        help=f"{', '.join(AUGMENTATIONS)}: replaces the augmentation of the config",
-    )
+    text = f"{', '.join(AUGMENTATIONS)}: replaces the augmentation of the config"
+    parser.add_argument("--augment", choices=AUGMENTATIONS, metavar="PRESET", help=text)
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--engine",
-        choices=ENGINES,
-        default="auto",
-        help="auto (default) uses Detectron2 if it is installed; embedded does not need it",
-    )
+    text = "auto (default) uses Detectron2 if it is installed; embedded does not need it"
+    parser.add_argument("--engine", choices=ENGINES, default="auto", help=text)
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
@@ -135,6 +121,11 @@ def add_restart(parser: argparse.ArgumentParser, *, dry_run: str) -> None:
 
 def comma_separated(text: str | None) -> list[str]:
     return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def names(word: str) -> str:
+    """Argparse type of comma-separated names as the value of a key."""
+    return repr(tuple(comma_separated(word)))
 
 
 def flag_keys(args: argparse.Namespace) -> list[str]:
@@ -184,9 +175,10 @@ def _training_keys(given: Mapping[str, Any]) -> dict[str, Any]:
     if given.get("balance") is not None:
         keys["DATALOADER.SAMPLER_TRAIN"] = "RepeatFactorTrainingSampler"
         keys["DATALOADER.REPEAT_THRESHOLD"] = given["balance"]
-    if given.get("batch") is not None:
-        auto = given["batch"] == "auto"
-        keys["SOLVER.AUTO_BATCH" if auto else "SOLVER.IMS_PER_BATCH"] = True if auto else given["batch"]
+    if given.get("batch") == "auto":
+        keys["SOLVER.AUTO_BATCH"] = True
+    elif given.get("batch") is not None:
+        keys["SOLVER.IMS_PER_BATCH"] = given["batch"]
     return keys
 
 

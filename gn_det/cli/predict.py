@@ -18,12 +18,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--threshold", type=float, metavar="P", help="lowest score kept (default: that of the checkpoint, or 0.5)")
     add("--classes", metavar="A,B", help="only these classes, by name, separated by commas")
     add("--agnostic-nms", action="store_true", help="of overlapping objects of different classes keep the best")
-    add(
-        "--save",
-        metavar="A,B",
-        default="drawings,coco",
-        help="drawings, coco (predictions.json), csv, labelme, cvat, yolo, masks (default drawings,coco)",
-    )
+    text = "drawings, coco (predictions.json), csv, labelme, cvat, yolo, masks (default drawings,coco)"
+    add("--save", metavar="A,B", default="drawings,coco", help=text)
     add("--labels", choices=("fit", "all", "none"), default="fit", help="labels drawn (default fit)")
     add("--colors", choices=("class", "instance"), default="class", help="color by class or by object")
     tiles = parser.add_argument_group("large images")
@@ -31,25 +27,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     tiles.add_argument("--overlap", type=float, metavar="P", help="share of a tile in the next one (default 0.2)")
     text = "pixels of the largest image that is read"
     flags.add_key(tiles, "--max-pixels", "INPUT.MAX_PIXELS", text, metavar="N", type=flags.whole(1, 10**10))
-    flags.add_key(
-        parser,
-        "--bit-depth",
-        "INPUT.BIT_DEPTH",
-        "values of images of more than 8 bits: LOW,HIGH (black, white), full or percentiles",
-        metavar="RANGE",
-    )
+    text = "values of images of more than 8 bits: LOW,HIGH (black, white), full or percentiles"
+    flags.add_key(parser, "--bit-depth", "INPUT.BIT_DEPTH", text, metavar="RANGE")
     videos = parser.add_argument_group("videos, cameras and streams")
     videos.add_argument("--every", type=flags.whole(1), default=1, metavar="N", help="use every N-th frame (default 1)")
     videos.add_argument("--max-frames", type=flags.whole(1), metavar="N", help="stop after N frames")
     videos.add_argument("--resume", action="store_true", help="keep the frames that an interrupted run has done")
     flags.add_config(parser, overrides=False)
-    flags.add_key(
-        parser,
-        "--amp",
-        "TEST.AMP",
-        "mixed precision, bf16 on a CPU; auto: where the CPU computes in it",
-        choices=("True", "False", "auto"),
-    )
+    text = "mixed precision, bf16 on a CPU; auto: where the CPU computes in it"
+    flags.add_key(parser, "--amp", "TEST.AMP", text, choices=("True", "False", "auto"))
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:1; of an .onnx file its provider")
 
 
@@ -101,13 +87,6 @@ def run(args: argparse.Namespace) -> int:
         tiling = None if args.tiles is None else Tiling(args.tiles, 0.2 if args.overlap is None else args.overlap)
         predict(args.weights, images, args.output, tiling=tiling, **options)
     if videos:
-        predict_videos(
-            args.weights,
-            videos,
-            args.output,
-            every=args.every,
-            max_frames=args.max_frames,
-            resume=args.resume,
-            **options,
-        )
+        options |= {"every": args.every, "max_frames": args.max_frames, "resume": args.resume}
+        predict_videos(args.weights, videos, args.output, **options)
     return 0

@@ -18,12 +18,8 @@ Your own data in COCO format:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--output",
-        default="output/quickstart",
-        metavar="DIR",
-        help="output folder; an earlier run in it is replaced (default output/quickstart)",
-    )
+    text = "output folder; an earlier run in it is replaced (default output/quickstart)"
+    parser.add_argument("--output", default="output/quickstart", metavar="DIR", help=text)
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run instead")
     flags.add_engine(parser)
     flags.add_verbose(parser)

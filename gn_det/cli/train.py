@@ -15,43 +15,27 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flags.add_own_data(parser)
     text = "hold out this part of the training images for validation"
     flags.add_key(parser, "--val-fraction", "DATASETS.VAL_FRACTION", text, type=float, metavar="F")
-    parser.add_argument(
-        "--boxes-only",
-        dest="MODEL.MASK_ON",
-        action="store_const",
-        const=False,
-        help="train no masks (MODEL.MASK_ON False), as happens anyway if no object has one",
-    )
+    text = "train no masks (MODEL.MASK_ON False), as happens anyway if no object has one"
+    parser.add_argument("--boxes-only", dest="MODEL.MASK_ON", action="store_const", const=False, help=text)
     flags.add_augment(parser)
-    parser.add_argument(
-        "--balance",
-        type=float,
-        metavar="F",
-        help="show images with rare classes more often: those of classes that fewer than this part of the images have, "
-        "such as 0.1 (DATALOADER.SAMPLER_TRAIN, REPEAT_THRESHOLD)",
+    text = (
+        "show images with rare classes more often: those of classes that fewer than this part of the images have, "
+        "such as 0.1 (DATALOADER.SAMPLER_TRAIN, REPEAT_THRESHOLD)"
     )
-    parser.add_argument(
-        "--batch",
-        type=flags.batch,
-        metavar="N",
-        help="images of an optimizer step, over all GPUs (SOLVER.IMS_PER_BATCH); auto: the batch of the config, in "
-        "micro-batches that fill the GPU",
+    parser.add_argument("--balance", type=float, metavar="F", help=text)
+    text = (
+        "images of an optimizer step, over all GPUs (SOLVER.IMS_PER_BATCH); auto: the batch of the config, in "
+        "micro-batches that fill the GPU"
     )
+    parser.add_argument("--batch", type=flags.batch, metavar="N", help=text)
     flags.add_run(parser)
     flags.add_key(parser, "--weights", "MODEL.WEIGHTS", "initial weights, a path or URI", metavar="FILE")
     parser.add_argument("--allow-partial", action="store_true", help="load matching tensors and report the rest")
     flags.add_key(parser, "--epochs", "SOLVER.EPOCHS", "train for N passes over the data", type=float, metavar="N")
-    flags.add_key(
-        parser, "--max-hours", "SOLVER.MAX_HOURS", "evaluate, save and stop after H hours", type=float, metavar="H"
-    )
-    flags.add_key(
-        parser,
-        "--logger",
-        "LOGGERS",
-        "loggers besides metrics.json: tensorboard (default), wandb, mlflow, csv",
-        type=lambda words: repr(tuple(filter(None, words.split(",")))),
-        metavar="NAMES",
-    )
+    text = "evaluate, save and stop after H hours"
+    flags.add_key(parser, "--max-hours", "SOLVER.MAX_HOURS", text, type=float, metavar="H")
+    text = "loggers besides metrics.json: tensorboard (default), wandb, mlflow, csv"
+    flags.add_key(parser, "--logger", "LOGGERS", text, type=flags.names, metavar="NAMES")
     flags.add_restart(parser, dry_run="print the resolved config, model and schedule, then exit; needs no data")
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS without training")
     group = parser.add_argument_group("several GPUs or machines (torchrun works too)")
@@ -64,13 +48,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from gn_det.engine.run import dry_run, evaluate, train
 
+    chosen = choice.choose(args.engine)
+    cfg = flags.config_from_args(args, chosen.name)
     if args.dry_run:
-        chosen = choice.choose(args.engine)
-        cfg = flags.config_from_args(args, chosen.name)
         dry_run(cfg, choice.load(chosen), num_gpus=args.num_gpus, num_machines=args.num_machines)
-        return 0
-    cfg = flags.config_from_args(args, choice.choose(args.engine).name)
-    if args.eval_only:
+    elif args.eval_only:
         evaluate(cfg, engine=args.engine, num_gpus=args.num_gpus)
     else:
         started = time.perf_counter()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
 
+from gn_det.about import __version__
 from gn_det.cli import doctor, main
 from gn_det.cli.doctor import Finding, Trial, examine, requirements, try_python
 from gn_det.engine.choice import INSTALL_PAGE
@@ -28,7 +30,15 @@ def report(errors: dict[str, str], versions: dict[str, str] | None = None) -> li
                 return Trial(False, error=error)
         return NO_GPU
 
-    return examine(run, (VERSIONS if versions is None else versions).get, DECLARED)
+    return examined(run, VERSIONS if versions is None else versions)
+
+
+def examined(trial: Callable[[str], Trial], versions: dict[str, str]) -> list[Finding]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(doctor, "try_python", trial)
+        patch.setattr(doctor, "installed_version", {**versions, "gn-det": __version__}.get)
+        patch.setattr(doctor.importlib.metadata, "requires", lambda name: DECLARED)
+        return examine()
 
 
 def test_all_works() -> None:
@@ -49,18 +59,18 @@ def test_without_detectron2() -> None:
     assert findings[-2].fix == INSTALL_PAGE and findings[-1].what.endswith("Detectron2 is not installed")
 
 
-@pytest.mark.parametrize("code", ["probe()", "probe('gn_det.detectron2.engine')"])
+@pytest.mark.parametrize("code", ["probe('')", "probe('gn_det.detectron2.engine')"])
 def test_detectron2_installed_but_broken(code: str) -> None:
     """Reported, and not passed over in silence; the fix is what the other interpreter printed."""
     trial = lambda tried: Trial(False, "pip install omegaconf\n", "an error") if code in tried else NO_GPU  # noqa: E731
-    broken = [f for f in examine(trial, VERSIONS.get, DECLARED) if f.mark == "broken"]
+    broken = [f for f in examined(trial, VERSIONS) if f.mark == "broken"]
     assert [(f.what, f.fix) for f in broken] == [
         ("Detectron2 0.6 is installed, but cannot be used: an error", "pip install omegaconf")
     ]
 
 
 def test_detectron2_that_kills_the_interpreter() -> None:
-    (broken,) = [f for f in report({"probe()": "the interpreter died of signal 11"}) if f.mark == "broken"]
+    (broken,) = [f for f in report({"probe('')": "the interpreter died of signal 11"}) if f.mark == "broken"]
     assert "signal 11" in broken.what and "rebuild Detectron2" in broken.fix
 
 
