@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
 from gn_det.classification.recording import PERCENTILES
-from gn_det.compare.columns import COLUMNS, METRIC
+from gn_det.compare.columns import COLUMNS
 from gn_det.compare.outcomes import Results, RowResult, common_place
 from gn_det.compare.suite import DETECT, Grid, Table
 from gn_det.compare.views import published_rows, source_of
@@ -32,25 +33,20 @@ def charts(results: Results, table: Table) -> list[dict[str, Any]]:
 
 
 def _of_detections(rows: Sequence[RowResult]) -> list[dict[str, Any]]:
-    found = []
-    for ap in ("box AP", "mask AP"):
-        curves = _curves(rows, ap.lower().replace(" ", "_"))
-        found.append(_chart(f"{ap} over iterations", curves, "iterations", ap, from_zero=True))
-    curves = _curves(rows, "box_ap", by_time=True)
-    found.append(_chart("box AP against training time", curves, "minutes of training", "box AP", from_zero=True))
-    loss = _curves(rows, "loss")
-    found.append(_chart("Loss", loss, "iterations", "total loss", dots=False, from_zero=True))
-    return found
+    box, mask, loss = (_curves(rows, key) for key in ("box_ap", "mask_ap", "loss"))
+    by_time = _curves(rows, "box_ap", by_time=True)
+    return [
+        _chart("box AP over iterations", box, "iterations", "box AP", from_zero=True),
+        _chart("mask AP over iterations", mask, "iterations", "mask AP", from_zero=True),
+        _chart("box AP against training time", by_time, "minutes of training", "box AP", from_zero=True),
+        _chart("Loss", loss, "iterations", "total loss", dots=False, from_zero=True),
+    ]
 
 
 def _of_classifiers(rows: Sequence[RowResult]) -> list[dict[str, Any]]:
     """Training and validation error (Figure 4) on one scale, and percentiles of a recorded layer (Figure 6)."""
     parts = {"Training": _curves(rows, "train_error"), "Validation": _curves(rows, "top1_error")}
-    limits = _limits([line for lines in parts.values() for line in lines])
-    found = [
-        _chart(f"{part} error over epochs", lines, "epochs", "top-1 error (%)", dots=False, limits=limits)
-        for part, lines in parts.items()
-    ]
+    found = _errors({f"{part} error over epochs": lines for part, lines in parts.items()})
     for result in rows:
         lines = []
         for index, percentile in enumerate(PERCENTILES):
@@ -67,36 +63,55 @@ def _of_grid(rows: Sequence[RowResult], table: Table, grid: Grid) -> list[dict[s
     names = list(dict.fromkeys(r.row.labels[grid.rows] for r in rows))
     across = list(dict.fromkeys(r.row.labels[grid.columns] for r in rows))
     heading = COLUMNS[grid.value].heading
-    lines = [*_published(rows, table, grid, names, across), *_by_label(rows, grid, names, across)]
-    measured = not all(line.published for line in lines)
-    found = [
-        _chart(f"{heading} by {grid.columns}", lines if measured else [], grid.columns, heading, categories=across)
-    ]
+    lines = _grid_lines(rows, table, grid, names, across)
+    found = [_chart(f"{heading} by {grid.columns}", lines, grid.columns, heading, categories=across)]
     if grid.value != "top1_error":
         return found
     panels = {}
     for name in names:
         part = [r for r in rows if r.row.labels[grid.rows] == name]
-        panels[name] = _curves(part, "top1_error", label=grid.columns, names=across)
-    limits = _limits([line for lines in panels.values() for line in lines])
-    for name, lines in panels.items():
-        title = f"{name}: validation error by {grid.columns}"
-        found.append(_chart(title, lines, "epochs", heading, dots=False, limits=limits))
-    return found
+        curves = _curves(part, "top1_error", label=grid.columns, names=across)
+        panels[f"{name}: validation error by {grid.columns}"] = curves
+    return found + _errors(panels)
+
+
+def _grid_lines(
+    rows: Sequence[RowResult], table: Table, grid: Grid, names: Sequence[str], across: Sequence[str]
+) -> list[Line]:
+    """The numbers of a grid against its columns with their deviation over seeds, and published ones behind them.
+
+    Empty without measured numbers.
+    """
+    source, place = source_of(table, rows), common_place(rows)
+    measured, published = defaultdict(list), defaultdict(list)
+    for result, reference in zip(rows, published_rows(rows, source)):
+        name, at = result.row.labels[grid.rows], across.index(result.row.labels[grid.columns])
+        number = result.number(grid.value, place)
+        if number is not None:
+            measured[name].append((at, number.mean, number.std or 0.0))
+        if reference is not None and grid.value in reference.values:
+            published[name].append((at, reference.values[grid.value]))
+    lines = [
+        Line(f"{name} ({source})", np.array(sorted(found), dtype=float), names.index(name), published=True)
+        for name, found in published.items()
+    ]
+    for name, found in measured.items():
+        values = np.array(sorted(found), dtype=float)
+        lines.append(Line(name, values[:, :2], names.index(name), spread=values[:, 2]))
+    return lines if measured else []
 
 
 def _chart(title: str, lines: list[Line], x: str, y: str, **options: Any) -> dict[str, Any]:
     return {"title": title, "lines": lines, "svg": plot_lines(lines, x, y, **options) if lines else Markup()}
 
 
-def _limits(lines: Sequence[Line]) -> tuple[float, float] | None:
-    """Of y, for all lines and the runs behind them, with a margin; None without lines."""
-    values = np.concatenate([part[:, 1] for line in lines for part in (line.points, *line.runs)] or [np.zeros(0)])
-    if not len(values):
-        return None
-    low, high = float(values.min()), float(values.max())
-    margin = 0.05 * (high - low) or 1.0
-    return low - margin, high + margin
+def _errors(panels: Mapping[str, list[Line]]) -> list[dict[str, Any]]:
+    """Charts of errors over epochs by title, on one scale that has room for all lines and the runs behind them."""
+    lines = [line for part in panels.values() for line in part]
+    values = np.concatenate([part[:, 1] for line in lines for part in (line.points, *line.runs)] or [np.zeros(1)])
+    margin = 0.05 * np.ptp(values) or 1.0
+    options: Any = {"dots": False, "limits": (values.min() - margin, values.max() + margin)}
+    return [_chart(title, part, "epochs", "top-1 error (%)", **options) for title, part in panels.items()]
 
 
 def _curves(
@@ -137,39 +152,3 @@ def mean_curve(runs: Sequence[np.ndarray]) -> np.ndarray:
     low, high = max(run[0, 0] for run in runs), min(run[-1, 0] for run in runs)
     x = runs[0][(runs[0][:, 0] >= low) & (runs[0][:, 0] <= high), 0]
     return np.stack([x, np.mean([np.interp(x, run[:, 0], run[:, 1]) for run in runs], axis=0)], axis=1)
-
-
-def _by_label(rows: Sequence[RowResult], grid: Grid, names: Sequence[str], across: Sequence[str]) -> list[Line]:
-    """Plot a grid's value against its columns, with the deviation over seeds (costs without)."""
-    lines = []
-    place = common_place(rows)
-    for index, name in enumerate(names):
-        found = []
-        for result in rows:
-            if result.row.labels[grid.rows] != name:
-                continue
-            at = across.index(result.row.labels[grid.columns])
-            if COLUMNS[grid.value].what == METRIC:
-                found += [(at, s.mean, s.std or 0.0) for s in [result.spread(grid.value)] if s is not None]
-            else:
-                found += [(at, cost, 0.0) for cost in [result.cost(grid.value, place)] if cost is not None]
-        if found:
-            values = np.array(sorted(found), dtype=float)
-            lines.append(Line(name, values[:, :2], index, spread=values[:, 2]))
-    return lines
-
-
-def _published(
-    rows: Sequence[RowResult], table: Table, grid: Grid, names: Sequence[str], across: Sequence[str]
-) -> list[Line]:
-    """What the source of a table has for the number of its grid, as lines behind the measured ones."""
-    source = source_of(table, rows)
-    values: dict[str, list[tuple[int, float]]] = {}
-    for result, reference in zip(rows, published_rows(rows, source)):
-        if reference is not None and grid.value in reference.values:
-            at = across.index(result.row.labels[grid.columns])
-            values.setdefault(result.row.labels[grid.rows], []).append((at, reference.values[grid.value]))
-    return [
-        Line(f"{name} ({source})", np.array(sorted(found), dtype=float), names.index(name), published=True)
-        for name, found in values.items()
-    ]

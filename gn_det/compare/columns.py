@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gn_det.config.reader import read_yaml
@@ -83,7 +83,7 @@ class Reference:
     where: str
     values: Mapping[str, float]
     delta_to: str = ""
-    delta: Mapping[str, float] | None = None
+    delta: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -97,10 +97,9 @@ def load_references() -> tuple[dict[str, Reference], dict[str, str]]:
     content = read_yaml(Path(__file__).parent / "references.yaml", "file")
     rows = {}
     for entry in [*content["coco"], *content["imagenet"], *content["kinetics"]]:
-        delta = dict(entry.pop("delta", None) or {})
-        to = str(delta.pop("to", ""))
-        name, source, model, where = (str(entry.pop(key)) for key in ("id", "source", "model", "where"))
-        rows[name] = Reference(name, source, model, where, {k: float(v) for k, v in entry.items()}, to, delta or None)
+        delta = entry.pop("delta", {})
+        texts = {key: entry.pop(key) for key in ("id", "source", "model", "where")}
+        rows[texts["id"]] = Reference(**texts, values=entry, delta_to=delta.pop("to", ""), delta=delta)
     return rows, dict(content["sources"])
 
 
@@ -108,7 +107,7 @@ def published_difference(row: Reference, baseline: Reference, column: str) -> fl
     """Return row minus baseline if one source has both for one model, or has the difference; else None."""
     if (row.source, row.model) != (baseline.source, baseline.model):
         return None
-    if row.delta and row.delta_to == baseline.id:
+    if row.delta_to == baseline.id:
         return row.delta.get(column)
     if column in row.values and column in baseline.values:
         return row.values[column] - baseline.values[column]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from gn_det.engine.engines import Engine
 from gn_det.errors import UserError
 from gn_det.files import atomic_write
 from gn_det.terminal import say
+from gn_det.visualize.draw import jpeg_bytes
 from gn_det.visualize.html import jpeg_uri, render
 
 #: Longer side of a sample image in pixels, and lowest score drawn; larger images are scaled to four times the side
@@ -71,33 +71,28 @@ def _state(results: Results) -> list[tuple[str, str]]:
 
 
 def _configs(results: Results) -> list[dict[str, Any]]:
-    """Return the resolved config of each row, and its difference from the baseline's."""
+    """Return the resolved config of each row, and the lines that differ from its baseline's."""
+    lines = {r.row.id: r.done[0].config.splitlines() if r.done else [] for r in results.rows}
     out = []
-    for result in results.rows:
-        text = result.done[0].config if result.done else ""
-        base, changed = result.base, []
-        if base is not None and base.done and base.done[0].config:
-            before, after = base.done[0].config.splitlines(), text.splitlines()
-            lines = list(difflib.unified_diff(before, after, lineterm="", n=0))[2:]
-            changed = [line for line in lines if not line[1:].strip().startswith(_OWN)]
-        if text:
-            out.append({"row": result.row, "base": base and base.row, "changed": changed, "lines": text.splitlines()})
+    for result in (r for r in results.rows if lines[r.row.id]):
+        own, before = lines[result.row.id], lines.get(result.row.baseline or "", [])
+        diff = list(difflib.unified_diff(before, own, lineterm="", n=0))[2:] if before else []
+        changed = [line for line in diff if not line[1:].strip().startswith(_OWN)]
+        out.append({"row": result.row, "base": result.base and result.base.row, "changed": changed, "lines": own})
     return out
 
 
 # ------------------------------------------------------------ sample predictions
 
 
-def sample_rows(results: Results) -> list[RowResult]:
-    """Return the rows to draw predictions of: those named by the suite, else a baseline and its first compared row."""
+def _samples(results: Results, store: Store) -> list[tuple[str, list[Markup]]]:
+    """Return (title, images) of the ground truth and each row, on the same images; empty if nothing can be drawn.
+
+    The rows are those named by the suite, else a baseline and its first compared row.
+    """
     compared = ([r.base, r] for r in results.rows if r.row.kind == DETECT and r.base is not None and r.done)
     named = results.of(results.plan.suite.sample_rows) or next(compared, [])
-    return [r for r in named if r.done and r.done[0].weights and r.row.kind == DETECT]
-
-
-def _samples(results: Results, store: Store) -> list[tuple[str, list[Markup]]]:
-    """Return (title, images) of the ground truth and each row, on the same images; empty if nothing can be drawn."""
-    rows = sample_rows(results)
+    rows = [r for r in named if r.done and r.done[0].weights and r.row.kind == DETECT]
     if not rows or not results.plan.suite.sample_images:
         return []
     try:
@@ -123,16 +118,13 @@ def _drawn(result: RowResult, results: Results, store: Store, *, truth: bool = F
         assert job.cfg is not None
         cfg = edited(job.cfg, {"OUTPUT_DIR": str(store.folder_of(record))})  # the files of its split are there
         kept = []
-        for image in _drawings(cfg, weights, results.plan.engine, count):
-            image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
-            buffer = io.BytesIO()
-            image.save(buffer, "JPEG", quality=88)
+        for pixels in _drawings(cfg, weights, results.plan.engine, count):
             kept.append(folder / f"{len(kept)}.jpg")
-            atomic_write(kept[-1], buffer.getvalue())
+            atomic_write(kept[-1], jpeg_bytes(pixels))
     return [jpeg_uri(path.read_bytes()) for path in kept]
 
 
-def _drawings(cfg: Any, weights: Path | None, engine: Engine, count: int) -> Iterator[Image.Image]:
+def _drawings(cfg: Any, weights: Path | None, engine: Engine, count: int) -> Iterator[np.ndarray]:
     """Draw detections or ground truth on images spread over the validation set, those with objects first."""
     from gn_det.data.image import ImageReader
     from gn_det.data.sets import load_first_test_set
@@ -154,4 +146,6 @@ def _drawings(cfg: Any, weights: Path | None, engine: Engine, count: int) -> Ite
             path = Path(found["file_name"])
             shown = Selection(_THRESHOLD)(predictor.detect(path))
             drawn = draw_detections(predictor.reader.read(path), shown, predictor.class_names, **size)
-        yield Image.fromarray(drawn)
+        image = Image.fromarray(drawn)
+        image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+        yield np.asarray(image)

@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,7 @@ from fvcore.common.config import CfgNode
 
 from gn_det.classification import Settings, pretrain
 from gn_det.compare.columns import AP_METRICS
-from gn_det.compare.plan import Job, Plan, build_empty
-from gn_det.config import parse_config
+from gn_det.compare.plan import Job, Plan
 from gn_det.config.defaults import edited
 from gn_det.engine import run
 from gn_det.engine.engines import Engine
@@ -60,7 +59,7 @@ def execute(job: Job, folder: Path, weights: str, *, plan: Plan, measuring: bool
         return _of_pretraining(settings, folder, summary) if measuring else Outcome({})
     cfg = edited(job.cfg, {"OUTPUT_DIR": str(folder), "MODEL.WEIGHTS": weights or job.cfg.MODEL.WEIGHTS})
     results = run.train(cfg, engine=plan.engine, resume=True, num_gpus=plan.num_gpus)
-    return _of_detection(job, cfg, plan.engine, results) if measuring else Outcome({})
+    return _of_detection(cfg, plan.engine, results) if measuring else Outcome({})
 
 
 def _of_pretraining(settings: Settings, folder: Path, summary: Mapping[str, Any]) -> Outcome:
@@ -86,14 +85,13 @@ def _of_pretraining(settings: Settings, folder: Path, summary: Mapping[str, Any]
     )
 
 
-def _of_detection(job: Job, cfg: CfgNode, engine: Engine, results: Mapping[str, float]) -> Outcome:
+def _of_detection(cfg: CfgNode, engine: Engine, results: Mapping[str, float]) -> Outcome:
     from gn_det.data.sets import load_first_test_set
     from gn_det.data.split import split_keys
     from gn_det.prediction.predictor import load_predictor
 
     folder = Path(cfg.OUTPUT_DIR)
     text = (folder / "config.yaml").read_text(encoding="utf-8")
-    model = build_empty(replace(job, cfg=parse_config(text, str(folder / "config.yaml"))), engine)
     held_out = load_first_test_set(split_keys(cfg))
     metrics = detection_metrics(results)
     if metrics.get("box_ap") is None:
@@ -103,6 +101,7 @@ def _of_detection(job: Job, cfg: CfgNode, engine: Engine, results: Mapping[str, 
         tasks = ("box", "mask") if cfg.MODEL.MASK_ON else ("box",)
         metrics = {f"{task}_ap{limit}": 0.0 for task in tasks for limit in ("", "50", "75")}
     predictor = load_predictor(folder / FINAL, device=cfg.MODEL.DEVICE, engine=engine)
+    assert predictor.module is not None
     images = [Path(r["file_name"]) for r, _ in zip(held_out.records, range(UNTIMED + TIMED))]
     entries = read_metrics(folder / METRICS)
     times = [e["time"] for e in entries if isinstance(e.get("time"), (int, float))]
@@ -111,7 +110,7 @@ def _of_detection(job: Job, cfg: CfgNode, engine: Engine, results: Mapping[str, 
         "memory_mb": _logged_memory_mb(folder),
         "s_per_image": seconds_per_image(predictor.detect, images),
     }
-    size: dict[str, float | None] = {"parameters": float(sum(p.numel() for p in model.parameters()))}
+    size: dict[str, float | None] = {"parameters": float(sum(p.numel() for p in predictor.module.parameters()))}
     return Outcome(metrics, detection_curve(entries), cost, size, folder / FINAL, text)
 
 
@@ -139,10 +138,9 @@ def detection_curve(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, floa
 
 def _logged_memory_mb(folder: Path) -> float | None:
     """Return the peak memory in the run's log: of GPU tensors, or of the process on a CPU."""
-    try:
+    text = ""
+    with suppress(OSError):
         text = (folder / LOG_FILE).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
     found = re.findall(r"max_mem: (\d+)M", text)
     return float(found[-1]) if found else None
 

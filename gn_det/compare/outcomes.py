@@ -13,13 +13,11 @@ from typing import Any
 import numpy as np
 
 from gn_det.about import __version__
-from gn_det.compare.columns import COLUMNS, COST, EXPECTED, METRIC
+from gn_det.compare.columns import COLUMNS, COST, EXPECTED, METRIC, SIZE
 from gn_det.compare.plan import Job, Plan
 from gn_det.compare.runner import DONE, FAILED, RESULTS_VERSION, MissingWeights, Record, Store, find
 from gn_det.compare.suite import Row
 
-#: Level of every interval.
-LEVEL = 0.95
 #: Host, device and day of a measurement.
 Place = tuple[str, str, str]
 
@@ -96,19 +94,17 @@ def difference(row: Mapping[int, float], baseline: Mapping[int, float]) -> Diffe
 
 
 def _half(std: float | None, factor: float, freedom: float) -> float | None:
-    """Return half the width of the interval of ``std * sqrt(factor)`` with ``freedom`` degrees of freedom."""
-    return None if std is None else t_quantile(0.5 + LEVEL / 2, freedom) * std * math.sqrt(factor)
+    """Return half the width of the 95% interval of ``std * sqrt(factor)`` with ``freedom`` degrees of freedom."""
+    return None if std is None else t_quantile(0.975, freedom) * std * math.sqrt(factor)
 
 
 @functools.lru_cache(maxsize=256)
 def t_quantile(p: float, freedom: float) -> float:
-    """Return the quantile of Student's t at probability ``p`` in (0, 1) with ``freedom`` >= 1 degrees of freedom.
+    """Return the quantile of Student's t at probability ``p`` in (0.5, 1) with ``freedom`` >= 1 degrees of freedom.
 
     With t = sqrt(v) tan(a) the density of the angle a is proportional to cos(a) ** (v - 1), which Gauss-Legendre
     quadrature integrates to about 1e-10; the angle is found by bisection.
     """
-    if p < 0.5:
-        return -t_quantile(1 - p, freedom)
     nodes, weights = np.polynomial.legendre.leggauss(96)
     log_whole = 0.5 * math.log(math.pi) + math.lgamma(freedom / 2) - math.lgamma((freedom + 1) / 2)
     low, high = 0.0, math.pi / 2
@@ -169,14 +165,21 @@ class RowResult:
         nothing = len(sides) == 2 and all(sides) and max(map(max, sides)) < 0.05  # shown as 0.0
         return nothing and not COLUMNS[column].lower_is_better
 
-    def size(self, column: str) -> float | None:
-        return next((r.size[column] for r in self.done if r.size.get(column) is not None), None)
-
     def cost(self, column: str, place: Place | None) -> float | None:
-        """Return the median over the runs measured at ``place``, or None."""
-        found = [r.cost.get(column) for r in self.done if place is not None and place_of_run(r) == place]
+        """Return the median over the runs measured at ``place``, or None; a size is the same at every place."""
+        if COLUMNS[column].what == SIZE:
+            found = [r.size.get(column) for r in self.done]
+        else:
+            found = [r.cost.get(column) for r in self.done if place is not None and place_of_run(r) == place]
         numbers = [v for v in found if v is not None]
         return statistics.median(numbers) if numbers else None
+
+    def number(self, column: str, place: Place | None) -> Spread | None:
+        """Return a metric over the seeds, or a cost or size, which has no deviation; None without one."""
+        if COLUMNS[column].what == METRIC:
+            return self.spread(column)
+        value = self.cost(column, place)
+        return None if value is None else Spread(value, None, 1)
 
 
 @dataclass
@@ -270,7 +273,7 @@ def _row_json(result: RowResult, findings: Sequence[str]) -> dict[str, Any]:
         "metrics": {column: asdict(found) for column, found in spreads.items()},
         "interval": {column: {"mean": found.mean, "half": found.half} for column, found in spreads.items()},
         "difference": {c: asdict(d) for c in spreads if (d := result.difference(c)) is not None},
-        "parameters": result.size("parameters"),
+        "parameters": result.cost("parameters", place),
         "cost": {c: result.cost(c, place) for c, column in COLUMNS.items() if column.what == COST},
         "findings": list(findings),
         "references": [r.id for r in row.references if r.source != EXPECTED],

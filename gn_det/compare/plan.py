@@ -7,16 +7,17 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
-from torch import nn
 
 from gn_det.checkpoint.weights_uri import locate, sha256_of, split_options
 from gn_det.classification import Settings
+from gn_det.classification.network import build_classifier
 from gn_det.classification.settings import BUILTIN
 from gn_det.compare.suite import DETECT, MAX_SEEDS, Row, Suite, matching
 from gn_det.config import dump_config, load_config
@@ -173,30 +174,31 @@ def make_plan(
     runs = sum(len(of_rows[identity]) for identity in wanted)
     if runs > MAX_RUNS:
         raise ConfigError(f"{suite.source}: rows and seeds make {runs} runs; at most {MAX_RUNS} are allowed")
-    jobs: list[tuple[int, bool, int, Job]] = []
+    jobs: list[tuple[int, Job]] = []
     problems: list[Problem] = []
     left_out: dict[str, str] = {}
     built: set[str] = set()
-    for position, row in enumerate(suite.rows):
+    for row in suite.rows:
         if row.id not in wanted:
             continue
         try:
             of_row = _jobs(suite, row, engine, overrides, num_gpus, of_rows)
-            found = _absent(of_row[0])
+            missing = _missing(of_row[0])
             model = row.id if of_row[0].cfg is None else str(of_row[0].cfg.MODEL)
             if model not in built:
-                build_empty(of_row[0], engine)
+                _build_empty(of_row[0], engine)
                 built.add(model)
         except UserError as error:
-            found, of_row = Problem(row.id, str(error)), []
-        if row.optional and found is not None and found.absent:
-            left_out[row.id] = found.text
+            problems.append(Problem(row.id, str(error)))
             continue
-        problems += [found] if found is not None else []
-        # Seed by seed, with pre-training first, so that an interrupted suite has every row once.
-        jobs += [(number, row.kind == DETECT, position, job) for number, job in enumerate(of_row)]
-    ordered = tuple(entry[-1] for entry in sorted(jobs, key=lambda entry: entry[:3]))
-    return Plan(suite, engine, ordered, tuple(problems), left_out, num_gpus)
+        if missing and row.optional:
+            left_out[row.id] = missing
+            continue
+        problems += [Problem(row.id, missing, absent=True)] if missing else []
+        jobs += enumerate(of_row)
+    # Seed by seed, with pre-training first, so that an interrupted suite has every row once.
+    jobs.sort(key=lambda entry: (entry[0], entry[1].row.kind == DETECT))
+    return Plan(suite, engine, tuple(job for _, job in jobs), tuple(problems), left_out, num_gpus)
 
 
 def _wanted(suite: Suite, only: Sequence[str]) -> set[str]:
@@ -220,7 +222,7 @@ def _jobs(
     seeds: Mapping[str, Sequence[int]],
 ) -> list[Job]:
     """Return the runs of a row, with a resolved and checked config."""
-    inputs: dict[str, Any] = {"processes": int(os.environ["WORLD_SIZE"]) if dist.under_torchrun() else num_gpus}
+    inputs: dict[str, Any] = {"processes": dist.planned_world_size(num_gpus)}
     mine = seeds[row.id]
     if row.kind != DETECT:
         of_seeds = [Settings.from_dict({**row.settings, "output": "-", "seed": seed}) for seed in mine]
@@ -228,23 +230,22 @@ def _jobs(
         return [Job(row, s.seed, settings=s.to_dict(), inputs=inputs) for s in settled]
     # In this order: file, data and weights of the row, keys of the suite, of the row, of the command line.
     cfg = load_config(row.config, check=False)
-    merge_overrides(cfg, as_argv({f"DATASETS.{key.upper()}": value for key, value in row.data.items()}), "data")
+    merge_overrides(cfg, {f"DATASETS.{key.upper()}": value for key, value in row.data.items()}, "data")
     if row.weights is not None:
         cfg.MODEL.WEIGHTS = row.weights
-    merge_overrides(cfg, as_argv(suite.overrides), "overrides of the suite")
-    merge_overrides(cfg, as_argv(row.overrides), "overrides")
+    merge_overrides(cfg, suite.overrides, "overrides of the suite")
+    merge_overrides(cfg, row.overrides, "overrides")
     merge_overrides(cfg, overrides)
     cfg.SEED = max(mine)
     source = next((r for r in suite.rows if r.id == row.weights), None)
     if source is not None and source.kind == DETECT:
         raise ConfigError(f"weights: '{source.id}' is a detection row; name a pre-training row or a file")
-    check_config(cfg, engine.name)
-    cfg = settle(cfg, dist.resolve_device(cfg.MODEL.DEVICE))  # the same for all rows, wherever the suite continues
     if suite.folds:
         cfg.DATASETS.VAL_FOLD, cfg.DATASETS.TEST = (1, suite.folds), ()
-        check_config(cfg, engine.name)
-        if os.path.isfile(os.path.expanduser(cfg.DATASETS.TRAIN_JSON)):
-            check_split(cfg)
+    check_config(cfg, engine.name)
+    cfg = settle(cfg, dist.resolve_device(cfg.MODEL.DEVICE))  # the same for all rows, wherever the suite continues
+    if suite.folds and os.path.isfile(os.path.expanduser(cfg.DATASETS.TRAIN_JSON)):
+        check_split(cfg)
     if not (cfg.DATASETS.TEST or cfg.DATASETS.VAL_JSON or is_split(cfg)):
         raise ConfigError("data: no validation set (DATASETS.TEST is empty); without one there is no AP to compare")
     check_run(cfg, dist.resolve_device(cfg.MODEL.DEVICE), num_gpus)
@@ -261,23 +262,14 @@ def _jobs(
     return jobs
 
 
-def as_argv(overrides: Mapping[str, Any]) -> list[str]:
-    """Convert ``{KEY: value}`` to command line arguments."""
-    return [word for key, value in overrides.items() for word in (key, str(value))]
-
-
-def build_empty(job: Job, engine: Engine) -> nn.Module:
+def _build_empty(job: Job, engine: Engine) -> None:
     """Build the model of a run, on the meta device if the engine can; 80 classes if unknown; may raise UserError."""
-    if job.cfg is None:
-        from gn_det.classification.network import build_classifier
-
-        with torch.device("meta"):
-            return build_classifier(Settings.from_dict(job.settings), num_classes=10)
-    cfg = edited(job.cfg, {"MODEL.ROI_HEADS.NUM_CLASSES": job.cfg.MODEL.ROI_HEADS.NUM_CLASSES or 80})
-    if engine.name != "embedded":
-        return engine.build_model(cfg)
-    with torch.device("meta"):
-        return engine.build_model(cfg)
+    with torch.device("meta") if job.cfg is None or engine.name == "embedded" else nullcontext():
+        if job.cfg is None:
+            build_classifier(Settings.from_dict(job.settings), num_classes=10)
+        else:
+            classes = job.cfg.MODEL.ROI_HEADS.NUM_CLASSES or 80
+            engine.build_model(edited(job.cfg, {"MODEL.ROI_HEADS.NUM_CLASSES": classes}))
 
 
 # ------------------------------------------------------------ data and weights
@@ -288,25 +280,21 @@ def _sources(cfg: CfgNode) -> list[Any]:
     return [s for split in ("train", "test") for s in datasets_for(cfg, split) if s.name not in GENERATED]
 
 
-def _absent(job: Job) -> Problem | None:
-    """Return the first missing data or weights."""
-    row = job.row.id
+def _missing(job: Job) -> str:
+    """Return the first missing data or weights, "" if all are there or can be downloaded."""
     if job.cfg is None:
         data = str(job.settings["data"])
-        there = data.partition(":")[0] in BUILTIN or os.path.isdir(os.path.expanduser(data))
-        if not there:
-            return Problem(row, f"data: folder {data} does not exist", absent=True)
-    for source in _sources(job.cfg) if job.cfg is not None else ():
+        if data.partition(":")[0] not in BUILTIN and not os.path.isdir(os.path.expanduser(data)):
+            return f"data: folder {data} does not exist"
+    for source in [] if job.cfg is None else _sources(job.cfg):
         for path, exists in ((source.json_file, os.path.isfile), (source.image_root, os.path.isdir)):
             if not exists(path):
-                return Problem(row, f"data: {path} does not exist ({source.origin or 'DATASETS'})", absent=True)
-    uri = job.weights
-    if not uri:
-        return None
-    path, download = locate(uri)
-    if download or path.is_file():
-        return None
-    return Problem(row, f"weights: {shown(uri)}: no file {path}, and no row has this id", absent=True)
+                return f"data: {path} does not exist ({source.origin or 'DATASETS'})"
+    if job.weights:
+        path, download = locate(job.weights)
+        if not download and not path.is_file():
+            return f"weights: {shown(job.weights)}: no file {path}, and no row has this id"
+    return ""
 
 
 def file_hash(path: Path) -> str:

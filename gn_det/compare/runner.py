@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import math
 import os
 import platform
 import subprocess
@@ -99,18 +98,8 @@ class Store:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write readable json atomically; numbers that are not finite become null."""
-    atomic_write(path, json_bytes(finite(content), indent=1, allow_nan=False) + b"\n")
-
-
-def finite(value: Any) -> Any:
-    """Replace numbers that json cannot represent by null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(k): finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    return value
+    finite = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    atomic_write(path, json_bytes(finite, indent=1) + b"\n")
 
 
 # ------------------------------------------------------------ which record counts
@@ -139,17 +128,15 @@ def find(
             raise MissingWeights(f"it starts from '{row}' (seed {seed}), which is {made.status}")
         weights, sha = str(store.folder_of(made) / made.weights), made.weights_sha
     key, version = job.settings_key(sha), str(RESULTS_VERSION)
-    records = store.read(job.row.id, job.seed)
-    found = choose(records, key, version, any_version=any_version)
-    found = found or (choose(records, key, version, any_version=True) if else_any else None)
+    same = [r for r in store.read(job.row.id, job.seed) if r.settings_key == key]
+    found = choose(same, version, any_version=any_version, else_any=else_any)
     return found or Record(job.row.id, job.seed, run_key(key, version), key, version), weights
 
 
-def choose(records: Sequence[Record], settings_key: str, version: str, *, any_version: bool) -> Record | None:
-    """Return the record with these settings: of this version, or with ``any_version`` the newest finished one."""
-    same = [r for r in records if r.settings_key == settings_key]
-    exact = [r for r in same if r.version == version]
-    other = [r for r in same if r.status == DONE] if any_version else []
+def choose(records: Sequence[Record], version: str, *, any_version: bool, else_any: bool = False) -> Record | None:
+    """Return the record of this version, or the newest finished one of any; see :func:`find`."""
+    exact = [r for r in records if r.version == version]
+    other = [r for r in records if r.status == DONE] if any_version or (else_any and not exact) else []
     if exact and (exact[-1].status == DONE or not other):
         return exact[-1]
     return other[-1] if other else None
@@ -167,14 +154,13 @@ class Runner:
     """Runs the jobs of a plan one after another.
 
     ``execute`` runs or resumes one in a folder, from initial weights ("" for the config's). With ``any_version``, runs
-    of another version of gn_det count, too. Only one rank of torchrun is ``recording``.
+    of another version of gn_det count, too. Only one rank of torchrun is ``recording``, and prints.
     """
 
     plan: Plan
     store: Store
     execute: Callable[[Job, Path, str], Outcome]
     any_version: bool = False
-    say: Callable[[object], None] = say
     recording: bool = True
 
     def run(self) -> dict[str, str]:
@@ -186,8 +172,7 @@ class Runner:
             with alone_in(self.store.root, key="--output"):
                 reasons = {job.name: self._run(job, number) for number, job in enumerate(self.plan.jobs, 1)}
         finally:
-            if dist.under_torchrun():
-                dist.stop_group()
+            dist.stop_group()
         return {name: reason for name, reason in reasons.items() if reason}
 
     def _run(self, job: Job, number: int) -> str:
@@ -198,15 +183,15 @@ class Runner:
         if record is not None:
             folder = self.store.folder_of(record)
             if record.status == DONE:
-                self.say(f"{head}: already done ({folder})")
+                self._say(f"{head}: already done ({folder})")
                 return ""
-            self.say(f"{head}: {'resuming' if record.sessions else 'starting'} in {folder}")
+            self._say(f"{head}: {'resuming' if record.sessions else 'starting'} in {folder}")
             self._execute(job, record, folder, weights)
             reason = record.reason
         if record is None or reason:
-            self.say(f"{head}: failed: {reason}")
+            self._say(f"{head}: failed: {reason}")
         else:
-            self.say(f"{head}: {_numbers(record)} ({record.sessions[-1]['seconds']:.0f} s)")
+            self._say(f"{head}: {_numbers(record)} ({record.sessions[-1]['seconds']:.0f} s)")
         return str(reason)
 
     def _decide(self, job: Job) -> tuple[Record | None, str, str]:
@@ -238,11 +223,10 @@ class Runner:
         except (Interrupted, KeyboardInterrupt, SystemExit) as error:
             record.status, record.reason = INTERRUPTED, engines.error_line(error)
             raise
-        except UserError as error:
-            record.status, record.reason = FAILED, one_line(error, limit=None)
-        except Exception as error:  # a bug ends one row, not the whole suite; the stack trace is kept
-            record.status, record.reason = FAILED, one_line(engines.error_line(error), limit=None)
-            if self.recording:
+        except Exception as error:
+            bug = not isinstance(error, UserError)  # ends one row, not the whole suite; the stack trace is kept
+            record.status, record.reason = FAILED, one_line(engines.error_line(error) if bug else error, limit=None)
+            if bug and self.recording:
                 atomic_write(folder / "trace.txt", traceback.format_exc())
         finally:
             record.sessions[-1]["seconds"] = round(time.perf_counter() - began, 1)
@@ -251,6 +235,10 @@ class Runner:
     def _write(self, record: Record) -> None:
         if self.recording:
             self.store.write(record)
+
+    def _say(self, line: str) -> None:
+        if self.recording:
+            say(line)
 
 
 def fetch_weights(plan: Plan) -> None:
@@ -293,6 +281,6 @@ def package_commit() -> str:
 
 
 def _numbers(record: Record) -> str:
-    shown = {"box_ap": "box AP", "mask_ap": "mask AP", "top1_error": "top-1 error"}
-    parts = [f"{name} {record.metrics[key]:.2f}" for key, name in shown.items() if record.metrics.get(key) is not None]
-    return ", ".join(parts)
+    shown = {"box AP": "box_ap", "mask AP": "mask_ap", "top-1 error": "top1_error"}
+    found = {name: record.metrics.get(key) for name, key in shown.items()}
+    return ", ".join(f"{name} {value:.2f}" for name, value in found.items() if value is not None)

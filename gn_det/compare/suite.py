@@ -300,11 +300,10 @@ def _check_ids(rows: Sequence[Row], source: str) -> None:
             raise InvalidValue(f"{source}: row '{row.id}':", "duplicate id; give every row its own")
         kinds[row.id] = row.kind
     for row in rows:
-        where, base = f"{source}: row '{row.id}': baseline:", row.baseline
-        if base is not None and base not in kinds:
-            raise InvalidValue(where, f"no row {shown(base)}{did_you_mean(base, kinds)}")
-        if base is not None and kinds[base] != row.kind:
-            raise InvalidValue(where, f"'{base}' is a {kinds[base]} row, not {row.kind}")
+        if row.baseline is not None and kinds.get(row.baseline) != row.kind:
+            hint = did_you_mean(row.baseline, [name for name in kinds if kinds[name] == row.kind])
+            problem = f"no row {shown(row.baseline)} of kind {row.kind}{hint}"
+            raise InvalidValue(f"{source}: row '{row.id}': baseline:", problem)
 
 
 # ------------------------------------------------------------ tables

@@ -81,8 +81,8 @@ def findings(results: Results) -> dict[str, Finding]:
 
 def _finding(result: RowResult, base: RowResult) -> Finding:
     column = DECIDING[result.row.kind]
-    found = result.difference(column)
     name = "points of top-1 error" if column == "top1_error" else COLUMNS[column].heading
+    found = result.difference(column)
     if found is None:
         missing = result if base.done else base
         return Finding(f"{result.row.title}: no difference available ({missing.row.title}: {missing.status}).")
@@ -115,18 +115,16 @@ def _against(
     found: Difference, row: Reference, other: Reference, delta: float, column: str, unit: str
 ) -> tuple[str, bool]:
     """Compare the sign of a difference with the published one: return a sentence, and whether they contradict."""
-    name = SOURCES[row.source]
-    numbers = row.where
+    name, numbers = SOURCES[row.source], row.where
     if column in row.values and column in other.values:
         numbers = f"{other.values[column]:.1f} to {row.values[column]:.1f}"
     head = f"{name[0].upper()}{name[1:]} has {signed(delta)} ({numbers}, {row.model})"
     same = (found.value > 0) == (delta > 0)
     if round(delta, 3) == 0 or (found.half is None and abs(found.value) < 0.05):
         return f"{head}.", False
-    if found.half is None and same:
-        rest = f"the same direction here, on one {unit}"
-    elif found.half is None:
-        rest = f"the opposite direction here; with one {unit} it cannot be distinguished from noise"
+    if found.half is None:
+        opposite = f"the opposite direction here; with one {unit} it cannot be distinguished from noise"
+        rest = f"the same direction here, on one {unit}" if same else opposite
     elif not found.beyond_noise:
         rest = "neither confirmed nor contradicted here"
         rest += ", but the interval excludes a difference of that size" * (abs(found.value - delta) > found.half)
@@ -155,7 +153,7 @@ def views(results: Results, table: Table) -> list[View]:
 
 
 def view(results: Results, table: Table, *, minor: bool = False) -> View:
-    """Fill in a table of a suite; a ``minor`` one has no published numbers or notes on rows."""
+    """Fill in a table of a suite; a ``minor`` one has no differences, published numbers or notes on rows."""
     rows = results.of(table.rows)
     if table.grid is not None:
         return _grid_view(table, rows, table.grid)
@@ -166,6 +164,7 @@ def view(results: Results, table: Table, *, minor: bool = False) -> View:
     references = published_rows(rows, source)
     published = [c for c in columns if not minor and any(_published_cell(r, c).text for r in references)]
     compared = [c for c in (DECIDING[kind], "mask_ap") if c in columns and any(r.row.baseline for r in rows)]
+    compared = [] if minor else compared
     # The row that others are compared with, unless its own baseline is in the table.
     bases = {r.row.baseline for r in rows} - {r.row.id for r in rows if r.row.baseline in table.rows}
     head = [(LABEL, text) for text in table.labels or ["row"]]
@@ -191,9 +190,7 @@ def full_view(results: Results, table: Table) -> View | None:
     rows = results.of(table.rows)
     if rows[0].row.kind != DETECT or not any(r.done for r in rows):
         return None
-    head = [(LABEL, "row")] + [(MEASURED, COLUMNS[c].heading) for c in AP_METRICS]
-    body = [[Cell(r.row.title), *(_cell(r, c, None) for c in AP_METRICS)] for r in rows]
-    return View(f"{table.title}: all AP", head, body, minor=True)
+    return view(results, Table(f"{table.title}: all AP", table.rows, columns=tuple(AP_METRICS)), minor=True)
 
 
 def fold_view(results: Results) -> View | None:
@@ -207,11 +204,11 @@ def fold_view(results: Results) -> View | None:
     body = []
     for result in rows:
         for column in columns:
-            values, found = result.values(column), result.spread(column)
-            cells = [Cell(COLUMNS[column].show(values[k])) if k in values else _NOTHING for k in range(1, folds + 1)]
-            text = "" if found is None else COLUMNS[column].show(found.mean)
-            text += "" if found is None or found.half is None else f" ± {found.half:.1f}"
-            body.append([Cell(result.row.title), Cell(COLUMNS[column].heading), *cells, Cell(text)])
+            what, values, found = COLUMNS[column], result.values(column), result.spread(column)
+            cells = [Cell(what.show(values[k])) if k in values else _NOTHING for k in range(1, folds + 1)]
+            half = "" if found is None or found.half is None else f" ± {found.half:.1f}"
+            mean = Cell("" if found is None else f"{what.show(found.mean)}{half}")
+            body.append([Cell(result.row.title), Cell(what.heading), *cells, mean])
     notes = [
         f"Every image is held out once, in one of {folds} folds of equal classes. Mean ± half of its 95% interval "
         "(Student's t over the folds). Folds share training images, so the true interval is somewhat wider."
@@ -241,39 +238,30 @@ def run_view(results: Results) -> View:
 def _grid_view(table: Table, rows: Sequence[RowResult], grid: Grid) -> View:
     across = list(dict.fromkeys(r.row.labels[grid.columns] for r in rows))
     down = list(dict.fromkeys(r.row.labels[grid.rows] for r in rows))
-    source = source_of(table, rows)
-    place = common_place(rows)
-    by_labels = {(r.row.labels[grid.rows], r.row.labels[grid.columns]): r for r in rows}
-    known = dict(zip(by_labels, published_rows(list(by_labels.values()), source)))
-    cells = {place: _published_cell(reference, grid.value) for place, reference in known.items()}
-    shown = [a for a in across if any(cells.get((d, a), _EMPTY).text for d in down)]
+    source, place = source_of(table, rows), common_place(rows)
+    references = published_rows(rows, source)
+    places = [(r.row.labels[grid.rows], r.row.labels[grid.columns]) for r in rows]
+    measured = dict(zip(places, (_cell(r, grid.value, place) for r in rows)))
+    published = dict(zip(places, (_published_cell(reference, grid.value) for reference in references)))
+    shown = [a for a in across if any(published.get((d, a), _EMPTY).text for d in down)]
     head = [(LABEL, f"{grid.rows} \\ {grid.columns}")] + [(MEASURED, a) for a in across]
     head += [(REFERENCE, f"{a} ({source})") for a in shown]
-    body = []
-    for d in down:
-        results = [by_labels.get((d, a)) for a in across]
-        measured = [_cell(r, grid.value, place) if r else _EMPTY for r in results]
-        body.append([Cell(d), *measured, *(cells.get((d, a), _EMPTY) for a in shown)])
-    column, notes = COLUMNS[grid.value], []
-    if column.what == METRIC:
-        notes = [f"{column.heading}; mean ± standard deviation over {rows[0].unit}s."]
-    elif place is not None:
-        notes = [f"{column.heading}; measured on {place[2]}, {place[1]}."]
-    notes += [*_row_notes(rows), *([table.note] if table.note else [])]
-    return View(table.title, head, body, notes, _sentence_on(source, list(known.values())) if shown else "")
+    body = [
+        [Cell(d), *(measured.get((d, a), _EMPTY) for a in across), *(published.get((d, a), _EMPTY) for a in shown)]
+        for d in down
+    ]
+    notes = [f"{COLUMNS[grid.value].heading}.", *_notes(rows, [grid.value], place, []), *_row_notes(rows)]
+    notes += [table.note] * bool(table.note)
+    return View(table.title, head, body, notes, _sentence_on(source, references) if shown else "")
 
 
 # ------------------------------------------------------------ cells
 
 
 def _cell(result: RowResult, column: str, place: Place | None) -> Cell:
-    what = COLUMNS[column]
-    if what.what != METRIC:
-        value = result.cost(column, place) if what.what == COST else result.size(column)
-        return _NOTHING if value is None else Cell(what.show(value))
-    found = result.spread(column)
+    found, what = result.number(column, place), COLUMNS[column]
     if found is None:
-        return _NOTHING if result.done else Cell(result.status, faint=True)
+        return _NOTHING if result.done or what.what != METRIC else Cell(result.status, faint=True)
     return Cell(what.show(found.mean) + ("" if found.std is None else f" ± {what.show(found.std)}"))
 
 
@@ -303,7 +291,7 @@ def published_rows(rows: Sequence[RowResult], source: str) -> list[Reference | N
 def _published_cell(reference: Reference | None, column: str) -> Cell:
     if reference is not None and column in reference.values:
         return Cell(COLUMNS[column].show(reference.values[column]))
-    if reference is not None and reference.delta and column in reference.delta:
+    if reference is not None and column in reference.delta:
         return Cell(f"Δ about {signed(reference.delta[column])}")
     return _EMPTY
 
@@ -318,7 +306,9 @@ def _sentence_on(source: str, found: Sequence[Reference | None]) -> str:
 # ------------------------------------------------------------ notes
 
 
-def _notes(rows: list[RowResult], columns: Sequence[str], place: Place | None, compared: list[str]) -> list[str]:
+def _notes(
+    rows: Sequence[RowResult], columns: Sequence[str], place: Place | None, compared: Sequence[str]
+) -> list[str]:
     notes = []
     if any(len(r.done) > 1 for r in rows) and any(COLUMNS[c].what == METRIC for c in columns):
         notes.append(f"Mean ± standard deviation over {rows[0].unit}s.")

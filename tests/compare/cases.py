@@ -62,5 +62,5 @@ GN = {**BN, "id": "gn", "baseline": "bn", "reference": "fpn_gn", "overrides": {"
 
 def results(root: Path, rows: list[dict[str, Any]], seeds: int = 1, fake: Fake | None = None, **keys: Any) -> Results:
     plan = plan_of(rows, seeds, **keys)
-    Runner(plan, Store(root), fake or Fake(), say=lambda line: None).run()
+    Runner(plan, Store(root), fake or Fake()).run()
     return collect(plan, Store(root))

@@ -36,7 +36,7 @@ BAD: dict[str, tuple[Any, list[str]]] = {
     "missing baseline": ({"rows": [{**ROW, "baseline": "bn"}]}, ["row 'a'", "baseline", "no row 'bn'"]),
     "baseline of another kind": (
         {"rows": [pretrain_row("p"), {**ROW, "baseline": "p"}]},
-        ["row 'a'", "baseline", "pretrain"],
+        ["row 'a'", "baseline", "no row 'p' of kind detect"],
     ),
     "no validation set": ({"rows": [{**ROW, "overrides": {"DATASETS.TEST": "()"}}]}, ["row 'a'", "validation"]),
     "data without validation": (

@@ -111,7 +111,7 @@ def test_cost_is_blank_for_another_machine_or_day(tmp_path: Path) -> None:
     rows = [pretrain_row(name, seeds=[seed]) for seed, name in enumerate("abcd")]
     plan = plan_of(rows)
     store = Store(tmp_path)
-    Runner(plan, store, Fake(), say=lambda line: None).run()
+    Runner(plan, store, Fake()).run()
 
     def change(name: str, **session: Any) -> None:
         path = next(tmp_path.glob(f"runs/{name}/*/run.json"))
@@ -146,7 +146,7 @@ def test_failed_and_missing_rows_are_shown_as_such(tmp_path: Path) -> None:
     plan = plan_of([BN, GN, {**BN, "id": "late"}])
     jobs = tuple(job for job in plan.jobs if job.row.id != "late")
     part = type(plan)(plan.suite, plan.engine, jobs)
-    Runner(part, Store(tmp_path), Fake(on={"gn, seed 1": no}), say=lambda line: None).run()
+    Runner(part, Store(tmp_path), Fake(on={"gn, seed 1": no})).run()
     found = collect(plan, Store(tmp_path))
     assert common_place(found.rows) is not None
     shown = view(found, plan.suite.tables[0])
@@ -174,7 +174,8 @@ def test_grid_of_a_cost_says_where_it_was_measured_and_has_no_second_table(tmp_p
     found = results(tmp_path, rows, 2, tables=[{"rows": ["*"], "grid": grid}])
     (shown,) = views(found, found.plan.suite.tables[0])
     assert [cell.text for cell in shown.body[0]] == ["BN", "100"]
-    assert shown.notes[0].startswith("peak memory (MB); measured on ") and "deviation" not in "".join(shown.notes)
+    assert shown.notes[0] == "peak memory (MB)." and shown.notes[1].startswith("Cost: measured on ")
+    assert "deviation" not in "".join(shown.notes)
 
 
 def test_signs() -> None:
