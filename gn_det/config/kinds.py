@@ -111,6 +111,11 @@ def theirs(name: str, default: Any, check: Value, doc: str) -> Key:
     return Key(name, default, check, doc, embedded=(default,))
 
 
+def ours(name: str, default: Any, check: Value, doc: str, detectron2: tuple[Any, ...] | None = None) -> Key:
+    """Declare a key that Detectron2 lacks."""
+    return Key(name, default, check, doc, detectron2=detectron2, ours=True)
+
+
 def norm(name: str, default: str, doc: str) -> Key:
     return Key(name, default, TEXT, doc, embedded=NORMS, detectron2=(*NORMS, *THEIR_NORMS))
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
 from gn_det.errors import ConfigError
@@ -115,23 +114,21 @@ class _Loader(yaml.SafeLoader):
         own: dict[str, Any] = {}
         names: set[str] = set()
         for key, value in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in names:
+            kind = key.tag.removeprefix(_PREFIX) if isinstance(key, yaml.ScalarNode) else ""
+            if kind not in ("str", "merge"):
+                name = shown(key.value) if kind else "a list or section"
+                raise _refused(f"key {name} is not text; put keys in quotes", key.start_mark)
+            if key.value in names:
                 raise _refused(f"duplicate key {shown(key.value)}", key.start_mark)
-            names.add(str(key.value))
-            if key.tag != f"{_PREFIX}merge":
-                own[self.key(key)] = self.value(value)
+            names.add(key.value)
+            if kind == "str":
+                own[self.scalar(key, kind)] = self.value(value)
                 continue
             for other in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                 if not isinstance(other, yaml.MappingNode):
                     raise _refused("expected a mapping or list of mappings for merging", other.start_mark)
                 merged = self.section(other) | merged
         return merged | own
-
-    def key(self, node: yaml.Node) -> str:
-        if node.tag != f"{_PREFIX}str" or not isinstance(node, yaml.ScalarNode):
-            name = shown(node.value) if isinstance(node, yaml.ScalarNode) else "a list or section"
-            raise _refused(f"key {name} is not text; put keys in quotes", node.start_mark)
-        return str(self.scalar(node, "str"))
 
 
 # Dates and "=" are text here.
@@ -175,8 +172,8 @@ def parse_yaml(text: str | bytes, source: str) -> Any:
         kind = " (it looks like UTF-16)" if text[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
         raise ConfigError(f"{source} is not UTF-8 text{kind}; save it as UTF-8") from None
     except yaml.MarkedYAMLError as error:
-        parts = [error.context, error.problem] if isinstance(error, ComposerError) else [error.problem]
-        mark, problem = error.problem_mark, one_line(", ".join(filter(None, parts)) or "not valid YAML", 300)
+        parts = filter(None, (error.context, error.problem))
+        mark, problem = error.problem_mark, one_line(", ".join(parts) or "not valid YAML", 300)
         place = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigError(f"{source}{place}: {problem}") from None
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # "\U99999999", tags that are no URI
