@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import shlex
+import itertools
 from typing import TYPE_CHECKING
 
 from gn_det.cli import flags
 
 if TYPE_CHECKING:
-    from fvcore.common.config import CfgNode
-
-    from gn_det.compare.plan import Plan
-    from gn_det.compare.runner import Store
     from gn_det.compare.suite import Suite
 
 
@@ -27,8 +23,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     text = "with --configs and --train-json: cross-validate in K folds of the images, K runs a config"
     add("--folds", type=int, metavar="K", help=text)
     add("--seeds", type=int, metavar="N", help="run every row N times, with seeds 1 to N")
-    text = "train every detection row for N passes over the data"
-    flags.add_key(parser, "--epochs", "SOLVER.EPOCHS", text, type=float, metavar="N")
+    add(
+        "--epochs", type=float, metavar="N", help="train every detection row for N passes over the data (SOLVER.EPOCHS)"
+    )
     flags.add_gpus(parser, "GPUs per run")
     add("--dry-run", action="store_true", help="list the rows and what is missing, then exit")
     add("--report-only", action="store_true", help="write the report of finished runs; run nothing")
@@ -48,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from gn_det.compare.execute import execute
     from gn_det.compare.outcomes import collect
     from gn_det.compare.plan import make_plan
-    from gn_det.compare.runner import Runner, Store, fetch_weights
+    from gn_det.compare.runner import Runner, Store, dry_run, fetch_weights
     from gn_det.engine import choice as engines
     from gn_det.engine import dist
     from gn_det.engine.output import InUse
@@ -62,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     plan = planned(only=rows) if rows else whole
     store = Store(args.output or Path("output") / "compare" / suite.name)
     if args.dry_run:
-        return _show(plan, store, any_version=args.any_version)
+        return dry_run(plan, store, any_version=args.any_version)
     first_rank = not dist.under_torchrun() or os.environ["RANK"] == "0"
     failed: dict[str, str] = {}
     if not args.report_only:
@@ -94,21 +91,17 @@ def _suite_and_overrides(args: argparse.Namespace) -> tuple[Suite, list[str]]:
 
     # --configs takes all words up to the next flag, which may include overrides
     named = list(args.configs or ())
-    cut = next((i for i, word in enumerate(named) if _is_key(word)), len(named))
-    words, configs = named[cut:] + args.words, named[:cut]
+    configs = list(itertools.takewhile(lambda word: not _is_key(word), named))
+    words = named[len(configs) :] + args.words
     name = words.pop(0) if words and not _is_key(words[0]) else ""
-    flagged = {key: value for key, value in vars(args).items() if "." in key and value is not None}
-    epochs = flagged.pop("SOLVER.EPOCHS", None)
-    overrides = [*([] if epochs is None else ["SOLVER.EPOCHS", str(epochs)]), *words]
+    overrides = words if args.epochs is None else ["SOLVER.EPOCHS", str(args.epochs), *words]
+    data = {key.partition(".")[2].lower(): path for key, path in vars(args).items() if "." in key and path is not None}
     if configs and name:
         raise ConfigError(f"give a suite ({name}) or --configs, not both")
     if configs:
-        data = {key.split(".")[1].lower(): value for key, value in flagged.items()}
         return own_suite(configs, data, args.folds or 0), overrides
-    if args.folds is not None:
-        raise ConfigError("--folds needs --configs, --train-json and --train-images; a suite names its own data")
-    if flagged:
-        raise ConfigError("--train-json and the like need --configs; a suite names its own data")
+    if data or args.folds is not None:
+        raise ConfigError("--folds, --train-json and the like need --configs; a suite names its own data")
     if not name:
         raise ConfigError(f"name a suite or give --configs; shipped suites: {', '.join(shipped_suites())}")
     return load_suite(find_suite(name)), overrides
@@ -117,50 +110,3 @@ def _suite_and_overrides(args: argparse.Namespace) -> tuple[Suite, list[str]]:
 def _is_key(word: str) -> bool:
     """Whether a word looks like a config key (SOLVER.BASE_LR, SEED=1) rather than a file."""
     return word.partition("=")[0].replace(".", "").replace("_", "").isupper()
-
-
-def _show(plan: Plan, store: Store, *, any_version: bool) -> int:
-    """Print what would run; return 2 if a row is wrong (missing data or weights are listed but are not errors)."""
-    from gn_det.compare.runner import DONE, MissingWeights, find
-    from gn_det.terminal import say
-
-    images: dict[str, int] = {}
-    for job in plan.jobs:
-        try:
-            record, _ = find(job, plan, store, any_version=any_version)
-            state = "done" if record.status == DONE else "resumes" if record.sessions else "to run"
-        except MissingWeights:
-            state = f"after {job.needs[0]}" if job.needs else ""
-        if job.cfg is None:
-            what = "{arch} {norm} on {data}, batch {batch_size}".format(**job.settings)
-        else:
-            keys = (shlex.join((key, str(value))) for key, value in job.row.overrides.items())
-            what = " ".join(filter(None, (job.row.config, _length(job.cfg, job.inputs["processes"], images), *keys)))
-        say(f"{job.name:40s} {state:10s} {what}".rstrip())
-    for identity, why in plan.left_out.items():
-        say(f"{identity:40s} left out   {why}")
-    for problem in plan.problems:
-        say(f"{'missing' if problem.absent else 'wrong'}: {problem}")
-    print("Dry run: nothing was trained or written.")
-    return 2 if any(not p.absent for p in plan.problems) else 0
-
-
-def _length(cfg: CfgNode, processes: int, images: dict[str, int]) -> str:
-    """Return how long a detection row trains here, in brackets; "" where its data are missing.
-
-    ``images`` caches the images of an epoch by data settings, because COCO's annotations take long to read.
-    """
-    from gn_det.data.sets import estimate_sizes
-    from gn_det.engine.schedule import scale_schedule
-    from gn_det.errors import UserError
-
-    key = f"{cfg.DATASETS} {cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS}"
-    try:
-        if key not in images:
-            images[key] = estimate_sizes(cfg).images
-        solver = scale_schedule(cfg, processes, images[key])[0].SOLVER
-    except UserError:
-        return ""
-    count = images[key]
-    epochs = f", {solver.MAX_ITER * solver.IMS_PER_BATCH / count:.3g} epochs" if count else ""
-    return f"({solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images{epochs})"

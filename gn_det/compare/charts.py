@@ -11,9 +11,8 @@ from markupsafe import Markup
 
 from gn_det.classification.recording import PERCENTILES
 from gn_det.compare.columns import COLUMNS
-from gn_det.compare.outcomes import Results, RowResult, common_place
+from gn_det.compare.outcomes import Results, RowResult, common_place, published_rows
 from gn_det.compare.suite import DETECT, Grid, Table
-from gn_det.compare.views import published_rows, source_of
 from gn_det.visualize.plots import Line, plot_lines, smooth
 
 #: Points of a drawn curve; and of a loss that are averaged, to each side.
@@ -82,9 +81,10 @@ def _grid_lines(
 
     Empty without measured numbers.
     """
-    source, place = source_of(table, rows), common_place(rows)
+    place = common_place(rows)
+    source, references = published_rows(rows, table.reference)
     measured, published = defaultdict(list), defaultdict(list)
-    for result, reference in zip(rows, published_rows(rows, source)):
+    for result, reference in zip(rows, references):
         name, at = result.row.labels[grid.rows], across.index(result.row.labels[grid.columns])
         number = result.number(grid.value, place)
         if number is not None:

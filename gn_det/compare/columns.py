@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,15 +44,6 @@ COLUMNS: dict[str, Column] = {
     "memory_mb": Column("peak memory (MB)", 0, COST, lower_is_better=True),
     "s_per_image": Column("inference, ms / image", 2, COST, lower_is_better=True, factor=1e3),
 }
-
-#: The main column of each kind of row.
-DECIDING = {"detect": "box_ap", "pretrain": "top1_error"}
-#: Default columns of a table, and those of the cost table.
-USUAL = {
-    "detect": ("box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75"),
-    "pretrain": ("top1_error", "train_error"),
-}
-COSTS = ("parameters", "s_per_iter", "memory_mb", "s_per_image")
 
 
 # ------------------------------------------------------------ published numbers
@@ -112,3 +103,10 @@ def published_difference(row: Reference, baseline: Reference, column: str) -> fl
     if column in row.values and column in baseline.values:
         return row.values[column] - baseline.values[column]
     return None
+
+
+def describe(source: str, found: Sequence[Reference | None]) -> str:
+    """Describe a source for the note below a table."""
+    if source == EXPECTED:
+        return "; ".join(dict.fromkeys(f.where for f in found if f is not None))
+    return load_references()[1][source]

@@ -140,12 +140,12 @@ def _drawings(cfg: Any, weights: Path | None, engine: Engine, count: int) -> Ite
     size: Any = {"min_size": _SIDE, "max_size": 4 * _SIDE}
     for index in dict.fromkeys(having[place] for place in places):
         found = dataset.records[index]
+        path = Path(found["file_name"])
         if predictor is None:
-            drawn = draw_annotations(read(found["file_name"]), found, dataset.class_names, **size)
+            drawn = draw_annotations(read(path), found, dataset.class_names, **size)
         else:
-            path = Path(found["file_name"])
             shown = Selection(_THRESHOLD)(predictor.detect(path))
-            drawn = draw_detections(predictor.reader.read(path), shown, predictor.class_names, **size)
+            drawn = draw_detections(read(path), shown, predictor.class_names, **size)
         image = Image.fromarray(drawn)
         image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
         yield np.asarray(image)

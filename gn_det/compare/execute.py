@@ -35,13 +35,12 @@ TIMED, UNTIMED, TIMED_SECONDS = 16, 2, 60.0
 
 @dataclass
 class Outcome:
-    """Results of a run; see :class:`gn_det.compare.runner.Record` for the parts."""
+    """Results of a run: fields of :class:`gn_det.compare.runner.Record`. The weights are in its folder."""
 
     metrics: dict[str, float | None]
     curve: list[dict[str, float]] = field(default_factory=list)
     cost: dict[str, float | None] = field(default_factory=dict)
     size: dict[str, float | None] = field(default_factory=dict)
-    weights: Path | None = None
     config: str = ""
 
 
@@ -56,14 +55,16 @@ def execute(job: Job, folder: Path, weights: str, *, plan: Plan, measuring: bool
     if job.cfg is None:
         settings = Settings.from_dict({**job.settings, "output": str(folder)})
         summary = pretrain(settings, resume=True, num_gpus=plan.num_gpus)
-        return _of_pretraining(settings, folder, summary) if measuring else Outcome({})
+        return _of_pretraining(settings, summary) if measuring else Outcome({})
     cfg = edited(job.cfg, {"OUTPUT_DIR": str(folder), "MODEL.WEIGHTS": weights or job.cfg.MODEL.WEIGHTS})
     results = run.train(cfg, engine=plan.engine, resume=True, num_gpus=plan.num_gpus)
     return _of_detection(cfg, plan.engine, results) if measuring else Outcome({})
 
 
-def _of_pretraining(settings: Settings, folder: Path, summary: Mapping[str, Any]) -> Outcome:
+def _of_pretraining(settings: Settings, summary: Mapping[str, Any]) -> Outcome:
     curve = summary["curve"]
+    metrics = {name: summary[name] for name in ("top1_error", "top5_error") if name in summary}
+    metrics["train_error"] = curve[-1].get("train_error") if curve else None
     points = {"x": "epoch", "loss": "train_loss", "top1_error": "val_error", "train_error": "train_error"}
     costs = {
         "s_per_iter": "seconds_per_iteration",
@@ -71,16 +72,11 @@ def _of_pretraining(settings: Settings, folder: Path, summary: Mapping[str, Any]
         "s_per_image": "inference_seconds_per_image",
     }
     return Outcome(
-        {
-            "top1_error": summary["top1_error"],
-            "train_error": curve[-1].get("train_error") if curve else None,
-            **({"top5_error": summary["top5_error"]} if "top5_error" in summary else {}),
-        },
+        metrics,
         [{name: float(point[key]) for name, key in points.items()} for point in curve]
         + [{"x": point.pop("epoch"), **point} for point in map(dict, summary.get("recorded", ()))],
         {name: summary.get(key) for name, key in costs.items()},
         {"parameters": summary.get("parameters")},
-        folder / FINAL,
         json.dumps(settings.to_dict(), indent=1),
     )
 
@@ -111,7 +107,7 @@ def _of_detection(cfg: CfgNode, engine: Engine, results: Mapping[str, float]) ->
         "s_per_image": seconds_per_image(predictor.detect, images),
     }
     size: dict[str, float | None] = {"parameters": float(sum(p.numel() for p in predictor.module.parameters()))}
-    return Outcome(metrics, detection_curve(entries), cost, size, folder / FINAL, text)
+    return Outcome(metrics, detection_curve(entries), cost, size, text)
 
 
 def detection_metrics(results: Mapping[str, float]) -> dict[str, float | None]:
@@ -161,7 +157,7 @@ def seconds_per_image(detect: Callable[[Path], Any], images: Sequence[Path]) -> 
     """Return the median time from file to detections, one image at a time; None without images."""
     times: list[float] = []
     started = time.perf_counter()
-    for number, path in enumerate(images[: UNTIMED + TIMED]):
+    for number, path in enumerate(images):
         begun = time.perf_counter()
         detect(path)
         if torch.cuda.is_available():

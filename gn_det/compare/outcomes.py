@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gn_det.about import __version__
-from gn_det.compare.columns import COLUMNS, COST, EXPECTED, METRIC, SIZE
+from gn_det.compare.columns import COLUMNS, COST, EXPECTED, METRIC, SIZE, SOURCES, Reference
 from gn_det.compare.plan import Job, Plan
 from gn_det.compare.runner import DONE, FAILED, RESULTS_VERSION, MissingWeights, Record, Store, find
 from gn_det.compare.suite import Row
@@ -243,6 +243,19 @@ def common_place(rows: Sequence[RowResult]) -> Place | None:
     for result in rows:
         counts.update({p for p in map(place_of_run, result.done) if p is not None})
     return max(counts, key=lambda p: (counts[p], p[2], p), default=None)
+
+
+def published_rows(rows: Sequence[RowResult], wanted: str) -> tuple[str, list[Reference | None]]:
+    """Return a source, and its result for each row, so that columns never mix sources.
+
+    It is ``wanted``, or if that is "" the source of most rows. Only results of the most frequent kind of model (C4,
+    FPN) are returned.
+    """
+    counts = Counter(source for r in rows for source in {found.source for found in r.row.references})
+    source = wanted or (max(SOURCES, key=lambda source: counts[source]) if counts else "")
+    found = [next((f for f in r.row.references if f.source == source), None) for r in rows]
+    kinds = Counter(f.kind for f in found if f is not None)
+    return source, [f if f is not None and f.kind == kinds.most_common(1)[0][0] else None for f in found]
 
 
 # ------------------------------------------------------------ results.json

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from gn_det.checkpoint.weights_uri import locate, sha256_of, split_options
 from gn_det.classification import Settings
 from gn_det.classification.network import build_classifier
 from gn_det.classification.settings import BUILTIN
-from gn_det.compare.suite import DETECT, MAX_SEEDS, Row, Suite, matching
+from gn_det.compare.suite import DETECT, MAX_SEEDS, Row, Suite, row_ids
 from gn_det.config import dump_config, load_config
 from gn_det.config.check import check_config
 from gn_det.config.defaults import edited, get_value
@@ -32,7 +32,8 @@ from gn_det.engine.engines import Engine
 from gn_det.engine.precision import settle
 from gn_det.engine.prepare import check_freeze, check_run
 from gn_det.errors import ConfigError, UserError
-from gn_det.text import one_line, shown
+from gn_det.text import shown
+from gn_det.values import InvalidValue
 
 #: Most runs of a plan.
 MAX_RUNS = 2000
@@ -164,25 +165,29 @@ def make_plan(
         raise ConfigError(f"--seeds {seeds} and --folds {suite.folds}: a fold is trained once, give one of them")
     if seeds is not None and not 1 <= seeds <= MAX_SEEDS:
         raise ConfigError(f"--seeds is {seeds}; it must be from 1 to {MAX_SEEDS}")
-    wanted = _wanted(suite, only)
-    if overrides and not any(row.kind == DETECT for row in suite.rows if row.id in wanted):
+    if seeds is not None:
+        suite = replace(suite, rows=tuple(replace(row, seeds=tuple(range(1, seeds + 1))) for row in suite.rows))
+    try:
+        wanted = set(row_ids(only or ["*"], suite.rows, f"{suite.source}: --rows"))
+    except InvalidValue as error:
+        raise ConfigError(str(error)) from None
+    needed = {row.weights for row in suite.rows if row.id in wanted}
+    rows = [row for row in suite.rows if row.id in wanted or row.id in needed]
+    if overrides and not any(row.kind == DETECT for row in rows):
         raise ConfigError(
             f"{suite.source}: {shown(overrides[0])} sets a config key, but no detection row is run; leave it out (rows "
             "of --rows are separated by commas)"
         )
-    of_rows = {row.id: tuple(range(1, seeds + 1)) if seeds else row.seeds for row in suite.rows}
-    runs = sum(len(of_rows[identity]) for identity in wanted)
+    runs = sum(len(row.seeds) for row in rows)
     if runs > MAX_RUNS:
         raise ConfigError(f"{suite.source}: rows and seeds make {runs} runs; at most {MAX_RUNS} are allowed")
     jobs: list[tuple[int, Job]] = []
     problems: list[Problem] = []
     left_out: dict[str, str] = {}
     built: set[str] = set()
-    for row in suite.rows:
-        if row.id not in wanted:
-            continue
+    for row in rows:
         try:
-            of_row = _jobs(suite, row, engine, overrides, num_gpus, of_rows)
+            of_row = _jobs(suite, row, engine, overrides, num_gpus)
             missing = _missing(of_row[0])
             model = row.id if of_row[0].cfg is None else str(of_row[0].cfg.MODEL)
             if model not in built:
@@ -201,31 +206,11 @@ def make_plan(
     return Plan(suite, engine, tuple(job for _, job in jobs), tuple(problems), left_out, num_gpus)
 
 
-def _wanted(suite: Suite, only: Sequence[str]) -> set[str]:
-    ids = [row.id for row in suite.rows]
-    wanted = set() if only else set(ids)
-    for pattern in only:
-        found = matching(pattern, ids)
-        if not found:
-            names = one_line(", ".join(ids), 1000)
-            raise ConfigError(f"{suite.source}: --rows: no row {shown(pattern)}; they are {names}")
-        wanted.update(found)
-    return wanted | {str(row.weights) for row in suite.rows if row.id in wanted and row.weights in ids}
-
-
-def _jobs(
-    suite: Suite,
-    row: Row,
-    engine: Engine,
-    overrides: Sequence[str],
-    num_gpus: int,
-    seeds: Mapping[str, Sequence[int]],
-) -> list[Job]:
+def _jobs(suite: Suite, row: Row, engine: Engine, overrides: Sequence[str], num_gpus: int) -> list[Job]:
     """Return the runs of a row, with a resolved and checked config."""
     inputs: dict[str, Any] = {"processes": dist.planned_world_size(num_gpus)}
-    mine = seeds[row.id]
     if row.kind != DETECT:
-        of_seeds = [Settings.from_dict({**row.settings, "output": "-", "seed": seed}) for seed in mine]
+        of_seeds = [Settings.from_dict({**row.settings, "output": "-", "seed": seed}) for seed in row.seeds]
         settled = [s.settled(dist.resolve_device(s.device), {}) for s in of_seeds]
         return [Job(row, s.seed, settings=s.to_dict(), inputs=inputs) for s in settled]
     # In this order: file, data and weights of the row, keys of the suite, of the row, of the command line.
@@ -236,7 +221,7 @@ def _jobs(
     merge_overrides(cfg, suite.overrides, "overrides of the suite")
     merge_overrides(cfg, row.overrides, "overrides")
     merge_overrides(cfg, overrides)
-    cfg.SEED = max(mine)
+    cfg.SEED = max(row.seeds)
     source = next((r for r in suite.rows if r.id == row.weights), None)
     if source is not None and source.kind == DETECT:
         raise ConfigError(f"weights: '{source.id}' is a detection row; name a pre-training row or a file")
@@ -253,12 +238,10 @@ def _jobs(
     files = [s.json_file for s in _sources(cfg) if os.path.isfile(s.json_file)]
     inputs |= {"engine": engine.name, "data": {file: file_hash(Path(file)) for file in files}}
     jobs = []
-    for seed in mine:
-        own = edited(cfg, {"SEED": seed})
-        if suite.folds:
-            own.DATASETS.VAL_FOLD = (seed, suite.folds)
-        needs = None if source is None else (source.id, seed if seed in seeds[source.id] else seeds[source.id][0])
-        jobs.append(Job(row, seed, cfg=own, needs=needs, inputs=inputs))
+    for seed in row.seeds:
+        fold = {"DATASETS.VAL_FOLD": (seed, suite.folds)} if suite.folds else {}
+        needs = None if source is None else (source.id, seed if seed in source.seeds else source.seeds[0])
+        jobs.append(Job(row, seed, cfg=edited(cfg, {"SEED": seed, **fold}), needs=needs, inputs=inputs))
     return jobs
 
 

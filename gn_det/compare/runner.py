@@ -11,25 +11,28 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import subprocess
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from fvcore.common.config import CfgNode
 
 from gn_det.checkpoint.weights_uri import local_path
 from gn_det.compare.execute import Outcome
 from gn_det.compare.plan import Job, Plan, file_hash
+from gn_det.data.sets import estimate_sizes
 from gn_det.engine import choice as engines
 from gn_det.engine import dist
 from gn_det.engine.hooks import Interrupted
-from gn_det.engine.output import alone_in
+from gn_det.engine.output import FINAL, alone_in
+from gn_det.engine.schedule import scale_schedule
 from gn_det.errors import UserError, WeightsError
 from gn_det.files import atomic_write, check_writable, json_bytes
 from gn_det.terminal import say
@@ -213,13 +216,11 @@ class Runner:
         self._write(record)
         began = time.perf_counter()
         try:
-            outcome = self.execute(job, folder, weights)
+            for name, value in vars(self.execute(job, folder, weights)).items():
+                setattr(record, name, value)
+            if self.recording:
+                record.weights, record.weights_sha = FINAL, file_hash(folder / FINAL)
             record.status = DONE
-            record.metrics, record.curve, record.config = outcome.metrics, outcome.curve, outcome.config
-            record.cost, record.size = outcome.cost, outcome.size
-            if outcome.weights is not None:
-                record.weights = os.path.relpath(outcome.weights, folder)
-                record.weights_sha = file_hash(outcome.weights)
         except (Interrupted, KeyboardInterrupt, SystemExit) as error:
             record.status, record.reason = INTERRUPTED, engines.error_line(error)
             raise
@@ -239,6 +240,42 @@ class Runner:
     def _say(self, line: str) -> None:
         if self.recording:
             say(line)
+
+
+def dry_run(plan: Plan, store: Store, *, any_version: bool) -> int:
+    """Print what would run; return 2 if a row is wrong (missing data or weights are listed but are not errors)."""
+    images: dict[str, int] = {}  # of an epoch by data settings, because COCO's annotations take long to read
+    for job in plan.jobs:
+        try:
+            record, _ = find(job, plan, store, any_version=any_version)
+            state = "done" if record.status == DONE else "resumes" if record.sessions else "to run"
+        except MissingWeights:
+            state = f"after {job.needs[0]}" if job.needs else ""
+        if job.cfg is None:
+            what = "{arch} {norm} on {data}, batch {batch_size}".format(**job.settings)
+        else:
+            keys = (shlex.join((key, str(value))) for key, value in job.row.overrides.items())
+            what = " ".join(filter(None, (job.row.config, _length(job.cfg, job.inputs["processes"], images), *keys)))
+        say(f"{job.name:40s} {state:10s} {what}".rstrip())
+    for identity, why in plan.left_out.items():
+        say(f"{identity:40s} left out   {why}")
+    for problem in plan.problems:
+        say(f"{'missing' if problem.absent else 'wrong'}: {problem}")
+    say("Dry run: nothing was trained or written.")
+    return 2 if any(not p.absent for p in plan.problems) else 0
+
+
+def _length(cfg: CfgNode, processes: int, images: dict[str, int]) -> str:
+    """Return how long a detection row trains here, in brackets; "" where its data are missing."""
+    key = f"{cfg.DATASETS} {cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS}"
+    try:
+        if key not in images:
+            images[key] = estimate_sizes(cfg).images
+        solver = scale_schedule(cfg, processes, images[key])[0].SOLVER
+    except UserError:
+        return ""
+    epochs = f", {solver.MAX_ITER * solver.IMS_PER_BATCH / images[key]:.3g} epochs" if images[key] else ""
+    return f"({solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images{epochs})"
 
 
 def fetch_weights(plan: Plan) -> None:
@@ -272,10 +309,10 @@ def package_commit() -> str:
     root = Path(__file__).resolve().parent.parent.parent
     if not (root / ".git").exists():
         return ""
-    git = partial(subprocess.run, cwd=root, capture_output=True, text=True, timeout=20, check=True)
+    describe = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
     try:
-        changed = git(["git", "status", "--porcelain", "--untracked-files=no", "gn_det"]).stdout
-        return f"{git(['git', 'rev-parse', 'HEAD']).stdout.strip()[:12]}{'+' if changed else ''}"
+        done = subprocess.run(describe, cwd=root, capture_output=True, text=True, timeout=20, check=True)
+        return done.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 

@@ -201,7 +201,7 @@ def parse_suite(content: Mapping[str, Any], source: str) -> Suite:
             "title": str(content.get("name") or name),
             "rows": rows,
             "tables": _tables(content.get("tables"), rows, source),
-            "sample_rows": _ids(_names(samples.get("rows") or ()), rows, f"{source}: samples: rows"),
+            "sample_rows": row_ids(_names(samples.get("rows") or ()), rows, f"{source}: samples: rows"),
             "sample_images": 4 if images is None else images,
         }
     except InvalidValue as error:
@@ -322,7 +322,7 @@ def _table(entry: Any, rows: Sequence[Row], place: int, where: str) -> Table:
     _mapping(keys={**_checks(Table), "grid": _mapping(keys=_checks(Grid))})(entry, where)
     grid = _made(Grid, entry["grid"]) if entry.get("grid") else None
     table: Table = _made(Table, entry, title=f"Table {place}", grid=grid)
-    ids = _ids(table.rows, rows, f"{where}: rows")
+    ids = row_ids(table.rows, rows, f"{where}: rows")
     if not ids:
         raise InvalidValue(f"{where}: rows", "is missing; name the ids of its rows")
     mine = [row for row in rows if row.id in ids]
@@ -337,21 +337,16 @@ def _table(entry: Any, rows: Sequence[Row], place: int, where: str) -> Table:
     return dataclasses.replace(table, rows=ids)
 
 
-def _ids(patterns: Sequence[str], rows: Sequence[Row], where: str) -> tuple[str, ...]:
-    """Return the ids that match; ``*`` matches any text."""
+def row_ids(patterns: Sequence[str], rows: Sequence[Row], where: str) -> tuple[str, ...]:
+    """Return the ids equal to a pattern, or else those that match its ``*``; InvalidValue if there are none."""
     known = [row.id for row in rows]
     out: list[str] = []
     for pattern in patterns:
-        found = matching(pattern, known)
+        found = [pattern] if pattern in known else fnmatch.filter(known, pattern) if "*" in pattern else []
         if not found:
             raise InvalidValue(f"{where}:", f"no row {shown(pattern)}{did_you_mean(pattern, known)}")
         out += found
     return tuple(dict.fromkeys(out))
-
-
-def matching(pattern: str, ids: Sequence[str]) -> list[str]:
-    """Return the id equal to the pattern, or else those that match its ``*``."""
-    return [pattern] if pattern in ids else fnmatch.filter(ids, pattern) if "*" in pattern else []
 
 
 # ------------------------------------------------------------ which suite

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from gn_det.compare.columns import (
-    AP_METRICS,
-    COLUMNS,
-    COST,
-    COSTS,
-    DECIDING,
-    EXPECTED,
-    METRIC,
-    SOURCES,
-    USUAL,
-    Reference,
-    load_references,
-    published_difference,
-)
-from gn_det.compare.outcomes import Difference, Place, Results, RowResult, common_place
+from gn_det.compare.columns import AP_METRICS, COLUMNS, COST, METRIC, SOURCES, Reference, describe, published_difference
+from gn_det.compare.outcomes import Difference, Place, Results, RowResult, common_place, published_rows
 from gn_det.compare.suite import DETECT, Grid, Table
 
+#: The main column of each kind of row.
+DECIDING = {"detect": "box_ap", "pretrain": "top1_error"}
+#: Default columns of a table, and those of the cost table.
+USUAL = {
+    "detect": ("box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75"),
+    "pretrain": ("top1_error", "train_error"),
+}
+COSTS = ("parameters", "s_per_iter", "memory_mb", "s_per_image")
 #: Kinds of columns.
 LABEL, MEASURED, DIFFERENCE, REFERENCE = "label", "measured", "difference", "reference"
 
@@ -160,8 +154,7 @@ def view(results: Results, table: Table, *, minor: bool = False) -> View:
     kind = rows[0].row.kind
     columns = table.columns or USUAL[kind]
     place = common_place(rows)
-    source = source_of(table, rows)
-    references = published_rows(rows, source)
+    source, references = published_rows(rows, table.reference)
     published = [c for c in columns if not minor and any(_published_cell(r, c).text for r in references)]
     compared = [c for c in (DECIDING[kind], "mask_ap") if c in columns and any(r.row.baseline for r in rows)]
     compared = [] if minor else compared
@@ -182,7 +175,7 @@ def view(results: Results, table: Table, *, minor: bool = False) -> View:
         body.append(cells + [_published_cell(reference, c) for c in published])
     notes = [table.note] * bool(table.note) + _notes(rows, columns, place, compared)
     notes += [] if minor else _row_notes(rows)
-    return View(table.title, head, body, notes, _sentence_on(source, references) if published else "", minor)
+    return View(table.title, head, body, notes, describe(source, references) if published else "", minor)
 
 
 def full_view(results: Results, table: Table) -> View | None:
@@ -238,8 +231,8 @@ def run_view(results: Results) -> View:
 def _grid_view(table: Table, rows: Sequence[RowResult], grid: Grid) -> View:
     across = list(dict.fromkeys(r.row.labels[grid.columns] for r in rows))
     down = list(dict.fromkeys(r.row.labels[grid.rows] for r in rows))
-    source, place = source_of(table, rows), common_place(rows)
-    references = published_rows(rows, source)
+    place = common_place(rows)
+    source, references = published_rows(rows, table.reference)
     places = [(r.row.labels[grid.rows], r.row.labels[grid.columns]) for r in rows]
     measured = dict(zip(places, (_cell(r, grid.value, place) for r in rows)))
     published = dict(zip(places, (_published_cell(reference, grid.value) for reference in references)))
@@ -252,7 +245,7 @@ def _grid_view(table: Table, rows: Sequence[RowResult], grid: Grid) -> View:
     ]
     notes = [f"{COLUMNS[grid.value].heading}.", *_notes(rows, [grid.value], place, []), *_row_notes(rows)]
     notes += [table.note] * bool(table.note)
-    return View(table.title, head, body, notes, _sentence_on(source, references) if shown else "")
+    return View(table.title, head, body, notes, describe(source, references) if shown else "")
 
 
 # ------------------------------------------------------------ cells
@@ -275,32 +268,12 @@ def _difference_cell(result: RowResult, column: str) -> Cell:
     return Cell(f"{signed(found.value)} {noise}", strong=bool(found.beyond_noise))
 
 
-def source_of(table: Table, rows: Sequence[RowResult]) -> str:
-    """Return the source that a table names, or that of most rows, so that columns never mix sources."""
-    counts = Counter(source for r in rows for source in {found.source for found in r.row.references})
-    return table.reference or (max(SOURCES, key=lambda source: counts[source]) if counts else "")
-
-
-def published_rows(rows: Sequence[RowResult], source: str) -> list[Reference | None]:
-    """Return the source's result for each row, for only the most frequent kind of model (C4, FPN)."""
-    found = [next((f for f in r.row.references if f.source == source), None) for r in rows]
-    kinds = Counter(f.kind for f in found if f is not None)
-    return [f if f is not None and f.kind == kinds.most_common(1)[0][0] else None for f in found]
-
-
 def _published_cell(reference: Reference | None, column: str) -> Cell:
     if reference is not None and column in reference.values:
         return Cell(COLUMNS[column].show(reference.values[column]))
     if reference is not None and column in reference.delta:
         return Cell(f"Δ about {signed(reference.delta[column])}")
     return _EMPTY
-
-
-def _sentence_on(source: str, found: Sequence[Reference | None]) -> str:
-    """Describe a source for the note below a table."""
-    if source == EXPECTED:
-        return "; ".join(dict.fromkeys(f.where for f in found if f is not None))
-    return load_references()[1][source]
 
 
 # ------------------------------------------------------------ notes

@@ -50,10 +50,10 @@ class Fake:
         cost: dict[str, float | None] = {"s_per_iter": 0.5, "memory_mb": 100.0, "s_per_image": 0.01}
         if job.cfg is None:
             curve = [{"x": float(i), "loss": 1.0 / i, "top1_error": value + 5 / i} for i in range(1, 4)]
-            return Outcome({"top1_error": value}, curve, cost, {"parameters": 1e6}, file, "settings: 1")
+            return Outcome({"top1_error": value}, curve, cost, {"parameters": 1e6}, "settings: 1")
         curve = [{"x": 10.0 * i, "loss": 2.0 / i, "box_ap": value - 5 / i, "mask_ap": value - 6 / i} for i in (1, 2)]
         metrics: dict[str, float | None] = {"box_ap": value, "mask_ap": value - 1, "box_ap_l": None}
-        return Outcome(metrics, curve, cost, {"parameters": 2e6}, file, "MODEL:\n  MASK_ON: true")
+        return Outcome(metrics, curve, cost, {"parameters": 2e6}, "MODEL:\n  MASK_ON: true")
 
 
 BN = {"id": "bn", "config": "quickstart.yaml", "reference": "fpn_bn"}

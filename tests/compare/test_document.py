@@ -164,7 +164,7 @@ def test_samples_are_spread_over_the_images_with_objects(monkeypatch: pytest.Mon
         return np.zeros((4, 4, 3), np.uint8)
 
     monkeypatch.setattr("gn_det.data.sets.load_first_test_set", lambda cfg: dataset)
-    monkeypatch.setattr("gn_det.data.image.ImageReader.read", lambda self, path: path)
+    monkeypatch.setattr("gn_det.data.image.ImageReader.read", lambda self, path: str(path))
     monkeypatch.setattr("gn_det.visualize.draw.draw_annotations", draw)
     for found, expected in (([0, 1, 0, 2, 1], ["1.png", "4.png"]), ([0] * 5, ["0.png", "4.png"])):
         dataset.object_counts = found

@@ -134,9 +134,8 @@ class Retrained(Fake):
     """Its weights have other bytes."""
 
     def __call__(self, job: Job, folder: Path, weights: str) -> Outcome:
-        outcome = super().__call__(job, folder, weights)
-        assert outcome.weights is not None
-        outcome.weights.write_bytes(b"other " + outcome.weights.read_bytes())
+        outcome, made = super().__call__(job, folder, weights), folder / "model_final.pth"
+        made.write_bytes(b"other " + made.read_bytes())
         return outcome
 
 

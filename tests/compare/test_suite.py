@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from gn_det.cli import main
-from gn_det.compare.suite import load_suite, matching, parse_suite
+from gn_det.compare.suite import Row, load_suite, parse_suite, row_ids
 from gn_det.errors import ConfigError
+from gn_det.values import InvalidValue
 from tests.compare.cases import plan_of, pretrain_row
 
 ROW = {"id": "a", "config": "quickstart.yaml"}
@@ -161,7 +162,12 @@ def test_shared_lists_and_long_texts_are_no_bomb(tmp_path: Path) -> None:
     [("a", ["a"]), ("*", ["a", "ab", "b/a"]), ("a*", ["a", "ab"]), ("*a", ["a", "b/a"]), ("*/*", ["b/a"]), ("a*a", [])],
 )
 def test_patterns(pattern: str, found: list[str]) -> None:
-    assert matching(pattern, ["a", "ab", "b/a"]) == found
+    rows = [Row(id=name) for name in ("a", "ab", "b/a")]
+    if found:
+        assert list(row_ids([pattern], rows, "x")) == found
+    else:
+        with pytest.raises(InvalidValue, match="no row"):
+            row_ids([pattern], rows, "x")
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -189,7 +195,7 @@ def test_bad_suites(
         (["small", "--train-json", "a.json"], "--configs"),
         (["small", "SOLVER.BASE_LRR", "1"], "SOLVER.BASE_LRR"),
         (["--configs", "quickstart.yaml", "--train-json", "a.json", "--train-images", "i"], "val_json"),
-        (["small", "--folds", "3"], "--folds needs --configs"),
+        (["small", "--folds", "3"], "--folds, --train-json and the like need --configs"),
         (["--configs", "quickstart.yaml", "--folds", "3"], "--folds divides the images of --train-json"),
         (["--configs", "quickstart.yaml", "--folds", "1"], "--folds is 1; it must be from 2 to 100"),
         (
