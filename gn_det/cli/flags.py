@@ -21,9 +21,6 @@ OVERRIDES = "config keys, such as SOLVER.BASE_LR 0.01 or SEED=1; they override f
 #: Presets of gn_det.config.presets, which imports too much for --help.
 AUGMENTATIONS = ("none", "light", "strong", "lsj")
 
-#: Upper limit of counts of processes, machines and the like.
-_MOST = 1_000_000
-
 
 class Parser(argparse.ArgumentParser):
     """Parser whose errors are one line, like any other error; --help shows the usage."""
@@ -40,7 +37,7 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-def whole(least: int, most: int = _MOST) -> Callable[[str], int]:
+def whole(least: int, most: int = 1_000_000) -> Callable[[str], int]:
     """Return an argparse type for whole numbers from ``least`` to ``most``, a million by default."""
 
     def read(word: str) -> int:

@@ -152,9 +152,6 @@ class RowResult:
         found = {r.seed: r.metrics.get(column) for r in self.done}
         return {seed: value for seed, value in found.items() if value is not None}
 
-    def spread(self, column: str) -> Spread | None:
-        return spread(self.values(column))
-
     def difference(self, column: str) -> Difference | None:
         """Return row minus baseline; None without a baseline, or if a side has no number."""
         return None if self.base is None else difference(self.values(column), self.base.values(column))
@@ -167,17 +164,15 @@ class RowResult:
 
     def cost(self, column: str, place: Place | None) -> float | None:
         """Return the median over the runs measured at ``place``, or None; a size is the same at every place."""
-        if COLUMNS[column].what == SIZE:
-            found = [r.size.get(column) for r in self.done]
-        else:
-            found = [r.cost.get(column) for r in self.done if place is not None and place_of_run(r) == place]
-        numbers = [v for v in found if v is not None]
+        anywhere = COLUMNS[column].what == SIZE
+        runs = [r for r in self.done if anywhere or (place is not None and place_of_run(r) == place)]
+        numbers = [v for r in runs if (v := {**r.size, **r.cost}.get(column)) is not None]
         return statistics.median(numbers) if numbers else None
 
     def number(self, column: str, place: Place | None) -> Spread | None:
         """Return a metric over the seeds, or a cost or size, which has no deviation; None without one."""
         if COLUMNS[column].what == METRIC:
-            return self.spread(column)
+            return spread(self.values(column))
         value = self.cost(column, place)
         return None if value is None else Spread(value, None, 1)
 
@@ -270,7 +265,7 @@ def as_json(results: Results, findings: Mapping[str, Sequence[str]], date: str) 
 
 def _row_json(result: RowResult, findings: Sequence[str]) -> dict[str, Any]:
     row = result.row
-    spreads = {c: s for c, what in COLUMNS.items() if what.what == METRIC and (s := result.spread(c)) is not None}
+    spreads = {c: s for c, what in COLUMNS.items() if what.what == METRIC and (s := result.number(c, None))}
     place = common_place([result])
     expected = next((r for r in row.references if r.source == EXPECTED), None)
     runs = [vars(record) for _, record in sorted(result.records.items())]

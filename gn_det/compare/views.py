@@ -197,7 +197,7 @@ def fold_view(results: Results) -> View | None:
     body = []
     for result in rows:
         for column in columns:
-            what, values, found = COLUMNS[column], result.values(column), result.spread(column)
+            what, values, found = COLUMNS[column], result.values(column), result.number(column, None)
             cells = [Cell(what.show(values[k])) if k in values else _NOTHING for k in range(1, folds + 1)]
             half = "" if found is None or found.half is None else f" ± {found.half:.1f}"
             mean = Cell("" if found is None else f"{what.show(found.mean)}{half}")

@@ -32,7 +32,7 @@ def check_values(cfg: CN) -> None:
         if name in KEYS:  # users of Detectron2 add their own keys
             check_value(name, value)
     check_size(cfg)
-    for problem in _contradictions(cfg):
+    if problem := next(_contradictions(cfg), None):
         raise ConfigError(problem)
 
 
@@ -44,7 +44,7 @@ def check_config(cfg: CN, engine: str = "embedded") -> None:
     check_values(cfg)
     for name in KEYS:
         _check_implemented(name, get_value(cfg, name), engine)
-    for problem in _of_model(cfg):
+    if problem := next(_of_model(cfg), None):
         raise ConfigError(problem)
 
 
@@ -148,7 +148,7 @@ def _of_model(cfg: CN) -> Iterator[str]:
     if cfg.TEST.PRECISE_BN.ENABLED and cfg.SOLVER.EMA.ENABLED:
         yield "TEST.PRECISE_BN.ENABLED does not go with SOLVER.EMA.ENABLED (it has its own statistics); set one False"
     if model.BACKBONE.RECOMPUTE and resnets.NORM.endswith(("BN", "BN_N")) and resnets.NORM != "FrozenBN":
-        twice = f"counts each batch twice in the statistics of MODEL.RESNETS.NORM {resnets.NORM}"
+        twice = f"would count each batch twice in the statistics of MODEL.RESNETS.NORM {resnets.NORM}"
         yield f"MODEL.BACKBONE.RECOMPUTE True {twice}; take GN or FrozenBN, or set it False"
     if box_head.CLASS_WEIGHTS and box_head.USE_SIGMOID_CE:
         yield "MODEL.ROI_BOX_HEAD.CLASS_WEIGHTS weighs the softmax loss, but USE_SIGMOID_CE is True; set one of them"

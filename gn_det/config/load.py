@@ -86,9 +86,6 @@ def resolve_config(name_or_path: str) -> Path:
     path = Path(os.path.expanduser(name_or_path))
     if os.path.isfile(path):
         return path
-    if os.path.exists(path):
-        kind = "folder" if os.path.isdir(path) else "pipe or device"
-        raise ConfigError(f"config {shown(name_or_path)} is a {kind}; name a .yaml file")
     if len(path.parts) > 1 and path.parts[0] != "configs":
         return _zoo_config(name_or_path)
     return shipped_config(path.name)
@@ -125,7 +122,8 @@ def _known(loaded: Mapping[str, Any], source: str, prefix: str = "") -> Iterator
         if name not in KEYS and name not in _SECTIONS:
             raise _unknown_key(name, source)
         if (name in _SECTIONS) != isinstance(value, Mapping):
-            kind = "a section with keys of its own" if name in _SECTIONS else "a single value"
+            keys = [key.removeprefix(f"{name}.") for key in KEYS if key.startswith(f"{name}.")]
+            kind = f"a section; set one of its keys ({', '.join(keys)})" if keys else "a single value"
             raise ConfigError(f"{source}: {name} is {kind}, got {shown(value)}")
         if isinstance(value, Mapping):
             yield from _known(value, source, f"{name}.")
@@ -171,11 +169,9 @@ class _Files:
     def load(self, path: Path, chain: tuple[_Place, ...] = ()) -> dict[str, tuple[Any, str]]:
         """Merge a file over its bases, in fvcore's order; return each value with its file."""
         source = f"config file {one_line(str(path), 300)}"
-        try:
-            place = (path.resolve(), path.parent.resolve())
+        place = (Path(os.path.realpath(path)), Path(os.path.realpath(path.parent)))
+        with suppress(OSError):  # deleted meanwhile
             self._left -= path.stat().st_size
-        except (OSError, RuntimeError, ValueError):  # deleted meanwhile, or an invalid name
-            place = (path, path.parent)
         if place in chain:
             raise ConfigError(f"{source}: {BASE_KEY} leads back to the file itself")
         if place in self._read:
@@ -217,13 +213,8 @@ def merge_overrides(cfg: CN, overrides: Overrides, source: str = "command line")
 
     ``source`` names their origin in errors.
     """
-    pairs = dict(overrides.items() if isinstance(overrides, Mapping) else _pairs(overrides))
+    pairs = dict(_known(overrides if isinstance(overrides, Mapping) else dict(_pairs(overrides)), source))
     for name, value in pairs.items():
-        if name in _SECTIONS:
-            keys = [key.removeprefix(f"{name}.") for key in KEYS if key.startswith(f"{name}.")]
-            raise ConfigError(f"{source}: {name} is a section; set one of its keys ({', '.join(keys)})")
-        if name not in KEYS:
-            raise _unknown_key(name, source)
         _set(cfg, name, value, source)
         if KEYS[name].rescaled and name not in cfg.SOLVER.NO_RESCALE:
             cfg.SOLVER.NO_RESCALE = (*cfg.SOLVER.NO_RESCALE, name)

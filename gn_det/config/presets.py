@@ -9,6 +9,7 @@ from typing import Any
 from fvcore.common.config import CfgNode as CN
 
 from gn_det.config.load import merge_overrides
+from gn_det.config.schema import KEYS
 from gn_det.errors import ConfigError
 from gn_det.text import shown
 
@@ -26,6 +27,11 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "lsj": {"INPUT.LSJ.ENABLED": True, "INPUT.LSJ.SCALE": (0.1, 2.0)},
 }
 AUGMENTATIONS = tuple(_PRESETS)
+#: Keys that a preset sets to their defaults, unless it names them.
+_RESET = (
+    *("INPUT.MIN_SIZE_TRAIN_SAMPLING", "INPUT.RANDOM_FLIP", "INPUT.CROP.ENABLED", "INPUT.LSJ.ENABLED"),
+    *("INPUT.ROTATION", "INPUT.COLOR_JITTER"),
+)
 #: Smallest shorter side relative to the largest of MIN_SIZE_TRAIN.
 _SMALLEST = {"light": 0.8, "strong": 0.5}
 
@@ -39,13 +45,8 @@ def apply_augmentation(cfg: CN, name: str, literal: Collection[str] = ()) -> Non
         raise ConfigError(f"augment: unknown preset {shown(name)}; known are {', '.join(_PRESETS)}")
     side = max(cfg.INPUT.MIN_SIZE_TRAIN)
     keys: dict[str, Any] = {
-        "INPUT.MIN_SIZE_TRAIN_SAMPLING": "choice",
-        "INPUT.RANDOM_FLIP": "horizontal",
-        "INPUT.CROP.ENABLED": False,
-        "INPUT.LSJ.ENABLED": False,
+        **{key: KEYS[key].default for key in _RESET},
         "INPUT.LSJ.SIZE": 32 * math.ceil(1.28 * side / 32),  # 1024 for the published 800
-        "INPUT.ROTATION": 0.0,
-        "INPUT.COLOR_JITTER": (0.0, 0.0, 0.0, 0.0),
         "INPUT.COPY_PASTE": 0.3 if name == "strong" and cfg.MODEL.MASK_ON else 0.0,
         **_PRESETS[name],
     }

@@ -149,10 +149,9 @@ def read_yaml(path: Path, what: str = "config file") -> dict[str, Any]:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise ConfigError(f"{source} cannot be read: {one_line(getattr(error, 'strerror', '') or error)}") from None
     loaded = parse_yaml(data, source)
-    if loaded is None:
-        raise ConfigError(f"{source} is empty")
     if not isinstance(loaded, dict):
-        raise ConfigError(f"{source} must hold keys and values, not a {type(loaded).__name__}")
+        found = "nothing" if loaded is None else f"a {type(loaded).__name__}"
+        raise ConfigError(f"{source} must hold keys and values, but holds {found}")
     return loaded
 
 

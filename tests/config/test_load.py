@@ -106,7 +106,7 @@ def test_mistakes_on_the_command_line(overrides: list[str], message: str) -> Non
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "is empty"),
+        ("", "but holds nothing"),
         ("- 1\n- 2\n", "must hold keys and values"),
         ("SOLVER: {BASE_LR: 1\n", "line"),
         ("SOLVER: {BASE_LR: 1.0}\nSOLVER: {MAX_ITER: 3}\n", "duplicate key 'SOLVER'"),
@@ -391,7 +391,7 @@ def test_files_and_shipped_names_come_first(zoo: Path, tmp_path: Path, monkeypat
         ("Misc/" + "x" * 5000, "(5005 characters) is neither a file nor in"),
         ("x" * 5000, "(5000 characters) is neither a file nor a shipped config; gn-det configs lists those"),
         ("Misc/a\0b.yaml", "neither a file nor in"),
-        ("/dev/zero", "is a pipe or device"),
+        ("/dev/zero", "is neither a file nor"),
     ],
 )
 def test_unknown_names_are_one_line(zoo: Path, name: str, message: str) -> None:
