@@ -123,8 +123,8 @@ def _known(loaded: Mapping[str, Any], source: str, prefix: str = "") -> Iterator
             raise _unknown_key(name, source)
         if (name in _SECTIONS) != isinstance(value, Mapping):
             keys = [key.removeprefix(f"{name}.") for key in KEYS if key.startswith(f"{name}.")]
-            kind = f"a section; set one of its keys ({', '.join(keys)})" if keys else "a single value"
-            raise ConfigError(f"{source}: {name} is {kind}, got {shown(value)}")
+            problem = f"is a section; set one of its keys ({', '.join(keys)})" if keys else "is a single value"
+            raise ConfigError(f"{source}: {name} {problem}, got {shown(value)}")
         if isinstance(value, Mapping):
             yield from _known(value, source, f"{name}.")
         else:
