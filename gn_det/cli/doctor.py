@@ -132,13 +132,13 @@ def _package(name: str, module: str = "", least: str = "") -> Finding:
         return Finding("ok", f"{name} {version or '(unknown version)'}")
     if version is None:
         return Finding("broken", f"{name} is not installed", f"pip install {name}")
-    what = f"{name} {version} cannot be used: {tried.error}"
+    remedy = f"pip install --force-reinstall {name}"
     if module == "cv2" and "headless" not in name and "cannot open shared object" in tried.error:
-        return Finding("broken", what, _headless(d for d in _OPENCV if installed_version(d)))
-    if name == "torchvision":
+        remedy = _headless(d for d in _OPENCV if installed_version(d))
+    elif name == "torchvision":
         reason = f"torchvision was built for another torch than {installed_version('torch')}"
-        return Finding("broken", what, f"{reason}: pip install --upgrade torch torchvision")
-    return Finding("broken", what, f"pip install --force-reinstall {name}")
+        remedy = f"{reason}: pip install --upgrade torch torchvision"
+    return Finding("broken", f"{name} {version} cannot be used: {tried.error}", remedy)
 
 
 def _extra(name: str, parts: list[str]) -> Finding:

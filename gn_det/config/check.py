@@ -44,7 +44,7 @@ def check_config(cfg: CN, engine: str = "embedded") -> None:
     check_values(cfg)
     for name in KEYS:
         _check_implemented(name, get_value(cfg, name), engine)
-    if problem := next(_of_model(cfg), None):
+    if problem := next(_model_contradictions(cfg), None):
         raise ConfigError(problem)
 
 
@@ -139,7 +139,7 @@ def _contradictions(cfg: CN) -> Iterator[str]:
             yield f"DATASETS.{missing[0]} is missing (flag {flag}); set both or none"
 
 
-def _of_model(cfg: CN) -> Iterator[str]:
+def _model_contradictions(cfg: CN) -> Iterator[str]:
     """Yield what is wrong between keys for the models that gn_det builds."""
     model, resnets, backbone = cfg.MODEL, cfg.MODEL.RESNETS, cfg.MODEL.BACKBONE.NAME
     architecture, heads, box_head = model.META_ARCHITECTURE, model.ROI_HEADS, model.ROI_BOX_HEAD
