@@ -122,7 +122,7 @@ def _contradictions(cfg: CN) -> Iterator[str]:
         yield f"INPUT.CROP.SIZE is {shown(size)}; it must be whole pixels for TYPE {kind}"
     if cfg.INPUT.COPY_PASTE and not cfg.MODEL.MASK_ON:
         amount = f"{cfg.INPUT.COPY_PASTE:g}"
-        yield f"INPUT.COPY_PASTE {amount} pastes objects by their masks, but MODEL.MASK_ON is False; set it 0"
+        yield f"INPUT.COPY_PASTE {amount} pastes objects by their masks, but MODEL.MASK_ON is False; set it to 0"
     data = cfg.DATASETS
     sources = {"VAL_FOLD": data.VAL_FOLD[1], "VAL_FRACTION": data.VAL_FRACTION, "VAL_JSON": data.VAL_JSON}
     given = [name for name, value in sources.items() if value]
@@ -146,7 +146,7 @@ def _model_contradictions(cfg: CN) -> Iterator[str]:
     if cfg.TEST.AUG.ENABLED and architecture != "GeneralizedRCNN":
         yield f"TEST.AUG.ENABLED True is for GeneralizedRCNN, not {architecture}; set it False"
     if cfg.TEST.PRECISE_BN.ENABLED and cfg.SOLVER.EMA.ENABLED:
-        yield "TEST.PRECISE_BN.ENABLED does not go with SOLVER.EMA.ENABLED (it has its own statistics); set one False"
+        yield "TEST.PRECISE_BN.ENABLED does not go with SOLVER.EMA.ENABLED, which has its own statistics; disable one"
     if model.BACKBONE.RECOMPUTE and resnets.NORM.endswith(("BN", "BN_N")) and resnets.NORM != "FrozenBN":
         twice = f"would count each batch twice in the statistics of MODEL.RESNETS.NORM {resnets.NORM}"
         yield f"MODEL.BACKBONE.RECOMPUTE True {twice}; take GN or FrozenBN, or set it False"
