@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from gn_det.check.decode import DecodeJob, decode_all
+from gn_det.check.decode import DecodeJob, decode_all, digest_of
 from gn_det.data.annotation_table import AnnotationTable, check_annotations, refuse_corners
 from gn_det.data.catalog import DatasetSource
 from gn_det.data.coco import CocoDataset, build_dataset
@@ -63,6 +63,10 @@ class Findings(Problems):
         if len(kept) < KEPT:
             kept.append(Problem(kind, where, details))
 
+    def stopped(self, error: FileProblem) -> None:
+        """Record the problem that kept a file from being read further."""
+        self.add(error.problem.kind, Where(file=error.path), *error.problem.details)
+
     def refuse(self, kind: str, where: Where, *details: Any) -> None:
         self.add(kind, where, *details)
         if kind == "image-id-repeated":
@@ -83,13 +87,13 @@ class Findings(Problems):
             # Share one set between all annotations with the same repairs: all of COCO may lack iscrowd.
             self.repaired[where.annotation] = self._kind_sets.setdefault(kinds, kinds)
 
-    def of(self, severity: str) -> list[tuple[str, Kind, int]]:
-        """Return (name, kind, count) of the kinds found, in the order of ``KINDS``."""
-        return [(n, k, self.counts[n]) for n, k in KINDS.items() if k.severity == severity and self.counts[n]]
+    def kinds(self) -> list[tuple[str, Kind, int]]:
+        """Return (name, kind, count) of the kinds found, in the order of ``KINDS``: errors, warnings, notes."""
+        return [(name, kind, self.counts[name]) for name, kind in KINDS.items() if self.counts[name]]
 
     def total(self, severity: str) -> int:
         """Return the number of findings of a severity."""
-        return sum(count for _, _, count in self.of(severity))
+        return sum(count for _, kind, count in self.kinds() if kind.severity == severity)
 
 
 @dataclass(frozen=True)
@@ -108,12 +112,13 @@ class Training:
         sides = (sides,) if isinstance(sides, int) else tuple(sides)
         return cls(sides, int(cfg.INPUT.MAX_SIZE_TRAIN), bool(cfg.MODEL.MASK_ON), ImageReader.of(cfg), Caps.of(cfg))
 
-    def scale(self, width: int, height: int, side: int) -> tuple[float, float]:
-        """Return the x and y factors of ResizeShortestEdge."""
+    def scales(self, sizes: np.ndarray, side: int) -> np.ndarray:
+        """Return (N, 2) x and y factors of ResizeShortestEdge to ``side`` for images of (N, 2) widths and heights."""
         if side == 0:
-            return 1.0, 1.0
-        new_height, new_width = resized_shape(height, width, side, self.max_size)
-        return new_width / width, new_height / height
+            return np.ones(sizes.shape)
+        resized = [resized_shape(height, width, side, self.max_size)[::-1] for width, height in sizes.tolist()]
+        factors: np.ndarray = np.array(resized, dtype=np.float64).reshape(-1, 2) / sizes
+        return factors
 
 
 @dataclass
@@ -136,10 +141,14 @@ class Survey:
         """Return the path of an image file."""
         return os.path.join(self.source.image_root, image["file_name"])
 
+    def digest(self, image: dict[str, Any]) -> bytes:
+        """Return the content hash of an image file, b"" if it cannot be read; each file is read once."""
+        if not self.digests.get(image["id"]):
+            self.digests[image["id"]] = digest_of(self.path(image))
+        return self.digests[image["id"]]
 
-def survey(
-    source: DatasetSource, split: str, training: Training, *, decode: bool = False, progress: bool = False
-) -> Survey:
+
+def survey(source: DatasetSource, split: str, training: Training, *, decode: bool = False) -> Survey:
     """Read one set and record all its problems; never raises for a defect of the set.
 
     Args:
@@ -147,7 +156,6 @@ def survey(
         split: "train", or "val", which may lack annotations.
         training: values from the config.
         decode: decode every image, on all cores.
-        progress: show progress bars on stderr.
     """
     prepare(source)
     findings = Findings(source.json_file)
@@ -156,36 +164,35 @@ def survey(
         try:
             result.content = read_coco_json(source, findings, need_annotations=split == "train")
         except FileProblem as error:
-            findings.add(error.problem.kind, Where(file=error.path), *error.problem.details)
+            findings.stopped(error)
             return result
-        unusable = _look_at_images(result, result.content, decode, progress)
+        unusable = _look_at_images(result, result.content, decode)
         result.images = [i for i in result.content.images if i["id"] not in unusable and i["width"]]
-        result.dataset = _read_annotations(result, result.content, training, unusable, progress)
+        result.dataset = _read_annotations(result, result.content, training, unusable)
     _look_at_the_whole(result, result.content, result.dataset)
     return result
 
 
-def _bar(progress: bool, total: int, what: str) -> tqdm[Any]:
-    # None hides the bar if stderr is not a terminal.
-    hidden = None if progress else True
-    return tqdm(total=total, desc=what, disable=hidden, leave=False, miniters=64, unit=" images")
+def _bar(total: int, what: str) -> tqdm[Any]:
+    # disable=None hides the bar if stderr is not a terminal.
+    return tqdm(total=total, desc=what, disable=None, leave=False, miniters=64, unit=" images")
 
 
-def _look_at_images(result: Survey, content: CocoJson, decode: bool, progress: bool) -> set[Any]:
+def _look_at_images(result: Survey, content: CocoJson, decode: bool) -> set[Any]:
     """Return the ids of unusable images; empty if no image is usable, which counts as one problem, not thousands."""
     images, findings = content.images, result.findings
     try:
-        with _bar(progress, len(images), f"{result.split}: image headers") as bar:
+        with _bar(len(images), f"{result.split}: image headers") as bar:
             unusable = look_at_images(images, result.source, findings, bar.update, result.reader)
     except FileProblem as error:
-        findings.add(error.problem.kind, Where(file=error.path), *error.problem.details)
+        findings.stopped(error)
         return set()
     if len(unusable) == len(images):
         return set()
     if decode:
         left = [image for image in images if image["id"] not in unusable]
         jobs = [DecodeJob(result.path(i), i["width"], i["height"], result.reader) for i in left]
-        with _bar(progress, len(jobs), f"{result.split}: decoding") as bar:
+        with _bar(len(jobs), f"{result.split}: decoding") as bar:
             for image, decoded in zip(left, decode_all(jobs)):
                 bar.update()
                 where = Where(image["id"], image["file_name"])
@@ -199,21 +206,15 @@ def _look_at_images(result: Survey, content: CocoJson, decode: bool, progress: b
     return unusable
 
 
-def _read_annotations(
-    result: Survey, content: CocoJson, training: Training, unusable: set[Any], progress: bool
-) -> CocoDataset:
+def _read_annotations(result: Survey, content: CocoJson, training: Training, unusable: set[Any]) -> CocoDataset:
     """Read the annotations of all images; those of unusable images are checked but not counted."""
     findings = result.findings
     table = check_annotations(content, result.images, findings)
     # Annotations cannot be checked if the image size is unknown or differs from the json.
-    others = [
-        image
-        for image in content.images
-        if image["id"] in unusable and image["width"] and findings.dropped_images[image["id"]] != "image-size"
-    ]
-    with _bar(progress, len(result.images) + len(others), f"{result.split}: annotations") as bar:
-        _look_at_objects(table, training, result, bar)
-        _look_at_objects(check_annotations(content, others, findings), training, result, bar)
+    dropped = [image for image in content.images if image["id"] in unusable and image["width"]]
+    others = [image for image in dropped if findings.dropped_images[image["id"]] != "image-size"]
+    _look_at_objects(table, training, result)
+    _look_at_objects(check_annotations(content, others, findings), training, result)
     objects = table[~table.crowd]
     bounds = objects.bounds().tolist()
     capped: list[tuple[Where, int, int]] = []
@@ -233,7 +234,7 @@ def _read_annotations(
     return build_dataset(result.source, content, table)
 
 
-def _look_at_objects(table: AnnotationTable, training: Training, result: Survey, bar: tqdm[Any]) -> None:
+def _look_at_objects(table: AnnotationTable, training: Training, result: Survey) -> None:
     """Check the objects that the loader accepts, all at once; only what is found is looked at one by one."""
     objects, findings = table[~table.crowd], result.findings
     bbox, size = objects.bbox, objects.sizes
@@ -241,8 +242,7 @@ def _look_at_objects(table: AnnotationTable, training: Training, result: Survey,
     corners = np.concatenate([bbox[:, :2], bbox[:, :2] + bbox[:, 2:]], axis=1)
     box, mask = corners.clip(0, limits), objects.hull.clip(0, limits)  # XYXY within the image; NaN without a mask
     sizes, of = np.unique(size, axis=0, return_inverse=True)
-    scale = np.array([training.scale(w, h, min(training.short_sides)) for w, h in sizes.tolist()]).reshape(-1, 2)[of]
-    visible = (box[:, 2:] - box[:, :2]) * scale
+    visible = (box[:, 2:] - box[:, :2]) * training.scales(sizes, min(training.short_sides))[of]
     fractions = (bbox.max(axis=1) <= 1) & (size.min(axis=1) > 1) & (bbox % 1 != 0).any(axis=1)
     out = ~fractions & (np.maximum(-corners[:, :2], corners[:, 2:] - size).max(axis=1) > 1)
     vanishes = ~fractions & (visible.min(axis=1) < VISIBLE)
@@ -271,7 +271,6 @@ def _look_at_objects(table: AnnotationTable, training: Training, result: Survey,
             findings.drop("no-mask", where)
         elif bare[row]:
             findings.add("no-mask-val" if training.masks_on else "no-mask-unused", where)
-    bar.update(len(table.images))
 
 
 def _repeated(objects: AnnotationTable) -> np.ndarray:

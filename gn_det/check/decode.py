@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
+from itertools import takewhile
 from typing import NamedTuple
 
 from PIL import Image
@@ -67,44 +68,35 @@ def decode(job: DecodeJob) -> Decoded:
         if one_color(pixels):
             value = ", ".join(dict.fromkeys(str(v) for v in pixels[0, 0].tolist()))
             return Decoded("image-constant", value, found)
-        return Decoded(*_checksum_problem(job.path), found)
+        try:
+            with open_regular(job.path) as file, Image.open(file) as image:
+                image.verify()  # the checksums of a PNG outside its pixels, which the reader ignores
+        except Exception as error:
+            return Decoded("image-checksum", f"{job.path}: {error}: download or copy this file again", found)
+    return Decoded("", "", found)
 
 
-def _checksum_problem(path: str) -> tuple[str, str]:
-    """Find a wrong PNG checksum outside the pixels, which Pillow ignores; the reader checks those of the pixels."""
-    try:
-        with open_regular(path) as file:
-            if file.read(8) != b"\x89PNG\r\n\x1a\n":
-                return "", ""
-            file.seek(0)
-            with Image.open(file) as image:
-                image.verify()
-    except Exception as error:
-        return "image-checksum", f"{path}: {error}: download or copy this file again"
-    return "", ""
-
-
-def _decode_chunk(jobs: Sequence[DecodeJob]) -> list[Decoded]:
+def _decode_part(jobs: Sequence[DecodeJob]) -> list[Decoded]:
     return [decode(job) for job in jobs]
 
 
 def decode_all(jobs: Sequence[DecodeJob], workers: int | None = None) -> Iterator[Decoded]:
     """Yield results in the order of ``jobs``; an image that crashes or hangs the decoder counts as damaged.
 
-    If the pool breaks, one of the chunks in flight caused it. The next chunk is then decoded image by image in one
-    process, which identifies the image, and the pool is restarted.
+    If the pool breaks, any part in flight may be the cause. The first of them is then decoded image by image in one
+    process, which identifies the image.
     """
-    chunks = [jobs[i : i + _CHUNK] for i in range(0, len(jobs), _CHUNK)]
     workers = cores() if workers is None else workers
-    careful = False
-    while chunks:
-        parts = [[job] for job in chunks[0]] if careful else chunks
+    parts = [jobs[i : i + _CHUNK] for i in range(0, len(jobs), _CHUNK)]
+    while parts:
+        single = len(parts[0]) == 1
+        now = list(takewhile(lambda part: len(part) == 1, parts)) if single else parts
         done, problem = 0, ""
-        # Use a process even for a single chunk: a decoder crash must not crash the check.
-        with _pool(1 if careful else max(min(workers, len(parts)), 1)) as pool:
+        # Use a process even for a single part: a decoder crash must not crash the check.
+        with _pool(1 if single else min(workers, len(parts))) as pool:
             try:
-                for waiting in [pool.submit(_decode_chunk, part) for part in parts]:
-                    found = waiting.result(timeout=len(parts[0]) * SECONDS)
+                for waiting in [pool.submit(_decode_part, part) for part in now]:
+                    found = waiting.result(timeout=len(now[0]) * SECONDS)
                     done += 1
                     yield from found
             except BrokenProcessPool:
@@ -116,18 +108,11 @@ def decode_all(jobs: Sequence[DecodeJob], workers: int | None = None) -> Iterato
                     for process in list((pool._processes or {}).values()):
                         process.kill()
                 pool.shutdown(wait=False, cancel_futures=True)
-        if not careful:
-            del chunks[:done]
-            careful = bool(problem)
-            continue
-        if problem:
-            path = chunks[0][done].path
-            yield Decoded("image-damaged", f"{path}: {problem}", b"")
-            done += 1
-        chunks[0] = chunks[0][done:]
-        if not chunks[0]:
-            del chunks[0]
-            careful = False
+        del parts[:done]
+        if problem and single:
+            yield Decoded("image-damaged", f"{parts.pop(0)[0].path}: {problem}", b"")
+        elif problem:
+            parts[:1] = [[job] for job in parts[0]]
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:

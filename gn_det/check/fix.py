@@ -36,11 +36,9 @@ def refuse_overwriting(outputs: dict[str, str | None], inputs: list[str]) -> Non
         except NotRegularFile as error:
             raise UserError(f"{flag} {path}: {error.strerror}; give the name of a file") from None
         except (OSError, ValueError):
-            pass  # does not exist yet, or writing it reports the problem
-        for source in inputs:
-            same = os.path.realpath(path) == os.path.realpath(source)
-            if same or (os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source)):
-                raise UserError(f"{flag} {path}: would overwrite the file being checked; give another name")
+            continue  # does not exist yet, or writing it reports the problem
+        if any(os.path.exists(source) and os.path.samefile(path, source) for source in inputs):
+            raise UserError(f"{flag} {path}: would overwrite the file being checked; give another name")
 
 
 def changes_file(target: str) -> str:
@@ -85,7 +83,7 @@ class Cleaner:
     def _parts(self) -> Iterator[bytes]:
         """Yield the json one entry at a time; one string for the file would double the memory."""
         fixed = {"images": self._image, "annotations": self._annotation, "categories": self._category}
-        self._seen: dict[str, set[Any]] = {key: set() for key in fixed}
+        self._seen: set[tuple[str, Any]] = set()
         yield b"{"
         for number, (key, value) in enumerate(read_json(self.survey.source.json_file).items()):
             yield (b",\n" if number else b"\n") + json_bytes(key) + b": "
@@ -111,8 +109,8 @@ class Cleaner:
         return None
 
     def _is_copy(self, section: str, number: Any) -> bool:
-        copy = number in self._seen[section]
-        self._seen[section].add(number)
+        copy = (section, number) in self._seen
+        self._seen.add((section, number))
         return copy
 
     def _image(self, position: int, entry: Any) -> dict[str, Any] | None:
@@ -139,32 +137,23 @@ class Cleaner:
         return self._changed(place, entry, {"id": number})
 
     def _annotation(self, position: int, entry: Any) -> dict[str, Any] | None:
-        why = self._why_left_out(position, entry)
         if not isinstance(entry, dict):
-            return self._left_out(f"entry {position} of 'annotations'", why)
+            return self._left_out(f"entry {position} of 'annotations'", KINDS["annotation-entry"].title)
         place = f"annotation {entry.get('id')} of image {entry.get('image_id')}"
-        return self._left_out(place, why) if why else self._changed(place, entry, self._repaired(position, entry))
+        kinds: frozenset[str] = frozenset()
+        why = self.content.left_out.get(position)
+        if why is None:
+            number = self.content.new_ids.get(position, whole(entry.get("id")))
+            kinds = self.findings.repaired.get(number, kinds)
+            why = self.findings.dropped_annotations.get(number, "polygon-empty" if "polygon-empty" in kinds else "")
+        if why:
+            return self._left_out(place, KINDS[why].title)
+        if resolve_id(entry.get("image_id"), self.image_of) is None:
+            return self._left_out(place, "its image is left out")
+        return self._changed(place, entry, self._repaired(position, entry, number, kinds))
 
-    def _number(self, position: int, entry: dict[str, Any]) -> Any:
-        return self.content.new_ids.get(position, whole(entry.get("id")))
-
-    def _why_left_out(self, position: int, entry: Any) -> str:
-        """Return why an annotation is left out, or "" if it is kept."""
-        if position in self.content.left_out:
-            kind = self.content.left_out[position]
-            return KINDS[kind].title if kind else "its image is left out"
-        number = self._number(position, entry)
-        kind = self.findings.dropped_annotations.get(number, "")
-        if not kind and "polygon-empty" in self.findings.repaired.get(number, ()):
-            kind = "polygon-empty"
-        if kind:
-            return KINDS[kind].title
-        return "" if resolve_id(entry.get("image_id"), self.image_of) is not None else "its image is left out"
-
-    def _repaired(self, position: int, entry: dict[str, Any]) -> dict[str, Any]:
-        """Return the repaired values of an annotation."""
-        number = self._number(position, entry)
-        kinds = self.findings.repaired.get(number, frozenset())
+    def _repaired(self, position: int, entry: dict[str, Any], number: int, kinds: frozenset[str]) -> dict[str, Any]:
+        """Return the new values of an annotation whose id becomes ``number`` and that needs repairs of these kinds."""
         category = resolve_id(entry["category_id"], self.reader.index_of)
         image = self.image_of[resolve_id(entry["image_id"], self.image_of)]
         what: dict[str, Any] = {}

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
+from pycocotools import mask as coco_mask
 
 from gn_det.check.audit import Findings, Survey
-from gn_det.check.proposals import as_overrides
-from gn_det.check.report import Report, class_table, facts
+from gn_det.check.report import ClassTable, Report, class_table, facts
+from gn_det.check.sizes import EDGES, LABELS, as_overrides
 from gn_det.data.annotations import Defect, check_segmentation, is_number, usable_pieces
 from gn_det.data.problems import Problem
 from gn_det.visualize.draw import draw_annotations, tint
@@ -35,19 +36,18 @@ Box = tuple[float, float, float, float]
 def as_html(report: Report) -> str:
     """Render the page, reading and drawing images as needed."""
     readable = [s for s in report.surveys if s.dataset is not None]
-    rows = class_table(readable)
-    sizes = report.sizes
+    splits, classes, sizes = [s.split for s in readable], class_table(readable), report.sizes
     return render(
         "check.html",
         surveys=[_set(survey) for survey in report.surveys],
-        together=_problems(report.across, None),
+        together=_problems(report.across),
         exit_code=report.exit_code,
         verdict=report.verdict(),
-        class_sets=[s.split for s in readable],
-        classes=_class_rows(rows, [s.split for s in readable]),
-        more_classes=len(rows) - _CLASSES,
+        class_sets=splits,
+        classes=_class_rows(classes, splits),
+        more_classes=len(classes) - _CLASSES,
         sizes=sizes,
-        size_plot=sizes and plot_histogram(sizes.labels(), sizes.counts, sizes.edges, sizes.anchors, "pixels"),
+        size_plot=sizes and plot_histogram(LABELS, sizes.counts, EDGES, sizes.anchors, "pixels"),
         proposals=as_overrides(report.proposals),
         changes=report.changes,
         config=report.config,
@@ -57,49 +57,40 @@ def as_html(report: Report) -> str:
 def _set(survey: Survey) -> dict[str, Any]:
     samples = []
     for index in choose_samples(survey):
-        drawn = draw_sample(survey, index)
+        image, drawn = survey.images[index], draw_sample(survey, index)
         if drawn is not None:
-            image = survey.images[index]
             samples.append({"uri": jpeg_uri(drawn), "caption": f"image {image['id']}: {image['file_name']}"})
-    return {
-        "split": survey.split,
-        "source": survey.source,
-        "decoded": survey.decoded,
-        "facts": facts(survey),
-        "problems": _problems(survey.findings, survey),
-        "samples": samples,
-    }
+    problems = _problems(survey.findings, survey)
+    return {"set": survey, "facts": facts(survey), "problems": problems, "samples": samples}
 
 
-def _problems(findings: Findings, survey: Survey | None) -> list[dict[str, Any]]:
+def _problems(findings: Findings, survey: Survey | None = None) -> list[dict[str, Any]]:
     """Return each kind with its first places, and images of some of them."""
     out = []
-    for severity in ("error", "warning", "note"):
-        for name, kind, count in findings.of(severity):
-            found = findings.found[name]
-            images: list[dict[str, str]] = []
-            for finding in found[:_TRIED] if survey is not None else ():
-                drawn = draw_problem(survey, finding) if survey is not None and len(images) < _DRAWN else None
-                if drawn is not None:
-                    images.append({"uri": jpeg_uri(drawn), "caption": str(finding.where)})
-            lines = [str(f) for f in found[:_LISTED]]
-            shown = {"severity": severity, "name": name, "title": kind.title, "fix": kind.fix}
-            out.append({**shown, "count": count, "lines": lines, "images": images})
+    for name, kind, count in findings.kinds():
+        found = findings.found[name]
+        images: list[dict[str, str]] = []
+        for finding in found[:_TRIED] if survey is not None else ():
+            drawn = draw_problem(survey, finding) if survey is not None and len(images) < _DRAWN else None
+            if drawn is not None:
+                images.append({"uri": jpeg_uri(drawn), "caption": str(finding.where)})
+        lines = [str(f) for f in found[:_LISTED]]
+        out.append({"name": name, "kind": kind, "count": count, "lines": lines, "images": images})
     return out
 
 
-def _class_rows(rows: Sequence[tuple[str, list[int], list[int]]], sets: Sequence[str]) -> list[dict[str, Any]]:
+def _class_rows(classes: ClassTable, splits: Sequence[str]) -> list[dict[str, Any]]:
     """Return bars in percent of the widest; each set has its own scale, the share of its objects."""
-    totals = [max(sum(objects[k] for _, objects, _ in rows), 1) for k in range(len(sets))]
-    most = max((n / total for _, objects, _ in rows for n, total in zip(objects, totals)), default=0) or 1.0
+    totals = [max(sum(objects), 1) for objects in zip(*(objects for _, objects, _ in classes))]
+    most = max((n / total for _, objects, _ in classes for n, total in zip(objects, totals)), default=0) or 1.0
     out = []
-    for name, objects, images in rows[:_CLASSES]:
+    for name, objects, images in classes[:_CLASSES]:
         bars = [
             {
                 "width": round(100 * n / total / most, 1),
                 "title": f"{n} objects in {m} images of {split} ({n / total:.1%})",
             }
-            for n, m, total, split in zip(objects, images, totals, sets)
+            for n, m, total, split in zip(objects, images, totals, splits)
         ]
         out.append({"name": name, "bars": bars, "counts": objects})
     return out
@@ -108,7 +99,7 @@ def _class_rows(rows: Sequence[tuple[str, list[int], list[int]]], sets: Sequence
 # ------------------------------------------------------------ sample images
 
 
-def choose_samples(survey: Survey, count: int = _SAMPLES) -> list[int]:
+def choose_samples(survey: Survey) -> list[int]:
     """Return indices into ``survey.images``: one image per class, rarest first, then spread over the set."""
     if survey.dataset is None or not survey.images:
         return []
@@ -116,12 +107,11 @@ def choose_samples(survey: Survey, count: int = _SAMPLES) -> list[int]:
     chosen: list[int] = []
     for index in np.argsort(survey.dataset.class_counts, kind="stable"):
         having = images[classes == index]
-        if len(having) and len(chosen) < count and having[0] not in chosen:
+        if len(having) and len(chosen) < _SAMPLES:
             # Spread over the set, because neighbors are often similar.
-            chosen.append(int(having[len(having) * (2 * len(chosen) + 1) // (2 * count)]))
-    rest = [i for i in np.linspace(0, len(survey.images) - 1, 4 * count).astype(int).tolist() if i not in chosen]
-    step = max(len(rest) // max(count - len(set(chosen)), 1), 1)
-    return list(dict.fromkeys([*chosen, *rest[::step], *rest]))[: min(count, len(survey.images))]
+            chosen.append(int(having[len(having) * (2 * len(chosen) + 1) // (2 * _SAMPLES)]))
+    spread = np.linspace(0, len(survey.images) - 1, _SAMPLES - len(chosen)).astype(int).tolist()
+    return list(dict.fromkeys([*chosen, *spread, *range(len(survey.images))]))[:_SAMPLES]
 
 
 def draw_sample(survey: Survey, index: int) -> np.ndarray | None:
@@ -145,10 +135,9 @@ def draw_sample(survey: Survey, index: int) -> np.ndarray | None:
 
 def draw_problem(survey: Survey, finding: Problem) -> np.ndarray | None:
     """Draw a faulty annotation on its image, box in red and mask in yellow; None if nothing is visible."""
-    where = finding.where
-    if survey.content is None or where.annotation is None or not finding.kind.startswith(_VISIBLE):
+    if survey.content is None or not finding.kind.startswith(_VISIBLE):
         return None
-    found = survey.content.find(where.image, where.annotation)
+    found = survey.content.find(finding.where.image, finding.where.annotation)
     if found is None:
         return None
     image, raw = found
@@ -179,8 +168,6 @@ def _tint_rle(pixels: np.ndarray, segmentation: Any, image: dict[str, Any]) -> N
     """Tint an RLE mask in place, if it can be decoded."""
     if not isinstance(segmentation, dict) or pixels.shape[:2] != (image["height"], image["width"]):
         return
-    from pycocotools import mask as coco_mask
-
     try:
         checked, _ = check_segmentation(segmentation, image["height"], image["width"])
     except Defect:
@@ -194,10 +181,9 @@ def _drawable_box(bbox: Any, image: dict[str, Any]) -> Box | None:
     if not isinstance(bbox, (list, tuple)) or len(bbox) != 4 or not all(is_number(v) for v in bbox):
         return None
     x, y, w, h = (float(v) for v in bbox)
-    wide, high = image["width"], image["height"]
-    x0, x1 = np.clip((x, x + w), -0.2 * wide, 1.2 * wide)
-    y0, y1 = np.clip((y, y + h), -0.2 * high, 1.2 * high)
-    return float(x0), float(y0), float(x1), float(y1)
+    size = np.array([image["width"], image["height"]] * 2)
+    x0, y0, x1, y1 = np.clip((x, y, x + w, y + h), -0.2 * size, 1.2 * size).tolist()
+    return x0, y0, x1, y1
 
 
 def _drawable_polygons(pieces: Any, image: dict[str, Any]) -> list[list[float]]:

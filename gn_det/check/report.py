@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,21 +14,22 @@ import numpy as np
 
 from gn_det.about import __version__
 from gn_det.check.audit import VISIBLE, Findings, Survey, Training
-from gn_det.check.decode import digest_of
-from gn_det.check.proposals import as_overrides, propose
-from gn_det.check.sizes import SizeTable, size_table
-from gn_det.data.coco import check_masks, check_num_classes, check_objects, check_same_classes
-from gn_det.data.problems import KINDS, NOWHERE, Where
+from gn_det.check.sizes import EDGES, LABELS, SizeTable, as_overrides, propose, size_table
+from gn_det.data.coco import CocoDataset, check_masks, check_num_classes, check_objects, check_same_classes
+from gn_det.data.problems import NOWHERE, Where
 from gn_det.data.sets import model_category_ids
 from gn_det.errors import DataError
 from gn_det.text import as_line, count, one_line, shown
 
-#: Exit codes of ``gn-det check``.
-CLEAN, WARNINGS, ERRORS = 0, 1, 2
+#: Share of objects below half the smallest anchor from which the report mentions it.
+_MANY_SMALL = 0.25
 #: Places to quote for each kind, by severity; ``--json`` lists more.
 _QUOTED = {"error": 3, "warning": 3, "note": 1}
 #: Classes to list, width of their names and of the longest bar; ``--html`` and ``--json`` list all classes.
 _CLASSES, _NAME, _BAR = 20, 60, 30
+
+#: (class name, objects per set, images per set) of each class.
+ClassTable = list[tuple[str, list[int], list[int]]]
 
 
 @dataclass
@@ -35,7 +38,6 @@ class Report:
 
     surveys: list[Survey]  # training sets first
     across: Findings  # problems between sets, or between sets and config
-    training: Training  # the config values used
     config: str = ""  # name of the config
     sizes: SizeTable | None = None  # object sizes of the training sets, None if none could be read
     proposals: dict[str, Any] = field(default_factory=dict)  # config keys that fit the objects better than the config's
@@ -48,68 +50,64 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        if self.total("error"):
-            return ERRORS
-        return WARNINGS if self.total("warning") else CLEAN
+        """0 if clean (notes do not count), 1 if there are only warnings, 2 if there are errors."""
+        return 2 if self.total("error") else 1 if self.total("warning") else 0
 
     def verdict(self) -> str:
         """Return the result in one line."""
         parts = [count(n, word) for word in ("error", "warning", "note") if (n := self.total(word))]
-        meaning = {
-            CLEAN: "clean",
-            WARNINGS: "training would use this dataset; see the warnings",
-            ERRORS: "training would refuse this dataset or drop entries",
-        }
+        meaning = (
+            "clean",
+            "training would use this dataset; see the warnings",
+            "training would refuse this dataset or drop entries",
+        )
         found = ", ".join(parts) or "no problem found"
         return f"{found}: {meaning[self.exit_code]} (exit code {self.exit_code})"
 
 
-def look_across(surveys: Sequence[Survey], training: Training, cfg: Any, config: str) -> Report:
+def look_across(surveys: list[Survey], training: Training, cfg: Any, config: str) -> Report:
     """Compare the sets with each other and with the config, using training's functions."""
-    report = Report(list(surveys), Findings("all sets"), training, config)
+    report = Report(surveys, Findings("all sets"), config)
     train, val = ([s for s in surveys if s.split == split] for split in ("train", "val"))
-    _compare_with_training(report, train, val, cfg)
     _find_overlap(report.across, train, val)
     datasets = [s.dataset for s in train if s.dataset is not None]
     if datasets:
+        _compare_with_training(report.across, datasets, [s.dataset for s in val if s.dataset is not None], cfg)
         report.sizes = size_table(datasets, training, cfg)
         report.proposals = propose(datasets, training, cfg)
-        if report.sizes.many_small:
+        if report.sizes.small > _MANY_SMALL:
             report.across.add("small-for-anchors", NOWHERE, report.sizes.small, min(report.sizes.anchors))
     return report
 
 
-def _compare_with_training(report: Report, train: list[Survey], val: list[Survey], cfg: Any) -> None:
-    add = report.across.add
-
+def _compare_with_training(
+    across: Findings, train: Sequence[CocoDataset], val: Sequence[CocoDataset], cfg: Any
+) -> None:
     @contextmanager
     def reported(kind: str) -> Iterator[None]:
         try:
             yield
         except DataError as error:
-            add(kind, NOWHERE, str(error))
+            across.add(kind, NOWHERE, str(error))
 
-    datasets = [s.dataset for s in train if s.dataset is not None]
-    if not datasets:
-        return
     with reported("classes-differ"):
-        check_same_classes(datasets)
+        check_same_classes(train)
     with reported("no-objects"):
-        check_objects(datasets)
-    for dataset in datasets:
+        check_objects(train)
+    for dataset in train:
         with reported("num-classes"):
             check_num_classes(int(cfg.MODEL.ROI_HEADS.NUM_CLASSES), dataset)
         if cfg.MODEL.MASK_ON and len(dataset.object_images):
             with reported("no-masks"):
                 check_masks(dataset, max_bad=2**62)
-    names, ids = datasets[0].class_names, datasets[0].category_ids
-    for other in (s.dataset for s in val if s.dataset is not None):
+    names, ids = train[0].class_names, train[0].category_ids
+    for other in val:
         with reported("classes-differ"):
             own = model_category_ids(other, names)
             if any(o != i for name, o, i in zip(names, own, ids) if name in other.class_names):
-                add("class-ids-differ", NOWHERE, other.json_file)
+                across.add("class-ids-differ", NOWHERE, other.json_file)
             for name in (n for n in names if n not in other.class_names):
-                add("classes-lacking", NOWHERE, other.json_file, shown(name))
+                across.add("classes-lacking", NOWHERE, other.json_file, shown(name))
 
 
 def _find_overlap(across: Findings, train: Sequence[Survey], val: Sequence[Survey]) -> None:
@@ -117,23 +115,17 @@ def _find_overlap(across: Findings, train: Sequence[Survey], val: Sequence[Surve
     if not train or not val:
         return
     by_file: dict[tuple[int, int], dict[str, Any]] = {}
-    by_length: dict[int, list[tuple[Survey, dict[str, Any]]]] = {}
+    by_length: dict[int, list[tuple[Survey, dict[str, Any]]]] = defaultdict(list)
     for survey, image, status in _files(val):
         by_file[status.st_dev, status.st_ino] = image
-        by_length.setdefault(status.st_size, []).append((survey, image))
-
-    def digest(survey: Survey, image: dict[str, Any]) -> bytes:
-        number = image["id"]
-        survey.digests[number] = survey.digests.get(number) or digest_of(survey.path(image))
-        return survey.digests[number]
-
+        by_length[status.st_size].append((survey, image))
     for survey, image, status in _files(train):
         where = Where(image["id"], image["file_name"])
-        if (status.st_dev, status.st_ino) in by_file:
-            across.add("overlap-file", where, by_file[status.st_dev, status.st_ino]["id"])
+        if (same := by_file.get((status.st_dev, status.st_ino))) is not None:
+            across.add("overlap-file", where, same["id"])
             continue
-        for other_survey, other in by_length.get(status.st_size, ()):
-            if digest(survey, image) and digest(survey, image) == digest(other_survey, other):
+        for other_survey, other in by_length[status.st_size]:
+            if survey.digest(image) and survey.digest(image) == other_survey.digest(other):
                 across.add("overlap-content", where, other["id"], other["file_name"])
                 break
 
@@ -147,8 +139,8 @@ def _files(surveys: Sequence[Survey]) -> Iterator[tuple[Survey, dict[str, Any], 
                 continue
 
 
-def class_table(surveys: Sequence[Survey]) -> list[tuple[str, list[int], list[int]]]:
-    """Return (class name, objects per set, images per set), sorted by frequency in the first set."""
+def class_table(surveys: Sequence[Survey]) -> ClassTable:
+    """Return the rows, sorted by frequency in the first set."""
     rows: dict[str, tuple[list[int], list[int]]] = {}
     for position, dataset in enumerate(s.dataset for s in surveys):
         if dataset is None:
@@ -181,59 +173,54 @@ def facts(survey: Survey) -> str:
 
 def as_text(report: Report) -> str:
     """Return the full report as text."""
-    lines: list[str] = []
+    sections: list[list[str]] = []
     for survey in report.surveys:
         how = "every image decoded" if survey.decoded else "image headers read; --images decodes every image"
-        lines += [f"{survey.split}  {survey.source.json_file}", f"  {facts(survey)}; {how}"]
-        lines += [*_finding_lines(survey.findings), ""]
+        title = [f"{survey.split}  {survey.source.json_file}", f"  {facts(survey)}; {how}"]
+        sections.append([*title, *_finding_lines(survey.findings)])
     if report.across.counts:
-        lines += ["all datasets and the config", *_finding_lines(report.across), ""]
-    if any(s.dataset is not None for s in report.surveys):
-        lines += [*_class_lines(report), ""]
+        sections.append(["all datasets and the config", *_finding_lines(report.across)])
+    if classes := class_table(report.surveys):
+        sections.append([*_class_lines(classes, [s.split for s in report.surveys])])
     if report.sizes is not None:
-        lines += [*_size_lines(report.sizes), ""]
-    if report.proposals:
-        lines += [
-            "  keys that fit these objects better than the config",
-            *(f"    {k}" for k in as_overrides(report.proposals)),
-            "",
-        ]
-    lines.append(report.verdict())
-    return "\n".join(as_line(line).rstrip() for line in lines)
+        sections.append([*_size_lines(report.sizes)])
+    if keys := as_overrides(report.proposals):
+        sections.append(["  keys that fit these objects better than the config", *(f"    {key}" for key in keys)])
+    sections.append([report.verdict()])
+    return "\n\n".join("\n".join(as_line(line).rstrip() for line in section) for section in sections)
 
 
 def _finding_lines(findings: Findings) -> Iterator[str]:
-    for severity in ("error", "warning", "note"):
-        kinds = findings.of(severity)
-        if kinds:
-            yield f"  {severity.upper()}S"
-        for name, kind, number in kinds:
-            yield f"  {number:>8}  {kind.title}  [{name}]"
-            quoted = findings.found[name][: _QUOTED[severity]]
-            yield from (f"            {finding}" for finding in quoted)
-            if number > len(quoted):
-                yield f"            ... and {number - len(quoted)} more"
-            if kind.fix:
-                yield f"            --fix: {kind.fix}"
+    heading = ""
+    for name, kind, number in findings.kinds():
+        if kind.severity != heading:
+            heading = kind.severity
+            yield f"  {heading.upper()}S"
+        yield f"  {number:>8}  {kind.title}  [{name}]"
+        quoted = findings.found[name][: _QUOTED[kind.severity]]
+        yield from (f"            {finding}" for finding in quoted)
+        if number > len(quoted):
+            yield f"            ... and {number - len(quoted)} more"
+        if kind.fix:
+            yield f"            --fix: {kind.fix}"
     if not findings.counts:
         yield "  no problem found"
 
 
-def _class_lines(report: Report) -> Iterator[str]:
-    rows = [(one_line(name, _NAME), objects) for name, objects, _ in class_table(report.surveys)]
-    most = max((max(objects) for _, objects in rows), default=0)
-    width = max((len(name) for name, _ in rows[:_CLASSES]), default=5)
-    yield f"  {'class':{width}}{''.join(f'{s.split:>10}' for s in report.surveys)}   objects"
-    for name, objects in rows[:_CLASSES]:
+def _class_lines(classes: ClassTable, splits: Sequence[str]) -> Iterator[str]:
+    most = max(max(objects) for _, objects, _ in classes)
+    names = [one_line(name, _NAME) for name, _, _ in classes[:_CLASSES]]
+    width = max(len(name) for name in names)
+    yield f"  {'class':{width}}{''.join(f'{split:>10}' for split in splits)}   objects"
+    for name, (_, objects, _) in zip(names, classes):
         yield f"  {name:{width}}{''.join(f'{n:>10}' for n in objects)}   {_bar(objects[0], most)}"
-    if len(rows) > _CLASSES:
-        yield f"  ... and {len(rows) - _CLASSES} classes more"
+    if len(classes) > _CLASSES:
+        yield f"  ... and {len(classes) - _CLASSES} classes more"
 
 
 def _size_lines(sizes: SizeTable) -> Iterator[str]:
     yield f"  object size at training ({sizes.rule})"
-    for i, (label, number) in enumerate(zip(sizes.labels(), sizes.counts)):
-        low, high = (0, *sizes.edges)[i], (*sizes.edges, float("inf"))[i]
+    for label, number, low, high in zip(LABELS, sizes.counts, (0, *EDGES), (*EDGES, math.inf)):
         anchors = ", ".join(f"{a:g}" for a in sizes.anchors if low <= a < high)
         mark = f"  anchor {anchors}" if anchors else ""
         yield f"  {label:>9}{number:>9}  {_bar(number, max(sizes.counts)):{_BAR}}{mark}"
@@ -266,9 +253,9 @@ def as_json(report: Report) -> dict[str, Any]:
     if sizes is not None:
         result["sizes"] = {
             "rule": sizes.rule,
-            "edges": list(sizes.edges),
-            "counts": list(sizes.counts),
-            "anchors": list(sizes.anchors),
+            "edges": EDGES,
+            "counts": sizes.counts,
+            "anchors": sizes.anchors,
             "fit_iou_0.7": sizes.fit[0],
             "fit_iou_0.5": sizes.fit[1],
             "below_half_of_smallest_anchor": sizes.small,
@@ -305,10 +292,10 @@ def _findings_as_json(findings: Findings) -> list[dict[str, Any]]:
     return [
         {
             "kind": name,
-            "severity": KINDS[name].severity,
-            "title": KINDS[name].title,
-            "count": findings.counts[name],
-            "fix": KINDS[name].fix,
+            "severity": kind.severity,
+            "title": kind.title,
+            "count": number,
+            "fix": kind.fix,
             "listed": [
                 {
                     "image_id": f.where.image,
@@ -319,6 +306,5 @@ def _findings_as_json(findings: Findings) -> list[dict[str, Any]]:
                 for f in findings.found[name]
             ],
         }
-        for name in KINDS
-        if findings.counts[name]
+        for name, kind, number in findings.kinds()
     ]
