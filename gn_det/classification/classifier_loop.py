@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from gn_det.about import __version__
 from gn_det.checkpoint.io import save_checkpoint
-from gn_det.classification.image_sources import Batch, Input, Source
+from gn_det.classification.image_folder import Source
+from gn_det.classification.image_sources import Batch, Input
 from gn_det.classification.network import Classifier
 from gn_det.classification.other_norms import plain_weights
 from gn_det.classification.settings import DEPTHS, Settings
@@ -65,14 +66,14 @@ class Normalize(nn.Module):
 
     def __init__(self, given: Input) -> None:
         super().__init__()
-        self.mean = nn.Buffer(torch.tensor(given.mean).view(1, -1, 1, 1), persistent=False)
-        self.std = nn.Buffer(torch.tensor(given.std).view(1, -1, 1, 1), persistent=False)
+        self.mean = nn.Buffer(torch.tensor(given.mean), persistent=False)
+        self.std = nn.Buffer(torch.tensor(given.std), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """(N, C, ...) of any dtype to the same shape in float32."""
         pixels = pixels.to(self.mean.device, non_blocking=True).float()
-        if pixels.dim() == 5:
-            return (pixels - self.mean[..., None]) / self.std[..., None]
-        return (pixels - self.mean) / self.std
+        shape = (-1, *[1] * (pixels.dim() - 2))
+        return (pixels - self.mean.view(shape)) / self.std.view(shape)
 
 
 class ClassifierLoss(nn.Module):
@@ -208,21 +209,26 @@ def final_test(loss: ClassifierLoss, source: Any, autocast: torch.dtype | None =
 
     The softmax is averaged over all clips and crops of a validation video. The model stays in evaluation mode.
     """
-    sums: dict[int, Tensor] = {}
-    classes: dict[int, int] = {}
     with _evaluating(loss, autocast):
-        for number, (pixels, labels) in source.test_batches(range(dist.rank(), source.val_images, dist.world_size())):
-            if len(labels):
-                softmax = loss.classifier(loss.normalize(pixels)).float().softmax(dim=1).sum(dim=0)
-                sums[number] = sums[number] + softmax if number in sums else softmax
-                classes[number] = int(labels[0])
-    ranks = [int((scores > scores[classes[number]]).sum()) for number, scores in sums.items()]
+        videos = summed_softmax(loss, source, range(dist.rank(), source.val_images, dist.world_size())).values()
+    ranks = [int((scores > scores[label]).sum()) for scores, label in videos]
     row = [sum(rank > 0 for rank in ranks), sum(rank > 4 for rank in ranks), len(ranks)]
     rows = dist.gather_rows(torch.tensor(row, device=loss.mistakes.device))
-    top1, top5, videos = (sum(part) for part in zip(*rows))
-    if not videos:
+    top1, top5, usable = (sum(part) for part in zip(*rows))
+    if not usable:
         raise DataError("no validation video can be used")
-    return {"top1_error": 100 * top1 / videos, "top5_error": 100 * top5 / videos, "test_videos": videos}
+    return {"top1_error": 100 * top1 / usable, "top5_error": 100 * top5 / usable, "test_videos": usable}
+
+
+def summed_softmax(loss: ClassifierLoss, source: Any, numbers: Sequence[int]) -> dict[int, tuple[Tensor, int]]:
+    """Return the softmax, summed over all clips and crops, and the class of each validation video that can be used."""
+    found: dict[int, tuple[Tensor, int]] = {}
+    for number, (pixels, labels) in source.test_batches(numbers):
+        if len(labels):
+            softmax = loss.classifier(loss.normalize(pixels)).float().softmax(dim=1).sum(dim=0)
+            before, _ = found.get(number, (torch.zeros_like(softmax), 0))
+            found[number] = before + softmax, int(labels[0])
+    return found
 
 
 @contextmanager

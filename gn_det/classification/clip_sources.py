@@ -11,6 +11,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -18,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gn_det.classification.image_folder import Entry, scan_parts
-from gn_det.classification.image_sources import Batch, Input, in_parts
+from gn_det.classification.image_folder import Entry, FileSource, scan_parts
+from gn_det.classification.image_sources import Batch, Input
 from gn_det.classification.settings import Settings
 from gn_det.data.clip_frames import ClipError, VideoFile, import_av
 from gn_det.data.video_frames import VIDEO_SUFFIXES
@@ -64,18 +65,8 @@ class Loaded(NamedTuple):
     short: int
 
 
-def clip_numbers(start: int, frames: int, stride: int) -> list[int]:
-    """Frames of a clip that begins at ``start``; a video that is shorter is read modulo its length."""
-    return [start + stride * k for k in range(frames)]
-
-
-def start_of_test_clip(clip: int, clips: int, frames: int) -> int:
-    """First frame of the 0-based ``clip`` of ``clips`` in a video of ``frames``."""
-    return int(clip * frames / clips)
-
-
-class ClipSource:
-    """See :class:`gn_det.classification.image_sources.Source`; validation is augmented as training is (Figure 7).
+class ClipSource(FileSource):
+    """Clips of videos; validation is augmented as training is (Figure 7).
 
     Args:
         train, val: (name, class index) of every video.
@@ -98,38 +89,28 @@ class ClipSource:
         flip: bool = True,
         bad: Sequence[tuple[str, str]] = (),
     ) -> None:
-        self.class_names = tuple(class_names)
-        self.train_images, self.val_images = len(train), len(val)
-        self.input = RGB
+        super().__init__(class_names, train, val, RGB, settings)
         self.bad: dict[str, str] = {}
-        self._train, self._val, self._settings = train, val, settings
         self._open, self._flip = open_video, flip
         self._told = False
         self._note(bad)
 
-    def train_batches(self, epoch: int, batches: Sequence[np.ndarray]) -> Iterator[Batch]:
-        yield from self._load(self._train, [b.tolist() for b in batches], epoch)
-
-    def val_batches(self, numbers: Sequence[int], size: int) -> Iterator[Batch]:
-        yield from self._load(self._val, in_parts(numbers, size), None)
-
     def test_batches(self, numbers: Sequence[int]) -> Iterator[tuple[int, Batch]]:
         """The number of a validation video, and the crops of one of its clips; its clips one after the other."""
         clips = [(number, clip) for number in numbers for clip in range(self._settings.test_clips)]
-        for (number, _), loaded in zip(clips, self._loaded(_TestClips, self._val, [[c] for c in clips], None)):
+        data = _TestClips(self._val, self._settings, None, self._open, self._flip, self.input.order)
+        for (number, _), loaded in zip(clips, self._loaded(data, clips)):
             yield number, (loaded.pixels, loaded.labels)
 
     def _load(self, entries: list[Entry], batches: list[list[int]], epoch: int | None) -> Iterator[Batch]:
-        for loaded in self._loaded(_Clips, entries, batches, epoch):
+        data = _Clips(entries, self._settings, epoch, self._open, self._flip, self.input.order)
+        for loaded in self._loaded(data, batches):
             if len(loaded.labels):
                 yield loaded.pixels, loaded.labels
             elif epoch is not None:
                 raise DataError(f"{self._settings.data}: no training video can be used")
 
-    def _loaded(
-        self, kind: type[_Clips], entries: list[Entry], batches: list[list[Any]], epoch: int | None
-    ) -> Iterator[Loaded]:
-        data = kind(entries, self._settings, epoch, self._open, self._flip, self.input.order)
+    def _loaded(self, data: _Clips, batches: Sequence[Any]) -> Iterator[Loaded]:
         for loaded in load_batches(data, batches, min(self._settings.workers, len(batches))):
             self._note(loaded.bad)
             if loaded.short and not self._told:
@@ -155,91 +136,88 @@ class ClipSource:
             )
 
 
+@dataclass(eq=False)
 class _Clips(WorkerData):
     """Training clips of one epoch; without an epoch those of validation."""
 
-    def __init__(
-        self,
-        entries: list[Entry],
-        settings: Settings,
-        epoch: int | None,
-        open_video: Callable[[str], Video],
-        flip: bool,
-        order: str,
-    ) -> None:
-        self._entries, self._settings, self._epoch = entries, settings, epoch
-        self._open, self._flip, self._order = open_video, flip, order
-        self._short = 0
+    entries: list[Entry]
+    settings: Settings
+    epoch: int | None
+    open_video: Callable[[str], Video]
+    flip: bool
+    order: str  # of the network's channels
 
     def name_of(self, index: int) -> str:
-        return self._entries[index][0]
+        return self.entries[index][0]
 
     def __getitem__(self, batch: Sequence[int]) -> Loaded:
         """A video that cannot be used is left out in validation, and in training replaced by the next one that can."""
         clips: list[Tensor] = []
         labels: list[int] = []
         bad: list[tuple[str, str]] = []
-        self._short = 0
+        short = 0
         for number in batch:
-            others = range(len(self._entries)) if self._epoch is not None else range(1)
-            for place in ((number + other) % len(self._entries) for other in others):
-                name, label = self._entries[place]
+            for other in range(len(self.entries) if self.epoch is not None else 1):
+                place = (number + other) % len(self.entries)
+                name, label = self.entries[place]
                 self.note(place)
                 try:
-                    clips.append(self._clip(self._open(name), number))
+                    video = self.open_video(name)
+                    if video.frames < self.settings.span:
+                        short = video.frames
+                    clips.append(self._clip(video, number))
                 except ClipError as error:
                     bad.append((name, str(error)))
-                    if len(bad) > self._settings.max_bad:
+                    if len(bad) > self.settings.max_bad:
                         break
                     continue
                 labels.append(label)
                 break
         pixels = torch.stack(clips) if clips else torch.empty(0, dtype=torch.uint8)
-        return Loaded(pixels, torch.tensor(labels, dtype=torch.int64), bad, self._short)
+        return Loaded(pixels, torch.tensor(labels, dtype=torch.int64), bad, short)
 
     def _clip(self, video: Video, number: int) -> Tensor:
-        settings, side = self._settings, self._settings.side
-        epoch = (0, 0) if self._epoch is None else (1, self._epoch)
+        settings, side = self.settings, self.settings.side
+        epoch = (0, 0) if self.epoch is None else (1, self.epoch)
         rng = np.random.default_rng([settings.seed, *epoch, number])
-        last = video.frames - settings.span
-        if last < 0:
-            last, self._short = 0, video.frames
-        start = int(rng.integers(0, last + 1))
+        start = int(rng.integers(0, max(video.frames - settings.span, 0) + 1))
         low, high = (round(side * edge / _CROP) for edge in _JITTER)
-        short = int(rng.integers(low, high + 1))
-        frames = video.read(clip_numbers(start, settings.frames, settings.frame_stride), short)
+        frames = self._frames(video, start, int(rng.integers(low, high + 1)))
         y, x = (int(rng.integers(0, edge - side + 1)) for edge in frames.shape[1:3])
         crop = frames[:, y : y + side, x : x + side]
-        return self._tensor(crop[:, :, ::-1] if rng.random() < 0.5 and self._flip else crop)
+        return self._tensor(crop[:, :, ::-1] if rng.random() < 0.5 and self.flip else crop)
+
+    def _frames(self, video: Video, start: int, side: int) -> np.ndarray:
+        """The frames of a clip; a video that is shorter is read modulo its length."""
+        settings = self.settings
+        return video.read([start + settings.frame_stride * k for k in range(settings.frames)], side)
 
     def _tensor(self, frames: np.ndarray) -> Tensor:
         """(T, H, W, 3) RGB to (3, T, H, W) in the network's order of channels."""
-        frames = frames[..., ::-1] if self._order == "BGR" else frames
+        frames = frames[..., ::-1] if self.order == "BGR" else frames
         return torch.from_numpy(np.ascontiguousarray(frames.transpose(3, 0, 1, 2)))
 
 
 class _TestClips(_Clips):
-    """Crops (test_crops, 3, T, side, side) of one clip each, addressed by ``[(video, clip)]``."""
+    """Crops (test_crops, 3, T, side, side) of one clip each, addressed by ``(video, clip)``."""
 
     #: The video read last, with its place and its number of frames when opened: all packets were read to count them.
     _last: tuple[int, Video, int] | None = None
 
-    def __getitem__(self, batch: Sequence[tuple[int, int]]) -> Loaded:  # type: ignore[override]
-        settings, ((number, clip),) = self._settings, batch
+    def __getitem__(self, place: tuple[int, int]) -> Loaded:  # type: ignore[override]
+        settings, (number, clip) = self.settings, place
         short = round(settings.side * _TEST / _CROP)
         side = max(short // _STRIDE * _STRIDE, settings.side)
-        name, label = self._entries[number]
+        name, label = self.entries[number]
         self.note(number)
         try:
             if self._last is None or self._last[0] != number:
-                video = self._open(name)
+                video = self.open_video(name)
                 self._last = number, video, video.frames
             _, video, length = self._last
-            start = start_of_test_clip(clip, settings.test_clips, length)
-            frames = video.read(clip_numbers(start, settings.frames, settings.frame_stride), short)
+            frames = self._frames(video, int(clip * length / settings.test_clips), short)
         except ClipError as error:
-            bad = [(name, str(error))]
-            return Loaded(torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), bad, 0)
+            return Loaded(torch.empty(0), torch.empty(0), [(name, str(error))], 0)
         height, width = frames.shape[1:3]
         # Along the longer side: both ends and the middle; of the shorter side the middle.
         shares = (0.5,) if settings.test_crops == 1 else (0, 0.5, 1)

@@ -95,8 +95,6 @@ def restore(path: Path, settings: Settings, state: TrainState) -> Progressed:
         WeightsError: the file cannot be used.
     """
     payload, processes = read_checkpoint(path, verify=True), dist.world_size()
-    if not {"model", "optimizer", "done", "settings"} <= set(payload):
-        raise WeightsError(f"{path}: is not a checkpoint of gn-det classify; start over with --overwrite")
     try:
         record({"settings": _SETTINGS, "processes": integer(1, 10**6)})(payload, "")
         _check_settings(path, payload["settings"], settings)
@@ -109,7 +107,7 @@ def restore(path: Path, settings: Settings, state: TrainState) -> Progressed:
         done = Progressed(**{f.name: payload["done"][f.name] for f in fields(Progressed) if f.name in payload["done"]})
         if len(done.curve) != done.epochs or (done.epochs and not done.best):
             raise InvalidValue("done.curve", f"has {len(done.curve)} rows, not one for each of {done.epochs} epochs")
-        put_momentum = restore_slots(state.optimizer, payload["optimizer"], "optimizer")
+        put_momentum = restore_slots(state.optimizer, payload.get("optimizer"), "optimizer")
     except InvalidValue as error:
         raise refuse(str(path), error, "start over with --overwrite") from None
     state.model.load_state_dict(dict(payload["model"]))

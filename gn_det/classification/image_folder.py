@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from gn_det.classification.image_sources import Arrays, ArraySource, Batch, bgr_input, enough, in_parts, subset
+from gn_det.classification.image_sources import Arrays, ArraySource, Batch, Input, bgr_input, enough, subset
 from gn_det.classification.settings import CROP, SHIFT, Settings
 from gn_det.data.image import ImageError, ImageReader
 from gn_det.data.inputs import IMAGE_SUFFIXES
@@ -30,44 +30,39 @@ _VECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0
 _VALUES = (0.2175, 0.0188, 0.0045)
 _COLOR, _LIGHTING = 0.4, 0.1
 
-#: Images of "shift" that are kept in memory.
+#: Bytes of the images of "shift" that are kept in memory.
 _MOST_BYTES = 8 << 30
 
+#: Name of an image or video, usually its file, and class index.
 Entry = tuple[str, int]
-
-
-def scan(
-    folder: Path, suffixes: Collection[str] = IMAGE_SUFFIXES, what: str = "images"
-) -> tuple[list[str], list[Entry]]:
-    """Return sorted names of class folders, and (file, class index) of each file that ends as ``suffixes``.
-
-    Raises:
-        DataError: no such folder, no classes, or a class without such files, which are called ``what``.
-    """
-    if not folder.is_dir():
-        raise DataError(
-            f"{folder}: no such folder; data must hold train/<class>/* and val/<class>/* (or be digits or shapes)"
-        )
-    names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
-    if len(names) < 2:
-        raise DataError(f"{folder}: holds {count(len(names), 'class folder')}; classification needs at least 2")
-    entries: list[Entry] = []
-    for index, name in enumerate(names):
-        files = sorted(e.path for e in os.scandir(folder / name) if Path(e.name).suffix.lower() in suffixes)
-        if not files:
-            raise DataError(f"{folder / name}: class folder without {what}; fill or remove it (in train and val)")
-        entries += [(file, index) for file in files]
-    return names, entries
 
 
 def scan_parts(
     root: Path, suffixes: Collection[str] = IMAGE_SUFFIXES, what: str = "images"
 ) -> tuple[list[str], list[Entry], list[Entry]]:
-    """Return class names, equal for train and val, and the files of ``train/`` and of ``val/``; see :func:`scan`."""
-    names, train = scan(root / "train", suffixes, what)
-    val_names, val = scan(root / "val", suffixes, what)
-    if names != val_names:
-        only = sorted(set(names) ^ set(val_names))
+    """Return class names, and (file, class index) of each file of ``train/`` and ``val/`` that ends as ``suffixes``.
+
+    Raises:
+        DataError: no such folder, too few or different classes, or a class without such files, called ``what``.
+    """
+    parts: list[tuple[list[str], list[Entry]]] = []
+    for folder in (root / "train", root / "val"):
+        if not folder.is_dir():
+            raise DataError(
+                f"{folder}: no such folder; data must hold train/<class>/* and val/<class>/* (or be digits or shapes)"
+            )
+        names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+        if len(names) < 2:
+            raise DataError(f"{folder}: holds {count(len(names), 'class folder')}; classification needs at least 2")
+        entries: list[Entry] = []
+        for index, name in enumerate(names):
+            files = sorted(e.path for e in os.scandir(folder / name) if Path(e.name).suffix.lower() in suffixes)
+            if not files:
+                raise DataError(f"{folder / name}: class folder without {what}; fill or remove it (in train and val)")
+            entries += [(file, index) for file in files]
+        parts.append((names, entries))
+    (names, train), (val_names, val) = parts
+    if only := sorted(set(names) ^ set(val_names)):
         where = "train" if only[0] in names else "val"
         raise DataError(
             f"{root}: class {only[0]!r} is only in {where}/ ({count(len(only), 'such class', 'such classes')}); "
@@ -105,27 +100,49 @@ def load_small_images(settings: Settings) -> ArraySource:
     return ArraySource(names, train, val, bgr_input(settings), shift=shift, flip=True, seed=settings.seed)
 
 
-class FolderSource:
-    """See :class:`gn_det.classification.image_sources.Source`, and :func:`scan_both` for the errors."""
+class FileSource:
+    """A source whose images or clips are read by worker processes; subclasses say how, in ``_load``.
 
-    def __init__(self, settings: Settings) -> None:
-        names, self._train, self._val = scan_both(settings)
-        self.class_names = tuple(names)
-        self.train_images, self.val_images = len(self._train), len(self._val)
-        self.input = bgr_input(settings)
-        self._settings = settings
+    Args:
+        train, val: (name, class index) of every image or video.
+    """
+
+    def __init__(
+        self, class_names: Sequence[str], train: list[Entry], val: list[Entry], input: Input, settings: Settings
+    ) -> None:
+        self.class_names, self.input = tuple(class_names), input
+        self.train_images, self.val_images = len(train), len(val)
+        self._train, self._val, self._settings = train, val, settings
 
     def train_batches(self, epoch: int, batches: Sequence[np.ndarray]) -> Iterator[Batch]:
-        return self._load(_Images(self._train, self._settings, epoch), [b.tolist() for b in batches])
+        """Augmented training images; ``batches`` holds the image numbers of each batch."""
+        return self._load(self._train, [batch.tolist() for batch in batches], epoch)
 
     def val_batches(self, numbers: Sequence[int], size: int) -> Iterator[Batch]:
-        return self._load(_Images(self._val, self._settings, None), in_parts(numbers, size))
+        """Validation images, ``size`` at a time; the last batch may be smaller."""
+        return self._load(self._val, [list(numbers[k : k + size]) for k in range(0, len(numbers), size)], None)
 
-    def _load(self, data: _Images, batches: list[list[int]]) -> Iterator[Batch]:
+    def _load(self, entries: list[Entry], batches: list[list[int]], epoch: int | None) -> Iterator[Batch]:
+        """Augmented batches of a training epoch; without an epoch those of validation."""
+        raise NotImplementedError
+
+
+class FolderSource(FileSource):
+    """The images of a folder; see :func:`scan_both` for the errors."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(*scan_both(settings), bgr_input(settings), settings)
+
+    def _load(self, entries: list[Entry], batches: list[list[int]], epoch: int | None) -> Iterator[Batch]:
+        data = _Images(entries, self._settings, epoch)
         for batch in load_batches(data, batches, min(self._settings.workers, len(batches))):
             if isinstance(batch, ImageError):
                 raise batch
             yield batch
+
+
+#: A classification set with a training and a validation part.
+Source = ArraySource | FileSource
 
 
 class _Images(WorkerData):

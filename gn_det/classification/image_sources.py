@@ -8,11 +8,9 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -53,28 +51,6 @@ def bgr_input(settings: Settings) -> Input:
     """Input of color images: that of the detection configs, with ImageNet's std where no norm makes up for scale 1."""
     scaled = settings.arch == VGG or settings.norm in ("WN", "none")
     return Input("BGR", BGR.mean, (57.375, 57.12, 58.395)) if scaled else BGR
-
-
-class Source(Protocol):
-    """A classification set with a training and a validation part."""
-
-    class_names: tuple[str, ...]
-    train_images: int
-    val_images: int
-    input: Input
-
-    def train_batches(self, epoch: int, batches: Sequence[np.ndarray]) -> Iterator[Batch]:
-        """Augmented training images; ``batches`` holds the image numbers of each batch."""
-        ...
-
-    def val_batches(self, numbers: Sequence[int], size: int) -> Iterator[Batch]:
-        """Validation images as they are, ``size`` at a time."""
-        ...
-
-
-def in_parts(numbers: Sequence[int], size: int) -> list[list[int]]:
-    """Divide the numbers of validation images into batches of ``size``; the last one may be smaller."""
-    return [list(numbers[k : k + size]) for k in range(0, len(numbers), size)]
 
 
 def epoch_batches(settings: Settings, epoch: int, images: int, rank: int, processes: int) -> list[np.ndarray]:
@@ -219,11 +195,10 @@ def load_shapes(settings: Settings) -> ArraySource:
 @functools.lru_cache(maxsize=4)
 def draw_set(part: str, count: int, side: int) -> Arrays:
     """(count, 3, side, side) uint8 BGR and class indices; the classes take turns."""
-    started = time.perf_counter()
+    logger.info("Drawing %d %s images of %d px.", count, part, side)
     labels = np.arange(count) % len(CLASSES)
     images = np.empty((count, 3, side, side), dtype=np.uint8)
     for k in range(count):
         rng = np.random.default_rng([_SET_SEED, 0 if part == "train" else 1, side, k])
         images[k] = draw_single(rng, int(labels[k]), side)[:, :, ::-1].transpose(2, 0, 1)
-    logger.info("Drew %d %s images of %d px in %.1f s.", count, part, side, time.perf_counter() - started)
     return images, labels

@@ -92,10 +92,13 @@ def _pictures(settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
     """Training and validation pictures (N, 3, S, S) uint8 RGB."""
     folder = settings.data.partition(":")[2]
     if not folder:
-        return _rgb(draw_set("train", 200, _SIDE)[0]), _rgb(draw_set("val", 40, _SIDE)[0])
+        drawn = [draw_set(part, size, _SIDE)[0] for part, size in (("train", 200), ("val", 40))]
+        train, val = (torch.from_numpy(np.ascontiguousarray(bgr[:, ::-1])) for bgr in drawn)
+        return train, val
     if (Path(folder).expanduser() / "cifar-10-batches-py").is_dir():
         parts = [CIFAR10(Path(folder).expanduser(), train=train).data[:_MOST] for train in (True, False)]
-        return torch.from_numpy(parts[0]).permute(0, 3, 1, 2), torch.from_numpy(parts[1]).permute(0, 3, 1, 2)
+        train, val = (torch.from_numpy(part).permute(0, 3, 1, 2) for part in parts)
+        return train, val
     files, _ = collect_images([folder])
     read, made = ImageReader("RGB").read, []
     for file in files[:: -(-len(files) // _MOST)]:
@@ -109,7 +112,3 @@ def _pictures(settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
     if len(made) < 5:
         raise DataError(f"{folder}: holds {len(made)} pictures; motions need at least 5")
     return torch.stack([p for k, p in enumerate(made) if k % 5]), torch.stack(made[::5])
-
-
-def _rgb(pictures: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(pictures[:, ::-1]))

@@ -13,10 +13,10 @@ from gn_det.checkpoint.io import check_tensors, read_any
 from gn_det.checkpoint.meta import names_of_classes, read_meta
 from gn_det.checkpoint.open_weights import open_weights
 from gn_det.checkpoint.weights_uri import local_path
-from gn_det.classification.classifier_loop import Normalize
+from gn_det.classification.classifier_loop import ClassifierLoss, summed_softmax
 from gn_det.classification.clip_sources import ClipSource
 from gn_det.classification.image_sources import Input
-from gn_det.classification.network import Classifier, build_classifier
+from gn_det.classification.network import build_classifier
 from gn_det.classification.settings import Settings
 from gn_det.engine import dist
 from gn_det.errors import ConfigError, WeightsError
@@ -48,17 +48,15 @@ def predict_clips(
         raise ConfigError(f"{unused[0]} is for detectors, and {weights} is a classifier of videos; leave it out")
     kind = dist.resolve_device(device)
     model, given = _load(payload, settings, names, weights)
-    model, normalize = model.to(kind).eval(), Normalize(given).to(kind)
+    model.to(kind).eval()
     folder = check_writable(output, "--output")
     results = []
     source = ClipSource(names, [], [(video, 0) for video in videos], replace(settings, max_bad=0, workers=0))
     source.input = given
-    sums = torch.zeros(len(videos), len(names))
     with torch.inference_mode():
-        for number, (pixels, _) in source.test_batches(range(len(videos))):
-            sums[number] += model(normalize(pixels)).float().softmax(dim=1).sum(dim=0).cpu()
-    for video, scores in zip(videos, sums / (settings.test_clips * settings.test_crops)):
-        top = scores.topk(min(TOP, len(names)))
+        sums = summed_softmax(model, source, range(len(videos)))
+    for video, (scores, _) in zip(videos, sums.values()):
+        top = (scores / (settings.test_clips * settings.test_crops)).topk(min(TOP, len(names)))
         classes = [{"name": names[i], "score": float(s)} for s, i in zip(top.values, top.indices.tolist())]
         results.append({"file": video, "classes": classes})
         say(f"{one_line(video, 200)}: " + ", ".join(f"{one_line(c['name'])} {c['score']:.2f}" for c in classes))
@@ -84,7 +82,7 @@ def _run_of(payload: Mapping[str, Any], source: str) -> tuple[Settings, tuple[st
 
 def _load(
     payload: Mapping[str, Any], settings: Settings, names: Sequence[str], source: str
-) -> tuple[Classifier, Input]:
+) -> tuple[ClassifierLoss, Input]:
     needs = open_weights(source).preprocessing
     if not names or needs is None or not needs.format or not needs.pixel_mean or not needs.pixel_std:
         raise WeightsError(f"{source}: does not say its classes, channel order, mean and std; train it again")
@@ -92,12 +90,12 @@ def _load(
     state = payload.get("model")
     tensors = dict(state) if isinstance(state, Mapping) else {}
     check_tensors(source, tensors)
-    placed = {
-        name: tensors.get(name.removeprefix("trunk.") if name.startswith("trunk.") else f"stem.fc.{name[7:]}")
-        for name in model.state_dict()
-    }
-    wrong = [k for k, v in model.state_dict().items() if getattr(placed[k], "shape", None) != v.shape]
-    if wrong:
-        raise WeightsError(f"{source}: {one_line(wrong[0])} is missing or of another shape; train it again")
+    placed = {}
+    for name, own in model.state_dict().items():
+        stored = name.removeprefix("trunk.").replace("linear.", "stem.fc.")
+        placed[name] = tensors.get(stored)
+        if getattr(placed[name], "shape", None) != own.shape:
+            raise WeightsError(f"{source}: {one_line(stored)} is missing or of another shape; train it again")
     model.load_state_dict(placed)
-    return model, Input(needs.format, needs.pixel_mean, needs.pixel_std)
+    given = Input(needs.format, needs.pixel_mean, needs.pixel_std)
+    return ClassifierLoss(model, given), given

@@ -34,8 +34,8 @@ from gn_det.classification.classifier_loop import (
 )
 from gn_det.classification.clip_sources import load_videos
 from gn_det.classification.earlier_run import SUMMARY, finished, refuse_old, restore, settings_of
-from gn_det.classification.image_folder import FolderSource, load_small_images
-from gn_det.classification.image_sources import Batch, Source, epoch_batches, load_cifar10, load_digits, load_shapes
+from gn_det.classification.image_folder import FolderSource, Source, load_small_images
+from gn_det.classification.image_sources import Batch, epoch_batches, load_cifar10, load_digits, load_shapes
 from gn_det.classification.inflated import InflatedResNet, inflate_
 from gn_det.classification.motions import load_motions
 from gn_det.classification.network import Classifier, build_classifier, build_optimizer
@@ -79,8 +79,7 @@ def pretrain(settings: Settings, *, resume: bool = False, overwrite: bool = Fals
     Raises:
         UserError: settings, data or folder cannot be used; the training diverged.
     """
-    device = _device(settings)
-    _check_early(settings)
+    device = _check(settings)
     folder = check_writable(settings.output, "--output")
     settings = settings.settled(device, settings_of(folder) if resume else {})
     if not resume:
@@ -93,20 +92,20 @@ def pretrain(settings: Settings, *, resume: bool = False, overwrite: bool = Fals
 
 def dry_run(settings: Settings, *, num_gpus: int = 1) -> None:
     """Print data, network and recipe of a run; raise UserError if they cannot be used."""
-    device = _device(settings)
-    settings = settings.settled(device, {})
-    _check_early(settings)
+    device = _check(settings)
     with run_log(None):
-        source, model = _source_and_model(settings)
-        processes = dist.planned_world_size(num_gpus)
-        _describe(settings, source, model, _plan(settings, source, processes), processes)
+        _prepare(settings.settled(device, {}), dist.planned_world_size(num_gpus))
         logger.info(
             "Device: %s\nOutput: %s\nDry run: nothing was trained or written.", device, as_line(settings.output)
         )
 
 
-def _check_early(settings: Settings) -> None:
-    """Refuse what can be refused at once, before a folder is made and processes are started."""
+def _check(settings: Settings) -> str:
+    """Refuse what can be refused before a folder is made and processes are started; return the device."""
+    device = dist.resolve_device(settings.device, "classify device")
+    for name, value, other in (("amp", "fp16", "bf16 or off"), ("norm", "SyncBN", "BN")):
+        if getattr(settings, name) == value and not device.startswith("cuda"):
+            raise ConfigError(f"classify {name} is {value}, which needs a GPU; use {other}")
     if settings.source not in BUILTIN and not Path(settings.data).expanduser().is_dir():
         raise DataError(
             f"classify data {settings.data!r}: no such folder; give one with train/<class>/* and val/<class>/*, or "
@@ -114,14 +113,6 @@ def _check_early(settings: Settings) -> None:
         )
     with torch.device("meta"):
         build_classifier(settings, 2)
-
-
-def _device(settings: Settings) -> str:
-    device = dist.resolve_device(settings.device, "classify device")
-    if settings.amp == "fp16" and not device.startswith("cuda"):
-        raise ConfigError("classify amp is fp16, which needs a GPU; use bf16 or off")
-    if settings.norm == "SyncBN" and not device.startswith("cuda"):
-        raise ConfigError("classify norm is SyncBN, which needs GPUs; use BN")
     return device
 
 
@@ -138,13 +129,12 @@ def _rank(settings: Settings, resume: bool, overwrite: bool) -> dict[str, Any]:
             logger.error("stopped: %s", error, extra=FILE_ONLY)
             raise
         except (RuntimeError, MemoryError) as error:
-            failure: UserError | None = worker_failure(error) if isinstance(error, RuntimeError) else None
             if out_of_memory(error):
                 what = f"out of memory with batch_size {settings.batch_size}"
-                failure = TrainingError(f"{what}: lower it, or use amp bf16")
-            if failure is None:
-                raise
-            raise failure from error
+                raise TrainingError(f"{what}: lower it, or use amp bf16") from error
+            if isinstance(error, RuntimeError) and (failure := worker_failure(error)):
+                raise failure from error
+            raise
         except (KeyboardInterrupt, SystemExit):
             logger.info("Interrupted; rerun with --resume to continue after the last finished epoch.")
             raise
@@ -157,9 +147,8 @@ def _clear(folder: Path, overwrite: bool) -> None:
 
 def _train(settings: Settings, resume: bool) -> dict[str, Any]:
     folder, device = Path(settings.output), dist.local_device(settings.device)
-    source, model = _source_and_model(settings)
-    plan = _plan(settings, source, dist.world_size())
-    _describe(settings, source, model, plan, dist.world_size())
+    processes = dist.world_size()
+    source, model, plan = _prepare(settings, processes)
     if device.startswith("cuda"):
         torch.backends.cudnn.benchmark = True  # all images have one size
         torch.cuda.reset_peak_memory_stats()
@@ -167,7 +156,6 @@ def _train(settings: Settings, resume: bool) -> dict[str, Any]:
     if settings.channels_last:
         model.to(memory_format=torch.channels_last_3d if settings.of_clips else torch.channels_last)
     optimizer = build_optimizer(settings, model, plan.lr)
-    processes = dist.world_size()
     scheduler = LambdaLR(optimizer, lambda iteration: lr_factor(settings, iteration, plan.total, processes))
     autocast = DTYPES.get(settings.amp)
     state = TrainState(model, optimizer, scheduler, settings.seed, make_scaler(autocast, torch.device(device).type))
@@ -199,15 +187,12 @@ def _train(settings: Settings, resume: bool) -> dict[str, Any]:
         write_weights(weights, model, settings, source, facts)
         atomic_write(folder / SUMMARY, json_bytes(summary, indent=1))
     if tested:
-        logger.info(
-            "Top-1 error %.2f %%, top-5 error %.2f %% (%d videos, %d clips × %d crops). Weights: %s",
-            *(*tested.values(), settings.test_clips, settings.test_crops, weights),
-        )
-        return summary
-    logger.info(
-        "Top-1 error %.2f %% (median of the last %s), best %.2f %%. Weights: %s",
-        *(summary["top1_error"], count(summary["median_of_epochs"], "epoch"), done.best["val_error"], weights),
-    )
+        crops = f"{settings.test_clips} clips × {settings.test_crops} crops"
+        more = f"top-5 error {tested['top5_error']:.2f} % ({tested['test_videos']:.0f} videos, {crops})"
+    else:
+        epochs = count(summary["median_of_epochs"], "epoch")
+        more = f"the median of the last {epochs}, best {done.best['val_error']:.2f} %"
+    logger.info("Top-1 error %.2f %%, %s. Weights: %s", summary["top1_error"], more, weights)
     return summary
 
 
@@ -246,21 +231,20 @@ def open_source(settings: Settings) -> Source:
     return builtin.get(settings.source, folder)(settings)
 
 
-def _source_and_model(settings: Settings) -> tuple[Source, Classifier]:
-    """Data and a fresh network; an inflated one decides the preprocessing."""
+def _prepare(settings: Settings, processes: int) -> tuple[Source, Classifier, Plan]:
+    """Data, a fresh network and the schedule, described in the log."""
     source = open_source(settings)
     seed_everything(settings.seed)
     model = build_classifier(settings, len(source.class_names), len(source.input.mean))
     if settings.weights is not None:
         assert isinstance(model.trunk, InflatedResNet)
+        # the weights decide the preprocessing
         source.input = inflate_(model.trunk, settings.weights, settings.norm, settings.group_rule)
-    return source, model
-
-
-def _plan(settings: Settings, source: Source, processes: int) -> Plan:
     per_epoch = len(epoch_batches(settings, 0, source.train_images, 0, processes))
     total = settings.iterations or max(round(settings.epochs * per_epoch), 1)
-    return Plan(base_lr(settings, processes), per_epoch, total)
+    plan = Plan(base_lr(settings, processes), per_epoch, total)
+    _describe(settings, source, model, plan, processes)
+    return source, model, plan
 
 
 def _describe(settings: Settings, source: Source, model: Classifier, plan: Plan, processes: int) -> None:

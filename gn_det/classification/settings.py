@@ -159,15 +159,21 @@ class Settings:
 
     def _contradictions(self) -> list[tuple[str, bool, str]]:
         """(setting, whether it contradicts others, why)."""
-        given = "groups" if self.groups is not None else "channels_per_group"
-        has_groups = getattr(self, given) is not None
-        both = self.groups is not None and self.channels_per_group is not None
-        small, folder = self.arch in SMALL, self.source not in BUILTIN
-        br = "it is of norm BR; leave it out"
-        renorm = [(name, self.norm != "BR" and getattr(self, name) is not None, br) for name in _RENORM]
+        small, folder, ours = self.arch in SMALL, self.source not in BUILTIN, f"norm {self.norm}"
         clips = f"clips (arch {', '.join(CLIPS)})"
-        why = f"it is of {clips}; leave it out"
-        of_clips = [(name, not self.of_clips and getattr(self, name) is not None, why) for name in OF_CLIPS]
+        only_of = [
+            (_RENORM, self.norm == "BR", "it is of norm BR"),
+            (OF_CLIPS, self.of_clips, f"it is of {clips}"),
+            (("groups", "channels_per_group"), self.norm == "GN", f"{ours} has none"),
+        ]
+        foreign = [
+            (name, not fits and getattr(self, name) is not None, f"{why}; leave it out")
+            for names, fits, why in only_of
+            for name in names
+        ]
+        least = 32 if self.arch == VGG else 16 if self.of_clips else 0
+        whole = self.data == "digits" or (self.of_clips and folder)
+        both = self.groups is not None and self.channels_per_group is not None
         lists = (self.train_list is None) != (self.val_list is None)
         others = (self.source == "motions") != self.of_clips and not folder
         alone = self.norm in _OF_BATCHES and self.batch_size == 1
@@ -175,26 +181,22 @@ class Settings:
         ws = self.ws is not None and (self.of_clips or self.norm in ("WN", "BR", "none"))
         strides = self.stride_in_1x1 and DEPTHS.get(self.arch, 0) < 50
         return [
-            *renorm,
-            *of_clips,
+            *foreign,
             ("iterations", None not in (self.iterations, self.epochs), "epochs is given, too; give one of them"),
             ("ws", ws, "only images with norm BN, SyncBN, LN, IN or GN have it; leave it out"),
             ("norm", self.of_clips and self.norm in ("WN", "BR"), "clips have BN, SyncBN, LN, IN, GN or none"),
             ("data", others, f"arch is {self.arch}; {clips} take a folder of videos or motions"),
-            ("precise_bn", bool(self.precise_bn) and self.norm not in ("BN", "SyncBN"), f"norm {self.norm} needs none"),
+            ("precise_bn", bool(self.precise_bn) and self.norm not in ("BN", "SyncBN"), f"{ours} needs none"),
             ("train_list", lists, f"val_list is {shown(self.val_list)}; give both lists or none"),
             ("train_list", self.train_list is not None and not folder, "data is generated; leave it out"),
-            ("image_size", self.of_clips and self.side < 16, f"{self.arch} needs at least 16"),
             ("groups", both, f"channels_per_group is {self.channels_per_group}; give one of them"),
-            (given, self.norm != "GN" and has_groups, f"norm {self.norm} has none; leave it out"),
             ("batch_size", alone, f"{self.norm} needs at least 2 images for its statistics"),
             ("image_size", small and folder and not self.image_size, f"{self.arch} on a folder needs it, such as 32"),
-            ("images", self.images is not None and self.data == "digits", "digits are always used whole"),
-            ("images", self.images is not None and self.of_clips and folder, "videos are always used whole"),
+            ("images", whole and self.images is not None, f"{self.data} is always used whole"),
             ("augment", shifts, f"data {self.data} has its own; leave it out"),
             ("arch", self.data == "digits" and not small, f"digits have 8x8 pixels; use one of {', '.join(SMALL)}"),
             ("image_size", self.source == "cifar10" and self.side != 32, "cifar10 has images of 32 pixels"),
-            ("image_size", self.arch == VGG and self.side < 32, "vgg16 halves it five times; use at least 32"),
+            ("image_size", self.side < least, f"{self.arch} needs at least {least}"),
             ("stride_in_1x1", strides, f"{self.arch} has no such choice; leave it out"),
         ]
 
@@ -277,11 +279,10 @@ def base_lr(settings: Settings, processes: int) -> float:
 def lr_factor(settings: Settings, iteration: int, total: int, processes: int = 1) -> float:
     """What multiplies :func:`base_lr` in the 0-based ``iteration`` of ``total``."""
     factor = float(settings.gamma ** sum(iteration >= round(step * total) for step in settings.steps))
-    if settings.arch == VGG:
-        start = reference(settings)[0] / base_lr(settings, processes)
-        warmup = VGG_WARMUP_EPOCHS / settings.epochs * total
-        if settings.lr is None and start < 1 and iteration < warmup:
-            factor *= start + (1 - start) * iteration / warmup
+    warmup = VGG_WARMUP_EPOCHS / settings.epochs * total if settings.arch == VGG and settings.lr is None else 0
+    if iteration < warmup:
+        start = min(reference(settings)[0] / base_lr(settings, processes), 1.0)
+        factor *= start + (1 - start) * iteration / warmup
     return factor
 
 

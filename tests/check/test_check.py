@@ -209,8 +209,8 @@ def test_a_picture_that_kills_the_decoder_is_one_damaged_picture(
 
     monkeypatch.setattr(decode, "read_record_image", deadly)
     names = [f"{'deadly' if i in (3, 40) else 'good'} {i}" for i in range(70)]
-    for name in names:
-        (tmp_path / name).write_text(name)
+    for number, name in enumerate(names):
+        Image.new("L", (1, 1), number).save(tmp_path / name, "PNG")
     jobs = [decode.DecodeJob(str(tmp_path / name), 1, 1, ImageReader()) for name in names]
     for workers in (1, 2):
         found = list(decode.decode_all(jobs, workers))
@@ -230,8 +230,8 @@ def test_a_picture_that_holds_up_the_decoder_is_one_damaged_picture(
     monkeypatch.setattr(decode, "SECONDS", 1.5)
     monkeypatch.setattr(decode, "_CHUNK", 2)
     names = [f"{'slow' if i == 5 else 'good'} {i}" for i in range(12)]
-    for name in names:
-        (tmp_path / name).write_text(name)
+    for number, name in enumerate(names):
+        Image.new("L", (1, 1), number).save(tmp_path / name, "PNG")
     jobs = [decode.DecodeJob(str(tmp_path / name), 1, 1, ImageReader()) for name in names]
     found = list(decode.decode_all(jobs, 2))
     assert [f.kind for f in found] == ["image-damaged" if "slow" in name else "" for name in names]
