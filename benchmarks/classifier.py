@@ -125,7 +125,7 @@ def our_loop(images: np.ndarray, labels: np.ndarray, batch: int, folder: Path) -
     """A step of ``gn-det classify`` with its hooks."""
     given = classifier_settings("BN", batch=batch)
     arrays = np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels
-    source = ArraySource([str(k) for k in range(10)], arrays, arrays, BGR, shift=4, flip=True)
+    source = ArraySource([str(k) for k in range(10)], arrays, arrays, BGR, shift=4)
     model = build_classifier(given, 10)
     loss = ClassifierLoss(model, BGR)
     optimizer = build_optimizer(given, model, 0.01)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from gn_det.check.decode import DecodeJob, decode_all, digest_of
+from gn_det.check.decode import decode_all, digest_of
 from gn_det.data.annotation_table import AnnotationTable, check_annotations, refuse_corners
 from gn_det.data.catalog import DatasetSource
 from gn_det.data.coco import CocoDataset, build_dataset
@@ -24,6 +24,7 @@ from gn_det.data.coco_json import CocoJson, collector_paused, read_coco_json
 from gn_det.data.image import ImageReader
 from gn_det.data.image_files import look_at_images
 from gn_det.data.problems import KINDS, NOWHERE, FileProblem, Kind, Problem, Problems, Where
+from gn_det.data.records import Record
 from gn_det.data.shapes import prepare
 from gn_det.data.transforms import resized_shape
 from gn_det.evaluation.diagnose import Caps
@@ -100,7 +101,7 @@ class Findings(Problems):
 class Training:
     """The config values that the check needs."""
 
-    short_sides: tuple[int, ...]  # shorter sides that images are resized to (INPUT.MIN_SIZE_TRAIN), 0 for no resize
+    short_sides: tuple[int, ...]  # shorter sides that images are resized to (INPUT.MIN_SIZE_TRAIN)
     max_size: int  # INPUT.MAX_SIZE_TRAIN
     masks_on: bool  # MODEL.MASK_ON
     reader: ImageReader = field(default_factory=ImageReader)  # reads images like training
@@ -108,14 +109,11 @@ class Training:
 
     @classmethod
     def of(cls, cfg: Any) -> Training:
-        sides = cfg.INPUT.MIN_SIZE_TRAIN
-        sides = (sides,) if isinstance(sides, int) else tuple(sides)
-        return cls(sides, int(cfg.INPUT.MAX_SIZE_TRAIN), bool(cfg.MODEL.MASK_ON), ImageReader.of(cfg), Caps.of(cfg))
+        sides, longest = tuple(cfg.INPUT.MIN_SIZE_TRAIN), int(cfg.INPUT.MAX_SIZE_TRAIN)
+        return cls(sides, longest, bool(cfg.MODEL.MASK_ON), ImageReader.of(cfg), Caps.of(cfg))
 
     def scales(self, sizes: np.ndarray, side: int) -> np.ndarray:
         """Return (N, 2) x and y factors of ResizeShortestEdge to ``side`` for images of (N, 2) widths and heights."""
-        if side == 0:
-            return np.ones(sizes.shape)
         resized = [resized_shape(height, width, side, self.max_size)[::-1] for width, height in sizes.tolist()]
         factors: np.ndarray = np.array(resized, dtype=np.float64).reshape(-1, 2) / sizes
         return factors
@@ -191,9 +189,9 @@ def _look_at_images(result: Survey, content: CocoJson, decode: bool) -> set[Any]
         return set()
     if decode:
         left = [image for image in images if image["id"] not in unusable]
-        jobs = [DecodeJob(result.path(i), i["width"], i["height"], result.reader) for i in left]
-        with _bar(len(jobs), f"{result.split}: decoding") as bar:
-            for image, decoded in zip(left, decode_all(jobs)):
+        records = [Record(file_name=result.path(i), width=i["width"], height=i["height"]) for i in left]
+        with _bar(len(left), f"{result.split}: decoding") as bar:
+            for image, decoded in zip(left, decode_all(records, result.reader)):
                 bar.update()
                 where = Where(image["id"], image["file_name"])
                 if decoded.kind and KINDS[decoded.kind].severity == "error":

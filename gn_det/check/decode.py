@@ -26,15 +26,6 @@ _CHUNK = 16
 SECONDS = 60.0
 
 
-class DecodeJob(NamedTuple):
-    """One file and its expected properties."""
-
-    path: str
-    width: int
-    height: int
-    reader: ImageReader
-
-
 class Decoded(NamedTuple):
     """Result for one file.
 
@@ -55,39 +46,39 @@ def digest_of(path: str) -> bytes:
         return b""
 
 
-def decode(job: DecodeJob) -> Decoded:
+def decode(record: Record, reader: ImageReader) -> Decoded:
     """Decode one image like training."""
-    record = Record(file_name=job.path, width=job.width, height=job.height)
-    found = digest_of(job.path)
+    path = record["file_name"]
+    found = digest_of(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            pixels = read_record_image(record, job.reader)
+            pixels = read_record_image(record, reader)
         except ImageError as error:
             return Decoded(error.kind, error.text, found)
         if one_color(pixels):
             value = ", ".join(dict.fromkeys(str(v) for v in pixels[0, 0].tolist()))
             return Decoded("image-constant", value, found)
         try:
-            with open_regular(job.path) as file, Image.open(file) as image:
+            with open_regular(path) as file, Image.open(file) as image:
                 image.verify()  # the checksums of a PNG outside its pixels, which the reader ignores
         except Exception as error:
-            return Decoded("image-checksum", f"{job.path}: {error}: download or copy this file again", found)
+            return Decoded("image-checksum", f"{path}: {error}: download or copy this file again", found)
     return Decoded("", "", found)
 
 
-def _decode_part(jobs: Sequence[DecodeJob]) -> list[Decoded]:
-    return [decode(job) for job in jobs]
+def _decode_part(records: Sequence[Record], reader: ImageReader) -> list[Decoded]:
+    return [decode(record, reader) for record in records]
 
 
-def decode_all(jobs: Sequence[DecodeJob], workers: int | None = None) -> Iterator[Decoded]:
-    """Yield results in the order of ``jobs``; an image that crashes or hangs the decoder counts as damaged.
+def decode_all(records: Sequence[Record], reader: ImageReader, workers: int | None = None) -> Iterator[Decoded]:
+    """Yield results in the order of ``records``; an image that crashes or hangs the decoder counts as damaged.
 
     If the pool breaks, any part in flight may be the cause. The first of them is then decoded image by image in one
     process, which identifies the image.
     """
     workers = cores() if workers is None else workers
-    parts = [jobs[i : i + _CHUNK] for i in range(0, len(jobs), _CHUNK)]
+    parts = [records[i : i + _CHUNK] for i in range(0, len(records), _CHUNK)]
     while parts:
         single = len(parts[0]) == 1
         now = list(takewhile(lambda part: len(part) == 1, parts)) if single else parts
@@ -95,7 +86,7 @@ def decode_all(jobs: Sequence[DecodeJob], workers: int | None = None) -> Iterato
         # Use a process even for a single part: a decoder crash must not crash the check.
         with _pool(1 if single else min(workers, len(parts))) as pool:
             try:
-                for waiting in [pool.submit(_decode_part, part) for part in now]:
+                for waiting in [pool.submit(_decode_part, part, reader) for part in now]:
                     found = waiting.result(timeout=len(now[0]) * SECONDS)
                     done += 1
                     yield from found
@@ -110,9 +101,9 @@ def decode_all(jobs: Sequence[DecodeJob], workers: int | None = None) -> Iterato
                 pool.shutdown(wait=False, cancel_futures=True)
         del parts[:done]
         if problem and single:
-            yield Decoded("image-damaged", f"{parts.pop(0)[0].path}: {problem}", b"")
+            yield Decoded("image-damaged", f"{parts.pop(0)[0]['file_name']}: {problem}", b"")
         elif problem:
-            parts[:1] = [[job] for job in parts[0]]
+            parts[:1] = [[record] for record in parts[0]]
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gn_det.check.audit import Survey
@@ -22,8 +22,8 @@ from gn_det.errors import DataError, UserError
 from gn_det.files import NotRegularFile, atomic_write, check_regular, json_bytes
 from gn_det.text import as_line, shown
 
-#: Repairs that take the box of the mask.
-_BOX_OF_MASK = frozenset({"bbox-missing", "bbox-unusable"})
+#: Repairs that take a value as the reader of training computes it, and its key.
+_COMPUTED = {"iscrowd-missing": "iscrowd", "bbox-missing": "bbox", "bbox-unusable": "bbox", "area-missing": "area"}
 
 
 def refuse_overwriting(outputs: dict[str, str | None], inputs: list[str]) -> None:
@@ -166,15 +166,10 @@ class Cleaner:
         if kinds:
             found = self.reader.read({**entry, "id": number}, image)
             assert found is not None
-            if "iscrowd-missing" in kinds:
-                what["iscrowd"] = 0
-            if kinds & _BOX_OF_MASK:
-                what["bbox"] = found.bbox
-            if "area-missing" in kinds:
-                what["area"] = found.area
-            if "polygon-piece" in kinds:
-                what["segmentation"] = usable_pieces(entry["segmentation"])
-        if self.corners and not kinds & _BOX_OF_MASK and not entry.get("iscrowd"):
+            what |= {key: getattr(found, key) for kind, key in _COMPUTED.items() if kind in kinds}
+        if "polygon-piece" in kinds:
+            what["segmentation"] = usable_pieces(entry["segmentation"])
+        if self.corners and "bbox" not in what and not entry.get("iscrowd"):
             what |= from_corners(entry, image)
         return what
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from pycocotools import mask as coco_mask
 
 from gn_det.check.audit import Findings, Survey
@@ -55,11 +56,8 @@ def as_html(report: Report) -> str:
 
 
 def _set(survey: Survey) -> dict[str, Any]:
-    samples = []
-    for index in choose_samples(survey):
-        image, drawn = survey.images[index], draw_sample(survey, index)
-        if drawn is not None:
-            samples.append({"uri": jpeg_uri(drawn), "caption": f"image {image['id']}: {image['file_name']}"})
+    drawn = ((survey.images[index], draw_sample(survey, index)) for index in choose_samples(survey))
+    samples = [_figure(pixels, f"image {i['id']}: {i['file_name']}") for i, pixels in drawn if pixels is not None]
     problems = _problems(survey.findings, survey)
     return {"set": survey, "facts": facts(survey), "problems": problems, "samples": samples}
 
@@ -69,14 +67,15 @@ def _problems(findings: Findings, survey: Survey | None = None) -> list[dict[str
     out = []
     for name, kind, count in findings.kinds():
         found = findings.found[name]
-        images: list[dict[str, str]] = []
-        for finding in found[:_TRIED] if survey is not None else ():
-            drawn = draw_problem(survey, finding) if survey is not None and len(images) < _DRAWN else None
-            if drawn is not None:
-                images.append({"uri": jpeg_uri(drawn), "caption": str(finding.where)})
-        lines = [str(f) for f in found[:_LISTED]]
-        out.append({"name": name, "kind": kind, "count": count, "lines": lines, "images": images})
+        drawn = ((str(f.where), draw_problem(survey, f)) for f in found[:_TRIED] if survey is not None)
+        figures = (_figure(pixels, where) for where, pixels in drawn if pixels is not None)
+        shown = {"lines": [str(f) for f in found[:_LISTED]], "images": list(islice(figures, _DRAWN))}
+        out.append({"name": name, "kind": kind, "count": count, **shown})
     return out
+
+
+def _figure(pixels: np.ndarray, caption: str) -> dict[str, str]:
+    return {"uri": jpeg_uri(pixels), "caption": caption}
 
 
 def _class_rows(classes: ClassTable, splits: Sequence[str]) -> list[dict[str, Any]]:
@@ -117,14 +116,11 @@ def choose_samples(survey: Survey) -> list[int]:
 def draw_sample(survey: Survey, index: int) -> np.ndarray | None:
     """Draw an image with all its annotations; None if it cannot be read."""
     assert survey.dataset is not None
-    image = survey.images[index]
-    pixels = survey.reader.rgb_or_none(survey.path(image))
-    if pixels is None or pixels.shape[:2] != (image["height"], image["width"]):
+    pixels = survey.reader.rgb_or_none(survey.path(survey.images[index]))
+    if pixels is None:
         return None
-    record = survey.dataset.records[index]
-    drawn = draw_annotations(
-        pixels, record, survey.dataset.class_names, min_size=_SIDE, max_size=4 * _SIDE, labels="fit"
-    )
+    record, names = survey.dataset.records[index], survey.dataset.class_names
+    drawn = draw_annotations(pixels, record, names, min_size=_SIDE, max_size=4 * _SIDE, labels="fit")
     fitted = Image.fromarray(drawn)
     fitted.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     return np.array(fitted)
@@ -149,8 +145,7 @@ def draw_problem(survey: Survey, finding: Problem) -> np.ndarray | None:
     scale = _SIDE / max(pixels.shape[:2])
     size = max(round(pixels.shape[1] * scale), 1), max(round(pixels.shape[0] * scale), 1)
     margin = round(0.12 * _SIDE)  # the faulty part may be outside the image
-    sheet = Image.new("RGB", (size[0] + 2 * margin, size[1] + 2 * margin), _GROUND)
-    sheet.paste(Image.fromarray(pixels).resize(size), (margin, margin))
+    sheet = ImageOps.expand(Image.fromarray(pixels).resize(size), margin, _GROUND)
     canvas = ImageDraw.Draw(sheet)
     for polygon in polygons:
         points = [(x * scale + margin, y * scale + margin) for x, y in zip(polygon[0::2], polygon[1::2])]

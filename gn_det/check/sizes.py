@@ -45,7 +45,6 @@ def size_table(datasets: Sequence[CocoDataset], training: Training, cfg: Any) ->
     side = sorted(training.short_sides)[len(training.short_sides) // 2]
     if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range":
         side = round(sum(training.short_sides) / len(training.short_sides))
-    resized = f"images resized to a shorter side of {side}, at most {training.max_size}"
     boxes = np.concatenate([objects_at(dataset, training, side) for dataset in datasets])
     sizes = np.sqrt(boxes.prod(axis=1))
     anchors = flat(cfg.MODEL.ANCHOR_GENERATOR.SIZES)
@@ -53,11 +52,11 @@ def size_table(datasets: Sequence[CocoDataset], training: Training, cfg: Any) ->
     counts = np.bincount(np.searchsorted(EDGES, sizes, side="right"), minlength=len(LABELS))
     total = max(len(sizes), 1)
     return SizeTable(
-        rule=f"sqrt of the box area in pixels; {resized if side else 'images are not resized'}",
+        rule=f"sqrt of the box area in pixels; images resized to a shorter side of {side}, at most {training.max_size}",
         counts=tuple(counts.tolist()),
         anchors=tuple(anchors),
         fit=(float((best >= 0.7).sum() / total), float((best >= 0.5).sum() / total)),
-        small=float((sizes < min(anchors) / 2).sum() / total) if anchors else 0.0,
+        small=float((sizes < min(anchors) / 2).sum() / total),
     )
 
 
@@ -77,19 +76,16 @@ def anchor_shapes(sizes: Sequence[float], ratios: Sequence[float]) -> np.ndarray
 def best_fit(boxes: np.ndarray, shapes: np.ndarray) -> np.ndarray:
     """Return (M,) IoU of each box with its best anchor, both centered on the same point."""
     best = np.zeros(len(boxes))
-    for start in range(0, len(boxes), _BLOCK) if len(shapes) else ():
+    for start in range(0, len(boxes), _BLOCK):
         part = boxes[start : start + _BLOCK, None]
         inter = np.minimum(part, shapes).prod(axis=2)
         best[start : start + _BLOCK] = (inter / (part.prod(axis=2) + shapes.prod(axis=1) - inter)).max(axis=1)
     return best
 
 
-def flat(values: Any) -> list[float]:
-    """Return the distinct numbers of a nested list, ascending."""
-    found: set[float] = set()
-    for value in values:
-        found |= set(flat(value)) if isinstance(value, (list, tuple)) else {float(value)}
-    return sorted(found)
+def flat(levels: Sequence[Sequence[float]]) -> list[float]:
+    """Return the distinct numbers of all levels, ascending."""
+    return sorted({float(value) for level in levels for value in level})
 
 
 # ------------------------------------------------------------ proposals

@@ -19,8 +19,7 @@ from torch.nn import functional as F
 
 from gn_det.about import __version__
 from gn_det.checkpoint.io import save_checkpoint
-from gn_det.classification.image_folder import Source
-from gn_det.classification.image_sources import Batch, Input
+from gn_det.classification.image_sources import Batch, Input, Source
 from gn_det.classification.network import Classifier
 from gn_det.classification.other_norms import plain_weights
 from gn_det.classification.settings import DEPTHS, Settings
@@ -116,9 +115,6 @@ class Epochs(Hook):
         self._seconds: list[float] = []
         self._started = 0.0
 
-    def before_train(self, loop: Loop) -> None:
-        loop.state.model.train()
-
     def before_step(self, loop: Loop) -> None:
         self._started = time.perf_counter()
 
@@ -131,6 +127,7 @@ class Epochs(Hook):
     def _end_epoch(self, loop: Loop) -> None:
         """Losses, errors and times are those of all processes; the time is that of the slowest."""
         done, mistakes = self.done, self.loss.mistakes
+        batch = self.settings.batch_size if self.settings.of_clips else 64
         rows = dist.gather_rows(
             torch.stack([mistakes.double(), mistakes.new_tensor(statistics.median(self._seconds), dtype=torch.float64)])
         )
@@ -141,7 +138,7 @@ class Epochs(Hook):
             "train_error": 100 * sum(row[0] for row in rows) / images,
             "lr": loop.lr,
             "seconds_per_iteration": max(row[1] for row in rows),
-            **validate(self.loss, self.source, loop.autocast, self.settings.val_batch),
+            **validate(self.loss, self.source, loop.autocast, batch),
         }
         mistakes.zero_()
         self._losses, self._seconds = [], []

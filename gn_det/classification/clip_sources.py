@@ -19,8 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gn_det.classification.image_folder import Entry, FileSource, scan_parts
-from gn_det.classification.image_sources import Batch, Input
+from gn_det.classification.image_sources import Batch, Entry, FileSource, Input, scan_parts
 from gn_det.classification.settings import Settings
 from gn_det.data.clip_frames import ClipError, VideoFile, import_av
 from gn_det.data.video_frames import VIDEO_SUFFIXES
@@ -166,13 +165,12 @@ class _Clips(WorkerData):
                     if video.frames < self.settings.span:
                         short = video.frames
                     clips.append(self._clip(video, number))
+                    labels.append(label)
+                    break
                 except ClipError as error:
                     bad.append((name, str(error)))
                     if len(bad) > self.settings.max_bad:
                         break
-                    continue
-                labels.append(label)
-                break
         pixels = torch.stack(clips) if clips else torch.empty(0, dtype=torch.uint8)
         return Loaded(pixels, torch.tensor(labels, dtype=torch.int64), bad, short)
 

@@ -7,7 +7,7 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -34,14 +34,13 @@ from gn_det.classification.classifier_loop import (
 )
 from gn_det.classification.clip_sources import load_videos
 from gn_det.classification.earlier_run import SUMMARY, finished, refuse_old, restore, settings_of
-from gn_det.classification.image_folder import FolderSource, Source, load_small_images
-from gn_det.classification.image_sources import Batch, epoch_batches, load_cifar10, load_digits, load_shapes
+from gn_det.classification.image_sources import Batch, Source, epoch_batches, open_images
 from gn_det.classification.inflated import InflatedResNet, inflate_
 from gn_det.classification.motions import load_motions
 from gn_det.classification.network import Classifier, build_classifier, build_optimizer
 from gn_det.classification.other_norms import RenormLimits
 from gn_det.classification.recording import Recorder, layer_of
-from gn_det.classification.settings import BUILTIN, SHIFT, VGG, Settings, base_lr, lr_factor, reference
+from gn_det.classification.settings import BUILTIN, VGG, Settings, base_lr, lr_factor, reference
 from gn_det.data.workers import worker_failure
 from gn_det.engine import dist
 from gn_det.engine.hooks import Schedule
@@ -221,14 +220,9 @@ def _batches(settings: Settings, source: Source, plan: Plan, first: int) -> Iter
 
 def open_source(settings: Settings) -> Source:
     """Open the set that ``settings.data`` names; raise DataError if it cannot be used."""
-    builtin: dict[str, Callable[[Settings], Source]] = {
-        "digits": load_digits,
-        "shapes": load_shapes,
-        "cifar10": load_cifar10,
-        "motions": load_motions,
-    }
-    folder = load_videos if settings.of_clips else load_small_images if settings.augment == SHIFT else FolderSource
-    return builtin.get(settings.source, folder)(settings)
+    if not settings.of_clips:
+        return open_images(settings)
+    return load_motions(settings) if settings.source == "motions" else load_videos(settings)
 
 
 def _prepare(settings: Settings, processes: int) -> tuple[Source, Classifier, Plan]:

@@ -211,11 +211,6 @@ class Settings:
         return self.frames * self.frame_stride
 
     @property
-    def val_batch(self) -> int:
-        """Images or clips that one process validates at a time."""
-        return self.batch_size if self.of_clips else 64
-
-    @property
     def side(self) -> int:
         """Side in pixels of the images that the network sees."""
         return self.image_size or IMAGE_SIZES.get(self.source, 224)

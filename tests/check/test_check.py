@@ -25,6 +25,7 @@ from gn_det.data.catalog import DatasetSource
 from gn_det.data.coco import load_coco
 from gn_det.data.image import ImageReader
 from gn_det.data.problems import KINDS
+from gn_det.data.records import Record
 from gn_det.errors import DataError
 from tests.data.own_coco import CONTENT, Change, write
 from tests.data.test_bad_data import BAD_ANNOTATIONS, BAD_FILES
@@ -211,9 +212,9 @@ def test_a_picture_that_kills_the_decoder_is_one_damaged_picture(
     names = [f"{'deadly' if i in (3, 40) else 'good'} {i}" for i in range(70)]
     for number, name in enumerate(names):
         Image.new("L", (1, 1), number).save(tmp_path / name, "PNG")
-    jobs = [decode.DecodeJob(str(tmp_path / name), 1, 1, ImageReader()) for name in names]
+    records = [Record(file_name=str(tmp_path / name), width=1, height=1) for name in names]
     for workers in (1, 2):
-        found = list(decode.decode_all(jobs, workers))
+        found = list(decode.decode_all(records, ImageReader(), workers))
         assert [f.kind for f in found] == ["image-damaged" if "deadly" in name else "" for name in names]
         assert len({f.digest for f in found}) == 69  # 68 good ones, and none for the deadly
 
@@ -232,8 +233,8 @@ def test_a_picture_that_holds_up_the_decoder_is_one_damaged_picture(
     names = [f"{'slow' if i == 5 else 'good'} {i}" for i in range(12)]
     for number, name in enumerate(names):
         Image.new("L", (1, 1), number).save(tmp_path / name, "PNG")
-    jobs = [decode.DecodeJob(str(tmp_path / name), 1, 1, ImageReader()) for name in names]
-    found = list(decode.decode_all(jobs, 2))
+    records = [Record(file_name=str(tmp_path / name), width=1, height=1) for name in names]
+    found = list(decode.decode_all(records, ImageReader(), 2))
     assert [f.kind for f in found] == ["image-damaged" if "slow" in name else "" for name in names]
     assert "slow 5: not decoded within 1.5 s: replace it" in found[5].text
 

@@ -12,7 +12,7 @@ import torch
 
 from gn_det.classification import Settings
 from gn_det.classification.classifier_loop import ClassifierLoss, validate
-from gn_det.classification.clip_sources import ClipSource, clip_numbers, load_videos, start_of_test_clip
+from gn_det.classification.clip_sources import ClipSource, load_videos
 from gn_det.classification.motions import MOTIONS, load_motions
 from gn_det.errors import DataError
 from tests.data.test_clip_frames import write_audio, write_video
@@ -50,12 +50,20 @@ def test_training_clips(frames: int) -> None:
     assert starts == {0} if frames <= 64 else min(starts) >= 0 and max(starts) <= 236 and len(starts) > 40
 
 
-@pytest.mark.parametrize("frames, starts", [(1, [0] * 10), (20, [0, 2, 4, 6, 8, 10, 12, 14, 16, 18])])
+@pytest.mark.parametrize(
+    "frames, starts",
+    [
+        (1, [0] * 10),
+        (20, [0, 2, 4, 6, 8, 10, 12, 14, 16, 18]),
+        (64, [0, 6, 12, 19, 25, 32, 38, 44, 51, 57]),
+        (250, list(range(0, 250, 25))),
+    ],
+)
 def test_test_clips_begin_at_tenths(frames: int, starts: list[int]) -> None:
-    assert [start_of_test_clip(k, 10, frames) for k in range(10)] == starts
-    assert [start_of_test_clip(k, 10, 64) for k in range(10)] == [0, 6, 12, 19, 25, 32, 38, 44, 51, 57]
-    assert [start_of_test_clip(k, 10, 300) for k in range(10)] == list(range(0, 300, 30))
-    assert clip_numbers(57, 3, 2) == [57, 59, 61]
+    """And take every second frame, modulo the length."""
+    source = ClipSource(["a", "b"], [], [(str(frames), 1)], settings(test_clips=10), open_video=Counted)
+    found = [pixels[0, 0, :, 0, 0].tolist() for _, (pixels, _) in source.test_batches([0])]
+    assert found == [[(start + 2 * k) % frames for k in range(8)] for start in starts]
 
 
 class Ramp(Counted):

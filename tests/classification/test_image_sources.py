@@ -11,15 +11,17 @@ import pytest
 import torch
 from PIL import Image
 
-from gn_det.classification import Settings, image_folder, pretrain
-from gn_det.classification.image_folder import FolderSource, lighting, scan_both
+from gn_det.classification import Settings, image_sources, pretrain
 from gn_det.classification.image_sources import (
     ArraySource,
+    FolderSource,
     Input,
     draw_set,
     epoch_batches,
+    lighting,
     load_digits,
     load_shapes,
+    scan_both,
     subset,
 )
 from gn_det.classification.pretraining import open_source
@@ -85,7 +87,7 @@ def test_small_images_are_kept_in_memory_shifted_and_flipped(folder: Path) -> No
 
 
 def test_more_small_images_than_fit_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_folder, "_MOST_BYTES", 10_000)
+    monkeypatch.setattr(image_sources, "_MOST_BYTES", 10_000)
     with pytest.raises(DataError, match=r"augment shift takes .* lower images or image_size, or use augment crop"):
         open_source(settings(folder, augment="shift"))
 
@@ -219,7 +221,7 @@ def test_array_source_shifts_and_flips() -> None:
     picture = np.arange(16, dtype=np.uint8).reshape(1, 1, 4, 4)
     images, labels = np.repeat(picture, 300, axis=0), np.zeros(300, dtype=np.int64)
     data = (images, labels)
-    source = ArraySource("a", data, data, Input("L", (0.0,), (1.0,)), shift=1, flip=True, seed=0)
+    source = ArraySource("a", data, data, Input("L", (0.0,), (1.0,)), shift=1, seed=0)
     found, _ = next(iter(source.train_batches(0, [np.arange(300)])))
     padded = np.pad(picture[0, 0], 1, mode="edge")
     moved = [padded[y : y + 4, x : x + 4] for y in range(3) for x in range(3)]
@@ -257,7 +259,7 @@ def test_an_array_without_shift_and_flip_is_not_augmented() -> None:
     images = np.random.RandomState(0).randint(0, 256, (12, 1, 4, 4)).astype(np.uint8)
     labels = np.arange(12)
     given = (images, labels)
-    source = ArraySource(["a"] * 12, given, given, Input("L", (0.0,), (1.0,)), shift=0, flip=False, seed=1)
+    source = ArraySource(["a"] * 12, given, given, Input("L", (0.0,), (1.0,)), seed=1)
     (made,) = source.train_batches(0, [labels])
     assert np.array_equal(made[0].numpy(), images) and made[1].tolist() == labels.tolist()
 

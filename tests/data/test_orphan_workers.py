@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from gn_det.check.decode import DecodeJob, decode_all
+from gn_det.check.decode import decode_all
 from gn_det.config import load_config
 from gn_det.data.catalog import DatasetSource
 from gn_det.data.coco import load_coco
 from gn_det.data.image import ImageReader
 from gn_det.data.loader import build_train_loader
+from gn_det.data.records import Record
 from gn_det.data.shapes import make_shapes
 
 
@@ -31,8 +32,8 @@ def train(source: DatasetSource) -> object:
 
 def check(source: DatasetSource) -> object:
     """`gn-det check --images`, stopped in the middle of the images."""
-    jobs = [DecodeJob(str(path), 0, 0, ImageReader()) for path in Path(source.image_root).iterdir()] * 10
-    found = decode_all(jobs, workers=3)
+    records = [Record(file_name=str(path), width=0, height=0) for path in Path(source.image_root).iterdir()] * 10
+    found = decode_all(records, ImageReader(), workers=3)
     next(found)
     return found
 

@@ -105,18 +105,19 @@ def _outcome(path: Path, truth: np.ndarray | None) -> str:
     """The reader of training on the file, and ``gn-det check --images`` on the same, which must agree."""
     import warnings
 
-    from gn_det.check.decode import DecodeJob, decode
+    from gn_det.check.decode import decode
     from gn_det.data.image import ImageError, ImageReader
     from gn_det.data.mapper import read_record_image
     from gn_det.data.records import Record
 
     assert truth is not None
     height, width = truth.shape[:2]
-    checked = decode(DecodeJob(str(path), width, height, ImageReader("RGB")))
+    record = Record(file_name=str(path), width=width, height=height)
+    checked = decode(record, ImageReader("RGB"))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            pixels = read_record_image(Record(file_name=str(path), width=width, height=height), ImageReader("RGB"))
+            pixels = read_record_image(record, ImageReader("RGB"))
             again = ImageReader("RGB").read(path)
     except ImageError as error:
         told = str(error)
