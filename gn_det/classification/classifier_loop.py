@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -286,6 +288,37 @@ def write_weights(path: Path, model: Classifier, settings: Settings, source: Sou
     author = f"gn_det {__version__}"
     # Detectron2 finds where bare names belong only when told to search.
     save_checkpoint(path, {"model": state, "__author__": author, "matching_heuristics": True, "gn_det": block})
+
+
+def summarize(settings: Settings, done: Progressed, model: Classifier, weights: Path, device: str) -> dict[str, Any]:
+    """Return the content of ``summary.json``, but for the final test of videos."""
+    return {
+        "settings": settings.to_dict(),
+        "top1_error": top1_error(done.curve),
+        "median_of_epochs": min(len(done.curve), 5),
+        "curve": done.curve,
+        "recorded": done.recorded,
+        "seconds_per_iteration": statistics.median(row["seconds_per_iteration"] for row in done.curve),
+        "peak_memory_mb": done.peak_memory_mb,
+        "inference_seconds_per_image": statistics.median(row["inference_seconds_per_image"] for row in done.curve),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "weights": str(weights),
+        "best": {**done.best, "weights": str(weights.with_name(BEST))},
+        "date": utc_now(),
+        "machine": {
+            "name": dist.device_name(device),
+            "device": device,
+            "threads": torch.get_num_threads(),
+            "processes": dist.world_size(),
+        },
+        "versions": {
+            "gn_det": __version__,
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "python": platform.python_version(),
+        },
+        "finished": True,
+    }
 
 
 def top1_error(curve: Sequence[dict[str, float]]) -> float:

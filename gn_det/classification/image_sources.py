@@ -271,7 +271,7 @@ class _Images(WorkerData):
             parts = [v2.RandomResizedCrop(side, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)), v2.RandomHorizontalFlip()]
             if settings.color:
                 parts.append(v2.ColorJitter(_COLOR, _COLOR, _COLOR))
-        self._transform = v2.Compose(parts)
+        self._transform = v2.Compose([*parts, v2.PILToTensor()])
 
     def name_of(self, index: int) -> str:
         return self._entries[index][0]
@@ -295,16 +295,11 @@ class _Images(WorkerData):
             if error.kind == "image-depth":
                 text = f"{file}: image holds more than 8 bits: classify cannot scale it, convert it first"
             raise ImageError(text) from None
-        if self._epoch is None:
-            return _as_bgr(self._transform(image))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(np.random.SeedSequence([self._seed, self._epoch, number]).generate_state(1)[0]))
-            pixels = _as_bgr(self._transform(image))
-            return lighting(pixels) if self._lighting else pixels
-
-
-def _as_bgr(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(np.asarray(image)[:, :, ::-1].transpose(2, 0, 1)))
+            if self._epoch is not None:
+                torch.manual_seed(int(np.random.SeedSequence([self._seed, self._epoch, number]).generate_state(1)[0]))
+            bgr: Tensor = self._transform(image).flip(0)
+            return lighting(bgr) if self._lighting else bgr
 
 
 def lighting(pixels: Tensor) -> Tensor:

@@ -39,16 +39,23 @@ _SET_SEED = 20180908
 
 
 class MotionVideo:
-    """The picture (3, S, S) as a camera sees it that makes the motion ``label``; see :class:`clip_sources.Video`.
+    """A picture as a camera sees it that makes a motion; see :class:`clip_sources.Video`.
 
-    Speed, place, zoom and angle are drawn by ``rng``; the camera sees about half of the picture.
+    Picture, speed, place, zoom and angle are drawn from the name; the camera sees about half of the picture.
+
+    Args:
+        pictures: (N, 3, S, S) of each part.
+        name: "PART:NUMBER"; the number decides the motion, too.
     """
 
     frames = FRAMES
 
-    def __init__(self, picture: torch.Tensor, label: int, rng: np.random.Generator) -> None:
-        self._picture = picture
-        self._motion = np.array(list(MOTIONS.values())[label]) * rng.uniform(0.4, 0.8)
+    def __init__(self, pictures: dict[str, torch.Tensor], name: str) -> None:
+        part, number = name.split(":")
+        rng = np.random.default_rng([_SET_SEED, len(part), int(number)])
+        self._picture = pictures[part][int(rng.integers(len(pictures[part])))]
+        motion = list(MOTIONS.values())[int(number) % len(MOTIONS)]
+        self._motion = np.array(motion) * rng.uniform(0.4, 0.8)
         # In the middle of the video: place in halves of the picture, log of the zoom, angle.
         self._middle = np.array([*rng.uniform(-0.2, 0.2, 2), np.log(rng.uniform(0.4, 0.6)), rng.uniform(-np.pi, np.pi)])
 
@@ -67,13 +74,6 @@ class MotionVideo:
         return np.asarray(seen.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1))
 
 
-def _open(pictures: dict[str, torch.Tensor], name: str) -> MotionVideo:
-    part, number = name.split(":")
-    rng = np.random.default_rng([_SET_SEED, len(part), int(number)])
-    chosen = pictures[part][int(rng.integers(len(pictures[part])))]
-    return MotionVideo(chosen, int(number) % len(MOTIONS), rng)
-
-
 def load_motions(settings: Settings) -> ClipSource:
     """``settings.images`` training clips and a fifth as many for validation, the classes in turn.
 
@@ -85,7 +85,7 @@ def load_motions(settings: Settings) -> ClipSource:
     pictures = dict(zip(("train", "val"), _pictures(settings)))
     sizes = {"train": total, "val": max(total // 5, len(MOTIONS))}
     train, val = ([(f"{part}:{k}", k % len(MOTIONS)) for k in range(sizes[part])] for part in pictures)
-    return ClipSource(list(MOTIONS), train, val, settings, open_video=partial(_open, pictures), flip=False)
+    return ClipSource(list(MOTIONS), train, val, settings, open_video=partial(MotionVideo, pictures), flip=False)
 
 
 def _pictures(settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,10 +100,10 @@ def _pictures(settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
         train, val = (torch.from_numpy(part).permute(0, 3, 1, 2) for part in parts)
         return train, val
     files, _ = collect_images([folder])
-    read, made = ImageReader("RGB").read, []
+    made = []
     for file in files[:: -(-len(files) // _MOST)]:
         try:
-            image = Image.fromarray(read(str(file)))
+            image = Image.fromarray(ImageReader("RGB").read(str(file)))
         except ImageError as error:
             raise DataError(f"{error} (repair or remove it)") from None
         edge = min(image.size)

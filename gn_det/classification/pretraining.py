@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import platform
-import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -15,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from torch.optim.lr_scheduler import LambdaLR
 
-from gn_det.about import __version__
 from gn_det.checkpoint.last import remove_leftovers
 from gn_det.classification.classifier_loop import (
     LAST,
@@ -28,8 +23,7 @@ from gn_det.classification.classifier_loop import (
     Plan,
     Progressed,
     final_test,
-    top1_error,
-    utc_now,
+    summarize,
     write_weights,
 )
 from gn_det.classification.clip_sources import load_videos
@@ -47,7 +41,7 @@ from gn_det.engine.hooks import Schedule
 from gn_det.engine.log import FILE_ONLY, run_log
 from gn_det.engine.loggers import TensorBoardLogger
 from gn_det.engine.loop import make_scaler, parallel
-from gn_det.engine.output import BEST, FINAL, alone_in
+from gn_det.engine.output import FINAL, alone_in
 from gn_det.engine.precision import DTYPES
 from gn_det.engine.scalars import Metrics
 from gn_det.engine.schedule import set_iteration
@@ -180,7 +174,7 @@ def _train(settings: Settings, resume: bool) -> dict[str, Any]:
         loop.run(partial(_batches, settings, source, plan, done.epochs))
     weights = folder / FINAL
     tested = _test(settings, source, plan, loss, autocast) if settings.of_clips else {}
-    summary = {**_summary(settings, done, model, weights, device), **tested}
+    summary = {**summarize(settings, done, model, weights, device), **tested}
     if dist.rank() == 0:
         facts = {"epoch": done.epochs, "top1_error": summary["top1_error"], "date": summary["date"]}
         write_weights(weights, model, settings, source, facts)
@@ -264,33 +258,3 @@ def _describe(settings: Settings, source: Source, model: Classifier, plan: Plan,
         f"weight decay {settings.weight_decay:g} on all {decayed}; autocast {settings.amp}"
         f"{', channels_last' if settings.channels_last else ''}; seed {settings.seed}"
     )
-
-
-def _summary(settings: Settings, done: Progressed, model: Classifier, weights: Path, device: str) -> dict[str, Any]:
-    return {
-        "settings": settings.to_dict(),
-        "top1_error": top1_error(done.curve),
-        "median_of_epochs": min(len(done.curve), 5),
-        "curve": done.curve,
-        "recorded": done.recorded,
-        "seconds_per_iteration": statistics.median(row["seconds_per_iteration"] for row in done.curve),
-        "peak_memory_mb": done.peak_memory_mb,
-        "inference_seconds_per_image": statistics.median(row["inference_seconds_per_image"] for row in done.curve),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "weights": os.fspath(weights),
-        "best": {**done.best, "weights": os.fspath(weights.with_name(BEST))},
-        "date": utc_now(),
-        "machine": {
-            "name": dist.device_name(device),
-            "device": device,
-            "threads": torch.get_num_threads(),
-            "processes": dist.world_size(),
-        },
-        "versions": {
-            "gn_det": __version__,
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "python": platform.python_version(),
-        },
-        "finished": True,
-    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any
 
 from gn_det.errors import ConfigError
@@ -57,8 +57,9 @@ _RISING = every(
 _RAMP = every(items(number(0, 1), 2, 2), Value("fractions of the training, none falling", lambda v: v[0] <= v[1]))
 
 
-def _setting(check: Check, doc: str, *default: Any) -> Any:
-    return field(metadata={"check": check, "doc": doc}, **({"default": default[0]} if default else {}))
+def _setting(check: Check, doc: str, default: Any = MISSING) -> Any:
+    """A field that may also be None if that is its default."""
+    return field(default=default, metadata={"check": optional(check) if default is None else check, "doc": doc})
 
 
 # fmt: off
@@ -78,22 +79,21 @@ class Settings:
     data: str = _setting(_TEXT,
         "folder with train/CLASS/* and val/CLASS/*; or digits, shapes, cifar10[:DIR], motions[:DIR] (videos)")
     output: str = _setting(_TEXT, "default output/classify_ARCH_NORM")
-    groups: int | None = _setting(optional(integer(1, 8192)), "number of GN groups (default 32)", None)
-    channels_per_group: int | None = _setting(optional(integer(1, 8192)),
-        "size of GN groups, instead of --groups", None)
-    ws: str | None = _setting(optional(one_of(*STANDARDIZATIONS)),
+    groups: int | None = _setting(integer(1, 8192), "number of GN groups (default 32)", None)
+    channels_per_group: int | None = _setting(integer(1, 8192), "size of GN groups, instead of --groups", None)
+    ws: str | None = _setting(one_of(*STANDARDIZATIONS),
         "Weight Standardization before each norm: jhu, bit or timm, as MODEL.WS.RESNETS", None)
-    batch_size: int = _setting(optional(integer(1, 65_536)), "images per process (default 32; 8 clips)", None)
-    epochs: float = _setting(optional(number(0, 1e6, above=True)),
+    batch_size: int = _setting(integer(1, 65_536), "images per process (default 32; 8 clips)", None)
+    epochs: float = _setting(number(0, 1e6, above=True),
         "default 100; the learning rate drops after 30, 60 and 90%", None)
-    lr: float | None = _setting(optional(number(0, 1000, above=True)),
+    lr: float | None = _setting(number(0, 1000, above=True),
         "learning rate, not scaled (default 0.1 x batch / 256; vgg16 0.01; clips 0.01 x batch / 64)", None)
     momentum: float = _setting(number(0, 1), "Nesterov's, as in fb.resnet.torch", 0.9)
     #: None: 1e-4, VGG 5e-4
-    weight_decay: float = _setting(optional(number(0, 1000)),
+    weight_decay: float = _setting(number(0, 1000),
         "of all parameters, gamma and beta included; VGG: of weights alone; clips: of all but gamma and beta", None)
     #: None: epochs 30, 60 and 90 (VGG: 80) of 100; clips: 150,000 and 300,000 iterations of 400,000
-    steps: tuple[float, ...] = _setting(optional(_RISING), "fractions of the training after which the rate drops", None)
+    steps: tuple[float, ...] = _setting(_RISING, "fractions of the training after which the rate drops", None)
     gamma: float = _setting(number(0, 1, above=True), "factor of the learning rate at each step", 0.1)
     seed: int = _setting(integer(0, 2**63 - 1), "default 1", 1)
     workers: int = _setting(integer(0, 1024), "data loading processes (default 4)", 4)
@@ -102,36 +102,35 @@ class Settings:
     channels_last: bool | str = _setting(one_of(False, True, "auto"),
         "keep activations in this layout, faster on CPUs; auto: where --amp auto takes bf16", False)
     device: str = _setting(_TEXT, "auto, cpu, cuda or cuda:1", "auto")
-    image_size: int | None = _setting(optional(integer(8, 4096)),
+    image_size: int | None = _setting(integer(8, 4096),
         "side of the crops (default 224; digits 8, other built-in sets 32)", None)
     #: A subset of a folder or of cifar10 is the same for every seed, with equal shares of the classes, and at most as
     #: many validation images.
-    images: int | None = _setting(optional(integer(10, 1_000_000)),
+    images: int | None = _setting(integer(10, 1_000_000),
         "number of training images (default: all; shapes, motions: 3000)", None)
     augment: str = _setting(one_of(CROP, SHIFT),
         "of a folder: crop (default), or shift: small images, as CIFAR's", CROP)
     color: bool = _setting(FLAG, "turn off color augmentation", True)
     stride_in_1x1: bool = _setting(FLAG,
         "stride in the first 1x1 of each bottleneck, as in the bn_* configs (default: in the 3x3, as in gn_*)", False)
-    r_max: float | None = _setting(optional(number(1, 1000)), "limit of Batch Renorm's r (default 1.5)", None)
-    d_max: float | None = _setting(optional(number(0, 1000)), "limit of Batch Renorm's d (default 0.5)", None)
+    r_max: float | None = _setting(number(1, 1000), "limit of Batch Renorm's r (default 1.5)", None)
+    d_max: float | None = _setting(number(0, 1000), "limit of Batch Renorm's d (default 0.5)", None)
     #: About Ioffe's; before the first, BR is BN.
-    renorm_ramp: tuple[float, float] | None = _setting(optional(_RAMP),
+    renorm_ramp: tuple[float, float] | None = _setting(_RAMP,
         "fractions of the training between which BR's limits grow to r_max and d_max (default 0.04 and 0.3)", None)
-    record: str | None = _setting(optional(_TEXT),
+    record: str | None = _setting(_TEXT,
         "percentiles of its output before norm and ReLU over training, e.g. conv5_3", None)
-    frames: int = _setting(optional(integer(8, 4096)), "frames of a clip (default 32)", None)
-    frame_stride: int = _setting(optional(integer(1, 1000)), "take every N-th frame (default 2)", None)
-    iterations: int | None = _setting(optional(integer(1, 10**9)),
-        "of clips, instead of --epochs (default 400000)", None)
-    dropout: float = _setting(optional(number(0, 1, below=True)), "before the linear layer (default 0.5)", None)
-    weights: str | None = _setting(optional(_TEXT), "2-D backbone to inflate, any that MODEL.WEIGHTS takes", None)
-    test_clips: int = _setting(optional(integer(1, 1000)), "clips of a video in the final test (default 10)", None)
-    test_crops: int = _setting(optional(one_of(1, 3)), "crops of each of them, 1 or 3 (default 3)", None)
-    precise_bn: int = _setting(optional(integer(0, 10**6)), "batches for BN's statistics before it (default 200)", None)
-    train_list: str | None = _setting(optional(_TEXT), "videos of --data: Kinetics' csv or UCF101's list", None)
-    val_list: str | None = _setting(optional(_TEXT), "the same for validation", None)
-    max_bad: int = _setting(optional(integer(0, 10**9)), "bad videos to skip before the run stops (default 10)", None)
+    frames: int = _setting(integer(8, 4096), "frames of a clip (default 32)", None)
+    frame_stride: int = _setting(integer(1, 1000), "take every N-th frame (default 2)", None)
+    iterations: int | None = _setting(integer(1, 10**9), "of clips, instead of --epochs (default 400000)", None)
+    dropout: float = _setting(number(0, 1, below=True), "before the linear layer (default 0.5)", None)
+    weights: str | None = _setting(_TEXT, "2-D backbone to inflate, any that MODEL.WEIGHTS takes", None)
+    test_clips: int = _setting(integer(1, 1000), "clips of a video in the final test (default 10)", None)
+    test_crops: int = _setting(one_of(1, 3), "crops of each of them, 1 or 3 (default 3)", None)
+    precise_bn: int = _setting(integer(0, 10**6), "batches for BN's statistics before it (default 200)", None)
+    train_list: str | None = _setting(_TEXT, "videos of --data: Kinetics' csv or UCF101's list", None)
+    val_list: str | None = _setting(_TEXT, "the same for validation", None)
+    max_bad: int = _setting(integer(0, 10**9), "bad videos to skip before the run stops (default 10)", None)
     # fmt: on
 
     def __post_init__(self) -> None:

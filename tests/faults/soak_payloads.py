@@ -352,8 +352,8 @@ class _Pretraining:
     def read(self, parts: tuple[Any, ...]) -> Callable[[], None]:
         from types import SimpleNamespace
 
+        from gn_det.classification.classifier_loop import summarize
         from gn_det.classification.earlier_run import restore
-        from gn_det.classification.pretraining import _summary
 
         model, optimizer = parts
         state = SimpleNamespace(model=model, optimizer=optimizer, scaler=None)
@@ -364,6 +364,6 @@ class _Pretraining:
             model(torch.ones(2, 3, 6, 6)).sum().backward()
             optimizer.step()
             if done.curve:
-                json.dumps(_summary(self.settings, done, model, self.path, "cpu"))
+                json.dumps(summarize(self.settings, done, model, self.path, "cpu"))
 
         return use
