@@ -78,13 +78,16 @@ def decode_all(records: Sequence[Record], reader: ImageReader, workers: int | No
     process, which identifies the image.
     """
     workers = cores() if workers is None else workers
+    # Forked processes start immediately; spawned ones first import what they need.
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+    context = multiprocessing.get_context(method)
     parts = [records[i : i + _CHUNK] for i in range(0, len(records), _CHUNK)]
     while parts:
         single = len(parts[0]) == 1
         now = list(takewhile(lambda part: len(part) == 1, parts)) if single else parts
         done, problem = 0, ""
         # Use a process even for a single part: a decoder crash must not crash the check.
-        with _pool(1 if single else min(workers, len(parts))) as pool:
+        with ProcessPoolExecutor(1 if single else min(workers, len(parts)), context, end_with_parent) as pool:
             try:
                 for waiting in [pool.submit(_decode_part, part, reader) for part in now]:
                     found = waiting.result(timeout=len(now[0]) * SECONDS)
@@ -104,9 +107,3 @@ def decode_all(records: Sequence[Record], reader: ImageReader, workers: int | No
             yield Decoded("image-damaged", f"{parts.pop(0)[0]['file_name']}: {problem}", b"")
         elif problem:
             parts[:1] = [[record] for record in parts[0]]
-
-
-def _pool(workers: int) -> ProcessPoolExecutor:
-    # Forked processes start immediately; spawned ones first import what they need.
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context(method), initializer=end_with_parent)

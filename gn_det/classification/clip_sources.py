@@ -71,7 +71,6 @@ class ClipSource(FileSource):
         train, val: (name, class index) of every video.
         open_video: opens one by its name.
         flip: whether a clip keeps its class when it is mirrored.
-        bad: what was found unusable already, by name.
 
     Attributes:
         bad: why videos were skipped, by name.
@@ -86,13 +85,11 @@ class ClipSource(FileSource):
         *,
         open_video: Callable[[str], Video] = VideoFile,
         flip: bool = True,
-        bad: Sequence[tuple[str, str]] = (),
     ) -> None:
         super().__init__(class_names, train, val, RGB, settings)
         self.bad: dict[str, str] = {}
         self._open, self._flip = open_video, flip
         self._told = False
-        self._note(bad)
 
     def test_batches(self, numbers: Sequence[int]) -> Iterator[tuple[int, Batch]]:
         """The number of a validation video, and the crops of one of its clips; its clips one after the other."""
@@ -111,7 +108,7 @@ class ClipSource(FileSource):
 
     def _loaded(self, data: _Clips, batches: Sequence[Any]) -> Iterator[Loaded]:
         for loaded in load_batches(data, batches, min(self._settings.workers, len(batches))):
-            self._note(loaded.bad)
+            self.note(loaded.bad)
             if loaded.short and not self._told:
                 self._told = True
                 logger.warning(
@@ -121,8 +118,8 @@ class ClipSource(FileSource):
                 )
             yield loaded
 
-    def _note(self, bad: Sequence[tuple[str, str]]) -> None:
-        """Record what was skipped; raise DataError for more than max_bad videos."""
+    def note(self, bad: Sequence[tuple[str, str]]) -> None:
+        """Record skipped videos (name, reason); raise DataError for more than max_bad of them."""
         for name, reason in bad:
             if name not in self.bad:
                 self.bad[name] = reason
@@ -265,7 +262,8 @@ def load_videos(settings: Settings) -> ClipSource:
                 bad.append((file, f"{one_line(file, 300)}: is in the folder of {folder!r}, but listed as {label!r}"))
             else:
                 usable.append((file, names.index(label)))
-    source = ClipSource(names, found[0], found[1], settings, bad=bad)
+    source = ClipSource(names, found[0], found[1], settings)
+    source.note(bad)
     if not all(found):
         raise DataError(f"{root}: holds no video of {settings.val_list if found[0] else settings.train_list}")
     return source

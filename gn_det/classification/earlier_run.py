@@ -120,8 +120,7 @@ def restore(path: Path, settings: Settings, state: TrainState) -> Progressed:
 def settings_of(folder: Path) -> dict[str, Any]:
     """The settings of the run in ``folder``; empty where none can be read."""
     try:
-        summary = _read_summary(folder)
-        found = read_checkpoint(folder / LAST, mmap=True)["settings"] if summary is None else summary["settings"]
+        found = (_read_summary(folder) or read_checkpoint(folder / LAST, mmap=True))["settings"]
         _SETTINGS(found, "settings")
     except (WeightsError, KeyError, InvalidValue):
         return {}

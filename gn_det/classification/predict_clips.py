@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from gn_det.checkpoint.io import check_tensors, read_any
-from gn_det.checkpoint.meta import names_of_classes, read_meta
-from gn_det.checkpoint.open_weights import open_weights
+from gn_det.checkpoint.formats.common import Weights
+from gn_det.checkpoint.meta import names_of_classes
+from gn_det.checkpoint.open_weights import read_weights
 from gn_det.checkpoint.weights_uri import local_path
 from gn_det.classification.classifier_loop import ClassifierLoss, summed_softmax
 from gn_det.classification.clip_sources import ClipSource
@@ -39,15 +38,15 @@ def predict_clips(
     Returns:
         False, having done nothing, where ``weights`` are not of a classifier of videos.
     """
-    payload = read_any(local_path(weights))
-    found = _run_of(payload, weights)
-    if found is None:
+    found = read_weights(local_path(weights))
+    run = _run_of(found, weights)
+    if run is None:
         return False
-    settings, names = found
+    settings, names = run
     if unused:
         raise ConfigError(f"{unused[0]} is for detectors, and {weights} is a classifier of videos; leave it out")
     kind = dist.resolve_device(device)
-    model, given = _load(payload, settings, names, weights)
+    model, given = _load(found, settings, names, weights)
     model.to(kind).eval()
     folder = check_writable(output, "--output")
     results = []
@@ -65,10 +64,9 @@ def predict_clips(
     return True
 
 
-def _run_of(payload: Mapping[str, Any], source: str) -> tuple[Settings, tuple[str, ...]] | None:
+def _run_of(weights: Weights, source: str) -> tuple[Settings, tuple[str, ...]] | None:
     """Settings and classes of the training that wrote a file; None for any other file."""
-    meta = read_meta(payload, source) or {}
-    steps = meta.get("provenance")
+    steps = (weights.meta or {}).get("provenance")
     run = steps[0] if isinstance(steps, list) and steps and isinstance(steps[0], dict) else {}
     stored = run.get("settings")
     if not isinstance(stored, dict):
@@ -80,22 +78,17 @@ def _run_of(payload: Mapping[str, Any], source: str) -> tuple[Settings, tuple[st
     return (settings, names_of_classes(run.get("classes"))) if settings.of_clips else None
 
 
-def _load(
-    payload: Mapping[str, Any], settings: Settings, names: Sequence[str], source: str
-) -> tuple[ClassifierLoss, Input]:
-    needs = open_weights(source).preprocessing
+def _load(weights: Weights, settings: Settings, names: Sequence[str], source: str) -> tuple[ClassifierLoss, Input]:
+    needs = weights.preprocessing
     if not names or needs is None or not needs.format or not needs.pixel_mean or not needs.pixel_std:
         raise WeightsError(f"{source}: does not say its classes, channel order, mean and std; train it again")
     model = build_classifier(settings, len(names))
-    state = payload.get("model")
-    tensors = dict(state) if isinstance(state, Mapping) else {}
-    check_tensors(source, tensors)
-    placed = {}
+    tensors, placed = {**weights.state, **weights.aside}, {}
     for name, own in model.state_dict().items():
         stored = name.removeprefix("trunk.").replace("linear.", "stem.fc.")
-        placed[name] = tensors.get(stored)
-        if getattr(placed[name], "shape", None) != own.shape:
+        if stored not in tensors or tensors[stored].shape != own.shape:
             raise WeightsError(f"{source}: {one_line(stored)} is missing or of another shape; train it again")
+        placed[name] = tensors[stored]
     model.load_state_dict(placed)
     given = Input(needs.format, needs.pixel_mean, needs.pixel_std)
     return ClassifierLoss(model, given), given
