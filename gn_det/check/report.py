@@ -164,7 +164,7 @@ def facts(survey: Survey) -> str:
     parts = [count(len(survey.images), "usable image") + (f" ({empty} without objects)" if empty else "")]
     parts += [f"{count(objects, 'object')} of {count(dataset.num_classes, 'class', 'classes')}"]
     if crowds:
-        parts.append(f"{count(crowds, 'crowd region')} ({crowds / max(objects + crowds, 1):.1%})")
+        parts.append(f"{count(crowds, 'crowd region')} ({crowds / (objects + crowds):.1%})")
     return ", ".join(parts)
 
 

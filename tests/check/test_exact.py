@@ -352,6 +352,12 @@ def test_every_kind_is_planted() -> None:
     assert set(KINDS) == {*TOGETHER, *ALONE, "json-unreadable"}
 
 
+def test_kinds_are_sorted_by_severity() -> None:
+    """Reports list them in this order."""
+    ranks = [("error", "warning", "note").index(kind.severity) for kind in KINDS.values()]
+    assert ranks == sorted(ranks)
+
+
 def test_the_clean_set_is_clean(clean: Path, tmp_path: Path) -> None:
     assert World(tmp_path / "world", clean).found() == Counter()
 
