@@ -40,18 +40,14 @@ def as_html(report: Report) -> str:
     splits, classes, sizes = [s.split for s in readable], class_table(readable), report.sizes
     return render(
         "check.html",
+        report=report,
         surveys=[_set(survey) for survey in report.surveys],
         together=_problems(report.across),
-        exit_code=report.exit_code,
-        verdict=report.verdict(),
         class_sets=splits,
         classes=_class_rows(classes, splits),
         more_classes=len(classes) - _CLASSES,
-        sizes=sizes,
         size_plot=sizes and plot_histogram(LABELS, sizes.counts, EDGES, sizes.anchors, "pixels"),
         proposals=as_overrides(report.proposals),
-        changes=report.changes,
-        config=report.config,
     )
 
 

@@ -236,8 +236,8 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values by field, fit for JSON; without the options that this run does not have."""
-        optional = ("ws", *_RENORM, *OF_CLIPS)
-        values = {name: value for name, value in asdict(self).items() if value is not None or name not in optional}
+        options = ("ws", *_RENORM, *OF_CLIPS)
+        values = {name: value for name, value in asdict(self).items() if value is not None or name not in options}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
