@@ -40,7 +40,7 @@ from gn_det.data.video_frames import VideoFrames, import_cv2
 from gn_det.engine.precision import BF16_FEATURES
 from gn_det.evaluation.results import detections_to_coco
 from gn_det.files import atomic_write, json_bytes
-from gn_det.prediction.images import draw_scaled, entries_of, predict
+from gn_det.prediction.images import entries_of, predict
 from gn_det.prediction.predictor import Predictor, Selection, crops_of, load_predictor
 from gn_det.prediction.video import predict_videos
 from gn_det.visualize.draw import draw_detections
@@ -97,7 +97,7 @@ def video_stages(predictor: Predictor, clip: str, frames: int) -> dict[str, floa
                 kept = keep(found)
                 crops, kept.masks = crops_of(kept), None
             with timed(stages, "draw"):
-                drawn = draw_scaled(frame.pixels, kept, crops, predictor, "fit", "class")
+                drawn = draw_detections(frame.pixels, kept, predictor.class_names, labels="fit", crops=crops)
             if film is None:
                 code, size = cv2.VideoWriter.fourcc(*"mp4v"), (drawn.shape[1], drawn.shape[0])
                 film = cv2.VideoWriter(f"{folder}/film.mp4", code, video.fps, size)

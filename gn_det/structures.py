@@ -85,6 +85,17 @@ def crop_mask(mask: np.ndarray, top: int = 0, left: int = 0) -> MaskCrop:
     return MaskCrop(top + int(rows[0]), left + int(columns[0]), strip[rows[0] : rows[-1] + 1])
 
 
+def in_window(crop: MaskCrop, window: Sequence[int]) -> np.ndarray:
+    """Return the (y1 - y0, x1 - x0) bool mask of ``crop`` in the ``window`` (x0, y0, x1, y1) of its image."""
+    x0, y0, x1, y1 = window
+    out = np.zeros((y1 - y0, x1 - x0), dtype=bool)
+    top, left, bitmap = crop
+    low_y, low_x = max(top, y0), max(left, x0)
+    part = bitmap[low_y - top : max(y1 - top, 0), low_x - left : max(x1 - left, 0)]
+    out[low_y - y0 :, low_x - x0 :][: part.shape[0], : part.shape[1]] = part
+    return out
+
+
 def encode_crop(crop: MaskCrop, height: int, width: int) -> dict[str, Any]:
     """Compressed RLE of a mask of a (height, width) image, given by the part that holds its pixels.
 

@@ -6,7 +6,6 @@ padding would change the statistics of GN.
 
 from __future__ import annotations
 
-import io
 import os
 import time
 from collections import Counter
@@ -15,7 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -32,12 +31,15 @@ from gn_det.prediction.tiles import Found, LargeImage, Tiling, detect_tiles
 from gn_det.result import lowest_score
 from gn_det.structures import ArrayDetections, MaskCrop, encode_crop
 from gn_det.terminal import say
-from gn_det.text import count, one_line, shown
+from gn_det.text import count, one_line, shown, some
 from gn_det.visualize.draw import Colors, Labels, draw_detections
 
 __all__ = ["PREDICTIONS_FILE", "Predictor", "load_predictor", "predict"]
 
 T = TypeVar("T")
+
+#: Detections of an image, and its pixels.
+_Detected = tuple[Found, "np.ndarray | LargeImage"]
 
 #: Longer side of the drawing of an image that is predicted in tiles.
 _LARGE = 4096
@@ -102,7 +104,7 @@ def predict(
     categories = [{"id": i, "name": name} for i, name in zip(predictor.category_ids, predictor.class_names)]
     document: dict[str, list[Any]] = {"images": [], "categories": categories, "annotations": []}
     drawn = names if "drawings" in save else [""] * len(names)
-    draw = partial(draw_scaled, predictor=predictor, labels=labels, colors=colors)
+    draw = partial(draw_detections, class_names=predictor.class_names, labels=labels, colors=colors)
     job = _Job(predictor, keep, folder, draw, tiling)
     failed: list[str] = []
     best, started = 0.0, time.perf_counter()
@@ -112,35 +114,29 @@ def predict(
                 failed.append(result)
                 report(f"[{number}/{len(paths)}] skipped: {result}")
                 continue
-            best = max(best, result.best)
-            _add(document, path, name, result, predictor)
-            report(f"[{number}/{len(paths)}] {path}: {_summary(result.found, predictor.class_names)}")
-            for note in result.notes:
+            found, entries = result
+            best = max(best, found.best)
+            _add(document, path, name, found.detections.image_size, entries)
+            counts = Counter(entry["category_name"] for entry in entries).most_common()
+            objects = count(len(entries), "object") + (f": {some(f'{n} {c}' for c, n in counts)}" if counts else "")
+            report(f"[{number}/{len(paths)}] {path}: {objects}")
+            for note in found.notes:
                 report(f"note: {path}: {note}")
     finally:  # also after an interruption
         if document["images"]:
             for note in write_outputs(save, document, folder):
                 report(f"note: {note}")
     seconds = time.perf_counter() - started
-    some = "; ".join(one_line(f, 400) for f in failed[:3]) + ("; ..." if len(failed) > 3 else "")
+    reasons = "; ".join(one_line(f, 400) for f in failed[:3]) + ("; ..." if len(failed) > 3 else "")
     done = len(document["images"])
     if not done:
-        raise DataError(f"no image could be read: {some}")
+        raise DataError(f"no image could be read: {reasons}")
     report(f"{count(done, 'image')} in {seconds:.1f} s ({done / seconds:.2f} a second); {', '.join(save)} in {folder}")
     if not document["annotations"]:
         report(f"note: no object was found with {keep}; the best score was {best:.2f}")
     if failed:
-        raise DataError(f"{len(failed)} of {len(paths)} images could not be read; the others are done: {some}")
+        raise DataError(f"{len(failed)} of {len(paths)} images could not be read; the others are done: {reasons}")
     return document
-
-
-class _Result(NamedTuple):
-    """Result of one image: detections without masks, their json entries, and the best score of all."""
-
-    found: ArrayDetections
-    entries: list[dict[str, Any]]
-    best: float
-    notes: list[str]
 
 
 @dataclass
@@ -150,24 +146,25 @@ class _Job:
     predictor: Predictor
     keep: Selection
     folder: Path
-    draw: Callable[..., np.ndarray]  # draw_scaled for this predictor
+    draw: Callable[..., np.ndarray]  # draw_detections with the names of the classes
     tiling: Tiling | None
 
-    def run(self, paths: Sequence[Path], drawings: Sequence[str]) -> Iterator[_Result | str]:
-        """Yield the result of each image in order, or why it has none; drawings without a name are skipped."""
+    def run(self, paths: Sequence[Path], drawings: Sequence[str]) -> Iterator[tuple[Found, list[dict[str, Any]]] | str]:
+        """Yield detections (without masks) and json entries of each image in order, or why it has none.
+
+        A drawing without a name is skipped.
+        """
         for path, writing in zip(paths, in_thread(self._finish, self._detected(paths, drawings))):
             yield _or_reason(path, writing.result)
 
     def _load(self, path: Path) -> tuple[Any, np.ndarray] | LargeImage:
         return self.predictor.load(path) if self.tiling is None else LargeImage(path, self.predictor.reader)
 
-    def _detected(
-        self, paths: Sequence[Path], drawings: Sequence[str]
-    ) -> Iterator[tuple[str, tuple[Found, np.ndarray | LargeImage] | str]]:
+    def _detected(self, paths: Sequence[Path], drawings: Sequence[str]) -> Iterator[tuple[str, _Detected | str]]:
         for path, drawing, loading in zip(paths, drawings, in_thread(self._load, paths)):
             yield drawing, _or_reason(path, partial(self._detect, loading))
 
-    def _detect(self, loading: Future[tuple[Any, np.ndarray] | LargeImage]) -> tuple[Found, np.ndarray | LargeImage]:
+    def _detect(self, loading: Future[tuple[Any, np.ndarray] | LargeImage]) -> _Detected:
         loaded = loading.result()
         if isinstance(loaded, LargeImage):
             assert self.tiling is not None
@@ -176,17 +173,17 @@ class _Job:
         kept = self.keep(det)
         return Found(kept, crops_of(kept), float(det.scores.max()) if len(det) else 0.0, []), loaded[1]
 
-    def _finish(self, work: tuple[str, tuple[Found, np.ndarray | LargeImage] | str]) -> _Result | str:
+    def _finish(self, work: tuple[str, _Detected | str]) -> tuple[Found, list[dict[str, Any]]] | str:
         drawing, detected = work
         if isinstance(detected, str):
             return detected
-        (det, crops, best, notes), pixels = detected
-        det.masks = None
+        found, pixels = detected
+        found.detections.masks = None
         if drawing:
             if isinstance(pixels, LargeImage):
                 pixels = pixels.thumbnail(_LARGE)
-            write_png(self.folder / drawing, self.draw(pixels, det, crops))
-        return _Result(det, entries_of(det, crops, self.predictor), best, notes)
+            write_png(self.folder / drawing, self.draw(pixels, found.detections, crops=found.crops))
+        return found._replace(crops=None), entries_of(found.detections, found.crops, self.predictor)
 
 
 def _or_reason(path: Path, call: Callable[[], T]) -> T | str:
@@ -199,22 +196,6 @@ def _or_reason(path: Path, call: Callable[[], T]) -> T | str:
         if not out_of_memory(error):
             raise
         return f"{path}: not enough memory for this image of {os.path.getsize(path)} bytes"
-
-
-def draw_scaled(
-    pixels: np.ndarray,
-    det: ArrayDetections,
-    crops: list[MaskCrop] | None,
-    predictor: Predictor,
-    labels: Labels,
-    colors: Colors,
-) -> np.ndarray:
-    """Draw detections on ``pixels``, which may be a smaller version of their image."""
-    rows, columns = pixels.shape[0] / det.image_size[0], pixels.shape[1] / det.image_size[1]
-    if rows != 1 or columns != 1:
-        boxes = det.boxes * np.array([columns, rows, columns, rows], np.float32)
-        det = ArrayDetections(det.image_size, boxes, det.scores, det.classes)
-    return draw_detections(pixels, det, predictor.class_names, labels=labels, colors=colors, crops=crops)
 
 
 def named_folder(output: str | os.PathLike[str]) -> Path:
@@ -234,17 +215,7 @@ def refuse_to_overwrite(folder: Path, inputs: Sequence[Path], names: Sequence[st
 
 def write_png(path: Path, picture: np.ndarray) -> None:
     """Write an (H, W, 3) uint8 RGB image atomically."""
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG", compress_level=1)
-    atomic_write(path, buffer.getvalue())
-
-
-def _summary(det: ArrayDetections, names: Sequence[str]) -> str:
-    """``3 objects: 2 dog, 1 cat``."""
-    counts = Counter(names[index] for index in det.classes.tolist()).most_common()
-    parts = [f"{n} {one_line(name, 60)}" for name, n in counts]
-    some = ", ".join(parts[:5]) + (", ..." if len(parts) > 5 else "")
-    return f"{count(len(det), 'object')}" + (f": {some}" if some else "")
+    atomic_write(path, lambda file: Image.fromarray(picture).save(file, "PNG", compress_level=1))
 
 
 def entries_of(det: ArrayDetections, crops: list[MaskCrop] | None, predictor: Predictor) -> list[dict[str, Any]]:
@@ -260,11 +231,12 @@ def entries_of(det: ArrayDetections, crops: list[MaskCrop] | None, predictor: Pr
     return entries
 
 
-def _add(document: dict[str, list[Any]], path: Path, drawing: str, result: _Result, predictor: Predictor) -> None:
+def _add(
+    document: dict[str, list[Any]], path: Path, drawing: str, size: tuple[int, int], entries: list[dict[str, Any]]
+) -> None:
     """Add an image and its detections to the json."""
     image_id = len(document["images"]) + 1
-    height, width = result.found.image_size
-    image = {"id": image_id, "file_name": path.as_posix(), "height": height, "width": width, "drawing": drawing}
+    image = {"id": image_id, "file_name": path.as_posix(), "height": size[0], "width": size[1], "drawing": drawing}
     document["images"].append(image)
-    for number, entry in enumerate(result.entries, len(document["annotations"]) + 1):
+    for number, entry in enumerate(entries, len(document["annotations"]) + 1):
         document["annotations"].append({"id": number, "image_id": image_id, **entry})

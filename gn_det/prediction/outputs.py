@@ -10,7 +10,7 @@ from typing import Any
 
 from gn_det.errors import ConfigError
 from gn_det.files import atomic_write, json_bytes
-from gn_det.text import nearest, shown
+from gn_det.text import did_you_mean, shown
 
 #: Name of the json beside the drawings.
 PREDICTIONS_FILE = "predictions.json"
@@ -25,9 +25,8 @@ def check_outputs(save: Sequence[str]) -> None:
         raise ConfigError(f"--save is empty; use {', '.join(OUTPUTS)}")
     for name in save:
         if name not in OUTPUTS:
-            near = nearest(name, OUTPUTS, 1)
-            hint = f"did you mean {near[0]}?" if near else f"use {', '.join(OUTPUTS)}"
-            raise ConfigError(f"unknown output {shown(name)}; {hint}")
+            hint = did_you_mean(name, OUTPUTS) or f"; use {', '.join(OUTPUTS)}"
+            raise ConfigError(f"unknown output {shown(name)}{hint}")
 
 
 def write_outputs(save: Sequence[str], document: dict[str, list[Any]], folder: Path) -> list[str]:

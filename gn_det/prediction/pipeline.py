@@ -17,15 +17,15 @@ AHEAD = 2
 def in_thread(
     function: Callable[[In], Out], items: Iterable[In], ahead: int = AHEAD
 ) -> Generator[Future[Out], None, None]:
-    """Call items in one thread, at most ``ahead`` of them early, and yield the futures in order."""
+    """Call ``function`` in one thread, at most ``ahead`` calls early, and yield the futures in order.
+
+    When the generator is closed, or ``items`` raises, it first waits for the calls that it has begun.
+    """
     waiting: deque[Future[Out]] = deque()
-    pool = ThreadPoolExecutor(1)
-    try:
+    with ThreadPoolExecutor(1) as pool:
         for item in items:
             waiting.append(pool.submit(function, item))
             if len(waiting) > ahead:
                 yield waiting.popleft()
         while waiting:
             yield waiting.popleft()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)

@@ -15,7 +15,7 @@ from gn_det.data.tiff_windows import TiffWindows, open_windows
 from gn_det.errors import ConfigError
 from gn_det.prediction.pipeline import in_thread
 from gn_det.prediction.predictor import Predictor, Selection, crops_of, nms
-from gn_det.structures import ArrayDetections, MaskCrop, box_iou
+from gn_det.structures import ArrayDetections, MaskCrop, box_iou, in_window
 from gn_det.text import count
 
 #: XYXY in image pixels.
@@ -63,20 +63,14 @@ class LargeImage:
 
     def __init__(self, path: Path, reader: ImageReader) -> None:
         """Open ``path``; raises ImageError where it cannot be read."""
-        self._windows: TiffWindows | None = open_windows(path, reader)
-        self._image: Image.Image | None = None
-        if self._windows is None:
-            self._image = reader.decode(path)
-            self.size: tuple[int, int] = self._image.size
-        else:
-            self.size = self._windows.size
+        self._source: TiffWindows | Image.Image = open_windows(path, reader) or reader.decode(path)
+        self.size = self._source.size
 
     def window(self, window: Window) -> np.ndarray:
         """Return (h, w, 3) uint8 RGB pixels."""
-        if self._image is not None:
-            return np.asarray(self._image.crop(window))
-        assert self._windows is not None
-        return self._windows.read(window)
+        if isinstance(self._source, TiffWindows):
+            return self._source.read(window)
+        return np.asarray(self._source.crop(window))
 
     def thumbnail(self, limit: int) -> np.ndarray:
         """Return the image, shrunk by a whole factor so that its longer side is at most ``limit`` pixels."""
@@ -212,9 +206,7 @@ def _overlaps(windows: list[Window]) -> Iterator[tuple[int, int, Window]]:
 
 def _matches(pieces: list[_Piece], ours: list[int], theirs: list[int], shared: Window) -> list[tuple[int, int]]:
     """Pairs of one class that agree within ``shared``, the best first, each piece once."""
-    if not ours or not theirs:
-        return []
-    sides = (np.array([pieces[i].box for i in numbers], np.float64) for numbers in (ours, theirs))
+    sides = (np.array([pieces[i].box for i in numbers], np.float64).reshape(-1, 4) for numbers in (ours, theirs))
     inside = (np.hstack([np.maximum(b[:, :2], shared[:2]), np.minimum(b[:, 2:], shared[2:])]) for b in sides)
     iou = box_iou(*inside)
     found = []
@@ -224,7 +216,7 @@ def _matches(pieces: list[_Piece], ours: list[int], theirs: list[int], shared: W
             continue
         overlap = float(iou[r, c])
         if one.crop is not None and other.crop is not None:
-            mask, its = _within(one.crop, shared), _within(other.crop, shared)
+            mask, its = in_window(one.crop, shared), in_window(other.crop, shared)
             overlap = np.count_nonzero(mask & its) / max(int(np.count_nonzero(mask | its)), 1)
         if overlap >= _SAME:
             found.append((-overlap, ours[r], theirs[c]))
@@ -235,17 +227,6 @@ def _matches(pieces: list[_Piece], ours: list[int], theirs: list[int], shared: W
             pairs.append((i, j))
             used |= {i, j}
     return pairs
-
-
-def _within(crop: MaskCrop, window: Window) -> np.ndarray:
-    """The mask in a window of the image."""
-    x0, y0, x1, y1 = window
-    out = np.zeros((y1 - y0, x1 - x0), dtype=bool)
-    top, left, bitmap = crop
-    low_y, low_x = max(top, y0), max(left, x0)
-    part = bitmap[low_y - top : max(y1 - top, 0), low_x - left : max(x1 - left, 0)]
-    out[low_y - y0 :, low_x - x0 :][: part.shape[0], : part.shape[1]] = part
-    return out
 
 
 def _union(parts: list[_Piece]) -> _Piece:
@@ -260,10 +241,8 @@ def _union(parts: list[_Piece]) -> _Piece:
         top, left = min(c.top for c in crops), min(c.left for c in crops)
         bottom = max(c.top + c.bitmap.shape[0] for c in crops)
         right = max(c.left + c.bitmap.shape[1] for c in crops)
-        bitmap = np.zeros((bottom - top, right - left), dtype=bool)
-        for c in crops:
-            bitmap[c.top - top :, c.left - left :][: c.bitmap.shape[0], : c.bitmap.shape[1]] |= c.bitmap
-        crop = MaskCrop(top, left, bitmap)
+        window = left, top, right, bottom
+        crop = MaskCrop(top, left, np.logical_or.reduce([in_window(c, window) for c in crops]))
     box = np.concatenate([boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)])
     return _Piece(largest.tile, box, largest.score, largest.label, crop, True)
 

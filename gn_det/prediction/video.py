@@ -7,7 +7,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,13 +23,13 @@ from gn_det.data.inputs import output_names
 from gn_det.data.video_frames import Frame, VideoFrames, import_cv2
 from gn_det.errors import ConfigError, DataError, UserError, WriteError
 from gn_det.files import check_writable, open_append
-from gn_det.prediction.images import draw_scaled, entries_of, named_folder, refuse_to_overwrite
+from gn_det.prediction.images import entries_of, named_folder, refuse_to_overwrite
 from gn_det.prediction.pipeline import AHEAD, in_thread
 from gn_det.prediction.predictor import Predictor, Selection, crops_of, load_predictor
 from gn_det.structures import ArrayDetections, MaskCrop
 from gn_det.terminal import say
 from gn_det.text import count, shown
-from gn_det.visualize.draw import Colors, Labels
+from gn_det.visualize.draw import Colors, Labels, draw_detections
 
 #: Codec and extension of annotated videos, supported by every build of OpenCV.
 _CODEC, _SUFFIX = "mp4v", ".mp4"
@@ -86,8 +85,7 @@ def predict_videos(
         UserError: a video cannot be opened, an output cannot be written, or a run cannot be resumed. Output written so
             far is kept.
     """
-    unknown = [name for name in save if name not in ("drawings", "coco")]
-    if unknown or not save:
+    if not save or not {"drawings", "coco"}.issuperset(save):
         raise ConfigError(f"--save {shown(','.join(save))}: for videos, use drawings, coco or both")
     folder = check_writable(named_folder(output), "--output")
     names = output_names([Path(_stem(source)) for source in sources], _SUFFIX)
@@ -101,21 +99,16 @@ def predict_videos(
         "agnostic_iou": keep.agnostic_iou,
         "every": every,
     }
-    if predictor.config is not None:  # what an exported file fixes is part of its sha256
-        run["config"] = _config_hash(predictor.config)
-    draw = partial(draw_scaled, predictor=predictor, labels=labels, colors=colors)
+    if (cfg := predictor.config) is not None:  # what an exported file fixes is part of its sha256
+        decisive = json.dumps([cfg.INPUT, cfg.MODEL, cfg.TEST, cfg.SOLVER.AMP.DTYPE], sort_keys=True)
+        run["config"] = hashlib.sha256(decisive.encode()).hexdigest()[:16]
+    draw = partial(draw_detections, class_names=predictor.class_names, labels=labels, colors=colors)
     refuse_to_overwrite(folder, [Path(source) for source in sources if os.path.exists(source)], names)
     for source, name in zip(sources, names):
         with VideoFrames(source, every=every, max_pixels=predictor.reader.max_pixels) as video:
             if resume and video.live:
                 raise ConfigError(f"{video.name}: a camera or stream cannot be resumed; leave out --resume")
             _VideoJob(video, predictor, keep, folder / name, draw, report).run(run, save, resume, max_frames)
-
-
-def _config_hash(config: Any) -> str:
-    """Return a short hash of the config keys that decide detections, with "auto" resolved."""
-    keys = [config.INPUT, config.MODEL, config.TEST, config.SOLVER.AMP.DTYPE]
-    return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _stem(source: str) -> str:
@@ -133,38 +126,32 @@ class _VideoJob:
     predictor: Predictor
     keep: Selection
     target: Path
-    draw: Callable[..., np.ndarray]  # draw_scaled for this predictor
+    draw: Callable[..., np.ndarray]  # draw_detections with the names of the classes
     report: Callable[[str], None]
 
     def run(self, settings: dict[str, Any], save: Sequence[str], resume: bool, max_frames: int | None) -> None:
         """Process the video; after an error or interruption, the output so far is kept."""
         categories = [{"id": i, "name": n} for i, n in zip(self.predictor.category_ids, self.predictor.class_names)]
         header = {"video": self.video.name, "fps": self.video.fps, "categories": categories, "run": settings}
-        lines = _Lines(self.target.with_suffix(".jsonl"), header, resume) if "coco" in save else None
-        known = lines.known if lines is not None else {}
-        if resume and lines is None:
+        if resume and "coco" not in save:
             raise ConfigError("--resume needs the json lines of the interrupted run; add coco to --save")
         started = said = time.perf_counter()
         done = objects = 0
         with ExitStack() as stack:
-            if lines is not None:
-                stack.callback(lines.close)
-            film = stack.enter_context(_Film(self.target, self.video)) if "drawings" in save else None
-            writer = stack.enter_context(ThreadPoolExecutor(1))
-            waiting: list[Future[None]] = []
-            detected = stack.enter_context(closing(self._detected(known)))
-            for work in islice(detected, max_frames):
-                waiting.append(writer.submit(self._write, work, film, lines))
-                if len(waiting) > AHEAD:
-                    waiting.pop(0).result()
+            enter, path = stack.enter_context, self.target.with_suffix(".jsonl")
+            lines = enter(closing(_Lines(path, header, resume))) if "coco" in save else None
+            known = lines.known if lines is not None else {}
+            film = enter(closing(_Film(self.target, self.video))) if "drawings" in save else None
+            detected = islice(enter(closing(self._detected(known))), max_frames)
+            write = partial(self._write, film=film, lines=lines)
+            for writing in enter(closing(in_thread(write, detected))):
+                work = writing.result()
                 done, objects, now = done + 1, objects + len(work.found), time.perf_counter()
                 if now - said >= _PROGRESS:
                     said = now
                     total = "" if self.video.total is None else f" of {self.video.total}"
                     speed = done / (now - started)
                     self.report(f"{self.video.name}: frame {work.frame.number + 1}{total}, {speed:.1f} fps")
-            for future in waiting:
-                future.result()
         for note in self.video.notes:
             self.report(f"note: {self.video.name}: {note}")
         if self.video.dropped:
@@ -217,12 +204,13 @@ class _VideoJob:
         size = frame.pixels.shape[0], frame.pixels.shape[1]
         return ArrayDetections(size, boxes, scores, classes), crops if len(crops) == len(entries) else None
 
-    def _write(self, work: _Work, film: _Film | None, lines: _Lines | None) -> None:
+    def _write(self, work: _Work, film: _Film | None, lines: _Lines | None) -> _Work:
         if film is not None:
-            film.add(self.draw(work.frame.pixels, work.found, work.crops))
+            film.add(self.draw(work.frame.pixels, work.found, crops=work.crops))
         if lines is not None and not work.known:
             entries = entries_of(work.found, work.crops, self.predictor)
             lines.add({"frame": work.frame.number, "time": round(work.frame.seconds, 6), "annotations": entries})
+        return work
 
 
 class _Lines:
@@ -302,43 +290,43 @@ class _Film:
         self._cv2, self._path, self._video = import_cv2(), path, video
         self._part = path.with_name(f".{path.stem}.part{_SUFFIX}")
         self._writer: Any = None
-        self._early: list[np.ndarray] = []
+        self._waiting: list[np.ndarray] = []
         self._started = time.perf_counter()
-
-    def __enter__(self) -> _Film:
-        return self
 
     def add(self, pixels: np.ndarray) -> None:
         """Append a frame; the frame rate of a live source is measured on the first frames."""
-        self._early.append(pixels)
-        if self._writer is None and (not self._video.live or len(self._early) >= _WARM_UP):
-            self._open()
-        if self._writer is not None:
-            for early in self._early:
-                self._writer.write(np.ascontiguousarray(early[:, :, ::-1]))
-            self._early.clear()
+        self._waiting.append(pixels)
+        if self._writer is not None or not self._video.live or len(self._waiting) >= _WARM_UP:
+            self._write()
 
-    def _open(self) -> None:
+    def _write(self) -> None:
+        frames, self._waiting = self._waiting, []
+        self._writer = self._writer or self._open(frames)
+        for frame in frames:
+            self._writer.write(np.ascontiguousarray(frame[:, :, ::-1]))
+
+    def _open(self, frames: Sequence[np.ndarray]) -> Any:
         fps = self._video.fps / self._video.every
         if self._video.live:
-            fps = len(self._early) / max(time.perf_counter() - self._started, 1e-3)
-        height, width = self._early[0].shape[:2]
+            fps = len(frames) / max(time.perf_counter() - self._started, 1e-3)
+        height, width = frames[0].shape[:2]
         code = self._cv2.VideoWriter.fourcc(*_CODEC)
         # MPEG-4 has fractions of up to 65535: OpenCV would write 69.857 frames a second as 69857/1000, and fail.
         fps = min(max(fps, 0.1), 240.0)
         fps = round(fps, 3 if fps < 65 else 2)
-        self._writer = self._cv2.VideoWriter(os.fspath(self._part), code, fps, (width, height))
-        if not self._writer.isOpened():
+        writer = self._cv2.VideoWriter(os.fspath(self._part), code, fps, (width, height))
+        if not writer.isOpened():
             self._part.unlink(missing_ok=True)
             raise WriteError(
                 f"{self._path}: OpenCV cannot write a video of {width}x{height} pixels with the codec {_CODEC} there; "
                 f"check the folder, or use --save coco"
             )
+        return writer
 
-    def __exit__(self, *_: object) -> None:
-        if self._writer is None and self._early:  # a live source with only a few frames
-            self._open()
-            self.add(self._early.pop())
+    def close(self) -> None:
+        """Write what waits (a live source may give only a few frames), and move the film into place."""
+        if self._waiting:
+            self._write()
         if self._writer is not None:
             self._writer.release()
             if self._part.exists():

@@ -5,14 +5,13 @@ from __future__ import annotations
 import bisect
 import functools
 import io
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
-from gn_det.structures import AnyDetections, ArrayDetections, MaskCrop, crop_mask, rasterize_polygons, to_numpy
+from gn_det.structures import AnyDetections, MaskCrop, crop_mask, in_window, rasterize_polygons, to_numpy
 from gn_det.visualize.colors import Color, class_color
 
 if TYPE_CHECKING:
@@ -34,6 +33,7 @@ _ROWS = 128
 _LONGEST = 200
 #: An image with more objects is crowded.
 _CROWD = 12
+_NO_MASK = MaskCrop(0, 0, np.zeros((0, 0), dtype=bool))
 
 
 def draw_detections(
@@ -43,7 +43,6 @@ def draw_detections(
     *,
     min_size: int = 640,
     max_size: int | None = None,
-    show_scores: bool = True,
     labels: Labels = "all",
     colors: Colors = "class",
     crops: Sequence[MaskCrop] | None = None,
@@ -51,32 +50,29 @@ def draw_detections(
     """Draw detections on a copy of the image, with memory for one mask at a time.
 
     Args:
-        image_rgb: (H, W, 3) uint8 RGB.
-        detections: at the size of the image; no threshold is applied.
+        image_rgb: (H, W, 3) uint8 RGB, at any scale.
+        detections: of the image; no threshold is applied.
         class_names: name of each class index; an index beyond them is shown as a number.
         min_size: a smaller image is scaled up to about this longer side by a whole factor, to keep labels legible.
         max_size: a larger image is scaled down to this longer side before anything is drawn; None draws at full size.
-        show_scores: add the score in percent to the label.
-        labels: which labels are drawn.
+        labels: which labels are drawn, with the score in percent.
         colors: one color a class or an instance.
         crops: the masks of the detections, if they are not in ``detections``.
 
     Returns:
         (H * k, W * k, 3) uint8 with an integer k >= 1, or smaller because of ``max_size``.
     """
-    masks, given = detections.masks, crops
+    masks, size = detections.masks, detections.image_size
 
     def mask_of(index: int, height: int, width: int) -> MaskCrop:
-        if given is not None:
-            return _resized_crop(given[index], detections.image_size, height, width)
-        assert masks is not None
-        return crop_mask(_resized(to_numpy(masks[index]).astype(bool, copy=False), height, width))
+        if crops is not None:
+            return _resized(crops[index], size, height, width)
+        if masks is None:
+            return _NO_MASK
+        return _resized(crop_mask(to_numpy(masks[index]).astype(bool, copy=False)), size, height, width)
 
-    boxes = to_numpy(detections.boxes).astype(float)
-    classes = detections.classes.tolist()
-    scores = detections.scores.tolist() if show_scores else None
-    draw_masks = None if masks is None and given is None else mask_of
-    return _draw(image_rgb, boxes, classes, scores, class_names, draw_masks, min_size, max_size, labels, colors)
+    boxes, classes, scores = to_numpy(detections.boxes), detections.classes.tolist(), detections.scores.tolist()
+    return _draw(image_rgb, size, boxes, classes, scores, class_names, mask_of, min_size, max_size, labels, colors)
 
 
 def draw_annotations(
@@ -89,26 +85,26 @@ def draw_annotations(
     labels: Labels = "all",
 ) -> np.ndarray:
     """Draw the annotations of an image as :func:`draw_detections` does; a mask is made when it is drawn."""
-    annotations = record["annotations"]
+    annotations, size = record["annotations"], (record["height"], record["width"])
 
     def mask_of(index: int, height: int, width: int) -> MaskCrop:
         segmentation = annotations[index].get("segmentation")
         if isinstance(segmentation, dict):
             from pycocotools import mask as coco_mask
 
-            return crop_mask(_resized(coco_mask.decode(segmentation).astype(bool), height, width))
-        scale = width / record["width"], height / record["height"]
+            return _resized(crop_mask(coco_mask.decode(segmentation).astype(bool)), size, height, width)
+        scale = width / size[1], height / size[0]
         polygons = [np.asarray(p, float) * np.resize(scale, len(p)) for p in segmentation or []]
         return crop_mask(rasterize_polygons(polygons, height, width))
 
     boxes = np.array([a["bbox"] for a in annotations], dtype=np.float32).reshape(-1, 4).astype(float)
     boxes[:, 2:] += boxes[:, :2]
     classes = [a["category_id"] for a in annotations]
-    return _draw(image_rgb, boxes, classes, None, class_names, mask_of, min_size, max_size, labels)
+    return _draw(image_rgb, size, boxes, classes, None, class_names, mask_of, min_size, max_size, labels)
 
 
 def draw_sample(
-    sample: Sample, class_names: Sequence[str], *, bgr: bool, proposals: np.ndarray | None = None, min_size: int = 640
+    sample: Sample, class_names: Sequence[str], *, bgr: bool, proposals: np.ndarray | None = None
 ) -> np.ndarray:
     """Draw a training image with its ground truth, or with ``proposals`` (P, 4) XYXY, as :func:`draw_detections` does.
 
@@ -118,15 +114,15 @@ def draw_sample(
     pixels = to_numpy(sample["image"]).transpose(1, 2, 0)
     rgb = np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels[:, :, ::-1] if bgr else pixels
     if proposals is not None:
-        size, count = rgb.shape[:2], len(proposals)
-        boxes = ArrayDetections(size, proposals, np.ones(count), np.zeros(count, np.int64))
-        return draw_detections(rgb, boxes, (), min_size=min_size, labels="none", colors="instance")
+        classes = [0] * len(proposals)
+        return _draw(
+            rgb, rgb.shape, proposals, classes, None, (), lambda *_: _NO_MASK, labels="none", colors="instance"
+        )
     targets = sample["targets"]
-    size, crops = targets.image_size, None
-    if targets.masks is not None:
-        crops = [crop_mask(bitmap) for bitmap in targets.masks.bitmaps(*size)]
-    truth = ArrayDetections(size, to_numpy(targets.boxes), np.ones(len(targets)), to_numpy(targets.classes))
-    return draw_detections(rgb, truth, class_names, min_size=min_size, show_scores=False, crops=crops)
+    size, classes = targets.image_size, targets.classes.tolist()
+    bitmaps = [] if targets.masks is None else targets.masks.bitmaps(*size)
+    crops = [crop_mask(bitmap) for bitmap in bitmaps] or [_NO_MASK] * len(targets)
+    return _draw(rgb, size, to_numpy(targets.boxes), classes, None, class_names, lambda index, *_: crops[index])
 
 
 def jpeg_bytes(image: np.ndarray) -> bytes:
@@ -138,115 +134,89 @@ def jpeg_bytes(image: np.ndarray) -> bytes:
 
 def _draw(
     image_rgb: np.ndarray,
+    size: Sequence[int],
     boxes: np.ndarray,
     classes: Sequence[int],
     scores: Sequence[float] | None,
     class_names: Sequence[str],
-    mask_of: Callable[[int, int, int], MaskCrop] | None,
-    min_size: int,
-    max_size: int | None,
+    mask_of: Callable[[int, int, int], MaskCrop],
+    min_size: int = 640,
+    max_size: int | None = None,
     labels: Labels = "all",
     colors: Colors = "class",
 ) -> np.ndarray:
-    """Boxes (N, 4) XYXY, and masks by (index, height, width), on a copy of the image."""
+    """Boxes (N, 4) XYXY of an image of (height, width) ``size``, and masks by (index, height, width), on a copy."""
     image = Image.fromarray(np.ascontiguousarray(image_rgb))
-    if max_size is not None and max(image.size) > max_size:
-        wide, high = image.size
+    if max_size is not None:
         image.thumbnail((max_size, max_size), Image.Resampling.LANCZOS)
-        boxes = boxes * np.array([image.width / wide, image.height / high] * 2)
     width, height = image.size
     scale = max(1, round(min_size / max(height, width)))
     if scale > 1:
         image = image.resize((width * scale, height * scale), Image.Resampling.BICUBIC)
+    boxes = boxes * np.array([image.width / size[1], image.height / size[0]] * 2)
     line = max(2, round(max(image.size) / 400))
     color_of = [class_color(i if colors == "instance" else c) for i, c in enumerate(classes)]
-    boxes = boxes * scale
     # Large objects first: what lies in front of them stays visible.
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     order = np.argsort(-areas, kind="stable").tolist()
-    if mask_of is not None:
-        pixels = np.array(image)
-        for i in order:
-            _paint_mask(pixels, mask_of(i, height, width), scale, color_of[i], line)
-        image = Image.fromarray(pixels)
+    pixels = np.array(image)
+    for i in order:
+        _paint_mask(pixels, mask_of(i, height, width), scale, color_of[i], line)
+    image = Image.fromarray(pixels)
     canvas = ImageDraw.Draw(image)
     for i in order:
         canvas.rectangle(_inside(boxes[i], image.size), outline=color_of[i], width=line)
-    if labels == "none":
-        return np.array(image)
     fit = labels == "fit" and len(boxes) > _CROWD
     font_size = max(13, round(max(image.size) / 48))
     taken: list[Box] = []
-    for i in range(len(boxes)) if scores is None else np.argsort(-np.array(scores), kind="stable").tolist():
+    best_first = range(len(boxes)) if scores is None else np.argsort(-np.array(scores), kind="stable").tolist()
+    for i in () if labels == "none" else best_first:
         text = _class_text(classes[i], class_names, 0.45 * image.width, font_size)
         text += "" if scores is None else f" {scores[i]:.0%}"
-        spot = _draw_label(canvas, text, font_size, boxes[i], color_of[i], taken, image.size, fit)
-        taken += [] if spot is None else [spot]
+        _draw_label(canvas, text, font_size, boxes[i], color_of[i], taken, image.size, fit)
     return np.array(image)
 
 
-def _resized(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    if mask.shape == (height, width):
-        return mask
-    return np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
-
-
-def _resized_crop(crop: MaskCrop, size: tuple[int, int], height: int, width: int) -> MaskCrop:
+def _resized(crop: MaskCrop, size: tuple[int, int], height: int, width: int) -> MaskCrop:
     """The part of a mask of an image of (height, width) ``size`` in the image resized to (height, width)."""
     if size == (height, width) or 0 in crop.bitmap.shape:
         return crop
     y, x = height / size[0], width / size[1]
     rows, columns = crop.bitmap.shape
-    small = max(round(rows * y), 1), max(round(columns * x), 1)
-    return MaskCrop(round(crop.top * y), round(crop.left * x), _resized(crop.bitmap, *small))
+    small = max(round(columns * x), 1), max(round(rows * y), 1)
+    bitmap = np.asarray(Image.fromarray(crop.bitmap).resize(small, Image.Resampling.NEAREST))
+    return MaskCrop(round(crop.top * y), round(crop.left * x), bitmap)
 
 
-def draw_grid(
-    images: Sequence[np.ndarray],
-    titles: Sequence[str] = (),
-    *,
-    columns: int | None = None,
-    cell: int = 480,
-    gap: int = 12,
-) -> np.ndarray:
+def draw_grid(images: Sequence[np.ndarray], titles: Sequence[str], *, columns: int, cell: int = 480) -> np.ndarray:
     """Several RGB images on white, each fitted into a square cell without distortion.
 
     Args:
         images: (H, W, 3) uint8 each, any sizes.
-        titles: a line above each image; may be shorter than ``images``.
-        columns: cells a row, about square when None.
+        titles: a line above each image.
+        columns: cells a row.
         cell: side of a cell in pixels.
-        gap: white space around cells in pixels.
     """
-    if not images:
-        raise ValueError("no images for a grid")
-    columns = columns or math.ceil(math.sqrt(len(images)))
-    square = (cell, cell)
-    fitted = [ImageOps.contain(Image.fromarray(image), square, Image.Resampling.LANCZOS) for image in images]
-    rows = [fitted[i : i + columns] for i in range(0, len(fitted), columns)]
-    font_size = max(14, cell // 28)
-    head = font_size + gap if any(titles) else 0
-    heights = [max(f.height for f in row) for row in rows]
-    width, height = gap + len(rows[0]) * (cell + gap), gap + sum(heights) + len(rows) * (head + gap)
-    sheet = Image.new("RGB", (width, height), "white")
+    gap, font_size = 12, max(14, cell // 28)
+    step, head = cell + gap, font_size + gap
+    fitted = [ImageOps.contain(Image.fromarray(image), (cell, cell), Image.Resampling.LANCZOS) for image in images]
+    rows = [range(i, min(i + columns, len(images))) for i in range(0, len(images), columns)]
+    heights = [max(fitted[i].height for i in row) for row in rows]
+    sheet = Image.new("RGB", (gap + len(rows[0]) * step, gap + sum(heights) + len(rows) * (head + gap)), "white")
     canvas = ImageDraw.Draw(sheet)
     top = gap
-    for r, row in enumerate(rows):
-        for c, image in enumerate(row):
-            left = gap + c * (cell + gap)
-            index = r * columns + c
-            if index < len(titles):
-                text = _shorten(titles[index], cell, font_size)
-                canvas.text((left, top), text, fill=(40, 40, 40), font=_font_for(text, font_size))
-            sheet.paste(image, (left + (cell - image.width) // 2, top + head))
-        top += heights[r] + head + gap
+    for row, height in zip(rows, heights):
+        for left, i in zip(range(gap, sheet.width, step), row):
+            text = _shorten(titles[i], cell, font_size)
+            canvas.text((left, top), text, fill=(40, 40, 40), font=_font_for(text, font_size))
+            sheet.paste(fitted[i], (left + (cell - fitted[i].width) // 2, top + head))
+        top += height + head + gap
     return np.array(sheet)
 
 
 def _inside(box: np.ndarray, size: tuple[int, int]) -> Box:
     """The box as Pillow wants it: inclusive corners within the image, never inverted."""
-    x0, y0 = (min(max(float(box[k]), 0.0), size[k] - 1.0) for k in (0, 1))
-    x1, y1 = (min(max(float(box[k + 2]) - 1, 0.0), size[k] - 1.0) for k in (0, 1))
+    x0, y0, x1, y1 = np.clip(box - np.array([0, 0, 1, 1]), 0, np.array([*size, *size]) - 1.0).tolist()
     return x0, y0, max(x0, x1), max(y0, y1)
 
 
@@ -259,19 +229,14 @@ def _paint_mask(pixels: np.ndarray, crop: MaskCrop, scale: int, color: Color, li
     height, width = pixels.shape[0] // scale, pixels.shape[1] // scale
     top, left = max(crop.top - 2, 0), max(crop.left - 2, 0)
     bottom, right = min(crop.top + bitmap.shape[0] + 2, height), min(crop.left + bitmap.shape[1] + 2, width)
-    part = np.zeros((bottom - top, right - left), dtype=bool)
-    inside = part[crop.top - top :, crop.left - left :][: bitmap.shape[0], : bitmap.shape[1]]
-    inside[:] = bitmap[: inside.shape[0], : inside.shape[1]]
+    part = in_window(crop, (left, top, right, bottom))
     stencil = Image.fromarray(part.astype(np.uint8) * 255)
     if scale > 1:
         # Blurred before it is cut at one half: the stairs of the small mask become a smooth line.
         stencil = stencil.resize((part.shape[1] * scale, part.shape[0] * scale), Image.Resampling.BICUBIC)
         stencil = stencil.filter(ImageFilter.GaussianBlur(0.6 * scale))
     inner = np.asarray(stencil) >= 128
-    area = pixels[
-        top * scale : top * scale + inner.shape[0],
-        left * scale : left * scale + inner.shape[1],
-    ]
+    area = pixels[top * scale :, left * scale :][: inner.shape[0], : inner.shape[1]]
     tint(area, inner, color, _ALPHA)
     area[inner & ~_eroded(inner, line)] = color
 
@@ -303,7 +268,8 @@ def _eroded(mask: np.ndarray, reach: int) -> np.ndarray:
 def _class_text(index: int, class_names: Sequence[str], width: float, font_size: int) -> str:
     """The class name cut to ``width`` pixels, or a number where there is no name or no font that can write it."""
     name = class_names[index] if index < len(class_names) else ""
-    return _shorten(name, width, font_size) if name.strip() and _can_write(name) else f"class {index}"
+    writable = name.strip() and _font_file(name[:_LONGEST])[1]
+    return _shorten(name, width, font_size) if writable else f"class {index}"
 
 
 def _draw_label(
@@ -312,13 +278,13 @@ def _draw_label(
     font_size: int,
     box: np.ndarray,
     color: Color,
-    taken: Sequence[Box],
+    taken: list[Box],
     size: tuple[int, int],
     fit: bool,
-) -> Box | None:
-    """Write a label on a filled ground at the box, inside the image, where it hides the fewest other labels.
+) -> None:
+    """Write a label on a filled ground at the box, inside the image, where it hides the fewest labels of ``taken``.
 
-    With ``fit`` a label is left out that is larger than its box or would hide another one; None is returned then.
+    With ``fit`` a label is left out that is larger than its box or would hide another one.
     """
     font = _font_for(text, font_size)
     pad = max(2, font_size // 5)
@@ -326,7 +292,7 @@ def _draw_label(
     width, height = right - left + 2 * pad, font_size + 2 * pad
     x0, y0, x1, y1 = _inside(box, size)
     if fit and width * height > (x1 - x0) * (y1 - y0):
-        return None
+        return
     spots = [(x0, y0 - height), (x0, y0), (x1 - width, y0 - height), (x0, y1), (x1 - width, y1), (x0, y1 - height)]
     spots += [(x0, y0 + k * height) for k in (1, 2)]
     placed = []
@@ -336,12 +302,12 @@ def _draw_label(
     # min() keeps the first of equals: the order above is the order of preference.
     spot = min(placed, key=lambda s: sum(_overlap(s, other) for other in taken))
     if fit and any(_overlap(spot, other) for other in taken):
-        return None
+        return
+    taken.append(spot)
     canvas.rounded_rectangle(spot, radius=pad, fill=color)
     dark = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] < 150
     middle = (spot[0] + pad - left, spot[1] + height / 2)
     canvas.text(middle, text, anchor="lm", font=font, fill="white" if dark else "black")
-    return spot
 
 
 def _overlap(a: Box, b: Box) -> float:
@@ -363,29 +329,23 @@ def _shorten(text: str, width: float, font_size: int) -> str:
 @functools.lru_cache(maxsize=256)
 def _font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which comes with matplotlib; another installed font where it lacks a character (CJK ...)."""
-    return ImageFont.truetype(_font_file(_code_points(text)), size)
-
-
-def _can_write(text: str) -> bool:
-    return _code_points(text) <= _characters(_font_file(_code_points(text)))
-
-
-def _code_points(text: str) -> frozenset[int]:
-    return frozenset(ord(c) for c in text if not c.isspace())
+    return ImageFont.truetype(_font_file(text)[0], size)
 
 
 @functools.lru_cache(maxsize=256)
-def _font_file(needed: frozenset[int]) -> str:
-    """The font file that writes most of the code points."""
+def _font_file(text: str) -> tuple[str, bool]:
+    """The font file that writes most of the characters of ``text``, and whether it writes all of them."""
     from matplotlib import font_manager
 
+    needed = frozenset(ord(c) for c in text if not c.isspace())
     default = str(font_manager.findfont("DejaVu Sans"))
     if needed <= _characters(default):
-        return default
+        return default, True
     # "Last Resort" claims every character and draws a placeholder for each.
     found = font_manager.fontManager.ttflist
     candidates = sorted({f.fname for f in found if f.style == "normal" and "resort" not in f.name.lower()})
-    return max([default, *candidates], key=lambda file: len(needed & _characters(file)))
+    best = max([default, *candidates], key=lambda file: len(needed & _characters(file)))
+    return best, needed <= _characters(best)
 
 
 @functools.lru_cache(maxsize=1024)

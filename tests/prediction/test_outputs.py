@@ -56,7 +56,7 @@ def test_csv(tmp_path: Path) -> None:
 
 
 def test_unknown_output(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="unknown output 'labelm'; did you mean labelme"):
+    with pytest.raises(ConfigError, match="unknown output 'labelm'; did you mean 'labelme'"):
         predict("w", tmp_path, tmp_path / "out", save=["labelm"], predictor=PREDICTOR)
     with pytest.raises(ConfigError, match="--save is empty"):
         predict("w", tmp_path, tmp_path / "out", save=[], predictor=PREDICTOR)

@@ -11,6 +11,7 @@ from PIL import Image, TiffImagePlugin
 from scipy import ndimage
 
 from gn_det.data.image import ImageError, ImageReader
+from gn_det.data.tiff_windows import TiffWindows
 from gn_det.errors import ConfigError
 from gn_det.prediction.predictor import Predictor, Selection
 from gn_det.prediction.tiles import LargeImage, Tiling, detect_tiles
@@ -141,7 +142,7 @@ def test_windows_of_a_tiled_tiff_are_its_pixels(tmp_path: Path, compression: str
     with Image.open(path) as image:
         whole = np.asarray(image.convert("RGB"))
     large = LargeImage(path, ImageReader("RGB", max_pixels=100 * 100))  # less than the image has
-    assert large._image is None and large.size == (330, 250)
+    assert isinstance(large._source, TiffWindows) and large.size == (330, 250)
     for x0, y0, x1, y1 in [(0, 0, 330, 250), (60, 60, 70, 70), (64, 128, 128, 192), (300, 200, 330, 250)]:
         assert np.array_equal(large.window((x0, y0, x1, y1)), whole[y0:y1, x0:x1])
     assert large.thumbnail(100).shape == (63, 83, 3)

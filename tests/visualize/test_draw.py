@@ -13,10 +13,10 @@ from PIL import Image, ImageFilter
 from pycocotools import mask as coco_mask
 
 from gn_det.data.records import Record
-from gn_det.structures import Detections, rasterize_polygons
+from gn_det.structures import Detections, Masks, Sample, Targets, rasterize_polygons
 from gn_det.visualize import draw
 from gn_det.visualize.colors import class_color
-from gn_det.visualize.draw import _eroded, draw_annotations, draw_detections, draw_grid
+from gn_det.visualize.draw import _eroded, draw_annotations, draw_detections, draw_grid, draw_sample
 
 
 def one(box: list[float], size: tuple[int, int], label: int = 0, masks: bool = True) -> Detections:
@@ -60,10 +60,8 @@ def test_nothing_found_and_class_without_name() -> None:
 
 def test_grid() -> None:
     pictures = [np.full((h, w, 3), 50, np.uint8) for h, w in ((40, 80), (80, 40), (10, 10))]
-    sheet = draw_grid(pictures, ["one", "two"], columns=2, cell=100)
+    sheet = draw_grid(pictures, ["one", "two", "three"], columns=2, cell=100)
     assert sheet.shape[1] == 2 * 100 + 3 * 12 and (sheet == 50).any() and (sheet[:, :12] == 255).all()
-    with pytest.raises(ValueError):
-        draw_grid([])
 
 
 def polygon(x: float, y: float, w: float, h: float) -> dict[str, object]:
@@ -75,7 +73,7 @@ def record(height: int, width: int, annotations: list[dict[str, object]]) -> Rec
     return Record(file_name="x.png", width=width, height=height, annotations=cast(Any, annotations))
 
 
-def test_annotations_are_drawn_as_detections_of_the_same_masks() -> None:
+def test_annotations_are_drawn_as_ground_truth_of_the_same_masks() -> None:
     """Polygons, RLE and objects without a mask, on a picture that is scaled up and one that is not."""
     rng = np.random.default_rng(0)
     for height, width in ((60, 90), (700, 500)):
@@ -85,10 +83,11 @@ def test_annotations_are_drawn_as_detections_of_the_same_masks() -> None:
         bare = {"bbox": [1, 1, 12, 9], "category_id": 2}
         objects = [polygon(10, 8, 40, 30), rle, bare, polygon(30.5, 20.25, 25, 35)]
         masks = [rasterize_polygons(o.get("segmentation", []), height, width) for o in (objects[0], bare, objects[3])]
-        stacked = torch.from_numpy(np.stack([masks[0], bitmap, *masks[1:]]))
         boxes = torch.tensor([[x, y, x + w, y + h] for x, y, w, h in (o["bbox"] for o in objects)])
-        truth = Detections((height, width), boxes, torch.ones(4), torch.tensor([0, 1, 2, 0]), stacked)
-        expected = draw_detections(image, truth, ["a", "日本", "c"], show_scores=False)
+        truth = Masks([masks[0], bitmap, *masks[1:]])
+        targets = Targets((height, width), boxes, torch.tensor([0, 1, 2, 0]), truth)
+        sample = Sample(image=torch.from_numpy(image.transpose(2, 0, 1)), targets=targets)
+        expected = draw_sample(sample, ["a", "日本", "c"], bgr=False)
         assert np.array_equal(draw_annotations(image, record(height, width, objects), ["a", "日本", "c"]), expected)
 
 
