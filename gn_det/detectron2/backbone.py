@@ -26,10 +26,6 @@ if TYPE_CHECKING:
     from detectron2.config import CfgNode
 
 
-def _shapes(specs: dict[str, FeatureSpec]) -> dict[str, ShapeSpec]:
-    return {name: ShapeSpec(channels=spec.channels, stride=spec.stride) for name, spec in specs.items()}
-
-
 class GNResNet(ResNet, Backbone):
     """:class:`gn_det.modeling.resnet.ResNet` with Detectron2's backbone interface; same keyword arguments.
 
@@ -40,8 +36,8 @@ class GNResNet(ResNet, Backbone):
         super().__init__(norm=norm_with_groups(norm, groups), **others)
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        """Return channels and stride by feature name."""
-        return _shapes(self.feature_specs)
+        """Return channels and stride by feature name, fine to coarse."""
+        return {name: ShapeSpec(channels=s.channels, stride=s.stride) for name, s in self.feature_specs.items()}
 
     def __prepare_scriptable__(self) -> nn.Module:
         return ScriptableResNet(self)
@@ -67,6 +63,7 @@ class GNFPN(FPN, Backbone):
 
     #: Set per instance; replaces Backbone's property.
     size_divisibility: int = 0
+    output_shape = GNResNet.output_shape
 
     def __init__(
         self,
@@ -102,10 +99,6 @@ class GNFPN(FPN, Backbone):
         """Return the side of the square that images are padded to; 0 for none."""
         return {"square_size": self.square_pad}
 
-    def output_shape(self) -> dict[str, ShapeSpec]:
-        """Return channels and stride by level name, fine to coarse."""
-        return _shapes(self.feature_specs)
-
     def __prepare_scriptable__(self) -> nn.Module:
         return ScriptableFPN(self, self.bottom_up, self.top_block, self.square_pad)
 
@@ -124,26 +117,21 @@ class GNFPN(FPN, Backbone):
 def build_gn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """Build a ResNet with the norms of MODEL.GN, or Detectron2's if only that has the convolutions or norm."""
     resnets = cfg.MODEL.RESNETS
-    deformable = any(resnets.DEFORM_ON_PER_STAGE)
-    if deformable and (resnets.NORM in ("LN", "IN") or (resnets.NORM == "GN" and group_rule(cfg) != GroupRule())):
-        raise ConfigError(
-            "MODEL.RESNETS.DEFORM_ON_PER_STAGE: gn_det's ResNet has no deformable convolutions; Detectron2's has no "
-            f"MODEL.RESNETS.NORM {resnets.NORM} with this MODEL.GN; use GN with the default MODEL.GN"
-        )
-    if deformable or resnets.NORM in THEIR_NORMS:
-        if is_pre_activation(cfg):
+    if not any(resnets.DEFORM_ON_PER_STAGE) and resnets.NORM not in THEIR_NORMS:
+        bottom_up = GNResNetV2 if is_pre_activation(cfg) else GNResNet
+        return bottom_up(in_channels=input_shape.channels, **resnet_arguments(cfg))
+    other_norm = resnets.NORM in ("LN", "IN") or (resnets.NORM == "GN" and group_rule(cfg) != GroupRule())
+    for key, given, default in (
+        (f"MODEL.RESNETS.NORM {resnets.NORM} with this MODEL.GN", other_norm, "GN with the default MODEL.GN"),
+        (f"MODEL.RESNETS.VARIANT {resnets.get('VARIANT')}", is_pre_activation(cfg), "v1"),
+        ("MODEL.WS.RESNETS", weight_standardization(cfg, "RESNETS"), "''"),
+    ):
+        if given:
             raise ConfigError(
-                f"MODEL.RESNETS.VARIANT {resnets.VARIANT} has no deformable convolutions and none of Detectron2's "
-                f"norms {', '.join(THEIR_NORMS)}; set it to v1"
+                f"{key} is not in Detectron2's ResNet, which alone has deformable convolutions "
+                f"(MODEL.RESNETS.DEFORM_ON_PER_STAGE) and the norms {', '.join(THEIR_NORMS)}; use {default}"
             )
-        if ws := weight_standardization(cfg, "RESNETS"):
-            raise ConfigError(
-                f"MODEL.WS.RESNETS {ws}: Detectron2's backbones, which alone have deformable convolutions and "
-                f"{', '.join(THEIR_NORMS)}, have no Weight Standardization; set MODEL.WS.RESNETS ''"
-            )
-        return build_resnet_backbone(cfg, input_shape)
-    bottom_up = GNResNetV2 if is_pre_activation(cfg) else GNResNet
-    return bottom_up(in_channels=input_shape.channels, **resnet_arguments(cfg))
+    return build_resnet_backbone(cfg, input_shape)
 
 
 @BACKBONE_REGISTRY.register()

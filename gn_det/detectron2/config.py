@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import weakref
@@ -18,7 +19,7 @@ from gn_det.config import parse_config
 from gn_det.config.check import check_values
 from gn_det.config.defaults import add_gn_keys, as_lists, edited, flatten, get_value, set_value
 from gn_det.config.schema import KEYS
-from gn_det.detectron2.datasets import is_own, register_named, register_own, take_mixed_masks
+from gn_det.detectron2.datasets import is_own, register_sets, take_mixed_masks
 from gn_det.engine.schedule import scale_schedule
 from gn_det.errors import ConfigError, DataError, UserError
 from gn_det.modeling.build import group_rule, weight_standardization
@@ -47,8 +48,8 @@ _SUBSET = "DATALOADER.RANDOM_SUBSET_RATIO"
 _NO_INSTANCES = ("PanopticFPN", "SemanticSegmentor", "ProposalNetwork")
 
 #: Sections of architectures with their own number of classes.
-_OWN_CLASSES = {"RetinaNet": "RETINANET", "FCOS": "FCOS"}
-_WITHOUT_ROI_HEADS = (*_OWN_CLASSES, "ProposalNetwork", "SemanticSegmentor")
+OWN_CLASSES = {"RetinaNet": "RETINANET", "FCOS": "FCOS"}
+_WITHOUT_ROI_HEADS = (*OWN_CLASSES, "ProposalNetwork", "SemanticSegmentor")
 
 
 def add_gn_config(cfg: CfgNode) -> None:
@@ -93,12 +94,12 @@ def scale_to_machine(cfg: CfgNode, num_gpus: int | None = None, *, written_for: 
     num_gpus = comm.get_world_size() if num_gpus is None else num_gpus
     if num_gpus < 1 or written_for < 1:
         raise ConfigError(f"scale_to_machine: num_gpus {num_gpus} and written_for {written_for} must be at least 1")
-    scaled = edited(cfg, {"SOLVER.REFERENCE_WORLD_SIZE": cfg.SOLVER.REFERENCE_WORLD_SIZE or written_for})
-    scaled.SOLVER.EPOCHS = 0.0  # counted by gn_det.detectron2.Trainer, which knows the images
+    world = cfg.SOLVER.REFERENCE_WORLD_SIZE or written_for
+    # Epochs are counted by gn_det.detectron2.Trainer, which knows the images.
+    scaled = edited(cfg, {"SOLVER.REFERENCE_WORLD_SIZE": world, "SOLVER.EPOCHS": 0.0})
     scaled, sentences = scale_schedule(scaled, num_gpus, images=0)
     with _thawed(cfg):
-        scaled.SOLVER.EPOCHS = cfg.SOLVER.EPOCHS
-        for name, value in flatten(scaled):
+        for name, value in flatten(edited(scaled, {"SOLVER.EPOCHS": cfg.SOLVER.EPOCHS})):
             set_value(cfg, name, value)
     for sentence in sentences:
         logger.info(sentence)
@@ -135,8 +136,7 @@ def prepare_config(cfg: CfgNode) -> None:
     with _thawed(cfg):
         if cfg.MODEL.DEVICE == "auto":
             cfg.MODEL.DEVICE = _device()
-        register_own(cfg)
-        register_named(cfg)
+        register_sets(cfg)
         take_mixed_masks(cfg)
         if cfg.MODEL.ROI_HEADS.NUM_CLASSES == 0 and cfg.MODEL.META_ARCHITECTURE not in _WITHOUT_ROI_HEADS:
             cfg.MODEL.ROI_HEADS.NUM_CLASSES = _count_classes(cfg)
@@ -164,7 +164,6 @@ def _count_classes(cfg: CfgNode) -> int:
     return len(classes)
 
 
-_mentioned: set[str] = set()
 _read = False
 
 
@@ -196,12 +195,14 @@ def _mention_what_is_not_read(cfg: CfgNode) -> None:
         "INPUT.BIT_DEPTH": all(map(is_own, sets)),
     }
     for name in unread:
-        if read.get(name) or as_lists(get_value(cfg, name)) == as_lists(KEYS[name].default):
-            continue
-        text = f"{name} is {get_value(cfg, name)!r}: Detectron2's DefaultTrainer and loader do not read this key, "
-        if text not in _mentioned:
-            _mentioned.add(text)
-            logger.warning("%sgn_det.detectron2.Trainer does.", text)
+        value = get_value(cfg, name)
+        if not read.get(name) and as_lists(value) != as_lists(KEYS[name].default):
+            _warn_once(f"{name} is {value!r}: Detectron2's DefaultTrainer and loader do not read this key")
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    logger.warning("%s, gn_det.detectron2.Trainer does.", text)
 
 
 #: Section of MODEL.WS -> names of the modules that follow it.
@@ -251,16 +252,12 @@ def check_for_trainer(cfg: CfgNode, *, own_loader: bool, own_results: bool) -> N
     model, sampler = cfg.MODEL, cfg.DATALOADER.SAMPLER_TRAIN
     check_device(cfg, _device() if model.DEVICE == "auto" else model.DEVICE)
     instead = "or train with Detectron2's DefaultTrainer"
-    if cfg.TEST.PRECISE_BN.ENABLED:
-        raise ConfigError(
-            "TEST.PRECISE_BN.ENABLED True is not implemented by gn_det.detectron2.Trainer: set it False and add "
-            f"detectron2.engine.hooks.PreciseBN in build_hooks, {instead}"
-        )
-    if cfg.SOLVER.AUTO_BATCH:
-        raise ConfigError(
-            "SOLVER.AUTO_BATCH True is not implemented by gn_det.detectron2.Trainer: set it False and set "
-            "SOLVER.IMS_PER_BATCH and SOLVER.ACCUMULATE"
-        )
+    for key, given, remedy in (
+        ("TEST.PRECISE_BN.ENABLED", cfg.TEST.PRECISE_BN.ENABLED, f"add hooks.PreciseBN in build_hooks, {instead}"),
+        ("SOLVER.AUTO_BATCH", cfg.SOLVER.AUTO_BATCH, "set SOLVER.IMS_PER_BATCH and SOLVER.ACCUMULATE"),
+    ):
+        if given:
+            raise ConfigError(f"{key} True is not implemented by gn_det.detectron2.Trainer: set it False and {remedy}")
     others = {
         "KEYPOINT_ON": model.KEYPOINT_ON,
         "LOAD_PROPOSALS": model.LOAD_PROPOSALS,
@@ -287,7 +284,7 @@ def check_for_trainer(cfg: CfgNode, *, own_loader: bool, own_results: bool) -> N
 
 def _settle_own_classes(cfg: CfgNode) -> None:
     """Set the number of classes of an architecture without RoI heads; Detectron2's default becomes the dataset's."""
-    section = _OWN_CLASSES.get(cfg.MODEL.META_ARCHITECTURE, "")
+    section = OWN_CLASSES.get(cfg.MODEL.META_ARCHITECTURE, "")
     if section not in cfg.MODEL:
         return
     node, names = cfg.MODEL[section], cfg.DATASETS.TRAIN
@@ -315,10 +312,10 @@ def mention_other_groups(cfg: CfgNode) -> None:
         return
     try:
         meta = read_meta(read_checkpoint(path, mmap=True))
-        stored = parse_config(meta["config"], path) if meta and meta["config"] else None
+        stored = parse_config(meta["config"], path) if meta and meta["config"] else cfg
     except UserError:  # loading it will raise the error
         return
-    if stored is not None and group_rule(stored) != group_rule(cfg):
+    if group_rule(stored) != group_rule(cfg):
         ours, theirs = ({k: node.MODEL.GN[k] for k in _GROUP_KEYS} for node in (cfg, stored))
         keys = [f"MODEL.GN.{k} {theirs[k]} instead of {ours[k]}" for k in _GROUP_KEYS if ours[k] != theirs[k]]
         logger.warning("MODEL.WEIGHTS %s was trained with other groups: set %s.", path, ", ".join(keys))

@@ -76,7 +76,7 @@ def detector(model: nn.Module, cfg: Any) -> Callable[[list[Sample]], list[Detect
         model = GeneralizedRCNNWithTTA(cfg, model)
 
     def detect(samples: list[Sample]) -> list[Detections]:
-        inputs = to_inputs([Sample(**{k: v for k, v in s.items() if k != "targets"}) for s in samples])  # type: ignore[typeddict-item]
+        inputs = [{k: v for k, v in sample.items() if k != "targets"} for sample in samples]
         return [to_detections(output["instances"]) for output in model(inputs)]
 
     return detect

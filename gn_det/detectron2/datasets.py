@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: Names of test and training set in the keys of files and of catalogs; a set that is both is a training set.
+_SPLITS = (("VAL", "TEST"), ("TRAIN", "TRAIN"))
+
 
 class _Source:
     """Function that the catalog calls for the records of one dataset.
@@ -95,31 +98,30 @@ class EightBits(PathHandler):
 def register_shapes() -> None:
     """Register ``shapes_train`` and ``shapes_val``; they are generated when first read."""
     for name in GENERATED:
-        _enter(name, resolve(name))
+        enter(name, resolve(name))
         _describe(name, CLASSES, CATEGORY_IDS)
 
 
-def register_own(cfg: CfgNode) -> None:
-    """Register DATASETS.TRAIN_JSON and VAL_JSON; in ``cfg`` they replace DATASETS.TRAIN and TEST."""
-    for split, key in (("VAL", "TEST"), ("TRAIN", "TRAIN")):
+def register_sets(cfg: CfgNode) -> None:
+    """Register DATASETS.TRAIN_JSON and VAL_JSON, which replace DATASETS.TRAIN and TEST, else ``json@images`` names."""
+    for split, key in _SPLITS:
         json_file, images = (os.path.expanduser(cfg.DATASETS[f"{split}_{part}"]) for part in ("JSON", "IMAGES"))
-        if not json_file and not images:
-            continue
-        if not json_file:
+        if images and not json_file:
             raise ConfigError(f"DATASETS.{split}_IMAGES is set without DATASETS.{split}_JSON: give the json, too")
-        images = images or os.path.dirname(json_file) or "."
-        name = f"{json_file}@{images}"
-        origin = f"DATASETS.{split}_JSON and {split}_IMAGES"
-        _register(name, DatasetSource(os.path.basename(json_file), json_file, images, origin), cfg, key)
-        cfg.DATASETS[key] = (name,)
-
-
-def register_named(cfg: CfgNode) -> None:
-    """Register the ``path/to.json@path/to/images`` names of DATASETS.TRAIN and TEST; others are left alone."""
-    for key in ("TEST", "TRAIN"):
-        for name in cfg.DATASETS[key]:
-            if ".json@" in name:
-                _register(name, resolve(name, f"DATASETS.{key}"), cfg, key)
+        sources = {name: resolve(name, f"DATASETS.{key}") for name in cfg.DATASETS[key] if ".json@" in name}
+        if json_file:
+            images = images or os.path.dirname(json_file) or "."
+            origin = f"DATASETS.{split}_JSON and {split}_IMAGES"
+            cfg.DATASETS[key] = (f"{json_file}@{images}",)
+            sources = {cfg.DATASETS[key][0]: DatasetSource(os.path.basename(json_file), json_file, images, origin)}
+        for name, source in sources.items():
+            enter(name, source)
+            entry = DatasetCatalog[name]
+            if isinstance(entry, _Source):  # otherwise the user registered this name with another reader
+                entry.max_bad = cfg.DATALOADER.MAX_BAD
+                # Detectron2 also reads 8-bit images in INPUT.FORMATs that the reader does not support.
+                entry.reader = ImageReader.of(cfg, "RGB")
+                entry.polygons_only = key == "TRAIN" and cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon"
 
 
 def is_own(name: str) -> bool:
@@ -141,8 +143,8 @@ def name_by_files(cfg: CfgNode) -> CfgNode:
     is written as COCO json to OUTPUT_DIR, or refused. All processes of the group must call this.
     """
     out = edited(cfg)
-    for key in ("TRAIN", "TEST"):
-        if not cfg.DATASETS[f"{'TRAIN' if key == 'TRAIN' else 'VAL'}_JSON"]:
+    for split, key in _SPLITS:
+        if not cfg.DATASETS[f"{split}_JSON"]:
             out.DATASETS[key] = tuple(_by_files(name, cfg.OUTPUT_DIR) for name in cfg.DATASETS[key])
     return out
 
@@ -240,25 +242,11 @@ def _to_coco(annotation: Mapping[str, Any]) -> dict[str, Any]:
     return entry
 
 
-def register_files(name: str) -> None:
-    """Register one ``path/to.json@path/to/images`` name; raise DataError if there is no such file."""
-    _enter(name, resolve(name, "DATASETS"))
-
-
-def _enter(name: str, source: DatasetSource) -> None:
+def enter(name: str, source: DatasetSource) -> None:
+    """Add a set to Detectron2's catalogs, unless they have one of that name."""
     if name not in DatasetCatalog:
         DatasetCatalog.register(name, _Source(name, source))
         MetadataCatalog.get(name).set(json_file=source.json_file, image_root=source.image_root, evaluator_type="coco")
-
-
-def _register(name: str, source: DatasetSource, cfg: CfgNode, key: str) -> None:
-    _enter(name, source)
-    entry = DatasetCatalog[name]
-    if isinstance(entry, _Source):  # otherwise the user registered this name with another reader
-        entry.max_bad = cfg.DATALOADER.MAX_BAD
-        # Detectron2 also reads 8-bit images in INPUT.FORMATs that the reader does not support.
-        entry.reader = ImageReader.of(cfg, "RGB")
-        entry.polygons_only = key == "TRAIN" and cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon"
 
 
 @lru_cache(maxsize=8)

@@ -12,8 +12,9 @@ import detectron2.solver
 from detectron2.config import CfgNode, get_cfg
 
 import gn_det.detectron2  # noqa: F401  # a process that unpickles the engine needs everything registered
+from gn_det.config.defaults import flatten, set_value
 from gn_det.detectron2.adapt import adapt
-from gn_det.detectron2.config import add_gn_config, check_device, trainer_keys_are_read
+from gn_det.detectron2.config import OWN_CLASSES, add_gn_config, check_device, trainer_keys_are_read
 from gn_det.detectron2.conversion import detector, to_inputs
 from gn_det.detectron2.steps import Storage, build_optimizer
 from gn_det.engine.choice import Choice, load
@@ -71,18 +72,9 @@ def to_detectron2(cfg: AnyCfgNode) -> CfgNode:
     """Copy a gn_det config to Detectron2's class, with the same keys and values, not frozen."""
     out = get_cfg()
     add_gn_config(out)
-    out.set_new_allowed(True)
-    _copy(cfg.clone(), out)
-    out.set_new_allowed(False)
+    for name, value in flatten(cfg.clone()):
+        set_value(out, name, value)
     return out
-
-
-def _copy(source: Any, target: Any) -> None:
-    for key, value in source.items():
-        if isinstance(value, dict) and isinstance(target.get(key), dict):
-            _copy(value, target[key])
-        else:
-            target[key] = value
 
 
 def model_config(cfg: AnyCfgNode) -> CfgNode:
@@ -92,9 +84,7 @@ def model_config(cfg: AnyCfgNode) -> CfgNode:
     data = out.DATASETS
     data.TRAIN, data.TEST = (), ()
     data.TRAIN_JSON = data.TRAIN_IMAGES = data.VAL_JSON = data.VAL_IMAGES = ""
-    classes = int(cfg.MODEL.ROI_HEADS.NUM_CLASSES)
-    if classes:
-        out.MODEL.RETINANET.NUM_CLASSES = classes
-        if "FCOS" in out.MODEL:
-            out.MODEL.FCOS.NUM_CLASSES = classes
+    for section in OWN_CLASSES.values():
+        if section in out.MODEL and cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+            out.MODEL[section].NUM_CLASSES = int(cfg.MODEL.ROI_HEADS.NUM_CLASSES)
     return out

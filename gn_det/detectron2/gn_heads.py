@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -154,19 +155,15 @@ def use_gn_heads(model: Any, rule: GroupRule | None = None) -> None:
     Raises:
         ConfigError: there is no box head, or one without convolutions and so without norms.
     """
-    heads, rule = model.get("roi_heads") or {}, rule or GroupRule()
+    heads = model.get("roi_heads") or {}
     boxes = heads.get("box_heads") or ([heads["box_head"]] if "box_head" in heads else [])
     if not boxes or not all(box.conv_dims for box in boxes):
         raise ConfigError(
-            "roi_heads: GN is for a box head of convolutions; set its conv_dims to [256] * 4 and fc_dims to [1024]"
-            if boxes
-            else "roi_heads: there is neither box_head nor box_heads; give a GeneralizedRCNN with StandardROIHeads or "
-            "CascadeROIHeads"
+            "roi_heads: GN is for StandardROIHeads or CascadeROIHeads with convolutions in box_head or box_heads; set "
+            "its conv_dims to [256] * 4 and fc_dims to [1024]"
         )
-    groups = LazyCall(GroupRule)(
-        num_groups=rule.num_groups, channels_per_group=rule.channels_per_group, eps=rule.eps, fused=rule.fused
-    )
+    norm = LazyCall(NormFactory)(kind="GN", rule=LazyCall(GroupRule)(**dataclasses.asdict(rule or GroupRule())))
     for head in boxes:
-        head._target_, head.conv_norm = GNFastRCNNConvFCHead, LazyCall(NormFactory)(kind="GN", rule=groups)
+        head._target_, head.conv_norm = GNFastRCNNConvFCHead, norm
     if mask := heads.get("mask_head"):
-        mask._target_, mask.conv_norm = GNMaskRCNNConvUpsampleHead, LazyCall(NormFactory)(kind="GN", rule=groups)
+        mask._target_, mask.conv_norm = GNMaskRCNNConvUpsampleHead, norm

@@ -20,8 +20,9 @@ import detectron2.config
 from detectron2.data import DatasetCatalog
 
 from gn_det.config.load import resolve_config
+from gn_det.data.catalog import resolve
 from gn_det.detectron2 import add_gn_config
-from gn_det.detectron2.datasets import register_files
+from gn_det.detectron2.datasets import enter
 from gn_det.errors import ConfigError, UserError
 
 _USAGE = "usage: python -m gn_det.detectron2 TOOL.py [ARGUMENTS OF THE TOOL]"
@@ -50,7 +51,7 @@ def register_on_demand() -> None:
     def missing(catalog: Any, name: str) -> Any:
         if ".json@" not in name:
             raise KeyError(name)
-        register_files(name)
+        enter(name, resolve(name, "DATASETS"))
         return catalog.data[name]
 
     type(DatasetCatalog).__missing__ = missing

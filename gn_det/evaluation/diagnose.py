@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
 from gn_det.evaluation.ground_truth import GroundTruth
+from gn_det.structures import box_iou
 from gn_det.text import some
 
 _SIZES = {
@@ -26,8 +26,6 @@ _SIZES = {
 #: Below this AP (percent), the boxes themselves are examined.
 _LOW = 1.0
 _PROPOSALS = "MODEL.RPN.POST_NMS_TOPK_TEST"
-#: Smallest side of a box, so that an empty box overlaps nothing.
-_FLAT = np.array([-np.inf, -np.inf, 0.0, 0.0])
 #: Images to examine: enough for a verdict, and fast on a large set.
 _SAMPLE = 200
 
@@ -223,23 +221,13 @@ def _fit(objects: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, An
         if not there:
             best.append(np.zeros((4, len(here))))
             continue
-        det = np.array([r["bbox"] for r in there], dtype=np.float64)
-        own = np.array([a["bbox"] for a in here], dtype=np.float64)
+        raw_own, raw_det = (np.array([e["bbox"] for e in entries], dtype=np.float64) for entries in (here, there))
+        own, det = (np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]]) for boxes in (raw_own, raw_det))
         same = np.array([[a["category_id"] == r["category_id"] for r in there] for a in here])
-        iou = _iou(own, det)
-        best.append(np.stack([v.max(1) for v in (iou * same, iou, _iou(own, _read_as_corners(det)),
-                                                 _iou(_read_as_corners(own), det))]))  # fmt: skip
+        iou = box_iou(own, det)
+        best.append(np.stack([iou * same, iou, box_iou(own, raw_det), box_iou(raw_own, det)]).max(2))
     every = np.concatenate(best, axis=1)
     return _Fit(*(every >= 0.5).mean(1).tolist()), float(every[0].max())
-
-
-def _read_as_corners(boxes: np.ndarray) -> np.ndarray:
-    return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
-
-
-def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the (M, N) IoU of XYWH boxes, 0 for empty ones."""
-    return np.asarray(coco_mask.iou(np.maximum(a, _FLAT), np.maximum(b, _FLAT), [0] * len(b)))
 
 
 def _bad_boxes(objects: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]]) -> list[str]:

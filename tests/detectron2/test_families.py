@@ -203,7 +203,6 @@ def test_heads_of_vitdet_by_lazyconfig(name: str, tmp_path: Path) -> None:
 @needs_source
 def test_gn_heads_need_a_head_with_norms() -> None:
     models = SOURCE / "configs/common/models"
-    with pytest.raises(ConfigError, match=r"roi_heads: GN is for a box head of convolutions; set its conv_dims"):
-        use_gn_heads(LazyConfig.load(str(models / "mask_rcnn_fpn.py")).model)
-    with pytest.raises(ConfigError, match="roi_heads: there is neither box_head nor box_heads"):
-        use_gn_heads(LazyConfig.load(str(models / "retinanet.py")).model)
+    for name in ("mask_rcnn_fpn.py", "retinanet.py"):
+        with pytest.raises(ConfigError, match=r"roi_heads: GN is for StandardROIHeads .* set its conv_dims"):
+            use_gn_heads(LazyConfig.load(str(models / name)).model)
