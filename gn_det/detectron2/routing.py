@@ -120,11 +120,9 @@ def _config_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _is_ours(cfg: Any, sections: tuple[str, ...]) -> bool:
     """Return whether gn_det's module is needed (for a norm of these sections, or an FPN without res5) and possible."""
     norms = {cfg.MODEL[section].NORM for section in sections}
-    if "FPN" in sections and "res5" not in cfg.MODEL.FPN.IN_FEATURES:
-        return True
-    if any(weight_standardization(cfg, section) for section in sections):
-        return True
-    if "RESNETS" in sections and is_pre_activation(cfg):
+    without_res5 = "FPN" in sections and "res5" not in cfg.MODEL.FPN.IN_FEATURES
+    other_convolutions = any(weight_standardization(cfg, section) for section in sections)
+    if without_res5 or other_convolutions or ("RESNETS" in sections and is_pre_activation(cfg)):
         return True
     if not norms & set(GROUP_NORMS):
         return False

@@ -37,21 +37,16 @@ class ScriptableResNet(nn.Module):
         self.size_divisibility: int = 0
         # 0: no square; TorchScript cannot infer the type of an empty dict.
         self.padding_constraints: dict[str, int] = {"square_size": 0}
-        self.stem = resnet.stem
-        self.stages = nn.ModuleList([getattr(resnet, name) for name in resnet.stage_names])
-        self.names: list[str] = list(resnet.stage_names)
+        self.parts = nn.ModuleDict({name: getattr(resnet, name) for name in ("stem", *resnet.stage_names)})
         self.wanted: list[str] = list(resnet.feature_specs)
         _keep(self, resnet)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         features: dict[str, Tensor] = {}
-        x = self.stem(x)
-        if "stem" in self.wanted:
-            features["stem"] = x
-        for i, stage in enumerate(self.stages):
-            x = stage(x)
-            if self.names[i] in self.wanted:
-                features[self.names[i]] = x
+        for name, part in self.parts.items():
+            x = part(x)
+            if name in self.wanted:
+                features[name] = x
         return features
 
 
@@ -70,16 +65,13 @@ class ScriptableFPN(nn.Module):
         self.inputs: list[str] = list(reversed(fpn.in_features))
         self.names: list[str] = list(fpn.feature_specs)
         self.top_block = top_block
-        source = "" if top_block is None else str(top_block.in_feature)
-        self.from_bottom_up = source in bottom_up.output_shape()
-        self.source = source
+        self.source: str = "" if top_block is None else top_block.in_feature
         _keep(self, fpn)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         features = self.bottom_up(x)
-        coarse = features[self.inputs[0]]
         levels: list[Tensor] = []
-        merged = coarse  # replaced before it is read
+        merged = x  # replaced before it is read
         for i, (lateral, output) in enumerate(zip(self.laterals, self.outputs)):
             own = lateral(features[self.inputs[i]])
             if i > 0:
@@ -89,13 +81,11 @@ class ScriptableFPN(nn.Module):
             merged = own
             levels.insert(0, output(merged))
         if self.top_block is not None:
-            if self.from_bottom_up:
-                levels.extend(self.top_block(features[self.source]))
-            else:
-                levels.extend(self.top_block(levels[self.names.index(self.source)]))
+            below = features[self.source] if self.source in features else levels[self.names.index(self.source)]
+            levels.extend(self.top_block(below))
         named: dict[str, Tensor] = {}
-        for i, level in enumerate(levels):
-            named[self.names[i]] = level
+        for name, level in zip(self.names, levels):
+            named[name] = level
         return named
 
 

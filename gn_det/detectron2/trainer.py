@@ -49,7 +49,7 @@ from gn_det.engine.evaluator import evaluate_model, verify_expected
 from gn_det.engine.log import run_log
 from gn_det.engine.loggers import check_loggers
 from gn_det.engine.loop import Loop, parallel
-from gn_det.engine.output import alone_in, checkpoints, refuse_old_run
+from gn_det.engine.output import alone_in, checkpoints
 from gn_det.engine.precision import lay_out, settle
 from gn_det.engine.prepare import (
     Prepared,
@@ -119,11 +119,14 @@ class Trainer(DefaultTrainer):
         require_gn_keys(cfg)
         self._overwrite = overwrite
         self._folder = check_writable(cfg.OUTPUT_DIR)
-        check_for_trainer(cfg, own_loader=self._overridden("build_train_loader"), own_results=self._own_results())
+        own_loader = self._overrides("build_train_loader")
+        #: whether the user overrides the evaluation, which must then be used
+        self._own_results = self._overrides("build_evaluator", "build_test_loader", "test")
+        check_for_trainer(cfg, own_loader=own_loader, own_results=self._own_results)
         check_loggers(cfg)
-        if not self._own_results():  # otherwise the names depend on the user's evaluator
+        if not self._own_results:  # otherwise the names depend on the user's evaluator
             check_metric(cfg)
-        with self._log(), trainer_keys_are_read():
+        with run_log(self._folder, rank=dist.rank()), trainer_keys_are_read():
             # Without overwrite, an earlier run can only be continued.
             cfg = write_split(cfg, started=not overwrite and bool(checkpoints(self._folder)))
             device = dist.resolve_device(cfg.MODEL.DEVICE)
@@ -141,18 +144,20 @@ class Trainer(DefaultTrainer):
             self.scheduler = self.build_lr_scheduler(cfg, optimizer)
             self._state = TrainState(model, optimizer, self.scheduler, prepared.seed)
             join_local_group()
-            own_loader = self._overridden("build_train_loader")
             batches = self.build_train_loader(cfg) if own_loader else _OwnBatches(self._prepared)
             self._trainer = Step(parallel(model), batches, optimizer)
         self._point: Resume | None = None
         self._last = ""
         self._last_eval_results: dict[str, Any] = {}
-        proxy = weakref.proxy(self)
         self._meta = ModelMeta(self._run_cfg, prepared.data.class_names, prepared.data.category_ids)
-        self.checkpointer = _Checkpointer(self._meta, model, cfg.OUTPUT_DIR, trainer=proxy)
+        self.checkpointer = _Checkpointer(self._meta, model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self._hook = LoopHook()
         self.start_iter, self.max_iter = 0, int(cfg.SOLVER.MAX_ITER)
-        self.register_hooks(self.build_hooks())
+        hooks = list(self.build_hooks())
+        if self._hook not in hooks:  # an override without gn_det's: insert it after the last that steps the schedule
+            place = max((i for i, hook in enumerate(hooks, start=1) if isinstance(hook, LRScheduler)), default=0)
+            hooks.insert(place, self._hook)
+        self.register_hooks(hooks)
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Continue from the last checkpoint of OUTPUT_DIR, of either engine; without one, load MODEL.WEIGHTS.
@@ -163,7 +168,7 @@ class Trainer(DefaultTrainer):
         Raises:
             UserError: the checkpoint or the weights cannot be used, or OUTPUT_DIR contains an earlier run.
         """
-        with alone_in(self._folder), self._log():
+        with alone_in(self._folder), run_log(self._folder, rank=dist.rank()):
             cfg = self._run_cfg
             self._point = find_resume(self._folder) if resume else None
             self._last = last_name(self._folder)
@@ -176,13 +181,11 @@ class Trainer(DefaultTrainer):
             self.start_iter = self._state.iteration + 1
 
     def _refuse_old_run(self) -> None:
-        try:
-            refuse_old_run(self._folder, overwrite=self._overwrite)
-        except TrainingError:
+        if checkpoints(self._folder) and not self._overwrite:
             raise TrainingError(
                 f"OUTPUT_DIR {self._folder} holds checkpoints of an earlier run: continue it by "
                 "resume_or_load(resume=True), replace it by Trainer(cfg, overwrite=True), or set another OUTPUT_DIR"
-            ) from None
+            )
 
     def train(self) -> dict[str, dict[str, float]]:
         """Train from ``start_iter`` to SOLVER.MAX_ITER.
@@ -194,14 +197,12 @@ class Trainer(DefaultTrainer):
             UserError: a non-finite loss, a full disk, or a signal (after saving a checkpoint).
         """
         cfg = self._run_cfg
-        with alone_in(self._folder), self._log():
+        with alone_in(self._folder), run_log(self._folder, rank=dist.rank()):
             dist.on_first_rank(self._check_still_there)
             prepare_folder(cfg, self._state.model, fresh=self._point is None)
-            evaluate = self._evaluate if self._prepared.data.test or self._own_results() else None
-            own_clip = clipped_by_detectron2(cfg)
-            loop = make_loop(
-                cfg, self._state, self._trainer.model, [], self._meta, evaluate, self._point, clip=not own_clip
-            )
+            evaluate = self._evaluate if self._prepared.data.test or self._own_results else None
+            clip, forward = not clipped_by_detectron2(cfg), self._trainer.model
+            loop = make_loop(cfg, self._state, forward, [], self._meta, evaluate, self._point, clip=clip)
             loop.autocast_cache = True  # like Detectron2's own trainer
             self._run(loop)
             self._last_eval_results = _nested(self._state.results)
@@ -225,12 +226,7 @@ class Trainer(DefaultTrainer):
             batches.start, batches.seed = first_batch(self._run_cfg, self._state), self._state.seed
         self._trainer.loop = self._hook.loop = loop
         hooks = list(self._hooks)
-        self.register_hooks([self._hook, EndHook(self._hook)])
-        if self._hook in hooks:
-            del self._hooks[-2]
-        else:  # an overridden build_hooks without gn_det's: insert it after the last hook that steps the schedule
-            place = max((i for i, hook in enumerate(hooks, start=1) if isinstance(hook, LRScheduler)), default=0)
-            self._hooks.insert(place, self._hooks.pop(-2))
+        self.register_hooks([EndHook(self._hook)])
         try:
             with train_quietly(), explain_oom(self._run_cfg, loop):
                 TrainerBase.train(self, self.start_iter, self.max_iter)
@@ -238,21 +234,15 @@ class Trainer(DefaultTrainer):
             self._hooks = hooks
 
     def _evaluate(self, model: nn.Module, on_progress: Any) -> Mapping[str, float]:
-        if self._own_results():
+        if self._own_results:
             results = dist.broadcast(self.test(self.cfg, model))
             return {name: float(value) for name, value in flatten_results_dict(results).items()}
         data = self._prepared.data
         return evaluate_model(self._run_cfg, detector(model, self._run_cfg), data.test, data.class_names, on_progress)
 
-    def _own_results(self) -> bool:
-        """Return whether the user overrides the evaluation, which must then be used."""
-        return any(self._overridden(name) for name in ("build_evaluator", "build_test_loader", "test"))
-
-    def _overridden(self, name: str) -> bool:
-        return inspect.getattr_static(type(self), name) is not inspect.getattr_static(Trainer, name)
-
-    def _log(self) -> Any:
-        return run_log(self._folder, rank=dist.rank())
+    def _overrides(self, *names: str) -> bool:
+        found = inspect.getattr_static
+        return any(found(type(self), name) is not found(Trainer, name) for name in names)
 
     def build_hooks(self) -> list[Any]:
         """Return timer, learning rate, and evaluation with checkpoints; the log is written after added hooks."""

@@ -192,19 +192,16 @@ def _groups(gt: GroundTruth, results: Sequence[Mapping[str, Any]], task: str, ma
         here, there = truth.get(image["id"], []), [results[k] for k in found.get(image["id"], [])]
         there = _best_of_each_class(there, max_dets)
         boxes = np.array([r["bbox"] for r in there], float).reshape(-1, 4)
-        one: Any
-        two: Any
         if task == "bbox":
             areas = boxes[:, 2] * boxes[:, 3]
-            one, two = boxes, np.array([a["bbox"] for a in here], float).reshape(-1, 4)
+            shapes: Any = boxes, np.array([a["bbox"] for a in here], float).reshape(-1, 4)
         else:
-            one, two = ([_rle(e[key], image) for e in entries] for entries in (there, here))
+            shapes = [[_rle(e[key], image) for e in entries] for entries in (there, here)]
             # pycocotools 2.0.11 fails on more than 255 masks with NumPy 2.
-            areas = np.array([coco_mask.area(rle) for rle in one], dtype=float)
-        crowd = [int(a["iscrowd"]) for a in here]
-        iou = np.asarray(coco_mask.iou(one, two, crowd)) if len(one) and len(two) else np.zeros((len(one), len(two)))
+            areas = np.array([coco_mask.area(rle) for rle in shapes[0]], dtype=float)
+        iou = np.asarray(coco_mask.iou(*shapes, [int(a["iscrowd"]) for a in here])).reshape(len(there), len(here))
         categories, scores = [r["category_id"] for r in there], np.array([r["score"] for r in there], float)
-        out.append(_Image(index, here, iou.reshape(len(there), len(here)), categories, boxes, scores, areas))
+        out.append(_Image(index, here, iou, categories, boxes, scores, areas))
     return out
 
 
@@ -220,12 +217,9 @@ def _best_of_each_class(found: list[Mapping[str, Any]], most: int) -> list[Mappi
 
 
 def _rle(segmentation: Any, image: Mapping[str, Any]) -> Any:
-    size = image["height"], image["width"]
-    if isinstance(segmentation, list):
-        return coco_mask.merge(coco_mask.frPyObjects([list(p) for p in segmentation], *size))
-    if isinstance(segmentation["counts"], list):
-        return coco_mask.frPyObjects(segmentation, *size)
-    return segmentation
+    if not isinstance(segmentation, list):
+        return segmentation
+    return coco_mask.merge(coco_mask.frPyObjects(segmentation, image["height"], image["width"]))
 
 
 def _matches(groups: Sequence[_Image], category: int, images: int) -> list[Matches]:
@@ -341,11 +335,10 @@ def _class(name: str, matches: Matches, ap: np.ndarray) -> ClassAnalysis:
     true, found = np.cumsum(hit), np.arange(1, len(hit) + 1)
     precision, recall = true / np.maximum(found, 1), true / max(objects, 1)
     f1 = 2 * true / np.maximum(found + objects, 1)
-    last = np.append(scores[1:] != scores[:-1], True) if len(scores) else np.zeros(0, bool)
-    best = int(np.argmax(np.where(last, f1, -1.0))) if len(f1) else -1
-    if best < 0 or not f1[best] > 0:
-        at = (math.nan,) * 4
-    else:
+    at = (math.nan,) * 4
+    if f1.any():
+        last_of_equals = np.append(scores[1:] != scores[:-1], True)
+        best = int(np.argmax(np.where(last_of_equals, f1, -1.0)))
         at = float(scores[best]), float(f1[best]), float(precision[best]), float(recall[best])
     curve = np.stack([recall, np.maximum.accumulate(precision[::-1])[::-1]], 1)
     return ClassAnalysis(

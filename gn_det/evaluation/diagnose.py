@@ -46,11 +46,8 @@ class Caps(NamedTuple):
 
     def lost(self, classes: Sequence[int]) -> int:
         """Return how many objects of an image, given by their classes, cannot be detected."""
-        count = len(classes)
-        total = min(count if cap is None else cap for cap in (self.detections, self.proposals))
-        if count <= min(self.max_dets, total):
-            return 0
-        return count - min(sum(min(n, self.max_dets) for n in Counter(classes).values()), total)
+        counted = sum(min(n, self.max_dets) for n in Counter(classes).values())
+        return len(classes) - min(cap for cap in (counted, self.detections, self.proposals) if cap is not None)
 
     def in_words(self, objects: int) -> str:
         """Return keys and values; includes the proposals only if they are too few for that many objects."""
@@ -160,18 +157,12 @@ def _category_mismatch(
 
 def _coverage(objects: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]]) -> list[str]:
     with_objects = {a["image_id"] for a in objects}
-    with_results = {r["image_id"] for r in results}
-    common = len(with_objects & with_results)
+    common = len(with_objects & {r["image_id"] for r in results})
     if common > len(with_objects) / 2:
         return []
-    if common:
-        return [
-            f"Only {common} of the {len(with_objects)} images with objects have any detection, so most objects count "
-            "as missed: predict on the whole set, or train longer."
-        ]
     return [
-        f"AP is 0: none of the {len(with_objects)} images with objects is among the {len(with_results)} images with "
-        "detections; the image ids of predictions and json probably do not match."
+        f"Only {common} of the {len(with_objects)} images with objects have any detection, so most objects count as "
+        f"missed: {'predict on the whole set, or train longer' if common else 'the image ids probably do not match'}."
     ]
 
 
