@@ -43,12 +43,7 @@ from gn_det.detectron2.backbone import (
 )
 from gn_det.detectron2.config import add_gn_config, prepare_config, scale_to_machine
 from gn_det.detectron2.datasets import register_shapes
-from gn_det.detectron2.gn_heads import (
-    GNFastRCNNConvFCHead,
-    GNMaskRCNNConvUpsampleHead,
-    GNRes5ROIHeads,
-    use_gn_heads,
-)
+from gn_det.detectron2.gn_heads import GNFastRCNNConvFCHead, GNMaskRCNNConvUpsampleHead, GNRes5ROIHeads, use_gn_heads
 from gn_det.detectron2.routing import route_names
 from gn_det.detectron2.trainer import Trainer
 

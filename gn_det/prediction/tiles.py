@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -144,22 +145,15 @@ def detect_tiles(predictor: Predictor, image: LargeImage, tiling: Tiling, keep: 
 
 def _pieces(det: ArrayDetections, tile: int, window: Window, size: tuple[int, int]) -> Iterator[_Piece]:
     """The detections of one tile, moved to their place in the image of (width, height) ``size``."""
-    x0, y0, x1, y1 = window
-    reach = max(2.0, _CUT * max(x1 - x0, y1 - y0))
-    crops = crops_of(det)
-    boxes = det.boxes + np.array([x0, y0, x0, y0], np.float32)
-    for i, (box, score, label) in enumerate(zip(boxes, det.scores.tolist(), det.classes.tolist())):
-        crop = None
-        if crops is not None:
-            top, left, bitmap = crops[i]
-            crop = MaskCrop(top + y0, left + x0, bitmap.copy())  # the masks of the tile are as large as the tile
-        cut = bool(
-            (x0 > 0 and box[0] < x0 + reach)
-            or (y0 > 0 and box[1] < y0 + reach)
-            or (x1 < size[0] and box[2] > x1 - reach)
-            or (y1 < size[1] and box[3] > y1 - reach)
-        )
-        yield _Piece(tile, box, score, label, crop, cut)
+    low, high = np.array(window[:2]), np.array(window[2:])
+    reach = max(2.0, _CUT * max(high - low))
+    boxes = det.boxes + np.array([*low, *low], np.float32)
+    near_low = (low > 0) & (boxes[:, :2] < low + reach)
+    cut = (near_low | ((high < size) & (boxes[:, 2:] > high - reach))).any(axis=1)
+    # Copied, because the masks of the tile are as large as the tile.
+    crops = [MaskCrop(c.top + window[1], c.left + window[0], c.bitmap.copy()) for c in crops_of(det) or ()]
+    for piece in zip(boxes, det.scores.tolist(), det.classes.tolist(), crops or repeat(None), cut.tolist()):
+        yield _Piece(tile, *piece)
 
 
 def _join(pieces: list[_Piece], windows: list[Window]) -> tuple[list[_Piece], int]:
