@@ -24,6 +24,7 @@ from gn_det.engine.schedule import scale_schedule
 from gn_det.errors import ConfigError, DataError, UserError
 from gn_det.modeling.build import group_rule, weight_standardization
 from gn_det.modeling.census import norms_off_rule
+from gn_det.text import some
 from gn_det.values import InvalidValue, number, one_of
 
 if TYPE_CHECKING:
@@ -231,10 +232,9 @@ def warn_of_norms(cfg: CfgNode, model: nn.Module) -> None:
     rule = group_rule(cfg)
     wanted = f"groups of {rule.channels_per_group} channels" if rule.channels_per_group else f"{rule.num_groups} groups"
     for what, off in norms_off_rule(model, rule).items():
-        more = f" and {len(off) - 4} more" if len(off) > 4 else ""
         logger.warning(
-            f"norm layers that do not follow MODEL.GN ({wanted}, eps {rule.eps:g}): "
-            f"{', '.join(off[:4])}{more} have {what}; they are not gn_det's."
+            f"norm layers that do not follow MODEL.GN ({wanted}, eps {rule.eps:g}): {some(off, 4)} have {what}; they "
+            "are not gn_det's."
         )
 
 

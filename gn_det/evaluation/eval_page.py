@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 from PIL import Image, ImageDraw
 
 from gn_det.data.coco import CocoDataset
@@ -56,23 +57,23 @@ def as_html(
         for k, c in enumerate(shown)
     ]
     calibration = [Line("all classes", main.calibration[:, :2]), Line("perfect", np.array([[0.0, 0], [1, 1]]), 12)]
-    tasks = []
-    for a in analyses:
-        sizes = [{"name": name, "ap": percent(ap), "objects": n} for name, (ap, n) in a.sizes.items()]
-        tasks.append({"name": _TASKS[a.task], "ap": percent(a.ap), "ap50": percent(a.ap50), "sizes": sizes})
+    wrong = main.confusion.sum(0) + main.confusion.sum(1) - 2 * np.diag(main.confusion)
+    most_confused = np.argsort(-wrong[:-1], kind="stable")[:_CONFUSED]
     return render(
         "eval.html",
         json_file=dataset.json_file,
         weights=weights,
-        images=main.images,
+        analyses=analyses,
+        main=main,
+        percent=percent,
+        tasks=_TASKS,
         few=main.images < _FEW,
-        tasks=tasks,
-        task=_TASKS[main.task],
-        classes=[_row(c) for c in sorted(main.classes, key=lambda c: (math.isnan(c.ap[0]), c.ap[0]))],
+        classes=sorted(main.classes, key=lambda c: (math.isnan(c.ap[0]), c.ap[0])),
+        names=[*(c.name for c in main.classes), "nothing"],
+        confused=[*sorted(most_confused.tolist()), len(main.classes)],
         curves=curves,
         curve_plot=plot_lines(curves, "recall", "precision", dots=False, from_zero=True) if curves else "",
         calibration_plot=plot_lines(calibration, "score", "precision", from_zero=True) if len(main.calibration) else "",
-        confusion=_confusion(main),
         worst=pictures.worst([e for e in main.worst if e.missed + e.false][:_WORST]),
         doubts=pictures.doubts(main.doubts[:_DOUBTS]),
         more_doubts=max(len(main.doubts) - _DOUBTS, 0),
@@ -102,32 +103,6 @@ def percent(interval: Interval) -> str:
     return f"{value:.1f}" if math.isnan(low) else f"{value:.1f} ({low:.1f} to {high:.1f})"
 
 
-def _row(c: Any) -> dict[str, Any]:
-    fractions = {key: "-" if math.isnan(v := getattr(c, key)) else f"{v:.2f}" for key in _FRACTIONS}
-    return {"name": c.name, "objects": c.objects, "ap": percent(c.ap), "ap50": percent(c.ap50), **fractions}
-
-
-_FRACTIONS = ("threshold", "f1", "precision", "recall")
-
-
-def _confusion(analysis: Analysis) -> dict[str, Any] | None:
-    """Return the rows and columns of the classes with most errors; each cell has its share of the row."""
-    matrix, classes = analysis.confusion, [c.name for c in analysis.classes]
-    if not matrix.any():
-        return None
-    errors = matrix.sum(0) + matrix.sum(1) - 2 * np.diag(matrix)
-    chosen = sorted(np.argsort(-errors[:-1], kind="stable")[:_CONFUSED].tolist()) + [len(classes)]
-    names = [*classes, "nothing"]
-    rows = []
-    for i in chosen:
-        total = max(int(matrix[i].sum()), 1)
-        cells = [
-            {"count": int(matrix[i, j]), "share": round(100 * matrix[i, j] / total), "right": i == j} for j in chosen
-        ]
-        rows.append({"name": names[i], "cells": cells})
-    return {"columns": [names[j] for j in chosen], "rows": rows, "left": len(classes) + 1 - len(chosen)}
-
-
 @dataclass
 class _Pictures:
     """Draws ground truth and detections of single images, which are read when drawn."""
@@ -140,38 +115,28 @@ class _Pictures:
 
     def worst(self, errors: Sequence[ImageErrors]) -> list[dict[str, Any]]:
         found = []
-        for error in errors:
-            record = self.dataset.records[error.index]
-            pixels = self.reader.rgb_or_none(record["file_name"])
-            if pixels is None:
-                continue
+        for error, record, pixels, file in self._read(errors):
             truth = [a for a in record["annotations"] if not a["iscrowd"]]
-            missed = f"{error.missed} of {error.objects} objects missed"
-            pair = {
-                "truth": self._drawn(pixels, record, truth, self.dataset.class_names),
-                "found": self._drawn(pixels, record, self._detections(record["image_id"]), list(self.names.values())),
-            }
-            found.append({**pair, "caption": f"{self._file(record)}: {missed}, {error.false} false detections"})
+            detections, names = self._detections(record["image_id"]), list(self.names.values())
+            caption = f"{file}: {error.missed} of {error.objects} objects missed, {error.false} false detections"
+            pair = _drawn(pixels, record, truth, self.dataset.class_names), _drawn(pixels, record, detections, names)
+            found.append({"truth": pair[0], "found": pair[1], "caption": caption})
         return found
 
     def doubts(self, doubts: Sequence[Doubt]) -> list[dict[str, Any]]:
         found = []
-        for doubt in doubts:
-            record = self.dataset.records[doubt.index]
-            pixels = self.reader.rgb_or_none(record["file_name"])
-            if pixels is None:
-                continue
+        for doubt, _, pixels, file in self._read(doubts):
             what = "no label" if doubt.kind == "missing" else f"labeled {doubt.labeled}"
-            caption = f"{self._file(record)}: {doubt.found} {doubt.score:.0%}, {what}"
+            caption = f"{file}: {doubt.found} {doubt.score:.0%}, {what}"
             found.append({"uri": jpeg_uri(_cut(pixels, doubt.box)), "caption": caption})
         return found
 
-    def _drawn(self, pixels: np.ndarray, record: Record, objects: list[Any], names: Sequence[str]) -> Any:
-        shown = Record({**record, "annotations": objects})
-        return jpeg_uri(draw_annotations(pixels, shown, names, min_size=_SIDE, max_size=_SIDE, labels="fit"))
-
-    def _file(self, record: Any) -> str:
-        return one_line(Path(record["file_name"]).name, 60)
+    def _read(self, found: Sequence[Any]) -> Iterator[tuple[Any, Record, np.ndarray, str]]:
+        """Yield each entry with its record, pixels and file name, unless the image cannot be read."""
+        for one in found:
+            record = self.dataset.records[one.index]
+            if (pixels := self.reader.rgb_or_none(record["file_name"])) is not None:
+                yield one, record, pixels, one_line(Path(record["file_name"]).name, 60)
 
     def _detections(self, image_id: Any) -> list[Any]:
         """Return the detections above their class's threshold as annotations."""
@@ -183,6 +148,11 @@ class _Pictures:
             and r["category_id"] in index
             and r["score"] >= self.thresholds.get(self.names[r["category_id"]], 0.5)
         ]
+
+
+def _drawn(pixels: np.ndarray, record: Record, objects: list[Any], names: Sequence[str]) -> Markup:
+    shown = Record({**record, "annotations": objects})
+    return jpeg_uri(draw_annotations(pixels, shown, names, min_size=_SIDE, max_size=_SIDE, labels="fit"))
 
 
 def _cut(pixels: np.ndarray, box: Sequence[float]) -> np.ndarray:

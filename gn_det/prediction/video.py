@@ -170,26 +170,22 @@ class _VideoJob:
         ahead = 0 if self.video.live else AHEAD
         frames = iter(self.video)
 
-        def load(_: None) -> tuple[Frame, Any] | None:
+        def load(_: None) -> tuple[Frame | None, Any]:
             frame = next(frames, None)
-            if frame is None:
-                return None
-            return frame, None if frame.number in known else self.predictor.sample(frame.pixels)
+            return frame, None if frame is None or frame.number in known else self.predictor.sample(frame.pixels)
 
         loading = in_thread(load, repeat(None), ahead)
         try:
             for future in loading:
-                item = future.result()
-                if item is None:
+                frame, given = future.result()
+                if frame is None:
                     return
-                frame, given = item
-                if given is None:
-                    yield _Work(frame, *self._remembered(known[frame.number], frame), True)
-                    continue
-                found = self.keep(self.predictor.infer(given))
-                crops = crops_of(found)
-                found.masks = None
-                yield _Work(frame, found, crops, False)
+                if frame.number in known:
+                    found, crops = self._remembered(known[frame.number], frame)
+                else:
+                    found = self.keep(self.predictor.infer(given))
+                    crops, found.masks = crops_of(found), None
+                yield _Work(frame, found, crops, frame.number in known)
         finally:  # no thread may read the video after it is closed
             loading.close()
             frames.close()

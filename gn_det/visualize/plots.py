@@ -30,16 +30,15 @@ _LOSSES = {
 }
 #: Placeholder colors while a chart is drawn, replaced by those of the page.
 _INK, _LINE = "#010203", "#010204"
-_SVG_STYLE: Any = {
+_STYLE: Any = {"axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False}
+_PNG_STYLE = {**_STYLE, "axes.titlelocation": "left", "axes.titleweight": "bold", "grid.color": "#e6e6e6"}
+_SVG_STYLE = {
+    **_STYLE,
     "svg.fonttype": "none",
     "svg.hashsalt": "gn_det",
     "text.parse_math": False,
     "font.family": "DejaVu Sans",
     "font.size": 11.0,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
     "grid.color": _LINE,
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
 }
@@ -204,23 +203,18 @@ def draw_curves(metrics_json: str | os.PathLike[str], out_png: str | os.PathLike
         DataError: no metrics in the file.
         WriteError: the plot cannot be written.
     """
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     entries = read_metrics(metrics_json)
-    figure = Figure(figsize=(13.5, 4.2), layout="constrained", facecolor="white")
-    losses, ap, lr = figure.subplots(1, 3, width_ratios=(1.25, 1.0, 0.8))
-    _draw_losses(losses, entries)
-    _draw_ap(ap, entries)
-    _draw_lr(lr, entries)
-    for axes, title in ((losses, "Losses"), (ap, "AP on the validation set"), (lr, "Learning rate")):
-        axes.set_title(title, loc="left", fontweight="bold")
-        axes.set_xlim(0, entries[-1]["iteration"] + 1)
-        axes.set_xlabel("iteration")
-        axes.grid(color="#e6e6e6", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
+    with rc_context(_PNG_STYLE):
+        figure = Figure(figsize=(13.5, 4.2), layout="constrained", facecolor="white")
+        draws = {"Losses": _draw_losses, "AP on the validation set": _draw_ap, "Learning rate": _draw_lr}
+        for axes, (title, draw) in zip(figure.subplots(1, 3, width_ratios=(1.25, 1.0, 0.8)), draws.items()):
+            draw(axes, entries)
+            axes.set(title=title, xlabel="iteration", xlim=(0, entries[-1]["iteration"] + 1))
+        figure.savefig(buffer, format="png", dpi=130)
     atomic_write(out_png, buffer.getvalue())
 
 
