@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import detectron2.solver
 import numpy as np
 import torch.distributed
-from detectron2.engine import HookBase, SimpleTrainer
+from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import nn
@@ -51,17 +51,6 @@ class Storage(Hook):
 
     def after_train(self, loop: Loop) -> None:
         self._storage.__exit__(None, None, None)
-
-
-class Step(SimpleTrainer):
-    """Runs the iterations of :attr:`loop`, which is set later, for Detectron2's trainer."""
-
-    loop: Loop
-
-    def run_step(self) -> None:
-        """Forward, backward and optimizer step of one iteration."""
-        self.loop.batches = self._data_loader_iter
-        self.loop.step()
 
 
 class LoopHook(HookBase):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.engine import DefaultTrainer, TrainerBase
+from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase
 from detectron2.engine.hooks import IterationTimer, LRScheduler
 from detectron2.evaluation import COCOEvaluator
 from detectron2.evaluation.testing import flatten_results_dict
@@ -36,7 +36,6 @@ from gn_det.detectron2.datasets import name_by_files
 from gn_det.detectron2.steps import (
     EndHook,
     LoopHook,
-    Step,
     build_optimizer,
     clipped_by_detectron2,
     join_local_group,
@@ -145,7 +144,7 @@ class Trainer(DefaultTrainer):
             self._state = TrainState(model, optimizer, self.scheduler, prepared.seed)
             join_local_group()
             batches = self.build_train_loader(cfg) if own_loader else _OwnBatches(self._prepared)
-            self._trainer = Step(parallel(model), batches, optimizer)
+            self._trainer = SimpleTrainer(parallel(model), batches, optimizer)
         self._point: Resume | None = None
         self._last = ""
         self._last_eval_results: dict[str, Any] = {}
@@ -224,7 +223,7 @@ class Trainer(DefaultTrainer):
         batches = self._trainer.data_loader
         if isinstance(batches, _OwnBatches):
             batches.start, batches.seed = first_batch(self._run_cfg, self._state), self._state.seed
-        self._trainer.loop = self._hook.loop = loop
+        self._hook.loop = loop
         hooks = list(self._hooks)
         self.register_hooks([EndHook(self._hook)])
         try:
@@ -232,6 +231,12 @@ class Trainer(DefaultTrainer):
                 TrainerBase.train(self, self.start_iter, self.max_iter)
         finally:
             self._hooks = hooks
+
+    def run_step(self) -> None:
+        """Run one iteration of gn_det's loop."""
+        self._trainer.iter, loop = self.iter, self._hook.loop
+        loop.batches = self._trainer._data_loader_iter
+        loop.step()
 
     def _evaluate(self, model: nn.Module, on_progress: Any) -> Mapping[str, float]:
         if self._own_results:

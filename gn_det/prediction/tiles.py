@@ -161,22 +161,17 @@ def _join(pieces: list[_Piece], windows: list[Window]) -> tuple[list[_Piece], in
     of_tile: list[list[int]] = [[] for _ in windows]
     for i, piece in enumerate(pieces):
         of_tile[piece.tile].append(i)
-    group = list(range(len(pieces)))
-
-    def root(i: int) -> int:
-        while group[i] != i:
-            group[i] = group[group[i]]
-            i = group[i]
-        return i
-
+    group = [[i] for i in range(len(pieces))]  # of each piece; pieces of one object share the list
     for a, b, shared in _overlaps(windows):
         for i, j in _matches(pieces, of_tile[a], of_tile[b], shared):
-            group[root(j)] = root(i)
-    members: dict[int, list[_Piece]] = {}
-    for i, piece in enumerate(pieces):
-        members.setdefault(root(i), []).append(piece)
+            one, other = group[i], group[j]
+            if one is not other:
+                one += other
+                for k in other:
+                    group[k] = one
     kept, joined = [], 0
-    for parts in members.values():
+    for members in {id(numbers): numbers for numbers in group}.values():
+        parts = [pieces[i] for i in sorted(members)]
         whole = [p for p in parts if not p.cut]
         if whole:
             kept.append(max(whole, key=lambda p: p.score))
