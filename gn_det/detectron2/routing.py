@@ -26,16 +26,12 @@ from gn_det.detectron2.config import GROUP_NORMS, has_gn_keys, mention_other_gro
 from gn_det.modeling.build import group_rule, is_pre_activation, weight_standardization
 from gn_det.norm import GroupRule
 
+_FPN = ("RESNETS", "FPN")
 #: registry, Detectron2's name, gn_det's builder, sections whose NORM decides
 ROUTES: tuple[tuple[Registry, str, Callable[..., Any], tuple[str, ...]], ...] = (
     (BACKBONE_REGISTRY, "build_resnet_backbone", backbone.build_gn_resnet_backbone, ("RESNETS",)),
-    (BACKBONE_REGISTRY, "build_resnet_fpn_backbone", backbone.build_gn_resnet_fpn_backbone, ("RESNETS", "FPN")),
-    (
-        BACKBONE_REGISTRY,
-        "build_retinanet_resnet_fpn_backbone",
-        backbone.build_gn_retinanet_resnet_fpn_backbone,
-        ("RESNETS", "FPN"),
-    ),
+    (BACKBONE_REGISTRY, "build_resnet_fpn_backbone", backbone.build_gn_resnet_fpn_backbone, _FPN),
+    (BACKBONE_REGISTRY, "build_retinanet_resnet_fpn_backbone", backbone.build_gn_retinanet_resnet_fpn_backbone, _FPN),
     (ROI_HEADS_REGISTRY, "Res5ROIHeads", heads.GNRes5ROIHeads, ("RESNETS",)),
     (ROI_BOX_HEAD_REGISTRY, "FastRCNNConvFCHead", heads.GNFastRCNNConvFCHead, ("ROI_BOX_HEAD",)),
     (ROI_MASK_HEAD_REGISTRY, "MaskRCNNConvUpsampleHead", heads.GNMaskRCNNConvUpsampleHead, ("ROI_MASK_HEAD",)),

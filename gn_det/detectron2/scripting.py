@@ -91,8 +91,7 @@ class ScriptableFPN(nn.Module):
 
 def scriptable_box_head(head: BoxHead) -> nn.Sequential:
     """Inference of a box head."""
-    layers: list[nn.Module] = [getattr(head, name) for name in head.convs]
-    layers.append(nn.Flatten())
+    layers: list[nn.Module] = [*(getattr(head, name) for name in head.convs), nn.Flatten()]
     for name in head.fcs:
         layers += [getattr(head, name), nn.ReLU()]
     form = nn.Sequential(*layers)

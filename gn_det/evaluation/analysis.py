@@ -365,29 +365,26 @@ def _look_at_images(
     for group in groups:
         sure = [k for k, c in enumerate(group.categories) if group.scores[k] >= thresholds.get(c, 2.0)]
         real = [k for k, a in enumerate(group.truth) if not a["iscrowd"] and a["category_id"] in row_of]
-        crowds = [k for k, a in enumerate(group.truth) if a["iscrowd"]]
-        taken: set[int] = set()
-        false = 0
+        missed, false = list(real), 0
         for d in sure:
             category = group.categories[d]
-            free = [k for k in real if k not in taken and group.iou[d, k] >= 0.5]
+            free = [k for k in missed if group.iou[d, k] >= 0.5]
             # prefer an object of the same class
             best = max(free, key=lambda k: (group.truth[k]["category_id"] == category, group.iou[d, k]), default=None)
             label = None if best is None else group.truth[best]["category_id"]
-            if best is None and any(group.iou[d, k] >= 0.5 for k in crowds):
+            if best is None and (group.iou[d, group.crowd] >= 0.5).any():
                 continue
             out.confusion[none if label is None else row_of[label], row_of[category]] += 1
             false += label != category
             if best is not None:
-                taken.add(best)
-            if group.scores[d] >= _SURE and label != category:
-                meets = max((group.iou[d, k] for k in range(len(group.truth))), default=0.0)
-                if best is not None or meets < 0.1:
-                    kind, labeled = ("missing", "") if label is None else ("class", names[label])
-                    box, score = group.boxes[d].tolist(), float(group.scores[d])
-                    out.doubts.append(Doubt(kind, group.index, box, score, names[category], labeled))
-        for k in set(real) - taken:
+                missed.remove(best)
+            meets_none = group.iou[d].max(initial=0.0) < 0.1
+            if group.scores[d] >= _SURE and label != category and (best is not None or meets_none):
+                kind, labeled = ("missing", "") if label is None else ("class", names[label])
+                box, score = group.boxes[d].tolist(), float(group.scores[d])
+                out.doubts.append(Doubt(kind, group.index, box, score, names[category], labeled))
+        for k in missed:
             out.confusion[row_of[group.truth[k]["category_id"]], none] += 1
-        out.worst.append(ImageErrors(group.index, len(real) - len(taken), false, len(real)))
+        out.worst.append(ImageErrors(group.index, len(missed), false, len(real)))
     out.worst.sort(key=lambda e: (-(e.missed + e.false), e.index))
     out.doubts.sort(key=lambda doubt: -doubt.score)

@@ -216,7 +216,7 @@ class _Lines:
         self._path = path
         self.known: dict[int, list[dict[str, Any]]] = {}
         if resume and path.is_file():
-            self._read(header)
+            self._read(json.loads(json.dumps(header)))
         else:
             path.unlink(missing_ok=True)
         with self._naming_file():
@@ -226,24 +226,23 @@ class _Lines:
 
     def _read(self, header: dict[str, Any]) -> None:
         """Read the complete lines of an earlier run, and cut off an incomplete last one."""
-        end = 0
+        end, categories = 0, {c["id"] for c in header["categories"]}
         with self._path.open("rb") as file:
-            for number, raw in enumerate(file):
+            for number, raw in enumerate(file, 1):
                 try:
                     line = json.loads(raw) if raw.endswith(b"\n") else None
                 except ValueError:
                     line = None
                 if line is None:
                     break
-                if number == 0:
-                    if line != json.loads(json.dumps(header)):
-                        raise ConfigError(
-                            f"{self._path}: was made from another video or with other weights or settings, or by "
-                            f"another version of gn-det; use these again, or leave out --resume to start over"
-                        )
-                elif not _is_frame(line, {c["id"] for c in header["categories"]}):
-                    raise DataError(f"{self._path} line {number + 1}: is not a frame; leave out --resume to start over")
-                else:
+                if number == 1 and line != header:
+                    raise ConfigError(
+                        f"{self._path}: was made from another video or with other weights or settings, or by another "
+                        f"version of gn-det; use these again, or leave out --resume to start over"
+                    )
+                if number > 1:
+                    if not _is_frame(line, categories):
+                        raise DataError(f"{self._path} line {number}: is not a frame; leave out --resume to start over")
                     self.known[line["frame"]] = line["annotations"]
                 end += len(raw)
         os.truncate(self._path, end)
