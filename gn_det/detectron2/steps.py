@@ -56,7 +56,7 @@ class Storage(Hook):
 class LoopHook(HookBase):
     """Calls the hooks of ``loop``; must come after the hook that steps the learning rate.
 
-    It puts losses and evaluation results into Detectron2's storage, for hooks between this one and :class:`EndHook`.
+    It puts losses and evaluation results into Detectron2's storage, for the hooks after this one.
     """
 
     loop: Loop  # set before the training
@@ -81,22 +81,16 @@ class LoopHook(HookBase):
             storage.put_scalars(smoothing_hint=False, **loop.state.results)
         self.known = set(scalars_of(storage, storage.iter))
 
-    def after_train(self) -> None:
-        self.loop.end()
-
-
-class EndHook(HookBase):
-    """Records what hooks after :class:`LoopHook` put into the storage, and ends training if the loop is stopping."""
-
-    def __init__(self, first: LoopHook) -> None:
-        self.first = first
-
-    def after_step(self) -> None:
-        loop, storage = self.first.loop, get_event_storage()
-        loop.scalars |= {k: v for k, v in scalars_of(storage, storage.iter).items() if k not in self.first.known}
+    def end_step(self) -> None:
+        """Record what the hooks after this one put into the storage, and end training if the loop is stopping."""
+        loop, storage = self.loop, get_event_storage()
+        loop.scalars |= {k: v for k, v in scalars_of(storage, storage.iter).items() if k not in self.known}
         loop.call("end_step")
         if loop.stopping:
             raise Ended
+
+    def after_train(self) -> None:
+        self.loop.end()
 
 
 def take_picture(storage: EventStorage) -> np.ndarray | None:

@@ -33,14 +33,7 @@ from gn_det.detectron2.config import (
 )
 from gn_det.detectron2.conversion import detector, to_inputs
 from gn_det.detectron2.datasets import name_by_files
-from gn_det.detectron2.steps import (
-    EndHook,
-    LoopHook,
-    build_optimizer,
-    clipped_by_detectron2,
-    join_local_group,
-    train_quietly,
-)
+from gn_det.detectron2.steps import LoopHook, build_optimizer, clipped_by_detectron2, join_local_group, train_quietly
 from gn_det.engine import dist
 from gn_det.engine.advice import explain_oom
 from gn_det.engine.detector_loop import first_batch, make_loop
@@ -72,14 +65,14 @@ logger = logging.getLogger(__name__)
 
 
 class _OwnBatches(Iterable[Any]):
-    """gn_det's batches as Detectron2's inputs, starting at the run's current batch."""
+    """gn_det's batches as Detectron2's inputs, starting at the current batch of the run."""
 
-    def __init__(self, prepared: Prepared) -> None:
-        self.prepared = prepared
-        self.start, self.seed = 0, prepared.seed
+    def __init__(self, prepared: Prepared, state: TrainState) -> None:
+        self.prepared, self.state = prepared, state
 
     def __iter__(self) -> Iterator[Any]:
-        return map(to_inputs, self.prepared.make_loader(self.start, self.seed))
+        start = first_batch(self.prepared.cfg, self.state)
+        return map(to_inputs, self.prepared.make_loader(start, self.state.seed))
 
 
 class Trainer(DefaultTrainer):
@@ -143,7 +136,7 @@ class Trainer(DefaultTrainer):
             self.scheduler = self.build_lr_scheduler(cfg, optimizer)
             self._state = TrainState(model, optimizer, self.scheduler, prepared.seed)
             join_local_group()
-            batches = self.build_train_loader(cfg) if own_loader else _OwnBatches(self._prepared)
+            batches = self.build_train_loader(cfg) if own_loader else _OwnBatches(self._prepared, self._state)
             self._trainer = SimpleTrainer(parallel(model), batches, optimizer)
         self._point: Resume | None = None
         self._last = ""
@@ -220,23 +213,20 @@ class Trainer(DefaultTrainer):
     def _run(self, loop: Loop) -> None:
         if loop.last:  # an evaluation may be pending
             return loop.run(tuple)
-        batches = self._trainer.data_loader
-        if isinstance(batches, _OwnBatches):
-            batches.start, batches.seed = first_batch(self._run_cfg, self._state), self._state.seed
         self._hook.loop = loop
-        hooks = list(self._hooks)
-        self.register_hooks([EndHook(self._hook)])
-        try:
-            with train_quietly(), explain_oom(self._run_cfg, loop):
-                TrainerBase.train(self, self.start_iter, self.max_iter)
-        finally:
-            self._hooks = hooks
+        with train_quietly(), explain_oom(self._run_cfg, loop):
+            TrainerBase.train(self, self.start_iter, self.max_iter)
 
     def run_step(self) -> None:
         """Run one iteration of gn_det's loop."""
         self._trainer.iter, loop = self.iter, self._hook.loop
         loop.batches = self._trainer._data_loader_iter
         loop.step()
+
+    def after_step(self) -> None:
+        """Call the hooks, then what gn_det's loop does last in an iteration."""
+        super().after_step()
+        self._hook.end_step()
 
     def _evaluate(self, model: nn.Module, on_progress: Any) -> Mapping[str, float]:
         if self._own_results:
