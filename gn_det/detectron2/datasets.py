@@ -21,7 +21,6 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode, PolygonMasks
 from detectron2.utils.file_io import PathHandler, PathManager
-from PIL import Image
 from pycocotools import mask as coco_mask
 
 from gn_det.config.defaults import edited
@@ -88,11 +87,9 @@ class EightBits(PathHandler):
         return [self.PREFIX]
 
     def _open(self, path: str, mode: str = "r", buffering: int = -1, **_: Any) -> BinaryIO:
-        depth, pixels, file = path.removeprefix(self.PREFIX).split("/", 2)
-        picture, out = Image.fromarray(ImageReader("RGB", depth, int(pixels)).read(file)), io.BytesIO()
-        picture.save(out, "PPM")  # no compression
-        out.seek(0)
-        return out
+        depth, limit, file = path.removeprefix(self.PREFIX).split("/", 2)
+        pixels = ImageReader("RGB", depth, int(limit)).read(file)
+        return io.BytesIO(b"P6 %d %d 255\n" % pixels.shape[1::-1] + pixels.tobytes())  # PPM has no compression
 
 
 def register_shapes() -> None:
@@ -200,12 +197,9 @@ def to_coco(name: str, records: Sequence[Mapping[str, Any]], classes: Sequence[s
                 where = f"dataset {name!r}, record {position} ({shown(str(record['file_name']))}), annotation {index}"
                 entry = _to_coco(annotation)
                 annotations.append({"id": len(annotations) + 1, "image_id": number, **entry})
-        except KeyError as error:
-            raise DataError(f"{where}: key {error} is missing; see Detectron2's standard dataset format") from None
-        except (TypeError, ValueError, AttributeError, AssertionError) as error:
-            raise DataError(
-                f"{where} is not in Detectron2's standard dataset format ({one_line(str(error))})"
-            ) from None
+        except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
+            what = f"key {error} is missing" if isinstance(error, KeyError) else one_line(str(error))
+            raise DataError(f"{where}: {what}; see Detectron2's standard dataset format") from None
     return {
         "images": images,
         "annotations": annotations,

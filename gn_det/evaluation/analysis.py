@@ -8,7 +8,7 @@ Shape letters: T IoU thresholds, D detections, G objects, N images, R resamples,
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -117,10 +117,9 @@ def analyze(
     """Analyze ``results`` (COCO's format) of ``task`` "bbox" or "segm"; arguments as in :func:`evaluate_coco`."""
     groups = _groups(gt, results, task, max_dets)
     n = len(gt.images)
-    weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / max(n, 1)), _RESAMPLES).astype(np.float32)
-    if n < _LEAST_IMAGES:
-        weights = weights[:0]
-    weights = np.concatenate([np.ones((1, n), np.float32), weights])  # the first row is the full set
+    resamples = _RESAMPLES if n >= _LEAST_IMAGES else 0
+    weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / max(n, 1)), resamples)
+    weights = np.concatenate([np.ones((1, n)), weights]).astype(np.float32)  # the first row is the full set
     classes, calibrated = [], []
     aps: list[list[np.ndarray]] = [[] for _ in _SPANS]
     objects = np.zeros(len(_SPANS), int)
@@ -182,15 +181,12 @@ def _places(categories: Iterable[Any]) -> dict[Any, list[int]]:
 
 def _groups(gt: GroundTruth, results: Sequence[Mapping[str, Any]], task: str, max_dets: int) -> list[_Image]:
     key = "bbox" if task == "bbox" else "segmentation"
-    truth: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
-    found = _places(r["image_id"] for r in results)
-    for a in gt.annotations:
-        if key in a:
-            truth[a["image_id"]].append(a)
+    annotations = [a for a in gt.annotations if key in a]
+    truth, found = (_places(e["image_id"] for e in entries) for entries in (annotations, results))
     out = []
     for index, image in enumerate(gt.images):
-        here, there = truth.get(image["id"], []), [results[k] for k in found.get(image["id"], [])]
-        there = _best_of_each_class(there, max_dets)
+        here = [annotations[k] for k in truth.get(image["id"], ())]
+        there = _best_of_each_class([results[k] for k in found.get(image["id"], ())], max_dets)
         boxes = np.array([r["bbox"] for r in there], float).reshape(-1, 4)
         if task == "bbox":
             areas = boxes[:, 2] * boxes[:, 3]
@@ -208,11 +204,11 @@ def _groups(gt: GroundTruth, results: Sequence[Mapping[str, Any]], task: str, ma
 def _best_of_each_class(found: list[Mapping[str, Any]], most: int) -> list[Mapping[str, Any]]:
     """Return the detections of an image by descending score, at most ``most`` per class."""
     kept: list[Mapping[str, Any]] = []
-    seen: dict[Any, int] = defaultdict(int)
-    for i in np.argsort([-r["score"] for r in found], kind="mergesort"):
-        seen[found[i]["category_id"]] += 1
-        if seen[found[i]["category_id"]] <= most:
-            kept.append(found[i])
+    seen: Counter[Any] = Counter()
+    for result in sorted(found, key=lambda r: -r["score"]):
+        seen[result["category_id"]] += 1
+        if seen[result["category_id"]] <= most:
+            kept.append(result)
     return kept
 
 

@@ -6,7 +6,6 @@ one it is.
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -174,8 +173,7 @@ def _undefined(
     if "segm" in metrics and not any("segmentation" in a for a in objects):
         out.append(f"segm AP is undefined (-1, nan): no object of {gt.source} has a usable segmentation.")
     for name, (text, low, high) in _SIZES.items():
-        tasks = [t for t, m in metrics.items() if math.isnan(m.get(name, 0.0)) and not math.isnan(m["AP"])]
-        if tasks and not any(low <= a["area"] <= high for a in objects):
+        if not any(low <= a["area"] <= high for a in objects):
             out.append(f"{name} is undefined (-1, nan): {gt.source} has no object with an area {text} px.")
     present = {a["category_id"] for a in objects}
     absent = [c["name"] for c in gt.categories if c["id"] not in present]

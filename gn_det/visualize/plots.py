@@ -9,6 +9,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,12 +179,10 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     try:
         with open(path, encoding="utf-8") as file:
             for line in file:
-                try:
+                with suppress(ValueError):
                     entry = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(entry, dict) and isinstance(entry.get("iteration"), int):
-                    merged.setdefault(entry["iteration"], {}).update(entry)
+                    if isinstance(entry, dict) and isinstance(entry.get("iteration"), int):
+                        merged.setdefault(entry["iteration"], {}).update(entry)
     except OSError as error:
         why = error.strerror or error
         raise DataError(f"{os.fspath(path)}: cannot be read ({why}); give the metrics.json of a run") from None
