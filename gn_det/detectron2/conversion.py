@@ -11,7 +11,7 @@ from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
-from gn_det.structures import Detections, InstanceMask, Masks, Sample, Targets
+from gn_det.structures import Detections, InstanceMask, Masks, Sample, Targets, to_numpy
 
 
 class MixedMasks(Masks):
@@ -21,9 +21,8 @@ class MixedMasks(Masks):
     """
 
     def __getitem__(self, index: int | Tensor | np.ndarray | slice | Sequence[int]) -> MixedMasks:
-        if isinstance(index, (int, np.integer)) or (isinstance(index, Tensor) and index.dim() == 0):
-            index = [int(index)]
-        return MixedMasks(super().__getitem__(index).masks)
+        chosen = index if isinstance(index, slice) else np.atleast_1d(to_numpy(index))
+        return MixedMasks(super().__getitem__(chosen).masks)
 
     def __iter__(self) -> Iterator[InstanceMask]:
         return iter(self.masks)

@@ -159,7 +159,7 @@ class _Image:
     """
 
     index: int
-    truth: list[Mapping[str, Any]]
+    truth: Sequence[Mapping[str, Any]]
     iou: np.ndarray  # (D, G)
     categories: list[int]  # (D,) category ids; detections by descending score
     boxes: np.ndarray  # (D, 4) XYWH

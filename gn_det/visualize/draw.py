@@ -295,10 +295,8 @@ def _draw_label(
         return
     spots = [(x0, y0 - height), (x0, y0), (x1 - width, y0 - height), (x0, y1), (x1 - width, y1), (x0, y1 - height)]
     spots += [(x0, y0 + k * height) for k in (1, 2)]
-    placed = []
-    for x, y in spots:
-        x, y = min(max(x, 0.0), max(size[0] - width, 0)), min(max(y, 0.0), max(size[1] - height, 0))
-        placed.append((x, y, x + width, y + height))
+    inside = np.clip(spots, 0, np.maximum(np.array(size) - (width, height), 0)).tolist()
+    placed: list[Box] = [(x, y, x + width, y + height) for x, y in inside]
     # min() keeps the first of equals: the order above is the order of preference.
     spot = min(placed, key=lambda s: sum(_overlap(s, other) for other in taken))
     if fit and any(_overlap(spot, other) for other in taken):
