@@ -83,16 +83,15 @@ class GNFPN(FPN, Backbone):
             out_channels=out_channels,
             norm=norm_with_groups(norm, groups),
             fuse_type=fuse_type,
-            specs={name: FeatureSpec(s.channels, s.stride) for name, s in bottom_up.output_shape().items()},
+            specs=bottom_up.output_shape(),
         )
         self.square_pad = square_pad
         self.top_block: Any = top_block
         # As in Detectron2, registered after the top block, which determines the order of optimizer states.
         del self.bottom_up
         self.bottom_up = bottom_up
-        first, more = self.levels[-1] + 1, top_block.num_levels if top_block is not None else 0
-        levels = [*self.levels, *range(first, first + more)]
-        self.feature_specs = {f"p{k}": FeatureSpec(out_channels, 2**k) for k in levels}
+        end = self.levels[-1] + 1 + (top_block.num_levels if top_block is not None else 0)
+        self.feature_specs = {f"p{k}": FeatureSpec(out_channels, 2**k) for k in range(self.levels[0], end)}
 
     @property
     def padding_constraints(self) -> dict[str, int]:

@@ -41,9 +41,8 @@ GROUP_NORMS = ("GN", "LN", "IN")
 #: Detectron2's default, which gn_det replaces by 0 (taken from the training set).
 _THEIR_NUM_CLASSES = 80
 
-#: Samplers of gn_det's loader, and the key of the last one, which Detectron2's defaults lack.
+#: Samplers of gn_det's loader.
 _SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler")
-_SUBSET = "DATALOADER.RANDOM_SUBSET_RATIO"
 
 #: Architectures of Detectron2 that need other ground truth, or do not output objects.
 _NO_INSTANCES = ("PanopticFPN", "SemanticSegmentor", "ProposalNetwork")
@@ -275,9 +274,10 @@ def check_for_trainer(cfg: CfgNode, *, own_loader: bool, own_results: bool) -> N
             f"DATALOADER.SAMPLER_TRAIN {sampler!r}: gn_det's loader supports {', '.join(_SAMPLERS)}; override "
             "build_train_loader for another one"
         )
-    ratio = cfg.DATALOADER.get("RANDOM_SUBSET_RATIO", 1.0)
+    ratio = cfg.DATALOADER.get("RANDOM_SUBSET_RATIO", 1.0)  # of the last one; Detectron2's defaults lack the key
+    check = number(0, 1, above=True) if sampler == _SAMPLERS[-1] else one_of(1.0, 1)
     try:
-        (number(0, 1, above=True) if sampler == _SAMPLERS[-1] else one_of(1.0, 1))(ratio, _SUBSET)
+        check(ratio, "DATALOADER.RANDOM_SUBSET_RATIO")
     except InvalidValue as error:
         raise ConfigError(f"{error} with DATALOADER.SAMPLER_TRAIN {sampler}") from None
 
@@ -315,13 +315,11 @@ def mention_other_groups(cfg: CfgNode) -> None:
         stored = parse_config(meta["config"], path) if meta and meta["config"] else cfg
     except UserError:  # loading it will raise the error
         return
-    if group_rule(stored) != group_rule(cfg):
-        ours, theirs = ({k: node.MODEL.GN[k] for k in _GROUP_KEYS} for node in (cfg, stored))
-        keys = [f"MODEL.GN.{k} {theirs[k]} instead of {ours[k]}" for k in _GROUP_KEYS if ours[k] != theirs[k]]
-        logger.warning("MODEL.WEIGHTS %s was trained with other groups: set %s.", path, ", ".join(keys))
-
-
-_GROUP_KEYS = ("NUM_GROUPS", "CHANNELS_PER_GROUP", "EPS")
+    ours, theirs = cfg.MODEL.GN, stored.MODEL.GN
+    other = [key for key in ("NUM_GROUPS", "CHANNELS_PER_GROUP", "EPS") if ours[key] != theirs[key]]
+    if other:
+        keys = ", ".join(f"MODEL.GN.{key} {theirs[key]} instead of {ours[key]}" for key in other)
+        logger.warning("MODEL.WEIGHTS %s was trained with other groups: set %s.", path, keys)
 
 
 @contextmanager
