@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -181,7 +182,8 @@ class _VideoJob:
                 if frame is None:
                     return
                 if frame.number in known:
-                    found, crops = self._remembered(known[frame.number], frame)
+                    size = frame.pixels.shape[0], frame.pixels.shape[1]
+                    found, crops = _remembered(known[frame.number], self.predictor.category_ids, size)
                 else:
                     found = self.keep(self.predictor.infer(given))
                     crops, found.masks = crops_of(found), None
@@ -189,16 +191,6 @@ class _VideoJob:
         finally:  # no thread may read the video after it is closed
             loading.close()
             frames.close()
-
-    def _remembered(self, entries: list[dict[str, Any]], frame: Frame) -> tuple[ArrayDetections, list[MaskCrop] | None]:
-        index = {category: i for i, category in enumerate(self.predictor.category_ids)}
-        boxes = np.array([a["bbox"] for a in entries], np.float32).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        crops = [crop_of_rle(a["segmentation"]) for a in entries if "segmentation" in a]
-        classes = np.array([index[a["category_id"]] for a in entries], np.int64)
-        scores = np.array([a["score"] for a in entries], np.float32)
-        size = frame.pixels.shape[0], frame.pixels.shape[1]
-        return ArrayDetections(size, boxes, scores, classes), crops if len(crops) == len(entries) else None
 
     def _write(self, work: _Work, film: _Film | None, lines: _Lines | None) -> _Work:
         if film is not None:
@@ -226,7 +218,7 @@ class _Lines:
 
     def _read(self, header: dict[str, Any]) -> None:
         """Read the complete lines of an earlier run, and cut off an incomplete last one."""
-        end, categories = 0, {c["id"] for c in header["categories"]}
+        end, category_ids = 0, [c["id"] for c in header["categories"]]
         with self._path.open("rb") as file:
             for number, raw in enumerate(file, 1):
                 try:
@@ -241,9 +233,12 @@ class _Lines:
                         f"version of gn-det; use these again, or leave out --resume to start over"
                     )
                 if number > 1:
-                    if not _is_frame(line, categories):
-                        raise DataError(f"{self._path} line {number}: is not a frame; leave out --resume to start over")
-                    self.known[line["frame"]] = line["annotations"]
+                    try:
+                        _remembered(line["annotations"], category_ids, (1, 1))
+                        self.known[operator.index(line["frame"])] = line["annotations"]
+                    except (TypeError, KeyError, ValueError, OverflowError, UserError):
+                        what = f"{self._path} line {number}: is not a frame; leave out --resume to start over"
+                        raise DataError(what) from None
                 end += len(raw)
         os.truncate(self._path, end)
 
@@ -263,19 +258,17 @@ class _Lines:
         self._file.close()
 
 
-def _is_frame(line: Any, categories: set[int]) -> bool:
-    """Return whether a line is a frame as written by :class:`_VideoJob`."""
-    try:
-        if type(line["frame"]) is not int:
-            return False
-        for a in line["annotations"]:
-            np.asarray(a["bbox"], np.float32).reshape(4)
-            float(a["score"])
-            if a["category_id"] not in categories or ("segmentation" in a and len(crop_of_rle(a["segmentation"])) != 3):
-                return False
-    except (TypeError, KeyError, ValueError, UserError):
-        return False
-    return True
+def _remembered(
+    entries: list[dict[str, Any]], category_ids: Sequence[int], size: tuple[int, int]
+) -> tuple[ArrayDetections, list[MaskCrop] | None]:
+    """Return the detections of a line that :class:`_VideoJob` wrote; another line raises the errors of a wrong type."""
+    index = {category: i for i, category in enumerate(category_ids)}
+    boxes = np.array([a["bbox"] for a in entries], np.float32).reshape(len(entries), 4)
+    boxes[:, 2:] += boxes[:, :2]
+    scores = np.array([float(a["score"]) for a in entries], np.float32)
+    classes = np.array([index[a["category_id"]] for a in entries], np.int64)
+    crops = [crop_of_rle(a["segmentation"]) for a in entries if "segmentation" in a]
+    return ArrayDetections(size, boxes, scores, classes), crops if len(crops) == len(entries) else None
 
 
 class _Film:
