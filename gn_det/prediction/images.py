@@ -38,8 +38,8 @@ __all__ = ["PREDICTIONS_FILE", "Predictor", "load_predictor", "predict"]
 
 T = TypeVar("T")
 
-#: Detections of an image, and its pixels.
-_Detected = tuple[Found, "np.ndarray | LargeImage"]
+#: Detections of an image, and what returns the pixels to draw on.
+_Detected = tuple[Found, Callable[[], np.ndarray]]
 
 #: Longer side of the drawing of an image that is predicted in tiles.
 _LARGE = 4096
@@ -168,10 +168,11 @@ class _Job:
         loaded = loading.result()
         if isinstance(loaded, LargeImage):
             assert self.tiling is not None
-            return detect_tiles(self.predictor, loaded, self.tiling, self.keep), loaded
-        det = self.predictor.infer(loaded[0])
+            return detect_tiles(self.predictor, loaded, self.tiling, self.keep), partial(loaded.thumbnail, _LARGE)
+        sample, pixels = loaded
+        det = self.predictor.infer(sample)
         kept = self.keep(det)
-        return Found(kept, crops_of(kept), float(det.scores.max()) if len(det) else 0.0, []), loaded[1]
+        return Found(kept, crops_of(kept), float(det.scores.max()) if len(det) else 0.0, []), lambda: pixels
 
     def _finish(self, work: tuple[str, _Detected | str]) -> tuple[Found, list[dict[str, Any]]] | str:
         drawing, detected = work
@@ -180,9 +181,7 @@ class _Job:
         found, pixels = detected
         found.detections.masks = None
         if drawing:
-            if isinstance(pixels, LargeImage):
-                pixels = pixels.thumbnail(_LARGE)
-            write_png(self.folder / drawing, self.draw(pixels, found.detections, crops=found.crops))
+            write_png(self.folder / drawing, self.draw(pixels(), found.detections, crops=found.crops))
         return found._replace(crops=None), entries_of(found.detections, found.crops, self.predictor)
 
 
