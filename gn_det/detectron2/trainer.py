@@ -40,7 +40,7 @@ from gn_det.engine.detector_loop import first_batch, make_loop
 from gn_det.engine.evaluator import evaluate_model, verify_expected
 from gn_det.engine.log import run_log
 from gn_det.engine.loggers import check_loggers
-from gn_det.engine.loop import Loop, parallel
+from gn_det.engine.loop import parallel
 from gn_det.engine.output import alone_in, checkpoints
 from gn_det.engine.precision import lay_out, settle
 from gn_det.engine.prepare import (
@@ -196,7 +196,12 @@ class Trainer(DefaultTrainer):
             clip, forward = not clipped_by_detectron2(cfg), self._trainer.model
             loop = make_loop(cfg, self._state, forward, [], self._meta, evaluate, self._point, clip=clip)
             loop.autocast_cache = True  # like Detectron2's own trainer
-            self._run(loop)
+            if loop.last:  # an evaluation may be pending
+                loop.run(tuple)
+            else:
+                self._hook.loop = loop
+                with train_quietly(), explain_oom(cfg, loop):
+                    TrainerBase.train(self, self.start_iter, self.max_iter)
             self._last_eval_results = _nested(self._state.results)
             verify_expected(cfg, self._state.results)
         return self._last_eval_results
@@ -209,13 +214,6 @@ class Trainer(DefaultTrainer):
                 f"OUTPUT_DIR {self._folder}: another run wrote a checkpoint there since resume_or_load; call "
                 "resume_or_load(resume=True) again, on a new Trainer"
             )
-
-    def _run(self, loop: Loop) -> None:
-        if loop.last:  # an evaluation may be pending
-            return loop.run(tuple)
-        self._hook.loop = loop
-        with train_quietly(), explain_oom(self._run_cfg, loop):
-            TrainerBase.train(self, self.start_iter, self.max_iter)
 
     def run_step(self) -> None:
         """Run one iteration of gn_det's loop."""
