@@ -91,7 +91,10 @@ def read_legacy(path: StrPath) -> Any:
         pickles = _Tensors(stream, len(mapped), content)
         if pickles.load() != _LEGACY_MAGIC or pickles.load() != _LEGACY_PROTOCOL:
             raise Refused(NOT_SAVED)
-        if pickles.load()["little_endian"] is not (sys.byteorder == "little"):
+        system = pickles.load()
+        if not isinstance(system, dict):
+            raise Refused(NOT_SAVED)
+        if system.get("little_endian") is not (sys.byteorder == "little"):
             raise Refused("was written on a machine of another byte order; save it again with a newer torch")
         value, keys = pickles.load(), pickles.load()
         good = len(keys) == len(made) and {k for k in keys if type(k) is str} == set(made)

@@ -126,7 +126,10 @@ class ImageReader:
             # PNG's getexif() decodes all pixels to look for a trailing chunk; its header is enough here.
             if image.format != "PNG" or "exif" in image.info:
                 with suppress(Exception):
-                    turned = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+                    tags = image.getexif()
+                    if image.format == "TIFF":  # whose size newer versions of Pillow have turned already
+                        width, height = int(tags[ExifTags.Base.ImageWidth]), int(tags[ExifTags.Base.ImageLength])
+                    turned = tags.get(_ORIENTATION) in (5, 6, 7, 8)
             end = _ENDS.get(image.format or "")
             if end is not None:
                 file.seek(max(file.seek(0, os.SEEK_END) - len(end), 0))
@@ -246,7 +249,7 @@ def _too_large(path: StrPath, size: str, limit: int) -> ImageError:
 
 
 def _check_png(file: BinaryIO) -> None:
-    """Raise ValueError where a checksum of compressed pixels is wrong."""
+    """Raise ValueError where a checksum of compressed pixels is wrong, or the file ends before it."""
     file.seek(8)
     while len(head := file.read(8)) == 8:  # chunks: length, type, content, CRC-32 of type and content
         left, kind = int.from_bytes(head[:4], "big"), head[4:]
@@ -257,8 +260,7 @@ def _check_png(file: BinaryIO) -> None:
         while left and (piece := file.read(min(left, 1 << 20))):
             checksum = zlib.crc32(piece, checksum)
             left -= len(piece)
-        stored = file.read(4)
-        if not left and len(stored) == 4 and int.from_bytes(stored, "big") != checksum:
+        if left or file.read(4) != checksum.to_bytes(4, "big"):
             raise ValueError("the checksum of its pixels is wrong: download or copy this file again")
 
 

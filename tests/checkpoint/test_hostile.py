@@ -351,6 +351,8 @@ def test_storages_of_an_old_file_are_no_more_than_it_has(tmp_path: Path) -> None
     assert "its tensors claim 8000 bytes, the file has" in refused(tmp_path / "x.pth", content)
     other = legacy.replace(b"\x88s.", b"\x89s.")
     assert other != legacy and "another byte order" in refused(tmp_path / "x.pth", other + content[len(legacy) :])
+    strange = b"".join(pickle.dumps(v, 2) for v in (0x1950A86A20F9469CFC6C, 1001, ["little_endian"]))
+    assert "torch.save did not write it" in refused(tmp_path / "x.pth", strange + content[len(legacy) :])
 
 
 def test_programs_and_records_that_share_their_bytes(tmp_path: Path) -> None:
