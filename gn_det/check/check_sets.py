@@ -99,7 +99,7 @@ def _fix(report: Report, target: str) -> None:
     kinds = [name for name, kind, _ in report.across.kinds() if kind.severity == "error"]
     report.not_fixed = [str(finding) for name in kinds for finding in report.across.found[name]]
     report.not_fixed += [
-        f"{other.source.json_file} has {errors} errors of its own: give it as --train-json to --fix it"
+        f"{other.source.json_file} has {count(errors, 'error')} of its own: give it as --train-json to --fix it"
         for other in report.surveys[1:]
         if (errors := other.findings.total("error"))
     ]

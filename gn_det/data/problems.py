@@ -2,7 +2,7 @@
 
 One reader (:mod:`gn_det.data.coco_json`, :mod:`gn_det.data.annotations`, :mod:`gn_det.data.image_files`) finds the
 problems and reports them to a :class:`Problems`. That of training stops at the first problem of the file as a whole and
-counts dropped entries. That of the check (:class:`gn_det.check.findings.Findings`) collects everything.
+counts dropped entries. That of the check (:class:`gn_det.check.audit.Findings`) collects everything.
 """
 
 from __future__ import annotations

@@ -68,8 +68,6 @@ class BasicStem(nn.Module):
 class ResidualBlock(nn.Module):
     """Shared by the residual blocks, whose last convolution adds the shortcut and applies the last ReLU."""
 
-    shortcut: ConvNorm | None
-
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
         self.in_channels = in_channels

@@ -212,7 +212,7 @@ def test_fix_says_what_it_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[s
     val = other_pictures(in_folder(tmp_path / "b", bad_box))
     assert main(words(train, val, "--fix", str(tmp_path / "out.json"))) == 2
     out = capsys.readouterr().out
-    assert "0 changes" in out and "has 1 errors of its own: give it as --train-json" in out
+    assert "0 changes" in out and "has 1 error of its own: give it as --train-json" in out
 
 
 def test_many_of_a_kind_are_counted_and_not_all_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
