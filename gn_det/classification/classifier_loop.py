@@ -168,7 +168,7 @@ class Epochs(Hook):
             {
                 "model": {k: v.cpu() for k, v in state.model.state_dict().items()},
                 "optimizer": state.optimizer.state_dict(),
-                "scaler": state.scaler.state_dict() if state.scaler is not None else None,
+                "scaler": state.scaler.state_dict(),
                 "done": asdict(done),
                 "settings": self.settings.to_dict(),
                 "processes": dist.world_size(),

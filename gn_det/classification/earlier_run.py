@@ -112,7 +112,7 @@ def restore(path: Path, settings: Settings, state: TrainState) -> Progressed:
         raise refuse(str(path), error, "start over with --overwrite") from None
     state.model.load_state_dict(dict(payload["model"]))
     put_momentum()
-    if state.scaler is not None and payload.get("scaler"):
+    if payload.get("scaler"):
         state.scaler.load_state_dict(payload["scaler"])
     return done
 
