@@ -117,7 +117,7 @@ assert torch.equal(read_checkpoint(path)["model"]["w"], torch.ones(3))
 def test_unwritable_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     message = refused(save_checkpoint, tmp_path / "file" / "m.pth", payload(), error=WriteError)
-    assert "another folder" in message
+    assert "another place" in message
 
 
 def test_missing_empty_and_folder(tmp_path: Path) -> None:
