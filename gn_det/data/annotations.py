@@ -50,7 +50,7 @@ def whole(value: Any) -> Any:
 def resolve_id(value: Any, known: Container[Any]) -> Any:
     """Return the id in ``known`` that ``value`` (``77``, ``77.0`` or ``"77"``) stands for, or None."""
     value = whole(value)
-    if not isinstance(value, (int, str)):
+    if isinstance(value, bool) or not isinstance(value, (int, str)):  # True equals 1
         return None
     if value in known:
         return value

@@ -14,6 +14,7 @@ import torch
 
 from gn_det.checkpoint import open_weights
 from gn_det.checkpoint.formats import caffe2, mmdet, torchvision
+from gn_det.checkpoint.formats.common import classes_last
 from gn_det.checkpoint.weights import format_report, load_weights
 from gn_det.checkpoint.weights_uri import OPEN_MMLAB
 from gn_det.config import load_config
@@ -475,3 +476,11 @@ def test_open_mmlab_backbones_of_weight_standardization(
     load_weights(model, uri, plain)
     stem = model.state_dict()["backbone.bottom_up.stem.conv1.weight"].numpy()
     assert np.array_equal(stem, blobs["conv1.weight"]) == name.endswith("_ws")  # else order and std are folded
+
+
+def test_boxes_of_scores_without_rows() -> None:
+    """A single number has no rows to cut, even where there are no classes."""
+    state = {"roi_heads.box_predictor.cls_score.weight": torch.zeros(0, 4)}
+    state["roi_heads.box_predictor.bbox_pred.weight"] = torch.tensor(1.0)
+    with pytest.raises(WeightsError, match="bbox_pred.weight: has no rows"):
+        classes_last(state)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gn_det.data.annotations import resolve_id
 from gn_det.data.catalog import DatasetSource
 from gn_det.data.coco import load_coco
 from gn_det.errors import DataError
@@ -244,3 +245,9 @@ def test_nan_in_json_does_not_reach_the_mask_api(tmp_path: Path, monkeypatch: py
     del content["annotations"][0]["area"], content["annotations"][1:]
     Path(source.json_file).write_text(json.dumps(content))
     assert len(load_coco(source, max_bad=1).bad) == 1
+
+
+def test_true_is_no_id() -> None:
+    """Although it equals 1, which json writes in other words."""
+    assert resolve_id(True, {1: 0}) is None
+    assert resolve_id(1.0, {1: 0}) == resolve_id("1", {1: 0}) == 1

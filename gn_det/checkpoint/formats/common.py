@@ -173,7 +173,7 @@ def classes_last(state: State) -> None:
         for name, per_class in ((box + "bbox_pred." + leaf, 4), (mask + leaf, 1)):
             if name not in state:
                 continue
-            found = state[name].shape[0] if state[name].dim() else 0
+            found = state[name].shape[0] if state[name].dim() else "no"
             if found != per_class * rows:
                 wanted = f"{per_class * rows} would belong to the {rows} classes of cls_score"
                 raise WeightsError(f"{name}: has {found} rows, {wanted}; class-agnostic boxes and masks are not read")
