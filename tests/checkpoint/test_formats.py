@@ -482,5 +482,5 @@ def test_boxes_of_scores_without_rows() -> None:
     """A single number has no rows to cut, even where there are no classes."""
     state = {"roi_heads.box_predictor.cls_score.weight": torch.zeros(0, 4)}
     state["roi_heads.box_predictor.bbox_pred.weight"] = torch.tensor(1.0)
-    with pytest.raises(WeightsError, match="bbox_pred.weight: has no rows"):
+    with pytest.raises(WeightsError, match=r"bbox_pred.weight: has no rows"):
         classes_last(state)
