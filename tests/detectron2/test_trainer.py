@@ -180,7 +180,7 @@ def test_hours_that_are_over_end_with_an_evaluated_checkpoint(
 ) -> None:
     words = tiny(data, tmp_path, "SOLVER.MAX_ITER", "9", engine=engine)
     assert main([*words, "--max-hours", "1e-7"]) == 0
-    assert "reached at iteration 1 of 9" in capsys.readouterr().out
+    assert "reached at iteration 1/9" in capsys.readouterr().out
     last = read_checkpoint(tmp_path / "model_0000001.pth")
     assert last["gn_det"]["evaluated_at"] == 1 and "segm/AP" in last["gn_det"]["results"]
     assert not (tmp_path / "model_final.pth").exists()
@@ -239,7 +239,7 @@ def test_best_and_patience(
     assert best["iteration"] == 1 and best["gn_det"]["best_metric"] == 3.0 and "optimizer" not in best
     assert final["iteration"] == 3 and final["gn_det"]["stale"] == 2
     captured = capsys.readouterr()
-    assert "Stopped early: 2 evaluations without a better segm/AP" in captured.out
+    assert "Stopped early (TEST.PATIENCE): 2 evaluations without a better segm/AP" in captured.out
     assert "Traceback" not in captured.err + captured.out
 
 
