@@ -36,7 +36,10 @@ SHIPPED = {
 #: check -> (column title, what a test allows, in words).
 CHECKS = {
     "inference": ("inference", "proposals, boxes, scores, classes, masks: 0"),
-    "bf16": ("bf16 losses", "under bf16 autocast: 3e-2 relative (cascade: 0.2), 0 with RoIs rounded as Detectron2 rounds them"),
+    "bf16": (
+        "bf16 losses",
+        "under bf16 autocast: 3e-2 (cascade: 0.2) relative, 0 with RoIs rounded as Detectron2 does",
+    ),
     "bf16_inference": (
         "bf16 inf.",
         "under bf16 autocast, share of detections without a partner: 0.2; 0 difference in boxes, scores, classes and "
