@@ -30,8 +30,8 @@ from tests.golden.model_cases import BATCHES, Scene, flatten
 pytestmark = pytest.mark.detectron2
 Measured = Callable[[str, str, str, float], None]
 
-#: Relative, of a loss. The last stage of a cascade regresses a few boxes that two stages in bf16 have moved: what comes of
-#: a rounded RoI depends on the CPU's kernels there (0.12 with one AMD EPYC, in that loss alone).
+#: Relative, of a loss. The last stage of a cascade regresses a few boxes that two stages in bf16 have moved: what comes
+#: of a rounded RoI depends on the CPU's kernels there (0.12 with one AMD EPYC, in that loss alone).
 LOSS_RTOL, CASCADE_RTOL = 3e-2, 0.2
 #: Partners: the same class, boxes that overlap by IoU > 0.8, scores within 0.15. Random weights give hundreds of nearly
 #: equal scores of which the first 40 are kept, so that some of the last ones change.
