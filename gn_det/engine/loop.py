@@ -199,8 +199,7 @@ class Loop:
     def _look(self, losses: Mapping[str, Tensor], waited: float) -> dict[str, float]:
         """Return the mean losses of all ranks, gathered while the device still computes the backward pass."""
         row = torch.stack([v.detach().float() for v in losses.values()])
-        row = torch.cat([row, row.new_tensor([*self.flags.values(), waited])])
-        rows = dist.gather_rows(row) if isinstance(self.forward, DistributedDataParallel) else [row.tolist()]
+        rows = dist.gather_rows(torch.cat([row, row.new_tensor([*self.flags.values(), waited])]))
         count = len(losses)
         if not all(math.isfinite(v) for r in rows for v in r[:count]):
             self.stop_non_finite(list(losses), rows)
