@@ -118,6 +118,8 @@ def check_keys(source: str, weights: Weights, cfg: Any, *, allow_partial: bool, 
     wrong = {}
     for key, need in needs.items():
         have = get_value(cfg, key)
+        if have is None and key.startswith("MODEL.WS."):
+            have = ""  # a config of Detectron2's own keys standardizes no weights
         if not key.startswith(skip) and None not in (need, have) and _differ(key, need, have):
             wrong[key] = show(have), show(need)
     if wrong:

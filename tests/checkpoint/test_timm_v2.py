@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from gn_det.checkpoint.compatibility import check_keys
 from gn_det.checkpoint.convert import convert
+from gn_det.checkpoint.open_weights import open_weights
 from gn_det.checkpoint.weights import load_weights
 from gn_det.config import load_config
 from gn_det.errors import WeightsError
@@ -70,6 +72,9 @@ def test_what_the_config_must_say(tmp_path: Path) -> None:
         with pytest.raises(WeightsError, match=named):
             load(path, *keys)
     load(path, *HALF, *BIT[:3], "bit")
+    # a config of Detectron2's own keys
+    with pytest.raises(WeightsError, match=r"need: MODEL\.WS\.RESNETS timm$"):
+        check_keys("w.pth", open_weights(path), {"MODEL": {"RESNETS": {}}}, allow_partial=False, norms=False)
 
 
 def test_with_batch_norm(tmp_path: Path) -> None:
