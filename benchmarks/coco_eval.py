@@ -168,7 +168,7 @@ def largest_difference(ours: dict[str, float], theirs: dict[str, float]) -> floa
 def compare(path: str, results: list[dict[str, Any]], task: str, repeats: int) -> dict[str, Any]:
     evaluate_coco(path, results[:50], iou_types=[task])  # imports and first-call costs
     reference(path, results[:50], task)
-    sides = {
+    sides: dict[str, Callable[[], Any]] = {
         "gn_det": partial(evaluate_coco, path, results, iou_types=[task]),
         "pycocotools": partial(reference, path, results, task),
     }

@@ -151,10 +151,10 @@ def main(argv: list[str] | None = None) -> int:
     if not native.available():
         print("no C++ compiler: there is nothing to compare")
         return 2
-    maps, rois = MAPS, ((1024, 7), (256, 14))
+    maps, rois = MAPS, [(1024, 7), (256, 14)]
     if args.quick:
-        maps, rois, args.rounds = (((2, 64, 6, 8), True, True),), ((8, 7),), 2
-    rows = []
+        maps, rois, args.rounds = (((2, 64, 6, 8), True, True),), [(8, 7)], 2
+    rows: list[dict[str, Any]] = []
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
         for shape, res, relu in maps:

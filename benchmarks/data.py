@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from PIL import Image
@@ -89,7 +90,8 @@ def read_ours(path: str) -> None:
     from gn_det.data.catalog import DatasetSource
     from gn_det.data.coco import load_coco
 
-    load_coco(DatasetSource("big", path, "/none"), max_bad=0, need_images=False)
+    with patch("gn_det.data.coco.look_at_images", return_value=set()):  # there are none
+        load_coco(DatasetSource("big", path, "/none"), max_bad=0)
 
 
 def check_ours(path: str) -> None:
@@ -97,8 +99,8 @@ def check_ours(path: str) -> None:
     from gn_det.check import audit
     from gn_det.data.catalog import DatasetSource
 
-    audit.look_at_images = lambda *_, **__: set()  # type: ignore[assignment]
-    audit.survey(DatasetSource("big", path, "/none"), "train", audit.Training((800,), 1333, True))
+    with patch("gn_det.check.audit.look_at_images", return_value=set()):
+        audit.survey(DatasetSource("big", path, "/none"), "train", audit.Training((800,), 1333, True))
 
 
 def parse_json(path: str) -> None:
@@ -224,8 +226,8 @@ def main() -> None:
             mapper = map_images(Path(place), 2 * args.repeats, jitter=args.jitter)
         print(f"{name}: {mapper['ratio']:.2f} {mapper['ratio_range']} times Detectron2's images a second", mapper)
         if not args.no_write:
-            out = {"date": datetime.date.today().isoformat(), "python": platform.python_version(), "mapper": mapper}
-            RESULTS.with_name(f"data_{name}.json").write_text(json.dumps(out, indent=1) + "\n")
+            row = {"date": datetime.date.today().isoformat(), "python": platform.python_version(), "mapper": mapper}
+            RESULTS.with_name(f"data_{name}.json").write_text(json.dumps(row, indent=1) + "\n")
         return
     has_detectron2 = importlib.util.find_spec("detectron2") is not None
     names = [name for name in READERS if has_detectron2 or name != "Detectron2"]
@@ -238,23 +240,23 @@ def main() -> None:
         for _ in range(args.repeats):
             for name in names:
                 found[name].append(in_child(name, path))
-        mapper = map_images(Path(place), 2 * args.repeats) if has_detectron2 else None
+        compared = map_images(Path(place), 2 * args.repeats) if has_detectron2 else None
     readers = {
         name: {key: round(statistics.median(r[key] for r in runs), 2) for key in ("seconds", "mib", "imports_mib")}
         for name, runs in found.items()
     }
     verdicts: dict[str, Any] = {}
-    if mapper is not None:
+    if compared is not None:
         for key, part in (("time", "seconds"), ("memory", "mib")):
             ratios = [a[part] / b[part] for a, b in zip(found["gn_det"], found["Detectron2"])]
             verdicts[key] = (statistics.median(ratios), [min(ratios), max(ratios)])
             print(f"{key}: {verdicts[key][0]:.3f} of Detectron2's (target {TARGETS[key]:.2f})")
-        print(f"mapper: {mapper['ratio']:.2f} times Detectron2's images a second (target {TARGETS['mapper']})")
+        print(f"mapper: {compared['ratio']:.2f} times Detectron2's images a second (target {TARGETS['mapper']})")
     resume = resume_seconds(args.images)
     print(f"resume at iteration 1,000,000: {resume:.1f} s to the first batch's indices")
     if args.no_write:
         return
-    out = {
+    out: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
         "cores": os.cpu_count(),
@@ -264,7 +266,7 @@ def main() -> None:
         "repeats": args.repeats,
         "readers": readers,
         "ratios": {key: {"median": round(m, 3), "range": [round(v, 3) for v in r]} for key, (m, r) in verdicts.items()},
-        "mapper": mapper,
+        "mapper": compared,
         "resume_seconds": round(resume, 2),
     }
     RESULTS.write_text(json.dumps(out, indent=1) + "\n")

@@ -142,7 +142,7 @@ def run_steps(todo: Sequence[Step], folder: Path, *, deadline: float, run: Run =
         if status is None:
             yield f"{step.name}: stopped at the time limit; the next call runs it again"
             continue
-        found = {
+        found: dict[str, Any] = {
             "seconds": round(time.monotonic() - start, 1),
             "status": status,
             "verdicts": verdicts(step, status, text),

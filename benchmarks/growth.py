@@ -55,8 +55,14 @@ def dataset(folder: Path, size: dict[str, int], *, files: bool = False) -> dict[
     }
     for number in range(size["images"] * size["objects"]):
         box, polygon = shapes[int(rng.integers(len(shapes)))]
-        row = {"id": number + 1, "image_id": number // size["objects"], "category_id": number % size["classes"] + 1}
-        row |= {"bbox": box.tolist(), "area": float(box[2] * box[3] / 2), "segmentation": [polygon], "iscrowd": 0}
+        row: dict[str, Any] = {"id": number + 1, "image_id": number // size["objects"]}
+        row |= {
+            "category_id": number % size["classes"] + 1,
+            "bbox": box.tolist(),
+            "area": float(box[2] * box[3] / 2),
+            "segmentation": [polygon],
+            "iscrowd": 0,
+        }
         content["annotations"].append(row)
     if files:
         from PIL import Image

@@ -157,7 +157,8 @@ def declarations(root: Path, keys: set[str]) -> dict[str, int]:
     for path in paths:
         for statement in ast.parse(path.read_text(encoding="utf-8")).body:
             if not isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
-                names = {node.value for node in ast.walk(statement) if isinstance(node, ast.Constant)}
+                constants = (node.value for node in ast.walk(statement) if isinstance(node, ast.Constant))
+                names = {value for value in constants if isinstance(value, str)}
             elif path.stem == "defaults":
                 targets = [node.targets[0] for node in ast.walk(statement) if isinstance(node, ast.Assign)]
                 names = {ast.unparse(target).partition(".")[2] for target in targets}

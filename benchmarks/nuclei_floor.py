@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     category = content["categories"][0]["id"]
     results = [r for i in content["images"] for r in detect(args.images / i["file_name"], i["id"], category)]
     metrics = evaluate_coco(args.json, results, max_dets=args.max_dets)
-    found = {
+    found: dict[str, Any] = {
         task: {name: round(metrics[task][name], 2) for name in ("AP", "AP50", "AP75")} for task in ("bbox", "segm")
     }
     found |= {"images": len(content["images"]), "objects": len(results), "opencv": cv2.__version__}

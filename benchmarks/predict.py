@@ -170,7 +170,7 @@ def main() -> None:
     paths = collect_images([args.images])[0][: args.limit]
     predictor = load_predictor(args.weights, overrides=_FP32, device="cpu")
     fast = load_predictor(args.weights, overrides=_AMP, device="cpu") if args.amp else predictor
-    ratios, cpu_ratios, spent = [], [], defaultdict(float)
+    ratios, cpu_ratios, spent = [], [], defaultdict[str, float](float)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         sequential(predictor, paths[:2], folder, defaultdict(float))
