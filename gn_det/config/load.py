@@ -95,7 +95,6 @@ def resolve_config(name_or_path: str) -> Path:
 
 #: GPUs and batch that the schedules of shipped configs, and of configs based on them, are written for (0: no scaling).
 #: Not in the YAML, because Detectron2 would then also scale what its user sets in Python.
-_REFERENCE = ("SOLVER.REFERENCE_WORLD_SIZE", "SOLVER.REFERENCE_BATCH")
 _WRITTEN_FOR = {
     "Base-RCNN-FPN.yaml": (8, 16),
     "Base-RCNN-C4.yaml": (8, 8),
@@ -160,9 +159,10 @@ _Place = tuple[Path, Path]
 
 
 class _Files:
-    """A config file and its bases, each read once."""
+    """A config file and its bases, each read once; ``written_for``: of the outermost shipped file."""
 
     def __init__(self) -> None:
+        self.written_for: tuple[int, int] | None = None
         self._read: dict[_Place, dict[str, tuple[Any, str]]] = {}
         self._left = MAX_BYTES
 
@@ -183,15 +183,13 @@ class _Files:
         bases = bases if isinstance(bases, list) else [bases]
         if not all(isinstance(base, str) and base for base in bases):
             raise ConfigError(f"{source}: {BASE_KEY} must name a file or a list of files, got {shown(bases)}")
-        shipped = place[0].parent == shipped_folder("configs")
-        own = dict(_known(loaded, str(path)))
-        implied: dict[str, Any] = dict(zip(_REFERENCE, _WRITTEN_FOR.get(place[0].name, ()))) if shipped else {}
-        if "SOLVER.MAX_ITER" in own:
-            implied["SOLVER.AUTO_EPOCHS"] = shipped  # a length in the user's own YAML is kept
+        own = {name: (value, str(path)) for name, value in _known(loaded, str(path))}
         values: dict[str, tuple[Any, str]] = {}
         for base in bases:
             values |= self.load(_base_path(path, base, source), (*chain, place))
-        self._read[place] = values | {name: (value, str(path)) for name, value in (implied | own).items()}
+        if place[0].parent == shipped_folder("configs"):
+            self.written_for = _WRITTEN_FOR.get(place[0].name, self.written_for)
+        self._read[place] = values | own
         return self._read[place]
 
 
@@ -244,8 +242,14 @@ def load_config(name_or_path: str | os.PathLike[str], overrides: Overrides = (),
     Raises:
         ConfigError: missing file, invalid YAML, unknown or duplicate key, or invalid value.
     """
-    cfg = get_cfg()
-    for name, (value, source) in _Files().load(resolve_config(os.fspath(name_or_path))).items():
+    cfg, files = get_cfg(), _Files()
+    values = files.load(resolve_config(os.fspath(name_or_path)))
+    if files.written_for is not None:
+        # Before the values of the files, so that these keys keep what any file gives them.
+        cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.REFERENCE_BATCH = files.written_for
+        # A length in the user's own YAML is kept.
+        cfg.SOLVER.AUTO_EPOCHS = Path(values["SOLVER.MAX_ITER"][1]).resolve().parent == shipped_folder("configs")
+    for name, (value, source) in values.items():
         _set(cfg, name, value, source)
     merge_overrides(cfg, overrides)
     if check:

@@ -140,6 +140,17 @@ def test_a_base_may_be_a_shipped_config(tmp_path: Path) -> None:
     assert load_config(str(path)).SEED == 7 and load_config(str(path)).SOLVER.MAX_ITER == 40000
 
 
+def test_a_value_in_any_file_wins_over_what_follows_from_shipped_files(tmp_path: Path) -> None:
+    write(tmp_path / "base.yaml", "_BASE_: gn_fpn.yaml\nSOLVER: {AUTO_EPOCHS: true}\n")
+    longer = write(tmp_path / "longer.yaml", "_BASE_: base.yaml\nSOLVER: {MAX_ITER: 2000}\n")
+    assert load_config(str(longer)).SOLVER.AUTO_EPOCHS
+    write(tmp_path / "base.yaml", "_BASE_: gn_fpn.yaml\n")
+    assert not load_config(str(longer)).SOLVER.AUTO_EPOCHS
+    write(tmp_path / "unscaled.yaml", "SOLVER: {REFERENCE_WORLD_SIZE: 0, REFERENCE_BATCH: 0}\n")
+    both = load_config(str(write(tmp_path / "both.yaml", "_BASE_: [unscaled.yaml, gn_fpn.yaml]\n"))).SOLVER
+    assert (both.REFERENCE_WORLD_SIZE, both.REFERENCE_BATCH, both.AUTO_EPOCHS) == (0, 0, True)
+
+
 def test_a_value_of_a_base_names_the_base(tmp_path: Path) -> None:
     write(tmp_path / "base.yaml", "SOLVER: {GAMMA: -3}\n")
     path = write(tmp_path / "c.yaml", "_BASE_: base.yaml\nSEED: 1\n")
@@ -254,12 +265,8 @@ def test_bytes_of_a_file_name_survive_being_stored() -> None:
 # ------------------------------------------------------------ _BASE_
 
 
-#: Keys that follow from the file's place.
-IMPLIED = {"SOLVER.REFERENCE_WORLD_SIZE", "SOLVER.REFERENCE_BATCH", "SOLVER.AUTO_EPOCHS"}
-
-
 def merged(path: Path) -> dict[str, Any]:
-    return {name: value for name, (value, _) in loading._Files().load(path).items() if name not in IMPLIED}
+    return {name: value for name, (value, _) in loading._Files().load(path).items()}
 
 
 @pytest.mark.parametrize("name", shipped_configs())
