@@ -45,9 +45,13 @@ def shipped_configs() -> list[str]:
     return sorted(p.name for p in shipped_folder("configs").glob("*.yaml") if not p.name.startswith("Base-"))
 
 
+def _with_ending(name: str) -> str:
+    return name if name.endswith((".yaml", ".yml")) else f"{name}.yaml"
+
+
 def _by_name(folder: Path, name: str) -> Path | None:
     """Return the file of that name in ``folder``, with or without ``.yaml``."""
-    wanted = name if name.endswith((".yaml", ".yml")) else f"{name}.yaml"
+    wanted = _with_ending(name)
     if PurePath(wanted).anchor or "\\" in wanted or ".." in wanted.split("/"):
         return None
     return folder / wanted if os.path.isfile(folder / wanted) else None
@@ -55,9 +59,10 @@ def _by_name(folder: Path, name: str) -> Path | None:
 
 def shipped_config(name: str) -> Path:
     """Return the path of a shipped config, with or without ``.yaml``; ConfigError suggests the nearest name."""
-    path = None if "/" in name else _by_name(shipped_folder("configs"), name)
+    folder = shipped_folder("configs")
+    path = None if "/" in name else _by_name(folder, name)
     if path is None:
-        hint = did_you_mean(name, shipped_configs()) or "; gn-det configs lists those"
+        hint = did_you_mean(_with_ending(name), [file.name for file in folder.glob("*.yaml")]) or "; gn-det configs lists those"
         raise ConfigError(f"config {shown(name)} is neither a file nor a shipped config{hint}")
     return path
 
