@@ -91,9 +91,14 @@ def resolve_config(name_or_path: str) -> Path:
     path = Path(os.path.expanduser(name_or_path))
     if os.path.isfile(path):
         return path
-    if len(path.parts) > 1 and path.parts[0] != "configs":
-        return _zoo_config(name_or_path)
-    return shipped_config(path.name)
+    try:
+        if len(path.parts) > 1 and path.parts[0] != "configs":
+            return _zoo_config(name_or_path)
+        return shipped_config(path.name)
+    except ConfigError:
+        if os.path.isdir(path):
+            raise ConfigError(f"config {shown(name_or_path)} is a folder; name a .yaml file") from None
+        raise
 
 
 # ------------------------------------------------------------ keys and values

@@ -401,10 +401,14 @@ def test_files_and_shipped_names_come_first(zoo: Path, tmp_path: Path, monkeypat
         ("x" * 5000, "(5000 characters) is neither a file nor a shipped config; gn-det configs lists those"),
         ("Misc/a\0b.yaml", "neither a file nor in"),
         ("/dev/zero", "is neither a file nor"),
+        (".", "config '.' is a folder; name a .yaml file"),
+        ("Misc/", "config 'Misc/' is a folder; name a .yaml file"),
     ],
 )
-def test_unknown_names_are_one_line(zoo: Path, name: str, message: str) -> None:
+def test_unknown_names_are_one_line(zoo: Path, name: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (zoo.parent / "secret.yaml").write_text("SEED: 1\n")
+    (zoo.parent / "Misc").mkdir()
+    monkeypatch.chdir(zoo.parent)
     with pytest.raises(ConfigError) as e:
         resolve_config(name)
     assert message in str(e.value) and "\n" not in str(e.value)
