@@ -23,7 +23,7 @@ from gn_det.config.reader import MAX_BYTES, parse_yaml, python_value, read_yaml
 from gn_det.config.schema import KEYS
 from gn_det.errors import ConfigError
 from gn_det.files import shipped_folder
-from gn_det.text import did_you_mean, nearest, one_line, shown
+from gn_det.text import did_you_mean, nearest, one_line, shown, some
 from gn_det.values import is_number
 
 #: Values of keys: ``{"SEED": 1}``, or ``KEY VALUE`` pairs and ``KEY=VALUE`` arguments as on the command line.
@@ -132,7 +132,7 @@ def _known(loaded: Mapping[str, Any], source: str, prefix: str = "") -> Iterator
             raise _unknown_key(name, source)
         if (name in _SECTIONS) != isinstance(value, Mapping):
             keys = [key.removeprefix(f"{name}.") for key in KEYS if key.startswith(f"{name}.")]
-            problem = f"is a section; set one of its keys ({', '.join(keys)})" if keys else "is a single value"
+            problem = f"is a section; set one of its keys ({some(keys)})" if keys else "is a single value"
             raise ConfigError(f"{source}: {name} {problem}, got {shown(value)}")
         if isinstance(value, Mapping):
             yield from _known(value, source, f"{name}.")

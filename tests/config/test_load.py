@@ -115,6 +115,7 @@ def test_mistakes_on_the_command_line(overrides: list[str], message: str) -> Non
         ("_BASE_: Base-RCNN-FPN-NG.yaml\n", "did you mean 'Base-RCNN-FPN-GN.yaml'?"),
         ("_BASE_: c.yaml\n", "leads back"),
         ("SOLVER: 3\n", "SOLVER is a section"),
+        ("MODEL:\n", "set one of its keys (META_ARCHITECTURE, DEVICE, MASK_ON, KEYPOINT_ON, LOAD_PROPOSALS and "),
         ("SEED: {A: 1}\n", "SEED is a single value"),
         ("SOLVER: {BASE_LR: [1]}\n", "SOLVER.BASE_LR is [1]; it must be a number above 0"),
         ("MODEL: {ROI_BOX_HEAD: {NROM: GN}}\n", "unknown key MODEL.ROI_BOX_HEAD.NROM; did you mean"),
