@@ -21,7 +21,7 @@ from gn_det.compare.columns import COLUMNS, EXPECTED, SIZE, SOURCES, Reference, 
 from gn_det.config.reader import read_yaml
 from gn_det.errors import ConfigError
 from gn_det.files import shipped_folder
-from gn_det.text import did_you_mean, one_line, shown
+from gn_det.text import did_you_mean, one_line, shown, some
 from gn_det.values import ANYTHING, FLAG, Check, InvalidValue, Value, integer, items, number, one_of
 
 DETECT, PRETRAIN = "detect", "pretrain"
@@ -344,7 +344,8 @@ def row_ids(patterns: Sequence[str], rows: Sequence[Row], where: str) -> tuple[s
     for pattern in patterns:
         found = [pattern] if pattern in known else fnmatch.filter(known, pattern) if "*" in pattern else []
         if not found:
-            raise InvalidValue(f"{where}:", f"no row {shown(pattern)}{did_you_mean(pattern, known)}")
+            hint = did_you_mean(pattern, known) or f"; the rows are {some(known, 20)}"
+            raise InvalidValue(f"{where}:", f"no row {shown(pattern)}{hint}")
         out += found
     return tuple(dict.fromkeys(out))
 

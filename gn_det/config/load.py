@@ -62,7 +62,10 @@ def shipped_config(name: str) -> Path:
     folder = shipped_folder("configs")
     path = None if "/" in name else _by_name(folder, name)
     if path is None:
-        hint = did_you_mean(_with_ending(name), [file.name for file in folder.glob("*.yaml")]) or "; gn-det configs lists those"
+        hint = (
+            did_you_mean(_with_ending(name), [file.name for file in folder.glob("*.yaml")])
+            or "; gn-det configs lists those"
+        )
         raise ConfigError(f"config {shown(name)} is neither a file nor a shipped config{hint}")
     return path
 
