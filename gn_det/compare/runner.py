@@ -305,14 +305,14 @@ def _session(job: Job, num_gpus: int) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1)
 def package_commit() -> str:
-    """Return the commit of gn_det's checkout, with "+" if it was changed since; "" for an installed package."""
+    """Return the commit of gn_det's checkout, with "+" if its code was changed since; "" for an installed package."""
     root = Path(__file__).resolve().parent.parent.parent
     if not (root / ".git").exists():
         return ""
-    describe = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
+    git = functools.partial(subprocess.run, cwd=root, capture_output=True, text=True, timeout=20, check=True)
     try:
-        done = subprocess.run(describe, cwd=root, capture_output=True, text=True, timeout=20, check=True)
-        return done.stdout.strip()
+        changed = git(["git", "status", "--porcelain", "--untracked-files=no", "gn_det"]).stdout
+        return git(["git", "rev-parse", "HEAD"]).stdout[:12] + "+" * bool(changed)
     except (OSError, subprocess.SubprocessError):
         return ""
 

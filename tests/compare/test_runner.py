@@ -269,6 +269,7 @@ def test_the_commit_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "gn_det" / "compare").mkdir(parents=True)
     source = tmp_path / "gn_det" / "compare" / "runner.py"
     source.write_text("x = 1\n")
+    (tmp_path / "README.md").write_text("\n")
     monkeypatch.setattr(runner, "__file__", str(source))
 
     def commit() -> str:
@@ -280,6 +281,8 @@ def test_the_commit_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
             subprocess.run([*git, *words], check=True)
         first = commit()
+        (tmp_path / "README.md").write_text("no code\n")
+        assert commit() == first
         assert re.fullmatch("[0-9a-f]{12}", first)
         source.write_text("x = 2\n")
         assert commit() == f"{first}+"
