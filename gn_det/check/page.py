@@ -110,10 +110,11 @@ def choose_samples(survey: Survey) -> list[int]:
 
 
 def draw_sample(survey: Survey, index: int) -> np.ndarray | None:
-    """Draw an image with all its annotations; None if it cannot be read."""
+    """Draw an image with all its annotations; None if it cannot be read, or is not of the size in the json."""
     assert survey.dataset is not None
-    pixels = survey.reader.rgb_or_none(survey.path(survey.images[index]))
-    if pixels is None:
+    image = survey.images[index]
+    pixels = survey.reader.rgb_or_none(survey.path(image))
+    if pixels is None or pixels.shape[:2] != (image["height"], image["width"]):
         return None
     record, names = survey.dataset.records[index], survey.dataset.class_names
     drawn = draw_annotations(pixels, record, names, min_size=_SIDE, max_size=4 * _SIDE, labels="fit")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from gn_det.check.audit import Training, survey
 from gn_det.check.page import draw_sample
@@ -45,6 +47,23 @@ def test_page_is_self_contained_and_shows_samples(tmp_path: Path) -> None:
     assert page.count("<svg") == 1 and "<script" not in page
     assert not re.search(r"(src|href)=\"(?!data:|#)", page) and "http" not in page
     assert "000001.jpg" in page and "boxes that do not fit their masks" in page
+
+
+def test_images_of_another_size_than_the_json_says_are_no_samples(tmp_path: Path) -> None:
+    """The orientation behind the pixels of a PNG is unknown until it is decoded; its objects would be distorted."""
+    train = make_shapes(tmp_path, "train", 2)
+    first = next(Path(train.image_root).glob("*1.jpg"))
+    file = io.BytesIO()
+    Image.open(first).save(file, "PNG")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    chunk = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+    turned = len(chunk[4:]).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    pixels, end = file.getvalue()[:-12], file.getvalue()[-12:]
+    first.write_bytes(pixels + turned + end)
+    found = survey(train, "train", Training.of(load_config("quickstart.yaml")))
+    assert not found.findings.total("error")
+    assert draw_sample(found, 0) is None and draw_sample(found, 1) is not None
 
 
 def test_page_takes_the_memory_of_one_mask(tmp_path: Path) -> None:
