@@ -36,9 +36,11 @@ def refuse_overwriting(outputs: dict[str, str | None], inputs: list[str]) -> Non
         except NotRegularFile as error:
             raise UserError(f"{flag} {path}: {error.strerror}; give the name of a file") from None
         except (OSError, ValueError):
-            continue  # does not exist yet, or writing it reports the problem
-        if any(os.path.exists(source) and os.path.samefile(path, source) for source in inputs):
-            raise UserError(f"{flag} {path}: would overwrite the file being checked; give another name")
+            pass  # does not exist yet, or writing it reports the problem
+        for source in inputs:
+            same = os.path.realpath(path) == os.path.realpath(source)  # also if the input does not exist
+            if same or (os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source)):
+                raise UserError(f"{flag} {path}: would overwrite the file being checked; give another name")
 
 
 def changes_file(target: str) -> str:

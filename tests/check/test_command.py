@@ -179,6 +179,9 @@ def test_never_over_the_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         err = capsys.readouterr().err
         assert "give another name" in err and err.count("\n") == 1
     assert Path(source.json_file).read_bytes() == before
+    os.unlink(source.json_file)  # or its disk is not mounted: the report would take its place
+    assert main(words(source, None, flag, source.json_file)) == 2
+    assert "give another name" in capsys.readouterr().err and not os.path.exists(source.json_file)
 
 
 def test_fix_into_a_place_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
