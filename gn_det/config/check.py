@@ -122,7 +122,7 @@ def _contradictions(cfg: CN) -> Iterator[str]:
         yield f"INPUT.CROP.SIZE is {shown(size)}; it must be whole pixels for TYPE {kind}"
     if cfg.INPUT.COPY_PASTE and not cfg.MODEL.MASK_ON:
         amount = f"{cfg.INPUT.COPY_PASTE:g}"
-        yield f"INPUT.COPY_PASTE {amount} pastes objects by their masks, but MODEL.MASK_ON is False; set it to 0"
+        yield f"INPUT.COPY_PASTE {amount} pastes objects by their masks, but MODEL.MASK_ON is False; set COPY_PASTE 0"
     data = cfg.DATASETS
     sources = {"VAL_FOLD": data.VAL_FOLD[1], "VAL_FRACTION": data.VAL_FRACTION, "VAL_JSON": data.VAL_JSON}
     given = [name for name, value in sources.items() if value]

@@ -222,5 +222,5 @@ def test_presets_leave_what_the_user_gave() -> None:
 
 
 def test_copy_paste_needs_masks() -> None:
-    with pytest.raises(ConfigError, match=r"INPUT.COPY_PASTE 0.5 pastes objects by their masks, but MODEL.MASK_ON is"):
+    with pytest.raises(ConfigError, match=r"INPUT.COPY_PASTE 0.5 pastes objects by .* is False; set COPY_PASTE 0$"):
         load_config("gn_fpn.yaml", {"MODEL.MASK_ON": False, "INPUT.COPY_PASTE": 0.5})
