@@ -134,12 +134,13 @@ class Detector(ImageModel):
         """
         self.path = checked_path(path, "path", "model.onnx")
         self._session = _session(self.path, provider, threads)
-        self.metadata = Metadata.from_json(self._session.get_modelmeta().custom_metadata_map.get(NAME), self.path)
-        self.class_names = self.metadata.class_names
-        self.category_ids = self.metadata.category_ids
-        self._thresholds = self.metadata.thresholds
-        self._reader = self.metadata.reader()
+        self._describe(Metadata.from_json(self._session.get_modelmeta().custom_metadata_map.get(NAME), self.path))
         self.shape = self._checked_shape()
+
+    def _describe(self, metadata: Metadata) -> None:
+        """Set all that follows from the file's metadata."""
+        self.metadata, self._reader, self._thresholds = metadata, metadata.reader(), metadata.thresholds
+        self.class_names, self.category_ids = metadata.class_names, metadata.category_ids
 
     def run(self, image: np.ndarray, size: np.ndarray) -> dict[str, np.ndarray]:
         """Return the outputs of the graph by name, or raise UserError, such as for lack of memory.

@@ -153,9 +153,7 @@ class ProgramDetector(Detector):
 
     def __init__(self, exported: Exported) -> None:
         self.path = os.fspath(exported.path)
-        self.metadata = exported.metadata
-        self.class_names, self.category_ids = self.metadata.class_names, self.metadata.category_ids
-        self._reader = self.metadata.reader()
+        self._describe(exported.metadata)
         self.shape = exported.shape
         self._names = exported.outputs
         compiled = exported.options.to == "aoti"

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from gn_det.cli import main
+from gn_det.config.schema import KEYS
 from gn_det.errors import UserError
 from gn_det.modeling.postprocess import paste_masks
 from tests.deploy.cases import IDS, NAMES, checkpoint, pictures
@@ -24,8 +25,9 @@ if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 7):
     pytest.skip("torch 2.6 cannot export graphs whose sizes depend on the data", allow_module_level=True)
 
 from gn_det.deploy import Detector  # noqa: E402
+from gn_det.deploy.detector import STORED, Metadata  # noqa: E402
 from gn_det.deploy.export import Exported, Options, export, translations  # noqa: E402
-from gn_det.deploy.parity import compare  # noqa: E402
+from gn_det.deploy.parity import ProgramDetector, compare  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +192,27 @@ def test_other_models_and_formats(case: str, options: Options, tmp_path: Path, i
         kinds = [node.op_type for node in onnx.load(exported.path).graph.node]
         norms = sum(type(m).__name__ == "GroupNorm" for m in exported.predictor.module.modules())
         assert kinds.count("GroupNormalization") == norms > 20
+
+
+class _Still(torch.nn.Module):
+    """Stands in for a graph: one box, whatever it sees."""
+
+    def forward(self, image: torch.Tensor, size: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        seen = 0 * image.sum() + 0 * size.sum()
+        return torch.tensor([[8.0, 8, 40, 40]]) + seen, torch.tensor([0.9]) + seen, 0 * size[0, :1], 1 + 0 * size[0, :1]
+
+
+def test_program_predicts_as_an_onnx_file_does(tmp_path: Path) -> None:
+    """What --check compares for pt2 and aoti has all that ``predict`` of a detector reads."""
+    keys = {key: KEYS[key].default for key in STORED} | {"INPUT.MIN_SIZE_TEST": 64, "INPUT.MAX_SIZE_TEST": 64}
+    program = torch.export.export(_Still(), (torch.zeros(1, 64, 64, 3, dtype=torch.uint8), torch.tensor([[64, 64]])))
+    torch.export.save(program, tmp_path / "model.pt2")
+    metadata = Metadata(("cat",), (7,), 32, "none", "fp32", keys, (0.95,))
+    options, outputs = Options(to="pt2", size=(64, 64)), ("boxes", "scores", "classes", "counts")
+    detector = ProgramDetector(Exported(tmp_path / "model.pt2", options, metadata, None, outputs))  # type: ignore[arg-type]
+    image = np.zeros((64, 64, 3), np.uint8)
+    assert detector.predict(image, threshold=0).boxes.tolist() == [[8, 8, 40, 40]]
+    assert len(detector.predict(image)) == 0  # below the stored threshold
 
 
 @pytest.mark.slow
