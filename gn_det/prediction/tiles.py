@@ -230,8 +230,10 @@ def _union(parts: list[_Piece]) -> _Piece:
         top, left = min(c.top for c in crops), min(c.left for c in crops)
         bottom = max(c.top + c.bitmap.shape[0] for c in crops)
         right = max(c.left + c.bitmap.shape[1] for c in crops)
-        window = left, top, right, bottom
-        crop = MaskCrop(top, left, np.logical_or.reduce([in_window(c, window) for c in crops]))
+        bitmap = np.zeros((bottom - top, right - left), dtype=bool)
+        for c in crops:  # one part at a time: an object through a hundred tiles has a hundred
+            bitmap[c.top - top :, c.left - left :][: c.bitmap.shape[0], : c.bitmap.shape[1]] |= c.bitmap
+        crop = MaskCrop(top, left, bitmap)
     box = np.concatenate([boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)])
     return _Piece(largest.tile, box, largest.score, largest.label, crop, True)
 

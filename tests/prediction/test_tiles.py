@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ from gn_det.data.image import ImageError, ImageReader
 from gn_det.data.tiff_windows import TiffWindows
 from gn_det.errors import ConfigError
 from gn_det.prediction.predictor import Predictor, Selection
-from gn_det.prediction.tiles import LargeImage, Tiling, detect_tiles
-from gn_det.structures import Detections, Sample
+from gn_det.prediction.tiles import LargeImage, Tiling, _Piece, _union, detect_tiles
+from gn_det.structures import Detections, MaskCrop, Sample
 from tests.prediction.test_images import NAMES, sample_of
 
 
@@ -87,6 +88,24 @@ def test_an_object_larger_than_the_overlap_is_joined_and_mentioned(tmp_path: Pat
         "1 object did not fit into a tile with its overlap of 38 px and was joined from parts; larger tiles or a "
         "larger overlap find them whole"
     ]
+
+
+def test_joining_needs_the_memory_of_one_mask() -> None:
+    """An object through 64 tiles: its parts are not laid out at the size of the whole."""
+    side, tile = 1024, 128
+    places = [(y, x) for y in range(0, side, tile) for x in range(0, side, tile)]
+    pieces = [
+        _Piece(k, np.array([x, y, x + tile, y + tile]), 0.9, 0, MaskCrop(y, x, np.ones((tile, tile), bool)), True)
+        for k, (y, x) in enumerate(places)
+    ]
+    tracemalloc.start()
+    try:
+        crop = _union(pieces).crop
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert crop is not None and crop.bitmap.shape == (side, side) and crop.bitmap.all()
+    assert peak < 4 * side**2
 
 
 def test_tiles_cover_the_image_with_one_size() -> None:
