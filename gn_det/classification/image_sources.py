@@ -171,11 +171,12 @@ def open_images(settings: Settings) -> Source:
     builtin: dict[str, Callable[[Settings], Source]]
     builtin = {"digits": load_digits, "shapes": load_shapes, "cifar10": load_cifar10}
     folder = load_small_images if settings.augment == SHIFT else FolderSource
-    source = builtin.get(settings.source, folder)(settings)
-    if source.train_images < (settings.images or 0):
-        found = f"{settings.data} has {source.train_images} training images"
-        raise ConfigError(f"classify images is {settings.images}, but {found}")
-    return source
+    return builtin.get(settings.source, folder)(settings)
+
+
+def _check_enough(settings: Settings, there: int) -> None:
+    if there < (settings.images or 0):
+        raise ConfigError(f"classify images is {settings.images}, but {settings.data} has {there} training images")
 
 
 # ------------------------------------------------------------ a folder
@@ -218,6 +219,7 @@ def scan_parts(
 def scan_both(settings: Settings) -> tuple[list[str], list[Entry], list[Entry]]:
     """Return class names and at most ``settings.images`` entries of both parts; see :func:`scan_parts`."""
     names, train, val = scan_parts(Path(settings.data).expanduser())
+    _check_enough(settings, len(train))  # before any image is read
     train, val = ([part[k] for k in subset([label for _, label in part], settings.images)] for part in (train, val))
     return names, train, val
 
@@ -363,6 +365,7 @@ def load_cifar10(settings: Settings) -> ArraySource:
             f"classify data {settings.data}: CIFAR-10 is not in {root} and cannot be downloaded ({reason}); give the "
             f"folder that holds it as cifar10:FOLDER, or ./cifar10 for a folder of your own images"
         ) from None
+    _check_enough(settings, len(train[1]))
     return ArraySource(classes, train, val, _CIFAR, shift=4, seed=settings.seed)
 
 

@@ -67,8 +67,10 @@ def test_subset_has_equal_shares_of_the_classes_and_is_always_the_same(folder: P
     assert (source.train_images, source.val_images) == (12, 9)
     entries = scan_both(settings(folder, images=12, seed=5))[1]
     assert entries == [scan_both(settings(folder))[1][k] for k in chosen]
-    with pytest.raises(ConfigError, match=r"images is 19, but .* has 18 training images"):
-        open_source(settings(folder, images=19))
+    (folder / "train" / "cat" / "0.png").write_bytes(b"damaged")  # it is not read before the number is refused
+    for augment in ("crop", "shift"):
+        with pytest.raises(ConfigError, match=r"images is 19, but .* has 18 training images"):
+            open_source(settings(folder, images=19, augment=augment))
 
 
 def test_small_images_are_kept_in_memory_shifted_and_flipped(folder: Path) -> None:
