@@ -286,7 +286,8 @@ def read_list(path: Path) -> list[tuple[str, str]]:
         if lines and {"label", "youtube_id"} <= set(lines[0].split(",")):
             for row in csv.DictReader(lines):
                 start, end = (int(float(row[key])) for key in ("time_start", "time_end"))
-                rows.append((f"{row['youtube_id']}_{start:06d}_{end:06d}", row["label"].strip()))
+                # join() refuses the None of a row without it
+                rows.append(("_".join([row["youtube_id"], f"{start:06d}", f"{end:06d}"]), row["label"].strip()))
         else:
             for line in filter(None, map(str.strip, lines)):
                 label, name = re.sub(r"\s+\d+$", "", line).split("/")[-2:]

@@ -253,6 +253,7 @@ def test_kinetics_and_ucf_lists(folder: Path) -> None:
     kinetics["val"].write_text("label,youtube_id,time_start,time_end,split\nswim,a,0,10,val")
     with pytest.raises(DataError, match="class 'jump' is only in one of"):
         load_videos(settings(str(folder), **lists))
-    kinetics["val"].write_text("just words")
-    with pytest.raises(DataError, match=r"val.csv: line 1 is neither of Kinetics' csv"):
-        load_videos(settings(str(folder), **lists))
+    for text in ("just words", "label,time_start,time_end,youtube_id\njump,0,10"):
+        kinetics["val"].write_text(text)
+        with pytest.raises(DataError, match=r"val.csv: line 1 is neither of Kinetics' csv"):
+            load_videos(settings(str(folder), **lists))
