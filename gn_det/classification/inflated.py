@@ -63,7 +63,7 @@ class ConvNorm3d(nn.Conv3d):
         if here and frames == step == 1 and pixels != [1, 1]:  # each frame on its own
             images = x.transpose(1, 2).flatten(0, 1)
             images = F.conv2d(images, self.weight[:, :, 0], self.bias, tuple(steps), tuple(around))
-            return images.view(len(x), -1, *images.shape[1:]).transpose(1, 2).contiguous()
+            return images.view(len(x), x.shape[2], *images.shape[1:]).transpose(1, 2).contiguous()
         if here and frames > 1 and pixels == steps == [1, 1]:  # images of T rows and H * W columns
             images = F.conv2d(x.flatten(3), self.weight[..., 0], self.bias, (step, 1), (before, 0))
             return images.view(*images.shape[:3], *x.shape[3:])

@@ -176,6 +176,7 @@ def test_convolution_is_that_in_three_dimensions(
         results.append([y.detach(), *torch.autograd.grad(y, [x, conv.weight, conv.bias], torch.randn_like(y))])
     for ours, theirs in zip(*results):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    assert conv(x[:0]).shape == (0, *y.shape[1:])  # no clips
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
