@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.torch_version import TorchVersion
 
 from gn_det.config.defaults import get_value
 from gn_det.deploy.detector import LEAST, NAME, STORED, Metadata
@@ -31,7 +30,7 @@ from gn_det.text import one_line
 #: 2e-3, InstanceNormalization by 2e-5.
 OPSETS = (18, 19, 20, 21, 22, 23)
 #: torch 2.6 cannot export graphs whose sizes depend on the data.
-_LEAST_TORCH = "2.7"
+_LEAST_TORCH = (2, 7)
 #: Largest batch and side of a dynamic graph.
 _MOST_IMAGES, _MOST_SIDE = 1024, 16384
 
@@ -76,9 +75,10 @@ def export(weights: StrPath, output: StrPath, options: Options = Options(), *, c
         UserError: the options do not fit the model, the weights cannot be used, or torch cannot export.
     """
     path = Path(os.path.expanduser(output))
-    if TorchVersion(torch.__version__) < _LEAST_TORCH:
-        remedy = "pip install -U torch torchvision"
-        raise ConfigError(f"export needs torch {_LEAST_TORCH} or newer; this is {torch.__version__}: {remedy}")
+    # by numbers: to TorchVersion the 2.7.0a0 of NVIDIA's containers is older than 2.7
+    if tuple(map(int, torch.__version__.split(".")[:2])) < _LEAST_TORCH:
+        least, remedy = ".".join(map(str, _LEAST_TORCH)), "pip install -U torch torchvision"
+        raise ConfigError(f"export needs torch {least} or newer; this is {torch.__version__}: {remedy}")
     if options.to == "onnx" and options.opset not in OPSETS:
         raise ConfigError(f"--opset {options.opset}: use one of {', '.join(map(str, OPSETS))}")
     engine = choice.load(choice.Choice("embedded", ""))

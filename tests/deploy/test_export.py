@@ -312,6 +312,9 @@ def test_old_torch_is_one_line(
     assert main(["export", "--weights", f"{weights}", "--output", f"{tmp_path / 'm.onnx'}"]) == 2
     error = capsys.readouterr().err
     assert "export needs torch 2.7 or newer; this is 2.6.0+cpu: pip install -U" in error and error.count("\n") == 1
+    monkeypatch.setattr(torch, "__version__", "2.7.0a0+79aa17489c.nv25.4")  # of a container: new enough
+    with pytest.raises(UserError, match=r"absent\.pth"):
+        export("absent.pth", tmp_path / "m.onnx")
 
 
 def test_weights_without_a_number_of_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
