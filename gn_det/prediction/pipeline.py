@@ -15,17 +15,21 @@ AHEAD = 2
 
 
 def in_thread(
-    function: Callable[[In], Out], items: Iterable[In], ahead: int = AHEAD
+    function: Callable[[In], Out], items: Iterable[In], ahead: int = AHEAD, *, finish: bool = False
 ) -> Generator[Future[Out], None, None]:
     """Call ``function`` in one thread, at most ``ahead`` calls early, and yield the futures in order.
 
-    When the generator is closed, or ``items`` raises, it first waits for the calls that it has begun.
+    When the generator is closed, or ``items`` raises, it waits for the call that has begun, and drops those that have
+    not, unless they are to ``finish``.
     """
     waiting: deque[Future[Out]] = deque()
-    with ThreadPoolExecutor(1) as pool:
+    pool = ThreadPoolExecutor(1)
+    try:
         for item in items:
             waiting.append(pool.submit(function, item))
             if len(waiting) > ahead:
                 yield waiting.popleft()
         while waiting:
             yield waiting.popleft()
+    finally:
+        pool.shutdown(cancel_futures=not finish)

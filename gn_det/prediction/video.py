@@ -145,7 +145,7 @@ class _VideoJob:
             film = enter(closing(_Film(self.target, self.video))) if "drawings" in save else None
             detected = islice(enter(closing(self._detected(known))), max_frames)
             write = partial(self._write, film=film, lines=lines)
-            for writing in enter(closing(in_thread(write, detected))):
+            for writing in enter(closing(in_thread(write, detected, finish=True))):
                 work = writing.result()
                 done, objects, now = done + 1, objects + len(work.found), time.perf_counter()
                 if now - said >= _PROGRESS:
