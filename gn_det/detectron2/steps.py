@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import detectron2.solver
 import numpy as np
 import torch.distributed
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, SimpleTrainer
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import nn
@@ -51,6 +51,17 @@ class Storage(Hook):
 
     def after_train(self, loop: Loop) -> None:
         self._storage.__exit__(None, None, None)
+
+
+class Step(SimpleTrainer):
+    """Runs the iterations of :attr:`loop`, which is set later, also for a ``run_step`` of the user's own."""
+
+    loop: Loop
+
+    def run_step(self) -> None:
+        """Forward, backward and optimizer step of one iteration."""
+        self.loop.batches = self._data_loader_iter
+        self.loop.step()
 
 
 class LoopHook(HookBase):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase
+from detectron2.engine import DefaultTrainer, TrainerBase
 from detectron2.engine.hooks import IterationTimer, LRScheduler
 from detectron2.evaluation import COCOEvaluator
 from detectron2.evaluation.testing import flatten_results_dict
@@ -33,7 +33,14 @@ from gn_det.detectron2.config import (
 )
 from gn_det.detectron2.conversion import detector, to_inputs
 from gn_det.detectron2.datasets import name_by_files
-from gn_det.detectron2.steps import LoopHook, build_optimizer, clipped_by_detectron2, join_local_group, train_quietly
+from gn_det.detectron2.steps import (
+    LoopHook,
+    Step,
+    build_optimizer,
+    clipped_by_detectron2,
+    join_local_group,
+    train_quietly,
+)
 from gn_det.engine import dist
 from gn_det.engine.advice import explain_oom
 from gn_det.engine.detector_loop import first_batch, make_loop
@@ -137,7 +144,7 @@ class Trainer(DefaultTrainer):
             self._state = TrainState(model, optimizer, self.scheduler, prepared.seed)
             join_local_group()
             batches = self.build_train_loader(cfg) if own_loader else _OwnBatches(self._prepared, self._state)
-            self._trainer = SimpleTrainer(parallel(model), batches, optimizer)
+            self._trainer = Step(parallel(model), batches, optimizer)
         self._point: Resume | None = None
         self._last = ""
         self._last_eval_results: dict[str, Any] = {}
@@ -199,7 +206,7 @@ class Trainer(DefaultTrainer):
             if loop.last:  # an evaluation may be pending
                 loop.run(tuple)
             else:
-                self._hook.loop = loop
+                self._trainer.loop = self._hook.loop = loop
                 with train_quietly(), explain_oom(cfg, loop):
                     TrainerBase.train(self, self.start_iter, self.max_iter)
             self._last_eval_results = _nested(self._state.results)
@@ -214,12 +221,6 @@ class Trainer(DefaultTrainer):
                 f"OUTPUT_DIR {self._folder}: another run wrote a checkpoint there since resume_or_load; call "
                 "resume_or_load(resume=True) again, on a new Trainer"
             )
-
-    def run_step(self) -> None:
-        """Run one iteration of gn_det's loop."""
-        self._trainer.iter, loop = self.iter, self._hook.loop
-        loop.batches = self._trainer._data_loader_iter
-        loop.step()
 
     def after_step(self) -> None:
         """Call the hooks, then what gn_det's loop does last in an iteration."""

@@ -194,7 +194,7 @@ def test_an_earlier_run_is_not_overwritten(data: list[str], tmp_path: Path) -> N
 
 
 class Own(Trainer):
-    """Detectron2's loader and mapper, an evaluator and a hook of the user's own."""
+    """Detectron2's loader, mapper and step, an evaluator and a hook of the user's own."""
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
@@ -216,6 +216,11 @@ class Own(Trainer):
 
     def build_hooks(self) -> list[Any]:
         return [*super().build_hooks(), Seen()]
+
+    def run_step(self) -> None:
+        """As in Detectron2's DefaultTrainer."""
+        self._trainer.iter = self.iter
+        self._trainer.run_step()
 
 
 class Seen(HookBase):
