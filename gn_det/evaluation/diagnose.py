@@ -155,13 +155,14 @@ def _category_mismatch(
 
 
 def _coverage(objects: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]]) -> list[str]:
-    with_objects = {a["image_id"] for a in objects}
-    common = len(with_objects & {r["image_id"] for r in results})
+    with_objects, with_results = ({e["image_id"] for e in entries} for entries in (objects, results))
+    common = len(with_objects & with_results)
     if common > len(with_objects) / 2:
         return []
+    other_ids = f"the ids of the {len(with_results)} images with detections probably do not match"
     return [
         f"Only {common} of the {len(with_objects)} images with objects have any detection, so most objects count as "
-        f"missed: {'predict on the whole set, or train longer' if common else 'the image ids probably do not match'}."
+        f"missed: {'predict on the whole set, or train longer' if common else other_ids}."
     ]
 
 
