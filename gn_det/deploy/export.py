@@ -213,8 +213,22 @@ def _onnx(program: torch.export.ExportedProgram, outputs: list[str], metadata: M
         node.doc_string = None
     for value in model.graph.initializers.values():
         value.metadata_props.clear()
+    _check_reacts(model.graph)
     _name_axes(model.graph)
     return bytes(onnx_ir.to_proto(model).SerializeToString())
+
+
+def _check_reacts(graph: Any) -> None:
+    """Raise UserError if an output does not depend on every input, because the exporter made one a constant."""
+    for output in graph.outputs:
+        seen, left = set(), [output]
+        while left:
+            value = left.pop()
+            if value is not None and value not in seen:
+                seen.add(value)
+                left += value.producer().inputs if value.producer() is not None else ()
+        if not seen.issuperset(graph.inputs):
+            raise UserError(f"the graph's output {output.name} does not depend on its inputs; use a newer torch")
 
 
 def _name_axes(graph: Any) -> None:

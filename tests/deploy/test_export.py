@@ -26,7 +26,7 @@ if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 7):
 
 from gn_det.deploy import Detector  # noqa: E402
 from gn_det.deploy.detector import STORED, Metadata  # noqa: E402
-from gn_det.deploy.export import Exported, Options, export, translations  # noqa: E402
+from gn_det.deploy.export import Exported, Options, _check_reacts, export, translations  # noqa: E402
 from gn_det.deploy.parity import ProgramDetector, compare  # noqa: E402
 
 
@@ -324,6 +324,25 @@ def test_weights_without_a_number_of_classes(tmp_path: Path, capsys: pytest.Capt
     assert capsys.readouterr().err.count("\n") == 1
     assert main(words) == 2
     assert "no config is stored" in capsys.readouterr().err
+
+
+def test_graph_that_ignores_its_image_is_refused() -> None:
+    """Nothing else sees it where there is no --check."""
+
+    class Value:
+        def __init__(self, name: str, *inputs: Any) -> None:
+            self.name, self.inputs = name, inputs
+
+        def producer(self) -> Any:
+            return self if self.inputs else None
+
+    image, size, weight = Value("image"), Value("size"), Value("w")
+    good = Value("boxes", Value("conv", image, weight), None, size)
+    graph = type("Graph", (), {"inputs": [image, size], "outputs": [good]})
+    _check_reacts(graph)
+    graph.outputs = [good, Value("scores", Value("conv", weight), size)]
+    with pytest.raises(UserError, match="output scores does not depend"):
+        _check_reacts(graph)
 
 
 def test_average_precision_of_both_sides(dynamic: Exported, images: Path, tmp_path: Path) -> None:
