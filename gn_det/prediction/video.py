@@ -19,10 +19,11 @@ import numpy as np
 
 from gn_det.checkpoint.weights_uri import local_path, sha256_of
 from gn_det.config.load import Overrides
+from gn_det.data.annotations import Defect
 from gn_det.data.formats.draft import crop_of_rle
 from gn_det.data.inputs import output_names
 from gn_det.data.video_frames import Frame, VideoFrames, import_cv2
-from gn_det.errors import ConfigError, DataError, UserError, WriteError
+from gn_det.errors import ConfigError, DataError, WriteError
 from gn_det.files import check_writable, open_append
 from gn_det.prediction.images import entries_of, named_folder, refuse_to_overwrite
 from gn_det.prediction.pipeline import AHEAD, in_thread
@@ -236,7 +237,7 @@ class _Lines:
                     try:
                         _remembered(line["annotations"], category_ids, (1, 1))
                         self.known[operator.index(line["frame"])] = line["annotations"]
-                    except (TypeError, KeyError, ValueError, OverflowError, UserError):
+                    except (TypeError, KeyError, ValueError, OverflowError, Defect):
                         what = f"{self._path} line {number}: is not a frame; leave out --resume to start over"
                         raise DataError(what) from None
                 end += len(raw)

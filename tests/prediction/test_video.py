@@ -153,7 +153,18 @@ def test_resume_refuses_frames_of_another_config(tmp_path: Path, key: str, value
         run(clip, tmp_path / "out", fake(find_square, config=other), resume=True)
 
 
-@pytest.mark.parametrize("line", ["3", '{"frame": 1, "annotations": [{"bbox": [1]}]}', '{"frame": "x"}'])
+DAMAGED_MASK = '{"bbox": [1, 2, 3, 4], "score": 1, "category_id": 7, "segmentation": {"size": [9, 9], "counts": "~"}}'
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "3",
+        '{"frame": 1, "annotations": [{"bbox": [1]}]}',
+        '{"frame": "x"}',
+        f'{{"frame": 1, "annotations": [{DAMAGED_MASK}]}}',
+    ],
+)
 def test_resume_refuses_lines_that_are_no_frames(tmp_path: Path, line: str) -> None:
     clip = write_clip(tmp_path / "clip.mp4", 3)
     run(clip, tmp_path / "out")
