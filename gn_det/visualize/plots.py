@@ -177,9 +177,9 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """
     merged: dict[int, dict[str, Any]] = {}
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
-                with suppress(ValueError):
+                with suppress(ValueError, RecursionError):
                     entry = json.loads(line)
                     if isinstance(entry, dict) and isinstance(entry.get("iteration"), int):
                         merged.setdefault(entry["iteration"], {}).update(entry)

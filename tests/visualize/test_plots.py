@@ -17,14 +17,16 @@ EVIL = "<b>$\\frac{x$ & \"日本\" 'x'"
 
 
 def test_curves(tmp_path: Path) -> None:
-    """A resumed run's later values win; the half line of a killed run and nan are no obstacle."""
+    """A resumed run's later values win; damaged lines and nan are no obstacle."""
     log = tmp_path / "metrics.json"
     lines = [{"iteration": i, "total_loss": 9.0, "loss_cls": 3.0, "lr": 0.01} for i in (19, 39, 59)]
     lines += [
         {"iteration": 39, "total_loss": 1.0, "lr": 0.02},
         {"iteration": 59, "bbox/AP": 10.0, "segm/AP": float("nan")},
     ]
-    log.write_text("\n".join(json.dumps(line) for line in lines) + '\n{"iterat')
+    damaged = ["[" * 100_000, '\udcff{"iteration": 79}']  # nested too deep; a byte that is no UTF-8
+    text = "\n".join([*damaged, *(json.dumps(line) for line in lines)]) + '\n{"iterat'
+    log.write_text(text, encoding="utf-8", errors="surrogateescape")
     entries = read_metrics(log)
     assert [e["iteration"] for e in entries] == [19, 39, 59] and entries[1]["total_loss"] == 1.0
     assert entries[1]["loss_cls"] == 3.0 and (entries[2]["lr"], entries[2]["bbox/AP"]) == (0.01, 10.0)
