@@ -77,8 +77,10 @@ def push(weights: StrPath, repo: str, *, private: bool = False, license_name: st
 def _metrics(weights: Path) -> dict[str, float]:
     """Return the AP of the best evaluation in the checkpoint's folder, by mask AP or else box AP."""
     with contextlib.suppress(OSError, ValueError), open_regular(weights.parent / "metrics.json") as file:
-        found = [entry for entry in map(json.loads, file) if isinstance(entry.get("bbox/AP"), (int, float))]
-        return max(found, key=lambda entry: entry.get("segm/AP", entry["bbox/AP"]), default={})
+        lines = (entry.items() for entry in map(json.loads, file) if isinstance(entry, dict))
+        found = [{name: v for name, v in line if isinstance(v, (int, float))} for line in lines]
+        rated = (entry for entry in found if "bbox/AP" in entry)
+        return max(rated, key=lambda entry: entry.get("segm/AP", entry["bbox/AP"]), default={})
     return {}
 
 

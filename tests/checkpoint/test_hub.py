@@ -100,6 +100,14 @@ def checkpoint(folder: Path, **more: object) -> Path:
     return folder / "model_best.pth"
 
 
+@pytest.mark.parametrize("line", ["[1]", "3", '{"bbox/AP": 60.0, "segm/AP": "x"}', '{"bbox/AP": [1]}', "{"])
+def test_odd_lines_of_metrics_are_no_traceback(line: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text('{"bbox/AP": 50.0, "segm/AP": 41.26}\n' + line + "\n")
+    found = hub._metrics(tmp_path / "model_best.pth")
+    assert all(type(value) is float for value in found.values())
+    assert found == {} if line == "{" else found["bbox/AP"] in (50.0, 60.0)
+
+
 def test_what_was_pushed_can_be_pulled(server: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same bytes come back through hf://; card and config say norms, AP and classes, and no local path."""
     path = checkpoint(tmp_path / "run")
