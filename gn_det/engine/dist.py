@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import platform
+import re
 import signal
 import sys
 import tempfile
@@ -13,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
@@ -104,11 +106,11 @@ def resolve_device(name: str, key: str = "MODEL.DEVICE") -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
         return name
-    kind, _, index = name.partition(":")
-    if kind != "cuda" or (index and not index.isdigit()):
+    named = re.fullmatch(r"cuda(?::([0-9]{1,4}))?", name)
+    if named is None:
         raise ConfigError(f"{key} is {shown(name)}; use auto, cpu, cuda or cuda:N")
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if int(index or 0) >= found:
+    if int(named[1] or 0) >= found:
         there = count(found, "GPU") if found else "no GPU"
         raise ConfigError(f"{key} is '{name}' but torch finds {there}; set {key} to cpu or auto")
     return name
@@ -189,16 +191,16 @@ def launch(
         finally:
             if not outer:
                 stop_group()
-    _check_counts(device, num_gpus, num_machines, machine_rank, dist_url)
+    _check_counts(device, num_gpus, num_machines, machine_rank)
     if num_gpus * num_machines == 1:
         return function(*args)
-    here = f"tcp://127.0.0.1:{get_free_port()}"  # type: ignore[no-untyped-call]
-    url = urlsplit(dist_url if num_machines > 1 else here)
+    free = "127.0.0.1", get_free_port()  # type: ignore[no-untyped-call]
+    address, port = _address(dist_url) if num_machines > 1 else free
     common = {
         "WORLD_SIZE": num_gpus * num_machines,
         "LOCAL_WORLD_SIZE": num_gpus,
-        "MASTER_ADDR": url.hostname,
-        "MASTER_PORT": url.port or 29500,
+        "MASTER_ADDR": address,
+        "MASTER_PORT": port,
     }
     with tempfile.TemporaryDirectory(prefix="gn_det-") as folder:
         box = Path(folder)
@@ -208,7 +210,7 @@ def launch(
         return cast(T, pickle.loads(result.read_bytes()) if result.is_file() else None)
 
 
-def _check_counts(device: str, num_gpus: int, num_machines: int, machine_rank: int, dist_url: str) -> None:
+def _check_counts(device: str, num_gpus: int, num_machines: int, machine_rank: int) -> None:
     if num_gpus < 1 or num_machines < 1:
         raise ConfigError(f"--num-gpus {num_gpus} --num-machines {num_machines}: both must be at least 1")
     if not 0 <= machine_rank < num_machines:
@@ -218,8 +220,14 @@ def _check_counts(device: str, num_gpus: int, num_machines: int, machine_rank: i
         raise ConfigError(f"--num-gpus {num_gpus}: torch finds {found} on this machine")
     if ":" in device and num_gpus > 1:
         raise ConfigError(f"MODEL.DEVICE {device} names one GPU; use MODEL.DEVICE cuda with --num-gpus {num_gpus}")
-    if num_machines > 1 and not urlsplit(dist_url).hostname:
-        raise ConfigError("--num-machines > 1 needs --dist-url tcp://ADDRESS_OF_MACHINE_0:PORT, equal on all machines")
+
+
+def _address(dist_url: str) -> tuple[str, int]:
+    with suppress(ValueError):  # of a port that is no number or too large
+        url = urlsplit(dist_url)
+        if url.hostname:
+            return url.hostname, url.port or 29500
+    raise ConfigError("--num-machines > 1 needs --dist-url tcp://ADDRESS_OF_MACHINE_0:PORT, equal on all machines")
 
 
 def in_main_thread() -> bool:

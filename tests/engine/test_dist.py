@@ -90,7 +90,10 @@ def mistake() -> None:
     ("arguments", "word"),
     [
         ({"num_gpus": 0}, "num-gpus"),
-        ({"num_machines": 2}, "dist-url"),
+        *(
+            ({"num_machines": 2, "dist_url": u}, "dist-url")
+            for u in ("auto", "h:1", "tcp://h:x", "tcp://h:99999", "tcp://[")
+        ),
         ({"num_machines": 2, "machine_rank": 2}, "machine-rank"),
     ],
 )
@@ -103,6 +106,9 @@ def test_device_names() -> None:
     assert dist.resolve_device("cpu") == "cpu"
     with pytest.raises(ConfigError, match=r"MODEL\.DEVICE"):
         dist.resolve_device("gpu")
+    for index in ("", "x", "²", "٣", "9" * 5000):
+        with pytest.raises(ConfigError, match="use auto, cpu, cuda or cuda:N"):
+            dist.resolve_device(f"cuda:{index}")
     if not torch.cuda.is_available():
         assert dist.resolve_device("auto") == "cpu"
         with pytest.raises(ConfigError, match="no GPU"):
