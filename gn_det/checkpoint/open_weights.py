@@ -35,6 +35,7 @@ FORMATS: tuple[tuple[Callable[[Collection[str]], bool], Callable[[State, Mapping
     (torchvision.recognizes, torchvision.translate),
     (timm_v2.recognizes, timm_v2.translate),
 )
+_OTHER_LAYERED = re.compile(r"(?:\w+\.)*layer[1-4]\.\d+\.conv1\.")
 _KNOWN = re.compile(r"(?:backbone\.(?:bottom_up\.)?)?(?:stem\.conv1|res[2-5]\.\d+)\.")
 # Old constants and the ImageNet classifier: present in files, but not weights of a detector.
 _IGNORED = re.compile(r"(?:.*\.)?(?:pixel_mean|pixel_std)$|.*cell_anchors|(?:stem\.)?(?:fc|linear)\.(?:weight|bias)$")
@@ -44,7 +45,15 @@ def _without_renaming(state: State, payload: Mapping[str, Any]) -> Weights:
     """Return a detector or bare backbone of Detectron2 or ours, with the preprocessing if its constants are stored.
 
     Any other state dict is returned too, so that the error can name its tensors.
+
+    Raises:
+        WeightsError: another model of torchvision or mmdetection; Detectron2 has some of its names for other layers.
     """
+    if any(map(_OTHER_LAYERED.match, state)):
+        raise WeightsError(
+            "holds weights of a torchvision or mmdetection model of an unsupported architecture; give a plain ResNet "
+            "(a state dict with conv1, layer1 ... layer4) or one of mmdetection's FPN detectors"
+        )
     if not any(map(_KNOWN.match, state)):
         return Weights(state, "state dict of another model")
     mean, std = state.get("pixel_mean"), state.get("pixel_std")

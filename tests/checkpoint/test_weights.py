@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from gn_det.about import __version__
+from gn_det.checkpoint.convert import convert
 from gn_det.checkpoint.formats import caffe2
 from gn_det.checkpoint.io import save_checkpoint
 from gn_det.checkpoint.meta import build_meta
@@ -459,9 +460,16 @@ def test_another_model_altogether(tmp_path: Path) -> None:
 
 
 def test_known_but_not_read(tmp_path: Path) -> None:
-    torch.save({"backbone.body.layer1.0.conv1.weight": torch.ones(1)}, tmp_path / "x.pth")
-    message = refused(module(detector_shapes()), tmp_path / "x.pth", config())
-    assert "it has backbone.body.layer1.0.conv1.weight; the configured model has backbone." in message
+    """torchvision's detectors share names of the box head with Detectron2's, with the background first."""
+    shapes = detector_shapes()
+    heads = random_state({name: shape for name, shape in shapes.items() if "cls_score" in name})
+    torch.save({"backbone.body.layer1.0.conv1.weight": torch.ones(1), **heads}, tmp_path / "x.pth")
+    for options in ("", "?allow_partial=True"):
+        message = refused(module(shapes), f"{tmp_path / 'x.pth'}{options}", config())
+        assert "unsupported architecture" in message and "plain ResNet" in message
+    with pytest.raises(WeightsError, match="unsupported architecture"):
+        convert(tmp_path / "x.pth", tmp_path / "y.pth")
+    assert not (tmp_path / "y.pth").exists()
 
 
 def test_other_contents_are_refused_clearly(tmp_path: Path) -> None:
