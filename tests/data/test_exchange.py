@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import copy
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -270,6 +272,23 @@ def test_hostile_files_are_one_line(name: str, content: str, message: str, tmp_p
     with pytest.raises(DataError) as raised:
         exchange.read(name, tmp_path / "in")
     assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("side", ["200000", "1" + "0" * 30])
+@pytest.mark.parametrize("name", ["cvat", "labelme"])
+def test_a_mask_of_an_image_of_impossible_size_is_one_line(name: str, side: str, tmp_path: Path) -> None:
+    """It has more pixels than a run length can count."""
+    buffer = io.BytesIO()
+    Image.new("L", (2, 2), 255).save(buffer, "PNG")
+    png = base64.b64encode(buffer.getvalue()).decode()
+    shape = {"label": "x", "points": [[0, 0], [1, 1]], "shape_type": "mask", "mask": png}
+    content = json.dumps({"imageWidth": int(side), "imageHeight": int(side), "shapes": [shape]})
+    if name == "cvat":
+        mask = "<mask label='x' left='0' top='0' width='2' height='2' rle='0, 4'/>"
+        content = f"<annotations><image name='a.jpg' width='{side}' height='{side}'>{mask}</image></annotations>"
+    (tmp_path / {"cvat": "annotations.xml", "labelme": "a.json"}[name]).write_text(content)
+    with pytest.raises(DataError, match=r"no mask can have the .* pixels of its image"):
+        exchange.read(name, tmp_path)
 
 
 def test_unknown_classes_are_refused(images: Path, tmp_path: Path) -> None:

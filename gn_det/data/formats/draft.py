@@ -91,7 +91,7 @@ class Draft:
         polygons: Sequence[Sequence[float]] = (),
         mask: MaskCrop | None = None,
     ) -> None:
-        """Add an object given as XYXY ``box``, polygons or mask; raise Invalid for an unknown class.
+        """Add an object given as XYXY ``box``, polygons or mask; raise Invalid for an unknown class or a huge mask.
 
         Those of :data:`ATTRIBUTES` are set that are true in ``attributes``.
         """
@@ -102,7 +102,11 @@ class Draft:
         entry: dict[str, Any] = {"name": name, "iscrowd": int(bool(attributes.get("iscrowd"))), **flags}
         if mask is not None:
             rows, columns = mask.bitmap.shape
-            entry["segmentation"] = encode_crop(mask, self._images[image]["height"], self._images[image]["width"])
+            width, height = (self._images[image][side] for side in ("width", "height"))
+            try:
+                entry["segmentation"] = encode_crop(mask, height, width)
+            except (ValueError, OverflowError):
+                raise Invalid(f"no mask can have the {shown(width)}x{shown(height)} pixels of its image") from None
             entry["area"] = float(np.count_nonzero(mask.bitmap))
             box = (mask.left, mask.top, mask.left + columns, mask.top + rows)
         elif polygons:
