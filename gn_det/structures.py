@@ -7,7 +7,7 @@ Boxes are ``float32`` absolute pixel coordinates ``(x0, y0, x1, y1)`` in continu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
 
@@ -143,9 +143,9 @@ class Masks:
         found = [len(mask) > 0 if isinstance(mask, list) else bool(mask.any()) for mask in self.masks]
         return torch.tensor(found, dtype=torch.bool)
 
-    def bitmaps(self, height: int, width: int) -> list[np.ndarray]:
-        """Return every mask as a (height, width) bool bitmap."""
-        return [rasterize_polygons(mask, height, width) if isinstance(mask, list) else mask for mask in self.masks]
+    def bitmaps(self, height: int, width: int) -> Iterator[np.ndarray]:
+        """Yield every mask as a (height, width) bool bitmap."""
+        return (rasterize_polygons(mask, height, width) if isinstance(mask, list) else mask for mask in self.masks)
 
     def crop_and_resize(self, boxes: Tensor, size: int) -> Tensor:
         """Mask targets: each mask cut by its own box and resized.

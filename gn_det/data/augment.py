@@ -127,7 +127,7 @@ def apply_own(sample: Sample, transform: OwnTransform, rng: np.random.RandomStat
         "labels": targets.classes,
     }
     if targets.masks is not None:
-        bitmaps = targets.masks.bitmaps(*targets.image_size)
+        bitmaps = list(targets.masks.bitmaps(*targets.image_size))
         stacked = np.stack(bitmaps) if bitmaps else np.zeros((0, *targets.image_size), dtype=bool)
         target["masks"] = tv_tensors.Mask(torch.from_numpy(stacked))
     with _seeded(rng):

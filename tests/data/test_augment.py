@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,21 @@ def test_pasted_objects_cover_what_is_behind_them() -> None:
     assert (below["image"] == 10).all()  # the argument is kept
     none = next(s for s in range(50) if np.random.RandomState(s).rand(1)[0] >= 0.5)
     assert copy_paste(below, above, np.random.RandomState(none)) is below
+
+
+def test_pasting_draws_one_polygon_at_a_time() -> None:
+    """Hundreds of objects of an image would take a byte per pixel each."""
+    side, number = 512, 200
+    corners = [np.array([i, 0.0, i + 9, 0, i + 9, 9, i, 9]) for i in range(number)]
+    many = Targets((side, side), torch.zeros(number, 4), torch.zeros(number).long(), Masks([[p] for p in corners]))
+    below = Sample(image=torch.zeros(3, side, side, dtype=torch.uint8), targets=many)
+    above = _flat(200, [_square(side, 300, 300, 309, 309)])
+    seed = next(s for s in range(50) if np.random.RandomState(s).rand(1)[0] < 0.5)
+    tracemalloc.start()
+    assert len(copy_paste(below, above, np.random.RandomState(seed))["targets"]) == number + 1
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < number * side**2 / 4
 
 
 def test_pasted_from_an_image_of_another_size() -> None:
