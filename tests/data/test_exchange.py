@@ -15,6 +15,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from gn_det.cli import main
+from gn_det.data.entries import Entries
 from gn_det.data.formats import exchange
 from gn_det.data.formats.draft import Losses, crop_of_rle, outlines
 from gn_det.errors import ConfigError, DataError, UserError
@@ -468,6 +469,15 @@ def test_class_names_of_a_round_trip(name: str, images: Path, tmp_path: Path) ->
         return
     exchange.write(name, given, tmp_path / "out2", images)
     assert exchange.read(name, tmp_path / "out2", images)[0]["categories"][0]["name"] == "cat/dog"
+
+
+def test_a_sound_annotation_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = document(masks="polygons", crowd=False)
+    (tmp_path / "a.json").write_text(json.dumps(given))
+    parsed, parse = [], Entries.parse
+    monkeypatch.setattr(Entries, "parse", lambda *place: parsed.append(place) or parse(*place))
+    read, _ = exchange.read("coco", tmp_path / "a.json")
+    assert len(parsed) == len(read["annotations"]) == len(given["annotations"])
 
 
 def test_folders_of_coco_and_of_subfolders(images: Path, tmp_path: Path) -> None:

@@ -122,8 +122,11 @@ def _checked(content: Any, problems: Problems) -> Document:
     table = check_annotations(content, content.images, problems)
     refuse_corners(table, problems)
     annotations: list[dict[str, Any]] = []
-    for image, position, span in zip(table.image.tolist(), table.position.tolist(), table.spans.tolist()):
-        raw, checked = content.annotation(position), content.entries.parse(*span)
+    repaired = (table.spans != content.entries.spans[table.position]).any(axis=1)
+    for row, (image, position) in enumerate(zip(table.image.tolist(), table.position.tolist())):
+        raw = checked = content.annotation(position)
+        if repaired[row]:
+            checked = content.entries.parse(*table.spans[row])
         entry = {key: checked[key] for key in ("id", "bbox", "category_id", "iscrowd", "area")}
         entry["image_id"] = content.images[image]["id"]
         if checked.get("segmentation"):
