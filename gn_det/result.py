@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from gn_det.errors import ConfigError, DataError
-from gn_det.text import count, did_you_mean, shown, some
+from gn_det.text import count, nearest, shown, some
 
 #: What ``predict`` takes as one image.
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
@@ -168,8 +168,9 @@ def wanted_classes(classes: Sequence[str] | None, names: Sequence[str]) -> set[i
     for name in classes:
         index = names.index(name) if name in names else lower.get(name.lower())
         if index is None:
-            hint = did_you_mean(name, names) or f"; the model knows {some(names, 10)}"
-            raise ConfigError(f"class {shown(name)} is not one of the model's {len(names)} classes{hint}")
+            near = [names[lower[other]] for other in nearest(name.lower(), lower, 1)]
+            hint = f"did you mean {shown(near[0])}?" if near else f"the model knows {some(names, 10)}"
+            raise ConfigError(f"class {shown(name)} is not one of the model's {len(names)} classes; {hint}")
         indices.add(index)
     return indices
 

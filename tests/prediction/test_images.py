@@ -87,8 +87,9 @@ def test_threshold_and_classes(photos: Path, tmp_path: Path) -> None:
     assert found(threshold=0.8) == [19]
     assert found(classes=["kreis"]) == [7]
     assert found(threshold=0.95) == []
-    with pytest.raises(ConfigError, match="did you mean 'square'"):
-        run(image, tmp_path / "out", classes=["sqare"])
+    for typo in ("sqare", "SQARE"):
+        with pytest.raises(ConfigError, match="did you mean 'square'"):
+            run(image, tmp_path / "out", classes=[typo])
     with pytest.raises(ConfigError, match="give a number from 0 to 1"):
         run(image, tmp_path / "out", threshold=50)
 
