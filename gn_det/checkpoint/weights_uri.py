@@ -94,7 +94,7 @@ def resolve_url(uri: str) -> str | None:
         names = CATALOG if scheme == "catalog" else OPEN_MMLAB
         if rest in names:
             return names[rest]
-        near = [f"{scheme}://{name}" for name in nearest(rest, names, cutoff=0.0)]
+        near = [f"{scheme}://{name}" for name in nearest(rest[:200], names, cutoff=0.0)]
         problem = f"not in the catalog; the nearest names are {', '.join(near)}"
     else:
         problem = f"unknown scheme {one_line(scheme, 40)}://; give a local path, {', '.join(SCHEMES)}"

@@ -59,6 +59,7 @@ def test_urls(uri: str, url: str | None) -> None:
     ("uri", "expected"),
     [
         ("catalog://ImageNetPretrained/FAIR/R-50GN", "catalog://ImageNetPretrained/FAIR/R-50-GN"),
+        ("catalog://ImageNetPretrained/FAIR/R-50GN" + "N" * 300, "catalog://ImageNetPretrained/FAIR/R-50-GN"),
         ("zoo://resnet50_gn", "unknown scheme zoo://"),
         ("open-mmlab://resnet50_gn", "open-mmlab://detectron/resnet50_gn"),
         ("hf://resnet50_gn", "hf://OWNER/NAME"),
