@@ -102,7 +102,8 @@ def look_at_images(
     known.write()
     if images and len(unusable) == len(images):
         first = next(iter(unusable.values()))
-        hint = f": {advice}" if first.kind == "image-missing" else ""
+        by_key = {problem.kind for problem in unusable.values()} <= {"image-depth", "image-large"}
+        hint = "" if by_key else f": {advice}"  # a problem that a config key solves is none of the folder
         text = f"none of its {len(images)} images can be used from {root} (first: {first}){hint}"
         problems.refuse("image-folder", NOWHERE, text)
     return set(unusable)

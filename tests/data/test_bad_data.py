@@ -177,7 +177,11 @@ def test_wrong_paths_name_the_key(tmp_path: Path) -> None:
         load_coco(elsewhere, max_bad=100)
     (tmp_path / "empty").mkdir()
     empty = DatasetSource("own", source.json_file, str(tmp_path / "empty"), source.origin)
-    with pytest.raises(DataError, match="none of its 4 images can be used"):
+    with pytest.raises(DataError, match=r"none of its 4 images can be used .*: check DATASETS.* TRAIN_IMAGES"):
+        load_coco(empty, max_bad=100)
+    for path in tmp_path.glob("im *.png"):  # of another set that numbers its images alike
+        Image.new("RGB", (3, 3)).save(tmp_path / "empty" / path.name)
+    with pytest.raises(DataError, match=r"\(first: .* is 3x3 pixels, .*\): check DATASETS.* TRAIN_IMAGES"):
         load_coco(empty, max_bad=100)
 
 
