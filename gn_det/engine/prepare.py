@@ -119,14 +119,21 @@ def warn_if_short(cfg: CfgNode, images: int) -> None:
 
 
 def prepare_folder(cfg: CfgNode, model: nn.Module, *, fresh: bool) -> None:
-    """Prepare OUTPUT_DIR (rank 0): delete leftovers and, if ``fresh``, an earlier run, and write config.yaml."""
-    if dist.rank() == 0:
-        folder = Path(cfg.OUTPUT_DIR)
+    """Prepare OUTPUT_DIR (rank 0): delete leftovers and, if ``fresh``, an earlier run, and write config.yaml.
+
+    Raises:
+        UserError: no space; raised on every rank.
+    """
+    folder = Path(cfg.OUTPUT_DIR)
+
+    def prepare() -> None:
         remove_leftovers(folder)
         check_space(folder, model, replaced=fresh)
         if fresh:
             start_afresh(folder, keep=cfg.MODEL.WEIGHTS)
         atomic_write(folder / "config.yaml", dump_config(cfg))
+
+    dist.on_first_rank(prepare)
 
 
 # ------------------------------------------------------------ checks across keys

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from gn_det.engine import dist
+from gn_det.config import get_cfg
+from gn_det.engine import dist, prepare
 from gn_det.errors import ConfigError, TrainingError
 from tests.engine.cases import Tiny, loader_factory, run
 
@@ -80,6 +81,24 @@ def start_and_stop(folder: Path, times: int) -> int:
 def test_a_group_is_left_and_joined_again_and_again(tmp_path: Path) -> None:
     """Where a thread of gloo waits for Python's lock, and who leaves keeps it, both wait for ever (torch 2.6)."""
     assert dist.launch(start_and_stop, (tmp_path, 12), device="cpu", num_gpus=2) == 12
+
+
+def no_space(folder: Path) -> list[str]:
+    def full(*_: Any, **__: Any) -> None:
+        raise TrainingError("no space")
+
+    prepare.check_space, told, cfg = full, "", get_cfg()
+    cfg.OUTPUT_DIR = str(folder)
+    try:
+        prepare.prepare_folder(cfg, Plain(), fresh=True)
+    except TrainingError as error:
+        told = str(error)
+    return dist.gather_objects(told)
+
+
+def test_a_full_disk_stops_every_rank(tmp_path: Path) -> None:
+    """Rank 0 alone looks; the others would go on to a collective that nobody joins."""
+    assert dist.launch(no_space, (tmp_path,), device="cpu", num_gpus=2) == ["no space"] * 2
 
 
 def mistake() -> None:
