@@ -16,7 +16,7 @@ from gn_det.errors import TrainingError, out_of_memory
 from gn_det.modeling.census import CensusRow
 from gn_det.text import count, one_line
 
-_BACKBONE = ("stem", "res2", "res3", "res4", "res5", "res5 head")
+#: Parts besides the backbone, to which the res5 head of C4 belongs.
 _KEYS = {"fpn": "MODEL.FPN.NORM", "box head": "MODEL.ROI_BOX_HEAD.NORM", "mask head": "MODEL.ROI_MASK_HEAD.NORM"}
 #: Epochs of Detectron2's 3x schedule on COCO; published training from scratch took this many, or three times as many.
 _SCRATCH_EPOCHS = 36
@@ -32,7 +32,7 @@ def half_gn(rows: Sequence[CensusRow]) -> str:
     kinds: dict[str, set[str]] = {}
     for row in rows:
         if row.stage != "rpn":
-            kinds.setdefault("backbone" if row.stage in _BACKBONE else row.stage, set()).add(row.norm)
+            kinds.setdefault(row.stage if row.stage in _KEYS else "backbone", set()).add(row.norm)
     others = {part: found for part, found in kinds.items() if found != {"GN"}}
     if not others or not any("GN" in found for found in kinds.values()):
         return ""
