@@ -6,15 +6,14 @@ import argparse
 from pathlib import Path
 
 from gn_det.cli import flags
-
-_FORMATS = ("coco", "yolo", "voc", "labelme", "cvat", "masks")
+from gn_det.data.formats import FORMATS
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, help="annotation file or folder of the dataset")
     parser.add_argument("--output", type=Path, metavar="DIR", required=True, help="folder for the converted dataset")
-    parser.add_argument("--from", dest="given", choices=_FORMATS, help="format of the source (default: detected)")
-    parser.add_argument("--to", choices=_FORMATS, default="coco", help="format to write (default coco)")
+    parser.add_argument("--from", dest="given", choices=FORMATS, help="format of the source (default: detected)")
+    parser.add_argument("--to", choices=FORMATS, default="coco", help="format to write (default coco)")
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the images")
     parser.add_argument("--classes", metavar="A,B", help="all class names in their order, separated by commas")
     parser.add_argument("--split", metavar="P,P", help="shares of train and val (and test), such as 0.8,0.2")

@@ -14,6 +14,7 @@ from typing import Any
 from gn_det.data.annotation_table import check_annotations, refuse_corners
 from gn_det.data.catalog import DatasetSource
 from gn_det.data.coco_json import collector_paused, read_coco_json, structure
+from gn_det.data.formats import FORMATS, MODULES
 from gn_det.data.formats.draft import FLAGS, Document, Losses, by_image, names_of, to_outlines
 from gn_det.data.image import MAX_PIXELS
 from gn_det.data.problems import Problems
@@ -21,9 +22,6 @@ from gn_det.errors import ConfigError, DataError, UserError
 from gn_det.files import atomic_write, inside, json_bytes
 from gn_det.text import count, one_line, shown, some
 
-#: Module of each format except COCO json.
-FORMATS = {"yolo": "yolo", "voc": "voc", "labelme": "labelme", "cvat": "cvat", "masks": "png_masks"}
-ALL = ("coco", *FORMATS)
 #: Names of the split parts.
 PARTS = ("train", "val", "test")
 #: COCO jsons in a folder, ours and Roboflow's.
@@ -41,7 +39,7 @@ _RULES = (
 
 
 def _module(name: str) -> Any:
-    return importlib.import_module(f"gn_det.data.formats.{FORMATS[name]}")
+    return importlib.import_module(f"gn_det.data.formats.{MODULES[name]}")
 
 
 def detect_format(source: Path) -> str:
@@ -60,7 +58,7 @@ def detect_format(source: Path) -> str:
         parts = sorted(p.name for p in source.iterdir() if p.is_dir() and _format_of(p)) if source.is_dir() else []
         if parts:
             raise DataError(f"{source}: has no annotations itself; give one of its subfolders: {some(parts)}")
-        raise DataError(f"{source}: unknown annotation format; name it with --from ({', '.join(ALL)})")
+        raise DataError(f"{source}: unknown annotation format; name it with --from ({', '.join(FORMATS)})")
     return found
 
 
@@ -74,7 +72,7 @@ def read(
     """Read a dataset as a COCO document that training accepts.
 
     Args:
-        name: one of :data:`ALL`.
+        name: one of :data:`gn_det.data.formats.FORMATS`.
         source: file or folder.
         images: folder of the images; None: the format's default place.
         classes: all classes, in order; (): those of the dataset.
@@ -149,7 +147,7 @@ def write(
     """Write a document in a format; return what was lost.
 
     Args:
-        name: one of :data:`ALL`.
+        name: one of :data:`gn_det.data.formats.FORMATS`.
         document: images, annotations and categories.
         folder: created if missing.
         root: folder that ``file_name`` is relative to.
