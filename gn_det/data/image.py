@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from gn_det.config.check import bit_depth_range
 from gn_det.errors import ConfigError, DataError
@@ -39,7 +39,18 @@ _PERCENTILES = (0.5, 99.5)
 #: Longest file name in a message, in characters.
 _NAME = 300
 
-_ORIENTATION = ExifTags.Base.Orientation
+#: Tags of EXIF and TIFF.
+_WIDTH, _LENGTH, _ORIENTATION = 256, 257, 274
+#: Of each orientation. ImageOps.exif_transpose() copies every image, and Pillow 9 cannot do it in place.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 #: Last bytes of complete files, by PIL's name of the format.
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 
@@ -98,9 +109,11 @@ class ImageReader:
         mode = "RGB" if self.image_format == "BGR" else self.image_format
         with self._opened(path) as (file, opened):
             opened.load()  # before PNG's getexif(), which would load and swallow the errors
-            with suppress(Exception):  # a damaged EXIF block does not make an image unusable
-                ImageOps.exif_transpose(opened, in_place=True)
             image: Image.Image = opened
+            with suppress(Exception):  # a damaged EXIF block does not make an image unusable
+                turn = _TURNS.get(opened.getexif().get(_ORIENTATION, 1))
+                if turn is not None and opened.format != "TIFF":  # load() has turned that already
+                    image = opened.transpose(turn)
             if opened.mode in _DEEP:
                 image = Image.fromarray(self._to_8_bits(path, opened, np.asarray(image)))
             if image.mode != mode:  # convert() copies an image of the same mode
@@ -128,7 +141,7 @@ class ImageReader:
                 with suppress(Exception):
                     tags = image.getexif()
                     if image.format == "TIFF":  # whose size newer versions of Pillow have turned already
-                        width, height = int(tags[ExifTags.Base.ImageWidth]), int(tags[ExifTags.Base.ImageLength])
+                        width, height = int(tags[_WIDTH]), int(tags[_LENGTH])
                     turned = tags.get(_ORIENTATION) in (5, 6, 7, 8)
             end = _ENDS.get(image.format or "")
             if end is not None:

@@ -178,6 +178,17 @@ def test_exif_orientation(tmp_path: Path, orientation: int) -> None:
         assert ImageReader().size(tmp_path / name) == (got.shape[1], got.shape[0]), name
 
 
+def test_exif_orientation_with_pillow_9(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its exif_transpose() has no in_place, and an error about EXIF is no error of the image."""
+    from PIL import ImageOps
+
+    monkeypatch.setattr(ImageOps, "exif_transpose", lambda image: image)
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", (7, 5)).save(tmp_path / "a.jpg", exif=exif)
+    assert ImageReader().read(tmp_path / "a.jpg").shape == (7, 5, 3)
+
+
 def test_unreadable_files_are_named(tmp_path: Path, rgb: Image.Image) -> None:
     rgb.resize((64, 64)).save(tmp_path / "cut.jpg")
     data = (tmp_path / "cut.jpg").read_bytes()
