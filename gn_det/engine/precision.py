@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -81,7 +82,9 @@ def lay_out_for_inference(model: ModuleT, cfg: CfgNode, device: str) -> ModuleT:
     return model.to(memory_format=torch.channels_last)
 
 
-def inference_autocast(cfg: CfgNode, device: str) -> torch.autocast:
-    """Return the autocast for evaluation and prediction, which TEST.AMP enables."""
+def inference_autocast(cfg: CfgNode, device: str) -> AbstractContextManager[Any]:
+    """Return the autocast for evaluation and prediction; without TEST.AMP, that of the caller, if any, stays."""
+    if cfg.TEST.AMP is not True:
+        return nullcontext()
     kind = torch.device(device).type
-    return torch.autocast(kind, torch.bfloat16 if kind == "cpu" else DTYPES[cfg.SOLVER.AMP.DTYPE], cfg.TEST.AMP is True)
+    return torch.autocast(kind, torch.bfloat16 if kind == "cpu" else DTYPES[cfg.SOLVER.AMP.DTYPE])

@@ -115,6 +115,15 @@ def test_evaluation_and_prediction_are_fp32_unless_asked(
         assert ("bf16 autocast" in caplog.text) == amp
 
 
+def test_the_autocast_of_the_caller_stays() -> None:
+    """Who predicts within one, in a program of their own, gets it."""
+    ones = torch.ones(2, 2)
+    with torch.autocast("cpu", torch.bfloat16), precision.inference_autocast(load_config("quickstart"), "cpu"):
+        assert (ones @ ones).dtype == torch.bfloat16
+    with precision.inference_autocast(load_config("quickstart"), "cpu"):
+        assert (ones @ ones).dtype == torch.float32
+
+
 def test_weights_cast_once_give_what_autocast_gives() -> None:
     """Equal to the bit: both round the same weights; norms stay in fp32."""
     torch.manual_seed(0)
