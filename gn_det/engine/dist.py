@@ -194,8 +194,10 @@ def launch(
     _check_counts(device, num_gpus, num_machines, machine_rank)
     if num_gpus * num_machines == 1:
         return function(*args)
-    free = "127.0.0.1", get_free_port()  # type: ignore[no-untyped-call]
-    address, port = _address(dist_url) if num_machines > 1 else free
+    if num_machines == 1 and dist_url == "auto":
+        address, port = "127.0.0.1", get_free_port()  # type: ignore[no-untyped-call]
+    else:
+        address, port = _address(dist_url)
     common = {
         "WORLD_SIZE": num_gpus * num_machines,
         "LOCAL_WORLD_SIZE": num_gpus,

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from gn_det.config import get_cfg
 from gn_det.engine import dist, prepare
@@ -99,6 +100,16 @@ def no_space(folder: Path) -> list[str]:
 def test_a_full_disk_stops_every_rank(tmp_path: Path) -> None:
     """Rank 0 alone looks; the others would go on to a collective that nobody joins."""
     assert dist.launch(no_space, (tmp_path,), device="cpu", num_gpus=2) == ["no space"] * 2
+
+
+def master() -> str:
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
+
+def test_the_address_of_one_machine_is_used_where_it_is_given() -> None:
+    port = get_free_port()
+    found = dist.launch(master, (), device="cpu", num_gpus=2, dist_url=f"tcp://localhost:{port}")
+    assert found == f"localhost:{port}"
 
 
 def mistake() -> None:
