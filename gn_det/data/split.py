@@ -116,7 +116,8 @@ def _check_classes(lacking: dict[str, int], some_held: bool, where: str, remedy:
 
 def _id(entry: Any, key: str = "id") -> str:
     """The id of an entry as text, which is the same for 77 and 77.0."""
-    return json.dumps(whole(entry.get(key)) if isinstance(entry, dict) else None)
+    value = whole(entry.get(key)) if isinstance(entry, dict) else None
+    return str(value) if type(value) is int else json.dumps(value)
 
 
 def write_split(cfg: Any, *, started: bool = False) -> Any:
@@ -138,11 +139,12 @@ def write_split(cfg: Any, *, started: bool = False) -> Any:
     if started:
         _check_sides(out, division)
     val_ids = {i for i, is_held in zip(division.ids, held) if is_held}
+    in_val = [_id(annotation, "image_id") in val_ids for annotation in content["annotations"]]
     for path, wanted in ((out.DATASETS.TRAIN_JSON, False), (out.DATASETS.VAL_JSON, True)):
         part = {
             **content,
             "images": [image for image, is_held in zip(content["images"], held) if is_held == wanted],
-            "annotations": [a for a in content["annotations"] if (_id(a, "image_id") in val_ids) == wanted],
+            "annotations": [a for a, is_held in zip(content["annotations"], in_val) if is_held == wanted],
         }
         os.makedirs(os.path.dirname(path), exist_ok=True)
         atomic_write(path, json_bytes(part))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from gn_det.config import load_config
+from gn_det.data import split
 from gn_det.data.catalog import DatasetSource
 from gn_det.data.sets import estimate_sizes, load_run_data
 from gn_det.data.shapes import make_shapes
@@ -62,6 +63,16 @@ def test_no_image_changes_sides_while_a_run_continues(source: DatasetSource, tmp
     again = write_split(_cfg(source, tmp_path, **{"DATASETS.TRAIN_JSON": str(corrected)}), started=True)
     assert again.DATASETS == cfg.DATASETS and [file.read_bytes() for file in files] != before
     write_split(_cfg(source, tmp_path, SEED=5))  # a new run
+
+
+def test_ids_of_annotations_are_read_once_per_pass(
+    source: DatasetSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for the division and once for the files; of a million annotations each pass takes a second."""
+    keys, read = [], split._id
+    monkeypatch.setattr(split, "_id", lambda entry, key="id": keys.append(key) or read(entry, key))
+    write_split(_cfg(source, tmp_path))
+    assert keys.count("image_id") == 2 * len(json.loads(Path(source.json_file).read_text())["annotations"]) > 0
 
 
 def test_every_class_keeps_its_share() -> None:
