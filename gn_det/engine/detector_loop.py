@@ -17,7 +17,7 @@ from gn_det.engine import dist
 from gn_det.engine.advice import explain_oom
 from gn_det.engine.engines import Engine
 from gn_det.engine.hooks import Checkpoint, Evaluate, Evaluator, PreciseBN, Schedule, Signals, TimeLimit, Visualize
-from gn_det.engine.loggers import open_loggers
+from gn_det.engine.loggers import Logger, open_loggers
 from gn_det.engine.loop import Hook, Loop, make_scaler, parallel
 from gn_det.engine.optimizer import clip_gradients
 from gn_det.engine.precision import DTYPES, lay_out
@@ -107,7 +107,9 @@ def make_loop(
         logger.info("SOLVER.EMA: the average (decay %g) is evaluated and saved; it %s.", average.decay, how)
     folder = Path(cfg.OUTPUT_DIR)
     logs = payload.get("logs") or {}  # a file of another tool has none
-    metrics = Metrics(open_loggers(cfg, state.iteration, logs.get("written")) if dist.rank() == 0 else [])
+    loggers: list[Logger] = []
+    dist.on_first_rank(lambda: loggers.extend(open_loggers(cfg, state.iteration, logs.get("written"))))
+    metrics = Metrics(loggers)
     if logs:
         metrics.restore(logs)
     checkpoint = Checkpoint(folder, meta, metrics, period=solver.CHECKPOINT_PERIOD, keep=solver.CHECKPOINT_KEEP)

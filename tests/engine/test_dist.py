@@ -102,6 +102,21 @@ def test_a_full_disk_stops_every_rank(tmp_path: Path) -> None:
     assert dist.launch(no_space, (tmp_path,), device="cpu", num_gpus=2) == ["no space"] * 2
 
 
+def no_logger(folder: Path) -> list[str]:
+    told = ""
+    try:
+        train_rank(folder, -1, ["LOGGERS", ("csv",)])
+    except TrainingError as error:
+        told = str(error)
+    return dist.gather_objects(told)
+
+
+def test_a_logger_that_cannot_start_stops_every_rank(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").mkdir()
+    told = dist.launch(no_logger, (tmp_path,), device="cpu", num_gpus=2)
+    assert len(told) == 2 and told[0] == told[1] and "metrics.csv: cannot append to this file" in told[0]
+
+
 def master() -> str:
     return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
 
