@@ -229,7 +229,8 @@ def _address(dist_url: str) -> tuple[str, int]:
         url = urlsplit(dist_url)
         if url.hostname:
             return url.hostname, url.port or 29500
-    raise ConfigError("--num-machines > 1 needs --dist-url tcp://ADDRESS_OF_MACHINE_0:PORT, equal on all machines")
+    given = "several machines need" if dist_url == "auto" else f"{shown(dist_url)} is not"
+    raise ConfigError(f"--dist-url: {given} tcp://ADDRESS_OF_MACHINE_0:PORT, equal on all machines")
 
 
 def in_main_thread() -> bool:
