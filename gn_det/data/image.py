@@ -150,6 +150,8 @@ class ImageReader:
                     file.seek(0)
                     with Image.open(file) as again:
                         again.load()
+                    if image.format == "PNG":
+                        _check_png(file)
         return (height, width) if turned else (width, height)
 
     def from_array(self, pixels: np.ndarray) -> np.ndarray:

@@ -237,6 +237,26 @@ def test_png_that_decodes_to_other_pixels_is_refused(tmp_path: Path) -> None:
     assert refused > 500 and min(others) > 5
 
 
+def test_a_png_that_training_refuses_does_not_pass_the_header_check(tmp_path: Path, rgb: Image.Image) -> None:
+    """Cut anywhere near its end, whether Pillow takes it or not."""
+    rgb.save(tmp_path / "whole.png")
+    data = (tmp_path / "whole.png").read_bytes()
+    refused = []
+    for left_out in range(1, 30):
+        path = tmp_path / f"{left_out}.png"
+        path.write_bytes(data[:-left_out])
+        results = []
+        for look in (ImageReader().read, ImageReader().size):
+            try:
+                look(path)
+                results.append("")
+            except DataError as error:
+                results.append(str(error))
+        assert results[0] == results[1]
+        refused.append(bool(results[0]))
+    assert refused == [False] * 12 + [True] * 17  # the last chunk, and then the checksum of the pixels
+
+
 def test_only_checksums_of_pixels_count(tmp_path: Path, rgb: Image.Image) -> None:
     """Pillow does not look at those of what follows the pixels, and a wrong one there changes none."""
     rgb.save(tmp_path / "a.png")
