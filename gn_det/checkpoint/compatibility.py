@@ -183,7 +183,7 @@ def _keys(weights: Weights) -> str:
     norm, found = weights.bottom_up_norm, weights.architecture
     keys: dict[str, Any] = {"MODEL.RESNETS.DEPTH": found.depth or None}
     if found.blocks:
-        keys["MODEL.RESNETS.NORM"] = {"affine BN": "FrozenBN", "BN": "FrozenBN", "affine": "GN"}.get(norm, norm)
+        keys["MODEL.RESNETS.NORM"] = {"affine BN": "FrozenBN", "BN": "FrozenBN", "affine": "GN"}.get(norm, norm or "''")
     keys |= _needed_keys(weights)
     if weights.foldable:
         if keys.pop("INPUT.FORMAT") == "RGB" and keys["MODEL.PIXEL_MEAN"]:

@@ -265,6 +265,19 @@ def test_the_keys_that_the_weights_command_names_make_them_load(
     assert re.search(r"res5 +30/30", out) and "folded into the stem convolution" in out
 
 
+def test_the_weights_command_names_the_norm_of_weights_without_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The default is not that of this file."""
+    torch.save({"model": random_state(detector_shapes(50, ""))}, tmp_path / "d2.pth")
+    assert main(["weights", str(tmp_path / "d2.pth")]) == 0
+    keys = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  config keys")).split()[2:]
+    assert keys[:4] == ["MODEL.RESNETS.DEPTH", "50", "MODEL.RESNETS.NORM", "''"]
+    cfg = config("GN")
+    cfg.merge_from_list(keys[:4])
+    assert cfg.MODEL.RESNETS.NORM == ""
+
+
 def test_weights_command_of_a_file_that_does_not_tell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shapes = backbone_shapes()
     pairs = layouts.layered_backbone(50, "gn")
