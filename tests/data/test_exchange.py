@@ -254,6 +254,11 @@ def test_no_name_leads_out_of_the_folder(name: str, images: Path, tmp_path: Path
         ),
         (
             "labelme",
+            '{"imageWidth": 9, "imageHeight": 9, "shapes": [{"label": "x", "points": [[1' + "0" * 400 + ", 1]]}]}",
+            "needs a label and points",
+        ),
+        (
+            "labelme",
             '{"imageWidth": 9, "imageHeight": 9, "shapes": [{"label": "x", "points": [[1, 1]], '
             '"shape_type": "point"}]}',
             "of type 'point' with 1 points has no area",

@@ -95,7 +95,7 @@ def _points(shape: dict[str, Any]) -> list[list[float]]:
     points = shape.get("points")
     try:
         values = np.asarray(points, dtype=float).reshape(-1, 2)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return []
     return values.tolist() if np.isfinite(values).all() else []
 
