@@ -83,7 +83,8 @@ class Findings(Problems):
 
     def repair(self, kind: str, where: Where, count: int = 1) -> None:
         self.add(kind, where, count=count)
-        if where.annotation is not None and not kind.startswith("annotation-"):  # those are recorded by position
+        # An id that is no integer is replaced, and such repairs are recorded by position.
+        if isinstance(where.annotation, int) and not kind.startswith("annotation-"):
             kinds = self.repaired.get(where.annotation, frozenset()) | {kind}
             # Share one set between all annotations with the same repairs: all of COCO may lack iscrowd.
             self.repaired[where.annotation] = self._kind_sets.setdefault(kinds, kinds)

@@ -279,6 +279,11 @@ def test_repairs_are_warnings_and_are_written_down(tmp_path: Path, kind: str) ->
     assert loaded[0].notes and not loaded[1].notes
 
 
+def test_an_id_that_is_an_object_is_one_warning(tmp_path: Path) -> None:
+    source = write(tmp_path, first(id={"x": 1}, image_id=str(CONTENT["annotations"][0]["image_id"])))
+    assert kinds_of(source) == {"id-type": 1, "annotation-no-id": 1}
+
+
 def test_box_written_as_corners_is_named(tmp_path: Path) -> None:
     source = write(tmp_path, first(bbox=[2, 3, 12, 11]))
     assert kinds_of(source) == {}  # within the slack on a box so small
