@@ -160,9 +160,7 @@ class Cleaner:
         image = self.image_of[resolve_id(entry["image_id"], self.image_of)]
         what: dict[str, Any] = {}
         if position in self.content.new_ids or "id-type" in kinds:
-            what["id"] = number
-        if "id-type" in kinds:
-            what |= {"image_id": image["id"], "category_id": category}
+            what |= {"id": number, "image_id": image["id"], "category_id": category}
         if category in self.merged:
             what["category_id"] = self.merged[category]
         if kinds:

@@ -279,9 +279,11 @@ def test_repairs_are_warnings_and_are_written_down(tmp_path: Path, kind: str) ->
     assert loaded[0].notes and not loaded[1].notes
 
 
-def test_an_id_that_is_an_object_is_one_warning(tmp_path: Path) -> None:
-    source = write(tmp_path, first(id={"x": 1}, image_id=str(CONTENT["annotations"][0]["image_id"])))
+@pytest.mark.parametrize("number", [{"x": 1}, "first", None])
+def test_an_annotation_without_integer_id_is_mended_with_its_other_ids(tmp_path: Path, number: Any) -> None:
+    source = write(tmp_path, first(id=number, image_id=str(CONTENT["annotations"][0]["image_id"])))
     assert kinds_of(source) == {"id-type": 1, "annotation-no-id": 1}
+    assert kinds_of(fixed(source, tmp_path)) == {}
 
 
 def test_box_written_as_corners_is_named(tmp_path: Path) -> None:
