@@ -86,24 +86,34 @@ class CsvLogger(_TextLogger):
 
 
 class TensorBoardLogger(Logger):
-    """Writes TensorBoard scalars; none if the folder's name is not UTF-8, which TensorBoard does not support."""
+    """Writes TensorBoard scalars to an event file that the first write creates.
+
+    There is none if the folder's name is not UTF-8, which TensorBoard does not support.
+    """
+
+    _writer: Any = None
 
     def __init__(self, folder: str | os.PathLike[str], written: int = -1) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         super().__init__(written)
-        purge = None if written < 0 else written + 1  # hides what a killed run wrote beyond it
-        self._writer: Any = None
-        if os.fsencode(folder).decode(errors="ignore") == os.fspath(folder):
-            self._writer = SummaryWriter(log_dir=os.fspath(folder), purge_step=purge)
+        self._folder = os.fspath(folder)
+        self._purge = None if written < 0 else written + 1  # hides what a killed run wrote beyond it
+
+    def _open(self) -> Any:
+        if self._writer is None and os.fsencode(self._folder).decode(errors="ignore") == self._folder:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(log_dir=self._folder, purge_step=self._purge)
+        return self._writer
 
     def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
-        for name, value in scalars.items() if self._writer is not None else ():
-            self._writer.add_scalar(name, value, iteration)
+        writer = self._open()
+        for name, value in scalars.items() if writer is not None else ():
+            writer.add_scalar(name, value, iteration)
 
     def picture(self, name: str, path: Path, iteration: int | None = None) -> None:
-        if self._writer is not None:
-            self._writer.add_image(name, np.asarray(Image.open(path).convert("RGB")), iteration, dataformats="HWC")
+        writer = self._open()
+        if writer is not None:
+            writer.add_image(name, np.asarray(Image.open(path).convert("RGB")), iteration, dataformats="HWC")
 
     def flush(self) -> None:
         if self._writer is not None:

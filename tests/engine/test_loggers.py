@@ -121,6 +121,17 @@ def test_pictures_go_to_the_run_that_is_there(tmp_path: Path, monkeypatch: pytes
     send_pictures(cfg, [])
 
 
+def test_tensorboard_makes_no_file_before_there_is_something_to_show(tmp_path: Path) -> None:
+    """A run that stops in its first iterations, or has nothing left to train, adds no empty run to TensorBoard."""
+    logger = TensorBoardLogger(tmp_path)
+    logger.flush()
+    logger.close()
+    assert not list(tmp_path.iterdir())
+    logger.write(3, {"lr": 0.1})
+    logger.close()
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1
+
+
 def test_tensorboard_shows_the_picture_of_an_iteration(tmp_path: Path) -> None:
     """The pixels of the file, under its name and iteration."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
