@@ -219,6 +219,7 @@ class Metrics(Hook):
             self._warned = True
             logger.warning(
                 f"total_loss has risen to {median:.3g} at iteration {iteration}, {median / low:.1f} times its lowest "
-                f"({low:.3g} at iteration {at}): training diverges; lower SOLVER.BASE_LR (now {lr:.3g}) or set "
-                "SOLVER.CLIP_GRADIENTS.ENABLED True, and start again from a checkpoint before that."
+                f"({low:.3g} at iteration {at}): training diverges; lower SOLVER.BASE_LR (now {lr:.3g}), lengthen "
+                "SOLVER.WARMUP_ITERS or set SOLVER.CLIP_GRADIENTS.ENABLED True, and start again from a checkpoint "
+                "before that."
             )

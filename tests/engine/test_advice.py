@@ -94,7 +94,7 @@ def test_divergence_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
         assert len(caplog.messages) == (iteration >= 4)
     (text,) = caplog.messages
     assert "risen to 4 at iteration 4, 4.0 times its lowest (1 at iteration 1)" in text
-    assert "SOLVER.BASE_LR (now 0.02)" in text
+    assert "SOLVER.BASE_LR (now 0.02), lengthen SOLVER.WARMUP_ITERS or set SOLVER.CLIP_GRADIENTS.ENABLED True" in text
 
 
 def test_divergence_in_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
