@@ -170,7 +170,8 @@ class TimeLimit(Hook):
             loop.flags["time is up"] = True
         if loop.agreed.get("time is up") and not loop.finished:
             logger.info(
-                "Time limit of %g h reached at iteration %d/%d; saved %s. Rerun with --resume to continue.",
+                "Time limit of %g h (SOLVER.MAX_HOURS) reached at iteration %d/%d; saved %s. Rerun with --resume to "
+                "continue.",
                 *(self.hours, loop.state.iteration, loop.total, self.checkpoint.path(loop)),
             )
 

@@ -140,7 +140,7 @@ def test_hours_end_with_an_evaluated_checkpoint(
     assert (tmp_path / "cut" / "last_checkpoint").read_text() == "model_0000005.pth"
     assert not (tmp_path / "cut" / "model_final.pth").exists()
     assert [e["iteration"] for e in lines(tmp_path / "cut") if "bbox/AP" in e] == [5]
-    assert "Time limit of 5 h reached at iteration 5/12; saved" in caplog.text
+    assert "Time limit of 5 h (SOLVER.MAX_HOURS) reached at iteration 5/12; saved" in caplog.text
     run(tmp_path / "cut", keys, evaluate=evaluate, make_loader=slow, resume=True)
     run(tmp_path / "cut", keys, evaluate=evaluate, make_loader=slow, resume=True)
     run(tmp_path / "whole", evaluate=evaluate)
