@@ -157,7 +157,8 @@ def check_run(cfg: CfgNode, device: str, world_size: int) -> None:
     check_metric(cfg)
     check_loggers(cfg)
     if cfg.SOLVER.AUTO_BATCH and not device.startswith("cuda"):
-        raise ConfigError("SOLVER.AUTO_BATCH (--batch auto) needs a GPU; give a number, such as --batch 2")
+        problem = f"SOLVER.AUTO_BATCH (--batch auto) needs a GPU, MODEL.DEVICE is {device}"
+        raise ConfigError(f"{problem}; give a number, such as --batch 2")
     if (world := dist.planned_world_size(world_size)) > 0:
         scale_schedule(cfg, world, images=1)
     if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "fp16" and not device.startswith("cuda"):

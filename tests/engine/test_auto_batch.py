@@ -105,7 +105,7 @@ def test_flags_set_their_keys() -> None:
 def test_refused_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["train", "--engine", "embedded", "--config", "quickstart.yaml", "--device", "cpu", "--batch", "auto"]
     assert main([*words, "--output", str(tmp_path / "out")]) == 2
-    assert "(--batch auto) needs a GPU; give a number" in capsys.readouterr().err
+    assert "(--batch auto) needs a GPU, MODEL.DEVICE is cpu; give a number" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     cfg = get_cfg()
     cfg.SOLVER.AUTO_BATCH = True
