@@ -99,8 +99,9 @@ def resolve_config(name_or_path: str) -> Path:
             return _zoo_config(name_or_path)
         return shipped_config(path.name)
     except ConfigError:
-        if os.path.isdir(path):
-            raise ConfigError(f"config {shown(name_or_path)} is a folder; name a .yaml file") from None
+        if os.path.exists(path):
+            kind = "folder" if os.path.isdir(path) else "pipe or device"
+            raise ConfigError(f"config {shown(name_or_path)} is a {kind}; name a .yaml file") from None
         raise
 
 

@@ -401,7 +401,7 @@ def test_files_and_shipped_names_come_first(zoo: Path, tmp_path: Path, monkeypat
         ("Misc/" + "x" * 5000, "(5005 characters) is neither a file nor in"),
         ("x" * 5000, "(5000 characters) is neither a file nor a shipped config; gn-det configs lists those"),
         ("Misc/a\0b.yaml", "neither a file nor in"),
-        ("/dev/zero", "is neither a file nor"),
+        ("/dev/zero", "config '/dev/zero' is a pipe or device; name a .yaml file"),
         (".", "config '.' is a folder; name a .yaml file"),
         ("Misc/", "config 'Misc/' is a folder; name a .yaml file"),
     ],
