@@ -173,7 +173,9 @@ def atomic_write(path: StrPath, content: Content) -> None:
         _sync_folder(target.parent)
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL character
         where, reason = one_line(os.fspath(path), 400), one_line(getattr(error, "strerror", None) or error)
-        raise WriteError(f"{where}: cannot be written ({reason}); free space or choose another place") from error
+        odd = isinstance(error, NotRegularFile)
+        remedy = "give the name of a file" if odd else "free space or choose another place"
+        raise WriteError(f"{where}: cannot be written ({reason}); {remedy}") from error
     finally:
         with contextlib.suppress(OSError, ValueError):
             temporary.unlink(missing_ok=True)
