@@ -97,10 +97,11 @@ def workers(case: Case) -> None:
 def memory(case: Case) -> None:
     """Resident memory of the training process over 2000 iterations, evaluations and checkpoints included."""
     iterations = case.count(2000, 100)
+    often = str(iterations // 8)  # the first evaluation is before the first look that counts, whatever the size
     log = case.output / "memory.log"
     log.write_bytes(b"")
-    keys = ["SOLVER.MAX_ITER", str(iterations), "SOLVER.IMS_PER_BATCH", "1", "SOLVER.CHECKPOINT_PERIOD", "250",
-            "TEST.EVAL_PERIOD", "250", "DATALOADER.NUM_WORKERS", "1", "INPUT.MIN_SIZE_TRAIN", "(48,)",
+    keys = ["SOLVER.MAX_ITER", str(iterations), "SOLVER.IMS_PER_BATCH", "1", "SOLVER.CHECKPOINT_PERIOD", often,
+            "TEST.EVAL_PERIOD", often, "DATALOADER.NUM_WORKERS", "1", "INPUT.MIN_SIZE_TRAIN", "(48,)",
             "SOLVER.EMA.ENABLED", "True", "SOLVER.BASE_LR", "0.005"]  # fmt: skip
     folder = case.folder / "run"
     process = start(train_words(case.folder / "shapes", folder, *keys), log)
