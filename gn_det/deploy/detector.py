@@ -280,6 +280,7 @@ def _session(path: str, provider: str, threads: int) -> Any:
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(3)  # providers log outside of the session
+    onnxruntime.disable_telemetry_events()  # some builds report usage; see its Privacy.md
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads

@@ -303,6 +303,13 @@ def test_providers(write: Write) -> None:
                 Detector(write(), provider=name)
 
 
+def test_reports_no_usage(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    off: list[bool] = []
+    monkeypatch.setattr("onnxruntime.disable_telemetry_events", lambda: off.append(True))
+    Detector(write())
+    assert off == [True]
+
+
 def test_failure_inside_of_onnxruntime_is_one_line(write: Write) -> None:
     detector = Detector(write(shape=(1, 64, 96, 3)))
     with pytest.raises(UserError, match="onnxruntime failed on an input of") as error:
